@@ -1,0 +1,92 @@
+"""Hidden states and labels to the summed cross-entropy, never holding the logits of all tokens at once.
+
+Letters: N tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+# Bytes of float32 logits worked on at a time; larger chunks gain nothing, smaller ones lose to the call overhead.
+_CHUNK_BYTES = 8 << 20
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """Sum over tokens of the cross-entropy of softmax(hidden @ weight.T), by chunks of tokens.
+
+    The gradients are worked out in the forward pass while a chunk's logits exist, and only scaled in the backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float, matmul_dtype: torch.dtype
+    ) -> Tensor:
+        n_tokens, vocab_size = hidden.shape[0], weight.shape[0]
+        chunk = max(64, _CHUNK_BYTES // (4 * vocab_size))
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        hidden_low, weight_low = hidden.to(matmul_dtype), weight.to(matmul_dtype)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        spread = label_smoothing / vocab_size
+        for start in range(0, n_tokens, chunk):
+            rows = hidden_low[start : start + chunk]
+            target = labels[start : start + chunk]
+            counts = target != IGNORE_INDEX
+            index = target.clamp(min=0).unsqueeze(1)
+            logits = (rows @ weight_low.t()).float()
+            log_norm = torch.logsumexp(logits, dim=1)
+            loss = log_norm - (1.0 - label_smoothing) * logits.gather(1, index).squeeze(1)
+            if label_smoothing:
+                loss = loss - spread * logits.sum(1)
+            total += torch.where(counts, loss, 0.0).sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            grad = logits.sub_(log_norm.unsqueeze(1)).exp_()
+            if label_smoothing:
+                grad.sub_(spread)
+            grad.scatter_add_(1, index, torch.full_like(index, label_smoothing - 1.0, dtype=grad.dtype))
+            grad = grad.mul_(counts.unsqueeze(1)).to(matmul_dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + chunk] = grad @ weight_low
+            if grad_weight is not None:
+                grad_weight += grad.t() @ rows
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * scale
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy of ``softmax(hidden @ weight.T)`` summed over the labels that are not IGNORE_INDEX.
+
+    Args:
+        hidden: (N, D). weight: (V, D). labels: (N,) int64, in 0..V-1 or IGNORE_INDEX.
+        label_smoothing: share of the target's mass spread evenly over the vocabulary (arXiv 1512.00567).
+
+    Returns:
+        A float32 scalar, in nats. The products run in bfloat16 under a bfloat16 autocast, else in hidden's dtype widened
+        to float32; log-sum-exp and the sum always in float32.
+    """
+    device = hidden.device.type
+    matmul_dtype = torch.float32
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        matmul_dtype = torch.bfloat16
+    with torch.autocast(device, enabled=False):
+        total: Tensor = _ChunkedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, labels, label_smoothing, matmul_dtype
+        )
+    return total

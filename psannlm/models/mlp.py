@@ -1,0 +1,54 @@
+"""Feed-forward kinds: sine, sineglu, gelu, swiglu. Letters: B rows, T tokens, D width, F hidden features."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from psannlm.config.model import MlpKind, ModelConfig
+from psannlm.models.sine import SineActivation
+
+GATED_KINDS: frozenset[MlpKind] = frozenset(("sineglu", "swiglu"))
+
+
+def default_d_mlp(kind: MlpKind, d_model: int) -> int:
+    """Return F: 4 D, or for the gated kinds 8/3 D rounded up to a multiple of 64, so that parameters are about equal."""
+    return -(-8 * d_model // (3 * 64)) * 64 if kind in GATED_KINDS else 4 * d_model
+
+
+class Mlp(nn.Module):
+    """``down(act(up(x)))``: the PSANN original (``sine``, with a bias that is the sine's phase) or ``gelu``."""
+
+    def __init__(self, config: ModelConfig, d_mlp: int) -> None:
+        super().__init__()
+        is_sine = config.mlp == "sine"
+        self.up_proj = nn.Linear(config.d_model, d_mlp, bias=is_sine)
+        self.activation: nn.Module = SineActivation(d_mlp, config.sine_params) if is_sine else nn.GELU()
+        self.down_proj = nn.Linear(d_mlp, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        out: Tensor = self.down_proj(self.activation(self.up_proj(x)))
+        return out
+
+
+class GatedMlp(nn.Module):
+    """``down(act(gate(x)) * up(x))`` (Shazeer 2020, arXiv 2002.05202) with the sine or SiLU as gate."""
+
+    def __init__(self, config: ModelConfig, d_mlp: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, d_mlp, bias=False)
+        self.up_proj = nn.Linear(config.d_model, d_mlp, bias=False)
+        self.activation = SineActivation(d_mlp, config.sine_params) if config.mlp == "sineglu" else nn.SiLU()
+        self.down_proj = nn.Linear(d_mlp, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        out: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+def build_mlp(config: ModelConfig) -> nn.Module:
+    """Build the feed-forward that a resolved ``config`` asks for."""
+    if config.mlp is None or config.d_mlp is None:
+        raise ValueError("the configuration is not resolved: call models.registry.resolve first")
+    return (GatedMlp if config.mlp in GATED_KINDS else Mlp)(config, config.d_mlp)

@@ -1,0 +1,70 @@
+"""A configuration to a model: bases are sets of defaults, and a config may override every one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from psannlm.config.model import BaseName, MlpKind, ModelConfig
+from psannlm.errors import ConfigError, Problem
+from psannlm.models.mlp import default_d_mlp
+from psannlm.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class BaseDefaults:
+    """What a base sets where the configuration is silent."""
+
+    mlp: MlpKind
+    wave: bool
+    residual_scale: bool
+
+
+BASES: dict[BaseName, BaseDefaults] = {
+    "respsann": BaseDefaults(mlp="sine", wave=False, residual_scale=True),
+    "waveresnet": BaseDefaults(mlp="sineglu", wave=True, residual_scale=False),
+    "transformer": BaseDefaults(mlp="swiglu", wave=False, residual_scale=False),
+}
+
+
+def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: int | None = None) -> ModelConfig:
+    """Return ``config`` with every null filled in by its base, the tokenizer's vocabulary and the training window.
+
+    Raises:
+        ConfigError: no vocabulary size is known, or the one asked for is smaller than the tokenizer's.
+    """
+    defaults = BASES[config.base]
+    if config.vocab_size is None and vocab_size is None:
+        raise ConfigError(Problem("model.vocab_size", "not known; give it, or data to take it from"))
+    if config.vocab_size is not None and vocab_size is not None and config.vocab_size < vocab_size:
+        message = f"{config.vocab_size} rows are too few for the tokenizer's {vocab_size} ids; leave it null, or raise it"
+        raise ConfigError(Problem("model.vocab_size", message))
+    mlp = config.mlp or defaults.mlp
+    enabled = defaults.wave if config.wave.enabled is None else config.wave.enabled
+    return config.model_copy(
+        update={
+            "mlp": mlp,
+            "d_mlp": config.d_mlp or default_d_mlp(mlp, config.d_model),
+            "n_kv_heads": config.n_kv_heads or config.n_heads,
+            "vocab_size": config.vocab_size or vocab_size,
+            "max_seq_len": config.max_seq_len or max_seq_len,
+            "wave": config.wave.model_copy(update={"enabled": enabled}),
+            "residual_scale": defaults.residual_scale if config.residual_scale is None else config.residual_scale,
+        }
+    )
+
+
+def build_model(config: ModelConfig, *, seed: int | None = None, device: torch.device | str = "cpu") -> Transformer:
+    """Build the model of a resolved ``config``, with weights that depend on ``seed`` alone when one is given.
+
+    The weights are drawn on the CPU, so that every device starts from the same ones; the global generator is left as it
+    was. ``device="meta"`` builds shapes only.
+    """
+    if torch.device(device).type == "meta":
+        with torch.device("meta"):
+            return Transformer(config)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return Transformer(config).to(device)

@@ -1,0 +1,143 @@
+"""Token ids to logits or to a loss: the one pre-norm decoder that every base is a setting of.
+
+Letters: B rows, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from psannlm.config.model import ModelConfig
+from psannlm.models.attention import Attention, Layout, plan_layout
+from psannlm.models.cache import DecodeState, LayerState
+from psannlm.models.loss import linear_cross_entropy
+from psannlm.models.mlp import build_mlp
+from psannlm.models.positions import sinusoids
+from psannlm.models.wave import Wave
+
+_EMBEDDING_STD = 0.02
+
+
+class Block(nn.Module):
+    """x + α·attention(wave(norm(x))), then x + α·mlp(wave(norm(x))); waves and α only where configured."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        dilation = config.wave.dilation_growth**index
+
+        def wave(place: str) -> Wave | None:
+            return Wave(config, dilation) if config.wave.enabled and place in config.wave.places else None
+
+        # RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467.
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.attention_wave = wave("attention")
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.mlp_wave = wave("mlp")
+        self.mlp = build_mlp(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.attention_scale = nn.Parameter(torch.ones(())) if config.residual_scale else None
+        self.mlp_scale = nn.Parameter(torch.ones(())) if config.residual_scale else None
+
+    def forward(self, x: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D), advancing ``state`` in place when there is one."""
+        h = self.attention_norm(x)
+        if self.attention_wave is not None:
+            h, tail = self.attention_wave(h, state and state.attention_tail, layout.n_new)
+            if state is not None:
+                state.attention_tail = tail
+        x = x + self._scaled(self.attention(h, layout, state), self.attention_scale)
+        h = self.mlp_norm(x)
+        if self.mlp_wave is not None:
+            h, tail = self.mlp_wave(h, state and state.mlp_tail, layout.n_new)
+            if state is not None:
+                state.mlp_tail = tail
+        return x + self._scaled(self.mlp(h), self.mlp_scale)
+
+    def _scaled(self, branch: Tensor, scale: Tensor | None) -> Tensor:
+        branch = self.dropout(branch)
+        return branch if scale is None else branch * scale
+
+
+class Transformer(nn.Module):
+    """A language model built from a *resolved* configuration (see ``models.registry.build_model``)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("the configuration has no vocab_size: call models.registry.resolve first")
+        self.config = config
+        self.grad_checkpoint = False
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
+        self.final_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Unit-variance pre-activations inside, and branches that start at zero, so that depth costs nothing at first."""
+        nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            if name.endswith(("out_proj", "down_proj")):
+                nn.init.zeros_(module.weight)
+            elif name == "head":
+                nn.init.normal_(module.weight, std=_EMBEDDING_STD)
+            else:
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The (V, D) matrix from hidden states to logits."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def hidden_states(
+        self, input_ids: Tensor, state: DecodeState | None = None, n_new: Sequence[int] | None = None
+    ) -> Tensor:
+        """Return the normalised states (B, T, D) before the output matrix.
+
+        Args:
+            input_ids: (B, T) int64; with a ``state``, the tokens that follow those it has seen.
+            state: decoding state, advanced in place: pass the same object to the next call.
+            n_new: how many of each row's T ids are real (the rest is padding on the right); None: all.
+
+        Raises:
+            GenerationError: the state has no room for the new tokens.
+        """
+        layout = plan_layout(self.config, input_ids, state, n_new)
+        x = self.embedding(input_ids)
+        if self.config.positional_encoding == "sinusoidal":
+            x = x + _EMBEDDING_STD * sinusoids(layout.positions, self.config.d_model).to(x.dtype)
+        x = self.dropout(x)
+        for index, block in enumerate(self.blocks):
+            if self.grad_checkpoint and self.training:
+                x = checkpoint(block, x, layout, use_reentrant=False)
+            else:
+                x = block(x, layout, None if state is None else state.layers[index])
+        if state is not None:
+            counts = layout.n_new or [input_ids.shape[1]] * input_ids.shape[0]
+            state.lengths = [length + n for length, n in zip(state.lengths, counts, strict=True)]
+        normed: Tensor = self.final_norm(x)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return (..., V) logits of hidden states (..., D)."""
+        return F.linear(hidden, self.output_weight)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Return the cross-entropy in nats, *summed* over the labels that count: the caller knows how many there are.
+
+        Args:
+            input_ids, labels: (B, T) int64; a label is the token after the input at its place, or IGNORE_INDEX.
+        """
+        hidden = self.hidden_states(input_ids)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.output_weight, labels.flatten(), label_smoothing)

@@ -1,0 +1,95 @@
+"""Files that are whole or absent: write beside, flush, rename; and the hashes that tell damage.
+
+POSIX promises that ``os.replace`` is atomic within one file system, so a reader sees the old file or the new one and
+never a part of either.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from psannlm.errors import StorageError
+
+_CHUNK_BYTES = 1 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits, read in constant memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Ask the system to put a file's bytes (or a folder's entries) on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write ``path`` into a :class:`StorageError` with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(_explain(path, error)) from error
+
+
+def _explain(path: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"no room to write {path}: {error.strerror} ({_free_text(path)}). "
+            "Earlier files are untouched; free some space or choose another folder."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"not allowed to write {path}: {error.strerror}. Choose a folder you may write to."
+    return f"could not write {path}: {error.strerror or error}"
+
+
+def _free_text(path: Path) -> str:
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    return f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB free"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success flush it and rename it onto ``path``, else remove it.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written. ``path`` keeps its former content.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            sync_file(temporary)
+            os.replace(temporary, path)
+            sync_file(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Put ``content`` at ``path`` atomically. Raises StorageError as :func:`replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Put ``content`` (as UTF-8) at ``path`` atomically. Raises StorageError as :func:`replacing` does."""
+    write_bytes(path, content.encode("utf-8"))
