@@ -60,6 +60,10 @@ class ConfigError(PsannlmError):
         super().__init__("\n".join([head + ":", *(f"  {line}" for line in lines)]))
 
 
+class UnknownKeyError(ConfigError, TypeError):
+    """A keyword argument that nothing knows: a TypeError too, which is what Python callers expect (exit code 2)."""
+
+
 class CorpusError(PsannlmError):
     """Text that cannot be read or is too little to work with (exit code 2)."""
 

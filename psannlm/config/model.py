@@ -1,0 +1,128 @@
+"""The ``model`` section: what network is built. Public YAML names are mapped to code names here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from psannlm.config.base import Check, Flag, PositiveWhole, Real, Section, Whole
+
+BaseName = Literal["respsann", "waveresnet", "transformer"]
+MlpKind = Literal["sine", "sineglu", "gelu", "swiglu"]
+PositionKind = Literal["rope", "alibi", "sinusoidal"]
+SineParameter = Literal["amplitude", "frequency", "decay"]
+WavePlace = Literal["attention", "mlp"]
+
+
+class SineConfig(Section):
+    """y = A exp(-d g(z)) sin(f z), with one A, f, d per hidden feature."""
+
+    amp_init: Real = Field(1.0, gt=0, description="initial amplitude A")
+    amp_std: Real = Field(0.0, ge=0, description="standard deviation of A over the features at the start")
+    freq_init: Real = Field(1.0, gt=0, description="initial angular frequency f, in radians per unit of z")
+    freq_std: Real = Field(0.0, ge=0, description="standard deviation of f over the features at the start")
+    damp_init: Real = Field(0.01, gt=0, description="initial damping d")
+    damp_std: Real = Field(0.0, ge=0, description="standard deviation of d over the features at the start")
+    decay_mode: Literal["abs", "relu", "none"] = Field("abs", description="g(z): |z|, max(z, 0), or 0")
+    trainable: Flag = Field(True, description="false freezes A, f and d")
+    learnable: tuple[SineParameter, ...] | None = Field(
+        None, description="the parameters that learn; null: all of them when trainable, else none"
+    )
+    amp_bounds: tuple[Real, Real] | None = Field(None, description="[lowest, highest] value A may take")
+    freq_bounds: tuple[Real, Real] | None = Field(None, description="[lowest, highest] value f may take")
+    damp_bounds: tuple[Real, Real] | None = Field(None, description="[lowest, highest] value d may take")
+
+    def checks(self) -> list[Check]:
+        found: list[Check] = []
+        for name, init in (("amp", self.amp_init), ("freq", self.freq_init), ("damp", self.damp_init)):
+            bounds: tuple[float, float] | None = getattr(self, f"{name}_bounds")
+            if bounds is None:
+                continue
+            low, high = bounds
+            if not 0 <= low < high:
+                found.append(Check((f"{name}_bounds",), f"[{low}, {high}] is not an interval of positive numbers"))
+            elif not low <= init <= high:
+                message = f"{name}_init {init} lies outside [{low}, {high}]; widen the bounds or move the start"
+                found.append(Check((f"{name}_bounds", f"{name}_init"), message))
+        if not self.trainable and self.learnable:
+            message = (
+                f"{list(self.learnable)} cannot learn while trainable is false; set trainable: true or drop learnable"
+            )
+            found.append(Check(("learnable", "trainable"), message))
+        return found
+
+    def learnable_parameters(self) -> tuple[SineParameter, ...]:
+        """Return which of amplitude, frequency and decay receive gradients."""
+        if not self.trainable:
+            return ()
+        return ("amplitude", "frequency", "decay") if self.learnable is None else self.learnable
+
+
+class WaveConfig(Section):
+    """The short causal depthwise convolution over time. Null takes the base's own setting."""
+
+    enabled: Flag | None = Field(None, description="null: on for waveresnet, off for the other bases")
+    kernel_size: Whole = Field(4, ge=1, description="taps: how many positions, the present one included, are mixed")
+    dilation_growth: Whole = Field(1, ge=1, description="dilation of layer i is growth ** i")
+    places: tuple[WavePlace, ...] = Field(("attention", "mlp"), description="whose normalised input is mixed")
+    activation: Literal["none", "sine"] = Field("none", description="what the convolution's output passes through")
+
+    def checks(self) -> list[Check]:
+        if self.enabled and not self.places:
+            return [Check(("places", "enabled"), "empty while wave.enabled is true; name attention, mlp or both")]
+        return []
+
+
+class ModelConfig(Section):
+    """A decoder-only language model. Null fields are filled in by the base (``models/registry.py``)."""
+
+    base: BaseName = Field(
+        "waveresnet", description="set of defaults: respsann, waveresnet, or the yardstick transformer"
+    )
+    d_model: Whole = Field(512, ge=1, description="width of the residual stream")
+    n_layers: Whole = Field(8, ge=1, description="number of blocks")
+    n_heads: Whole = Field(8, ge=1, description="query heads; must divide d_model")
+    n_kv_heads: PositiveWhole | None = Field(None, description="key/value heads; must divide n_heads; null: n_heads")
+    d_mlp: PositiveWhole | None = Field(
+        None, description="hidden width; null: 4 d_model, for gated kinds 8/3 d_model rounded up to a multiple of 64"
+    )
+    mlp: MlpKind | None = Field(None, description="feed-forward kind; null: the base's own")
+    vocab_size: PositiveWhole | None = Field(None, description="rows of the embedding; null: from the tokenizer")
+    max_seq_len: PositiveWhole | None = Field(
+        None, description="longest context in tokens; null: data.max_length (alibi may go past it)"
+    )
+    positional_encoding: PositionKind = Field("rope", description="rope (even head size), alibi or sinusoidal")
+    sine_params: SineConfig = Field(default_factory=SineConfig, description="the sine activation")
+    wave: WaveConfig = Field(default_factory=WaveConfig, description="the causal wave convolution")
+    residual_scale: Flag | None = Field(
+        None, description="scale each residual branch by a learnable factor; null: the base's own"
+    )
+    dropout: Real = Field(0.0, ge=0, lt=1, description="share of branch outputs and embeddings set to zero in training")
+    tie_embeddings: Flag = Field(False, description="use the embedding matrix as the output matrix too")
+
+    def checks(self) -> list[Check]:
+        found: list[Check] = []
+        if self.d_model % self.n_heads:
+            message = f"{self.n_heads} heads do not divide d_model {self.d_model}; {self._nearby_heads()}"
+            found.append(Check(("n_heads", "d_model"), message))
+        elif self.positional_encoding == "rope" and (self.d_model // self.n_heads) % 2:
+            message = (
+                f"rope rotates pairs of features, but d_model {self.d_model} / n_heads {self.n_heads} gives the odd head "
+                f"size {self.d_model // self.n_heads}; {self._nearby_heads()}, or positional_encoding: alibi"
+            )
+            found.append(Check(("positional_encoding", "n_heads", "d_model"), message))
+        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
+            message = f"{self.n_kv_heads} key/value heads do not divide {self.n_heads} query heads"
+            found.append(Check(("n_kv_heads", "n_heads"), message))
+        return found
+
+    def _nearby_heads(self) -> str:
+        # Searched around n_heads only: d_model may be any number a person can mistype.
+        centre = min(self.n_heads, self.d_model)
+        window = range(max(1, centre - 256), min(self.d_model, centre + 256) + 1)
+        divisors = [n for n in window if self.d_model % n == 0]
+        if self.positional_encoding == "rope":
+            divisors = [n for n in divisors if (self.d_model // n) % 2 == 0] or divisors
+        close = sorted(sorted(divisors, key=lambda n: abs(n - centre))[:3])
+        return f"try n_heads {' or '.join(map(str, close))}" if close else "change either"

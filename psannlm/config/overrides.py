@@ -1,0 +1,69 @@
+"""``section.key=value`` texts change a tree of settings; and every place in the tree keeps where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from psannlm.config.findings import SECTIONS, Finding, dotted, unknown_section
+from psannlm.config.yaml_tree import KeyPath, parse_yaml
+from psannlm.errors import ConfigError, Problem
+
+
+class Origin:
+    """Where each value was written: in a line of the file, or in an override."""
+
+    def __init__(self, lines: dict[KeyPath, int]) -> None:
+        self._lines = dict(lines)
+        self._overrides: dict[KeyPath, str] = {}
+
+    def override(self, path: KeyPath, text: str) -> None:
+        """Note that the value at ``path`` now comes from the override ``text``."""
+        self._lines = {known: line for known, line in self._lines.items() if known[: len(path)] != path}
+        self._overrides[path] = text
+
+    def problems(self, findings: Iterable[Finding]) -> list[Problem]:
+        """Return the findings as problems with their lines, in the order of the file; overrides come last."""
+        problems = [self._problem(finding) for finding in findings]
+        return sorted(problems, key=lambda problem: (problem.line is None, problem.line or 0))
+
+    def _problem(self, finding: Finding) -> Problem:
+        path, name = finding.path, dotted(finding.path)
+        for end in range(len(path), 0, -1):
+            if text := self._overrides.get(path[:end]):
+                return Problem(name, f"{finding.message} (from the override {text!r})")
+            if line := self._lines.get(path[:end]):
+                return Problem(name, finding.message, line)
+        below = [text for place, text in self._overrides.items() if path and place[: len(path)] == path]
+        return Problem(name, f"{finding.message} (from the override {below[-1]!r})" if below else finding.message)
+
+
+def apply_override(tree: dict[str, object], text: str, origin: Origin) -> list[Finding]:
+    """Set one key of ``tree`` as ``text`` says, and return what is wrong with ``text`` itself.
+
+    The key need not exist: groups on the way to it are made. Whether it is known is for the validation to say.
+    """
+    key, equals, value_text = text.partition("=")
+    parts = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(parts):
+        return [Finding((), f"override {text!r}: write section.key=value, such as train.lr=3e-4")]
+    if len(parts) == 1:
+        hint = unknown_section(parts[0]).message if parts[0] not in SECTIONS else "name a key in it"
+        return [Finding((), f"override {text!r}: write section.key=value, such as train.lr=3e-4; {hint}")]
+    try:
+        parsed = parse_yaml(value_text)
+    except ConfigError as error:
+        return [Finding((), f"override {text!r}: {error}; quote the value if it is meant as text")]
+    if parsed.faults:
+        return [Finding((), f"override {text!r}: {dotted((*parts, *place))}: {why}") for place, why in parsed.faults]
+    group = tree
+    for part in parts[:-1]:
+        inner = group.get(part)
+        if inner is not None and not isinstance(inner, dict) and group is tree:
+            # A section that is not a group is reported as such; the override has nowhere to go.
+            return []
+        if not isinstance(inner, dict):
+            inner = group[part] = {}
+        group = inner
+    group[parts[-1]] = parsed.value
+    origin.override(parts, text)
+    return []

@@ -1,0 +1,200 @@
+"""A YAML file and overrides come in; one frozen, checked RunConfig goes out, with the numbers derived from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field
+
+from psannlm.config.base import Check, Section
+from psannlm.config.data import DataConfig
+from psannlm.config.files import missing_files
+from psannlm.config.findings import SECTIONS, Finding, dotted, examine, show, touches, unknown_section
+from psannlm.config.model import ModelConfig
+from psannlm.config.overrides import Origin, apply_override
+from psannlm.config.train import TrainConfig
+from psannlm.config.yaml_tree import dump_yaml, read_yaml
+from psannlm.errors import ConfigError, Problem, UnknownKeyError
+
+S = TypeVar("S", bound=Section)
+
+
+class RunConfig(Section):
+    """Everything that decides a run, frozen. Made by :func:`load_config` or :func:`config_from_mapping`."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the network")
+    data: DataConfig = Field(default_factory=DataConfig, description="the corpus")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="the training run")
+
+    def checks(self) -> list[Check]:
+        found: list[Check] = []
+        window = self.data.max_length
+        if self.train.batch_tokens < window:
+            message = f"{self.train.batch_tokens} tokens do not hold one window of data.max_length {window}; raise it"
+            found.append(Check(("train.batch_tokens", "data.max_length"), message))
+        if self.model.max_seq_len is not None and self.model.max_seq_len < window:
+            message = (
+                f"{self.model.max_seq_len} positions do not hold a training window of data.max_length {window}; "
+                "raise it, or leave it null"
+            )
+            found.append(Check(("model.max_seq_len", "data.max_length"), message))
+        return found
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, check_files: bool = True) -> RunConfig:
+    """Read a YAML file with the sections ``model``, ``data`` and ``train``, each optional, and apply overrides.
+
+    Args:
+        path: the file, UTF-8.
+        overrides: ``section.key=value`` each, the value read by the rules of YAML; a later one wins.
+        check_files: also refuse sources and tokenizer files that do not exist.
+
+    Raises:
+        ConfigError: the file cannot be read, or anything in it is wrong; every problem is in the one message.
+    """
+    path = Path(path)
+    tree = read_yaml(path)
+    if tree.value is None and not tree.faults:
+        raise ConfigError(f"{path} is empty; write the sections {', '.join(SECTIONS)}")
+    origin = Origin(tree.lines)
+    findings = [Finding(place, message) for place, message in tree.faults]
+    value = tree.value
+    if isinstance(value, dict):
+        for text in overrides:
+            findings += apply_override(value, text, origin)
+    return _assemble(value, findings, origin, str(path), check_files)
+
+
+def config_from_mapping(
+    mapping: Mapping[str, Any], source: str | None = None, *, check_files: bool = True
+) -> RunConfig:
+    """Build a RunConfig from ``{"model": {...}, "data": {...}, "train": {...}}``, each optional.
+
+    Args:
+        mapping: the sections, as mappings or as section objects.
+        source: what to call the mapping in a message.
+        check_files: also refuse sources and tokenizer files that do not exist.
+
+    Raises:
+        ConfigError: anything is wrong; every problem is in the one message.
+    """
+    return _assemble(mapping, [], Origin({}), source, check_files)
+
+
+def section_from_kwargs(cls: type[S], section_name: str, kwargs: Mapping[str, Any]) -> S:
+    """Build one section from keyword arguments, as the Python API takes them.
+
+    Raises:
+        UnknownKeyError: a keyword is not known (it is a TypeError as well as a ConfigError).
+        ConfigError: all keywords are known, but a value or a combination is refused.
+    """
+    examined = examine(cls, (section_name,), kwargs)
+    if examined.findings:
+        problems = [Problem(dotted(finding.path), finding.message) for finding in examined.findings]
+        is_unknown = any(finding.is_unknown_key for finding in examined.findings)
+        raise (UnknownKeyError if is_unknown else ConfigError)(problems)
+    return examined.section
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the whole configuration, defaults included, as YAML that :func:`load_config` reads back unchanged."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def differences(a: RunConfig, b: RunConfig) -> list[str]:
+    """Return one line ``train.lr: 0.0002 -> 0.0003`` for every key whose value in ``a`` is not that in ``b``."""
+    return _differences((), a.model_dump(mode="json"), b.model_dump(mode="json"))
+
+
+def _differences(at: tuple[str, ...], a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for key, left in a.items():
+        right = b[key]
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            lines += _differences((*at, key), left, right)
+        elif left != right:
+            lines.append(f"{'.'.join((*at, key))}: {show(left)} -> {show(right)}")
+    return lines
+
+
+def _assemble(
+    value: object, findings: list[Finding], origin: Origin, source: str | None, check_files: bool
+) -> RunConfig:
+    if not isinstance(value, Mapping):
+        message = f"{show(value)} where the sections {', '.join(SECTIONS)} are expected"
+        raise ConfigError(f"{source}: {message}" if source else message)
+    findings = findings + [unknown_section(str(key)) for key in value if key not in SECTIONS]
+    sections: dict[str, Section] = {}
+    for name, cls in SECTIONS.items():
+        examined = examine(cls, (name,), value.get(name))
+        sections[name] = examined.section
+        findings += examined.findings
+    config = RunConfig.model_validate(sections, context={"collect": True})
+    refused = {finding.path for finding in findings}
+    across = [*config.checks(), *_evaluation_without_data(config)]
+    across = [check for check in across if not any(touches(refused, _path(name)) for name in check.fields)]
+    findings += [Finding(_path(check.fields[0]), check.message) for check in across]
+    if check_files:
+        findings += [finding for finding in missing_files(config.data) if not touches(refused, finding.path)]
+    if findings:
+        raise ConfigError(origin.problems(findings), source)
+    return config
+
+
+def _path(name: str) -> tuple[str, ...]:
+    return tuple(name.split("."))
+
+
+def _evaluation_without_data(config: RunConfig) -> list[Check]:
+    # Not one of RunConfig's own rules: the Python API may hand over validation data of its own.
+    if config.train.eval_interval_steps is None or config.data.val_split > 0:
+        return []
+    message = (
+        f"asks for a validation every {config.train.eval_interval_steps} steps, but data.val_split is 0 and nothing is "
+        "held out; set data.val_split (0.1 holds out a tenth), or drop this key"
+    )
+    return [Check(("train.eval_interval_steps", "data.val_split"), message)]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How tokens are grouped: windows of ``seq_len`` tokens, micro-batches (one forward), steps (one update)."""
+
+    micro_batch_size: int
+    seq_len: int
+    grad_accum_steps: int
+    world_size: int
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """Tokens in one micro-batch on one rank: ``batch_tokens`` rounded down to whole windows."""
+        return self.micro_batch_size * self.seq_len
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows in one optimiser step over all ranks."""
+        return self.micro_batch_size * self.grad_accum_steps * self.world_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimiser step over all ranks."""
+        return self.windows_per_step * self.seq_len
+
+
+def plan_batches(config: RunConfig, world_size: int = 1) -> BatchPlan:
+    """Return the batch sizes that follow from ``data.max_length``, ``train.batch_tokens`` and the number of ranks.
+
+    ``micro_batch_size = batch_tokens // max_length`` windows per rank; one step sees
+    ``micro_batch_size * max_length * grad_accum_steps * world_size`` tokens. This is the one place that computes them.
+    """
+    micro_batch_size = config.train.batch_tokens // config.data.max_length
+    return BatchPlan(micro_batch_size, config.data.max_length, config.train.grad_accum_steps, world_size)
+
+
+def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
+    """Return the number of optimiser steps of a run: ``max_steps`` where given (however many epochs it takes), else
+    ``epochs`` times ``steps_per_epoch``."""
+    return config.train.max_steps or config.train.epochs * steps_per_epoch

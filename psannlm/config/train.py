@@ -1,0 +1,75 @@
+"""The ``train`` section: optimiser, schedule, precision, parallelism, and what is kept on disk."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from psannlm.config.base import Check, Flag, PositiveWhole, Real, Section, Text, Whole
+
+Amp = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+class TrainConfig(Section):
+    """One training run. A step is one optimiser update."""
+
+    epochs: Whole = Field(1, ge=1, description="passes over the training windows")
+    max_steps: PositiveWhole | None = Field(None, description="stop after this many steps; null: after the epochs")
+    batch_tokens: Whole = Field(65_536, ge=1, description="tokens in one micro-batch per rank")
+    grad_accum_steps: Whole = Field(1, ge=1, description="micro-batches per optimiser step")
+    lr: Real = Field(2e-4, gt=0, description="peak learning rate")
+    min_lr: Real = Field(0.0, ge=0, description="learning rate at the end of the schedule")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="course of the learning rate after warm-up")
+    warmup_steps: Whole = Field(0, ge=0, description="steps over which the learning rate rises from zero to lr")
+    weight_decay: Real = Field(
+        0.1, ge=0, description="AdamW's decay of matrices (never norms, biases, sine parameters)"
+    )
+    label_smoothing: Real = Field(
+        0.0, ge=0, lt=1, description="probability mass spread over the vocabulary in training"
+    )
+    grad_clip: Real | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for hidden matrices, AdamW for the rest"
+    )
+    amp: Amp = Field("auto", description="auto: bf16 where the device computes in it, else fp32; null means fp32")
+    compile: Flag = Field(False, description="torch.compile the model: slow to start, faster per step")
+    ddp: Literal["auto", "on", "off"] = Field(
+        "auto", description="data parallel under torchrun; auto: when there is one"
+    )
+    grad_checkpoint: Flag = Field(False, description="recompute activations in the backward pass, to save memory")
+    checkpoint_dir: Text = Field(
+        "runs/default", description="the run folder: checkpoints, metrics.jsonl, loss_curve.png"
+    )
+    log_interval_steps: Whole = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    eval_interval_steps: PositiveWhole | None = Field(
+        None, description="steps between validations; null: only at the end"
+    )
+    save_interval_steps: PositiveWhole | None = Field(
+        None, description="steps between checkpoints; null: only at the end"
+    )
+    keep_checkpoints: Whole = Field(
+        2, ge=1, description="newest checkpoints kept on disk; the best one is kept besides"
+    )
+    seed: Whole = Field(1337, ge=0, description="decides the initial weights, the order of the data and dropout")
+    device: Text = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N")
+
+    @field_validator("amp", mode="before")
+    @classmethod
+    def _null_amp_is_fp32(cls, value: object) -> object:
+        return "fp32" if value is None else value
+
+    @field_validator("ddp", mode="before")
+    @classmethod
+    def _ddp_may_be_boolean(cls, value: object) -> object:
+        # YAML 1.1 readers turn on and off into booleans before anyone can ask what was meant.
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    def checks(self) -> list[Check]:
+        found: list[Check] = []
+        if self.min_lr > self.lr:
+            found.append(Check(("min_lr", "lr"), f"min_lr {self.min_lr:g} exceeds lr {self.lr:g}"))
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
+            message = f"{self.warmup_steps} warm-up steps do not fit into max_steps {self.max_steps}"
+            found.append(Check(("warmup_steps", "max_steps"), message))
+        return found
