@@ -1,0 +1,260 @@
+"""Sources as configured enter; documents of text leave one at a time, with a count of everything read or left out."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from psannlm.config.data import BuiltinSource, PathSource, Source
+from psannlm.data.files import decoded, find_files, opened, read_text, split_suffix
+from psannlm.errors import CorpusError, nearest
+
+PYTHON_REFERENCE = "python-reference"
+_NAMES_KEPT = 5
+_PROBLEMS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Document:
+    """One source text and where it came from: ``path``, ``path:line``, ``python-reference/topic`` or ``text 3``."""
+
+    text: str
+    name: str
+
+    @property
+    def n_bytes(self) -> int:
+        """Length of the text in UTF-8."""
+        return len(self.text) if self.text.isascii() else len(self.text.encode("utf-8"))
+
+
+@dataclass
+class ReadReport:
+    """What reading a corpus came to. ``drops`` counts what was left out by reason, ``examples`` names the first few."""
+
+    files: int = 0
+    documents: int = 0
+    bytes: int = 0
+    byte_order_marks: int = 0
+    drops: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    builtin: dict[str, str] = field(default_factory=dict)
+    _digest: Any = field(default_factory=hashlib.sha256, repr=False, compare=False)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of all text so far in UTF-8, documents joined by a NUL; of one plain file, the file's own."""
+        digest: str = self._digest.hexdigest()
+        return digest
+
+    def add(self, document: Document) -> None:
+        """Count a document that was read. Raises CorpusError if its text is not Unicode text."""
+        try:
+            content = document.text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise CorpusError(
+                f"{document.name}: lone surrogate U+{ord(document.text[error.start]):04X} at character {error.start}, "
+                "which is not Unicode text; remove it"
+            ) from error
+        self._digest.update(b"\0" + content if self.documents else content)
+        self.documents += 1
+        self.bytes += len(content)
+
+    def drop(self, reason: str, name: str) -> None:
+        """Count something that was left out."""
+        self.drops[reason] += 1
+        names = self.examples.setdefault(reason, [])
+        if len(names) < _NAMES_KEPT:
+            names.append(name)
+
+    def lines(self) -> list[str]:
+        """Return the report in lines for people."""
+        figures = f"{_count(self.documents, 'document')}, {self.bytes:,} bytes, sha256 {self.sha256}"
+        if self.files:
+            said = [f"corpus: {figures}, from {_count(self.files, 'file')}", *self.builtin.values()]
+        else:
+            said = [f"corpus: {line}" for line in self.builtin.values()] or [f"corpus: {figures}"]
+        if self.byte_order_marks:
+            said.append(f"took off {_count(self.byte_order_marks, 'byte order mark')}")
+        for reason, count in sorted(self.drops.items()):
+            more = ", ..." if count > len(self.examples[reason]) else ""
+            said.append(f"left out: {reason} x {count:,} ({', '.join(self.examples[reason])}{more})")
+        return said
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def read_documents(sources: Sequence[Source], report: ReadReport | None = None) -> Iterator[Document]:
+    """Return the documents of all sources in order, read as they are asked for; ``report`` is kept up to date.
+
+    No more than one document (for .txt one file) is in memory. Blank documents are left out and counted. Paths are
+    looked up now, contents are checked when reached.
+
+    Raises:
+        CorpusError: now, naming every path that is missing or cannot be read; later, for damaged or undecodable files,
+            malformed records, and, at the end, when there was no text at all.
+    """
+    report = ReadReport() if report is None else report
+    plan: list[tuple[Source, list[str]]] = []
+    problems: list[str] = []
+    seen: set[str] = set()
+    for source in sources:
+        files: list[str] = []
+        if isinstance(source, PathSource):
+            found, wrong = find_files(source.path, report.drop)
+            problems += wrong
+            for path in found:
+                real = os.path.realpath(path)
+                if real in seen:
+                    report.drop("file named before", path)
+                else:
+                    files.append(path)
+                seen.add(real)
+        plan.append((source, files))
+    if problems:
+        more = [f"  and {len(problems) - _PROBLEMS_SHOWN:,} more"] if len(problems) > _PROBLEMS_SHOWN else []
+        shown = [f"  {problem}" for problem in problems[:_PROBLEMS_SHOWN]]
+        raise CorpusError("\n".join(["cannot read the corpus:", *shown, *more]))
+    return keep_text(_read(plan, report), report)
+
+
+def keep_text(documents: Iterable[Document], report: ReadReport) -> Iterator[Document]:
+    """Yield the documents that hold text and count all of them in ``report``.
+
+    Raises:
+        CorpusError: a document is not Unicode text, or, at the end, none held any text.
+    """
+    for document in documents:
+        if not document.text or document.text.isspace():
+            report.drop("blank document", document.name)
+        else:
+            report.add(document)
+            yield document
+    if not report.documents:
+        left_out = "".join(f"\n  {line}" for line in report.lines()[1:])
+        raise CorpusError(f"the corpus holds no text; name files with text in data.sources{left_out}")
+
+
+def _read(plan: Sequence[tuple[Source, list[str]]], report: ReadReport) -> Iterator[Document]:
+    for source, files in plan:
+        if isinstance(source, BuiltinSource):
+            documents = builtin_documents()
+            report.builtin[source.builtin] = _describe_builtin(documents)
+            yield from documents
+            continue
+        for path in files:
+            report.files += 1
+            kind, _ = split_suffix(path)
+            if os.path.getsize(path) == 0:
+                report.drop("empty file", path)
+            elif kind == ".parquet":
+                yield from _parquet_rows(path, source.text_key)
+            elif kind == ".jsonl":
+                yield from _json_lines(path, source.text_key, report)
+            elif source.per_line:
+                for number, line in _lines(path, report):
+                    yield Document(line, f"{path}:{number}")
+            else:
+                text, has_mark = read_text(path)
+                report.byte_order_marks += has_mark
+                yield Document(text, path)
+
+
+def builtin_documents() -> list[Document]:
+    """Return the topics of Python's language reference (``pydoc_data.topics``), a document each, sorted by name.
+
+    Raises:
+        CorpusError: this Python was installed without them.
+    """
+    try:
+        topics: Mapping[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except (ImportError, AttributeError):
+        topics = {}
+    documents = [Document(topics[name], f"{PYTHON_REFERENCE}/{name}") for name in sorted(topics)]
+    if not any(document.text.strip() for document in documents):
+        raise CorpusError(
+            f"the built-in corpus {PYTHON_REFERENCE} is pydoc_data.topics, and this Python came without it. Install "
+            "the full standard library (Debian: apt install libpython3-stdlib; Fedora: dnf install python3-libs), or "
+            "name text of your own in data.sources."
+        )
+    return documents
+
+
+def _describe_builtin(documents: Sequence[Document]) -> str:
+    report = ReadReport()
+    for document in documents:
+        report.add(document)
+    return f"{PYTHON_REFERENCE}: {report.documents} topics, {report.bytes:,} bytes, sha256 {report.sha256}"
+
+
+def _lines(path: str, report: ReadReport) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text without the line's end) of lines that are not blank."""
+    offset = 0
+    with opened(path) as file:
+        # Bytes are split, so that only \n ends a line; str.splitlines would break at U+2028 and a dozen others.
+        for number, raw in enumerate(file, start=1):
+            text, has_mark = decoded(raw, path, offset)
+            report.byte_order_marks += has_mark
+            offset += len(raw)
+            text = text.removesuffix("\n").removesuffix("\r")
+            if not text or text.isspace():
+                report.drop("blank line", f"{path}:{number}")
+            else:
+                yield number, text
+
+
+def _json_lines(path: str, text_key: str, report: ReadReport) -> Iterator[Document]:
+    for number, line in _lines(path, report):
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CorpusError(f"{where}: not JSON: {error.msg} at column {error.colno}; repair the line") from error
+        except (RecursionError, ValueError) as error:
+            raise CorpusError(f"{where}: JSON that cannot be read ({error}); repair the line") from error
+        if not isinstance(record, dict):
+            raise CorpusError(f'{where}: a line must be an object such as {{"{text_key}": "..."}}, not {_kind(record)}')
+        if text_key not in record:
+            keys = ", ".join(map(repr, list(record)[:8])) or "none"
+            hint = nearest(text_key, record) or "; name the key that holds the text (text_key)"
+            raise CorpusError(f"{where}: no key '{text_key}' among {keys}{hint}")
+        if not isinstance(record[text_key], str):
+            raise CorpusError(f"{where}: '{text_key}' must hold a string, not {_kind(record[text_key])}")
+        yield Document(record[text_key], where)
+
+
+def _kind(value: object) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _parquet_rows(path: str, text_key: str) -> Iterator[Document]:
+    # Imported by name: the package is an extra, and whether it is here was checked when the paths were looked up.
+    parquet: Any = importlib.import_module("pyarrow.parquet")
+    arrow: Any = importlib.import_module("pyarrow")
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_key not in names:
+                hint = nearest(text_key, names) or "; name the column that holds the text (text_key)"
+                raise CorpusError(f"{path}: no column '{text_key}' among {', '.join(map(repr, names[:8]))}{hint}")
+            row = 0
+            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
+                for value in batch.column(0):
+                    row += 1
+                    text = value.as_py()
+                    if not isinstance(text, str):
+                        raise CorpusError(f"{path}: row {row}: '{text_key}' must hold a string, not {_kind(text)}")
+                    yield Document(text, f"{path}:{row}")
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"{path}: not a whole Parquet file ({error}); write it again") from error

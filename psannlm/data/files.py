@@ -1,0 +1,256 @@
+"""Files, folders and globs as a person wrote them enter; regular files of text leave, opened through their compression.
+
+Everything wrong with the paths of a corpus is found before the first byte is read, and said at once.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import importlib
+import io
+import os
+import re
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from psannlm.errors import CorpusError, nearest
+
+TEXT_SUFFIXES = (".txt", ".jsonl")
+COMPRESSIONS = ("", ".gz", ".zst")
+KNOWN_SUFFIXES = (*(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSIONS), ".parquet")
+_KNOWN = "a corpus is .txt or .jsonl, each also .gz or .zst, or .parquet"
+# Named outright, any other file is read as plain text; these would be read as something their author did not mean.
+_NOT_PLAIN_TEXT = (".json", ".csv", ".tsv", ".zip", ".tar", ".bz2", ".xz", ".7z", ".pdf", ".docx", ".odt", ".epub")
+_CHUNK_BYTES = 1 << 20
+_LEADS_BACK = "this link leads back to"
+
+Drop = Callable[[str, str], None]
+
+
+def split_suffix(path: str) -> tuple[str, str]:
+    """Return (kind, compression) of a file name in small letters: ``a.TXT.gz`` gives ``(".txt", ".gz")``."""
+    name, last = os.path.splitext(os.path.basename(path).lower())
+    if last in (".gz", ".zst"):
+        return os.path.splitext(name)[1], last
+    return last, ""
+
+
+def find_files(pattern: str, drop: Drop) -> tuple[list[str], list[str]]:
+    """Return (files, problems) of one path, folder or glob, the files in an order that is the same everywhere.
+
+    Folders are read to the bottom; hidden entries and files that are no corpus are left out and ``drop(reason, name)``
+    is called for each. A problem is one line for people: what is wrong, and what to do.
+    """
+    path = os.path.expanduser(pattern)
+    if os.path.lexists(path):
+        return _look_into([path], drop)
+    if glob.has_magic(path):
+        return _look_into_glob(pattern, path, drop)
+    return [], [f"{pattern}: no such file or folder; {_near(path)}"]
+
+
+def _look_into_glob(pattern: str, path: str, drop: Drop) -> tuple[list[str], list[str]]:
+    if "**" in path:
+        # glob follows links, and would go round a circle of two links 2 ** 40 times.
+        root = os.path.dirname(path[: re.search(r"[*?[]", path).start()]) or "."  # type: ignore[union-attr]
+        _, circles = _look_into([root], lambda reason, name: None)
+        if circles := [problem for problem in circles if _LEADS_BACK in problem]:
+            return [], circles
+    matches = sorted(glob.glob(path, recursive=True))
+    if not matches:
+        return [], [f"{pattern}: nothing matches; {_near(path)}"]
+    suffix = os.path.splitext(path)[1]
+    if suffix and not glob.has_magic(suffix):
+        # A pattern that spells its suffix out, such as *.md, names files as a plain path does.
+        return _look_into(matches, drop)
+    # With ** a folder and the files inside it both match; the files come once.
+    found, problems = _look_into([match for match in matches if os.path.isdir(match) or _is_known(match, drop)], drop)
+    return list(dict.fromkeys(found)), problems
+
+
+def _near(path: str) -> str:
+    """Return what stands nearest to a path that is missing."""
+    missing, parent = path, os.path.dirname(path.rstrip("/")) or "."
+    while not os.path.isdir(parent):
+        missing, parent = parent, os.path.dirname(parent.rstrip("/")) or "."
+    try:
+        siblings = os.listdir(parent)
+    except OSError:
+        siblings = []
+    found = nearest(os.path.basename(missing.rstrip("/")), siblings)
+    return f"looked in {os.path.abspath(parent)}{found or '; check the spelling, or the folder you started in'}"
+
+
+def _look_into(paths: list[str], drop: Drop) -> tuple[list[str], list[str]]:
+    files: list[str] = []
+    problems: list[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            before = len(files), len(problems)
+            _walk(path, (), set(), files, problems, drop)
+            if before == (len(files), len(problems)):
+                problems.append(f"{path}: no text in this folder; {_KNOWN}")
+        elif problem := _unreadable(path):
+            problems.append(problem)
+        else:
+            files.append(path)
+    return files, problems
+
+
+def _walk(
+    folder: str, above: tuple[str, ...], visited: set[str], files: list[str], problems: list[str], drop: Drop
+) -> None:
+    """Collect the files and problems below ``folder``; ``above`` holds the folders it lies in, links resolved."""
+    real = os.path.realpath(folder)
+    if real in above:
+        problems.append(f"{folder}: {_LEADS_BACK} {real}, which holds it; remove the link")
+        return
+    if real in visited:
+        drop("folder linked twice", folder)
+        return
+    visited.add(real)
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        problems.append(f"{folder}: {error.strerror}; make the folder readable, or name the files you want")
+        return
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.startswith("."):
+            drop("hidden entry", path)
+        elif os.path.isdir(path):
+            _walk(path, (*above, real), visited, files, problems, drop)
+        elif _is_known(path, drop):
+            if problem := _unreadable(path):
+                problems.append(problem)
+            else:
+                files.append(path)
+
+
+def _is_known(path: str, drop: Drop) -> bool:
+    if path.lower().endswith(KNOWN_SUFFIXES):
+        return True
+    drop("file of another kind", path)
+    return False
+
+
+def _unreadable(path: str) -> str | None:
+    """Return why ``path`` cannot be a file of a corpus, or None; a pipe is found out without being waited on."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        link = " (a link that leads nowhere, or round in a circle)" if os.path.islink(path) else ""
+        return f"{path}: {error.strerror}{link}; repair or remove it"
+    if not stat.S_ISREG(mode):
+        return f"{path}: not a regular file (a pipe, socket or device); save its text to a .txt file first"
+    if not os.access(path, os.R_OK):
+        return f"{path}: permission denied; make the file readable"
+    kind, compression = split_suffix(path)
+    if kind in _NOT_PLAIN_TEXT or (kind == ".parquet" and compression):
+        return f"{path}: {kind}{compression} cannot be read; {_KNOWN}: convert it to .jsonl, one JSON object a line"
+    for needed, module in ((".zst", "zstandard"), (".parquet", "pyarrow")):
+        if needed in (kind, compression) and (problem := _missing_module(module)):
+            return f"{path}: {problem}"
+    return None
+
+
+def _missing_module(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"reading it takes the package {module} ({error}); run pip install '.[data]' in the clone"
+    return None
+
+
+@contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+    """Yield the bytes of a file, decompressed on the way.
+
+    Raises:
+        CorpusError: the file cannot be opened or read, or its compression is damaged or cut short.
+    """
+    try:
+        with open(path, "rb") as raw:
+            compression = split_suffix(path)[1]
+            if compression == ".gz":
+                with gzip.open(raw) as unpacked:
+                    yield unpacked  # type: ignore[misc]
+            elif compression == ".zst":
+                yield io.BufferedReader(_ZstandardReader(raw), _CHUNK_BYTES)
+            else:
+                yield raw
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise CorpusError(f"{path}: damaged or cut short ({error}); copy or compress the file again") from error
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+class _ZstandardReader(io.RawIOBase):
+    """Decompresses frame after frame; the package's own reader takes a file that was cut short for a whole one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._zstandard: Any = importlib.import_module("zstandard")
+        self._frame: Any = None
+        self._packed = b""
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = self._packed or self._raw.read(_CHUNK_BYTES)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the last frame has no end")
+                return 0
+            if self._frame is None:
+                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = self._frame.decompress(packed)
+            except self._zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        n_bytes = min(len(buffer), len(self._ready))
+        buffer[:n_bytes], self._ready = self._ready[:n_bytes], self._ready[n_bytes:]
+        return n_bytes
+
+
+def read_text(path: str) -> tuple[str, bool]:
+    """Return the text of a whole file and whether it began with a byte order mark, which is taken off.
+
+    Raises:
+        CorpusError: as :func:`opened`, and for bytes that are not UTF-8.
+    """
+    with opened(path) as file:
+        content = file.read()
+    return decoded(content, path, 0)
+
+
+def decoded(content: bytes, path: str, offset: int) -> tuple[str, bool]:
+    """Return the text of ``content``, byte ``offset`` and on of ``path``, and whether a byte order mark was taken off.
+
+    Raises:
+        CorpusError: a byte is not UTF-8; names file, place and byte.
+    """
+    has_mark = offset == 0 and content.startswith(b"\xef\xbb\xbf")
+    skipped = 3 if has_mark else 0
+    try:
+        return str(memoryview(content)[skipped:], "utf-8"), has_mark
+    except UnicodeDecodeError as error:
+        at = offset + skipped + error.start
+        byte = content[skipped + error.start]
+    encoding = "utf-16" if offset == 0 and content[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+    where = f"byte {at:,}" + (" of the decompressed text" if split_suffix(path)[1] else "")
+    raise CorpusError(
+        f"{path}: {where} is 0x{byte:02X}, which is not UTF-8. If the file is in another encoding, convert it: "
+        f"iconv -f {encoding} -t utf-8 {Path(path).name} > converted.txt"
+    )

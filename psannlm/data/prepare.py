@@ -1,0 +1,186 @@
+"""A data configuration or documents enter; a tokenizer and token stores for training and validation leave.
+
+The tokenizer is fitted on the training documents alone: entries learnt from held-out text would flatter its score.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from psannlm.config.data import DataConfig
+from psannlm.data.documents import Document, ReadReport, keep_text, read_documents
+from psannlm.data.order import shuffled
+from psannlm.data.shards import TokenStore, encode_documents
+from psannlm.errors import CorpusError
+from psannlm.tokenizers.base import Tokenizer
+from psannlm.tokenizers.resolve import fit_tokenizer, load_tokenizer
+
+Notice = Callable[[str], None]
+
+# Shorter paragraphs ("Example:", "See also") recur in all prose and say nothing about text that was seen before.
+_PARAGRAPH_CHARACTERS = 60
+_PARAGRAPH_END = re.compile(r"\n\s*\n")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A corpus ready to be cut into windows.
+
+    ``val`` is None when nothing was held out. ``val_overlap`` is the share of the held-out text, in [0, 1], whose
+    paragraphs stand word for word in a training document too: a loss on such text says little about new text.
+    """
+
+    tokenizer: Tokenizer
+    train: TokenStore
+    val: TokenStore | None
+    report: ReadReport
+    val_overlap: float | None = None
+
+
+def prepare(config: DataConfig, notice: Notice) -> PreparedData:
+    """Read the configured sources, split them, fit or load the tokenizer and encode; ``notice`` gets lines for people.
+
+    Raises:
+        CorpusError: a source is missing or cannot be read, or there is less text than one window.
+        TokenizerError: the tokenizer cannot be fitted or read.
+    """
+    report = ReadReport()
+    return _prepare(read_documents(config.sources, report), report, config, notice, None)
+
+
+def prepare_documents(
+    documents: Iterable[Document], config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = None
+) -> PreparedData:
+    """Do what :func:`prepare` does with documents at hand; a ``tokenizer`` given here is used as it is."""
+    report = ReadReport()
+    return _prepare(keep_text(documents, report), report, config, notice, tokenizer)
+
+
+def _prepare(
+    documents: Iterable[Document], report: ReadReport, config: DataConfig, notice: Notice, tokenizer: Tokenizer | None
+) -> PreparedData:
+    train_documents, val_documents = split_documents(list(documents), config.val_split, config.seed)
+    for line in report.lines():
+        notice(line)
+    if tokenizer is None:
+        tokenizer = _tokenizer(train_documents, config, notice)
+    notice(
+        f"tokenizer: {tokenizer.backend}, {tokenizer.vocab_size:,} entries, fingerprint {tokenizer.fingerprint[:12]}"
+    )
+    train = encode_documents(train_documents, tokenizer)
+    _refuse_too_little(train, config.max_length)
+    notice(f"train: {_size(train)}")
+    if not val_documents:
+        return PreparedData(tokenizer, train, None, report)
+    val = encode_documents(val_documents, tokenizer)
+    overlap = shared_text(val_documents, train_documents)
+    notice(f"validation: {_size(val)}; {overlap:.1%} of its text stands word for word in the training text too")
+    return PreparedData(tokenizer, train, val, report, overlap)
+
+
+def _tokenizer(train_documents: Sequence[Document], config: DataConfig, notice: Notice) -> Tokenizer:
+    if config.tokenizer_model_path is not None:
+        return load_tokenizer(Path(config.tokenizer_model_path))
+    texts = (document.text for document in train_documents)
+    return fit_tokenizer(texts, config.tokenizer, config.vocab_size, seed=config.seed, notice=notice)
+
+
+def _size(store: TokenStore) -> str:
+    noun = "document" if store.n_documents == 1 else "documents"
+    per_token = f"{store.n_bytes / store.n_tokens:.2f} bytes per token" if store.n_tokens else "no tokens"
+    return f"{store.n_documents:,} {noun}, {store.n_bytes:,} bytes, {store.n_tokens:,} tokens ({per_token})"
+
+
+def _refuse_too_little(train: TokenStore, max_length: int) -> None:
+    needed = max_length + 1
+    if train.n_framed_tokens < needed:
+        raise CorpusError(
+            f"the training text is shorter than one window: it has {train.n_framed_tokens:,} tokens, begin and end of "
+            f"text among them, and data.max_length {max_length:,} needs {needed:,}. Set data.max_length to "
+            f"{train.n_framed_tokens - 1:,} or less, or add text."
+        )
+
+
+def split_documents(
+    documents: Sequence[Document], val_split: float, seed: int
+) -> tuple[list[Document], list[Document]]:
+    """Return (training, validation) documents, both in reading order.
+
+    Which are held out depends on nothing but ``seed`` and how many documents there are: ``round(val_split * n)`` of
+    them, at least one and never all. A single document is cut in two, and its end is held out.
+
+    Raises:
+        CorpusError: a single document is too short to be cut.
+    """
+    if val_split <= 0:
+        return list(documents), []
+    if len(documents) == 1:
+        return _cut(documents[0], val_split)
+    n_held_out = min(max(1, round(val_split * len(documents))), len(documents) - 1)
+    held_out = set(shuffled(len(documents), seed, "validation split")[:n_held_out].tolist())
+    train = [document for index, document in enumerate(documents) if index not in held_out]
+    return train, [documents[index] for index in sorted(held_out)]
+
+
+def _cut(document: Document, val_split: float) -> tuple[list[Document], list[Document]]:
+    text = document.text
+    wanted = min(max(1, round(len(text) * (1 - val_split))), len(text) - 1)
+    at = _boundary_near(text, wanted, reach=max(1, min(wanted, len(text) - wanted) // 10))
+    parts = text[:at], text[at:]
+    if not all(part.strip() for part in parts):
+        raise CorpusError(
+            f"{document.name}: {len(text):,} characters are too few to hold out {val_split:g} of them; "
+            "add text, or set data.val_split to 0"
+        )
+    named = [
+        Document(part, f"{document.name} [{half} part]") for part, half in zip(parts, ("first", "last"), strict=True)
+    ]
+    return named[:1], named[1:]
+
+
+def _boundary_near(text: str, wanted: int, reach: int) -> int:
+    """Return where to cut: after the paragraph, else line, else word that ends nearest ``wanted`` within ``reach``."""
+    low, high = max(1, wanted - reach), min(len(text) - 1, wanted + reach)
+    for boundary in ("\n\n", "\n", " "):
+        before = text.rfind(boundary, max(0, low - len(boundary)), wanted)
+        after = text.find(boundary, wanted - len(boundary) + 1, high)
+        ends = [start + len(boundary) for start in (before, after) if start >= 0]
+        if ends:
+            return min(ends, key=lambda end: (abs(end - wanted), end))
+    return wanted
+
+
+def shared_text(held_out: Iterable[Document], train: Iterable[Document]) -> float:
+    """Return the share of held-out bytes in paragraphs that also occur in a training document, in [0, 1].
+
+    Paragraphs end at blank lines and are compared with runs of white space as one space; only those of 60 characters
+    or more can count as shared. Memory grows with the held-out text, not with the training text.
+    """
+    sizes: dict[bytes, int] = {}
+    total = 0
+    for paragraph in _paragraphs(held_out):
+        n_bytes = len(paragraph.encode("utf-8"))
+        total += n_bytes
+        if len(paragraph) >= _PARAGRAPH_CHARACTERS:
+            key = _key(paragraph)
+            sizes[key] = sizes.get(key, 0) + n_bytes
+    shared = 0
+    for paragraph in _paragraphs(train):
+        if len(paragraph) >= _PARAGRAPH_CHARACTERS:
+            shared += sizes.pop(_key(paragraph), 0)
+    return shared / total if total else 0.0
+
+
+def _paragraphs(documents: Iterable[Document]) -> Iterator[str]:
+    for document in documents:
+        for paragraph in _PARAGRAPH_END.split(document.text):
+            if words := " ".join(paragraph.split()):
+                yield words
+
+
+def _key(paragraph: str) -> bytes:
+    return hashlib.blake2b(paragraph.encode("utf-8"), digest_size=16).digest()
