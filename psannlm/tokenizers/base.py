@@ -1,0 +1,103 @@
+"""What every tokenizer promises, whatever library is underneath."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from psannlm.errors import TokenizerError
+from psannlm.storage import write_bytes
+
+PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
+SPECIALS = (PAD, BOS, EOS, UNK)
+N_BYTES = 256
+MIN_VOCAB_SIZE = N_BYTES + len(SPECIALS) + 1
+
+
+class Tokenizer(ABC):
+    """Text to ids and back, without loss: ``decode(encode(text)) == text`` for every string of Unicode scalar values.
+
+    Text that spells a special (``</s>``) is encoded as ordinary text: no input can forge a control token.
+    """
+
+    backend: str
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    unk_id: int
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``, no specials added.
+
+        Raises:
+            TokenizerError: ``text`` holds a lone surrogate, which is not Unicode text.
+        """
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return what ``encode`` gives for each text, computed on the library's own threads."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids``; specials give no text, and bytes that are not UTF-8 give U+FFFD."""
+
+    @abstractmethod
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return a printable form of each id, for people to look at."""
+
+    @abstractmethod
+    def to_bytes(self) -> bytes:
+        """Return the tokenizer as one file's content; ``resolve.tokenizer_from_bytes`` reads it back."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that stand for no text."""
+        return frozenset((self.pad_id, self.bos_id, self.eos_id, self.unk_id))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's bytes: two tokenizers with one fingerprint are the same."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def save(self, path: Path | str) -> Path:
+        """Write the tokenizer file atomically and return its path. Raises StorageError if it cannot be written."""
+        path = Path(path)
+        write_bytes(path, self.to_bytes())
+        return path
+
+
+def refuse_surrogates(text: str, name: str = "") -> None:
+    """Raise TokenizerError naming the first lone surrogate of ``text``, if any; ``name`` says which text it is."""
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        message = (
+            f"{name}{': ' if name else ''}lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: "
+            "not Unicode text. Read the file as UTF-8 with errors='replace', or remove the character."
+        )
+        raise TokenizerError(message) from error
+
+
+def refuse_surrogates_in(texts: Sequence[str]) -> None:
+    """Raise TokenizerError for the first of ``texts`` (counted from 0) that holds a lone surrogate."""
+    for i, text in enumerate(texts):
+        refuse_surrogates(text, f"text {i}")
+
+
+def refuse_unknown_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raise TokenizerError if an id lies outside ``0 .. vocab_size - 1``."""
+    if len(ids) and (min(ids) < 0 or max(ids) >= vocab_size):
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        message = f"id {wrong} lies outside the vocabulary 0 .. {vocab_size - 1}; was it made by another tokenizer?"
+        raise TokenizerError(message)
+
+
+def printable(piece: str) -> str:
+    """Return ``piece`` with every character that cannot be seen written as an escape such as ``\\n``."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in piece)

@@ -1,0 +1,181 @@
+"""Text to ids and back with SentencePiece (arXiv 1808.06226), fitted here so that nothing is lost."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+import sentencepiece
+
+from psannlm.errors import TokenizerError
+from psannlm.tokenizers.base import (
+    BOS,
+    EOS,
+    N_BYTES,
+    PAD,
+    SPECIALS,
+    UNK,
+    Tokenizer,
+    printable,
+    refuse_surrogates,
+    refuse_surrogates_in,
+    refuse_unknown_ids,
+)
+from psannlm.tokenizers.sample import PASSAGE_CHARS
+
+# SentencePiece writes a space as ▁, so a ▁ of the text itself must become something else, and that something too. The
+# private-use escape is always followed by 0 or 1 in escaped text, which makes the way back unambiguous.
+_SPACE_MARK = "\u2581"
+_ESCAPE = "\uf8f0"
+_ESCAPED_ESCAPE = _ESCAPE + "0"
+_ESCAPED_MARK = _ESCAPE + "1"
+
+# A sentence that holds NUL or ▅ (the trainer's own mark) would be dropped whole, and a piece that spells a special or a
+# byte piece would clash with it: passages are cut there, so that no such piece can be learned.
+_CUTS = re.compile(r"[\0\u2585]+|(?<=<)(?=pad>|/?s>|unk>|0x[0-9A-F]{2}>)")
+
+# Sums over threads are rounded in an order set by their number: the same number everywhere gives the same model.
+_FIT_THREADS = 16
+# The most frequent characters that make up this share of the text may have pieces of their own.
+_COVERAGE = 0.9999
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model: one fitted here (lossless), or any ``.model`` file, used just as its makers do.
+
+    Args:
+        content: the bytes of a ``.model`` file. It must define the pieces for begin and end of text; padding may be
+            absent, and the end then stands in for it.
+
+    Raises:
+        TokenizerError: ``content`` is not a SentencePiece model, or lacks a special.
+    """
+
+    backend = "sentencepiece"
+
+    def __init__(self, content: bytes) -> None:
+        sentencepiece.SetMinLogLevel(3)  # the library tells its errors twice: by exception, and on stderr
+        try:
+            # An empty content would not be read at all, and the processor would answer without a model.
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content or b"\0")
+            self.vocab_size = self._model.vocab_size()
+        except (RuntimeError, OSError) as error:
+            raise TokenizerError("not a SentencePiece model, or a damaged one") from error
+        if not self.vocab_size:
+            raise TokenizerError("SentencePiece model without a single piece: the file is damaged")
+        self._content = content
+        for special, i in ((BOS, self._model.bos_id()), (EOS, self._model.eos_id())):
+            if i < 0:
+                kind = "begins" if special == BOS else "ends"
+                raise TokenizerError(
+                    f"SentencePiece model without the piece that {kind} a text, such as {special}; "
+                    "fit a tokenizer on the corpus, or use a model that defines it"
+                )
+        self.bos_id, self.eos_id, self.unk_id = self._model.bos_id(), self._model.eos_id(), self._model.unk_id()
+        self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
+        self._specials = self.special_ids
+        # The surface of the unknown piece is never shown, so it can carry the mark of the models that escape.
+        self._escapes = self._model.decode([self.unk_id]) == _ESCAPE
+
+    @classmethod
+    def fit(cls, texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+        """Fit a lossless unigram model of at most ``vocab_size`` pieces; the same texts give the same bytes.
+
+        Args:
+            texts: passages of at most ``sample.PASSAGE_CHARS`` characters.
+            vocab_size: at least ``base.MIN_VOCAB_SIZE``.
+        """
+        # With nothing left to learn (a text of NUL characters), any one character serves: the rest is bytes.
+        sentences = _sentences(texts, vocab_size) or [_ESCAPE]
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            max_sentence_length=8 * PASSAGE_CHARS,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_by_unicode_script=False,
+            byte_fallback=True,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            pad_piece=PAD,
+            bos_piece=BOS,
+            eos_piece=EOS,
+            unk_piece=UNK,
+            unk_surface=_ESCAPE,
+            num_threads=_FIT_THREADS,
+            minloglevel=3,
+        )
+        return cls(model.getvalue())
+
+    def to_bytes(self) -> bytes:
+        return self._content
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            ids: list[int] = self._model.encode(_escape(text) if self._escapes else text)
+        except (RuntimeError, TypeError, UnicodeError):
+            refuse_surrogates(text)
+            raise
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        prepared = [_escape(text) for text in texts] if self._escapes else list(texts)
+        try:
+            ids: list[list[int]] = self._model.encode(prepared)
+        except (RuntimeError, TypeError, UnicodeError):
+            refuse_surrogates_in(texts)
+            raise
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        refuse_unknown_ids(ids, self.vocab_size)
+        text: str = self._model.decode([int(i) for i in ids if i not in self._specials])
+        return _unescape(text) if self._escapes else text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        refuse_unknown_ids(ids, self.vocab_size)
+        return [printable(self._model.id_to_piece(int(i))) for i in ids]
+
+
+def _escape(text: str) -> str:
+    if _ESCAPE in text:
+        text = text.replace(_ESCAPE, _ESCAPED_ESCAPE)
+    if _SPACE_MARK in text:
+        text = text.replace(_SPACE_MARK, _ESCAPED_MARK)
+    return text
+
+
+def _unescape(text: str) -> str:
+    if _ESCAPE not in text:
+        return text
+    return text.replace(_ESCAPED_MARK, _SPACE_MARK).replace(_ESCAPED_ESCAPE, _ESCAPE)
+
+
+def _sentences(texts: Iterable[str], vocab_size: int) -> list[str]:
+    """Return ``texts``, escaped and cut at whatever the trainer must not see, rare characters among it.
+
+    Each character the trainer sees is given a piece, and it fails if they do not fit: at most half of the pieces that
+    bytes and specials leave go to characters. The others are written as bytes.
+    """
+    escaped = [_escape(text) for text in texts]
+    counts = Counter[str]()
+    for text in escaped:
+        counts.update(text)
+    room = max(1, (vocab_size - N_BYTES - len(SPECIALS)) // 2)
+    ranked = sorted(counts, key=lambda c: (-counts[c], c))
+    covered = accumulate(counts[c] for c in ranked)
+    wanted = sum(so_far <= _COVERAGE * counts.total() for so_far in covered) + 1
+    rare = dict.fromkeys(map(ord, ranked[min(room, wanted) :]), "\0")
+    return [part for text in escaped for part in _CUTS.split(text.translate(rare)) if part.strip("\r\n\t")]
