@@ -108,8 +108,8 @@ class ModelConfig(Section):
             found.append(Check(("n_heads", "d_model"), message))
         elif self.positional_encoding == "rope" and (self.d_model // self.n_heads) % 2:
             message = (
-                f"rope rotates pairs of features, but d_model {self.d_model} / n_heads {self.n_heads} gives the odd head "
-                f"size {self.d_model // self.n_heads}; {self._nearby_heads()}, or positional_encoding: alibi"
+                f"rope rotates pairs of features, but d_model {self.d_model} / n_heads {self.n_heads} gives the odd "
+                f"head size {self.d_model // self.n_heads}; {self._nearby_heads()}, or positional_encoding: alibi"
             )
             found.append(Check(("positional_encoding", "n_heads", "d_model"), message))
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
@@ -123,6 +123,6 @@ class ModelConfig(Section):
         window = range(max(1, centre - 256), min(self.d_model, centre + 256) + 1)
         divisors = [n for n in window if self.d_model % n == 0]
         if self.positional_encoding == "rope":
-            divisors = [n for n in divisors if (self.d_model // n) % 2 == 0] or divisors
+            divisors = [n for n in divisors if (self.d_model // n) % 2 == 0]
         close = sorted(sorted(divisors, key=lambda n: abs(n - centre))[:3])
-        return f"try n_heads {' or '.join(map(str, close))}" if close else "change either"
+        return f"try n_heads {' or '.join(map(str, close))}" if close else "change d_model"

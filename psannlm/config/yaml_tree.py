@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
 
 import yaml
 
@@ -62,8 +61,6 @@ class _Refused(Exception):
 class _Loader(yaml.SafeLoader):
     """Composes nodes only; values are built by ``_Builder``, which knows no tag beyond the core schema's."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
-
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
@@ -86,14 +83,15 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes text that the core schema would read as something else, and writes a value as often as it occurs."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
-
     def ignore_aliases(self, data: object) -> bool:
         return True
 
 
 _TOO_MANY = f"more than {_MAX_NODES:,} values, aliases expanded; name a folder or a glob rather than many files"
 
+# An own, empty table: otherwise PyYAML copies the one of YAML 1.1 when the first resolver is added.
+_Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = {}
 for _kind, _pattern in _CORE.items():
     _Loader.add_implicit_resolver(_TAG + _kind, _pattern, _FIRST_CHARACTERS[_kind])
     _Dumper.add_implicit_resolver(_TAG + _kind, _pattern, _FIRST_CHARACTERS[_kind])
