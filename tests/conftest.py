@@ -1,0 +1,52 @@
+"""What tests of several rooms share: a tiny corpus and a tokenizer that needs no fitting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from psannlm.tokenizers.base import BOS, EOS, PAD, SPECIALS, UNK, Tokenizer, refuse_surrogates
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class ByteTokenizer(Tokenizer):
+    """One id per UTF-8 byte after the four specials: small enough to check a result by hand."""
+
+    backend = "bytes"
+    vocab_size = 256 + len(SPECIALS)
+    pad_id, bos_id, eos_id, unk_id = (SPECIALS.index(name) for name in (PAD, BOS, EOS, UNK))
+
+    def encode(self, text: str) -> list[int]:
+        refuse_surrogates(text)
+        return [byte + len(SPECIALS) for byte in text.encode("utf-8")]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i - len(SPECIALS) for i in ids if i >= len(SPECIALS)).decode("utf-8", errors="replace")
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [SPECIALS[i] if i < len(SPECIALS) else f"<0x{i - len(SPECIALS):02X}>" for i in ids]
+
+    def to_bytes(self) -> bytes:
+        return b"bytes"
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> ByteTokenizer:
+    return ByteTokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus() -> Path:
+    """A dozen lines of English, one document per line."""
+    return REPOSITORY / "examples" / "lm" / "sample_texts.txt"
+
+
+@pytest.fixture(scope="session")
+def tiny_texts(tiny_corpus: Path) -> list[str]:
+    return tiny_corpus.read_text(encoding="utf-8").splitlines()

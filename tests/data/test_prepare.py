@@ -1,0 +1,182 @@
+"""Held-out text stays out of training and of the tokenizer; the split is a function of seed and count alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from psannlm.config.data import DataConfig
+from psannlm.data import prepare as prepare_module
+from psannlm.data.documents import Document
+from psannlm.data.prepare import prepare, prepare_documents, shared_text, split_documents
+from psannlm.errors import CorpusError
+from psannlm.tokenizers.base import Tokenizer
+
+
+def numbered(n: int) -> list[Document]:
+    return [Document(f"document {i} of the corpus", f"text {i + 1}") for i in range(n)]
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@given(n=st.integers(2, 60), share=st.floats(0.001, 0.999), seed=st.integers(0, 50))
+def test_the_split_parts_the_documents_and_never_takes_all(n: int, share: float, seed: int) -> None:
+    documents = numbered(n)
+    train, val = split_documents(documents, share, seed)
+    assert sorted([*train, *val], key=documents.index) == documents
+    assert train == sorted(train, key=documents.index)
+    assert val == sorted(val, key=documents.index)
+    assert len(val) == min(max(1, round(share * n)), n - 1)
+
+
+@given(n=st.integers(2, 60), seed=st.integers(0, 50))
+def test_which_documents_are_held_out_depends_on_seed_and_count_alone(n: int, seed: int) -> None:
+    one = split_documents(numbered(n), 0.3, seed)[1]
+    other = split_documents([Document("x" * (i + 1), d.name) for i, d in enumerate(numbered(n))], 0.3, seed)[1]
+    assert [document.name for document in one] == [document.name for document in other]
+
+
+def test_other_seeds_hold_out_other_documents() -> None:
+    assert len({tuple(d.name for d in split_documents(numbered(40), 0.1, seed)[1]) for seed in range(10)}) == 10
+
+
+def test_without_a_share_nothing_is_held_out() -> None:
+    assert split_documents(numbered(3), 0.0, 1) == (numbered(3), [])
+
+
+@given(text=st.text(min_size=1, max_size=300), share=st.floats(0.01, 0.99))
+def test_a_single_document_is_cut_in_two_without_loss_or_overlap(text: str, share: float) -> None:
+    try:
+        (first,), (last,) = split_documents([Document(text, "d")], share, 1)
+    except CorpusError:
+        assume(False)
+    assert first.text + last.text == text
+    assert first.text.strip()
+    assert last.text.strip()
+    assert (first.name, last.name) == ("d [first part]", "d [last part]")
+
+
+@pytest.mark.parametrize(("mark", "share"), [("\n\n", 0.1), ("\n", 0.1), (" ", 0.3), (" ", 0.7), ("", 0.1)])
+def test_a_cut_falls_between_paragraphs_lines_or_words_and_near_the_share(mark: str, share: float) -> None:
+    text = ("waves rise" + mark) * 400
+    (first,), (last,) = split_documents([Document(text, "d")], share, 1)
+    assert first.text.endswith(mark)
+    assert first.text.endswith("waves rise" + mark) or mark in ("", " ")
+    assert abs(len(last.text) / len(text) - share) < 0.03
+
+
+@pytest.mark.parametrize("text", ["a", "ab  ", "      a"])
+def test_a_document_too_short_to_cut_is_an_error(text: str) -> None:
+    with pytest.raises(CorpusError, match="val_split"):
+        split_documents([Document(text, "d")], 0.1, 1)
+
+
+def test_the_tokenizer_never_sees_held_out_text(monkeypatch: pytest.MonkeyPatch, byte_tokenizer: Tokenizer) -> None:
+    seen: list[str] = []
+
+    def fit(texts, backend, vocab_size, *, seed, notice):  # type: ignore[no-untyped-def]
+        seen.extend(texts)
+        assert (backend, vocab_size, seed) == ("simple", 300, 7)
+        return byte_tokenizer
+
+    monkeypatch.setattr(prepare_module, "fit_tokenizer", fit)
+    config = DataConfig(tokenizer="simple", vocab_size=300, val_split=0.25, seed=7, max_length=8)
+    data = prepare_documents(numbered(20), config, quiet)
+    assert data.val is not None
+    assert data.val.n_documents == 5
+    assert set(data.train.names).isdisjoint(data.val.names)
+    by_name = {document.name: document.text for document in numbered(20)}
+    assert seen == [by_name[name] for name in data.train.names]
+
+
+def test_a_tokenizer_made_elsewhere_is_used_and_none_is_fitted(
+    monkeypatch: pytest.MonkeyPatch, byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(prepare_module, "fit_tokenizer", None)
+    monkeypatch.setattr(
+        prepare_module, "load_tokenizer", lambda path: byte_tokenizer if path.name == "t.json" else None
+    )
+    config = DataConfig(tokenizer_model_path=str(tmp_path / "t.json"), max_length=8)
+    assert prepare_documents(numbered(3), config, quiet).tokenizer is byte_tokenizer
+
+
+def test_texts_come_through_with_nothing_lost_and_figures_for_people(byte_tokenizer: Tokenizer) -> None:
+    said: list[str] = []
+    documents = [*numbered(12), Document(" \n", "blank")]
+    data = prepare_documents(documents, DataConfig(val_split=0.25, max_length=8), said.append, byte_tokenizer)
+    assert data.val is not None
+    stores = (data.train, data.val)
+    back = {
+        store.names[i]: byte_tokenizer.decode(store.document(i).tolist())
+        for store in stores
+        for i in range(len(store.names))
+    }
+    assert back == {document.name: document.text for document in numbered(12)}
+    assert data.report.drops == {"blank document": 1}
+    joined = "\n".join(said)
+    for figure in (
+        "12 documents",
+        data.report.sha256,
+        "blank document x 1 (blank)",
+        "bytes, 260 entries",
+        "1.00 bytes per token",
+    ):
+        assert figure in joined
+    assert "validation: 3 documents" in joined
+    assert "0.0% of its text" in joined
+
+
+def test_files_go_all_the_way(tiny_corpus: Path) -> None:
+    source = {"path": str(tiny_corpus), "per_line": True}
+    config = DataConfig.model_validate({"sources": [source], "tokenizer": "simple", "max_length": 32, "val_split": 0.1})
+    data = prepare(config, quiet)
+    assert data.val is not None
+    assert (data.train.n_documents, data.val.n_documents) == (11, 1)
+    lines = tiny_corpus.read_text(encoding="utf-8").splitlines()
+    for store in (data.train, data.val):
+        for index, name in enumerate(store.names):
+            line = lines[int(name.rsplit(":", 1)[1]) - 1]
+            assert data.tokenizer.decode(store.document(index).tolist()) == line
+            assert store.doc_bytes[index] == len(line.encode())
+
+
+def test_a_corpus_shorter_than_one_window_is_an_error_with_both_figures(byte_tokenizer: Tokenizer) -> None:
+    document = [Document("x" * 8, "d")]
+    message = r"10 tokens.*max_length 10 needs 11.*max_length to 9 or less"
+    with pytest.raises(CorpusError, match=message):
+        prepare_documents(document, DataConfig(max_length=10), quiet, byte_tokenizer)
+    prepare_documents(document, DataConfig(max_length=9), quiet, byte_tokenizer)
+
+
+def test_no_documents_are_an_error(byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(CorpusError, match="no text"):
+        prepare_documents([], DataConfig(), quiet, byte_tokenizer)
+
+
+LONG = "A paragraph that is long enough to say that it was seen before, word for word."
+OTHER = "Another paragraph, long enough too, which stands nowhere but in this one document."
+
+
+def test_shared_text_counts_bytes_of_long_paragraphs_found_in_training() -> None:
+    train = [Document(f"intro\n\n  {LONG.replace(' ', '  ')}\r\n \r\nsame", "t"), Document("x", "u")]
+    share = len(LONG) / (2 * len(LONG) + len(OTHER) + len("same"))
+    held_out = [Document(f"{LONG}\n\n{OTHER}", "v"), Document(f"same\n \n{LONG.replace(' ', chr(10))}\n", "w")]
+    assert shared_text(held_out, train) == pytest.approx(2 * share)
+    assert shared_text(held_out, [Document(LONG[:-1] + "\n\nsame", "t")]) == 0
+    assert shared_text([Document(LONG, "v")], train * 3) == 1
+    assert shared_text([], train) == 0
+
+
+def test_the_share_is_reported_only_when_text_is_held_out(byte_tokenizer: Tokenizer) -> None:
+    documents = [Document(LONG, f"d{i}") for i in range(4)]
+    apart = prepare_documents(documents, DataConfig(max_length=8), quiet, byte_tokenizer)
+    assert (apart.val, apart.val_overlap) == (None, None)
+    said: list[str] = []
+    data = prepare_documents(documents, DataConfig(max_length=8, val_split=0.25), said.append, byte_tokenizer)
+    assert data.val_overlap == 1
+    assert "100.0% of its text stands word for word in the training text too" in said[-1]
