@@ -60,8 +60,8 @@ def examine(cls: type[S], at: KeyPath, value: object) -> Examined[S]:
         value = {}
     if not isinstance(value, Mapping):
         return Examined(cls(), (Finding(at, f"{show(value)} is not a group of keys; write its keys below it"),))
-    findings = [Finding((*at, show(key)), "a key must be text", True) for key in value if not isinstance(key, str)]
-    given = _without_empty_groups(cls, {key: item for key, item in value.items() if isinstance(key, str)})
+    findings: list[Finding] = []
+    given = _tidied(cls, value)
     try:
         section = cls.model_validate(given, context={"collect": True})
     except ValidationError as error:
@@ -135,9 +135,17 @@ def unknown_section(key: str) -> Finding:
     return Finding((key,), f"unknown section{nearest(key, SECTIONS)}; {hint}", True)
 
 
-def _without_empty_groups(cls: type[Section], given: dict[str, Any]) -> dict[str, Any]:
-    """Drop groups whose keys are all commented out, which YAML reads as null."""
-    return {k: v for k, v in given.items() if v is not None or _group_class(cls, k) is None}
+def _tidied(cls: type[Section], given: Mapping[object, Any]) -> dict[str, Any]:
+    """Return ``given`` with text for every key, and without groups whose keys are all commented out (null in YAML)."""
+    tidied: dict[str, Any] = {}
+    for key, value in given.items():
+        name = key if isinstance(key, str) else show(key)
+        group = _group_class(cls, name)
+        if group is None or not (value is None or isinstance(value, Mapping)):
+            tidied[name] = value
+        elif value is not None:
+            tidied[name] = _tidied(group, value)
+    return tidied
 
 
 def _group_class(cls: type[Section], name: str) -> type[Section] | None:
@@ -234,14 +242,14 @@ def _sentence(details: ErrorDetails, field: FieldInfo | None) -> str:
         return f"{shown} is {words} {show(context[name])}"
     if kind in ("too_long", "too_short", "missing") and isinstance(details["loc"][-1], int):
         return f"{shown} holds too few items; write [lowest, highest]"
+    if value == "":
+        return "is empty; write something, or drop the key"
     if kind in ("too_long", "too_short"):
         return f"{shown} holds {context['actual_length']} items; write {context.get('max_length', 'more')}"
     if kind == "missing":
         return "missing; it must be given"
     if kind == "string_pattern_mismatch" and field is not None:
         return f"{shown} is not one of {field.description}"
-    if kind == "string_too_short":
-        return "is empty; write something, or drop the key"
     return f"{shown}: {details['msg'][:1].lower()}{details['msg'][1:]}"
 
 

@@ -28,13 +28,17 @@ class Origin:
 
     def _problem(self, finding: Finding) -> Problem:
         path, name = finding.path, dotted(finding.path)
+        if path and path not in self._lines and path not in self._overrides:
+            # A group that exists only because an override reached into it.
+            for place, origin in self._overrides.items():
+                if place[: len(path)] == path:
+                    return Problem(name, f"{finding.message} (from the override {origin!r})")
         for end in range(len(path), 0, -1):
             if text := self._overrides.get(path[:end]):
                 return Problem(name, f"{finding.message} (from the override {text!r})")
             if line := self._lines.get(path[:end]):
                 return Problem(name, finding.message, line)
-        below = [text for place, text in self._overrides.items() if path and place[: len(path)] == path]
-        return Problem(name, f"{finding.message} (from the override {below[-1]!r})" if below else finding.message)
+        return Problem(name, finding.message)
 
 
 def apply_override(tree: dict[str, object], text: str, origin: Origin) -> list[Finding]:

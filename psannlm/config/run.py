@@ -126,12 +126,14 @@ def _assemble(
     if not isinstance(value, Mapping):
         message = f"{show(value)} where the sections {', '.join(SECTIONS)} are expected"
         raise ConfigError(f"{source}: {message}" if source else message)
+    unread = {finding.path for finding in findings}
     findings = findings + [unknown_section(str(key)) for key in value if key not in SECTIONS]
     sections: dict[str, Section] = {}
     for name, cls in SECTIONS.items():
         examined = examine(cls, (name,), value.get(name))
         sections[name] = examined.section
-        findings += examined.findings
+        # What stands in for a value that could not be read is not to be judged as well.
+        findings += [finding for finding in examined.findings if finding.path not in unread]
     config = RunConfig.model_validate(sections, context={"collect": True})
     refused = {finding.path for finding in findings}
     across = [*config.checks(), *_evaluation_without_data(config)]

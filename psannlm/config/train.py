@@ -15,7 +15,7 @@ class TrainConfig(Section):
     """One training run. A step is one optimiser update."""
 
     epochs: Whole = Field(1, ge=1, description="passes over the training windows")
-    max_steps: PositiveWhole | None = Field(None, description="stop after this many steps; null: after the epochs")
+    max_steps: PositiveWhole | None = Field(None, description="stop after this many steps instead of after the epochs")
     batch_tokens: Whole = Field(65_536, ge=1, description="tokens in one micro-batch per rank")
     grad_accum_steps: Whole = Field(1, ge=1, description="micro-batches per optimiser step")
     lr: Real = Field(2e-4, gt=0, description="peak learning rate")

@@ -16,7 +16,7 @@ from psannlm.errors import ConfigError, nearest
 
 KeyPath = tuple[str | int, ...]
 
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 1 << 18
 _MAX_NODES = 10_000
 _MAX_DEPTH = 32
 _MAX_NUMBER_LENGTH = 100
@@ -87,6 +87,14 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Line breaks of all kinds and control characters survive in double quotes only.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
 _TOO_MANY = f"more than {_MAX_NODES:,} values, aliases expanded; name a folder or a glob rather than many files"
 
 # An own, empty table: otherwise PyYAML copies the one of YAML 1.1 when the first resolver is added.
@@ -101,7 +109,7 @@ def read_yaml(path: Path) -> YamlTree:
     """Read a YAML file (UTF-8, a byte order mark is accepted).
 
     Raises:
-        ConfigError: the file is missing, a folder, unreadable, over 1 MiB, not UTF-8, or refused by :func:`parse_yaml`.
+        ConfigError: the file is missing, a folder, over 256 KiB, not UTF-8, or refused by :func:`parse_yaml`.
     """
     try:
         with open(path, "rb") as file:
@@ -114,7 +122,7 @@ def read_yaml(path: Path) -> YamlTree:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{str(path)!r} cannot be read: {reason}") from error
     if len(content) > _MAX_BYTES:
-        raise ConfigError(f"{path} is larger than {_MAX_BYTES:,} bytes; is it a configuration?")
+        raise ConfigError(f"{path}: larger than {_MAX_BYTES:,} bytes; is it a configuration?")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -131,6 +139,8 @@ def parse_yaml(text: str, source: str | None = None) -> YamlTree:
         ConfigError: a syntax error, several documents, nesting beyond 32 levels, or more than 10,000 values once
             aliases are expanded. Duplicate keys and foreign tags are collected in ``faults`` instead.
     """
+    if len(text) > _MAX_BYTES:
+        raise ConfigError(f"{_prefix(source)}larger than {_MAX_BYTES:,} bytes; is it a configuration?")
     try:
         loader = _Loader(text)
         try:
@@ -200,7 +210,9 @@ class _Builder:
         for key_node, value_node in node.value:
             line = _line(key_node)
             if not isinstance(key_node, yaml.ScalarNode):
-                self.faults.append((path, f"the key in line {line} is a list or a mapping; a key must be a word"))
+                shown = "[...]" if isinstance(key_node, yaml.SequenceNode) else "{...}"
+                self.lines[(*path, shown)] = line
+                self.faults.append(((*path, shown), "a list or a mapping cannot be a key; a key is a word"))
                 continue
             key = key_node.value
             if key in built:

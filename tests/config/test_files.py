@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from psannlm.config.data import BuiltinSource, DataConfig, PathSource
+from psannlm.config.files import missing_files
+
+
+def check(*sources: str, tokenizer: str | None = None) -> list[str]:
+    data = DataConfig(sources=tuple(PathSource(path=path) for path in sources), tokenizer_model_path=tokenizer)
+    return [finding.message for finding in missing_files(data)]
+
+
+@pytest.fixture
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "letters.txt").write_text("a")
+    (tmp_path / "odd[1].txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("_folder")
+def test_files_folders_and_globs_that_lead_somewhere_pass() -> None:
+    assert check("corpus", "corpus/letters.txt", "corpus/*.txt", "**/*.txt", "odd[1].txt") == []
+    assert check("corpus", tokenizer="corpus/letters.txt") == []
+    assert list(missing_files(DataConfig(sources=(BuiltinSource(builtin="python-reference"),)))) == []
+
+
+@pytest.mark.usefixtures("_folder")
+def test_what_is_missing_is_named_with_its_neighbour(tmp_path: Path) -> None:
+    first, second, third, fourth = check("corpus/leters.txt", "corpsu/letters.txt", "corpus/*.md", "/no/such/place")
+    assert first.startswith("'corpus/leters.txt' is no file or folder (did you mean 'letters.txt'?)")
+    assert second.startswith(
+        "'corpsu/letters.txt' is no file or folder: 'corpsu' does not exist (did you mean 'corpus'?)"
+    )
+    assert str(tmp_path) in second
+    assert third.startswith("no file matches 'corpus/*.md'")
+    assert fourth.startswith("'/no/such/place' is no file or folder: '/no' does not exist")
+
+
+@pytest.mark.usefixtures("_folder")
+def test_a_tokenizer_must_be_a_file() -> None:
+    assert check("corpus", tokenizer="corpus")[0].startswith("'corpus' is no file")
+    assert check("corpus", tokenizer="x" * 5000)[0].endswith(str(Path.cwd()))
