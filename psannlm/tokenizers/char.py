@@ -15,6 +15,7 @@ from psannlm.tokenizers.base import (
     N_BYTES,
     SPECIALS,
     Tokenizer,
+    printable,
     refuse_surrogates,
     refuse_surrogates_in,
     refuse_unknown_ids,
@@ -130,7 +131,7 @@ class CharTokenizer(Tokenizer):
         if i < _FIRST_BYTE:
             return SPECIALS[i]
         if i >= _FIRST_CHARACTER:
-            return self.characters[i - _FIRST_CHARACTER]
+            return printable(self.characters[i - _FIRST_CHARACTER])
         byte = i - _FIRST_BYTE
         return chr(byte) if 0x20 < byte < 0x7F else "▁" if byte == 0x20 else f"<0x{byte:02X}>"
 

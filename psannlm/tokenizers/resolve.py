@@ -80,7 +80,7 @@ def fit_tokenizer(
     if vocab_size < MIN_VOCAB_SIZE:
         parts = f"{N_BYTES} bytes, {len(SPECIALS)} specials and one piece of text"
         raise ConfigError(f"vocab_size {vocab_size} is too small: {parts} take {MIN_VOCAB_SIZE}")
-    sample = sample_passages(texts, seed)
+    sample = sample_passages(texts, seed, notice=notice)
     tokenizer: Tokenizer
     if backend == "sentencepiece":
         from psannlm.tokenizers.sentencepiece import SentencePieceTokenizer

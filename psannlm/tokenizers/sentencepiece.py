@@ -103,7 +103,6 @@ class SentencePieceTokenizer(Tokenizer):
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            split_by_unicode_script=False,
             byte_fallback=True,
             pad_id=0,
             bos_id=1,
