@@ -43,9 +43,9 @@ def test_a_text_file_is_one_document_exactly_as_written(tmp_path: Path, text: st
 
 def test_a_line_is_a_document_and_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_bytes("one\r\n\n  \n two\u2028still two \x0b\nthree".encode())
+    path.write_bytes("one\r\n\n  \n two\u2028still\rtwo \x0b\nthree".encode())
     documents, report = read(path, per_line=True)
-    assert texts(documents) == ["one", " two\u2028still two \x0b", "three"]
+    assert texts(documents) == ["one", " two\u2028still\rtwo \x0b", "three"]
     assert [document.name for document in documents] == [f"{path}:{line}" for line in (1, 4, 5)]
     assert report.drops == {"blank line": 2}
 
@@ -61,7 +61,7 @@ def test_a_byte_order_mark_is_taken_off_and_counted(tmp_path: Path) -> None:
 
 def test_undecodable_bytes_in_later_lines_are_placed_in_the_whole_file(tmp_path: Path) -> None:
     for name, settings in (("a.txt", {"per_line": True}), ("a.jsonl", {})):
-        lines = b'{"text": "waves"}\n' * 3 + b'{"text": "caf\xe9"}\n'
+        lines = '{"text": "marée"}\r\n'.encode() * 3 + b'{"text": "caf\xe9"}\n'
         (tmp_path / name).write_bytes(lines)
         with pytest.raises(CorpusError, match=rf"{name}: byte {lines.index(0xE9)} is 0xE9"):
             read(tmp_path / name, **settings)

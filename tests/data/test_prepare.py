@@ -70,6 +70,13 @@ def test_a_cut_falls_between_paragraphs_lines_or_words_and_near_the_share(mark: 
     assert abs(len(last.text) / len(text) - share) < 0.03
 
 
+def test_a_cut_prefers_the_end_of_a_paragraph_to_a_nearer_line() -> None:
+    text = "rise\nand fall\n\n" * 400
+    for share in (0.1, 0.11, 0.12, 0.13):
+        (first,), _ = split_documents([Document(text, "d")], share, 1)
+        assert first.text.endswith("fall\n\n")
+
+
 @pytest.mark.parametrize("text", ["a", "ab  ", "      a"])
 def test_a_document_too_short_to_cut_is_an_error(text: str) -> None:
     with pytest.raises(CorpusError, match="val_split"):
