@@ -33,9 +33,8 @@ _ESCAPE = "\uf8f0"
 _ESCAPED_ESCAPE = _ESCAPE + "0"
 _ESCAPED_MARK = _ESCAPE + "1"
 
-# A sentence that holds NUL or ▅ (the trainer's own mark) would be dropped whole, and a piece that spells a special or a
-# byte piece would clash with it: passages are cut there, so that no such piece can be learned.
-_CUTS = re.compile(r"[\0\u2585]+|(?<=<)(?=pad>|/?s>|unk>|0x[0-9A-F]{2}>)")
+# A sentence that holds NUL or ▅ (the trainer's own mark) would be dropped whole, so passages are cut there.
+_CUTS = re.compile(r"[\0\u2585]+")
 
 # Sums over threads are rounded in an order set by their number: the same number everywhere gives the same model.
 _FIT_THREADS = 16
@@ -59,13 +58,12 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, content: bytes) -> None:
         sentencepiece.SetMinLogLevel(3)  # the library tells its errors twice: by exception, and on stderr
         try:
-            # An empty content would not be read at all, and the processor would answer without a model.
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=content or b"\0")
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.vocab_size = self._model.vocab_size()
         except (RuntimeError, OSError) as error:
             raise TokenizerError("not a SentencePiece model, or a damaged one") from error
-        if not self.vocab_size:
-            raise TokenizerError("SentencePiece model without a single piece: the file is damaged")
+        if not self.vocab_size or not _is_whole(content):
+            raise TokenizerError("SentencePiece model that lacks a part: the file was cut short")
         self._content = content
         for special, i in ((BOS, self._model.bos_id()), (EOS, self._model.eos_id())):
             if i < 0:
@@ -83,6 +81,8 @@ class SentencePieceTokenizer(Tokenizer):
     @classmethod
     def fit(cls, texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
         """Fit a lossless unigram model of at most ``vocab_size`` pieces; the same texts give the same bytes.
+
+        A piece keeps to one script (the library's default), so none can mix the letters and brackets of a special.
 
         Args:
             texts: passages of at most ``sample.PASSAGE_CHARS`` characters.
@@ -146,6 +146,33 @@ class SentencePieceTokenizer(Tokenizer):
     def pieces(self, ids: Sequence[int]) -> list[str]:
         refuse_unknown_ids(ids, self.vocab_size)
         return [printable(self._model.id_to_piece(int(i))) for i in ids]
+
+
+def _is_whole(content: bytes) -> bool:
+    """Return whether a parsed model has pieces, trainer and normaliser settings (its fields 1 to 3, in this order).
+
+    A protocol buffer says nowhere how long it is: cut after any piece, it still parses, as a model with fewer pieces.
+    """
+    at = 0
+    fields = set()
+    while at < len(content):
+        tag, at = _varint(content, at)
+        length, at = _varint(content, at)
+        fields.add(tag >> 3)
+        at += length
+    return {1, 2, 3} <= fields
+
+
+def _varint(content: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(content):
+        byte = content[at]
+        value |= (byte & 0x7F) << shift
+        at += 1
+        if byte < 0x80:
+            break
+        shift += 7
+    return value, at
 
 
 def _escape(text: str) -> str:

@@ -53,6 +53,13 @@ def test_a_missing_special_is_named(option: str, message: str) -> None:
         SentencePieceTokenizer(foreign(**{option: -1}))
 
 
+def test_a_model_cut_short_anywhere_is_refused() -> None:
+    content = SentencePieceTokenizer.fit(PROSE, 300).to_bytes()
+    for length in range(len(content)):
+        with pytest.raises(TokenizerError):
+            SentencePieceTokenizer(content[:length])
+
+
 def test_indentation_takes_few_pieces() -> None:
     tokenizer = SentencePieceTokenizer.fit(PROSE, 350)
     assert len(tokenizer.encode("\n    the dog")) <= 5
@@ -76,6 +83,8 @@ def test_sentences_with_reserved_characters_are_learned_from() -> None:
 def test_the_library_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     tokenizer = SentencePieceTokenizer.fit(PROSE, 300)
     tokenizer.decode(tokenizer.encode("the\0 ▅"))
-    with pytest.raises(TokenizerError):
-        SentencePieceTokenizer(b"\x0a\x05hello")
+    for damaged in (b"", b"\x0a\x05hello"):
+        sentencepiece.SetMinLogLevel(0)
+        with pytest.raises(TokenizerError):
+            SentencePieceTokenizer(damaged)
     assert capfd.readouterr() == ("", "")
