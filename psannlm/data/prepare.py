@@ -41,15 +41,17 @@ class PreparedData:
     val_overlap: float | None = None
 
 
-def prepare(config: DataConfig, notice: Notice) -> PreparedData:
+def prepare(config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = None) -> PreparedData:
     """Read the configured sources, split them, fit or load the tokenizer and encode; ``notice`` gets lines for people.
+
+    A ``tokenizer`` given here is used as it is: that of a run that goes on.
 
     Raises:
         CorpusError: a source is missing or cannot be read, or there is less text than one window.
         TokenizerError: the tokenizer cannot be fitted or read.
     """
     report = ReadReport()
-    return _prepare(read_documents(config.sources, report), report, config, notice, None)
+    return _prepare(read_documents(config.sources, report), report, config, notice, tokenizer)
 
 
 def prepare_documents(

@@ -54,9 +54,7 @@ class DecodeState:
         for index in range(config.n_layers):
             dilation = config.wave.dilation_growth**index
             keys = torch.zeros(batch_size, n_groups, capacity, head_dim, device=device, dtype=dtype)
-            layers.append(
-                LayerState(keys, torch.zeros_like(keys), tail("attention", dilation), tail("mlp", dilation))
-            )
+            layers.append(LayerState(keys, torch.zeros_like(keys), tail("attention", dilation), tail("mlp", dilation)))
         return cls(layers, [0] * batch_size, capacity)
 
     @property
@@ -67,8 +65,13 @@ class DecodeState:
 
     def select(self, rows: Sequence[int]) -> DecodeState:
         """Return a state of only these rows, in this order: how finished rows leave a batch."""
+        index = list(rows)
+
+        def pick(tail: Tensor | None) -> Tensor | None:
+            return None if tail is None else tail[index]
+
         layers = [
-            LayerState(**{name: None if t is None else t[list(rows)] for name, t in vars(layer).items()})
+            LayerState(layer.keys[index], layer.values[index], pick(layer.attention_tail), pick(layer.mlp_tail))
             for layer in self.layers
         ]
         return DecodeState(layers, [self.lengths[row] for row in rows], self.capacity)
@@ -77,5 +80,7 @@ class DecodeState:
         """Raise GenerationError if a row would outgrow the capacity."""
         for row, (length, new) in enumerate(zip(self.lengths, n_new, strict=True)):
             if length + new > self.capacity:
-                message = f"row {row}: {length} + {new} tokens exceed the cache of {self.capacity}; allocate a larger one"
+                message = (
+                    f"row {row}: {length} + {new} tokens exceed the cache of {self.capacity}; allocate a larger one"
+                )
                 raise GenerationError(message)

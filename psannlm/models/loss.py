@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from psannlm.data.windows import IGNORE_INDEX
+
 # Bytes of float32 logits worked on at a time; larger chunks gain nothing, smaller ones lose to the call overhead.
 _CHUNK_BYTES = 8 << 20
 
@@ -70,6 +71,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return the cross-entropy of ``softmax(hidden @ weight.T)`` summed over the labels that are not IGNORE_INDEX.
 
@@ -78,8 +80,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, label_s
         label_smoothing: share of the target's mass spread evenly over the vocabulary (arXiv 1512.00567).
 
     Returns:
-        A float32 scalar, in nats. The products run in bfloat16 under a bfloat16 autocast, else in hidden's dtype widened
-        to float32; log-sum-exp and the sum always in float32.
+        A float32 scalar, in nats. The products run in bfloat16 under a bfloat16 autocast, else in float32; log-sum-exp
+        and the sum always in float32.
     """
     device = hidden.device.type
     matmul_dtype = torch.float32

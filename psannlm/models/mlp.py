@@ -11,7 +11,7 @@ GATED_KINDS: frozenset[MlpKind] = frozenset(("sineglu", "swiglu"))
 
 
 def default_d_mlp(kind: MlpKind, d_model: int) -> int:
-    """Return F: 4 D, or for the gated kinds 8/3 D rounded up to a multiple of 64, so that parameters are about equal."""
+    """Return F: 4 D, for the gated kinds 8/3 D rounded up to a multiple of 64, so that parameters are about equal."""
     return -(-8 * d_model // (3 * 64)) * 64 if kind in GATED_KINDS else 4 * d_model
 
 

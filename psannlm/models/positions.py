@@ -14,7 +14,7 @@ ROPE_BASE = 10_000.0
 
 
 def rope_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of rotary embedding (Su et al. 2021, arXiv 2104.09864), pairing feature i with i + K/2.
+    """Return cosines and sines of rotary embedding (Su et al. 2021, arXiv 2104.09864), pairing feature i with i + K/2.
 
     Args:
         positions: (..., T) integers.

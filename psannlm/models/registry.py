@@ -38,7 +38,9 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
     if config.vocab_size is None and vocab_size is None:
         raise ConfigError(Problem("model.vocab_size", "not known; give it, or data to take it from"))
     if config.vocab_size is not None and vocab_size is not None and config.vocab_size < vocab_size:
-        message = f"{config.vocab_size} rows are too few for the tokenizer's {vocab_size} ids; leave it null, or raise it"
+        message = (
+            f"{config.vocab_size} rows are too few for the tokenizer's {vocab_size} ids; leave it null, or raise it"
+        )
         raise ConfigError(Problem("model.vocab_size", message))
     mlp = config.mlp or defaults.mlp
     enabled = defaults.wave if config.wave.enabled is None else config.wave.enabled

@@ -6,7 +6,6 @@ here that is met by unit-variance pre-activations and f = 1 instead of their w0 
 
 from __future__ import annotations
 
-
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
@@ -173,7 +172,7 @@ def damped_sine(z: Tensor, amplitude: Tensor, frequency: Tensor, decay: Tensor, 
 
 
 class SineActivation(nn.Module):
-    """Damped sine with one amplitude, frequency and decay per feature, each positive as the softplus of a raw parameter.
+    """Damped sine with an amplitude, frequency and decay per feature, each positive: softplus of a raw parameter.
 
     Args:
         n_features: size F of the last dimension.
@@ -210,10 +209,8 @@ class SineActivation(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Map (..., F) to (..., F), same dtype."""
         with torch.autocast(z.device.type, enabled=False):
-            parameters = [self.value_of(name) for name in ("amplitude", "frequency", "decay")]
-            return damped_sine(z, *parameters, self.mode)
+            amplitude, frequency, decay = map(self.value_of, ("amplitude", "frequency", "decay"))
+            return damped_sine(z, amplitude, frequency, decay, self.mode)
 
     def extra_repr(self) -> str:
-        return f"n_features={self.raw_amplitude.shape[0]}, decay_mode={self.mode}"
-
-
+        return f"n_features={len(self.value_of('amplitude'))}, decay_mode={self.mode}"

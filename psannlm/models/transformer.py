@@ -81,7 +81,7 @@ class Transformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Unit-variance pre-activations inside, and branches that start at zero, so that depth costs nothing at first."""
+        """Unit-variance pre-activations inside, and branches that start at zero: depth costs nothing at first."""
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):
@@ -98,7 +98,8 @@ class Transformer(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """The (V, D) matrix from hidden states to logits."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        weight: Tensor = self.embedding.weight if self.head is None else self.head.weight
+        return weight
 
     def hidden_states(
         self, input_ids: Tensor, state: DecodeState | None = None, n_new: Sequence[int] | None = None

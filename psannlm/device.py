@@ -1,0 +1,99 @@
+"""What the machine offers and what was asked, to a device and a precision, with the reason for the choice."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from psannlm.config.train import Amp
+from psannlm.errors import DeviceError, nearest
+
+
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; auto and cuda take the GPU of ``local_rank``.
+
+    Raises:
+        DeviceError: the name is unknown, or a GPU was asked for and is not there.
+    """
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise DeviceError(
+            f"device '{name}' is not one of auto, cpu, cuda, cuda:N{nearest(name, ('auto', 'cpu', 'cuda'))}"
+        )
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    wanted = int(index) if index else local_rank
+    if not torch.cuda.is_available():
+        raise DeviceError(f"device {name} was asked for, but torch {torch.__version__} sees no GPU; use device: cpu")
+    if wanted >= torch.cuda.device_count():
+        raise DeviceError(f"GPU {wanted} was asked for, but there are {torch.cuda.device_count()}, counted from 0")
+    return torch.device("cuda", wanted)
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether ``device`` multiplies bfloat16 in hardware, rather than emulating it at a loss."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The arithmetic of matrix products: ``dtype`` under autocast, and why it was picked."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def needs_scaler(self) -> bool:
+        """Whether gradients must be scaled to stay within the range of the dtype."""
+        return self.dtype == torch.float16
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context to run a forward pass in."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def pick_precision(amp: Amp, device: torch.device) -> Precision:
+    """Return the precision for ``amp`` on ``device``; ``auto`` is bf16 where the hardware has it, else fp32.
+
+    Raises:
+        DeviceError: bf16 was asked for by name and the device has no hardware for it.
+    """
+    if amp == "fp32":
+        return Precision(device, torch.float32, "fp32 as asked")
+    if amp == "fp16":
+        return Precision(device, torch.float16, "fp16 as asked")
+    has_bf16 = computes_in_bf16(device)
+    if amp == "bf16":
+        if not has_bf16:
+            raise DeviceError(
+                f"amp: bf16 was asked for, but this {device.type} has no bf16 hardware; use amp: auto or fp32"
+            )
+        return Precision(device, torch.bfloat16, "bf16 as asked")
+    if has_bf16:
+        return Precision(device, torch.bfloat16, f"bf16: this {device.type} computes in it")
+    return Precision(device, torch.float32, f"fp32: this {device.type} has no bf16 hardware")
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise DeviceError if torch.compile has nothing to compile with on ``device``."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        raise DeviceError(
+            "compile: true needs a C++ compiler on a CPU and none was found; install g++, or set compile: false"
+        )
+
+
+def describe_device(device: torch.device) -> str:
+    """Return a few words for people: the GPU's name, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

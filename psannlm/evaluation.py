@@ -1,0 +1,88 @@
+"""A model and held-out windows to loss per token, perplexity, and bits per byte of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from psannlm.data.windows import Windows
+from psannlm.device import Precision
+from psannlm.distributed import World
+from psannlm.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of a text: ``nats`` for all of its ``n_labels`` tokens (ends of documents included).
+
+    ``n_bytes`` is the size of the text in UTF-8. A document's end is paid for and adds no byte, so that bits per byte
+    is an upper bound of the code length of the text, the same for every tokenizer.
+    """
+
+    nats: float
+    n_labels: int
+    n_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats per token."""
+        return self.nats / self.n_labels
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): comes with a tokenizer, and cannot be compared between two."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the text costs, per byte of UTF-8: comparable between tokenizers."""
+        return self.nats / math.log(2.0) / self.n_bytes
+
+    def as_dict(self) -> dict[str, float | int]:
+        """Return every figure under its name."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.n_labels,
+            "bytes": self.n_bytes,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    windows: Windows,
+    *,
+    precision: Precision,
+    batch_size: int = 16,
+    world: World | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Return the :class:`Evaluation` of ``model`` over every window, each token counted once.
+
+    The first tokens of a window are predicted from a short context, as in training. ``model`` maps (input_ids, labels)
+    to a summed loss and is left in the mode it was in. Ranks share the windows and all get the same result.
+
+    Raises:
+        TrainingError: the text holds no token.
+    """
+    world = world or World()
+    if windows.n_labels == 0 or windows.store.n_bytes == 0:
+        raise TrainingError("the text to evaluate on holds no token")
+    was_training = model.training
+    model.eval()
+    mine = range(world.rank, len(windows), world.size)
+    nats = 0.0
+    for start in range(0, len(mine), batch_size):
+        input_ids, labels = windows.batch(mine[start : start + batch_size])
+        with precision.autocast():
+            nats += float(model(input_ids.to(precision.device), labels.to(precision.device)))
+        if on_progress is not None:
+            on_progress(min(start + batch_size, len(mine)), len(mine))
+    model.train(was_training)
+    return Evaluation(world.sum(nats, precision.device), windows.n_labels, windows.store.n_bytes)

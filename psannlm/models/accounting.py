@@ -1,0 +1,126 @@
+"""A resolved configuration to parameters, floating-point operations and bytes, without building it in memory.
+
+Letters: D width, L layers, T window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from psannlm.config.model import ModelConfig
+from psannlm.models.registry import build_model
+from psannlm.models.transformer import Transformer
+
+_GROUP_OF = {
+    "embedding": "embedding",
+    "head": "output matrix",
+    "attention": "attention",
+    "mlp": "feed-forward",
+    "attention_wave": "wave",
+    "mlp_wave": "wave",
+    "attention_norm": "norms",
+    "mlp_norm": "norms",
+    "final_norm": "norms",
+    "attention_scale": "residual scales",
+    "mlp_scale": "residual scales",
+}
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Return the number of learnable parameters by group, of a resolved ``config``; their sum is the model's size."""
+    counts: dict[str, int] = {}
+    for name, parameter in build_model(config, device="meta").named_parameters():
+        parts = name.split(".")
+        part = parts[2] if parts[0] == "blocks" else parts[0]
+        group = "sine" if parts[-1].startswith("raw_") else _GROUP_OF[part]
+        counts[group] = counts.get(group, 0) + parameter.numel()
+    return counts
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Return the operations of one training token: 6 per matrix parameter and 12 L D T for attention.
+
+    That is the count of PaLM's model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): forward
+    and backward, a multiplication and an addition as two, no discount for the causal mask, nothing for recomputation,
+    element-wise work or the lookup of embeddings.
+    """
+    counts = count_parameters(config)
+    matrices = counts["attention"] + counts["feed-forward"] + counts.get("wave", 0)
+    matrices += (config.vocab_size or 0) * config.d_model
+    return 6 * matrices + 12 * config.n_layers * config.d_model * seq_len
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """An estimate of the bytes that one rank holds at the peak of a training step, transients aside."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts, in bytes."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def training_memory(
+    config: ModelConfig,
+    micro_batch_size: int,
+    seq_len: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    optimizer: Literal["adamw", "muon"] = "adamw",
+    grad_checkpoint: bool = False,
+) -> TrainingMemory:
+    """Return the memory of training ``micro_batch_size`` windows of ``seq_len`` tokens at a time under ``dtype``.
+
+    Weights, gradients and optimiser state are float32: AdamW keeps two numbers per parameter, Muon one per hidden
+    matrix. Activations are what autograd would save, found by running the forward pass on shapes alone.
+    """
+    counts = count_parameters(config)
+    total = sum(counts.values())
+    hidden_matrices = counts["attention"] + counts["feed-forward"] if optimizer == "muon" else 0
+    one, two = (_saved_bytes(config, n, seq_len, dtype, grad_checkpoint) for n in (1, 2))
+    activations = one + (two - one) * (micro_batch_size - 1)
+    return TrainingMemory(4 * total, 4 * total, 8 * total - 4 * hidden_matrices, activations)
+
+
+def _saved_bytes(config: ModelConfig, batch_size: int, seq_len: int, dtype: torch.dtype, grad_checkpoint: bool) -> int:
+    """Bytes of the distinct tensors that autograd saves in one forward pass, parameters not counted."""
+    saved: dict[int, tuple[object, int]] = {}
+    with FakeTensorMode():
+        model = Transformer(config)
+        model.grad_checkpoint = grad_checkpoint
+        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in parameters:
+                saved[storage._cdata] = (storage, storage.nbytes())  # held, so that its address is not used again
+            return tensor
+
+        input_ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        ):
+            model(input_ids, input_ids)
+    return sum(n_bytes for _, n_bytes in saved.values())
+
+
+def cache_bytes(config: ModelConfig, batch_size: int, capacity: int, bytes_per_element: int = 4) -> int:
+    """Return the bytes of a decoding state: keys and values of every layer and slot, and the tails of the waves."""
+    head_dim = config.d_model // config.n_heads
+    keys_and_values = 2 * config.n_layers * (config.n_kv_heads or config.n_heads) * head_dim * capacity
+    tails = 0
+    if config.wave.enabled:
+        lengths = ((config.wave.kernel_size - 1) * config.wave.dilation_growth**i for i in range(config.n_layers))
+        tails = len(config.wave.places) * config.d_model * sum(lengths)
+    return batch_size * bytes_per_element * (keys_and_values + tails)

@@ -1,0 +1,108 @@
+"""One self-contained model file: weights, configuration, tokenizer. Safe to read from a stranger: no pickle."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from psannlm.config.model import ModelConfig
+from psannlm.errors import ArtifactError, ConfigError, TokenizerError
+from psannlm.models.registry import build_model
+from psannlm.models.tensorfile import read_tensors, same_shapes, write_tensors
+from psannlm.models.transformer import Transformer
+from psannlm.tokenizers.base import Tokenizer
+from psannlm.tokenizers.resolve import tokenizer_from_bytes
+
+FORMAT = "psannlm-model"
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model read from a file, its tokenizer if the file has one, and what the writer noted (step, losses)."""
+
+    model: Transformer
+    tokenizer: Tokenizer | None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def save_model(path: Path, model: Transformer, tokenizer: Tokenizer | None, notes: dict[str, Any] | None = None) -> str:
+    """Write one model file atomically and return its SHA-256. ``notes`` must be plain JSON.
+
+    Raises:
+        StorageError: the file cannot be written; what stood at ``path`` is still there.
+    """
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "config": model.config.model_dump_json(),
+        "notes": json.dumps(notes or {}),
+    }
+    if tokenizer is not None:
+        metadata["tokenizer"] = base64.b64encode(tokenizer.to_bytes()).decode("ascii")
+        metadata["tokenizer_fingerprint"] = tokenizer.fingerprint
+    return write_tensors(path, model.state_dict(), metadata)
+
+
+def load_model(path: Path | str) -> LoadedModel:
+    """Read a model file, or the model file of a checkpoint folder, onto the CPU in evaluation mode.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, of another format version, or does not fit its own configuration.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / MODEL_FILE
+    content = read_tensors(path)
+    _refuse_other_version(path, content.metadata)
+    try:
+        config = ModelConfig.model_validate_json(content.metadata["config"])
+        notes = json.loads(content.metadata["notes"])
+        tokenizer = _read_tokenizer(path, content.metadata)
+    except (KeyError, ValidationError, ConfigError, ValueError, TokenizerError) as error:
+        raise ArtifactError(f"{path} does not describe a model this version can build: {error}") from error
+    # A hostile configuration could ask for any amount of memory: shapes are compared before anything is allocated.
+    if config.n_layers > len(content.tensors):
+        raise ArtifactError(f"{path} promises {config.n_layers} layers and holds {len(content.tensors)} tensors")
+    model = build_model(config, device="meta")
+    if difference := same_shapes(content.tensors, {name: t.shape for name, t in model.state_dict().items()}):
+        raise ArtifactError(f"{path} does not fit its own configuration: {difference}")
+    if odd := [name for name, t in content.tensors.items() if t.dtype not in _FLOATS]:
+        raise ArtifactError(f"{path}: {odd[0]} is {content.tensors[odd[0]].dtype}, not a floating-point tensor")
+    if tokenizer is not None and tokenizer.vocab_size > (config.vocab_size or 0):
+        message = f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}"
+        raise ArtifactError(f"{path} does not fit together: {message}")
+    model.load_state_dict(content.tensors, assign=True)
+    return LoadedModel(model.eval(), tokenizer, notes)
+
+
+def _refuse_other_version(path: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is not a model file of psannlm (format: {metadata.get('format', 'none')})")
+    version = metadata.get("format_version")
+    if version != str(FORMAT_VERSION):
+        message = f"{path} has format version {version}, this psannlm reads {FORMAT_VERSION}"
+        raise ArtifactError(f"{message}; install the psannlm that wrote it, or save the model again")
+
+
+def _read_tokenizer(path: Path, metadata: dict[str, str]) -> Tokenizer | None:
+    if "tokenizer" not in metadata:
+        return None
+    try:
+        content = base64.b64decode(metadata["tokenizer"], validate=True)
+    except binascii.Error as error:
+        raise ArtifactError(f"{path}: its tokenizer is not base64") from error
+    tokenizer = tokenizer_from_bytes(content)
+    if tokenizer.fingerprint != metadata.get("tokenizer_fingerprint"):
+        recorded = metadata.get("tokenizer_fingerprint")
+        raise ArtifactError(f"{path}: its tokenizer's fingerprint is {tokenizer.fingerprint}, recorded is {recorded}")
+    return tokenizer

@@ -1,0 +1,102 @@
+"""Where artifacts go: dated folders, and what must be known of the machine to read a figure later."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from psannlm.storage import explain_write_errors, write_text
+
+_PACKAGES = ("torch", "numpy", "sentencepiece", "tokenizers", "safetensors", "pydantic")
+
+
+def timestamp() -> str:
+    """Return the time now as UTC ``YYYYmmdd_HHMMSS``."""
+    return datetime.now(timezone.utc).strftime("%Y%m%d_%H%M%S")
+
+
+def new_folder(kind: str, out: Path | None = None) -> Path:
+    """Make and return ``out``, or ``reports/<kind>/<ts>`` (numbered on, should two start in one second).
+
+    Raises:
+        StorageError: the folder cannot be made.
+    """
+    if out is not None:
+        with explain_write_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        return out
+    stem = Path("reports") / kind / timestamp()
+    number = 1
+    while True:
+        folder = stem if number == 1 else stem.with_name(f"{stem.name}_{number}")
+        with explain_write_errors(folder):
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                number += 1
+                continue
+        return folder
+
+
+def system_info() -> dict[str, Any]:
+    """Return versions, processor, threads, GPUs, commit and command line, as plain JSON."""
+    import torch
+
+    info: dict[str, Any] = {
+        "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "psannlm": _version("psannlm"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+    if info["gpus"]:
+        info["cuda"] = torch.version.cuda
+    return info
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this code runs from, with a + when files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        if commit.returncode:
+            return None
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain data as readable JSON, atomically. Raises StorageError if it cannot be written."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,215 @@
+"""Training state to a folder and back: whole or absent, every byte hashed, the newest whole one found.
+
+``run/step_00000500/`` holds the model file, ``optimizer.safetensors`` and ``trainer.json``; the folder is written under
+a temporary name, flushed and renamed. ``run/latest`` and ``run/best`` name the folders to use, and are updated after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from psannlm.data.loader import Position
+from psannlm.errors import ArtifactError
+from psannlm.models.artifact import MODEL_FILE, save_model
+from psannlm.models.tensorfile import read_tensors, verify_tensors, write_tensors
+from psannlm.models.transformer import Transformer
+from psannlm.storage import explain_write_errors, sync_file, write_text
+from psannlm.tokenizers.base import Tokenizer
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer.json"
+LATEST, BEST = "latest", "best"
+FORMAT_VERSION = 1
+_PREFIX = "step_"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands after ``step`` optimiser steps.
+
+    The random numbers of a step depend on (train.seed, step, rank) alone, so that no generator state needs keeping.
+
+    Attributes:
+        position: the next window of the data's order.
+        tokens: labels learnt from so far.
+        config: the resolved run configuration, as plain data.
+        corpus_sha256: hash of the training text; tokenizer_fingerprint: of the tokenizer.
+        best: the evaluation with the lowest validation loss so far and its ``step``, or None.
+        metrics: the last values logged.
+        scaler: state of the gradient scaler (fp16), else empty.
+    """
+
+    step: int
+    position: Position
+    tokens: int
+    config: dict[str, Any]
+    corpus_sha256: str
+    tokenizer_fingerprint: str
+    best: dict[str, Any] | None
+    metrics: dict[str, Any]
+    scaler: dict[str, Any]
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after ``step`` steps."""
+    return run / f"{_PREFIX}{step:08d}"
+
+
+def save_checkpoint(
+    run: Path,
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    optimizer_tensors: dict[str, Tensor],
+    state: TrainerState,
+) -> Path:
+    """Write a checkpoint and make it the ``latest``; return its folder.
+
+    Raises:
+        StorageError: it could not be written. Nothing of it is left, and earlier checkpoints are untouched.
+    """
+    final = step_folder(run, state.step)
+    temporary = run / f".{final.name}.{os.getpid()}.tmp"
+    with explain_write_errors(final):
+        temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        notes = {"step": state.step, "tokens": state.tokens, **state.metrics}
+        hashes = {
+            MODEL_FILE: save_model(temporary / MODEL_FILE, model, tokenizer, notes),
+            OPTIMIZER_FILE: write_tensors(
+                temporary / OPTIMIZER_FILE, optimizer_tensors, {"format": "psannlm-optimizer"}
+            ),
+        }
+        write_text(temporary / STATE_FILE, _sealed({"files": hashes, "state": asdict(state)}))
+        with explain_write_errors(final):
+            sync_file(temporary)
+            if final.exists():  # the same step saved again, after a resume from an older checkpoint
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            sync_file(run)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    point(run, LATEST, state.step)
+    return final
+
+
+def point(run: Path, name: str, step: int) -> None:
+    """Let ``run/latest`` or ``run/best`` name the checkpoint of ``step``."""
+    write_text(run / name, step_folder(run, step).name + "\n")
+
+
+def _sealed(content: dict[str, Any]) -> str:
+    """JSON whose first entry is the SHA-256 of the rest in canonical form."""
+    body = {"format_version": FORMAT_VERSION, **content}
+    return json.dumps({"sha256": _digest(body), **body}, indent=1) + "\n"
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def read_state(folder: Path) -> TrainerState:
+    """Read ``trainer.json`` of a checkpoint and check every file beside it against its hash.
+
+    Raises:
+        ArtifactError: something is missing, damaged, or of another format version.
+    """
+    path = folder / STATE_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        recorded = content.pop("sha256")
+        version = content["format_version"]
+    except OSError as error:
+        raise ArtifactError(f"{path} is missing or cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged: not the JSON it should be") from error
+    if version != FORMAT_VERSION:
+        raise ArtifactError(f"{path} has format version {version}, this psannlm reads {FORMAT_VERSION}")
+    # Bytes that JSON does not mind (a space for another) count as damage too: the text must be the one written.
+    if recorded != _digest(content) or text != _sealed({k: v for k, v in content.items() if k != "format_version"}):
+        raise ArtifactError(f"{path} is damaged: its content does not match its hash")
+    for name, digest in content["files"].items():
+        verify_tensors(folder / name)
+        if recorded_digest(folder / name) != digest:
+            raise ArtifactError(f"{folder / name} belongs to another checkpoint")
+    state = content["state"]
+    return TrainerState(position=Position(**state.pop("position")), **state)
+
+
+def recorded_digest(path: Path) -> str:
+    """Return the hash that a tensor file records of itself."""
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    digest: str = json.loads(header)["__metadata__"]["sha256"]
+    return digest
+
+
+def read_optimizer(folder: Path) -> dict[str, Tensor]:
+    """Return the optimiser's tensors of a checkpoint. Raises ArtifactError if they are damaged or missing."""
+    return read_tensors(folder / OPTIMIZER_FILE).tensors
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, oldest first, whole or not."""
+    if not run.is_dir():
+        return []
+    found = [path for path in run.iterdir() if path.is_dir() and path.name.startswith(_PREFIX)]
+    return sorted(path for path in found if path.name[len(_PREFIX) :].isdecimal())
+
+
+def newest_whole(run: Path, notice: Callable[[str], None]) -> tuple[Path, TrainerState] | None:
+    """Return the newest checkpoint of ``run`` that is undamaged, naming each damaged one that is passed over.
+
+    Raises:
+        ArtifactError: there are checkpoints, and every one is damaged.
+    """
+    folders = list_checkpoints(run)
+    for folder in reversed(folders):
+        try:
+            return folder, read_state(folder)
+        except ArtifactError as error:
+            notice(f"passing over a damaged checkpoint: {error}")
+    if folders:
+        raise ArtifactError(f"none of the {len(folders)} checkpoints under {run} is whole")
+    return None
+
+
+def prune(run: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest ``keep`` checkpoints and the best one."""
+    for folder in list_checkpoints(run)[:-keep]:
+        if best_step is None or folder != step_folder(run, best_step):
+            shutil.rmtree(folder)
+
+
+def pointed(run: Path, name: str) -> Path | None:
+    """Return the folder that ``run/latest`` or ``run/best`` names, if both exist."""
+    try:
+        folder = run / (run / name).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return folder if folder.parent == run and folder.is_dir() else None
+
+
+def find_checkpoint(root: Path) -> Path | None:
+    """Return the checkpoint to use under ``root``, a run or a folder of runs.
+
+    Of several runs the one that saved last counts; within it the best checkpoint by validation loss, or without
+    validation the newest one.
+    """
+    runs = [root, *(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
+    newest: Path | None = None
+    newest_time = 0
+    for run in runs:
+        marker = run / LATEST
+        if pointed(run, LATEST) and marker.stat().st_mtime_ns > newest_time:
+            newest, newest_time = run, marker.stat().st_mtime_ns
+    return None if newest is None else pointed(newest, BEST) or pointed(newest, LATEST)

@@ -1,0 +1,129 @@
+"""A model to its optimisers: what decays, what does not, and which matrices Muon takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from psannlm.errors import ArtifactError
+
+ADAMW_BETAS = (0.9, 0.95)
+ADAMW_EPS = 1e-8
+MUON_MOMENTUM = 0.95
+
+
+@dataclass(frozen=True)
+class ParameterGroups:
+    """Parameters by name: hidden matrices; embedding and output matrix; and all that weight decay never touches."""
+
+    hidden: dict[str, nn.Parameter]
+    embedding: dict[str, nn.Parameter]
+    undecayed: dict[str, nn.Parameter]
+
+
+def group_parameters(model: nn.Module) -> ParameterGroups:
+    """Sort the learnable parameters of a ``Transformer``.
+
+    Decay pulls towards zero, which is neutral for a matrix. It is not for the raw parameters of a sine (softplus of
+    zero is 0.69, far from a decay of 0.01), for norms, biases and residual scales, nor for the few taps of a wave.
+    """
+    groups = ParameterGroups({}, {}, {})
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name in linear and name.startswith("blocks."):
+            groups.hidden[name] = parameter
+        elif name in linear or name.startswith("embedding."):
+            groups.embedding[name] = parameter
+        else:
+            groups.undecayed[name] = parameter
+    return groups
+
+
+class OptimizerSet:
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), alone or beside Muon for the hidden matrices.
+
+    Muon (Jordan et al. 2024) moves along the orthogonalised momentum; its step is scaled to AdamW's usual size (Liu et
+    al. 2025, arXiv 2502.16982), so that one learning rate and one weight decay serve both.
+    """
+
+    def __init__(self, model: nn.Module, name: Literal["adamw", "muon"], weight_decay: float) -> None:
+        groups = group_parameters(model)
+        decayed = list(groups.embedding.values())
+        self._names = {id(p): n for part in vars(groups).values() for n, p in part.items()}
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if name == "muon":
+            self.optimizers.append(
+                torch.optim.Muon(
+                    list(groups.hidden.values()),
+                    weight_decay=weight_decay,
+                    momentum=MUON_MOMENTUM,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        else:
+            decayed += groups.hidden.values()
+        parts = [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": list(groups.undecayed.values()), "weight_decay": 0.0},
+        ]
+        fused = all(p.is_cuda for p in model.parameters())
+        self.optimizers.append(torch.optim.AdamW(parts, betas=ADAMW_BETAS, eps=ADAMW_EPS, fused=fused))
+
+    def set_lr(self, lr: float) -> None:
+        """Use ``lr`` from the next step on."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state as tensors named ``parameter/entry``: what a checkpoint keeps."""
+        return {
+            f"{self._names[id(parameter)]}/{entry}": value
+            for optimizer in self.optimizers
+            for parameter, state in optimizer.state.items()
+            for entry, value in state.items()
+        }
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`tensors` gave.
+
+        Raises:
+            ArtifactError: the tensors belong to other parameters or to another optimiser.
+        """
+        by_parameter: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, entry = key.rpartition("/")
+            by_parameter.setdefault(name, {})[entry] = value
+        for optimizer in self.optimizers:
+            wanted = (
+                {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            )
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = by_parameter.pop(self._names[id(parameter)], {})
+                    if set(state) != wanted:
+                        name = self._names[id(parameter)]
+                        message = f"optimiser state of {name} holds {sorted(state)}, not {sorted(wanted)}"
+                        raise ArtifactError(f"{message}: it was made with another optimiser")
+                    optimizer.state[parameter] = {k: _placed(k, v, parameter, group) for k, v in state.items()}
+        if by_parameter:
+            raise ArtifactError(
+                f"optimiser state of parameters that the model lacks: {', '.join(sorted(by_parameter)[:3])}"
+            )
+
+
+def _placed(entry: str, value: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    """Put a state tensor where the optimiser keeps it: AdamW counts steps on the CPU unless it is fused."""
+    if entry == "step" and not group.get("fused"):
+        return value.clone()
+    return value.to(parameter.device, copy=True)

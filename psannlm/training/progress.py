@@ -1,0 +1,109 @@
+"""What a run tells while it goes on: a live line on a terminal, plain lines elsewhere, nothing for those who ask."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from psannlm.evaluation import Evaluation
+
+
+class Reporter(Protocol):
+    """Hears of a run's events. Ranks other than the first get the silent one."""
+
+    def notice(self, text: str) -> None:
+        """Say something once."""
+
+    def start(self, step: int, total_steps: int) -> None:
+        """Training begins after ``step`` of ``total_steps``."""
+
+    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
+        """A step was made; ``is_logged`` at the log interval."""
+
+    def evaluation(self, step: int, result: Evaluation, is_best: bool) -> None:
+        """A validation was made."""
+
+    def saved(self, folder: Path) -> None:
+        """A checkpoint was written."""
+
+    def stop(self) -> None:
+        """Training ended, one way or another."""
+
+
+class SilentReporter:
+    """Hears everything and says nothing."""
+
+    def notice(self, text: str) -> None: ...
+    def start(self, step: int, total_steps: int) -> None: ...
+    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None: ...
+    def evaluation(self, step: int, result: Evaluation, is_best: bool) -> None: ...
+    def saved(self, folder: Path) -> None: ...
+    def stop(self) -> None: ...
+
+
+class ConsoleReporter:
+    """Shows a run on a console: one live line on a terminal, otherwise a plain line at every log interval."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console
+        self._clock = clock
+        self._bar: Progress | None = None
+        self._task: object = None
+        self._began = 0.0
+        self._first_step = self._total = 0
+
+    def notice(self, text: str) -> None:
+        """Print a line above the live one."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def start(self, step: int, total_steps: int) -> None:
+        """Begin to measure, and show the live line where there is a terminal."""
+        self._began, self._first_step, self._total = self._clock(), step, total_steps
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("training", total=total_steps, completed=step, figures="")
+            self._bar.start()
+
+    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
+        """Show loss, rate and time left."""
+        left = self._time_left(step)
+        if self._bar is not None:
+            figures = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {left} left"
+            self._bar.update(self._task, completed=step, figures=figures)  # type: ignore[arg-type]
+        elif is_logged:
+            figures = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:,.0f} tokens/s  {left} left"
+            self.notice(f"step {step:>{len(str(self._total))}}/{self._total}  {figures}")
+
+    def _time_left(self, step: int) -> timedelta:
+        """Time for the remaining steps at the rate so far, validations and saves included."""
+        per_step = (self._clock() - self._began) / max(1, step - self._first_step)
+        return timedelta(seconds=round(per_step * (self._total - step)))
+
+    def evaluation(self, step: int, result: Evaluation, is_best: bool) -> None:
+        """Print the validation's figures."""
+        figures = (
+            f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  {result.bits_per_byte:.4f} bits per byte"
+        )
+        self.notice(f"validation at step {step}: {figures}{'  (best so far)' if is_best else ''}")
+
+    def saved(self, folder: Path) -> None:
+        """Checkpoints are routine: nothing is said."""
+
+    def stop(self) -> None:
+        """Leave the live line as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

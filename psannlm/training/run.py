@@ -1,0 +1,321 @@
+"""A configuration to a trained model on disk: builds every part, hands them to the loop, and sums up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from psannlm.config.run import RunConfig, config_from_mapping, differences, plan_batches, to_yaml, total_steps
+from psannlm.data.loader import Loader
+from psannlm.data.prepare import PreparedData, prepare
+from psannlm.data.shards import TokenStore
+from psannlm.data.windows import Windows
+from psannlm.device import describe_device, pick_device, pick_precision, require_compiler
+from psannlm.distributed import World, joined, launched_world
+from psannlm.errors import ArtifactError, ConfigError, Problem
+from psannlm.models.accounting import count_parameters
+from psannlm.models.artifact import load_model
+from psannlm.models.registry import build_model, resolve
+from psannlm.models.transformer import Transformer
+from psannlm.reports.store import system_info, timestamp, write_json
+from psannlm.storage import explain_write_errors, write_text
+from psannlm.tokenizers.base import Tokenizer
+from psannlm.training.checkpoint import (
+    BEST,
+    TrainerState,
+    list_checkpoints,
+    newest_whole,
+    pointed,
+    read_optimizer,
+    read_state,
+    step_folder,
+)
+from psannlm.training.loop import Progress, Run, run_steps, stopping_on_signals
+from psannlm.training.metrics import MetricsLog, draw_curve, read_metrics
+from psannlm.training.optim import OptimizerSet
+from psannlm.training.parallel import replicate
+from psannlm.training.progress import Reporter, SilentReporter
+
+CONFIG_FILE = "config.yaml"
+SYSTEM_FILE = "system.json"
+# Keys that may differ between a run and its continuation: they change what is kept or how fast it goes, not the model.
+_NEUTRAL_KEYS = frozenset(
+    f"train.{key}"
+    for key in (
+        "checkpoint_dir",
+        "log_interval_steps",
+        "save_interval_steps",
+        "keep_checkpoints",
+        "device",
+        "ddp",
+        "compile",
+        "grad_checkpoint",
+    )
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    ``best`` holds ``step``, ``loss`` (nats per token), ``perplexity`` and ``bits_per_byte`` of the best validation, or
+    is None without one. ``checkpoint`` is the best checkpoint, or without validation the last. ``val_overlap`` is the
+    share of the held-out text that stands word for word in the training text.
+    """
+
+    folder: Path
+    checkpoint: Path
+    curve: Path | None
+    steps: int
+    tokens: int
+    parameters: int
+    seconds: float
+    train_loss: float
+    best: dict[str, Any] | None
+    val_overlap: float | None
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: str = "auto",
+    reporter: Reporter | None = None,
+    data: PreparedData | None = None,
+    model: Transformer | None = None,
+) -> TrainResult:
+    """Run the training that ``config`` describes and return what it came to.
+
+    Args:
+        resume: ``auto`` goes on from the newest whole checkpoint of the run folder when it belongs to the same
+            configuration; ``never`` starts anew, after moving a run that is there aside; anything else is the path of
+            a checkpoint to start from, whose ``train`` settings may differ from the configuration's.
+        data: a corpus prepared already; None prepares ``config.data``.
+        model: weights to start from (trained in place); None builds ``config.model``.
+
+    Raises:
+        ConfigError: the run folder holds a run of another configuration; the message lists the keys that differ.
+        Interrupted: Ctrl-C or SIGTERM; the state was saved.
+        PsannlmError: as the rooms that are called raise it.
+    """
+    world = launched_world(config.train.ddp)
+    device = pick_device(config.train.device, world.local_rank)
+    precision = pick_precision(config.train.amp, device)
+    if config.train.compile:
+        require_compiler(device)
+    if reporter is None or not world.is_main:
+        reporter = SilentReporter()
+    folder = Path(config.train.checkpoint_dir)
+    with joined(world, device):
+        if resume == "never" and world.is_main:
+            _move_aside(folder, reporter)
+        world.wait()
+        found = _find_state(config, folder, resume, reporter)
+        world.wait()
+        loaded = None if found is None else load_model(found[0])
+        if data is None:
+            data = prepare(config.data, reporter.notice, None if loaded is None else loaded.tokenizer)
+        if found is not None:
+            _refuse_other_data(found, data)
+        tokenizer = data.tokenizer
+        if loaded is not None:
+            model = _same_model(loaded.model, model)
+        elif model is None:
+            model_config = resolve(config.model, vocab_size=tokenizer.vocab_size, max_seq_len=config.data.max_length)
+            model = build_model(model_config, seed=config.train.seed)
+        model.to(device).train()
+        model.grad_checkpoint = config.train.grad_checkpoint
+
+        loader = _loader(config, data, tokenizer, world)
+        n_steps = total_steps(config, loader.steps_per_epoch)
+        optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
+        scaler = torch.amp.GradScaler(device.type, enabled=precision.needs_scaler)
+        progress = Progress()
+        if found is not None:
+            progress = _restore(found, optimizers, scaler)
+            reporter.notice(f"going on from {found[0]}: step {progress.step} of {n_steps}")
+        n_parameters = sum(count_parameters(model.config).values())
+        reporter.notice(_describe_run(config, model, n_parameters, n_steps, world, device, precision.reason))
+        if world.is_main:
+            _describe_to_disk(folder, config)
+        run = Run(
+            config=config,
+            world=world,
+            precision=precision,
+            model=model,
+            module=_prepared_module(config, model, world),
+            optimizers=optimizers,
+            scaler=scaler,
+            loader=loader,
+            val_windows=None if data.val is None else cut_windows(config, data.val, tokenizer),
+            tokenizer=tokenizer,
+            folder=folder,
+            log=MetricsLog(folder, progress.step) if world.is_main else None,
+            reporter=reporter,
+            total_steps=n_steps,
+            identity=_identity(data),
+        )
+        began = time.monotonic()
+        try:
+            with _reporting(reporter, progress.step, n_steps), stopping_on_signals(run.stop):
+                progress = run_steps(run, progress)
+        finally:
+            curve = _draw(folder, config) if world.is_main else None
+        model.eval()
+        best = progress.best
+        return TrainResult(
+            folder=folder,
+            checkpoint=pointed(folder, BEST) or step_folder(folder, progress.step),
+            curve=curve,
+            steps=progress.step,
+            tokens=progress.tokens,
+            parameters=n_parameters,
+            seconds=time.monotonic() - began,
+            train_loss=float(progress.metrics.get("loss", float("nan"))),
+            best=best,
+            val_overlap=data.val_overlap,
+        )
+
+
+def cut_windows(config: RunConfig, store: TokenStore, tokenizer: Tokenizer) -> Windows:
+    """Return the windows of ``store`` as ``config.data`` wants them: length and packing."""
+    return Windows(
+        store,
+        config.data.max_length,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        pack=config.data.pack_sequences,
+    )
+
+
+def _loader(config: RunConfig, data: PreparedData, tokenizer: Tokenizer, world: World) -> Loader:
+    plan = plan_batches(config, world.size)
+    return Loader(
+        cut_windows(config, data.train, tokenizer),
+        plan.micro_batch_size,
+        plan.grad_accum_steps,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.train.seed,
+    )
+
+
+def _prepared_module(config: RunConfig, model: Transformer, world: World) -> nn.Module:
+    module: nn.Module = torch.compile(model) if config.train.compile else model  # type: ignore[assignment]
+    return replicate(module, world)
+
+
+def _identity(data: PreparedData) -> dict[str, str]:
+    return {"corpus_sha256": data.report.sha256, "tokenizer_fingerprint": data.tokenizer.fingerprint}
+
+
+def _find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter) -> tuple[Path, TrainerState] | None:
+    """Return the checkpoint to go on from, or None to start anew."""
+    if resume == "never":
+        return None
+    if resume == "auto":
+        found = newest_whole(folder, reporter.notice)
+        if found is None:
+            return None
+    else:
+        found = (Path(resume), read_state(Path(resume)))
+    former = config_from_mapping(found[1].config, f"the configuration of {found[0]}", check_files=False)
+    changed = [line for line in differences(former, config) if line.partition(":")[0] not in _NEUTRAL_KEYS]
+    if resume != "auto":
+        for line in changed:
+            reporter.notice(f"changed since the checkpoint: {line}")
+        changed = [line for line in changed if not line.startswith("train.")]
+    if changed:
+        what = "\n  ".join(changed)
+        remedy = "Go on with the old values, choose another train.checkpoint_dir, or start anew with --resume never"
+        if resume == "auto":
+            remedy += f" (moves the old run aside); to change train settings in mid-run, --resume {found[0]}"
+        raise ConfigError(f"{found[0]} was trained with other settings:\n  {what}\n{remedy}.")
+    return found
+
+
+def _refuse_other_data(found: tuple[Path, TrainerState], data: PreparedData) -> None:
+    folder, state = found
+    now = _identity(data)
+    for name, former in (
+        ("corpus_sha256", state.corpus_sha256),
+        ("tokenizer_fingerprint", state.tokenizer_fingerprint),
+    ):
+        if now[name] != former:
+            what = name.replace("_", " ")
+            message = f"{folder} was trained on other data: {what} {former[:12]} then, {now[name][:12]} now"
+            raise ConfigError(f"{message}. Bring the former text back, or start anew with --resume never.")
+
+
+def _same_model(loaded: Transformer, given: Transformer | None) -> Transformer:
+    """Return the loaded weights, put into the caller's own model when there is one."""
+    if given is None:
+        return loaded
+    if given.config != loaded.config:
+        raise ConfigError(Problem("model", "the checkpoint holds a model of another configuration"))
+    given.load_state_dict(loaded.state_dict())
+    return given
+
+
+def _restore(found: tuple[Path, TrainerState], optimizers: OptimizerSet, scaler: torch.amp.GradScaler) -> Progress:
+    folder, state = found
+    optimizers.load_tensors(read_optimizer(folder))
+    if scaler.is_enabled():
+        if not state.scaler:
+            raise ArtifactError(
+                f"{folder} has no state of the fp16 gradient scaler: it was trained in another precision"
+            )
+        scaler.load_state_dict(state.scaler)
+    return Progress(state.step, state.position, state.tokens, state.best, state.metrics)
+
+
+def _move_aside(folder: Path, reporter: Reporter) -> None:
+    if not list_checkpoints(folder):
+        return
+    aside = folder.with_name(f"{folder.name}_until_{timestamp()}")
+    with explain_write_errors(aside):
+        folder.rename(aside)
+    reporter.notice(f"the run that was in {folder} is in {aside} now")
+
+
+def _describe_to_disk(folder: Path, config: RunConfig) -> None:
+    write_text(folder / CONFIG_FILE, to_yaml(config))
+    write_json(folder / SYSTEM_FILE, system_info())
+
+
+def _describe_run(
+    config: RunConfig,
+    model: Transformer,
+    n_parameters: int,
+    n_steps: int,
+    world: World,
+    device: torch.device,
+    precision: str,
+) -> str:
+    plan = plan_batches(config, world.size)
+    ranks = f" on {world.size} ranks" if world.size > 1 else ""
+    return (
+        f"{model.config.base}: {n_parameters:,} parameters; {n_steps} steps of {plan.tokens_per_step:,} tokens{ranks}; "
+        f"{describe_device(device)}; {precision}"
+    )
+
+
+@contextmanager
+def _reporting(reporter: Reporter, step: int, n_steps: int) -> Iterator[None]:
+    reporter.start(step, n_steps)
+    try:
+        yield
+    finally:
+        reporter.stop()
+
+
+def _draw(folder: Path, config: RunConfig) -> Path | None:
+    rows = read_metrics(folder)
+    return draw_curve(folder, f"{folder.name}: {config.model.base}", rows) if rows else None

@@ -1,0 +1,84 @@
+"""One optimiser step: micro-batches in, updated parameters and the step's loss out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from psannlm.data.loader import MicroBatch
+from psannlm.device import Precision
+from psannlm.distributed import World
+from psannlm.training.optim import OptimizerSet
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Mean loss in nats per label over all ranks, gradient norm before clipping, and how many labels counted.
+
+    ``is_finite`` is false where loss or gradients were not; the parameters were left alone then (under fp16, gradients
+    that overflow are part of finding the scale and do not count).
+    """
+
+    loss: float
+    grad_norm: float
+    n_labels: int
+    is_finite: bool
+
+
+def train_step(
+    model: nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    optimizers: OptimizerSet,
+    *,
+    precision: Precision,
+    scaler: torch.amp.GradScaler,
+    lr: float,
+    grad_clip: float | None = 1.0,
+    label_smoothing: float = 0.0,
+    world: World | None = None,
+) -> StepResult:
+    """Make one step on the mean loss over all labels of all micro-batches of all ranks.
+
+    Every label weighs the same wherever it stands, so that four micro-batches equal one large one, ragged or not.
+    ``model(input_ids, labels, label_smoothing)`` returns a *summed* loss.
+    """
+    world = world or World()
+    device = precision.device
+    n_labels = int(world.sum(sum(batch.n_labels for batch in micro_batches), device))
+    # Data parallelism averages gradients over ranks; the sum over ranks is wanted.
+    weight = world.size / max(1, n_labels)
+    optimizers.set_lr(lr)
+    optimizers.zero_grad()
+    total = torch.zeros((), device=device)
+    for index, batch in enumerate(micro_batches):
+        is_last = index == len(micro_batches) - 1
+        with _gradient_sync(model, is_last), precision.autocast():
+            loss: Tensor = model(
+                batch.input_ids.to(device, non_blocking=True),
+                batch.labels.to(device, non_blocking=True),
+                label_smoothing,
+            )
+            total += loss.detach()
+            torch.autograd.backward(scaler.scale(loss * weight))
+    for optimizer in optimizers.optimizers:
+        scaler.unscale_(optimizer)
+    grad_norm = float(
+        nn.utils.clip_grad_norm_(model.parameters(), grad_clip if grad_clip is not None else float("inf"))
+    )
+    mean_loss = world.sum(float(total), device) / max(1, n_labels)
+    is_finite = torch.isfinite(torch.tensor((mean_loss, 0.0 if scaler.is_enabled() else grad_norm))).all().item()
+    if is_finite:
+        for optimizer in optimizers.optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+    return StepResult(mean_loss, grad_norm, n_labels, bool(is_finite))
+
+
+def _gradient_sync(model: nn.Module, is_last: bool) -> AbstractContextManager[object]:
+    """Let ranks exchange gradients on the last micro-batch only."""
+    no_sync: Callable[[], AbstractContextManager[object]] | None = getattr(model, "no_sync", None)
+    return nullcontext() if is_last or no_sync is None else no_sync()
