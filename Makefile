@@ -1,0 +1,60 @@
+# Everything from one clone. `make` alone lists the targets; each one installs what it needs into .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PROMPT ?= The for statement
+
+# The pins hold in the separate environment that builds the package too; newer versions of pip read the second name there.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint check wheel clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ': .*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed ## install, train a small model on English prose, let it write (about five minutes)
+	$(BIN)/psannlm train configs/waveresnet_cpu.yaml
+	$(BIN)/psannlm generate --prompt "$(PROMPT)"
+
+test: $(VENV)/.installed-dev ## run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint ## what to run before a commit: lint, and the tests that are quick
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+# What an earlier build left in build/ would be packed again, files that are gone since included.
+wheel: $(BIN)/python ## build dist/*.whl
+	rm -rf build dist
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## remove .venv and everything that was built; runs/ and reports/ stay
+	rm -rf $(VENV) build dist *.egg-info .smoke .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# `make demo` needs no test tools, `make test` does: one environment, two marks that say how far it is furnished.
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing psannlm and what it needs into $(VENV) (torch is large: a minute or more)"
+	$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "psannlm needs Python 3.10 or newer; $(PYTHON) is: $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)."; exit 1; }

@@ -1,0 +1,1 @@
+"""The command path of older documents: ``python -m psann.lm.train.cli``."""
