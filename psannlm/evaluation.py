@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from psannlm.config.data import Source
+from psannlm.data.documents import ReadReport, read_documents
+from psannlm.data.shards import encode_documents
 from psannlm.data.windows import Windows
 from psannlm.device import Precision
 from psannlm.distributed import World
-from psannlm.errors import TrainingError
+from psannlm.errors import ArtifactError, CorpusError
+from psannlm.models.artifact import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,11 @@ def evaluate(
     to a summed loss and is left in the mode it was in. Ranks share the windows and all get the same result.
 
     Raises:
-        TrainingError: the text holds no token.
+        CorpusError: the text holds no token.
     """
     world = world or World()
     if windows.n_labels == 0 or windows.store.n_bytes == 0:
-        raise TrainingError("the text to evaluate on holds no token")
+        raise CorpusError("the text to evaluate on holds no token")
     was_training = model.training
     model.eval()
     mine = range(world.rank, len(windows), world.size)
@@ -86,3 +90,42 @@ def evaluate(
             on_progress(min(start + batch_size, len(mine)), len(mine))
     model.train(was_training)
     return Evaluation(world.sum(nats, precision.device), windows.n_labels, windows.store.n_bytes)
+
+
+def evaluate_sources(
+    loaded: LoadedModel,
+    sources: Sequence[Source],
+    *,
+    precision: Precision,
+    batch_size: int = 16,
+    window: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[Evaluation, ReadReport]:
+    """Evaluate a loaded model, already on the device of ``precision``, on all text of ``sources``.
+
+    Args:
+        window: tokens seen at once; None takes the length the model was trained with.
+
+    Raises:
+        ArtifactError: the model file has no tokenizer.
+        CorpusError: a source cannot be read, holds no text, or ``window`` is longer than the model's context.
+    """
+    if loaded.tokenizer is None:
+        raise ArtifactError(
+            "the model file has no tokenizer, and text cannot be read without the one it was trained with"
+        )
+    config = loaded.model.config
+    longest = config.max_seq_len or 256
+    if window is not None and window > longest and config.positional_encoding != "alibi":
+        raise CorpusError(f"a window of {window} tokens is longer than the model's context of {longest}")
+    report = ReadReport()
+    store = encode_documents(read_documents(sources, report), loaded.tokenizer)
+    windows = Windows(
+        store,
+        window or longest,
+        bos_id=loaded.tokenizer.bos_id,
+        eos_id=loaded.tokenizer.eos_id,
+        pad_id=loaded.tokenizer.pad_id,
+    )
+    result = evaluate(loaded.model, windows, precision=precision, batch_size=batch_size, on_progress=on_progress)
+    return result, report

@@ -141,4 +141,6 @@ class Transformer(nn.Module):
             input_ids, labels: (B, T) int64; a label is the token after the input at its place, or IGNORE_INDEX.
         """
         hidden = self.hidden_states(input_ids)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.output_weight, labels.flatten(), label_smoothing)
+        flat = hidden.flatten(0, 1)
+        loss: Tensor = linear_cross_entropy(flat, self.output_weight, labels.flatten(), label_smoothing)
+        return loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,13 @@ _NEUTRAL_KEYS = frozenset(
 class TrainResult:
     """What a run came to.
 
-    ``best`` holds ``step``, ``loss`` (nats per token), ``perplexity`` and ``bits_per_byte`` of the best validation, or
-    is None without one. ``checkpoint`` is the best checkpoint, or without validation the last. ``val_overlap`` is the
-    share of the held-out text that stands word for word in the training text.
+    ``model`` holds the weights of the last step, in evaluation mode. ``best`` holds ``step``, ``loss`` (nats per
+    token), ``perplexity`` and ``bits_per_byte`` of the best validation, or is None without one. ``checkpoint`` is the
+    best checkpoint, or without validation the last. ``val_overlap`` is the share of the held-out text that stands word
+    for word in the training text.
     """
 
+    model: Transformer
     folder: Path
     checkpoint: Path
     curve: Path | None
@@ -80,6 +82,11 @@ class TrainResult:
     train_loss: float
     best: dict[str, Any] | None
     val_overlap: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures and paths as plain data, without the model."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
 
 def train(
@@ -132,7 +139,7 @@ def train(
         model.to(device).train()
         model.grad_checkpoint = config.train.grad_checkpoint
 
-        loader = _loader(config, data, tokenizer, world)
+        loader = build_loader(config, data, world)
         n_steps = total_steps(config, loader.steps_per_epoch)
         optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
         scaler = torch.amp.GradScaler(device.type, enabled=precision.needs_scaler)
@@ -170,6 +177,7 @@ def train(
         model.eval()
         best = progress.best
         return TrainResult(
+            model=model,
             folder=folder,
             checkpoint=pointed(folder, BEST) or step_folder(folder, progress.step),
             curve=curve,
@@ -195,10 +203,11 @@ def cut_windows(config: RunConfig, store: TokenStore, tokenizer: Tokenizer) -> W
     )
 
 
-def _loader(config: RunConfig, data: PreparedData, tokenizer: Tokenizer, world: World) -> Loader:
+def build_loader(config: RunConfig, data: PreparedData, world: World) -> Loader:
+    """Return the loader of this rank's training windows."""
     plan = plan_batches(config, world.size)
     return Loader(
-        cut_windows(config, data.train, tokenizer),
+        cut_windows(config, data.train, data.tokenizer),
         plan.micro_batch_size,
         plan.grad_accum_steps,
         rank=world.rank,

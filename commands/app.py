@@ -1,0 +1,81 @@
+"""The Typer root: puts the subcommands together and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+from typing import Annotated
+
+import typer
+
+from psannlm import __version__
+from psannlm.commands import eval as eval_command
+from psannlm.commands import generate as generate_command
+from psannlm.commands import tokenize as tokenize_command
+from psannlm.commands import train as train_command
+from psannlm.errors import EXIT_FAILED, EXIT_INTERRUPTED, PsannlmError
+
+app = typer.Typer(
+    name="psannlm",
+    help="Language models with trainable sine activations: from a folder of text to a trained, measured model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train_command.train)
+app.command("generate")(generate_command.generate)
+app.command("eval")(eval_command.evaluate)
+app.command("tokenize")(tokenize_command.tokenize)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"psannlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+    ] = False,
+) -> None:
+    """Options of every subcommand; ``--debug`` is taken off the line before parsing, wherever it stands."""
+
+
+def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say an error that nobody expected in one line; set as ``sys.excepthook`` unless --debug."""
+    if issubclass(kind, MemoryError) or kind.__name__ == "OutOfMemoryError":
+        typer.echo("error: out of memory; lower train.batch_tokens, or set train.grad_checkpoint: true", err=True)
+    else:
+        message = str(error).strip().split("\n")[0]
+        typer.echo(f"error: unexpected {kind.__name__}: {message} (run again with --debug for the traceback)", err=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; ends in SystemExit with one of the exit codes of ``psannlm.errors``."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if debug:
+        arguments = [argument for argument in arguments if argument != "--debug"]
+    else:
+        sys.excepthook = _one_line
+    try:
+        app(arguments, prog_name="psannlm")
+    except PsannlmError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has left (psannlm generate | head); there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)

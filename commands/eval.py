@@ -1,0 +1,79 @@
+"""psannlm eval: a checkpoint and files of text to loss, perplexity and bits per byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from psannlm.commands.options import (
+    CheckpointOption,
+    DeviceOption,
+    JsonOption,
+    RunsOption,
+    figures_table,
+    find_model_file,
+    print_json,
+    progress,
+    results,
+)
+
+
+def evaluate(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders or globs of text.")],
+    checkpoint: CheckpointOption = None,
+    runs: RunsOption = Path("runs"),
+    per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of a .txt file.")] = False,
+    text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
+    window: Annotated[int | None, typer.Option(help="Tokens seen at once. Default: as in training.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 16,
+    amp: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "fp32",
+    device: DeviceOption = "auto",
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for metrics.json and system.json.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model on all of a text."""
+    from rich.progress import Progress
+
+    from psannlm.config.data import PathSource
+    from psannlm.config.run import section_from_kwargs
+    from psannlm.config.train import TrainConfig
+    from psannlm.device import pick_device, pick_precision
+    from psannlm.evaluation import evaluate_sources
+    from psannlm.models.artifact import load_model
+    from psannlm.reports.store import new_folder, system_info, write_json
+
+    settings = section_from_kwargs(TrainConfig, "train", {"amp": amp, "device": device})
+    path = find_model_file(checkpoint, runs)
+    loaded = load_model(path)
+    precision = pick_precision(settings.amp, pick_device(settings.device))
+    loaded.model.to(precision.device)
+    with Progress(console=progress(), transient=True) as bar:
+        task = bar.add_task("evaluating", total=None)
+        result, report = evaluate_sources(
+            loaded,
+            [PathSource(path=file, per_line=per_line, text_key=text_key) for file in files],
+            precision=precision,
+            batch_size=batch_size,
+            window=window,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for line in report.lines():
+        progress().print(line, highlight=False, soft_wrap=True, markup=False)
+    folder = new_folder("eval", out)
+    metrics = {"checkpoint": str(path), "files": files, "corpus_sha256": report.sha256, **result.as_dict()}
+    write_json(folder / "metrics.json", metrics)
+    write_json(folder / "system.json", system_info())
+    if as_json:
+        print_json({**metrics, "folder": str(folder)})
+        return
+    rows = [
+        ("checkpoint", str(path)),
+        ("text", f"{report.documents:,} documents, {result.n_bytes:,} bytes, {result.n_labels:,} tokens"),
+        ("loss", f"{result.loss:.4f} nats per token"),
+        ("perplexity", f"{result.perplexity:.2f}"),
+        ("bits per byte", f"{result.bits_per_byte:.4f}"),
+        ("written to", str(folder)),
+    ]
+    results().print(figures_table("evaluation", rows))

@@ -1,0 +1,99 @@
+"""psannlm generate: a checkpoint and prompts to text, streaming."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from psannlm.commands.options import (
+    CheckpointOption,
+    DeviceOption,
+    JsonOption,
+    RunsOption,
+    find_model_file,
+    print_json,
+    progress,
+)
+
+
+def generate(
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; may be repeated.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts-file", help="A prompt per line, decoded together; - reads stdin.")
+    ] = None,
+    checkpoint: CheckpointOption = None,
+    runs: RunsOption = Path("runs"),
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; below 1 is bolder, above 1 wilder.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability; 1 keeps all.")] = 0.9,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Ratio by which tokens already there become less likely, such as 1.2.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a new one.")] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Continue prompts with a trained model."""
+    prompts = [*(prompt or []), *(_read_prompts(prompts_file) if prompts_file is not None else [])]
+    if not prompts:
+        raise typer.BadParameter("give --prompt TEXT or --prompts-file FILE", param_hint="--prompt")
+
+    from psannlm.device import pick_device
+    from psannlm.errors import ArtifactError
+    from psannlm.generation.engine import generate as complete
+    from psannlm.generation.sampling import SamplingConfig
+    from psannlm.models.artifact import load_model
+
+    sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
+    path = find_model_file(checkpoint, runs)
+    loaded = load_model(path)
+    if loaded.tokenizer is None:
+        raise ArtifactError(f"{path} has no tokenizer: text cannot be made with it")
+    loaded.model.to(pick_device(device))
+    if checkpoint is None:
+        progress().print(f"[dim]using {path}[/dim]", highlight=False, soft_wrap=True)
+
+    is_streamed = len(prompts) == 1 and not as_json
+    if is_streamed:
+        _write(prompts[0])
+    completions = complete(
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        on_text=(lambda _, text: _write(text)) if is_streamed else None,
+    )
+    if as_json:
+        rows = [
+            {"prompt": text, "completion": done.text, "tokens": len(done.ids), "stopped_by": done.stopped_by}
+            for text, done in zip(prompts, completions, strict=True)
+        ]
+        print_json({"checkpoint": str(path), "completions": rows})
+    elif is_streamed:
+        _write("\n")
+    else:
+        for number, (text, done) in enumerate(zip(prompts, completions, strict=True), start=1):
+            typer.echo(f"--- {number} of {len(prompts)}\n{text}{done.text}")
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The lines of a file, or of stdin for ``-``; blank ones are no prompts."""
+    from psannlm.data.files import read_text
+
+    text = sys.stdin.read() if str(path) == "-" else read_text(str(path))[0]
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise typer.BadParameter(f"{path} holds no prompt: every line is blank", param_hint="--prompts-file")
+    return prompts
+
+
+def _write(text: str) -> None:
+    typer.echo(text, nl=False)
+    sys.stdout.flush()

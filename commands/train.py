@@ -1,0 +1,99 @@
+"""psannlm train: a YAML configuration to a trained model, its metrics and its loss curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from psannlm.commands.options import JsonOption, figures_table, print_json, progress, results
+
+if TYPE_CHECKING:
+    from psannlm.training.plan import TrainingPlan
+    from psannlm.training.run import TrainResult
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file with the sections model, data and train.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: train.lr=3e-4.")
+    ] = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="auto: go on from the run folder's newest whole checkpoint; never: start anew (a run that is there is "
+            "moved aside); or the path of a checkpoint."
+        ),
+    ] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder, instead of train.checkpoint_dir.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration, sizes and memory, and stop.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model from a YAML configuration."""
+    from psannlm.config.run import load_config, to_yaml
+
+    if out is not None:
+        overrides = [*(overrides or []), f"train.checkpoint_dir='{out}'"]
+    run_config = load_config(config, overrides or [])
+    if dry_run:
+        from psannlm.training.plan import plan_training
+
+        plan = plan_training(run_config, notice=lambda text: progress().print(text, soft_wrap=True, markup=False))
+        if as_json:
+            print_json({"config": run_config.model_dump(mode="json"), **plan.as_dict()})
+        else:
+            typer.echo(to_yaml(run_config))
+            _show_plan(plan)
+        return
+
+    from psannlm.training.progress import ConsoleReporter
+    from psannlm.training.run import train as run_training
+
+    result = run_training(run_config, resume=resume, reporter=ConsoleReporter(progress()))
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        _show_result(result)
+
+
+def _show_plan(plan: TrainingPlan) -> None:
+    rows = [(f"parameters: {group}", f"{count:,}") for group, count in plan.parameters.items()]
+    rows += [
+        ("parameters: all", f"{plan.n_parameters:,}"),
+        ("training FLOPs per token", f"{plan.flops_per_token:,}"),
+        ("training windows", f"{plan.n_windows:,} of {plan.batches.seq_len} tokens"),
+        ("micro-batch", f"{plan.batches.micro_batch_size} windows, {plan.batches.tokens_per_micro_batch:,} tokens"),
+        ("tokens per step", f"{plan.batches.tokens_per_step:,}"),
+        ("steps", f"{plan.n_steps:,} ({plan.steps_per_epoch:,} per epoch)"),
+        ("precision", plan.precision),
+    ]
+    rows += [(f"memory: {part}", f"{n_bytes / 1e6:,.1f} MB") for part, n_bytes in plan.memory.items()]
+    rows.append(("disk per checkpoint", f"{plan.checkpoint_bytes / 1e6:,.1f} MB"))
+    results().print(figures_table("plan", rows))
+
+
+def _show_result(result: TrainResult) -> None:
+    rows = [("parameters", f"{result.parameters:,}"), ("steps", f"{result.steps:,}"), ("tokens", f"{result.tokens:,}")]
+    if result.seconds >= 1:
+        rows.append(("training time", f"{result.seconds:.0f} s, validation and checkpoints included"))
+    rows.append(("training loss, last step", f"{result.train_loss:.4f} nats per token"))
+    if result.best is not None:
+        rows += [
+            ("best validation at step", f"{result.best['step']:,}"),
+            ("validation loss", f"{result.best['loss']:.4f} nats per token"),
+            ("perplexity", f"{result.best['perplexity']:.2f}"),
+            ("bits per byte", f"{result.best['bits_per_byte']:.4f}"),
+        ]
+    if result.val_overlap:
+        rows.append(
+            ("held-out text also in training", f"{result.val_overlap:.1%}, word for word: read the loss with care")
+        )
+    rows += [("run folder", str(result.folder)), ("checkpoint", str(result.checkpoint))]
+    if result.curve is not None:
+        rows.append(("loss curve", str(result.curve)))
+    console = results()
+    console.print(figures_table("training", rows))
+    console.print('next: [bold]psannlm generate --prompt "The "[/bold]', highlight=False)

@@ -1,0 +1,339 @@
+"""The Python surface: texts to a dataset, a dataset to a model, a model to text and files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from psannlm.config.data import DataConfig, PathSource, TokenizerBackend
+from psannlm.config.model import ModelConfig
+from psannlm.config.run import RunConfig, section_from_kwargs
+from psannlm.config.train import Amp, TrainConfig
+from psannlm.data.documents import Document, read_documents
+from psannlm.data.files import KNOWN_SUFFIXES, split_suffix
+from psannlm.data.prepare import PreparedData, prepare_documents
+from psannlm.data.shards import encode_documents
+from psannlm.data.windows import Windows
+from psannlm.errors import CorpusError, GenerationError, TokenizerError
+from psannlm.generation.engine import Completion, generate
+from psannlm.generation.sampling import SamplingConfig
+from psannlm.models.artifact import MODEL_FILE, load_model, save_model
+from psannlm.models.registry import build_model, resolve
+from psannlm.models.transformer import Transformer
+from psannlm.tokenizers.base import Tokenizer
+from psannlm.training.progress import ConsoleReporter, Reporter, SilentReporter
+from psannlm.training.run import TrainResult, cut_windows, train
+
+Texts = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+_GIVEN_IN_PYTHON = "(texts given in Python)"
+
+
+class psannLMDataPrep:
+    """Texts or files, tokenized and cut into windows for :meth:`psannLM.fit`.
+
+    Args:
+        texts_or_paths: texts, and paths of files or folders (``.txt``, ``.jsonl``, ``.parquet``, also ``.gz``,
+            ``.zst``), one or many, also mixed. A string counts as a path if there is such a file or folder.
+        tokenizer: ``auto``, ``sentencepiece``, ``tokenizers`` or ``simple``.
+        tokenizer_model_path: a tokenizer file to use instead of fitting one on the training texts.
+        max_length: tokens of a window.
+        pack_sequences: join documents into full windows; False never puts two into one window.
+        val_split: share of the documents held out for validation.
+        seed: decides which documents those are.
+        vocab_size: entries of a fitted tokenizer, at most.
+
+    Raises:
+        CorpusError: a path does not exist or cannot be read, or there is less text than one window.
+        ConfigError: a value is refused.
+    """
+
+    def __init__(
+        self,
+        texts_or_paths: Texts,
+        tokenizer: TokenizerBackend = "auto",
+        tokenizer_model_path: str | os.PathLike[str] | None = None,
+        max_length: int = 256,
+        pack_sequences: bool = True,
+        val_split: float = 0.0,
+        seed: int = 1337,
+        *,
+        vocab_size: int = 4096,
+    ) -> None:
+        documents, sources = _documents(texts_or_paths)
+        settings: dict[str, Any] = {
+            "sources": [{"path": source} for source in sources],
+            "tokenizer": tokenizer,
+            "tokenizer_model_path": None if tokenizer_model_path is None else os.fspath(tokenizer_model_path),
+            "vocab_size": vocab_size,
+            "max_length": max_length,
+            "pack_sequences": pack_sequences,
+            "val_split": val_split,
+            "seed": seed,
+        }
+        self.config = section_from_kwargs(DataConfig, "data", settings)
+        self.notices: list[str] = []
+        self.prepared: PreparedData = prepare_documents(documents, self.config, self.notices.append)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that was fitted or loaded."""
+        return self.prepared.tokenizer
+
+    @property
+    def tokenizer_backend(self) -> str:
+        """Which backend is live: ``sentencepiece``, ``tokenizers`` or ``simple``."""
+        return self.tokenizer.backend
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the tokenizer; the number of rows a model's embedding needs."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def dataset(self) -> Windows:
+        """The training windows: item i is (input_ids, labels), both (max_length,) int64."""
+        return cut_windows(RunConfig(data=self.config), self.prepared.train, self.tokenizer)
+
+    @property
+    def val_dataset(self) -> Windows | None:
+        """The held-out windows, or None when ``val_split`` is 0."""
+        if self.prepared.val is None:
+            return None
+        return cut_windows(RunConfig(data=self.config), self.prepared.val, self.tokenizer)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class psannLM:
+    """A language model: build, fit, generate, save, load.
+
+    Args:
+        base: ``waveresnet``, ``respsann`` or ``transformer``.
+        d_model, n_layers, n_heads: width, depth and query heads.
+        d_mlp: hidden width of the feed-forward; None picks it by kind.
+        vocab_size: rows of the embedding; None takes the tokenizer's at :meth:`fit`.
+        positional_encoding: ``rope``, ``alibi`` or ``sinusoidal``.
+        sine_params: settings of the sine activation, such as ``dict(amp_init=1.0, trainable=True)``.
+        settings: any other key of the ``model`` section of a configuration file, such as ``dropout``.
+
+    Raises:
+        UnknownKeyError: (a TypeError) a keyword is not known; the nearest known one is named.
+        ConfigError: a value or a combination is refused.
+    """
+
+    def __init__(
+        self,
+        base: str = "waveresnet",
+        d_model: int = 512,
+        n_layers: int = 8,
+        n_heads: int = 8,
+        d_mlp: int | None = None,
+        vocab_size: int | None = None,
+        positional_encoding: str = "rope",
+        sine_params: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        named = {
+            "base": base,
+            "d_model": d_model,
+            "n_layers": n_layers,
+            "n_heads": n_heads,
+            "d_mlp": d_mlp,
+            "vocab_size": vocab_size,
+            "positional_encoding": positional_encoding,
+            "sine_params": sine_params or {},
+        }
+        self.config = section_from_kwargs(ModelConfig, "model", {**named, **settings})
+        self.tokenizer: Tokenizer | None = None
+        self.result: TrainResult | None = None
+        self._model: Transformer | None = None
+
+    @property
+    def model(self) -> Transformer:
+        """The ``torch.nn.Module``; built with the default seed if it was neither fitted nor loaded."""
+        if self._model is None:
+            self._model = build_model(resolve(self.config), seed=TrainConfig().seed)
+        return self._model
+
+    def fit(
+        self,
+        data: psannLMDataPrep,
+        val_data: psannLMDataPrep | Texts | None = None,
+        epochs: int = 1,
+        batch_tokens: int = 65_536,
+        lr: float = 2e-4,
+        amp: Amp | None = "bf16",
+        ddp: Literal["auto", "on", "off"] | bool = "auto",
+        *,
+        verbose: bool = True,
+        resume: str = "auto",
+        **overrides: Any,
+    ) -> psannLM:
+        """Train on ``data`` and return self, with the weights of the last step.
+
+        Args:
+            val_data: texts to validate on, instead of what ``data`` held out.
+            epochs, batch_tokens, lr, amp, ddp: as in the ``train`` section of a configuration; ``amp=None`` is fp32.
+            verbose: show progress on the standard error stream.
+            resume: with a ``checkpoint_dir``: ``auto``, ``never`` or a checkpoint, as for ``psannlm train``.
+            overrides: any other key of the ``train`` section. Checkpoints, metrics and the loss curve are kept only
+                when ``checkpoint_dir`` is given; ``self.result`` sums up the run.
+
+        Raises:
+            UnknownKeyError: (a TypeError) a keyword is not known; the nearest known one is named.
+            ConfigError, DeviceError: a value is refused, or what it asks for is not to be had.
+        """
+        named = {"epochs": epochs, "batch_tokens": batch_tokens, "lr": lr, "amp": amp, "ddp": ddp}
+        prepared = data.prepared if val_data is None else _with_validation(data, val_data)
+        reporter: Reporter = ConsoleReporter(Console(stderr=True)) if verbose else SilentReporter()
+        if self._model is None:
+            seed = overrides.get("seed", TrainConfig().seed)
+            resolved = resolve(self.config, vocab_size=data.vocab_size, max_seq_len=data.config.max_length)
+            start = build_model(resolved, seed=seed) if isinstance(seed, int) else None
+        else:
+            start = self._model
+            start.config = resolve(start.config, max_seq_len=data.config.max_length)
+        with tempfile.TemporaryDirectory(prefix="psannlm_fit_") as scratch:
+            settings = {**named, "checkpoint_dir": scratch, **overrides}
+            train_config = section_from_kwargs(TrainConfig, "train", settings)
+            config = RunConfig(model=self.config, data=data.config, train=train_config)
+            result = train(config, resume=resume, reporter=reporter, data=prepared, model=start)
+        self._model, self.tokenizer, self.result = result.model, data.tokenizer, result
+        return self
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 128,
+        top_k: int | None = None,
+        top_p: float | None = 0.9,
+        temperature: float = 1.0,
+        repetition_penalty: float | None = None,
+        *,
+        seed: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """Return the text that follows ``prompt``, the prompt left out.
+
+        Args:
+            temperature: 0 always takes the likeliest token.
+            seed: the same seed, prompt and settings give the same text; None draws a new one.
+            on_text: called with pieces of the text as they come.
+
+        Raises:
+            GenerationError: the model has no tokenizer yet, or the prompt or a setting cannot be honoured.
+        """
+        sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
+        listener = None if on_text is None else lambda _, text: on_text(text)
+        return self._complete([prompt], max_new_tokens, sampling, listener)[0].text
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 128,
+        top_k: int | None = None,
+        top_p: float | None = 0.9,
+        temperature: float = 1.0,
+        repetition_penalty: float | None = None,
+        *,
+        seed: int | None = None,
+    ) -> list[str]:
+        """Return what :meth:`generate` gives for each prompt, in order, decoded together."""
+        if isinstance(prompts, str):
+            raise TypeError("generate_batch takes a list of prompts; generate takes one")
+        sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
+        return [completion.text for completion in self._complete(prompts, max_new_tokens, sampling, None)]
+
+    def _complete(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        on_text: Callable[[int, str], None] | None,
+    ) -> list[Completion]:
+        if self.tokenizer is None:
+            raise GenerationError("this model has no tokenizer yet: fit it, or load one that was trained")
+        model = self.model.eval()
+        return generate(
+            model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write weights, configuration and tokenizer to one file (in a folder: its ``model.safetensors``).
+
+        Raises:
+            StorageError: the file cannot be written; what stood there is still there.
+        """
+        target = Path(path)
+        if target.is_dir():
+            target = target / MODEL_FILE
+        save_model(target, self.model, self.tokenizer)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> psannLM:
+        """Return the model of a file or of a checkpoint folder, on the CPU.
+
+        Raises:
+            ArtifactError: the file is missing, damaged or of another version.
+        """
+        loaded = load_model(Path(path))
+        model = cls.__new__(cls)
+        model.config = loaded.model.config
+        model.tokenizer = loaded.tokenizer
+        model.result = None
+        model._model = loaded.model
+        return model
+
+
+def _documents(texts_or_paths: Texts) -> tuple[list[Document], list[str]]:
+    """Sort strings and paths into documents; also return what to write down as sources."""
+    given = [texts_or_paths] if isinstance(texts_or_paths, (str, os.PathLike)) else list(texts_or_paths)
+    documents: list[Document] = []
+    sources: list[str] = []
+    n_texts = 0
+    for item in given:
+        if isinstance(item, os.PathLike) or _is_path(item):
+            path = os.fspath(item)
+            documents += read_documents([PathSource(path=path)])
+            sources.append(path)
+        else:
+            n_texts += 1
+            documents.append(Document(item, f"text {n_texts}"))
+    if n_texts or not sources:
+        sources.append(_GIVEN_IN_PYTHON)
+    return documents, sources
+
+
+def _is_path(text: object) -> bool:
+    """Whether a string names a file or folder; one that only looks like a path is refused rather than learnt from."""
+    if not isinstance(text, str):
+        raise CorpusError(f"texts_or_paths holds {type(text).__name__} {text!r:.60}; give strings or paths")
+    if len(text) > 4096 or "\n" in text or "\0" in text:
+        return False
+    if text and os.path.exists(text):
+        return True
+    looks_like_path = split_suffix(text)[0] in KNOWN_SUFFIXES or text.startswith(("./", "../", "~/", os.sep))
+    if looks_like_path and not any(character.isspace() for character in text):
+        raise CorpusError(f"{text!r} looks like a path, and there is no such file or folder; correct it")
+    return False
+
+
+def _with_validation(data: psannLMDataPrep, val_data: psannLMDataPrep | Texts) -> PreparedData:
+    if isinstance(val_data, psannLMDataPrep):
+        if val_data.tokenizer.fingerprint != data.tokenizer.fingerprint:
+            raise TokenizerError(
+                f"val_data has tokenizer {val_data.tokenizer.fingerprint[:12]}, data has "
+                f"{data.tokenizer.fingerprint[:12]}; give the validation texts themselves, or prepare them with "
+                "tokenizer_model_path set to the tokenizer of data"
+            )
+        return replace(data.prepared, val=val_data.prepared.train, val_overlap=None)
+    documents, _ = _documents(val_data)
+    return replace(data.prepared, val=encode_documents(documents, data.tokenizer), val_overlap=None)

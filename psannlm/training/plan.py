@@ -1,0 +1,77 @@
+"""A configuration to what a run will need: parameters, operations, steps, memory and disk, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from psannlm.config.run import BatchPlan, RunConfig, plan_batches, total_steps
+from psannlm.data.prepare import prepare
+from psannlm.device import pick_device, pick_precision, require_compiler
+from psannlm.distributed import launched_world
+from psannlm.models.accounting import count_parameters, flops_per_token, training_memory
+from psannlm.models.registry import resolve
+from psannlm.training.run import build_loader
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run will need. ``memory`` and ``checkpoint_bytes`` are in bytes, ``memory`` on one rank by part."""
+
+    parameters: dict[str, int]
+    flops_per_token: int
+    batches: BatchPlan
+    n_windows: int
+    steps_per_epoch: int
+    n_steps: int
+    precision: str
+    memory: dict[str, int]
+    checkpoint_bytes: int
+
+    @property
+    def n_parameters(self) -> int:
+        """Learnable parameters in all."""
+        return sum(self.parameters.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every figure as plain data."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        tokens = {"tokens_per_step": self.batches.tokens_per_step, "n_parameters": self.n_parameters}
+        return {**plain, "batches": asdict(self.batches), **tokens}
+
+
+def plan_training(config: RunConfig, notice: Callable[[str], None]) -> TrainingPlan:
+    """Read and tokenize the corpus, but build no weights and write nothing; return the :class:`TrainingPlan`.
+
+    Raises:
+        PsannlmError: whatever would stop the run before its first step.
+    """
+    world = launched_world(config.train.ddp)
+    device = pick_device(config.train.device, world.local_rank)
+    precision = pick_precision(config.train.amp, device)
+    if config.train.compile:
+        require_compiler(device)
+    data = prepare(config.data, notice)
+    model = resolve(config.model, vocab_size=data.tokenizer.vocab_size, max_seq_len=config.data.max_length)
+    loader = build_loader(config, data, world)
+    batches = plan_batches(config, world.size)
+    memory = training_memory(
+        model,
+        batches.micro_batch_size,
+        batches.seq_len,
+        dtype=precision.dtype,
+        optimizer=config.train.optimizer,
+        grad_checkpoint=config.train.grad_checkpoint,
+    )
+    return TrainingPlan(
+        parameters=count_parameters(model),
+        flops_per_token=flops_per_token(model, batches.seq_len),
+        batches=batches,
+        n_windows=len(loader.windows),
+        steps_per_epoch=loader.steps_per_epoch,
+        n_steps=total_steps(config, loader.steps_per_epoch),
+        precision=precision.reason,
+        memory={**asdict(memory), "total": memory.total},
+        checkpoint_bytes=memory.weights + memory.optimizer,
+    )
