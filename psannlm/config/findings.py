@@ -27,6 +27,7 @@ _SOURCE_KINDS: dict[str, type[Section]] = {"path": PathSource, "builtin": Builti
 
 _WORDS_FOR_TRUE = {"yes", "on", "y", "1"}
 _WORDS_FOR_FALSE = {"no", "off", "n", "0"}
+_LONGEST_SHOWN = 120
 _reprlib = reprlib.Repr()
 _reprlib.maxstring = _reprlib.maxother = _reprlib.maxlong = 60
 
@@ -119,7 +120,8 @@ def show(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
         return f"{value:g}" if value == float(f"{value:g}") else repr(value)
-    return re.sub(r"\s*\n\s*", " ", _reprlib.repr(value))
+    text = re.sub(r"\s*\n\s*", " ", _reprlib.repr(value))
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
 
 
 def unknown_section(key: str) -> Finding:

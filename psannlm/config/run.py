@@ -140,7 +140,7 @@ def _assemble(
     across = [check for check in across if not any(touches(refused, _path(name)) for name in check.fields)]
     findings += [Finding(_path(check.fields[0]), check.message) for check in across]
     if check_files:
-        findings += [finding for finding in missing_files(config.data) if not touches(refused, finding.path)]
+        findings += missing_files(config.data)
     if findings:
         raise ConfigError(origin.problems(findings), source)
     return config

@@ -81,7 +81,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that the core schema would read as something else, and writes a value as often as it occurs."""
+    """Quotes text that YAML 1.1 or 1.2 would read as something else, and writes a value as often as it occurs."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
@@ -99,7 +99,6 @@ _TOO_MANY = f"more than {_MAX_NODES:,} values, aliases expanded; name a folder o
 
 # An own, empty table: otherwise PyYAML copies the one of YAML 1.1 when the first resolver is added.
 _Loader.yaml_implicit_resolvers = {}
-_Dumper.yaml_implicit_resolvers = {}
 for _kind, _pattern in _CORE.items():
     _Loader.add_implicit_resolver(_TAG + _kind, _pattern, _FIRST_CHARACTERS[_kind])
     _Dumper.add_implicit_resolver(_TAG + _kind, _pattern, _FIRST_CHARACTERS[_kind])

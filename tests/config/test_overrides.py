@@ -69,6 +69,12 @@ def test_the_line_of_a_value_that_was_overridden_is_not_blamed(tmp_path: Path) -
     ]
 
 
+def test_the_lines_below_a_value_that_was_overridden_are_forgotten(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, "data:\n  sources:\n    - a.txt\n", "data.sources=[{pth: b}]")
+    assert [(problem.path, problem.line) for problem in caught.value.problems] == [("data.sources[0].pth", None)]
+
+
 def test_an_override_repairs_the_file_and_is_never_swallowed(tmp_path: Path) -> None:
     assert load(tmp_path, "train: {epochs: x}", "train.epochs=2").train.epochs == 2
     with pytest.raises(ConfigError, match=r"train.*is not a group of keys"):

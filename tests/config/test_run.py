@@ -109,6 +109,10 @@ def test_a_rule_is_silent_where_one_of_its_fields_is_refused(tmp_path: Path) -> 
         "train.warmup_steps",
     }
     assert set(problems(tmp_path, "model: {d_model: '512', n_heads: 7}")) == {"model.d_model"}
+    assert set(problems(tmp_path, "data: {max_length: x}\ntrain: {batch_tokens: 255}")) == {"data.max_length"}
+    bounds = "model: {sine_params: {amp_bounds: [2, 3], amp_init: x}}"
+    assert set(problems(tmp_path, bounds)) == {"model.sine_params.amp_init"}
+    assert set(problems(tmp_path, "data: 3\nmodel: {max_seq_len: 8}")) == {"data"}
 
 
 @pytest.mark.parametrize(

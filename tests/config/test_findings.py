@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+from pydantic import Field
+
+from psannlm.config.base import Check, Section, Whole
+from psannlm.config.findings import dotted, examine, show, touches
+from psannlm.config.model import ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("refused", "path", "expected"),
+    [
+        (("train", "lr"), ("train", "lr"), True),
+        (("train",), ("train", "lr"), True),
+        (("model", "wave", "places", 0), ("model", "wave", "places"), True),
+        (("train", "lr"), ("train", "min_lr"), False),
+        (("data", "sources", 1), ("data", "sources", 0), False),
+    ],
+)
+def test_a_refused_place_touches_what_holds_it_and_what_it_holds(
+    refused: tuple[str | int, ...], path: tuple[str | int, ...], expected: bool
+) -> None:
+    assert touches({refused}, path) is expected
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        (("data", "sources", 0, "path"), "data.sources[0].path"),
+        (("a b", "c"), "'a b'.c"),
+        (("a\nb",), "'a\\nb'"),
+        (("\ud800",), "'\\ud800'"),
+    ],
+)
+def test_paths_are_printable(path: tuple[str | int, ...], text: str) -> None:
+    assert dotted(path) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (2e-4, "0.0002"),
+        (0.1 + 0.2, "0.30000000000000004"),
+        ("a\nb", "'a\\nb'"),
+        (3, "3"),
+    ],
+)
+def test_values_are_shown_as_yaml_spells_them(value: object, text: str) -> None:
+    assert show(value) == text
+
+
+def test_long_values_are_cut() -> None:
+    assert len(show("x" * 10_000)) < 80
+    assert len(show([["x" * 100] * 100] * 100)) <= 120
+
+
+class _Even(Section):
+    size: Whole = Field(2, description="an even number", multiple_of=2)
+
+    def checks(self) -> list[Check]:
+        return [Check(("size",), "too even")] if self.size == 4 else []
+
+
+def test_an_error_without_a_sentence_of_ours_falls_back_on_pydantics() -> None:
+    (finding,) = examine(_Even, ("x",), {"size": 3}).findings
+    assert finding.path == ("x", "size")
+    assert finding.message == "3: input should be a multiple of 2"
+
+
+def test_the_section_holds_defaults_where_values_were_refused() -> None:
+    examined = examine(
+        ModelConfig, ("model",), {"d_model": "x", "n_layers": 3, "sine_params": {"amp_init": 0, "freq_init": 5}}
+    )
+    assert len(examined.findings) == 2
+    assert examined.section.d_model == ModelConfig().d_model
+    assert (examined.section.n_layers, examined.section.sine_params.freq_init) == (3, 5)
+
+
+def test_rules_of_a_section_are_collected_not_raised() -> None:
+    assert [finding.message for finding in examine(_Even, ("x",), {"size": 4}).findings] == ["too even"]
