@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from psannlm.tokenizers.base import BOS, EOS, PAD, SPECIALS, UNK, Tokenizer, refuse_surrogates
+
+if TYPE_CHECKING:
+    from psannlm.models.transformer import Transformer
+
+# One thread: sums repeat bit for bit, and suites that run beside each other do not fight for cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -50,3 +58,31 @@ def tiny_corpus() -> Path:
 @pytest.fixture(scope="session")
 def tiny_texts(tiny_corpus: Path) -> list[str]:
     return tiny_corpus.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.fixture(scope="session")
+def build_tiny() -> Callable[..., Transformer]:
+    """Return a builder of two-layer models in which every parameter shows in the output: none is left at zero or one.
+
+    Keywords are those of ``ModelConfig``, and ``seed``.
+    """
+    import torch
+
+    from psannlm.config.model import ModelConfig
+    from psannlm.models.registry import build_model, resolve
+
+    defaults = {"d_model": 12, "n_layers": 2, "n_heads": 2, "d_mlp": 16, "vocab_size": 17, "max_seq_len": 32}
+
+    def build(seed: int = 0, **settings: Any) -> Transformer:
+        model = build_model(resolve(ModelConfig(**{**defaults, **settings})), seed=seed).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if parameter.ndim == 2:
+                    parameter.copy_(noise * parameter.shape[1] ** -0.5)
+                else:
+                    parameter.add_(noise * 0.3)
+        return model
+
+    return build
