@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from psannlm.errors import StorageError
 
 _CHUNK_BYTES = 1 << 20
+_TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp", re.DOTALL)
 
 
 def sha256_file(path: Path) -> str:
@@ -64,6 +66,22 @@ def _free_text(path: Path) -> str:
     return f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB free"
 
 
+def temporary_beside(path: Path) -> Path:
+    """Return the name that what will be ``path`` has while it is written: hidden, and told from that of others."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed while writing left in ``folder``; only its one writer may call this."""
+    for path in folder.iterdir():
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it and rename it onto ``path``, else remove it.
@@ -72,7 +90,7 @@ def replacing(path: Path) -> Iterator[Path]:
         StorageError: the disk is full or the folder cannot be written. ``path`` keeps its former content.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ArtifactError, ConfigError, TokenizerError
-from psannlm.models.registry import build_model
+from psannlm.models.registry import build_model, resolve
 from psannlm.models.tensorfile import read_tensors, same_shapes, write_tensors
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
@@ -68,12 +68,18 @@ def load_model(path: Path | str) -> LoadedModel:
         config = ModelConfig.model_validate_json(content.metadata["config"])
         notes = json.loads(content.metadata["notes"])
         tokenizer = _read_tokenizer(path, content.metadata)
-    except (KeyError, ValidationError, ConfigError, ValueError, TokenizerError) as error:
-        raise ArtifactError(f"{path} does not describe a model this version can build: {error}") from error
+        if not isinstance(notes, dict) or resolve(config) != config:
+            raise ValueError("its notes are no table, or its configuration leaves something open")
+    except (KeyError, ValidationError, ConfigError, ValueError, RecursionError, TokenizerError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"{path} does not describe a model this version can build: {reason:.300}") from error
     # A hostile configuration could ask for any amount of memory: shapes are compared before anything is allocated.
     if config.n_layers > len(content.tensors):
         raise ArtifactError(f"{path} promises {config.n_layers} layers and holds {len(content.tensors)} tensors")
-    model = build_model(config, device="meta")
+    try:
+        model = build_model(config, device="meta")
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch on sizes beyond 64 bits
+        raise ArtifactError(f"{path} describes a model of impossible size") from error
     if difference := same_shapes(content.tensors, {name: t.shape for name, t in model.state_dict().items()}):
         raise ArtifactError(f"{path} does not fit its own configuration: {difference}")
     if odd := [name for name, t in content.tensors.items() if t.dtype not in _FLOATS]:

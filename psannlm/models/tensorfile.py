@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from psannlm.errors import ArtifactError
-from psannlm.storage import explain_write_errors, replacing
+from psannlm.errors import ArtifactError, StorageError
+from psannlm.storage import replacing
 
 _HASH_KEY = "sha256"
 _BLANK = "0" * 64
@@ -37,6 +37,14 @@ class TensorFile:
     metadata: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Verified:
+    """The header's metadata of a file whose bytes match ``sha256``, the hash that it records of itself."""
+
+    metadata: dict[str, str]
+    sha256: str
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """Write ``tensors`` and ``metadata`` to ``path`` atomically and return the SHA-256 recorded in the file.
 
@@ -45,10 +53,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """
     flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file(flat, temporary, metadata={**metadata, _HASH_KEY: _BLANK})
         except SafetensorError as error:
             _raise_as_os_error(temporary, flat, error)
+        # safetensors makes files that only their owner may read; this one is as open as any other the user makes.
+        temporary.chmod(mode)
         with open(temporary, "r+b") as file:
             header = file.read(_header_end(temporary))
             at = _hash_position(temporary, header)
@@ -63,13 +75,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def _raise_as_os_error(path: Path, tensors: dict[str, Tensor], error: SafetensorError) -> None:
     """safetensors wraps the system's refusal in its own error; probe the folder to get the system's own words back."""
     needed = sum(t.numel() * t.element_size() for t in tensors.values())
-    with explain_write_errors(path):
-        with open(path, "wb") as file:
-            for _ in range(0, needed, _CHUNK_BYTES):
-                file.write(bytes(_CHUNK_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-    raise ArtifactError(f"could not write {path}: {error}") from error
+    with open(path, "wb") as file:
+        for _ in range(0, needed, _CHUNK_BYTES):
+            file.write(bytes(_CHUNK_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    raise StorageError(f"could not write {path}: {error}") from error
 
 
 def read_tensors(path: Path) -> TensorFile:
@@ -79,20 +90,20 @@ def read_tensors(path: Path) -> TensorFile:
         ArtifactError: the file is missing, cut short, damaged, or not such a file. No code from it is ever run, and no
             memory is allocated that the file does not fill.
     """
-    metadata = verify_tensors(path)
+    verified = verify_tensors(path)
     try:
         tensors = load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"{path} holds no readable tensors: {error}") from error
-    return TensorFile(tensors, metadata)
+    return TensorFile(tensors, verified.metadata)
 
 
-def verify_tensors(path: Path) -> dict[str, str]:
-    """Check the hash of a file and return its other metadata, not loading the tensors. Raises as read_tensors."""
+def verify_tensors(path: Path) -> Verified:
+    """Check the hash of a file, not loading the tensors. Raises as :func:`read_tensors` does."""
     path = Path(path)
-    if not path.is_file():
-        raise ArtifactError(f"{path} does not exist or is not a file")
     try:
+        if not path.is_file():
+            raise ArtifactError(f"{path} does not exist or is not a file")
         with open(path, "rb") as file:
             header = file.read(_header_end(path))
         fields = _parse_header(path, header)
@@ -110,7 +121,7 @@ def verify_tensors(path: Path) -> dict[str, str]:
         raise ArtifactError(
             f"{path} is damaged: its bytes hash to {found[:12]}, it was written with {str(recorded)[:12]}"
         )
-    return metadata
+    return Verified(metadata, found)
 
 
 def _header_end(path: Path) -> int:
@@ -136,9 +147,11 @@ def _parse_header(path: Path, header: bytes) -> dict[str, Any]:
 
 def _refuse_wrong_length(path: Path, header_bytes: int, fields: dict[str, Any]) -> None:
     try:
-        ends = [int(entry["data_offsets"][1]) for name, entry in fields.items() if name != "__metadata__"]
-    except (TypeError, KeyError, IndexError, ValueError) as error:
+        ends = [entry["data_offsets"][1] for name, entry in fields.items() if name != "__metadata__"]
+    except (TypeError, KeyError, IndexError) as error:
         raise ArtifactError(f"{path} is damaged: its header does not say where the tensors are") from error
+    if not all(isinstance(end, int) and 0 <= end < 1 << 63 for end in ends):
+        raise ArtifactError(f"{path} is damaged: its header does not say where the tensors end")
     promised, size = header_bytes + max(ends, default=0), path.stat().st_size
     if promised > size:
         raise ArtifactError(f"{path} is cut short: {size:,} of {promised:,} bytes are there")

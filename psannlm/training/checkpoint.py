@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,11 +19,11 @@ from typing import Any
 from torch import Tensor
 
 from psannlm.data.loader import Position
-from psannlm.errors import ArtifactError
+from psannlm.errors import ArtifactError, StorageError
 from psannlm.models.artifact import MODEL_FILE, save_model
 from psannlm.models.tensorfile import read_tensors, verify_tensors, write_tensors
 from psannlm.models.transformer import Transformer
-from psannlm.storage import explain_write_errors, sync_file, write_text
+from psannlm.storage import explain_write_errors, remove_leftovers, sync_file, temporary_beside, write_text
 from psannlm.tokenizers.base import Tokenizer
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -30,6 +31,7 @@ STATE_FILE = "trainer.json"
 LATEST, BEST = "latest", "best"
 FORMAT_VERSION = 1
 _PREFIX = "step_"
+_FOLDER = re.compile(_PREFIX + "[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,11 @@ def save_checkpoint(
         StorageError: it could not be written. Nothing of it is left, and earlier checkpoints are untouched.
     """
     final = step_folder(run, state.step)
-    temporary = run / f".{final.name}.{os.getpid()}.tmp"
+    temporary = temporary_beside(final)
     with explain_write_errors(final):
-        temporary.mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run)
+        temporary.mkdir()
     try:
         notes = {"step": state.step, "tokens": state.tokens, **state.metrics}
         hashes = {
@@ -92,13 +96,27 @@ def save_checkpoint(
         with explain_write_errors(final):
             sync_file(temporary)
             if final.exists():  # the same step saved again, after a resume from an older checkpoint
-                shutil.rmtree(final)
+                remove_checkpoint(final)
             os.replace(temporary, final)
             sync_file(run)
+        point(run, LATEST, state.step)
+    except StorageError as error:
+        raise StorageError(f"{final} was not saved: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    point(run, LATEST, state.step)
     return final
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint; a process killed half way leaves a folder that nothing takes for a checkpoint.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    with explain_write_errors(folder):
+        doomed = folder.with_name(f".{folder.name}.removed.{os.getpid()}.tmp")
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
 
 
 def point(run: Path, name: str, step: int) -> None:
@@ -133,24 +151,19 @@ def read_state(folder: Path) -> TrainerState:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: not the JSON it should be") from error
     if version != FORMAT_VERSION:
-        raise ArtifactError(f"{path} has format version {version}, this psannlm reads {FORMAT_VERSION}")
+        raise ArtifactError(f"{path} has format version {version!r:.40}, this psannlm reads {FORMAT_VERSION}")
     # Bytes that JSON does not mind (a space for another) count as damage too: the text must be the one written.
     if recorded != _digest(content) or text != _sealed({k: v for k, v in content.items() if k != "format_version"}):
         raise ArtifactError(f"{path} is damaged: its content does not match its hash")
-    for name, digest in content["files"].items():
-        verify_tensors(folder / name)
-        if recorded_digest(folder / name) != digest:
+    try:
+        hashes = {name: content["files"][name] for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        state = TrainerState(**{**content["state"], "position": Position(**content["state"]["position"])})
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} does not describe a checkpoint: it lacks or misnames an entry") from error
+    for name, digest in hashes.items():
+        if verify_tensors(folder / name).sha256 != digest:
             raise ArtifactError(f"{folder / name} belongs to another checkpoint")
-    state = content["state"]
-    return TrainerState(position=Position(**state.pop("position")), **state)
-
-
-def recorded_digest(path: Path) -> str:
-    """Return the hash that a tensor file records of itself."""
-    with open(path, "rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-    digest: str = json.loads(header)["__metadata__"]["sha256"]
-    return digest
+    return state
 
 
 def read_optimizer(folder: Path) -> dict[str, Tensor]:
@@ -162,8 +175,13 @@ def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first, whole or not."""
     if not run.is_dir():
         return []
-    found = [path for path in run.iterdir() if path.is_dir() and path.name.startswith(_PREFIX)]
-    return sorted(path for path in found if path.name[len(_PREFIX) :].isdecimal())
+    found = [path for path in run.iterdir() if path.is_dir() and _FOLDER.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step that the name of a checkpoint's folder tells."""
+    return int(folder.name[len(_PREFIX) :])
 
 
 def newest_whole(run: Path, notice: Callable[[str], None]) -> tuple[Path, TrainerState] | None:
@@ -184,19 +202,19 @@ def newest_whole(run: Path, notice: Callable[[str], None]) -> tuple[Path, Traine
 
 
 def prune(run: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one."""
+    """Remove all but the newest ``keep`` checkpoints and the best one. Raises StorageError if one stays."""
     for folder in list_checkpoints(run)[:-keep]:
         if best_step is None or folder != step_folder(run, best_step):
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
 
 
 def pointed(run: Path, name: str) -> Path | None:
     """Return the folder that ``run/latest`` or ``run/best`` names, if both exist."""
     try:
-        folder = run / (run / name).read_text(encoding="utf-8").strip()
+        target = (run / name).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return folder if folder.parent == run and folder.is_dir() else None
+    return run / target if _FOLDER.fullmatch(target) and (run / target).is_dir() else None
 
 
 def find_checkpoint(root: Path) -> Path | None:
@@ -206,10 +224,8 @@ def find_checkpoint(root: Path) -> Path | None:
     validation the newest one.
     """
     runs = [root, *(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
-    newest: Path | None = None
-    newest_time = 0
-    for run in runs:
-        marker = run / LATEST
-        if pointed(run, LATEST) and marker.stat().st_mtime_ns > newest_time:
-            newest, newest_time = run, marker.stat().st_mtime_ns
-    return None if newest is None else pointed(newest, BEST) or pointed(newest, LATEST)
+    runs = [run for run in runs if (run / LATEST).is_file() and list_checkpoints(run)]
+    if not runs:
+        return None
+    newest = max(runs, key=lambda run: (run / LATEST).stat().st_mtime_ns)
+    return pointed(newest, BEST) or pointed(newest, LATEST) or list_checkpoints(newest)[-1]
