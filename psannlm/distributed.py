@@ -49,7 +49,7 @@ def launched_world(ddp: Literal["auto", "on", "off"]) -> World:
     """Return the world that torchrun describes in the environment, or a world of one.
 
     Raises:
-        DeviceError: ``on`` without torchrun, or ``off`` under a torchrun of several processes.
+        DeviceError: ``on`` without torchrun, ``off`` under a torchrun of several processes, or half of an environment.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if ddp == "on" and "RANK" not in os.environ:
@@ -61,6 +61,8 @@ def launched_world(ddp: Literal["auto", "on", "off"]) -> World:
         )
     if size == 1 and ddp != "on":
         return World()
+    if "RANK" not in os.environ:
+        raise DeviceError(f"WORLD_SIZE is {size}, but RANK is not set: start with torchrun, or unset WORLD_SIZE")
     return World(int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0")), size)
 
 

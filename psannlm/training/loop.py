@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -71,7 +72,8 @@ def run_steps(run: Run, progress: Progress) -> Progress:
 
     Raises:
         Interrupted: ``run.stop`` was set; the step in hand was finished and saved.
-        TrainingError: the loss or a gradient is not finite; the parameters are those before the step.
+        TrainingError: the loss or a gradient is not finite (the parameters are those before the step), or the
+            validation loss is not.
         StorageError: a checkpoint could not be written; earlier ones are whole.
     """
     settings = run.config.train
@@ -140,6 +142,8 @@ def _validate(run: Run, progress: Progress, windows: Windows) -> tuple[Progress,
     """Evaluate, log, and say whether this is the lowest validation loss so far."""
     batch_size = run.loader.micro_batch_size
     result = evaluate(run.model, windows, precision=run.precision, batch_size=batch_size, world=run.world)
+    if not math.isfinite(result.loss):
+        raise TrainingError(f"step {progress.step}: validation loss {result.loss:g} is not finite; {_last_saved(run)}.")
     is_best = progress.best is None or result.loss < progress.best["loss"]
     if run.log is not None:
         run.log.write("eval", progress.step, result.as_dict())
@@ -172,12 +176,16 @@ def _save(run: Run, progress: Progress, is_best: bool) -> None:
 
 def _not_finite(run: Run, step: int, result: StepResult, window_ids: np.ndarray[Any, Any]) -> str:
     source = "; ".join(run.loader.windows.describe(int(i)) for i in window_ids[:4])
-    saved = list_checkpoints(run.folder)
-    last = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
     return (
         f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: not finite. Windows "
-        f"{window_ids[:8].tolist()} ({source}); {last}. Lower train.lr, lengthen train.warmup_steps, or use amp: fp32."
+        f"{window_ids[:8].tolist()} ({source}); {_last_saved(run)}. Lower train.lr, lengthen train.warmup_steps, or "
+        "use amp: fp32."
     )
+
+
+def _last_saved(run: Run) -> str:
+    saved = list_checkpoints(run.folder)
+    return f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
 
 
 @contextmanager

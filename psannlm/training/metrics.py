@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one row and hand it to the operating system. Raises StorageError if the disk is full."""
+        # JSON knows no infinity: a gradient norm that overflowed under fp16 is written as null.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with explain_write_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -39,7 +42,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
@@ -55,14 +58,13 @@ def draw_curve(folder: Path, title: str, rows: list[dict[str, Any]]) -> Path:
     Raises:
         StorageError: the picture cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # Not pyplot, which would hold on to the figure and settle the backend of the caller's notebook.
+    from matplotlib.figure import Figure
 
     train = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
     evals = [(row["step"], row["loss"], row["bits_per_byte"]) for row in rows if row["kind"] == "eval"]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     if train:
         axes.plot(*zip(*train, strict=True), color=_TRAIN_COLOUR, linewidth=1.5, label="training (one step)")
     if evals:
@@ -80,5 +82,4 @@ def draw_curve(folder: Path, title: str, rows: list[dict[str, Any]]) -> Path:
     path = folder / CURVE_FILE
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-    pyplot.close(figure)
     return path

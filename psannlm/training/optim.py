@@ -97,9 +97,13 @@ class OptimizerSet:
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take back what :meth:`tensors` gave.
 
+        Nothing at all is the state before the first step (under fp16, overflows may have skipped every one so far).
+
         Raises:
             ArtifactError: the tensors belong to other parameters or to another optimiser.
         """
+        if not tensors:
+            return
         by_parameter: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, _, entry = key.rpartition("/")
@@ -110,11 +114,13 @@ class OptimizerSet:
             )
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    state = by_parameter.pop(self._names[id(parameter)], {})
+                    name = self._names[id(parameter)]
+                    state = by_parameter.pop(name, {})
                     if set(state) != wanted:
-                        name = self._names[id(parameter)]
                         message = f"optimiser state of {name} holds {sorted(state)}, not {sorted(wanted)}"
                         raise ArtifactError(f"{message}: it was made with another optimiser")
+                    if any(value.shape != parameter.shape for key, value in state.items() if key != "step"):
+                        raise ArtifactError(f"optimiser state of {name} has another shape than the parameter")
                     optimizer.state[parameter] = {k: _placed(k, v, parameter, group) for k, v in state.items()}
         if by_parameter:
             raise ArtifactError(

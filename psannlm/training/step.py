@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from psannlm.training.optim import OptimizerSet
 class StepResult:
     """Mean loss in nats per label over all ranks, gradient norm before clipping, and how many labels counted.
 
-    ``is_finite`` is false where loss or gradients were not; the parameters were left alone then (under fp16, gradients
-    that overflow are part of finding the scale and do not count).
+    ``is_finite`` is false where loss or gradients were not; the parameters were left alone then. Under fp16, gradients
+    that overflow at a scale above 1 are part of finding the scale: the step is skipped, and ``is_finite`` is true.
     """
 
     loss: float
@@ -70,12 +71,16 @@ def train_step(
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip if grad_clip is not None else float("inf"))
     )
     mean_loss = world.sum(float(total), device) / max(1, n_labels)
-    is_finite = torch.isfinite(torch.tensor((mean_loss, 0.0 if scaler.is_enabled() else grad_norm))).all().item()
-    if is_finite:
+    # Clipping by a norm that is not finite spoils every gradient, also those of an optimiser that saw no overflow and
+    # that the scaler would let step: none steps then.
+    if math.isfinite(grad_norm) and math.isfinite(mean_loss):
         for optimizer in optimizers.optimizers:
             scaler.step(optimizer)
+    is_finding_scale = scaler.is_enabled() and scaler.get_scale() > 1.0
+    is_finite = math.isfinite(mean_loss) and (math.isfinite(grad_norm) or is_finding_scale)
+    if is_finite:
         scaler.update()
-    return StepResult(mean_loss, grad_norm, n_labels, bool(is_finite))
+    return StepResult(mean_loss, grad_norm, n_labels, is_finite)
 
 
 def _gradient_sync(model: nn.Module, is_last: bool) -> AbstractContextManager[object]:
