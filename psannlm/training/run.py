@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,29 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from psannlm.config.run import RunConfig, config_from_mapping, differences, plan_batches, to_yaml, total_steps
+from psannlm.config.run import RunConfig, plan_batches, to_yaml, total_steps
 from psannlm.data.loader import Loader
 from psannlm.data.prepare import PreparedData, prepare
 from psannlm.data.shards import TokenStore
 from psannlm.data.windows import Windows
 from psannlm.device import describe_device, pick_device, pick_precision, require_compiler
 from psannlm.distributed import World, joined, launched_world
-from psannlm.errors import ArtifactError, ConfigError, Problem
+from psannlm.errors import Interrupted, StorageError, TrainingError
 from psannlm.models.accounting import count_parameters
 from psannlm.models.artifact import load_model
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
-from psannlm.reports.store import system_info, timestamp, write_json
-from psannlm.storage import explain_write_errors, write_text
+from psannlm.reports.store import system_info, write_json
+from psannlm.storage import write_text
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.checkpoint import (
     BEST,
-    TrainerState,
-    list_checkpoints,
-    newest_whole,
     pointed,
-    read_optimizer,
-    read_state,
     step_folder,
 )
 from psannlm.training.loop import Progress, Run, run_steps, stopping_on_signals
@@ -42,23 +37,10 @@ from psannlm.training.metrics import MetricsLog, draw_curve, read_metrics
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import replicate
 from psannlm.training.progress import Reporter, SilentReporter
+from psannlm.training.resume import find_state, identity, make_way, move_aside, refuse_other_data, restore, same_model
 
 CONFIG_FILE = "config.yaml"
 SYSTEM_FILE = "system.json"
-# Keys that may differ between a run and its continuation: they change what is kept or how fast it goes, not the model.
-_NEUTRAL_KEYS = frozenset(
-    f"train.{key}"
-    for key in (
-        "checkpoint_dir",
-        "log_interval_steps",
-        "save_interval_steps",
-        "keep_checkpoints",
-        "device",
-        "ddp",
-        "compile",
-        "grad_checkpoint",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -121,18 +103,18 @@ def train(
     folder = Path(config.train.checkpoint_dir)
     with joined(world, device):
         if resume == "never" and world.is_main:
-            _move_aside(folder, reporter)
+            move_aside(folder, reporter)
         world.wait()
-        found = _find_state(config, folder, resume, reporter)
+        found = find_state(config, folder, resume, reporter)
         world.wait()
         loaded = None if found is None else load_model(found[0])
         if data is None:
             data = prepare(config.data, reporter.notice, None if loaded is None else loaded.tokenizer)
         if found is not None:
-            _refuse_other_data(found, data)
+            refuse_other_data(found, data)
         tokenizer = data.tokenizer
         if loaded is not None:
-            model = _same_model(loaded.model, model)
+            model = same_model(loaded.model, model)
         elif model is None:
             model_config = resolve(config.model, vocab_size=tokenizer.vocab_size, max_seq_len=config.data.max_length)
             model = build_model(model_config, seed=config.train.seed)
@@ -145,7 +127,10 @@ def train(
         scaler = torch.amp.GradScaler(device.type, enabled=precision.needs_scaler)
         progress = Progress()
         if found is not None:
-            progress = _restore(found, optimizers, scaler)
+            progress = restore(found, folder, optimizers, scaler)
+            world.wait()
+            if world.is_main:
+                make_way(folder, found[0], progress.best, reporter)
             reporter.notice(f"going on from {found[0]}: step {progress.step} of {n_steps}")
         n_parameters = sum(count_parameters(model.config).values())
         reporter.notice(_describe_run(config, model, n_parameters, n_steps, world, device, precision.reason))
@@ -166,14 +151,18 @@ def train(
             log=MetricsLog(folder, progress.step) if world.is_main else None,
             reporter=reporter,
             total_steps=n_steps,
-            identity=_identity(data),
+            identity=identity(data),
         )
         began = time.monotonic()
         try:
             with _reporting(reporter, progress.step, n_steps), stopping_on_signals(run.stop):
                 progress = run_steps(run, progress)
-        finally:
-            curve = _draw(folder, config) if world.is_main else None
+        except (Interrupted, TrainingError):
+            # The curve helps to see what went wrong; that it cannot be drawn must not hide why the run ended.
+            with suppress(StorageError):
+                _draw(folder, config, world)
+            raise
+        curve = _draw(folder, config, world)
         model.eval()
         best = progress.best
         return TrainResult(
@@ -221,79 +210,6 @@ def _prepared_module(config: RunConfig, model: Transformer, world: World) -> nn.
     return replicate(module, world)
 
 
-def _identity(data: PreparedData) -> dict[str, str]:
-    return {"corpus_sha256": data.report.sha256, "tokenizer_fingerprint": data.tokenizer.fingerprint}
-
-
-def _find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter) -> tuple[Path, TrainerState] | None:
-    """Return the checkpoint to go on from, or None to start anew."""
-    if resume == "never":
-        return None
-    if resume == "auto":
-        found = newest_whole(folder, reporter.notice)
-        if found is None:
-            return None
-    else:
-        found = (Path(resume), read_state(Path(resume)))
-    former = config_from_mapping(found[1].config, f"the configuration of {found[0]}", check_files=False)
-    changed = [line for line in differences(former, config) if line.partition(":")[0] not in _NEUTRAL_KEYS]
-    if resume != "auto":
-        for line in changed:
-            reporter.notice(f"changed since the checkpoint: {line}")
-        changed = [line for line in changed if not line.startswith("train.")]
-    if changed:
-        what = "\n  ".join(changed)
-        remedy = "Go on with the old values, choose another train.checkpoint_dir, or start anew with --resume never"
-        if resume == "auto":
-            remedy += f" (moves the old run aside); to change train settings in mid-run, --resume {found[0]}"
-        raise ConfigError(f"{found[0]} was trained with other settings:\n  {what}\n{remedy}.")
-    return found
-
-
-def _refuse_other_data(found: tuple[Path, TrainerState], data: PreparedData) -> None:
-    folder, state = found
-    now = _identity(data)
-    for name, former in (
-        ("corpus_sha256", state.corpus_sha256),
-        ("tokenizer_fingerprint", state.tokenizer_fingerprint),
-    ):
-        if now[name] != former:
-            what = name.replace("_", " ")
-            message = f"{folder} was trained on other data: {what} {former[:12]} then, {now[name][:12]} now"
-            raise ConfigError(f"{message}. Bring the former text back, or start anew with --resume never.")
-
-
-def _same_model(loaded: Transformer, given: Transformer | None) -> Transformer:
-    """Return the loaded weights, put into the caller's own model when there is one."""
-    if given is None:
-        return loaded
-    if given.config != loaded.config:
-        raise ConfigError(Problem("model", "the checkpoint holds a model of another configuration"))
-    given.load_state_dict(loaded.state_dict())
-    return given
-
-
-def _restore(found: tuple[Path, TrainerState], optimizers: OptimizerSet, scaler: torch.amp.GradScaler) -> Progress:
-    folder, state = found
-    optimizers.load_tensors(read_optimizer(folder))
-    if scaler.is_enabled():
-        if not state.scaler:
-            raise ArtifactError(
-                f"{folder} has no state of the fp16 gradient scaler: it was trained in another precision"
-            )
-        scaler.load_state_dict(state.scaler)
-    return Progress(state.step, state.position, state.tokens, state.best, state.metrics)
-
-
-def _move_aside(folder: Path, reporter: Reporter) -> None:
-    if not list_checkpoints(folder):
-        return
-    aside = folder.with_name(f"{folder.name}_until_{timestamp()}")
-    with explain_write_errors(aside):
-        folder.rename(aside)
-    reporter.notice(f"the run that was in {folder} is in {aside} now")
-
-
 def _describe_to_disk(folder: Path, config: RunConfig) -> None:
     write_text(folder / CONFIG_FILE, to_yaml(config))
     write_json(folder / SYSTEM_FILE, system_info())
@@ -325,6 +241,6 @@ def _reporting(reporter: Reporter, step: int, n_steps: int) -> Iterator[None]:
         reporter.stop()
 
 
-def _draw(folder: Path, config: RunConfig) -> Path | None:
-    rows = read_metrics(folder)
+def _draw(folder: Path, config: RunConfig, world: World) -> Path | None:
+    rows = read_metrics(folder) if world.is_main else []
     return draw_curve(folder, f"{folder.name}: {config.model.base}", rows) if rows else None
