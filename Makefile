@@ -33,7 +33,7 @@ check: lint ## what to run before a commit: lint, and the tests that are quick
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 # What an earlier build left in build/ would be packed again, files that are gone since included.
-wheel: $(BIN)/python ## build dist/*.whl
+wheel: | $(BIN)/python ## build dist/*.whl
 	rm -rf build dist
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
@@ -43,7 +43,7 @@ clean: ## remove .venv and everything that was built; runs/ and reports/ stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # `make demo` needs no test tools, `make test` does: one environment, two marks that say how far it is furnished.
-$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing psannlm and what it needs into $(VENV) (torch is large: a minute or more)"
 	$(PIP) install --quiet -c constraints.txt -e .
 	@touch $@

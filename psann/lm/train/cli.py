@@ -1,4 +1,4 @@
-"""``python -m psann.lm.train.cli --config X [options]``, as older documents write it, to ``psannlm train X [options]``."""
+"""The older ``python -m psann.lm.train.cli --config X [options]`` to ``psannlm train X [options]``."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ def main() -> None:
     """Run ``psannlm train`` with this process's arguments."""
     from psannlm.__main__ import main as psannlm
 
-    sys.argv = ["psannlm", *translate(sys.argv[1:])]
-    sys.exit(psannlm())
+    sys.exit(psannlm(translate(sys.argv[1:])))
 
 
 if __name__ == "__main__":

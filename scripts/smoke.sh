@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# From an empty folder to a tokenizer, a trained model, its text and its score, on a CPU in less than two minutes.
+#
+#   scripts/smoke.sh            works in a temporary folder and removes it
+#   scripts/smoke.sh FOLDER     works in FOLDER, which must be empty or absent, and keeps what it made
+#
+# It is the tutorial too: read it from top to bottom, and type the lines that start with psannlm. What stands between
+# them only proves that each one did what it says. The model is far too small to write English; every part is real.
+set -euo pipefail
+
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [[ $# -gt 0 ]]; then
+  mkdir -p "$1"
+  folder="$(cd "$1" && pwd)"
+else
+  folder="$(mktemp -d)"
+  trap 'rm -rf "$folder"' EXIT
+fi
+if [[ -n "$(ls -A "$folder")" ]]; then
+  echo "smoke: $folder is not empty; name a new folder" >&2
+  exit 2
+fi
+# The environment that `make` furnished comes first, so that no other psannlm on the PATH is tried by mistake.
+if [[ -x "$repository/.venv/bin/psannlm" ]]; then
+  PATH="$repository/.venv/bin:$PATH"
+fi
+cd "$folder"
+# A model this small gains nothing from a second thread, and loses much when the machine is busy.
+export OMP_NUM_THREADS=1
+
+say() { printf '\n--- %s\n' "$*"; }
+fail() {
+  echo "smoke: $*" >&2
+  exit 1
+}
+there() {
+  for path in "$@"; do
+    [[ -s "$path" ]] || fail "$path is missing or empty"
+  done
+}
+# exits CODE COMMAND...: the command must end with exactly this code.
+exits() {
+  local wanted="$1" code=0
+  shift
+  "$@" || code=$?
+  [[ $code -eq $wanted ]] || fail "'$*' ended with $code instead of $wanted"
+}
+
+say "A corpus: a dozen lines of English, a document each."
+cp "$repository/examples/lm/sample_texts.txt" texts.txt
+cp "$repository/configs/smoke.yaml" smoke.yaml
+sources='data.sources=[{path: texts.txt, per_line: true}]'
+
+say "A tokenizer: fit one, then look at what it makes of a text it has never seen."
+psannlm tokenize texts.txt --per-line --vocab-size 320 --out tokenizer.model
+there tokenizer.model tokenizer.card.json
+psannlm tokenize --model tokenizer.model --text "Waves, naïve and fine."
+
+say "What a run would be, before it starts: configuration, sizes, memory."
+psannlm train smoke.yaml --set "$sources" --dry-run
+[[ ! -e runs ]] || fail "--dry-run wrote something"
+
+say "Train: twenty steps. Any key of the configuration can be set on the command line."
+psannlm train smoke.yaml --set "$sources"
+there runs/smoke/{config.yaml,system.json,metrics.jsonl,loss_curve.png,latest,best}
+there runs/smoke/step_00000020/{model.safetensors,trainer.json}
+
+say "Stop a run in the middle (Ctrl-C would do the same): it finishes its step, saves, and exits with 130."
+long=(smoke.yaml --set "$sources" --set train.max_steps=200 --set train.log_interval_steps=20
+  --set train.checkpoint_dir=runs/long)
+psannlm train "${long[@]}" &
+training=$!
+until [[ -s runs/long/latest ]]; do
+  kill -0 "$training" 2>/dev/null || fail "training ended before its first checkpoint"
+  sleep 0.02
+done
+kill -TERM "$training"
+exits 130 wait "$training"
+there runs/long/latest
+stopped_at="$(cat runs/long/latest)"
+[[ ! -e runs/long/step_00000200 ]] || fail "the run was not interrupted"
+
+say "The same command goes on from there ($stopped_at) and comes to the end."
+psannlm train "${long[@]}"
+there runs/long/step_00000200/model.safetensors
+
+say "Generate: with no --checkpoint, the newest run's best one speaks. The same seed gives the same text."
+psannlm generate --prompt "The sea" --max-new-tokens 40 --seed 7 | tee once.txt
+psannlm generate --prompt "The sea" --max-new-tokens 40 --seed 7 >again.txt
+there once.txt
+cmp once.txt again.txt
+
+say "Evaluate: loss per token, perplexity, bits per byte, over all of a text."
+psannlm eval texts.txt --per-line --checkpoint runs/smoke/step_00000020 --out scores
+there scores/{metrics.json,system.json}
+
+say "What goes wrong says so: 2 for a misspelt key, 1 where there is no model yet."
+exits 2 psannlm train smoke.yaml --set "$sources" --set train.learning_rate=1
+mkdir nothing
+exits 1 psannlm generate --prompt "The sea" --runs nothing
+
+say "smoke: all done in ${SECONDS} s"
