@@ -96,4 +96,5 @@ def describe_device(device: torch.device) -> str:
     """Return a few words for people: the GPU's name, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    n_threads = torch.get_num_threads()
+    return f"CPU, {n_threads} thread{'' if n_threads == 1 else 's'}"

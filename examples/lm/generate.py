@@ -1,0 +1,14 @@
+"""Continue prompts with a saved model: python examples/lm/generate.py [MODEL] [PROMPT ...].
+
+MODEL is a model file or a checkpoint folder; without one, the file that minimal_train.py wrote is taken.
+"""
+
+import sys
+
+from psannlm import psannLM
+
+path = sys.argv[1] if len(sys.argv) > 1 else "minimal_model.safetensors"
+prompts = sys.argv[2:] or ["The tide", "A clock"]
+model = psannLM.load(path)
+for prompt, text in zip(prompts, model.generate_batch(prompts, max_new_tokens=40, top_p=0.9, seed=7), strict=True):
+    print(f"{prompt}{text}\n")
