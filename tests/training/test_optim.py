@@ -1,0 +1,148 @@
+"""What decays and what does not, who takes which matrix, and the way of the state to disk and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from psannlm.errors import ArtifactError
+from psannlm.models.transformer import Transformer
+from psannlm.training.optim import OptimizerSet, group_parameters
+
+Build = Callable[..., Transformer]
+BASES = ("respsann", "waveresnet", "transformer")
+OPTIMIZERS = ("adamw", "muon")
+
+
+def train_a_little(model: Transformer, optimizers: OptimizerSet, n_steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    optimizers.set_lr(1e-2)
+    for _ in range(n_steps):
+        ids = torch.randint(0, 17, (2, 9), generator=generator)
+        optimizers.zero_grad()
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        for optimizer in optimizers.optimizers:
+            optimizer.step()
+
+
+def stays_put(name: str) -> bool:
+    return "norm" in name or "raw_" in name or "scale" in name or "bias" in name or "wave.weight" in name
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_decay_shrinks_matrices_and_nothing_else(build_tiny: Build, base: str, optimizer: str, tied: bool) -> None:
+    """Under gradients of zero, all that moves a parameter is weight decay."""
+    model = build_tiny(base=base, tie_embeddings=tied, wave={"activation": "sine"}, residual_scale=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = OptimizerSet(model, optimizer, weight_decay=0.5)
+    optimizers.set_lr(0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for each in optimizers.optimizers:
+        each.step()
+    for name, parameter in model.named_parameters():
+        if stays_put(name):
+            assert torch.equal(parameter, before[name]), name
+        else:
+            assert parameter.ndim == 2, name
+            torch.testing.assert_close(parameter, before[name] * (1 - 0.1 * 0.5), msg=name)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("base", BASES)
+def test_every_learnable_parameter_is_in_exactly_one_group(build_tiny: Build, base: str, optimizer: str) -> None:
+    model = build_tiny(base=base, sine_params={"learnable": ["frequency"]}, n_kv_heads=1)
+    held = [id(p) for o in OptimizerSet(model, optimizer, 0.1).optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_muon_takes_the_hidden_matrices_only(build_tiny: Build, base: str, tied: bool) -> None:
+    model = build_tiny(base=base, tie_embeddings=tied)
+    muon, adamw = OptimizerSet(model, "muon", 0.1).optimizers
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    taken = {name_of[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert taken == {name for name in name_of.values() if name.startswith("blocks.") and "_proj.weight" in name}
+    left = {name_of[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert {"embedding.weight"} | (set() if tied else {"head.weight"}) <= left
+
+
+def test_frozen_parameters_are_in_no_group(build_tiny: Build) -> None:
+    model = build_tiny()
+    model.embedding.weight.requires_grad_(False)
+    assert not any("embedding.weight" in group for group in vars(group_parameters(model)).values())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_state_goes_out_and_back_exactly(build_tiny: Build, optimizer: str) -> None:
+    """A continuation with the loaded state makes the very steps that the original makes."""
+    model, copy = build_tiny(), build_tiny()
+    original = OptimizerSet(model, optimizer, 0.1)
+    train_a_little(model, original, 3)
+    saved = {name: value.clone() for name, value in original.tensors().items()}
+    copy.load_state_dict(model.state_dict())
+    loaded = OptimizerSet(copy, optimizer, 0.1)
+    loaded.load_tensors(saved)
+    assert {name: value.tolist() for name, value in loaded.tensors().items()} == {
+        name: value.tolist() for name, value in saved.items()
+    }
+    train_a_little(model, original, 2, seed=1)
+    train_a_little(copy, loaded, 2, seed=1)
+    for (name, a), b in zip(model.named_parameters(), copy.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_loaded_state_is_a_copy(build_tiny: Build) -> None:
+    model = build_tiny()
+    first = OptimizerSet(model, "adamw", 0.1)
+    train_a_little(model, first, 1)
+    kept = first.tensors()
+    frozen = {name: value.clone() for name, value in kept.items()}
+    second = OptimizerSet(model, "adamw", 0.1)
+    second.load_tensors(kept)
+    train_a_little(model, second, 1)
+    assert all(torch.equal(kept[name], frozen[name]) for name in kept)
+
+
+def saved_state(build_tiny: Build, optimizer: str = "adamw") -> dict[str, Tensor]:
+    model = build_tiny()
+    optimizers = OptimizerSet(model, optimizer, 0.1)
+    train_a_little(model, optimizers, 1)
+    return optimizers.tensors()
+
+
+def drop_one(state: dict[str, Tensor]) -> None:
+    del state["embedding.weight/exp_avg"]
+
+
+def add_one(state: dict[str, Tensor]) -> None:
+    state["blocks.9.mlp.up_proj.weight/exp_avg"] = torch.zeros(2)
+
+
+def reshape_one(state: dict[str, Tensor]) -> None:
+    state["embedding.weight/exp_avg"] = torch.zeros(17, 5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(drop_one, "embedding.weight"), (add_one, "blocks.9"), (reshape_one, "another shape")],
+)
+def test_state_of_other_parameters_is_refused(
+    build_tiny: Build, spoil: Callable[[dict[str, Tensor]], None], said: str
+) -> None:
+    state = saved_state(build_tiny)
+    spoil(state)
+    with pytest.raises(ArtifactError, match=said):
+        OptimizerSet(build_tiny(), "adamw", 0.1).load_tensors(state)
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [("adamw", "muon"), ("muon", "adamw")])
+def test_state_of_the_other_optimizer_is_refused(build_tiny: Build, saved: str, wanted: str) -> None:
+    with pytest.raises(ArtifactError, match="another optimiser"):
+        OptimizerSet(build_tiny(), wanted, 0.1).load_tensors(saved_state(build_tiny, saved))

@@ -1,0 +1,404 @@
+"""Going on: bit for bit what an uninterrupted run gives, or refused with the reason; and nothing that was is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from psannlm.config.run import RunConfig
+from psannlm.data.prepare import prepare
+from psannlm.errors import ArtifactError, ConfigError, PsannlmError
+from psannlm.evaluation import Evaluation
+from psannlm.models.tensorfile import read_tensors
+from psannlm.training.checkpoint import find_checkpoint, list_checkpoints, read_state, step_folder
+from psannlm.training.metrics import read_metrics
+from psannlm.training.progress import SilentReporter
+from psannlm.training.run import TrainResult, train
+
+TinyRun = Callable[..., RunConfig]
+pytestmark = pytest.mark.usefixtures("_no_curve")
+
+
+class Halt(Exception):
+    """Ends a run as abruptly as a crash would, but within the test."""
+
+
+class Notes(SilentReporter):
+    """Keeps what was said, and may crash after a step."""
+
+    def __init__(self, crash_after: int | None = None) -> None:
+        self.said: list[str] = []
+        self.steps: list[int] = []
+        self.crash_after = crash_after
+
+    def notice(self, text: str) -> None:
+        self.said.append(text)
+
+    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
+        self.steps.append(step)
+        if step == self.crash_after:
+            raise Halt
+
+
+def train_and_crash(config: RunConfig, after: int) -> None:
+    with pytest.raises(Halt):
+        train(config, reporter=Notes(after))
+
+
+def moved(config: RunConfig, folder: Path, **settings: Any) -> RunConfig:
+    update = {"checkpoint_dir": str(folder), **settings}
+    return config.model_copy(update={"train": config.train.model_copy(update=update)})
+
+
+def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        found |= {
+            f"{name}:{key}": value for key, value in read_tensors(step_folder(folder, step) / name).tensors.items()
+        }
+    return found
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(folder)]
+
+
+def assert_same_run(a: Path, b: Path, step: int) -> None:
+    one, other = tensors(a, step), tensors(b, step)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert figures(a) == figures(b)
+    state, twin = read_state(step_folder(a, step)), read_state(step_folder(b, step))
+    unlike = {"checkpoint_dir"}
+    assert replace(state, config={}) == replace(twin, config={})
+    assert {k: v for k, v in state.config["train"].items() if k not in unlike} == {
+        k: v for k, v in twin.config["train"].items() if k not in unlike
+    }
+
+
+@pytest.mark.parametrize(
+    ("base", "optimizer", "amp"),
+    [
+        ("respsann", "adamw", "fp32"),
+        ("waveresnet", "muon", "fp32"),
+        ("transformer", "adamw", "fp32"),
+        ("waveresnet", "adamw", "fp16"),
+    ],
+)
+def test_resume_is_exact(tiny_run: TinyRun, tmp_path: Path, base: str, optimizer: str, amp: str) -> None:
+    """With dropout, accumulation and shuffling, killed after 5 steps and after 7, over the end of the epoch at 6."""
+    config = tiny_run(
+        model={"base": base, "dropout": 0.2},
+        optimizer=optimizer,
+        amp=amp,
+        max_steps=9,
+        warmup_steps=3,
+        eval_interval_steps=2,
+        save_interval_steps=3,
+        keep_checkpoints=9,
+    )
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train(moved(config, straight))
+    train_and_crash(moved(config, broken), after=5)
+    train_and_crash(moved(config, broken), after=7)
+    result = train(moved(config, broken))
+    assert result.steps == 9
+    assert read_state(step_folder(broken, 9)).position.epoch == 1
+    assert_same_run(straight, broken, 9)
+
+
+def test_the_log_has_each_step_once_after_going_on_from_an_older_checkpoint(tiny_run: TinyRun, tmp_path: Path) -> None:
+    config = tiny_run(max_steps=6, save_interval_steps=2, keep_checkpoints=9, eval_interval_steps=1)
+    train(config)
+    folder = Path(config.train.checkpoint_dir)
+    whole = figures(folder)
+    train(config, resume=str(step_folder(folder, 2)))
+    assert figures(folder) == whole
+    steps = [row["step"] for row in whole if row["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_complete_run_gives_its_result_again_and_trains_nothing(
+    tiny_run: TinyRun, contents: Callable[[Path], dict[str, str]]
+) -> None:
+    config = tiny_run(max_steps=3)
+    first = train(config)
+    before = contents(first.folder)
+    notes = Notes()
+    again = train(config, reporter=notes)
+    assert notes.steps == []
+    skipped = {"model", "seconds"}
+
+    def plain(result: TrainResult) -> dict[str, Any]:
+        return {k: v for k, v in vars(result).items() if k not in skipped}
+
+    assert plain(again) == plain(first)
+    for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    after = contents(first.folder)
+    assert {k for k in after if after[k] != before.get(k)} <= {"system.json"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lr": 5e-3}, "train.lr: 0.01 -> 0.005"),
+        ({"grad_accum_steps": 1}, "train.grad_accum_steps: 2 -> 1"),
+        ({"seed": 7}, "train.seed: 1337 -> 7"),
+        ({"model": {"d_model": 32}}, "model.d_model: 16 -> 32"),
+        ({"model": {"sine_params": {"amp_init": 2.0}}}, "model.sine_params.amp_init: 1"),
+        ({"data": {"max_length": 12}}, "data.max_length: 16 -> 12"),
+    ],
+)
+def test_another_configuration_is_refused_by_the_key(
+    tiny_run: TinyRun, contents: Callable[[Path], dict[str, str]], changes: dict[str, Any], named: str
+) -> None:
+    folder = train(tiny_run(max_steps=2)).folder
+    before = contents(folder)
+    with pytest.raises(ConfigError) as caught:
+        train(tiny_run(**{"max_steps": 2, **changes}))
+    assert named in str(caught.value)
+    assert "--resume never" in str(caught.value)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"log_interval_steps": 2},
+        {"save_interval_steps": 2},
+        {"keep_checkpoints": 5},
+        {"device": "auto"},
+        {"ddp": "off"},
+        {"grad_checkpoint": True},
+    ],
+)
+def test_keys_that_leave_the_model_alone_may_change(tiny_run: TinyRun, tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = tiny_run(max_steps=4, save_interval_steps=1, log_interval_steps=1)
+    straight = tmp_path / "straight"
+    train(moved(config, straight))
+    train_and_crash(config, after=3)
+    settings = {"max_steps": 4, "save_interval_steps": 1, "log_interval_steps": 1, **changes}
+    train(tiny_run(**settings))
+    folder = Path(config.train.checkpoint_dir)
+    one, other = tensors(straight, 4), tensors(folder, 4)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_named_checkpoint_may_go_on_with_another_learning_rate(tiny_run: TinyRun) -> None:
+    """What was trained after it stays on disk, and no longer passes for the newest state."""
+    config = tiny_run(max_steps=6, save_interval_steps=2, keep_checkpoints=2)
+    folder = train(config).folder
+    kept = tensors(folder, 6)
+    notes = Notes()
+    lower = tiny_run(max_steps=6, save_interval_steps=1, keep_checkpoints=1, lr=1e-3)
+    train(lower, resume=str(step_folder(folder, 4)), reporter=notes)
+    assert "changed since the checkpoint: train.lr: 0.01 -> 0.001" in notes.said
+    assert notes.steps == [5, 6]
+    (aside,) = folder.parent.glob("run_until_*")
+    set_aside = tensors(aside, 6)
+    assert all(torch.equal(set_aside[name], kept[name]) for name in kept)
+    assert not all(torch.equal(tensors(folder, 6)[name], kept[name]) for name in kept)
+    assert find_checkpoint(folder.parent) is not None
+    assert find_checkpoint(folder.parent).parent == folder
+    notes = Notes()
+    assert train(lower, reporter=notes).steps == 6
+    assert notes.steps == []
+
+
+def test_a_named_checkpoint_refuses_another_model_or_corpus(tiny_run: TinyRun) -> None:
+    folder = train(tiny_run(max_steps=2)).folder
+    with pytest.raises(ConfigError, match="model.n_layers: 1 -> 2"):
+        train(tiny_run(max_steps=2, model={"n_layers": 2}), resume=str(step_folder(folder, 2)))
+
+
+def test_a_run_folder_in_place_of_a_checkpoint_gets_a_hint(tiny_run: TinyRun) -> None:
+    folder = train(tiny_run(max_steps=2)).folder
+    with pytest.raises(ConfigError, match="step_00000002"):
+        train(tiny_run(max_steps=2), resume=str(folder))
+
+
+def test_going_on_from_a_checkpoint_of_another_run_keeps_both(
+    tiny_run: TinyRun, tmp_path: Path, contents: Callable[[Path], dict[str, str]]
+) -> None:
+    config = tiny_run(max_steps=4, save_interval_steps=2, eval_interval_steps=1, keep_checkpoints=9)
+    source, target = tmp_path / "source", tmp_path / "target"
+    train(moved(config, source))
+    train(moved(config, target))
+    sources, targets = contents(source), contents(target)
+    result = train(moved(config, target), resume=str(step_folder(source, 2)))
+    assert contents(source) == sources
+    (aside,) = tmp_path.glob("target_until_*")
+    assert contents(aside) == targets
+    assert result.checkpoint.parent == target
+    assert result.checkpoint.is_dir()
+    assert result.best is not None
+    assert result.best["step"] > 2
+    assert result.checkpoint == step_folder(target, result.best["step"])
+
+
+def test_never_moves_the_old_run_aside_and_loses_nothing(
+    tiny_run: TinyRun, contents: Callable[[Path], dict[str, str]]
+) -> None:
+    config = tiny_run(max_steps=2)
+    folder = train(config).folder
+    first = contents(folder)
+    seconds = []
+    for _ in range(2):  # two within one second must not meet either
+        notes = Notes()
+        train(config, resume="never", reporter=notes)
+        seconds.append(notes.steps)
+    assert seconds == [[1, 2], [1, 2]]
+    asides = sorted(folder.parent.glob("run_until_*"))
+    assert len(asides) == 2
+    assert first in [contents(aside) for aside in asides]
+
+
+@pytest.mark.parametrize("what", ["corpus", "tokenizer"])
+def test_other_data_is_refused(tiny_run: TinyRun, tmp_path: Path, tiny_texts: list[str], what: str) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(tiny_texts), encoding="utf-8")
+    data = {"sources": [{"path": str(corpus), "per_line": True}]}
+    config = tiny_run(max_steps=2, data=data)
+    train(config)
+    given = None
+    if what == "corpus":
+        corpus.write_text("\n".join([*tiny_texts[:-1], "Another last line, and a longer one."]), encoding="utf-8")
+    else:
+        other = {**config.data.model_dump(), "tokenizer": "tokenizers"}
+        given = replace(prepare(config.data, print), tokenizer=prepare(type(config.data)(**other), print).tokenizer)
+    with pytest.raises(ConfigError, match=f"other data: {what}"):
+        train(config, data=given)
+
+
+def test_a_resume_uses_the_tokenizer_it_was_trained_with(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of a tokenizer's library may fit another vocabulary on the same text."""
+    config = tiny_run(max_steps=4, save_interval_steps=2)
+    train_and_crash(config, after=3)
+    monkeypatch.setattr("psannlm.data.prepare.fit_tokenizer", lambda *a, **k: pytest.fail("fitted anew"))
+    assert train(config).steps == 4
+
+
+def test_validation_data_of_ones_own_does_not_hinder_a_resume(tiny_run: TinyRun) -> None:
+    """The Python API trains with val_split 0, an evaluation interval, and texts of its own to validate on."""
+    split = tiny_run()
+    data = prepare(split.data, lambda text: None)
+    train_config = split.train.model_copy(update={"eval_interval_steps": 2, "save_interval_steps": 2})
+    config = split.model_copy(update={"data": split.data.model_copy(update={"val_split": 0.0}), "train": train_config})
+    with pytest.raises(Halt):
+        train(config, data=data, reporter=Notes(3))
+    assert train(config, data=data).steps == 4
+
+
+def spoil(folder: Path) -> None:
+    path = folder / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over_named_and_made_again(tiny_run: TinyRun, tmp_path: Path) -> None:
+    config = tiny_run(max_steps=6, save_interval_steps=2, keep_checkpoints=3)
+    straight = tmp_path / "straight"
+    train(moved(config, straight))
+    folder = train(config).folder
+    spoil(step_folder(folder, 6))
+    spoil(step_folder(folder, 4))
+    notes = Notes()
+    train(config, reporter=notes)
+    said = "\n".join(notes.said)
+    assert "passing over a damaged checkpoint" in said
+    assert str(step_folder(folder, 6) / "optimizer.safetensors") in said
+    assert str(step_folder(folder, 4)) in said
+    assert notes.steps == [3, 4, 5, 6]
+    assert_same_run(straight, folder, 6)
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_whole_ones_out(tiny_run: TinyRun) -> None:
+    config = tiny_run(max_steps=6, save_interval_steps=2, keep_checkpoints=2)
+    folder = train(config).folder
+    spoil(step_folder(folder, 6))
+    again = tiny_run(max_steps=6, save_interval_steps=1, keep_checkpoints=1)
+    train_and_crash(again, after=6)  # after the save of step 5
+    assert [path.name for path in list_checkpoints(folder)] == ["step_00000005"]
+    assert read_state(step_folder(folder, 5)).step == 5
+
+
+def test_nothing_whole_is_an_error_and_not_a_fresh_start(tiny_run: TinyRun) -> None:
+    config = tiny_run(max_steps=2, save_interval_steps=1)
+    folder = train(config).folder
+    for checkpoint in list_checkpoints(folder):
+        spoil(checkpoint)
+    with pytest.raises(ArtifactError, match="none of the 2 checkpoints"):
+        train(config)
+
+
+def test_pointers_left_behind_by_a_kill_are_put_right(tiny_run: TinyRun) -> None:
+    """Killed after a checkpoint's rename and before ``latest`` and ``best`` were written."""
+    config = tiny_run(max_steps=4, save_interval_steps=2, eval_interval_steps=2, keep_checkpoints=3, lr=1e-3)
+    folder = train(config).folder
+    assert read_state(step_folder(folder, 4)).best["step"] == 4
+    (folder / "latest").write_text("step_00000002\n", encoding="utf-8")
+    (folder / "best").write_text("step_00000002\n", encoding="utf-8")
+    assert train(config).checkpoint == step_folder(folder, 4)
+    assert (folder / "latest").read_text(encoding="utf-8").strip() == "step_00000004"
+
+
+def test_a_best_that_was_pruned_is_not_promised(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Best at 2, then at 5, which pushes 2 out; going on from 4 must not name a best that is gone."""
+    losses = iter([3.0, 1.0, 2.0, 2.0, 0.5, 2.0, 2.0, 1.5])
+    monkeypatch.setattr("psannlm.training.loop.evaluate", lambda *a, **k: Evaluation(next(losses) * 10, 10, 10))
+    config = tiny_run(max_steps=6, save_interval_steps=1, eval_interval_steps=1, keep_checkpoints=3)
+    folder = train(config).folder
+    assert not step_folder(folder, 2).exists()
+    result = train(config, resume=str(step_folder(folder, 4)))
+    assert result.best is not None
+    assert (result.best["step"], result.best["loss"]) == (6, 1.5)
+    assert result.checkpoint == step_folder(folder, 6)
+
+
+def test_fp16_cannot_go_on_from_a_run_without_its_scale(tiny_run: TinyRun) -> None:
+    folder = train(tiny_run(max_steps=2)).folder
+    with pytest.raises(ArtifactError, match="scaler"):
+        train(tiny_run(max_steps=4, amp="fp16"), resume=str(step_folder(folder, 2)))
+
+
+def test_a_state_that_lacks_something_is_refused(tiny_run: TinyRun) -> None:
+    """With a hash that fits, as a hostile or a future writer would have it."""
+    from psannlm.training import checkpoint
+
+    config = tiny_run(max_steps=2)
+    state_file = step_folder(train(config).folder, 2) / "trainer.json"
+    content = json.loads(state_file.read_text(encoding="utf-8"))
+    original = {key: content[key] for key in ("files", "state")}
+    broken: list[dict[str, Any]] = [
+        {**original, "files": {}},
+        {**original, "files": []},
+        {**original, "state": None},
+        {**original, "state": {**original["state"], "position": 3}},
+        {**original, "state": {**original["state"], "surplus": 3}},
+        {"files": original["files"]},
+        {**original, "state": {**original["state"], "config": {"model": {"base": "gpt"}}}},
+        {**original, "state": {**original["state"], "config": 7}},
+    ]
+    for case in broken:
+        state_file.write_text(checkpoint._sealed(case), encoding="utf-8")
+        with pytest.raises(PsannlmError) as caught:
+            train(config, resume=str(state_file.parent))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_moved_run_goes_on_where_it_is(tiny_run: TinyRun, tmp_path: Path) -> None:
+    config = tiny_run(max_steps=4, save_interval_steps=2)
+    train_and_crash(config, after=3)
+    shutil.move(config.train.checkpoint_dir, tmp_path / "elsewhere")
+    notes = Notes()
+    train(moved(config, tmp_path / "elsewhere"), reporter=notes)
+    assert notes.steps == [3, 4]

@@ -1,0 +1,62 @@
+"""The learning rate by hand, at its joints and at its ends."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psannlm.training.schedule import learning_rate
+
+SETTINGS = {"peak": 1.0, "floor": 0.1, "warmup_steps": 4, "total_steps": 12}
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (1, 0.25),
+        (2, 0.5),
+        (4, 1.0),
+        (6, 0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5))),
+        (8, 0.55),
+        (12, 0.1),
+        (13, 0.1),
+        (1000, 0.1),
+    ],
+)
+def test_cosine_by_hand(step: int, expected: float) -> None:
+    assert learning_rate(step, **SETTINGS) == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(1, 0.25), (4, 1.0), (5, 1.0), (12, 1.0), (50, 1.0)])
+def test_constant_by_hand(step: int, expected: float) -> None:
+    assert learning_rate(step, **SETTINGS, schedule="constant") == expected
+
+
+def test_no_warmup_starts_next_to_the_peak() -> None:
+    first = learning_rate(1, peak=2.0, floor=0.0, warmup_steps=0, total_steps=1000)
+    assert 1.9999 < first < 2.0
+
+
+def test_warmup_may_fill_the_run() -> None:
+    assert learning_rate(10, peak=3.0, floor=0.5, warmup_steps=10, total_steps=10) == 3.0
+    assert learning_rate(5, peak=3.0, floor=0.5, warmup_steps=10, total_steps=5) == 1.5
+
+
+@given(
+    warmup=st.integers(0, 50),
+    decay=st.integers(1, 200),
+    floor=st.floats(0, 1),
+    schedule=st.sampled_from(["cosine", "constant"]),
+)
+def test_no_jump_anywhere_and_never_beyond_the_peak(warmup: int, decay: int, floor: float, schedule: str) -> None:
+    settings = {"peak": 1.0, "floor": floor, "warmup_steps": warmup, "total_steps": warmup + decay}
+    rates = [learning_rate(step, **settings, schedule=schedule) for step in range(1, warmup + decay + 3)]
+    steepest = max(1 / warmup if warmup else 0.0, math.pi / 2 / decay)
+    assert all(abs(b - a) <= steepest + 1e-12 for a, b in zip(rates, rates[1:], strict=False))
+    assert max(rates) <= 1.0
+    after = rates[max(0, warmup - 1) :]
+    assert all(b <= a for a, b in zip(after, after[1:], strict=False))
+    assert rates[-1] == (floor if schedule == "cosine" else 1.0)
