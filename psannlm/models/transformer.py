@@ -120,7 +120,8 @@ class Transformer(nn.Module):
             x = x + _EMBEDDING_STD * sinusoids(layout.positions, self.config.d_model).to(x.dtype)
         x = self.dropout(x)
         for index, block in enumerate(self.blocks):
-            if self.grad_checkpoint and self.training:
+            # Never with a state: it would be advanced a second time when the block is run again.
+            if self.grad_checkpoint and self.training and state is None:
                 x = checkpoint(block, x, layout, use_reentrant=False)
             else:
                 x = block(x, layout, None if state is None else state.layers[index])
