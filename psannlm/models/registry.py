@@ -60,13 +60,14 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
 def build_model(config: ModelConfig, *, seed: int | None = None, device: torch.device | str = "cpu") -> Transformer:
     """Build the model of a resolved ``config``, with weights that depend on ``seed`` alone when one is given.
 
-    The weights are drawn on the CPU, so that every device starts from the same ones; the global generator is left as it
-    was. ``device="meta"`` builds shapes only.
+    The weights are drawn on the CPU, so that every device starts from the same ones; with a ``seed`` the global
+    generators are left as they were. ``device="meta"`` builds shapes only.
     """
     if torch.device(device).type == "meta":
         with torch.device("meta"):
             return Transformer(config)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.manual_seed(seed)
+            # Not torch.manual_seed, which seeds every GPU as well.
+            torch.default_generator.manual_seed(seed)
         return Transformer(config).to(device)
