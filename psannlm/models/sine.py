@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from psannlm.config.model import SineConfig
@@ -69,6 +70,12 @@ def _compiled() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tens
 
 def _fuses_by_compiler(z: Tensor) -> bool:
     return z.is_cuda and find_spec("triton") is not None
+
+
+def _runs_in_blocks(z: Tensor) -> bool:
+    # Where shapes alone are worked out (models/accounting.py) there is no memory to be gentle with, and in the widest
+    # models there would be thousands of blocks.
+    return not z.is_cuda and not isinstance(z, FakeTensor)
 
 
 def _blocks(n_rows: int, n_features: int) -> range:
@@ -141,7 +148,7 @@ class _DampedSine(torch.autograd.Function):
             return _value(z, amplitude, frequency, decay, mode)
         if _fuses_by_compiler(z):
             return _compiled()[0](z, amplitude, frequency, decay, mode)
-        kernel = _value if z.is_cuda else _value_in_blocks
+        kernel = _value_in_blocks if _runs_in_blocks(z) else _value
         return kernel(z, amplitude, frequency, decay, mode)
 
     @staticmethod
@@ -152,7 +159,7 @@ class _DampedSine(torch.autograd.Function):
         elif _fuses_by_compiler(z):
             kernel = _compiled()[1]
         else:
-            kernel = _gradients if z.is_cuda else _gradients_in_blocks
+            kernel = _gradients_in_blocks if _runs_in_blocks(z) else _gradients
         return (*kernel(grads[0], z, amplitude, frequency, decay, ctx.mode), None)
 
 
