@@ -1,0 +1,126 @@
+"""Parameters, operations and bytes foretold from a configuration are those of the model itself."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from psannlm.config.model import BaseName, ModelConfig
+from psannlm.models.accounting import count_parameters, flops_per_token, training_memory
+from psannlm.models.registry import build_model, resolve
+from psannlm.models.transformer import Transformer
+from psannlm.training.optim import OptimizerSet
+
+TINY: dict[str, Any] = {"d_model": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 50}
+CONFIGS = [
+    resolve(ModelConfig(base=base, mlp=mlp, tie_embeddings=tied, wave={"enabled": wave, "activation": "sine"}, **TINY))
+    for base, mlp, tied, wave in (
+        ("respsann", "sine", False, False),
+        ("waveresnet", "sineglu", False, True),
+        ("transformer", "swiglu", True, False),
+        ("transformer", "gelu", False, True),
+    )
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.base}-{c.mlp}")
+def test_groups_sum_to_the_model(config: ModelConfig) -> None:
+    counts = count_parameters(config)
+    assert sum(counts.values()) == sum(p.numel() for p in build_model(config).parameters())
+    assert counts["embedding"] == 50 * 16
+    assert counts.get("output matrix", 0) == (0 if config.tie_embeddings else 50 * 16)
+    assert counts["attention"] == 2 * (2 * 16 * 16 + 2 * 8 * 16)
+    assert counts["norms"] == 5 * 16
+    assert counts.get("residual scales", 0) == (4 if config.base == "respsann" else 0)
+    assert counts.get("wave", 0) == (2 * 2 * 16 * 4 if config.wave.enabled else 0)
+    n_sines = 2 * (config.d_mlp or 0) * (config.mlp in ("sine", "sineglu")) + 4 * 16 * bool(config.wave.enabled)
+    assert counts.get("sine", 0) == 3 * n_sines
+
+
+@pytest.mark.parametrize(
+    ("settings", "matrices"),
+    [
+        # Per layer: q 16, k and v 8 each, out 16; then the feed-forward; the output matrix 40 once.
+        ({"mlp": "swiglu"}, 2 * (48 + 3 * 24) + 40),
+        ({"mlp": "gelu"}, 2 * (48 + 2 * 24) + 40),
+        ({"mlp": "sine"}, 2 * (48 + 2 * 24) + 40),  # the bias is added, not multiplied
+        ({"mlp": "swiglu", "tie_embeddings": True}, 2 * (48 + 3 * 24) + 40),
+        ({"mlp": "gelu", "wave": {"enabled": True, "kernel_size": 3}}, 2 * (48 + 2 * 24 + 2 * 12) + 40),
+    ],
+    ids=str,
+)
+def test_flops_worked_by_hand(settings: dict[str, Any], matrices: int) -> None:
+    config = ModelConfig(
+        base="transformer", d_model=4, n_layers=2, n_heads=2, n_kv_heads=1, d_mlp=6, vocab_size=10, **settings
+    )
+    # Attention: 2 layers x width 4 x 8 tokens x 12.
+    assert flops_per_token(resolve(config), 8) == 6 * matrices + 12 * 2 * 4 * 8
+
+
+def measured_activations(model: Transformer, n_rows: int, seq_len: int, dtype: torch.dtype) -> int:
+    """Bytes of the distinct storages that autograd saves in a real forward pass, parameters left out."""
+    saved: dict[int, Tensor] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    input_ids = torch.zeros(n_rows, seq_len, dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        model(input_ids, input_ids)
+    return sum(t.untyped_storage().nbytes() for p, t in saved.items() if p not in parameters)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.base}-{c.mlp}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_activations_on_shapes_are_those_of_a_real_pass(
+    config: ModelConfig, dtype: torch.dtype, grad_checkpoint: bool
+) -> None:
+    model = build_model(config)
+    model.grad_checkpoint = grad_checkpoint
+    for n_rows in (1, 5):
+        foretold = training_memory(config, n_rows, 32, dtype=dtype, grad_checkpoint=grad_checkpoint).activations
+        assert foretold == pytest.approx(measured_activations(model, n_rows, 32, dtype), rel=0.01)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.base}-{c.mlp}")
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_state_is_what_the_optimizer_holds(config: ModelConfig, name: Any) -> None:
+    model = build_model(config)
+    optimizers = OptimizerSet(model, name, 0.1)
+    input_ids = torch.zeros(1, 4, dtype=torch.long)
+    model(input_ids, input_ids).backward()
+    for optimizer in optimizers.optimizers:
+        optimizer.step()
+    held = sum(t.nbytes for key, t in optimizers.tensors().items() if not key.endswith("/step"))
+    memory = training_memory(config, 1, 8, optimizer=name)
+    assert memory.optimizer == held
+    assert memory.weights == memory.gradients == sum(p.nbytes for p in model.parameters())
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
+
+
+def test_what_saves_memory_is_seen_to() -> None:
+    config = CONFIGS[1]
+    plain = training_memory(config, 4, 64)
+    assert training_memory(config, 4, 64, optimizer="muon").optimizer < plain.optimizer
+    assert training_memory(config, 4, 64, dtype=torch.bfloat16).activations < plain.activations
+    assert training_memory(config, 4, 64, grad_checkpoint=True).activations < plain.activations / 2
+    assert training_memory(config, 8, 64).activations > 1.8 * plain.activations
+
+
+@pytest.mark.parametrize("base", get_args(BaseName))
+def test_a_model_far_too_large_for_this_machine_is_counted_at_once(base: BaseName) -> None:
+    config = resolve(ModelConfig(base=base, d_model=8192, n_layers=2, n_heads=64, vocab_size=128_000))
+    started_s = time.process_time()
+    assert sum(count_parameters(config).values()) > 2 * 12 * 8192**2
+    assert training_memory(config, 64, 4096).activations > 1 << 34
+    assert time.process_time() - started_s < 5.0

@@ -1,0 +1,70 @@
+"""Feed-forward kinds are the formulas they name, and compare at equal parameters."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from psannlm.config.model import MlpKind, ModelConfig
+from psannlm.models.accounting import count_parameters
+from psannlm.models.mlp import GatedMlp, Mlp, build_mlp, default_d_mlp
+from psannlm.models.registry import resolve
+
+
+@pytest.mark.parametrize(
+    ("kind", "d_model", "d_mlp"),
+    [
+        ("gelu", 192, 768),
+        ("sine", 100, 400),
+        ("swiglu", 192, 512),  # 8/3 x 192 is 512 already
+        ("sineglu", 512, 1408),  # 1365.3
+        ("sineglu", 100, 320),  # 266.7
+        ("swiglu", 1, 64),
+        ("swiglu", 24, 64),
+        ("swiglu", 25, 128),
+    ],
+)
+def test_default_width(kind: MlpKind, d_model: int, d_mlp: int) -> None:
+    assert default_d_mlp(kind, d_model) == d_mlp
+
+
+@pytest.mark.parametrize("d_model", [192, 512])
+def test_kinds_compare_at_equal_parameters(d_model: int) -> None:
+    sizes = {}
+    for kind in get_args(MlpKind):
+        config = ModelConfig(base="transformer", mlp=kind, d_model=d_model, n_heads=8, n_layers=8, vocab_size=4096)
+        sizes[kind] = sum(count_parameters(resolve(config)).values())
+    assert max(sizes.values()) < 1.02 * min(sizes.values())
+
+
+def formula(mlp: Mlp | GatedMlp, kind: MlpKind, x: torch.Tensor) -> torch.Tensor:
+    up = F.linear(x, mlp.up_proj.weight, mlp.up_proj.bias)
+    if kind in ("gelu", "sine"):
+        hidden = F.gelu(up) if kind == "gelu" else 1.5 * torch.exp(-0.2 * up.abs()) * torch.sin(2.0 * up)
+    else:
+        assert isinstance(mlp, GatedMlp)
+        gate = F.linear(x, mlp.gate_proj.weight)
+        hidden = up * (F.silu(gate) if kind == "swiglu" else 1.5 * torch.exp(-0.2 * gate.abs()) * torch.sin(2.0 * gate))
+    return F.linear(hidden, mlp.down_proj.weight)
+
+
+@pytest.mark.parametrize("kind", get_args(MlpKind))
+def test_each_kind_is_its_formula(kind: MlpKind) -> None:
+    torch.manual_seed(0)
+    sine = {"amp_init": 1.5, "freq_init": 2.0, "damp_init": 0.2}
+    mlp = build_mlp(ModelConfig(mlp=kind, d_model=6, n_heads=1, d_mlp=10, sine_params=sine))
+    assert isinstance(mlp, (Mlp, GatedMlp))
+    x = torch.randn(2, 3, 6)
+    torch.testing.assert_close(mlp(x), formula(mlp, kind, x), rtol=1e-5, atol=1e-6)
+    # Of all linear maps only the sine's has a bias: it is the phase.
+    assert [name for name, _ in mlp.named_parameters() if "bias" in name] == (
+        ["up_proj.bias"] if kind == "sine" else []
+    )
+
+
+def test_refuses_a_config_that_is_not_resolved() -> None:
+    with pytest.raises(ValueError, match="resolve"):
+        build_mlp(ModelConfig())

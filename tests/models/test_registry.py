@@ -1,0 +1,125 @@
+"""Bases are defaults and no more; a model's weights depend on its seed and on nothing else."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from psannlm.config.model import BaseName, ModelConfig
+from psannlm.errors import ConfigError
+from psannlm.models.mlp import GatedMlp, Mlp
+from psannlm.models.registry import BASES, build_model, resolve
+from psannlm.models.sine import SineActivation
+
+TINY: dict[str, Any] = {"d_model": 8, "n_layers": 2, "n_heads": 2, "vocab_size": 11}
+
+
+def test_every_base_has_its_defaults() -> None:
+    assert set(BASES) == set(get_args(BaseName))
+    wanted = {
+        "respsann": ("sine", False, True, 32),
+        "waveresnet": ("sineglu", True, False, 64),
+        "transformer": ("swiglu", False, False, 64),
+    }
+    for base, (mlp, wave, scale, d_mlp) in wanted.items():
+        found = resolve(ModelConfig(base=base, **TINY))
+        assert (found.mlp, found.wave.enabled, found.residual_scale, found.d_mlp) == (mlp, wave, scale, d_mlp)
+        assert found.n_kv_heads == 2
+
+
+@pytest.mark.parametrize("base", get_args(BaseName))
+@pytest.mark.parametrize("key", ["mlp", "d_mlp", "n_kv_heads", "residual_scale", "wave", "max_seq_len"])
+def test_every_override_wins(base: BaseName, key: str) -> None:
+    silent = resolve(ModelConfig(base=base, **TINY), max_seq_len=64)
+    values: dict[str, Any] = {
+        "mlp": "gelu",
+        "d_mlp": 20,
+        "n_kv_heads": 1,
+        "residual_scale": not silent.residual_scale,
+        "wave": {"enabled": not silent.wave.enabled},
+        "max_seq_len": 7,
+    }
+    loud = resolve(ModelConfig(base=base, **{**TINY, key: values[key]}), max_seq_len=64)
+    found = loud.wave.enabled if key == "wave" else getattr(loud, key)
+    assert found == (values[key]["enabled"] if key == "wave" else values[key])
+    assert found != (silent.wave.enabled if key == "wave" else getattr(silent, key))
+
+
+def test_one_base_can_be_set_to_be_another() -> None:
+    like_wave = {"mlp": "sineglu", "wave": {"enabled": True}, "residual_scale": False}
+    one, other = ModelConfig(base="transformer", **TINY, **like_wave), ModelConfig(base="waveresnet", **TINY)
+    state, wanted = (build_model(resolve(config), seed=3).state_dict() for config in (one, other))
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[name], wanted[name]) for name in state)
+
+
+def test_what_is_resolved_stays_as_it_is() -> None:
+    once = resolve(ModelConfig(**{**TINY, "vocab_size": None}), vocab_size=300, max_seq_len=32)
+    assert (once.vocab_size, once.max_seq_len) == (300, 32)
+    assert resolve(once) == once
+    assert resolve(once, vocab_size=200, max_seq_len=64) == once
+
+
+def test_no_vocabulary_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="vocab_size"):
+        resolve(ModelConfig())
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"100 .* 300"):
+        resolve(ModelConfig(vocab_size=100), vocab_size=300)
+    assert resolve(ModelConfig(vocab_size=320), vocab_size=300).vocab_size == 320
+
+
+def test_parts_are_those_of_the_config() -> None:
+    blocks = {base: build_model(resolve(ModelConfig(base=base, **TINY))).blocks[1] for base in get_args(BaseName)}
+    assert isinstance(blocks["respsann"].mlp, Mlp)
+    assert isinstance(blocks["respsann"].mlp.activation, SineActivation)
+    assert isinstance(blocks["waveresnet"].mlp, GatedMlp)
+    assert isinstance(blocks["waveresnet"].mlp.activation, SineActivation)
+    for base, block in blocks.items():
+        assert (block.attention_wave is not None) == (block.mlp_wave is not None) == (base == "waveresnet")
+        assert (block.attention_scale is not None) == (block.mlp_scale is not None) == (base == "respsann")
+    assert not any(isinstance(module, SineActivation) for module in blocks["transformer"].modules())
+    placed = ModelConfig(base="transformer", wave={"enabled": True, "places": ("mlp",), "dilation_growth": 3}, **TINY)
+    block = build_model(resolve(placed)).blocks[1]
+    assert block.attention_wave is None
+    assert block.mlp_wave.dilation == 3
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    config = resolve(ModelConfig(sine_params={"freq_std": 0.1}, **TINY))
+    torch.manual_seed(1)
+    one = build_model(config, seed=5).state_dict()
+    torch.manual_seed(2)
+    other = build_model(config, seed=5).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    different = build_model(config, seed=6).state_dict()
+    for name in ("embedding.weight", "blocks.0.attention.q_proj.weight", "blocks.0.mlp.activation.raw_frequency"):
+        assert not torch.equal(one[name], different[name])
+
+
+def test_a_seeded_build_leaves_the_global_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(seed: int) -> None:
+        raise AssertionError("the generators of the GPUs were seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    before = torch.get_rng_state()
+    build_model(resolve(ModelConfig(**TINY)), seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_a_seed_the_global_generator_decides() -> None:
+    config = resolve(ModelConfig(**TINY))
+    torch.manual_seed(1)
+    one, other = (build_model(config).embedding.weight for _ in range(2))
+    assert not torch.equal(one, other)
+    torch.manual_seed(1)
+    assert torch.equal(build_model(config).embedding.weight, one)
+
+
+def test_meta_builds_shapes_only() -> None:
+    huge = ModelConfig(d_model=8192, n_layers=100, n_heads=64, vocab_size=100_000)
+    assert all(p.is_meta for p in build_model(resolve(huge), device="meta").parameters())

@@ -1,0 +1,189 @@
+"""The decoder's laws for every base, position scheme and wave: no look at the future, a quiet start, one loss."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from psannlm.config.model import BaseName, MlpKind, ModelConfig, PositionKind
+from psannlm.data.windows import IGNORE_INDEX
+from psannlm.models.cache import DecodeState
+from psannlm.models.registry import build_model, resolve
+from psannlm.models.transformer import Transformer
+
+Build = Callable[..., Transformer]
+BASES, POSITIONS = get_args(BaseName), get_args(PositionKind)
+
+
+def every_wave() -> Iterator[dict[str, Any]]:
+    yield {"enabled": False}
+    places = (("attention",), ("mlp",), ("attention", "mlp"))
+    for kernel_size, growth, where, activation in product((1, 2, 3, 4, 6), (1, 2), places, ("none", "sine")):
+        yield {
+            "enabled": True,
+            "kernel_size": kernel_size,
+            "dilation_growth": growth,
+            "places": where,
+            "activation": activation,
+        }
+
+
+def tokens(n_rows: int, n_tokens: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 17, (n_rows, n_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(model: Transformer, input_ids: Tensor) -> Tensor:
+    return model.logits(model.hidden_states(input_ids))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("position", POSITIONS)
+@torch.no_grad()
+def test_no_output_depends_on_a_later_token(base: str, position: str, build_tiny: Build) -> None:
+    n_tokens = 9
+    original = tokens(1, n_tokens).repeat(n_tokens, 1)
+    changed = original.clone()
+    changed[range(n_tokens), range(n_tokens)] += 1  # row t differs at token t alone
+    changed %= 17
+    for wave in every_wave():
+        model = build_tiny(base=base, positional_encoding=position, wave=wave)
+        before, after = logits_of(model, original), logits_of(model, changed)
+        for t in range(n_tokens):
+            assert torch.equal(before[t, :t], after[t, :t]), (wave, t)
+            # The change does show where it may: at the token and to its right.
+            assert (before[t, t:] != after[t, t:]).any(-1).all(), (wave, t)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("position", POSITIONS)
+@torch.no_grad()
+def test_the_order_of_earlier_tokens_shows(base: str, position: str, build_tiny: Build) -> None:
+    # Without waves only the position scheme can tell the orders apart; two layers would tell them by the causal mask.
+    model = build_tiny(base=base, positional_encoding=position, wave={"enabled": False}, n_layers=1)
+    one, other = logits_of(model, torch.tensor([[3, 5, 7, 2], [5, 3, 7, 2]]))[:, -1]
+    assert (one - other).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", get_args(MlpKind))
+@pytest.mark.parametrize("wave_activation", ["none", "sine"])
+@torch.no_grad()
+def test_starts_quiet_with_unit_variance_inside(kind: str, wave_activation: str) -> None:
+    wave = {"enabled": True, "activation": wave_activation}
+    config = ModelConfig(mlp=kind, d_model=256, n_layers=2, n_heads=4, vocab_size=500, wave=wave)
+    model = build_model(resolve(config), seed=0)
+    input_ids = torch.randint(0, 500, (4, 50))
+    inside: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if name.endswith(("up_proj", "gate_proj", "q_proj", "k_proj", "v_proj")):
+            module.register_forward_hook(lambda _, __, out, name=name: inside.__setitem__(name, out))
+    hidden = model.hidden_states(input_ids)
+    assert len(inside) >= 8
+    for name, out in inside.items():
+        assert out.var().item() == pytest.approx(1.0, abs=0.1), name
+    # Each branch ends in zeros, so the blocks pass the embedding on as it is.
+    torch.testing.assert_close(hidden, model.final_norm(model.embedding(input_ids)), rtol=0, atol=0)
+    # A new model is about as wise as a guess: -ln(1/500) = 6.21.
+    assert model(input_ids, input_ids).item() / 200 == pytest.approx(6.21, abs=0.2)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_forward_is_the_summed_cross_entropy_of_the_logits(base: str, tied: bool, build_tiny: Build) -> None:
+    model = build_tiny(base=base, tie_embeddings=tied)
+    input_ids, labels = tokens(3, 8), tokens(3, 8, seed=1)
+    labels[0, 3:6] = IGNORE_INDEX
+    wanted = F.cross_entropy(logits_of(model, input_ids).flatten(0, 1), labels.flatten(), reduction="sum")
+    assert model(input_ids, labels).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert model(input_ids, labels, 0.1).item() != pytest.approx(wanted.item(), rel=1e-3)
+    assert model.output_weight.shape == (17, 12)
+    assert (model.output_weight is model.embedding.weight) == tied
+
+
+def test_every_parameter_receives_a_gradient(build_tiny: Build) -> None:
+    for base in BASES:
+        model = build_tiny(base=base, wave={"enabled": True, "activation": "sine"}, residual_scale=True)
+        model(tokens(3, 8), tokens(3, 8, seed=1)).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_residual_scale_scales_the_branches(build_tiny: Build) -> None:
+    model = build_tiny(base="respsann")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_scale"):
+                parameter.zero_()
+        input_ids = tokens(2, 5)
+        assert torch.equal(model.hidden_states(input_ids), model.final_norm(model.embedding(input_ids)))
+
+
+def test_dropout_is_for_training_alone(build_tiny: Build) -> None:
+    model, plain = build_tiny(dropout=0.5), build_tiny()
+    input_ids = tokens(2, 8)
+    with torch.no_grad():
+        assert torch.equal(model.hidden_states(input_ids), plain.hidden_states(input_ids))
+        model.train()
+        assert not torch.equal(model.hidden_states(input_ids), model.hidden_states(input_ids))
+
+
+def loss_and_gradients(model: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model.zero_grad()
+    loss = model(tokens(3, 8), tokens(3, 8, seed=1))
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_changes_no_bit(base: str, dropout: float, build_tiny: Build) -> None:
+    model = build_tiny(base=base, dropout=dropout).train()
+    calls: list[str] = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append("block"))
+    loss, gradients = loss_and_gradients(model)
+    assert len(calls) == 1
+    model.grad_checkpoint = True
+    loss_again, gradients_again = loss_and_gradients(model)
+    assert len(calls) == 3  # once more for the loss, and again for the gradients
+    assert torch.equal(loss, loss_again)
+    assert gradients.keys() == gradients_again.keys()
+    assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
+
+
+@torch.no_grad()
+def test_a_cache_works_in_a_model_that_trains_with_checkpoints(build_tiny: Build) -> None:
+    model = build_tiny().train()
+    model.grad_checkpoint = True
+    input_ids = tokens(1, 6)
+    state = DecodeState.allocate(model.config, 1, 6, torch.device("cpu"), torch.float32)
+    parts = [model.hidden_states(chunk, state) for chunk in input_ids.split(2, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden_states(input_ids), rtol=1e-4, atol=1e-4)
+
+
+def test_refuses_a_config_that_is_not_resolved() -> None:
+    with pytest.raises(ValueError, match="resolve"):
+        Transformer(ModelConfig())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="no C++ compiler for torch.compile"
+)
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_model_agrees_with_eager(build_tiny: Build) -> None:
+    model = build_tiny(n_layers=1).train()
+    loss, gradients = loss_and_gradients(model)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model)
+    loss_compiled, gradients_compiled = loss_and_gradients(compiled)
+    torch.testing.assert_close(loss_compiled, loss, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_compiled[f"_orig_mod.{name}"], gradient, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,94 @@
+"""Waves against the sum they stand for, from the left edge on, in chunks, and in rows of different length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psannlm.config.model import ModelConfig
+from psannlm.models.wave import Wave
+
+D = 3
+
+
+def build_wave(kernel_size: int, dilation: int, activation: str = "none") -> Wave:
+    config = ModelConfig(d_model=D, n_heads=1, positional_encoding="alibi").model_copy(
+        update={"wave": ModelConfig().wave.model_copy(update={"kernel_size": kernel_size, "activation": activation})}
+    )
+    wave = Wave(config, dilation)
+    with torch.no_grad():
+        wave.weight.copy_(torch.randn(wave.weight.shape, generator=torch.Generator().manual_seed(kernel_size)))
+    return wave
+
+
+def reference(wave: Wave, x: torch.Tensor) -> torch.Tensor:
+    """x[t] + act(sum over taps of weight[tap] x[t - (kernel - 1 - tap) dilation]), nothing before the start."""
+    mixed = torch.zeros_like(x)
+    kernel_size = wave.weight.shape[1]
+    for t in range(x.shape[1]):
+        for tap in range(kernel_size):
+            source = t - (kernel_size - 1 - tap) * wave.dilation
+            if source >= 0:
+                mixed[:, t] += wave.weight[:, tap] * x[:, source]
+    return x + wave.activation(mixed)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("dilation", [1, 2, 5])
+@pytest.mark.parametrize("activation", ["none", "sine"])
+@torch.no_grad()
+def test_is_the_causal_sum(kernel_size: int, dilation: int, activation: str) -> None:
+    wave = build_wave(kernel_size, dilation, activation)
+    for n_tokens in (1, 2, 9):
+        x = torch.randn(2, n_tokens, D)
+        found, tail = wave(x)
+        torch.testing.assert_close(found, reference(wave, x), rtol=1e-5, atol=1e-5)
+        assert tail is None
+
+
+@given(
+    kernel_size=st.integers(1, 5),
+    dilation=st.integers(1, 3),
+    chunks=st.lists(st.integers(1, 6), min_size=1, max_size=6),
+)
+@settings(deadline=None, max_examples=60)
+@torch.no_grad()
+def test_chunks_with_the_tail_carried_equal_the_whole(kernel_size: int, dilation: int, chunks: list[int]) -> None:
+    wave = build_wave(kernel_size, dilation)
+    x = torch.randn(2, sum(chunks), D, generator=torch.Generator().manual_seed(0))
+    tail = torch.zeros(2, wave.tail_length, D)
+    parts = []
+    for chunk in x.split(chunks, dim=1):
+        part, tail = wave(chunk, tail)
+        assert tail.shape == (2, wave.tail_length, D)
+        parts.append(part)
+    torch.testing.assert_close(torch.cat(parts, dim=1), reference(wave, x), rtol=1e-5, atol=1e-5)
+
+
+@given(n_new=st.lists(st.integers(0, 6), min_size=2, max_size=4), kernel_size=st.integers(1, 5))
+@settings(deadline=None, max_examples=60)
+@torch.no_grad()
+def test_padding_never_enters_a_tail(n_new: list[int], kernel_size: int) -> None:
+    wave = build_wave(kernel_size, 2)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(n_new), max(n_new) + 1, D, generator=generator)
+    tail = torch.randn(len(n_new), wave.tail_length, D, generator=generator)
+    _, together = wave(x, tail, n_new)
+    for row, n in enumerate(n_new):
+        seen = torch.cat((tail[row], x[row, :n]))
+        assert torch.equal(together[row], seen[len(seen) - wave.tail_length :])
+
+
+@pytest.mark.parametrize("activation", ["none", "sine"])
+def test_starts_as_the_identity_and_can_leave_it(activation: str) -> None:
+    wave = build_wave(4, 1, activation)
+    with torch.no_grad():
+        wave.weight.zero_()
+    x = torch.randn(2, 5, D)
+    out, _ = wave(x)
+    assert torch.equal(out, x)
+    out.pow(2).sum().backward()
+    assert wave.weight.grad is not None
+    assert wave.weight.grad.abs().min() > 0
