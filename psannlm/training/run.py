@@ -118,6 +118,8 @@ def train(
         elif model is None:
             model_config = resolve(config.model, vocab_size=tokenizer.vocab_size, max_seq_len=config.data.max_length)
             model = build_model(model_config, seed=config.train.seed)
+        else:
+            resolve(model.config, vocab_size=tokenizer.vocab_size)  # refuses a model with fewer rows than ids
         model.to(device).train()
         model.grad_checkpoint = config.train.grad_checkpoint
 

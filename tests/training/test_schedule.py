@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -55,8 +56,8 @@ def test_no_jump_anywhere_and_never_beyond_the_peak(warmup: int, decay: int, flo
     settings = {"peak": 1.0, "floor": floor, "warmup_steps": warmup, "total_steps": warmup + decay}
     rates = [learning_rate(step, **settings, schedule=schedule) for step in range(1, warmup + decay + 3)]
     steepest = max(1 / warmup if warmup else 0.0, math.pi / 2 / decay)
-    assert all(abs(b - a) <= steepest + 1e-12 for a, b in zip(rates, rates[1:], strict=False))
+    assert all(abs(b - a) <= steepest + 1e-12 for a, b in pairwise(rates))
     assert max(rates) <= 1.0
     after = rates[max(0, warmup - 1) :]
-    assert all(b <= a for a, b in zip(after, after[1:], strict=False))
+    assert all(b <= a for a, b in pairwise(after))
     assert rates[-1] == (floor if schedule == "cosine" else 1.0)
