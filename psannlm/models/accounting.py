@@ -35,11 +35,21 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Return the number of learnable parameters by group, of a resolved ``config``; their sum is the model's size."""
     counts: dict[str, int] = {}
     for name, parameter in build_model(config, device="meta").named_parameters():
-        parts = name.split(".")
-        part = parts[2] if parts[0] == "blocks" else parts[0]
-        group = "sine" if parts[-1].startswith("raw_") else _GROUP_OF[part]
+        group = _group(name)
         counts[group] = counts.get(group, 0) + parameter.numel()
     return counts
+
+
+def _group(name: str) -> str:
+    parts = name.split(".")
+    part = parts[2] if parts[0] == "blocks" else parts[0]
+    return "sine" if parts[-1].startswith("raw_") else _GROUP_OF[part]
+
+
+def _matrix_elements(config: ModelConfig, *groups: str) -> int:
+    """Elements of the two-dimensional parameters of these groups: biases are neither multiplied nor taken by Muon."""
+    parameters = build_model(config, device="meta").named_parameters()
+    return sum(parameter.numel() for name, parameter in parameters if parameter.ndim == 2 and _group(name) in groups)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
@@ -49,9 +59,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     and backward, a multiplication and an addition as two, no discount for the causal mask, nothing for recomputation,
     element-wise work or the lookup of embeddings.
     """
-    counts = count_parameters(config)
-    matrices = counts["attention"] + counts["feed-forward"] + counts.get("wave", 0)
-    matrices += (config.vocab_size or 0) * config.d_model
+    matrices = _matrix_elements(config, "attention", "feed-forward", "wave") + (config.vocab_size or 0) * config.d_model
     return 6 * matrices + 12 * config.n_layers * config.d_model * seq_len
 
 
@@ -84,9 +92,8 @@ def training_memory(
     Weights, gradients and optimiser state are float32: AdamW keeps two numbers per parameter, Muon one per hidden
     matrix. Activations are what autograd would save, found by running the forward pass on shapes alone.
     """
-    counts = count_parameters(config)
-    total = sum(counts.values())
-    hidden_matrices = counts["attention"] + counts["feed-forward"] if optimizer == "muon" else 0
+    total = sum(count_parameters(config).values())
+    hidden_matrices = _matrix_elements(config, "attention", "feed-forward") if optimizer == "muon" else 0
     one, two = (_saved_bytes(config, n, seq_len, dtype, grad_checkpoint) for n in (1, 2))
     activations = one + (two - one) * (micro_batch_size - 1)
     return TrainingMemory(4 * total, 4 * total, 8 * total - 4 * hidden_matrices, activations)
