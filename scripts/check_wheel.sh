@@ -50,6 +50,8 @@ data:
   val_split: 0.1
 train: {max_steps: 5, batch_tokens: 256, checkpoint_dir: runs/own}
 YAML
+# Two threads would only wait for each other on a model this small.
+export OMP_NUM_THREADS=1
 "$bin/psannlm" train own.yaml
 for path in runs/own/{metrics.jsonl,loss_curve.png,latest}; do
   [[ -s "$path" ]] || fail "$path is missing or empty"
