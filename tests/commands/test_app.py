@@ -1,0 +1,61 @@
+"""The root: exit codes, errors in one line, no torch for help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from psannlm import __version__
+from psannlm.commands import app as root
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "-h"], ["eval", "--help"]])
+def test_help_loads_neither_torch_nor_numpy(arguments: list[str]) -> None:
+    program = (
+        "import sys\nfrom psannlm.commands.app import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'sentencepiece'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: psannlm" in done.stdout
+
+
+def test_version(psannlm) -> None:
+    assert psannlm("--version").out.strip() == f"psannlm {__version__}"
+
+
+def test_unknown_commands_and_options_are_wrong_usage(psannlm) -> None:
+    assert psannlm("trian").code == 2
+    assert psannlm("train", "x.yaml", "--fast").code == 2
+
+
+def test_an_unexpected_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    root._one_line(ValueError, ValueError("first line\nsecond"), None)
+    said = capsys.readouterr().err
+    assert said == "error: unexpected ValueError: first line (run again with --debug for the traceback)\n"
+    root._one_line(MemoryError, MemoryError(), None)
+    assert "train.batch_tokens" in capsys.readouterr().err
+
+
+def test_every_command_has_a_help_text() -> None:
+    for command in root.app.registered_commands:
+        shown = CliRunner().invoke(root.app, [str(command.name), "--help"])
+        assert shown.exit_code == 0
+        assert len(shown.output) > 200
+
+
+def test_forwarding_import_path_trains(psannlm, project: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "psann.lm.train.cli", "--config", "config.yaml", "--set", "train.max_steps=2"],
+        capture_output=True,
+        text=True,
+        cwd=project,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (project / "runs" / "tiny" / "step_00000002").is_dir()

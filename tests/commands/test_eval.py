@@ -1,0 +1,62 @@
+"""psannlm eval: all of a text, as in training."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def in_trained(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(trained)
+    return trained
+
+
+def test_figures_agree_with_each_other_and_with_the_text(psannlm, in_trained: Path, tmp_path: Path) -> None:
+    text = "The sea is never late.\nThe tide is.\n"
+    (tmp_path / "a.txt").write_text(text)
+    out = tmp_path / "out"
+    done = psannlm("eval", str(tmp_path / "a.txt"), "--device", "cpu", "--out", str(out), "--json")
+    assert done.code == 0
+    figures = json.loads(done.out)
+    assert figures["bytes"] == len(text)
+    assert figures["tokens"] == len(text) + 1  # a character each, and the end of text
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    assert figures["bits_per_byte"] == pytest.approx(
+        figures["loss"] * figures["tokens"] / math.log(2) / figures["bytes"]
+    )
+    written = json.loads((out / "metrics.json").read_text())
+    assert written["loss"] == figures["loss"]
+    assert "python" in json.loads((out / "system.json").read_text())
+
+
+def test_the_validation_of_training_is_found_again(psannlm, in_trained: Path, tmp_path: Path) -> None:
+    from psannlm.config.run import load_config
+    from psannlm.data.documents import read_documents
+    from psannlm.data.prepare import split_documents
+
+    config = load_config("config.yaml").data
+    _, held_out = split_documents(list(read_documents(config.sources)), config.val_split, config.seed)
+    (tmp_path / "held_out.txt").write_text("\n".join(document.text for document in held_out))
+    done = psannlm(
+        "eval", str(tmp_path / "held_out.txt"), "--per-line", "--device", "cpu", "--out", str(tmp_path / "o"), "--json"
+    )
+    rows = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    best = min(row["loss"] for row in rows if row["kind"] == "eval")
+    assert json.loads(done.out)["loss"] == pytest.approx(best, abs=1e-5)
+
+
+def test_a_missing_file_is_wrong_usage(psannlm, in_trained: Path) -> None:
+    refused = psannlm("eval", "corpse.txt")
+    assert refused.code == 2
+    assert "corpus.txt" in refused.err
+    assert not Path("reports").exists()
+
+
+def test_a_window_longer_than_the_context_is_refused(psannlm, in_trained: Path) -> None:
+    refused = psannlm("eval", "corpus.txt", "--window", "17")
+    assert refused.code == 2
+    assert "16" in refused.err

@@ -1,0 +1,80 @@
+"""psannlm generate: prompts in, text out, the newest run's best checkpoint when none is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+GREEDY = ("--temperature", "0", "--max-new-tokens", "8", "--device", "cpu")
+
+
+@pytest.fixture
+def in_trained(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(trained)
+    return trained
+
+
+def test_without_a_checkpoint_the_message_says_how_to_make_one(psannlm, project: Path) -> None:
+    refused = psannlm("generate", "--prompt", "The")
+    assert refused.code == 1
+    assert "psannlm train" in refused.err
+
+
+def test_the_newest_runs_best_checkpoint_is_taken(psannlm, in_trained: Path) -> None:
+    best = (in_trained / "runs" / "tiny" / "best").read_text().strip()
+    done = psannlm("generate", "--prompt", "The tide", *GREEDY, "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["checkpoint"] == f"runs/tiny/{best}"
+
+
+def test_streamed_text_is_prompt_and_completion(psannlm, in_trained: Path) -> None:
+    told = json.loads(psannlm("generate", "--prompt", "The tide", *GREEDY, "--json").out)
+    streamed = psannlm("generate", "--prompt", "The tide", *GREEDY)
+    assert streamed.out == "The tide" + told["completions"][0]["completion"] + "\n"
+
+
+def test_prompts_of_a_file_give_what_each_gives_alone(psannlm, in_trained: Path, tmp_path: Path) -> None:
+    prompts = ["The tide", "A", "What goes"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts) + "\n\n", encoding="utf-8")
+    sampled = ("--seed", "5", "--max-new-tokens", "8", "--device", "cpu", "--json")
+    together = json.loads(psannlm("generate", "--prompts-file", str(file), *sampled).out)["completions"]
+    alone = [json.loads(psannlm("generate", "--prompt", p, *sampled).out)["completions"][0] for p in prompts]
+    assert [row["prompt"] for row in together] == prompts
+    assert together == alone
+
+
+def test_no_prompt_is_wrong_usage(psannlm, in_trained: Path) -> None:
+    assert psannlm("generate").code == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--temperature", "-1"), ("--top-p", "0"), ("--top-k", "0"), ("--repetition-penalty", "0")]
+)
+def test_settings_out_of_range_are_wrong_usage(psannlm, in_trained: Path, option: str, value: str) -> None:
+    refused = psannlm("generate", "--prompt", "The", option, value)
+    assert refused.code == 2
+    assert value.lstrip("-") in refused.err
+
+
+def test_a_prompt_longer_than_the_context_names_both_lengths(psannlm, in_trained: Path) -> None:
+    refused = psannlm("generate", "--prompt", "x" * 40, *GREEDY)
+    assert refused.code == 2
+    assert "41" in refused.err  # with the beginning of text
+    assert "16" in refused.err
+
+
+def test_a_damaged_model_is_refused_in_one_line(psannlm, in_trained: Path, tmp_path: Path) -> None:
+    source = next((in_trained / "runs" / "tiny").glob("step_*")) / "model.safetensors"
+    damaged = tmp_path / "damaged.safetensors"
+    shutil.copy(source, damaged)
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    refused = psannlm("generate", "--prompt", "The", "--checkpoint", str(damaged))
+    assert refused.code == 1
+    assert len(refused.err.strip().splitlines()) == 1
+    assert "damaged" in refused.err

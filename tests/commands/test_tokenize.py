@@ -1,0 +1,37 @@
+"""psannlm tokenize: fit and look."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+def test_a_fitted_file_shows_the_text_it_is_given(psannlm, project: Path) -> None:
+    card = json.loads(
+        psannlm("tokenize", "corpus.txt", "--per-line", "--vocab-size", "300", "--out", "t", "--json").out
+    )
+    assert card["held_out_is_lossless"] is True
+    assert Path(card["file"]).is_file()
+    assert json.loads(Path(card["card"]).read_text())["fingerprint"] == card["fingerprint"]
+    text = "The </s> tide  é"
+    [row] = json.loads(psannlm("tokenize", "--model", card["file"], "--text", text, "--json").out)
+    assert row["text"] == text
+    assert len(row["ids"]) == len(row["pieces"]) > 3
+    assert not {0, 1, 2, 3} & set(row["ids"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["corpus.txt", "--model", "x.model"], ["--model", "x.model"], ["--model", "x", "--text", "a", "--stdin"]],
+)
+def test_contradictory_usage_is_refused(psannlm, project: Path, arguments: list[str]) -> None:
+    assert psannlm("tokenize", *arguments).code == 2
+
+
+def test_a_small_corpus_gets_a_smaller_vocabulary_and_a_notice(psannlm, project: Path) -> None:
+    done = psannlm("tokenize", "corpus.txt", "--per-line", "--vocab-size", "5000", "--json", "--out", "t.model")
+    assert done.code == 0
+    assert json.loads(done.out)["vocab_size"] < 5000
+    assert "5,000" in done.err

@@ -1,0 +1,129 @@
+"""psannlm train: what is written, said and answered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+def test_training_writes_its_run_and_says_where(psannlm, project: Path) -> None:
+    done = psannlm("train", "config.yaml")
+    assert done.code == 0
+    run = project / "runs" / "tiny"
+    written = {path.name for path in run.iterdir()}
+    assert {
+        "step_00000004",
+        "latest",
+        "best",
+        "metrics.jsonl",
+        "loss_curve.png",
+        "config.yaml",
+        "system.json",
+    } <= written
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    best = min(row["bits_per_byte"] for row in rows if row["kind"] == "eval")
+    assert f"{best:.4f}" in done.out
+    assert "runs/tiny" in done.out
+    assert "psannlm generate" in done.out
+    assert "step 4/4" in done.err  # plain lines where there is no terminal
+    assert "left" in done.err
+
+
+def test_json_prints_one_document_and_nothing_else(psannlm, project: Path) -> None:
+    done = psannlm("train", "config.yaml", "--json")
+    result = json.loads(done.out)
+    assert result["steps"] == 4
+    assert result["best"]["bits_per_byte"] > 0
+    assert Path(result["checkpoint"]).is_dir()
+
+
+def test_set_and_out_override_the_file(psannlm, project: Path) -> None:
+    done = psannlm("train", "config.yaml", "--set", "train.max_steps=2", "--out", "elsewhere, here", "--json")
+    assert json.loads(done.out)["steps"] == 2
+    assert (project / "elsewhere, here" / "step_00000002").is_dir()
+    assert not (project / "runs").exists()
+
+
+def test_dry_run_writes_nothing_and_adds_up(psannlm, project: Path) -> None:
+    before = sorted(path.name for path in project.rglob("*"))
+    plan = json.loads(psannlm("train", "config.yaml", "--dry-run", "--json").out)
+    assert sorted(path.name for path in project.rglob("*")) == before
+    assert plan["n_parameters"] == sum(plan["parameters"].values())
+    assert plan["memory"]["total"] == sum(v for k, v in plan["memory"].items() if k != "total")
+    assert plan["tokens_per_step"] == 64
+    trained = json.loads(psannlm("train", "config.yaml", "--json").out)
+    assert plan["n_parameters"] == trained["parameters"]
+    assert plan["n_steps"] == trained["steps"]
+
+
+def test_dry_run_prints_the_configuration_and_the_table(psannlm, project: Path) -> None:
+    done = psannlm("train", "config.yaml", "--dry-run")
+    assert "positional_encoding: rope" in done.out
+    assert "FLOPs per token" in done.out
+    assert "memory: total" in done.out
+
+
+def test_the_same_command_goes_on_where_it_stopped(psannlm, project: Path) -> None:
+    assert psannlm("train", "config.yaml").code == 0
+    again = psannlm("train", "config.yaml")
+    assert again.code == 0
+    assert "going on from" in again.err
+    assert "step 4 of 4" in again.err
+
+
+def test_other_settings_in_the_same_folder_are_refused(psannlm, project: Path) -> None:
+    psannlm("train", "config.yaml")
+    refused = psannlm("train", "config.yaml", "--set", "model.d_model=32")
+    assert refused.code == 2
+    assert "model.d_model: 16 -> 32" in refused.err
+    assert "--resume never" in refused.err
+    anew = psannlm("train", "config.yaml", "--set", "model.d_model=32", "--resume", "never")
+    assert anew.code == 0
+    assert len(list((project / "runs").glob("tiny_until_*"))) == 1
+
+
+def test_every_problem_is_named_at_once(psannlm, project: Path) -> None:
+    (project / "bad.yaml").write_text(
+        "model: {base: wavresnet, n_heads: 5}\ndata: {sources: [corpse.txt], max_lenght: 32}\ntrain: {lr: fast}\n"
+    )
+    refused = psannlm("train", "bad.yaml")
+    assert refused.code == 2
+    for said in ("model.base", "waveresnet", "n_heads", "corpse.txt", "corpus.txt", "max_length", "train.lr", "fast"):
+        assert said in refused.err
+    assert "Traceback" not in refused.err
+    assert not (project / "runs").exists()
+
+
+@pytest.mark.parametrize("text", ["", "   \n \n"])
+def test_a_corpus_without_text_is_refused(psannlm, project: Path, text: str) -> None:
+    (project / "corpus.txt").write_text(text)
+    refused = psannlm("train", "config.yaml")
+    assert refused.code == 2
+    assert len(refused.err.strip().splitlines()[-1]) > 20
+    assert "Traceback" not in refused.err
+
+
+def test_bytes_that_are_not_utf8_are_refused_with_their_place(psannlm, project: Path) -> None:
+    (project / "corpus.txt").write_bytes(b"plain text, then \xe9 in Latin-1\n")
+    refused = psannlm("train", "config.yaml", "--set", "data.sources=[corpus.txt]")
+    assert refused.code == 2
+    assert "corpus.txt" in refused.err
+    assert "17" in refused.err
+
+
+def test_a_corpus_shorter_than_one_window_is_refused_with_numbers(psannlm, project: Path) -> None:
+    refused = psannlm("train", "config.yaml", "--set", "data.max_length=5000", "--set", "train.batch_tokens=5000")
+    assert refused.code == 2
+    assert "5,001" in refused.err
+    assert "data.max_length" in refused.err
+
+
+def test_a_traceback_is_shown_only_with_debug(psannlm, project: Path) -> None:
+    from psannlm.commands.app import main
+    from psannlm.errors import ConfigError
+
+    assert psannlm("train", "missing.yaml").code == 2
+    with pytest.raises(ConfigError):
+        main(["train", "missing.yaml", "--debug"])
