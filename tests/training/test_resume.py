@@ -215,7 +215,7 @@ def test_a_named_checkpoint_may_go_on_with_another_learning_rate(tiny_run: TinyR
 
 def test_a_named_checkpoint_refuses_another_model_or_corpus(tiny_run: TinyRun) -> None:
     folder = train(tiny_run(max_steps=2)).folder
-    with pytest.raises(ConfigError, match="model.n_layers: 1 -> 2"):
+    with pytest.raises(ConfigError, match=r"model\.n_layers: 1 -> 2"):
         train(tiny_run(max_steps=2, model={"n_layers": 2}), resume=str(step_folder(folder, 2)))
 
 

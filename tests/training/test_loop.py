@@ -1,0 +1,269 @@
+"""The loop learns, keeps the best, stops when told to or when a number is not finite; in processes of their own too."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from psannlm.config.run import RunConfig, load_config, to_yaml
+from psannlm.data.documents import Document
+from psannlm.data.prepare import prepare_documents
+from psannlm.errors import EXIT_INTERRUPTED, Interrupted, StorageError, TrainingError
+from psannlm.evaluation import Evaluation
+from psannlm.models.tensorfile import read_tensors
+from psannlm.models.transformer import Transformer
+from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
+from psannlm.training.loop import seed_step, stopping_on_signals
+from psannlm.training.metrics import read_metrics
+from psannlm.training.progress import SilentReporter
+from psannlm.training.run import train
+
+TinyRun = Callable[..., RunConfig]
+pytestmark = pytest.mark.usefixtures("_no_curve")
+SCRIPT = Path(__file__).with_name("train_script.py")
+
+
+class After(SilentReporter):
+    """Does something after one step."""
+
+    def __init__(self, step: int, act: Callable[[], object]) -> None:
+        self._step, self._act = step, act
+
+    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
+        if step == self._step:
+            self._act()
+
+
+@pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_one_batch_is_memorised(tiny_run: TinyRun, base: str, optimizer: str) -> None:
+    config = tiny_run(
+        model={"base": base, "d_model": 32, "d_mlp": 64},
+        data={"val_split": 0.0},
+        optimizer=optimizer,
+        schedule="constant",
+        max_steps=70,
+        grad_accum_steps=1,
+        batch_tokens=128,
+        weight_decay=0.0,
+    )
+    text = "The quick brown fox jumps over the lazy dog, and the dog sleeps on in the sun."
+    data = prepare_documents([Document(text, "text 1")], config.data, lambda line: None)
+    result = train(config, data=data)
+    losses = [row["loss"] for row in read_metrics(result.folder)]
+    assert losses[0] == pytest.approx(math.log(260), rel=0.05)
+    assert losses[-1] < 0.1
+
+
+def test_the_best_checkpoint_is_kept_although_it_is_old(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 1.0, 2.0, 2.5, 2.2, 2.1])
+    monkeypatch.setattr("psannlm.training.loop.evaluate", lambda *a, **k: Evaluation(next(losses) * 10, 10, 10))
+    config = tiny_run(max_steps=6, save_interval_steps=1, eval_interval_steps=1, keep_checkpoints=2)
+    result = train(config)
+    assert [path.name for path in list_checkpoints(result.folder)] == [
+        "step_00000002",
+        "step_00000005",
+        "step_00000006",
+    ]
+    assert result.checkpoint == step_folder(result.folder, 2)
+    assert result.best is not None
+    assert (result.best["step"], result.best["loss"]) == (2, 1.0)
+    assert read_state(step_folder(result.folder, 6)).best == result.best
+
+
+def test_a_new_best_is_saved_between_saves(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 1.0, 2.0, 2.5])
+    monkeypatch.setattr("psannlm.training.loop.evaluate", lambda *a, **k: Evaluation(next(losses) * 10, 10, 10))
+    result = train(tiny_run(max_steps=4, eval_interval_steps=1, keep_checkpoints=1))
+    assert [path.name for path in list_checkpoints(result.folder)] == ["step_00000002", "step_00000004"]
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_only_so_many_checkpoints_are_kept(tiny_run: TinyRun, keep: int) -> None:
+    config = tiny_run(data={"val_split": 0.0}, max_steps=5, save_interval_steps=1, keep_checkpoints=keep)
+    steps = [read_state(path).step for path in list_checkpoints(train(config).folder)]
+    assert steps == list(range(6 - keep, 6))
+
+
+def poison(model: Transformer) -> None:
+    with torch.no_grad():
+        model.final_norm.weight[0] = float("nan")
+
+
+def poisoned_after(config: RunConfig, step: int) -> str:
+    from psannlm.models.registry import build_model, resolve
+
+    model = build_model(resolve(config.model, vocab_size=260, max_seq_len=16), seed=1)
+    if step == 0:
+        poison(model)
+    with pytest.raises(TrainingError) as caught:
+        train(config, model=model, reporter=After(step, lambda: poison(model)))
+    return str(caught.value)
+
+
+def test_a_loss_that_is_not_finite_names_step_windows_and_source(tiny_run: TinyRun, tiny_corpus: Path) -> None:
+    message = poisoned_after(tiny_run(max_steps=4), 0)
+    assert "\n" not in message
+    assert "step 1: loss nan" in message
+    assert "Windows [" in message
+    assert f"{tiny_corpus}:" in message
+    assert "no checkpoint was written yet" in message
+    assert "train.lr" in message
+
+
+def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tiny_run: TinyRun) -> None:
+    config = tiny_run(max_steps=6, save_interval_steps=2)
+    message = poisoned_after(config, 3)
+    assert "step 4: loss nan" in message
+    last = step_folder(Path(config.train.checkpoint_dir), 2)
+    assert f"the last checkpoint is {last}" in message
+    assert all(torch.isfinite(value).all() for value in read_tensors(last / "model.safetensors").tensors.values())
+
+
+def test_a_validation_loss_that_is_not_finite_never_becomes_the_best(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psannlm.training.loop.evaluate", lambda *a, **k: Evaluation(float("nan"), 10, 10))
+    config = tiny_run(max_steps=4, eval_interval_steps=2)
+    with pytest.raises(TrainingError, match="step 2: validation loss nan"):
+        train(config)
+    assert list_checkpoints(Path(config.train.checkpoint_dir)) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_gives_the_handlers_back(tiny_run: TinyRun, number: int) -> None:
+    config = tiny_run(max_steps=50)
+    former = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="stopped after step 3 of 50") as caught:
+        train(config, reporter=After(3, lambda: signal.raise_signal(number)))
+    assert caught.value.exit_code == EXIT_INTERRUPTED
+    folder = Path(config.train.checkpoint_dir)
+    assert str(folder) in str(caught.value)
+    assert [path.name for path in list_checkpoints(folder)] == ["step_00000003"]
+    assert signal.getsignal(number) is former
+
+
+def test_a_signal_in_the_last_step_does_not_spoil_a_finished_run(tiny_run: TinyRun) -> None:
+    result = train(tiny_run(max_steps=3), reporter=After(3, lambda: signal.raise_signal(signal.SIGTERM)))
+    assert result.steps == 3
+
+
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    stop = threading.Event()
+    with pytest.raises(KeyboardInterrupt), stopping_on_signals(stop):
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_training_works_off_the_main_thread(tiny_run: TinyRun) -> None:
+    results: list[int] = []
+    thread = threading.Thread(target=lambda: results.append(train(tiny_run(max_steps=2)).steps))
+    thread.start()
+    thread.join()
+    assert results == [2]
+
+
+def test_the_noise_of_a_step_depends_on_seed_step_and_rank_alone() -> None:
+    def draw(seed: int, step: int, rank: int) -> float:
+        seed_step(seed, step, rank)
+        return float(torch.rand(()))
+
+    places = [(seed, step, rank) for seed in (0, 1337, 2**63 - 1) for step in (1, 2, 10**9) for rank in (0, 1)]
+    assert len({draw(*place) for place in places}) == len(places)
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+
+
+def test_a_failure_to_save_is_not_hidden_by_one_to_draw(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(message: str) -> Callable[..., object]:
+        def fail(*args: object) -> object:
+            raise StorageError(message)
+
+        return fail
+
+    monkeypatch.setattr("psannlm.training.loop.save_checkpoint", refuse("no room for the checkpoint"))
+    monkeypatch.setattr("psannlm.training.run.draw_curve", refuse("no room for the curve"))
+    with pytest.raises(StorageError, match="no room for the checkpoint"):
+        train(tiny_run(max_steps=2))
+    poisoned_after(tiny_run(max_steps=4), 0)
+
+
+def start(config: RunConfig, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    path = folder / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    command = [sys.executable, str(SCRIPT), str(path), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def lines_until(process: subprocess.Popen[str], text: str) -> Iterator[str]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield line.strip()
+        if line.strip() == text:
+            return
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        one, other = read_tensors(a / name).tensors, read_tensors(b / name).tensors
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def losses_of(folder: Path, steps: Sequence[int]) -> list[float]:
+    rows = {row["step"]: row["loss"] for row in read_metrics(folder) if row["kind"] == "train"}
+    return [rows[step] for step in steps]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_told_to_stop_goes_on_exactly(tiny_run: TinyRun, tmp_path: Path, number: int) -> None:
+    """Stopped in one process, continued in another: the numbers of a run that was left in peace."""
+    config = tiny_run(model={"dropout": 0.2}, max_steps=8, checkpoint_dir=str(tmp_path / "stopped"))
+    process = start(config, tmp_path, "slow")
+    assert list(lines_until(process, "step 3"))[-1] == "step 3"
+    process.send_signal(number)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert "Interrupted: stopped after step" in rest
+    stopped_at = read_state(list_checkpoints(tmp_path / "stopped")[-1]).step
+    assert 3 <= stopped_at < 8
+    train(load_config(tmp_path / "config.yaml"))
+    straight = config.model_copy(
+        update={"train": config.train.model_copy(update={"checkpoint_dir": str(tmp_path / "straight")})}
+    )
+    train(straight)
+    assert_same_weights(tmp_path / "stopped" / "step_00000008", tmp_path / "straight" / "step_00000008")
+    steps = range(1, 9)
+    assert losses_of(tmp_path / "stopped", steps) == losses_of(tmp_path / "straight", steps)
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_older_checkpoint_to_go_on_from(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    folder = tmp_path / "killed"
+    config = tiny_run(max_steps=6, save_interval_steps=2, checkpoint_dir=str(folder), keep_checkpoints=9)
+    process = start(config, tmp_path, "hold-save", "4")
+    assert list(lines_until(process, "saving"))[-1] == "saving"
+    process.kill()
+    process.communicate(timeout=60)
+    (leftover,) = folder.glob(".step_00000004.*.tmp")
+    assert any(leftover.iterdir())
+    assert [path.name for path in list_checkpoints(folder)] == ["step_00000002"]
+    assert (folder / "latest").read_text(encoding="utf-8").strip() == "step_00000002"
+    train(config)
+    assert list(folder.glob(".*")) == []
+    straight = config.model_copy(
+        update={"train": config.train.model_copy(update={"checkpoint_dir": str(tmp_path / "straight")})}
+    )
+    train(straight)
+    assert_same_weights(folder / "step_00000006", tmp_path / "straight" / "step_00000006")

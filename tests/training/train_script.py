@@ -1,0 +1,51 @@
+"""A training run in a process of its own: ``train_script.py CONFIG [hold-save STEP]``; exits as the command line does."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from psannlm.config.run import load_config
+from psannlm.errors import PsannlmError
+from psannlm.training import checkpoint
+from psannlm.training.progress import SilentReporter
+from psannlm.training.run import train
+
+
+class Slow(SilentReporter):
+    """Says each step, and gives the test time to act on it."""
+
+    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
+        say(f"step {step}")
+        time.sleep(0.15)
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def hold_save(step: int) -> None:
+    """Stop for good between the first and the second file of the checkpoint of ``step``."""
+    original = checkpoint.write_tensors
+
+    def slow(path: Path, *args: object) -> str:
+        if path.parent.name.startswith(f".step_{step:08d}"):
+            say("saving")
+            time.sleep(60)
+        return original(path, *args)  # type: ignore[arg-type]
+
+    checkpoint.write_tensors = slow  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    if sys.argv[2:3] == ["hold-save"]:
+        hold_save(int(sys.argv[3]))
+    reporter = Slow() if len(sys.argv) > 2 else None
+    try:
+        train(load_config(sys.argv[1]), reporter=reporter)
+    except PsannlmError as error:
+        say(f"{type(error).__name__}: {error}")
+        sys.exit(error.exit_code)
+    say("done")
