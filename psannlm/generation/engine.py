@@ -78,15 +78,15 @@ class Decoding:
         self.prompts = [list(prompt) for prompt in prompts]
         self.sampling = sampling
         self.eos_id = eos_id
-        self.forbidden = list(forbidden_ids)
+        self.forbidden = torch.tensor(list(forbidden_ids), dtype=torch.long, device=model.embedding.weight.device)
         self.room = [
             max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)) for prompt in self.prompts
         ]
         self.max_new_tokens = max_new_tokens
         self.generated: list[list[int]] = [[] for _ in self.prompts]
         self.stopped_by: list[StopReason] = ["length"] * len(self.prompts)
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        self._generators = [torch.Generator().manual_seed(seed) for _ in self.prompts]
+        seeds = [secrets.randbits(63) if sampling.seed is None else sampling.seed for _ in self.prompts]
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[TokenEvent]:
@@ -136,12 +136,10 @@ class Decoding:
         return logits, state, None if seen is None else seen.to(weight.device)
 
     def _choose(self, logits: Tensor, rows: Sequence[int], seen: Tensor | None) -> Tensor:
-        if self.forbidden:
-            logits = logits.index_fill(1, torch.tensor(self.forbidden, device=logits.device), -1e30)
         uniforms = None
         if self.sampling.temperature > 0.0:
             uniforms = torch.cat([torch.rand(1, generator=self._generators[row]) for row in rows]).to(logits.device)
-        return next_tokens(logits, self.sampling, uniforms, seen)
+        return next_tokens(logits, self.sampling, uniforms, seen, self.forbidden)
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, limit: int | None) -> None:
@@ -168,7 +166,9 @@ def generate(
     sampling: SamplingConfig | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
-    """Continue each prompt, all in one batch; a row's text is the same alone and in company.
+    """Continue each prompt, all in one batch; with a seed, a row's text is the same alone and in company.
+
+    The model runs as in evaluation, without dropout, and is left in the mode it was in.
 
     Args:
         sampling: None uses the defaults of :class:`SamplingConfig`.
@@ -189,14 +189,19 @@ def generate(
         forbidden_ids=[*sorted(special), *unused],
     )
     told = [0] * len(prompts)
-    for event in decoding:
-        if on_text is not None:
-            # The end may still change: bytes that are half a character decode to a replacement mark for now.
-            text = tokenizer.decode(decoding.generated[event.row])
-            certain = len(text) if not text.endswith("�") else len(text.rstrip("�"))
-            if certain > told[event.row]:
-                on_text(event.row, text[told[event.row] : certain])
-                told[event.row] = certain
+    was_training = model.training
+    model.eval()
+    try:
+        for event in decoding:
+            if on_text is not None:
+                # The end may still change: bytes that are half a character decode to a replacement mark until the rest.
+                text = tokenizer.decode(decoding.generated[event.row])
+                certain = len(text.rstrip("�"))
+                if certain > told[event.row]:
+                    on_text(event.row, text[told[event.row] : certain])
+                    told[event.row] = certain
+    finally:
+        model.train(was_training)
     completions = []
     for row, (ids, reason) in enumerate(zip(decoding.generated, decoding.stopped_by, strict=True)):
         text = tokenizer.decode(ids)

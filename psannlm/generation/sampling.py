@@ -13,6 +13,9 @@ from torch import Tensor
 from psannlm.errors import GenerationError
 
 
+_RANGE = torch.finfo(torch.float32)
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How the next token is chosen.
@@ -22,7 +25,7 @@ class SamplingConfig:
         top_k: keep the k most likely tokens; None keeps all.
         top_p: keep the smallest set of most likely tokens whose probability reaches p; None keeps all.
         repetition_penalty: divides positive and multiplies negative logits of tokens that were seen; None leaves them.
-        seed: of every row alike: a row's text does not depend on its company. None draws a new one.
+        seed: of every row alike: a row's text does not depend on its company. None draws a new one for each row.
 
     Raises:
         GenerationError: a value is outside its range.
@@ -69,20 +72,30 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     Tokens stay, from the most likely on, while the probability *before* them is below p: the token that crosses the
     threshold stays, so there is always one.
     """
+    if p >= 1.0:
+        return logits
     ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)
+    # A sum over a large vocabulary in float32 is off by more than many of its tokens have.
+    probabilities = ordered.softmax(dim=-1, dtype=torch.float64)
     before = probabilities.cumsum(dim=-1) - probabilities
     dropped = (before >= p).scatter(-1, index, before >= p)
     return logits.masked_fill(dropped, float("-inf"))
 
 
-def next_tokens(logits: Tensor, config: SamplingConfig, uniforms: Tensor | None, seen: Tensor | None = None) -> Tensor:
+def next_tokens(
+    logits: Tensor,
+    config: SamplingConfig,
+    uniforms: Tensor | None,
+    seen: Tensor | None = None,
+    forbidden: Tensor | None = None,
+) -> Tensor:
     """Return the next token of each row, (B,) int64.
 
     Args:
         logits: (B, V), any floating dtype.
         uniforms: (B,) in [0, 1), one random number per row; needed unless the temperature is 0.
         seen: (B, V) boolean, which tokens a row holds already; needed for a repetition penalty.
+        forbidden: (N,) int64, the ids that are never taken; fewer than V.
 
     Raises:
         GenerationError: the logits are not finite.
@@ -91,13 +104,17 @@ def next_tokens(logits: Tensor, config: SamplingConfig, uniforms: Tensor | None,
     if not torch.isfinite(logits).all():
         raise GenerationError("the model's logits are not finite: its weights are damaged, or its training diverged")
     if config.repetition_penalty is not None and seen is not None:
-        logits = penalise_repetition(logits, seen, config.repetition_penalty)
+        # An extreme penalty may leave the range of float32, and infinities have no softmax.
+        logits = penalise_repetition(logits, seen, config.repetition_penalty).clamp(_RANGE.min, _RANGE.max)
+    if forbidden is not None:
+        logits = logits.index_fill(1, forbidden, float("-inf"))
     if config.temperature == 0.0:
         return logits.argmax(dim=-1)
     if uniforms is None:
         raise ValueError("sampling needs a random number per row")
-    # Shifted first, so that a tiny temperature cannot overflow: the highest logit becomes 0.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / config.temperature
+    # Shifted first, so that a tiny temperature cannot overflow: the highest logit becomes 0. What float32 takes for zero
+    # would make 0 / 0 of it.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(config.temperature, _RANGE.tiny)
     if config.top_k is not None:
         logits = keep_top_k(logits, config.top_k)
     if config.top_p is not None:

@@ -1,0 +1,215 @@
+"""The next token by hand: what each cut keeps, what the penalty does, and that draws follow the distribution."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from psannlm.errors import GenerationError
+from psannlm.generation.sampling import SamplingConfig, keep_top_k, keep_top_p, next_tokens, penalise_repetition
+
+BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 that torch.rand gives
+
+
+def logits_of(*probabilities: float) -> Tensor:
+    return torch.tensor([probabilities], dtype=torch.float64).log().float()
+
+
+def kept(logits: Tensor) -> list[list[int]]:
+    return [row.nonzero().flatten().tolist() for row in torch.isfinite(logits)]
+
+
+@pytest.mark.parametrize(
+    ("p", "tokens"),
+    [
+        (0.3, [1]),  # the first alone crosses, and stays alone
+        (0.45, [1, 3]),  # 0.4 is below it, so 0.3 crosses and stays
+        (0.65, [1, 3]),
+        (0.75, [0, 1, 3]),
+        (0.95, [0, 1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+        (1e-9, [1]),
+    ],
+)
+def test_nucleus_worked_by_hand(p: float, tokens: list[int]) -> None:
+    logits = logits_of(0.2, 0.4, 0.1, 0.3)
+    found = keep_top_p(logits, p)
+    assert kept(found) == [tokens]
+    assert torch.equal(found[0, tokens], logits[0, tokens])
+
+
+def test_nucleus_by_row_and_ties_from_the_lowest_id() -> None:
+    logits = torch.cat((logits_of(0.9, 0.05, 0.03, 0.02), logits_of(0.25, 0.25, 0.25, 0.25)))
+    assert kept(keep_top_p(logits, 0.4)) == [[0], [0, 1]]
+
+
+def test_nucleus_of_one_keeps_every_token_of_a_large_vocabulary() -> None:
+    # In float32 the probabilities of 100,000 equal tokens sum to more than 1 before the last is counted.
+    logits = torch.zeros(1, 100_000)
+    assert len(kept(keep_top_p(logits, 1.0))[0]) == 100_000
+    sampling = SamplingConfig(top_p=1.0)
+    assert next_tokens(logits, sampling, torch.tensor([BELOW_ONE])).item() == 99_999
+    # The same sum decides where the nucleus ends.
+    assert len(kept(keep_top_p(logits, 0.5))[0]) == pytest.approx(50_000, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("k", "tokens"),
+    [(1, [2]), (2, [0, 2, 4]), (3, [0, 2, 4]), (4, [0, 1, 2, 4]), (5, [0, 1, 2, 3, 4]), (99, [0, 1, 2, 3, 4])],
+)
+def test_top_k_keeps_ties(k: int, tokens: list[int]) -> None:
+    assert kept(keep_top_k(torch.tensor([[2.0, 1.0, 3.0, 0.0, 2.0]]), k)) == [tokens]
+
+
+def test_penalty_is_a_ratio_that_minds_the_sign() -> None:
+    logits = torch.tensor([[2.0, -2.0, 0.0, 2.0, -2.0]])
+    seen = torch.tensor([[True, True, True, False, False]])
+    assert penalise_repetition(logits, seen, 4.0).tolist() == [[0.5, -8.0, 0.0, 2.0, -2.0]]
+    assert penalise_repetition(logits, seen, 0.5).tolist() == [[4.0, -1.0, 0.0, 2.0, -2.0]]
+    assert torch.equal(penalise_repetition(logits, seen, 1.0), logits)
+
+
+def test_penalty_comes_before_the_temperature_and_moves_the_greedy_choice() -> None:
+    logits, seen = torch.tensor([[3.0, 2.0]]), torch.tensor([[True, False]])
+    greedy = SamplingConfig(temperature=0.0, repetition_penalty=2.0)
+    assert next_tokens(logits, greedy, None, seen).tolist() == [1]
+    assert next_tokens(logits, SamplingConfig(temperature=0.0), None, seen).tolist() == [0]
+    # 3 / 2 = 1.5 against 2: at temperature 0.1 the odds are exp(-5) to 1. Temperature first would give the same ratio
+    # of logits, but a penalty of 30 / 2 = 15 against 20.
+    at = 1.0 / (1.0 + math.exp(5.0))
+    cold = SamplingConfig(temperature=0.1, top_p=None, repetition_penalty=2.0)
+    assert next_tokens(logits, cold, torch.tensor([at * 0.99]), seen).tolist() == [0]
+    assert next_tokens(logits, cold, torch.tensor([at * 1.01]), seen).tolist() == [1]
+
+
+def test_zero_temperature_takes_the_best_whatever_the_cuts() -> None:
+    logits = torch.tensor([[0.0, 5.0, 4.9], [7.0, 7.0, 1.0]])
+    for other in ({}, {"top_k": 1}, {"top_p": 0.01}, {"seed": 3}):
+        sampling = SamplingConfig(temperature=0.0, **other)
+        assert next_tokens(logits, sampling, None).tolist() == [1, 0]
+        assert next_tokens(logits, sampling, torch.tensor([0.99, 0.99])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-45, 5e-324])
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_a_tiny_temperature_is_greedy(temperature: float, scale: float) -> None:
+    logits = torch.tensor([[1.0, 3.0, -2.0, 2.9]]) * scale
+    for u in (0.0, 0.5, BELOW_ONE):
+        sampling = SamplingConfig(temperature=temperature, top_p=None)
+        assert next_tokens(logits, sampling, torch.tensor([u])).tolist() == [1]
+
+
+def test_a_huge_temperature_is_uniform() -> None:
+    logits = torch.tensor([[50.0, -50.0, 0.0, 20.0]]).repeat(4, 1)
+    uniforms = torch.tensor([0.1, 0.3, 0.6, 0.9])
+    assert next_tokens(logits, SamplingConfig(temperature=1e30, top_p=None), uniforms).tolist() == [0, 1, 2, 3]
+
+
+def test_the_draw_inverts_the_cumulative_distribution() -> None:
+    logits = logits_of(0.1, 0.2, 0.3, 0.4)
+    for u, token in ((0.0, 0), (0.0999, 0), (0.1001, 1), (0.2999, 1), (0.3001, 2), (0.6001, 3), (BELOW_ONE, 3)):
+        assert next_tokens(logits, SamplingConfig(top_p=None), torch.tensor([u])).tolist() == [token], u
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    n_draws = 40_000
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 1.5
+    uniforms = torch.rand(n_draws, generator=torch.Generator().manual_seed(1))
+    sampling = SamplingConfig(temperature=temperature, top_p=None)
+    drawn = next_tokens(logits.expand(n_draws, -1), sampling, uniforms).bincount(minlength=12).double()
+    expected = (logits.double() / temperature).softmax(0) * n_draws
+    chi_square = ((drawn - expected) ** 2 / expected).sum().item()
+    assert chi_square < 31.3  # 11 degrees of freedom: exceeded once in a thousand seeds
+
+
+@pytest.mark.parametrize("u", [0.0, 1e-30, 0.5, BELOW_ONE])
+def test_a_token_without_probability_is_never_drawn(u: float) -> None:
+    # Zero probability at both ends and in the middle.
+    logits = torch.tensor([[-1e30, 1.0, -1e30, 1.0, -1e30]])
+    for sampling in (SamplingConfig(top_p=None), SamplingConfig(top_k=2, top_p=1.0), SamplingConfig(top_p=0.9)):
+        assert next_tokens(logits, sampling, torch.tensor([u])).item() in (1, 3)
+    ranked = torch.tensor([[0.0, 1.0, 0.5, -0.5]])
+    assert next_tokens(ranked, SamplingConfig(top_k=1), torch.tensor([u])).item() == 1
+    assert next_tokens(ranked, SamplingConfig(top_k=2, top_p=None), torch.tensor([u])).item() in (1, 2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e38])
+def test_a_forbidden_token_is_never_taken(temperature: float) -> None:
+    logits, forbidden = torch.tensor([[9.0, 1.0, 8.0, 0.0]]), torch.tensor([0, 2])
+    seen = torch.ones(1, 4, dtype=torch.bool)
+    for penalty in (None, 1e-20, 1e20):
+        sampling = SamplingConfig(temperature, top_p=None, repetition_penalty=penalty)
+        for u in (0.0, 0.3, BELOW_ONE):
+            assert next_tokens(logits, sampling, torch.tensor([u]), seen, forbidden).item() in (1, 3)
+
+
+@given(
+    logits=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=8),
+    temperature=st.floats(0.0, 1e38),
+    top_k=st.none() | st.integers(1, 10),
+    top_p=st.none() | st.floats(0.0, 1.0, exclude_min=True),
+    penalty=st.none() | st.floats(1e-20, 1e20),
+    u=st.floats(0.0, BELOW_ONE, width=32),
+)
+@settings(deadline=None, max_examples=300)
+def test_every_valid_setting_gives_a_token_of_the_vocabulary(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float | None, penalty: float | None, u: float
+) -> None:
+    sampling = SamplingConfig(temperature, top_k, top_p, penalty)
+    row = torch.tensor([logits])
+    token = next_tokens(row, sampling, torch.tensor([u]), torch.ones_like(row, dtype=torch.bool))
+    assert token.dtype == torch.int64
+    assert 0 <= token.item() < len(logits)
+    if top_k == 1 and penalty is None:
+        assert logits[int(token)] == max(logits)
+
+
+def test_rows_do_not_mix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, uniforms = torch.randn(6, 20, generator=generator), torch.rand(6, generator=generator)
+    seen = torch.rand(6, 20, generator=generator) < 0.3
+    sampling = SamplingConfig(temperature=0.8, top_k=9, top_p=0.8, repetition_penalty=1.3)
+    together = next_tokens(logits, sampling, uniforms, seen)
+    alone = [next_tokens(logits[r : r + 1], sampling, uniforms[r : r + 1], seen[r : r + 1]) for r in range(6)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("damage", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(damage: float, temperature: float) -> None:
+    with pytest.raises(GenerationError, match="not finite"):
+        next_tokens(torch.tensor([[0.0, damage]]), SamplingConfig(temperature), torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_any_dtype_of_logits(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0]], dtype=dtype)
+    assert next_tokens(logits, SamplingConfig(temperature=0.0), None).tolist() == [1]
+    assert next_tokens(logits, SamplingConfig(temperature=0.01), torch.tensor([0.9])).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("temperature", v) for v in (-0.1, math.nan, math.inf, -math.inf)],
+        *[("top_k", v) for v in (0, -3)],
+        *[("top_p", v) for v in (0.0, -0.5, 1.0001, math.nan)],
+        *[("repetition_penalty", v) for v in (0.0, -1.0, math.nan, math.inf)],
+        *[("seed", v) for v in (-1, 2**63)],
+    ],
+)
+def test_invalid_settings_name_the_field_and_the_value(field: str, value: Any) -> None:
+    with pytest.raises(GenerationError, match=f"{field} {value}"):
+        SamplingConfig(**{field: value})
+
+
+def test_sampling_without_random_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match="random number"):
+        next_tokens(torch.zeros(1, 3), SamplingConfig(), None)
