@@ -60,7 +60,7 @@ class ConsoleReporter:
 
     def notice(self, text: str) -> None:
         """Print a line above the live one."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def start(self, step: int, total_steps: int) -> None:
         """Begin to measure, and show the live line where there is a terminal."""

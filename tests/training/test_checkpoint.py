@@ -1,0 +1,340 @@
+"""Checkpoints are whole or absent, every bit counts, and the one to use is found."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from psannlm.data.loader import Position
+from psannlm.errors import ArtifactError, StorageError
+from psannlm.models.artifact import load_model
+from psannlm.models.transformer import Transformer
+from psannlm.tokenizers.base import Tokenizer
+from psannlm.tokenizers.char import CharTokenizer
+from psannlm.training.checkpoint import (
+    BEST,
+    LATEST,
+    TrainerState,
+    find_checkpoint,
+    list_checkpoints,
+    newest_whole,
+    point,
+    pointed,
+    prune,
+    read_optimizer,
+    read_state,
+    save_checkpoint,
+    step_folder,
+)
+
+Build = Callable[..., Transformer]
+FILES = ("model.safetensors", "optimizer.safetensors", "trainer.json")
+
+
+def state_at(step: int) -> TrainerState:
+    return TrainerState(
+        step=step,
+        position=Position(1, 3),
+        tokens=10 * step,
+        config={"train": {"lr": 0.1}, "text": "é\n\u2028"},
+        corpus_sha256="c" * 64,
+        tokenizer_fingerprint="t" * 64,
+        best=None,
+        metrics={"loss": 0.1 + 0.2},
+        scaler={},
+    )
+
+
+@pytest.fixture
+def save(build_tiny: Build, tmp_path: Path) -> Callable[..., Path]:
+    """Return a saver of tiny checkpoints whose tensors differ from step to step."""
+
+    def saver(step: int, run: Path | None = None, tokenizer: Tokenizer | None = None, n_numbers: int = 6) -> Path:
+        model = build_tiny(seed=step, d_model=4, n_layers=1, d_mlp=4, vocab_size=7)
+        state = {"embedding.weight/exp_avg": torch.full((n_numbers,), float(step))}
+        return save_checkpoint(run or tmp_path / "run", model, tokenizer, state, state_at(step))
+
+    return saver
+
+
+def test_everything_comes_back(save: Callable[..., Path], build_tiny: Build) -> None:
+    folder = save(5)
+    assert read_state(folder) == state_at(5)
+    assert read_optimizer(folder)["embedding.weight/exp_avg"].tolist() == [5.0] * 6
+    original = build_tiny(seed=5, d_model=4, n_layers=1, d_mlp=4, vocab_size=7).state_dict()
+    loaded = load_model(folder).model.state_dict()
+    assert loaded.keys() == original.keys()
+    assert all(torch.equal(loaded[name], original[name]) for name in original)
+    assert pointed(folder.parent, LATEST) == folder
+
+
+def test_a_thousand_flipped_bits_are_a_thousand_errors(save: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save(5)
+    rng = random.Random(0)
+    sizes = {name: (folder / name).stat().st_size for name in FILES}
+    missed = []
+    for _ in range(1000):
+        name = rng.choices(FILES, weights=[sizes[name] for name in FILES])[0]
+        path = folder / name
+        content = path.read_bytes()
+        at, bit = rng.randrange(len(content)), rng.randrange(8)
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        try:
+            read_state(folder)
+            missed.append((name, at, bit))
+        except ArtifactError as error:
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
+        path.write_bytes(content)
+    assert missed == []
+    assert read_state(folder).step == 5
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_bit_of_the_first_and_last_bytes_counts(save: Callable[..., Path], name: str) -> None:
+    path = save(5) / name
+    content = path.read_bytes()
+    for at in [*range(24), *range(len(content) - 4, len(content))]:
+        for bit in range(8):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+            with pytest.raises(ArtifactError):
+                read_state(path.parent)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_length_but_the_whole_is_an_error(save: Callable[..., Path], name: str) -> None:
+    path = save(5) / name
+    content = path.read_bytes()
+    lengths = {0, 1, 7, 8, 9, len(content) - 1, *range(0, len(content), max(1, len(content) // 60))}
+    for length in sorted(lengths - {len(content)}):
+        path.write_bytes(content[:length])
+        with pytest.raises(ArtifactError, match=name):
+            read_state(path.parent)
+    for surplus in (b"\0", b"\n", b" ", content):
+        path.write_bytes(content + surplus)
+        with pytest.raises(ArtifactError, match=name):
+            read_state(path.parent)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(save: Callable[..., Path], name: str) -> None:
+    folder = save(5)
+    (folder / name).unlink()
+    with pytest.raises(ArtifactError, match=name):
+        read_state(folder)
+
+
+@pytest.mark.parametrize("name", FILES[:2])
+def test_a_file_of_another_checkpoint_is_noticed(save: Callable[..., Path], name: str) -> None:
+    """Each file is whole; together they never were a state of the run."""
+    older, newer = save(4), save(5)
+    shutil.copy(older / name, newer / name)
+    with pytest.raises(ArtifactError, match="another checkpoint"):
+        read_state(newer)
+
+
+def test_the_files_of_a_checkpoint_cannot_change_roles(save: Callable[..., Path]) -> None:
+    folder = save(5)
+    (folder / "model.safetensors").rename(folder / "x")
+    (folder / "optimizer.safetensors").rename(folder / "model.safetensors")
+    (folder / "x").rename(folder / "optimizer.safetensors")
+    with pytest.raises(ArtifactError, match="another checkpoint"):
+        read_state(folder)
+    with pytest.raises(ArtifactError, match="not a model file"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "7", '"sha256"', "{}", '{"sha256": 1}', "[" * 100_000, '{"a":' * 100_000, "\ud800"]
+)
+def test_what_is_no_state_is_an_error_in_one_line(save: Callable[..., Path], text: str) -> None:
+    path = save(5) / "trainer.json"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(ArtifactError, match=r"trainer\.json") as caught:
+        read_state(path.parent)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_format_version_is_named(save: Callable[..., Path]) -> None:
+    path = save(5) / "trainer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(ArtifactError, match="format version 2, this psannlm reads 1"):
+        read_state(path.parent)
+
+
+def test_the_newest_whole_one_is_taken_and_damage_is_said(save: Callable[..., Path]) -> None:
+    for step in (2, 4, 10):
+        run = save(step).parent
+    said: list[str] = []
+    assert newest_whole(run, said.append) == (step_folder(run, 10), state_at(10))
+    assert said == []
+    (step_folder(run, 10) / "model.safetensors").unlink()
+    (step_folder(run, 4) / "trainer.json").write_text("{}", encoding="utf-8")
+    found = newest_whole(run, said.append)
+    assert found is not None
+    assert found[0] == step_folder(run, 2)
+    assert len(said) == 2
+    assert "step_00000010" in said[0]
+    assert "step_00000004" in said[1]
+    (step_folder(run, 2) / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(ArtifactError, match="none of the 3"):
+        newest_whole(run, said.append)
+
+
+def test_no_run_is_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_whole(tmp_path / "nowhere", pytest.fail) is None
+    assert list_checkpoints(tmp_path / "nowhere") == []
+    assert find_checkpoint(tmp_path / "nowhere") is None
+    assert find_checkpoint(tmp_path) is None
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000, 7):
+        step_folder(tmp_path, step).mkdir()
+    for name in ("step_", "step_7x", "step_-1", "steps_00000001", ".step_00000009.12.tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00000011").write_text("a file", encoding="utf-8")
+    assert list_checkpoints(tmp_path) == [step_folder(tmp_path, step) for step in (7, 99_999_999, 100_000_000)]
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        step_folder(tmp_path, step).mkdir()
+    prune(tmp_path, 2, best_step=3)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "6", "7"]
+    prune(tmp_path, 5, best_step=None)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "6", "7"]
+
+
+def test_a_removal_cut_short_leaves_no_half_checkpoint(
+    save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        run = save(step).parent
+
+    def die(path: Path, **kwargs: Any) -> None:
+        (path / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("psannlm.training.checkpoint.shutil.rmtree", die)
+        prune(run, 2, None)
+    assert [read_state(folder).step for folder in list_checkpoints(run)] == [2, 3]
+    save(4)
+    assert list(run.glob(".*")) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "..", ".", "/", "/tmp", "step_00000009", "step_00000002/..", "../run/step_00000002", "\0", "é"]
+)
+def test_a_pointer_names_a_checkpoint_of_its_run_or_nothing(save: Callable[..., Path], text: str) -> None:
+    run = save(2).parent
+    (run / BEST).write_text(text, encoding="utf-8")
+    assert pointed(run, BEST) is None
+    (run / BEST).write_bytes(b"\xff\xfe")
+    assert pointed(run, BEST) is None
+    point(run, BEST, 2)
+    assert pointed(run, BEST) == step_folder(run, 2)
+
+
+def test_the_run_that_saved_last_and_its_best_are_found(save: Callable[..., Path], tmp_path: Path) -> None:
+    a, b = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
+    for run, step in ((a, 1), (a, 9), (b, 2), (b, 3)):
+        save(step, run)
+    os.utime(a / LATEST, ns=(10**18, 10**18))
+    os.utime(b / LATEST, ns=(2 * 10**18, 2 * 10**18))
+    assert find_checkpoint(tmp_path / "runs") == step_folder(b, 3)
+    point(b, BEST, 2)
+    assert find_checkpoint(tmp_path / "runs") == step_folder(b, 2)
+    assert find_checkpoint(a) == step_folder(a, 9)
+    os.utime(a / LATEST, ns=(3 * 10**18, 3 * 10**18))
+    assert find_checkpoint(tmp_path / "runs") == step_folder(a, 9)
+    shutil.rmtree(step_folder(a, 9))  # what ``latest`` names is gone; something of the run is still there
+    assert find_checkpoint(tmp_path / "runs") == step_folder(a, 1)
+
+
+@contextmanager
+def largest_file(n_bytes: int) -> Iterator[None]:
+    """Let the system refuse to write beyond ``n_bytes`` in any file, as it would on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("limit", "n_numbers", "tokenizer"),
+    [
+        (1_000, 6, None),  # within the model file
+        (20_000, 50_000, None),  # within the optimiser's
+        (100_000, 6, CharTokenizer("".join(map(chr, range(0x4E00, 0x4E00 + 20_000))))),  # within the model's header
+    ],
+)
+def test_a_full_disk_leaves_the_older_checkpoints_and_nothing_else(
+    save: Callable[..., Path],
+    contents: Callable[[Path], dict[str, str]],
+    limit: int,
+    n_numbers: int,
+    tokenizer: Tokenizer | None,
+) -> None:
+    run = save(2).parent
+    point(run, BEST, 2)
+    before = contents(run)
+    with largest_file(limit), pytest.raises(StorageError) as caught:
+        save(4, tokenizer=tokenizer, n_numbers=n_numbers)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(step_folder(run, 4)) in message
+    assert "no room" in message
+    assert "MB free" in message
+    assert contents(run) == before
+    assert {path.name for path in run.iterdir()} == {"step_00000002", LATEST, BEST}
+    assert pointed(run, LATEST) == step_folder(run, 2)
+    assert save(4) == step_folder(run, 4)
+
+
+def test_a_full_disk_at_the_state_file_leaves_nothing(
+    save: Callable[..., Path], contents: Callable[[Path], dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = save(2).parent
+    before = contents(run)
+
+    def refuse(path: Path, content: str) -> None:
+        raise StorageError(f"no room to write {path}")
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError):
+        patch.setattr("psannlm.training.checkpoint.write_text", refuse)
+        save(4)
+    assert contents(run) == before
+    assert list(run.glob(".*")) == []
+
+
+def test_leftovers_of_a_kill_are_never_chosen_and_go_at_the_next_save(save: Callable[..., Path]) -> None:
+    run = save(2).parent
+    shutil.copytree(step_folder(run, 2), run / ".step_00000004.99999.tmp")
+    (run / ".latest.99999.tmp").write_text("step_0000", encoding="utf-8")
+    (run / ".gitignore").write_text("*", encoding="utf-8")
+    found = newest_whole(run, pytest.fail)
+    assert found is not None
+    assert found[0] == step_folder(run, 2)
+    save(6)
+    assert {path.name for path in run.glob(".*")} == {".gitignore"}
+
+
+def test_saving_a_step_again_replaces_it(save: Callable[..., Path], tmp_path: Path) -> None:
+    folder = save(3)
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    save(3)
+    assert read_state(folder).step == 3
+    assert list(folder.parent.glob(".*")) == []
