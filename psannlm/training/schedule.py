@@ -19,14 +19,15 @@ def learning_rate(
 
     1. During warm-up it rises in a line: step 1 has 1/warmup_steps of the peak, step ``warmup_steps`` the peak.
     2. After the last step it stays at the floor (at the peak, for a constant schedule).
-    3. In between, it falls along half a cosine from the peak to the floor, which the last step reaches
-       (Loshchilov and Hutter 2016, arXiv 1608.03983, without restarts); or stays at the peak.
+    3. In between, it falls along half a cosine from the peak to the floor (Loshchilov and Hutter 2016, arXiv
+       1608.03983, without restarts), or stays at the peak. The floor lies one step past the last: were it zero, the
+       last step would learn nothing.
     """
     if step <= warmup_steps:
         return peak * step / warmup_steps
     if schedule == "constant":
         return peak
-    if step >= total_steps:
+    if step > total_steps:
         return floor
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    progress = (step - warmup_steps) / (total_steps + 1 - warmup_steps)
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from psannlm.training.schedule import learning_rate
 
-SETTINGS = {"peak": 1.0, "floor": 0.1, "warmup_steps": 4, "total_steps": 12}
+SETTINGS = {"peak": 1.0, "floor": 0.1, "warmup_steps": 4, "total_steps": 11}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,11 @@ def test_cosine_by_hand(step: int, expected: float) -> None:
 @pytest.mark.parametrize(("step", "expected"), [(1, 0.25), (4, 1.0), (5, 1.0), (12, 1.0), (50, 1.0)])
 def test_constant_by_hand(step: int, expected: float) -> None:
     assert learning_rate(step, **SETTINGS, schedule="constant") == expected
+
+
+def test_the_last_step_still_learns() -> None:
+    for n_steps in (1, 2, 100):
+        assert learning_rate(n_steps, peak=1.0, floor=0.0, warmup_steps=0, total_steps=n_steps) > 0.0
 
 
 def test_no_warmup_starts_next_to_the_peak() -> None:

@@ -1,0 +1,200 @@
+"""The Python surface: signatures that documents promise, texts and paths told apart, fit, generate, save, load."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import psann.lm
+import psannlm
+from psannlm import psannLM, psannLMDataPrep
+from psannlm.errors import ArtifactError, ConfigError, CorpusError, GenerationError, TokenizerError
+
+FIT = {"batch_tokens": 64, "lr": 1e-2, "amp": "fp32", "device": "cpu", "verbose": False}
+
+
+@pytest.fixture(scope="module")
+def data(tiny_texts: list[str]) -> psannLMDataPrep:
+    return psannLMDataPrep(tiny_texts, tokenizer="simple", max_length=16, val_split=0.2, vocab_size=300)
+
+
+def small(**settings: Any) -> psannLM:
+    return psannLM(**{"d_model": 16, "n_layers": 1, "n_heads": 2, **settings})
+
+
+@pytest.fixture(scope="module")
+def fitted(data: psannLMDataPrep) -> psannLM:
+    return small(vocab_size=data.vocab_size).fit(data, max_steps=3, **FIT)
+
+
+def test_the_surface_is_the_documented_one() -> None:
+    def shown(function: Any) -> list[str]:
+        return [f"{p.name}={p.default!r}" for p in inspect.signature(function).parameters.values()]
+
+    assert shown(psannLMDataPrep)[1:7] == [
+        "tokenizer='auto'",
+        "tokenizer_model_path=None",
+        "max_length=256",
+        "pack_sequences=True",
+        "val_split=0.0",
+        "seed=1337",
+    ]
+    assert shown(psannLM)[:7] == [
+        "base='waveresnet'",
+        "d_model=512",
+        "n_layers=8",
+        "n_heads=8",
+        "d_mlp=None",
+        "vocab_size=None",
+        "positional_encoding='rope'",
+    ]
+    assert shown(psannLM.fit)[2:8] == [
+        "val_data=None",
+        "epochs=1",
+        "batch_tokens=65536",
+        "lr=0.0002",
+        "amp='bf16'",
+        "ddp='auto'",
+    ]
+    knobs = ["max_new_tokens=128", "top_k=None", "top_p=0.9", "temperature=1.0", "repetition_penalty=None"]
+    assert shown(psannLM.generate)[2:7] == knobs
+    assert shown(psannLM.generate_batch)[2:7] == knobs
+
+
+def test_the_older_import_path_gives_the_same_classes() -> None:
+    assert psann.lm.psannLM is psannlm.psannLM
+    assert psann.lm.psannLMDataPrep is psannlm.psannLMDataPrep
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    program = (
+        "import sys, psannlm, psann.lm; assert 'torch' not in sys.modules; "
+        "psannlm.psannLM; assert 'torch' in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_data_tells_its_figures(data: psannLMDataPrep) -> None:
+    assert data.tokenizer_backend == "simple"
+    assert data.vocab_size == data.tokenizer.vocab_size
+    assert len(data) == len(data.dataset) > 0
+    assert data.val_dataset is not None
+    input_ids, labels = data.dataset[0]
+    assert input_ids.shape == labels.shape == (16,)
+    assert (input_ids[1:] == labels[:-1])[labels[:-1] >= 0].all()
+
+
+def test_texts_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("the words of file a, some of them")
+    Path("folder").mkdir()
+    Path("folder/b.txt").write_text("the words of file b")
+    options: dict[str, Any] = {"tokenizer": "simple", "max_length": 4, "vocab_size": 300}
+    mixed = psannLMDataPrep(["a.txt", Path("folder"), "a text of its own"], **options)
+    texts = [mixed.tokenizer.decode(mixed.prepared.train.document(i)) for i in range(3)]
+    assert texts == ["the words of file a, some of them", "the words of file b", "a text of its own"]
+    assert psannLMDataPrep("one long enough text", **options).prepared.train.n_documents == 1
+    with pytest.raises(CorpusError, match=r"misspelt\.txt.*no such file"):
+        psannLMDataPrep(["a.txt", "misspelt.txt"], **options)
+    with pytest.raises(CorpusError):
+        psannLMDataPrep(Path("nowhere"), **options)
+    with pytest.raises(CorpusError, match="int"):
+        psannLMDataPrep([3], **options)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("call", "near"),
+    [
+        (lambda: small(d_modle=32), "d_model"),
+        (lambda: small(sine_params={"freq_int": 2.0}), "freq_init"),
+        (lambda: small(vocab_size=300).fit(psannLMDataPrep("x" * 50, "simple", max_length=8), epoch=2), "epochs"),
+    ],
+)
+def test_an_unknown_keyword_is_a_type_error_that_names_the_nearest(call: Any, near: str) -> None:
+    with pytest.raises(TypeError, match=near):
+        call()
+
+
+def test_bad_values_are_configuration_errors() -> None:
+    with pytest.raises(ConfigError, match="wavresnet"):
+        small(base="wavresnet")
+    with pytest.raises(ConfigError, match="do not divide"):
+        small(n_heads=3)
+
+
+def test_fit_returns_itself_and_learns(data: psannLMDataPrep) -> None:
+    model = small(vocab_size=data.vocab_size)
+    before = {name: p.clone() for name, p in model.model.named_parameters()}
+    assert model.fit(data, max_steps=3, **FIT) is model
+    assert model.result is not None
+    assert model.result.steps == 3
+    assert model.result.best is not None
+    assert any(not torch.equal(p, before[name]) for name, p in model.model.named_parameters())
+
+
+def test_the_vocabulary_may_come_from_the_data_and_the_context_from_its_windows(data: psannLMDataPrep) -> None:
+    model = small().fit(data, max_steps=1, **FIT)
+    assert model.model.config.vocab_size == data.vocab_size
+    assert model.model.config.max_seq_len == 16
+    with pytest.raises(ConfigError, match="vocab_size"):
+        small(vocab_size=data.vocab_size - 1).fit(data, max_steps=1, **FIT)
+
+
+def test_files_are_written_only_where_asked(
+    data: psannLMDataPrep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small().fit(data, max_steps=1, **FIT)
+    assert list(tmp_path.iterdir()) == []
+    small().fit(data, max_steps=1, checkpoint_dir="kept", **FIT)
+    assert (tmp_path / "kept" / "metrics.jsonl").is_file()
+
+
+def test_validation_texts_of_ones_own_are_used(data: psannLMDataPrep, tiny_texts: list[str]) -> None:
+    model = small().fit(data, val_data=["another text to validate on"], max_steps=1, **FIT)
+    assert model.result is not None
+    assert model.result.best is not None
+    assert model.result.best["bytes"] == len("another text to validate on")
+    other = psannLMDataPrep(tiny_texts[:4], tokenizer="tokenizers", max_length=16, vocab_size=300)
+    with pytest.raises(TokenizerError, match=other.tokenizer.fingerprint[:12]):
+        small().fit(data, val_data=other, max_steps=1, **FIT)
+
+
+def test_generate_and_generate_batch_give_the_same_text(fitted: psannLM) -> None:
+    prompts = ["The", "A clock", ""]
+    for knobs in ({"temperature": 0.0}, {"seed": 3}, {"seed": 3, "top_k": 5, "repetition_penalty": 1.3}):
+        together = fitted.generate_batch(prompts, max_new_tokens=6, **knobs)  # type: ignore[arg-type]
+        assert together == [fitted.generate(p, max_new_tokens=6, **knobs) for p in prompts]  # type: ignore[arg-type]
+    pieces: list[str] = []
+    text = fitted.generate("The", max_new_tokens=6, seed=3, on_text=pieces.append)
+    assert "".join(pieces) == text
+
+
+def test_a_single_string_is_no_batch_and_an_untrained_model_has_no_words(fitted: psannLM) -> None:
+    with pytest.raises(TypeError, match="list of prompts"):
+        fitted.generate_batch("The")
+    with pytest.raises(GenerationError, match="tokenizer"):
+        small(vocab_size=300).generate("The")
+
+
+def test_save_and_load_give_the_same_model(fitted: psannLM, tmp_path: Path) -> None:
+    wanted = fitted.generate("The", max_new_tokens=8, temperature=0.0)
+    for target in (tmp_path / "model.safetensors", tmp_path / "any name"):
+        assert psannLM.load(fitted.save(target)).generate("The", max_new_tokens=8, temperature=0.0) == wanted
+    assert fitted.save(tmp_path) == tmp_path / "model.safetensors"
+    assert psannLM.load(tmp_path).generate("The", max_new_tokens=8, temperature=0.0) == wanted
+    with pytest.raises(ArtifactError):
+        psannLM.load(tmp_path / "absent")
+
+
+def test_a_loaded_model_can_be_trained_on(fitted: psannLM, data: psannLMDataPrep, tmp_path: Path) -> None:
+    again = psannLM.load(fitted.save(tmp_path / "m"))
+    start = again.model.embedding.weight.clone()
+    again.fit(data, max_steps=1, **FIT)
+    assert not torch.equal(again.model.embedding.weight, start)
