@@ -82,13 +82,15 @@ def evaluate(
     model.eval()
     mine = range(world.rank, len(windows), world.size)
     nats = 0.0
-    for start in range(0, len(mine), batch_size):
-        input_ids, labels = windows.batch(mine[start : start + batch_size])
-        with precision.autocast():
-            nats += float(model(input_ids.to(precision.device), labels.to(precision.device)))
-        if on_progress is not None:
-            on_progress(min(start + batch_size, len(mine)), len(mine))
-    model.train(was_training)
+    try:
+        for start in range(0, len(mine), batch_size):
+            input_ids, labels = windows.batch(mine[start : start + batch_size])
+            with precision.autocast():
+                nats += float(model(input_ids.to(precision.device), labels.to(precision.device)))
+            if on_progress is not None:
+                on_progress(min(start + batch_size, len(mine)), len(mine))
+    finally:
+        model.train(was_training)
     return Evaluation(world.sum(nats, precision.device), windows.n_labels, windows.store.n_bytes)
 
 

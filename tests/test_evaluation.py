@@ -1,0 +1,154 @@
+"""An evaluation counts every token once, however it is cut into batches and ranks, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from psannlm.data.shards import store_from_ids
+from psannlm.data.windows import IGNORE_INDEX, Windows
+from psannlm.device import Precision
+from psannlm.distributed import World
+from psannlm.errors import CorpusError
+from psannlm.evaluation import Evaluation, evaluate
+from psannlm.models.transformer import Transformer
+
+FP32 = Precision(torch.device("cpu"), torch.float32, "fp32 as asked")
+BOS, EOS, PAD = 1, 2, 0
+
+
+def windows_of(lengths: list[int], seq_len: int = 5, pack: bool = True) -> Windows:
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(4, 17, (n,), generator=generator).tolist() for n in lengths]
+    store = store_from_ids(documents, 17, doc_bytes=[3 * n for n in lengths])
+    return Windows(store, seq_len, bos_id=BOS, eos_id=EOS, pad_id=PAD, pack=pack)
+
+
+class Scribe(nn.Module):
+    """Charges each label its own number of nats, and writes down what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels: list[int] = []
+        self.batches: list[int] = []
+        self.modes: set[bool] = set()
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        assert input_ids.shape == labels.shape
+        assert not torch.is_grad_enabled()
+        counted = labels[labels != IGNORE_INDEX]
+        self.labels += counted.tolist()
+        self.batches.append(len(labels))
+        self.modes.add(self.training)
+        return counted.float().sum()
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_every_token_is_counted_once(pack: bool, batch_size: int) -> None:
+    windows = windows_of([7, 0, 4, 12, 1], pack=pack)
+    scribe = Scribe()
+    found = evaluate(scribe, windows, precision=FP32, batch_size=batch_size)
+    wanted = sorted([*windows.store.tokens.tolist(), *[EOS] * 5])
+    assert sorted(scribe.labels) == wanted
+    assert (found.nats, found.n_labels, found.n_bytes) == (sum(wanted), 24 + 5, 3 * 24)
+    assert sum(scribe.batches) == len(windows)
+    assert max(scribe.batches) == min(batch_size, len(windows))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_batches_sum_to_one_batch_and_to_the_cross_entropy(pack: bool, build_tiny: Callable[..., Transformer]) -> None:
+    model, windows = build_tiny(), windows_of([7, 0, 4, 12, 1], pack=pack)
+    at_once = evaluate(model, windows, precision=FP32, batch_size=100)
+    for batch_size in (1, 2, 4):
+        assert evaluate(model, windows, precision=FP32, batch_size=batch_size).nats == pytest.approx(at_once.nats)
+    nats = 0.0
+    with torch.no_grad():
+        for index in range(len(windows)):
+            input_ids, labels = windows.batch([index])
+            logits = model.logits(model.hidden_states(input_ids))
+            nats += float(F.cross_entropy(logits[0], labels[0], reduction="sum"))
+    assert at_once.nats == pytest.approx(nats, rel=1e-5)
+
+
+def test_figures_worked_by_hand() -> None:
+    # 16 bits for 8 tokens that are 4 bytes of text: 2 bits a token, 4 bits a byte.
+    found = Evaluation(nats=16 * math.log(2), n_labels=8, n_bytes=4)
+    assert found.bits_per_byte == pytest.approx(4.0)
+    assert found.perplexity == pytest.approx(4.0)
+    assert found.loss == pytest.approx(2 * math.log(2))
+    assert found.as_dict() == {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits_per_byte,
+        "tokens": 8,
+        "bytes": 4,
+    }
+    assert math.isfinite(Evaluation(nats=1e9, n_labels=1, n_bytes=1).perplexity)
+
+
+@pytest.mark.parametrize("size", [2, 3, 50])
+def test_ranks_split_the_windows_and_sum_to_one_process(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = windows_of([7, 0, 4, 12, 1])
+    alone = Scribe()
+    whole = evaluate(alone, windows, precision=FP32)
+    # Each rank's own share; then what the sum over ranks would hand back to every one of them.
+    monkeypatch.setattr("psannlm.distributed.dist.all_reduce", lambda tensor: None)
+    scribes = [Scribe() for _ in range(size)]
+    shares = [
+        evaluate(scribe, windows, precision=FP32, batch_size=2, world=World(rank, rank, size)).nats
+        for rank, scribe in enumerate(scribes)
+    ]
+    assert sum(shares) == whole.nats
+    assert sorted(label for scribe in scribes for label in scribe.labels) == sorted(alone.labels)
+    monkeypatch.setattr("psannlm.distributed.dist.all_reduce", lambda tensor: tensor.fill_(sum(shares)))
+    for rank in range(size):
+        assert evaluate(Scribe(), windows, precision=FP32, world=World(rank, rank, size)) == whole
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluates_without_dropout_and_restores_the_mode(training: bool) -> None:
+    scribe = Scribe().train(training)
+    evaluate(scribe, windows_of([7]), precision=FP32)
+    assert scribe.modes == {False}
+    assert scribe.training is training
+
+
+def test_an_interruption_restores_the_mode() -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    scribe = Scribe().train()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(scribe, windows_of([7]), precision=FP32, on_progress=interrupt)
+    assert scribe.training
+
+
+def test_progress_ends_at_the_number_of_windows() -> None:
+    windows = windows_of([7, 12])
+    told: list[tuple[int, int]] = []
+    evaluate(Scribe(), windows, precision=FP32, batch_size=2, on_progress=lambda *at: told.append(at))
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1] == (len(windows), len(windows))
+
+
+def test_runs_in_the_precision_given(build_tiny: Callable[..., Transformer]) -> None:
+    model, windows = build_tiny(), windows_of([7, 12])
+    seen: list[Any] = []
+    model.blocks[0].mlp.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    low = evaluate(model, windows, precision=Precision(torch.device("cpu"), torch.bfloat16, "bf16 as asked"))
+    exact = evaluate(model, windows, precision=FP32)
+    assert seen == [torch.bfloat16, torch.float32]
+    assert low.nats == pytest.approx(exact.nats, rel=0.02)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_a_text_without_tokens_is_an_error(lengths: list[int]) -> None:
+    with pytest.raises(CorpusError, match="no token"):
+        evaluate(Scribe(), windows_of(lengths), precision=FP32)
