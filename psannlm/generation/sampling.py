@@ -12,7 +12,6 @@ from torch import Tensor
 
 from psannlm.errors import GenerationError
 
-
 _RANGE = torch.finfo(torch.float32)
 
 
@@ -112,8 +111,8 @@ def next_tokens(
         return logits.argmax(dim=-1)
     if uniforms is None:
         raise ValueError("sampling needs a random number per row")
-    # Shifted first, so that a tiny temperature cannot overflow: the highest logit becomes 0. What float32 takes for zero
-    # would make 0 / 0 of it.
+    # Shifted first, so that a tiny temperature cannot overflow: the highest logit becomes 0, and 0 / 0 must not be had
+    # from a temperature that float32 takes for zero.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(config.temperature, _RANGE.tiny)
     if config.top_k is not None:
         logits = keep_top_k(logits, config.top_k)

@@ -4,6 +4,7 @@ characters."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, get_args
 
 import pytest
@@ -176,7 +177,7 @@ def test_what_cannot_be_continued_is_refused(
 
 def test_forbidden_ids_are_never_taken(build_tiny: Build) -> None:
     model = build_tiny()
-    forbidden = [*range(0, 8), *range(10, 17)]
+    forbidden = [*range(8), *range(10, 17)]
     for sampling in (GREEDY, SamplingConfig(temperature=50.0, top_p=None, repetition_penalty=1e-6, seed=0)):
         decoding = decode(model, [[1, 5], [3]], sampling, 20, forbidden_ids=forbidden)
         assert {token for ids in decoding.generated for token in ids} <= {8, 9}
@@ -206,7 +207,7 @@ def spell(
 ) -> None:
     """Make the model write ``content``, in which no byte stands twice, after ``start``, and then end."""
     chain = [tokenizer.encode(start)[-1], *(byte + 4 for byte in content), tokenizer.eos_id]
-    following = dict(zip(chain, chain[1:], strict=False))
+    following = dict(pairwise(chain))
     Chain(model, following.__getitem__, monkeypatch)
 
 

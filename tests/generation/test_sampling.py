@@ -75,13 +75,13 @@ def test_penalty_is_a_ratio_that_minds_the_sign() -> None:
     assert torch.equal(penalise_repetition(logits, seen, 1.0), logits)
 
 
-def test_penalty_comes_before_the_temperature_and_moves_the_greedy_choice() -> None:
+def test_penalty_comes_before_the_shift_and_moves_the_greedy_choice() -> None:
     logits, seen = torch.tensor([[3.0, 2.0]]), torch.tensor([[True, False]])
     greedy = SamplingConfig(temperature=0.0, repetition_penalty=2.0)
     assert next_tokens(logits, greedy, None, seen).tolist() == [1]
     assert next_tokens(logits, SamplingConfig(temperature=0.0), None, seen).tolist() == [0]
-    # 3 / 2 = 1.5 against 2: at temperature 0.1 the odds are exp(-5) to 1. Temperature first would give the same ratio
-    # of logits, but a penalty of 30 / 2 = 15 against 20.
+    # 3 / 2 = 1.5 against 2: at temperature 0.1 the odds are exp(-5) to 1. A penalty on logits that were shifted to have
+    # their highest at 0 would find 0 and -1, and leave the order as it was.
     at = 1.0 / (1.0 + math.exp(5.0))
     cold = SamplingConfig(temperature=0.1, top_p=None, repetition_penalty=2.0)
     assert next_tokens(logits, cold, torch.tensor([at * 0.99]), seen).tolist() == [0]
