@@ -77,6 +77,14 @@ def test_everything_comes_back(save: Callable[..., Path], build_tiny: Build) -> 
     assert pointed(folder.parent, LATEST) == folder
 
 
+def refusal(folder: Path) -> str | None:
+    try:
+        read_state(folder)
+    except ArtifactError as error:
+        return str(error)
+    return None
+
+
 def test_a_thousand_flipped_bits_are_a_thousand_errors(save: Callable[..., Path], tmp_path: Path) -> None:
     folder = save(5)
     rng = random.Random(0)
@@ -88,12 +96,9 @@ def test_a_thousand_flipped_bits_are_a_thousand_errors(save: Callable[..., Path]
         content = path.read_bytes()
         at, bit = rng.randrange(len(content)), rng.randrange(8)
         path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
-        try:
-            read_state(folder)
-            missed.append((name, at, bit))
-        except ArtifactError as error:
-            assert str(path) in str(error)
-            assert "\n" not in str(error)
+        message = refusal(folder)
+        if message is None or str(path) not in message or "\n" in message:
+            missed.append((name, at, bit, message))
         path.write_bytes(content)
     assert missed == []
     assert read_state(folder).step == 5
@@ -225,9 +230,10 @@ def test_a_removal_cut_short_leaves_no_half_checkpoint(
         (path / "model.safetensors").unlink()
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("psannlm.training.checkpoint.shutil.rmtree", die)
-        prune(run, 2, None)
+        with pytest.raises(KeyboardInterrupt):
+            prune(run, 2, None)
     assert [read_state(folder).step for folder in list_checkpoints(run)] == [2, 3]
     save(4)
     assert list(run.glob(".*")) == []
@@ -313,9 +319,10 @@ def test_a_full_disk_at_the_state_file_leaves_nothing(
     def refuse(path: Path, content: str) -> None:
         raise StorageError(f"no room to write {path}")
 
-    with monkeypatch.context() as patch, pytest.raises(StorageError):
+    with monkeypatch.context() as patch:
         patch.setattr("psannlm.training.checkpoint.write_text", refuse)
-        save(4)
+        with pytest.raises(StorageError):
+            save(4)
     assert contents(run) == before
     assert list(run.glob(".*")) == []
 

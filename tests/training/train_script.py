@@ -1,4 +1,4 @@
-"""A training run in a process of its own: ``train_script.py CONFIG [slow | hold-save STEP]``; exits as the command does."""
+"""A run in a process of its own: ``train_script.py CONFIG [slow | hold-save STEP]``; exits as the command line does."""
 
 from __future__ import annotations
 
