@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from psannlm import __version__
+from psannlm.commands import bench_kv as bench_kv_command
+from psannlm.commands import bench_tokenizers as bench_tokenizers_command
 from psannlm.commands import eval as eval_command
 from psannlm.commands import generate as generate_command
 from psannlm.commands import tokenize as tokenize_command
@@ -28,6 +30,8 @@ app.command("train")(train_command.train)
 app.command("generate")(generate_command.generate)
 app.command("eval")(eval_command.evaluate)
 app.command("tokenize")(tokenize_command.tokenize)
+app.command("bench-tokenizers")(bench_tokenizers_command.bench_tokenizers)
+app.command("bench-kv")(bench_kv_command.bench_kv)
 
 
 def _show_version(wanted: bool) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else; progress goes to stderr.")
@@ -64,3 +70,53 @@ def find_model_file(checkpoint: Path | None, runs: Path) -> Path:
             "(or name one with --checkpoint)"
         )
     return found
+
+
+def table_text(*tables: Table) -> str:
+    """Return tables as plain text, for a file beside the figures."""
+    page = io.StringIO()
+    console = Console(file=page, width=160)
+    for table in tables:
+        console.print(table)
+    return page.getvalue()
+
+
+class LiveLine:
+    """Where work stands: one line that is rewritten on a terminal, elsewhere a plain line every few seconds.
+
+    Drawn by the thread that works and at most once a second: a thread beside it would disturb what is measured.
+    """
+
+    _REDRAW_S = 1.0
+    _PLAIN_S = 5.0
+
+    def __init__(self, console: Console, live: Live | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._live, self._clock = console, live, clock
+        self._interval = self._PLAIN_S if live is None else self._REDRAW_S
+        # The first plain line comes early, so that a person knows what is going on.
+        self._next = clock() + self._REDRAW_S
+
+    def show(self, text: str) -> None:
+        """Replace the line, unless it was replaced a moment ago."""
+        now = self._clock()
+        if now < self._next:
+            return
+        self._next = now + self._interval
+        if self._live is None:
+            self.keep(text)
+        else:
+            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def keep(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def live_line(console: Console) -> Iterator[LiveLine]:
+    """Yield a :class:`LiveLine` on ``console``; it is gone from a terminal at the end."""
+    if not console.is_terminal:
+        yield LiveLine(console, None)
+        return
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        yield LiveLine(console, live)

@@ -36,6 +36,7 @@ ORDER = (
     ("evaluation",),
     ("generation", "training"),
     ("api",),
+    ("benchmarks",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Rooms and modules that do their work without torch, and must load without it.

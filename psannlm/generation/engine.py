@@ -88,10 +88,13 @@ class Decoding:
         seeds = [secrets.randbits(63) if sampling.seed is None else sampling.seed for _ in self.prompts]
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    @torch.inference_mode()
     def __iter__(self) -> Iterator[TokenEvent]:
+        return self.decode(*self.prefill())
+
+    @torch.inference_mode()
+    def decode(self, logits: Tensor, state: DecodeState, seen: Tensor | None) -> Iterator[TokenEvent]:
+        """Yield the tokens that follow what :meth:`prefill` returned, and keep them in ``generated``."""
         rows = list(range(len(self.prompts)))
-        logits, state, seen = self._prefill()
         while True:
             tokens = self._choose(logits, rows, seen)
             chosen = tokens.tolist()
@@ -116,7 +119,8 @@ class Decoding:
                 seen.scatter_(1, tokens[:, None], True)
             logits = self.model.logits(self.model.hidden_states(tokens[:, None], state)[:, -1])
 
-    def _prefill(self) -> tuple[Tensor, DecodeState, Tensor | None]:
+    @torch.inference_mode()
+    def prefill(self) -> tuple[Tensor, DecodeState, Tensor | None]:
         """Run every prompt at once, padded on the right; return the logits after each, the cache, and tokens seen."""
         weight = self.model.embedding.weight
         lengths = [len(prompt) for prompt in self.prompts]
