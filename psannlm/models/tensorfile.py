@@ -62,7 +62,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         # safetensors makes files that only their owner may read; this one is as open as any other the user makes.
         temporary.chmod(mode)
         with open(temporary, "r+b") as file:
-            header = file.read(_header_end(temporary))
+            header = _sorted_header(file.read(_header_end(temporary)))
+            file.seek(0)
+            file.write(header)
+            file.flush()
             at = _hash_position(temporary, header)
             digest = _hash_with_blank(temporary, at)
             file.seek(at)
@@ -70,6 +73,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             file.flush()
             os.fsync(file.fileno())
     return digest
+
+
+def _sorted_header(header: bytes) -> bytes:
+    """safetensors writes metadata in an order that chance decides; in this one, equal content gives equal files."""
+    fields = json.loads(header[_LENGTH_BYTES:])
+    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return header[:_LENGTH_BYTES] + text.ljust(len(header) - _LENGTH_BYTES)
 
 
 def _raise_as_os_error(path: Path, tensors: dict[str, Tensor], error: SafetensorError) -> None:
