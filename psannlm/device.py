@@ -18,8 +18,8 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     Raises:
         DeviceError: the name is unknown, or a GPU was asked for and is not there.
     """
-    kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+    kind, colon, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (colon and not (kind == "cuda" and index.isdecimal())):
         raise DeviceError(
             f"device '{name}' is not one of auto, cpu, cuda, cuda:N{nearest(name, ('auto', 'cpu', 'cuda'))}"
         )

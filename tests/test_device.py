@@ -1,0 +1,126 @@
+"""What was asked for is what is used, or an error that names it; what is picked is picked for a reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from psannlm import device
+from psannlm.device import describe_device, pick_device, pick_precision, require_compiler
+from psannlm.errors import DeviceError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a setter of how many GPUs torch sees."""
+
+    def see(count: int) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+
+    return see
+
+
+@pytest.mark.parametrize(
+    "name", ["gpu", "CUDA", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "cpu:0", "auto:1", "", "mps"]
+)
+def test_an_unknown_name_is_refused(gpus: Any, name: str) -> None:
+    gpus(2)
+    with pytest.raises(DeviceError, match="not one of auto, cpu, cuda, cuda:N") as caught:
+        pick_device(name)
+    assert f"'{name}'" in str(caught.value)
+
+
+def test_a_slip_names_its_neighbour() -> None:
+    with pytest.raises(DeviceError, match=r"did you mean 'cuda'\?"):
+        pick_device("cud")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:3"])
+def test_a_gpu_that_is_not_there_is_never_replaced_by_the_cpu(gpus: Any, name: str) -> None:
+    gpus(0)
+    with pytest.raises(DeviceError, match="sees no GPU; use device: cpu"):
+        pick_device(name)
+
+
+def test_auto_takes_what_there_is(gpus: Any) -> None:
+    gpus(0)
+    assert pick_device("auto") == CPU
+    assert pick_device("auto", local_rank=3) == CPU
+    gpus(2)
+    assert pick_device("auto") == torch.device("cuda", 0)
+    assert pick_device("auto", local_rank=1) == torch.device("cuda", 1)
+    assert pick_device("cuda", local_rank=1) == torch.device("cuda", 1)
+    assert pick_device("cpu", local_rank=1) == CPU
+    assert pick_device("cuda:1", local_rank=0) == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(("name", "local_rank"), [("cuda:2", 0), ("cuda", 2), ("auto", 2)])
+def test_a_gpu_beyond_the_last_is_refused(gpus: Any, name: str, local_rank: int) -> None:
+    gpus(2)
+    with pytest.raises(DeviceError, match="GPU 2 was asked for, but there are 2"):
+        pick_device(name, local_rank)
+
+
+@pytest.mark.parametrize(
+    ("amp", "has_bf16", "dtype"),
+    [
+        ("fp32", True, torch.float32),
+        ("fp32", False, torch.float32),
+        ("fp16", False, torch.float16),
+        ("bf16", True, torch.bfloat16),
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float32),
+    ],
+)
+def test_the_precision_is_the_one_asked_for_or_the_best_in_hardware(
+    monkeypatch: pytest.MonkeyPatch, amp: Any, has_bf16: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(device, "computes_in_bf16", lambda _: has_bf16)
+    precision = pick_precision(amp, CPU)
+    assert precision.dtype == dtype
+    assert precision.needs_scaler == (dtype == torch.float16)
+    assert precision.reason.startswith({torch.float32: "fp32", torch.float16: "fp16"}.get(dtype, "bf16"))
+    with precision.autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == dtype
+
+
+def test_bf16_without_hardware_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "computes_in_bf16", lambda _: False)
+    with pytest.raises(DeviceError, match="no bf16 hardware; use amp: auto or fp32"):
+        pick_precision("bf16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({}, False),
+        ({"avx2": True, "avx512_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"bf16": True}, True),
+    ],
+)
+def test_bf16_is_told_from_what_the_processor_says(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: bool
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
+    assert device.computes_in_bf16(CPU) is expected
+
+
+def test_compiling_needs_a_compiler_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psannlm.device.shutil.which", lambda name: None)
+    with pytest.raises(DeviceError, match=r"install g\+\+, or set compile: false"):
+        require_compiler(CPU)
+    require_compiler(torch.device("cuda", 0))
+    monkeypatch.setattr("psannlm.device.shutil.which", lambda name: "/bin/clang++" if name == "clang++" else None)
+    require_compiler(CPU)
+
+
+def test_the_cpu_is_described_by_its_threads() -> None:
+    assert describe_device(CPU).startswith(f"CPU, {torch.get_num_threads()} thread")

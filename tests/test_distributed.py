@@ -1,0 +1,96 @@
+"""Who takes part is what torchrun says; one process alone is a world of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from psannlm.distributed import World, joined, launched_world
+from psannlm.errors import DeviceError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a setter of the environment that a launcher leaves."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def set_environment(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return set_environment
+
+
+@pytest.mark.parametrize("ddp", ["auto", "off"])
+def test_no_launcher_is_a_world_of_one(launched: Any, ddp: Any) -> None:
+    world = launched_world(ddp)
+    assert world == World(0, 0, 1)
+    assert world.is_main
+    with joined(world, CPU):
+        assert not dist.is_initialized()
+        assert world.sum(2.5, CPU) == 2.5
+        assert world.any(True, CPU)
+        assert not world.any(False, CPU)
+        world.wait()
+
+
+def test_the_launcher_tells_the_place(launched: Any) -> None:
+    launched(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")
+    for ddp in ("auto", "on"):
+        world = launched_world(ddp)
+        assert world == World(5, 1, 8)
+        assert not world.is_main
+
+
+def test_on_without_a_launcher_is_an_error(launched: Any) -> None:
+    with pytest.raises(DeviceError, match="torchrun --nproc-per-node N") as caught:
+        launched_world("on")
+    assert "ddp: auto" in str(caught.value)
+
+
+def test_on_under_a_launcher_of_one_is_fine(launched: Any) -> None:
+    launched(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    assert launched_world("on") == World(0, 0, 1)
+
+
+def test_off_under_a_launcher_of_several_is_an_error(launched: Any) -> None:
+    """They would all write one run folder."""
+    launched(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    with pytest.raises(DeviceError, match="torchrun started 2 processes"):
+        launched_world("off")
+
+
+def test_half_an_environment_is_an_error(launched: Any) -> None:
+    """Some clusters set WORLD_SIZE in every container."""
+    launched(WORLD_SIZE="2")
+    with pytest.raises(DeviceError, match="WORLD_SIZE is 2, but RANK is not set"):
+        launched_world("auto")
+
+
+def test_sums_are_made_over_the_group(launched: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of one that believes to be larger: what goes out is what the collective gives back, in float64."""
+    world = World(0, 0, 2)
+    original = dist.init_process_group
+    store = f"file://{tmp_path / 'store'}"
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: original(backend, store, rank=0, world_size=1))
+    with joined(world, CPU):
+        assert dist.get_backend() == "gloo"
+        assert world.sum(0.1 + 0.2, CPU) == 0.1 + 0.2
+        assert world.any(True, CPU)
+        world.wait()
+    assert not dist.is_initialized()
+
+
+def test_the_group_is_left_also_after_an_error(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = dist.init_process_group
+    store = f"file://{tmp_path / 'store'}"
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: original(backend, store, rank=0, world_size=1))
+    with pytest.raises(ValueError, match="within"), joined(World(0, 0, 2), CPU):
+        raise ValueError("within")
+    assert not dist.is_initialized()

@@ -1,0 +1,168 @@
+"""Files are whole or absent, whatever happens while they are written, and the reason is told."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from psannlm.errors import StorageError
+from psannlm.storage import (
+    explain_write_errors,
+    remove_leftovers,
+    replacing,
+    sha256_file,
+    temporary_beside,
+    write_bytes,
+    write_text,
+)
+
+
+@contextmanager
+def largest_file(n_bytes: int) -> Iterator[None]:
+    """Let the system refuse to write beyond ``n_bytes`` in any file, as it would on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_content_arrives_and_nothing_else_does(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file.txt"
+    write_text(path, "é\r\n\n")
+    assert path.read_bytes() == b"\xc3\xa9\r\n\n"
+    write_bytes(path, b"")
+    assert path.read_bytes() == b""
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with replacing(path) as temporary:
+        temporary.write_text("ne", encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == "old"
+        assert temporary.parent == path.parent  # a rename is atomic within one file system only
+        temporary.write_text("new", encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+@pytest.mark.parametrize("had_content", [True, False])
+def test_a_body_that_raises_changes_nothing(tmp_path: Path, error: BaseException, had_content: bool) -> None:
+    path = tmp_path / "file"
+    if had_content:
+        path.write_bytes(b"old")
+    expected = StorageError if isinstance(error, OSError) else type(error)
+
+    def body() -> None:
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(expected):
+        body()
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == ([("file", b"old")] if had_content else [])
+
+
+def test_the_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a power cut may leave the new name with none of the new bytes."""
+    events: list[str] = []
+    original = Path.__fspath__
+    monkeypatch.setattr("psannlm.storage.sync_file", lambda path: events.append(f"sync {Path(path).name}"))
+    monkeypatch.setattr("psannlm.storage.os.replace", lambda a, b: events.append(f"rename to {Path(original(b)).name}"))
+    write_text(tmp_path / "file", "x")
+    assert events == [f"sync {temporary_beside(tmp_path / 'file').name}", "rename to file", f"sync {tmp_path.name}"]
+
+
+def test_a_full_disk_names_path_and_room_and_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+    with largest_file(1000), pytest.raises(StorageError) as caught:
+        write_bytes(path, bytes(100_000))
+    message = str(caught.value)
+    assert str(path) in message
+    assert "MB free" in message
+    assert "Earlier files are untouched" in message
+    assert "\n" not in message
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"old")]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "no room to write"),
+        (errno.EDQUOT, "no room to write"),
+        (errno.EFBIG, "no room to write"),
+        (errno.EACCES, "not allowed to write"),
+        (errno.EPERM, "not allowed to write"),
+        (errno.EROFS, "not allowed to write"),
+        (errno.EIO, "could not write"),
+    ],
+)
+def test_what_the_system_refuses_is_told_in_words(tmp_path: Path, number: int, said: str) -> None:
+    path = tmp_path / "missing" / "folder" / "file"
+    with pytest.raises(StorageError, match=said) as caught, explain_write_errors(path):
+        raise OSError(number, "the system's words")
+    assert str(path) in str(caught.value)
+    assert "the system's words" in str(caught.value)
+
+
+def test_no_permission_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+
+    def refuse(self: Path, content: bytes) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(StorageError, match=r"not allowed to write .*file: Permission denied\. Choose a folder"):
+        write_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "old"
+
+
+def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(StorageError, match="could not write"):
+        write_text(tmp_path / "file" / "below", "x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StorageError, match="could not write"):
+        write_text(tmp_path / "folder", "x")
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "folder"}
+
+
+def test_leftovers_go_and_everything_else_stays(tmp_path: Path) -> None:
+    kept = [".hidden", "a.tmp", ".a.tmp", ".12.tmp", ".a.12.tmp.gz", "x.12.tmp", ".a.b12.tmp"]
+    for name in [*kept, ".latest.12.tmp", ".x.removed.7.tmp"]:
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    folder = tmp_path / ".step_00000001.12345.tmp"
+    folder.mkdir()
+    (folder / "model").write_text("x", encoding="utf-8")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("x", encoding="utf-8")
+    (tmp_path / ".link.1.tmp").symlink_to(elsewhere)
+    remove_leftovers(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {*kept, "elsewhere"}
+    assert (elsewhere / "precious").exists()
+
+
+def test_what_is_left_by_a_kill_counts_as_a_leftover(tmp_path: Path) -> None:
+    for name in ("latest", "step_00000500", "with space.json", "é"):
+        temporary_beside(tmp_path / name).write_text("x", encoding="utf-8")
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1])
+def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path: Path, size: int) -> None:
+    content = bytes(i % 251 for i in range(size))
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
