@@ -30,8 +30,8 @@ def fit_with_card(
     """Fit a tokenizer on nine tenths of the documents, write it and its card, and return the card.
 
     Bytes per token are measured on the tenth that was held out; a single document is cut in two. ``out`` gets the
-    suffix of the backend if it has none; by default it is ``tokenizer.model`` or ``tokenizer.json``, and the card stands
-    beside it.
+    suffix of the backend if it has none; by default it is ``tokenizer.model`` or ``tokenizer.json``, and the card
+    stands beside it.
 
     Raises:
         CorpusError: a source is missing, cannot be read, or holds too little text.
