@@ -75,7 +75,7 @@ def bench_kv(
 
 
 def _cases_table(report: KvReport) -> Table:
-    from psannlm.benchmarks.kv_cache import CASES
+    from psannlm.benchmarks.decoding import CASES
     from psannlm.benchmarks.timing import Spread
 
     settings, model = report.settings, report.model
@@ -90,15 +90,15 @@ def _cases_table(report: KvReport) -> Table:
     )
     table.add_column("case", no_wrap=True)
     for heading in ("prefill, ms", "first token, ms", "decode, tokens/s", "all, s"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for case in CASES:
         runs = report.runs[case]
         table.add_row(
             str(case),
-            _spread(Spread.of([1e3 * run.prefill_s for run in runs]), "\n"),
-            _spread(Spread.of([1e3 * run.first_token_s for run in runs]), "\n"),
-            _spread(report.rate(case), "\n"),
-            _spread(Spread.of([run.total_s for run in runs]), "\n"),
+            _spread(Spread.of([1e3 * run.prefill_s for run in runs]), is_cell=True),
+            _spread(Spread.of([1e3 * run.first_token_s for run in runs]), is_cell=True),
+            _spread(report.rate(case), is_cell=True),
+            _spread(Spread.of([run.total_s for run in runs]), is_cell=True),
         )
     return table
 
@@ -119,6 +119,7 @@ def _rows(report: KvReport) -> list[tuple[str, str]]:
     return rows
 
 
-def _spread(spread: Spread, between: str = " ") -> str:
+def _spread(spread: Spread, *, is_cell: bool = False) -> str:
     digits = 3 if spread.median < 1 else 2 if spread.median < 100 else 0
-    return f"{spread.median:,.{digits}f}{between}({spread.lowest:,.{digits}f}–{spread.highest:,.{digits}f})"
+    edges = f"{spread.lowest:,.{digits}f}–{spread.highest:,.{digits}f}"
+    return f"{spread.median:,.{digits}f}" + (f"\n{edges}" if is_cell else f" ({edges})")

@@ -19,7 +19,7 @@ from psannlm.tokenizers.resolve import available_backends, fit_tokenizer, load_t
 
 _HELD_OUT = 0.1
 # Of a small text one pass takes a millisecond or two: a run makes as many as fill this time.
-_MIN_RUN_S = 0.1
+MIN_RUN_S = 0.1
 
 Texts = Sequence[str]
 
@@ -119,6 +119,7 @@ def bench_tokenizers(
     vocab_size: int = 4096,
     repeats: int = 3,
     seed: int = 1337,
+    min_run_s: float = MIN_RUN_S,
     clock: Clock = time.perf_counter,
     notice: Callable[[str], None] = lambda text: None,
     on_standing: Callable[[Standing], None] = lambda standing: None,
@@ -128,6 +129,7 @@ def bench_tokenizers(
     Args:
         held_out: the text to measure on; none given, a tenth of the documents of ``sources`` (the end of a single one).
         models: tokenizer files, measured with the library that they are made for.
+        min_run_s: what a run lasts at least; see :func:`measure_tokenizers`.
         repeats: counted runs of each, in turns. Fitting has no run to warm up: a person waits for the first.
 
     Raises:
@@ -160,7 +162,13 @@ def bench_tokenizers(
         on_standing=on_standing,
     )
     figures = measure_tokenizers(
-        {**fitted, **loaded}, measured_on, fit_s=fit_s, repeats=repeats, clock=clock, on_standing=on_standing
+        {**fitted, **loaded},
+        measured_on,
+        fit_s=fit_s,
+        repeats=repeats,
+        min_run_s=min_run_s,
+        clock=clock,
+        on_standing=on_standing,
     )
     return TokenizerReport(
         corpus_documents=report.documents,
@@ -225,9 +233,9 @@ def measure_tokenizers(
     *,
     fit_s: Mapping[str, Spread],
     repeats: int,
+    min_run_s: float = MIN_RUN_S,
     clock: Clock = time.perf_counter,
     on_standing: Callable[[Standing], None] = lambda standing: None,
-    min_run_s: float = _MIN_RUN_S,
 ) -> list[TokenizerFigures]:
     """Measure each tokenizer on ``documents``: encoding beside the raw library's and decoding, all in turns.
 

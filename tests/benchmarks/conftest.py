@@ -1,0 +1,16 @@
+"""Benchmarks collect rubbish before every run; what the test session holds already need not be searched each time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _old_objects_are_left_alone() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

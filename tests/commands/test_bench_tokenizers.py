@@ -1,0 +1,71 @@
+"""psannlm bench-tokenizers: figures, files, and a person's own tokenizers beside the fitted ones."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+TINY = ("--corpus", "corpus.txt", "--per-line", "--vocab-size", "300", "--repeat", "1")
+
+
+def test_figures_are_printed_and_written(psannlm, project: Path) -> None:
+    psannlm("tokenize", "corpus.txt", "--per-line", "--backend", "simple", "--vocab-size", "300", "--out", "own.json")
+    done = psannlm("bench-tokenizers", *TINY, "--model", "own.json")
+    assert done.code == 0, done.err
+    [folder] = Path("reports/tokenizers").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"metrics.json", "system.json", "table.txt"}
+    rows = json.loads((folder / "metrics.json").read_text())["tokenizers"]
+    assert [row["name"] for row in rows] == ["sentencepiece", "tokenizers", "simple", "own.json"]
+    assert rows[2]["bytes_per_token"] == rows[3]["bytes_per_token"] == 1.0, "one byte a character, one id a byte"
+    assert all(row["is_lossless"] for row in rows)
+    assert [row["ratio_to_raw"] is None for row in rows] == [False, False, True, True]
+    table = (folder / "table.txt").read_text()
+    for words in ("sentencepiece", "own.json", "bytes per token", "lossless"):
+        assert words in table
+        assert words in done.out
+
+
+def test_held_out_text_can_be_named(psannlm, project: Path) -> None:
+    Path("other.txt").write_text("Übung macht den Meister.\n", encoding="utf-8")
+    done = psannlm("bench-tokenizers", *TINY, "--held-out", "other.txt", "--out", "here", "--json")
+    metrics = json.loads(done.out)
+    assert metrics["folder"] == "here"
+    # The end of the line belongs to no document when each line is one.
+    assert metrics["held_out"]["bytes"] == len("Übung macht den Meister.".encode())
+    assert metrics["held_out"]["overlap"] == 0
+    assert metrics["corpus"] == ["corpus.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--corpus", "nowhere.txt"], 2, "nowhere.txt"),
+        ([*TINY, "--vocab-size", "10"], 2, "vocab_size 10 is too small"),
+        ([*TINY, "--model", "nowhere.model"], 1, "nowhere.model"),
+        ([*TINY, "--repeat", "0"], 2, "--repeat"),
+    ],
+)
+def test_what_cannot_be_done_is_said(psannlm, project: Path, arguments: list[str], code: int, words: str) -> None:
+    done = psannlm("bench-tokenizers", *arguments)
+    assert done.code == code
+    assert words in done.err
+    assert not Path("reports").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "command"), [("compare_tokenizers", "bench-tokenizers"), ("benchmark_kv_cache", "bench-kv")]
+)
+def test_scripts_of_older_documents_forward(
+    script: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+    assert not ended.value.code
+    assert f"psannlm {command}" in capsys.readouterr().out
