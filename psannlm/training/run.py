@@ -27,11 +27,7 @@ from psannlm.models.transformer import Transformer
 from psannlm.reports.store import system_info, write_json
 from psannlm.storage import write_text
 from psannlm.tokenizers.base import Tokenizer
-from psannlm.training.checkpoint import (
-    BEST,
-    pointed,
-    step_folder,
-)
+from psannlm.training.checkpoint import BEST, pointed, step_folder
 from psannlm.training.loop import Progress, Run, run_steps, stopping_on_signals
 from psannlm.training.metrics import MetricsLog, draw_curve, read_metrics
 from psannlm.training.optim import OptimizerSet
