@@ -1,4 +1,4 @@
-"""Sizes of a model and a batch in; what the cache alone and batching alone are worth, and whether tokens change, out."""
+"""Sizes of a model and a batch in; what the cache and batching are worth each, and whether tokens change, out."""
 
 from __future__ import annotations
 

@@ -1,0 +1,44 @@
+"""The line that says where work stands: rare plain lines without a terminal, one rewritten line with one."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from psannlm.commands.options import LiveLine, live_line, table_text
+
+
+def test_plain_lines_come_seldom() -> None:
+    now = 0.0
+    page = io.StringIO()
+    line = LiveLine(Console(file=page, width=200), None, clock=lambda: now)
+    shown = []
+    for tenth in range(130):
+        now = tenth / 10
+        line.show(f"at {now}")
+        if page.getvalue().count("\n") > len(shown):
+            shown.append(now)
+    assert shown == [1.0, 6.0, 11.0], "the first one early, then every five seconds"
+    line.keep("[a] notice")
+    assert page.getvalue().splitlines() == ["at 1.0", "at 6.0", "at 11.0", "[a] notice"]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_line_that_stays_is_seen_either_way(is_terminal: bool) -> None:
+    page = io.StringIO()
+    with live_line(Console(file=page, width=80, force_terminal=is_terminal)) as line:
+        line.keep("kept")
+        line.show("too early to be shown")
+    assert "kept" in page.getvalue()
+    assert "too early" not in page.getvalue()
+
+
+def test_table_text_is_plain() -> None:
+    table = Table("name", title="[bold]figures[/bold]")
+    table.add_row("é")
+    text = table_text(table, table)
+    assert text.count("figures") == 2
+    assert "\x1b" not in text
