@@ -53,6 +53,8 @@ def test_nucleus_of_one_keeps_every_token_of_a_large_vocabulary() -> None:
     # In float32 the probabilities of 100,000 equal tokens sum to more than 1 before the last is counted.
     logits = torch.zeros(1, 100_000)
     assert len(kept(keep_top_p(logits, 1.0))[0]) == 100_000
+    # Nor is one lost whose probability the sum of the others swallows.
+    assert kept(keep_top_p(torch.tensor([[0.0, -50.0]]), 1.0)) == [[0, 1]]
     sampling = SamplingConfig(top_p=1.0)
     assert next_tokens(logits, sampling, torch.tensor([BELOW_ONE])).item() == 99_999
     # The same sum decides where the nucleus ends.
@@ -129,7 +131,8 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
     assert chi_square < 31.3  # 11 degrees of freedom: exceeded once in a thousand seeds
 
 
-@pytest.mark.parametrize("u", [0.0, 1e-30, 0.5, BELOW_ONE])
+# One itself too, which no generator promises to give and rounding on the way may make.
+@pytest.mark.parametrize("u", [0.0, 1e-30, 0.5, BELOW_ONE, 1.0])
 def test_a_token_without_probability_is_never_drawn(u: float) -> None:
     # Zero probability at both ends and in the middle.
     logits = torch.tensor([[-1e30, 1.0, -1e30, 1.0, -1e30]])
