@@ -22,7 +22,7 @@ JsonOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 CheckpointOption = Annotated[
     Path | None,
-    typer.Option("--checkpoint", "-c", help="Model file or checkpoint folder. Default: the newest run's best."),
+    typer.Option("--checkpoint", "-c", help="Model file, checkpoint folder or run. Default: the newest run's best."),
 ]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Where to look for the newest run.")]
 
@@ -53,7 +53,7 @@ def figures_table(title: str, rows: list[tuple[str, str]]) -> Table:
 
 
 def find_model_file(checkpoint: Path | None, runs: Path) -> Path:
-    """Return the checkpoint asked for, or the newest run's best.
+    """Return the checkpoint asked for (of a run folder, its best), or the newest run's best.
 
     Raises:
         ArtifactError: none was given and none is there; the message says how to make one.
@@ -62,7 +62,7 @@ def find_model_file(checkpoint: Path | None, runs: Path) -> Path:
     from psannlm.training.checkpoint import find_checkpoint
 
     if checkpoint is not None:
-        return checkpoint
+        return find_checkpoint(checkpoint) or checkpoint
     found = find_checkpoint(runs)
     if found is None:
         raise ArtifactError(

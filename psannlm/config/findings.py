@@ -197,12 +197,36 @@ def _resolve(cls: type[Section], path: KeyPath) -> tuple[tuple[type[Section], ..
     return (owner,), field
 
 
+# What other trainers call a key: too far from ours in letters for a near match.
+_NAMES_ELSEWHERE = {
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "gradient_accumulation_steps": "grad_accum_steps",
+    "gradient_checkpointing": "grad_checkpoint",
+    "max_grad_norm": "grad_clip",
+    "precision": "amp",
+    "output_dir": "checkpoint_dir",
+    "out_dir": "checkpoint_dir",
+    "eval_interval": "eval_interval_steps",
+    "save_steps": "save_interval_steps",
+    "logging_steps": "log_interval_steps",
+    "block_size": "max_length",
+    "seq_len": "max_length",
+    "n_layer": "n_layers",
+    "n_head": "n_heads",
+    "n_embd": "d_model",
+    "hidden_size": "d_model",
+}
+
+
 def _unknown_key(owner: tuple[type[Section], ...], at: KeyPath, key: str) -> str:
     if owner[0] is BuiltinSource and key in PathSource.model_fields:
         return "a source is either a path or builtin, not both"
     if key == "<<":
         return "merge keys are not part of YAML 1.2; write the keys out"
     known = [name for cls in owner for name in cls.model_fields]
+    if (ours := _NAMES_ELSEWHERE.get(key)) in known:
+        return f"unknown key (did you mean '{ours}'?)"
     close = nearest(key, known)
     owners = _owners(key)
     if owners:

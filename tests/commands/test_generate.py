@@ -78,3 +78,9 @@ def test_a_damaged_model_is_refused_in_one_line(psannlm, in_trained: Path, tmp_p
     assert refused.code == 1
     assert len(refused.err.strip().splitlines()) == 1
     assert "damaged" in refused.err
+
+
+def test_a_run_folder_stands_for_its_best_checkpoint(psannlm, in_trained: Path) -> None:
+    best = (in_trained / "runs" / "tiny" / "best").read_text().strip()
+    done = psannlm("generate", "--prompt", "The", *GREEDY, "--checkpoint", "runs/tiny", "--json")
+    assert json.loads(done.out)["checkpoint"] == f"runs/tiny/{best}"

@@ -4,8 +4,10 @@ import pytest
 from pydantic import Field
 
 from psannlm.config.base import Check, Section, Whole
-from psannlm.config.findings import dotted, examine, show, touches
+from psannlm.config.findings import _NAMES_ELSEWHERE, SECTIONS, dotted, examine, show, touches
 from psannlm.config.model import ModelConfig
+from psannlm.config.run import config_from_mapping
+from psannlm.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -81,3 +83,11 @@ def test_the_section_holds_defaults_where_values_were_refused() -> None:
 
 def test_rules_of_a_section_are_collected_not_raised() -> None:
     assert [finding.message for finding in examine(_Even, ("x",), {"size": 4}).findings] == ["too even"]
+
+
+@pytest.mark.parametrize("theirs", sorted(_NAMES_ELSEWHERE))
+def test_names_of_other_trainers_lead_to_ours(theirs: str) -> None:
+    ours = _NAMES_ELSEWHERE[theirs]
+    section = next(name for name, cls in SECTIONS.items() if ours in cls.model_fields)
+    with pytest.raises(ConfigError, match=f"did you mean '{ours}'"):
+        config_from_mapping({section: {theirs: 1}})

@@ -1,0 +1,54 @@
+"""The model's laws on a GPU: the same losses, gradients and text as on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from psannlm.generation.engine import Decoding
+from psannlm.generation.sampling import SamplingConfig
+from psannlm.models.transformer import Transformer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+BASES = ("respsann", "waveresnet", "transformer")
+POSITIONS = ("rope", "alibi", "sinusoidal")
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_loss_and_gradients_are_those_of_the_cpu(
+    build_tiny: Callable[..., Transformer], base: str, positions: str
+) -> None:
+    found = {}
+    input_ids = torch.randint(0, 17, (3, 20), generator=torch.Generator().manual_seed(0))
+    for device in ("cpu", "cuda"):
+        model = build_tiny(base=base, positional_encoding=positions).to(device)
+        loss = model(input_ids.to(device), input_ids.to(device))
+        loss.backward()
+        found[device] = (loss.item(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None})
+    assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=1e-5)
+    assert found["cuda"][1].keys() == found["cpu"][1].keys()
+    for name, gradient in found["cpu"][1].items():
+        torch.testing.assert_close(found["cuda"][1][name], gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_greedy_text_is_that_of_the_cpu(build_tiny: Callable[..., Transformer], base: str) -> None:
+    found = {}
+    for device in ("cpu", "cuda"):
+        decoding = Decoding(
+            build_tiny(base=base).to(device),
+            [[1, 5, 9], [2], [3, 4, 5, 6, 7]],
+            max_new_tokens=10,
+            sampling=SamplingConfig(temperature=0.0),
+            eos_id=None,
+        )
+        for _ in decoding:
+            pass
+        found[device] = decoding.generated
+    assert found["cuda"] == found["cpu"]
