@@ -173,8 +173,8 @@ def _refuse_wrong_length(path: Path, header_bytes: int, fields: dict[str, Any]) 
 def _hash_position(path: Path, header: bytes) -> int:
     marker = f'"{_HASH_KEY}":"'.encode("ascii")
     at = header.find(marker)
-    if at < 0 or header.find(marker, at + 1) >= 0 or at + len(marker) + len(_BLANK) > len(header):
-        raise ArtifactError(f"{path} records no {_HASH_KEY}, or more than one: it is damaged or not a psannlm file")
+    if at < 0 or at + len(marker) + len(_BLANK) > len(header):
+        raise ArtifactError(f"{path} records no whole {_HASH_KEY}: it is damaged or not a psannlm file")
     return at + len(marker)
 
 

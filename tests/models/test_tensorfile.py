@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import stat
 import struct
@@ -230,6 +231,19 @@ def test_headers_that_are_not_ours_are_refused(path: Path, header: bytes) -> Non
 @pytest.mark.parametrize("length", [0, 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 65 << 20])
 def test_header_lengths_that_lie_are_refused(path: Path, length: int) -> None:
     refused(path, forge(header_of({"x": entry()}), bytes(8), length))
+
+
+def test_a_huge_header_is_not_read(path: Path) -> None:
+    """A sparse file takes no room on the disk and any room in memory."""
+    path.touch()
+    os.truncate(path, 300 << 20)
+    with open(path, "r+b") as file:
+        file.write(struct.pack("<Q", 200 << 20))
+    tracemalloc.start()
+    with pytest.raises(ArtifactError, match=r"header of 209,715,200"):
+        read_tensors(path)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 
 def test_hundreds_of_mutations_with_a_fitting_hash_do_nothing_but_fail_or_load(path: Path) -> None:
