@@ -46,9 +46,10 @@ def test_the_seed_decides_prompts_and_weights() -> None:
     assert outputs[0] == outputs[1] != outputs[2]
 
 
-def test_every_part_of_the_random_model_shows() -> None:
-    """A branch that is zero would let a broken cache pass: no token may be left when any parameter's effect is."""
-    model = build_random_model(resolve(TINY.model_copy(update={"max_seq_len": 9})), 7, CPU)
+@pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
+def test_every_part_of_the_random_model_shows(base: str) -> None:
+    """A branch or a bias at zero would let a broken cache pass: halving any parameter must change the logits."""
+    model = build_random_model(resolve(TINY.model_copy(update={"base": base, "max_seq_len": 9})), 7, CPU)
     ids = torch.arange(8)[None]
     with torch.no_grad():
         before = model.logits(model.hidden_states(ids))
