@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PROMPT ?= The for statement
+PROMPT ?= A class
 
 # The pins hold in the separate environment that builds the package too; newer versions of pip read the second name there.
 export PIP_CONSTRAINT := constraints.txt

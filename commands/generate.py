@@ -29,7 +29,7 @@ def generate(
     checkpoint: CheckpointOption = None,
     runs: RunsOption = Path("runs"),
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; below 1 is bolder, above 1 wilder.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; below 1 keeps to the likely, above 1 strays.")] = 0.7,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability; 1 keeps all.")] = 0.9,
     repetition_penalty: Annotated[
