@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,11 @@ BASES: dict[BaseName, BaseDefaults] = {
 def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: int | None = None) -> ModelConfig:
     """Return ``config`` with every null filled in by its base, the tokenizer's vocabulary and the training window.
 
+    A wave without a place is off, so that what is returned is itself a valid configuration.
+
     Raises:
-        ConfigError: no vocabulary size is known, or the one asked for is smaller than the tokenizer's.
+        ConfigError: no vocabulary size is known, or the one asked for is smaller than the tokenizer's; or the taps of
+            a wave lie further apart than the context is long.
     """
     defaults = BASES[config.base]
     if config.vocab_size is None and vocab_size is None:
@@ -43,18 +47,33 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
         )
         raise ConfigError(Problem("model.vocab_size", message))
     mlp = config.mlp or defaults.mlp
-    enabled = defaults.wave if config.wave.enabled is None else config.wave.enabled
+    enabled = (defaults.wave if config.wave.enabled is None else config.wave.enabled) and bool(config.wave.places)
+    context = config.max_seq_len or max_seq_len
+    if enabled and context is not None:
+        _refuse_idle_waves(config, context)
     return config.model_copy(
         update={
             "mlp": mlp,
             "d_mlp": config.d_mlp or default_d_mlp(mlp, config.d_model),
             "n_kv_heads": config.n_kv_heads or config.n_heads,
             "vocab_size": config.vocab_size or vocab_size,
-            "max_seq_len": config.max_seq_len or max_seq_len,
+            "max_seq_len": context,
             "wave": config.wave.model_copy(update={"enabled": enabled}),
             "residual_scale": defaults.residual_scale if config.residual_scale is None else config.residual_scale,
         }
     )
+
+
+def _refuse_idle_waves(config: ModelConfig, context: int) -> None:
+    """Raise ConfigError if a layer's taps lie beyond the context: they would mix zeros, and take memory without end."""
+    growth = config.wave.dilation_growth
+    # Not growth ** n_layers: a hostile file may ask for a number of more digits than there is memory.
+    if (config.n_layers - 1) * math.log(growth) > math.log(context):
+        message = (
+            f"{growth} makes the dilation of layer {config.n_layers - 1} (counted from 0) {growth} ** "
+            f"{config.n_layers - 1}, more than the context of {context} tokens; lower it"
+        )
+        raise ConfigError(Problem("model.wave.dilation_growth", message))
 
 
 def build_model(config: ModelConfig, *, seed: int | None = None, device: torch.device | str = "cpu") -> Transformer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.errors import ConfigError
+from psannlm.models.artifact import load_model, save_model
 from psannlm.models.mlp import GatedMlp, Mlp
 from psannlm.models.registry import BASES, build_model, resolve
 from psannlm.models.sine import SineActivation
@@ -53,6 +55,25 @@ def test_one_base_can_be_set_to_be_another() -> None:
     state, wanted = (build_model(resolve(config), seed=3).state_dict() for config in (one, other))
     assert state.keys() == wanted.keys()
     assert all(torch.equal(state[name], wanted[name]) for name in state)
+
+
+@pytest.mark.parametrize("enabled", [None, False])
+def test_a_wave_without_a_place_is_off_and_its_model_file_loads(enabled: bool | None, tmp_path: Path) -> None:
+    found = resolve(ModelConfig(**TINY, wave={"enabled": enabled, "places": ()}))
+    assert found.wave.enabled is False
+    save_model(tmp_path / "m", build_model(found, seed=0), None)
+    assert load_model(tmp_path / "m").model.config == found
+
+
+def test_taps_beyond_the_context_are_refused() -> None:
+    fits = {**TINY, "n_layers": 3, "wave": {"dilation_growth": 4}}
+    assert resolve(ModelConfig(**fits), max_seq_len=16).wave.dilation_growth == 4
+    with pytest.raises(ConfigError, match=r"dilation_growth.*4 \*\* 2.*context of 15"):
+        resolve(ModelConfig(**fits), max_seq_len=15)
+    huge = {"dilation_growth": 2**62}
+    with pytest.raises(ConfigError, match="dilation_growth"):
+        resolve(ModelConfig(**{**TINY, "n_layers": 2**62}, wave=huge, max_seq_len=2**62))
+    assert resolve(ModelConfig(base="transformer", **TINY, wave=huge), max_seq_len=8).wave.enabled is False
 
 
 def test_what_is_resolved_stays_as_it_is() -> None:
