@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,16 @@ def draw_curve(folder: Path, title: str, rows: list[dict[str, Any]]) -> Path:
         best = losses.index(min(losses))
         label = f"best: {bits[best]:.3f} bits per byte at step {steps[best]}"
         axes.plot(steps[best], losses[best], "*", color=_BEST_COLOUR, markersize=16, label=label, zorder=3)
-    axes.set_title(title)
+    # A folder may be called anything: "$" is no formula in it.
+    axes.set_title(title, parse_math=False)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     if train or evals:
         axes.legend(frameon=False)
     path = folder / CURVE_FILE
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        # Characters that matplotlib's font lacks are drawn as boxes; the picture is whole all the same.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure.savefig(temporary, format="png", dpi=150)
     return path

@@ -137,3 +137,8 @@ def test_drawing_leaves_the_callers_plots_alone(tmp_path: Path) -> None:
     backend = mpl.rcParams._get_backend_or_none()  # type: ignore[attr-defined]
     draw_curve(tmp_path, "t", [train_row(1)])
     assert mpl.rcParams._get_backend_or_none() == backend  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("title", ["a$b_{$", "$^$", "中文 🌊", "\\frac{"])
+def test_a_folder_of_any_name_gets_its_picture(title: str, tmp_path: Path) -> None:
+    assert draw_curve(tmp_path, title, [train_row(1), eval_row(1, 2.0)]).stat().st_size > 1000
