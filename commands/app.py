@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from types import TracebackType
 from typing import Annotated
@@ -16,7 +15,7 @@ from psannlm.commands import eval as eval_command
 from psannlm.commands import generate as generate_command
 from psannlm.commands import tokenize as tokenize_command
 from psannlm.commands import train as train_command
-from psannlm.errors import EXIT_FAILED, EXIT_INTERRUPTED, PsannlmError
+from psannlm.errors import EXIT_INTERRUPTED, PsannlmError
 
 app = typer.Typer(
     name="psannlm",
@@ -54,7 +53,9 @@ def root(
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say an error that nobody expected in one line; set as ``sys.excepthook`` unless --debug."""
-    if issubclass(kind, MemoryError) or kind.__name__ == "OutOfMemoryError":
+    # torch raises a class of its own for GPUs and a plain RuntimeError for CPUs.
+    is_memory = issubclass(kind, MemoryError) or kind.__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    if is_memory:
         typer.echo("error: out of memory; lower train.batch_tokens, or set train.grad_checkpoint: true", err=True)
     else:
         message = str(error).strip().split("\n")[0]
@@ -70,16 +71,15 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         sys.excepthook = _one_line
     try:
-        app(arguments, prog_name="psannlm")
+        # Not app(...): Typer's own call puts its traceback printer back in place of ours.
+        typer.main.get_command(app)(arguments, prog_name="psannlm")
     except PsannlmError as error:
         if debug:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output has left (psannlm generate | head); there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_FAILED)
+    except SystemExit as end:
+        # What Typer makes of a Ctrl-C; where there was something to save, Interrupted has said so already.
+        if end.code == EXIT_INTERRUPTED:
+            typer.echo("interrupted", err=True)
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,48 @@ def test_an_unexpected_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> 
     assert said == "error: unexpected ValueError: first line (run again with --debug for the traceback)\n"
     root._one_line(MemoryError, MemoryError(), None)
     assert "train.batch_tokens" in capsys.readouterr().err
+
+    root._one_line(
+        RuntimeError, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), None
+    )
+    assert "train.batch_tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_debug", [False, True])
+def test_a_traceback_is_shown_with_debug_alone(is_debug: bool, project: Path) -> None:
+    program = (
+        "import sys\nfrom psannlm.commands.app import main\n"
+        "def broken(*arguments):\n    raise ZeroDivisionError('as it happens')\n"
+        "sys.modules['psannlm.commands.generate'].find_model_file = broken\n"
+        f"main({['generate', '--prompt', 'x', *(['--debug'] if is_debug else [])]!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=project)
+    assert done.returncode == 1
+    assert ("Traceback" in done.stderr) == is_debug
+    if not is_debug:
+        assert done.stderr.startswith("error: unexpected ZeroDivisionError: as it happens")
+        assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_before_there_is_anything_to_save_is_130(
+    psannlm, monkeypatch: pytest.MonkeyPatch, project: Path
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["psannlm.commands.generate"], "find_model_file", interrupted)
+    done = psannlm("generate", "--prompt", "x")
+    assert done.code == 130
+    assert done.err == "interrupted\n"
+
+
+def test_a_reader_that_has_left_is_no_news() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "psannlm", "--version"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr == b""
 
 
 def test_every_command_has_a_help_text() -> None:
