@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,7 @@ from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.checkpoint import BEST, TrainerState, list_checkpoints, point, prune, save_checkpoint
 from psannlm.training.metrics import MetricsLog
 from psannlm.training.optim import OptimizerSet
-from psannlm.training.progress import Reporter
+from psannlm.training.progress import Rate, Reporter
 from psannlm.training.schedule import learning_rate
 from psannlm.training.step import StepResult, train_step
 
@@ -77,7 +76,7 @@ def run_steps(run: Run, progress: Progress) -> Progress:
         StorageError: a checkpoint could not be written; earlier ones are whole.
     """
     settings = run.config.train
-    clock = time.monotonic()
+    rate = Rate()
     for batch in run.loader.steps(progress.position):
         if progress.step >= run.total_steps:
             break
@@ -105,25 +104,30 @@ def run_steps(run: Run, progress: Progress) -> Progress:
         if not result.is_finite:
             window_ids = np.concatenate([b.window_ids for b in batch.micro_batches])
             raise TrainingError(_not_finite(run, step, result, window_ids))
-        now = time.monotonic()
-        rate, clock = result.n_labels / max(now - clock, 1e-9), now
+        rate.add(result.n_labels)
         figures = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
         progress = Progress(step, batch.after, progress.tokens + result.n_labels, progress.best, figures)
         is_last = step == run.total_steps
         is_logged = step % settings.log_interval_steps == 0 or is_last or step == 1
         if is_logged and run.log is not None:
-            timing = {"tokens": progress.tokens, "epoch": batch.after.epoch, "tokens_per_s": round(rate, 1)}
+            timing = {
+                "tokens": progress.tokens,
+                "epoch": batch.after.epoch,
+                "tokens_per_s": round(rate.tokens_per_s, 1),
+            }
             run.log.write("train", step, {**figures, **timing})
-        run.reporter.step(step, result.loss, lr, rate, is_logged)
+        run.reporter.step(step, result.loss, lr, rate.tokens_per_s, is_logged)
+        if is_logged:
+            rate = Rate()
 
         is_best = False
         if run.val_windows is not None and (is_last or _is_due(step, settings.eval_interval_steps)):
             progress, is_best = _validate(run, progress, run.val_windows)
-            clock = time.monotonic()
+            rate.pause()
         is_stopped = run.world.any(run.stop.is_set(), run.precision.device)
         if is_best or is_last or is_stopped or _is_due(step, settings.save_interval_steps):
             _save(run, progress, is_best)
-            clock = time.monotonic()
+            rate.pause()
         if is_stopped and not is_last:
             raise Interrupted(f"stopped after step {step} of {run.total_steps}; saved in {run.folder}")
     return progress

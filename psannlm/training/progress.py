@@ -36,6 +36,30 @@ class Reporter(Protocol):
         """Training ended, one way or another."""
 
 
+class Rate:
+    """Tokens per second since it was made, the time of validations and saves left out."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._tokens, self._seconds = 0, 0.0
+        self._last = clock()
+
+    def add(self, n_tokens: int) -> None:
+        """Count a step that ends now."""
+        now = self._clock()
+        self._tokens += n_tokens
+        self._seconds, self._last = self._seconds + now - self._last, now
+
+    def pause(self) -> None:
+        """Leave out the time since the last step."""
+        self._last = self._clock()
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The rate so far; 0 before the first step."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+
 class SilentReporter:
     """Hears everything and says nothing."""
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from psannlm.evaluation import Evaluation
-from psannlm.training.progress import ConsoleReporter, SilentReporter
+from psannlm.training.progress import ConsoleReporter, Rate, SilentReporter
 
 
 class Clock:
@@ -101,3 +101,16 @@ def test_the_silent_one_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     reporter.saved(Path("x"))
     reporter.stop()
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_rate_is_that_of_the_steps_alone() -> None:
+    now = [0.0]
+    rate = Rate(clock=lambda: now[0])
+    assert rate.tokens_per_s == 0.0
+    now[0] = 2.0
+    rate.add(100)
+    now[0] = 50.0  # a validation
+    rate.pause()
+    now[0] = 53.0
+    rate.add(200)
+    assert rate.tokens_per_s == 300 / 5
