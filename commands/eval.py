@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from psannlm.commands.options import (
+    DEFAULT_RUNS,
     CheckpointOption,
     DeviceOption,
     JsonOption,
     RunsOption,
     figures_table,
     find_model_file,
+    live_line,
     print_json,
     progress,
     results,
@@ -23,7 +27,7 @@ from psannlm.commands.options import (
 def evaluate(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders or globs of text.")],
     checkpoint: CheckpointOption = None,
-    runs: RunsOption = Path("runs"),
+    runs: RunsOption = DEFAULT_RUNS,
     per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of a .txt file.")] = False,
     text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
     window: Annotated[int | None, typer.Option(help="Tokens seen at once. Default: as in training.")] = None,
@@ -34,8 +38,6 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model on all of a text."""
-    from rich.progress import Progress
-
     from psannlm.config.data import PathSource
     from psannlm.config.run import section_from_kwargs
     from psannlm.config.train import TrainConfig
@@ -49,18 +51,23 @@ def evaluate(
     loaded = load_model(path)
     precision = pick_precision(settings.amp, pick_device(settings.device))
     loaded.model.to(precision.device)
-    with Progress(console=progress(), transient=True) as bar:
-        task = bar.add_task("evaluating", total=None)
+    began = time.monotonic()
+
+    def standing(done: int, total: int) -> str:
+        left = timedelta(seconds=round((time.monotonic() - began) * (total - done) / done))
+        return f"evaluating: {done:,} of {total:,} windows, {left} left"
+
+    with live_line(progress()) as line:
         result, report = evaluate_sources(
             loaded,
             [PathSource(path=file, per_line=per_line, text_key=text_key) for file in files],
             precision=precision,
             batch_size=batch_size,
             window=window,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            on_progress=lambda done, total: line.show(standing(done, total)),
         )
-    for line in report.lines():
-        progress().print(line, highlight=False, soft_wrap=True, markup=False)
+        for said in report.lines():
+            line.keep(said)
     folder = new_folder("eval", out)
     metrics = {"checkpoint": str(path), "files": files, "corpus_sha256": report.sha256, **result.as_dict()}
     write_json(folder / "metrics.json", metrics)
@@ -68,9 +75,10 @@ def evaluate(
     if as_json:
         print_json({**metrics, "folder": str(folder)})
         return
+    documents = f"{report.documents:,} document{'' if report.documents == 1 else 's'}"
     rows = [
         ("checkpoint", str(path)),
-        ("text", f"{report.documents:,} documents, {result.n_bytes:,} bytes, {result.n_labels:,} tokens"),
+        ("text", f"{documents}, {result.n_bytes:,} bytes, {result.n_labels:,} tokens"),
         ("loss", f"{result.loss:.4f} nats per token"),
         ("perplexity", f"{result.perplexity:.2f}"),
         ("bits per byte", f"{result.bits_per_byte:.4f}"),

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from psannlm.commands.options import (
+    DEFAULT_RUNS,
     CheckpointOption,
     DeviceOption,
     JsonOption,
@@ -27,7 +28,7 @@ def generate(
         Path | None, typer.Option("--prompts-file", help="A prompt per line, decoded together; - reads stdin.")
     ] = None,
     checkpoint: CheckpointOption = None,
-    runs: RunsOption = Path("runs"),
+    runs: RunsOption = DEFAULT_RUNS,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy; below 1 keeps to the likely, above 1 strays.")] = 0.7,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
@@ -57,18 +58,23 @@ def generate(
         raise ArtifactError(f"{path} has no tokenizer: text cannot be made with it")
     loaded.model.to(pick_device(device))
     if checkpoint is None:
-        progress().print(f"[dim]using {path}[/dim]", highlight=False, soft_wrap=True)
+        _say(f"using {path}")
 
     is_streamed = len(prompts) == 1 and not as_json
-    if is_streamed:
-        _write(prompts[0])
+    # The prompt is written together with the first text after it: one that is refused is not text to show.
+    unwritten = prompts[:1] if is_streamed else []
+
+    def stream(text: str) -> None:
+        _write("".join([*unwritten, text]))
+        unwritten.clear()
+
     completions = complete(
         loaded.model,
         loaded.tokenizer,
         prompts,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        on_text=(lambda _, text: _write(text)) if is_streamed else None,
+        on_text=(lambda _, text: stream(text)) if is_streamed else None,
     )
     if as_json:
         rows = [
@@ -77,10 +83,13 @@ def generate(
         ]
         print_json({"checkpoint": str(path), "completions": rows})
     elif is_streamed:
-        _write("\n")
+        stream("\n")
     else:
         for number, (text, done) in enumerate(zip(prompts, completions, strict=True), start=1):
             typer.echo(f"--- {number} of {len(prompts)}\n{text}{done.text}")
+    if n_full := sum(done.stopped_by == "context" for done in completions):
+        rows = "" if len(prompts) == 1 else f" for {n_full} of {len(prompts)} prompts"
+        _say(f"stopped early{rows}: the model's context of {loaded.model.config.max_seq_len} tokens is full")
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -88,10 +97,15 @@ def _read_prompts(path: Path) -> list[str]:
     from psannlm.data.files import read_text
 
     text = sys.stdin.read() if str(path) == "-" else read_text(str(path))[0]
-    prompts = [line for line in text.splitlines() if line.strip()]
+    # Only \n ends a line, as in a corpus; str.splitlines would cut a prompt at U+2028 and a dozen others.
+    prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
         raise typer.BadParameter(f"{path} holds no prompt: every line is blank", param_hint="--prompts-file")
     return prompts
+
+
+def _say(text: str) -> None:
+    progress().print(text, style="dim", highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _write(text: str) -> None:

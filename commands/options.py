@@ -24,6 +24,7 @@ CheckpointOption = Annotated[
     Path | None,
     typer.Option("--checkpoint", "-c", help="Model file, checkpoint folder or run. Default: the newest run's best."),
 ]
+DEFAULT_RUNS = Path("runs")
 RunsOption = Annotated[Path, typer.Option("--runs", help="Where to look for the newest run.")]
 
 
@@ -48,7 +49,7 @@ def figures_table(title: str, rows: list[tuple[str, str]]) -> Table:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # a path may hold brackets, which are no markup
     return table
 
 

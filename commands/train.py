@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from psannlm.commands.options import JsonOption, figures_table, print_json, progress, results
+from psannlm.commands.options import DEFAULT_RUNS, JsonOption, figures_table, print_json, progress, results
 
 if TYPE_CHECKING:
     from psannlm.training.plan import TrainingPlan
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file with the sections model, data and train.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file with the sections model, data and train.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: train.lr=3e-4.")
     ] = None,
@@ -36,7 +40,8 @@ def train(
     from psannlm.config.run import load_config, to_yaml
 
     if out is not None:
-        overrides = [*(overrides or []), f"train.checkpoint_dir='{out}'"]
+        # A JSON string is one in YAML too, whatever characters the path holds.
+        overrides = [*(overrides or []), f"train.checkpoint_dir={json.dumps(str(out), ensure_ascii=False)}"]
     run_config = load_config(config, overrides or [])
     if dry_run:
         from psannlm.training.plan import plan_training
@@ -49,10 +54,13 @@ def train(
             _show_plan(plan)
         return
 
+    from psannlm.distributed import launched_world
     from psannlm.training.progress import ConsoleReporter
     from psannlm.training.run import train as run_training
 
     result = run_training(run_config, resume=resume, reporter=ConsoleReporter(progress()))
+    if not launched_world(run_config.train.ddp).is_main:
+        return
     if as_json:
         print_json(result.as_dict())
     else:
@@ -96,4 +104,7 @@ def _show_result(result: TrainResult) -> None:
         rows.append(("loss curve", str(result.curve)))
     console = results()
     console.print(figures_table("training", rows))
-    console.print('next: [bold]psannlm generate --prompt "The "[/bold]', highlight=False)
+    # Where generate looks by itself, the run that just ended is the newest one.
+    is_found = result.folder.resolve().parent == DEFAULT_RUNS.resolve()
+    where = "" if is_found else f" --checkpoint {shlex.quote(str(result.folder))}"
+    console.print(f'next: psannlm generate --prompt "The "{where}', style="bold", highlight=False, markup=False)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from psannlm.commands.options import LiveLine
+
 
 @pytest.fixture
 def in_trained(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -60,3 +62,14 @@ def test_a_window_longer_than_the_context_is_refused(psannlm, in_trained: Path) 
     refused = psannlm("eval", "corpus.txt", "--window", "17")
     assert refused.code == 2
     assert "16" in refused.err
+
+
+def test_progress_of_a_slow_evaluation_is_plain_lines_without_a_terminal(
+    psannlm, in_trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LiveLine, "_REDRAW_S", 0.0)
+    done = psannlm("eval", "corpus.txt", "--device", "cpu", "--batch-size", "2", "--out", str(tmp_path))
+    assert done.err.splitlines()[0].startswith("evaluating: 2 of ")
+    assert " left" in done.err
+    assert all(done.err.splitlines())
+    assert "1 document, " in done.out

@@ -36,6 +36,29 @@ def test_streamed_text_is_prompt_and_completion(psannlm, in_trained: Path) -> No
     assert streamed.out == "The tide" + told["completions"][0]["completion"] + "\n"
 
 
+def test_a_full_context_is_told(psannlm, in_trained: Path) -> None:
+    greedy = ("--temperature", "0", "--device", "cpu", "--max-new-tokens")
+    stopped = [
+        row["stopped_by"]
+        for row in json.loads(psannlm("generate", "-p", "The", "-p", "A tide", *greedy, "40", "--json").out)[
+            "completions"
+        ]
+    ]
+    assert stopped == ["context", "context"]
+    assert (
+        "for 2 of 2 prompts: the model's context of 16 tokens is full"
+        in psannlm("generate", "-p", "The", "-p", "A tide", *greedy, "40").err
+    )
+    assert "full" not in psannlm("generate", "-p", "The", *greedy, "2").err
+
+
+def test_only_a_line_feed_ends_a_prompt_of_a_file(psannlm, in_trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("A\u2028b\r\nThe\x0cc".encode())
+    done = psannlm("generate", "--prompts-file", str(file), *GREEDY, "--json")
+    assert [row["prompt"] for row in json.loads(done.out)["completions"]] == ["A\u2028b", "The\x0cc"]
+
+
 def test_prompts_of_a_file_give_what_each_gives_alone(psannlm, in_trained: Path, tmp_path: Path) -> None:
     prompts = ["The tide", "A", "What goes"]
     file = tmp_path / "prompts.txt"
@@ -63,6 +86,7 @@ def test_settings_out_of_range_are_wrong_usage(psannlm, in_trained: Path, option
 def test_a_prompt_longer_than_the_context_names_both_lengths(psannlm, in_trained: Path) -> None:
     refused = psannlm("generate", "--prompt", "x" * 40, *GREEDY)
     assert refused.code == 2
+    assert refused.out == ""
     assert "41" in refused.err  # with the beginning of text
     assert "16" in refused.err
 

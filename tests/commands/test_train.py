@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,31 @@ def test_set_and_out_override_the_file(psannlm, project: Path) -> None:
     assert json.loads(done.out)["steps"] == 2
     assert (project / "elsewhere, here" / "step_00000002").is_dir()
     assert not (project / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["it's", 'a "b"', "back\\slash", "[/b] [red]x", "wörter 中", "a: #b", "$x_{$"])
+def test_out_takes_any_name_and_shows_it(psannlm, project: Path, name: str) -> None:
+    done = psannlm("train", "config.yaml", "--set", "train.max_steps=1", "--out", name)
+    assert done.code == 0, done.err
+    assert (project / name / "step_00000001").is_dir()
+    assert name in done.out
+
+
+def test_the_next_command_finds_the_model(psannlm, project: Path) -> None:
+    for out in ("elsewhere, here", "runs/inside"):
+        told = psannlm("train", "config.yaml", "--set", "train.max_steps=1", "--out", out).out
+        [command] = [line for line in told.splitlines() if line.startswith("next: psannlm ")]
+        found = psannlm(*shlex.split(command)[2:], "--max-new-tokens", "2", "--device", "cpu", "--json")
+        assert json.loads(found.out)["checkpoint"] == f"{out}/step_00000001"
+
+
+def test_one_rank_of_several_prints_the_result(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from psannlm.training import run
+
+    monkeypatch.setattr(run, "train", lambda *arguments, **options: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert psannlm("train", "config.yaml", "--json").out == ""
 
 
 def test_dry_run_writes_nothing_and_adds_up(psannlm, project: Path) -> None:
