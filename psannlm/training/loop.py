@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -30,7 +26,7 @@ from psannlm.training.metrics import MetricsLog
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.progress import Rate, Reporter
 from psannlm.training.schedule import learning_rate
-from psannlm.training.step import StepResult, train_step
+from psannlm.training.step import StepResult, seed_step, train_step
 
 
 @dataclass
@@ -133,11 +129,6 @@ def run_steps(run: Run, progress: Progress) -> Progress:
     return progress
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for one step on one rank: dropout depends on nothing that a checkpoint would have to keep."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
-
-
 def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
 
@@ -190,28 +181,3 @@ def _not_finite(run: Run, step: int, result: StepResult, window_ids: np.ndarray[
 def _last_saved(run: Run) -> str:
     saved = list_checkpoints(run.folder)
     return f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
-
-
-@contextmanager
-def stopping_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Set ``stop`` on Ctrl-C or SIGTERM within the context; a second Ctrl-C ends at once.
-
-    Only the main thread of a program can handle signals; elsewhere the context does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    names = (signal.SIGINT, signal.SIGTERM)
-    former = {name: signal.getsignal(name) for name in names}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for name in names:
-        signal.signal(name, note)
-    try:
-        yield
-    finally:
-        for name, handler in former.items():
-            signal.signal(name, handler)

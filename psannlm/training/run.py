@@ -28,12 +28,13 @@ from psannlm.reports.store import system_info, write_json
 from psannlm.storage import write_text
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.checkpoint import BEST, pointed, step_folder
-from psannlm.training.loop import Progress, Run, run_steps, stopping_on_signals
+from psannlm.training.loop import Progress, Run, run_steps
 from psannlm.training.metrics import MetricsLog, draw_curve, read_metrics
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import replicate
 from psannlm.training.progress import Reporter, SilentReporter
 from psannlm.training.resume import find_state, identity, make_way, move_aside, refuse_other_data, restore, same_model
+from psannlm.training.signals import stopping_on_signals
 
 CONFIG_FILE = "config.yaml"
 SYSTEM_FILE = "system.json"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,11 @@ class StepResult:
     grad_norm: float
     n_labels: int
     is_finite: bool
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one step on one rank: dropout depends on nothing that a checkpoint would have to keep."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
 def train_step(

@@ -22,10 +22,11 @@ from psannlm.evaluation import Evaluation
 from psannlm.models.tensorfile import read_tensors
 from psannlm.models.transformer import Transformer
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
-from psannlm.training.loop import seed_step, stopping_on_signals
 from psannlm.training.metrics import read_metrics
 from psannlm.training.progress import SilentReporter
 from psannlm.training.run import train
+from psannlm.training.signals import stopping_on_signals
+from psannlm.training.step import seed_step
 
 TinyRun = Callable[..., RunConfig]
 pytestmark = pytest.mark.usefixtures("_no_curve")
