@@ -189,7 +189,14 @@ class psannLM:
         Raises:
             UnknownKeyError: (a TypeError) a keyword is not known; the nearest known one is named.
             ConfigError, DeviceError: a value is refused, or what it asks for is not to be had.
+            TokenizerError: the model has learnt the ids of another tokenizer than that of ``data``.
         """
+        if self.tokenizer is not None and self.tokenizer.fingerprint != data.tokenizer.fingerprint:
+            raise TokenizerError(
+                f"the model was trained with tokenizer {self.tokenizer.fingerprint[:12]}, data has "
+                f"{data.tokenizer.fingerprint[:12]}; save the model's tokenizer and prepare the data with "
+                "tokenizer_model_path set to that file"
+            )
         named = {"epochs": epochs, "batch_tokens": batch_tokens, "lr": lr, "amp": amp, "ddp": ddp}
         prepared = data.prepared if val_data is None else _with_validation(data, val_data)
         reporter: Reporter = ConsoleReporter(Console(stderr=True)) if verbose else SilentReporter()
@@ -199,7 +206,10 @@ class psannLM:
             start = build_model(resolved, seed=seed) if isinstance(seed, int) else None
         else:
             start = self._model
-            start.config = resolve(start.config, max_seq_len=data.config.max_length)
+            if self.config.max_seq_len is None:
+                # Set by the windows of an earlier fit; longer ones now teach more positions.
+                context = max(start.config.max_seq_len or 0, data.config.max_length)
+                start.config = resolve(start.config.model_copy(update={"max_seq_len": context}))
         with tempfile.TemporaryDirectory(prefix="psannlm_fit_") as scratch:
             settings = {**named, "checkpoint_dir": scratch, **overrides}
             train_config = section_from_kwargs(TrainConfig, "train", settings)

@@ -198,3 +198,30 @@ def test_a_loaded_model_can_be_trained_on(fitted: psannLM, data: psannLMDataPrep
     start = again.model.embedding.weight.clone()
     again.fit(data, max_steps=1, **FIT)
     assert not torch.equal(again.model.embedding.weight, start)
+
+
+def test_a_trained_model_keeps_its_tokenizer(fitted: psannLM, tiny_texts: list[str], tmp_path: Path) -> None:
+    assert fitted.tokenizer is not None
+    options: dict[str, Any] = {"max_length": 16, "vocab_size": 261}
+    other = psannLMDataPrep(tiny_texts, tokenizer="tokenizers", **options)
+    for model in (fitted, psannLM.load(fitted.save(tmp_path / "m"))):
+        with pytest.raises(
+            TokenizerError, match=f"{fitted.tokenizer.fingerprint[:12]}.*{other.tokenizer.fingerprint[:12]}"
+        ):
+            model.fit(other, max_steps=1, **FIT)
+    file = fitted.tokenizer.save(tmp_path / "tokenizer.json")
+    same = psannLMDataPrep(tiny_texts[:4], tokenizer_model_path=file, **options)
+    assert psannLM.load(tmp_path / "m").fit(same, max_steps=1, **FIT).tokenizer is same.tokenizer
+
+
+@pytest.mark.parametrize("max_seq_len", [None, 64])
+def test_longer_windows_lengthen_the_context_unless_it_was_set(
+    data: psannLMDataPrep, tiny_texts: list[str], max_seq_len: int | None
+) -> None:
+    model = small(max_seq_len=max_seq_len).fit(data, max_steps=1, **FIT)
+    assert model.model.config.max_seq_len == (max_seq_len or 16)
+    longer = psannLMDataPrep(tiny_texts, tokenizer="simple", max_length=32, val_split=0.2, vocab_size=300)
+    model.fit(longer, max_steps=1, **FIT)
+    assert model.model.config.max_seq_len == (max_seq_len or 32)
+    model.fit(data, max_steps=1, **FIT)
+    assert model.model.config.max_seq_len == (max_seq_len or 32)
