@@ -56,6 +56,8 @@ def _explain(path: Path, error: OSError) -> str:
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"not allowed to write {path}: {error.strerror}. Choose a folder you may write to."
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"could not write {path}: a file stands where a folder must be. Move it, or choose another folder."
     return f"could not write {path}: {error.strerror or error}"
 
 

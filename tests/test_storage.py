@@ -130,8 +130,9 @@ def test_no_permission_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: 
 
 def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    with pytest.raises(StorageError, match="could not write"):
-        write_text(tmp_path / "file" / "below", "x")
+    for below in ("below", "far/below"):
+        with pytest.raises(StorageError, match=r"could not write .*below: a file stands where a folder must be"):
+            write_text(tmp_path / "file" / below, "x")
     (tmp_path / "folder").mkdir()
     with pytest.raises(StorageError, match="could not write"):
         write_text(tmp_path / "folder", "x")
