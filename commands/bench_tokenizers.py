@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from psannlm.commands.options import JsonOption, live_line, print_json, progress, results, table_text
 
@@ -80,7 +81,7 @@ def _table(report: TokenizerReport) -> Table:
     )
     table.add_column(style="cyan")
     for row in report.tokenizers:
-        table.add_column(row.name, justify="right", overflow="fold")
+        table.add_column(Text(row.name), justify="right", overflow="fold")
     rows: list[tuple[str, Callable[[TokenizerFigures], str]]] = [
         ("bytes per token", lambda row: f"{row.bytes_per_token:.3f}"),
         ("vocabulary", lambda row: f"{row.vocab_size:,}"),
@@ -94,7 +95,7 @@ def _table(report: TokenizerReport) -> Table:
         ("decode, tokens/s", lambda row: f"{row.tokens_per_s(row.decode_s):,.0f}"),
     ]
     for heading, figure in rows:
-        table.add_row(heading, *(figure(row) for row in report.tokenizers))
+        table.add_row(heading, *(Text(figure(row)) for row in report.tokenizers))
     return table
 
 

@@ -88,8 +88,8 @@ def generate(
         for number, (text, done) in enumerate(zip(prompts, completions, strict=True), start=1):
             typer.echo(f"--- {number} of {len(prompts)}\n{text}{done.text}")
     if n_full := sum(done.stopped_by == "context" for done in completions):
-        rows = "" if len(prompts) == 1 else f" for {n_full} of {len(prompts)} prompts"
-        _say(f"stopped early{rows}: the model's context of {loaded.model.config.max_seq_len} tokens is full")
+        which = "" if len(prompts) == 1 else f" for {n_full} of {len(prompts)} prompts"
+        _say(f"stopped early{which}: the model's context of {loaded.model.config.max_seq_len} tokens is full")
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -14,18 +14,20 @@ TINY = ("--corpus", "corpus.txt", "--per-line", "--vocab-size", "300", "--repeat
 
 
 def test_figures_are_printed_and_written(psannlm, project: Path) -> None:
-    psannlm("tokenize", "corpus.txt", "--per-line", "--backend", "simple", "--vocab-size", "300", "--out", "own.json")
-    done = psannlm("bench-tokenizers", *TINY, "--model", "own.json")
+    psannlm(
+        "tokenize", "corpus.txt", "--per-line", "--backend", "simple", "--vocab-size", "300", "--out", "[/own].json"
+    )
+    done = psannlm("bench-tokenizers", *TINY, "--model", "[/own].json")
     assert done.code == 0, done.err
     [folder] = Path("reports/tokenizers").iterdir()
     assert {path.name for path in folder.iterdir()} == {"metrics.json", "system.json", "table.txt"}
     rows = json.loads((folder / "metrics.json").read_text())["tokenizers"]
-    assert [row["name"] for row in rows] == ["sentencepiece", "tokenizers", "simple", "own.json"]
+    assert [row["name"] for row in rows] == ["sentencepiece", "tokenizers", "simple", "[/own].json"]
     assert rows[2]["bytes_per_token"] == rows[3]["bytes_per_token"] == 1.0, "one byte a character, one id a byte"
     assert all(row["is_lossless"] for row in rows)
     assert [row["ratio_to_raw"] is None for row in rows] == [False, False, True, True]
     table = (folder / "table.txt").read_text()
-    for words in ("sentencepiece", "own.json", "bytes per token", "lossless"):
+    for words in ("sentencepiece", "[/own].json", "bytes per token", "lossless"):
         assert words in table
         assert words in done.out
 
