@@ -15,7 +15,7 @@ from psannlm.config.data import DataConfig
 from psannlm.data.documents import Document, ReadReport, keep_text, read_documents
 from psannlm.data.order import shuffled
 from psannlm.data.shards import TokenStore, encode_documents
-from psannlm.errors import CorpusError
+from psannlm.errors import ConfigError, CorpusError, Problem
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, load_tokenizer
 
@@ -49,6 +49,7 @@ def prepare(config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = No
     Raises:
         CorpusError: a source is missing or cannot be read, or there is less text than one window.
         TokenizerError: the tokenizer cannot be fitted or read.
+        ConfigError: the tokenizer file is of another backend than the one named.
     """
     report = ReadReport()
     return _prepare(read_documents(config.sources, report), report, config, notice, tokenizer)
@@ -86,7 +87,14 @@ def _prepare(
 
 def _tokenizer(train_documents: Sequence[Document], config: DataConfig, notice: Notice) -> Tokenizer:
     if config.tokenizer_model_path is not None:
-        return load_tokenizer(Path(config.tokenizer_model_path))
+        tokenizer = load_tokenizer(Path(config.tokenizer_model_path))
+        if config.tokenizer not in ("auto", tokenizer.backend):
+            message = (
+                f"{config.tokenizer} was asked for, and {config.tokenizer_model_path} is a file of "
+                f"{tokenizer.backend}; leave data.tokenizer at auto"
+            )
+            raise ConfigError(Problem("data.tokenizer", message))
+        return tokenizer
     texts = (document.text for document in train_documents)
     return fit_tokenizer(texts, config.tokenizer, config.vocab_size, seed=config.seed, notice=notice)
 

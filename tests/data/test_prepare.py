@@ -12,8 +12,9 @@ from psannlm.config.data import DataConfig
 from psannlm.data import prepare as prepare_module
 from psannlm.data.documents import Document
 from psannlm.data.prepare import prepare, prepare_documents, shared_text, split_documents
-from psannlm.errors import CorpusError
+from psannlm.errors import ConfigError, CorpusError
 from psannlm.tokenizers.base import Tokenizer
+from psannlm.tokenizers.char import CharTokenizer
 
 
 def numbered(n: int) -> list[Document]:
@@ -110,6 +111,15 @@ def test_a_tokenizer_made_elsewhere_is_used_and_none_is_fitted(
     )
     config = DataConfig(tokenizer_model_path=str(tmp_path / "t.json"), max_length=8)
     assert prepare_documents(numbered(3), config, quiet).tokenizer is byte_tokenizer
+
+
+def test_a_file_of_another_backend_than_the_one_named_is_refused(tmp_path: Path) -> None:
+    path = str(CharTokenizer("é").save(tmp_path / "t.json"))
+    for named in ("auto", "simple"):
+        config = DataConfig(tokenizer=named, tokenizer_model_path=path, max_length=8)
+        assert prepare_documents(numbered(3), config, quiet).tokenizer.backend == "simple"
+    with pytest.raises(ConfigError, match=r"sentencepiece was asked for.*t\.json is a file of simple"):
+        prepare_documents(numbered(3), DataConfig(tokenizer="sentencepiece", tokenizer_model_path=path), quiet)
 
 
 def test_texts_come_through_with_nothing_lost_and_figures_for_people(byte_tokenizer: Tokenizer) -> None:
