@@ -12,7 +12,7 @@ from psannlm.device import pick_device, pick_precision, require_compiler
 from psannlm.distributed import launched_world
 from psannlm.models.accounting import count_parameters, flops_per_token, training_memory
 from psannlm.models.registry import resolve
-from psannlm.training.run import build_loader
+from psannlm.training.run import build_loader, doubts
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ def plan_training(config: RunConfig, notice: Callable[[str], None]) -> TrainingP
     data = prepare(config.data, notice)
     model = resolve(config.model, vocab_size=data.tokenizer.vocab_size, max_seq_len=config.data.max_length)
     loader = build_loader(config, data, world)
+    n_steps = total_steps(config, loader.steps_per_epoch)
+    for line in doubts(config, loader, n_steps):
+        notice(line)
     batches = plan_batches(config, world.size)
     memory = training_memory(
         model,
@@ -70,7 +73,7 @@ def plan_training(config: RunConfig, notice: Callable[[str], None]) -> TrainingP
         batches=batches,
         n_windows=len(loader.windows),
         steps_per_epoch=loader.steps_per_epoch,
-        n_steps=total_steps(config, loader.steps_per_epoch),
+        n_steps=n_steps,
         precision=precision.reason,
         memory={**asdict(memory), "total": memory.total},
         checkpoint_bytes=memory.weights + memory.optimizer,

@@ -56,7 +56,8 @@ def find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter)
     """Return the checkpoint to go on from, or None to start anew; ``resume`` as in ``run.train``.
 
     Raises:
-        ConfigError: the checkpoint belongs to another configuration; the message lists the keys that differ.
+        ConfigError: there is no such folder, or the checkpoint belongs to another configuration; the message lists the
+            keys that differ.
         ArtifactError: the checkpoint asked for, or every one of the run, is damaged.
     """
     if resume == "never":
@@ -68,6 +69,10 @@ def find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter)
     elif list_checkpoints(Path(resume)):
         raise ConfigError(
             f"{resume} is a run; --resume takes one of its checkpoints: {list_checkpoints(Path(resume))[-1]}"
+        )
+    elif not resume or not Path(resume).is_dir():
+        raise ConfigError(
+            f"{resume!r} is no checkpoint; --resume takes auto, never, or the path of a checkpoint folder"
         )
     else:
         found = (Path(resume), read_state(Path(resume)))

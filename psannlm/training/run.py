@@ -122,6 +122,8 @@ def train(
 
         loader = build_loader(config, data, world)
         n_steps = total_steps(config, loader.steps_per_epoch)
+        for line in doubts(config, loader, n_steps):
+            reporter.notice(line)
         optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
         scaler = torch.amp.GradScaler(device.type, enabled=precision.needs_scaler)
         progress = Progress()
@@ -177,6 +179,23 @@ def train(
             best=best,
             val_overlap=data.val_overlap,
         )
+
+
+def doubts(config: RunConfig, loader: Loader, n_steps: int) -> list[str]:
+    """Return, in lines for people, what was asked for and cannot come to pass with this corpus and this many steps."""
+    found = []
+    asked, there = loader.windows_per_step, len(loader.windows)
+    if asked > there:
+        found.append(
+            f"note: a step asks for {asked:,} windows and the training text gives {there:,}: every step is the whole "
+            "text; lower train.batch_tokens or train.grad_accum_steps for more steps"
+        )
+    if config.train.warmup_steps > n_steps:
+        found.append(
+            f"note: train.warmup_steps {config.train.warmup_steps} reaches past the last step, {n_steps}: the "
+            f"learning rate never comes to train.lr {config.train.lr:g}; lower it, or train longer"
+        )
+    return found
 
 
 def cut_windows(config: RunConfig, store: TokenStore, tokenizer: Tokenizer) -> Windows:

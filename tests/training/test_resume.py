@@ -395,6 +395,12 @@ def test_a_state_that_lacks_something_is_refused(tiny_run: TinyRun) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_resume_from_nothing_names_what_could_be_meant(tiny_run: TinyRun) -> None:
+    for wrong in ("Never", "nowhere/step_00000001", ""):
+        with pytest.raises(ConfigError, match="takes auto, never, or the path"):
+            train(tiny_run(), resume=wrong)
+
+
 def test_a_moved_run_goes_on_where_it_is(tiny_run: TinyRun, tmp_path: Path) -> None:
     config = tiny_run(max_steps=4, save_interval_steps=2)
     train_and_crash(config, after=3)

@@ -23,6 +23,8 @@ from psannlm.models.registry import build_model, resolve
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.training.checkpoint import list_checkpoints, read_state
 from psannlm.training.metrics import read_metrics
+from psannlm.training.plan import plan_training
+from psannlm.training.progress import SilentReporter
 from psannlm.training.run import train
 
 TinyRun = Callable[..., RunConfig]
@@ -370,6 +372,32 @@ def test_max_steps_may_take_several_epochs(tiny_run: TinyRun) -> None:
     three = train(tiny_run(max_steps=3 * one.steps))
     assert three.tokens == 3 * one.tokens
     assert read_state(list_checkpoints(three.folder)[-1]).position.epoch == 3
+
+
+@pytest.mark.usefixtures("_no_curve")
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"batch_tokens": 16_384}, "a step asks for 2,048 windows and the training text gives"),
+        ({"max_steps": None, "warmup_steps": 7}, "train.warmup_steps 7 reaches past the last step, 6"),
+        ({"max_steps": None, "warmup_steps": 6}, None),
+    ],
+)
+def test_what_cannot_come_to_pass_is_said_before_the_first_step(
+    tiny_run: TinyRun, settings: dict[str, Any], said: str | None
+) -> None:
+    class Notes(SilentReporter):
+        def notice(self, text: str) -> None:
+            heard.append(text)
+
+    heard: list[str] = []
+    plan_training(tiny_run(**settings), heard.append)
+    planned = [line for line in heard if line.startswith("note:")]
+    heard.clear()
+    train(tiny_run(**settings), reporter=Notes())
+    assert planned == [line for line in heard if line.startswith("note:")]
+    assert len(planned) == (said is not None)
+    assert said is None or said in planned[0]
 
 
 @pytest.mark.usefixtures("_no_curve")
