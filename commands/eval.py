@@ -30,7 +30,7 @@ def evaluate(
     runs: RunsOption = DEFAULT_RUNS,
     per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of a .txt file.")] = False,
     text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
-    window: Annotated[int | None, typer.Option(help="Tokens seen at once. Default: as in training.")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Tokens seen at once. Default: as in training.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 16,
     amp: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "fp32",
     device: DeviceOption = "auto",

@@ -28,6 +28,10 @@ def tokenize(
     """Fit a tokenizer on a corpus, or show how one splits a text."""
     if (model is None) == (not corpus):
         raise typer.BadParameter("give a CORPUS to fit on, or --model to look at", param_hint="CORPUS")
+    if model is None and (from_stdin or text is not None):
+        raise typer.BadParameter("--text and --stdin look at a finished tokenizer: give --model", param_hint="--model")
+    if model is not None and out is not None:
+        raise typer.BadParameter("--model is only looked at; nothing is written", param_hint="--out")
     if model is None:
         _fit(corpus or [], backend, vocab_size, per_line, text_key, out, as_json)
     elif from_stdin == (text is not None):

@@ -62,6 +62,7 @@ def test_a_window_longer_than_the_context_is_refused(psannlm, in_trained: Path) 
     refused = psannlm("eval", "corpus.txt", "--window", "17")
     assert refused.code == 2
     assert "16" in refused.err
+    assert "--window" in psannlm("eval", "corpus.txt", "--window", "0").err
 
 
 def test_progress_of_a_slow_evaluation_is_plain_lines_without_a_terminal(

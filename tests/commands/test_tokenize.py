@@ -24,7 +24,15 @@ def test_a_fitted_file_shows_the_text_it_is_given(psannlm, project: Path) -> Non
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["corpus.txt", "--model", "x.model"], ["--model", "x.model"], ["--model", "x", "--text", "a", "--stdin"]],
+    [
+        [],
+        ["corpus.txt", "--model", "x.model"],
+        ["--model", "x.model"],
+        ["--model", "x", "--text", "a", "--stdin"],
+        ["corpus.txt", "--text", "a"],
+        ["corpus.txt", "--stdin"],
+        ["--model", "x", "--text", "a", "--out", "y"],
+    ],
 )
 def test_contradictory_usage_is_refused(psannlm, project: Path, arguments: list[str]) -> None:
     assert psannlm("tokenize", *arguments).code == 2
