@@ -191,6 +191,8 @@ class psannLM:
             ConfigError, DeviceError: a value is refused, or what it asks for is not to be had.
             TokenizerError: the model has learnt the ids of another tokenizer than that of ``data``.
         """
+        if not isinstance(data, psannLMDataPrep):
+            raise TypeError(f"fit takes a psannLMDataPrep, not {type(data).__name__}: fit(psannLMDataPrep(texts))")
         if self.tokenizer is not None and self.tokenizer.fingerprint != data.tokenizer.fingerprint:
             raise TokenizerError(
                 f"the model was trained with tokenizer {self.tokenizer.fingerprint[:12]}, data has "

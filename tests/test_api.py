@@ -121,6 +121,11 @@ def test_an_unknown_keyword_is_a_type_error_that_names_the_nearest(call: Any, ne
         call()
 
 
+def test_texts_in_place_of_data_are_told_how(tiny_texts: list[str]) -> None:
+    with pytest.raises(TypeError, match=r"fit\(psannLMDataPrep\(texts\)\)"):
+        small().fit(tiny_texts)  # type: ignore[arg-type]
+
+
 def test_bad_values_are_configuration_errors() -> None:
     with pytest.raises(ConfigError, match="wavresnet"):
         small(base="wavresnet")
