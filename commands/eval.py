@@ -21,6 +21,7 @@ from psannlm.commands.options import (
     print_json,
     progress,
     results,
+    table_text,
 )
 
 
@@ -34,7 +35,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 16,
     amp: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "fp32",
     device: DeviceOption = "auto",
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for metrics.json and system.json.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model on all of a text."""
@@ -45,6 +46,7 @@ def evaluate(
     from psannlm.evaluation import evaluate_sources
     from psannlm.models.artifact import load_model
     from psannlm.reports.store import new_folder, system_info, write_json
+    from psannlm.storage import write_text
 
     settings = section_from_kwargs(TrainConfig, "train", {"amp": amp, "device": device})
     path = find_model_file(checkpoint, runs)
@@ -54,8 +56,9 @@ def evaluate(
     began = time.monotonic()
 
     def standing(done: int, total: int) -> str:
-        left = timedelta(seconds=round((time.monotonic() - began) * (total - done) / done))
-        return f"evaluating: {done:,} of {total:,} windows, {left} left"
+        elapsed = time.monotonic() - began
+        left = timedelta(seconds=round(elapsed * (total - done) / done))
+        return f"evaluating: {done:,} of {total:,} windows, {done / elapsed:,.1f} windows/s, {left} left"
 
     with live_line(progress()) as line:
         result, report = evaluate_sources(
@@ -72,9 +75,6 @@ def evaluate(
     metrics = {"checkpoint": str(path), "files": files, "corpus_sha256": report.sha256, **result.as_dict()}
     write_json(folder / "metrics.json", metrics)
     write_json(folder / "system.json", system_info())
-    if as_json:
-        print_json({**metrics, "folder": str(folder)})
-        return
     documents = f"{report.documents:,} document{'' if report.documents == 1 else 's'}"
     rows = [
         ("checkpoint", str(path)),
@@ -84,4 +84,9 @@ def evaluate(
         ("bits per byte", f"{result.bits_per_byte:.4f}"),
         ("written to", str(folder)),
     ]
-    results().print(figures_table("evaluation", rows))
+    table = figures_table("evaluation", rows)
+    write_text(folder / "table.txt", table_text(table))
+    if as_json:
+        print_json({**metrics, "folder": str(folder)})
+    else:
+        results().print(table)

@@ -48,9 +48,9 @@ def train(
 
         plan = plan_training(run_config, notice=lambda text: progress().print(text, soft_wrap=True, markup=False))
         if as_json:
-            print_json({"config": run_config.model_dump(mode="json"), **plan.as_dict()})
+            print_json(plan.as_dict())
         else:
-            typer.echo(to_yaml(run_config))
+            typer.echo(to_yaml(plan.config))
             _show_plan(plan)
         return
 

@@ -17,8 +17,12 @@ from psannlm.training.run import build_loader, doubts
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run will need. ``memory`` and ``checkpoint_bytes`` are in bytes, ``memory`` on one rank by part."""
+    """What a run will need. ``memory`` and ``checkpoint_bytes`` are in bytes, ``memory`` on one rank by part.
 
+    ``config`` is the configuration with everything that it left to the base and to the corpus filled in.
+    """
+
+    config: RunConfig
     parameters: dict[str, int]
     flops_per_token: int
     batches: BatchPlan
@@ -38,7 +42,8 @@ class TrainingPlan:
         """Return every figure as plain data."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         tokens = {"tokens_per_step": self.batches.tokens_per_step, "n_parameters": self.n_parameters}
-        return {**plain, "batches": asdict(self.batches), **tokens}
+        config = self.config.model_dump(mode="json")
+        return {**plain, "config": config, "batches": asdict(self.batches), **tokens}
 
 
 def plan_training(config: RunConfig, notice: Callable[[str], None]) -> TrainingPlan:
@@ -68,6 +73,7 @@ def plan_training(config: RunConfig, notice: Callable[[str], None]) -> TrainingP
         grad_checkpoint=config.train.grad_checkpoint,
     )
     return TrainingPlan(
+        config=config.model_copy(update={"model": model}),
         parameters=count_parameters(model),
         flops_per_token=flops_per_token(model, batches.seq_len),
         batches=batches,

@@ -33,6 +33,7 @@ def test_figures_agree_with_each_other_and_with_the_text(psannlm, in_trained: Pa
     written = json.loads((out / "metrics.json").read_text())
     assert written["loss"] == figures["loss"]
     assert "python" in json.loads((out / "system.json").read_text())
+    assert f"{figures['bits_per_byte']:.4f}" in (out / "table.txt").read_text()
 
 
 def test_the_validation_of_training_is_found_again(psannlm, in_trained: Path, tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def test_dry_run_writes_nothing_and_adds_up(psannlm, project: Path) -> None:
 def test_dry_run_prints_the_configuration_and_the_table(psannlm, project: Path) -> None:
     done = psannlm("train", "config.yaml", "--dry-run")
     assert "positional_encoding: rope" in done.out
+    for resolved in ("mlp: sineglu", "d_mlp: 64", "vocab_size: 260", "max_seq_len: 16", "enabled: true"):
+        assert f"  {resolved}\n" in done.out
     assert "FLOPs per token" in done.out
     assert "memory: total" in done.out
 
