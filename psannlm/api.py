@@ -330,7 +330,7 @@ def _is_path(text: object) -> bool:
         raise CorpusError(f"texts_or_paths holds {type(text).__name__} {text!r:.60}; give strings or paths")
     if len(text) > 4096 or "\n" in text or "\0" in text:
         return False
-    if text and os.path.exists(text):
+    if text and os.path.exists(os.path.expanduser(text)):
         return True
     looks_like_path = split_suffix(text)[0] in KNOWN_SUFFIXES or text.startswith(("./", "../", "~/", os.sep))
     if looks_like_path and not any(character.isspace() for character in text):

@@ -100,6 +100,8 @@ def test_texts_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
     texts = [mixed.tokenizer.decode(mixed.prepared.train.document(i)) for i in range(3)]
     assert texts == ["the words of file a, some of them", "the words of file b", "a text of its own"]
     assert psannLMDataPrep("one long enough text", **options).prepared.train.n_documents == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert psannLMDataPrep("~/folder/b.txt", **options).prepared.train.names == (str(tmp_path / "folder" / "b.txt"),)
     with pytest.raises(CorpusError, match=r"misspelt\.txt.*no such file"):
         psannLMDataPrep(["a.txt", "misspelt.txt"], **options)
     with pytest.raises(CorpusError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,29 +18,30 @@ def missing_files(data: DataConfig) -> Iterator[Finding]:
         if isinstance(source, PathSource) and (message := _missing_source(source.path)):
             yield Finding(("data", "sources", index, "path"), message)
     tokenizer = data.tokenizer_model_path
-    if tokenizer is not None and not _is_file(Path(tokenizer)):
+    if tokenizer is not None and not _is_file(Path(os.path.expanduser(tokenizer))):
         yield Finding(("data", "tokenizer_model_path"), _missing(tokenizer, "file"))
 
 
 def _missing_source(path: str) -> str | None:
-    if _exists(Path(path)):
+    expanded = os.path.expanduser(path)
+    if _exists(Path(expanded)):
         return None
     if glob.has_magic(path):
         # One match is enough; a pattern over a large folder is not walked to its end.
-        matches = any(True for _ in glob.iglob(path, recursive=True))
+        matches = any(True for _ in glob.iglob(expanded, recursive=True))
         return None if matches else f"no file matches {path!r} (looked from {Path.cwd()})"
     return _missing(path, "file or folder")
 
 
 def _missing(text: str, kind: str) -> str:
-    path = Path(text)
+    whole = path = Path(os.path.expanduser(text))
     if not path.is_absolute():
         start = f", looked for in {Path.cwd()}"
     else:
         start = ""
     while not _exists(path.parent):
         path = path.parent
-    if path == Path(text):
+    if path == whole:
         return f"{text!r} is no {kind}{nearest_sibling(path)}{start}"
     return f"{text!r} is no {kind}: {str(path)!r} does not exist{nearest_sibling(path)}{start}"
 

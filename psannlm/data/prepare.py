@@ -6,6 +6,7 @@ The tokenizer is fitted on the training documents alone: entries learnt from hel
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def _prepare(
 
 def _tokenizer(train_documents: Sequence[Document], config: DataConfig, notice: Notice) -> Tokenizer:
     if config.tokenizer_model_path is not None:
-        tokenizer = load_tokenizer(Path(config.tokenizer_model_path))
+        tokenizer = load_tokenizer(Path(os.path.expanduser(config.tokenizer_model_path)))
         if config.tokenizer not in ("auto", tokenizer.backend):
             message = (
                 f"{config.tokenizer} was asked for, and {config.tokenizer_model_path} is a file of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -97,7 +98,7 @@ def train(
         require_compiler(device)
     if reporter is None or not world.is_main:
         reporter = SilentReporter()
-    folder = Path(config.train.checkpoint_dir)
+    folder = Path(os.path.expanduser(config.train.checkpoint_dir))
     with joined(world, device):
         if resume == "never" and world.is_main:
             move_aside(folder, reporter)

@@ -44,3 +44,12 @@ def test_what_is_missing_is_named_with_its_neighbour(tmp_path: Path) -> None:
 def test_a_tokenizer_must_be_a_file() -> None:
     assert check("corpus", tokenizer="corpus")[0].startswith("'corpus' is no file")
     assert check("corpus", tokenizer="x" * 5000)[0].endswith(str(Path.cwd()))
+
+
+@pytest.mark.usefixtures("_folder")
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir("/")
+    assert check("~/corpus", "~/corpus/*.txt", tokenizer="~/corpus/letters.txt") == []
+    [missing] = check("~/corpsu/letters.txt")
+    assert missing.startswith(f"'~/corpsu/letters.txt' is no file or folder: '{tmp_path}/corpsu' does not exist")

@@ -366,6 +366,15 @@ def test_what_a_run_leaves_behind(tiny_run: TinyRun) -> None:
 
 
 @pytest.mark.usefixtures("_no_curve")
+def test_a_tilde_is_the_home_folder(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    CharTokenizer("é").save(tmp_path / "t.json")
+    result = train(tiny_run(max_steps=1, checkpoint_dir="~/run", data={"tokenizer_model_path": "~/t.json"}))
+    assert result.folder == tmp_path / "run"
+    assert load_config(tmp_path / "run" / "config.yaml").train.checkpoint_dir == "~/run"
+
+
+@pytest.mark.usefixtures("_no_curve")
 def test_max_steps_may_take_several_epochs(tiny_run: TinyRun) -> None:
     """Each window is met once an epoch, so after whole epochs the labels seen are a whole multiple."""
     one = train(tiny_run(max_steps=None, checkpoint_dir=tiny_run().train.checkpoint_dir + "_one"))
