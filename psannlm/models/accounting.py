@@ -129,5 +129,5 @@ def cache_bytes(config: ModelConfig, batch_size: int, capacity: int, bytes_per_e
     tails = 0
     if config.wave.enabled:
         lengths = ((config.wave.kernel_size - 1) * config.wave.dilation_growth**i for i in range(config.n_layers))
-        tails = len(config.wave.places) * config.d_model * sum(lengths)
+        tails = len(set(config.wave.places)) * config.d_model * sum(lengths)
     return batch_size * bytes_per_element * (keys_and_values + tails)

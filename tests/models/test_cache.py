@@ -167,3 +167,12 @@ def test_bytes_worked_by_hand() -> None:
     )
     # Keys and values: 2 x 3 layers x 2 groups x head size 3 x 10 slots. Tails: 2 places x width 12 x 3 (1 + 2 + 4).
     assert cache_bytes(config, batch_size=5, capacity=10) == 5 * 4 * (2 * 3 * 2 * 3 * 10 + 2 * 12 * 21)
+
+
+@pytest.mark.parametrize("places", [(), ("mlp",), ("mlp", "mlp", "attention")])
+def test_the_bytes_predicted_are_those_held_however_places_are_written(
+    places: tuple[str, ...], build_tiny: Build
+) -> None:
+    model = build_tiny(wave={"places": places})
+    state = DecodeState.allocate(model.config, 2, 5, CPU, torch.float32)
+    assert state.n_bytes == cache_bytes(model.config, 2, 5)
