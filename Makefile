@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PROMPT ?= A class
+PROMPT ?= The value of an object
 
 # The pins hold in the separate environment that builds the package too; newer versions of pip read the second name there.
 export PIP_CONSTRAINT := constraints.txt
