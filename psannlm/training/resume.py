@@ -27,6 +27,7 @@ from psannlm.training.checkpoint import (
     step_folder,
     step_of,
 )
+from psannlm.training.lock import RunLock
 from psannlm.training.loop import Progress
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.progress import Reporter
@@ -147,10 +148,11 @@ def _is_in(checkpoint: Path, folder: Path) -> bool:
     return checkpoint.resolve().parent == folder.resolve()
 
 
-def make_way(folder: Path, checkpoint: Path, best: dict[str, Any] | None, reporter: Reporter) -> None:
+def make_way(lock: RunLock, checkpoint: Path, best: dict[str, Any] | None, reporter: Reporter) -> None:
     """Leave in the run folder what led to ``checkpoint`` and nothing later, which would pass for the newest state."""
+    folder = lock.folder
     if not _is_in(checkpoint, folder):
-        move_aside(folder, reporter)
+        move_aside(lock, reporter)
         return
     later = [path for path in list_checkpoints(folder) if step_of(path) > step_of(checkpoint.resolve())]
     if later:
@@ -168,14 +170,13 @@ def make_way(folder: Path, checkpoint: Path, best: dict[str, Any] | None, report
         (folder / BEST).unlink(missing_ok=True)
 
 
-def move_aside(folder: Path, reporter: Reporter) -> None:
+def move_aside(lock: RunLock, reporter: Reporter) -> None:
     """Give a run folder that holds checkpoints another name. Raises StorageError if that fails."""
-    if not list_checkpoints(folder):
+    if not list_checkpoints(lock.folder):
         return
-    aside = _free_name(folder)
-    with explain_write_errors(aside):
-        folder.rename(aside)
-    reporter.notice(f"the run that was in {folder} is in {aside} now")
+    aside = _free_name(lock.folder)
+    lock.move_folder(aside)
+    reporter.notice(f"the run that was in {lock.folder} is in {aside} now")
 
 
 def _free_name(folder: Path) -> Path:

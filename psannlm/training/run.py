@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,17 @@ from psannlm.data.loader import Loader
 from psannlm.data.prepare import PreparedData, prepare
 from psannlm.data.shards import TokenStore
 from psannlm.data.windows import Windows
-from psannlm.device import describe_device, pick_device, pick_precision, require_compiler
+from psannlm.device import Precision, describe_device, pick_device, pick_precision, require_compiler
 from psannlm.distributed import World, joined, launched_world
 from psannlm.errors import Interrupted, StorageError, TrainingError
-from psannlm.models.accounting import count_parameters
 from psannlm.models.artifact import load_model
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.reports.store import system_info, write_json
 from psannlm.storage import write_text
 from psannlm.tokenizers.base import Tokenizer
-from psannlm.training.checkpoint import BEST, pointed, step_folder
+from psannlm.training.checkpoint import BEST, TrainerState, pointed, step_folder
+from psannlm.training.lock import RunLock
 from psannlm.training.loop import Progress, Run, run_steps
 from psannlm.training.metrics import MetricsLog, draw_curve, read_metrics
 from psannlm.training.optim import OptimizerSet
@@ -99,65 +99,25 @@ def train(
     if reporter is None or not world.is_main:
         reporter = SilentReporter()
     folder = Path(os.path.expanduser(config.train.checkpoint_dir))
-    with joined(world, device):
-        if resume == "never" and world.is_main:
-            move_aside(folder, reporter)
+    # Locked before the ranks join: one that is refused ends by itself, and torchrun the others with it.
+    with RunLock(folder) if world.is_main else nullcontext() as lock, joined(world, device):
+        if resume == "never" and lock is not None:
+            move_aside(lock, reporter)
         world.wait()
-        found = find_state(config, folder, resume, reporter)
+        start = _find_start(config, folder, resume, reporter, data, model)
         world.wait()
-        loaded = None if found is None else load_model(found[0])
-        if data is None:
-            data = prepare(config.data, reporter.notice, None if loaded is None else loaded.tokenizer)
-        if found is not None:
-            refuse_other_data(found, data)
-        tokenizer = data.tokenizer
-        if loaded is not None:
-            model = same_model(loaded.model, model)
-        elif model is None:
-            model_config = resolve(config.model, vocab_size=tokenizer.vocab_size, max_seq_len=config.data.max_length)
-            model = build_model(model_config, seed=config.train.seed)
-        else:
-            resolve(model.config, vocab_size=tokenizer.vocab_size)  # refuses a model with fewer rows than ids
-        model.to(device).train()
-        model.grad_checkpoint = config.train.grad_checkpoint
-
-        loader = build_loader(config, data, world)
-        n_steps = total_steps(config, loader.steps_per_epoch)
-        for line in doubts(config, loader, n_steps):
-            reporter.notice(line)
-        optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
-        scaler = torch.amp.GradScaler(device.type, enabled=precision.needs_scaler)
-        progress = Progress()
-        if found is not None:
-            progress = restore(found, folder, optimizers, scaler)
-            world.wait()
-            if world.is_main:
-                make_way(folder, found[0], progress.best, reporter)
-            reporter.notice(f"going on from {found[0]}: step {progress.step} of {n_steps}")
-        n_parameters = sum(count_parameters(model.config).values())
-        reporter.notice(_describe_run(config, model, n_parameters, n_steps, world, device, precision.reason))
+        run, progress = _build(config, start, world, precision, folder, reporter)
+        if start.found is not None:
+            if lock is not None:
+                make_way(lock, start.found[0], progress.best, reporter)
+            reporter.notice(f"going on from {start.found[0]}: step {progress.step} of {run.total_steps}")
+        reporter.notice(_describe_run(run))
         if world.is_main:
             _describe_to_disk(folder, config)
-        run = Run(
-            config=config,
-            world=world,
-            precision=precision,
-            model=model,
-            module=_prepared_module(config, model, world),
-            optimizers=optimizers,
-            scaler=scaler,
-            loader=loader,
-            val_windows=None if data.val is None else cut_windows(config, data.val, tokenizer),
-            tokenizer=tokenizer,
-            folder=folder,
-            log=MetricsLog(folder, progress.step) if world.is_main else None,
-            reporter=reporter,
-            total_steps=n_steps,
-            identity=identity(data),
-        )
+            run.log = MetricsLog(folder, progress.step)
         began = time.monotonic()
         try:
-            with _reporting(reporter, progress.step, n_steps), stopping_on_signals(run.stop):
+            with _reporting(reporter, progress.step, run.total_steps), stopping_on_signals(run.stop):
                 progress = run_steps(run, progress)
         except (Interrupted, TrainingError):
             # The curve helps to see what went wrong; that it cannot be drawn must not hide why the run ended.
@@ -165,21 +125,90 @@ def train(
                 _draw(folder, config, world)
             raise
         curve = _draw(folder, config, world)
-        model.eval()
-        best = progress.best
+        run.model.eval()
         return TrainResult(
-            model=model,
+            model=run.model,
             folder=folder,
             checkpoint=pointed(folder, BEST) or step_folder(folder, progress.step),
             curve=curve,
             steps=progress.step,
             tokens=progress.tokens,
-            parameters=n_parameters,
+            parameters=_size(run.model),
             seconds=time.monotonic() - began,
             train_loss=float(progress.metrics.get("loss", float("nan"))),
-            best=best,
-            val_overlap=data.val_overlap,
+            best=progress.best,
+            val_overlap=start.data.val_overlap,
         )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a run begins with: the checkpoint it goes on from, if any, its data, and its weights."""
+
+    found: tuple[Path, TrainerState] | None
+    data: PreparedData
+    model: Transformer
+
+
+def _find_start(
+    config: RunConfig,
+    folder: Path,
+    resume: str,
+    reporter: Reporter,
+    data: PreparedData | None,
+    model: Transformer | None,
+) -> _Start:
+    """Find the checkpoint, prepare the data and make the weights, each unless it is given."""
+    found = find_state(config, folder, resume, reporter)
+    loaded = None if found is None else load_model(found[0])
+    if data is None:
+        data = prepare(config.data, reporter.notice, None if loaded is None else loaded.tokenizer)
+    if found is not None:
+        refuse_other_data(found, data)
+    vocab_size = data.tokenizer.vocab_size
+    if loaded is not None:
+        model = same_model(loaded.model, model)
+    elif model is None:
+        resolved = resolve(config.model, vocab_size=vocab_size, max_seq_len=config.data.max_length)
+        model = build_model(resolved, seed=config.train.seed)
+    else:
+        resolve(model.config, vocab_size=vocab_size)  # refuses a model with fewer rows than ids
+    return _Start(found, data, model)
+
+
+def _build(
+    config: RunConfig, start: _Start, world: World, precision: Precision, folder: Path, reporter: Reporter
+) -> tuple[Run, Progress]:
+    """Put the parts together, in the state they had at the checkpoint; nothing is written yet."""
+    data, model = start.data, start.model
+    model.to(precision.device).train()
+    model.grad_checkpoint = config.train.grad_checkpoint
+    loader = build_loader(config, data, world)
+    n_steps = total_steps(config, loader.steps_per_epoch)
+    for line in doubts(config, loader, n_steps):
+        reporter.notice(line)
+    optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
+    scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.needs_scaler)
+    progress = Progress() if start.found is None else restore(start.found, folder, optimizers, scaler)
+    world.wait()
+    run = Run(
+        config=config,
+        world=world,
+        precision=precision,
+        model=model,
+        module=_prepared_module(config, model, world),
+        optimizers=optimizers,
+        scaler=scaler,
+        loader=loader,
+        val_windows=None if data.val is None else cut_windows(config, data.val, data.tokenizer),
+        tokenizer=data.tokenizer,
+        folder=folder,
+        log=None,
+        reporter=reporter,
+        total_steps=n_steps,
+        identity=identity(data),
+    )
+    return run, progress
 
 
 def doubts(config: RunConfig, loader: Loader, n_steps: int) -> list[str]:
@@ -234,21 +263,18 @@ def _describe_to_disk(folder: Path, config: RunConfig) -> None:
     write_json(folder / SYSTEM_FILE, system_info())
 
 
-def _describe_run(
-    config: RunConfig,
-    model: Transformer,
-    n_parameters: int,
-    n_steps: int,
-    world: World,
-    device: torch.device,
-    precision: str,
-) -> str:
-    plan = plan_batches(config, world.size)
-    ranks = f" on {world.size} ranks" if world.size > 1 else ""
+def _describe_run(run: Run) -> str:
+    plan = plan_batches(run.config, run.world.size)
+    steps = f"{run.total_steps:,} step{'' if run.total_steps == 1 else 's'}"
+    ranks = f" on {run.world.size} ranks" if run.world.size > 1 else ""
     return (
-        f"{model.config.base}: {n_parameters:,} parameters; {n_steps} steps of {plan.tokens_per_step:,} tokens{ranks}; "
-        f"{describe_device(device)}; {precision}"
+        f"{run.model.config.base}: {_size(run.model):,} parameters; {steps} of {plan.tokens_per_step:,} tokens{ranks}; "
+        f"{describe_device(run.precision.device)}; {run.precision.reason}"
     )
+
+
+def _size(model: Transformer) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager
