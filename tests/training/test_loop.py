@@ -158,11 +158,17 @@ def test_a_signal_in_the_last_step_does_not_spoil_a_finished_run(tiny_run: TinyR
     assert result.steps == 3
 
 
-def test_a_second_ctrl_c_ends_at_once() -> None:
+def test_a_second_ctrl_c_ends_at_once_and_an_echo_of_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("psannlm.training.signals.time.monotonic", lambda: clock[0])
     stop = threading.Event()
     with stopping_on_signals(stop):
         signal.raise_signal(signal.SIGINT)
         assert stop.is_set()
+        for clock[0] in (100.0, 100.9):
+            signal.raise_signal(signal.SIGINT)
+        clock[0] = 101.1
+        signal.raise_signal(signal.SIGTERM)  # a scheduler that asks again is not a person in a hurry
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
