@@ -6,7 +6,7 @@ Letters: B rows still alive, V vocabulary.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from psannlm.errors import GenerationError
-from psannlm.generation.sampling import SamplingConfig, next_tokens
+from psannlm.generation.sampling import SamplingConfig, next_tokens, require_number
 from psannlm.models.cache import DecodeState
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
@@ -70,6 +70,7 @@ class Decoding:
         eos_id: int | None,
         forbidden_ids: Sequence[int] = (),
     ) -> None:
+        require_number("max_new_tokens", max_new_tokens, is_whole=True)
         if max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens {max_new_tokens} asks for nothing; use 1 or more")
         limit = context_limit(model)
@@ -161,6 +162,17 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, limit: int
             )
 
 
+def _texts(prompts: object) -> list[str]:
+    """Return the prompts as a list. Raises GenerationError for anything but strings; one alone is no list of them."""
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+        raise GenerationError(f"prompts {prompts!r:.60} is not a list of strings")
+    texts = list(prompts)
+    for row, prompt in enumerate(texts):
+        if not isinstance(prompt, str):
+            raise GenerationError(f"prompt {row} is {type(prompt).__name__} {prompt!r:.60}; give a string")
+    return texts
+
+
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -182,6 +194,7 @@ def generate(
     Raises:
         GenerationError: a prompt or setting cannot be honoured.
     """
+    prompts = _texts(prompts)
     special = tokenizer.special_ids - {tokenizer.eos_id}
     unused = range(tokenizer.vocab_size, model.config.vocab_size or 0)
     decoding = Decoding(

@@ -6,6 +6,7 @@ Letters: B rows, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class SamplingConfig:
         seed: of every row alike: a row's text does not depend on its company. None draws a new one for each row.
 
     Raises:
-        GenerationError: a value is outside its range.
+        GenerationError: a value is of another type, or outside its range.
     """
 
     temperature: float = 1.0
@@ -37,6 +38,13 @@ class SamplingConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        require_number("temperature", self.temperature)
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name))
+        for name in ("top_k", "seed"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), is_whole=True)
         # Written so that a NaN fails each of them.
         if not 0.0 <= self.temperature < float("inf"):
             raise GenerationError(f"temperature {self.temperature} is not a number of 0 or more; 0 is greedy")
@@ -48,6 +56,12 @@ class SamplingConfig:
             raise GenerationError(f"repetition_penalty {self.repetition_penalty} is not above 0; 1 changes nothing")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise GenerationError(f"seed {self.seed} is not in 0 .. 2**63 - 1")
+
+
+def require_number(name: str, value: object, *, is_whole: bool = False) -> None:
+    """Raise GenerationError unless ``value``, of the argument ``name``, is a number: those of numpy are, a bool is not."""
+    if isinstance(value, bool) or not isinstance(value, Integral if is_whole else Real):
+        raise GenerationError(f"{name} {value!r:.60} is not a {'whole ' if is_whole else ''}number")
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -316,3 +316,27 @@ def test_a_model_whose_weights_are_damaged_says_so(build_tiny: Build) -> None:
         model.embedding.weight[5] = float("nan")
     with pytest.raises(GenerationError, match="not finite"):
         decode(model, [[1, 5]])
+
+
+@pytest.mark.parametrize("n", [2.5, "3", None, True])
+def test_a_number_of_tokens_that_is_none_is_refused(n: Any, build_tiny: Build) -> None:
+    with pytest.raises(GenerationError, match=r"^max_new_tokens .* is not a whole number$"):
+        decode(build_tiny(), [[1]], n=n)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ("abc", "prompts 'abc' is not a list"),
+        (3, "prompts 3 is not a list"),
+        (None, "prompts None is not a list"),
+        (["a", 3], "prompt 1 is int 3; give a string"),
+        ([b"a"], "prompt 0 is bytes b'a'; give a string"),
+        ([None], "prompt 0 is NoneType None; give a string"),
+    ],
+)
+def test_prompts_that_are_no_strings_are_refused(
+    prompts: Any, said: str, byte_tokenizer: Tokenizer, build_tiny: Build
+) -> None:
+    with pytest.raises(GenerationError, match=said):
+        generate(build_for(byte_tokenizer, build_tiny), byte_tokenizer, prompts, max_new_tokens=1)

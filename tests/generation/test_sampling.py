@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -216,3 +217,31 @@ def test_invalid_settings_name_the_field_and_the_value(field: str, value: Any) -
 def test_sampling_without_random_numbers_is_refused() -> None:
     with pytest.raises(ValueError, match="random number"):
         next_tokens(torch.zeros(1, 3), SamplingConfig(), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", "hot"),
+        ("temperature", None),
+        ("temperature", True),
+        ("top_k", 2.5),
+        ("top_k", "3"),
+        ("top_k", True),
+        ("top_p", "most"),
+        ("repetition_penalty", [1.2]),
+        ("seed", 1.0),
+        ("seed", "x" * 5000),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(GenerationError, match=rf"^{name} .* is not a (whole )?number$") as caught:
+        SamplingConfig(**{name: value})
+    assert repr(value)[:40] in str(caught.value)
+    assert len(str(caught.value)) < 120
+
+
+def test_numbers_of_numpy_and_whole_temperatures_are_numbers() -> None:
+    sampling = SamplingConfig(np.float32(0.5), np.int64(3), np.float64(0.9), 1, np.uint32(7))
+    assert next_tokens(torch.zeros(1, 4), sampling, torch.tensor([0.0])).shape == (1,)
+    assert SamplingConfig(temperature=1).temperature == 1
