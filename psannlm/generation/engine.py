@@ -86,7 +86,7 @@ class Decoding:
         self.max_new_tokens = max_new_tokens
         self.generated: list[list[int]] = [[] for _ in self.prompts]
         self.stopped_by: list[StopReason] = ["length"] * len(self.prompts)
-        seeds = [secrets.randbits(63) if sampling.seed is None else sampling.seed for _ in self.prompts]
+        seeds = [secrets.randbits(63) if sampling.seed is None else int(sampling.seed) for _ in self.prompts]
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __iter__(self) -> Iterator[TokenEvent]:

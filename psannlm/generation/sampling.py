@@ -59,7 +59,7 @@ class SamplingConfig:
 
 
 def require_number(name: str, value: object, *, is_whole: bool = False) -> None:
-    """Raise GenerationError unless ``value``, of the argument ``name``, is a number: those of numpy are, a bool is not."""
+    """Raise GenerationError unless ``value``, of the argument ``name``, is a number; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, Integral if is_whole else Real):
         raise GenerationError(f"{name} {value!r:.60} is not a {'whole ' if is_whole else ''}number")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -340,3 +341,10 @@ def test_prompts_that_are_no_strings_are_refused(
 ) -> None:
     with pytest.raises(GenerationError, match=said):
         generate(build_for(byte_tokenizer, build_tiny), byte_tokenizer, prompts, max_new_tokens=1)
+
+
+def test_numbers_of_numpy_are_taken(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
+    model = build_for(byte_tokenizer, build_tiny)
+    plain, numpys = SamplingConfig(seed=5, top_k=9), SamplingConfig(seed=np.int64(5), top_k=np.int64(9))
+    [one] = generate(model, byte_tokenizer, ["a"], max_new_tokens=3, sampling=plain)
+    assert generate(model, byte_tokenizer, np.array(["a"]), max_new_tokens=np.int64(3), sampling=numpys) == [one]
