@@ -13,6 +13,7 @@ from psannlm.commands.options import (
     JsonOption,
     figures_table,
     live_line,
+    naming_options,
     print_json,
     progress,
     results,
@@ -51,9 +52,10 @@ def bench_kv(
     from psannlm.storage import write_text
 
     sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
-    config = section_from_kwargs(
-        ModelConfig, "model", {"base": base, "positional_encoding": positional_encoding, **sizes}
-    )
+    with naming_options("model"):
+        config = section_from_kwargs(
+            ModelConfig, "model", {"base": base, "positional_encoding": positional_encoding, **sizes}
+        )
     settings = KvSettings(batch_size, prompt_length, max_new_tokens, repeats, seed)
     with live_line(progress()) as line:
         report = measure(

@@ -18,6 +18,7 @@ from psannlm.commands.options import (
     figures_table,
     find_model_file,
     live_line,
+    naming_options,
     print_json,
     progress,
     results,
@@ -48,7 +49,8 @@ def evaluate(
     from psannlm.reports.store import new_folder, system_info, write_json
     from psannlm.storage import write_text
 
-    settings = section_from_kwargs(TrainConfig, "train", {"amp": amp, "device": device})
+    with naming_options("train"):
+        settings = section_from_kwargs(TrainConfig, "train", {"amp": amp, "device": device})
     path = find_model_file(checkpoint, runs)
     loaded = load_model(path)
     precision = pick_precision(settings.amp, pick_device(settings.device))

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +72,21 @@ def find_model_file(checkpoint: Path | None, runs: Path) -> Path:
             "(or name one with --checkpoint)"
         )
     return found
+
+
+@contextmanager
+def naming_options(section: str) -> Iterator[None]:
+    """Name options, not the keys of a configuration file, where values given as options are refused as a section's."""
+    from psannlm.errors import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        renamed = [
+            replace(problem, path="--" + problem.path.removeprefix(f"{section}.").replace("_", "-"))
+            for problem in error.problems
+        ]
+        raise ConfigError(renamed) from error
 
 
 def table_text(*tables: Table) -> str:

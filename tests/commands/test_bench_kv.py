@@ -62,6 +62,7 @@ def test_impossible_sizes_are_usage_errors(psannlm, project: Path) -> None:
     done = psannlm("bench-kv", *TINY, "--n-heads", "3")
     assert done.code == 2
     assert "heads do not divide" in done.err
+    assert "--n-heads: " in done.err
     done = psannlm("bench-kv", *TINY, "--base", "wavresnet")
     assert done.code == 2
     assert "waveresnet" in done.err

@@ -75,3 +75,11 @@ def test_progress_of_a_slow_evaluation_is_plain_lines_without_a_terminal(
     assert " left" in done.err
     assert all(done.err.splitlines())
     assert "1 document, " in done.out
+
+
+def test_a_refused_value_is_named_by_its_option(psannlm, in_trained: Path) -> None:
+    refused = psannlm("eval", "corpus.txt", "--amp", "bf61", "--device", "gpu")
+    assert refused.code == 2
+    assert "--amp: bf61 is not one of" in refused.err.replace("'", "")
+    assert "--device: " in refused.err
+    assert "train." not in refused.err
