@@ -52,6 +52,7 @@ def prepare(config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = No
         TokenizerError: the tokenizer cannot be fitted or read.
         ConfigError: the tokenizer file is of another backend than the one named.
     """
+    notice("reading and tokenizing the corpus")
     report = ReadReport()
     return _prepare(read_documents(config.sources, report), report, config, notice, tokenizer)
 

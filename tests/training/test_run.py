@@ -410,6 +410,20 @@ def test_what_cannot_come_to_pass_is_said_before_the_first_step(
 
 
 @pytest.mark.usefixtures("_no_curve")
+def test_a_run_says_what_it_is_about_to_do(tiny_run: TinyRun, tmp_path: Path) -> None:
+    class Notes(SilentReporter):
+        def notice(self, text: str) -> None:
+            heard.append(text)
+
+    for max_steps, steps in ((1, " 1 step of 256 tokens; "), (2, " 2 steps of 256 tokens; ")):
+        heard: list[str] = []
+        result = train(tiny_run(max_steps=max_steps, checkpoint_dir=str(tmp_path / f"{max_steps}")), reporter=Notes())
+        assert heard[0] == "reading and tokenizing the corpus"
+        assert steps in heard[-1]
+        assert f"{result.parameters:,} parameters" in heard[-1]
+
+
+@pytest.mark.usefixtures("_no_curve")
 def test_weights_handed_in_are_trained_in_place(tiny_run: TinyRun) -> None:
     config = tiny_run(max_steps=2)
     model = build_model(resolve(config.model, vocab_size=260, max_seq_len=16), seed=99)
