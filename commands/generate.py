@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +19,7 @@ from psannlm.commands.options import (
     JsonOption,
     RunsOption,
     find_model_file,
+    live_line,
     print_json,
     progress,
 )
@@ -68,14 +73,24 @@ def generate(
         _write("".join([*unwritten, text]))
         unwritten.clear()
 
-    completions = complete(
-        loaded.model,
-        loaded.tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        on_text=(lambda _, text: stream(text)) if is_streamed else None,
-    )
+    began = time.monotonic()
+
+    def standing(n_tokens: int, n_steps: int, most_steps: int) -> str:
+        # By steps and not by tokens: a step that fewer rows are left in takes hardly less time.
+        elapsed = time.monotonic() - began
+        left = timedelta(seconds=math.ceil(elapsed * (most_steps - n_steps) / n_steps))
+        return f"generating: {n_tokens:,} tokens, {n_tokens / elapsed:,.1f} tokens/s, at most {left} left"
+
+    with live_line(progress()) if len(prompts) > 1 else nullcontext() as line:
+        completions = complete(
+            loaded.model,
+            loaded.tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            on_text=(lambda _, text: stream(text)) if is_streamed else None,
+            on_progress=None if line is None else (lambda *figures: line.show(standing(*figures))),
+        )
     if as_json:
         rows = [
             {"prompt": text, "completion": done.text, "tokens": len(done.ids), "stopped_by": done.stopped_by}

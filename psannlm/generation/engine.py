@@ -103,6 +103,7 @@ class Decoding:
             for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
                 if token == self.eos_id:
                     self.stopped_by[row] = "end_of_text"
+                    self.room[row] = len(self.generated[row])
                     continue
                 self.generated[row].append(token)
                 yield TokenEvent(row, token)
@@ -181,6 +182,7 @@ def generate(
     max_new_tokens: int = 128,
     sampling: SamplingConfig | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    on_progress: Callable[[int, int, int], None] | None = None,
 ) -> list[Completion]:
     """Continue each prompt, all in one batch; with a seed, a row's text is the same alone and in company.
 
@@ -190,6 +192,8 @@ def generate(
         sampling: None uses the defaults of :class:`SamplingConfig`.
         on_text: called with (row, text) as text becomes certain: never a part of a character. The parts of a row
             join to its completion's text.
+        on_progress: called after each step but the last with (tokens so far, steps so far, steps at most); a step adds
+            one token to every row that has not ended.
 
     Raises:
         GenerationError: a prompt or setting cannot be honoured.
@@ -206,10 +210,15 @@ def generate(
         forbidden_ids=[*sorted(special), *unused],
     )
     told = [0] * len(prompts)
+    n_tokens = n_steps = 0
     was_training = model.training
     model.eval()
     try:
         for event in decoding:
+            if on_progress is not None and len(decoding.generated[event.row]) > n_steps + 1:
+                n_steps += 1
+                on_progress(n_tokens, n_steps, max(decoding.room))
+            n_tokens += 1
             if on_text is not None:
                 # The end may still change: bytes that are half a character decode to a replacement mark until the rest.
                 text = tokenizer.decode(decoding.generated[event.row])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from psannlm.commands.options import LiveLine
+
 GREEDY = ("--temperature", "0", "--max-new-tokens", "8", "--device", "cpu")
 
 
@@ -108,3 +110,18 @@ def test_a_run_folder_stands_for_its_best_checkpoint(psannlm, in_trained: Path) 
     best = (in_trained / "runs" / "tiny" / "best").read_text().strip()
     done = psannlm("generate", "--prompt", "The", *GREEDY, "--checkpoint", "runs/tiny", "--json")
     assert json.loads(done.out)["checkpoint"] == f"runs/tiny/{best}"
+
+
+def test_progress_of_several_prompts_is_told_and_of_one_is_not(
+    psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LiveLine, "_REDRAW_S", 0.0)
+    monkeypatch.setattr(LiveLine, "_PLAIN_S", 0.0)
+    named = ("--checkpoint", "runs/tiny")
+    done = psannlm("generate", "-p", "The", "-p", "A", *GREEDY, *named)
+    lines = done.err.splitlines()
+    assert lines[0].startswith("generating: 2 tokens, ")
+    assert lines[1].startswith("generating: 4 tokens, ")
+    assert all(" tokens/s, at most 0:00:" in line for line in lines)
+    assert "generating" not in done.out
+    assert psannlm("generate", "-p", "The", *GREEDY, *named).err == ""

@@ -348,3 +348,28 @@ def test_numbers_of_numpy_are_taken(byte_tokenizer: Tokenizer, build_tiny: Build
     plain, numpys = SamplingConfig(seed=5, top_k=9), SamplingConfig(seed=np.int64(5), top_k=np.int64(9))
     [one] = generate(model, byte_tokenizer, ["a"], max_new_tokens=3, sampling=plain)
     assert generate(model, byte_tokenizer, np.array(["a"]), max_new_tokens=np.int64(3), sampling=numpys) == [one]
+
+
+def test_progress_counts_whole_steps_and_promises_no_fewer_than_come(
+    byte_tokenizer: Tokenizer, build_tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of z ends at once, one of v after 4 tokens, and one of a goes on to its limit of 7."""
+    v, z = (byte_tokenizer.encode(letter)[0] for letter in "vz")
+    model = build_for(byte_tokenizer, build_tiny)
+    Chain(model, lambda token: byte_tokenizer.eos_id if token >= z else token + 1, monkeypatch)
+    seen: list[tuple[int, int, int]] = []
+    texts = generate(
+        model,
+        byte_tokenizer,
+        ["a", "v", "z"],
+        max_new_tokens=7,
+        sampling=GREEDY,
+        on_progress=lambda *figures: seen.append(figures),
+    )
+    assert [len(done.ids) for done in texts] == [7, z - v, 0]
+    assert seen == [(2, 1, 7), (4, 2, 7), (6, 3, 7), (8, 4, 7), (9, 5, 7), (10, 6, 7)]
+    seen.clear()
+    generate(
+        model, byte_tokenizer, ["v", "z"], max_new_tokens=7, sampling=GREEDY, on_progress=lambda *f: seen.append(f)
+    )
+    assert seen == [(1, 1, 7), (2, 2, 7), (3, 3, 7)]
