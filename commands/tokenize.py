@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,8 @@ def tokenize(
     elif from_stdin == (text is not None):
         raise typer.BadParameter("--model needs --text TEXT or --stdin", param_hint="--text")
     else:
-        _show(model, sys.stdin.read().splitlines() if from_stdin else [text or ""], as_json)
+        # A line at a time, and cut where files are: str.splitlines would also cut at U+2028 and a dozen others.
+        _show(model, (line.removesuffix("\n") for line in sys.stdin) if from_stdin else [text or ""], as_json)
 
 
 def _fit(
@@ -62,14 +64,17 @@ def _fit(
         results().print(figures_table("tokenizer", [(name.replace("_", " "), str(card[name])) for name in card]))
 
 
-def _show(model: Path, lines: list[str], as_json: bool) -> None:
+def _show(model: Path, lines: Iterable[str], as_json: bool) -> None:
     from psannlm.tokenizers.resolve import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    encoded = tokenizer.encode_batch(lines)
+    rows = []
+    for line in lines:
+        ids = tokenizer.encode(line)
+        pieces = tokenizer.pieces(ids)
+        if as_json:
+            rows.append({"text": line, "ids": ids, "pieces": pieces})
+        else:
+            typer.echo(" ".join(f"{piece}:{token}" for piece, token in zip(pieces, ids, strict=True)))
     if as_json:
-        rows = [{"text": t, "ids": ids, "pieces": tokenizer.pieces(ids)} for t, ids in zip(lines, encoded, strict=True)]
         print_json(rows)
-        return
-    for ids in encoded:
-        typer.echo(" ".join(f"{piece}:{token}" for piece, token in zip(tokenizer.pieces(ids), ids, strict=True)))

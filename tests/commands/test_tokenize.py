@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,21 @@ def test_a_small_corpus_gets_a_smaller_vocabulary_and_a_notice(psannlm, project:
     assert done.code == 0
     assert json.loads(done.out)["vocab_size"] < 5000
     assert "5,000" in done.err
+
+
+def test_each_line_of_stdin_is_answered_as_it_comes(psannlm, project: Path) -> None:
+    psannlm("tokenize", "corpus.txt", "--backend", "simple", "--vocab-size", "300", "--out", "t.json")
+    command = [sys.executable, "-m", "psannlm", "tokenize", "--model", "t.json", "--stdin"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, encoding="utf-8", **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for text, n_ids in (("ab", 2), ("a\u2028b\x0c", 6), ("", 0)):
+            process.stdin.write(text + "\n")
+            process.stdin.flush()
+            assert len(process.stdout.readline().split()) == n_ids
+        process.stdin.write("abc")
+        rest, _ = process.communicate(timeout=30)
+    assert [len(line.split()) for line in rest.splitlines()] == [3]
+    piped = subprocess.run([*command, "--json"], input="a\u2028b\nc", stdout=subprocess.PIPE, encoding="utf-8")
+    assert [row["text"] for row in json.loads(piped.stdout)] == ["a\u2028b", "c"]
