@@ -6,6 +6,7 @@ Letters: D width, L layers, T window.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -34,10 +35,16 @@ _GROUP_OF = {
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Return the number of learnable parameters by group, of a resolved ``config``; their sum is the model's size."""
     counts: dict[str, int] = {}
-    for name, parameter in build_model(config, device="meta").named_parameters():
-        group = _group(name)
-        counts[group] = counts.get(group, 0) + parameter.numel()
+    for group, _, n_elements in _parameters(config):
+        counts[group] = counts.get(group, 0) + n_elements
     return counts
+
+
+@lru_cache(maxsize=1)
+def _parameters(config: ModelConfig) -> tuple[tuple[str, int, int], ...]:
+    """Group, dimensions and elements of every parameter; kept, because even shapes take seconds for many layers."""
+    parameters = build_model(config, device="meta").named_parameters()
+    return tuple((_group(name), parameter.ndim, parameter.numel()) for name, parameter in parameters)
 
 
 def _group(name: str) -> str:
@@ -48,8 +55,7 @@ def _group(name: str) -> str:
 
 def _matrix_elements(config: ModelConfig, *groups: str) -> int:
     """Elements of the two-dimensional parameters of these groups: biases are neither multiplied nor taken by Muon."""
-    parameters = build_model(config, device="meta").named_parameters()
-    return sum(parameter.numel() for name, parameter in parameters if parameter.ndim == 2 and _group(name) in groups)
+    return sum(n_elements for group, ndim, n_elements in _parameters(config) if ndim == 2 and group in groups)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
@@ -94,31 +100,31 @@ def training_memory(
     """
     total = sum(count_parameters(config).values())
     hidden_matrices = _matrix_elements(config, "attention", "feed-forward") if optimizer == "muon" else 0
-    one, two = (_saved_bytes(config, n, seq_len, dtype, grad_checkpoint) for n in (1, 2))
+    with FakeTensorMode():
+        model = Transformer(config)
+        model.grad_checkpoint = grad_checkpoint
+        one, two = (_saved_bytes(model, n, seq_len, dtype) for n in (1, 2))
     activations = one + (two - one) * (micro_batch_size - 1)
     return TrainingMemory(4 * total, 4 * total, 8 * total - 4 * hidden_matrices, activations)
 
 
-def _saved_bytes(config: ModelConfig, batch_size: int, seq_len: int, dtype: torch.dtype, grad_checkpoint: bool) -> int:
+def _saved_bytes(model: Transformer, batch_size: int, seq_len: int, dtype: torch.dtype) -> int:
     """Bytes of the distinct tensors that autograd saves in one forward pass, parameters not counted."""
     saved: dict[int, tuple[object, int]] = {}
-    with FakeTensorMode():
-        model = Transformer(config)
-        model.grad_checkpoint = grad_checkpoint
-        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
 
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in parameters:
-                saved[storage._cdata] = (storage, storage.nbytes())  # held, so that its address is not used again
-            return tensor
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            saved[storage._cdata] = (storage, storage.nbytes())  # held, so that its address is not used again
+        return tensor
 
-        input_ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-        ):
-            model(input_ids, input_ids)
+    input_ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        model(input_ids, input_ids)
     return sum(n_bytes for _, n_bytes in saved.values())
 
 

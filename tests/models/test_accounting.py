@@ -124,3 +124,22 @@ def test_a_model_far_too_large_for_this_machine_is_counted_at_once(base: BaseNam
     assert sum(count_parameters(config).values()) > 2 * 12 * 8192**2
     assert training_memory(config, 64, 4096).activations > 1 << 34
     assert time.process_time() - started_s < 5.0
+
+
+def test_a_deep_model_is_built_once_for_its_sizes_and_once_for_its_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[object] = []
+    original = Transformer.__init__
+
+    def note(self: Transformer, config: ModelConfig) -> None:
+        built.append(config)
+        original(self, config)
+
+    monkeypatch.setattr(Transformer, "__init__", note)
+    config = resolve(ModelConfig(base="respsann", **{**TINY, "vocab_size": 51}))
+    count_parameters(config)
+    flops_per_token(config, 16)
+    training_memory(config, 4, 16, optimizer="muon")
+    assert len(built) == 2
+    # Another configuration gets figures of its own, and so does the first one after it.
+    assert count_parameters(resolve(ModelConfig(base="respsann", **TINY)))["embedding"] == 50 * 16
+    assert count_parameters(config)["embedding"] == 51 * 16
