@@ -25,6 +25,27 @@ S = TypeVar("S", bound=Section)
 
 _SOURCE_KINDS: dict[str, type[Section]] = {"path": PathSource, "builtin": BuiltinSource}
 
+# What other trainers call a key: too far from ours in letters for a near match.
+_NAMES_ELSEWHERE = {
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "gradient_accumulation_steps": "grad_accum_steps",
+    "gradient_checkpointing": "grad_checkpoint",
+    "max_grad_norm": "grad_clip",
+    "precision": "amp",
+    "output_dir": "checkpoint_dir",
+    "out_dir": "checkpoint_dir",
+    "eval_interval": "eval_interval_steps",
+    "save_steps": "save_interval_steps",
+    "logging_steps": "log_interval_steps",
+    "block_size": "max_length",
+    "seq_len": "max_length",
+    "n_layer": "n_layers",
+    "n_head": "n_heads",
+    "n_embd": "d_model",
+    "hidden_size": "d_model",
+}
+
 _WORDS_FOR_TRUE = {"yes", "on", "y", "1"}
 _WORDS_FOR_FALSE = {"no", "off", "n", "0"}
 _LONGEST_SHOWN = 120
@@ -195,28 +216,6 @@ def _resolve(cls: type[Section], path: KeyPath) -> tuple[tuple[type[Section], ..
     if owner in _SOURCE_KINDS.values():
         return (owner, *_SOURCE_KINDS.values()), field
     return (owner,), field
-
-
-# What other trainers call a key: too far from ours in letters for a near match.
-_NAMES_ELSEWHERE = {
-    "learning_rate": "lr",
-    "num_train_epochs": "epochs",
-    "gradient_accumulation_steps": "grad_accum_steps",
-    "gradient_checkpointing": "grad_checkpoint",
-    "max_grad_norm": "grad_clip",
-    "precision": "amp",
-    "output_dir": "checkpoint_dir",
-    "out_dir": "checkpoint_dir",
-    "eval_interval": "eval_interval_steps",
-    "save_steps": "save_interval_steps",
-    "logging_steps": "log_interval_steps",
-    "block_size": "max_length",
-    "seq_len": "max_length",
-    "n_layer": "n_layers",
-    "n_head": "n_heads",
-    "n_embd": "d_model",
-    "hidden_size": "d_model",
-}
 
 
 def _unknown_key(owner: tuple[type[Section], ...], at: KeyPath, key: str) -> str:
