@@ -65,9 +65,10 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends in SystemExit with one of the exit codes of ``psannlm.errors``."""
-    # OpenMP reads this once, when torch is imported. Threads that wait in a loop hold the cores that others wait for
-    # as soon as anything else runs: two runs on two cores were ten times slower that way (docs/experiments.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # GNU OpenMP reads this once, when torch is imported. Threads that wait in a long loop hold the cores that others wait
+    # for as soon as anything else runs, and training on two cores is ten times slower (docs/experiments.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     if debug:

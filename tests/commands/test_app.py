@@ -104,15 +104,17 @@ def test_forwarding_import_path_trains(psannlm, project: Path) -> None:
     assert (project / "runs" / "tiny" / "step_00000002").is_dir()
 
 
-@pytest.mark.parametrize(("set_before", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_wait_without_spinning_unless_the_user_says_otherwise(set_before: str | None, expected: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    if set_before is not None:
-        environment["OMP_WAIT_POLICY"] = set_before
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_wait_but_shortly_unless_the_user_says_otherwise(chosen: dict[str, str], expected: str | None) -> None:
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | chosen
     program = (
         "import os, sys\nfrom psannlm.commands.app import main\n"
         "try:\n    main(['--version'])\nexcept SystemExit:\n    pass\n"
-        f"assert os.environ['OMP_WAIT_POLICY'] == {expected!r}\nassert 'torch' not in sys.modules\n"
+        f"assert os.environ.get('GOMP_SPINCOUNT') == {expected!r}\nassert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
