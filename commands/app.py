@@ -65,8 +65,8 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends in SystemExit with one of the exit codes of ``psannlm.errors``."""
-    # GNU OpenMP reads this once, when torch is imported. Threads that wait in a long loop hold the cores that others wait
-    # for as soon as anything else runs, and training on two cores is ten times slower (docs/experiments.md).
+    # GNU OpenMP reads this once, when torch is imported. Threads that wait in a long loop hold the cores that others
+    # wait for as soon as anything else runs: training on two cores was ten times slower (docs/experiments.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
