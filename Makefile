@@ -17,7 +17,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.installed ## install, train a small model on English prose, let it write (about five minutes)
+demo: $(VENV)/.installed ## install, train a small model on English prose, let it write (a few minutes)
 	$(BIN)/psannlm train configs/waveresnet_cpu.yaml
 	$(BIN)/psannlm generate --prompt "$(PROMPT)"
 

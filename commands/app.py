@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     except PsannlmError as error:
         if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"{error}" if error.exit_code == EXIT_INTERRUPTED else f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except SystemExit as end:
         # What Typer makes of a Ctrl-C; where there was something to save, Interrupted has said so already.

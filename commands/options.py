@@ -68,8 +68,7 @@ def find_model_file(checkpoint: Path | None, runs: Path) -> Path:
     found = find_checkpoint(runs)
     if found is None:
         raise ArtifactError(
-            f"no checkpoint under {runs}/; make one with: psannlm train configs/waveresnet_cpu.yaml "
-            "(or name one with --checkpoint)"
+            f"no checkpoint under {runs}/; make one with: psannlm train CONFIG.yaml (or name one with --checkpoint)"
         )
     return found
 

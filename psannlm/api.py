@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -32,6 +34,7 @@ from psannlm.training.run import TrainResult, cut_windows, train
 
 Texts = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 _GIVEN_IN_PYTHON = "(texts given in Python)"
+_FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w{0,5}$")
 
 
 class psannLMDataPrep:
@@ -39,7 +42,8 @@ class psannLMDataPrep:
 
     Args:
         texts_or_paths: texts, and paths of files or folders (``.txt``, ``.jsonl``, ``.parquet``, also ``.gz``,
-            ``.zst``), one or many, also mixed. A string counts as a path if there is such a file or folder.
+            ``.zst``), one or many, also mixed. A string counts as a path if there is such a file or
+            folder, or files that it matches as a glob; one without spaces that only looks like a path is refused.
         tokenizer: ``auto``, ``sentencepiece``, ``tokenizers`` or ``simple``.
         tokenizer_model_path: a tokenizer file to use instead of fitting one on the training texts.
         max_length: tokens of a window.
@@ -332,8 +336,11 @@ def _is_path(text: object) -> bool:
         return False
     if text and os.path.exists(os.path.expanduser(text)):
         return True
-    looks_like_path = split_suffix(text)[0] in KNOWN_SUFFIXES or text.startswith(("./", "../", "~/", os.sep))
-    if looks_like_path and not any(character.isspace() for character in text):
+    if any(character.isspace() for character in text):
+        return False
+    if glob.has_magic(text) and glob.glob(os.path.expanduser(text), recursive=True):
+        return True
+    if split_suffix(text)[0] in KNOWN_SUFFIXES or os.sep in text or _FILE_SUFFIX.search(text):
         raise CorpusError(f"{text!r} looks like a path, and there is no such file or folder; correct it")
     return False
 

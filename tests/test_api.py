@@ -104,6 +104,10 @@ def test_texts_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
     assert psannLMDataPrep("~/folder/b.txt", **options).prepared.train.names == (str(tmp_path / "folder" / "b.txt"),)
     with pytest.raises(CorpusError, match=r"misspelt\.txt.*no such file"):
         psannLMDataPrep(["a.txt", "misspelt.txt"], **options)
+    for misspelt in ("foldr/", "folder/c.tx", "data.csv", "./folder/*.md"):
+        with pytest.raises(CorpusError, match="looks like a path"):
+            psannLMDataPrep(["a.txt", misspelt], **options)
+    assert psannLMDataPrep(["folder/*.txt"], **options).prepared.train.document(0).size == len("the words of file b")
     with pytest.raises(CorpusError):
         psannLMDataPrep(Path("nowhere"), **options)
     with pytest.raises(CorpusError, match="int"):

@@ -11,6 +11,7 @@ from psannlm.config.data import Source
 from psannlm.data.documents import ReadReport, read_documents
 from psannlm.data.prepare import split_documents
 from psannlm.data.shards import encode_documents
+from psannlm.errors import ConfigError
 from psannlm.storage import write_text
 from psannlm.tokenizers.resolve import fit_tokenizer
 
@@ -35,7 +36,8 @@ def fit_with_card(
 
     Raises:
         CorpusError: a source is missing, cannot be read, or holds too little text.
-        ConfigError, TokenizerError, StorageError: as the parts raise them.
+        ConfigError: another tokenizer stands at ``out`` already, or an argument is refused.
+        TokenizerError, StorageError: as the parts raise them.
     """
     report = ReadReport()
     train, held_out = split_documents(list(read_documents(sources, report)), _HELD_OUT, seed)
@@ -45,6 +47,8 @@ def fit_with_card(
     path = out or Path("tokenizer")
     if not path.suffix:
         path = path.with_suffix(_SUFFIXES[tokenizer.backend])
+    if path.exists() and path.read_bytes() != tokenizer.to_bytes():
+        raise ConfigError(f"{path} holds another tokenizer already; name a new file with --out, or remove that one")
     store = encode_documents(held_out, tokenizer)
     card = {
         "file": str(path),

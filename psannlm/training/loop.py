@@ -125,7 +125,9 @@ def run_steps(run: Run, progress: Progress) -> Progress:
             _save(run, progress, is_best)
             rate.pause()
         if is_stopped and not is_last:
-            raise Interrupted(f"stopped after step {step} of {run.total_steps}; saved in {run.folder}")
+            raise Interrupted(
+                f"stopped after step {step} of {run.total_steps}; saved in {run.folder}; the same command goes on"
+            )
     return progress
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -124,6 +125,11 @@ def train(
             with suppress(StorageError):
                 _draw(folder, config, world)
             raise
+        finally:
+            # The wrapper must go while the process group stands: were it the last to hold the group, taking it apart
+            # would wait, with the interpreter locked, for a thread that needs the interpreter.
+            run.module = run.model
+            gc.collect()
         curve = _draw(folder, config, world)
         run.model.eval()
         return TrainResult(

@@ -63,3 +63,15 @@ def test_each_line_of_stdin_is_answered_as_it_comes(psannlm, project: Path) -> N
     assert [len(line.split()) for line in rest.splitlines()] == [3]
     piped = subprocess.run([*command, "--json"], input="a\u2028b\nc", stdout=subprocess.PIPE, encoding="utf-8")
     assert [row["text"] for row in json.loads(piped.stdout)] == ["a\u2028b", "c"]
+
+
+def test_another_tokenizer_is_not_overwritten(psannlm, project: Path) -> None:
+    fit = ("tokenize", "corpus.txt", "--per-line", "--backend", "simple", "--out", "t.json")
+    assert psannlm(*fit).code == 0
+    before = Path("t.json").read_bytes()
+    assert psannlm(*fit).code == 0  # the same one again
+    Path("corpus.txt").write_text("Éèê\nàâ\nüö\nñ and more\n", encoding="utf-8")
+    refused = psannlm(*fit)
+    assert refused.code == 2
+    assert "--out" in refused.err
+    assert Path("t.json").read_bytes() == before
