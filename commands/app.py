@@ -67,9 +67,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends in SystemExit with one of the exit codes of ``psannlm.errors``."""
     # GNU OpenMP reads this once, when torch is imported. Threads that wait in a long loop hold the cores that others
     # wait for as soon as anything else runs: training on two cores was ten times slower (docs/experiments.md).
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Decoding goes through thousands of very short parallel regions per second, and loses more by sleeping.
+        decodes = any(name in arguments[:2] for name in ("generate", "bench-kv"))
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000" if decodes else "1000")
     debug = "--debug" in arguments
     if debug:
         arguments = [argument for argument in arguments if argument != "--debug"]

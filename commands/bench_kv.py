@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.table import Table
 
 from psannlm.commands.options import (
+    DEFAULT_RUNS,
     DeviceOption,
     JsonOption,
     figures_table,
+    find_model_file,
     live_line,
     naming_options,
     print_json,
@@ -21,11 +24,16 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from psannlm.benchmarks.kv_cache import KvReport
+    from psannlm.benchmarks.decoding import Case, DecodeRun
+    from psannlm.benchmarks.kv_report import KvReport
     from psannlm.benchmarks.timing import Spread
+
+PLOT_FILE = "decode.png"
+_SIZES = ("base", "d_model", "n_layers", "n_heads", "positional_encoding", "vocab_size")
 
 
 def bench_kv(
+    context: typer.Context,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts.")] = 8,
     prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 96,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to add to each.")] = 64,
@@ -35,93 +43,279 @@ def bench_kv(
     n_heads: Annotated[int, typer.Option(help="Attention heads.")] = 8,
     positional_encoding: Annotated[str, typer.Option(help="rope, alibi or sinusoidal.")] = "rope",
     vocab_size: Annotated[int, typer.Option(help="Rows of the embedding.")] = 4096,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", "-c", help="A trained model, and its sizes, instead of random weights."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Packed weights: float32, bfloat16 or int8.")] = "float32",
+    is_compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Measure the compiled engine too, beside the plain one.")
+    ] = False,
+    cases: Annotated[
+        str, typer.Option(help="all; batch: no rows one by one; cached: no decoding without the cache.")
+    ] = "all",
+    uncached_steps: Annotated[
+        int | None,
+        typer.Option(min=2, help="Full forward passes to time after the first token, evenly. Default: all."),
+    ] = None,
+    context_growth: Annotated[
+        bool, typer.Option("--context-growth/--no-context-growth", help="Time a step at contexts of 256 to 4,096.")
+    ] = True,
+    against: Annotated[
+        str | None, typer.Option(help="transformers: a Llama of equal size beside ours (needs the extra hf).")
+    ] = None,
     device: DeviceOption = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Counted runs of each case; the median is shown.")] = 3,
-    seed: Annotated[int, typer.Option(min=0, help="Decides weights and prompts.")] = 1337,
+    seed: Annotated[int, typer.Option(min=0, help="Decides random weights and prompts.")] = 1337,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time cached against naive decoding, in a batch and row by row, and check that no token changes."""
-    from psannlm.benchmarks.kv_cache import KvSettings
+    given = [name for name in _SIZES if _is_given(context, name)]
+    if checkpoint is not None and given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise typer.BadParameter(f"the checkpoint has sizes of its own; leave out {options}", param_hint="--checkpoint")
+
+    from psannlm.benchmarks.growth import CONTEXTS, draw_growth
     from psannlm.benchmarks.kv_cache import bench_kv as measure
+    from psannlm.benchmarks.kv_cache import build_random_model
+    from psannlm.benchmarks.kv_report import KvSettings
     from psannlm.config.model import ModelConfig
     from psannlm.config.run import section_from_kwargs
     from psannlm.device import pick_device
     from psannlm.errors import LimitMissed
+    from psannlm.models.artifact import load_model
     from psannlm.reports.store import new_folder, system_info, write_json
     from psannlm.storage import write_text
 
-    sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
-    with naming_options("model"):
-        config = section_from_kwargs(
-            ModelConfig, "model", {"base": base, "positional_encoding": positional_encoding, **sizes}
-        )
-    settings = KvSettings(batch_size, prompt_length, max_new_tokens, repeats, seed)
+    settings = KvSettings(
+        batch_size=batch_size,
+        prompt_length=prompt_length,
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        seed=seed,
+        dtype=dtype,  # type: ignore[arg-type]  # the engine says what it takes
+        is_compiled=is_compiled,
+        cases=cases,  # type: ignore[arg-type]  # they say themselves what they take
+        uncached_steps=uncached_steps,
+        contexts=CONTEXTS if context_growth else (),
+        against=against,
+    )
+    chosen = pick_device(device)
+    if checkpoint is None:
+        sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
+        with naming_options("model"):
+            config = section_from_kwargs(
+                ModelConfig, "model", {"base": base, "positional_encoding": positional_encoding, **sizes}
+            )
+        model, weights = build_random_model(config, settings, chosen), "random"
+    else:
+        path = find_model_file(checkpoint, DEFAULT_RUNS)
+        model, weights = load_model(path).model.to(chosen), str(path)
     with live_line(progress()) as line:
-        report = measure(
-            config, settings, device=pick_device(device), on_standing=lambda standing: line.show(str(standing))
-        )
-    tables = _cases_table(report), figures_table("what it comes to", _rows(report))
+        report = measure(model, settings, weights=weights, on_standing=lambda standing: line.show(str(standing)))
+    tables = _tables(report)
     folder = new_folder("kv_cache", out)
     metrics = report.as_dict()
     write_json(folder / "metrics.json", metrics)
     write_json(folder / "system.json", system_info())
     write_text(folder / "table.txt", table_text(*tables))
+    if report.growth:
+        draw_growth(folder / PLOT_FILE, _plot_title(report), report.growth)
     if as_json:
         print_json({**metrics, "folder": str(folder)})
     else:
+        for notice in report.notices:
+            progress().print(notice, highlight=False, markup=False, soft_wrap=True)
         results().print(*tables, sep="\n")
         results().print(f"written to {folder}", highlight=False, markup=False)
     if report.problems:
         raise LimitMissed("; ".join(report.problems))
 
 
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether a person wrote the option, rather than its default standing in for it."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _tables(report: KvReport) -> list[Table]:
+    tables = [_cases_table(report), figures_table("what it comes to", _rows(report)), _floor_table(report)]
+    return [*tables, _growth_table(report)] if report.growth else tables
+
+
 def _cases_table(report: KvReport) -> Table:
-    from psannlm.benchmarks.decoding import CASES
+    settings, model = report.settings, report.model
+    table = _open_table(
+        f"decoding: {model.base}, {report.parameters / 1e6:,.1f}M parameters ({report.weights} weights), "
+        f"{settings.dtype}, {report.device}; {settings.batch_size} prompt{'' if settings.batch_size == 1 else 's'} of "
+        f"{settings.prompt_length:,} tokens, "
+        f"{settings.max_new_tokens:,} new; medians of {settings.repeats}, under them the lowest and highest",
+        *("case", "prefill\nms", "first token\nms", "decode\ntokens/s", "whole\ntokens/s"),
+    )
+    for case, runs in report.runs.items():
+        _add_runs(table, _name(case), runs)
+    if report.rival is not None:
+        _add_runs(table, report.rival.name, report.rival.runs)
+    notes = []
+    if any(not case.is_batched for case in report.runs):
+        notes.append("row by row: prefill of all rows, first token each from its own start")
+    if report.n_uncached_passes < settings.max_new_tokens and any(not case.use_cache for case in report.runs):
+        notes.append(
+            f"cache off: {report.n_uncached_passes} of {settings.max_new_tokens} passes of a row timed, evenly over "
+            "the tokens; the seconds of the others are interpolated"
+        )
+    table.caption = "\n".join(notes)
+    return table
+
+
+def _add_runs(table: Table, name: str, runs: list[DecodeRun]) -> None:
     from psannlm.benchmarks.timing import Spread
 
-    settings, model = report.settings, report.model
-    table = Table(
-        title=f"decoding: {model.base}, {report.parameters / 1e6:,.1f}M parameters, float32, {report.device}; "
-        f"{settings.batch_size} prompts of {settings.prompt_length} tokens, {settings.max_new_tokens} new; "
-        f"medians of {settings.repeats}",
-        title_justify="left",
-        title_style="bold",
-        caption="under the median, the lowest and highest",
-        caption_justify="left",
+    figures = (
+        [1e3 * run.prefill_s for run in runs],
+        [1e3 * run.first_token_s for run in runs],
+        [run.decode_tokens_per_s for run in runs],
+        [run.tokens_per_s for run in runs],
     )
-    table.add_column("case", no_wrap=True)
-    for heading in ("prefill, ms", "first token, ms", "decode, tokens/s", "all, s"):
-        table.add_column(heading, justify="right", overflow="fold")
-    for case in CASES:
-        runs = report.runs[case]
+    table.add_row(name, *(_spread(Spread.of(values), is_cell=True) for values in figures))
+
+
+def _rows(report: KvReport) -> list[tuple[str, str]]:
+    ratios = [
+        ("the cache alone, in a batch", report.from_cache(True)),
+        ("the cache alone, one row", report.from_cache(False)),
+        ("batching alone, with cache", report.from_batching(True)),
+        ("the same, compiled", report.from_batching(True, True)),
+        ("batching alone, without", report.from_batching(False)),
+        ("compiling alone, in a batch", report.from_compiling(True)),
+        ("compiling alone, one row", report.from_compiling(False)),
+    ]
+    rows = [(name, f"{_spread(ratio)} x the decode rate") for name, ratio in ratios if ratio is not None]
+    for case, seconds in report.compile_s().items():
+        rows.append((f"compilation, {_rows_of(case.is_batched)}", f"{seconds:,.1f} s, once"))
+    if report.rival is not None:
+        ratio = report.against_rival()
+        rows += [
+            ("rival", report.rival.description),
+            ("our parameters", f"{report.parameters:,}; {report.settings.dtype}; {report.ours}"),
+            ("ours over the rival, whole", f"{_spread(ratio['whole'])} x the tokens/s"),
+            ("ours over the rival, decode", f"{_spread(ratio['decode'])} x the tokens/s after the first"),
+            ("the rival's first run", f"{report.rival.first_s:,.1f} s, compilation included"),
+        ]
+    if report.packing is not None:
+        cost = report.packing
+        rows.append(
+            (
+                f"perplexity, {report.settings.dtype}",
+                f"{cost.ratio:.5f} ± {cost.ratio_error:.5f} x that of float32 ({cost.packed_perplexity:,.2f} against "
+                f"{cost.perplexity:,.2f}, on {cost.n_tokens:,} tokens that the float32 model drew)",
+            )
+        )
+    predictions = report.predicted_cache_bytes()
+    for case, measured in report.measured_cache_bytes().items():
+        predicted = predictions[case]
+        verdict = "as predicted" if measured == predicted else f"predicted: {predicted:,}"
+        if not case.is_compiled or measured != predicted:
+            rows.append((f"cache bytes, {_rows_of(case.is_batched)}", f"{measured:,} ({verdict})"))
+    return [*rows, ("tokens out", _agreement(report))]
+
+
+def _floor_table(report: KvReport) -> Table:
+    table = _open_table(
+        "a decoding step beside its floor: the time in which memory delivers the weights and the cache that it reads, "
+        "at the rate measured here",
+        *("case", "step\nms", "reads\nMB", "memory\nGB/s", "floor\nms", "floor\n/ step"),
+    )
+    for case, share in report.floors().items():
         table.add_row(
-            str(case),
-            _spread(Spread.of([1e3 * run.prefill_s for run in runs]), is_cell=True),
-            _spread(Spread.of([1e3 * run.first_token_s for run in runs]), is_cell=True),
-            _spread(report.rate(case), is_cell=True),
-            _spread(Spread.of([run.total_s for run in runs]), is_cell=True),
+            _name(case),
+            _spread(share.step_s, scale=1e3, is_cell=True),
+            f"{share.n_bytes / 1e6:,.1f}",
+            _spread(share.bytes_per_s, scale=1e-9, is_cell=True),
+            f"{1e3 * share.floor_s:,.2f}",
+            _spread(share.fraction, is_cell=True, is_percent=True),
         )
     return table
 
 
-def _rows(report: KvReport) -> list[tuple[str, str]]:
-    rows = [
-        ("the cache alone, in a batch", f"{_spread(report.from_cache(True))} x the decode rate"),
-        ("the cache alone, one row", f"{_spread(report.from_cache(False))} x the decode rate"),
-        ("batching alone, with cache", f"{_spread(report.from_batching(True))} x the decode rate"),
-        ("batching alone, without", f"{_spread(report.from_batching(False))} x the decode rate"),
-    ]
-    for case, measured in report.measured_cache_bytes.items():
-        predicted = report.predicted_cache_bytes[case]
-        verdict = "as predicted" if measured == predicted else f"predicted: {predicted:,}"
-        rows.append((f"cache bytes, {'batch' if case.is_batched else 'one row'}", f"{measured:,} ({verdict})"))
-    equal = "the same in all cases" if report.difference is None else str(report.difference)
-    rows.append(("tokens out", f"{equal}; {report.distinct_tokens:,} different ids"))
-    return rows
+def _agreement(report: KvReport) -> str:
+    agreement = report.agreement
+    if agreement.difference is not None:
+        text = str(agreement.difference)
+    elif agreement.tied_places:
+        text = (
+            f"the same in all cases but for {agreement.tied_places:,} ties of rounding: logits up to "
+            f"{agreement.largest_tie:.2g} apart (a tie is up to {agreement.largest_tolerance:.2g})"
+        )
+    else:
+        text = "the same in all cases"
+    return f"{text}; {agreement.n_checked:,} compared, {report.distinct_tokens:,} different ids"
 
 
-def _spread(spread: Spread, *, is_cell: bool = False) -> str:
-    digits = 3 if spread.median < 1 else 2 if spread.median < 100 else 0
-    edges = f"{spread.lowest:,.{digits}f}–{spread.highest:,.{digits}f}"
-    return f"{spread.median:,.{digits}f}" + (f"\n{edges}" if is_cell else f" ({edges})")
+def _growth_table(report: KvReport) -> Table:
+    settings = report.settings
+    engine = f"{settings.dtype}{', compiled' if report.ours.is_compiled else ''}"
+    table = _open_table(
+        f"a cached step of {settings.batch_size} rows as the context grows, {engine}; the floor is the time to read "
+        "weights and cache once",
+        *("context", "step\nms", "floor\nms", "floor\n/ step", "tokens/s", "cache\nMB"),
+    )
+    for point in report.growth:
+        share = point.share
+        table.add_row(
+            f"{point.context:,}",
+            _spread(share.step_s, scale=1e3, is_cell=True),
+            f"{1e3 * share.floor_s:,.2f}",
+            _spread(share.fraction, is_cell=True, is_percent=True),
+            f"{settings.batch_size / share.step_s.median:,.0f}",
+            f"{point.cache_bytes / 1e6:,.1f}",
+        )
+    if report.left_out:
+        contexts = ", ".join(f"{context:,}" for context in report.left_out)
+        table.caption = f"left out, for the model's context ends at {report.model.max_seq_len:,}: {contexts}"
+    return table
+
+
+def _plot_title(report: KvReport) -> str:
+    settings = report.settings
+    rows = f"{settings.batch_size} row{'' if settings.batch_size == 1 else 's'}"
+    engine = f"{settings.dtype}{', compiled' if report.ours.is_compiled else ''}"
+    return f"Decoding with the cache: {report.model.base}, {report.parameters / 1e6:,.1f}M, {engine}, {rows}"
+
+
+def _open_table(title: str, first: str, *headings: str) -> Table:
+    """A table without vertical rules, which would take the room of the figures in 80 columns."""
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=box.SIMPLE_HEAD)
+    table.padding = (0, 1)
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _name(case: Case) -> str:
+    return str(case).replace(", compiled", ",\ncompiled")
+
+
+def _rows_of(is_batched: bool) -> str:
+    return "batch" if is_batched else "one row"
+
+
+def _spread(spread: Spread, *, scale: float = 1.0, is_cell: bool = False, is_percent: bool = False) -> str:
+    low, middle, high = (value * scale for value in (spread.lowest, spread.median, spread.highest))
+    tell = _percent if is_percent else _number
+    edges = f"{tell(low)}–{tell(high)}"
+    return f"{tell(middle)}\n{edges}" if is_cell else f"{tell(middle)} ({edges})"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
+
+
+def _number(value: float) -> str:
+    """Three digits or more, in at most six characters below ten million."""
+    if value >= 1e4:
+        return f"{value / 1e3:,.1f}k" if value < 1e5 else f"{value / 1e3:,.0f}k"
+    digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:,.{digits}f}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -13,6 +14,7 @@ from psannlm.commands.options import (
     DEFAULT_RUNS,
     CheckpointOption,
     DeviceOption,
+    DtypeOption,
     JsonOption,
     RunsOption,
     figures_table,
@@ -25,6 +27,9 @@ from psannlm.commands.options import (
     table_text,
 )
 
+if TYPE_CHECKING:
+    from psannlm.models.packed import WeightDtype
+
 
 def evaluate(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders or globs of text.")],
@@ -35,6 +40,7 @@ def evaluate(
     window: Annotated[int | None, typer.Option(min=1, help="Tokens seen at once. Default: as in training.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 16,
     amp: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "fp32",
+    dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
     as_json: JsonOption = False,
@@ -46,6 +52,7 @@ def evaluate(
     from psannlm.device import pick_device, pick_precision
     from psannlm.evaluation import evaluate_sources
     from psannlm.models.artifact import load_model
+    from psannlm.models.packed import pack_model
     from psannlm.reports.store import new_folder, system_info, write_json
     from psannlm.storage import write_text
 
@@ -55,6 +62,12 @@ def evaluate(
     loaded = load_model(path)
     precision = pick_precision(settings.amp, pick_device(settings.device))
     loaded.model.to(precision.device)
+    if dtype != "float32":
+        if settings.amp != "fp32":
+            raise typer.BadParameter(
+                f"{dtype} weights have their own arithmetic; leave out --amp", param_hint="--dtype"
+            )
+        loaded = replace(loaded, model=pack_model(loaded.model, cast("WeightDtype", dtype)))
     began = time.monotonic()
 
     def standing(done: int, total: int) -> str:
@@ -74,12 +87,18 @@ def evaluate(
         for said in report.lines():
             line.keep(said)
     folder = new_folder("eval", out)
-    metrics = {"checkpoint": str(path), "files": files, "corpus_sha256": report.sha256, **result.as_dict()}
+    metrics = {
+        "checkpoint": str(path),
+        "dtype": dtype,
+        "files": files,
+        "corpus_sha256": report.sha256,
+        **result.as_dict(),
+    }
     write_json(folder / "metrics.json", metrics)
     write_json(folder / "system.json", system_info())
     documents = f"{report.documents:,} document{'' if report.documents == 1 else 's'}"
     rows = [
-        ("checkpoint", str(path)),
+        ("checkpoint", f"{path}, {dtype} weights"),
         ("text", f"{documents}, {result.n_bytes:,} bytes, {result.n_labels:,} tokens"),
         ("loss", f"{result.loss:.4f} nats per token"),
         ("perplexity", f"{result.perplexity:.2f}"),

@@ -8,7 +8,7 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -16,6 +16,7 @@ from psannlm.commands.options import (
     DEFAULT_RUNS,
     CheckpointOption,
     DeviceOption,
+    DtypeOption,
     JsonOption,
     RunsOption,
     find_model_file,
@@ -23,6 +24,10 @@ from psannlm.commands.options import (
     print_json,
     progress,
 )
+
+if TYPE_CHECKING:
+    from psannlm.generation.decoding import ContextRule
+    from psannlm.models.packed import WeightDtype
 
 
 def generate(
@@ -42,6 +47,21 @@ def generate(
         float | None, typer.Option(help="Ratio by which tokens already there become less likely, such as 1.2.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a new one.")] = None,
+    dtype: DtypeOption = "float32",
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile decoding: up to a minute at first, then several times faster. Default: for long texts only.",
+        ),
+    ] = None,
+    speculate: Annotated[
+        int,
+        typer.Option(min=0, help="Tokens per step to guess from the text so far; the text stays the same."),
+    ] = 0,
+    context: Annotated[
+        str, typer.Option(help="When the context is full: stop, or slide (drop the oldest half and go on).")
+    ] = "stop",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -52,8 +72,8 @@ def generate(
 
     from psannlm.device import pick_device
     from psannlm.errors import ArtifactError
-    from psannlm.generation.engine import generate as complete
     from psannlm.generation.sampling import SamplingConfig
+    from psannlm.generation.text import generate as complete
     from psannlm.models.artifact import load_model
 
     sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
@@ -88,6 +108,11 @@ def generate(
             prompts,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
+            dtype=cast("WeightDtype", dtype),
+            compile="auto" if compile is None else compile,
+            speculate=speculate,
+            context=cast("ContextRule", context),
+            on_notice=_say,
             on_text=(lambda _, text: stream(text)) if is_streamed else None,
             on_progress=None if line is None else (lambda *figures: line.show(standing(*figures))),
         )

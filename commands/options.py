@@ -25,6 +25,9 @@ CheckpointOption = Annotated[
     Path | None,
     typer.Option("--checkpoint", "-c", help="Model file, checkpoint folder or run. Default: the newest run's best."),
 ]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="Weights in float32, bfloat16 or int8 (weights only, a scale per output).")
+]
 DEFAULT_RUNS = Path("runs")
 RunsOption = Annotated[Path, typer.Option("--runs", help="Where to look for the newest run.")]
 

@@ -6,6 +6,7 @@ import glob
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,12 @@ from psannlm.data.prepare import PreparedData, prepare_documents
 from psannlm.data.shards import encode_documents
 from psannlm.data.windows import Windows
 from psannlm.errors import CorpusError, GenerationError, TokenizerError
-from psannlm.generation.engine import Completion, generate
+from psannlm.generation.decoding import ContextRule
+from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.text import Completion, generate, repays_compiling
 from psannlm.models.artifact import MODEL_FILE, load_model, save_model
+from psannlm.models.packed import WeightDtype
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
@@ -158,6 +162,7 @@ class psannLM:
         self.tokenizer: Tokenizer | None = None
         self.result: TrainResult | None = None
         self._model: Transformer | None = None
+        self._engine_made: tuple[object, Engine] | None = None
 
     @property
     def model(self) -> Transformer:
@@ -234,6 +239,10 @@ class psannLM:
         repetition_penalty: float | None = None,
         *,
         seed: int | None = None,
+        dtype: WeightDtype = "float32",
+        compile: bool | Literal["auto"] = "auto",
+        speculate: int = 0,
+        context: ContextRule = "stop",
         on_text: Callable[[str], None] | None = None,
     ) -> str:
         """Return the text that follows ``prompt``, the prompt left out.
@@ -241,6 +250,13 @@ class psannLM:
         Args:
             temperature: 0 always takes the likeliest token.
             seed: the same seed, prompt and settings give the same text; None draws a new one.
+            dtype: of the weights while generating: ``float32``, ``bfloat16`` or ``int8``; the model is not changed.
+            compile: put decoding through torch.compile: half a minute at first, then several times faster; ``auto``
+                does so where many tokens are asked for.
+            speculate: guess up to so many tokens per pass from the text so far and let the model check them; the text
+                stays the same.
+            context: ``stop`` refuses a prompt without room in the context and ends a text that fills it; ``slide``
+                drops the oldest half and goes on.
             on_text: called with pieces of the text as they come.
 
         Raises:
@@ -248,7 +264,8 @@ class psannLM:
         """
         sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
         listener = None if on_text is None else lambda _, text: on_text(text)
-        return self._complete([prompt], max_new_tokens, sampling, listener)[0].text
+        engine = self._engine(dtype, repays_compiling(compile, max_new_tokens))
+        return self._complete(engine, [prompt], max_new_tokens, sampling, speculate, context, listener)[0].text
 
     def generate_batch(
         self,
@@ -260,25 +277,51 @@ class psannLM:
         repetition_penalty: float | None = None,
         *,
         seed: int | None = None,
+        dtype: WeightDtype = "float32",
+        compile: bool | Literal["auto"] = "auto",
+        speculate: int = 0,
+        context: ContextRule = "stop",
     ) -> list[str]:
         """Return what :meth:`generate` gives for each prompt, in order, decoded together."""
         if isinstance(prompts, str):
             raise TypeError("generate_batch takes a list of prompts; generate takes one")
         sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
-        return [completion.text for completion in self._complete(prompts, max_new_tokens, sampling, None)]
+        engine = self._engine(dtype, repays_compiling(compile, max_new_tokens))
+        completions = self._complete(engine, prompts, max_new_tokens, sampling, speculate, context, None)
+        return [completion.text for completion in completions]
+
+    def _engine(self, dtype: WeightDtype, is_compiled: bool) -> Engine:
+        """The engine of the last call, unless settings or weights have changed since."""
+        weights = tuple((tensor.data_ptr(), tensor._version) for tensor in self.model.parameters())
+        key = (dtype, is_compiled, self.model.config, weights)
+        if self._engine_made is None or self._engine_made[0] != key:
+            engine = Engine(self.model, dtype=dtype, compile=is_compiled)
+            for notice in engine.notices:
+                warnings.warn(notice, stacklevel=3)
+            self._engine_made = (key, engine)
+        return self._engine_made[1]
 
     def _complete(
         self,
+        engine: Engine,
         prompts: Sequence[str],
         max_new_tokens: int,
         sampling: SamplingConfig,
+        speculate: int,
+        context: ContextRule,
         on_text: Callable[[int, str], None] | None,
     ) -> list[Completion]:
         if self.tokenizer is None:
             raise GenerationError("this model has no tokenizer yet: fit it, or load one that was trained")
-        model = self.model.eval()
         return generate(
-            model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text
+            engine,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            speculate=speculate,
+            context=context,
+            on_text=on_text,
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -306,6 +349,7 @@ class psannLM:
         model.tokenizer = loaded.tokenizer
         model.result = None
         model._model = loaded.model
+        model._engine_made = None
         return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -84,9 +85,16 @@ def pick_precision(amp: Amp, device: torch.device) -> Precision:
     return Precision(device, torch.float32, f"fp32: this {device.type} has no bf16 hardware")
 
 
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs on ``device``: a C++ compiler for a CPU, Triton for a GPU."""
+    if device.type == "cpu":
+        return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    return find_spec("triton") is not None
+
+
 def require_compiler(device: torch.device) -> None:
-    """Raise DeviceError if torch.compile has nothing to compile with on ``device``."""
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+    """Raise DeviceError if torch.compile has nothing to compile with on a CPU."""
+    if device.type == "cpu" and not has_compiler(device):
         raise DeviceError(
             "compile: true needs a C++ compiler on a CPU and none was found; install g++, or set compile: false"
         )

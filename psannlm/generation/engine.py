@@ -1,237 +1,172 @@
-"""Prompts to text: prefill all rows at once, then decode token by token while finished rows leave the batch.
+"""A model and a precision in; prefill and decode over a cache that the caller holds, plain or compiled, out.
 
-Letters: B rows still alive, V vocabulary.
+Letters: B rows, T new tokens of a row, V vocabulary.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from itertools import count
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from psannlm.device import computes_in_bf16, has_compiler
 from psannlm.errors import GenerationError
-from psannlm.generation.sampling import SamplingConfig, next_tokens, require_number
-from psannlm.models.cache import DecodeState
+from psannlm.models.attention import continue_layout
+from psannlm.models.cache import DecodeState, LayerState, move_tails, whole_blocks
+from psannlm.models.packed import FEW_TOKENS, WeightDtype, pack_model, weight_bytes
 from psannlm.models.transformer import Transformer
-from psannlm.tokenizers.base import Tokenizer
 
-StopReason = Literal["end_of_text", "length", "context"]
+# Tokens to come that a new state has room for at most; it grows when there are more.
+_FIRST_ROOM = 256
 
-
-@dataclass(frozen=True)
-class Completion:
-    """What followed a prompt: token ids (end of text left out), their text, and why it ends there.
-
-    ``stopped_by`` is ``end_of_text``, ``length`` (max_new_tokens reached) or ``context`` (no room for more).
-    """
-
-    ids: list[int]
-    text: str
-    stopped_by: StopReason
+_numbers = count()
+_Tensors = Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
+_Histories = list[tuple[Tensor | None, Tensor | None]]
+_Step = Callable[[Tensor, Tensor, Tensor, _Tensors], tuple[Tensor, _Histories]]
 
 
-@dataclass(frozen=True)
-class TokenEvent:
-    """One decoded token of one row, as it comes."""
-
-    row: int
-    token: int
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return the ids of a prompt, led by the beginning-of-text that every training document starts with."""
-    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
-
-
-def context_limit(model: Transformer) -> int | None:
-    """Return the most tokens a sequence may have: the trained length, or None with alibi, which goes past it."""
-    return None if model.config.positional_encoding == "alibi" else model.config.max_seq_len
-
-
-class Decoding:
-    """The state of one batch of prompts being continued; iterate it for tokens, then read ``generated``.
-
-    Raises:
-        GenerationError: there is no prompt, a prompt is empty or has an id outside the vocabulary, or it leaves no room
-            in the model's context.
-    """
-
-    def __init__(
-        self,
-        model: Transformer,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        sampling: SamplingConfig,
-        eos_id: int | None,
-        forbidden_ids: Sequence[int] = (),
-    ) -> None:
-        require_number("max_new_tokens", max_new_tokens, is_whole=True)
-        if max_new_tokens < 1:
-            raise GenerationError(f"max_new_tokens {max_new_tokens} asks for nothing; use 1 or more")
-        limit = context_limit(model)
-        _check_prompts(prompts, model.config.vocab_size or 0, limit)
-        self.model = model
-        self.prompts = [list(prompt) for prompt in prompts]
-        self.sampling = sampling
-        self.eos_id = eos_id
-        self.forbidden = torch.tensor(list(forbidden_ids), dtype=torch.long, device=model.embedding.weight.device)
-        self.room = [
-            max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)) for prompt in self.prompts
-        ]
-        self.max_new_tokens = max_new_tokens
-        self.generated: list[list[int]] = [[] for _ in self.prompts]
-        self.stopped_by: list[StopReason] = ["length"] * len(self.prompts)
-        seeds = [secrets.randbits(63) if sampling.seed is None else int(sampling.seed) for _ in self.prompts]
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __iter__(self) -> Iterator[TokenEvent]:
-        return self.decode(*self.prefill())
-
-    @torch.inference_mode()
-    def decode(self, logits: Tensor, state: DecodeState, seen: Tensor | None) -> Iterator[TokenEvent]:
-        """Yield the tokens that follow what :meth:`prefill` returned, and keep them in ``generated``."""
-        rows = list(range(len(self.prompts)))
-        while True:
-            tokens = self._choose(logits, rows, seen)
-            chosen = tokens.tolist()
-            alive = []
-            for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
-                if token == self.eos_id:
-                    self.stopped_by[row] = "end_of_text"
-                    self.room[row] = len(self.generated[row])
-                    continue
-                self.generated[row].append(token)
-                yield TokenEvent(row, token)
-                if len(self.generated[row]) < self.room[row]:
-                    alive.append(place)
-                elif self.room[row] < self.max_new_tokens:
-                    self.stopped_by[row] = "context"
-            if not alive:
-                return
-            if len(alive) < len(rows):
-                rows = [rows[place] for place in alive]
-                tokens, state = tokens[alive], state.select(alive)
-                seen = None if seen is None else seen[alive]
-            if seen is not None:
-                seen.scatter_(1, tokens[:, None], True)
-            logits = self.model.logits(self.model.hidden_states(tokens[:, None], state)[:, -1])
-
-    @torch.inference_mode()
-    def prefill(self) -> tuple[Tensor, DecodeState, Tensor | None]:
-        """Run every prompt at once, padded on the right; return the logits after each, the cache, and tokens seen."""
-        weight = self.model.embedding.weight
-        lengths = [len(prompt) for prompt in self.prompts]
-        capacity = max(length + room for length, room in zip(lengths, self.room, strict=True))
-        state = DecodeState.allocate(self.model.config, len(lengths), capacity, weight.device, weight.dtype)
-        input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-        seen = None
-        if self.sampling.repetition_penalty is not None:
-            seen = torch.zeros(len(lengths), self.model.config.vocab_size or 0, dtype=torch.bool)
-        for row, prompt in enumerate(self.prompts):
-            input_ids[row, : len(prompt)] = torch.tensor(prompt)
-            if seen is not None:
-                seen[row, prompt] = True
-        hidden = self.model.hidden_states(input_ids.to(weight.device), state, lengths)
-        last = torch.tensor([length - 1 for length in lengths], device=weight.device)
-        logits = self.model.logits(hidden[torch.arange(len(lengths), device=weight.device), last])
-        return logits, state, None if seen is None else seen.to(weight.device)
-
-    def _choose(self, logits: Tensor, rows: Sequence[int], seen: Tensor | None) -> Tensor:
-        uniforms = None
-        if self.sampling.temperature > 0.0:
-            uniforms = torch.cat([torch.rand(1, generator=self._generators[row]) for row in rows]).to(logits.device)
-        return next_tokens(logits, self.sampling, uniforms, seen, self.forbidden)
-
-
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, limit: int | None) -> None:
-    if not prompts:
-        raise GenerationError("there is no prompt to continue")
-    for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise GenerationError(f"prompt {row} holds no token")
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise GenerationError(f"prompt {row} has an id outside the vocabulary of {vocab_size}")
-        if limit is not None and len(prompt) >= limit:
-            raise GenerationError(
-                f"prompt {row} has {len(prompt)} tokens, and the model's context is {limit} with room for an answer; "
-                "shorten the prompt, or train with a larger data.max_length"
-            )
-
-
-def _texts(prompts: object) -> list[str]:
-    """Return the prompts as a list. Raises GenerationError for anything but strings; one alone is no list of them."""
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
-        raise GenerationError(f"prompts {prompts!r:.60} is not a list of strings")
-    texts = list(prompts)
-    for row, prompt in enumerate(texts):
-        if not isinstance(prompt, str):
-            raise GenerationError(f"prompt {row} is {type(prompt).__name__} {prompt!r:.60}; give a string")
-    return texts
-
-
-def generate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 128,
-    sampling: SamplingConfig | None = None,
-    on_text: Callable[[int, str], None] | None = None,
-    on_progress: Callable[[int, int, int], None] | None = None,
-) -> list[Completion]:
-    """Continue each prompt, all in one batch; with a seed, a row's text is the same alone and in company.
-
-    The model runs as in evaluation, without dropout, and is left in the mode it was in.
+class Engine:
+    """A model packed for inference, with the three passes that text is made of.
 
     Args:
-        sampling: None uses the defaults of :class:`SamplingConfig`.
-        on_text: called with (row, text) as text becomes certain: never a part of a character. The parts of a row
-            join to its completion's text.
-        on_progress: called after each step but the last with (tokens so far, steps so far, steps at most); a step adds
-            one token to every row that has not ended.
+        model: is left as it is; the engine keeps a packed twin on the same device, as the weights are now.
+        dtype: of the weights: ``float32``, ``bfloat16``, or ``int8`` (weights only, a scale per output).
+        compile: put the decoding step through torch.compile: it takes up to a minute at the first step of each batch
+            size and capacity of the cache (a fraction of it the next time, from the compiler's own cache on disk), and
+            makes the steps after it several times faster.
+
+    Attributes:
+        model: the packed twin.
+        cache_dtype: of keys, values and tails: float32 for float32 weights, else bfloat16.
+        weight_bytes: of the matrices that each decoding step reads once.
+        compiles: whether steps are compiled: asked for, and there is a compiler.
+        notices: what was asked for and is had in another way, in words.
 
     Raises:
-        GenerationError: a prompt or setting cannot be honoured.
+        GenerationError: ``dtype`` is not known.
     """
-    prompts = _texts(prompts)
-    special = tokenizer.special_ids - {tokenizer.eos_id}
-    unused = range(tokenizer.vocab_size, model.config.vocab_size or 0)
-    decoding = Decoding(
-        model,
-        [encode_prompt(tokenizer, prompt) for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        sampling=sampling or SamplingConfig(),
-        eos_id=tokenizer.eos_id,
-        forbidden_ids=[*sorted(special), *unused],
-    )
-    told = [0] * len(prompts)
-    n_tokens = n_steps = 0
-    was_training = model.training
-    model.eval()
-    try:
-        for event in decoding:
-            if on_progress is not None and len(decoding.generated[event.row]) > n_steps + 1:
-                n_steps += 1
-                on_progress(n_tokens, n_steps, max(decoding.room))
-            n_tokens += 1
-            if on_text is not None:
-                # The end may still change: bytes that are half a character decode to a replacement mark until the rest.
-                text = tokenizer.decode(decoding.generated[event.row])
-                certain = len(text.rstrip("�"))
-                if certain > told[event.row]:
-                    on_text(event.row, text[told[event.row] : certain])
-                    told[event.row] = certain
-    finally:
-        model.train(was_training)
-    completions = []
-    for row, (ids, reason) in enumerate(zip(decoding.generated, decoding.stopped_by, strict=True)):
-        text = tokenizer.decode(ids)
-        if on_text is not None and len(text) > told[row]:
-            on_text(row, text[told[row] :])
-        completions.append(Completion(ids, text, reason))
-    return completions
+
+    def __init__(self, model: Transformer, *, dtype: WeightDtype = "float32", compile: bool = False) -> None:
+        self.device = model.embedding.weight.device
+        self.notices: list[str] = []
+        self.compiles = compile
+        if compile and not has_compiler(self.device):
+            self.compiles = False
+            self.notices.append("no C++ compiler was found, so decoding is not compiled; install g++ to have it faster")
+        self.dtype = dtype
+        self.model = pack_model(model, dtype, is_compiled=self.compiles)
+        if dtype != "float32" and not computes_in_bf16(self.device):
+            self.notices.append(
+                f"this {self.device.type} has no bf16 hardware: {dtype} weights are widened to float32 for each product"
+            )
+        self.cache_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+        self.weight_bytes = weight_bytes(self.model)
+        self._steps: dict[tuple[int, int, int], _Step] = {}
+        self._numbers: Tensor | None = None
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, DecodeState]:
+        """Run every prompt at once; return the logits (B, V), float32, after each, and the state to decode from.
+
+        Args:
+            prompts: ids of each row, at least one.
+            max_new_tokens: a hint at how much the state will have to hold; it grows beyond.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        # Never as short as a decoding pass, and whole vectors of keys: a row must meet the same products and the same
+        # sums whatever the length of its company.
+        padded = max(-(-max(lengths) // 16) * 16, 2 * FEW_TOKENS)
+        capacity = self._capacity(max(lengths), padded, max_new_tokens)
+        state = DecodeState.allocate(self.model.config, len(prompts), capacity, self.device, self.cache_dtype)
+        input_ids = torch.zeros(len(prompts), padded, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, : len(prompt)] = torch.tensor(prompt)
+        hidden = self.model.hidden_states(input_ids.to(self.device), state, lengths)
+        last = torch.tensor([length - 1 for length in lengths], device=self.device)
+        at_last = hidden[torch.arange(len(prompts), device=self.device), last]
+        # As (B, 1, D): one token per row, as in decoding.
+        return self.model.logits(at_last.unsqueeze(1))[:, 0].float(), state
+
+    def _capacity(self, length: int, padded: int, max_new_tokens: int) -> int:
+        """Slots of a new state. A compiled step is made for one number of them: a power of two that need not grow."""
+        if not self.compiles:
+            return whole_blocks(max(length + min(max_new_tokens, _FIRST_ROOM), padded))
+        needed = max(length + max_new_tokens + FEW_TOKENS, padded, _FIRST_ROOM)
+        return 1 << (needed - 1).bit_length()
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """Return the logits (B, V), float32, after one more token (B,) int64 of each row; ``state`` counts it."""
+        logits = self.verify(tokens[:, None], state)[:, 0]
+        state.advance()
+        return logits
+
+    @torch.inference_mode()
+    def verify(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """Return the logits (B, T, V), float32, after each of T more tokens (B, T) int64; none is counted yet.
+
+        ``state.advance`` says how many of them each row keeps.
+
+        Raises:
+            GenerationError: T is more than ``FEW_TOKENS``.
+        """
+        n_rows, n_tokens = tokens.shape
+        if n_tokens > FEW_TOKENS:
+            raise GenerationError(f"{n_tokens} tokens at once are too many to decode; use {FEW_TOKENS} at most")
+        state.grow(max(state.lengths) + n_tokens)
+        if not self.compiles:
+            return self.model.logits(self.model.offer(tokens, state)).float()
+        key = (n_rows, n_tokens, state.capacity)
+        if key not in self._steps:
+            self._steps[key] = self._compiled(n_tokens)
+        tensors = [(s.keys, s.values, s.attention_tail, s.mlp_tail) for s in state.layers]
+        logits, histories = self._steps[key](tokens.contiguous(), state.offsets, self._slots(state, n_tokens), tensors)
+        for layer, (attention_history, mlp_history) in zip(state.layers, histories, strict=False):
+            layer.attention_history, layer.mlp_history = attention_history, mlp_history
+        state.n_offered = n_tokens
+        return logits
+
+    def _slots(self, state: DecodeState, n_tokens: int) -> Tensor:
+        """Return the numbers of the slots to read; made anew when the longest row enters another block."""
+        span = min(whole_blocks(max(state.lengths) + n_tokens), state.capacity)
+        if self._numbers is None or len(self._numbers) != span:
+            self._numbers = torch.arange(span, device=self.device)
+            torch._dynamo.maybe_mark_dynamic(self._numbers, 0)
+        return self._numbers
+
+    def _compiled(self, n_tokens: int) -> _Step:
+        """Return a compiled pass for one batch size, number of tokens and capacity; how much it reads may change."""
+        # Takes a second to import, and holds the operator that packed products are compiled with.
+        import torch._inductor.test_operators
+
+        model = self.model
+
+        def step(tokens: Tensor, offsets: Tensor, slots: Tensor, tensors: _Tensors) -> tuple[Tensor, _Histories]:
+            layers = [LayerState(*parts) for parts in tensors]
+            layout = continue_layout(model.config, offsets, slots, n_tokens, torch.float32)
+            logits = model.logits(model.run_blocks(tokens, layout, layers)).float()
+            if n_tokens > 1:
+                return logits, [(layer.attention_history, layer.mlp_history) for layer in layers]
+            # A single token always stays, so that tails can move on here.
+            for layer in layers:
+                move_tails(layer)
+            return logits, []
+
+        if self.device.type == "cpu":
+            # One call into C++ per step, and products summed in one rounding.
+            options: dict[str, Any] = {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
+        else:
+            options = {"triton.cudagraphs": True}
+        # Guards would check in every step what the engine knows. Without them, a function must have code of its own, by
+        # which the compiler finds what it has compiled.
+        code = step.__code__.replace(co_name=f"step_{next(_numbers)}")
+        own = FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
+        return torch.compile(own, fullgraph=True, options={**options, "guard_filter_fn": _no_guard})
+
+
+def _no_guard(guards: Sequence[Any]) -> list[bool]:
+    return [False for _ in guards]

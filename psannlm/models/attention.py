@@ -5,7 +5,6 @@ Letters: B rows, T new tokens, S cached and new tokens, H query heads, G key/val
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.config.model import ModelConfig
-from psannlm.models.cache import DecodeState, LayerState
+from psannlm.models.cache import DecodeState, LayerState, whole_blocks
 from psannlm.models.positions import alibi_bias, alibi_slopes, rope_tables, rotate
+
+# New tokens of a row up to which a compiled pass writes attention out as sums, instead of calling the kernel.
+_FEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -22,74 +24,57 @@ class Layout:
     """What all blocks share in one forward pass: where the new tokens stand, and what each may look at.
 
     Attributes:
-        positions: (T,) when every row stands at the same place, else (B, T); integers.
-        n_new: new tokens per row, or None when every row has all T; the rest of a row is padding.
-        span: S, the cache slots that attention reads; 0 without a cache.
-        start: the common position of the first new token, or None when rows differ.
+        positions: (T,) when every row starts at its beginning, else (B, T); integers.
+        span: S, the cache slots that attention reads; 0 where the new tokens are all there is to see.
         rope: cosines and sines, or None.
-        mask: boolean or float (B or 1, H or 1, T, S), or None where is_causal or nothing is needed.
-        is_causal: whether the plain causal mask of the kernel is the right one.
-        rows, slots, steps: indices (N,) of the valid new tokens when rows differ: row, cache slot, place in the chunk.
+        mask: float (B or 1, H or 1, T, S), added to the scores, or None where the kernel's own causal mask is right.
     """
 
     positions: Tensor
-    n_new: list[int] | None
     span: int
-    start: int | None
     rope: tuple[Tensor, Tensor] | None
     mask: Tensor | None
-    is_causal: bool
-    rows: Tensor | None = None
-    slots: Tensor | None = None
-    steps: Tensor | None = None
 
 
-def plan_layout(
-    config: ModelConfig, input_ids: Tensor, state: DecodeState | None = None, n_new: Sequence[int] | None = None
-) -> Layout:
-    """Work out the :class:`Layout` of a forward pass over ``input_ids`` (B, T), of which row b has ``n_new[b]`` tokens.
+def plan_layout(config: ModelConfig, n_tokens: int, device: torch.device, state: DecodeState | None = None) -> Layout:
+    """Work out the :class:`Layout` of a forward pass over ``n_tokens`` per row, after those that ``state`` has seen.
 
     Raises:
         GenerationError: the cache has no room for the new tokens.
     """
-    batch_size, n_tokens = input_ids.shape
-    device = input_ids.device
-    ragged_new = None if n_new is None or all(n == n_tokens for n in n_new) else list(n_new)
-    lengths = [0] * batch_size if state is None else state.lengths
     if state is not None:
-        state.require_room(ragged_new or [n_tokens] * batch_size)
-    steps = torch.arange(n_tokens, device=device)
-    is_uniform = ragged_new is None and len(set(lengths)) == 1
-    start = lengths[0] if is_uniform else None
-    positions = steps + start if start is not None else torch.tensor(lengths, device=device)[:, None] + steps
-    if state is None:
-        span = 0
-    else:
-        span = max(length + new for length, new in zip(lengths, ragged_new or [n_tokens] * batch_size, strict=True))
-
-    rope = None
-    if config.positional_encoding == "rope":
-        cos, sin = rope_tables(positions, config.d_model // config.n_heads)
-        rope = (cos, sin) if start is not None else (cos.unsqueeze(1), sin.unsqueeze(1))
-
-    key_positions = torch.arange(span or n_tokens, device=device)
-    mask: Tensor | None = None
-    is_causal = False
+        state.require_room(n_tokens)
+        if any(state.lengths):
+            span = min(whole_blocks(max(state.lengths) + n_tokens), state.capacity)
+            slots = torch.arange(span, device=device)
+            return continue_layout(config, state.offsets, slots, n_tokens, state.layers[0].keys.dtype)
+    positions = torch.arange(n_tokens, device=device)
+    mask = None
     if config.positional_encoding == "alibi":
-        bias = alibi_bias(alibi_slopes(config.n_heads, device), positions, key_positions)
-        mask = bias if bias.ndim == 4 else bias.unsqueeze(0)
-    elif start == 0 and n_tokens > 1:
-        is_causal = True
-    elif start is None or n_tokens > 1:
-        mask = key_positions <= positions.unsqueeze(-1)
-        mask = mask[:, None] if mask.ndim == 3 else mask[None, None]
-    if start is not None or state is None:
-        return Layout(positions, ragged_new, span, start, rope, mask, is_causal)
+        mask = alibi_bias(alibi_slopes(config.n_heads, device), positions, positions).unsqueeze(0)
+    return Layout(positions, 0, _rope(config, positions), mask)
 
-    counts = ragged_new or [n_tokens] * batch_size
-    valid = [(row, lengths[row] + step, step) for row, n in enumerate(counts) for step in range(n)]
-    rows, slots, places = torch.tensor(valid, device=device).reshape(-1, 3).unbind(1)
-    return Layout(positions, ragged_new, span, None, rope, mask, is_causal, rows, slots, places)
+
+def continue_layout(config: ModelConfig, offsets: Tensor, slots: Tensor, n_tokens: int, dtype: torch.dtype) -> Layout:
+    """Return the layout of rows that go on from ``offsets`` (B,), each from its own; worked out on the device.
+
+    Args:
+        slots: (S,) the numbers 0 .. S-1 of the cache slots to read: at least the longest row with its new tokens.
+        dtype: of the mask.
+    """
+    positions = offsets[:, None] + torch.arange(n_tokens, device=offsets.device)
+    if config.positional_encoding == "alibi":
+        mask = alibi_bias(alibi_slopes(config.n_heads, offsets.device), positions, slots)
+    else:
+        hidden = slots > positions[:, None, :, None]
+        mask = torch.zeros(hidden.shape, device=offsets.device).masked_fill(hidden, float("-inf"))
+    return Layout(positions, slots.shape[0], _rope(config, positions.unsqueeze(1)), mask.to(dtype))
+
+
+def _rope(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    if config.positional_encoding != "rope":
+        return None
+    return rope_tables(positions, config.d_model // config.n_heads)
 
 
 class Attention(nn.Module):
@@ -103,35 +88,74 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.d_model, self.n_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.d_model, self.n_groups * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.d_model, self.n_groups * self.head_dim, bias=False)
-        self.out_proj = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+        self.out_proj: nn.Module = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+        # All three projections as one, in a model packed for inference.
+        self.qkv_proj: nn.Module | None = None
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (B, T, H K or G K) of (B, T, D)."""
+        if self.qkv_proj is None:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        sizes = [self.n_heads * self.head_dim, self.n_groups * self.head_dim, self.n_groups * self.head_dim]
+        q, k, v = self.qkv_proj(x).split(sizes, dim=-1)
+        return q, k, v
 
     def forward(self, x: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
-        """Map (B, T, D) to (B, T, D); with a ``state``, append the new keys and values to it first."""
-        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, (self.n_groups, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.n_groups, self.head_dim)).transpose(1, 2)
+        """Map (B, T, D) to (B, T, D); with a ``state``, write the new keys and values into it first."""
+        queries, keys, values = self.project(x)
+        q = queries.view(*x.shape[:2], self.n_heads, self.head_dim).transpose(1, 2)
+        k = keys.view(*x.shape[:2], self.n_groups, self.head_dim).transpose(1, 2)
+        v = values.view(*x.shape[:2], self.n_groups, self.head_dim).transpose(1, 2)
         if layout.rope is not None:
             q, k = rotate(q, layout.rope), rotate(k, layout.rope)
         if state is not None:
-            k, v = _append(state, k, v, layout)
-        mask = layout.mask
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(q.dtype)
-        mixed = F.scaled_dot_product_attention(
-            q, k.to(q.dtype), v.to(q.dtype), mask, is_causal=layout.is_causal, enable_gqa=self.n_groups != self.n_heads
-        )
+            k, v = _remember(state, k, v, layout)
+        mixed = self._mix(q, k, v, layout)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(-2))
         return out
 
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        """Softmax attention of q (B, H, T, K) over k and v (B, G, S, K), which may be narrower than q."""
+        if layout.span and q.shape[2] <= _FEW_TOKENS and torch.compiler.is_compiling():
+            return self._mix_in_sums(q, k, v, layout)
+        dtype = q.dtype
+        if layout.span and q.shape[2] <= _FEW_TOKENS and not q.is_cuda:
+            # On a CPU the bfloat16 kernel is several times slower for few queries than widening what it would read.
+            q, k, v = q.float(), k.float(), v.float()
+        elif layout.span:
+            q = q.to(k.dtype)
+        mask = None if layout.mask is None else layout.mask.to(q.dtype)
+        if mask is not None and layout.span and 1 < q.shape[2] <= _FEW_TOKENS and not q.is_cuda:
+            # Each query as a head of its own: with several the kernel sums in another order than with one, and a token
+            # must find the same whether it is offered alone or among guesses.
+            mask = mask.expand(-1, self.n_heads, -1, -1).flatten(1, 2).unsqueeze(2)
+            by_query = F.scaled_dot_product_attention(q.flatten(1, 2).unsqueeze(2), k, v, mask, enable_gqa=True)
+            return by_query.view(q.shape).to(dtype)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=self.n_groups != self.n_heads
+        )
+        return mixed.to(dtype)
 
-def _append(state: LayerState, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Write new keys and values (B, G, T, K) into the cache and return its first ``span`` slots."""
-    if layout.start is not None:
-        stop = layout.start + k.shape[2]
-        state.keys[:, :, layout.start : stop] = k
-        state.values[:, :, layout.start : stop] = v
-    else:
-        at = (layout.rows, slice(None), layout.slots)
-        state.keys[at] = k[layout.rows, :, layout.steps].to(state.keys.dtype)
-        state.values[at] = v[layout.rows, :, layout.steps].to(state.values.dtype)
+    def _mix_in_sums(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        """The same as sums in float32, which a compiler turns into one pass over keys and one over values."""
+        assert layout.mask is not None
+        shape = (q.shape[0], self.n_groups, self.n_heads // self.n_groups, q.shape[2])
+        grouped = q.float().view(*shape, 1, self.head_dim)
+        scores = (grouped * k.float()[:, :, None, None]).sum(-1).flatten(1, 2) * self.head_dim**-0.5
+        scores = scores + layout.mask.float()
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        mixed = (weights.view(*shape, -1, 1) * v.float()[:, :, None, None]).sum(-2).flatten(1, 2)
+        normed: Tensor = (mixed / weights.sum(-1, keepdim=True)).to(q.dtype)
+        return normed
+
+
+def _remember(state: LayerState, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Write new keys and values (B, G, T, K) into the cache; return what attention reads, of all tokens so far."""
+    if not layout.span:
+        state.keys[:, :, : k.shape[2]] = k
+        state.values[:, :, : v.shape[2]] = v
+        return k, v
+    rows = torch.arange(k.shape[0], device=k.device)[:, None]
+    state.keys[rows, :, layout.positions] = k.transpose(1, 2).to(state.keys.dtype)
+    state.values[rows, :, layout.positions] = v.transpose(1, 2).to(state.values.dtype)
     return state.keys[:, :, : layout.span], state.values[:, :, : layout.span]

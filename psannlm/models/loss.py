@@ -8,12 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from psannlm.data.windows import IGNORE_INDEX
 
 # Bytes of float32 logits worked on at a time; larger chunks gain nothing, smaller ones lose to the call overhead.
 _CHUNK_BYTES = 8 << 20
+# Tokens whose logits a head of another kind works out at once.
+_HEAD_ROWS = 512
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -90,5 +93,21 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, label_s
     with torch.autocast(device, enabled=False):
         total: Tensor = _ChunkedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden, weight, labels, label_smoothing, matmul_dtype
+        )
+    return total
+
+
+def head_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return what :func:`linear_cross_entropy` does for an output layer of any kind, such as one packed for inference.
+
+    Args:
+        head: maps (1, n, D) to logits (1, n, V).
+    """
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, hidden.shape[0], _HEAD_ROWS):
+        logits = head(hidden[None, start : start + _HEAD_ROWS])[0].float()
+        target = labels[start : start + _HEAD_ROWS]
+        total = total + F.cross_entropy(
+            logits, target, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing
         )
     return total

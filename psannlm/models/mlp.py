@@ -21,9 +21,9 @@ class Mlp(nn.Module):
     def __init__(self, config: ModelConfig, d_mlp: int) -> None:
         super().__init__()
         is_sine = config.mlp == "sine"
-        self.up_proj = nn.Linear(config.d_model, d_mlp, bias=is_sine)
+        self.up_proj: nn.Module = nn.Linear(config.d_model, d_mlp, bias=is_sine)
         self.activation: nn.Module = SineActivation(d_mlp, config.sine_params) if is_sine else nn.GELU()
-        self.down_proj = nn.Linear(d_mlp, config.d_model, bias=False)
+        self.down_proj: nn.Module = nn.Linear(d_mlp, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
@@ -39,15 +39,21 @@ class GatedMlp(nn.Module):
         self.gate_proj = nn.Linear(config.d_model, d_mlp, bias=False)
         self.up_proj = nn.Linear(config.d_model, d_mlp, bias=False)
         self.activation = SineActivation(d_mlp, config.sine_params) if config.mlp == "sineglu" else nn.SiLU()
-        self.down_proj = nn.Linear(d_mlp, config.d_model, bias=False)
+        self.down_proj: nn.Module = nn.Linear(d_mlp, config.d_model, bias=False)
+        # Both projections as one, in a model packed for inference.
+        self.gate_up_proj: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        out: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(self.activation(gate) * up)
         return out
 
 
-def build_mlp(config: ModelConfig) -> nn.Module:
+def build_mlp(config: ModelConfig) -> Mlp | GatedMlp:
     """Build the feed-forward that a resolved ``config`` asks for."""
     if config.mlp is None or config.d_mlp is None:
         raise ValueError("the configuration is not resolved: call models.registry.resolve first")

@@ -196,6 +196,7 @@ class SineActivation(nn.Module):
             "decay": (config.damp_init, config.damp_std),
         }
         learnable = config.learnable_parameters()
+        self._frozen: dict[str, Tensor] = {}
         for name, (mean, spread) in starts.items():
             value = torch.full((n_features,), mean)
             if spread:
@@ -209,12 +210,21 @@ class SineActivation(nn.Module):
 
     def value_of(self, name: str) -> Tensor:
         """Return the (F,) float32 values of ``amplitude``, ``frequency`` or ``decay``, within their bounds."""
+        if name in self._frozen:
+            return self._frozen[name]
         value = F.softplus(getattr(self, f"raw_{name}").float())
         bounds = self.bounds[name]
         return value if bounds is None else value.clamp(*bounds)
 
+    def freeze(self) -> None:
+        """Work the parameters out once, for inference: from now on neither training nor loading changes them."""
+        self._frozen = {name: self.value_of(name).detach() for name in ("amplitude", "frequency", "decay")}
+
     def forward(self, z: Tensor) -> Tensor:
         """Map (..., F) to (..., F), same dtype."""
+        if self._frozen:
+            frozen = self._frozen
+            return _value(z, frozen["amplitude"], frozen["frequency"], frozen["decay"], self.mode)
         with torch.autocast(z.device.type, enabled=False):
             amplitude, frequency, decay = map(self.value_of, ("amplitude", "frequency", "decay"))
             return damped_sine(z, amplitude, frequency, decay, self.mode)

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from psannlm.config.model import ModelConfig
 from psannlm.models.attention import Attention, Layout, plan_layout
 from psannlm.models.cache import DecodeState, LayerState
-from psannlm.models.loss import linear_cross_entropy
-from psannlm.models.mlp import build_mlp
+from psannlm.models.loss import head_cross_entropy, linear_cross_entropy
+from psannlm.models.mlp import GatedMlp, Mlp, build_mlp
 from psannlm.models.positions import sinusoids
 from psannlm.models.wave import Wave
 
@@ -39,24 +39,24 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.mlp_wave = wave("mlp")
-        self.mlp = build_mlp(config)
+        self.mlp: Mlp | GatedMlp = build_mlp(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.attention_scale = nn.Parameter(torch.ones(())) if config.residual_scale else None
-        self.mlp_scale = nn.Parameter(torch.ones(())) if config.residual_scale else None
+        self.attention_scale: Tensor | None = nn.Parameter(torch.ones(())) if config.residual_scale else None
+        self.mlp_scale: Tensor | None = nn.Parameter(torch.ones(())) if config.residual_scale else None
 
     def forward(self, x: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
-        """Map (B, T, D) to (B, T, D), advancing ``state`` in place when there is one."""
+        """Map (B, T, D) to (B, T, D), writing into ``state`` when there is one (``DecodeState.advance`` counts it)."""
         h = self.attention_norm(x)
         if self.attention_wave is not None:
-            h, tail = self.attention_wave(h, state and state.attention_tail, layout.n_new)
+            h, history = self.attention_wave(h, state and state.attention_tail)
             if state is not None:
-                state.attention_tail = tail
+                state.attention_history = history
         x = x + self._scaled(self.attention(h, layout, state), self.attention_scale)
         h = self.mlp_norm(x)
         if self.mlp_wave is not None:
-            h, tail = self.mlp_wave(h, state and state.mlp_tail, layout.n_new)
+            h, history = self.mlp_wave(h, state and state.mlp_tail)
             if state is not None:
-                state.mlp_tail = tail
+                state.mlp_history = history
         return x + self._scaled(self.mlp(h), self.mlp_scale)
 
     def _scaled(self, branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -77,7 +77,9 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.final_norm = nn.RMSNorm(config.d_model, eps=1e-6)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head: nn.Module | None = None
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -98,7 +100,8 @@ class Transformer(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """The (V, D) matrix from hidden states to logits."""
-        weight: Tensor = self.embedding.weight if self.head is None else self.head.weight
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        assert isinstance(weight, Tensor)
         return weight
 
     def hidden_states(
@@ -114,26 +117,39 @@ class Transformer(nn.Module):
         Raises:
             GenerationError: the state has no room for the new tokens.
         """
-        layout = plan_layout(self.config, input_ids, state, n_new)
-        x = self.embedding(input_ids)
+        hidden = self.offer(input_ids, state)
+        if state is not None:
+            state.advance(n_new)
+        return hidden
+
+    def offer(self, input_ids: Tensor, state: DecodeState | None) -> Tensor:
+        """Return what :meth:`hidden_states` does, without counting the tokens: ``state.advance`` says how many stay."""
+        layout = plan_layout(self.config, input_ids.shape[1], input_ids.device, state)
+        hidden = self.run_blocks(input_ids, layout, None if state is None else state.layers)
+        if state is not None:
+            state.n_offered = input_ids.shape[1]
+        return hidden
+
+    def run_blocks(self, input_ids: Tensor, layout: Layout, layers: Sequence[LayerState] | None) -> Tensor:
+        """Return the normalised states (B, T, D) of tokens that stand as ``layout`` says: tensors in, tensors out."""
+        # The residual stream is as wide as the norms; a packed embedding is narrower.
+        x = self.embedding(input_ids).to(self.final_norm.weight.dtype)
         if self.config.positional_encoding == "sinusoidal":
             x = x + _EMBEDDING_STD * sinusoids(layout.positions, self.config.d_model).to(x.dtype)
         x = self.dropout(x)
         for index, block in enumerate(self.blocks):
             # Never with a state: it would be advanced a second time when the block is run again.
-            if self.grad_checkpoint and self.training and state is None:
+            if self.grad_checkpoint and self.training and layers is None:
                 x = checkpoint(block, x, layout, use_reentrant=False)
             else:
-                x = block(x, layout, None if state is None else state.layers[index])
-        if state is not None:
-            counts = layout.n_new or [input_ids.shape[1]] * input_ids.shape[0]
-            state.lengths = [length + n for length, n in zip(state.lengths, counts, strict=True)]
+                x = block(x, layout, None if layers is None else layers[index])
         normed: Tensor = self.final_norm(x)
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return (..., V) logits of hidden states (..., D)."""
-        return F.linear(hidden, self.output_weight)
+        logits: Tensor = F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        return logits
 
     def forward(self, input_ids: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return the cross-entropy in nats, *summed* over the labels that count: the caller knows how many there are.
@@ -141,7 +157,10 @@ class Transformer(nn.Module):
         Args:
             input_ids, labels: (B, T) int64; a label is the token after the input at its place, or IGNORE_INDEX.
         """
-        hidden = self.hidden_states(input_ids)
-        flat = hidden.flatten(0, 1)
-        loss: Tensor = linear_cross_entropy(flat, self.output_weight, labels.flatten(), label_smoothing)
+        flat = self.hidden_states(input_ids).flatten(0, 1)
+        loss: Tensor
+        if self.head is None or isinstance(self.head, nn.Linear):
+            loss = linear_cross_entropy(flat, self.output_weight, labels.flatten(), label_smoothing)
+        else:
+            loss = head_cross_entropy(flat, self.head, labels.flatten(), label_smoothing)
         return loss

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from psannlm.config.model import ModelConfig
 from psannlm.models.sine import SineActivation
 
+_FEW_TOKENS = 16
+
 
 class Wave(nn.Module):
     """x + act(conv(x)), where output t sees inputs t, t - dilation, ... t - (kernel - 1) dilation, and none later.
@@ -25,29 +27,33 @@ class Wave(nn.Module):
         self.dilation = dilation
         self.tail_length = (config.wave.kernel_size - 1) * dilation
         self.weight = nn.Parameter(torch.zeros(config.d_model, config.wave.kernel_size))
+        # The kernel tap by tap, (kernel, D), in a model packed for inference.
+        self.taps: Tensor | None = None
         is_sine = config.wave.activation == "sine"
         self.activation = SineActivation(config.d_model, config.sine_params) if is_sine else nn.Identity()
 
-    def forward(
-        self, x: Tensor, tail: Tensor | None = None, n_new: list[int] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mix (B, T, D) over time.
 
         Args:
             x: the new inputs.
-            tail: (B, R, D), the inputs before them; None means that x starts the sequence and no tail is wanted.
-            n_new: how many of a row's T inputs are real, when not all are.
+            tail: (B, R, D), the inputs before them; None means that x starts the sequence.
 
         Returns:
-            The mixed (B, T, D), and the next tail (or None if none was given).
+            The mixed (B, T, D), and the history (B, R + T, D): the tail followed by x.
         """
         if tail is None:
             history = F.pad(x, (0, 0, self.tail_length, 0))
         else:
-            history = torch.cat((tail.to(x.dtype), x), dim=1)
+            # Rounded as in the tail, so that it is all one whether a token's past was seen before or comes with it.
+            history = torch.cat((tail, x.to(tail.dtype)), dim=1).to(x.dtype)
+        taps = self.weight.t().to(x.dtype) if self.taps is None else self.taps
         if x.shape[1] == 1:
-            taps = history[:, :: self.dilation]
-            mixed = (taps * self.weight.t().to(x.dtype)).sum(1, keepdim=True)
+            mixed = (history[:, :: self.dilation] * taps).sum(1, keepdim=True)
+        elif x.shape[1] <= _FEW_TOKENS:
+            # Tap by tap: to set up a convolution costs more than these sums.
+            reach = (self.dilation * tap for tap in range(len(taps)))
+            mixed = sum((history[:, at : at + x.shape[1]] * tap for at, tap in zip(reach, taps, strict=True)))
         else:
             mixed = F.conv1d(
                 history.transpose(1, 2),
@@ -55,13 +61,4 @@ class Wave(nn.Module):
                 dilation=self.dilation,
                 groups=self.weight.shape[0],
             ).transpose(1, 2)
-        out = x + self.activation(mixed)
-        return out, None if tail is None else self._next_tail(history, n_new).to(tail.dtype)
-
-    def _next_tail(self, history: Tensor, n_new: list[int] | None) -> Tensor:
-        """The last R real inputs of each row of ``history`` (B, R + T, D)."""
-        if n_new is None:
-            return history[:, history.shape[1] - self.tail_length :]
-        first = torch.tensor(n_new, device=history.device)[:, None]
-        index = first + torch.arange(self.tail_length, device=history.device)
-        return history.gather(1, index.unsqueeze(-1).expand(-1, -1, history.shape[-1]))
+        return x + self.activation(mixed), history

@@ -3,59 +3,116 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 TINY = ("--batch-size", "2", "--prompt-length", "4", "--max-new-tokens", "5", "--d-model", "16", "--n-layers", "1")
 TINY += ("--n-heads", "2", "--vocab-size", "50", "--repeats", "1", "--device", "cpu")
+QUICK = (*TINY, "--no-context-growth")
+
+
+@pytest.fixture(autouse=True)
+def collect_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between runs rubbish is collected, which takes longer than runs of this size."""
+    monkeypatch.setattr("gc.collect", lambda *generation: 0)
 
 
 def test_figures_are_printed_and_written(psannlm, project: Path) -> None:
     done = psannlm("bench-kv", *TINY)
     assert done.code == 0, done.err
     [folder] = Path("reports/kv_cache").iterdir()
-    assert {path.name for path in folder.iterdir()} == {"metrics.json", "system.json", "table.txt"}
+    assert {path.name for path in folder.iterdir()} == {"metrics.json", "system.json", "table.txt", "decode.png"}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["batch_size"], metrics["prompt_length"], metrics["max_new_tokens"]) == (2, 4, 5)
     assert metrics["outputs_are_equal"] is True
     assert metrics["problems"] == []
     assert metrics["cache_bytes"]["cache on, batch"]["measured"] > 0
+    assert [point["context"] for point in metrics["context_growth"]] == [256, 512, 1024, 2048, 4096]
     table = (folder / "table.txt").read_text()
-    for words in ("cache on, batch", "cache off, row by row", "the cache alone, one row", "batching alone, with cache"):
+    for words in (
+        "cache on, batch",
+        "cache off, row by row",
+        "the cache alone, one row",
+        "batching alone, with cache",
+        "memory delivers",
+        "4,096",
+    ):
         assert words in done.out
         assert words in table
     assert "psannlm" in json.loads((folder / "system.json").read_text())
+    assert (folder / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_json_is_the_only_thing_on_stdout(psannlm, project: Path) -> None:
-    metrics = json.loads(psannlm("bench-kv", *TINY, "--base", "transformer", "--out", "here", "--json").out)
+    metrics = json.loads(psannlm("bench-kv", *QUICK, "--base", "transformer", "--out", "here", "--json").out)
     assert metrics["model"]["base"] == "transformer"
     assert metrics["folder"] == "here"
     assert {case["cache"] for case in metrics["cases"]} == {True, False}
-    assert Path("here/metrics.json").is_file()
+    assert {path.name for path in Path("here").iterdir()} == {"metrics.json", "system.json", "table.txt"}
 
 
+def test_no_number_is_broken_at_80_columns(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = psannlm("bench-kv", *QUICK, "--max-new-tokens", "20", "--uncached-steps", "3").out
+    rows = [line for line in out.splitlines() if line.startswith(("  cache o", "│"))]
+    assert len(rows) > 12
+    assert all(len(line) <= 80 for line in rows)
+    cached = next(line for line in rows if line.startswith("  cache on, batch"))
+    assert len(cached.removeprefix("  cache on, batch").split()) == 4
+    assert "4 of 20 passes of a row timed" in " ".join(out.split())
+
+
+def test_fewer_bits_show_their_cost(psannlm, project: Path) -> None:
+    done = psannlm("bench-kv", *QUICK, "--dtype", "int8", "--cases", "cached", "--out", "here")
+    assert done.code == 0, done.err
+    assert "perplexity, int8" in done.out
+    assert "x that of float32" in " ".join(done.out.replace("│", " ").split())
+    metrics = json.loads(Path("here/metrics.json").read_text())
+    assert metrics["dtype"] == "int8"
+    assert 0.9 < metrics["packing_cost"]["ratio"] < 1.1
+    assert [case["name"] for case in metrics["cases"]] == ["cache on, batch", "cache on, row by row"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_wrong_token_is_exit_3_and_leaves_the_evidence(
-    psannlm, project: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, psannlm, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cache that forgets how long it is: every token after the prompt is decoded at the place of the first."""
     from psannlm.models.cache import DecodeState
 
-    select = DecodeState.require_room
+    advance = DecodeState.advance
 
-    def forgetful(state: DecodeState, n_new: list[int]) -> None:
-        select(state, n_new)
-        state.lengths = [min(length, 4) for length in state.lengths]
+    def forgetful(state: DecodeState, *arguments, **named) -> None:
+        advance(state, *arguments, **named)
+        state.offsets.clamp_(max=4)
 
-    monkeypatch.setattr(DecodeState, "require_room", forgetful)
+    monkeypatch.setattr(DecodeState, "advance", forgetful)
     lengths = ("--max-new-tokens", "12", "--d-model", "32", "--n-layers", "2")
-    done = psannlm("bench-kv", *TINY, *lengths, "--out", "here")
+    done = psannlm("bench-kv", *QUICK, *lengths, "--dtype", dtype, "--out", "here")
     assert done.code == 3
     assert "outputs differ first at row" in done.err
     assert "cache on" in done.err
-    assert "cache off" in done.err
+    assert "a full forward pass" in done.err
     assert json.loads(Path("here/metrics.json").read_text())["outputs_are_equal"] is False
+
+
+def test_a_checkpoint_brings_its_own_sizes(psannlm, project: Path, trained: Path) -> None:
+    model = str(trained / "runs/tiny")
+    lengths = ("--batch-size", "2", "--prompt-length", "4", "--max-new-tokens", "5", "--repeats", "1")
+    done = psannlm("bench-kv", "--checkpoint", model, *lengths, "--device", "cpu", "--out", "here", "--json")
+    assert done.code == 0, done.err
+    metrics = json.loads(done.out)
+    assert metrics["model"]["d_model"] == 16
+    assert metrics["weights"].startswith(model)
+    assert metrics["contexts_left_out"] == [256, 512, 1024, 2048, 4096]
+    done = psannlm("bench-kv", "--checkpoint", model, "--d-model", "512")
+    assert done.code == 2
+    assert "leave out --d-model" in done.err
+    done = psannlm("bench-kv", "--checkpoint", model, "--prompt-length", "400")
+    assert done.code == 2
+    assert "context of 16" in done.err
 
 
 def test_impossible_sizes_are_usage_errors(psannlm, project: Path) -> None:
@@ -67,4 +124,20 @@ def test_impossible_sizes_are_usage_errors(psannlm, project: Path) -> None:
     assert done.code == 2
     assert "waveresnet" in done.err
     assert psannlm("bench-kv", "--max-new-tokens", "1").code == 2
+    assert psannlm("bench-kv", *TINY, "--dtype", "int4").code == 2
+    assert psannlm("bench-kv", *TINY, "--cases", "none").code == 2
     assert not Path("reports").exists()
+
+
+def test_a_missing_rival_is_said_before_any_work(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psannlm.benchmarks.rivals.util.find_spec", lambda name: None)
+    done = psannlm("bench-kv", *TINY, "--against", "transformers")
+    assert done.code == 2
+    assert "install the extra hf" in done.err
+    assert not Path("reports").exists()
+
+
+def test_the_rival_is_loaded_only_when_asked_for(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # to import it is an error now
+    done = psannlm("bench-kv", *QUICK)
+    assert done.code == 0, done.err

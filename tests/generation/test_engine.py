@@ -1,5 +1,4 @@
-"""The engine against repeated full forward passes; rows that keep to themselves, end for a reason, and stream whole
-characters."""
+"""The engine's passes: the model's own logits, the same for a row in any company, plain and compiled."""
 
 from __future__ import annotations
 
@@ -7,369 +6,295 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from psannlm.config.model import BaseName, PositionKind
+from psannlm.device import computes_in_bf16, has_compiler
 from psannlm.errors import GenerationError
-from psannlm.generation.engine import Decoding, context_limit, encode_prompt, generate
-from psannlm.generation.sampling import SamplingConfig, next_tokens
-from psannlm.models.cache import DecodeState
+from psannlm.generation.decoding import Decoding
+from psannlm.generation.engine import Engine
+from psannlm.generation.sampling import SamplingConfig
+from psannlm.models.accounting import cache_bytes
+from psannlm.models.cache import BLOCK, DecodeState
+from psannlm.models.packed import FEW_TOKENS, WeightDtype
 from psannlm.models.transformer import Transformer
-from psannlm.tokenizers.base import Tokenizer
 
 Build = Callable[..., Transformer]
+Decode = Callable[..., Decoding]
+CPU = torch.device("cpu")
+BASES, POSITIONS, DTYPES = get_args(BaseName), get_args(PositionKind), get_args(WeightDtype)
 GREEDY = SamplingConfig(temperature=0.0)
-SAMPLED = SamplingConfig(temperature=0.9, top_k=12, top_p=0.9, repetition_penalty=1.2, seed=11)
-RAGGED = [[1, 5, 9], [1], [1, 2, 3, 4, 5, 6, 7], [1, 16], [1, 9, 9, 2, 8]]
 
 
-def decode(
-    model: Transformer, prompts: Sequence[Sequence[int]], sampling: SamplingConfig = GREEDY, n: int = 10, **more: Any
-) -> Decoding:
-    """Return a decoding that has run to its end."""
-    decoding = Decoding(model, prompts, max_new_tokens=n, sampling=sampling, **{"eos_id": None, **more})
-    for _ in decoding:
-        pass
-    return decoding
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 17, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(engine: Engine, prompts: Sequence[Sequence[int]], following: Tensor, room: int = 1) -> Tensor:
+    """Logits (B, 1 + T, V) after the prompts and after each of the tokens (B, T) that follow."""
+    logits, state = engine.prefill(prompts, room)
+    return torch.stack([logits, *(engine.decode(following[:, t], state) for t in range(following.shape[1]))], dim=1)
 
 
 @torch.no_grad()
-def decode_naively(model: Transformer, prompt: list[int], sampling: SamplingConfig, n: int) -> list[int]:
-    """The same without a cache: the whole text anew for each token, one row alone."""
-    ids = list(prompt)
-    generator = torch.Generator().manual_seed(sampling.seed or 0)
-    for _ in range(n):
-        logits = model.logits(model.hidden_states(torch.tensor([ids]))[:, -1])
-        seen = torch.zeros_like(logits, dtype=torch.bool)
-        seen[0, ids] = True
-        uniforms = torch.rand(1, generator=generator) if sampling.temperature else None
-        ids.append(int(next_tokens(logits, sampling, uniforms, seen)))
-    return ids[len(prompt) :]
+def full(model: Transformer, prompt: Sequence[int], following: Tensor) -> Tensor:
+    """The same for one row, from a single forward pass of the model."""
+    input_ids = torch.tensor([[*prompt, *following.tolist()]])
+    return model.logits(model.hidden_states(input_ids))[0, len(prompt) - 1 :]
 
 
-@pytest.mark.parametrize("base", get_args(BaseName))
-@pytest.mark.parametrize("position", get_args(PositionKind))
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_ragged_batch_equals_each_row_alone_without_a_cache(
-    base: str, position: str, sampling: SamplingConfig, build_tiny: Build
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_passes_are_those_of_the_model(base: str, position: str, build_tiny: Build) -> None:
+    model = build_tiny(base=base, positional_encoding=position, n_kv_heads=1, max_seq_len=200)
+    engine = Engine(model)
+    prompts = [tokens(n).tolist() for n in (3, 1, 70, 16, 17)]
+    following = tokens(5, 80, seed=1)
+    found = run(engine, prompts, following)
+    assert found.dtype == torch.float32
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(found[row], full(model, prompt, following[row]), rtol=0, atol=2e-4)
+
+
+def require_exact(dtype: WeightDtype) -> None:
+    """Skip where products themselves depend on how many rows there are."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    if dtype != "float32" and not computes_in_bf16(CPU):
+        pytest.skip(f"this CPU has no bf16 hardware, and {dtype} is widened for products that depend on the batch")
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_the_same_bit_for_bit_in_any_company(
+    base: str, position: str, dtype: WeightDtype, build_tiny: Build
 ) -> None:
-    model = build_tiny(base=base, positional_encoding=position, n_kv_heads=1)
-    together = decode(model, RAGGED, sampling)
-    for row, prompt in enumerate(RAGGED):
-        naive = decode_naively(model, prompt, sampling, 10)
-        assert together.generated[row] == naive
-        assert decode(model, [prompt], sampling).generated == [naive]
-    assert len({tuple(ids) for ids in together.generated}) > 1
-    assert together.stopped_by == ["length"] * 5
+    require_exact(dtype)
+    # A feed-forward wide enough for the kernels that split their sums, and prompts of more and less than a block.
+    settings = {"d_model": 32, "d_mlp": 1408, "max_seq_len": 200, "n_layers": 1}
+    engine = Engine(build_tiny(base=base, positional_encoding=position, **settings), dtype=dtype)
+    prompts = [tokens(n, seed=n).tolist() for n in (3, 1, 40, 130, 17)]
+    following = tokens(5, 6, seed=1)
+    together = run(engine, prompts, following)
+    for rows in ([0], [1], [2], [3], [4], [2, 0], [4, 1, 2]):
+        found = run(engine, [prompts[row] for row in rows], following[rows])
+        for place, row in enumerate(rows):
+            assert torch.equal(found[place], together[row]), rows
 
 
-class Chain:
-    """Makes a model say what follows each token, and keeps count of the rows of every forward pass.
-
-    The real model runs underneath, so the cache fills and shrinks as it would.
-    """
-
-    def __init__(self, model: Transformer, following: Callable[[int], int], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.batch_sizes: list[int] = []
-        real = model.hidden_states
-
-        def hidden_states(input_ids: Tensor, state: DecodeState, n_new: Sequence[int] | None = None) -> Tensor:
-            self.batch_sizes.append(len(input_ids))
-            real(input_ids, state, n_new)
-            return input_ids.unsqueeze(-1).float()
-
-        def logits(hidden: Tensor) -> Tensor:
-            out = torch.zeros(len(hidden), model.config.vocab_size or 0)
-            for row, token in enumerate(hidden.flatten().tolist()):
-                out[row, following(int(token))] = 100.0
-            return out
-
-        monkeypatch.setattr(model, "hidden_states", hidden_states)
-        monkeypatch.setattr(model, "logits", logits)
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(seed=1)], ids=["greedy", "sampled"])
-def test_a_finished_row_stays_finished_and_leaves_the_batch(
-    sampling: SamplingConfig, build_tiny: Build, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_at_once_are_the_same_bit_for_bit_as_one_by_one(
+    base: str, position: str, dtype: WeightDtype, build_tiny: Build
 ) -> None:
-    model = build_tiny()
-    chain = Chain(model, lambda token: token + 1, monkeypatch)
-    decoding = Decoding(model, [[1, 12], [1, 3, 9], [1, 15], [10]], max_new_tokens=5, sampling=sampling, eos_id=16)
-    events = [(event.row, event.token) for event in decoding]
-    assert decoding.generated == [[13, 14, 15], [10, 11, 12, 13, 14], [], [11, 12, 13, 14, 15]]
-    assert decoding.stopped_by == ["end_of_text", "length", "end_of_text", "length"]
-    # Row 2 never enters decoding, row 0 is left out once it has ended, and nothing is computed after the last token.
-    assert chain.batch_sizes == [4, 3, 3, 3, 2]
-    assert events == [
-        *[(0, 13), (1, 10), (3, 11)],
-        *[(0, 14), (1, 11), (3, 12)],
-        *[(0, 15), (1, 12), (3, 13)],
-        *[(1, 13), (3, 14)],
-        *[(1, 14), (3, 15)],
-    ]
+    require_exact(dtype)
+    wave = {"enabled": True, "kernel_size": 3, "dilation_growth": 2} if base == "waveresnet" else {}
+    model = build_tiny(base=base, positional_encoding=position, n_kv_heads=1, max_seq_len=200, wave=wave)
+    engine = Engine(model, dtype=dtype)
+    prompts = [tokens(n).tolist() for n in (50, 3)]
+    following = tokens(2, 40, seed=1)
+    wanted = run(engine, prompts, following)[:, 1:]
+    _, state = engine.prefill(prompts, 1)
+    parts = []
+    with torch.inference_mode():
+        for chunk in following.split([2, 16, 1, 5, 9, 7], dim=1):
+            parts.append(engine.verify(chunk, state))
+            state.advance()
+    assert torch.equal(torch.cat(parts, dim=1), wanted)
 
 
-def test_rows_that_leave_do_not_disturb_the_others(build_tiny: Build) -> None:
-    model = build_tiny()
-    alone = [decode(model, [prompt], SAMPLED, 12).generated[0] for prompt in RAGGED]
-    # An end of text that some rows meet early, others late or never.
-    eos = next(token for token in range(17) if 1 < sum(token in ids for ids in alone) < 5)
-    together = decode(model, RAGGED, SAMPLED, 12, eos_id=eos)
-    for row, ids in enumerate(alone):
-        cut = ids.index(eos) if eos in ids else len(ids)
-        assert together.generated[row] == ids[:cut]
-        assert together.stopped_by[row] == ("end_of_text" if eos in ids else "length")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_state_grows_by_blocks_and_changes_nothing(dtype: WeightDtype, build_tiny: Build) -> None:
+    engine = Engine(build_tiny(max_seq_len=1000), dtype=dtype)
+    size = 4 if dtype == "float32" else 2
+    assert engine.cache_dtype.itemsize == size
+    prompts = [tokens(n).tolist() for n in (3, 40)]
+    following = tokens(2, 330, seed=1)
+    states = [engine.prefill(prompts, room)[1] for room in (1, 10_000)]
+    grown, large = states
+    capacities = [grown.capacity]
+    assert grown.capacity == BLOCK < large.capacity
+    for t in range(330):
+        assert torch.equal(engine.decode(following[:, t], grown), engine.decode(following[:, t], large))
+        for state in states:
+            assert state.n_bytes == cache_bytes(engine.model.config, 2, state.capacity, size)
+        if grown.capacity != capacities[-1]:
+            capacities.append(grown.capacity)
+    # Several blocks, of which each is half as large again, so that little is copied and little is held for nothing.
+    assert len(capacities) >= 4
+    for before, after in pairwise(capacities):
+        assert after % BLOCK == 0
+        assert before < after <= before * 3 // 2 + BLOCK
+    assert grown.lengths == [333, 370]
 
 
-@pytest.mark.parametrize("n", [1, 2, 7])
-def test_length_is_what_was_asked(n: int, build_tiny: Build) -> None:
-    decoding = decode(build_tiny(), RAGGED, n=n)
-    assert [len(ids) for ids in decoding.generated] == [n] * 5
-    assert decoding.stopped_by == ["length"] * 5
-
-
-@pytest.mark.parametrize("position", ["rope", "sinusoidal"])
-def test_the_context_ends_a_row(position: str, build_tiny: Build) -> None:
-    model = build_tiny(positional_encoding=position, max_seq_len=9)
-    decoding = decode(model, RAGGED, n=6)
-    # A context of nine: three leave room for the six asked for, seven for two.
-    assert [len(ids) for ids in decoding.generated] == [6, 6, 2, 6, 4]
-    assert decoding.stopped_by == ["length", "length", "context", "length", "context"]
-    assert decoding.generated[2] == decode_naively(model, RAGGED[2], GREEDY, 2)
-    assert context_limit(model) == 9
-
-
-def test_alibi_goes_past_the_trained_length(build_tiny: Build) -> None:
-    model = build_tiny(positional_encoding="alibi", max_seq_len=4)
-    assert context_limit(model) is None
-    prompt = [1, 2, 3, 4, 5, 6, 7]
-    decoding = decode(model, [prompt], n=20)
-    assert decoding.stopped_by == ["length"]
-    assert decoding.generated == [decode_naively(model, prompt, GREEDY, 20)]
-
-
-@pytest.mark.parametrize("length", [9, 10, 30])
-def test_a_prompt_that_fills_the_context_names_both_numbers(length: int, build_tiny: Build) -> None:
-    with pytest.raises(GenerationError, match=rf"prompt 1 has {length} tokens.* context is 9"):
-        decode(build_tiny(max_seq_len=9), [[1], [2] * length])
-    assert len(decode(build_tiny(max_seq_len=9), [[2] * 8]).generated[0]) == 1
+def test_more_tokens_than_a_decoding_pass_takes_are_refused(build_tiny: Build) -> None:
+    engine = Engine(build_tiny())
+    _, state = engine.prefill([[1]], 1)
+    with pytest.raises(GenerationError, match=f"{FEW_TOKENS + 1} tokens at once .* use {FEW_TOKENS} at most"):
+        engine.verify(tokens(1, FEW_TOKENS + 1), state)
 
 
 @pytest.mark.parametrize(
-    ("prompts", "more", "message"),
+    ("dtype", "said"),
     [
-        ([], {}, "no prompt"),
-        ([[1], []], {}, "prompt 1 holds no token"),
-        ([[1], [17]], {}, "prompt 1 has an id outside the vocabulary of 17"),
-        ([[-1]], {}, "prompt 0 has an id outside"),
-        ([[1]], {"n": 0}, "max_new_tokens 0"),
-        ([[1]], {"n": -5}, "max_new_tokens -5"),
+        ("int4", r"dtype 'int4' is not one of float32, bfloat16, int8 \(did you mean 'int8'\?\)"),
+        ("fp32", "dtype 'fp32' is not one of"),
+        (8, "dtype 8 is not one of"),
     ],
 )
-def test_what_cannot_be_continued_is_refused(
-    prompts: list[list[int]], more: dict[str, Any], message: str, build_tiny: Build
-) -> None:
-    with pytest.raises(GenerationError, match=message):
-        decode(build_tiny(), prompts, **more)
-
-
-def test_forbidden_ids_are_never_taken(build_tiny: Build) -> None:
-    model = build_tiny()
-    forbidden = [*range(8), *range(10, 17)]
-    for sampling in (GREEDY, SamplingConfig(temperature=50.0, top_p=None, repetition_penalty=1e-6, seed=0)):
-        decoding = decode(model, [[1, 5], [3]], sampling, 20, forbidden_ids=forbidden)
-        assert {token for ids in decoding.generated for token in ids} <= {8, 9}
-
-
-def build_for(tokenizer: Tokenizer, build_tiny: Build, **settings: Any) -> Transformer:
-    return build_tiny(**{"vocab_size": tokenizer.vocab_size, "max_seq_len": 200, **settings})
-
-
-def test_text_holds_no_special_and_no_id_without_text(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
-    model = build_for(byte_tokenizer, build_tiny, vocab_size=byte_tokenizer.vocab_size + 300)
-    sampling = SamplingConfig(temperature=30.0, top_p=None, seed=0)
-    completions = generate(model, byte_tokenizer, ["a", "bc"], max_new_tokens=60, sampling=sampling)
-    ids = {token for completion in completions for token in completion.ids}
-    assert min(ids) >= 4
-    assert max(ids) < byte_tokenizer.vocab_size
-    assert [completion.text for completion in completions] == [byte_tokenizer.decode(c.ids) for c in completions]
-
-
-def test_a_prompt_starts_as_a_document_does(byte_tokenizer: Tokenizer) -> None:
-    assert encode_prompt(byte_tokenizer, "a") == [byte_tokenizer.bos_id, 4 + ord("a")]
-    assert encode_prompt(byte_tokenizer, "") == [byte_tokenizer.bos_id]
-
-
-def spell(
-    model: Transformer, tokenizer: Tokenizer, start: str, content: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Make the model write ``content``, in which no byte stands twice, after ``start``, and then end."""
-    chain = [tokenizer.encode(start)[-1], *(byte + 4 for byte in content), tokenizer.eos_id]
-    following = dict(pairwise(chain))
-    Chain(model, following.__getitem__, monkeypatch)
-
-
-def streamed(model: Transformer, tokenizer: Tokenizer, prompts: list[str], n: int) -> tuple[list[Any], list[list[str]]]:
-    pieces: list[list[str]] = [[] for _ in prompts]
-    completions = generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=n,
-        sampling=GREEDY,
-        on_text=lambda row, text: pieces[row].append(text),
-    )
-    return completions, pieces
-
-
-def test_pieces_are_whole_characters_and_join_to_the_text(
-    byte_tokenizer: Tokenizer, build_tiny: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = build_for(byte_tokenizer, build_tiny)
-    text = "né€ 😀."
-    spell(model, byte_tokenizer, "a", text.encode(), monkeypatch)
-    (completion,), (pieces,) = streamed(model, byte_tokenizer, ["a"], 50)
-    assert pieces == list(text)
-    assert (completion.text, completion.stopped_by) == (text, "end_of_text")
-
-
-@pytest.mark.parametrize("n", range(1, 12))
-def test_a_character_cut_by_the_length_comes_last(
-    n: int, byte_tokenizer: Tokenizer, build_tiny: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = build_for(byte_tokenizer, build_tiny)
-    content = "né€ 😀.".encode()
-    spell(model, byte_tokenizer, "a", content, monkeypatch)
-    (completion,), (pieces,) = streamed(model, byte_tokenizer, ["a"], n)
-    assert "".join(pieces) == completion.text == content[:n].decode("utf-8", errors="replace")
-    assert not any("�" in piece for piece in pieces[:-1])
-    assert all(pieces)
-
-
-def test_bytes_that_are_no_text_still_join(
-    byte_tokenizer: Tokenizer, build_tiny: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = build_for(byte_tokenizer, build_tiny)
-    content = b"x\xe2\x82y\xff\xfez\xf0"
-    spell(model, byte_tokenizer, "a", content, monkeypatch)
-    (completion,), (pieces,) = streamed(model, byte_tokenizer, ["a"], 50)
-    assert "".join(pieces) == completion.text == "x�y��z�"
-
-
-def test_streams_of_a_batch_keep_apart(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
-    model = build_for(byte_tokenizer, build_tiny)
-    completions, pieces = streamed(model, byte_tokenizer, ["a", "the", "", "é"], 30)
-    assert ["".join(row) for row in pieces] == [completion.text for completion in completions]
-    assert completions == streamed(model, byte_tokenizer, ["a", "the", "", "é"], 30)[0]
-
-
-def test_seed_decides_the_text(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
-    model = build_for(byte_tokenizer, build_tiny)
-
-    def texts(seed: int | None, prompts: list[str], temperature: float = 1.0) -> list[str]:
-        sampling = SamplingConfig(temperature=temperature, top_p=None, seed=seed)
-        return [c.text for c in generate(model, byte_tokenizer, prompts, max_new_tokens=30, sampling=sampling)]
-
-    torch.manual_seed(0)
-    one = texts(7, ["a"])
-    torch.manual_seed(1)
-    assert texts(7, ["a"]) == one
-    assert texts(8, ["a"]) != one
-    # Company changes nothing, and the same prompt gets the same text.
-    assert texts(7, ["the", "a", "a"])[1:] == one * 2
-    assert texts(None, ["a"]) != texts(None, ["a"])
-    # Without a seed, rows that ask for the same do not get the same.
-    assert len(set(texts(None, ["a"] * 4))) == 4
-    assert texts(7, ["a"], temperature=0.0) == texts(8, ["a"], temperature=0.0) == texts(None, ["a"], temperature=0.0)
-
-
-def test_sampling_leaves_the_global_generator_alone(build_tiny: Build) -> None:
-    before = torch.get_rng_state()
-    decode(build_tiny(), [[1]], SAMPLED)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_no_dropout_and_the_mode_is_left_as_it_was(
-    training: bool, byte_tokenizer: Tokenizer, build_tiny: Build
-) -> None:
-    model = build_for(byte_tokenizer, build_tiny, dropout=0.5).train(training)
-    plain = build_for(byte_tokenizer, build_tiny)
-    assert generate(model, byte_tokenizer, ["a"], max_new_tokens=20, sampling=GREEDY) == generate(
-        plain, byte_tokenizer, ["a"], max_new_tokens=20, sampling=GREEDY
-    )
-    assert model.training is training
-
-    def fail(row: int, text: str) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        generate(model, byte_tokenizer, ["a"], max_new_tokens=20, sampling=GREEDY, on_text=fail)
-    assert model.training is training
-
-
-def test_a_model_whose_weights_are_damaged_says_so(build_tiny: Build) -> None:
-    model = build_tiny()
-    with torch.no_grad():
-        model.embedding.weight[5] = float("nan")
-    with pytest.raises(GenerationError, match="not finite"):
-        decode(model, [[1, 5]])
-
-
-@pytest.mark.parametrize("n", [2.5, "3", None, True])
-def test_a_number_of_tokens_that_is_none_is_refused(n: Any, build_tiny: Build) -> None:
-    with pytest.raises(GenerationError, match=r"^max_new_tokens .* is not a whole number$"):
-        decode(build_tiny(), [[1]], n=n)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "said"),
-    [
-        ("abc", "prompts 'abc' is not a list"),
-        (3, "prompts 3 is not a list"),
-        (None, "prompts None is not a list"),
-        (["a", 3], "prompt 1 is int 3; give a string"),
-        ([b"a"], "prompt 0 is bytes b'a'; give a string"),
-        ([None], "prompt 0 is NoneType None; give a string"),
-    ],
-)
-def test_prompts_that_are_no_strings_are_refused(
-    prompts: Any, said: str, byte_tokenizer: Tokenizer, build_tiny: Build
-) -> None:
+def test_an_unknown_dtype_is_refused_by_name(dtype: Any, said: str, build_tiny: Build) -> None:
     with pytest.raises(GenerationError, match=said):
-        generate(build_for(byte_tokenizer, build_tiny), byte_tokenizer, prompts, max_new_tokens=1)
+        Engine(build_tiny(), dtype=dtype)
 
 
-def test_numbers_of_numpy_are_taken(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
-    model = build_for(byte_tokenizer, build_tiny)
-    plain, numpys = SamplingConfig(seed=5, top_k=9), SamplingConfig(seed=np.int64(5), top_k=np.int64(9))
-    [one] = generate(model, byte_tokenizer, ["a"], max_new_tokens=3, sampling=plain)
-    assert generate(model, byte_tokenizer, np.array(["a"]), max_new_tokens=np.int64(3), sampling=numpys) == [one]
-
-
-def test_progress_counts_whole_steps_and_promises_no_fewer_than_come(
-    byte_tokenizer: Tokenizer, build_tiny: Build, monkeypatch: pytest.MonkeyPatch
+def test_without_a_compiler_steps_are_plain_and_a_notice_says_so(
+    build_tiny: Build, decode: Decode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt of z ends at once, one of v after 4 tokens, and one of a goes on to its limit of 7."""
-    v, z = (byte_tokenizer.encode(letter)[0] for letter in "vz")
-    model = build_for(byte_tokenizer, build_tiny)
-    Chain(model, lambda token: byte_tokenizer.eos_id if token >= z else token + 1, monkeypatch)
-    seen: list[tuple[int, int, int]] = []
-    texts = generate(
-        model,
-        byte_tokenizer,
-        ["a", "v", "z"],
-        max_new_tokens=7,
-        sampling=GREEDY,
-        on_progress=lambda *figures: seen.append(figures),
-    )
-    assert [len(done.ids) for done in texts] == [7, z - v, 0]
-    assert seen == [(2, 1, 7), (4, 2, 7), (6, 3, 7), (8, 4, 7), (9, 5, 7), (10, 6, 7)]
-    seen.clear()
-    generate(
-        model, byte_tokenizer, ["v", "z"], max_new_tokens=7, sampling=GREEDY, on_progress=lambda *f: seen.append(f)
-    )
-    assert seen == [(1, 1, 7), (2, 2, 7), (3, 3, 7)]
+    monkeypatch.setattr("psannlm.generation.engine.has_compiler", lambda device: False)
+    model = build_tiny()
+    engine = Engine(model, compile=True)
+    assert engine.compiles is False
+    assert len(engine.notices) == 1
+    assert "no C++ compiler was found" in engine.notices[0]
+    assert decode(engine, [[1, 5], [2]]).generated == decode(model, [[1, 5], [2]]).generated
+    assert Engine(model).notices == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_what_is_emulated_is_told(dtype: WeightDtype, build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("psannlm.generation.engine", "psannlm.models.packed"):
+        monkeypatch.setattr(f"{module}.computes_in_bf16", lambda device: False)
+    model = build_tiny(max_seq_len=100)
+    engine = Engine(model, dtype=dtype)
+    assert [dtype in notice and "no bf16 hardware" in notice for notice in engine.notices] == [True]
+    prompt, following = tokens(20).tolist(), tokens(10, seed=1)
+    found = run(engine, [prompt], following[None])[0]
+    wanted = full(model, prompt, following)
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_weights_in_fewer_bits_are_fewer_bytes(build_tiny: Build) -> None:
+    model = build_tiny()
+    wide, half, quarter = (Engine(model, dtype=dtype).weight_bytes for dtype in ("float32", "bfloat16", "int8"))
+    assert wide == 2 * half == 4 * quarter
+
+
+compiled = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not has_compiler(CPU), reason="no C++ compiler for torch.compile"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+def in_compiled_tests(function: Any) -> Any:
+    for mark in compiled:
+        function = mark(function)
+    return function
+
+
+# One layer and one width for all of them, so that the compiler's own cache serves what differs in weights alone.
+COMPILED = {"n_layers": 1, "d_model": 16, "d_mlp": 32, "max_seq_len": 1000}
+RAGGED = [[1, 5, 9], [1, 2, 3, 4, 5, 6, 7] * 8, [16]]
+
+
+@pytest.fixture(scope="module")
+def compiled_engines(build_tiny: Build) -> dict[str, Engine]:
+    model = build_tiny(**COMPILED)
+    return {dtype: Engine(model, dtype=dtype, compile=True) for dtype in ("float32", "int8")}
+
+
+@in_compiled_tests
+def test_compiled_steps_are_those_of_the_model(compiled_engines: dict[str, Engine], build_tiny: Build) -> None:
+    """Over growth from one block to many, in one state after another, each with a capacity of its own."""
+    engine, model = compiled_engines["float32"], build_tiny(**COMPILED)
+    assert engine.compiles
+    assert engine.notices == []
+    for n_prompt, n, room in ((5, 130, 1), (5, 180, 180), (100, 50, 30), (30, 20, 1)):
+        prompts = [tokens(n_prompt + row, seed=row).tolist() for row in range(3)]
+        following = tokens(3, n, seed=n)
+        found = run(engine, prompts, following, room)
+        for row, prompt in enumerate(prompts):
+            wanted = full(model, prompt, following[row])
+            torch.testing.assert_close(found[row], wanted, rtol=0, atol=3e-4)
+
+
+@in_compiled_tests
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_compiled_tokens_are_those_of_plain_steps_and_of_each_row_alone(
+    dtype: WeightDtype, compiled_engines: dict[str, Engine], build_tiny: Build, decode: Decode
+) -> None:
+    engine = compiled_engines[dtype]
+    sampled = SamplingConfig(temperature=0.9, top_k=12, top_p=0.9, repetition_penalty=1.2, seed=11)
+    for sampling in (GREEDY, sampled):
+        # Three rows and one row by turns: each size has a step of its own.
+        together = decode(engine, RAGGED, sampling, 150)
+        alone = [decode(engine, [prompt], sampling, 150).generated[0] for prompt in RAGGED]
+        assert together.generated == alone
+        assert decode(engine, RAGGED, sampling, 150).generated == alone
+        if dtype == "float32":
+            assert decode(build_tiny(**COMPILED), RAGGED, sampling, 150).generated == alone
+        # Rows that have ended stay in the batch, and disturb no other.
+        eos = next(token for token in range(17) if 0 < sum(token in ids for ids in alone) < 3)
+        cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in alone]
+        ended = decode(engine, RAGGED, sampling, 150, eos_id=eos)
+        assert ended.generated == cut
+        assert ended.stopped_by == ["end_of_text" if eos in ids else "length" for ids in alone]
+
+
+@in_compiled_tests
+def test_compiled_guesses_change_no_token(
+    compiled_engines: dict[str, Engine], build_tiny: Build, decode: Decode
+) -> None:
+    engine = compiled_engines["float32"]
+    sampling = SamplingConfig(temperature=0.0, repetition_penalty=0.5)
+    prompts = [[1, 2, 3, 4] * 5, [7, 7, 7, 7], [5, 6] * 4]
+    plain = decode(build_tiny(**COMPILED), prompts, sampling, 100)
+    guessed = decode(engine, prompts, sampling, 100, speculate=3)
+    assert guessed.generated == plain.generated
+    assert guessed.n_accepted > 0
+    assert guessed.n_passes < plain.n_passes
+
+
+@in_compiled_tests
+def test_compiled_rows_slide_as_plain_ones_do(build_tiny: Build, decode: Decode) -> None:
+    # A context of its own needs no kernel of its own.
+    model = build_tiny(**{**COMPILED, "max_seq_len": 20})
+    found = decode(Engine(model, compile=True), [[1, 5, 9], [2] * 15, [3] * 50], GREEDY, 70, context="slide")
+    assert found.generated == decode(model, [[1, 5, 9], [2] * 15, [3] * 50], GREEDY, 70, context="slide").generated
+
+
+@in_compiled_tests
+def test_two_compiled_models_do_not_mix(compiled_engines: dict[str, Engine], build_tiny: Build, decode: Decode) -> None:
+    """Nothing guards a compiled step, so that it must hold the right weights by itself."""
+    models = [build_tiny(seed, **COMPILED) for seed in (0, 1, 2)]
+    engines = [compiled_engines["float32"], *(Engine(model, compile=True) for model in models[1:])]
+    wanted = [decode(model, RAGGED, n=40).generated for model in models]
+    assert wanted[0] != wanted[1] != wanted[2]
+    for _ in range(2):
+        for engine, ids in zip(engines, wanted, strict=True):
+            assert decode(engine, RAGGED, n=40).generated == ids
+    # Two states of two engines by turns, and two of one.
+    states: list[tuple[Engine, DecodeState, list[int]]] = []
+    found: list[list[int]] = []
+    for engine in (*engines, engines[0]):
+        logits, state = engine.prefill(RAGGED, 1)
+        states.append((engine, state, logits.argmax(-1).tolist()))
+        found.append([int(logits[0].argmax())])
+    for _ in range(20):
+        for at, (engine, state, last) in enumerate(states):
+            following = engine.decode(torch.tensor(last), state).argmax(-1).tolist()
+            states[at] = (engine, state, following)
+            found[at].append(following[0])
+    assert found == [ids[0][:21] for ids in (*wanted, wanted[0])]
+
+
+@in_compiled_tests
+def test_other_shapes_get_steps_of_their_own(build_tiny: Build, decode: Decode) -> None:
+    model = build_tiny(base="transformer", positional_encoding="alibi", n_kv_heads=1, max_seq_len=50)
+    engine = Engine(model, compile=True)
+    assert decode(engine, [[1, 2, 3], [4]], n=80).generated == decode(model, [[1, 2, 3], [4]], n=80).generated

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from psannlm.config.model import ModelConfig
-from psannlm.models.attention import Attention, plan_layout
+from psannlm.config.model import ModelConfig, PositionKind
+from psannlm.errors import GenerationError
+from psannlm.models.attention import Attention, continue_layout, plan_layout
 from psannlm.models.cache import DecodeState
 from psannlm.models.positions import alibi_slopes, rope_tables, rotate
 from psannlm.models.transformer import Transformer
@@ -50,47 +51,68 @@ def test_is_softmax_attention_with_grouped_queries(position: str, n_kv_heads: in
     config = ModelConfig(d_model=16, n_heads=4, n_kv_heads=n_kv_heads, positional_encoding=position)
     attention = Attention(config)
     x = torch.randn(2, 7, 16)
-    found = attention(x, plan_layout(config, torch.zeros(2, 7, dtype=torch.long)))
+    found = attention(x, plan_layout(config, 7, CPU))
     torch.testing.assert_close(found.double(), reference(attention, x, position), rtol=1e-4, atol=1e-5)
     assert attention.k_proj.weight.shape[0] == n_kv_heads * 4
     assert not any("bias" in name for name, _ in attention.named_parameters())
 
 
 @pytest.mark.parametrize("position", ["rope", "sinusoidal"])
-def test_without_a_cache_the_kernel_masks(position: str) -> None:
-    config = ModelConfig(d_model=8, n_heads=2, positional_encoding=position)
-    layout = plan_layout(config, torch.zeros(3, 100, dtype=torch.long))
-    assert layout.mask is None
-    assert layout.is_causal
-    assert (layout.start, layout.span, layout.n_new) == (0, 0, None)
+def test_what_starts_at_its_beginning_is_masked_by_the_kernel(position: str) -> None:
+    config = ModelConfig(d_model=8, n_heads=2, n_layers=1, positional_encoding=position)
+    for state in (None, DecodeState.allocate(config, 3, 100, CPU, torch.float32)):
+        layout = plan_layout(config, 100, CPU, state)
+        assert layout.mask is None
+        assert layout.span == 0
+        assert layout.positions.tolist() == list(range(100))
 
 
-def test_prefill_and_single_steps_need_no_mask_either() -> None:
-    config = ModelConfig(d_model=8, n_heads=2, n_layers=1)
-    state = DecodeState.allocate(config, 2, 20, CPU, torch.float32)
-    prefill = plan_layout(config, torch.zeros(2, 10, dtype=torch.long), state, [10, 10])
-    assert prefill.mask is None
-    assert prefill.is_causal
-    state.lengths = [10, 10]
-    step = plan_layout(config, torch.zeros(2, 1, dtype=torch.long), state)
-    assert step.mask is None
-    assert not step.is_causal  # the kernel's causal mask starts at the top left, and would show the first slot alone
-    assert step.span == 11
-
-
-def test_ragged_steps_mask_what_a_row_has_not_seen() -> None:
-    config = ModelConfig(d_model=8, n_heads=2, n_layers=1)
-    state = DecodeState.allocate(config, 2, 20, CPU, torch.float32)
-    state.lengths = [1, 3]
-    layout = plan_layout(config, torch.zeros(2, 2, dtype=torch.long), state, [2, 1])
-    assert layout.span == 4
+@pytest.mark.parametrize("position", get_args(PositionKind))
+def test_rows_that_go_on_see_their_own_past_and_no_other(position: str) -> None:
+    config = ModelConfig(d_model=8, n_heads=2, n_layers=1, positional_encoding=position)
+    state = DecodeState.allocate(config, 2, 200, CPU, torch.float32)
+    state.lengths, state.offsets = [1, 70], torch.tensor([1, 70])
+    layout = plan_layout(config, 2, CPU, state)
+    assert layout.positions.tolist() == [[1, 2], [70, 71]]
+    assert layout.span == 128  # whole blocks of 64, so that masks and kernels change seldom
     assert layout.mask is not None
-    assert layout.mask[0, 0].tolist() == [[True, True, False, False], [True, True, True, False]]
-    assert layout.mask[1, 0, 0].tolist() == [True, True, True, True]
-    assert layout.positions.tolist() == [[1, 2], [3, 4]]
-    assert layout.rows is not None
-    assert layout.slots is not None
-    assert list(zip(layout.rows.tolist(), layout.slots.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 3)]
+    slots = torch.arange(128)
+    for row, first in enumerate([1, 70]):
+        for place in range(2):
+            for head in range(layout.mask.shape[1]):
+                scores = layout.mask[row, head, place]
+                assert torch.equal(scores.isneginf(), slots > first + place)
+                slope = float(alibi_slopes(2)[head]) if position == "alibi" else 0.0
+                seen = slots[: first + place + 1]
+                torch.testing.assert_close(scores[: first + place + 1], slope * (seen - first - place).float())
+
+
+def test_no_more_slots_are_read_than_there_are() -> None:
+    config = ModelConfig(d_model=8, n_heads=2, n_layers=1)
+    state = DecodeState.allocate(config, 1, 20, CPU, torch.float32)
+    state.lengths, state.offsets = [10], torch.tensor([10])
+    assert plan_layout(config, 10, CPU, state).span == 20
+    with pytest.raises(GenerationError, match=r"row 0: 10 \+ 11 tokens exceed the cache of 20"):
+        plan_layout(config, 11, CPU, state)
+
+
+@pytest.mark.parametrize("position", get_args(PositionKind))
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_the_sums_that_are_compiled_are_what_the_kernel_works_out(
+    position: str, n_kv_heads: int, dtype: torch.dtype
+) -> None:
+    config = ModelConfig(d_model=24, n_heads=4, n_kv_heads=n_kv_heads, positional_encoding=position)
+    attention = Attention(config)
+    generator = torch.Generator().manual_seed(0)
+    layout = continue_layout(config, torch.tensor([0, 5, 61]), torch.arange(64), 3, torch.float32)
+    q = torch.randn(3, 4, 3, 6, generator=generator).to(dtype)
+    k, v = (torch.randn(3, n_kv_heads, 64, 6, generator=generator).to(dtype) for _ in range(2))
+    by_kernel, by_sums = attention._mix(q, k, v, layout), attention._mix_in_sums(q, k, v, layout)
+    assert by_sums.dtype == by_kernel.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(by_sums.float(), by_kernel.float(), rtol=0, atol=tolerance)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from psannlm.config.model import BaseName, ModelConfig, PositionKind
 from psannlm.errors import GenerationError
-from psannlm.models.accounting import cache_bytes
-from psannlm.models.cache import DecodeState
+from psannlm.models.accounting import cache_bytes, count_parameters
+from psannlm.models.cache import BLOCK, DecodeState, LayerState, move_tails
+from psannlm.models.registry import resolve
 from psannlm.models.transformer import Transformer
 
 Build = Callable[..., Transformer]
@@ -80,7 +81,7 @@ def test_rows_of_any_length_equal_the_same_rows_alone(
     model = build_tiny(**config)
     totals = [sum(n) for n in zip(*chunks, strict=True)]
     rows = tokens(3, max(totals))
-    state = new_state(model, 3, max(totals))
+    state = new_state(model, 3, max(totals) + 4)
     done = [0, 0, 0]
     found: list[list[Tensor]] = [[], [], []]
     for n_new in chunks:
@@ -121,7 +122,7 @@ def test_selected_rows_go_on_as_before(build_tiny: Build, config: dict[str, Any]
 
 
 def held(state: DecodeState) -> list[Tensor]:
-    return [tensor for layer in state.layers for tensor in vars(layer).values()]
+    return [tensor for layer in state.layers for tensor in vars(layer).values() if tensor is not None]
 
 
 @pytest.mark.parametrize("n_new", [None, [1, 3], [3, 1]])
@@ -134,11 +135,137 @@ def test_a_full_cache_raises_and_stays_as_it_was(build_tiny: Build, n_new: list[
     with pytest.raises(GenerationError, match=r"row \d: 4 \+ 3 tokens exceed the cache of 6"):
         model.hidden_states(tokens(2, 3), state, n_new)
     assert state.lengths == [4, 4]
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, [t for s in state.layers for t in vars(s).values()], strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(before, held(state), strict=True))
     model.hidden_states(tokens(2, 2), state)
     assert state.lengths == [6, 6]
+
+
+@given(
+    config=model_settings(),
+    n_seen=st.integers(0, 6),
+    n_offered=st.integers(1, 7),
+    kept=st.tuples(*[st.integers(0, 7)] * 3),
+)
+@settings(deadline=None, max_examples=150)
+@torch.no_grad()
+def test_tokens_that_were_offered_and_not_kept_leave_no_trace(
+    build_tiny: Build, config: dict[str, Any], n_seen: int, n_offered: int, kept: tuple[int, int, int]
+) -> None:
+    model = build_tiny(**config)
+    kept_by_row = [min(n, n_offered) for n in kept]
+    rows, following = tokens(3, n_seen + n_offered), tokens(3, 3)
+    state = new_state(model, 3, 20)
+    if n_seen:
+        model.hidden_states(rows[:, :n_seen], state)
+    before = [tail.clone() for layer in state.layers for tail in tails(layer)]
+    model.offer(rows[:, n_seen:], state)
+    # Nothing is counted, and no tail moves, until it is known what stays.
+    assert state.lengths == state.offsets.tolist() == [n_seen] * 3
+    now = [tail for layer in state.layers for tail in tails(layer)]
+    assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+    state.advance(kept_by_row)
+    assert state.lengths == state.offsets.tolist() == [n_seen + n for n in kept_by_row]
+    going_on = logits_of(model, following, state.select(range(3)))
+    for row, n in enumerate(kept_by_row):
+        alone = new_state(model, 1, 20)
+        if n_seen:
+            model.hidden_states(rows[row : row + 1, :n_seen], alone)
+        if n:
+            model.hidden_states(rows[row : row + 1, n_seen : n_seen + n], alone)
+        for mine, its_own in zip(state.layers, alone.layers, strict=True):
+            for tail, wanted in zip(tails(mine), tails(its_own), strict=True):
+                torch.testing.assert_close(tail[row], wanted[0], rtol=0, atol=TOLERANCE)
+            span = n_seen + n
+            torch.testing.assert_close(mine.keys[row, :, :span], its_own.keys[0, :, :span], rtol=0, atol=TOLERANCE)
+            torch.testing.assert_close(mine.values[row, :, :span], its_own.values[0, :, :span], rtol=0, atol=TOLERANCE)
+        wanted = logits_of(model, following[row : row + 1], alone)[0]
+        torch.testing.assert_close(going_on[row], wanted, rtol=0, atol=TOLERANCE)
+
+
+def tails(layer: LayerState) -> list[Tensor]:
+    return [tail for tail in (layer.attention_tail, layer.mlp_tail) if tail is not None]
+
+
+@given(
+    n_new=st.lists(st.integers(0, 6), min_size=2, max_size=4),
+    length=st.integers(0, 5),
+    keep_all=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_tail_ends_where_its_row_does(n_new: list[int], length: int, keep_all: bool) -> None:
+    n_rows = len(n_new)
+    history = torch.randn(n_rows, length + 6, 3, generator=torch.Generator().manual_seed(0))
+    keys = torch.zeros(n_rows, 1, 8, 3)
+    for place in ("attention", "mlp"):
+        layer = LayerState(keys, keys, None, None)
+        setattr(layer, f"{place}_tail", history[:, :length].clone())
+        setattr(layer, f"{place}_history", history)
+        move_tails(layer, None if keep_all else n_new)
+        for row, n in enumerate(n_new):
+            end = length + (6 if keep_all else n)
+            assert torch.equal(getattr(layer, f"{place}_tail")[row], history[row, end - length : end])
+        assert layer.attention_history is layer.mlp_history is None
+
+
+@given(
+    config=model_settings(),
+    lengths=st.tuples(*[st.integers(1, 6)] * 4),
+    new_lengths=st.tuples(*[st.integers(1, 40)] * 2),
+    places=st.permutations(range(4)).map(lambda order: order[:2]),
+)
+@settings(deadline=None, max_examples=80)
+@torch.no_grad()
+def test_rows_put_into_a_state_go_on_as_alone_and_the_others_as_before(
+    build_tiny: Build,
+    config: dict[str, Any],
+    lengths: tuple[int, ...],
+    new_lengths: tuple[int, int],
+    places: list[int],
+) -> None:
+    model = build_tiny(**config)
+    rows, newcomers = tokens(4, 12), tokens(2, 45)
+    state, other = new_state(model, 4, 12), new_state(model, 2, 45)
+    model.hidden_states(rows[:, :6], state, lengths)
+    model.hidden_states(newcomers[:, : max(new_lengths)], other, new_lengths)
+    state.put(places, other)
+    texts = [rows[row, :n].tolist() for row, n in enumerate(lengths)]
+    for place, text, n in zip(places, newcomers, new_lengths, strict=True):
+        texts[place] = text[:n].tolist()
+    assert state.lengths == state.offsets.tolist() == [len(text) for text in texts]
+    assert other.lengths == list(new_lengths)
+    following = tokens(4, 3)
+    state.grow(max(state.lengths) + 3)
+    found = torch.cat([logits_of(model, chunk, state) for chunk in following.split([1, 2], dim=1)], dim=1)
+    for row, text in enumerate(texts):
+        alone = logits_of(model, torch.tensor([[*text, *following[row].tolist()]]))[0, -3:]
+        torch.testing.assert_close(found[row], alone, rtol=0, atol=TOLERANCE)
+
+
+@given(config=model_settings(), start=st.integers(1, 70), chunks=st.lists(st.integers(1, 50), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=60)
+@torch.no_grad()
+def test_a_state_that_grows_is_one_that_was_large_from_the_start(
+    build_tiny: Build, config: dict[str, Any], start: int, chunks: list[int]
+) -> None:
+    model = build_tiny(**config, max_seq_len=400)
+    total = start + sum(chunks)
+    input_ids = tokens(2, total)
+    grown, large = new_state(model, 2, start), new_state(model, 2, total)
+    for state in (grown, large):
+        model.hidden_states(input_ids[:, :start], state)
+    for chunk in input_ids[:, start:].split(chunks, dim=1):
+        before = grown.capacity
+        grown.grow(grown.lengths[0] + chunk.shape[1])
+        if grown.capacity != before:
+            assert grown.capacity % BLOCK == 0
+            assert grown.capacity >= min(before * 3 // 2, grown.lengths[0] + chunk.shape[1])
+        assert grown.n_bytes == cache_bytes(model.config, 2, grown.capacity)
+        torch.testing.assert_close(
+            logits_of(model, chunk, grown), logits_of(model, chunk, large), rtol=0, atol=TOLERANCE
+        )
+    before = grown.capacity
+    grown.grow(total)
+    assert grown.capacity == before >= total
 
 
 @given(config=model_settings(), n_rows=st.integers(1, 4), capacity=st.integers(1, 20))
@@ -176,3 +303,12 @@ def test_the_bytes_predicted_are_those_held_however_places_are_written(
     model = build_tiny(wave={"places": places})
     state = DecodeState.allocate(model.config, 2, 5, CPU, torch.float32)
     assert state.n_bytes == cache_bytes(model.config, 2, 5)
+
+
+def test_the_default_model_serves_a_batch_of_64_rows_of_2048_tokens_in_24_gb() -> None:
+    config = resolve(ModelConfig(vocab_size=4096))
+    cache = cache_bytes(config, batch_size=64, capacity=2048)
+    # Keys and values: 2 x 8 layers x width 512 x 2,048 slots. Tails: 2 places x 8 layers x width 512 x 3.
+    assert cache == 64 * 4 * (2 * 8 * 512 * 2048 + 2 * 8 * 512 * 3)
+    weights = 4 * sum(count_parameters(config).values())
+    assert cache + 2 * weights < 24e9  # the model, and its packed twin

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from psannlm.generation.engine import Decoding
+from psannlm.generation.decoding import Decoding
+from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.transformer import Transformer
 
@@ -42,7 +43,7 @@ def test_greedy_text_is_that_of_the_cpu(build_tiny: Callable[..., Transformer], 
     found = {}
     for device in ("cpu", "cuda"):
         decoding = Decoding(
-            build_tiny(base=base).to(device),
+            Engine(build_tiny(base=base).to(device)),
             [[1, 5, 9], [2], [3, 4, 5, 6, 7]],
             max_new_tokens=10,
             sampling=SamplingConfig(temperature=0.0),

@@ -1,0 +1,478 @@
+"""Decoding against repeated full forward passes: rows that keep to themselves, guesses that change nothing, contexts
+that end or slide."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from itertools import count, product
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psannlm.config.model import BaseName, PositionKind
+from psannlm.errors import GenerationError
+from psannlm.generation import decoding as decoding_module
+from psannlm.generation.decoding import Decoding, context_limit
+from psannlm.generation.engine import Engine
+from psannlm.generation.sampling import SamplingConfig
+from psannlm.models.packed import WeightDtype
+from psannlm.models.transformer import Transformer
+
+Build = Callable[..., Transformer]
+Decode = Callable[..., Decoding]
+Naively = Callable[..., list[int]]
+Lead = Callable[[Engine, Callable[[int], int]], Any]
+GREEDY = SamplingConfig(temperature=0.0)
+SAMPLED = SamplingConfig(temperature=0.9, top_k=12, top_p=0.9, repetition_penalty=1.2, seed=11)
+RAGGED = [[1, 5, 9], [1], [1, 2, 3, 4, 5, 6, 7], [1, 16], [1, 9, 9, 2, 8]]
+
+
+@pytest.mark.parametrize("base", get_args(BaseName))
+@pytest.mark.parametrize("position", get_args(PositionKind))
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_ragged_batch_equals_each_row_alone_without_a_cache(
+    base: str, position: str, sampling: SamplingConfig, build_tiny: Build, decode: Decode, decode_naively: Naively
+) -> None:
+    model = build_tiny(base=base, positional_encoding=position, n_kv_heads=1)
+    together = decode(model, RAGGED, sampling)
+    for row, prompt in enumerate(RAGGED):
+        naive = decode_naively(model, prompt, sampling, 10)
+        assert together.generated[row] == naive
+        assert decode(model, [prompt], sampling).generated == [naive]
+    assert len({tuple(ids) for ids in together.generated}) > 1
+    assert together.stopped_by == ["length"] * 5
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(seed=1)], ids=["greedy", "sampled"])
+def test_a_finished_row_stays_finished_and_leaves_the_batch(
+    sampling: SamplingConfig, build_tiny: Build, lead: Lead
+) -> None:
+    engine = Engine(build_tiny())
+    chain = lead(engine, lambda token: token + 1)
+    decoding = Decoding(engine, [[1, 12], [1, 3, 9], [1, 15], [10]], max_new_tokens=5, sampling=sampling, eos_id=16)
+    events = [(event.row, event.token) for event in decoding]
+    assert decoding.generated == [[13, 14, 15], [10, 11, 12, 13, 14], [], [11, 12, 13, 14, 15]]
+    assert decoding.stopped_by == ["end_of_text", "length", "end_of_text", "length"]
+    # Row 2 never enters decoding, row 0 is left out once it has ended, and nothing is computed after the last token.
+    assert chain.batch_sizes == [4, 3, 3, 3, 2]
+    assert events == [
+        *[(0, 13), (1, 10), (3, 11)],
+        *[(0, 14), (1, 11), (3, 12)],
+        *[(0, 15), (1, 12), (3, 13)],
+        *[(1, 13), (3, 14)],
+        *[(1, 14), (3, 15)],
+    ]
+
+
+def test_rows_that_leave_do_not_disturb_the_others(build_tiny: Build, decode: Decode) -> None:
+    model = build_tiny()
+    alone = [decode(model, [prompt], SAMPLED, 12).generated[0] for prompt in RAGGED]
+    # An end of text that some rows meet early, others late or never.
+    eos = next(token for token in range(17) if 1 < sum(token in ids for ids in alone) < 5)
+    together = decode(model, RAGGED, SAMPLED, 12, eos_id=eos)
+    for row, ids in enumerate(alone):
+        cut = ids.index(eos) if eos in ids else len(ids)
+        assert together.generated[row] == ids[:cut]
+        assert together.stopped_by[row] == ("end_of_text" if eos in ids else "length")
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_length_is_what_was_asked(n: int, build_tiny: Build, decode: Decode) -> None:
+    decoding = decode(build_tiny(), RAGGED, n=n)
+    assert [len(ids) for ids in decoding.generated] == [n] * 5
+    assert decoding.stopped_by == ["length"] * 5
+
+
+@pytest.mark.parametrize("position", ["rope", "sinusoidal"])
+def test_the_context_ends_a_row(position: str, build_tiny: Build, decode: Decode, decode_naively: Naively) -> None:
+    model = build_tiny(positional_encoding=position, max_seq_len=9)
+    decoding = decode(model, RAGGED, n=6)
+    # A context of nine: three leave room for the six asked for, seven for two.
+    assert [len(ids) for ids in decoding.generated] == [6, 6, 2, 6, 4]
+    assert decoding.stopped_by == ["length", "length", "context", "length", "context"]
+    assert decoding.generated[2] == decode_naively(model, RAGGED[2], GREEDY, 2)
+    assert context_limit(model) == 9
+
+
+def test_alibi_goes_past_the_trained_length(build_tiny: Build, decode: Decode, decode_naively: Naively) -> None:
+    model = build_tiny(positional_encoding="alibi", max_seq_len=4)
+    assert context_limit(model) is None
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    decoding = decode(model, [prompt], n=20)
+    assert decoding.stopped_by == ["length"]
+    assert decoding.generated == [decode_naively(model, prompt, GREEDY, 20)]
+
+
+@pytest.mark.parametrize("length", [9, 10, 30])
+def test_a_prompt_that_fills_the_context_names_both_numbers(length: int, build_tiny: Build, decode: Decode) -> None:
+    with pytest.raises(GenerationError, match=rf"prompt 1 has {length} tokens.* context is 9"):
+        decode(build_tiny(max_seq_len=9), [[1], [2] * length])
+    assert len(decode(build_tiny(max_seq_len=9), [[2] * 8]).generated[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "more", "message"),
+    [
+        ([], {}, "no prompt"),
+        ([[1], []], {}, "prompt 1 holds no token"),
+        ([[1], [17]], {}, "prompt 1 has an id outside the vocabulary of 17"),
+        ([[-1]], {}, "prompt 0 has an id outside"),
+        ([[1]], {"n": 0}, "max_new_tokens 0"),
+        ([[1]], {"n": -5}, "max_new_tokens -5"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(
+    prompts: list[list[int]], more: dict[str, Any], message: str, build_tiny: Build, decode: Decode
+) -> None:
+    with pytest.raises(GenerationError, match=message):
+        decode(build_tiny(), prompts, **more)
+
+
+def test_forbidden_ids_are_never_taken(build_tiny: Build, decode: Decode) -> None:
+    model = build_tiny()
+    forbidden = [*range(8), *range(10, 17)]
+    for sampling in (GREEDY, SamplingConfig(temperature=50.0, top_p=None, repetition_penalty=1e-6, seed=0)):
+        decoding = decode(model, [[1, 5], [3]], sampling, 20, forbidden_ids=forbidden)
+        assert {token for ids in decoding.generated for token in ids} <= {8, 9}
+
+
+def test_sampling_leaves_the_global_generator_alone(build_tiny: Build, decode: Decode) -> None:
+    before = torch.get_rng_state()
+    decode(build_tiny(), [[1]], SAMPLED)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_whose_weights_are_damaged_says_so(build_tiny: Build, decode: Decode) -> None:
+    model = build_tiny()
+    with torch.no_grad():
+        model.embedding.weight[5] = float("nan")
+    with pytest.raises(GenerationError, match="not finite"):
+        decode(model, [[1, 5]])
+
+
+@pytest.mark.parametrize("n", [2.5, "3", None, True])
+def test_a_number_of_tokens_that_is_none_is_refused(n: Any, build_tiny: Build, decode: Decode) -> None:
+    with pytest.raises(GenerationError, match=r"^max_new_tokens .* is not a whole number$"):
+        decode(build_tiny(), [[1]], n=n)
+
+
+SAMPLINGS = [
+    GREEDY,
+    SAMPLED,
+    SamplingConfig(temperature=1.0, top_k=3, top_p=None, seed=5),
+    SamplingConfig(temperature=0.0, repetition_penalty=1.5),
+]
+
+
+@pytest.mark.parametrize("base", get_args(BaseName))
+@pytest.mark.parametrize("position", get_args(PositionKind))
+@pytest.mark.parametrize("dtype", get_args(WeightDtype))
+def test_company_changes_no_token_in_any_precision(
+    base: str, position: str, dtype: WeightDtype, build_tiny: Build, decode: Decode
+) -> None:
+    model = build_tiny(base=base, positional_encoding=position, n_kv_heads=1, max_seq_len=120)
+    engine = Engine(model, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [*RAGGED[:3], *(torch.randint(0, 17, (n,), generator=generator).tolist() for n in (40, 90))]
+    for sampling in SAMPLINGS:
+        together = decode(engine, prompts, sampling)
+        for row, prompt in enumerate(prompts):
+            alone = decode(engine, [prompt], sampling)
+            assert together.generated[row] == alone.generated[0]
+        assert len({tuple(ids) for ids in together.generated}) > 1
+
+
+def test_fewer_bits_say_about_the_same(build_tiny: Build, decode: Decode) -> None:
+    """A check on the tests of precision above: engines of three precisions that all said nonsense would pass them."""
+    model = build_tiny(d_model=48, d_mlp=64)
+    wanted = decode(model, RAGGED, n=1).generated
+    for dtype in ("bfloat16", "int8"):
+        found = decode(Engine(model, dtype=dtype), RAGGED, n=1).generated
+        assert sum(a == b for a, b in zip(found, wanted, strict=True)) >= 4
+
+
+@pytest.fixture(scope="module")
+def engines(build_tiny: Build) -> dict[str, Engine]:
+    """Engines of every base and precision."""
+    made = {base: Engine(build_tiny(base=base, max_seq_len=100)) for base in get_args(BaseName)}
+    made["int8"] = Engine(build_tiny(positional_encoding="alibi", n_kv_heads=1, max_seq_len=100), dtype="int8")
+    made["bfloat16"] = Engine(build_tiny(d_model=24, max_seq_len=100), dtype="bfloat16")
+    return made
+
+
+# Texts that repeat a few phrases, so that what followed one before is a good guess.
+repetitive = st.lists(
+    st.sampled_from([(1, 2, 3), (1, 2, 3, 4), (5,), (5, 6, 5, 6), (7, 7, 7), (3, 9)]), min_size=1, max_size=10
+).map(lambda phrases: [token for phrase in phrases for token in phrase])
+
+
+@given(
+    name=st.sampled_from([*get_args(BaseName), "bfloat16", "int8"]),
+    prompts=st.lists(repetitive, min_size=1, max_size=4),
+    speculate=st.integers(1, 15),
+    temperature=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
+    penalty=st.sampled_from([None, 0.7, 1.3]),
+    seed=st.integers(0, 99),
+    n=st.integers(1, 30),
+    eos=st.one_of(st.none(), st.integers(0, 16)),
+)
+@settings(deadline=None, max_examples=100)
+def test_guesses_change_no_token_and_no_reason(
+    engines: dict[str, Engine],
+    decode: Decode,
+    name: str,
+    prompts: list[list[int]],
+    speculate: int,
+    temperature: float,
+    penalty: float | None,
+    seed: int,
+    n: int,
+    eos: int | None,
+) -> None:
+    sampling = SamplingConfig(temperature=temperature, repetition_penalty=penalty, top_p=0.95, seed=seed)
+    plain = decode(engines[name], prompts, sampling, n, eos_id=eos)
+    guessed = decode(engines[name], prompts, sampling, n, eos_id=eos, speculate=speculate)
+    assert guessed.generated == plain.generated
+    assert guessed.stopped_by == plain.stopped_by
+    assert guessed.n_passes <= plain.n_passes
+    assert 0 <= guessed.n_accepted <= guessed.n_drafted
+    assert plain.n_drafted == 0
+    if len(prompts) == 1:
+        # Each pass settles one token, and one more for every guess that was right.
+        n_settled = len(plain.generated[0]) + (plain.stopped_by[0] == "end_of_text")
+        assert guessed.n_passes >= n_settled - 1 - guessed.n_accepted
+
+
+@pytest.mark.parametrize("name", [*get_args(BaseName), "bfloat16", "int8"])
+@pytest.mark.parametrize("speculate", [1, 4, 15])
+def test_right_guesses_save_passes(name: str, speculate: int, engines: dict[str, Engine], decode: Decode) -> None:
+    # Tokens that were seen are made likelier, so that the text goes round in circles.
+    sampling = SamplingConfig(temperature=0.0, repetition_penalty=0.5)
+    prompts = [[1, 2, 3, 4] * 5, [7, 7, 7, 7], [5, 6] * 4]
+    plain = decode(engines[name], prompts, sampling, 40)
+    guessed = decode(engines[name], prompts, sampling, 40, speculate=speculate)
+    assert guessed.generated == plain.generated
+    assert guessed.n_accepted > 0
+    assert plain.n_passes == 39
+    assert guessed.n_passes < 39
+
+
+def test_a_text_that_is_foreseen_takes_as_few_passes_as_can_be(build_tiny: Build, lead: Lead) -> None:
+    engine = Engine(build_tiny())
+    passes = lead(engine, lambda token: (token + 1) % 4)
+    decoding = Decoding(engine, [[0, 1, 2, 3] * 4], max_new_tokens=11, sampling=GREEDY, eos_id=None, speculate=4)
+    events = [(event.row, event.token) for event in decoding]
+    assert [token for _, token in events] == [0, 1, 2, 3] * 2 + [0, 1, 2]
+    # One token from the prefill, then five from each pass: the four that were guessed, and the one after them.
+    assert decoding.n_passes == 2
+    assert (decoding.n_drafted, decoding.n_accepted) == (8, 8)
+    assert passes.batch_sizes == [1, 1, 1]
+
+
+def test_wrong_guesses_cost_no_token(build_tiny: Build, lead: Lead) -> None:
+    engine = Engine(build_tiny())
+    lead(engine, lambda token: {0: 1, 1: 2, 2: 5, 5: 0}[token] if token in (0, 1, 2, 5) else 0)
+    # The prompt promises that 3 follows 2, and the model says 5.
+    decoding = Decoding(
+        engine, [[0, 1, 2, 3, 0, 1, 2, 3, 0]], max_new_tokens=7, sampling=GREEDY, eos_id=None, speculate=3
+    )
+    list(decoding)
+    assert decoding.generated == [[1, 2, 5, 0, 1, 2, 5]]
+    assert 0 < decoding.n_accepted < decoding.n_drafted
+
+
+def test_an_end_of_text_within_a_guess_ends_the_row_there(build_tiny: Build, lead: Lead) -> None:
+    engine = Engine(build_tiny())
+    lead(engine, lambda token: (token + 1) % 6)
+    decoding = Decoding(
+        engine, [[0, 1, 2, 3, 4, 5] * 2, [8]], max_new_tokens=20, sampling=GREEDY, eos_id=4, speculate=6
+    )
+    events = [(event.row, event.token) for event in decoding]
+    assert decoding.generated == [[0, 1, 2, 3], [3]]
+    assert decoding.stopped_by == ["end_of_text"] * 2
+    assert sorted(events) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 3)]
+
+
+def chi_square(found: dict[tuple[int, ...], int], expected: dict[tuple[int, ...], float]) -> tuple[float, float]:
+    """Pearson's statistic, and the value that it exceeds once in 10,000 times by chance (Wilson and Hilferty 1931)."""
+    # Outcomes that are too rare to be counted singly are counted together.
+    common = {outcome for outcome, n in expected.items() if n >= 8}
+    cells = [(float(found.get(outcome, 0)), expected[outcome]) for outcome in common]
+    rare = (
+        float(sum(n for outcome, n in found.items() if outcome not in common)),
+        sum(n for outcome, n in expected.items() if outcome not in common),
+    )
+    cells += [rare] if rare[1] > 1 else []
+    freedom = len(cells) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.72 * (2 / (9 * freedom)) ** 0.5) ** 3
+    return sum((n - wanted) ** 2 / wanted for n, wanted in cells), limit
+
+
+N_ROWS = 4000
+PROMPT = (0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 1, 3, 2, 0)
+
+
+@pytest.fixture
+def seeds_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that ask for no seed get one each all the same, which makes a statistical test certain."""
+    numbers = count(1000)
+    monkeypatch.setattr(secrets, "randbits", lambda n_bits: next(numbers))
+
+
+@torch.no_grad()
+def expected_counts(model: Transformer) -> dict[tuple[int, ...], float]:
+    """How often each continuation of three tokens should come, by the model's own probabilities."""
+    first = model.logits(model.hidden_states(torch.tensor([PROMPT]))[:, -1]).double().softmax(-1)[0]
+    found: dict[tuple[int, ...], float] = {}
+    for one, two in product(range(4), repeat=2):
+        hidden = model.hidden_states(torch.tensor([[*PROMPT, one, two]]))
+        second, third = model.logits(hidden[:, -2:]).double().softmax(-1)[0]
+        for three in range(4):
+            found[one, two, three] = N_ROWS * float(first[one] * second[two] * third[three])
+    return found
+
+
+def counts_of(decoding: Decoding) -> dict[tuple[int, ...], int]:
+    found: dict[tuple[int, ...], int] = {}
+    for ids in decoding.generated:
+        found[tuple(ids)] = found.get(tuple(ids), 0) + 1
+    return found
+
+
+@pytest.mark.usefixtures("seeds_that_repeat")
+@pytest.mark.parametrize("speculate", [0, 1, 2, 4])
+def test_guesses_leave_the_distribution_as_it_is(speculate: int, build_tiny: Build, decode: Decode) -> None:
+    model = build_tiny(vocab_size=4)
+    sampling = SamplingConfig(temperature=1.0, top_p=None)
+    decoding = decode(model, [PROMPT] * N_ROWS, sampling, 3, speculate=speculate)
+    statistic, limit = chi_square(counts_of(decoding), expected_counts(model))
+    assert statistic < limit
+    if speculate:
+        assert 0 < decoding.n_accepted < decoding.n_drafted
+
+
+@pytest.mark.usefixtures("seeds_that_repeat")
+def test_the_distribution_would_show_it_if_every_guess_were_taken(
+    build_tiny: Build, decode: Decode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_all(chosen: Sequence[int], draft: Sequence[int]) -> list[int]:
+        return [*draft, chosen[len(draft)]]
+
+    monkeypatch.setattr(decoding_module, "_agreed", take_all)
+    model = build_tiny(vocab_size=4)
+    decoding = decode(model, [PROMPT] * N_ROWS, SamplingConfig(temperature=1.0, top_p=None), 3, speculate=2)
+    statistic, limit = chi_square(counts_of(decoding), expected_counts(model))
+    assert statistic > 2 * limit
+
+
+def slid(text: Sequence[int], limit: int) -> list[int]:
+    """What a row remembers of ``text`` once there is no room left."""
+    return list(text[-(limit // 2) :])
+
+
+@pytest.mark.parametrize("base", get_args(BaseName))
+@pytest.mark.parametrize("position", ["rope", "sinusoidal"])
+@pytest.mark.parametrize("limit", [4, 9, 16])
+def test_a_row_that_slides_goes_on_as_if_the_rest_had_been_its_prompt(
+    base: str, position: str, limit: int, build_tiny: Build, decode: Decode, decode_naively: Naively
+) -> None:
+    model = build_tiny(base=base, positional_encoding=position, max_seq_len=limit)
+    prompt = [1, 5, 9][: limit - 1]
+    decoding = decode(model, [prompt], n=3 * limit, context="slide")
+    assert decoding.stopped_by == ["length"]
+    text = [*prompt, *decoding.generated[0]]
+    assert len(text) == len(prompt) + 3 * limit
+    # The model never sees more than its context; whenever that is full, the older half is dropped.
+    memory, n_slid = list(prompt), 0
+    for token in decoding.generated[0]:
+        if len(memory) > limit:
+            memory, n_slid = slid(memory, limit), n_slid + 1
+        assert [token] == decode_naively(model, memory, n=1)
+        memory.append(token)
+    assert n_slid >= 3
+    # Up to the first of them it is what a context that stops says.
+    stopped = decode(model, [prompt], n=3 * limit)
+    assert stopped.stopped_by == ["context"]
+    assert decoding.generated[0][: len(stopped.generated[0])] == stopped.generated[0]
+
+
+@pytest.mark.parametrize("length", [9, 10, 30])
+@pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=["greedy", "sampled"])
+def test_a_prompt_longer_than_the_context_is_its_end(
+    length: int, sampling: SamplingConfig, build_tiny: Build, decode: Decode
+) -> None:
+    model = build_tiny(max_seq_len=9)
+    prompt = torch.randint(0, 17, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = decode(model, [prompt, [3]], sampling, 30, context="slide")
+    assert found.generated == decode(model, [prompt[-4:], [3]], sampling, 30, context="slide").generated
+    assert found.stopped_by == ["length"] * 2
+    assert found.prompts[0] == prompt[-4:]
+
+
+@pytest.mark.parametrize("base", get_args(BaseName))
+@pytest.mark.parametrize("position", ["rope", "sinusoidal"])
+@pytest.mark.parametrize("dtype", get_args(WeightDtype))
+def test_rows_slide_each_in_its_own_time(
+    base: str, position: str, dtype: WeightDtype, build_tiny: Build, decode: Decode
+) -> None:
+    engine = Engine(build_tiny(base=base, positional_encoding=position, max_seq_len=9), dtype=dtype)
+    prompts = [*RAGGED, [4] * 8, [2, 3] * 9]
+    for sampling in SAMPLINGS[:2]:
+        alone = [decode(engine, [prompt], sampling, 25, context="slide").generated[0] for prompt in prompts]
+        eos = next(token for token in range(17) if 1 < sum(token in ids for ids in alone) < 7)
+        assert decode(engine, prompts, sampling, 25, context="slide").generated == alone
+        # Rows that leave do not disturb those that slide.
+        cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in alone]
+        assert decode(engine, prompts, sampling, 25, context="slide", eos_id=eos).generated == cut
+        for speculate in (1, 3, 15):
+            guessed = decode(engine, prompts, sampling, 25, context="slide", eos_id=eos, speculate=speculate)
+            assert guessed.generated == cut
+
+
+def test_guesses_are_right_while_a_context_slides(build_tiny: Build, decode: Decode) -> None:
+    engine = Engine(build_tiny(max_seq_len=16))
+    sampling = SamplingConfig(temperature=0.0, repetition_penalty=0.5)
+    plain = decode(engine, [[1, 2, 3, 1, 2, 3]], sampling, 60, context="slide")
+    guessed = decode(engine, [[1, 2, 3, 1, 2, 3]], sampling, 60, context="slide", speculate=4)
+    assert guessed.generated == plain.generated
+    assert guessed.n_accepted > 0
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_context_too_short_to_slide_is_refused(limit: int, build_tiny: Build, decode: Decode) -> None:
+    model = build_tiny(max_seq_len=limit)
+    with pytest.raises(GenerationError, match=f"a context of {limit} tokens is too short to slide"):
+        decode(model, [[1]], context="slide")
+    if limit > 1:
+        assert decode(model, [[1]]).stopped_by == ["context"]
+
+
+def test_alibi_never_slides(build_tiny: Build, decode: Decode) -> None:
+    # Not even where the context would be too short to.
+    model = build_tiny(positional_encoding="alibi", max_seq_len=3)
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [2]]
+    assert decode(model, prompts, n=30, context="slide").generated == decode(model, prompts, n=30).generated
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"context": "slid"}, r"context 'slid' is not one of stop, slide \(did you mean 'slide'\?\)"),
+        ({"context": None}, "context None is not one of stop, slide"),
+        ({"speculate": 16}, r"speculate 16 is not in 0 \.\. 15"),
+        ({"speculate": -1}, r"speculate -1 is not in 0 \.\. 15"),
+        ({"speculate": 1.5}, r"speculate 1\.5 is not a whole number"),
+        ({"speculate": None}, "speculate None is not a whole number"),
+        ({"speculate": True}, "speculate True is not a whole number"),
+    ],
+    ids=str,
+)
+def test_an_unknown_setting_is_refused_by_name(
+    setting: dict[str, Any], said: str, build_tiny: Build, decode: Decode
+) -> None:
+    with pytest.raises(GenerationError, match=said):
+        decode(build_tiny(), [[1]], **setting)

@@ -1,0 +1,281 @@
+"""Prompts to text: what a tokenizer can say, streamed in whole characters, the same for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from psannlm.errors import GenerationError
+from psannlm.generation.engine import Engine
+from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.text import REPAYING_PASSES, Completion, encode_prompt, generate, repays_compiling
+from psannlm.models.transformer import Transformer
+from psannlm.tokenizers.base import Tokenizer
+
+Build = Callable[..., Transformer]
+Lead = Callable[[Engine, Callable[[int], int]], Any]
+GREEDY = SamplingConfig(temperature=0.0)
+
+
+def build_for(tokenizer: Tokenizer, build_tiny: Build, **settings: Any) -> Transformer:
+    return build_tiny(**{"vocab_size": tokenizer.vocab_size, "max_seq_len": 200, **settings})
+
+
+def test_text_holds_no_special_and_no_id_without_text(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
+    model = build_for(byte_tokenizer, build_tiny, vocab_size=byte_tokenizer.vocab_size + 300)
+    sampling = SamplingConfig(temperature=30.0, top_p=None, seed=0)
+    completions = generate(model, byte_tokenizer, ["a", "bc"], max_new_tokens=60, sampling=sampling)
+    ids = {token for completion in completions for token in completion.ids}
+    assert min(ids) >= 4
+    assert max(ids) < byte_tokenizer.vocab_size
+    assert [completion.text for completion in completions] == [byte_tokenizer.decode(c.ids) for c in completions]
+
+
+def test_a_prompt_starts_as_a_document_does(byte_tokenizer: Tokenizer) -> None:
+    assert encode_prompt(byte_tokenizer, "a") == [byte_tokenizer.bos_id, 4 + ord("a")]
+    assert encode_prompt(byte_tokenizer, "") == [byte_tokenizer.bos_id]
+
+
+def speller(tokenizer: Tokenizer, start: str, content: bytes, build_tiny: Build, lead: Lead) -> Engine:
+    """An engine that writes ``content``, in which no byte stands twice, after ``start``, and then ends."""
+    engine = Engine(build_for(tokenizer, build_tiny))
+    chain = [tokenizer.encode(start)[-1], *(byte + 4 for byte in content), tokenizer.eos_id]
+    lead(engine, dict(pairwise(chain)).__getitem__)
+    return engine
+
+
+def streamed(
+    model: Transformer | Engine, tokenizer: Tokenizer, prompts: list[str], n: int, **more: Any
+) -> tuple[list[Completion], list[list[str]]]:
+    pieces: list[list[str]] = [[] for _ in prompts]
+    completions = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=n,
+        sampling=GREEDY,
+        on_text=lambda row, text: pieces[row].append(text),
+        **more,
+    )
+    return completions, pieces
+
+
+def test_pieces_are_whole_characters_and_join_to_the_text(
+    byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead
+) -> None:
+    text = "né€ 😀."
+    model = speller(byte_tokenizer, "a", text.encode(), build_tiny, lead)
+    (completion,), (pieces,) = streamed(model, byte_tokenizer, ["a"], 50)
+    assert pieces == list(text)
+    assert (completion.text, completion.stopped_by) == (text, "end_of_text")
+
+
+@pytest.mark.parametrize("n", range(1, 12))
+def test_a_character_cut_by_the_length_comes_last(
+    n: int, byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead
+) -> None:
+    content = "né€ 😀.".encode()
+    model = speller(byte_tokenizer, "a", content, build_tiny, lead)
+    (completion,), (pieces,) = streamed(model, byte_tokenizer, ["a"], n)
+    assert "".join(pieces) == completion.text == content[:n].decode("utf-8", errors="replace")
+    assert not any("�" in piece for piece in pieces[:-1])
+    assert all(pieces)
+
+
+def test_bytes_that_are_no_text_still_join(byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead) -> None:
+    content = b"x\xe2\x82y\xff\xfez\xf0"
+    model = speller(byte_tokenizer, "a", content, build_tiny, lead)
+    (completion,), (pieces,) = streamed(model, byte_tokenizer, ["a"], 50)
+    assert "".join(pieces) == completion.text == "x�y��z�"
+
+
+def test_streams_of_a_batch_keep_apart(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
+    model = build_for(byte_tokenizer, build_tiny)
+    completions, pieces = streamed(model, byte_tokenizer, ["a", "the", "", "é"], 30)
+    assert ["".join(row) for row in pieces] == [completion.text for completion in completions]
+    assert completions == streamed(model, byte_tokenizer, ["a", "the", "", "é"], 30)[0]
+
+
+def test_seed_decides_the_text(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
+    model = build_for(byte_tokenizer, build_tiny)
+
+    def texts(seed: int | None, prompts: list[str], temperature: float = 1.0) -> list[str]:
+        sampling = SamplingConfig(temperature=temperature, top_p=None, seed=seed)
+        return [c.text for c in generate(model, byte_tokenizer, prompts, max_new_tokens=30, sampling=sampling)]
+
+    torch.manual_seed(0)
+    one = texts(7, ["a"])
+    torch.manual_seed(1)
+    assert texts(7, ["a"]) == one
+    assert texts(8, ["a"]) != one
+    # Company changes nothing, and the same prompt gets the same text.
+    assert texts(7, ["the", "a", "a"])[1:] == one * 2
+    assert texts(None, ["a"]) != texts(None, ["a"])
+    # Without a seed, rows that ask for the same do not get the same.
+    assert len(set(texts(None, ["a"] * 4))) == 4
+    assert texts(7, ["a"], temperature=0.0) == texts(8, ["a"], temperature=0.0) == texts(None, ["a"], temperature=0.0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_dropout_and_the_mode_is_left_as_it_was(
+    training: bool, byte_tokenizer: Tokenizer, build_tiny: Build
+) -> None:
+    model = build_for(byte_tokenizer, build_tiny, dropout=0.5).train(training)
+    plain = build_for(byte_tokenizer, build_tiny)
+    assert generate(model, byte_tokenizer, ["a"], max_new_tokens=20, sampling=GREEDY) == generate(
+        plain, byte_tokenizer, ["a"], max_new_tokens=20, sampling=GREEDY
+    )
+    assert model.training is training
+
+    def fail(row: int, text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, byte_tokenizer, ["a"], max_new_tokens=20, sampling=GREEDY, on_text=fail)
+    assert model.training is training
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ("abc", "prompts 'abc' is not a list"),
+        (3, "prompts 3 is not a list"),
+        (None, "prompts None is not a list"),
+        (["a", 3], "prompt 1 is int 3; give a string"),
+        ([b"a"], "prompt 0 is bytes b'a'; give a string"),
+        ([None], "prompt 0 is NoneType None; give a string"),
+    ],
+)
+def test_prompts_that_are_no_strings_are_refused(
+    prompts: Any, said: str, byte_tokenizer: Tokenizer, build_tiny: Build
+) -> None:
+    with pytest.raises(GenerationError, match=said):
+        generate(build_for(byte_tokenizer, build_tiny), byte_tokenizer, prompts, max_new_tokens=1)
+
+
+def test_numbers_of_numpy_are_taken(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
+    model = build_for(byte_tokenizer, build_tiny)
+    plain, numpys = SamplingConfig(seed=5, top_k=9), SamplingConfig(seed=np.int64(5), top_k=np.int64(9))
+    [one] = generate(model, byte_tokenizer, ["a"], max_new_tokens=3, sampling=plain)
+    assert generate(model, byte_tokenizer, np.array(["a"]), max_new_tokens=np.int64(3), sampling=numpys) == [one]
+
+
+def test_progress_counts_whole_steps_and_promises_no_fewer_than_come(
+    byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead
+) -> None:
+    """A prompt of z ends at once, one of v after 4 tokens, and one of a goes on to its limit of 7."""
+    v, z = (byte_tokenizer.encode(letter)[0] for letter in "vz")
+    model = Engine(build_for(byte_tokenizer, build_tiny))
+    lead(model, lambda token: byte_tokenizer.eos_id if token >= z else token + 1)
+    seen: list[tuple[int, int, int]] = []
+    texts = generate(
+        model,
+        byte_tokenizer,
+        ["a", "v", "z"],
+        max_new_tokens=7,
+        sampling=GREEDY,
+        on_progress=lambda *figures: seen.append(figures),
+    )
+    assert [len(done.ids) for done in texts] == [7, z - v, 0]
+    assert seen == [(2, 1, 7), (4, 2, 7), (6, 3, 7), (8, 4, 7), (9, 5, 7), (10, 6, 7)]
+    seen.clear()
+    generate(
+        model, byte_tokenizer, ["v", "z"], max_new_tokens=7, sampling=GREEDY, on_progress=lambda *f: seen.append(f)
+    )
+    assert seen == [(1, 1, 7), (2, 2, 7), (3, 3, 7)]
+
+
+@pytest.mark.parametrize("speculate", [1, 4, 15])
+def test_guesses_change_no_piece_and_promise_no_fewer_steps(
+    speculate: int, byte_tokenizer: Tokenizer, build_tiny: Build
+) -> None:
+    model = build_for(byte_tokenizer, build_tiny)
+    prompts = ["abcabcabcabc", "the", "", "éé"]
+    seen: list[tuple[int, int, int]] = []
+    plain = streamed(model, byte_tokenizer, prompts, 40)
+    found = streamed(
+        model,
+        byte_tokenizer,
+        prompts,
+        40,
+        speculate=speculate,
+        on_progress=lambda *figures: seen.append(figures),
+    )
+    assert found == plain
+    assert seen
+    for before, after in pairwise(seen):
+        assert before[0] < after[0]
+        assert before[1] < after[1] <= after[2] == 40
+    assert seen[-1][0] < sum(len(completion.ids) for completion in found[0])
+
+
+def test_an_engine_made_before_says_the_same(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
+    model = build_for(byte_tokenizer, build_tiny)
+    for dtype in ("float32", "bfloat16", "int8"):
+        engine = Engine(model, dtype=dtype)
+        once = generate(engine, byte_tokenizer, ["a", "bcd"], max_new_tokens=20, sampling=GREEDY)
+        assert generate(engine, byte_tokenizer, ["a", "bcd"], max_new_tokens=20, sampling=GREEDY) == once
+        assert generate(model, byte_tokenizer, ["a", "bcd"], max_new_tokens=20, sampling=GREEDY, dtype=dtype) == once
+
+
+def test_a_context_that_slides_goes_on_where_another_stops(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
+    model = build_for(byte_tokenizer, build_tiny, max_seq_len=16)
+    prompts = ["abc", "x" * 10]
+    stopped = generate(model, byte_tokenizer, prompts, max_new_tokens=40, sampling=GREEDY)
+    assert [done.stopped_by for done in stopped] == ["context"] * 2
+    slid = generate(model, byte_tokenizer, [*prompts, "y" * 50], max_new_tokens=40, sampling=GREEDY, context="slide")
+    assert {done.stopped_by for done in slid} <= {"length", "end_of_text"}
+    assert max(len(done.ids) for done in slid) == 40
+    for short, long in zip(stopped, slid, strict=False):
+        assert long.ids[: len(short.ids)] == short.ids
+    with pytest.raises(GenerationError, match="prompt 0 has 51 tokens, and the model's context is 16"):
+        generate(model, byte_tokenizer, ["y" * 50], max_new_tokens=40)
+
+
+def test_compiling_is_for_what_repays_it() -> None:
+    assert repays_compiling(True, 1) is True
+    assert repays_compiling(False, 10**9) is False
+    for n, wanted in ((1, False), (REPAYING_PASSES - 1, False), (REPAYING_PASSES, True), (np.int64(10**6), True)):
+        assert repays_compiling("auto", n) == wanted
+    for wrong in ("yes", 1, 0, None, "AUTO"):
+        with pytest.raises(GenerationError, match=f"compile {wrong!r} is not true, false or auto"):
+            repays_compiling(wrong, 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("compile", "n", "wanted"), [("auto", 5, False), (True, 5, True), (False, 5, False)])
+def test_what_is_had_in_another_way_is_told(
+    compile: Any, n: int, wanted: bool, byte_tokenizer: Tokenizer, build_tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psannlm.generation.engine.has_compiler", lambda device: False)
+    model = build_for(byte_tokenizer, build_tiny)
+    told: list[str] = []
+    found = generate(
+        model, byte_tokenizer, ["a"], max_new_tokens=n, sampling=GREEDY, compile=compile, on_notice=told.append
+    )
+    assert found == generate(model, byte_tokenizer, ["a"], max_new_tokens=n, sampling=GREEDY, compile=False)
+    assert [("C++ compiler" in notice) for notice in told] == [True] * wanted
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"dtype": "int4"}, "dtype 'int4' is not one of float32, bfloat16, int8"),
+        ({"compile": "maybe"}, "compile 'maybe' is not true, false or auto"),
+        ({"context": "slid"}, "context 'slid' is not one of stop, slide .did you mean 'slide'"),
+        ({"speculate": 16}, "speculate 16 is not in 0 .. 15"),
+        ({"speculate": -1}, "speculate -1 is not in 0 .. 15"),
+        ({"speculate": 1.5}, "speculate 1.5 is not a whole number"),
+        ({"speculate": True}, "speculate True is not a whole number"),
+    ],
+    ids=str,
+)
+def test_an_unknown_setting_is_refused_by_name(
+    setting: dict[str, Any], said: str, byte_tokenizer: Tokenizer, build_tiny: Build
+) -> None:
+    with pytest.raises(GenerationError, match=said):
+        generate(build_for(byte_tokenizer, build_tiny), byte_tokenizer, ["a"], max_new_tokens=1, **setting)
