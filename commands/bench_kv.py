@@ -12,6 +12,7 @@ from rich.table import Table
 from psannlm.commands.options import (
     DEFAULT_RUNS,
     DeviceOption,
+    DtypeOption,
     JsonOption,
     figures_table,
     find_model_file,
@@ -47,7 +48,7 @@ def bench_kv(
         Path | None,
         typer.Option("--checkpoint", "-c", help="A trained model, and its sizes, instead of random weights."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Packed weights: float32, bfloat16 or int8.")] = "float32",
+    dtype: DtypeOption = "float32",
     is_compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Measure the compiled engine too, beside the plain one.")
     ] = False,
@@ -94,7 +95,7 @@ def bench_kv(
         max_new_tokens=max_new_tokens,
         repeats=repeats,
         seed=seed,
-        dtype=dtype,  # type: ignore[arg-type]  # the engine says what it takes
+        dtype=dtype,
         is_compiled=is_compiled,
         cases=cases,  # type: ignore[arg-type]  # they say themselves what they take
         uncached_steps=uncached_steps,

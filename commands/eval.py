@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -26,9 +26,6 @@ from psannlm.commands.options import (
     results,
     table_text,
 )
-
-if TYPE_CHECKING:
-    from psannlm.models.packed import WeightDtype
 
 
 def evaluate(
@@ -67,7 +64,7 @@ def evaluate(
             raise typer.BadParameter(
                 f"{dtype} weights have their own arithmetic; leave out --amp", param_hint="--dtype"
             )
-        loaded = replace(loaded, model=pack_model(loaded.model, cast("WeightDtype", dtype)))
+        loaded = replace(loaded, model=pack_model(loaded.model, dtype))
     began = time.monotonic()
 
     def standing(done: int, total: int) -> str:

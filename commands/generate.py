@@ -8,7 +8,7 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,10 +24,6 @@ from psannlm.commands.options import (
     print_json,
     progress,
 )
-
-if TYPE_CHECKING:
-    from psannlm.generation.decoding import ContextRule
-    from psannlm.models.packed import WeightDtype
 
 
 def generate(
@@ -60,7 +56,8 @@ def generate(
         typer.Option(min=0, help="Tokens per step to guess from the text so far; the text stays the same."),
     ] = 0,
     context: Annotated[
-        str, typer.Option(help="When the context is full: stop, or slide (drop the oldest half and go on).")
+        Literal["stop", "slide"],
+        typer.Option(help="When the context is full: stop, or drop the oldest half and go on."),
     ] = "stop",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -108,10 +105,10 @@ def generate(
             prompts,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            dtype=cast("WeightDtype", dtype),
+            dtype=dtype,
             compile="auto" if compile is None else compile,
             speculate=speculate,
-            context=cast("ContextRule", context),
+            context=context,
             on_notice=_say,
             on_text=(lambda _, text: stream(text)) if is_streamed else None,
             on_progress=None if line is None else (lambda *figures: line.show(standing(*figures))),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -26,7 +26,8 @@ CheckpointOption = Annotated[
     typer.Option("--checkpoint", "-c", help="Model file, checkpoint folder or run. Default: the newest run's best."),
 ]
 DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="Weights in float32, bfloat16 or int8 (weights only, a scale per output).")
+    Literal["float32", "bfloat16", "int8"],
+    typer.Option("--dtype", help="Of the weights; int8 has a scale per output, and nothing else is in it."),
 ]
 DEFAULT_RUNS = Path("runs")
 RunsOption = Annotated[Path, typer.Option("--runs", help="Where to look for the newest run.")]

@@ -105,15 +105,22 @@ def test_forwarding_import_path_trains(psannlm, project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "expected"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    ("command", "chosen", "expected"),
+    [
+        ("--version", {}, "1000"),
+        ("generate", {}, "10000"),
+        ("--version", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("--version", {"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
 )
-def test_threads_wait_but_shortly_unless_the_user_says_otherwise(chosen: dict[str, str], expected: str | None) -> None:
+def test_threads_wait_but_shortly_unless_the_user_says_otherwise(
+    command: str, chosen: dict[str, str], expected: str | None
+) -> None:
     ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     environment = {name: value for name, value in os.environ.items() if name not in ours} | chosen
     program = (
         "import os, sys\nfrom psannlm.commands.app import main\n"
-        "try:\n    main(['--version'])\nexcept SystemExit:\n    pass\n"
+        f"try:\n    main(['{command}', '--help'])\nexcept SystemExit:\n    pass\n"
         f"assert os.environ.get('GOMP_SPINCOUNT') == {expected!r}\nassert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

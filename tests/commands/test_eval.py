@@ -83,3 +83,19 @@ def test_a_refused_value_is_named_by_its_option(psannlm, in_trained: Path) -> No
     assert "--amp: bf61 is not one of" in refused.err.replace("'", "")
     assert "--device: " in refused.err
     assert "train." not in refused.err
+
+
+def test_packed_weights_cost_a_little_and_are_named(psannlm, in_trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The sea is never late.\nThe tide is.\n")
+
+    def loss(*options: str) -> float:
+        done = psannlm("eval", str(tmp_path / "a.txt"), "--device", "cpu", "--json", *options)
+        assert done.code == 0
+        figures = json.loads(done.out)
+        assert figures["dtype"] == (options[1] if options else "float32")
+        return float(figures["loss"])
+
+    plain, packed = loss(), loss("--dtype", "int8")
+    assert packed != plain
+    assert packed == pytest.approx(plain, rel=0.02)
+    assert psannlm("eval", str(tmp_path / "a.txt"), "--dtype", "int8", "--amp", "bf16", "--device", "cpu").code == 2

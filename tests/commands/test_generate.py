@@ -125,3 +125,54 @@ def test_progress_of_several_prompts_is_told_and_of_one_is_not(
     assert all(" tokens/s, at most 0:00:" in line for line in lines)
     assert "generating" not in done.out
     assert psannlm("generate", "-p", "The", *GREEDY, *named).err == ""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_packed_weights_are_had_by_name_only(dtype: str, psannlm, in_trained: Path) -> None:
+    done = psannlm("generate", "--prompt", "The tide", *GREEDY, "--dtype", dtype, "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["completions"][0]["tokens"] > 0
+    refused = psannlm("generate", "--prompt", "The", *GREEDY, "--dtype", dtype[:-1])
+    assert refused.code == 2
+    assert "float32" in refused.err
+
+
+def test_guesses_change_no_text(psannlm, in_trained: Path) -> None:
+    seeded = (
+        "generate",
+        "--prompt",
+        "The tide the tide the",
+        "--seed",
+        "3",
+        "--max-new-tokens",
+        "8",
+        "--device",
+        "cpu",
+    )
+    plain = psannlm(*seeded)
+    guessed = psannlm(*seeded, "--speculate", "4")
+    assert plain.code == guessed.code == 0
+    assert guessed.out == plain.out
+    assert psannlm(*seeded, "--speculate", "99").code == 2
+
+
+def test_a_context_that_slides_never_fills(psannlm, in_trained: Path) -> None:
+    long = ("--temperature", "0", "--device", "cpu", "--max-new-tokens", "40", "--json")
+    prompt = "The tide is out and the boats lie on the sand, " * 4
+    refused = psannlm("generate", "--prompt", prompt, *long)
+    assert refused.code == 2
+    assert "189 tokens, and the model's context is 16" in refused.err
+    done = psannlm("generate", "--prompt", prompt, "--context", "slide", *long)
+    (row,) = json.loads(done.out)["completions"]
+    assert (row["tokens"], row["stopped_by"]) == (40, "length") or row["stopped_by"] == "end_of_text"
+    assert row["tokens"] > 16 or row["stopped_by"] == "end_of_text"
+
+
+def test_without_a_compiler_it_says_so_and_writes_the_same(
+    psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = psannlm("generate", "--prompt", "The tide", *GREEDY)
+    monkeypatch.setattr("psannlm.generation.engine.has_compiler", lambda device: False)
+    done = psannlm("generate", "--prompt", "The tide", *GREEDY, "--compile")
+    assert done.out == plain.out
+    assert "no C++ compiler" in done.err

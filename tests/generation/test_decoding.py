@@ -261,16 +261,20 @@ def test_right_guesses_save_passes(name: str, speculate: int, engines: dict[str,
     assert guessed.n_passes < 39
 
 
-def test_a_text_that_is_foreseen_takes_as_few_passes_as_can_be(build_tiny: Build, lead: Lead) -> None:
+@pytest.mark.parametrize(("speculate", "n_passes", "n_drafted"), [(3, 3, 6), (4, 2, 7), (15, 2, 7)])
+def test_a_text_that_is_foreseen_takes_as_few_passes_as_can_be(
+    speculate: int, n_passes: int, n_drafted: int, build_tiny: Build, lead: Lead
+) -> None:
     engine = Engine(build_tiny())
     passes = lead(engine, lambda token: (token + 1) % 4)
-    decoding = Decoding(engine, [[0, 1, 2, 3] * 4], max_new_tokens=11, sampling=GREEDY, eos_id=None, speculate=4)
+    prompt = [0, 1, 2, 3] * 4
+    decoding = Decoding(engine, [prompt], max_new_tokens=10, sampling=GREEDY, eos_id=None, speculate=speculate)
     events = [(event.row, event.token) for event in decoding]
-    assert [token for _, token in events] == [0, 1, 2, 3] * 2 + [0, 1, 2]
-    # One token from the prefill, then five from each pass: the four that were guessed, and the one after them.
-    assert decoding.n_passes == 2
-    assert (decoding.n_drafted, decoding.n_accepted) == (8, 8)
-    assert passes.batch_sizes == [1, 1, 1]
+    assert [token for _, token in events] == [0, 1, 2, 3] * 2 + [0, 1]
+    # One token from the prefill; from each pass those that were guessed, of which none is beyond the end, and one more.
+    assert decoding.n_passes == n_passes
+    assert decoding.n_drafted == decoding.n_accepted == n_drafted
+    assert passes.batch_sizes == [1] * (1 + n_passes)
 
 
 def test_wrong_guesses_cost_no_token(build_tiny: Build, lead: Lead) -> None:
