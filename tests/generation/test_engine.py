@@ -197,7 +197,7 @@ def in_compiled_tests(function: Any) -> Any:
     return function
 
 
-# One layer and one width for all of them, so that the compiler's own cache serves what differs in weights alone.
+# One layer and one set of sizes for all of them, so that the compiler's own cache serves what differs in weights alone.
 COMPILED = {"n_layers": 1, "d_model": 16, "d_mlp": 32, "max_seq_len": 1000}
 RAGGED = [[1, 5, 9], [1, 2, 3, 4, 5, 6, 7] * 8, [16]]
 
@@ -214,7 +214,7 @@ def test_compiled_steps_are_those_of_the_model(compiled_engines: dict[str, Engin
     engine, model = compiled_engines["float32"], build_tiny(**COMPILED)
     assert engine.compiles
     assert engine.notices == []
-    for n_prompt, n, room in ((5, 130, 1), (5, 180, 180), (100, 50, 30), (30, 20, 1)):
+    for n_prompt, n, room in ((5, 270, 1), (5, 180, 300), (100, 50, 30), (30, 20, 1)):
         prompts = [tokens(n_prompt + row, seed=row).tolist() for row in range(3)]
         following = tokens(3, n, seed=n)
         found = run(engine, prompts, following, room)
@@ -239,8 +239,10 @@ def test_compiled_tokens_are_those_of_plain_steps_and_of_each_row_alone(
         if dtype == "float32":
             assert decode(build_tiny(**COMPILED), RAGGED, sampling, 150).generated == alone
         # Rows that have ended stay in the batch, and disturb no other.
-        eos = next(token for token in range(17) if 0 < sum(token in ids for ids in alone) < 3)
-        cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in alone]
+        ends = {token: [[*ids, token].index(token) for ids in alone] for token in range(17)}
+        eos = max(ends, key=lambda token: max(ends[token]) - min(ends[token]))
+        assert max(ends[eos]) - min(ends[eos]) >= 10
+        cut = [ids[:end] for ids, end in zip(alone, ends[eos], strict=True)]
         ended = decode(engine, RAGGED, sampling, 150, eos_id=eos)
         assert ended.generated == cut
         assert ended.stopped_by == ["end_of_text" if eos in ids else "length" for ids in alone]
