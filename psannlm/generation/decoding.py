@@ -56,7 +56,7 @@ class Decoding:
             random number of that place, and a guess only decides how many places one pass settles.
         context: what happens when a row has no room for another token in the model's context. ``stop``: it ends there,
             and a prompt without room is refused. ``slide``: its oldest tokens are dropped until the context is half
-            full, and it goes on as if the rest had been its prompt.
+            full, and it goes on as if the rest had been its prompt, but for a repetition penalty, which remembers all.
 
     Attributes:
         generated: the new ids of each row.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from psannlm.device import computes_in_bf16, has_compiler
 from psannlm.errors import GenerationError
-from psannlm.models.attention import continue_layout
+from psannlm.models.attention import PREFILL_QUERIES, continue_layout
 from psannlm.models.cache import DecodeState, LayerState, move_tails, whole_blocks
 from psannlm.models.packed import FEW_TOKENS, WeightDtype, pack_model, weight_bytes
 from psannlm.models.transformer import Transformer
@@ -33,7 +33,8 @@ class Engine:
     """A model packed for inference, with the three passes that text is made of.
 
     Args:
-        model: is left as it is; the engine keeps a packed twin on the same device, as the weights are now.
+        model: is left as it is; the engine keeps a packed twin on the same device. Matrices are those of now; norms and
+            waves are shared, so that a model that learns on needs a new engine.
         dtype: of the weights: ``float32``, ``bfloat16``, or ``int8`` (weights only, a scale per output).
         compile: put the decoding step through torch.compile: it takes up to a minute at the first step of each batch
             size and capacity of the cache (a fraction of it the next time, from the compiler's own cache on disk), and
@@ -77,9 +78,9 @@ class Engine:
             max_new_tokens: a hint at how much the state will have to hold; it grows beyond.
         """
         lengths = [len(prompt) for prompt in prompts]
-        # Never as short as a decoding pass, and whole vectors of keys: a row must meet the same products and the same
-        # sums whatever the length of its company.
-        padded = max(-(-max(lengths) // 16) * 16, 2 * FEW_TOKENS)
+        # Whole blocks of queries, which is more than a decoding pass ever has: a row must meet the same products and
+        # the same sums whatever the length of its company.
+        padded = -(-max(lengths) // PREFILL_QUERIES) * PREFILL_QUERIES
         capacity = self._capacity(max(lengths), padded, max_new_tokens)
         state = DecodeState.allocate(self.model.config, len(prompts), capacity, self.device, self.cache_dtype)
         input_ids = torch.zeros(len(prompts), padded, dtype=torch.long)

@@ -54,7 +54,7 @@ def repays_compiling(compile: bool | Literal["auto"], max_new_tokens: int) -> bo
         GenerationError: ``compile`` is none of true, false and auto.
     """
     if compile == "auto":
-        return isinstance(max_new_tokens, Integral) and max_new_tokens >= REPAYING_PASSES
+        return isinstance(max_new_tokens, Integral) and int(max_new_tokens) >= REPAYING_PASSES
     if not isinstance(compile, bool):
         raise GenerationError(f"compile {compile!r:.40} is not true, false or auto")
     return compile

@@ -13,10 +13,14 @@ from torch.nn import functional as F
 
 from psannlm.config.model import ModelConfig
 from psannlm.models.cache import DecodeState, LayerState, whole_blocks
+from psannlm.models.compiled import stored
 from psannlm.models.positions import alibi_bias, alibi_slopes, rope_tables, rotate
 
 # New tokens of a row up to which a compiled pass writes attention out as sums, instead of calling the kernel.
 _FEW_TOKENS = 16
+# Queries that a prefill on a CPU hands to the kernel at a time. It sums by blocks whose size depends on how many
+# queries and keys there are, and a row must meet the same sums whatever the length of its company.
+PREFILL_QUERIES = 32
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,14 @@ class Layout:
         span: S, the cache slots that attention reads; 0 where the new tokens are all there is to see.
         rope: cosines and sines, or None.
         mask: float (B or 1, H or 1, T, S), added to the scores, or None where the kernel's own causal mask is right.
+        is_prefill: whether T new tokens, a multiple of ``PREFILL_QUERIES``, start a state.
     """
 
     positions: Tensor
     span: int
     rope: tuple[Tensor, Tensor] | None
     mask: Tensor | None
+    is_prefill: bool = False
 
 
 def plan_layout(config: ModelConfig, n_tokens: int, device: torch.device, state: DecodeState | None = None) -> Layout:
@@ -52,7 +58,8 @@ def plan_layout(config: ModelConfig, n_tokens: int, device: torch.device, state:
     mask = None
     if config.positional_encoding == "alibi":
         mask = alibi_bias(alibi_slopes(config.n_heads, device), positions, positions).unsqueeze(0)
-    return Layout(positions, 0, _rope(config, positions), mask)
+    is_prefill = state is not None and n_tokens % PREFILL_QUERIES == 0
+    return Layout(positions, 0, _rope(config, positions), mask, is_prefill)
 
 
 def continue_layout(config: ModelConfig, offsets: Tensor, slots: Tensor, n_tokens: int, dtype: torch.dtype) -> Layout:
@@ -118,6 +125,8 @@ class Attention(nn.Module):
         """Softmax attention of q (B, H, T, K) over k and v (B, G, S, K), which may be narrower than q."""
         if layout.span and q.shape[2] <= _FEW_TOKENS and torch.compiler.is_compiling():
             return self._mix_in_sums(q, k, v, layout)
+        if layout.is_prefill and not q.is_cuda:
+            return self._mix_in_blocks(q, k, v, layout.mask)
         dtype = q.dtype
         if layout.span and q.shape[2] <= _FEW_TOKENS and not q.is_cuda:
             # On a CPU the bfloat16 kernel is several times slower for few queries than widening what it would read.
@@ -136,14 +145,32 @@ class Attention(nn.Module):
         )
         return mixed.to(dtype)
 
+    def _mix_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """The same for queries that start a sequence, a block at a time, each with the keys up to its own end."""
+        wide_q, k, v = q.float(), k.float(), v.float()
+        n = PREFILL_QUERIES
+        ahead = torch.full((n, n), float("-inf")).triu(1)
+        mixed = torch.empty_like(wide_q)
+        for start in range(0, q.shape[2], n):
+            end = start + n
+            if bias is None:
+                mask = F.pad(ahead, (start, 0))
+            else:
+                mask = bias[:, :, start:end, :end].float()
+            mixed[:, :, start:end] = F.scaled_dot_product_attention(
+                wide_q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask, enable_gqa=self.n_groups != self.n_heads
+            )
+        return mixed.to(q.dtype)
+
     def _mix_in_sums(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         """The same as sums in float32, which a compiler turns into one pass over keys and one over values."""
         assert layout.mask is not None
         shape = (q.shape[0], self.n_groups, self.n_heads // self.n_groups, q.shape[2])
-        grouped = q.float().view(*shape, 1, self.head_dim)
+        # Stored, or the compiler would rotate a query anew for every key, and take an exponential anew for every value.
+        grouped = stored(q.float()).view(*shape, 1, self.head_dim)
         scores = (grouped * k.float()[:, :, None, None]).sum(-1).flatten(1, 2) * self.head_dim**-0.5
         scores = scores + layout.mask.float()
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        weights = stored((scores - scores.amax(-1, keepdim=True)).exp())
         mixed = (weights.view(*shape, -1, 1) * v.float()[:, :, None, None]).sum(-2).flatten(1, 2)
         normed: Tensor = (mixed / weights.sum(-1, keepdim=True)).to(q.dtype)
         return normed

@@ -128,6 +128,7 @@ class DecodeState:
                 message = f"row {row}: {length} + {n_new} tokens exceed the cache of {self.capacity}; grow it first"
                 raise GenerationError(message)
 
+    @torch.inference_mode()
     def advance(self, n_new: Sequence[int] | None = None) -> None:
         """Count the tokens of the last forward pass as seen: the first ``n_new[b]`` of row b, or None for all of them.
 

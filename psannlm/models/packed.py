@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from psannlm.device import computes_in_bf16
 from psannlm.errors import GenerationError, nearest
+from psannlm.models.compiled import stored
 from psannlm.models.mlp import GatedMlp
 from psannlm.models.sine import SineActivation
 from psannlm.models.transformer import Block, Transformer
@@ -43,8 +44,8 @@ class PackedLinear(nn.Module):
     """x Wᵀ + b with W in float32, bfloat16 or int8 (weights only: W ≈ scale · int8, a scale per output).
 
     Outside a compiler and for ``bfloat16`` and ``int8`` the input of the product is rounded to bfloat16 where the
-    device multiplies in it, and so is the result; sums are in float32. Compiled for few rows, input and result stay
-    float32.
+    device multiplies in it, and so is the result; sums are in float32. Compiled for at most 16 rows on a CPU, input and
+    result stay float32.
 
     Args:
         weight: (O, K), any floating dtype.
@@ -104,7 +105,7 @@ class PackedLinear(nn.Module):
 
     def _in_sums(self, x: Tensor) -> Tensor:
         """A product as one sum per row: a compiler fuses them into a single pass over the weight."""
-        rows = _stored(x.float()).flatten(0, -2).unbind(0)
+        rows = stored(x.float()).flatten(0, -2).unbind(0)
         n_parts = _OUTPUTS_AT_ONCE if len(rows) > 1 and self.n_outputs % _OUTPUTS_AT_ONCE == 0 else 1
         parts = self.weight.float().view(n_parts, -1, self.n_inputs).unbind(0)
         y = torch.stack([torch.cat([(part * row).sum(-1) for part in parts]) for row in rows])
@@ -115,15 +116,6 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.n_inputs} to {self.n_outputs}, {self.weight.dtype}"
-
-
-def _stored(x: Tensor) -> Tensor:
-    """Return ``x`` as a compiler finds it in memory: worked out once, and not anew for every output it goes into.
-
-    The operator is the compiler's own, made to test just that; it has no public one.
-    """
-    stored: Tensor = torch.ops._inductor_test.realize(x)
-    return stored
 
 
 def pack_model(model: Transformer, dtype: WeightDtype, *, is_compiled: bool = False) -> Transformer:
