@@ -23,11 +23,11 @@ _DEVIATIONS = 4.0
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding to bfloat16 does to a model's logits, told by full passes alone: no cache has a part in it.
+    """What rounding does to a model's logits, told by full passes alone: no cache has a part in it.
 
     Attributes:
-        exact: the model in float32.
-        rounded: the same with weights and activations in bfloat16.
+        exact: the model in float32, or in float64 where it decodes in float32.
+        rounded: the same with weights and activations in bfloat16, or in float32.
     """
 
     exact: Transformer
@@ -36,9 +36,10 @@ class Rounding:
     def tolerance(self, prompt: Sequence[int], ids: Sequence[int]) -> float:
         """Return how far apart two logits can be and still change places by rounding, after ``prompt`` and in ``ids``.
 
-        With s the root mean square of what rounding does to a logit: half of s² comes from the weights, which are the
-        same in all ways of decoding, and half from the activations. Two ways that each round activations thus differ by
-        s in a logit and by √2 s between two logits; four times that is allowed.
+        With s the root mean square of what rounding does to a logit: in bfloat16 half of s² comes from the weights,
+        which are the same in all ways of decoding, and half from the activations. Two ways that each round activations
+        thus differ by s in a logit and by √2 s between two logits; four times that is allowed. In float32, where sums
+        alone are rounded, the same is a little strict.
         """
         noise = new_logits(self.rounded, prompt, ids) - new_logits(self.exact, prompt, ids)
         return _DEVIATIONS * math.sqrt(2.0) * noise.square().mean().sqrt().item()
@@ -64,7 +65,7 @@ class Difference:
 
     def __str__(self) -> str:
         limit = (
-            f"up to {self.tolerance:.2g} would be a tie of bfloat16's rounding"
+            f"up to {self.tolerance:.2g} would be a tie of rounding"
             if self.tolerance
             else "below about 1e-5, rounding may decide: try another --seed"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -158,8 +159,9 @@ class _Bench:
         """Compare every run with the first one, from before the turns, and that with full forward passes."""
         named = {str(REFERENCE): [reference, *runs[REFERENCE]]}
         named.update((str(case), list(made)) for case, made in runs.items() if case != REFERENCE)
-        rounding = None
-        if self.engine.dtype != "float32":
+        if self.engine.dtype == "float32":
+            rounding = Rounding(copy.deepcopy(self._model).double(), self.engine.model)
+        else:
             # int8 rounds its activations to bfloat16 too.
             rounded = self.engine if self.engine.dtype == "bfloat16" else Engine(self._model, dtype="bfloat16")
             rounding = Rounding(self._model, rounded.model)
