@@ -14,28 +14,25 @@ ROPE_BASE = 10_000.0
 
 
 def rope_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Return the tables of rotary embedding (Su et al. 2021, arXiv 2104.09864), which pairs feature i with i + K/2.
+    """Return cosines and sines of rotary embedding (Su et al. 2021, arXiv 2104.09864), pairing feature i with i + K/2.
 
     Args:
         positions: (..., T) integers.
         head_dim: K, even.
 
     Returns:
-        Two float32 tensors (..., T, K): each feature's cosine, and the sine that its partner is multiplied with, which
-        is negative for the first of a pair.
+        Two float32 tensors (..., T, K/2).
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.float().unsqueeze(-1) * ROPE_BASE**-exponents
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate queries or keys (B, H, T, K) by ``tables`` of shape (T, K) or (B, 1, T, K); keeps x's dtype."""
+    """Rotate queries or keys (B, H, T, K) by ``tables`` of shape (T, K/2) or (B, 1, T, K/2); keeps x's dtype."""
     cos, sin = tables
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return torch.addcmul(wide * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def alibi_slopes(n_heads: int, device: torch.device | None = None) -> Tensor:
