@@ -57,7 +57,10 @@ class Engine:
         self.compiles = compile
         if compile and not has_compiler(self.device):
             self.compiles = False
-            self.notices.append("no C++ compiler was found, so decoding is not compiled; install g++ to have it faster")
+            missing, remedy = ("C++ compiler", "g++") if self.device.type == "cpu" else ("Triton", "triton")
+            self.notices.append(
+                f"no {missing} was found, so decoding is not compiled; install {remedy} to have it faster"
+            )
         self.dtype = dtype
         self.model = pack_model(model, dtype, is_compiled=self.compiles)
         if dtype != "float32" and not computes_in_bf16(self.device):
