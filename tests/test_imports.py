@@ -26,12 +26,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ORDER = (
     ("errors",),
     ("storage",),
+    ("lock", "signals"),
     ("reports",),
     ("config",),
     ("device",),
     ("distributed",),
     ("tokenizers",),
     ("data",),
+    ("prep",),
     ("models",),
     ("evaluation",),
     ("generation", "training"),
@@ -40,7 +42,19 @@ ORDER = (
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Rooms and modules that do their work without torch, and must load without it.
-NEVER_TORCH = ("errors", "storage", "config", "tokenizers", "data.documents", "data.files", "data.order", "commands")
+NEVER_TORCH = (
+    "errors",
+    "storage",
+    "lock",
+    "signals",
+    "config",
+    "tokenizers",
+    "data.documents",
+    "data.files",
+    "data.order",
+    "prep",
+    "commands",
+)
 # Modules of other distributions that come with a declared one and belong to its public face.
 COMES_WITH = {
     "pydantic": ("pydantic_core", "annotated_types", "typing_extensions"),

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from psannlm.config.data import BuiltinSource, PathSource, Source
-from psannlm.data.files import decoded, find_files, opened, read_text, split_suffix
+from psannlm.data.files import decoded, file_bytes, find_all, is_remote, opened, read_text, split_suffix
 from psannlm.errors import CorpusError, nearest
 
 PYTHON_REFERENCE = "python-reference"
 _NAMES_KEPT = 5
-_PROBLEMS_SHOWN = 20
+_PARQUET_ROWS = 64
+_PARQUET_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -105,26 +106,9 @@ def read_documents(sources: Sequence[Source], report: ReadReport | None = None) 
             malformed records, and, at the end, when there was no text at all.
     """
     report = ReadReport() if report is None else report
-    plan: list[tuple[Source, list[str]]] = []
-    problems: list[str] = []
-    seen: set[str] = set()
-    for source in sources:
-        files: list[str] = []
-        if isinstance(source, PathSource):
-            found, wrong = find_files(source.path, report.drop)
-            problems += wrong
-            for path in found:
-                real = os.path.realpath(path)
-                if real in seen:
-                    report.drop("file named before", path)
-                else:
-                    files.append(path)
-                seen.add(real)
-        plan.append((source, files))
-    if problems:
-        more = [f"  and {len(problems) - _PROBLEMS_SHOWN:,} more"] if len(problems) > _PROBLEMS_SHOWN else []
-        shown = [f"  {problem}" for problem in problems[:_PROBLEMS_SHOWN]]
-        raise CorpusError("\n".join(["cannot read the corpus:", *shown, *more]))
+    patterns = [source.path for source in sources if isinstance(source, PathSource)]
+    found = iter(find_all(patterns, report.drop))
+    plan = [(source, next(found) if isinstance(source, PathSource) else []) for source in sources]
     return keep_text(_read(plan, report), report)
 
 
@@ -155,10 +139,11 @@ def _read(plan: Sequence[tuple[Source, list[str]]], report: ReadReport) -> Itera
         for path in files:
             report.files += 1
             kind, _ = split_suffix(path)
-            if os.path.getsize(path) == 0:
+            if file_bytes(path) == 0:
                 report.drop("empty file", path)
             elif kind == ".parquet":
-                yield from _parquet_rows(path, source.text_key)
+                for row, text in parquet_texts(path, source.text_key):
+                    yield Document(text, f"{path}:{row}")
             elif kind == ".jsonl":
                 yield from _json_lines(path, source.text_key, report)
             elif source.per_line:
@@ -216,21 +201,27 @@ def _lines(path: str, report: ReadReport) -> Iterator[tuple[int, str]]:
 def _json_lines(path: str, text_key: str, report: ReadReport) -> Iterator[Document]:
     for number, line in _lines(path, report):
         where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorpusError(f"{where}: not JSON: {error.msg} at column {error.colno}; repair the line") from error
-        except (RecursionError, ValueError) as error:
-            raise CorpusError(f"{where}: JSON that cannot be read ({error}); repair the line") from error
-        if not isinstance(record, dict):
-            raise CorpusError(f'{where}: a line must be an object such as {{"{text_key}": "..."}}, not {_kind(record)}')
-        if text_key not in record:
-            keys = ", ".join(map(repr, list(record)[:8])) or "none"
-            hint = nearest(text_key, record) or "; name the key that holds the text (text_key)"
-            raise CorpusError(f"{where}: no key '{text_key}' among {keys}{hint}")
-        if not isinstance(record[text_key], str):
-            raise CorpusError(f"{where}: '{text_key}' must hold a string, not {_kind(record[text_key])}")
-        yield Document(record[text_key], where)
+        yield Document(json_text(line, text_key, where), where)
+
+
+def json_text(line: str, text_key: str, where: str) -> str:
+    """Return the text of one line of a .jsonl file. Raises CorpusError, beginning with ``where``, if it holds none."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CorpusError(f"{where}: not JSON: {error.msg} at column {error.colno}; repair the line") from error
+    except (RecursionError, ValueError) as error:
+        raise CorpusError(f"{where}: JSON that cannot be read ({error}); repair the line") from error
+    if not isinstance(record, dict):
+        raise CorpusError(f'{where}: a line must be an object such as {{"{text_key}": "..."}}, not {_kind(record)}')
+    if text_key not in record:
+        keys = ", ".join(map(repr, list(record)[:8])) or "none"
+        hint = nearest(text_key, record) or "; name the key that holds the text (text_key)"
+        raise CorpusError(f"{where}: no key '{text_key}' among {keys}{hint}")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise CorpusError(f"{where}: '{text_key}' must hold a string, not {_kind(text)}")
+    return text
 
 
 def _kind(value: object) -> str:
@@ -238,23 +229,32 @@ def _kind(value: object) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _parquet_rows(path: str, text_key: str) -> Iterator[Document]:
+def parquet_texts(path: str, text_key: str) -> Iterator[tuple[int, str]]:
+    """Yield (row from 1, text) of a Parquet file, a few rows in memory at a time.
+
+    Raises:
+        CorpusError: the file is no whole Parquet file, has no such column, or a row of it holds no text.
+    """
     # Imported by name: the package is an extra, and whether it is here was checked when the paths were looked up.
     parquet: Any = importlib.import_module("pyarrow.parquet")
     arrow: Any = importlib.import_module("pyarrow")
     try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
+        # With a buffer a column is read page by page; without, a row group's whole column is in memory at once.
+        with (
+            opened(path) if is_remote(path) else nullcontext(path) as file,
+            parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False) as table,
+        ):
+            names = table.schema_arrow.names
             if text_key not in names:
                 hint = nearest(text_key, names) or "; name the column that holds the text (text_key)"
                 raise CorpusError(f"{path}: no column '{text_key}' among {', '.join(map(repr, names[:8]))}{hint}")
             row = 0
-            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_key], use_threads=False):
                 for value in batch.column(0):
                     row += 1
                     text = value.as_py()
                     if not isinstance(text, str):
                         raise CorpusError(f"{path}: row {row}: '{text_key}' must hold a string, not {_kind(text)}")
-                    yield Document(text, f"{path}:{row}")
+                    yield row, text
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{path}: not a whole Parquet file ({error}); write it again") from error

@@ -1,4 +1,4 @@
-"""Files, folders and globs as a person wrote them enter; regular files of text leave, opened through their compression.
+"""Files, folders, globs and URLs as a person wrote them enter; files of text leave, opened through their compression.
 
 Everything wrong with the paths of a corpus is found before the first byte is read, and said at once.
 """
@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,8 +28,13 @@ _KNOWN = "a corpus is .txt or .jsonl, each also .gz or .zst, or .parquet"
 _NOT_PLAIN_TEXT = (".json", ".csv", ".tsv", ".zip", ".tar", ".bz2", ".xz", ".7z", ".pdf", ".docx", ".odt", ".epub")
 _CHUNK_BYTES = 1 << 20
 _LEADS_BACK = "this link leads back to"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_PROBLEMS_SHOWN = 20
+# What file systems behind fsspec call the time, or the version, of a file.
+_STAMPS = ("etag", "ETag", "mtime", "LastModified", "last_modified", "updated", "created")
 
 Drop = Callable[[str, str], None]
+Seen = Callable[[memoryview], object]
 
 
 def split_suffix(path: str) -> tuple[str, str]:
@@ -40,12 +45,46 @@ def split_suffix(path: str) -> tuple[str, str]:
     return last, ""
 
 
+def is_remote(path: str) -> bool:
+    """Return whether ``path`` is a URL (``memory://x``, ``file:///x``), which fsspec opens."""
+    return _URL.match(path) is not None
+
+
+def find_all(patterns: Sequence[str], drop: Drop) -> list[list[str]]:
+    """Return the files of each of several paths, folders, globs or URLs; a file is found once, where it is named first.
+
+    Raises:
+        CorpusError: names every path that is missing or cannot be read.
+    """
+    found: list[list[str]] = []
+    problems: list[str] = []
+    seen: set[str] = set()
+    for pattern in patterns:
+        files, wrong = find_files(pattern, drop)
+        problems += wrong
+        found.append([])
+        for path in files:
+            real = path if is_remote(path) else os.path.realpath(path)
+            if real in seen:
+                drop("file named before", path)
+            else:
+                found[-1].append(path)
+            seen.add(real)
+    if problems:
+        more = [f"  and {len(problems) - _PROBLEMS_SHOWN:,} more"] if len(problems) > _PROBLEMS_SHOWN else []
+        shown = [f"  {problem}" for problem in problems[:_PROBLEMS_SHOWN]]
+        raise CorpusError("\n".join(["cannot read the corpus:", *shown, *more]))
+    return found
+
+
 def find_files(pattern: str, drop: Drop) -> tuple[list[str], list[str]]:
-    """Return (files, problems) of one path, folder or glob, the files in an order that is the same everywhere.
+    """Return (files, problems) of one path, folder, glob or URL, the files in an order that is the same everywhere.
 
     Folders are read to the bottom; hidden entries and files that are no corpus are left out and ``drop(reason, name)``
     is called for each. A problem is one line for people: what is wrong, and what to do.
     """
+    if is_remote(pattern):
+        return _find_remote(pattern, drop)
     path = os.path.expanduser(pattern)
     if os.path.lexists(path):
         return _look_into([path], drop)
@@ -150,6 +189,11 @@ def _unreadable(path: str) -> str | None:
         return f"{path}: not a regular file (a pipe, socket or device); save its text to a .txt file first"
     if not os.access(path, os.R_OK):
         return f"{path}: permission denied; make the file readable"
+    return _unknown_kind(path)
+
+
+def _unknown_kind(path: str) -> str | None:
+    """Return why a file of this name cannot be read, or None."""
     kind, compression = split_suffix(path)
     if kind in _NOT_PLAIN_TEXT or (kind == ".parquet" and compression):
         return f"{path}: {kind}{compression} cannot be read; {_KNOWN}: convert it to .jsonl, one JSON object a line"
@@ -167,15 +211,106 @@ def _missing_module(module: str) -> str | None:
     return None
 
 
+def _fsspec(url: str) -> Any:
+    if problem := _missing_module("fsspec"):
+        raise CorpusError(f"{url}: {problem}")
+    return importlib.import_module("fsspec.core")
+
+
 @contextmanager
-def opened(path: str) -> Iterator[BinaryIO]:
-    """Yield the bytes of a file, decompressed on the way.
+def _explained(url: str) -> Iterator[None]:
+    """Turn what fsspec and the libraries under it say of a URL into one line."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CorpusError(f"{url}: cannot be read: {reason}; check the URL, and that you may read it") from error
+
+
+def _find_remote(url: str, drop: Drop) -> tuple[list[str], list[str]]:
+    core = _fsspec(url)
+    with _explained(url):
+        system, path = core.url_to_fs(url)
+        is_whole = system.isfile(path)
+        names = [path] if is_whole else sorted(system.glob(path) if glob.has_magic(path) else system.find(path))
+        urls = [system.unstrip_protocol(name) for name in names if is_whole or system.isfile(name)]
+    files = urls if is_whole else [name for name in urls if _is_known(name, drop)]
+    if not files:
+        return [], [f"{url}: no text there; {_KNOWN}"]
+    problems = [problem for name in files if (problem := _unknown_kind(name))]
+    return files, problems
+
+
+def file_bytes(path: str) -> int:
+    """Return the size of a file as it is stored, in bytes. Raises CorpusError if it is gone."""
+    return int(file_stamp(path)[0])
+
+
+def file_stamp(path: str) -> tuple[int, str]:
+    """Return (bytes, when it was last changed, in the words of its file system): two equal stamps, one content.
+
+    Raises:
+        CorpusError: the file is gone, or tells no size.
+    """
+    if not is_remote(path):
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise CorpusError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return status.st_size, str(status.st_mtime_ns)
+    core = _fsspec(path)
+    with _explained(path):
+        system, name = core.url_to_fs(path)
+        known = system.info(name)
+    if not isinstance(known.get("size"), int):
+        raise CorpusError(f"{path}: its size is unknown; copy it to a file first")
+    stamps = [str(known[key]) for key in _STAMPS if known.get(key) is not None]
+    return known["size"], stamps[0] if stamps else ""
+
+
+class _Watched(io.RawIOBase):
+    """Reads from a file and shows every byte to ``seen`` in passing."""
+
+    def __init__(self, raw: BinaryIO, seen: Seen) -> None:
+        self._raw, self._seen = raw, seen
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n_bytes: int = self._raw.readinto(buffer)  # type: ignore[attr-defined]
+        self._seen(memoryview(buffer)[:n_bytes])
+        return n_bytes
+
+
+@contextmanager
+def _raw(path: str, seen: Seen | None) -> Iterator[BinaryIO]:
+    opener: Any
+    if is_remote(path):
+        with _explained(path):
+            opener = _fsspec(path).open(path, "rb", compression=None)
+    else:
+        opener = open(path, "rb")
+    with opener as raw:
+        if seen is None:
+            yield raw
+            return
+        with io.BufferedReader(_Watched(raw, seen), _CHUNK_BYTES) as watched:
+            yield watched
+            # A decompressor may stop before the file does.
+            while watched.read(_CHUNK_BYTES):
+                pass
+
+
+@contextmanager
+def opened(path: str, seen: Seen | None = None) -> Iterator[BinaryIO]:
+    """Yield the bytes of a file, decompressed on the way; ``seen`` is shown its stored bytes, every one and in order.
 
     Raises:
         CorpusError: the file cannot be opened or read, or its compression is damaged or cut short.
     """
     try:
-        with open(path, "rb") as raw:
+        with _raw(path, seen) as raw:
             compression = split_suffix(path)[1]
             if compression == ".gz":
                 with gzip.open(raw) as unpacked:

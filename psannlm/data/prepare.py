@@ -141,7 +141,7 @@ def split_documents(
 def _cut(document: Document, val_split: float) -> tuple[list[Document], list[Document]]:
     text = document.text
     wanted = min(max(1, round(len(text) * (1 - val_split))), len(text) - 1)
-    at = _boundary_near(text, wanted, reach=max(1, min(wanted, len(text) - wanted) // 10))
+    at = boundary_near(text, wanted, reach=max(1, min(wanted, len(text) - wanted) // 10))
     parts = text[:at], text[at:]
     if not all(part.strip() for part in parts):
         raise CorpusError(
@@ -154,7 +154,7 @@ def _cut(document: Document, val_split: float) -> tuple[list[Document], list[Doc
     return named[:1], named[1:]
 
 
-def _boundary_near(text: str, wanted: int, reach: int) -> int:
+def boundary_near(text: str, wanted: int, reach: int) -> int:
     """Return where to cut: after the paragraph, else line, else word that ends nearest ``wanted`` within ``reach``."""
     low, high = max(1, wanted - reach), min(len(text) - 1, wanted + reach)
     for boundary in ("\n\n", "\n", " "):

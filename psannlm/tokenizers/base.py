@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from psannlm.errors import TokenizerError
 from psannlm.storage import write_bytes
@@ -40,6 +44,19 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return what ``encode`` gives for each text, computed on the library's own threads."""
+
+    def encode_flat(self, texts: Sequence[str], threads: int = 0) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return the ids of all texts end to end, (n_tokens,), and how many belong to each text, (n_texts,).
+
+        Four bytes a token are held, where a list holds an object for each. ``threads`` 0 leaves their number to the
+        library; Hugging Face's takes none from a call, but obeys RAYON_NUM_THREADS and TOKENIZERS_PARALLELISM.
+
+        Raises:
+            TokenizerError: a text holds a lone surrogate.
+        """
+        encoded = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum())), lengths
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -84,6 +84,11 @@ class CharTokenizer(Tokenizer):
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        ids, lengths = self.encode_flat(texts)
+        flat: list[int] = ids.tolist()
+        return [flat[start:end] for start, end in pairwise(accumulate(lengths.tolist(), initial=0))]
+
+    def encode_flat(self, texts: Sequence[str], threads: int = 0) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         # One pass over all texts at once: NumPy's cost per call would outweigh the work on short texts.
         joined = "".join(texts)
         try:
@@ -91,9 +96,7 @@ class CharTokenizer(Tokenizer):
         except UnicodeEncodeError:
             refuse_surrogates_in(texts)
             raise
-        flat: list[int] = ids.tolist()
-        bounds = starts[list(accumulate(map(len, texts), initial=0))].tolist()
-        return [flat[start:end] for start, end in pairwise(bounds)]
+        return ids, np.diff(starts[list(accumulate(map(len, texts), initial=0))])
 
     def _encode_joined(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Return the ids, and for each character (and the end) where its ids start."""

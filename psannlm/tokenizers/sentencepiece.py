@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
+import numpy as np
 import sentencepiece
+from numpy.typing import NDArray
 
 from psannlm.errors import TokenizerError
 from psannlm.tokenizers.base import (
@@ -137,6 +139,18 @@ class SentencePieceTokenizer(Tokenizer):
             refuse_surrogates_in(texts)
             raise
         return ids
+
+    def encode_flat(self, texts: Sequence[str], threads: int = 0) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        if not hasattr(self._model, "EncodeAsNumpy"):  # before version 0.2.2
+            return super().encode_flat(texts, threads)
+        prepared = [_escape(text) for text in texts] if self._escapes else list(texts)
+        try:
+            found = self._model.encode(prepared, out_type="numpy", num_threads=threads or -1)
+        except (RuntimeError, TypeError, UnicodeError):
+            refuse_surrogates_in(texts)
+            raise
+        lengths = np.fromiter(map(len, found), np.int64, len(found))
+        return np.concatenate([np.zeros(0, dtype=np.int32), *found]), lengths
 
     def decode(self, ids: Sequence[int]) -> str:
         refuse_unknown_ids(ids, self.vocab_size)

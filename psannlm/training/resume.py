@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from psannlm.config.run import RunConfig, differences
 from psannlm.data.prepare import PreparedData
 from psannlm.errors import ArtifactError, ConfigError, Problem
+from psannlm.lock import RunLock
 from psannlm.models.transformer import Transformer
 from psannlm.reports.store import timestamp
 from psannlm.storage import explain_write_errors
@@ -27,7 +28,6 @@ from psannlm.training.checkpoint import (
     step_folder,
     step_of,
 )
-from psannlm.training.lock import RunLock
 from psannlm.training.loop import Progress
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.progress import Reporter

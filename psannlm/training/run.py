@@ -22,21 +22,21 @@ from psannlm.data.windows import Windows
 from psannlm.device import Precision, describe_device, pick_device, pick_precision, require_compiler
 from psannlm.distributed import World, joined, launched_world
 from psannlm.errors import Interrupted, StorageError, TrainingError
+from psannlm.lock import RunLock
 from psannlm.models.artifact import load_model
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.reports.store import system_info, write_json
+from psannlm.signals import stopping_on_signals
 from psannlm.storage import write_text
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.checkpoint import BEST, TrainerState, pointed, step_folder
-from psannlm.training.lock import RunLock
 from psannlm.training.loop import Progress, Run, run_steps
 from psannlm.training.metrics import MetricsLog, draw_curve, read_metrics
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import replicate
 from psannlm.training.progress import Reporter, SilentReporter
 from psannlm.training.resume import find_state, identity, make_way, move_aside, refuse_other_data, restore, same_model
-from psannlm.training.signals import stopping_on_signals
 
 CONFIG_FILE = "config.yaml"
 SYSTEM_FILE = "system.json"

@@ -92,7 +92,12 @@ def test_any_text_survives_and_forges_nothing(tokenizer: Tokenizer, text: str) -
 @settings(max_examples=50, deadline=None)
 @given(texts=st.lists(TEXTS, max_size=8))
 def test_a_batch_equals_its_texts(tokenizer: Tokenizer, texts: list[str]) -> None:
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    each = [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch(texts) == each
+    for threads in (0, 1):
+        ids, lengths = tokenizer.encode_flat(texts, threads)
+        assert lengths.tolist() == [len(one) for one in each]
+        assert ids.tolist() == [i for one in each for i in one]
 
 
 @settings(max_examples=100, deadline=None)

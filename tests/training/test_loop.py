@@ -21,11 +21,11 @@ from psannlm.errors import EXIT_INTERRUPTED, Interrupted, StorageError, Training
 from psannlm.evaluation import Evaluation
 from psannlm.models.tensorfile import read_tensors
 from psannlm.models.transformer import Transformer
+from psannlm.signals import stopping_on_signals
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
 from psannlm.training.metrics import read_metrics
 from psannlm.training.progress import SilentReporter
 from psannlm.training.run import train
-from psannlm.training.signals import stopping_on_signals
 from psannlm.training.step import seed_step
 
 TinyRun = Callable[..., RunConfig]
@@ -160,7 +160,7 @@ def test_a_signal_in_the_last_step_does_not_spoil_a_finished_run(tiny_run: TinyR
 
 def test_a_second_ctrl_c_ends_at_once_and_an_echo_of_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr("psannlm.training.signals.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("psannlm.signals.time.monotonic", lambda: clock[0])
     stop = threading.Event()
     with stopping_on_signals(stop):
         signal.raise_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""A run folder to the one training that may write in it: a lock that ends with its process, however that ends."""
+"""A folder to the one process that may write in it: a lock that ends with its process, however that ends."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunLock:
-    """Holds ``folder`` within its context: makes it where it is missing, and lets nobody else train in it.
+    """Holds ``folder`` within its context: makes it where it is missing, and lets nobody else work in it.
 
+    ``option`` is what a person sets to work in another folder; whoever is refused is told of it.
     The system forgets the lock when the process ends, so one that was killed blocks nobody. At the end the lock's file
     is removed, and with it the folders made for it that are still empty. On a file system without locks there is none.
 
     Raises:
-        StorageError: another process trains in the folder, or it cannot be written.
+        StorageError: another process works in the folder, or it cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, option: str = "train.checkpoint_dir") -> None:
         self.folder = folder
+        self._option = option
         self._handle: int | None = None
         self._made: list[Path] = []
 
@@ -64,7 +66,7 @@ class RunLock:
             while self._handle is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with suppress(FileNotFoundError):  # the folder of a run that just ended without a word in it
-                    self._handle = _locked(path)
+                    self._handle = _locked(path, self._option)
             os.ftruncate(self._handle, 0)
             os.write(self._handle, f"{os.getpid()}\n".encode())
 
@@ -78,7 +80,7 @@ class RunLock:
             self._handle = None
 
 
-def _locked(path: Path) -> int | None:
+def _locked(path: Path, option: str) -> int | None:
     """Return the open, locked file at ``path``, or None when it was removed meanwhile."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -91,8 +93,8 @@ def _locked(path: Path) -> int | None:
         os.close(handle)
         if isinstance(error, BlockingIOError):
             raise StorageError(
-                f"process {holder or 'unknown'} is training in {path.parent}; wait for it to end, or choose another "
-                "folder with train.checkpoint_dir"
+                f"process {holder or 'unknown'} is at work in {path.parent}; wait for it to end, or choose another "
+                f"folder with {option}"
             ) from None
         raise
     if is_there:
