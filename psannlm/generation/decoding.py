@@ -219,7 +219,7 @@ class Decoding:
 
     def _cut(self, ids: list[int]) -> list[int]:
         """The end of ``ids`` that stays when they fill the context of a row that slides."""
-        if not self.slides or self.limit is None or len(ids) < self.limit:
+        if not self.slides or self.limit is None or len(ids) <= self.limit:
             return ids
         return ids[-(self.limit // 2) :]
 

@@ -11,6 +11,7 @@ from psannlm.errors import GenerationError
 from psannlm.generation.decoding import ContextRule, Decoding, StopReason
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.stream import TextStream
 from psannlm.models.packed import WeightDtype
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
@@ -113,24 +114,19 @@ def generate(
         speculate=speculate,
         context=context,
     )
-    told = [0] * len(prompts)
+    streams = [TextStream(tokenizer) for _ in prompts]
     n_tokens = n_steps = 0
     for event in decoding:
         if on_progress is not None and len(decoding.generated[event.row]) > n_steps + 1:
             n_steps += 1
             on_progress(n_tokens, n_steps, max(decoding.room))
         n_tokens += 1
-        if on_text is not None:
-            # The end may still change: bytes that are half a character decode to a replacement mark until the rest.
-            text = tokenizer.decode(decoding.generated[event.row])
-            certain = len(text.rstrip("�"))
-            if certain > told[event.row]:
-                on_text(event.row, text[told[event.row] : certain])
-                told[event.row] = certain
+        if on_text is not None and (part := streams[event.row].add(event.token)):
+            on_text(event.row, part)
     completions = []
     for row, (ids, reason) in enumerate(zip(decoding.generated, decoding.stopped_by, strict=True)):
         text = tokenizer.decode(ids)
-        if on_text is not None and len(text) > told[row]:
-            on_text(row, text[told[row] :])
+        if on_text is not None and len(text) > streams[row].length:
+            on_text(row, text[streams[row].length :])
         completions.append(Completion(ids, text, reason))
     return completions

@@ -404,7 +404,17 @@ def test_a_row_that_slides_goes_on_as_if_the_rest_had_been_its_prompt(
     assert decoding.generated[0][: len(stopped.generated[0])] == stopped.generated[0]
 
 
-@pytest.mark.parametrize("length", [9, 10, 30])
+def test_a_prompt_that_just_fills_the_context_is_kept_whole(
+    build_tiny: Build, decode: Decode, decode_naively: Naively
+) -> None:
+    model = build_tiny(max_seq_len=9)
+    prompt = [1, 5, 9, 2, 7, 7, 3, 12, 4]
+    found = decode(model, [prompt], n=2, context="slide")
+    (first,) = decode_naively(model, prompt, n=1)
+    assert found.generated[0] == [first, *decode_naively(model, slid([*prompt, first], 9), n=1)]
+
+
+@pytest.mark.parametrize("length", [10, 30])
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=["greedy", "sampled"])
 def test_a_prompt_longer_than_the_context_is_its_end(
     length: int, sampling: SamplingConfig, build_tiny: Build, decode: Decode

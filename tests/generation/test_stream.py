@@ -1,0 +1,76 @@
+"""Streamed parts join to the whole text, whatever tokens come, and a long text costs no more for each."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Sequence
+
+import pytest
+import sentencepiece
+
+from psannlm.generation.stream import TextStream
+from psannlm.tokenizers.base import Tokenizer
+from psannlm.tokenizers.resolve import fit_tokenizer, tokenizer_from_bytes
+
+TEXT = (
+    "The sine of a gate, über die Brücke; 漢字 and emoji 👩‍👩‍👧 stand here.\n\n\tTabs   and runs of spaces ▁ too. " * 20
+)
+
+
+def foreign() -> Tokenizer:
+    """SentencePiece with its own defaults: a space before the text, which decoding takes off again."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 3),
+        model_writer=model,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        minloglevel=3,
+    )
+    return tokenizer_from_bytes(model.getvalue())
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "tokenizers", "simple", "foreign"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return foreign() if request.param == "foreign" else fit_tokenizer([TEXT], request.param, 400)
+
+
+def parts_of(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[list[str], TextStream]:
+    stream = TextStream(tokenizer)
+    return [stream.add(token) for token in ids], stream
+
+
+def test_parts_join_to_the_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXT + "\uf8f0 private use")
+    parts, stream = parts_of(tokenizer, ids)
+    text = tokenizer.decode(ids)
+    assert "".join(parts) == text
+    assert stream.length == len(text)
+    assert sum(map(bool, parts)) > len(ids) // 3
+
+
+def test_parts_of_any_tokens_are_the_start_of_the_text(tokenizer: Tokenizer) -> None:
+    draw = random.Random(0)
+    known = sorted(set(range(tokenizer.vocab_size)) - tokenizer.special_ids)
+    for _ in range(50):
+        ids = draw.choices(known, k=60)
+        parts, stream = parts_of(tokenizer, ids)
+        text = tokenizer.decode(ids)
+        assert text.startswith("".join(parts))
+        assert stream.length == len("".join(parts))
+        assert not text[stream.length :].strip("\ufffd\uf8f0")
+
+
+def test_a_token_costs_the_same_late_as_early(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    decode = tokenizer.decode
+
+    def counted(ids: Sequence[int]) -> str:
+        decoded.append(len(ids))
+        return decode(ids)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    parts_of(tokenizer, tokenizer.encode(TEXT))
+    assert max(decoded) < 40
