@@ -108,8 +108,8 @@ class PackedLinear(nn.Module):
         rows = stored(x.float()).flatten(0, -2).unbind(0)
         n_parts = _OUTPUTS_AT_ONCE if len(rows) > 1 and self.n_outputs % _OUTPUTS_AT_ONCE == 0 else 1
         parts = self.weight.float().view(n_parts, -1, self.n_inputs).unbind(0)
-        y = torch.stack([torch.cat([(part * row).sum(-1) for part in parts]) for row in rows])
-        y = y.view(*x.shape[:-1], self.n_outputs)
+        # One flat list of sums: the compiler lets each write its place in the whole, and copies what is joined twice.
+        y = torch.cat([(part * row).sum(-1) for row in rows for part in parts]).view(*x.shape[:-1], self.n_outputs)
         if self.scale is not None:
             y = y * self.scale
         return y if self.bias is None else y + self.bias
