@@ -21,8 +21,8 @@ demo: $(VENV)/.installed ## install, train a small model on English prose, let i
 	$(BIN)/psannlm train configs/waveresnet_cpu.yaml
 	$(BIN)/psannlm generate --prompt "$(PROMPT)"
 
-test: $(VENV)/.installed-dev ## run the whole test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev ## run the whole test suite, a process on each core
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed-dev ## check format, style and types
 	$(BIN)/ruff format --check .
@@ -30,7 +30,7 @@ lint: $(VENV)/.installed-dev ## check format, style and types
 	$(BIN)/mypy
 
 check: lint ## what to run before a commit: lint, and the tests that are quick
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu"
 
 # What an earlier build left in build/ would be packed again, files that are gone since included.
 wheel: | $(BIN)/python ## build dist/*.whl
