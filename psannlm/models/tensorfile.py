@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,11 +19,10 @@ from torch import Tensor
 
 from psannlm.errors import ArtifactError, StorageError
 from psannlm.storage import replacing
+from psannlm.tensorheader import LENGTH_BYTES, parse_header, parse_metadata, read_header, refuse_wrong_length
 
 _HASH_KEY = "sha256"
 _BLANK = "0" * 64
-_LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 
 
@@ -62,7 +59,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         # safetensors makes files that only their owner may read; this one is as open as any other the user makes.
         temporary.chmod(mode)
         with open(temporary, "r+b") as file:
-            header = _sorted_header(file.read(_header_end(temporary)))
+            header = _sorted_header(read_header(temporary, file, os.fstat(file.fileno()).st_size))
             file.seek(0)
             file.write(header)
             file.flush()
@@ -77,10 +74,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def _sorted_header(header: bytes) -> bytes:
     """safetensors writes metadata in an order that chance decides; in this one, equal content gives equal files."""
-    fields = json.loads(header[_LENGTH_BYTES:])
+    fields = json.loads(header[LENGTH_BYTES:])
     fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    return header[:_LENGTH_BYTES] + text.ljust(len(header) - _LENGTH_BYTES)
+    return header[:LENGTH_BYTES] + text.ljust(len(header) - LENGTH_BYTES)
 
 
 def _raise_as_os_error(path: Path, tensors: dict[str, Tensor], error: SafetensorError) -> None:
@@ -115,13 +112,12 @@ def verify_tensors(path: Path) -> Verified:
     try:
         if not path.is_file():
             raise ArtifactError(f"{path} does not exist or is not a file")
+        size = path.stat().st_size
         with open(path, "rb") as file:
-            header = file.read(_header_end(path))
-        fields = _parse_header(path, header)
-        _refuse_wrong_length(path, len(header), fields)
-        metadata = fields.get("__metadata__")
-        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-            raise ArtifactError(f"{path} has no metadata of ours: it is not a psannlm file")
+            header = read_header(path, file, size)
+        fields = parse_header(path, header)
+        refuse_wrong_length(path, size, len(header), fields)
+        metadata = parse_metadata(path, fields)
         recorded = metadata.pop(_HASH_KEY, None)
         if recorded is None:
             raise ArtifactError(f"{path} records no {_HASH_KEY}: it is not a psannlm file")
@@ -133,41 +129,6 @@ def verify_tensors(path: Path) -> Verified:
             f"{path} is damaged: its bytes hash to {found[:12]}, it was written with {str(recorded)[:12]}"
         )
     return Verified(metadata, found)
-
-
-def _header_end(path: Path) -> int:
-    size = path.stat().st_size
-    if size < _LENGTH_BYTES:
-        raise ArtifactError(f"{path} is cut short: {size} bytes")
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES))
-    if length > _MAX_HEADER_BYTES or _LENGTH_BYTES + length > size:
-        raise ArtifactError(f"{path} is cut short or no safetensors file: {size:,} bytes, header of {length:,}")
-    return int(_LENGTH_BYTES + length)
-
-
-def _parse_header(path: Path, header: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(header[_LENGTH_BYTES:])
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged or no safetensors file: its header is not JSON") from error
-    if not isinstance(fields, dict):
-        raise ArtifactError(f"{path} is damaged or no safetensors file: its header is not a table")
-    return fields
-
-
-def _refuse_wrong_length(path: Path, header_bytes: int, fields: dict[str, Any]) -> None:
-    try:
-        ends = [entry["data_offsets"][1] for name, entry in fields.items() if name != "__metadata__"]
-    except (TypeError, KeyError, IndexError) as error:
-        raise ArtifactError(f"{path} is damaged: its header does not say where the tensors are") from error
-    if not all(isinstance(end, int) and 0 <= end < 1 << 63 for end in ends):
-        raise ArtifactError(f"{path} is damaged: its header does not say where the tensors end")
-    promised, size = header_bytes + max(ends, default=0), path.stat().st_size
-    if promised > size:
-        raise ArtifactError(f"{path} is cut short: {size:,} of {promised:,} bytes are there")
-    if promised < size:
-        raise ArtifactError(f"{path} is damaged: {size - promised:,} bytes too long")
 
 
 def _hash_position(path: Path, header: bytes) -> int:

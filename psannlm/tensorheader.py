@@ -1,0 +1,90 @@
+"""The head of a safetensors file: made from a table of tensors, and read back from a file that nobody vouches for.
+
+The format is eight bytes of length (little endian), that many bytes of JSON, then the tensors' bytes with no gap
+between them. Nothing here loads torch or safetensors, and nothing is allocated that the file does not hold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from psannlm.errors import ArtifactError
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 64 << 20
+_ITEM_BYTES = {"U8": 1, "U16": 2, "U32": 4, "I64": 8}
+
+
+def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Return the head of a file that holds ``tensors`` (name: type and shape) in that order; its length is 8 x n.
+
+    Types are U8, U16, U32 and I64. Equal arguments give equal bytes.
+    """
+    fields: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + _ITEM_BYTES[dtype] * math.prod(shape)
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    return pack_header(fields)
+
+
+def pack_header(fields: Mapping[str, Any]) -> bytes:
+    """Return the length and the JSON of ``fields``, filled with blanks so that the tensors start at 8 x n."""
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def read_header(path: Path, file: BinaryIO, size: int, limit: int = MAX_HEADER_BYTES) -> bytes:
+    """Return the head of a file of ``size`` bytes, its eight bytes of length included.
+
+    Raises:
+        ArtifactError: the file is cut short, or its head would be longer than the file or ``limit``.
+    """
+    if size < LENGTH_BYTES:
+        raise ArtifactError(f"{path} is cut short: {size} bytes")
+    file.seek(0)
+    prefix = file.read(LENGTH_BYTES)
+    (length,) = struct.unpack("<Q", prefix)
+    if length > limit or LENGTH_BYTES + length > size:
+        raise ArtifactError(f"{path} is cut short or no safetensors file: {size:,} bytes, header of {length:,}")
+    return prefix + file.read(length)
+
+
+def parse_header(path: Path, header: bytes) -> dict[str, Any]:
+    """Return the JSON table of a head. Raises ArtifactError if it is none."""
+    try:
+        fields = json.loads(header[LENGTH_BYTES:])
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged or no safetensors file: its header is not JSON") from error
+    if not isinstance(fields, dict):
+        raise ArtifactError(f"{path} is damaged or no safetensors file: its header is not a table")
+    return fields
+
+
+def refuse_wrong_length(path: Path, size: int, header_bytes: int, fields: Mapping[str, Any]) -> None:
+    """Raise ArtifactError unless the tensors of a head end where the file of ``size`` bytes ends."""
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in fields.items() if name != "__metadata__"]
+    except (TypeError, KeyError, IndexError) as error:
+        raise ArtifactError(f"{path} is damaged: its header does not say where the tensors are") from error
+    if not all(isinstance(end, int) and 0 <= end < 1 << 63 for end in ends):
+        raise ArtifactError(f"{path} is damaged: its header does not say where the tensors end")
+    promised = header_bytes + max(ends, default=0)
+    if promised > size:
+        raise ArtifactError(f"{path} is cut short: {size:,} of {promised:,} bytes are there")
+    if promised < size:
+        raise ArtifactError(f"{path} is damaged: {size - promised:,} bytes too long")
+
+
+def parse_metadata(path: Path, fields: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata of a head as a table of its own. Raises ArtifactError if there is none."""
+    metadata = fields.get("__metadata__")
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ArtifactError(f"{path} has no metadata of ours: it is not a psannlm file")
+    return dict(metadata)

@@ -1,0 +1,210 @@
+"""A shard vouches for every byte: what is written comes back, and no damage is read as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from psannlm.data import shardfile
+from psannlm.data.parts import DocumentPart, frame, pack_origin, text_hash, unpack_origin
+from psannlm.data.shardfile import BLOCK_BYTES, Shard, ShardEntry, open_shard, write_shard
+from psannlm.errors import ArtifactError
+
+BOS, EOS = 1, 2
+PRINT = "ab" * 32
+
+
+def part_of(documents: Sequence[Sequence[int]], first: int = 0, dtype: type = np.uint16) -> DocumentPart:
+    ids = np.concatenate([np.asarray(d, dtype=np.int64) for d in documents] or [np.zeros(0, np.int64)])
+    lengths = np.asarray([len(d) for d in documents], dtype=np.int64)
+    tokens, framed = frame(ids, lengths, bos_id=BOS, eos_id=EOS, dtype=dtype)
+    return DocumentPart(
+        tokens,
+        framed,
+        lengths * 3,
+        np.frombuffer(b"".join(text_hash(str(list(d)).encode()) for d in documents), np.uint8).reshape(-1, 16),
+        np.asarray([pack_origin(0, first + i + 1) for i in range(len(documents))], dtype=np.int64),
+    )
+
+
+def write(path: Path, documents: Sequence[Sequence[int]], batch: int = 7, dtype: type = np.uint16) -> ShardEntry:
+    def parts() -> Iterator[DocumentPart]:
+        for start in range(0, len(documents), batch):
+            yield part_of(documents[start : start + batch], start, dtype)
+
+    n_tokens = sum(len(d) + 2 for d in documents)
+    return write_shard(
+        path, dtype=dtype, fingerprint=PRINT, n_tokens=n_tokens, n_documents=len(documents), parts=parts()
+    )
+
+
+def some_documents(n: int, longest: int, seed: int = 0) -> list[list[int]]:
+    source = random.Random(seed)
+    return [[source.randrange(3, 60_000) for _ in range(source.randrange(longest))] for _ in range(n)]
+
+
+def read_all(shard: Shard) -> None:
+    shard.tokens(0, shard.n_tokens)
+    shard.starts(0, shard.n_documents + 1)
+    shard.n_bytes(0, shard.n_documents)
+    shard.origins(0, shard.n_documents)
+    shard.hashes(0, shard.n_documents)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+@pytest.mark.parametrize("n", [0, 1, 50])
+def test_what_is_written_comes_back(tmp_path: Path, dtype: type, n: int) -> None:
+    documents = some_documents(n, 30)
+    path = tmp_path / "train_00000.safetensors"
+    entry = write(path, documents, dtype=dtype)
+    shard = open_shard(path, entry, PRINT)
+    whole = part_of(documents, dtype=dtype)
+    assert shard.dtype == dtype
+    assert shard.tokens(0, shard.n_tokens).tolist() == whole.tokens.tolist()
+    assert np.diff(shard.starts(0, n + 1)).tolist() == whole.lengths.tolist()
+    assert shard.starts(0, 1).tolist() == [0]
+    assert shard.n_bytes(0, n).tolist() == whole.n_bytes.tolist()
+    assert shard.hashes(0, n).tolist() == whole.hashes.tolist()
+    assert [unpack_origin(o) for o in shard.origins(0, n).tolist()] == [(0, i + 1) for i in range(n)]
+    assert entry == ShardEntry(
+        path.name,
+        len(whole.tokens),
+        n,
+        int(whole.n_bytes.sum()),
+        path.stat().st_size,
+        entry.header_and_sums_sha256,
+    )
+
+
+def test_any_reader_of_safetensors_reads_it(tmp_path: Path) -> None:
+    documents = some_documents(40, 30)
+    entry = write(tmp_path / "s", documents)
+    shard = open_shard(tmp_path / "s", entry, PRINT)
+    with safe_open(tmp_path / "s", framework="np") as file:
+        assert set(file.keys()) == {"starts", "n_bytes", "origins", "hashes", "tokens", "block_sha256"}
+        assert file.get_tensor("tokens").tolist() == shard.tokens(0, shard.n_tokens).tolist()
+        assert file.get_tensor("hashes").tolist() == shard.hashes(0, shard.n_documents).tolist()
+        assert file.metadata()["tokenizer_fingerprint"] == PRINT
+
+
+def test_how_documents_are_batched_leaves_no_trace(tmp_path: Path) -> None:
+    documents = some_documents(40, 30)
+    entries = {dataclasses.replace(write(tmp_path / str(n), documents, n), file="") for n in (1, 7, 40)}
+    assert len(entries) == 1
+    assert len({(tmp_path / str(n)).read_bytes() for n in (1, 7, 40)}) == 1
+
+
+def test_the_header_counts_its_own_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header's length depends on how many blocks it speaks of, and the other way round."""
+    monkeypatch.setattr(shardfile, "BLOCK_BYTES", 96)
+    for n in range(1, 5500, 31):
+        entry = write(tmp_path / "s", [range(n)])
+        open_shard(tmp_path / "s", entry, PRINT).verify()
+
+
+def test_parts_that_do_not_come_to_the_promised_sizes_leave_no_file(tmp_path: Path) -> None:
+    part = part_of([[5, 6], [7]])
+    for n_tokens, n_documents in ((7, 1), (6, 2), (8, 2), (7, 3)):
+        with pytest.raises(ValueError, match="do not come to"):
+            write_shard(
+                tmp_path / "s",
+                dtype=np.uint16,
+                fingerprint=PRINT,
+                n_tokens=n_tokens,
+                n_documents=n_documents,
+                parts=[part],
+            )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_thousand_flipped_bits_are_noticed_before_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    entry = write(path, some_documents(2000, 300), batch=500)
+    content = bytearray(path.read_bytes())
+    assert len(content) > 2 * BLOCK_BYTES
+    chance = random.Random(7)
+    for _ in range(1000):
+        at, bit = chance.randrange(len(content)), 1 << chance.randrange(8)
+        content[at] ^= bit
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match=r"s (is|was|has|holds|records)"):
+            read_all(open_shard(path, entry, PRINT))
+        content[at] ^= bit
+    path.write_bytes(content)
+    read_all(open_shard(path, entry, PRINT))
+
+
+def test_only_the_block_that_is_touched_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    entry = write(path, [np.arange(BLOCK_BYTES * 2) % 50_000])  # type: ignore[list-item]
+    content = bytearray(path.read_bytes())
+    content[3 * BLOCK_BYTES] ^= 1
+    path.write_bytes(content)
+    shard = open_shard(path, entry, PRINT)
+    assert shard.tokens(0, 100).tolist() == [BOS, *range(99)]
+    with pytest.raises(ArtifactError, match=f"damaged between bytes {3 * BLOCK_BYTES:,} and"):
+        shard.tokens(BLOCK_BYTES, 2 * BLOCK_BYTES)
+    with pytest.raises(ArtifactError, match="damaged"):
+        shard.verify()
+
+
+def test_every_length_but_the_whole_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    entry = write(path, some_documents(5, 20))
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(ArtifactError, match=r"cut short|damaged|no safetensors"):
+            open_shard(path, entry, PRINT)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(ArtifactError, match="1 bytes too long"):
+        open_shard(path, entry, PRINT)
+
+
+def test_a_missing_swapped_or_foreign_shard_is_refused_by_name(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    documents = some_documents(20, 30)
+    entry = write(one, documents)
+    twin = write(other, [[i + 1 for i in d] for d in documents])
+    assert (twin.tokens, twin.file_bytes) == (entry.tokens, entry.file_bytes)
+    with pytest.raises(ArtifactError, match="one is damaged, or is another shard than the manifest names"):
+        open_shard(one, twin, PRINT)
+    longer = write(other, some_documents(21, 30))
+    with pytest.raises(ArtifactError, match="one is another shard than the manifest names, which has 21 documents"):
+        open_shard(one, longer, PRINT)
+    with pytest.raises(ArtifactError, match=f"'{PRINT}', the folder's '{'cd' * 32}'. Bring it back"):
+        open_shard(one, entry, "cd" * 32)
+    one.unlink()
+    with pytest.raises(ArtifactError, match=r"one is missing.*psannlm prep again"):
+        open_shard(one, entry, PRINT)
+
+
+def test_no_header_does_harm(tmp_path: Path) -> None:
+    """Thousands of broken headers: each an ArtifactError, and nothing allocated that the file does not hold."""
+    path = tmp_path / "s"
+    entry = write(path, some_documents(3, 20))
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    fields = json.loads(content[8 : 8 + length])
+    chance = random.Random(3)
+    values = [None, -1, 1 << 62, 1 << 80, 1e308, "x", [], {}, [0], [0, 1 << 60], True, "U64"]
+    for _ in range(1500):
+        broken = json.loads(json.dumps(fields))
+        name = chance.choice(list(broken))
+        if chance.random() < 0.3:
+            broken[name] = chance.choice(values)
+        else:
+            broken[name][chance.choice(list(broken[name]))] = chance.choice(values)
+        text = json.dumps(broken).encode()
+        claimed = len(text) if chance.random() < 0.9 else chance.randrange(1 << 63)
+        path.write_bytes(struct.pack("<Q", claimed) + text + content[8 + length :])
+        with pytest.raises(ArtifactError):
+            open_shard(path, entry, PRINT)
