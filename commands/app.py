@@ -16,7 +16,7 @@ from psannlm.commands import eval as eval_command
 from psannlm.commands import generate as generate_command
 from psannlm.commands import tokenize as tokenize_command
 from psannlm.commands import train as train_command
-from psannlm.errors import EXIT_INTERRUPTED, PsannlmError
+from psannlm.errors import EXIT_INTERRUPTED, PsannlmError, is_out_of_memory
 
 app = typer.Typer(
     name="psannlm",
@@ -54,9 +54,7 @@ def root(
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say an error that nobody expected in one line; set as ``sys.excepthook`` unless --debug."""
-    # torch raises a class of its own for GPUs and a plain RuntimeError for CPUs.
-    is_memory = issubclass(kind, MemoryError) or kind.__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
-    if is_memory:
+    if is_out_of_memory(error):
         typer.echo("error: out of memory; lower train.batch_tokens, or set train.grad_checkpoint: true", err=True)
     else:
         message = str(error).strip().split("\n")[0]

@@ -85,6 +85,8 @@ def _show_plan(plan: TrainingPlan) -> None:
 
 def _show_result(result: TrainResult) -> None:
     rows = [("parameters", f"{result.parameters:,}"), ("steps", f"{result.steps:,}"), ("tokens", f"{result.tokens:,}")]
+    if result.skipped:
+        rows.append(("steps skipped, not finite", f"{result.skipped:,}; see metrics.jsonl"))
     if result.seconds >= 1:
         rows.append(("time since start or resume", f"{result.seconds:.0f} s, validation and checkpoints included"))
     rows.append(("training loss, last step", f"{result.train_loss:.4f} nats per token"))

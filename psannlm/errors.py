@@ -110,6 +110,12 @@ class Interrupted(PsannlmError):
     exit_code = EXIT_INTERRUPTED
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out: torch has a class of its own for GPUs and a plain one for CPUs."""
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_named or "allocate memory" in str(error)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known name closest to ``name``, or an empty string."""
     matches = get_close_matches(name, list(known), n=1, cutoff=0.6)

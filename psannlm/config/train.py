@@ -20,8 +20,13 @@ class TrainConfig(Section):
     grad_accum_steps: Whole = Field(1, ge=1, description="micro-batches per optimiser step")
     lr: Real = Field(2e-4, gt=0, description="peak learning rate")
     min_lr: Real = Field(0.0, ge=0, description="learning rate at the end of the schedule")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="course of the learning rate after warm-up")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="course of the learning rate after warm-up; wsd: constant, then a cooldown at the end"
+    )
     warmup_steps: Whole = Field(0, ge=0, description="steps over which the learning rate rises from zero to lr")
+    cooldown_share: Real = Field(
+        0.2, gt=0, le=1, description="wsd: share of all steps, the last ones, over which the rate falls to min_lr"
+    )
     weight_decay: Real = Field(
         0.1, ge=0, description="AdamW's decay of matrices (never norms, biases, sine parameters)"
     )
@@ -29,6 +34,10 @@ class TrainConfig(Section):
         0.0, ge=0, lt=1, description="probability mass spread over the vocabulary in training"
     )
     grad_clip: Real | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="at a loss or gradient that is not finite: stop, or skip the step (the third in a row stops)",
+    )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for hidden matrices, AdamW for the rest"
     )
@@ -65,6 +74,10 @@ class TrainConfig(Section):
         # YAML 1.1 readers turn on and off into booleans before anyone can ask what was meant.
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
+    def cooldown_steps(self, total_steps: int) -> int:
+        """Return how many of ``total_steps`` the cooldown takes under ``wsd``; otherwise there is none."""
+        return max(1, round(self.cooldown_share * total_steps)) if self.schedule == "wsd" else 0
+
     def checks(self) -> list[Check]:
         found: list[Check] = []
         if self.min_lr > self.lr:
@@ -72,4 +85,12 @@ class TrainConfig(Section):
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             message = f"{self.warmup_steps} warm-up steps do not fit into max_steps {self.max_steps}"
             found.append(Check(("warmup_steps", "max_steps"), message))
+        elif self.max_steps is not None and self.schedule == "wsd":
+            cooldown = self.cooldown_steps(self.max_steps)
+            if self.warmup_steps + cooldown > self.max_steps:
+                message = (
+                    f"a cooldown of {cooldown} steps after {self.warmup_steps} of warm-up does not fit into max_steps "
+                    f"{self.max_steps}; lower it, or train.warmup_steps"
+                )
+                found.append(Check(("cooldown_share", "warmup_steps", "max_steps"), message))
         return found

@@ -48,6 +48,8 @@ class TrainerState:
         best: the evaluation with the lowest validation loss so far and its ``step``, or None.
         metrics: the last values logged.
         scaler: state of the gradient scaler (fp16), else empty.
+        skipped: steps left out so far because they were not finite; skipped_in_a_row: those just now.
+        total_steps: at which the learning rate's schedule ends.
     """
 
     step: int
@@ -59,6 +61,9 @@ class TrainerState:
     best: dict[str, Any] | None
     metrics: dict[str, Any]
     scaler: dict[str, Any]
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    total_steps: int | None = None
 
 
 def step_folder(run: Path, step: int) -> Path:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from psannlm.config.run import RunConfig
-from psannlm.data.loader import Loader, Position
+from psannlm.data.loader import Loader, Position, StepBatch
 from psannlm.data.windows import Windows
 from psannlm.device import Precision
 from psannlm.distributed import World
@@ -21,8 +21,15 @@ from psannlm.errors import Interrupted, TrainingError
 from psannlm.evaluation import evaluate
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
-from psannlm.training.checkpoint import BEST, TrainerState, list_checkpoints, point, prune, save_checkpoint
+from psannlm.training.checkpoint import BEST, TrainerState, point, prune, save_checkpoint
 from psannlm.training.metrics import MetricsLog
+from psannlm.training.mishaps import (
+    TOO_MANY_IN_A_ROW,
+    describe_not_finite,
+    explaining_memory,
+    find_not_finite,
+    last_saved,
+)
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.progress import Rate, Reporter
 from psannlm.training.schedule import learning_rate
@@ -53,13 +60,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; ``best`` and ``metrics`` as in ``TrainerState``."""
+    """How far a run has come; the fields are as in ``TrainerState``."""
 
     step: int = 0
     position: Position = field(default_factory=Position)
     tokens: int = 0
     best: dict[str, Any] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
 
 def run_steps(run: Run, progress: Progress) -> Progress:
@@ -67,8 +76,9 @@ def run_steps(run: Run, progress: Progress) -> Progress:
 
     Raises:
         Interrupted: ``run.stop`` was set; the step in hand was finished and saved.
-        TrainingError: the loss or a gradient is not finite (the parameters are those before the step), or the
-            validation loss is not.
+        TrainingError: the loss or a gradient is not finite (the parameters are those before the step), and
+            ``train.on_nonfinite`` says stop or it is the third in a row; the validation loss or a parameter is not; or
+            memory ran out.
         StorageError: a checkpoint could not be written; earlier ones are whole.
     """
     settings = run.config.train
@@ -85,36 +95,30 @@ def run_steps(run: Run, progress: Progress) -> Progress:
             warmup_steps=settings.warmup_steps,
             total_steps=run.total_steps,
             schedule=settings.schedule,
+            cooldown_steps=settings.cooldown_steps(run.total_steps),
         )
-        result = train_step(
-            run.module,
-            batch.micro_batches,
-            run.optimizers,
-            precision=run.precision,
-            scaler=run.scaler,
-            lr=lr,
-            grad_clip=settings.grad_clip,
-            label_smoothing=settings.label_smoothing,
-            world=run.world,
-        )
-        if not result.is_finite:
-            window_ids = np.concatenate([b.window_ids for b in batch.micro_batches])
-            raise TrainingError(_not_finite(run, step, result, window_ids))
-        rate.add(result.n_labels)
-        figures = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
-        progress = Progress(step, batch.after, progress.tokens + result.n_labels, progress.best, figures)
+        with explaining_memory(run.config, step):
+            result = train_step(
+                run.module,
+                batch.micro_batches,
+                run.optimizers,
+                precision=run.precision,
+                scaler=run.scaler,
+                lr=lr,
+                grad_clip=settings.grad_clip,
+                label_smoothing=settings.label_smoothing,
+                world=run.world,
+            )
         is_last = step == run.total_steps
-        is_logged = step % settings.log_interval_steps == 0 or is_last or step == 1
-        if is_logged and run.log is not None:
-            timing = {
-                "tokens": progress.tokens,
-                "epoch": batch.after.epoch,
-                "tokens_per_s": round(rate.tokens_per_s, 1),
-            }
-            run.log.write("train", step, {**figures, **timing})
-        run.reporter.step(step, result.loss, lr, rate.tokens_per_s, is_logged)
-        if is_logged:
-            rate = Rate()
+        if result.is_finite:
+            rate.add(result.n_labels)
+            is_logged = step % settings.log_interval_steps == 0 or is_last or step == 1
+            progress = _count(run, progress, batch, result, lr, rate, is_logged)
+            if is_logged:
+                rate = Rate()
+        else:
+            progress = _skip(run, progress, batch, result)
+            rate.pause()
 
         is_best = False
         if run.val_windows is not None and (is_last or _is_due(step, settings.eval_interval_steps)):
@@ -131,6 +135,42 @@ def run_steps(run: Run, progress: Progress) -> Progress:
     return progress
 
 
+def _count(
+    run: Run, progress: Progress, batch: StepBatch, result: StepResult, lr: float, rate: Rate, is_logged: bool
+) -> Progress:
+    """Log and tell a step that was made; return where the run stands after it."""
+    step = progress.step + 1
+    figures = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
+    tokens = progress.tokens + result.n_labels
+    if is_logged and run.log is not None:
+        timing = {"tokens": tokens, "epoch": batch.after.epoch, "tokens_per_s": round(rate.tokens_per_s, 1)}
+        skipped = {"skipped": progress.skipped} if progress.skipped else {}
+        run.log.write("train", step, {**figures, **timing, **skipped})
+    run.reporter.step(step, result.loss, lr, rate.tokens_per_s, is_logged)
+    return replace(progress, step=step, position=batch.after, tokens=tokens, metrics=figures, skipped_in_a_row=0)
+
+
+def _skip(run: Run, progress: Progress, batch: StepBatch, result: StepResult) -> Progress:
+    """Log and tell a step that was left out for not being finite; return where the run stands after it.
+
+    Raises:
+        TrainingError: ``train.on_nonfinite`` is ``stop``, or too many were left out in a row.
+    """
+    step, in_a_row = progress.step + 1, progress.skipped_in_a_row + 1
+    found = describe_not_finite(step, result, run.loader, progress.position, batch.n_windows)
+    remedy = "Lower train.lr, lengthen train.warmup_steps, or use amp: fp32"
+    if run.config.train.on_nonfinite == "stop":
+        raise TrainingError(
+            f"{found}; {last_saved(run.folder)}. {remedy}; train.on_nonfinite: skip leaves such steps out."
+        )
+    if run.log is not None:
+        run.log.write("skipped", step, found.as_dict())
+    if in_a_row == TOO_MANY_IN_A_ROW:
+        raise TrainingError(f"{found}, as in the {in_a_row - 1} steps before; {last_saved(run.folder)}. {remedy}.")
+    run.reporter.skipped(step, progress.skipped + 1, str(found))
+    return replace(progress, step=step, position=batch.after, skipped=progress.skipped + 1, skipped_in_a_row=in_a_row)
+
+
 def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
 
@@ -140,7 +180,9 @@ def _validate(run: Run, progress: Progress, windows: Windows) -> tuple[Progress,
     batch_size = run.loader.micro_batch_size
     result = evaluate(run.model, windows, precision=run.precision, batch_size=batch_size, world=run.world)
     if not math.isfinite(result.loss):
-        raise TrainingError(f"step {progress.step}: validation loss {result.loss:g} is not finite; {_last_saved(run)}.")
+        raise TrainingError(
+            f"step {progress.step}: validation loss {result.loss:g} is not finite; {last_saved(run.folder)}."
+        )
     is_best = progress.best is None or result.loss < progress.best["loss"]
     if run.log is not None:
         run.log.write("eval", progress.step, result.as_dict())
@@ -151,6 +193,13 @@ def _validate(run: Run, progress: Progress, windows: Windows) -> tuple[Progress,
 
 
 def _save(run: Run, progress: Progress, is_best: bool) -> None:
+    tensors = chain(run.model.state_dict().items(), run.optimizers.tensors().items())
+    spoilt = find_not_finite(tensors)
+    if run.world.any(spoilt is not None, run.precision.device):
+        raise TrainingError(
+            f"after step {progress.step} {spoilt or 'a tensor of another rank'} is not finite, and nothing was saved; "
+            f"{last_saved(run.folder)}. Lower train.lr, or lengthen train.warmup_steps."
+        )
     if run.world.is_main:
         state = TrainerState(
             step=progress.step,
@@ -160,6 +209,9 @@ def _save(run: Run, progress: Progress, is_best: bool) -> None:
             best=progress.best,
             metrics=progress.metrics,
             scaler=run.scaler.state_dict(),
+            skipped=progress.skipped,
+            skipped_in_a_row=progress.skipped_in_a_row,
+            total_steps=run.total_steps,
             **run.identity,
         )
         folder = save_checkpoint(run.folder, run.model, run.tokenizer, run.optimizers.tensors(), state)
@@ -169,17 +221,3 @@ def _save(run: Run, progress: Progress, is_best: bool) -> None:
         prune(run.folder, keep, None if progress.best is None else progress.best["step"])
         run.reporter.saved(folder)
     run.world.wait()
-
-
-def _not_finite(run: Run, step: int, result: StepResult, window_ids: np.ndarray[Any, Any]) -> str:
-    source = "; ".join(run.loader.windows.describe(int(i)) for i in window_ids[:4])
-    return (
-        f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: not finite. Windows "
-        f"{window_ids[:8].tolist()} ({source}); {_last_saved(run)}. Lower train.lr, lengthen train.warmup_steps, or "
-        "use amp: fp32."
-    )
-
-
-def _last_saved(run: Run) -> str:
-    saved = list_checkpoints(run.folder)
-    return f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"

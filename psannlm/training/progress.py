@@ -26,6 +26,9 @@ class Reporter(Protocol):
     def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
         """A step was made; ``is_logged`` at the log interval."""
 
+    def skipped(self, step: int, n_skipped: int, text: str) -> None:
+        """A step was left out, the ``n_skipped``-th of the run; ``text`` says which and why."""
+
     def evaluation(self, step: int, result: Evaluation, is_best: bool) -> None:
         """A validation was made."""
 
@@ -66,6 +69,7 @@ class SilentReporter:
     def notice(self, text: str) -> None: ...
     def start(self, step: int, total_steps: int) -> None: ...
     def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None: ...
+    def skipped(self, step: int, n_skipped: int, text: str) -> None: ...
     def evaluation(self, step: int, result: Evaluation, is_best: bool) -> None: ...
     def saved(self, folder: Path) -> None: ...
     def stop(self) -> None: ...
@@ -110,6 +114,10 @@ class ConsoleReporter:
         elif is_logged:
             figures = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:,.0f} tokens/s  {left} left"
             self.notice(f"step {step:>{len(str(self._total))}}/{self._total}  {figures}")
+
+    def skipped(self, step: int, n_skipped: int, text: str) -> None:
+        """Print why, and how many there were."""
+        self.notice(f"skipped {text}; {n_skipped} skipped so far")
 
     def _time_left(self, step: int) -> timedelta:
         """Time for the remaining steps at the rate so far, validations and saves included."""

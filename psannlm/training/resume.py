@@ -44,6 +44,7 @@ _NEUTRAL_KEYS = frozenset(
         "ddp",
         "compile",
         "grad_checkpoint",
+        "on_nonfinite",
     )
 )
 
@@ -97,6 +98,29 @@ def find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter)
     return found
 
 
+def refuse_past_schedule(found: tuple[Path, TrainerState], total_steps: int) -> None:
+    """Raise ConfigError where a run of ``total_steps`` cannot go on from the checkpoint.
+
+    It stands past the last step; or in the cooldown of a ``wsd`` schedule that was to end at another step, where the
+    learning rate has come down already.
+    """
+    folder, state = found
+    if state.step > total_steps:
+        raise ConfigError(
+            f"{folder} stands after step {state.step}, and this run ends at {total_steps}; set train.max_steps to "
+            f"{state.step} or more, or go on from an earlier checkpoint"
+        )
+    former = state.total_steps
+    if former is None or former == total_steps:
+        return
+    flat = former - RunConfig.model_validate(state.config).train.cooldown_steps(former)
+    if flat < min(state.step, former):
+        raise ConfigError(
+            f"{folder} stands in the cooldown of a schedule of {former} steps, which began after step {flat}; to train "
+            f"{total_steps} steps, go on from a checkpoint of step {flat} or before, or set train.max_steps to {former}"
+        )
+
+
 def refuse_other_data(found: tuple[Path, TrainerState], data: PreparedData) -> None:
     """Raise ConfigError unless ``data`` is the text, in the tokens, that the checkpoint was trained on."""
     folder, state = found
@@ -141,7 +165,15 @@ def restore(
     best = state.best
     if best is not None and not (_is_in(checkpoint, folder) and step_folder(folder, best["step"]).is_dir()):
         best = None
-    return Progress(state.step, state.position, state.tokens, best, state.metrics)
+    return Progress(
+        state.step,
+        state.position,
+        state.tokens,
+        best,
+        state.metrics,
+        skipped=state.skipped,
+        skipped_in_a_row=state.skipped_in_a_row,
+    )
 
 
 def _is_in(checkpoint: Path, folder: Path) -> bool:

@@ -36,7 +36,16 @@ from psannlm.training.metrics import MetricsLog, draw_curve, read_metrics
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import replicate
 from psannlm.training.progress import Reporter, SilentReporter
-from psannlm.training.resume import find_state, identity, make_way, move_aside, refuse_other_data, restore, same_model
+from psannlm.training.resume import (
+    find_state,
+    identity,
+    make_way,
+    move_aside,
+    refuse_other_data,
+    refuse_past_schedule,
+    restore,
+    same_model,
+)
 
 CONFIG_FILE = "config.yaml"
 SYSTEM_FILE = "system.json"
@@ -59,6 +68,7 @@ class TrainResult:
     steps: int
     tokens: int
     parameters: int
+    skipped: int
     seconds: float
     train_loss: float
     best: dict[str, Any] | None
@@ -140,6 +150,7 @@ def train(
             steps=progress.step,
             tokens=progress.tokens,
             parameters=_size(run.model),
+            skipped=progress.skipped,
             seconds=time.monotonic() - began,
             train_loss=float(progress.metrics.get("loss", float("nan"))),
             best=progress.best,
@@ -195,6 +206,8 @@ def _build(
         reporter.notice(line)
     optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
     scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.needs_scaler)
+    if start.found is not None:
+        refuse_past_schedule(start.found, n_steps)
     progress = Progress() if start.found is None else restore(start.found, folder, optimizers, scaler)
     world.wait()
     run = Run(
@@ -230,6 +243,12 @@ def doubts(config: RunConfig, loader: Loader, n_steps: int) -> list[str]:
         found.append(
             f"note: train.warmup_steps {config.train.warmup_steps} reaches past the last step, {n_steps}: the "
             f"learning rate never comes to train.lr {config.train.lr:g}; lower it, or train longer"
+        )
+    elif config.train.warmup_steps + config.train.cooldown_steps(n_steps) > n_steps:
+        found.append(
+            f"note: train.warmup_steps {config.train.warmup_steps} reaches into the cooldown, the "
+            f"last {config.train.cooldown_steps(n_steps)} of {n_steps} steps; lower it or train.cooldown_share, or "
+            "train longer"
         )
     return found
 

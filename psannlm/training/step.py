@@ -86,6 +86,9 @@ def train_step(
     is_finite = math.isfinite(mean_loss) and (math.isfinite(grad_norm) or is_finding_scale)
     if is_finite:
         scaler.update()
+    elif scaler.is_enabled():
+        # Nothing steps, and the scale stays; told of it, the scaler forgets what it found in these gradients.
+        scaler.update(scaler.get_scale())
     return StepResult(mean_loss, grad_norm, n_labels, is_finite)
 
 

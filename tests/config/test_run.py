@@ -155,6 +155,13 @@ def test_a_rule_is_silent_where_one_of_its_fields_is_refused(tmp_path: Path) -> 
         ("train: {checkpoint_dir: 2024}", "train.checkpoint_dir", '2024 is not text; quote it: "2024"'),
         ("train: {lr: 0}", "train.lr", "0 is too small: it must be greater than 0"),
         ("train: {device: gpu}", "train.device", "is not one of auto, cpu, cuda or cuda:N"),
+        (
+            "train: {max_steps: 10, schedule: wsd, cooldown_share: 0.5, warmup_steps: 6}",
+            "train.cooldown_share",
+            "a cooldown of 5 steps after 6 of warm-up does not fit into max_steps 10",
+        ),
+        ("train: {schedule: wds}", "train.schedule", "did you mean 'wsd'?"),
+        ("train: {on_nonfinite: skp}", "train.on_nonfinite", "did you mean 'skip'?"),
         ("train: {epochs: null}", "train.epochs", "null is not a whole number"),
         ("train: {lr: !!python/name:os.system ''}", "train.lr", "is not allowed; write a plain value"),
         ("lr: 1", "lr", "it belongs to train"),
@@ -270,6 +277,8 @@ _TRAIN = st.builds(
     amp=st.sampled_from([None, "bf16"]),
     checkpoint_dir=_NAMES | _TRICKY_NAMES,
     max_steps=st.none() | st.integers(1, 100),
+    schedule=st.sampled_from(["cosine", "wsd", "constant"]),
+    on_nonfinite=st.sampled_from(["stop", "skip"]),
 )
 _RUNS = st.builds(RunConfig, model=_MODELS, data=_DATA, train=_TRAIN)
 

@@ -213,6 +213,29 @@ def test_a_named_checkpoint_may_go_on_with_another_learning_rate(tiny_run: TinyR
     assert notes.steps == []
 
 
+def test_a_constant_rate_may_be_cooled_down_from_any_checkpoint_and_a_cooled_one_goes_nowhere_else(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    settings = {"schedule": "wsd", "cooldown_share": 0.5, "save_interval_steps": 1, "keep_checkpoints": 9}
+    folder = train(tiny_run(**settings, max_steps=4)).folder
+    assert [row["lr"] for row in figures(folder) if row["kind"] == "train"][:2] == [1e-2, 1e-2]
+    longer = tiny_run(**settings, max_steps=6)
+    for step in (3, 4):
+        with pytest.raises(ConfigError, match=r"cooldown of a schedule of 4 steps.* step 2 or before.*max_steps to 4"):
+            train(longer, resume=str(step_folder(folder, step)))
+    straight = tmp_path / "straight"
+    train(moved(longer, straight))
+    train(longer, resume=str(step_folder(folder, 2)))
+    assert_same_run(straight, folder, 6)
+
+
+def test_a_checkpoint_past_the_end_of_the_run_is_refused_with_what_to_set(tiny_run: TinyRun) -> None:
+    folder = train(tiny_run(max_steps=4)).folder
+    with pytest.raises(ConfigError, match=r"after step 4, and this run ends at 3; set train\.max_steps to 4 or more"):
+        train(tiny_run(max_steps=3), resume=str(step_folder(folder, 4)))
+    assert list_checkpoints(folder) == [step_folder(folder, 4)]
+
+
 def test_a_named_checkpoint_refuses_another_model_or_corpus(tiny_run: TinyRun) -> None:
     folder = train(tiny_run(max_steps=2)).folder
     with pytest.raises(ConfigError, match=r"model\.n_layers: 1 -> 2"):

@@ -108,6 +108,7 @@ TRAIN_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "lr": ({}, {"lr": 1e-3}, "rates losses weights", "tokens"),
     "min_lr": ({}, {"min_lr": 5e-3}, "rates weights", "tokens"),
     "schedule": ({}, {"schedule": "constant"}, "rates weights", "tokens"),
+    "cooldown_share": ({"schedule": "wsd"}, {"cooldown_share": 0.5}, "rates weights", "tokens"),
     "warmup_steps": ({}, {"warmup_steps": 3}, "rates weights", "tokens"),
     "weight_decay": ({}, {"weight_decay": 0.5}, "weights", "tokens rates"),
     "label_smoothing": ({}, {"label_smoothing": 0.2}, "losses weights", "tokens rates"),
@@ -128,6 +129,8 @@ TRAIN_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
 }
 # Keys whose effect is not one on figures have a test of their own below.
 OTHER_TRAIN_KEYS = {"compile", "ddp", "device", "grad_checkpoint"}
+# Has its test in test_mishaps.py.
+OTHER_TRAIN_KEYS |= {"on_nonfinite"}
 
 DATA_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "sources": ({}, {}, "corpus tokens losses", "steps"),
@@ -390,6 +393,11 @@ def test_max_steps_may_take_several_epochs(tiny_run: TinyRun) -> None:
         ({"batch_tokens": 16_384}, "a step asks for 2,048 windows and the training text gives"),
         ({"max_steps": None, "warmup_steps": 7}, "train.warmup_steps 7 reaches past the last step, 6"),
         ({"max_steps": None, "warmup_steps": 6}, None),
+        (
+            {"max_steps": None, "warmup_steps": 5, "schedule": "wsd", "cooldown_share": 0.34},
+            "reaches into the cooldown",
+        ),
+        ({"max_steps": None, "warmup_steps": 4, "schedule": "wsd", "cooldown_share": 0.34}, None),
     ],
 )
 def test_what_cannot_come_to_pass_is_said_before_the_first_step(

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from psannlm.config.train import TrainConfig
+from psannlm.errors import TrainingError
 from psannlm.training.schedule import learning_rate
 
 SETTINGS = {"peak": 1.0, "floor": 0.1, "warmup_steps": 4, "total_steps": 11}
@@ -36,9 +38,46 @@ def test_constant_by_hand(step: int, expected: float) -> None:
     assert learning_rate(step, **SETTINGS, schedule="constant") == expected
 
 
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (1, 0.25),
+        (4, 1.0),
+        (5, 1.0),
+        (8, 1.0),  # the last before a cooldown of three
+        (9, 0.1 + 0.9 * (1 - math.sqrt(1 / 4))),
+        (10, 0.1 + 0.9 * (1 - math.sqrt(2 / 4))),
+        (11, 0.1 + 0.9 * (1 - math.sqrt(3 / 4))),
+    ],
+)
+def test_warm_up_constant_cooldown_by_hand(step: int, expected: float) -> None:
+    assert learning_rate(step, **SETTINGS, schedule="wsd", cooldown_steps=3) == pytest.approx(expected, abs=1e-15)
+
+
+def test_a_step_past_the_cooldown_is_refused_with_the_key_to_raise() -> None:
+    with pytest.raises(TrainingError, match=r"step 12 is past the end of the schedule, 11; raise train\.max_steps"):
+        learning_rate(12, **SETTINGS, schedule="wsd", cooldown_steps=3)
+
+
+def test_until_its_cooldown_a_run_does_not_depend_on_where_it_ends() -> None:
+    """What a constant rate is for: the same checkpoint may be cooled down now, or later."""
+    for step in range(1, 9):
+        short = learning_rate(step, **SETTINGS, schedule="wsd", cooldown_steps=3)
+        long = learning_rate(step, **{**SETTINGS, "total_steps": 100}, schedule="wsd", cooldown_steps=20)
+        assert short == long
+
+
+@pytest.mark.parametrize(("total", "share", "expected"), [(10, 0.2, 2), (11, 0.2, 2), (3, 0.01, 1), (7, 1.0, 7)])
+def test_the_cooldown_is_a_share_of_the_steps_and_at_least_one(total: int, share: float, expected: int) -> None:
+    assert TrainConfig(schedule="wsd", cooldown_share=share).cooldown_steps(total) == expected
+    assert TrainConfig(schedule="cosine", cooldown_share=share).cooldown_steps(total) == 0
+
+
 def test_the_last_step_still_learns() -> None:
     for n_steps in (1, 2, 100):
-        assert learning_rate(n_steps, peak=1.0, floor=0.0, warmup_steps=0, total_steps=n_steps) > 0.0
+        settings = {"peak": 1.0, "floor": 0.0, "warmup_steps": 0, "total_steps": n_steps}
+        assert learning_rate(n_steps, **settings) > 0.0
+        assert learning_rate(n_steps, **settings, schedule="wsd", cooldown_steps=n_steps) > 0.0
 
 
 def test_no_warmup_starts_next_to_the_peak() -> None:

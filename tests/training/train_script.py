@@ -1,7 +1,11 @@
-"""A run in a process of its own: ``train_script.py CONFIG [slow | hold-save STEP]``; exits as the command line does."""
+"""A run in a process of its own, which exits as the command line does.
+
+``train_script.py CONFIG [slow | hold-save STEP | memory MEGABYTES]``
+"""
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from pathlib import Path
@@ -39,10 +43,19 @@ def hold_save(step: int) -> None:
     checkpoint.write_tensors = slow  # type: ignore[assignment]
 
 
+def allow_memory(megabytes: int) -> None:
+    """Let the process have so much more memory than it has now, and no more."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    limit = pages * resource.getpagesize() + megabytes * 1_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
 if __name__ == "__main__":
     if sys.argv[2:3] == ["hold-save"]:
         hold_save(int(sys.argv[3]))
-    reporter = Slow() if len(sys.argv) > 2 else None
+    if sys.argv[2:3] == ["memory"]:
+        allow_memory(int(sys.argv[3]))
+    reporter = Slow() if sys.argv[2:3] in (["slow"], ["hold-save"]) else None
     try:
         train(load_config(sys.argv[1]), reporter=reporter)
     except PsannlmError as error:
