@@ -42,25 +42,35 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return what ``encode`` gives for each text, computed on the library's own threads."""
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[list[int]]:
+        """Return what ``encode`` gives for each text, computed on the library's own threads.
 
-    def encode_flat(self, texts: Sequence[str], threads: int = 0) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Return the ids of all texts end to end, (n_tokens,), and how many belong to each text, (n_texts,).
-
-        Four bytes a token are held, where a list holds an object for each. ``threads`` 0 leaves their number to the
-        library; Hugging Face's takes none from a call, but obeys RAYON_NUM_THREADS and TOKENIZERS_PARALLELISM.
+        ``threads`` 0 leaves their number to the library; Hugging Face's takes none from a call, but obeys
+        RAYON_NUM_THREADS (read once) and TOKENIZERS_PARALLELISM.
 
         Raises:
             TokenizerError: a text holds a lone surrogate.
         """
-        encoded = self.encode_batch(texts)
+
+    def encode_flat(self, texts: Sequence[str], threads: int = 0) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return the ids of all texts end to end, (n_tokens,), and how many belong to each text, (n_texts,).
+
+        Four bytes a token are held, where a list holds an object for each. ``threads`` as in ``encode_batch``.
+
+        Raises:
+            TokenizerError: a text holds a lone surrogate.
+        """
+        encoded = self.encode_batch(texts, threads)
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum())), lengths
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids``; specials give no text, and bytes that are not UTF-8 give U+FFFD."""
+
+    def decode_batch(self, rows: Sequence[Sequence[int]], threads: int = 0) -> list[str]:
+        """Return what ``decode`` gives for each row, on the library's own threads where it has any."""
+        return [self.decode(ids) for ids in rows]
 
     @abstractmethod
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -74,6 +84,11 @@ class Tokenizer(ABC):
     def special_ids(self) -> frozenset[int]:
         """The ids that stand for no text."""
         return frozenset((self.pad_id, self.bos_id, self.eos_id, self.unk_id))
+
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        """The ids that stand for one byte of a character that has no id of its own."""
+        return frozenset()
 
     @property
     def fingerprint(self) -> str:
@@ -113,6 +128,17 @@ def refuse_unknown_ids(ids: Sequence[int], vocab_size: int) -> None:
         wrong = next(i for i in ids if not 0 <= i < vocab_size)
         message = f"id {wrong} lies outside the vocabulary 0 .. {vocab_size - 1}; was it made by another tokenizer?"
         raise TokenizerError(message)
+
+
+def plain_ids(ids: Sequence[int], vocab_size: int, specials: frozenset[int]) -> list[int]:
+    """Return ``ids`` as a list of Python's integers without ``specials``, for a library to decode.
+
+    Raises:
+        TokenizerError: an id lies outside the vocabulary.
+    """
+    refuse_unknown_ids(ids, vocab_size)
+    whole = list(map(int, ids))
+    return whole if specials.isdisjoint(whole) else [i for i in whole if i not in specials]
 
 
 def printable(piece: str) -> str:

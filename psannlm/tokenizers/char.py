@@ -83,8 +83,8 @@ class CharTokenizer(Tokenizer):
         ids: list[int] = self._encode_joined(text)[0].tolist()
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        ids, lengths = self.encode_flat(texts)
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[list[int]]:
+        ids, lengths = self.encode_flat(texts, threads)
         flat: list[int] = ids.tolist()
         return [flat[start:end] for start, end in pairwise(accumulate(lengths.tolist(), initial=0))]
 
@@ -125,6 +125,10 @@ class CharTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         refuse_unknown_ids(ids, self.vocab_size)
         return b"".join(map(self._bytes_of.__getitem__, ids)).decode("utf-8", errors="replace")
+
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        return frozenset(range(_FIRST_BYTE + 0x80, _FIRST_CHARACTER))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         refuse_unknown_ids(ids, self.vocab_size)

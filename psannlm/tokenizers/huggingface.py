@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from psannlm.errors import TokenizerError
 from psannlm.tokenizers.base import (
     SPECIALS,
     Tokenizer,
+    plain_ids,
     printable,
     refuse_surrogates,
     refuse_surrogates_in,
@@ -26,6 +28,9 @@ _SPELLINGS = {
     "eos": ("</s>", "<eos>", "[EOS]", "[SEP]", "<|end_of_text|>", "<|endoftext|>"),
     "unk": ("<unk>", "[UNK]", "<|unk|>"),
 }
+
+# How models with byte fallback spell a byte; byte-level ones have a letter for each.
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -93,7 +98,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[list[int]]:
         try:
             found = self._model.encode_batch_fast(texts, add_special_tokens=False)
         except (TypeError, UnicodeError):
@@ -102,9 +107,21 @@ class HuggingFaceTokenizer(Tokenizer):
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:
-        refuse_unknown_ids(ids, self.vocab_size)
-        text: str = self._model.decode([int(i) for i in ids if i not in self._specials], skip_special_tokens=True)
+        text: str = self._model.decode(plain_ids(ids, self.vocab_size, self._specials), skip_special_tokens=True)
         return text
+
+    def decode_batch(self, rows: Sequence[Sequence[int]], threads: int = 0) -> list[str]:
+        plain = [plain_ids(ids, self.vocab_size, self._specials) for ids in rows]
+        texts: list[str] = self._model.decode_batch(plain, skip_special_tokens=True)
+        return texts
+
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        return frozenset(
+            i
+            for piece, i in self._model.get_vocab(with_added_tokens=False).items()
+            if _BYTE_PIECE.fullmatch(piece) or (len(piece) == 1 and self._model.decode([i]) == "\ufffd" != piece)
+        )
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         refuse_unknown_ids(ids, self.vocab_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -11,10 +11,12 @@ from psannlm.errors import ConfigError, TokenizerError, nearest
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, N_BYTES, SPECIALS, Tokenizer
 from psannlm.tokenizers.char import FORMAT as CHAR_FORMAT
 from psannlm.tokenizers.char import CharTokenizer
-from psannlm.tokenizers.sample import sample_passages
+from psannlm.tokenizers.sample import SAMPLE_CHARS, sample_passages
 
 # Backend -> the package it needs, in the order that "auto" tries them.
 _PACKAGES: dict[str, str | None] = {"sentencepiece": "sentencepiece", "tokenizers": "tokenizers", "simple": None}
+# What SentencePiece can be fitted as, the default first.
+MODEL_TYPES = ("unigram", "bpe")
 
 
 def available_backends() -> dict[str, str | None]:
@@ -61,31 +63,62 @@ def fit_tokenizer(
     backend: str = "auto",
     vocab_size: int = 4096,
     *,
+    model_type: str | None = None,
     seed: int = 1337,
+    sample_chars: int = SAMPLE_CHARS,
     notice: Callable[[str], None] = _ignore,
 ) -> Tokenizer:
-    """Fit a lossless tokenizer; the same texts, backend, size and seed give the same bytes.
+    """Fit a lossless tokenizer; the same texts, backend, sizes and seed give the same bytes.
 
     Args:
         texts: the corpus, read once. Of a large one a random sample is used, chosen by ``seed``.
         backend: ``auto``, ``sentencepiece``, ``tokenizers`` or ``simple``.
         vocab_size: entries at most, specials and bytes included. A small corpus fills fewer, and ``notice`` is told.
+        model_type: ``unigram`` (None: this) or ``bpe`` for SentencePiece; the others have one type only.
+        sample_chars: characters of the corpus to fit on, at most.
 
     Raises:
-        ConfigError: ``vocab_size`` is too small, or the backend unknown.
+        ConfigError: ``vocab_size`` or ``sample_chars`` is too small, or the backend or its type unknown.
         CorpusError: the corpus is empty or blank.
         TokenizerError: the backend's package is missing, or a text holds a lone surrogate.
     """
+    backend = check_fit(backend, vocab_size, model_type, sample_chars)
+    sample = sample_passages(texts, seed, budget=sample_chars, notice=notice)
+    return fit_passages(sample, backend, vocab_size, model_type=model_type, notice=notice)
+
+
+def check_fit(backend: str, vocab_size: int, model_type: str | None, sample_chars: int = SAMPLE_CHARS) -> str:
+    """Return the backend that ``backend`` stands for. Raises what :func:`fit_tokenizer` says of its arguments."""
     backend = resolve_backend(backend)
     if vocab_size < MIN_VOCAB_SIZE:
         parts = f"{N_BYTES} bytes, {len(SPECIALS)} specials and one piece of text"
         raise ConfigError(f"vocab_size {vocab_size} is too small: {parts} take {MIN_VOCAB_SIZE}")
-    sample = sample_passages(texts, seed, notice=notice)
+    if sample_chars < 1:
+        raise ConfigError(f"sample_chars {sample_chars} is too small: a tokenizer is fitted on a character at least")
+    if model_type is not None and backend != "sentencepiece":
+        raise ConfigError(
+            f"model type '{model_type}' is for sentencepiece; '{backend}' has one type only: leave it out"
+        )
+    if model_type not in (None, *MODEL_TYPES):
+        known = ", ".join(MODEL_TYPES)
+        raise ConfigError(f"unknown model type '{model_type}'{nearest(model_type, MODEL_TYPES)}; choose one of {known}")
+    return backend
+
+
+def fit_passages(
+    sample: Sequence[str],
+    backend: str,
+    vocab_size: int,
+    *,
+    model_type: str | None = None,
+    notice: Callable[[str], None] = _ignore,
+) -> Tokenizer:
+    """Fit on passages as :mod:`psannlm.tokenizers.sample` makes them; arguments as checked by :func:`check_fit`."""
     tokenizer: Tokenizer
     if backend == "sentencepiece":
         from psannlm.tokenizers.sentencepiece import SentencePieceTokenizer
 
-        tokenizer = SentencePieceTokenizer.fit(sample, vocab_size)
+        tokenizer = SentencePieceTokenizer.fit(sample, vocab_size, model_type or MODEL_TYPES[0])
     elif backend == "tokenizers":
         from psannlm.tokenizers.huggingface import HuggingFaceTokenizer
 

@@ -35,6 +35,55 @@ def passages(text: str, limit: int = PASSAGE_CHARS) -> Iterator[str]:
         yield text[start:]
 
 
+class PassageSample:
+    """A uniform random choice of the passages of all texts added so far, ``budget`` characters at most.
+
+    Each passage draws a number, and those with the highest are kept: every passage has the same chance, wherever it
+    stands. Which are kept depends on ``seed`` and the texts alone; only they, and no others, are held.
+    """
+
+    def __init__(self, seed: int, budget: int = SAMPLE_CHARS) -> None:
+        self._draw = random.Random(seed)
+        self._budget = budget
+        self._kept: list[tuple[float, int, str]] = []  # a heap, so that the passage to give up next stands first
+        self._floor = -1.0  # the highest number that was given up: later passages must draw more
+        self._held = 0
+        self._count = 0
+        self.total_chars = 0
+
+    def add(self, text: str) -> None:
+        """Let the passages of ``text`` take part."""
+        for passage in passages(text):
+            number = self._draw.random()
+            self._count += 1
+            self.total_chars += len(passage)
+            if number <= self._floor:
+                continue
+            heapq.heappush(self._kept, (number, self._count, passage))
+            self._held += len(passage)
+            while self._held > self._budget and len(self._kept) > 1:
+                self._floor, _, given_up = heapq.heappop(self._kept)
+                self._held -= len(given_up)
+
+    @property
+    def held_chars(self) -> int:
+        """Characters of the passages that are kept."""
+        return self._held
+
+    def passages(self) -> list[str]:
+        """Return what is kept, in the order of the texts."""
+        return [passage for _, _, passage in sorted(self._kept, key=lambda entry: entry[1])]
+
+    def notice(self) -> str | None:
+        """Return one line for people if something was left out."""
+        if self._held == self.total_chars:
+            return None
+        return (
+            f"the tokenizer is fitted on a random sample of {self._held:,} of the corpus's {self.total_chars:,} "
+            "characters"
+        )
+
+
 def sample_passages(
     texts: Iterable[str], seed: int, *, budget: int = SAMPLE_CHARS, notice: Callable[[str], None] = lambda message: None
 ) -> list[str]:
@@ -47,25 +96,15 @@ def sample_passages(
         CorpusError: there is no text, or nothing but white space.
         TokenizerError: a text holds a lone surrogate.
     """
-    draw = random.Random(seed)
-    kept: list[tuple[float, int, str]] = []  # a heap, so that the passage to give up next stands first
-    held = 0
+    sample = PassageSample(seed, budget)
     is_blank = True
-    count = total = 0
     for number, text in enumerate([texts] if isinstance(texts, str) else texts):
         refuse_surrogates(text, f"text {number}")
         is_blank = is_blank and not text.strip()
-        for passage in passages(text):
-            heapq.heappush(kept, (draw.random(), count, passage))
-            count += 1
-            held += len(passage)
-            total += len(passage)
-            while held > budget and len(kept) > 1:
-                held -= len(heapq.heappop(kept)[2])
+        sample.add(text)
     if is_blank:
-        found = "only white space" if count else "no text"
+        found = "only white space" if sample.total_chars else "no text"
         raise CorpusError(f"cannot fit a tokenizer: the corpus holds {found}. Check the sources that are configured.")
-    if held < total:
-        notice(f"the tokenizer is fitted on a random sample of {held:,} of the corpus's {total:,} characters")
-    kept.sort(key=lambda entry: entry[1])
-    return [passage for _, _, passage in kept]
+    if said := sample.notice():
+        notice(said)
+    return sample.passages()

@@ -21,6 +21,7 @@ from psannlm.tokenizers.base import (
     SPECIALS,
     UNK,
     Tokenizer,
+    plain_ids,
     printable,
     refuse_surrogates,
     refuse_surrogates_in,
@@ -81,14 +82,15 @@ class SentencePieceTokenizer(Tokenizer):
         self._escapes = self._model.decode([self.unk_id]) == _ESCAPE
 
     @classmethod
-    def fit(cls, texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-        """Fit a lossless unigram model of at most ``vocab_size`` pieces; the same texts give the same bytes.
+    def fit(cls, texts: Iterable[str], vocab_size: int, model_type: str = "unigram") -> SentencePieceTokenizer:
+        """Fit a lossless model of at most ``vocab_size`` pieces; the same texts give the same bytes.
 
         A piece keeps to one script (the library's default), so none can mix the letters and brackets of a special.
 
         Args:
             texts: passages of at most ``sample.PASSAGE_CHARS`` characters.
             vocab_size: at least ``base.MIN_VOCAB_SIZE``.
+            model_type: ``unigram`` or ``bpe``.
         """
         # With nothing left to learn (a text of NUL characters), any one character serves: the rest is bytes.
         sentences = _sentences(texts, vocab_size) or [_ESCAPE]
@@ -96,7 +98,7 @@ class SentencePieceTokenizer(Tokenizer):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
             model_writer=model,
-            model_type="unigram",
+            model_type=model_type,
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             character_coverage=1.0,
@@ -131,10 +133,9 @@ class SentencePieceTokenizer(Tokenizer):
             raise
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        prepared = [_escape(text) for text in texts] if self._escapes else list(texts)
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[list[int]]:
         try:
-            ids: list[list[int]] = self._model.encode(prepared)
+            ids: list[list[int]] = self._model.encode(self._prepared(texts), num_threads=threads or -1)
         except (RuntimeError, TypeError, UnicodeError):
             refuse_surrogates_in(texts)
             raise
@@ -143,19 +144,32 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_flat(self, texts: Sequence[str], threads: int = 0) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         if not hasattr(self._model, "EncodeAsNumpy"):  # before version 0.2.2
             return super().encode_flat(texts, threads)
-        prepared = [_escape(text) for text in texts] if self._escapes else list(texts)
         try:
-            found = self._model.encode(prepared, out_type="numpy", num_threads=threads or -1)
+            found = self._model.encode(self._prepared(texts), out_type="numpy", num_threads=threads or -1)
         except (RuntimeError, TypeError, UnicodeError):
             refuse_surrogates_in(texts)
             raise
         lengths = np.fromiter(map(len, found), np.int64, len(found))
         return np.concatenate([np.zeros(0, dtype=np.int32), *found]), lengths
 
+    def _prepared(self, texts: Sequence[str]) -> list[str]:
+        # Of short texts a million a second pass here: whether one is ASCII is known without looking at it.
+        return [text if text.isascii() else _escape(text) for text in texts] if self._escapes else list(texts)
+
     def decode(self, ids: Sequence[int]) -> str:
-        refuse_unknown_ids(ids, self.vocab_size)
-        text: str = self._model.decode([int(i) for i in ids if i not in self._specials])
+        text: str = self._model.decode(plain_ids(ids, self.vocab_size, self._specials))
         return _unescape(text) if self._escapes else text
+
+    def decode_batch(self, rows: Sequence[Sequence[int]], threads: int = 0) -> list[str]:
+        if not rows:  # the library takes no rows for no ids
+            return []
+        plain = [plain_ids(ids, self.vocab_size, self._specials) for ids in rows]
+        texts: list[str] = self._model.decode(plain, num_threads=threads or -1)
+        return [_unescape(text) for text in texts] if self._escapes else texts
+
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        return frozenset(i for i in range(self.vocab_size) if self._model.is_byte(i))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         refuse_unknown_ids(ids, self.vocab_size)

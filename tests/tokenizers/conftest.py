@@ -7,7 +7,7 @@ import pytest
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer
 
-BACKENDS = ("sentencepiece", "tokenizers", "simple")
+BACKENDS = ("sentencepiece", "sentencepiece bpe", "tokenizers", "simple")
 
 # Specials spelled out and escape characters, often enough that a careless trainer would learn them as pieces.
 CORPUS = [
@@ -20,7 +20,8 @@ CORPUS = [
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return fit_tokenizer(CORPUS, request.param, 400)
+    backend, *model_type = request.param.split()
+    return fit_tokenizer(CORPUS, backend, 400, model_type=model_type[0] if model_type else None)
 
 
 @pytest.fixture

@@ -71,9 +71,9 @@ def test_every_scalar_value_survives_alone_and_among_others(tokenizer: Tokenizer
     scalars = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
     assert len(scalars) == 1_112_064
     joined = ["".join(scalars[i : i + 500]) for i in range(0, len(scalars), 500)]
-    for text, ids in zip(joined, tokenizer.encode_batch(joined), strict=True):
-        assert tokenizer.decode(ids) == text
-        assert tokenizer.special_ids.isdisjoint(ids)
+    rows = tokenizer.encode_batch(joined)
+    assert tokenizer.decode_batch(rows) == joined
+    assert all(tokenizer.special_ids.isdisjoint(ids) for ids in rows)
     basic = [c for c in scalars if ord(c) < 0x3000 or 0xE000 <= ord(c) < 0x10400]
     for text, ids in zip(basic, tokenizer.encode_batch(basic), strict=True):
         assert tokenizer.decode(ids) == text
@@ -95,6 +95,8 @@ def test_a_batch_equals_its_texts(tokenizer: Tokenizer, texts: list[str]) -> Non
     each = [tokenizer.encode(text) for text in texts]
     assert tokenizer.encode_batch(texts) == each
     for threads in (0, 1):
+        assert tokenizer.encode_batch(texts, threads) == each
+        assert tokenizer.decode_batch([[1, *ids, 2] for ids in each], threads) == texts
         ids, lengths = tokenizer.encode_flat(texts, threads)
         assert lengths.tolist() == [len(one) for one in each]
         assert ids.tolist() == [i for one in each for i in one]
@@ -175,7 +177,19 @@ def test_pieces_can_be_printed(tokenizer: Tokenizer) -> None:
     assert "".join(tokenizer.pieces(tokenizer.encode("the"))) == "the"
 
 
+def test_bytes_are_told_from_characters(tokenizer: Tokenizer) -> None:
+    unseen = tokenizer.encode("\U0001d11e")
+    assert tokenizer.byte_ids.issuperset(unseen)
+    assert tokenizer.byte_ids.isdisjoint(tokenizer.encode("the lazy dog"))
+    assert all(
+        tokenizer.decode([i]) == "\ufffd" or len(tokenizer.decode([i]).encode()) == 1 for i in tokenizer.byte_ids
+    )
+    assert tokenizer.byte_ids.isdisjoint(tokenizer.special_ids)
+
+
 def test_empty_batch(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode_batch([]) == []
+    assert tokenizer.decode_batch([[]]) == [""]
     assert tokenizer.encode_batch([]) == []
     assert tokenizer.encode_batch([""]) == [[]]
     assert tokenizer.decode([]) == ""

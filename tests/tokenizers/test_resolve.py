@@ -3,9 +3,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
 
 from psannlm.errors import ConfigError, CorpusError, TokenizerError
 from psannlm.tokenizers import resolve
@@ -19,6 +22,7 @@ from psannlm.tokenizers.resolve import (
 )
 
 BACKENDS = ("sentencepiece", "tokenizers", "simple")
+KINDS = ("sentencepiece", "sentencepiece bpe", "tokenizers", "simple")
 PROSE = ["The quick brown fox jumps over the lazy dog, and the dog sleeps.\n" * 30]
 
 
@@ -61,50 +65,75 @@ def test_an_unknown_backend_names_its_neighbour() -> None:
         resolve_backend("sentencepeice")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def fit(texts: Iterable[str], kind: str, vocab_size: int, **named: Any) -> Tokenizer:
+    backend, _, model_type = kind.partition(" ")
+    return fit_tokenizer(texts, backend, vocab_size, model_type=model_type or None, **named)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 class TestFit:
-    def test_the_same_input_gives_the_same_bytes(self, backend: str, corpus: list[str]) -> None:
-        first, second = (fit_tokenizer(iter(corpus), backend, 400, seed=3) for _ in range(2))
+    def test_the_same_input_gives_the_same_bytes(self, kind: str, corpus: list[str]) -> None:
+        first, second = (fit(iter(corpus), kind, 400, seed=3) for _ in range(2))
         assert first.to_bytes() == second.to_bytes()
         assert first.fingerprint == hashlib.sha256(first.to_bytes()).hexdigest()
-        assert first.fingerprint != fit_tokenizer([*corpus, "ŵ" * 500], backend, 400).fingerprint
+        assert first.fingerprint != fit([*corpus, "ŵ" * 500], kind, 400).fingerprint
 
     @pytest.mark.parametrize("text", ["a", "ab", "\0", "▅", "▁", "\uf8f0", "é", "\n\n a", "\0\0 \0"])
-    def test_a_tiny_corpus_gives_a_small_vocabulary_and_a_notice(self, backend: str, text: str) -> None:
+    def test_a_tiny_corpus_gives_a_small_vocabulary_and_a_notice(self, kind: str, text: str) -> None:
         told: list[str] = []
-        tokenizer = fit_tokenizer([text], backend, 4096, notice=told.append)
+        tokenizer = fit([text], kind, 4096, notice=told.append)
         assert 260 <= tokenizer.vocab_size < 300
         assert told == [f"the corpus fills {tokenizer.vocab_size} of the 4,096 vocabulary entries asked for"]
         assert tokenizer.decode(tokenizer.encode(text + "日")) == text + "日"
 
-    def test_a_full_vocabulary_gives_no_notice(self, backend: str) -> None:
+    def test_a_full_vocabulary_gives_no_notice(self, kind: str) -> None:
         told: list[str] = []
-        tokenizer = fit_tokenizer([*PROSE, "äöüß"], backend, MIN_VOCAB_SIZE, notice=told.append)
+        tokenizer = fit([*PROSE, "äöüß"], kind, MIN_VOCAB_SIZE, notice=told.append)
         assert tokenizer.vocab_size == MIN_VOCAB_SIZE
         assert not told
 
     @pytest.mark.parametrize("texts", [[], [""], [" \n\t "], ["", "\u3000"]])
-    def test_an_empty_or_blank_corpus_is_an_error(self, backend: str, texts: list[str]) -> None:
+    def test_an_empty_or_blank_corpus_is_an_error(self, kind: str, texts: list[str]) -> None:
         with pytest.raises(CorpusError, match="Check the sources"):
-            fit_tokenizer(texts, backend, 300)
+            fit(texts, kind, 300)
 
-    def test_a_vocabulary_without_room_for_the_bytes_is_an_error(self, backend: str) -> None:
+    def test_a_vocabulary_without_room_for_the_bytes_is_an_error(self, kind: str) -> None:
         with pytest.raises(ConfigError, match=r"vocab_size 260 is too small: .* take 261"):
-            fit_tokenizer(PROSE, backend, 260)
+            fit(PROSE, kind, 260)
 
-    def test_a_very_long_line_is_learned_from(self, backend: str) -> None:
+    def test_a_very_long_line_is_learned_from(self, kind: str) -> None:
         # SentencePiece passes over sentences longer than a limit, 4,192 bytes by default.
         long_line = "wonderful über " * 20_000
-        tokenizer = fit_tokenizer([long_line], backend, 300)
-        budget = {"simple": len("wonderful über ")}.get(backend, 6)
+        tokenizer = fit([long_line], kind, 300)
+        budget = {"simple": len("wonderful über ")}.get(kind, 6)
         assert len(tokenizer.encode(" wonderful über")) <= budget
 
     @pytest.mark.parametrize("cut", [0.1, 0.5, 0.9])
-    def test_a_file_cut_short_is_refused_with_its_path(self, backend: str, cut: float, tmp_path: Path) -> None:
-        content = fit_tokenizer([*PROSE, "é"], backend, 300).to_bytes()
+    def test_a_file_cut_short_is_refused_with_its_path(self, kind: str, cut: float, tmp_path: Path) -> None:
+        content = fit([*PROSE, "é"], kind, 300).to_bytes()
         path = tmp_path / "cut.model"
         path.write_bytes(content[: int(len(content) * cut)])
         refused(path)
+
+
+@pytest.mark.parametrize(
+    ("backend", "model_type", "says"),
+    [("sentencepiece", "bep", "did you mean 'bpe'"), ("simple", "bpe", "'simple' has one type only")],
+)
+def test_a_model_type_that_is_not_there_is_refused(backend: str, model_type: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        fit_tokenizer(PROSE, backend, 300, model_type=model_type)
+    with pytest.raises(ConfigError, match="sample_chars 0 is too small"):
+        fit_tokenizer(PROSE, backend, 300, sample_chars=0)
+
+
+def test_the_two_types_of_sentencepiece_are_what_they_say(corpus: list[str]) -> None:
+    for model_type in ("unigram", "bpe"):
+        content = fit_tokenizer(corpus, "sentencepiece", 300, model_type=model_type).to_bytes()
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        # BPE scores a piece by the number of its merge, a unigram model by the logarithm of its probability.
+        scores = [model.get_score(i) for i in range(260, model.vocab_size())]
+        assert all(score == round(score) for score in scores) == (model_type == "bpe")
 
 
 def refused(path: Path) -> str:

@@ -41,6 +41,17 @@ def test_a_large_corpus_is_sampled_in_order_by_seed() -> None:
     assert all(8 < sum(start <= int(t) < start + 250 for t in some) < 42 for start in range(0, 1000, 250))
 
 
+def test_passages_of_all_lengths_and_places_have_one_chance() -> None:
+    # Long ones first: where room that a long passage left behind is given to later ones, the end is drawn from more.
+    texts = ["L" * 40 if i % 2 else "s" for i in range(400)] + ["e" for _ in range(200)]
+    n_kept = dict.fromkeys("Lse", 0)
+    for seed in range(60):
+        for passage in sample_passages(texts, seed, budget=820):
+            n_kept[passage[0]] += 1
+    # A tenth of 200 each, 60 times; 120 is more than three standard deviations.
+    assert all(1080 < kept < 1320 for kept in n_kept.values()), n_kept
+
+
 @pytest.mark.parametrize(
     ("texts", "found"), [([], "no text"), (["", ""], "no text"), ([" \n", "\t\r\n"], "only white space")]
 )
