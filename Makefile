@@ -49,7 +49,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,data]'
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,data,tensorboard]'
 	@touch $@
 
 $(BIN)/python:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,16 @@ DtypeOption = Annotated[
 ]
 DEFAULT_RUNS = Path("runs")
 RunsOption = Annotated[Path, typer.Option("--runs", help="Where to look for the newest run.")]
+
+
+def duration_s(text: str) -> float:
+    """Return the seconds in ``90s``, ``20m``, ``1.5h`` or ``1h30m``. Raises BadParameter for anything else."""
+    seconds = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([dhms])", text)
+    total = sum(float(number) * seconds[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or not total > 0:
+        raise typer.BadParameter(f"{text!r} is no duration; write 90s, 20m or 1h30m")
+    return total
 
 
 def results() -> Console:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from psannlm.commands.options import DEFAULT_RUNS, JsonOption, figures_table, print_json, progress, results
+from psannlm.commands.options import DEFAULT_RUNS, JsonOption, duration_s, figures_table, print_json, progress, results
 
 if TYPE_CHECKING:
     from psannlm.training.plan import TrainingPlan
@@ -31,6 +31,16 @@ def train(
         ),
     ] = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="Run folder, instead of train.checkpoint_dir.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Steps to train, instead of train.max_steps.", min=1)] = None,
+    time_budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DURATION",
+            parser=duration_s,
+            help="End after this time (90s, 20m, 1h30m): the step in hand is finished and saved, and the same command "
+            "goes on.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration, sizes and memory, and stop.")
     ] = False,
@@ -42,6 +52,8 @@ def train(
     if out is not None:
         # A JSON string is one in YAML too, whatever characters the path holds.
         overrides = [*(overrides or []), f"train.checkpoint_dir={json.dumps(str(out), ensure_ascii=False)}"]
+    if max_steps is not None:
+        overrides = [*(overrides or []), f"train.max_steps={max_steps}"]
     run_config = load_config(config, overrides or [])
     if dry_run:
         from psannlm.training.plan import plan_training
@@ -55,10 +67,17 @@ def train(
         return
 
     from psannlm.distributed import launched_world
+    from psannlm.generation.samples import draw_samples
     from psannlm.training.progress import ConsoleReporter
     from psannlm.training.run import train as run_training
 
-    result = run_training(run_config, resume=resume, reporter=ConsoleReporter(progress()))
+    result = run_training(
+        run_config,
+        resume=resume,
+        reporter=ConsoleReporter(progress()),
+        sampler=draw_samples,
+        time_budget_s=time_budget,
+    )
     if not launched_world(run_config.train.ddp).is_main:
         return
     if as_json:
@@ -84,7 +103,12 @@ def _show_plan(plan: TrainingPlan) -> None:
 
 
 def _show_result(result: TrainResult) -> None:
-    rows = [("parameters", f"{result.parameters:,}"), ("steps", f"{result.steps:,}"), ("tokens", f"{result.tokens:,}")]
+    spent = "" if result.steps == result.total_steps else f" of {result.total_steps:,}: the time budget is spent"
+    rows = [
+        ("parameters", f"{result.parameters:,}"),
+        ("steps", f"{result.steps:,}{spent}"),
+        ("tokens", f"{result.tokens:,}"),
+    ]
     if result.skipped:
         rows.append(("steps skipped, not finite", f"{result.skipped:,}; see metrics.jsonl"))
     if result.seconds >= 1:

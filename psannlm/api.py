@@ -26,6 +26,7 @@ from psannlm.data.windows import Windows
 from psannlm.errors import CorpusError, GenerationError, TokenizerError
 from psannlm.generation.decoding import ContextRule
 from psannlm.generation.engine import Engine
+from psannlm.generation.samples import draw_samples
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.generation.text import Completion, generate, repays_compiling
 from psannlm.models.artifact import MODEL_FILE, load_model, save_model
@@ -225,7 +226,9 @@ class psannLM:
             settings = {**named, "checkpoint_dir": scratch, **overrides}
             train_config = section_from_kwargs(TrainConfig, "train", settings)
             config = RunConfig(model=self.config, data=data.config, train=train_config)
-            result = train(config, resume=resume, reporter=reporter, data=prepared, model=start)
+            is_read = verbose or "checkpoint_dir" in overrides
+            sampler = draw_samples if is_read else None
+            result = train(config, resume=resume, reporter=reporter, data=prepared, model=start, sampler=sampler)
         self._model, self.tokenizer, self.result = result.model, data.tokenizer, result
         return self
 

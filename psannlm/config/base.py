@@ -69,4 +69,5 @@ Whole = Annotated[int, Strict(), BeforeValidator(_to_int), Field(le=_LARGEST_WHO
 Real = Annotated[float, Strict(), BeforeValidator(_to_float)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), BeforeValidator(_to_text), Field(min_length=1)]
+Prompt = Annotated[str, Strict(), BeforeValidator(_to_text)]  # may be empty: text from nothing
 PositiveWhole = Annotated[Whole, Field(ge=1)]

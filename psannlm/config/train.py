@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from psannlm.config.base import Check, Flag, PositiveWhole, Real, Section, Text, Whole
+from psannlm.config.base import Check, Flag, PositiveWhole, Prompt, Real, Section, Text, Whole
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -59,6 +59,13 @@ class TrainConfig(Section):
     )
     keep_checkpoints: Whole = Field(
         2, ge=1, description="newest checkpoints kept on disk; the best one is kept besides"
+    )
+    sample_prompts: tuple[Prompt, ...] = Field(
+        ("The ",), description="texts that the model continues at each validation, for people to read; []: none"
+    )
+    sample_tokens: Whole = Field(40, ge=1, description="tokens of such a continuation, at most")
+    tensorboard: Flag = Field(
+        False, description="write TensorBoard's event files too, to tensorboard/ in the run folder"
     )
     seed: Whole = Field(1337, ge=0, description="decides the initial weights, the order of the data and dropout")
     device: Text = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -31,9 +32,13 @@ from psannlm.training.mishaps import (
     last_saved,
 )
 from psannlm.training.optim import OptimizerSet
-from psannlm.training.progress import Rate, Reporter
+from psannlm.training.progress import Rate, Reporter, TimeBudget
 from psannlm.training.schedule import learning_rate
 from psannlm.training.step import StepResult, seed_step, train_step
+
+# A model, its tokenizer, prompts, tokens at most and a seed to the text that follows each prompt. Handed in, because
+# training does not know how text is generated.
+Sampler = Callable[[Transformer, Tokenizer, Sequence[str], int, int], list[str]]
 
 
 @dataclass
@@ -55,6 +60,8 @@ class Run:
     reporter: Reporter
     total_steps: int
     identity: dict[str, str]
+    sampler: Sampler | None = None
+    budget: TimeBudget = field(default_factory=TimeBudget)
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -72,7 +79,7 @@ class Progress:
 
 
 def run_steps(run: Run, progress: Progress) -> Progress:
-    """Train from ``progress`` to the last step; return where the run stands then.
+    """Train from ``progress`` to the last step, or until the time budget is spent; return where the run stands then.
 
     Raises:
         Interrupted: ``run.stop`` was set; the step in hand was finished and saved.
@@ -124,11 +131,13 @@ def run_steps(run: Run, progress: Progress) -> Progress:
         if run.val_windows is not None and (is_last or _is_due(step, settings.eval_interval_steps)):
             progress, is_best = _validate(run, progress, run.val_windows)
             rate.pause()
-        is_stopped = run.world.any(run.stop.is_set(), run.precision.device)
+        is_stopped = run.world.any(run.stop.is_set() or run.budget.is_spent, run.precision.device)
         if is_best or is_last or is_stopped or _is_due(step, settings.save_interval_steps):
             _save(run, progress, is_best)
             rate.pause()
         if is_stopped and not is_last:
+            if not run.world.any(run.stop.is_set(), run.precision.device):
+                break
             raise Interrupted(
                 f"stopped after step {step} of {run.total_steps}; saved in {run.folder}; the same command goes on"
             )
@@ -187,9 +196,24 @@ def _validate(run: Run, progress: Progress, windows: Windows) -> tuple[Progress,
     if run.log is not None:
         run.log.write("eval", progress.step, result.as_dict())
     run.reporter.evaluation(progress.step, result, is_best)
+    if run.world.is_main:
+        _sample(run, progress.step)
     best = {"step": progress.step, **result.as_dict()} if is_best else progress.best
     metrics = {**progress.metrics, **{f"val_{k}": v for k, v in result.as_dict().items()}}
     return replace(progress, best=best, metrics=metrics), is_best
+
+
+def _sample(run: Run, step: int) -> None:
+    """Let the model write what people can read, for the log and the reporter."""
+    settings = run.config.train
+    prompts = settings.sample_prompts
+    if run.sampler is None or run.tokenizer is None or not prompts:
+        return
+    texts = run.sampler(run.model, run.tokenizer, prompts, settings.sample_tokens, settings.seed)
+    for prompt, text in zip(prompts, texts, strict=True):
+        if run.log is not None:
+            run.log.write("sample", step, {"prompt": prompt, "text": text})
+        run.reporter.sample(step, prompt, text)
 
 
 def _save(run: Run, progress: Progress, is_best: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,25 @@ _TRAIN_COLOUR, _VAL_COLOUR, _BEST_COLOUR = "#56B4E9", "#D55E00", "#009E73"
 
 
 class MetricsLog:
-    """Appends to ``metrics.jsonl``. Each row has a ``kind`` (``train`` or ``eval``) and the ``step`` it belongs to."""
+    """Appends to ``metrics.jsonl``.
 
-    def __init__(self, folder: Path, after_step: int = 0) -> None:
+    Each row has the ``step`` it belongs to and a ``kind``: ``train``, ``eval``, ``sample`` (a prompt and the text that
+    followed) or ``skipped`` (a step that was not finite).
+    """
+
+    def __init__(
+        self, folder: Path, after_step: int = 0, also: Callable[[str, int, dict[str, Any]], None] | None = None
+    ) -> None:
         """Open the log of a run that goes on after ``after_step``; rows of later steps, about to be made again, go.
+
+        Args:
+            also: handed each row too, as :meth:`write` gets it.
 
         Raises:
             StorageError: the file cannot be written.
         """
         self.path = folder / METRICS_FILE
+        self._also = also
         kept = [row for row in read_metrics(folder) if row["step"] <= after_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -35,6 +46,8 @@ class MetricsLog:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with explain_write_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+        if self._also is not None:
+            self._also(kind, step, values)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -31,6 +32,9 @@ class Reporter(Protocol):
 
     def evaluation(self, step: int, result: Evaluation, is_best: bool) -> None:
         """A validation was made."""
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """The model continued ``prompt`` with ``text``."""
 
     def saved(self, folder: Path) -> None:
         """A checkpoint was written."""
@@ -63,6 +67,19 @@ class Rate:
         return self._tokens / self._seconds if self._seconds else 0.0
 
 
+class TimeBudget:
+    """``seconds`` from now on; None is all the time in the world."""
+
+    def __init__(self, seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end = math.inf if seconds is None else clock() + seconds
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether that time is over."""
+        return self._clock() >= self._end
+
+
 class SilentReporter:
     """Hears everything and says nothing."""
 
@@ -71,6 +88,7 @@ class SilentReporter:
     def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None: ...
     def skipped(self, step: int, n_skipped: int, text: str) -> None: ...
     def evaluation(self, step: int, result: Evaluation, is_best: bool) -> None: ...
+    def sample(self, step: int, prompt: str, text: str) -> None: ...
     def saved(self, folder: Path) -> None: ...
     def stop(self) -> None: ...
 
@@ -130,6 +148,10 @@ class ConsoleReporter:
             f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  {result.bits_per_byte:.4f} bits per byte"
         )
         self.notice(f"validation at step {step}: {figures}{'  (best so far)' if is_best else ''}")
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Print prompt and text in one line; metrics.jsonl has it as it is."""
+        self.notice(f"sample at step {step}: {' '.join(f'{prompt}{text}'.split())}")
 
     def saved(self, folder: Path) -> None:
         """Checkpoints are routine: nothing is said."""

@@ -45,6 +45,9 @@ _NEUTRAL_KEYS = frozenset(
         "compile",
         "grad_checkpoint",
         "on_nonfinite",
+        "sample_prompts",
+        "sample_tokens",
+        "tensorboard",
     )
 )
 

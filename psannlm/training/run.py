@@ -6,7 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,11 @@ from psannlm.signals import stopping_on_signals
 from psannlm.storage import write_text
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.checkpoint import BEST, TrainerState, pointed, step_folder
-from psannlm.training.loop import Progress, Run, run_steps
+from psannlm.training.loop import Progress, Run, Sampler, run_steps
 from psannlm.training.metrics import MetricsLog, draw_curve, read_metrics
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import replicate
-from psannlm.training.progress import Reporter, SilentReporter
+from psannlm.training.progress import Reporter, SilentReporter, TimeBudget
 from psannlm.training.resume import (
     find_state,
     identity,
@@ -46,6 +46,7 @@ from psannlm.training.resume import (
     restore,
     same_model,
 )
+from psannlm.training.tensorboard import TensorBoardLog, require_tensorboard
 
 CONFIG_FILE = "config.yaml"
 SYSTEM_FILE = "system.json"
@@ -55,10 +56,11 @@ SYSTEM_FILE = "system.json"
 class TrainResult:
     """What a run came to.
 
-    ``model`` holds the weights of the last step, in evaluation mode. ``best`` holds ``step``, ``loss`` (nats per
-    token), ``perplexity`` and ``bits_per_byte`` of the best validation, or is None without one. ``checkpoint`` is the
-    best checkpoint, or without validation the last. ``val_overlap`` is the share of the held-out text that stands word
-    for word in the training text.
+    ``model`` holds the weights of the last step, in evaluation mode. ``steps`` of ``total_steps`` were made, fewer
+    where a time budget was spent. ``best`` holds ``step``, ``loss`` (nats per token), ``perplexity`` and
+    ``bits_per_byte`` of the best validation, or is None without one. ``checkpoint`` is the best checkpoint, or without
+    validation the last. ``val_overlap`` is the share of the held-out text that stands word for word in the training
+    text.
     """
 
     model: Transformer
@@ -66,6 +68,7 @@ class TrainResult:
     checkpoint: Path
     curve: Path | None
     steps: int
+    total_steps: int
     tokens: int
     parameters: int
     skipped: int
@@ -87,6 +90,8 @@ def train(
     reporter: Reporter | None = None,
     data: PreparedData | None = None,
     model: Transformer | None = None,
+    sampler: Sampler | None = None,
+    time_budget_s: float | None = None,
 ) -> TrainResult:
     """Run the training that ``config`` describes and return what it came to.
 
@@ -96,12 +101,18 @@ def train(
             a checkpoint to start from, whose ``train`` settings may differ from the configuration's.
         data: a corpus prepared already; None prepares ``config.data``.
         model: weights to start from (trained in place); None builds ``config.model``.
+        sampler: continues ``train.sample_prompts`` at each validation; None leaves that out.
+        time_budget_s: seconds from now after which the step in hand is finished and saved, and the run ends; the same
+            call goes on with it. At least one step is made.
 
     Raises:
         ConfigError: the run folder holds a run of another configuration; the message lists the keys that differ.
         Interrupted: Ctrl-C or SIGTERM; the state was saved.
         PsannlmError: as the rooms that are called raise it.
     """
+    budget = TimeBudget(time_budget_s)
+    if config.train.tensorboard:
+        require_tensorboard()
     world = launched_world(config.train.ddp)
     device = pick_device(config.train.device, world.local_rank)
     precision = pick_precision(config.train.amp, device)
@@ -118,6 +129,7 @@ def train(
         start = _find_start(config, folder, resume, reporter, data, model)
         world.wait()
         run, progress = _build(config, start, world, precision, folder, reporter)
+        run.sampler, run.budget = sampler, budget
         if start.found is not None:
             if lock is not None:
                 make_way(lock, start.found[0], progress.best, reporter)
@@ -125,10 +137,13 @@ def train(
         reporter.notice(_describe_run(run))
         if world.is_main:
             _describe_to_disk(folder, config)
-            run.log = MetricsLog(folder, progress.step)
         began = time.monotonic()
         try:
-            with _reporting(reporter, progress.step, run.total_steps), stopping_on_signals(run.stop):
+            with (
+                _logging(run, progress.step),
+                _reporting(reporter, progress.step, run.total_steps),
+                stopping_on_signals(run.stop),
+            ):
                 progress = run_steps(run, progress)
         except (Interrupted, TrainingError):
             # The curve helps to see what went wrong; that it cannot be drawn must not hide why the run ended.
@@ -140,6 +155,11 @@ def train(
             # would wait, with the interpreter locked, for a thread that needs the interpreter.
             run.module = run.model
             gc.collect()
+        if progress.step < run.total_steps:
+            reporter.notice(
+                f"the time budget is spent after step {progress.step} of {run.total_steps}; saved in {folder}; the "
+                "same command goes on"
+            )
         curve = _draw(folder, config, world)
         run.model.eval()
         return TrainResult(
@@ -148,6 +168,7 @@ def train(
             checkpoint=pointed(folder, BEST) or step_folder(folder, progress.step),
             curve=curve,
             steps=progress.step,
+            total_steps=run.total_steps,
             tokens=progress.tokens,
             parameters=_size(run.model),
             skipped=progress.skipped,
@@ -300,6 +321,17 @@ def _describe_run(run: Run) -> str:
 
 def _size(model: Transformer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextmanager
+def _logging(run: Run, step: int) -> Iterator[None]:
+    """Let the main rank log its metrics, to TensorBoard too where that is asked for."""
+    if not run.world.is_main:
+        yield
+        return
+    with closing(TensorBoardLog(run.folder, step)) if run.config.train.tensorboard else nullcontext() as board:
+        run.log = MetricsLog(run.folder, step, None if board is None else board.write)
+        yield
 
 
 @contextmanager

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 
 import pytest
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from psannlm.commands.options import LiveLine, live_line, table_text
+from psannlm.commands.options import LiveLine, duration_s, live_line, table_text
 
 
 def test_plain_lines_come_seldom() -> None:
@@ -42,3 +43,16 @@ def test_table_text_is_plain() -> None:
     text = table_text(table, table)
     assert text.count("figures") == 2
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("1.5h", 5400), ("1d2h", 93_600), ("0.5s", 0.5)]
+)
+def test_durations_are_read(text: str, seconds: float) -> None:
+    assert duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "20", "m", "0s", "-5m", "20 m", "20min", "1h 30m", "nan", "infs", "2m!"])
+def test_what_is_no_duration_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="90s, 20m or 1h30m"):
+        duration_s(text)

@@ -63,6 +63,23 @@ def test_the_next_command_finds_the_model(psannlm, project: Path) -> None:
         assert json.loads(found.out)["checkpoint"] == f"{out}/step_00000001"
 
 
+def test_a_time_budget_and_a_number_of_steps_end_a_run(psannlm, project: Path) -> None:
+    spent = psannlm("train", "config.yaml", "--time-budget", "0.001s")
+    assert spent.code == 0
+    assert "the time budget is spent after step 1 of 4; saved in runs/tiny" in spent.err
+    assert "1 of 4: the time budget is spent" in spent.out
+    assert (project / "runs" / "tiny" / "step_00000001").is_dir()
+    result = json.loads(psannlm("train", "config.yaml", "--time-budget", "1h30m", "--json").out)
+    assert (result["steps"], result["total_steps"]) == (4, 4)
+    assert json.loads(psannlm("train", "config.yaml", "--max-steps", "3", "--out", "b", "--json").out)["steps"] == 3
+
+
+def test_samples_are_printed_on_the_way(psannlm, project: Path) -> None:
+    said = psannlm("train", "config.yaml", "--set", "train.sample_prompts=[The tide]").err
+    assert "sample at step 2: The tide" in said
+    assert "sample at step 4: The tide" in said
+
+
 def test_one_rank_of_several_prints_the_result(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from psannlm.training import run
 

@@ -24,7 +24,7 @@ from psannlm.models.transformer import Transformer
 from psannlm.signals import stopping_on_signals
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
 from psannlm.training.metrics import read_metrics
-from psannlm.training.progress import SilentReporter
+from psannlm.training.progress import SilentReporter, TimeBudget
 from psannlm.training.run import train
 from psannlm.training.step import seed_step
 
@@ -156,6 +156,41 @@ def test_a_signal_finishes_the_step_saves_and_gives_the_handlers_back(tiny_run: 
 def test_a_signal_in_the_last_step_does_not_spoil_a_finished_run(tiny_run: TinyRun) -> None:
     result = train(tiny_run(max_steps=3), reporter=After(3, lambda: signal.raise_signal(signal.SIGTERM)))
     assert result.steps == 3
+
+
+def test_a_time_budget_ends_the_run_saved_and_the_same_call_goes_on(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit as if it had never ended: no validation, no sample that the whole run would not have."""
+    clock = [0.0]
+
+    class Wind(SilentReporter):
+        def notice(self, text: str) -> None:
+            said.append(text)
+
+        def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
+            clock[0] += 10.0
+
+    said: list[str] = []
+    monkeypatch.setattr("psannlm.training.run.TimeBudget", lambda seconds: TimeBudget(seconds, lambda: clock[0]))
+    settings = {"max_steps": 8, "eval_interval_steps": 4, "model": {"dropout": 0.2}}
+    config = tiny_run(**settings)
+    first = train(config, reporter=Wind(), time_budget_s=25.0)
+    assert (first.steps, first.total_steps) == (3, 8)
+    assert first.checkpoint == step_folder(first.folder, 3)
+    assert said[-1] == (
+        f"the time budget is spent after step 3 of 8; saved in {first.folder}; the same command goes on"
+    )
+    said.clear()
+    # Already spent by the time the corpus is read: one step all the same, or a run would never get anywhere.
+    assert train(config, reporter=Wind(), time_budget_s=0.0).steps == 4
+    result = train(config, reporter=Wind(), time_budget_s=1000.0)
+    assert (result.steps, result.total_steps) == (8, 8)
+    assert "time budget" not in said[-1]
+    straight = train(tiny_run(**settings, checkpoint_dir=str(tmp_path / "straight")))
+    assert_same_weights(step_folder(result.folder, 8), step_folder(straight.folder, 8))
+    kinds = [[(row["kind"], row["step"]) for row in read_metrics(run.folder)] for run in (result, straight)]
+    assert kinds[0] == kinds[1]
 
 
 def test_a_second_ctrl_c_ends_at_once_and_an_echo_of_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,8 +129,8 @@ TRAIN_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
 }
 # Keys whose effect is not one on figures have a test of their own below.
 OTHER_TRAIN_KEYS = {"compile", "ddp", "device", "grad_checkpoint"}
-# Has its test in test_mishaps.py.
-OTHER_TRAIN_KEYS |= {"on_nonfinite"}
+# These have their tests in test_mishaps.py, test_samples.py and test_tensorboard.py.
+OTHER_TRAIN_KEYS |= {"on_nonfinite", "sample_prompts", "sample_tokens", "tensorboard"}
 
 DATA_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "sources": ({}, {}, "corpus tokens losses", "steps"),

@@ -1,0 +1,107 @@
+"""What a model in training writes at each validation: told, logged, the same with the same seed, and of no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from psannlm.config.run import RunConfig
+from psannlm.generation.samples import draw_samples
+from psannlm.models.transformer import Transformer
+from psannlm.tokenizers.base import Tokenizer
+from psannlm.training.metrics import read_metrics
+from psannlm.training.progress import SilentReporter
+from psannlm.training.run import TrainResult, train
+
+TinyRun = Callable[..., RunConfig]
+pytestmark = pytest.mark.usefixtures("_no_curve")
+
+
+class Notes(SilentReporter):
+    def __init__(self) -> None:
+        self.samples: list[tuple[int, str, str]] = []
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self.samples.append((step, prompt, text))
+
+
+def sampled(config: RunConfig) -> tuple[TrainResult, list[tuple[int, str, str]]]:
+    notes = Notes()
+    result = train(config, reporter=notes, sampler=draw_samples)
+    rows = [row for row in read_metrics(result.folder) if row["kind"] == "sample"]
+    assert [(row["step"], row["prompt"], row["text"]) for row in rows] == notes.samples
+    return result, notes.samples
+
+
+def test_each_validation_has_its_samples_and_a_resume_has_each_once(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Drawn in the middle of training, with dropout on, they change nothing of it."""
+    model = {"dropout": 0.3}
+    settings = {"model": model, "eval_interval_steps": 2, "save_interval_steps": 1, "max_steps": 5}
+    keys = {"sample_prompts": ["The ", "", "A much longer prompt than the context of sixteen"], "sample_tokens": 20}
+    straight, told = sampled(tiny_run(**settings, **keys, checkpoint_dir=str(tmp_path / "straight")))
+    assert [(step, prompt) for step, prompt, _ in told] == [
+        (step, prompt) for step in (2, 4, 5) for prompt in keys["sample_prompts"]
+    ]
+    assert all(text for _, _, text in told)
+    without = train(tiny_run(**settings, checkpoint_dir=str(tmp_path / "without")))
+    for a, b in zip(straight.model.parameters(), without.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+    class Crash(Notes):
+        def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
+            if step == 5:
+                raise KeyboardInterrupt
+
+    config = tiny_run(**settings, **keys)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, reporter=Crash(), sampler=draw_samples)
+    resumed, again = sampled_rows(config)
+    assert again == told
+    assert resumed.steps == 5
+
+
+def sampled_rows(config: RunConfig) -> tuple[TrainResult, list[tuple[int, str, str]]]:
+    result = train(config, sampler=draw_samples)
+    rows = [row for row in read_metrics(result.folder) if row["kind"] == "sample"]
+    return result, [(row["step"], row["prompt"], row["text"]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [({}, False), ({"sample_prompts": ["A "]}, True), ({"sample_tokens": 3}, True), ({"sample_prompts": []}, True)],
+)
+def test_the_keys_and_they_alone_decide(
+    tiny_run: TinyRun, tmp_path: Path, change: dict[str, Any], differs: bool
+) -> None:
+    torch.manual_seed(1)
+    _, one = sampled(tiny_run(max_steps=2))
+    torch.manual_seed(2)
+    _, other = sampled(tiny_run(max_steps=2, checkpoint_dir=str(tmp_path / "other"), **change))
+    assert (one != other) == differs
+    assert [prompt for _, prompt, _ in other] == change.get("sample_prompts", ["The "])
+
+
+def test_the_sampler_gets_the_keys_and_the_seed(tiny_run: TinyRun) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def note(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], n_tokens: int, seed: int) -> list[str]:
+        asked.append((model.training, tuple(prompts), n_tokens, seed))
+        return ["x" for _ in prompts]
+
+    train(tiny_run(max_steps=2, seed=7, sample_prompts=["a", "b"], sample_tokens=5), sampler=note)
+    assert [row[1:] for row in asked] == [(("a", "b"), 5, 7)]
+
+
+def test_without_a_validation_there_is_none(tiny_run: TinyRun) -> None:
+    assert sampled(tiny_run(max_steps=2, data={"val_split": 0.0}))[1] == []
+
+
+@pytest.mark.parametrize("max_length", [1, 3, 4])
+def test_a_context_too_short_to_write_in_is_no_hindrance(tiny_run: TinyRun, max_length: int) -> None:
+    _, told = sampled(tiny_run(max_steps=1, data={"max_length": max_length}))
+    assert [(step, prompt) for step, prompt, _ in told] == [(1, "The ")]
+    assert bool(told[0][2]) == (max_length == 4)

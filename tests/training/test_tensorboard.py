@@ -1,0 +1,71 @@
+"""TensorBoard reads what metrics.jsonl holds, each step once also after a resume; without the package it is refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from psannlm.config.run import RunConfig
+from psannlm.errors import ConfigError
+from psannlm.training import tensorboard
+from psannlm.training.metrics import read_metrics
+from psannlm.training.progress import SilentReporter
+from psannlm.training.run import train
+
+TinyRun = Callable[..., RunConfig]
+pytestmark = pytest.mark.usefixtures("_no_curve")
+
+
+class Crash(SilentReporter):
+    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+
+def test_the_board_shows_each_step_once_after_a_crash_and_a_resume(tiny_run: TinyRun) -> None:
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    handlers = list(logging.getLogger().handlers)
+    config = tiny_run(
+        tensorboard=True,
+        max_steps=6,
+        save_interval_steps=3,
+        eval_interval_steps=2,
+        sample_prompts=["Two\nlines"],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(config, reporter=Crash(), sampler=lambda *arguments: ["more"])
+    folder = Path(config.train.checkpoint_dir)
+    assert max(row["step"] for row in read_metrics(folder)) == 5  # 4 and 5 will be made again
+    train(config, sampler=lambda *arguments: ["more"])
+    assert logging.getLogger().handlers == handlers
+
+    board = EventAccumulator(str(folder / tensorboard.BOARD_FOLDER))
+    board.Reload()
+    rows = read_metrics(folder)
+    for kind, name in (("train", "loss"), ("train", "lr"), ("eval", "bits_per_byte")):
+        shown = [(event.step, event.value) for event in board.Scalars(f"{kind}/{name}")]
+        kept = [(row["step"], row[name]) for row in rows if row["kind"] == kind]
+        assert [step for step, _ in shown] == [step for step, _ in kept]
+        assert [value for _, value in shown] == pytest.approx([value for _, value in kept])
+    texts = board.Tensors("sample/Two\nlines/text_summary")
+    assert [event.step for event in texts] == [2, 4, 6]
+    assert texts[0].tensor_proto.string_val[0] == b"    Two\n    linesmore\n"
+
+
+def test_without_being_asked_for_there_is_none(tiny_run: TinyRun) -> None:
+    assert not (train(tiny_run(max_steps=1)).folder / tensorboard.BOARD_FOLDER).exists()
+
+
+def test_without_the_package_it_is_refused_before_anything_is_written(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
+    config = tiny_run(tensorboard=True)
+    with pytest.raises(ConfigError, match=r"train\.tensorboard: needs the package tensorboard: pip install"):
+        train(config)
+    assert not Path(config.train.checkpoint_dir).exists()
