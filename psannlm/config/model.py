@@ -9,7 +9,7 @@ from pydantic import Field
 from psannlm.config.base import Check, Flag, PositiveWhole, Real, Section, Whole
 
 BaseName = Literal["respsann", "waveresnet", "transformer"]
-MlpKind = Literal["sine", "sineglu", "gelu", "swiglu"]
+MlpKind = Literal["sine", "sineglu", "gelu", "geglu", "swiglu", "relu2"]
 PositionKind = Literal["rope", "alibi", "sinusoidal"]
 SineParameter = Literal["amplitude", "frequency", "decay"]
 WavePlace = Literal["attention", "mlp"]
@@ -98,6 +98,7 @@ class ModelConfig(Section):
     residual_scale: Flag | None = Field(
         None, description="scale each residual branch by a learnable factor; null: the base's own"
     )
+    qk_norm: Flag = Field(False, description="normalise each head's queries and keys before they meet")
     dropout: Real = Field(0.0, ge=0, lt=1, description="share of branch outputs and embeddings set to zero in training")
     tie_embeddings: Flag = Field(False, description="use the embedding matrix as the output matrix too")
 

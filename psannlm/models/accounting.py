@@ -24,9 +24,6 @@ _GROUP_OF = {
     "mlp": "feed-forward",
     "attention_wave": "wave",
     "mlp_wave": "wave",
-    "attention_norm": "norms",
-    "mlp_norm": "norms",
-    "final_norm": "norms",
     "attention_scale": "residual scales",
     "mlp_scale": "residual scales",
 }
@@ -49,8 +46,11 @@ def _parameters(config: ModelConfig) -> tuple[tuple[str, int, int], ...]:
 
 def _group(name: str) -> str:
     parts = name.split(".")
-    part = parts[2] if parts[0] == "blocks" else parts[0]
-    return "sine" if parts[-1].startswith("raw_") else _GROUP_OF[part]
+    if parts[-1].startswith("raw_"):
+        return "sine"
+    if any(part.endswith("_norm") for part in parts):
+        return "norms"
+    return _GROUP_OF[parts[2] if parts[0] == "blocks" else parts[0]]
 
 
 def _matrix_elements(config: ModelConfig, *groups: str) -> int:

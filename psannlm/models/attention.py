@@ -96,6 +96,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.d_model, self.n_groups * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.d_model, self.n_groups * self.head_dim, bias=False)
         self.out_proj: nn.Module = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+        # Henry et al. 2020, arXiv 2010.04245, with RMSNorm and one scale per feature of a head.
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else None
         # All three projections as one, in a model packed for inference.
         self.qkv_proj: nn.Module | None = None
 
@@ -113,6 +116,9 @@ class Attention(nn.Module):
         q = queries.view(*x.shape[:2], self.n_heads, self.head_dim).transpose(1, 2)
         k = keys.view(*x.shape[:2], self.n_groups, self.head_dim).transpose(1, 2)
         v = values.view(*x.shape[:2], self.n_groups, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            # Means of squares in float32, as in every other norm, where the projections are narrower.
+            q, k = self.q_norm(q.float()).to(q.dtype), self.k_norm(k.float()).to(k.dtype)
         if layout.rope is not None:
             q, k = rotate(q, layout.rope), rotate(k, layout.rope)
         if state is not None:

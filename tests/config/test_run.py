@@ -127,7 +127,11 @@ def test_a_rule_is_silent_where_one_of_its_fields_is_refused(tmp_path: Path) -> 
         ("model: {sine_params: 3}", "model.sine_params", "3 is not a group of keys"),
         ("model: {wave: {enabled: true, places: []}}", "model.wave.places", "empty while"),
         ("model: {wave: {places: mlp}}", "model.wave.places", "'mlp' is not a list; write [mlp]"),
-        ("model: {mlp: swiglo}", "model.mlp", "sine, sineglu, gelu, swiglu, null (did you mean 'swiglu'?)"),
+        (
+            "model: {mlp: swiglo}",
+            "model.mlp",
+            "sine, sineglu, gelu, geglu, swiglu, relu2, null (did you mean 'swiglu'?)",
+        ),
         ("model: {tie_embeddings: yes}", "model.tie_embeddings", "'yes' is not true or false; write true"),
         ("model: {tie_embeddings: 0}", "model.tie_embeddings", "write false"),
         ("model: {d_model: 99999999999999999999}", "model.d_model", "too large"),

@@ -32,6 +32,9 @@ def reference(attention: Attention, x: Tensor, position: str) -> Tensor:
         of_group = slice(group * attention.head_dim, (group + 1) * attention.head_dim)
         q, k = x @ attention.q_proj.weight[of_head].t(), x @ attention.k_proj.weight[of_group].t()
         v = x @ attention.v_proj.weight[of_group].t()
+        if attention.q_norm is not None and attention.k_norm is not None:
+            q = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() * attention.q_norm.weight
+            k = k / (k.square().mean(-1, keepdim=True) + 1e-6).sqrt() * attention.k_norm.weight
         if position == "rope":
             tables = rope_tables(torch.arange(n_tokens), attention.head_dim)
             q, k = rotate(q, tables), rotate(k, tables)
@@ -45,11 +48,15 @@ def reference(attention: Attention, x: Tensor, position: str) -> Tensor:
 
 @pytest.mark.parametrize("position", ["rope", "alibi", "sinusoidal"])
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("qk_norm", [False, True])
 @torch.no_grad()
-def test_is_softmax_attention_with_grouped_queries(position: str, n_kv_heads: int) -> None:
+def test_is_softmax_attention_with_grouped_queries(position: str, n_kv_heads: int, qk_norm: bool) -> None:
     torch.manual_seed(0)
-    config = ModelConfig(d_model=16, n_heads=4, n_kv_heads=n_kv_heads, positional_encoding=position)
+    config = ModelConfig(d_model=16, n_heads=4, n_kv_heads=n_kv_heads, positional_encoding=position, qk_norm=qk_norm)
     attention = Attention(config)
+    for norm in (attention.q_norm, attention.k_norm):
+        if norm is not None:
+            norm.weight.copy_(torch.randn(4))
     x = torch.randn(2, 7, 16)
     found = attention(x, plan_layout(config, 7, CPU))
     torch.testing.assert_close(found.double(), reference(attention, x, position), rtol=1e-4, atol=1e-5)

@@ -42,12 +42,14 @@ def test_kinds_compare_at_equal_parameters(d_model: int) -> None:
 
 def formula(mlp: Mlp | GatedMlp, kind: MlpKind, x: torch.Tensor) -> torch.Tensor:
     up = F.linear(x, mlp.up_proj.weight, mlp.up_proj.bias)
-    if kind in ("gelu", "sine"):
-        hidden = F.gelu(up) if kind == "gelu" else 1.5 * torch.exp(-0.2 * up.abs()) * torch.sin(2.0 * up)
-    else:
-        assert isinstance(mlp, GatedMlp)
-        gate = F.linear(x, mlp.gate_proj.weight)
-        hidden = up * (F.silu(gate) if kind == "swiglu" else 1.5 * torch.exp(-0.2 * gate.abs()) * torch.sin(2.0 * gate))
+    gate = F.linear(x, mlp.gate_proj.weight) if isinstance(mlp, GatedMlp) else up
+    active = {
+        "sine": 1.5 * torch.exp(-0.2 * gate.abs()) * torch.sin(2.0 * gate),
+        "gelu": 0.5 * gate * (1 + torch.erf(gate / 2**0.5)),
+        "silu": gate / (1 + torch.exp(-gate)),
+        "relu2": gate.clamp(min=0) ** 2,
+    }[{"sineglu": "sine", "geglu": "gelu", "swiglu": "silu"}.get(kind, kind)]
+    hidden = active * up if isinstance(mlp, GatedMlp) else active
     return F.linear(hidden, mlp.down_proj.weight)
 
 

@@ -30,6 +30,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"tie_embeddings": True, "n_kv_heads": 1},
     {"residual_scale": True, "wave": {"enabled": True, "activation": "sine", "dilation_growth": 2}},
     {"mlp": "sine", "residual_scale": True, "tie_embeddings": True, "sine_params": {"decay_mode": "relu"}},
+    {"mlp": "geglu", "qk_norm": True, "n_kv_heads": 1},
+    {"mlp": "relu2"},
     {"mlp": "gelu", "sine_params": {"amp_bounds": [0.9, 1.1]}},
 ]
 

@@ -161,6 +161,7 @@ MODEL_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "max_seq_len": ({}, {"max_seq_len": 64}, "model", "losses parameters"),
     "positional_encoding": ({}, {"positional_encoding": "alibi"}, "losses", "tokens parameters"),
     "residual_scale": ({}, {"residual_scale": True}, "losses parameters", "tokens"),
+    "qk_norm": ({}, {"qk_norm": True}, "losses parameters", "tokens"),
     "dropout": ({}, {"dropout": 0.3}, "losses", "tokens parameters"),
     "tie_embeddings": ({}, {"tie_embeddings": True}, "losses parameters", "tokens"),
 }
