@@ -94,6 +94,12 @@ say "Evaluate: loss per token, perplexity, bits per byte, over all of a text."
 psannlm eval texts.txt --per-line --checkpoint runs/smoke/step_00000020 --out scores
 there scores/{metrics.json,system.json}
 
+say "Report: everything so far on one page that opens anywhere; and two runs side by side."
+psannlm report --out report
+there report/{report.html,report.md,throughput.csv,memory.json,metrics.csv,metrics.json,loss_curve.png,system.json}
+psannlm report --compare runs/smoke runs/long --out sidebyside
+there sidebyside/{report.html,comparison.json}
+
 say "What goes wrong says so: 2 for a misspelt key, 1 where there is no model yet."
 exits 2 psannlm train smoke.yaml --set "$sources" --set train.learning_rate=1
 mkdir nothing

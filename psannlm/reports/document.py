@@ -1,0 +1,153 @@
+"""What a page is made of: headline figures, sections, tables and plots, as plain data that renderers take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from psannlm.reports.plain import is_spread, number
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where figures come from: the command that made them, the machine, the commit, the folder."""
+
+    command: str = ""
+    machine: str = ""
+    commit: str = ""
+    folder: str = ""
+
+    @classmethod
+    def of(cls, system: dict[str, Any], folder: str = "") -> Origin:
+        """Read the origin from a ``system.json``; what it does not tell stays empty."""
+        return cls(_text(system.get("command")), describe_machine(system), _text(system.get("commit"))[:12], folder)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A figure to see first: its value and unit, what it is, and of what."""
+
+    value: str
+    unit: str
+    label: str
+    of: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under headings; ``numbers`` holds the indices of the columns that are figures.
+
+    ``is_folded`` keeps it closed on the page until somebody asks for it.
+    """
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: frozenset[int] = frozenset()
+    note: str = ""
+    origin: Origin | None = None
+    is_folded: bool = False
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A table as a command printed it, for those who want all of it."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image in the forms it was drawn in, each as bytes: ``png`` for Markdown, the others for the page.
+
+    ``forms`` maps ``(is_narrow, is_dark)`` to SVG. ``png`` stands in where there are none.
+    """
+
+    file: str
+    alternative: str
+    caption: str
+    png: bytes
+    forms: dict[tuple[bool, bool], bytes] = field(default_factory=dict)
+
+
+Block = Table | Printed | Picture | str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under one heading."""
+
+    title: str
+    blocks: Sequence[Block]
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A whole page."""
+
+    title: str
+    lead: str
+    headlines: Sequence[Headline]
+    sections: Sequence[Section]
+    origin: Origin
+
+
+def describe_machine(system: dict[str, Any]) -> str:
+    """Return processor or GPU, threads and torch's version, as far as a ``system.json`` tells them."""
+    gpus = system.get("gpus")
+    parts = []
+    if isinstance(gpus, list) and gpus:
+        names = {str(name) for name in gpus}
+        parts.append(f"{len(gpus)} × {names.pop()}" if len(names) == 1 else ", ".join(map(str, gpus)))
+    elif system.get("processor"):
+        parts.append(_text(system["processor"]))
+        if number(system.get("threads")) is not None:
+            parts.append(f"{system['threads']} thread{'' if system['threads'] == 1 else 's'}")
+    packages = system.get("packages")
+    if isinstance(packages, dict) and packages.get("torch"):
+        parts.append(f"torch {packages['torch']}")
+    return ", ".join(parts)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def tell(value: object, digits: int = 4) -> str:
+    """Return a value as a person reads it: numbers grouped and rounded to ``digits``, a dash where there is none."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) < 10**18 else f"{float(value):.{digits}g}"
+    if isinstance(value, float):
+        return tell_float(value, digits)
+    if isinstance(value, dict) and is_spread(value):
+        return f"{tell(value['median'], digits)} ({tell(value['lowest'], digits)} to {tell(value['highest'], digits)})"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(tell(item, digits) for item in value) if len(value) <= 8 else f"{len(value):,} items"
+    return "empty" if isinstance(value, dict) else str(value)
+
+
+def tell_float(value: float, digits: int = 4) -> str:
+    """Return ``value`` with ``digits`` significant digits, grouped when large and in powers of ten when minute."""
+    if not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if size < -4 or size >= 15:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:,.{max(0, digits - 1 - size)}f}"
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    """Return a difference with its sign (a true minus)."""
+    if value is None:
+        return "–"
+    return f"{'+' if value > 0 else '−' if value < 0 else '±'}{tell_float(abs(value), digits)}"

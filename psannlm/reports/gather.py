@@ -1,0 +1,196 @@
+"""Report folders and run folders become plain records; whatever cannot be read is listed with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+from psannlm.errors import ConfigError, nearest
+from psannlm.reports.plain import Unreadable, read_json, read_text
+from psannlm.reports.runs import SYSTEM_FILE, RunRecord, find_runs, read_run
+
+FIGURES_FILES = ("metrics.json", "summary.json")
+TABLE_FILE = "table.txt"
+# What this command itself writes, and would only copy from page to page.
+OWN_KIND = "benchmarks"
+RUNS_KIND = "runs"
+_NAME = re.compile(r"([0-9]{8})_([0-9]{6})(?:_[0-9]+)?")
+_AGO = re.compile(r"([0-9]{1,5})([hd])")
+_PICTURE = ".png"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One folder ``reports/<kind>/<ts>``: its figures, the machine they were taken on, and what was printed."""
+
+    folder: Path
+    kind: str
+    when: datetime
+    figures: dict[str, Any]
+    system: dict[str, Any]
+    table: str
+    pictures: tuple[Path, ...]
+
+    @property
+    def timestamp(self) -> str:
+        """``when`` in ISO 8601."""
+        return self.when.isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A folder, or a part of one, that could not be read, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Everything that was found, oldest first."""
+
+    artifacts: list[Artifact] = field(default_factory=list)
+    runs: list[RunRecord] = field(default_factory=list)
+    unread: list[Unread] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing at all to tell of."""
+        return not (self.artifacts or self.runs or self.unread)
+
+
+def parse_since(text: str, now: datetime | None = None) -> datetime:
+    """Return the moment that ``text`` names: ``2026-11-24``, ``20261124_101500``, ISO 8601, ``36h`` or ``7d`` ago.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if ago := _AGO.fullmatch(text):
+        hours = int(ago[1]) * (24 if ago[2] == "d" else 1)
+        return (now or datetime.now(timezone.utc)) - timedelta(hours=hours)
+    for form in ("%Y%m%d_%H%M%S", "%Y%m%d"):
+        try:
+            return datetime.strptime(text, form).replace(tzinfo=timezone.utc)
+        except ValueError:
+            continue
+    when = _iso(text)
+    if when is None:
+        raise ConfigError(f"--since {text!r} is no time; write 2026-11-24, 20261124_101500, 36h or 7d")
+    return when
+
+
+def gather(
+    reports: Path, runs: Sequence[Path], *, since: datetime | None = None, kinds: Collection[str] = ()
+) -> Gathered:
+    """Read every ``reports/<kind>/<ts>`` and every run at or below the folders ``runs``.
+
+    Args:
+        since: leave out what is older.
+        kinds: the kinds to take (``runs`` is one); all of them when empty.
+
+    Raises:
+        ConfigError: a kind is asked for that is nowhere.
+    """
+    there = sorted(path for path in _folders(reports) if path.name != OWN_KIND)
+    known = [*(path.name for path in there), RUNS_KIND]
+    for name in kinds:
+        if name not in known:
+            raise ConfigError(
+                f"there is no {reports}/{name}{nearest(name, known)}; what is there: {', '.join(sorted(known))}"
+            )
+    found = Gathered()
+    for kind in there:
+        if not kinds or kind.name in kinds:
+            for folder in _folders(kind):
+                _add_artifact(found, folder, since)
+    if not kinds or RUNS_KIND in kinds:
+        for folder, name in _run_folders(runs):
+            _add_run(found, folder, name, since)
+    found.artifacts.sort(key=lambda artifact: (artifact.kind, artifact.when, artifact.folder.name))
+    found.runs.sort(key=lambda run: (run.timestamp or "", run.name))
+    return found
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+
+
+def _run_folders(roots: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    """Yield each run once, with a name that tells it from the others: its path below the folder that was given."""
+    seen: set[Path] = set()
+    for root in roots:
+        for folder in find_runs(root):
+            if folder.resolve() not in seen:
+                seen.add(folder.resolve())
+                inner = folder.relative_to(root)
+                yield folder, str(inner) if inner.parts else folder.resolve().name
+
+
+def _add_artifact(found: Gathered, folder: Path, since: datetime | None) -> None:
+    try:
+        artifact = _read_artifact(folder, found.unread)
+    except Unreadable as error:
+        if since is None or _when(folder, {}) >= since:
+            found.unread.append(Unread(folder, str(error)))
+        return
+    if since is None or artifact.when >= since:
+        found.artifacts.append(artifact)
+
+
+def _read_artifact(folder: Path, unread: list[Unread]) -> Artifact:
+    path = next((folder / name for name in FIGURES_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise Unreadable(f"neither {' nor '.join(FIGURES_FILES)} is there: not an artifact that psannlm writes")
+    figures = read_json(path)
+    system: dict[str, Any] = {}
+    table = ""
+    for name in (SYSTEM_FILE, TABLE_FILE):
+        if not (folder / name).is_file():
+            continue
+        try:
+            if name == SYSTEM_FILE:
+                system = read_json(folder / name)
+            else:
+                table = read_text(folder / name)
+        except Unreadable as error:
+            unread.append(Unread(folder / name, str(error)))
+    pictures = tuple(sorted(child for child in folder.iterdir() if child.suffix == _PICTURE and child.is_file()))
+    return Artifact(folder, folder.parent.name, _when(folder, system), figures, system, table, pictures)
+
+
+def _add_run(found: Gathered, folder: Path, name: str, since: datetime | None) -> None:
+    try:
+        run = read_run(folder, name)
+    except Unreadable as error:
+        if since is None or _when(folder, {}) >= since:
+            found.unread.append(Unread(folder, str(error)))
+        return
+    if since is not None and _when(folder, run.system) < since:
+        return
+    found.runs.append(run)
+    found.unread.extend(Unread(folder, problem) for problem in run.problems)
+
+
+def _when(folder: Path, system: dict[str, Any]) -> datetime:
+    """When a folder was made: what its name says, else its ``system.json``, else the file system."""
+    if match := _NAME.fullmatch(folder.name):
+        try:
+            return datetime.strptime(match[1] + match[2], "%Y%m%d%H%M%S").replace(tzinfo=timezone.utc)
+        except ValueError:
+            pass
+    told = system.get("time_utc")
+    if isinstance(told, str) and (when := _iso(told)) is not None:
+        return when
+    return datetime.fromtimestamp(folder.stat().st_mtime, timezone.utc)
+
+
+def _iso(text: str) -> datetime | None:
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return when if when.tzinfo else when.replace(tzinfo=timezone.utc)

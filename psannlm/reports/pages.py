@@ -1,0 +1,233 @@
+"""Everything that was gathered becomes one document: headline figures first, then runs, studies and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from psannlm.reports.document import (
+    Block,
+    Document,
+    Headline,
+    Origin,
+    Picture,
+    Printed,
+    Section,
+    Table,
+    tell,
+    tell_float,
+)
+from psannlm.reports.gather import Artifact, Gathered, Unread
+from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
+from psannlm.reports.runs import RunRecord
+from psannlm.reports.studies import study_headline, study_pictures, study_tables
+from psannlm.reports.tables import tables_of
+
+STUDY_KIND, THROUGHPUT_KIND = "ablations", "throughput"
+STUDY_FILE = "study.json"
+CURVE_FILE = "loss_curve.png"
+_MOST_CURVES = 12
+_MOST_BARS = 24
+_LARGEST_PICTURE_BYTES = 3 << 20
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TITLES = {
+    "tokenizers": "Tokenizers",
+    "kv_cache": "Decoding with the cache",
+    "throughput": "Training rate",
+    "ablations": "Comparison of models",
+    "gpu": "GPU validation",
+    "tests": "Test suites",
+    "prep": "Corpus preparation",
+}
+
+
+def build_document(found: Gathered, origin: Origin, rates: Sequence[dict[str, Any]]) -> Document:
+    """Return the page; what turns out damaged only here is added to ``found.unread``.
+
+    Args:
+        origin: the command and the machine that make the page.
+        rates: the rows of ``throughput.csv``.
+    """
+    runs = _runs_outside_studies(found.runs)
+    sections = []
+    if runs:
+        sections.append(_runs_section(runs, len(found.runs) - len(runs)))
+    headlines = _run_headlines(runs)
+    for artifact in sorted(found.artifacts, key=lambda artifact: artifact.kind != STUDY_KIND):
+        blocks, artifact_headlines = _artifact_blocks(artifact, found.unread)
+        title = f"{_TITLES.get(artifact.kind, artifact.kind)}, {_day(artifact.timestamp)}"
+        sections.append(Section(title, blocks, Origin.of(artifact.system, str(artifact.folder))))
+        headlines += artifact_headlines
+    if bars := _rate_bars(rates):
+        caption = f"Medians with the lowest and highest; at most {_MOST_BARS}, the newest first to be shown."
+        sections.append(
+            Section("Rates side by side", [draw_bars("throughput.png", bars, "training tokens per second", caption)])
+        )
+    if found.unread:
+        sections.append(Section("Left out", [_unread_table(found.unread)]))
+    counts = (
+        f"{_count(len(found.runs), 'training run')}, {_count(len(found.artifacts), 'benchmark')}, "
+        f"{_count(len(found.unread), 'thing')} left out."
+    )
+    return Document("psannlm: report", counts, headlines[:6], sections, origin)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _day(timestamp: str) -> str:
+    return timestamp[:16].replace("T", " ") + " UTC"
+
+
+def _runs_outside_studies(runs: Iterable[RunRecord]) -> list[RunRecord]:
+    """A study has its own section; its many runs would bury the others."""
+    return [run for run in runs if not (run.folder.parent / STUDY_FILE).is_file()]
+
+
+def _runs_section(runs: Sequence[RunRecord], n_in_studies: int) -> Section:
+    blocks: list[Block] = []
+    if n_in_studies:
+        blocks.append(f"{n_in_studies} runs of studies are in metrics.csv; their studies have sections of their own.")
+    blocks += [runs_table(runs), loss_picture(runs), origins_table(runs)]
+    return Section("Training runs", blocks)
+
+
+def runs_table(runs: Sequence[RunRecord]) -> Table:
+    """Return a row for every run: what it is, how far it came, its best validation."""
+    headings = (
+        "run",
+        "validation loss, nats per token",
+        "bits per byte",
+        "perplexity",
+        "at step",
+        "training loss, last step",
+        "steps",
+        "tokens",
+        "tokens/s, median",
+        "parameters",
+        "base",
+        "corpus",
+        "peak memory, MB",
+    )
+    rows = []
+    for run in runs:
+        row = run.as_dict()
+        peak = row["peak_memory_bytes"]
+        base = str(row["base"] or "–") + (f", {row['mlp']}" if row["mlp"] else "")
+        rows.append(
+            [
+                run.name,
+                tell(row["val_loss"]),
+                tell(row["bits_per_byte"]),
+                tell(row["perplexity"]),
+                tell(row["val_step"]),
+                tell(row["train_loss"]),
+                tell(row["step"]),
+                tell(row["tokens"]),
+                tell(row["tokens_per_s"], 3),
+                tell(row["parameters"]),
+                base,
+                run.corpus,
+                "–" if peak is None else f"{peak / 1e6:,.0f}",
+            ]
+        )
+    note = (
+        "The best validation of each run. Losses and perplexities compare where corpus and tokenizer are the same, "
+        "bits per byte compare on the same text."
+    )
+    return Table("", headings, rows, frozenset((*range(1, 10), 12)), note)
+
+
+def origins_table(runs: Sequence[RunRecord]) -> Table:
+    """Return the command, the machine and the commit that made each run."""
+    origins = [(run, Origin.of(run.system)) for run in runs]
+    rows = [[run.name, o.command or "–", o.machine or "–", o.commit or "–", str(run.folder)] for run, o in origins]
+    return Table("How they were made", ("run", "command", "machine", "commit", "folder"), rows)
+
+
+def loss_picture(runs: Sequence[RunRecord]) -> Picture:
+    """Return training (faint) and validation loss of the newest runs against the tokens seen."""
+    drawn = list(runs)[-_MOST_CURVES:]
+    curves = []
+    for run in drawn:
+        evaluations, steps = run.points(), run.points("train")
+        if steps:
+            is_faint = bool(evaluations)
+            curves.append(Curve(run.name, [p[0] for p in steps], [p[2] for p in steps], is_faint))
+        if evaluations:
+            curves.append(Curve(run.name, [p[0] for p in evaluations], [p[2] for p in evaluations]))
+    left_out = f" The newest {_MOST_CURVES} of {len(runs)} runs." if len(runs) > _MOST_CURVES else ""
+    caption = f"Validation loss (marked), and the loss of single training steps (faint).{left_out}"
+    return draw_curves(CURVE_FILE, curves, "tokens seen", "loss (nats per token)", caption)
+
+
+def _run_headlines(runs: Sequence[RunRecord]) -> list[Headline]:
+    found = []
+    scored = [run for run in runs if run.best is not None and isinstance(run.best.get("bits_per_byte"), float)]
+    if scored:
+        best = min(scored, key=lambda run: run.as_dict()["bits_per_byte"])
+        row = best.as_dict()
+        of = f"{best.name}, {tell(row['parameters'])} parameters, on {best.corpus}"
+        found.append(Headline(f"{row['bits_per_byte']:.3f}", "bits per byte", "Best validation", of))
+        found.append(
+            Headline(
+                tell(row["val_loss"]), "nats per token", "Its validation loss", f"perplexity {tell(row['perplexity'])}"
+            )
+        )
+    rated = [run for run in runs if run.tokens_per_s is not None]
+    if rated:
+        fastest = max(rated, key=lambda run: (run.tokens_per_s or {})["median"])
+        median = (fastest.tokens_per_s or {})["median"]
+        of = f"{fastest.name}; {Origin.of(fastest.system).machine}"
+        found.append(Headline(tell_float(median, 3), "tokens/s", "Fastest training run", of))
+    return found
+
+
+def _artifact_blocks(artifact: Artifact, unread: list[Unread]) -> tuple[list[Block], list[Headline]]:
+    blocks: list[Block] = []
+    headlines: list[Headline] = []
+    prefix = f"{artifact.kind}_{artifact.folder.name}_"
+    drawn: set[str] = set()
+    if artifact.kind == STUDY_KIND:
+        try:
+            tables, pictures = study_tables(artifact.figures), study_pictures(artifact.figures, prefix)
+            headline = study_headline(artifact.figures)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            unread.append(Unread(artifact.folder, f"not the figures of a study: {type(error).__name__} {error}"))
+        else:
+            blocks += [tables[0], *pictures, *tables[1:]]
+            headlines += [] if headline is None else [headline]
+            drawn = {picture.file.removeprefix(prefix) for picture in pictures}
+    if not blocks:
+        blocks += tables_of(artifact.figures)
+    blocks += _pictures(artifact, prefix, drawn, unread)
+    if artifact.table.strip():
+        blocks.append(Printed("As the command printed it", artifact.table))
+    return blocks, headlines
+
+
+def _pictures(artifact: Artifact, prefix: str, drawn: set[str], unread: list[Unread]) -> Iterator[Picture]:
+    for path in artifact.pictures:
+        if path.name in drawn:
+            continue
+        content = path.read_bytes()
+        if not content.startswith(_PNG) or len(content) > _LARGEST_PICTURE_BYTES:
+            unread.append(Unread(path, "no PNG of at most 3 MiB"))
+            continue
+        name = path.stem.replace("_", " ")
+        yield Picture(f"{prefix}{path.name}", f"{artifact.kind}: {name}", name, content)
+
+
+def _rate_bars(rates: Sequence[dict[str, Any]]) -> list[Bar]:
+    """The rates of training: those of runs and of training benchmarks, not of tokenizers or decoding."""
+    rows = [row for row in rates if row["kind"] in ("runs", THROUGHPUT_KIND) and row["figure"] == "tokens_per_s"]
+    return [
+        Bar(row["name"] or row["kind"], row["tokens_per_s"], row["tokens_per_s_lowest"], row["tokens_per_s_highest"])
+        for row in rows[-_MOST_BARS:]
+    ]
+
+
+def _unread_table(unread: Sequence[Unread]) -> Table:
+    rows = [[str(item.path), item.reason] for item in unread]
+    return Table("", ("where", "why"), rows, note="Nothing else in the report depends on these.")

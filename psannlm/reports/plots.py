@@ -1,0 +1,233 @@
+"""Curves, bars and intervals become pictures: SVG for light and dark pages, wide and narrow, and PNG for files.
+
+Colours are Okabe and Ito's, which the colour-blind tell apart (https://jfly.uni-koeln.de/color/); line styles and
+markers tell the curves apart in print as well.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from psannlm.reports.document import Picture, tell_float
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = {
+    False: ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4d4d4d"),
+    True: ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#d0d0d0"),
+}
+_MARKERS = "osD^vPX"
+_STYLES = ("-", "--", ":", "-.")
+_INK = {False: "#22272b", True: "#dfe3e6"}
+_RULE = {False: "#c9ced2", True: "#454c52"}
+# Inches at which text of the sizes below reads well in a column of 720, and on a phone of 390 pixels.
+_WIDE, _NARROW = (7.2, 3.9), (3.7, 3.5)
+_MOST_POINTS = 400
+_LONGEST_LABEL = 44
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of one line. ``is_faint`` draws it thin, without markers and out of the legend, in its group's colour.
+
+    Curves of one ``group`` share a colour; groups are coloured in the order in which they come first.
+    """
+
+    group: str
+    x: Sequence[float]
+    y: Sequence[float]
+    is_faint: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value with its edges (both None when measured once)."""
+
+    name: str
+    value: float
+    lowest: float | None = None
+    highest: float | None = None
+
+
+def draw_curves(
+    file: str, curves: Sequence[Curve], x_label: str, y_label: str, caption: str, *, is_log_x: bool = False
+) -> Picture:
+    """Draw curves on one pair of axes; labels carry the units."""
+    groups = list(dict.fromkeys(curve.group for curve in curves))
+
+    def draw(axes: Axes, look: _Look) -> None:
+        for curve in curves:
+            at = groups.index(curve.group)
+            x, y = _thinned(curve.x, curve.y)
+            colour, style = look.colour(at), _STYLES[at // len(_MARKERS) % len(_STYLES)]
+            if curve.is_faint:
+                axes.plot(x, y, color=colour, linewidth=0.9, alpha=0.45, linestyle=style, zorder=1)
+                continue
+            axes.plot(
+                x,
+                y,
+                color=colour,
+                linewidth=1.7,
+                linestyle=style,
+                marker=_MARKERS[at % len(_MARKERS)],
+                markersize=4.5,
+                markevery=max(1, len(x) // 12),
+                label=_short(curve.group),
+                zorder=2,
+            )
+        if is_log_x:
+            axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(_thousands())
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        _scale_to_the_end(axes, curves)
+        look.legend(axes, len({curve.group for curve in curves if not curve.is_faint}))
+
+    return _picture(file, f"{y_label} against {x_label}: {', '.join(groups[:12])}", caption, draw)
+
+
+def draw_bars(file: str, bars: Sequence[Bar], label: str, caption: str, *, zero_line: bool = False) -> Picture:
+    """Draw horizontal bars from zero with their edges; with ``zero_line`` points with intervals around zero instead."""
+
+    def draw(axes: Axes, look: _Look) -> None:
+        for at, bar in enumerate(bars):
+            colour = look.colour(0)
+            edges = None
+            if bar.lowest is not None and bar.highest is not None:
+                edges = [[max(0.0, bar.value - bar.lowest)], [max(0.0, bar.highest - bar.value)]]
+            whiskers: dict[str, Any] = {"ecolor": look.ink, "capsize": 3, "elinewidth": 1.1}
+            if zero_line:
+                axes.errorbar(bar.value, at, xerr=edges, fmt="o", color=colour, markersize=6, **whiskers)
+            else:
+                axes.barh(at, bar.value, height=0.62, color=colour, alpha=0.85)
+                if edges is not None:
+                    axes.errorbar(bar.value, at, xerr=edges, fmt="none", **whiskers)
+        axes.set_yticks(range(len(bars)), [_short(bar.name, 26 if look.is_narrow else _LONGEST_LABEL) for bar in bars])
+        for text in axes.get_yticklabels():
+            text.set_parse_math(False)
+        axes.invert_yaxis()
+        axes.xaxis.set_major_formatter(_thousands())
+        axes.set_xlabel(label)
+        axes.grid(visible=False, axis="y")
+        if zero_line:
+            axes.axvline(0.0, color=look.ink, linewidth=1)
+            axes.margins(y=0.15)
+
+    values = "; ".join(f"{bar.name} {tell_float(float(bar.value))}" for bar in bars[:12])
+    return _picture(file, f"{label}: {values}", caption, draw, n_rows=len(bars))
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One form of a picture: where it will be looked at."""
+
+    is_narrow: bool
+    is_dark: bool
+
+    @property
+    def ink(self) -> str:
+        return _INK[self.is_dark]
+
+    def colour(self, at: int) -> str:
+        colours = _COLOURS[self.is_dark]
+        return colours[at % len(colours)]
+
+    def legend(self, axes: Axes, n_entries: int) -> None:
+        """Put the names below the axes, where they hide no curve."""
+        if n_entries == 0:
+            return
+        columns = 1 if self.is_narrow else 2 if n_entries > 1 else 1
+        legend = axes.figure.legend(loc="outside lower left", ncols=columns, frameon=False, handlelength=2.6)
+        for text in legend.get_texts():
+            text.set_color(self.ink)
+            text.set_parse_math(False)
+
+
+def _picture(
+    file: str, alternative: str, caption: str, draw: Callable[[Axes, _Look], None], n_rows: int = 0
+) -> Picture:
+    forms = {
+        (is_narrow, is_dark): _render(draw, _Look(is_narrow, is_dark), "svg", n_rows)
+        for is_narrow in (False, True)
+        for is_dark in (False, True)
+    }
+    return Picture(file, alternative, caption, _render(draw, _Look(False, False), "png", n_rows), forms)
+
+
+def _render(draw: Callable[[Axes, _Look], None], look: _Look, form: str, n_rows: int) -> bytes:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    width, height = _NARROW if look.is_narrow else _WIDE
+    if n_rows:
+        height = 1.0 + 0.36 * n_rows
+    settings: Any = {
+        "font.family": "DejaVu Sans",
+        "font.size": 9.5,
+        "axes.edgecolor": _RULE[look.is_dark],
+        "axes.labelcolor": look.ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": _RULE[look.is_dark],
+        "grid.alpha": 0.5,
+        "grid.linewidth": 0.6,
+        "text.color": look.ink,
+        "xtick.color": look.ink,
+        "ytick.color": look.ink,
+        "svg.hashsalt": "psannlm",
+    }
+    page = io.BytesIO()
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Characters that matplotlib's font lacks are drawn as boxes; the picture is whole all the same.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots()
+        draw(axes, look)
+        metadata: Any = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
+        colour = "none" if form == "svg" else "white"
+        figure.savefig(page, format=form, dpi=150, facecolor=colour, metadata=metadata)
+    return page.getvalue()
+
+
+def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Leave out points that no picture can show, never the last."""
+    step = max(1, -(-len(x) // _MOST_POINTS))
+    kept = sorted({*range(0, len(x), step), *([len(x) - 1] if x else [])})
+    return [x[at] for at in kept], [y[at] for at in kept]
+
+
+def _scale_to_the_end(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Give the room to where curves end: a start at ln(vocabulary) would press them together."""
+    lows = [min(curve.y) for curve in curves if len(curve.y)]
+    starts = [curve.y[len(curve.y) // 8] for curve in curves if len(curve.y) >= 8]
+    if not lows or not starts:
+        return
+    low, high = min(lows), max(*starts, *(max(c.y[len(c.y) // 8 :]) for c in curves if len(c.y) >= 8), max(lows))
+    short = [max(curve.y) for curve in curves if 0 < len(curve.y) < 8 and not curve.is_faint]
+    high = max([high, *short])
+    room = 0.05 * (high - low) or 0.05
+    axes.set_ylim(low - room, high + room)
+
+
+def _thousands() -> Any:
+    """Tick labels such as 60k and 1.5M, with a true minus."""
+    from matplotlib.ticker import FuncFormatter
+
+    def label(value: float, position: int | None = None) -> str:
+        for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+            if abs(value) >= size:
+                return f"{value / size:g}{letter}".replace("-", "−")
+        return f"{value:.6g}".replace("-", "−")
+
+    return FuncFormatter(label)
+
+
+def _short(name: str, longest: int = _LONGEST_LABEL) -> str:
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"

@@ -1,0 +1,259 @@
+"""A run folder becomes one record: its settings, its curve and its figures, from files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from psannlm.reports.plain import Unreadable, flatten, number, read_json, read_text, read_yaml
+
+METRICS_FILE, CONFIG_FILE, SYSTEM_FILE = "metrics.jsonl", "config.yaml", "system.json"
+# Settings that say where and how a run was made, not what it is.
+_HOUSEKEEPING = frozenset(
+    f"train.{key}" for key in ("checkpoint_dir", "log_interval_steps", "save_interval_steps", "keep_checkpoints")
+)
+_DEEPEST = 6
+_MAX_HEADER_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder tells. Losses are in nats per token.
+
+    Attributes:
+        name: the folder as a person finds it.
+        config: the settings by dotted key; empty where they cannot be read.
+        train_rows, eval_rows: the lines of ``metrics.jsonl`` that can be read, in the order of their steps.
+        parameters: elements of the saved weights, or None without a checkpoint.
+        problems: what could not be read, each with the reason.
+    """
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    system: dict[str, Any]
+    train_rows: list[dict[str, Any]]
+    eval_rows: list[dict[str, Any]]
+    parameters: int | None
+    corpus_sha256: str | None
+    problems: tuple[str, ...]
+
+    @property
+    def timestamp(self) -> str | None:
+        """When the run began or was taken up again: ISO 8601, UTC."""
+        when = self.system.get("time_utc")
+        return when if isinstance(when, str) else None
+
+    @property
+    def corpus(self) -> str:
+        """What the run was trained on, in words."""
+        return describe_sources(self.config.get("data.sources"))
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The validation with the lowest loss."""
+        return min(self.eval_rows, key=lambda row: row["loss"], default=None)
+
+    @property
+    def tokens_per_s(self) -> dict[str, float] | None:
+        """Median, lowest and highest of the logged rates; the first line, which times the warm-up, is left out."""
+        rates = [rate for row in self.train_rows[1:] or self.train_rows if (rate := number(row.get("tokens_per_s")))]
+        if not rates:
+            return None
+        return {"median": statistics.median(rates), "lowest": min(rates), "highest": max(rates)}
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The most memory that the run held, where its log tells."""
+        peaks = [int(peak) for row in self.train_rows if (peak := number(row.get("peak_memory_bytes")))]
+        return max(peaks, default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures of the run as the files hold them."""
+        last = self.train_rows[-1] if self.train_rows else {}
+        best = self.best or {}
+        final = self.eval_rows[-1] if self.eval_rows else {}
+        rates = self.tokens_per_s or {}
+        return {
+            "timestamp": self.timestamp,
+            "run": self.name,
+            "base": self.config.get("model.base"),
+            "mlp": self.config.get("model.mlp"),
+            "parameters": self.parameters,
+            "corpus": self.corpus,
+            "corpus_sha256": self.corpus_sha256,
+            "seed": self.config.get("train.seed"),
+            "lr": self.config.get("train.lr"),
+            "batch_tokens": self.config.get("train.batch_tokens"),
+            "step": last.get("step"),
+            "tokens": last.get("tokens"),
+            "train_loss": last.get("loss"),
+            "val_loss": best.get("loss"),
+            "val_step": best.get("step"),
+            "perplexity": best.get("perplexity"),
+            "bits_per_byte": best.get("bits_per_byte"),
+            "final_val_loss": final.get("loss"),
+            "tokens_per_s": rates.get("median"),
+            "tokens_per_s_lowest": rates.get("lowest"),
+            "tokens_per_s_highest": rates.get("highest"),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "folder": str(self.folder),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that make the run what it is."""
+        return {key: value for key, value in self.config.items() if key not in _HOUSEKEEPING}
+
+    def points(self, kind: str = "eval") -> list[tuple[int, float, float]]:
+        """Return (tokens seen, seconds of training, loss) of the validations, or of the logged steps (``train``).
+
+        Seconds are those of training alone, summed from the logged rates: validations and checkpoints take no part.
+        """
+        clock = dict(self._clock())
+        rows = self.eval_rows if kind == "eval" else self.train_rows
+        return [(*clock[row["step"]], row["loss"]) for row in rows if row["step"] in clock]
+
+    def _clock(self) -> Iterator[tuple[int, tuple[int, float]]]:
+        """Yield (step, (tokens, seconds)) for every step of the log, validations between two of its lines included."""
+        passed: list[tuple[int, float, float]] = [(0, 0.0, 0.0)]
+        for row in self.train_rows:
+            tokens, rate = number(row.get("tokens")), number(row.get("tokens_per_s"))
+            _, before, seconds = passed[-1]
+            if tokens is not None and tokens >= before:
+                passed.append((row["step"], tokens, seconds + ((tokens - before) / rate if rate else 0.0)))
+        steps = sorted({row["step"] for row in (*self.train_rows, *self.eval_rows)})
+        at = 0
+        for step in steps:
+            while at + 1 < len(passed) and passed[at + 1][0] <= step:
+                at += 1
+            here = passed[at]
+            after = passed[min(at + 1, len(passed) - 1)]
+            share = (step - here[0]) / (after[0] - here[0]) if after[0] > here[0] else 0.0
+            tokens, seconds = (low + share * (high - low) for low, high in zip(here[1:], after[1:], strict=True))
+            yield step, (round(tokens), seconds)
+
+
+def describe_sources(sources: object) -> str:
+    """Return the paths and built-in texts that ``data.sources`` lists, in words."""
+    if not isinstance(sources, (list, tuple)):
+        return "unknown" if sources is None else str(sources)
+    names = [
+        str(item.get("path") or item.get("builtin") or item) if isinstance(item, dict) else str(item)
+        for item in sources
+    ]
+    return ", ".join(names)
+
+
+def find_runs(root: Path) -> Iterator[Path]:
+    """Yield the run folders (those with ``metrics.jsonl``) at or below ``root``, by name; links are not followed."""
+    for folder, names, files in os.walk(root):
+        here = Path(folder)
+        if METRICS_FILE in files:
+            names.clear()
+            yield here
+        names[:] = sorted(name for name in names if not name.startswith((".", "step_")))
+        if len(here.relative_to(root).parts) >= _DEEPEST:
+            names.clear()
+
+
+def read_run(folder: Path, name: str | None = None) -> RunRecord:
+    """Return the record of a run folder, with whatever could not be read among its problems.
+
+    Raises:
+        Unreadable: not one line of ``metrics.jsonl`` can be read.
+    """
+    problems: list[str] = []
+    rows = _read_rows(folder / METRICS_FILE, problems)
+    if not rows:
+        because = f": {problems[0]}" if problems else ""
+        raise Unreadable(f"{METRICS_FILE} holds no line that can be read{because}")
+    config: dict[str, Any] = {}
+    system: dict[str, Any] = {}
+    try:
+        config = flatten(read_yaml(folder / CONFIG_FILE))
+    except Unreadable as error:
+        problems.append(str(error))
+    try:
+        system = read_json(folder / SYSTEM_FILE)
+    except Unreadable as error:
+        problems.append(str(error))
+    parameters, corpus_sha256 = _read_checkpoint(folder, problems)
+    return RunRecord(
+        folder=folder,
+        name=name or folder.name,
+        config=config,
+        system=system,
+        train_rows=[row for row in rows if row["kind"] == "train"],
+        eval_rows=[row for row in rows if row["kind"] == "eval"],
+        parameters=parameters,
+        corpus_sha256=corpus_sha256,
+        problems=tuple(problems),
+    )
+
+
+def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    lines = read_text(path).splitlines()
+    rows = []
+    for at, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line, parse_constant=lambda word: None)
+        except (ValueError, RecursionError):
+            cut_short = "cut short" if at == len(lines) else "not JSON"
+            problems.append(f"{path.name}, line {at}: {cut_short}")
+            continue
+        if _is_row(row):
+            rows.append(row)
+        else:
+            problems.append(f"{path.name}, line {at}: no step, kind and loss in it")
+    if len(problems) > 3:
+        problems[3:] = [f"{path.name}: {len(problems) - 3} more lines that cannot be read"]
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def _is_row(row: object) -> bool:
+    if not isinstance(row, dict) or row.get("kind") not in ("train", "eval"):
+        return False
+    step = row.get("step")
+    return isinstance(step, int) and not isinstance(step, bool) and number(row.get("loss")) is not None
+
+
+def _read_checkpoint(folder: Path, problems: list[str]) -> tuple[int | None, str | None]:
+    """Return how many elements the newest checkpoint's weights have, and the hash of the corpus it was trained on."""
+    checkpoints = sorted(path for path in folder.glob("step_*") if path.is_dir())
+    if not checkpoints:
+        return None, None
+    parameters = corpus = None
+    try:
+        state = read_json(checkpoints[-1] / "trainer.json").get("state")
+        found = state.get("corpus_sha256") if isinstance(state, dict) else None
+        corpus = found if isinstance(found, str) else None
+    except Unreadable as error:
+        problems.append(f"{checkpoints[-1].name}: {error}")
+    try:
+        parameters = _count_elements(checkpoints[-1] / "model.safetensors")
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError):
+        problems.append(f"{checkpoints[-1].name}: model.safetensors is missing or damaged")
+    return parameters, corpus
+
+
+def _count_elements(path: Path) -> int:
+    """Elements of all tensors, from the header: eight bytes of length, then JSON (the safetensors format)."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(length)
+        header = json.loads(file.read(length))
+    total = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            elements = 1
+            for size in entry["shape"]:
+                elements *= int(size)
+            total += elements
+    return total

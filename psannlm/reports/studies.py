@@ -1,0 +1,210 @@
+"""The figures of a study (``reports/ablations/<ts>/metrics.json``) become its tables, plots and headline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from psannlm.reports.document import Headline, Picture, Table, signed, tell, tell_float
+from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
+
+NATS = "nats per token"
+
+
+def study_tables(figures: dict[str, Any]) -> list[Table]:
+    """Return the results, the learning rates, the parameters by group and what became of each run.
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError: the figures are not those of a study.
+    """
+    return [_results(figures), _learning_rates(figures), _parameters(figures), _runs(figures)]
+
+
+def _results(figures: dict[str, Any]) -> Table:
+    baseline = figures["baseline"]
+    headings = (
+        "variant",
+        f"validation loss, {NATS}",
+        "± over seeds",
+        f"minus {baseline}, {NATS}",
+        "95 % interval",
+        "bits per byte",
+        "learning rate",
+        "seeds",
+        "parameters",
+        "tokens/s",
+        "training, s",
+        "peak memory, MB",
+    )
+    rows = []
+    for variant in figures["variants"]:
+        loss, bits, difference = variant["val_loss"], variant["bits_per_byte"], variant["difference"]
+        rows.append(
+            [
+                variant["name"],
+                "–" if loss is None else f"{loss['mean']:.4f}",
+                "–" if loss is None or loss["std"] is None else f"{loss['std']:.4f}",
+                _difference(variant, baseline),
+                _interval(difference),
+                "–" if bits is None else f"{bits['mean']:.4f}",
+                _rate(variant),
+                tell(0 if loss is None else loss["n"]),
+                tell(variant["parameters"]),
+                tell(variant["tokens_per_s"], 3),
+                tell(variant["training_s"], 3),
+                "–" if variant["peak_memory_bytes"] is None else f"{variant['peak_memory_bytes'] / 1e6:,.0f}",
+            ]
+        )
+    return Table(
+        f"{figures['study']}: each variant at its best learning rate",
+        headings,
+        rows,
+        frozenset(range(1, len(headings))),
+        " ".join(figures["notes"]),
+    )
+
+
+def _difference(variant: dict[str, Any], baseline: str) -> str:
+    difference = variant["difference"]
+    if difference is None:
+        return "baseline" if variant["name"] == baseline else "–"
+    return signed(difference["mean"], 3)
+
+
+def _interval(difference: dict[str, Any] | None) -> str:
+    if difference is None:
+        return "–"
+    if difference["low"] is None:
+        return "one seed: none"
+    return f"{signed(difference['low'], 3)} to {signed(difference['high'], 3)}"
+
+
+def _rate(variant: dict[str, Any]) -> str:
+    if variant["learning_rate"] is None:
+        return "–"
+    return f"{variant['learning_rate']:g}" + (f" ({variant['edge']} tried)" if variant["edge"] else "")
+
+
+def _learning_rates(figures: dict[str, Any]) -> Table:
+    rates = sorted({rate["lr"] for variant in figures["variants"] for rate in variant["learning_rates"]})
+    rows = []
+    for variant in figures["variants"]:
+        cells = {rate["lr"]: rate for rate in variant["learning_rates"]}
+        row = [variant["name"]]
+        for lr in rates:
+            cell = cells.get(lr)
+            star = " *" if lr == variant["learning_rate"] else ""
+            row.append("" if cell is None else _rate_cell(cell) + star)
+        rows.append(row)
+    return Table(
+        f"Validation loss by learning rate, {NATS}",
+        ["variant", *(f"{rate:g}" for rate in rates)],
+        rows,
+        frozenset(range(1, len(rates) + 1)),
+        "Means over the seeds that came to the end. * the best; a best at the edge of its grid may not be the best.",
+    )
+
+
+def _rate_cell(cell: dict[str, Any]) -> str:
+    mean = "–" if cell["mean"] is None else f"{cell['mean']:.4f}"
+    return f"{mean} ({cell['failed']} failed)" if cell["failed"] else mean
+
+
+def _parameters(figures: dict[str, Any]) -> Table:
+    groups = list(dict.fromkeys(group for variant in figures["variants"] for group in variant["parameters_by_group"]))
+    rows = [
+        [
+            variant["name"],
+            tell(variant["parameters"]),
+            f"{variant['parameters_over_baseline'] - 1:+.2%}".replace("-", "−"),
+            tell(variant["d_mlp"]),
+            *(tell(variant["parameters_by_group"].get(group, 0)) for group in groups),
+        ]
+        for variant in figures["variants"]
+    ]
+    headings = ["variant", "all", f"against {figures['baseline']}", "feed-forward width", *groups]
+    return Table("Parameters by group", headings, rows, frozenset(range(1, len(headings))))
+
+
+def _runs(figures: dict[str, Any]) -> Table:
+    headings = (
+        "run",
+        "state",
+        f"validation loss, {NATS}",
+        "bits per byte",
+        "tokens",
+        "tokens/s",
+        "training, s",
+        "peak memory, MB",
+    )
+    rows = [
+        [
+            run["run"],
+            run["state"] if not run["reason"] else f"{run['state']}: {run['reason']}",
+            "–" if run["val_loss"] is None else f"{run['val_loss']:.4f}",
+            "–" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.4f}",
+            tell(run["tokens"]),
+            tell(run["tokens_per_s"], 3),
+            tell(run["training_s"], 3),
+            "–" if run["peak_memory_bytes"] is None else f"{run['peak_memory_bytes'] / 1e6:,.0f}",
+        ]
+        for run in figures["runs"]
+    ]
+    return Table("Every run", headings, rows, frozenset(range(2, len(headings))))
+
+
+def study_pictures(figures: dict[str, Any], prefix: str = "") -> list[Picture]:
+    """Return the differences with their intervals, and the loss against tokens and against seconds of training.
+
+    Files are named ``prefix`` and then ``differences.png``, ``loss_by_tokens.png`` and ``loss_by_time.png``. Raises as
+    :func:`study_tables`.
+    """
+    pictures = []
+    bars = [
+        Bar(variant["name"], variant["difference"]["mean"], variant["difference"]["low"], variant["difference"]["high"])
+        for variant in figures["variants"]
+        if variant["difference"] is not None
+    ]
+    if bars:
+        label = f"validation loss minus that of {figures['baseline']}\n({NATS}; left of zero is better)"
+        caption = "Paired over seeds; the lines are 95 % intervals (Student t)."
+        pictures.append(draw_bars(f"{prefix}differences.png", bars, label, caption, zero_line=True))
+    curves = figures["curves"]
+    if curves:
+        for file, key, label in (
+            ("loss_by_tokens.png", "tokens", "tokens seen"),
+            ("loss_by_time.png", "seconds", "seconds of training, validation left out"),
+        ):
+            drawn = _curves(curves, key)
+            caption = "Each variant at its best learning rate; a line for every seed."
+            pictures.append(draw_curves(f"{prefix}{file}", drawn, label, f"validation loss ({NATS})", caption))
+    return pictures
+
+
+def _curves(curves: Sequence[dict[str, Any]], key: str) -> list[Curve]:
+    """A marked line for the first seed of each variant, faint ones for the others."""
+    seen: set[str] = set()
+    drawn = []
+    for curve in curves:
+        drawn.append(Curve(curve["variant"], curve[key], curve["loss"], curve["variant"] in seen))
+        seen.add(curve["variant"])
+    return drawn
+
+
+def study_headline(figures: dict[str, Any]) -> Headline | None:
+    """Return the largest difference to the baseline in favour of a variant, or the smallest against it."""
+    found = [variant for variant in figures["variants"] if variant["difference"] is not None]
+    if not found:
+        return None
+    best = min(found, key=lambda variant: variant["difference"]["mean"])
+    difference = best["difference"]
+    interval = "one seed: no interval"
+    if difference["low"] is not None:
+        interval = f"95 %: {signed(difference['low'], 3)} to {signed(difference['high'], 3)}, {difference['n']} seeds"
+    share = abs(difference["mean"]) / difference["baseline_mean"]
+    return Headline(
+        signed(difference["mean"], 3),
+        NATS,
+        f"{best['name']} against {figures['baseline']}",
+        f"{tell_float(100 * share, 2)} % {'less' if difference['mean'] < 0 else 'more'}; {interval}",
+    )

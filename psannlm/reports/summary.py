@@ -1,0 +1,205 @@
+"""Report folders and runs enter; ``reports/benchmarks/<ts>/`` with tables, plots, Markdown and one HTML page leaves."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from psannlm.errors import ArtifactError, ConfigError
+from psannlm.reports.document import Document, Origin, Picture
+from psannlm.reports.gather import OWN_KIND, Gathered, Unread, gather
+from psannlm.reports.pages import CURVE_FILE, build_document, loss_picture
+from psannlm.reports.plain import Unreadable
+from psannlm.reports.render import to_html, to_markdown
+from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
+from psannlm.reports.store import new_folder, write_json
+from psannlm.reports.tables import memory_rows, rate_rows
+from psannlm.reports.versus import compare_runs, deltas, differing_settings
+from psannlm.storage import write_bytes, write_text
+
+PAGE_FILE, MARKDOWN_FILE = "report.html", "report.md"
+THROUGHPUT_FILE, MEMORY_FILE = "throughput.csv", "memory.json"
+RUNS_CSV_FILE, RUNS_JSON_FILE = "metrics.csv", "metrics.json"
+_RATE_COLUMNS = (
+    "timestamp",
+    "kind",
+    "name",
+    "base",
+    "mlp",
+    "batch_tokens",
+    "seq_len",
+    "parameters",
+    "dtype",
+    "precision",
+    "device",
+    "figure",
+    "tokens_per_s",
+    "tokens_per_s_lowest",
+    "tokens_per_s_highest",
+    "machine",
+    "artifact",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: the folder, the page in it, and what went into it."""
+
+    folder: Path
+    page: Path
+    n_runs: int
+    n_artifacts: int
+    unread: list[Unread]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures and paths as plain data."""
+        return {
+            "folder": str(self.folder),
+            "page": str(self.page),
+            "runs": self.n_runs,
+            "artifacts": self.n_artifacts,
+            "left_out": [{"path": str(item.path), "reason": item.reason} for item in self.unread],
+        }
+
+
+def write_report(
+    reports: Path,
+    runs: Sequence[Path],
+    system: dict[str, Any],
+    *,
+    since: datetime | None = None,
+    kinds: Collection[str] = (),
+    out: Path | None = None,
+) -> Report:
+    """Gather what is under ``reports`` and ``runs`` and write the report; ``system`` tells who makes it, and where.
+
+    Raises:
+        ConfigError: ``kinds`` names one that is not there.
+        ArtifactError: there is nothing to report.
+        StorageError: the report cannot be written.
+    """
+    found = gather(reports, runs, since=since, kinds=kinds)
+    if found.is_empty:
+        where = ", ".join(f"{path}/" for path in (reports, *runs))
+        raise ArtifactError(
+            f"nothing to report under {where}; make a run with: psannlm train CONFIG.yaml (or name its folder with "
+            "--runs, or an earlier --since)"
+        )
+    rates = _rates(found)
+    document = build_document(found, Origin.of(system), rates)
+    folder = new_folder(OWN_KIND, out)
+    write_text(folder / THROUGHPUT_FILE, _csv(rates, _RATE_COLUMNS))
+    write_json(folder / MEMORY_FILE, _memory(found))
+    _write_runs(folder, found.runs)
+    _write_pages(folder, document, system, _curve_of_all(found, document))
+    return Report(folder, folder / PAGE_FILE, len(found.runs), len(found.artifacts), found.unread)
+
+
+def write_comparison(runs: Sequence[Path], system: dict[str, Any], *, out: Path | None = None) -> Report:
+    """Set two or more runs side by side and write the page; the first is what the others are held against.
+
+    Raises:
+        ConfigError: fewer than two, or one of them is no run.
+        ArtifactError: the log of one cannot be read.
+        StorageError: the report cannot be written.
+    """
+    if len(runs) < 2:
+        raise ConfigError("--compare takes two run folders or more: --compare runs/a --compare runs/b")
+    records = [_record(path, name) for path, name in zip(runs, _names(runs), strict=True)]
+    document = compare_runs(records, Origin.of(system))
+    folder = new_folder(OWN_KIND, out)
+    _write_runs(folder, records)
+    content = {
+        "differences": {
+            key: dict(zip(_names(runs), row, strict=True)) for key, row in differing_settings(records).items()
+        },
+        "deltas": [deltas(records[0], record) for record in records[1:]],
+    }
+    write_json(folder / "comparison.json", content)
+    _write_pages(folder, document, system, [])
+    unread = [Unread(record.folder, problem) for record in records for problem in record.problems]
+    return Report(folder, folder / PAGE_FILE, len(records), 0, unread)
+
+
+def _record(path: Path, name: str) -> RunRecord:
+    if not (path / METRICS_FILE).is_file():
+        raise ConfigError(f"{path} is no run folder: there is no {METRICS_FILE} in it")
+    try:
+        return read_run(path, name)
+    except Unreadable as error:
+        raise ArtifactError(f"{path}: {error}") from error
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The names of the folders, or the paths where two folders have one name."""
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _rates(found: Gathered) -> list[dict[str, Any]]:
+    """The rows of throughput.csv: every rate of every artifact, and of every run."""
+    rows = []
+    for artifact in found.artifacts:
+        place = {
+            "timestamp": artifact.timestamp,
+            "kind": artifact.kind,
+            "machine": Origin.of(artifact.system).machine,
+            "artifact": str(artifact.folder),
+        }
+        rows += [{**row, **place} for row in rate_rows(artifact.figures)]
+    for run in found.runs:
+        if run.tokens_per_s is not None:
+            machine = Origin.of(run.system).machine
+            place = {"kind": "runs", "name": run.name, "machine": machine, "artifact": str(run.folder)}
+            rows.append({**run.as_dict(), "figure": "tokens_per_s", "dtype": run.config.get("train.amp"), **place})
+    return rows
+
+
+def _memory(found: Gathered) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for artifact in found.artifacts:
+        place = {"timestamp": artifact.timestamp, "kind": artifact.kind, "artifact": str(artifact.folder)}
+        rows += [{**place, **row} for row in memory_rows(artifact.figures)]
+    for run in found.runs:
+        if run.peak_memory_bytes is not None:
+            figure = {"name": run.name, "figure": "peak_memory_bytes", "bytes": run.peak_memory_bytes}
+            rows.append({"timestamp": run.timestamp, "kind": "runs", "artifact": str(run.folder), **figure})
+    return rows
+
+
+def _write_runs(folder: Path, runs: Sequence[RunRecord]) -> None:
+    rows = [run.as_dict() for run in runs]
+    if rows:
+        write_text(folder / RUNS_CSV_FILE, _csv(rows, tuple(rows[0])))
+    write_json(
+        folder / RUNS_JSON_FILE,
+        {"runs": [{**row, "settings": run.config} for row, run in zip(rows, runs, strict=True)]},
+    )
+
+
+def _curve_of_all(found: Gathered, document: Document) -> list[Picture]:
+    """The loss curve where the page shows none because all runs belong to studies."""
+    shown = [block.file for section in document.sections for block in section.blocks if isinstance(block, Picture)]
+    return [loss_picture(found.runs)] if found.runs and CURVE_FILE not in shown else []
+
+
+def _csv(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    page = io.StringIO()
+    writer = csv.DictWriter(page, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: "" if row.get(key) is None else row[key] for key in columns} for row in rows)
+    return page.getvalue()
+
+
+def _write_pages(folder: Path, document: Document, system: dict[str, Any], pictures: Sequence[Picture]) -> None:
+    blocks = [block for section in document.sections for block in section.blocks if isinstance(block, Picture)]
+    for picture in {picture.file: picture for picture in (*pictures, *blocks)}.values():
+        write_bytes(folder / picture.file, picture.png)
+    write_json(folder / "system.json", system)
+    write_text(folder / MARKDOWN_FILE, to_markdown(document))
+    write_text(folder / PAGE_FILE, to_html(document))

@@ -1,0 +1,158 @@
+"""Figures of any artifact become tables: what is a list of rows, what is a mapping of rows, and what stands alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from psannlm.reports.document import Table, tell
+from psannlm.reports.plain import flatten, is_spread, number
+
+_MOST_ROWS = 200
+_MOST_COLUMNS = 40
+# Units as they stand at the end of names, and how a person writes them.
+_UNITS = (
+    ("_tokens_per_s", "tokens/s"),
+    ("_mb_per_s", "MB/s"),
+    ("_bytes_per_s", "bytes/s"),
+    ("_per_s", "/s"),
+    ("_bytes", "bytes"),
+    ("_ms", "ms"),
+    ("_s", "s"),
+)
+_WHOLE = {"tokens_per_s": "tokens/s", "bits_per_byte": "bits per byte", "lr": "learning rate", "mb_per_s": "MB/s"}
+
+
+def heading(key: str) -> str:
+    """Return the name of a figure as a person writes it, with its unit: ``decode_s`` becomes ``decode, s``."""
+    *groups, last = key.split(".")
+    if last in _WHOLE:
+        text = _WHOLE[last]
+    else:
+        text = last
+        for ending, unit in _UNITS:
+            if last.endswith(ending) and len(last) > len(ending):
+                text = f"{last.removesuffix(ending)}, {unit}"
+                break
+    return " ".join([*groups, text]).replace("_", " ")
+
+
+def tables_of(figures: dict[str, Any], skip: frozenset[str] = frozenset()) -> Iterator[Table]:
+    """Yield the tables in ``figures`` without ``skip``: each list or mapping of rows, then what stands alone."""
+    alone: dict[str, Any] = {}
+    tables: list[Table] = []
+    for key, value in figures.items():
+        if key not in skip:
+            _sort_in(key, value, alone, tables)
+    rows = [(heading(key), tell(value)) for key, value in alone.items()]
+    yield from tables
+    if rows:
+        yield Table("Settings and totals", ("what", "value"), rows, is_folded=bool(tables))
+
+
+def _sort_in(key: str, value: object, alone: dict[str, Any], tables: list[Table]) -> None:
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        tables.append(rows_table(heading(key), value))
+    elif isinstance(value, dict) and not is_spread(value) and value:
+        if _is_table(value):
+            tables.append(rows_table(heading(key), [{"": name, **row} for name, row in value.items()]))
+        else:
+            for inner_key, inner in value.items():
+                _sort_in(f"{key}.{inner_key}", inner, alone, tables)
+    elif not isinstance(value, (list, dict)) or value or is_spread(value):
+        alone[key] = value
+
+
+def _is_table(value: dict[str, Any]) -> bool:
+    """Whether a mapping is one of names to rows: two or more, all of them mappings that share a key."""
+    rows = [row for row in value.values() if isinstance(row, dict) and not is_spread(row)]
+    return len(rows) == len(value) >= 2 and bool(set.intersection(*(set(row) for row in rows)))
+
+
+def rows_table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Return a table with a column for every key of ``rows``; figures are told by what is in them."""
+    flat = [_flat_row(row) for row in rows]
+    keys = list(dict.fromkeys(key for row in flat for key in row))
+    notes = []
+    if len(keys) > _MOST_COLUMNS:
+        notes.append(f"{len(keys) - _MOST_COLUMNS} more columns are in the artifact")
+    if len(flat) > _MOST_ROWS:
+        notes.append(f"{len(flat) - _MOST_ROWS:,} more rows are in the artifact")
+    keys, flat = keys[:_MOST_COLUMNS], flat[:_MOST_ROWS]
+    numbers = frozenset(at for at, key in enumerate(keys) if _is_numeric([row.get(key) for row in flat]))
+    cells = [[tell(row.get(key)) for key in keys] for row in flat]
+    return Table(title[:1].upper() + title[1:], [heading(key) for key in keys], cells, numbers, "; ".join(notes))
+
+
+def _flat_row(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` with dotted keys, its spreads left whole."""
+    spreads = {key: value for key, value in row.items() if is_spread(value)}
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        if key in spreads or not isinstance(value, dict):
+            flat[key] = value
+        else:
+            inner = _flat_row(value)
+            flat.update({f"{key}.{name}": item for name, item in inner.items()} or {key: None})
+    return flat
+
+
+def _is_numeric(values: list[Any]) -> bool:
+    filled = [value for value in values if value is not None]
+    return bool(filled) and all(number(value) is not None or is_spread(value) for value in filled)
+
+
+_RATE = re.compile(r"(?:.*_)?tokens_per_s")
+_MEMORY = re.compile(r"(?:.*[._])?(?:peak|memory|cache|weight|weights|activations|allocated|resident|rss)\w*_bytes")
+_LABELS = ("name", "case", "model", "variant", "candidate", "check", "id")
+_CONTEXT = ("base", "mlp", "batch_tokens", "seq_len", "parameters", "dtype", "precision", "device")
+
+
+def rate_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a row for every figure named ``tokens_per_s`` or ``..._tokens_per_s``, wherever it stands.
+
+    Each has ``name`` (the way to it), ``figure``, ``tokens_per_s``, ``..._lowest`` and ``..._highest`` (None where it
+    was measured once), and what the places it stands in say of base, batch and precision.
+    """
+    for way, context, key, value in _walk(figures, (), {}):
+        if _RATE.fullmatch(key):
+            spread = value if isinstance(value, dict) else {"median": value}
+            yield {
+                "name": " / ".join(way),
+                **{name: context.get(name) for name in _CONTEXT},
+                "figure": key,
+                "tokens_per_s": spread["median"],
+                "tokens_per_s_lowest": spread.get("lowest"),
+                "tokens_per_s_highest": spread.get("highest"),
+            }
+
+
+def memory_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield ``name``, ``figure`` and ``bytes`` of every figure whose name says that it is memory, in bytes."""
+    for way, _, key, value in _walk(figures, (), {}):
+        # The name of a mapping may say it for the figures in it: cache_bytes: {measured: ...}.
+        named = f"{way[-1]}.{key}" if way else key
+        if _MEMORY.fullmatch(key) and not key.endswith("per_s"):
+            yield {"name": " / ".join(way), "figure": key, "bytes": value["median"] if is_spread(value) else value}
+        elif any(_MEMORY.fullmatch(part) for part in way) and key in ("measured", "predicted"):
+            yield {"name": " / ".join(way), "figure": named, "bytes": value["median"] if is_spread(value) else value}
+
+
+def _walk(
+    value: dict[str, Any], way: tuple[str, ...], context: dict[str, Any]
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any], str, Any]]:
+    """Yield (way, context, key, value) of every number and spread below ``value``."""
+    plain = {key: item for key, item in flatten(value).items() if isinstance(item, (str, int, float))}
+    own = {name: item for name in _CONTEXT for key, item in plain.items() if key.split(".")[-1] == name}
+    context = {**context, **own}
+    for key, item in value.items():
+        if number(item) is not None or is_spread(item):
+            yield way, context, str(key), item
+        elif isinstance(item, dict):
+            yield from _walk(item, (*way, str(key)), context)
+        elif isinstance(item, list):
+            for at, row in enumerate(item, 1):
+                if isinstance(row, dict):
+                    label = next((str(row[name]) for name in _LABELS if isinstance(row.get(name), str)), str(at))
+                    yield from _walk(row, (*way, label), context)

@@ -1,0 +1,52 @@
+"""psannlm report: from a trained run to a page, and what cannot be reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+def test_a_run_becomes_a_page(psannlm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    done = psannlm("report", "--json", "--out", str(tmp_path / "page"))
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert (told["runs"], told["left_out"]) == (1, [])
+    names = {path.name for path in (tmp_path / "page").iterdir()}
+    assert names >= {
+        "throughput.csv",
+        "memory.json",
+        "metrics.csv",
+        "metrics.json",
+        "loss_curve.png",
+        "report.md",
+        "report.html",
+        "system.json",
+    }
+    (run,) = json.loads((tmp_path / "page" / "metrics.json").read_text())["runs"]
+    rows = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert run["val_loss"] == min(row["loss"] for row in rows if row["kind"] == "eval")
+    assert run["train_loss"] == [row["loss"] for row in rows if row["kind"] == "train"][-1]
+    assert run["corpus"] == "corpus.txt"
+    assert run["parameters"] > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 1, "nothing to report"),
+        (["--since", "soon"], 2, "'soon' is no time"),
+        (["--kind", "throughputs"], 2, "there is no reports/throughputs"),
+        (["--compare", "a"], 2, "two run folders"),
+        (["--compare", "a", "b"], 2, "a is no run folder"),
+        (["--compare", "a", "b", "--kind", "gpu"], 2, "no --runs, --kind or --since"),
+        (["a"], 2, "--runs"),
+    ],
+)
+def test_what_cannot_be_done_is_said(psannlm, project: Path, arguments: list[str], code: int, words: str) -> None:
+    done = psannlm("report", *arguments)
+    assert done.code == code
+    assert words in done.err
+    assert not Path("reports").exists()

@@ -1,0 +1,150 @@
+"""The files of a report: figures equal to the artifacts', and one page that loads nothing and runs nothing."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psannlm.errors import ArtifactError, ConfigError
+from psannlm.reports.summary import Report, write_comparison, write_report
+
+HOSTILE = "<script>alert(1)</script>'\"><img src=//evil.example/x> $\\frac$ \u202e |`*[x](y)"
+SPREAD = {"median": 73.50903428886672, "lowest": 69.1591280660641, "highest": 78.7839220767535}
+SYSTEM = {"command": "psannlm report", "processor": "Abacus"}
+
+
+class Page(HTMLParser):
+    """Notes every element, and every attribute through which a browser would load something."""
+
+    LOADS = frozenset(("src", "srcset", "href", "data", "poster", "action", "background", "xlink:href", "ping"))
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.handlers: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in self.LOADS]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def written(tmp_path: Path, make_run: Callable[..., Path], make_artifact: Callable[..., Path]) -> Report:
+    reports, runs = tmp_path / "reports", tmp_path / "runs"
+    make_run(runs / "a", corpus=HOSTILE)
+    make_run(runs / "b<b>", base="transformer", shift=0.25)
+    cases: list[dict[str, Any]] = [
+        {"name": HOSTILE, "base": "sine", "tokens_per_s": SPREAD, "peak_bytes": 123456789, "note": None},
+        {"name": "plain", "base": "gelu", "tokens_per_s": 0.1 + 0.2, "peak_bytes": 5, "note": HOSTILE},
+    ]
+    figures = {"batch_tokens": 4096, "cases": cases, "cache_bytes": {"a": {"measured": 7}, "b": {"measured": 8}}}
+    make_artifact(reports / "throughput" / "20261120_080000", figures, command=HOSTILE)
+    make_artifact(reports / HOSTILE.replace("/", "") / "20261120_080000", {HOSTILE: HOSTILE})
+    (reports / "throughput" / "20261120_080000" / "x.png").write_bytes(b"no picture")
+    return write_report(reports, [runs], SYSTEM, out=tmp_path / "out")
+
+
+def test_csv_and_json_hold_the_numbers_of_the_artifacts(written: Report) -> None:
+    with open(written.folder / "throughput.csv", newline="") as file:
+        rates = [row for row in csv.DictReader(file) if row["kind"] == "throughput"]
+    assert [float(row["tokens_per_s"]) for row in rates] == [SPREAD["median"], 0.1 + 0.2]
+    assert float(rates[0]["tokens_per_s_lowest"]) == SPREAD["lowest"]
+    assert (rates[0]["name"], rates[0]["base"], rates[0]["batch_tokens"]) == (HOSTILE, "sine", "4096")
+    assert rates[0]["timestamp"] == "2026-11-20T08:00:00+00:00"
+    memory = json.loads((written.folder / "memory.json").read_text())
+    assert [row["bytes"] for row in memory if row["kind"] == "throughput"] == [123456789, 5, 7, 8]
+    assert [row["bytes"] for row in memory if row["kind"] == "runs"] == [4000, 4000]
+    runs = json.loads((written.folder / "metrics.json").read_text())["runs"]
+    with open(written.folder / "metrics.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [run["val_loss"] for run in runs] == [float(row["val_loss"]) for row in table] == [3.75, 4.0]
+    assert runs[0]["corpus"] == table[0]["corpus"] == HOSTILE
+    assert runs[0]["settings"]["train.lr"] == 2e-5
+
+
+def test_the_page_loads_nothing_and_runs_nothing(written: Report) -> None:
+    text = written.page.read_text(encoding="utf-8")
+    page = Page(text)
+    assert set(page.tags).isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form", "b"})
+    assert page.handlers == []
+    assert page.references
+    for reference in page.references:
+        assert reference.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,", "#s")), reference[:80]
+        if reference.startswith("data:image/svg"):
+            drawing = base64.b64decode(reference.partition(",")[2]).decode()
+            assert not re.search(r"""(?:href|src)\s*=\s*["'](?!#)""", drawing)
+            assert "<script" not in drawing
+    assert "@import" not in text
+    assert re.findall(r"url\(", text) == []
+    assert "default-src 'none'" in text
+
+
+def test_hostile_names_are_shown_as_they_are(written: Report) -> None:
+    page = Page(written.page.read_text(encoding="utf-8"))
+    assert HOSTILE.replace("\u202e", "\\u202e") in page.text
+    assert "img" in page.tags
+    assert page.tags.count("img") == page.tags.count("figure"), "only our own pictures"
+    markdown = (written.folder / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in markdown
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    heads = [at for at, line in enumerate(rows) if re.fullmatch(r"\|[-:|]+", line)]
+    for head, until in zip(heads, [*(at - 1 for at in heads[1:]), len(rows)], strict=True):
+        columns = rows[head].count("|")
+        assert all(len(re.findall(r"(?<!\\)\|", row)) == columns for row in rows[head - 1 : until])
+
+
+def test_what_is_left_out_stands_on_the_page(written: Report) -> None:
+    assert [(item.path.name, item.reason) for item in written.unread] == [("x.png", "no PNG of at most 3 MiB")]
+    text = Page(written.page.read_text(encoding="utf-8")).text
+    assert "no PNG of at most 3 MiB" in text
+
+
+def test_every_table_of_a_benchmark_has_its_command_and_machine(written: Report) -> None:
+    text = Page(written.page.read_text(encoding="utf-8")).text
+    assert "Abacus 9000, 2 threads, torch 2.13.0" in text
+    assert "psannlm train x.yaml" in text
+    assert "0123456789ab" in text
+
+
+def test_nothing_at_all_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nothing to report"):
+        write_report(tmp_path / "reports", [tmp_path / "runs"], SYSTEM, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_side_by_side(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    first = make_run(tmp_path / "first")
+    second = make_run(tmp_path / "second", base="transformer", shift=0.25)
+    written = write_comparison([first, second], SYSTEM, out=tmp_path / "out")
+    content = json.loads((written.folder / "comparison.json").read_text())
+    assert content["differences"] == {"model.base": {"first": "waveresnet", "second": "transformer"}}
+    (delta,) = content["deltas"]
+    assert (delta["val_loss"], delta["bits_per_byte"], delta["parameters"]) == (0.25, 0.25, 0)
+    assert delta["tokens_per_s_ratio"] == 1.0
+    # Both validated at steps 2 and 4; the later half is step 4.
+    assert delta["val_loss_at_shared_steps"] == {"median": 0.25, "lowest": 0.25, "highest": 0.25, "n": 1}
+    text = Page(written.page.read_text()).text
+    assert "+0.2500" in text
+    assert (written.folder / "loss_by_time.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_wants_two_runs(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="two run folders"):
+        write_comparison([make_run(tmp_path / "a")], SYSTEM)
+    with pytest.raises(ConfigError, match="no run folder"):
+        write_comparison([tmp_path / "a", tmp_path / "nowhere"], SYSTEM)

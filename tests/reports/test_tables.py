@@ -1,0 +1,63 @@
+"""Figures told by their names and shapes, whatever the benchmark."""
+
+from __future__ import annotations
+
+import pytest
+
+from psannlm.reports.document import signed, tell, tell_float
+from psannlm.reports.tables import heading, rate_rows, tables_of
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (1234567, "1,234,567"),
+        (True, "yes"),
+        (None, "–"),
+        (0.0, "0"),
+        (73.50903, "73.51"),
+        (123456.7, "123,457"),
+        (9.9999e-07, "1.000e-06"),
+        (0.000123456, "0.0001235"),
+        (float("inf"), "–"),
+        ({"median": 2.0, "lowest": 1.0, "highest": 3.0}, "2.000 (1.000 to 3.000)"),
+    ],
+)
+def test_numbers_as_a_person_reads_them(value: object, told: str) -> None:
+    assert tell(value) == told
+
+
+def test_signs() -> None:
+    assert (signed(-0.25, 2), signed(0.25, 2), signed(0.0, 2), signed(None)) == ("−0.25", "+0.25", "±0", "–")
+    assert tell_float(-1234.5) == "-1,234"
+
+
+def test_units_leave_the_name() -> None:
+    assert heading("decode_tokens_per_s") == "decode, tokens/s"
+    assert heading("cases.prefill_s") == "cases prefill, s"
+    assert heading("bits_per_byte") == "bits per byte"
+
+
+def test_lists_and_mappings_of_rows_become_tables() -> None:
+    figures = {
+        "device": "cpu",
+        "cases": [{"name": "a", "rate_s": 1.5}, {"name": "b"}],
+        "by_name": {"x": {"n": 1, "inner": {"m": 2}}, "y": {"n": 3}},
+        "group": {"one": 1, "two": {"three": 3}},
+        "empty": [],
+    }
+    cases, by_name, alone = tables_of(figures)
+    assert (cases.headings, cases.rows) == (["name", "rate, s"], [["a", "1.500"], ["b", "–"]])
+    assert cases.numbers == {1}
+    assert by_name.rows == [["x", "1", "2"], ["y", "3", "–"]]
+    assert alone.rows == [("device", "cpu"), ("group one", "1"), ("group two three", "3")]
+
+
+def test_rates_carry_what_stands_around_them() -> None:
+    figures = {
+        "batch_tokens": 64,
+        "bases": {"sine": {"base": "respsann", "tokens_per_s": 5.0}, "gelu": {"base": "transformer", "mb_per_s": 1.0}},
+    }
+    (row,) = rate_rows(figures)
+    assert (row["name"], row["base"], row["batch_tokens"], row["tokens_per_s"]) == ("bases / sine", "respsann", 64, 5.0)
+    assert row["tokens_per_s_lowest"] is None
