@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +59,18 @@ def progress() -> Console:
 def print_json(content: Any) -> None:
     """Print one JSON document on stdout."""
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+
+
+@contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """End at once and without a word when whoever reads stdout has seen enough (``| head``)."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more on its way out, and must not find the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit from None
 
 
 def figures_table(title: str, rows: list[tuple[str, str]]) -> Table:

@@ -1,80 +1,187 @@
-"""psannlm tokenize: fit a tokenizer on a corpus, or look at what one makes of a text."""
+"""psannlm tokenize: fit a tokenizer on a corpus; or text to ids and back with one that is there."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from psannlm.commands.options import JsonOption, figures_table, print_json, progress, results
+from psannlm.commands.options import (
+    JsonOption,
+    figures_table,
+    live_line,
+    print_json,
+    progress,
+    quiet_pipe,
+    results,
+)
+
+if TYPE_CHECKING:
+    from psannlm.tokenizers.base import Tokenizer
 
 
 def tokenize(
-    corpus: Annotated[list[str] | None, typer.Argument(metavar="CORPUS...", help="Files, folders or globs.")] = None,
+    corpus: Annotated[
+        list[str] | None, typer.Argument(metavar="CORPUS...", help="Files, folders, globs or URLs.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, sentencepiece, tokenizers or simple.")] = "auto",
+    model_type: Annotated[str | None, typer.Option(help="Of sentencepiece: unigram (the default) or bpe.")] = None,
     vocab_size: Annotated[int, typer.Option(help="Entries at most.")] = 4096,
+    sample_chars: Annotated[
+        int | None, typer.Option(min=1, help="Characters to fit on, drawn evenly from the corpus. Default: 8,000,000.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides which passages are drawn, and which are held out.")] = 1337,
     per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of a .txt file.")] = False,
     text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
     out: Annotated[Path | None, typer.Option("--out", help="Where to write the fitted tokenizer.")] = None,
     model: Annotated[
-        Path | None, typer.Option("--model", help="A tokenizer file to look at instead of fitting one.")
+        Path | None, typer.Option("--model", help="A tokenizer file to use instead of fitting one.")
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="With --model: text to encode.")] = None,
-    from_stdin: Annotated[bool, typer.Option("--stdin", help="With --model: encode each line of stdin.")] = False,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="With --model: encode each line of a file, its end included.")
+    ] = None,
+    from_stdin: Annotated[
+        bool, typer.Option("--stdin", help="With --model: encode each line of stdin, its end included.")
+    ] = False,
+    ids_only: Annotated[bool, typer.Option("--ids", help="With --model: print ids without their pieces.")] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="With --model: ids in, their exact text out; stdin if nothing is named.")
+    ] = False,
+    jsonl: Annotated[
+        bool,
+        typer.Option(
+            "--jsonl", help='With --model: {"text": ...} to {"ids": [...]} a line; stdin if nothing is named.'
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a tokenizer on a corpus, or show how one splits a text."""
+    """Fit a tokenizer on a corpus; or, with --model, turn text into ids and back."""
     if (model is None) == (not corpus):
         raise typer.BadParameter("give a CORPUS to fit on, or --model to look at", param_hint="CORPUS")
-    if model is None and (from_stdin or text is not None):
-        raise typer.BadParameter("--text and --stdin look at a finished tokenizer: give --model", param_hint="--model")
-    if model is not None and out is not None:
-        raise typer.BadParameter("--model is only looked at; nothing is written", param_hint="--out")
     if model is None:
-        _fit(corpus or [], backend, vocab_size, per_line, text_key, out, as_json)
-    elif from_stdin == (text is not None):
-        raise typer.BadParameter("--model needs --text TEXT or --stdin", param_hint="--text")
+        if from_stdin or decode or jsonl or ids_only or text is not None or file is not None:
+            raise typer.BadParameter(
+                "--text, --file, --stdin, --ids, --decode and --jsonl use a finished tokenizer: give --model",
+                param_hint="--model",
+            )
+        card = _fit(corpus or [], per_line, text_key, as_json, backend=backend, model_type=model_type,
+                    vocab_size=vocab_size, sample_chars=sample_chars, seed=seed, out=out)  # fmt: skip
+        if as_json:
+            print_json(card)
+        else:
+            results().print(figures_table("tokenizer", _card_rows(card)))
+        return
+    if out is not None:
+        raise typer.BadParameter("--model is only looked at; nothing is written", param_hint="--out")
+    n_inputs = from_stdin + (text is not None) + (file is not None)
+    if n_inputs > 1 or not (n_inputs or decode or jsonl):
+        raise typer.BadParameter("--model needs one of --text TEXT, --file PATH or --stdin", param_hint="--text")
+    if as_json and (jsonl or ids_only):
+        raise typer.BadParameter("--json prints one document, with all there is to see", param_hint="--json")
+    from psannlm.tokenizers.resolve import load_tokenizer
+    from psannlm.tokenizers.stream import text_lines
+
+    tokenizer = load_tokenizer(model)
+    with quiet_pipe(), _opened(file, text) as source:
+        lines = text_lines(source, str(file or "--text" if text is not None else "stdin"))
+        if as_json:
+            print_json(list(_rows(tokenizer, lines, decode)))
+            return
+        for answer in _answers(tokenizer, lines, decode, jsonl, ids_only, text_key):
+            sys.stdout.buffer.write(answer.encode("utf-8"))
+            if file is None:
+                sys.stdout.buffer.flush()  # whoever writes the lines may be waiting for the answer
+
+
+@contextmanager
+def _opened(file: Path | None, text: str | None) -> Iterator[Iterable[bytes] | BinaryIO]:
+    """Yield lines of bytes, cut at newlines alone: text as Python reads it would change the ends of lines."""
+    from psannlm.errors import TokenizerError
+
+    if text is not None:
+        try:
+            yield [text.encode("utf-8")]
+        except UnicodeEncodeError as error:
+            raise TokenizerError("--text is not UTF-8; convert it, or use --file") from error
+    elif file is None:
+        yield sys.stdin.buffer
     else:
-        # A line at a time, and cut where files are: str.splitlines would also cut at U+2028 and a dozen others.
-        _show(model, (line.removesuffix("\n") for line in sys.stdin) if from_stdin else [text or ""], as_json)
+        try:
+            with file.open("rb") as opened:
+                yield opened
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise TokenizerError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
-def _fit(
-    corpus: list[str], backend: str, vocab_size: int, per_line: bool, text_key: str, out: Path | None, as_json: bool
-) -> None:
+def _answers(
+    tokenizer: Tokenizer, lines: Iterable[str], decode: bool, jsonl: bool, ids_only: bool, text_key: str
+) -> Iterator[str]:
+    from psannlm.tokenizers import stream
+
+    if jsonl:
+        convert = stream.decoded_json if decode else stream.encoded_json
+        return (line + "\n" for line in convert(tokenizer, lines, text_key))
+    if decode:
+        return stream.decoded_lines(tokenizer, lines)
+    rows = stream.encoded_lines(tokenizer, lines)
+    return ((" ".join(map(str, ids)) if ids_only else stream.shown(tokenizer, ids)) + "\n" for ids in rows)
+
+
+def _rows(tokenizer: Tokenizer, lines: Iterable[str], decode: bool) -> Iterator[dict[str, Any]]:
+    from psannlm.tokenizers.stream import parsed_ids
+
+    for line in lines:
+        ids = parsed_ids(line) if decode else tokenizer.encode(line)
+        yield {"text": tokenizer.decode(ids) if decode else line, "ids": ids, "pieces": tokenizer.pieces(ids)}
+
+
+def _fit(corpus: list[str], per_line: bool, text_key: str, as_json: bool, **options: Any) -> dict[str, Any]:
     from psannlm.config.data import PathSource
     from psannlm.data.fit import fit_with_card
 
-    sources = [PathSource(path=path, per_line=per_line, text_key=text_key) for path in corpus]
-    console = progress()
-    with console.status("fitting"):
-        card = fit_with_card(
-            sources,
-            backend=backend,
-            vocab_size=vocab_size,
-            out=out,
-            notice=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+    if options["sample_chars"] is None:
+        del options["sample_chars"]
+    began = time.monotonic()
+    with live_line(progress()) as line:
+
+        def show_reading(done: int, total: int) -> None:
+            seconds = time.monotonic() - began
+            left = f", about {seconds * (total - done) / done:,.0f} s left" if done else ""
+            rate = done / 1e6 / max(seconds, 1e-9)
+            line.show(f"reading: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate:,.1f} MB/s{left}")
+
+        return fit_with_card(
+            [PathSource(path=path, per_line=per_line, text_key=text_key) for path in corpus],
+            notice=line.keep,
+            on_bytes=show_reading,
+            **options,
         )
-    if as_json:
-        print_json(card)
-    else:
-        results().print(figures_table("tokenizer", [(name.replace("_", " "), str(card[name])) for name in card]))
 
 
-def _show(model: Path, lines: Iterable[str], as_json: bool) -> None:
-    from psannlm.tokenizers.resolve import load_tokenizer
+def _card_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the card in words."""
+    from psannlm.tokenizers.base import printable
 
-    tokenizer = load_tokenizer(model)
-    rows = []
-    for line in lines:
-        ids = tokenizer.encode(line)
-        pieces = tokenizer.pieces(ids)
-        if as_json:
-            rows.append({"text": line, "ids": ids, "pieces": pieces})
-        else:
-            typer.echo(" ".join(f"{piece}:{token}" for piece, token in zip(pieces, ids, strict=True)))
-    if as_json:
-        print_json(rows)
+    kind = f"{card['backend']}, {card['model_type']}" if card["model_type"] else card["backend"]
+    pieces = "  ".join(printable(piece).replace(" ", "▁") for piece in card["longest_pieces"])
+    return [
+        ("file", card["file"]),
+        ("kind", kind),
+        ("vocabulary", f"{card['vocab_size']:,} of {card['vocab_size_asked']:,} asked for"),
+        ("fitted on", f"{card['fitted_on_chars']:,} characters of a corpus of {card['corpus_bytes']:,} bytes"),
+        ("held-out text", f"{card['held_out_bytes']:,} bytes in {card['held_out_tokens']:,} tokens"),
+        ("bytes per token", f"{card['held_out_bytes_per_token']:.3f}"),
+        ("byte fallback", f"{card['held_out_byte_fallback_share']:.3%} of the tokens"),
+        ("round trip", "exact" if card["held_out_is_lossless"] else "NOT exact: text is lost"),
+        ("longest pieces", pieces),
+        ("fingerprint", card["fingerprint"]),
+        ("card", card["card"]),
+    ]

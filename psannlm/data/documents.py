@@ -6,13 +6,13 @@ import hashlib
 import importlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from psannlm.config.data import BuiltinSource, PathSource, Source
-from psannlm.data.files import decoded, file_bytes, find_all, is_remote, opened, read_text, split_suffix
+from psannlm.data.files import Seen, decoded, file_bytes, find_all, is_remote, opened, split_suffix
 from psannlm.errors import CorpusError, nearest
 
 PYTHON_REFERENCE = "python-reference"
@@ -23,10 +23,14 @@ _PARQUET_BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Document:
-    """One source text and where it came from: ``path``, ``path:line``, ``python-reference/topic`` or ``text 3``."""
+    """One source text and where it came from: ``path``, ``path:line``, ``python-reference/topic`` or ``text 3``.
+
+    ``goes_on``: this is a later part of the text before it, which was too long to be held whole.
+    """
 
     text: str
     name: str
+    goes_on: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -62,8 +66,8 @@ class ReadReport:
                 f"{document.name}: lone surrogate U+{ord(document.text[error.start]):04X} at character {error.start}, "
                 "which is not Unicode text; remove it"
             ) from error
-        self._digest.update(b"\0" + content if self.documents else content)
-        self.documents += 1
+        self._digest.update(b"\0" + content if self.documents and not document.goes_on else content)
+        self.documents += not document.goes_on
         self.bytes += len(content)
 
     def drop(self, reason: str, name: str) -> None:
@@ -95,11 +99,21 @@ def _count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
-def read_documents(sources: Sequence[Source], report: ReadReport | None = None) -> Iterator[Document]:
+def read_documents(
+    sources: Sequence[Source],
+    report: ReadReport | None = None,
+    *,
+    part_bytes: int | None = None,
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> Iterator[Document]:
     """Return the documents of all sources in order, read as they are asked for; ``report`` is kept up to date.
 
     No more than one document (for .txt one file) is in memory. Blank documents are left out and counted. Paths are
     looked up now, contents are checked when reached.
+
+    Args:
+        part_bytes: files of one document come in parts of at most so many bytes, cut where a line ends if they can be.
+        on_bytes: told the bytes read so far and the bytes of all files, as they are stored.
 
     Raises:
         CorpusError: now, naming every path that is missing or cannot be read; later, for damaged or undecodable files,
@@ -109,7 +123,22 @@ def read_documents(sources: Sequence[Source], report: ReadReport | None = None) 
     patterns = [source.path for source in sources if isinstance(source, PathSource)]
     found = iter(find_all(patterns, report.drop))
     plan = [(source, next(found) if isinstance(source, PathSource) else []) for source in sources]
-    return keep_text(_read(plan, report), report)
+    meter = None if on_bytes is None else _Meter(sum(file_bytes(path) for _, files in plan for path in files), on_bytes)
+    return keep_text(_read(plan, report, part_bytes, meter), report)
+
+
+class _Meter:
+    """Counts bytes that were read, and tells them."""
+
+    def __init__(self, total: int, on_bytes: Callable[[int, int], None]) -> None:
+        self._done, self._total, self._on_bytes = 0, total, on_bytes
+
+    def seen(self, chunk: memoryview) -> None:
+        self.add(len(chunk))
+
+    def add(self, n_bytes: int) -> None:
+        self._done += n_bytes
+        self._on_bytes(self._done, self._total)
 
 
 def keep_text(documents: Iterable[Document], report: ReadReport) -> Iterator[Document]:
@@ -119,7 +148,7 @@ def keep_text(documents: Iterable[Document], report: ReadReport) -> Iterator[Doc
         CorpusError: a document is not Unicode text, or, at the end, none held any text.
     """
     for document in documents:
-        if not document.text or document.text.isspace():
+        if not document.goes_on and (not document.text or document.text.isspace()):
             report.drop("blank document", document.name)
         else:
             report.add(document)
@@ -129,7 +158,10 @@ def keep_text(documents: Iterable[Document], report: ReadReport) -> Iterator[Doc
         raise CorpusError(f"the corpus holds no text; name files with text in data.sources{left_out}")
 
 
-def _read(plan: Sequence[tuple[Source, list[str]]], report: ReadReport) -> Iterator[Document]:
+def _read(
+    plan: Sequence[tuple[Source, list[str]]], report: ReadReport, part_bytes: int | None, meter: _Meter | None
+) -> Iterator[Document]:
+    seen = None if meter is None else meter.seen
     for source, files in plan:
         if isinstance(source, BuiltinSource):
             documents = builtin_documents()
@@ -144,15 +176,46 @@ def _read(plan: Sequence[tuple[Source, list[str]]], report: ReadReport) -> Itera
             elif kind == ".parquet":
                 for row, text in parquet_texts(path, source.text_key):
                     yield Document(text, f"{path}:{row}")
+                if meter is not None:
+                    meter.add(file_bytes(path))
             elif kind == ".jsonl":
-                yield from _json_lines(path, source.text_key, report)
+                yield from _json_lines(path, source.text_key, report, seen)
             elif source.per_line:
-                for number, line in _lines(path, report):
+                for number, line in _lines(path, report, seen):
                     yield Document(line, f"{path}:{number}")
             else:
-                text, has_mark = read_text(path)
-                report.byte_order_marks += has_mark
-                yield Document(text, path)
+                yield from _whole(path, report, part_bytes, seen)
+
+
+def _whole(path: str, report: ReadReport, part_bytes: int | None, seen: Seen | None) -> Iterator[Document]:
+    """Yield a file as one document, in parts of ``part_bytes`` or less; white space at its start is no beginning."""
+    with opened(path, seen) as file:
+        offset = 0
+        has_begun = False
+        carry = b""
+        while chunk := carry + (file.read(-1 if part_bytes is None else part_bytes - len(carry))):
+            is_last = part_bytes is None or len(chunk) < part_bytes
+            cut = len(chunk) if is_last else _line_cut(chunk)
+            text, has_mark = decoded(chunk[:cut], path, offset)
+            report.byte_order_marks += has_mark
+            yield Document(text, path, goes_on=has_begun)
+            has_begun = has_begun or bool(text and not text.isspace())
+            carry, offset = chunk[cut:], offset + cut
+        if not offset:
+            yield Document("", path)  # a compressed file of nothing
+
+
+def _line_cut(chunk: bytes) -> int:
+    """Return where to cut: before the last newline of the second half, else its last space, else between characters."""
+    half = len(chunk) // 2
+    for boundary in (b"\n", b" "):
+        if (cut := chunk.rfind(boundary, half)) > 0:
+            return cut
+    cut = len(chunk)
+    while cut > len(chunk) - 4 and chunk[cut - 1] & 0xC0 == 0x80:
+        cut -= 1
+    # The first byte of a character that may go on stays with what follows.
+    return cut - 1 if chunk[cut - 1] >= 0xC0 else len(chunk)
 
 
 def builtin_documents() -> list[Document]:
@@ -182,10 +245,10 @@ def _describe_builtin(documents: Sequence[Document]) -> str:
     return f"{PYTHON_REFERENCE}: {report.documents} topics, {report.bytes:,} bytes, sha256 {report.sha256}"
 
 
-def _lines(path: str, report: ReadReport) -> Iterator[tuple[int, str]]:
+def _lines(path: str, report: ReadReport, seen: Seen | None) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, text without the line's end) of lines that are not blank."""
     offset = 0
-    with opened(path) as file:
+    with opened(path, seen) as file:
         # Bytes are split, so that only \n ends a line; str.splitlines would break at U+2028 and a dozen others.
         for number, raw in enumerate(file, start=1):
             text, has_mark = decoded(raw, path, offset)
@@ -198,8 +261,8 @@ def _lines(path: str, report: ReadReport) -> Iterator[tuple[int, str]]:
                 yield number, text
 
 
-def _json_lines(path: str, text_key: str, report: ReadReport) -> Iterator[Document]:
-    for number, line in _lines(path, report):
+def _json_lines(path: str, text_key: str, report: ReadReport, seen: Seen | None) -> Iterator[Document]:
+    for number, line in _lines(path, report, seen):
         where = f"{path}:{number}"
         yield Document(json_text(line, text_key, where), where)
 

@@ -1,22 +1,40 @@
-"""A corpus to a tokenizer file and its card: the figures that say how well it fits."""
+"""A corpus of any size to a tokenizer file and its card: the figures that say how well it fits."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from psannlm.config.data import Source
-from psannlm.data.documents import ReadReport, read_documents
+from psannlm.data.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import split_documents
-from psannlm.data.shards import encode_documents
 from psannlm.errors import ConfigError
 from psannlm.storage import write_text
-from psannlm.tokenizers.resolve import fit_tokenizer
+from psannlm.tokenizers.base import Tokenizer
+from psannlm.tokenizers.resolve import MODEL_TYPES, check_fit, fit_passages
+from psannlm.tokenizers.sample import SAMPLE_CHARS, PassageSample
 
 _HELD_OUT = 0.1
+# Bytes per token settle long before this.
+_HELD_OUT_CHARS = 2_000_000
+# Longer documents come in parts, each of which is held out or fitted on as if it were one.
+PART_BYTES = 1 << 20
+_LONGEST_SHOWN = 12
 _SUFFIXES = {"sentencepiece": ".model", "tokenizers": ".json", "simple": ".json"}
+
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Passages of a corpus: what is fitted on, and what was held out to measure on."""
+
+    fitted_on: list[str]
+    held_out: list[str]
 
 
 def fit_with_card(
@@ -24,44 +42,119 @@ def fit_with_card(
     *,
     backend: str = "auto",
     vocab_size: int = 4096,
+    model_type: str | None = None,
     out: Path | None = None,
     seed: int = 1337,
-    notice: Callable[[str], None],
+    sample_chars: int = SAMPLE_CHARS,
+    notice: Notice,
+    on_bytes: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Fit a tokenizer on nine tenths of the documents, write it and its card, and return the card.
+    """Fit a tokenizer on a sample of about nine tenths of the corpus, write it and its card, and return the card.
 
-    Bytes per token are measured on the tenth that was held out; a single document is cut in two. ``out`` gets the
-    suffix of the backend if it has none; by default it is ``tokenizer.model`` or ``tokenizer.json``, and the card
-    stands beside it.
+    Figures are measured on the rest. Memory depends on ``sample_chars``, ``vocab_size`` and the longest line, not on
+    the size of the corpus. ``out`` gets the suffix of the backend if it has none; by default it is ``tokenizer.model``
+    or ``tokenizer.json``, and the card stands beside it. ``on_bytes`` is told the bytes read so far and of all files.
 
     Raises:
         CorpusError: a source is missing, cannot be read, or holds too little text.
         ConfigError: another tokenizer stands at ``out`` already, or an argument is refused.
         TokenizerError, StorageError: as the parts raise them.
     """
+    backend = check_fit(backend, vocab_size, model_type, sample_chars)
     report = ReadReport()
-    train, held_out = split_documents(list(read_documents(sources, report)), _HELD_OUT, seed)
+    documents = read_documents(sources, report, part_bytes=PART_BYTES, on_bytes=on_bytes)
+    sampled = sample_corpus(documents, seed=seed, sample_chars=sample_chars, notice=notice)
     for line in report.lines():
         notice(line)
-    tokenizer = fit_tokenizer((d.text for d in train), backend, vocab_size, seed=seed, notice=notice)
+    kind = f" ({model_type or MODEL_TYPES[0]})" if backend == "sentencepiece" else ""
+    n_chars = sum(map(len, sampled.fitted_on))
+    notice(f"fitting {backend}{kind} on {n_chars:,} characters")
+    tokenizer = fit_passages(sampled.fitted_on, backend, vocab_size, model_type=model_type, notice=notice)
     path = out or Path("tokenizer")
     if not path.suffix:
         path = path.with_suffix(_SUFFIXES[tokenizer.backend])
     if path.exists() and path.read_bytes() != tokenizer.to_bytes():
         raise ConfigError(f"{path} holds another tokenizer already; name a new file with --out, or remove that one")
-    store = encode_documents(held_out, tokenizer)
     card = {
         "file": str(path),
         "backend": tokenizer.backend,
+        "model_type": (model_type or MODEL_TYPES[0]) if backend == "sentencepiece" else None,
         "vocab_size": tokenizer.vocab_size,
+        "vocab_size_asked": vocab_size,
         "fingerprint": tokenizer.fingerprint,
-        "held_out_bytes_per_token": round(store.n_bytes / max(1, store.n_tokens), 4),
-        "held_out_bytes": store.n_bytes,
-        "held_out_is_lossless": all(tokenizer.decode(tokenizer.encode(d.text)) == d.text for d in held_out),
+        **held_out_figures(tokenizer, sampled.held_out),
+        "longest_pieces": longest_pieces(tokenizer),
+        "corpus_documents": report.documents,
         "corpus_bytes": report.bytes,
         "corpus_sha256": report.sha256,
+        "fitted_on_chars": n_chars,
+        "sample_chars": sample_chars,
+        "seed": seed,
     }
     tokenizer.save(path)
     card_path = path.with_suffix(".card.json")
     write_text(card_path, json.dumps(card, indent=2) + "\n")
     return {**card, "card": str(card_path)}
+
+
+def sample_corpus(
+    documents: Iterable[Document], *, seed: int, sample_chars: int = SAMPLE_CHARS, notice: Notice = lambda line: None
+) -> Sampled:
+    """Return passages to fit on and passages to measure on, drawn in one pass.
+
+    A document (or part) is held out when the hash of ``seed`` and its text falls into the lowest tenth, so equal
+    documents fall on one side. The lowest of all is always held out and the highest never is: neither side is empty,
+    and few documents are split as well as many. A single document is cut in two.
+
+    Raises:
+        CorpusError: a single document is too short to be cut.
+    """
+    fit, held_out = PassageSample(seed, sample_chars), PassageSample(seed, _HELD_OUT_CHARS)
+    edges: list[tuple[float, Document]] = []  # the lowest and the highest so far wait for what the others are
+
+    def place(share: float, document: Document) -> None:
+        (held_out if share < _HELD_OUT else fit).add(document.text)
+
+    for document in documents:
+        edges.append((_share(document.text, seed), document))
+        edges.sort(key=lambda edge: edge[0])
+        if len(edges) > 2:
+            place(*edges.pop(1))
+    if len(edges) == 1:
+        first, last = split_documents([edges[0][1]], _HELD_OUT, seed)
+        fit.add(first[0].text)
+        held_out.add(last[0].text)
+    else:
+        held_out.add(edges[0][1].text)
+        fit.add(edges[1][1].text)
+    if said := fit.notice():
+        notice(said)
+    return Sampled(fit.passages(), held_out.passages())
+
+
+def _share(text: str, seed: int) -> float:
+    """Return a number in [0, 1) that depends on ``text`` and ``seed`` alone."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=str(seed).encode()).digest()
+    return float(int.from_bytes(digest, "big") / 2**64)
+
+
+def held_out_figures(tokenizer: Tokenizer, held_out: Sequence[str]) -> dict[str, Any]:
+    """Return what ``tokenizer`` makes of text that it was not fitted on: density, share of bytes, the way back."""
+    rows = tokenizer.encode_batch(held_out)
+    n_tokens = sum(map(len, rows))
+    n_bytes = sum(len(text.encode("utf-8")) for text in held_out)
+    byte_ids = tokenizer.byte_ids
+    n_byte_tokens = sum(i in byte_ids for row in rows for i in row)
+    return {
+        "held_out_bytes_per_token": round(n_bytes / max(1, n_tokens), 4),
+        "held_out_bytes": n_bytes,
+        "held_out_tokens": n_tokens,
+        "held_out_byte_fallback_share": round(n_byte_tokens / max(1, n_tokens), 6),
+        "held_out_is_lossless": tokenizer.decode_batch(rows) == list(held_out),
+    }
+
+
+def longest_pieces(tokenizer: Tokenizer, count: int = _LONGEST_SHOWN) -> list[str]:
+    """Return the texts of the longest entries, the longest first."""
+    texts = tokenizer.decode_batch([[i] for i in range(tokenizer.vocab_size)])
+    return sorted(texts, key=lambda text: (-len(text), text))[:count]

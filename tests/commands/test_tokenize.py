@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,11 @@ def test_a_fitted_file_shows_the_text_it_is_given(psannlm, project: Path) -> Non
         ["corpus.txt", "--text", "a"],
         ["corpus.txt", "--stdin"],
         ["--model", "x", "--text", "a", "--out", "y"],
+        ["--model", "x", "--text", "a", "--file", "b"],
+        ["--model", "x", "--jsonl", "--json"],
+        ["corpus.txt", "--decode"],
+        ["corpus.txt", "--jsonl"],
+        ["corpus.txt", "--model-type", "bep"],
     ],
 )
 def test_contradictory_usage_is_refused(psannlm, project: Path, arguments: list[str]) -> None:
@@ -54,7 +60,7 @@ def test_each_line_of_stdin_is_answered_as_it_comes(psannlm, project: Path) -> N
     with subprocess.Popen(command, text=True, encoding="utf-8", **pipes) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        for text, n_ids in (("ab", 2), ("a\u2028b\x0c", 6), ("", 0)):
+        for text, n_ids in (("ab", 3), ("a\u2028b\x0c", 7), ("", 1)):  # each with the id of its newline
             process.stdin.write(text + "\n")
             process.stdin.flush()
             assert len(process.stdout.readline().split()) == n_ids
@@ -62,7 +68,7 @@ def test_each_line_of_stdin_is_answered_as_it_comes(psannlm, project: Path) -> N
         rest, _ = process.communicate(timeout=30)
     assert [len(line.split()) for line in rest.splitlines()] == [3]
     piped = subprocess.run([*command, "--json"], input="a\u2028b\nc", stdout=subprocess.PIPE, encoding="utf-8")
-    assert [row["text"] for row in json.loads(piped.stdout)] == ["a\u2028b", "c"]
+    assert [row["text"] for row in json.loads(piped.stdout)] == ["a\u2028b\n", "c"]
 
 
 def test_another_tokenizer_is_not_overwritten(psannlm, project: Path) -> None:
@@ -75,3 +81,63 @@ def test_another_tokenizer_is_not_overwritten(psannlm, project: Path) -> None:
     assert refused.code == 2
     assert "--out" in refused.err
     assert Path("t.json").read_bytes() == before
+
+
+TRICKY = "one\r\n two  \n\n\ttabs\u2028\ufeff </s> 1:2 ▁ 日本\n\x0bno end"
+
+
+@pytest.fixture
+def fitted(psannlm, project: Path) -> str:
+    psannlm("tokenize", "corpus.txt", "--per-line", "--vocab-size", "300", "--out", "t.model")
+    Path("tricky.txt").write_bytes(TRICKY.encode())
+    return f"{shlex.quote(sys.executable)} -m psannlm tokenize --model t.model"
+
+
+def shell(line: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True)
+
+
+@pytest.mark.parametrize("ids", ["", "--ids"])
+def test_a_shell_pipeline_gives_every_byte_back(fitted: str, ids: str) -> None:
+    done = shell(f"{fitted} --stdin {ids} <tricky.txt | {fitted} --decode")
+    assert (done.stdout, done.stderr, done.returncode) == (TRICKY.encode(), b"", 0)
+
+
+def test_a_jsonl_pipeline_gives_text_and_other_keys_back(fitted: str) -> None:
+    records = [{"n": 1, "text": TRICKY, "z": [None, "\ud800"]}, {"text": ""}]
+    Path("in.jsonl").write_text("\n\n".join(map(json.dumps, records)) + "\n")
+    done = shell(f"{fitted} --jsonl --file in.jsonl | tee ids.jsonl | {fitted} --decode --jsonl")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in done.stdout.splitlines()] == records
+    first = json.loads(Path("ids.jsonl").read_text().splitlines()[0])
+    assert list(first) == ["n", "ids", "z"], "in the order they came"
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(fitted: str) -> None:
+    Path("long.txt").write_text("a line\n" * 50_000)
+    done = shell(f"{fitted} --file long.txt | head -n 1")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.count(b"\n") == 1
+
+
+def test_a_bad_line_is_named_and_what_came_before_is_answered(fitted: str) -> None:
+    for options, given, answered, says in (
+        ("--jsonl", b'{"text": "a"}\n{"txet": 1}\n', 1, b"line 2: no key 'text' among 'txet' (did you mean 'txet'?)"),
+        ("--stdin", b"fine\nn\xffo\n", 1, b"stdin: line 2: byte 2 is 0xFF, which is not UTF-8"),
+        ("--decode", b"260\n9999\n", 0, b"line 2: id 9999 lies outside the vocabulary"),
+    ):
+        Path("given").write_bytes(given)
+        done = shell(f"{fitted} {options} <given")
+        assert done.returncode == 1
+        assert says in done.stderr, done.stderr
+        assert done.stdout.count(b"\n") == answered
+
+
+def test_the_card_is_a_table_and_the_reading_is_told(psannlm, project: Path) -> None:
+    done = psannlm("tokenize", "corpus.txt", "--per-line", "--model-type", "bpe", "--vocab-size", "300", "--out", "b")
+    assert done.code == 0, done.err
+    for words in ("sentencepiece, bpe", "bytes per token", "byte fallback", "exact", "longest pieces", "b.card.json"):
+        assert words in done.out
+    assert "fitting sentencepiece (bpe) on" in done.err
+    assert Path("b.model").is_file()
+    assert Path("b.card.json").is_file()

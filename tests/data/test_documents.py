@@ -214,3 +214,49 @@ def test_a_python_without_the_reference_says_what_to_do(
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", module)  # type: ignore[arg-type]
     with pytest.raises(CorpusError, match=r"pydoc_data\.topics.*full standard library.*data\.sources"):
         builtin_documents()
+
+
+@given(
+    text=st.lists(st.sampled_from(["a", " ", "\n", "é", "日", "😀", "wort "]), max_size=60).map("".join),
+    part_bytes=st.integers(8, 40),
+    has_mark=st.booleans(),
+)
+def test_parts_of_a_file_are_its_text(text: str, part_bytes: int, has_mark: bool, tmp_path_factory) -> None:
+    path = tmp_path_factory.mktemp("parts") / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" * has_mark + ("x" + text).encode())
+    whole, parted = ReadReport(), ReadReport()
+    (document,) = read_documents([PathSource(path=str(path))], whole)
+    parts = list(read_documents([PathSource(path=str(path))], parted, part_bytes=part_bytes))
+    assert "".join(part.text for part in parts) == document.text == "x" + text
+    assert all(len(part.text.encode()) <= part_bytes for part in parts)
+    assert [part.goes_on for part in parts] == [False] + [True] * (len(parts) - 1)
+    assert whole == parted
+    assert whole.sha256 == parted.sha256
+
+
+def test_a_byte_that_is_not_utf8_is_found_in_any_part(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"word " * 20 + b"\xff" + b" word" * 20)
+    with pytest.raises(CorpusError, match="byte 100 is 0xFF"):
+        list(read_documents([PathSource(path=str(path))], part_bytes=16))
+
+
+def test_white_space_before_a_text_is_left_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n" * 64 + "word" + "\n" * 64)
+    report = ReadReport()
+    parts = list(read_documents([PathSource(path=str(path))], report, part_bytes=16))
+    assert "".join(part.text for part in parts).strip() == "word"
+    assert report.documents == 1
+    assert report.drops["blank document"] > 0
+
+
+def test_every_stored_byte_is_told_of_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words\n" * 50)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"other words\n" * 500))
+    (tmp_path / "c.jsonl").write_text('{"text": "third"}\n' * 5)
+    told: list[tuple[int, int]] = []
+    list(read_documents([PathSource(path=str(tmp_path))], on_bytes=lambda done, total: told.append((done, total))))
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert told[-1] == (size, size)
+    assert told == sorted(told)

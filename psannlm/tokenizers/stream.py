@@ -1,0 +1,123 @@
+"""Lines of text, ids or JSON enter; the same lines encoded or decoded leave, one at a time: nothing else is held.
+
+A line keeps its end. What is encoded line by line and decoded line by line is then the same text, byte for byte,
+whether or not the last line was ended.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from psannlm.errors import PsannlmError, TokenizerError, nearest
+from psannlm.tokenizers.base import Tokenizer
+
+_IDS_KEY = "ids"
+_SHOWN_ID = re.compile(r"(?:\S*:)?([0-9]+)\Z")
+
+
+def text_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
+    """Yield lines of bytes as text. Raises TokenizerError, naming ``name``, line and byte, for what is not UTF-8."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            message = f"{name}: line {number}: byte {error.start + 1} is 0x{byte:02X}, which is not UTF-8; convert it"
+            raise TokenizerError(message) from error
+
+
+def shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Return ``piece:id`` for each id, with a space between them and none inside; :func:`parsed_ids` reads it back."""
+    pieces = (piece.replace(" ", "\\x20") for piece in tokenizer.pieces(ids))
+    return " ".join(f"{piece}:{i}" for piece, i in zip(pieces, ids, strict=True))
+
+
+def parsed_ids(line: str) -> list[int]:
+    """Return the ids of a line of numbers or of ``piece:id``. Raises TokenizerError for anything else."""
+    ids = []
+    for word in line.split():
+        found = _SHOWN_ID.match(word)
+        if found is None:
+            raise TokenizerError(f"'{word}' is no id; give numbers, or what psannlm tokenize --model prints")
+        ids.append(int(found[1]))
+    return ids
+
+
+def decoded_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[str]:
+    """Yield the text of each line of ids, nothing added. Raises TokenizerError naming the line that is none."""
+    for number, line in enumerate(lines, start=1):
+        yield _named(number, lambda line=line: tokenizer.decode(parsed_ids(line)))  # type: ignore[misc]
+
+
+def encoded_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[list[int]]:
+    """Yield the ids of each line. Raises TokenizerError naming the line that is not Unicode text."""
+    for number, line in enumerate(lines, start=1):
+        yield _named(number, lambda line=line: tokenizer.encode(line))  # type: ignore[misc]
+
+
+def encoded_json(tokenizer: Tokenizer, lines: Iterable[str], text_key: str = "text") -> Iterator[str]:
+    """Yield each line ``{"text": ...}`` as ``{"ids": [...]}``; other keys and their order stay, blank lines go.
+
+    Raises:
+        TokenizerError: a line is no such object; it is named by its number.
+    """
+    return _converted(lines, text_key, _IDS_KEY, lambda text: tokenizer.encode(_text(text, text_key)))
+
+
+def decoded_json(tokenizer: Tokenizer, lines: Iterable[str], text_key: str = "text") -> Iterator[str]:
+    """Yield each line ``{"ids": [...]}`` as ``{"text": ...}``: the way back from :func:`encoded_json`."""
+    return _converted(lines, _IDS_KEY, text_key, lambda ids: tokenizer.decode(_ids(ids)))
+
+
+def _converted(lines: Iterable[str], old: str, new: str, convert: Callable[[Any], Any]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.isspace():
+            yield _named(number, lambda line=line: _convert(line, old, new, convert))  # type: ignore[misc]
+
+
+def _convert(line: str, old: str, new: str, convert: Callable[[Any], Any]) -> str:
+    try:
+        record = json.loads(line)
+    except (RecursionError, ValueError) as error:
+        raise TokenizerError(f"not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise TokenizerError(f'must be an object such as {{"{old}": ...}}')
+    if old not in record:
+        raise TokenizerError(
+            f"no key '{old}' among {', '.join(map(repr, list(record)[:8])) or 'none'}{nearest(old, record)}"
+        )
+    if new in record and new != old:
+        raise TokenizerError(f"has '{new}' beside '{old}' already; which one counts?")
+    changed = {new if key == old else key: convert(value) if key == old else value for key, value in record.items()}
+    try:
+        out = json.dumps(changed, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise TokenizerError("holds a number that JSON has no form for (NaN or Infinity)") from error
+    # A lone surrogate under another key is none of our business, and has a form in ASCII only.
+    return out if out.isascii() or not _has_surrogate(out) else json.dumps(changed, allow_nan=False)
+
+
+def _has_surrogate(text: str) -> bool:
+    return re.search("[\ud800-\udfff]", text) is not None
+
+
+def _text(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise TokenizerError(f"'{key}' must hold a string, not {json.dumps(value)[:40]}")
+    return value
+
+
+def _ids(value: Any) -> list[int]:
+    if not isinstance(value, list) or not all(type(i) is int for i in value):
+        raise TokenizerError(f"'{_IDS_KEY}' must hold a list of whole numbers, not {json.dumps(value)[:40]}")
+    return value
+
+
+def _named(number: int, work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except PsannlmError as error:
+        raise TokenizerError(f"line {number}: {error}") from error
