@@ -12,6 +12,7 @@ import typer
 from psannlm import __version__
 from psannlm.commands import bench_kv as bench_kv_command
 from psannlm.commands import bench_tokenizers as bench_tokenizers_command
+from psannlm.commands import bench_train as bench_train_command
 from psannlm.commands import eval as eval_command
 from psannlm.commands import generate as generate_command
 from psannlm.commands import report as report_command
@@ -34,6 +35,7 @@ app.command("tokenize")(tokenize_command.tokenize)
 app.command("bench-tokenizers")(bench_tokenizers_command.bench_tokenizers)
 app.command("bench-kv")(bench_kv_command.bench_kv)
 app.command("report")(report_command.report)
+app.command("bench-train")(bench_train_command.bench_train)
 
 
 def _show_version(wanted: bool) -> None:

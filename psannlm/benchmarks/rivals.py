@@ -1,4 +1,4 @@
-"""The name of another library and our model's sizes in; its model of equal size, decoding the same prompts, out."""
+"""The name of another library and our model's sizes in; its model of equal size, to decode or to be trained, out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from importlib import util
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from psannlm.benchmarks.decoding import DecodeRun, Prompts
 from psannlm.benchmarks.timing import Clock, Count
@@ -116,28 +117,83 @@ def llama_width(config: ModelConfig, parameters: int) -> int:
     return max(1, round(width / _WIDTH_STEP)) * _WIDTH_STEP
 
 
+def llama_flops_per_token(config: ModelConfig, width: int, seq_len: int) -> int:
+    """Return the operations of one training token of that Llama, counted as ``accounting.flops_per_token`` counts."""
+    lookup = 0 if config.tie_embeddings else (config.vocab_size or 0) * config.d_model
+    norms = (2 * config.n_layers + 1) * config.d_model
+    matrices = llama_parameters(config, width) - lookup - norms
+    return 6 * matrices + 12 * config.n_layers * config.d_model * seq_len
+
+
+def _transformers() -> Any:
+    # Only ever loaded for this: it takes seconds and is an optional extra.
+    return importlib.import_module("transformers")
+
+
+def _build_llama(config: ModelConfig, width: int, seq_len: int, seed: int) -> Any:
+    """Return a ``LlamaForCausalLM`` of our sizes with feed-forwards of ``width``, in float32 on the CPU."""
+    transformers = _transformers()
+    sizes = transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=width,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads or config.n_heads,
+        max_position_embeddings=seq_len,
+        tie_word_embeddings=config.tie_embeddings,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.LlamaForCausalLM(sizes).float()
+
+
+class TrainableLlama(nn.Module):
+    """The same ``LlamaForCausalLM`` as something to train: its own attention (sdpa), logits and loss.
+
+    The names of its parameters are ours where optimisers sort by them, so that Muon takes the same matrices.
+    """
+
+    def __init__(self, config: ModelConfig, parameters: int, seq_len: int, seed: int, grad_checkpoint: bool) -> None:
+        super().__init__()
+        self.width = llama_width(config, parameters)
+        llama = _build_llama(config, self.width, seq_len, seed)
+        llama.config.use_cache = False
+        if grad_checkpoint:
+            llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.embedding = llama.model.embed_tokens
+        self.blocks = llama.model.layers
+        self.llama = llama
+        self.parameter_count = sum(parameter.numel() for parameter in llama.parameters())
+        self.description = (
+            f"transformers {_transformers().__version__}, LlamaForCausalLM, sdpa, {self.parameter_count:,} parameters "
+            f"(feed-forward width {self.width:,})"
+        )
+
+    def forward(self, input_ids: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Return the summed cross-entropy in nats; ``labels`` (B, T) stand where their inputs do.
+
+        Raises:
+            PsannlmError: it has no label smoothing of its own.
+        """
+        if label_smoothing:
+            raise PsannlmError("the Llama of transformers has no label smoothing")
+        # Told that there is one item, it divides the sum by one.
+        out = self.llama(input_ids=input_ids, labels=labels, shift_labels=labels, num_items_in_batch=1)
+        loss: Tensor = out.loss
+        return loss
+
+
 class Llama:
     """``LlamaForCausalLM`` of Hugging Face transformers in float32: a static cache and compiled decoding."""
 
     name = "transformers"
 
     def __init__(self, config: ModelConfig, parameters: int, seq_len: int, device: torch.device) -> None:
-        # Only ever loaded for this: it takes seconds and is an optional extra.
-        self._transformers: Any = importlib.import_module("transformers")
+        self._transformers = _transformers()
         width = llama_width(config, parameters)
-        sizes = self._transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.d_model,
-            intermediate_size=width,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads or config.n_heads,
-            max_position_embeddings=seq_len,
-            tie_word_embeddings=config.tie_embeddings,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self._model = self._transformers.LlamaForCausalLM(sizes).float().eval().to(device)
+        self._model = _build_llama(config, width, seq_len, seed=0).eval().to(device)
         # On a CPU, transformers compiles only when told to by this attribute.
         compile_config = self._transformers.CompileConfig()
         compile_config._compile_all_devices = True

@@ -1,0 +1,209 @@
+"""Settings in; models that are trained alike, whoever made them, out: ours, its twin with GELU, or a rival's Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from psannlm.benchmarks.rivals import (
+    TrainableLlama,
+    llama_flops_per_token,
+    llama_parameters,
+    llama_width,
+    require_rival,
+)
+from psannlm.benchmarks.timing import Count
+from psannlm.config.model import ModelConfig
+from psannlm.config.train import Amp
+from psannlm.data.loader import MicroBatch
+from psannlm.device import pick_precision, require_compiler
+from psannlm.errors import ConfigError, nearest
+from psannlm.models.accounting import count_parameters, flops_per_token
+from psannlm.models.registry import build_model
+from psannlm.models.sine import SineActivation
+from psannlm.models.transformer import Transformer
+from psannlm.training.optim import OptimizerSet
+from psannlm.training.step import train_step
+
+Also = Literal["grad-checkpoint", "gelu", "compile"]
+# Any rate will do for a measurement; this one keeps the loss finite at every size.
+_LEARNING_RATE = 3e-4
+_WEIGHT_DECAY = 0.1
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """One candidate: who made the model, and how it differs from ours as the settings have it."""
+
+    name: str
+    maker: Literal["psannlm", "transformers"] = "psannlm"
+    has_gelu: bool = False
+    is_compiled: bool = False
+    grad_checkpoint: bool = False
+
+
+@dataclass(frozen=True)
+class ThroughputSettings:
+    """What is trained, and how: windows of ``seq_len`` random tokens, ``batch_tokens`` of them in a step.
+
+    Attributes:
+        model: resolved.
+        steps: of each counted turn; None: as many as take the fastest candidate about a second.
+        also: what stands beside ours besides the rival: with gradient checkpointing (or, where the settings have it,
+            without), with GELU in place of the sine, or compiled.
+        against: a library whose model of equal size is trained in the same run, or None.
+
+    Raises:
+        ConfigError: a number is too small to measure anything, a name is unknown, or a package is missing.
+    """
+
+    model: ModelConfig
+    seq_len: int = 256
+    batch_tokens: int = 4096
+    amp: Amp = "auto"
+    is_compiled: bool = False
+    grad_checkpoint: bool = False
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    steps: int | None = None
+    repeats: int = 5
+    warmup: int = 2
+    seed: int = 1337
+    also: tuple[Also, ...] = ()
+    against: str | None = None
+    tokens_per_step: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        lowest = {"seq_len": 1, "repeats": 1, "warmup": 1, "seed": 0, "steps": 1, "batch_tokens": self.seq_len}
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                reason = " (one window of seq_len)" if name == "batch_tokens" else ""
+                raise ConfigError(f"{name} {value} is too small; use {least}{reason} or more")
+        for name in self.also:
+            if name not in get_args(Also):
+                known = get_args(Also)
+                raise ConfigError(f"--also {name!r:.40} is not one of {', '.join(known)}{nearest(name, known)}")
+        if "gelu" in self.also and self.model.mlp not in ("sine", "sineglu"):
+            raise ConfigError(
+                f"--also gelu puts GELU in the place of the sine, and {self.model.base} has {self.model.mlp}: "
+                "use --base respsann or waveresnet"
+            )
+        if self.against is not None:
+            require_rival(self.against)
+        object.__setattr__(self, "tokens_per_step", self.batch_tokens // self.seq_len * self.seq_len)
+
+    def trainees(self) -> list[Trainee]:
+        """Return the candidates, ours first."""
+        base = self.model.base
+        plain = Trainee(base, is_compiled=self.is_compiled, grad_checkpoint=self.grad_checkpoint)
+        found = [plain]
+        if "gelu" in self.also:
+            found.append(self._like(plain, f"{base} with GELU", has_gelu=True))
+        if "grad-checkpoint" in self.also:
+            word = "without" if self.grad_checkpoint else "with"
+            name = f"{base} {word} checkpointing"
+            found.append(self._like(plain, name, grad_checkpoint=not self.grad_checkpoint))
+        if "compile" in self.also and not self.is_compiled:
+            found.append(self._like(plain, f"{base}, compiled", is_compiled=True))
+            if "gelu" in self.also:
+                found.append(self._like(plain, f"{base} with GELU, compiled", has_gelu=True, is_compiled=True))
+        if self.against is not None:
+            found.append(self._like(plain, self.against, maker="transformers"))
+            if "compile" in self.also and not self.is_compiled:
+                found.append(self._like(plain, f"{self.against}, compiled", maker="transformers", is_compiled=True))
+        return found
+
+    def _like(self, plain: Trainee, name: str, **changes: Any) -> Trainee:
+        return Trainee(**{**vars(plain), "name": name, **changes})
+
+
+class TrainingRun:
+    """A trainee with all that a training step takes, on the device: the project's own step, clipping and optimiser."""
+
+    def __init__(self, trainee: Trainee, settings: ThroughputSettings, device: torch.device) -> None:
+        self.trainee, self._device = trainee, device
+        self._precision = pick_precision(settings.amp, device)
+        model, self.description = _build(trainee, settings)
+        model.to(device).train()
+        if trainee.is_compiled:
+            require_compiler(device)
+        self._module: nn.Module = torch.compile(model) if trainee.is_compiled else model  # type: ignore[assignment]
+        self._optimizers = OptimizerSet(model, settings.optimizer, _WEIGHT_DECAY)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self._precision.needs_scaler)
+        self._batch = random_batch(settings, device)
+        self.losses: list[float] = []
+
+    @property
+    def precision(self) -> str:
+        """The dtype of matrix products, and why."""
+        return self._precision.reason
+
+    def step(self) -> None:
+        """Make one optimiser step, and wait until the device has made it."""
+        result = train_step(
+            self._module,
+            [self._batch],
+            self._optimizers,
+            precision=self._precision,
+            scaler=self._scaler,
+            lr=_LEARNING_RATE,
+        )
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.losses.append(result.loss)
+
+    def steps(self, n_steps: int, count: Count) -> None:
+        """Make ``n_steps`` steps, telling each."""
+        for done in range(1, n_steps + 1):
+            self.step()
+            count(done, n_steps)
+
+
+TraineeBuilder = Callable[[Trainee, ThroughputSettings, torch.device], TrainingRun]
+
+
+def size_of(trainee: Trainee, settings: ThroughputSettings) -> tuple[int, int]:
+    """Return a trainee's parameters and operations per training token (see ``accounting.flops_per_token``)."""
+    config = settings.model
+    ours = sum(count_parameters(config).values())
+    if trainee.maker == "transformers":
+        width = llama_width(config, ours)
+        return llama_parameters(config, width), llama_flops_per_token(config, width, settings.seq_len)
+    sine = count_parameters(config).get("sine", 0) if trainee.has_gelu else 0
+    return ours - sine, flops_per_token(config, settings.seq_len)
+
+
+def random_batch(settings: ThroughputSettings, device: torch.device) -> MicroBatch:
+    """Return windows of ids drawn evenly from the vocabulary, from the seed alone."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    size = (settings.batch_tokens // settings.seq_len, settings.seq_len + 1)
+    ids = torch.randint(settings.model.vocab_size or 0, size, generator=generator).to(device)
+    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return MicroBatch(inputs, labels, labels.numel(), np.arange(size[0]))
+
+
+def _build(trainee: Trainee, settings: ThroughputSettings) -> tuple[nn.Module, str]:
+    """Return a trainee's model on the CPU, and what it is in words."""
+    config = settings.model
+    if trainee.maker == "transformers":
+        parameters = sum(count_parameters(config).values())
+        llama = TrainableLlama(config, parameters, settings.seq_len, settings.seed, trainee.grad_checkpoint)
+        return llama, llama.description
+    model = build_model(config, seed=settings.seed)
+    model.grad_checkpoint = trainee.grad_checkpoint
+    if trainee.has_gelu:
+        put_gelu(model)
+    return model, f"psannlm, {config.base}, {config.mlp}{' with GELU for the sine' if trainee.has_gelu else ''}"
+
+
+def put_gelu(model: Transformer) -> None:
+    """Put GELU in the place of the sine in every feed-forward; all else, biases included, stays."""
+    for block in model.blocks:
+        mlp: Any = block.mlp
+        if isinstance(mlp.activation, SineActivation):
+            mlp.activation = nn.GELU()

@@ -1,0 +1,67 @@
+"""Products that take the detour through oneDNN are those of float64 to float32's precision, gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from psannlm.models import matmul
+from psannlm.models.matmul import has_onednn, linear, onednn_matmul
+
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this torch offers no product of oneDNN's")
+
+
+@pytest.fixture
+def detour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "prefers_onednn", lambda: True)
+
+
+def leaves(n_rows: int, has_bias: bool) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, n_rows, 48), (40, 48), (40,)][: 3 if has_bias else 2]
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+@needs_onednn
+@pytest.mark.usefixtures("detour")
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("n_rows", [5, 33, 100])
+def test_values_and_gradients_are_those_of_float64(n_rows: int, has_bias: bool) -> None:
+    ours = leaves(n_rows, has_bias)
+    exact = [leaf.detach().double().requires_grad_() for leaf in ours]
+    y, wanted = linear(*ours), torch.nn.functional.linear(*exact)
+    torch.testing.assert_close(y, wanted.float(), rtol=1e-5, atol=1e-5)
+    grad = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y.backward(grad.float())
+    wanted.backward(grad)
+    for mine, reference in zip(ours, exact, strict=True):
+        assert mine.grad is not None
+        assert reference.grad is not None
+        torch.testing.assert_close(mine.grad, reference.grad.float(), rtol=1e-5, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("detour")
+def test_frozen_weights_get_no_gradient() -> None:
+    x, weight = leaves(100, has_bias=False)
+    weight.requires_grad_(False)
+    linear(x, weight).sum().backward()
+    assert weight.grad is None
+    assert x.grad is not None
+
+
+@needs_onednn
+def test_matrices_of_any_strides() -> None:
+    left, right = torch.randn(70, 30).t(), torch.randn(50, 70).t()
+    torch.testing.assert_close(onednn_matmul(left, right), left @ right, rtol=1e-5, atol=1e-5)
+
+
+def test_other_precisions_take_no_detour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "prefers_onednn", lambda: pytest.fail("asked for"))
+    x, weight = leaves(100, has_bias=False)
+    assert linear(x.double(), weight.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    with torch.no_grad():
+        linear(x, weight)
