@@ -6,6 +6,7 @@ import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -98,6 +99,27 @@ def require_compiler(device: torch.device) -> None:
         raise DeviceError(
             "compile: true needs a C++ compiler on a CPU and none was found; install g++, or set compile: false"
         )
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Memory of this process in bytes, now and at most so far; ``kind`` is ``memory`` or ``GPU memory``."""
+
+    kind: str
+    now_bytes: int
+    most_bytes: int
+
+
+def memory_in_use() -> MemoryUse | None:
+    """Return the tensors' memory on the GPU in use, else the resident memory; None where the system does not tell."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return MemoryUse("GPU memory", torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii", errors="replace").splitlines())
+    now, most = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return MemoryUse("memory", now, most)
 
 
 def describe_device(device: torch.device) -> str:

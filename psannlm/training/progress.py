@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a live line on a terminal, plain lines elsewhere, nothing for those who ask."""
+"""What a run tells while it goes on: a dashboard on a terminal, plain lines elsewhere, nothing for those who ask."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.live import Live
 
+from psannlm.device import memory_in_use
 from psannlm.evaluation import Evaluation
+from psannlm.training.dashboard import Dashboard
 
 
 class Reporter(Protocol):
@@ -94,60 +96,72 @@ class SilentReporter:
 
 
 class ConsoleReporter:
-    """Shows a run on a console: one live line on a terminal, otherwise a plain line at every log interval."""
+    """Shows a run on a console: a dashboard on a terminal, otherwise a plain line at every log interval.
+
+    The dashboard is drawn by the thread that trains, a few times a second at most: one beside it would disturb it.
+    """
+
+    _REDRAW_S = 0.25
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console
         self._clock = clock
-        self._bar: Progress | None = None
-        self._task: object = None
-        self._began = 0.0
+        self._board = Dashboard(0)
+        self._live: Live | None = None
+        self._began = self._drawn = 0.0
         self._first_step = self._total = 0
 
     def notice(self, text: str) -> None:
-        """Print a line above the live one."""
+        """Print a line that stays, above the dashboard."""
         self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def start(self, step: int, total_steps: int) -> None:
-        """Begin to measure, and show the live line where there is a terminal."""
+        """Begin to measure, and show the dashboard where there is a terminal."""
         self._began, self._first_step, self._total = self._clock(), step, total_steps
+        self._board = Dashboard(total_steps, step)
         if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                console=self.console,
-            )
-            self._task = self._bar.add_task("training", total=total_steps, completed=step, figures="")
-            self._bar.start()
+            self._live = Live(console=self.console, auto_refresh=False)
+            self._live.start()
+            self._draw(is_due=True)
 
     def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
         """Show loss, rate and time left."""
-        left = self._time_left(step)
-        if self._bar is not None:
-            figures = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {left} left"
-            self._bar.update(self._task, completed=step, figures=figures)  # type: ignore[arg-type]
+        left = self._time_left_s(step)
+        if self._live is not None:
+            board = self._board
+            board.add_loss(loss)
+            board.step, board.lr, board.tokens_per_s, board.left_s = step, lr, tokens_per_s, left
+            self._draw()
         elif is_logged:
-            figures = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:,.0f} tokens/s  {left} left"
+            figures = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:,.0f} tokens/s  {timedelta(seconds=left)} left"
             self.notice(f"step {step:>{len(str(self._total))}}/{self._total}  {figures}")
 
     def skipped(self, step: int, n_skipped: int, text: str) -> None:
         """Print why, and how many there were."""
+        self._board.step, self._board.skipped = step, n_skipped
         self.notice(f"skipped {text}; {n_skipped} skipped so far")
 
-    def _time_left(self, step: int) -> timedelta:
-        """Time for the remaining steps at the rate so far, validations and saves included."""
+    def _time_left_s(self, step: int) -> int:
+        """Seconds for the remaining steps at the rate so far, validations and saves included."""
         per_step = (self._clock() - self._began) / max(1, step - self._first_step)
-        return timedelta(seconds=round(per_step * (self._total - step)))
+        return round(per_step * (self._total - step))
+
+    def _draw(self, is_due: bool = False) -> None:
+        now = self._clock()
+        if self._live is None or not (is_due or now - self._drawn >= self._REDRAW_S):
+            return
+        self._drawn = now
+        self._board.elapsed_s, self._board.memory = now - self._began, memory_in_use()
+        self._live.update(self._board.render(), refresh=True)
 
     def evaluation(self, step: int, result: Evaluation, is_best: bool) -> None:
         """Print the validation's figures."""
+        self._board.validation, self._board.is_best = (step, result.loss), is_best
         figures = (
             f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  {result.bits_per_byte:.4f} bits per byte"
         )
         self.notice(f"validation at step {step}: {figures}{'  (best so far)' if is_best else ''}")
+        self._draw()
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Print prompt and text in one line; metrics.jsonl has it as it is."""
@@ -157,7 +171,8 @@ class ConsoleReporter:
         """Checkpoints are routine: nothing is said."""
 
     def stop(self) -> None:
-        """Leave the live line as it stands."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Leave the dashboard as it stands."""
+        if self._live is not None:
+            self._draw(is_due=True)
+            self._live.stop()
+            self._live = None

@@ -28,7 +28,7 @@ from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.reports.store import system_info, write_json
 from psannlm.signals import stopping_on_signals
-from psannlm.storage import write_text
+from psannlm.storage import explain_write_errors, remove_leftovers, write_text
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.checkpoint import BEST, TrainerState, pointed, step_folder
 from psannlm.training.loop import Progress, Run, Sampler, run_steps
@@ -123,8 +123,11 @@ def train(
     folder = Path(os.path.expanduser(config.train.checkpoint_dir))
     # Locked before the ranks join: one that is refused ends by itself, and torchrun the others with it.
     with RunLock(folder) if world.is_main else nullcontext() as lock, joined(world, device):
-        if resume == "never" and lock is not None:
-            move_aside(lock, reporter)
+        if lock is not None:
+            with explain_write_errors(folder):
+                remove_leftovers(folder)
+            if resume == "never":
+                move_aside(lock, reporter)
         world.wait()
         start = _find_start(config, folder, resume, reporter, data, model)
         world.wait()

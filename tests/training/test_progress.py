@@ -75,7 +75,7 @@ def test_without_a_terminal_there_are_plain_lines_at_the_log_interval(plain: Con
     ]
 
 
-def test_a_terminal_gets_one_live_line_and_whole_notices() -> None:
+def test_a_terminal_gets_a_dashboard_and_whole_notices() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
     reporter = ConsoleReporter(console, Clock())
     reporter.start(2, 10)
@@ -87,8 +87,8 @@ def test_a_terminal_gets_one_live_line_and_whole_notices() -> None:
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert "x" * 300 in text
-    assert "4/10" in text
-    assert "loss 4.500" in text
+    assert "step 4 of 10" in text
+    assert "loss 4.5000" in text
     assert "step 4/10" not in text
 
 
