@@ -15,6 +15,7 @@ from psannlm.commands import bench_tokenizers as bench_tokenizers_command
 from psannlm.commands import bench_train as bench_train_command
 from psannlm.commands import eval as eval_command
 from psannlm.commands import generate as generate_command
+from psannlm.commands import prep as prep_command
 from psannlm.commands import report as report_command
 from psannlm.commands import tokenize as tokenize_command
 from psannlm.commands import train as train_command
@@ -32,6 +33,7 @@ app.command("train")(train_command.train)
 app.command("generate")(generate_command.generate)
 app.command("eval")(eval_command.evaluate)
 app.command("tokenize")(tokenize_command.tokenize)
+app.command("prep")(prep_command.prep)
 app.command("bench-tokenizers")(bench_tokenizers_command.bench_tokenizers)
 app.command("bench-kv")(bench_kv_command.bench_kv)
 app.command("report")(report_command.report)

@@ -82,6 +82,10 @@ class StorageError(PsannlmError):
     """A file that could not be written: disk full, no permission. What was there before is still there."""
 
 
+class WorkerError(PsannlmError):
+    """A process that did a part of the work ended before it was done."""
+
+
 class DeviceError(PsannlmError):
     """A device, precision or process group that was asked for and is not to be had (exit code 2)."""
 

@@ -1,0 +1,158 @@
+"""psannlm prep: a corpus of any size to a folder of token shards that training maps into memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from psannlm.commands.options import JsonOption, LiveLine, figures_table, live_line, print_json, progress, results
+
+if TYPE_CHECKING:
+    from psannlm.prep.run import PrepResult
+
+
+def prep(
+    corpus: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CORPUS...", help="Files, folders, globs, URLs that fsspec knows, or - for stdin."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="A .model or .json, such as psannlm tokenize makes.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for shards and manifest.")] = None,
+    val_split: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Decides which documents are held out.")] = 1337,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens in a shard at most.")] = 100_000_000,
+    workers: Annotated[int | None, typer.Option(help="Processes that encode. Default: the cores there are.")] = None,
+    per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of text, not per file.")] = False,
+    text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
+    stdin_format: Annotated[Literal["txt", "jsonl"], typer.Option("--format", help="Of what comes on stdin.")] = "txt",
+    errors: Annotated[
+        Literal["strict", "replace"], typer.Option(help="Bytes that are not UTF-8: stop, or put U+FFFD and count.")
+    ] = "strict",
+    min_chars: Annotated[int, typer.Option(help="Leave out documents of fewer characters.")] = 1,
+    max_chars: Annotated[int | None, typer.Option(help="Leave out documents of more characters.")] = None,
+    keep_duplicates: Annotated[
+        bool, typer.Option("--keep-duplicates", help="Keep documents whose text was there before.")
+    ] = False,
+    part: Annotated[str | None, typer.Option(metavar="I/N", help="Prepare the I-th of N parts of the corpus.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="CORPUS are the folders of all parts: make one folder of them.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a corpus into token shards and a manifest, in bounded memory, on all cores; stopped, it goes on."""
+    if not corpus:
+        raise typer.BadParameter("name files, folders, globs or URLs", param_hint="CORPUS")
+    if out is None:
+        raise typer.BadParameter("name the folder to make", param_hint="--out")
+    console = progress()
+    with live_line(console) as line:
+        reporter = _Reporter(line)
+        if merge:
+            from psannlm.prep.merge import merge_parts
+
+            result = merge_parts([Path(folder) for folder in corpus], out, reporter=reporter)
+        else:
+            if tokenizer is None:
+                raise typer.BadParameter("name a tokenizer; psannlm tokenize makes one", param_hint="--tokenizer")
+            from psannlm.commands.options import naming_options
+            from psannlm.prep.run import prepare_corpus
+            from psannlm.prep.settings import PrepSettings
+
+            with naming_options(""):
+                settings = PrepSettings(
+                    text_key=text_key,
+                    per_line=per_line,
+                    stdin_format=stdin_format,
+                    errors=errors,
+                    min_chars=min_chars,
+                    max_chars=max_chars,
+                    val_split=val_split,
+                    seed=seed,
+                    shard_tokens=shard_tokens,
+                    keep_duplicates=keep_duplicates,
+                )
+            result = prepare_corpus(
+                corpus, tokenizer, out, settings, n_workers=workers, part=_part(part), reporter=reporter
+            )
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        _show(result)
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    index, _, of = text.partition("/")
+    if not (index.isdecimal() and of.isdecimal()):
+        raise typer.BadParameter(f"{text!r} is not I/N, such as 1/4", param_hint="--part")
+    return int(index), int(of)
+
+
+class _Reporter:
+    """Says on a live line how far a preparation has come, how fast it goes and when it will be done."""
+
+    def __init__(self, line: LiveLine) -> None:
+        self._line = line
+        self._began = time.monotonic()
+
+    def notice(self, text: str) -> None:
+        """Print a line that stays."""
+        self._line.keep(text)
+
+    def encoding(self, n_bytes: int, total_bytes: int | None, n_tokens: int) -> None:
+        """Show the rate of reading and encoding."""
+        rate = n_bytes / max(1e-9, time.monotonic() - self._began)
+        of = left = ""
+        if total_bytes is not None:
+            of = f" of {total_bytes / 1e6:,.1f}"
+            left = f", {_duration((total_bytes - n_bytes) / max(1.0, rate))} left"
+        self._line.show(f"{n_bytes / 1e6:,.1f}{of} MB, {rate / 1e6:,.1f} MB/s, {n_tokens:,} tokens{left}")
+
+    def writing(self, n_tokens: int, total_tokens: int) -> None:
+        """Show how much is in shards."""
+        self._line.show(f"writing shards: {n_tokens:,} of {total_tokens:,} tokens")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _show(result: PrepResult) -> None:
+    manifest = result.manifest
+    if result.was_done:
+        results().print(f"{result.folder} is prepared already; nothing to do", highlight=False, markup=False)
+    rows = []
+    for name, split in (("train", manifest.train), ("validation", manifest.validation)):
+        per_token = f", {split.text_bytes / split.tokens:.2f} bytes per token" if split.tokens else ""
+        shards = f"{len(split.shards):,} shard" + ("" if len(split.shards) == 1 else "s")
+        figures = f"{split.documents:,} documents, {split.text_bytes:,} bytes, {split.tokens:,} tokens"
+        rows.append((name, f"{figures}{per_token}, {shards}"))
+    rows += [(f"left out: {reason}", f"{count:,}") for reason, count in manifest.drops.items()]
+    rows.append(("duplicates left out", f"{manifest.duplicates:,}"))
+    if not result.was_done:
+        rate = f"{result.n_corpus_bytes / 1e6:,.1f} MB"
+        if result.seconds:
+            rate += f" in {result.seconds:,.1f} s, {result.n_corpus_bytes / 1e6 / result.seconds:,.1f} MB/s"
+        rows.append(("read", rate))
+    rows += [
+        ("tokenizer", f"{manifest.tokenizer.backend}, fingerprint {manifest.tokenizer.fingerprint:.12}"),
+        ("content", f"{manifest.content_sha256:.12}"),
+        ("folder", str(result.folder)),
+    ]
+    results().print(figures_table("prep", rows))
+    if manifest.part == "1/1":
+        console = results()
+        console.print(
+            f"next: psannlm train CONFIG --set 'data.sources=[{result.folder}]'",
+            style="bold",
+            highlight=False,
+            markup=False,
+        )

@@ -1,0 +1,220 @@
+"""A chunk enters, its piece leaves: bytes decoded, records parsed, filtered, hashed and encoded, in one thread."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psannlm.data.documents import json_text
+from psannlm.data.files import decoded
+from psannlm.data.shards import token_dtype
+from psannlm.errors import CorpusError
+from psannlm.prep.chunks import BEGINS, ENDS, FILE, HAS_TEXT, JSON_LINES, TEXT, WHOLE, Chunk, Section
+from psannlm.prep.piece import UNIT, Piece, origin_of
+from psannlm.prep.segments import SEGMENT_BYTES, cut, split_near
+from psannlm.prep.settings import PrepSettings
+from psannlm.prep.walk import HASH_BYTES, Cut, replaced
+from psannlm.tokenizers.base import Tokenizer
+
+# Libraries hold about a hundred bytes a token while they encode: groups are small, and leave as arrays.
+_GROUP_BYTES = 1 << 18
+_NAMES_KEPT = 5
+_NO_HASH = bytes(HASH_BYTES)
+# Of a unit: tokens (0 until it is encoded), bytes, characters, flags, origin, hash.
+Row = tuple[int, int, int, int, int, bytes]
+
+
+@dataclass
+class Facts:
+    """What a chunk came to, beside tokens; records are named as (source, record)."""
+
+    drops: dict[str, list[Any]] = field(default_factory=dict)
+    byte_order_marks: int = 0
+    replaced_bytes: int = 0
+    replaced_in: list[tuple[int, int]] = field(default_factory=list)
+
+    def drop(self, reason: str, source: int, record: int) -> None:
+        """Count something that was left out, and name the first few."""
+        entry = self.drops.setdefault(reason, [0, []])
+        entry[0] += 1
+        if len(entry[1]) < _NAMES_KEPT:
+            entry[1].append((source, record))
+
+
+def too_short(settings: PrepSettings) -> str:
+    """Return the reason under which short documents are counted."""
+    return f"fewer than {settings.min_chars:,} characters"
+
+
+def too_long(settings: PrepSettings) -> str:
+    """Return the reason under which long documents are counted."""
+    return f"more than {settings.max_chars:,} characters"
+
+
+class ChunkEncoder:
+    """Makes pieces of chunks; the same chunk gives the same piece in every process."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: PrepSettings, cut_at: Cut | None = None) -> None:
+        self._tokenizer, self._settings, self._cut = tokenizer, settings, cut_at
+        self._dtype = token_dtype(tokenizer.vocab_size)
+
+    def encode(self, chunk: Chunk) -> Piece:
+        """Return the piece of a chunk.
+
+        Raises:
+            CorpusError: a section is not UTF-8, or holds a line that is no record; names file and place.
+        """
+        facts = Facts()
+        rows: list[Row] = []
+        arrays: list[NDArray[Any]] = [np.zeros(0, self._dtype)]
+        group: list[str] = []
+        group_bytes = 0
+        for text, row in self._units(chunk, facts):
+            group.append(text)
+            rows.append(row)
+            group_bytes += row[1]
+            if group_bytes >= _GROUP_BYTES:
+                arrays.append(self._framed(group, rows))
+                group, group_bytes = [], 0
+        if group:
+            arrays.append(self._framed(group, rows))
+        payload = hashlib.sha256(chunk.payload).hexdigest()
+        return Piece(_table(rows), np.concatenate(arrays), payload, vars(facts))
+
+    def _framed(self, texts: list[str], rows: list[Row]) -> NDArray[Any]:
+        """Encode ``texts``, the last of ``rows``, put begins and ends of text between them, and note their lengths."""
+        ids, lengths = self._tokenizer.encode_flat(texts, threads=1)
+        ours = rows[-len(texts) :]
+        flags = np.fromiter((row[3] for row in ours), np.uint8, len(ours))
+        begins, ends = (flags & BEGINS) > 0, (flags & ENDS) > 0
+        framed = lengths + begins + ends
+        stops = np.cumsum(framed)
+        tokens = np.empty(int(stops[-1]), self._dtype)
+        is_text = np.ones(len(tokens), np.bool_)
+        starts = (stops - framed)[begins]
+        is_text[starts] = False
+        is_text[stops[ends] - 1] = False
+        tokens[is_text] = ids
+        tokens[starts] = self._tokenizer.bos_id
+        tokens[stops[ends] - 1] = self._tokenizer.eos_id
+        rows[-len(texts) :] = [(n, *row[1:]) for n, row in zip(framed.tolist(), ours, strict=True)]
+        return tokens
+
+    def _units(self, chunk: Chunk, facts: Facts) -> Iterator[tuple[str, Row]]:
+        """Yield the text and the row of each unit."""
+        for section, content in chunk.contents():
+            name = chunk.names[section.source]
+            if section.kind == TEXT:
+                text = str(content, "utf-8")
+                if section.flags == WHOLE:
+                    yield from self._document(text, section.source, section.record, name, facts)
+                else:
+                    yield _unit(text, section.n_bytes, section.flags, section, bytes.fromhex(section.digest))
+            elif section.kind == FILE:
+                text = self._decoded(content, section, name, facts)
+                yield from self._document(text, section.source, section.record, name, facts)
+            else:
+                for record, line in self._lines(content, section, name, facts):
+                    text = line
+                    if section.kind == JSON_LINES:
+                        text = json_text(line, self._settings.text_key, f"{name}:{record}")
+                    yield from self._document(text, section.source, record, name, facts)
+
+    def _lines(self, content: memoryview, section: Section, name: str, facts: Facts) -> Iterator[tuple[int, str]]:
+        """Yield (line number, text without its end) of the lines that are not blank; only \\n ends a line."""
+        text = self._decoded(content, section, name, facts)
+        lines = text.split("\n")
+        if not lines[-1]:
+            del lines[-1]
+        for record, line in enumerate(lines, start=section.record):
+            line = line.removesuffix("\r")
+            if not line or line.isspace():
+                facts.drop("blank line", section.source, record)
+            else:
+                yield record, line
+
+    def _decoded(self, content: memoryview, section: Section, name: str, facts: Facts) -> str:
+        whole = bytes(content)
+        if self._settings.errors == "strict":
+            text, has_mark = decoded(whole, name, section.offset)
+        else:
+            text = whole.decode("utf-8", "replace")
+            if n_bytes := replaced(whole, text):
+                facts.replaced_bytes += n_bytes
+                record = section.record + (0 if section.kind == FILE else _lines_before_damage(whole))
+                facts.replaced_in.append((section.source, record))
+            has_mark = section.offset == 0 and text.startswith("\ufeff")
+            text = text[has_mark:]
+        facts.byte_order_marks += has_mark
+        return text
+
+    def _document(self, text: str, source: int, record: int, name: str, facts: Facts) -> Iterator[tuple[str, Row]]:
+        settings = self._settings
+        if not text or text.isspace():
+            facts.drop("blank document", source, record)
+        elif len(text) < settings.min_chars:
+            facts.drop(too_short(settings), source, record)
+        elif settings.max_chars is not None and len(text) > settings.max_chars:
+            facts.drop(too_long(settings), source, record)
+        else:
+            content = _encoded(text, name, record)
+            where = Section(TEXT, source, record, 0, len(content))
+            if self._cut is not None and (self._cut.source, self._cut.record) == (source, record):
+                at = split_near(content, self._cut.at)
+                yield from _segments(content[:at], None, where)
+                yield from _segments(content[at:], None, where)
+            else:
+                yield from _segments(content, text, where)
+
+
+def _encoded(text: str, name: str, record: int) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        where = f"{name}:{record}" if record else name
+        raise CorpusError(
+            f"{where}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not Unicode "
+            "text; remove it"
+        ) from error
+
+
+def _segments(content: bytes, text: str | None, where: Section) -> Iterator[tuple[str, Row]]:
+    """Yield the units of a document at hand; ``text`` is its text, where it is one already."""
+    digest = hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
+    if len(content) <= SEGMENT_BYTES:
+        yield _unit(text if text is not None else content.decode("utf-8"), len(content), WHOLE, where, digest)
+        return
+    parts = cut(content)
+    for number, part in enumerate(parts, start=1):
+        flags = (BEGINS if number == 1 else 0) | (ENDS if number == len(parts) else 0)
+        yield _unit(part.decode("utf-8"), len(part), flags, where, digest if flags & ENDS else b"")
+
+
+def _unit(text: str, n_bytes: int, flags: int, where: Section, digest: bytes) -> tuple[str, Row]:
+    if text and not text.isspace():
+        flags |= HAS_TEXT
+    return text, (0, n_bytes, len(text), flags, origin_of(where.source, where.record), digest or _NO_HASH)
+
+
+def _lines_before_damage(content: bytes) -> int:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start)
+    return 0
+
+
+def _table(rows: list[Row]) -> NDArray[Any]:
+    table = np.zeros(len(rows), UNIT)
+    if rows:
+        n_tokens, n_bytes, n_chars, flags, origins, hashes = zip(*rows, strict=True)
+        for name, column in (("n_tokens", n_tokens), ("n_bytes", n_bytes), ("n_chars", n_chars), ("flags", flags)):
+            table[name] = column
+        table["origin"] = origins
+        table["hash"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BYTES)
+    return table

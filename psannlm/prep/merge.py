@@ -1,0 +1,295 @@
+"""The folders of all parts of a corpus enter; one folder leaves that holds the documents of one whole preparation.
+
+Shards are linked, not copied. Only a shard with a document that an earlier part holds too is written again, without it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, read_manifest, write_manifest
+from psannlm.data.parts import DocumentPart, unpack_origin
+from psannlm.data.shardfile import Shard, ShardEntry, open_shard, write_shard
+from psannlm.errors import ConfigError, CorpusError, Interrupted
+from psannlm.lock import RunLock
+from psannlm.prep.duplicates import Bits, DuplicateFinder, draws
+from psannlm.prep.plan import WORK_FOLDER, source_differences
+from psannlm.prep.run import PrepReporter, PrepResult, SilentPrepReporter, remove_work, shard_name
+from psannlm.prep.survey import SPLITS, TRAIN, VALIDATION
+from psannlm.signals import stopping_on_signals
+from psannlm.storage import explain_write_errors, remove_leftovers, replacing, write_bytes
+
+# Documents and tokens that are held at once; a longer document goes in several parts.
+_DOCUMENTS_AT_ONCE = 1 << 16
+_TOKENS_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class _PartShard:
+    """A shard of a part, and the number of its first document in the merged corpus."""
+
+    shard: Shard
+    side: str
+    first: int
+
+
+def merge_parts(folders: Sequence[Path], out: Path, *, reporter: PrepReporter | None = None) -> PrepResult:
+    """Join the prepared parts of one corpus, which may come in any order, in the folder ``out``.
+
+    The documents, and which are held out, are those of one preparation of the whole corpus; their order is that of the
+    parts. A merge that is stopped begins anew: most of it is links.
+
+    Raises:
+        ConfigError: a part is missing or named twice, or they were not prepared alike; names what differs. Or ``out``
+            holds something else already.
+        ArtifactError: a manifest or a shard is damaged.
+        CorpusError: the parts hold a single document, or none.
+        StorageError: the folder cannot be written.
+    """
+    began = time.monotonic()
+    reporter = reporter or SilentPrepReporter()
+    parts = _in_order(folders)
+    stop = threading.Event()
+    with RunLock(out, "--out"), stopping_on_signals(stop):
+        if (out / MANIFEST_FILE).is_file():
+            raise ConfigError(f"{out} is prepared already; choose another folder with --out")
+        manifest = _Merge(parts, out, reporter, stop).run()
+    n_bytes = sum(source.bytes for source in manifest.sources)
+    return PrepResult(out, manifest, time.monotonic() - began, n_bytes)
+
+
+def _in_order(folders: Sequence[Path]) -> list[tuple[Path, Manifest]]:
+    """Return the parts by number, each with its manifest, after making sure that they make one corpus."""
+    found: dict[int, tuple[Path, Manifest]] = {}
+    first: tuple[Path, Manifest] | None = None
+    for folder in folders:
+        manifest = read_manifest(folder)
+        index, of = (int(number) for number in manifest.part.split("/"))
+        if first is None:
+            first = (folder, manifest)
+        _refuse_unlike(first, (folder, manifest))
+        if index in found:
+            raise ConfigError(f"{folder} and {found[index][0]} are both part {manifest.part}; give each part once")
+        found[index] = (folder, manifest)
+    if first is None:
+        raise ConfigError("no parts to merge; name their folders")
+    of = int(first[1].part.split("/")[1])
+    if missing := [str(index) for index in range(1, of + 1) if index not in found]:
+        raise ConfigError(f"of {of} parts these are missing: {', '.join(missing)}; prepare them with --part I/{of}")
+    return [found[index] for index in sorted(found)]
+
+
+def _refuse_unlike(first: tuple[Path, Manifest], other: tuple[Path, Manifest]) -> None:
+    (folder, one), (path, two) = first, other
+    differing = []
+    if one.tokenizer != two.tokenizer:
+        differing.append(f"tokenizer: {one.tokenizer.fingerprint:.12} and {two.tokenizer.fingerprint:.12}")
+    if one.part.split("/")[1] != two.part.split("/")[1]:
+        differing.append(f"part: {one.part} and {two.part}")
+    ours, theirs = vars(one.settings), vars(two.settings)
+    differing += [f"{name}: {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+    files = [[{"path": source.path, "bytes": source.bytes} for source in each.sources] for each in (one, two)]
+    differing += source_differences(files[0], files[1])
+    if differing:
+        lines = "\n  ".join(differing)
+        raise ConfigError(f"{folder} and {path} are not parts of one preparation:\n  {lines}\nPrepare them alike.")
+
+
+class _Merge:
+    """The steps of one merge; documents are numbered part by part, training before validation."""
+
+    def __init__(
+        self, parts: list[tuple[Path, Manifest]], out: Path, reporter: PrepReporter, stop: threading.Event
+    ) -> None:
+        self._parts, self._out, self._reporter, self._stop = parts, out, reporter, stop
+        self._like = parts[0][1]
+        self._shards: list[_PartShard] = []
+        number = 0
+        for folder, manifest in parts:
+            for side, split in ((TRAIN, manifest.train), (VALIDATION, manifest.validation)):
+                for entry in split.shards:
+                    shard = open_shard(folder / entry.file, entry, manifest.tokenizer.fingerprint)
+                    self._shards.append(_PartShard(shard, side, number))
+                    number += entry.documents
+        self._n = number
+
+    def run(self) -> Manifest:
+        work = self._out / WORK_FOLDER
+        remove_work(work)
+        with explain_write_errors(work):
+            work.mkdir(parents=True)
+            remove_leftovers(self._out)
+        dropped = self._repeated(work) if self._like.settings.dedupe else Bits(self._n)
+        moved = self._moved(dropped)
+        self._documents_of = np.zeros(len(self._like.sources), np.int64)
+        splits = {side: self._write_side(side, dropped, moved) for side in SPLITS}
+        tokenizer = self._like.tokenizer.file
+        write_bytes(self._out / tokenizer, (self._parts[0][0] / tokenizer).read_bytes())
+        manifest = self._manifest(splits)
+        write_manifest(self._out, manifest)
+        remove_work(work)
+        return manifest
+
+    def _go_on(self) -> None:
+        if self._stop.is_set():
+            raise Interrupted("interrupted; the same command begins the merge anew")
+
+    def _hashes(self) -> Iterator[tuple[_PartShard, int, NDArray[np.uint8]]]:
+        """Yield (shard, number of the first, hashes) of some documents at a time."""
+        for part_shard in self._shards:
+            for start in range(0, part_shard.shard.n_documents, _DOCUMENTS_AT_ONCE):
+                self._go_on()
+                stop = min(start + _DOCUMENTS_AT_ONCE, part_shard.shard.n_documents)
+                yield part_shard, part_shard.first + start, part_shard.shard.hashes(start, stop)
+
+    def _repeated(self, work: Path) -> Bits:
+        with DuplicateFinder(work, self._n) as finder:
+            for _, first, hashes in self._hashes():
+                finder.add(np.arange(first, first + len(hashes), dtype=np.int64), hashes)
+            return finder.repeated()
+
+    def _moved(self, dropped: Bits) -> int | None:
+        """Return the document that must change sides so that neither is empty; parts alone could not know."""
+        settings = self._like.settings
+        kept = dict.fromkeys(SPLITS, 0)
+        lowest, highest = (2.0, -1), (-1.0, -1)
+        for part_shard, first, hashes in self._hashes():
+            is_kept = ~dropped.among(first, first + len(hashes))
+            kept[part_shard.side] += int(is_kept.sum())
+            at = np.flatnonzero(is_kept)
+            if len(at):
+                drawn = draws(hashes[at], settings.seed)
+                low, high = int(np.argmin(drawn)), int(np.argmax(drawn))
+                lowest = min(lowest, (float(drawn[low]), first + int(at[low])))
+                if drawn[high] > highest[0]:
+                    highest = (float(drawn[high]), first + int(at[high]))
+        n_kept = sum(kept.values())
+        if not n_kept:
+            raise CorpusError("the parts hold no documents")
+        if settings.val_split == 0 or all(kept.values()):
+            return None
+        if n_kept == 1:
+            raise CorpusError("the parts hold a single document; prepare the corpus as a whole, which cuts it in two")
+        return lowest[1] if not kept[VALIDATION] else highest[1]
+
+    def _write_side(self, side: str, dropped: Bits, moved: int | None) -> SplitEntry:
+        entries: list[ShardEntry] = []
+        for part_shard in self._shards:
+            self._go_on()
+            shard, first = part_shard.shard, part_shard.first
+            wanted = np.zeros(shard.n_documents, np.bool_)
+            if part_shard.side == side:
+                wanted = ~dropped.among(first, first + shard.n_documents)
+            if moved is not None and first <= moved < first + shard.n_documents:
+                wanted[moved - first] ^= True
+            if wanted.any():
+                path = self._out / shard_name(side, len(entries))
+                if wanted.all():
+                    entries.append(_link(shard, path))
+                else:
+                    self._reporter.notice(f"writing {shard.path} again without {int((~wanted).sum()):,} documents")
+                    entries.append(_rewrite(shard, wanted, path, self._like.tokenizer.fingerprint))
+                self._count_origins(shard, wanted)
+                self._reporter.writing(
+                    sum(entry.tokens for entry in entries), sum(s.shard.n_tokens for s in self._shards)
+                )
+        return SplitEntry.of(tuple(entries))
+
+    def _count_origins(self, shard: Shard, wanted: NDArray[np.bool_]) -> None:
+        for start in range(0, shard.n_documents, _DOCUMENTS_AT_ONCE):
+            stop = min(start + _DOCUMENTS_AT_ONCE, shard.n_documents)
+            origins = shard.origins(start, stop)[wanted[start:stop]]
+            sources, counts = np.unique(origins, return_counts=True)
+            for origin, count in zip(sources.tolist(), counts.tolist(), strict=True):
+                self._documents_of[unpack_origin(origin)[0]] += count
+
+    def _manifest(self, splits: dict[str, SplitEntry]) -> Manifest:
+        manifests = [manifest for _, manifest in self._parts]
+        drops: dict[str, int] = {}
+        for manifest in manifests:
+            for reason, count in manifest.drops.items():
+                drops[reason] = drops.get(reason, 0) + count
+        sources = []
+        for index, entries in enumerate(zip(*(manifest.sources for manifest in manifests), strict=True)):
+            read = next((entry for entry in entries if entry.sha256), entries[0])
+            sources.append(SourceEntry(read.path, read.bytes, read.sha256, int(self._documents_of[index])))
+        n_kept = sum(split.documents for split in splits.values())
+        return replace(
+            self._like,
+            part="1/1",
+            sources=tuple(sources),
+            train=splits[TRAIN],
+            validation=splits[VALIDATION],
+            drops=dict(sorted(drops.items())),
+            duplicates=sum(manifest.duplicates for manifest in manifests) + self._n - n_kept,
+        )
+
+
+def _link(shard: Shard, path: Path) -> ShardEntry:
+    """Give a shard another name in another folder; where file systems differ, copy it."""
+    with explain_write_errors(path):
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.link(shard.path, path)
+            return replace(shard.entry, file=path.name)
+    shard.verify()
+    with replacing(path) as temporary:
+        shutil.copyfile(shard.path, temporary)
+    return replace(shard.entry, file=path.name)
+
+
+def _rewrite(shard: Shard, wanted: NDArray[np.bool_], path: Path, fingerprint: str) -> ShardEntry:
+    n_tokens = 0
+    for start in range(0, shard.n_documents, _DOCUMENTS_AT_ONCE):
+        stop = min(start + _DOCUMENTS_AT_ONCE, shard.n_documents)
+        n_tokens += int(np.diff(shard.starts(start, stop + 1))[wanted[start:stop]].sum())
+    return write_shard(
+        path,
+        dtype=shard.dtype,
+        fingerprint=fingerprint,
+        n_tokens=n_tokens,
+        n_documents=int(wanted.sum()),
+        parts=_chosen(shard, wanted),
+    )
+
+
+def _chosen(shard: Shard, wanted: NDArray[np.bool_]) -> Iterator[DocumentPart]:
+    """Yield the wanted documents of a shard, in runs that stand side by side and are not too long."""
+    numbers = np.flatnonzero(wanted)
+    at = 0
+    while at < len(numbers):
+        first = int(numbers[at])
+        stop = min(len(numbers), at + _DOCUMENTS_AT_ONCE)
+        run = numbers[at:stop]
+        run = run[run - np.arange(len(run)) == first]
+        starts = shard.starts(first, first + len(run) + 1)
+        n = max(1, int(np.searchsorted(starts, starts[0] + _TOKENS_AT_ONCE, side="right")) - 1)
+        n = min(n, len(run))
+        yield from _run(shard, first, n, starts[: n + 1])
+        at += n
+
+
+def _run(shard: Shard, first: int, n: int, starts: NDArray[np.int64]) -> Iterator[DocumentPart]:
+    begin, end = int(starts[0]), int(starts[-1])
+    none = np.zeros(0, np.int64)
+    while end - begin > _TOKENS_AT_ONCE:
+        tokens = shard.tokens(begin, begin + _TOKENS_AT_ONCE)
+        yield DocumentPart(tokens, none, none, np.zeros((0, 16), np.uint8), none)
+        begin += _TOKENS_AT_ONCE
+    yield DocumentPart(
+        shard.tokens(begin, end),
+        np.diff(starts),
+        shard.n_bytes(first, first + n),
+        shard.hashes(first, first + n),
+        shard.origins(first, first + n),
+    )

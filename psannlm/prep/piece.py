@@ -1,0 +1,149 @@
+"""The tokens of one chunk on disk: what a worker leaves, whole or absent, and damage noticed when it is read.
+
+A piece is a list of units. A unit is a document, or one segment of a long one; its tokens carry the begin of text where
+the document begins and the end of text where it ends, so that units laid end to end are framed documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psannlm.errors import ArtifactError
+from psannlm.prep.chunks import BEGINS, ENDS
+from psannlm.storage import explain_write_errors, temporary_beside
+
+_MAGIC = b"psannpc1"
+_PREFIX = struct.Struct("<8s16sI")
+_HASH_BYTES = 16
+# One row a unit. A unit is at most a segment, so four bytes count its tokens, bytes and characters.
+UNIT = np.dtype(
+    [
+        ("n_tokens", "<u4"),
+        ("n_bytes", "<u4"),
+        ("n_chars", "<u4"),
+        ("flags", "u1"),
+        ("origin", "<i8"),
+        ("hash", "u1", (_HASH_BYTES,)),
+    ]
+)
+
+
+def origin_of(source: int, record: int) -> int:
+    """Return where a document came from as one number: source index and record (line or row; 0 for a whole file)."""
+    return source << 40 | record
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``units``: (n_units,) of ``UNIT``. ``tokens``: (n_tokens,) in the shards' type. ``facts``: what was counted.
+
+    ``payload`` is the SHA-256 of the chunk's bytes that this was made of.
+    """
+
+    units: NDArray[Any]
+    tokens: NDArray[Any]
+    payload: str
+    facts: Mapping[str, Any]
+
+    @property
+    def begins(self) -> NDArray[np.bool_]:
+        """Whether a document begins in each unit."""
+        return (self.units["flags"] & BEGINS) > 0
+
+    @property
+    def ends(self) -> NDArray[np.bool_]:
+        """Whether a document ends in each unit."""
+        return (self.units["flags"] & ENDS) > 0
+
+
+def piece_path(folder: Path, index: int) -> Path:
+    """Return where the piece of chunk ``index`` lies."""
+    return folder / f"piece_{index:08d}"
+
+
+def write_piece(path: Path, piece: Piece) -> int:
+    """Write a piece under a hidden name, then give it its own; return the bytes written.
+
+    It is not flushed to the disk: a piece that a power cut leaves behind half-written does not match its hashes, and is
+    made again. Its folder must be there: a worker that outlives its run must not bring it back.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    units, tokens = piece.units.tobytes(), piece.tokens.tobytes()
+    head = {
+        "payload": piece.payload,
+        "dtype": piece.tokens.dtype.name,
+        "n_units": len(piece.units),
+        "n_tokens": len(piece.tokens),
+        "tokens_digest": _digest(tokens),
+        "facts": dict(piece.facts),
+    }
+    header = json.dumps(head, separators=(",", ":")).encode("ascii")
+    prefix = _PREFIX.pack(_MAGIC, bytes.fromhex(_digest(header, units)), len(header))
+    temporary = temporary_beside(path)
+    with explain_write_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                for part in (prefix, header, units, tokens):
+                    file.write(part)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return len(prefix) + len(header) + len(units) + len(tokens)
+
+
+def read_piece(path: Path, *, with_tokens: bool = True) -> Piece:
+    """Read a piece and check its hashes; without tokens, only its head is read, and ``tokens`` is empty.
+
+    Raises:
+        ArtifactError: the piece is missing, cut short or damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            magic, digest, header_bytes = _PREFIX.unpack(file.read(_PREFIX.size))
+            if magic != _MAGIC or header_bytes > size:
+                raise ArtifactError(f"{path} is damaged: it is no piece of a corpus")
+            header = file.read(header_bytes)
+            head = _head(path, header)
+            units = file.read(min(size, head["n_units"] * UNIT.itemsize))
+            if _digest(header, units) != digest.hex():
+                raise ArtifactError(f"{path} is damaged: its head does not match its hash")
+            dtype = np.dtype(head["dtype"])
+            if size != file.tell() + head["n_tokens"] * dtype.itemsize:
+                raise ArtifactError(f"{path} is damaged: {size:,} bytes are not what its head promises")
+            content = file.read() if with_tokens else b""
+    except (OSError, struct.error) as error:
+        raise ArtifactError(f"cannot read {path}: {error}") from error
+    if with_tokens and _digest(content) != head["tokens_digest"]:
+        raise ArtifactError(f"{path} is damaged: its tokens do not match their hash")
+    return Piece(np.frombuffer(units, UNIT), np.frombuffer(content, dtype), head["payload"], head["facts"])
+
+
+def _head(path: Path, header: bytes) -> dict[str, Any]:
+    """Return the fields of a header whose hash is still to be checked, if it looks like one at all."""
+    try:
+        head = json.loads(header)
+        if isinstance(head, dict) and 0 <= head["n_units"] < 1 << 40 and 0 <= head["n_tokens"] < 1 << 40:
+            return head
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged: its header cannot be read") from error
+    raise ArtifactError(f"{path} is damaged: its header cannot be read")
+
+
+def _digest(*contents: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()

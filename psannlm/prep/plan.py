@@ -1,0 +1,116 @@
+"""What a preparation set out to do, on disk before its first piece: another plan in the same folder is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from psannlm.errors import ArtifactError, ConfigError
+from psannlm.prep.settings import PrepSettings
+from psannlm.prep.sources import SourceFile
+from psannlm.prep.walk import Cut
+from psannlm.storage import write_text
+
+WORK_FOLDER = ".work"
+PLAN_FILE = "plan.json"
+_VERSION = 1
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the bytes of a prepared folder. ``part`` is (index from 1, of how many) or None."""
+
+    sources: tuple[SourceFile, ...]
+    settings: PrepSettings
+    fingerprint: str
+    part: tuple[int, int] | None
+    chunk_bytes: int
+    cut: Cut | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan for its file."""
+        return {
+            "version": _VERSION,
+            "settings": self.settings.as_dict(),
+            "tokenizer_fingerprint": self.fingerprint,
+            "part": None if self.part is None else list(self.part),
+            "chunk_bytes": self.chunk_bytes,
+            "cut": None if self.cut is None else vars(self.cut),
+            "sources": [source.as_dict() for source in self.sources],
+        }
+
+    def with_cut(self, cut: Cut) -> Plan:
+        """Return the plan for a corpus that turned out to be one document."""
+        return replace(self, cut=cut)
+
+
+def write_plan(work: Path, plan: Plan) -> None:
+    """Record a plan. Raises StorageError if it cannot be written."""
+    write_text(work / PLAN_FILE, json.dumps(plan.as_dict(), indent=1) + "\n")
+
+
+def go_on(work: Path, plan: Plan) -> Plan | None:
+    """Return the plan to go on with: ``plan``, with the cut that the work so far found; None if none is recorded.
+
+    Raises:
+        ConfigError: the work in the folder is that of another plan; names what differs.
+        ArtifactError: the recorded plan is damaged.
+    """
+    path = work / PLAN_FILE
+    if not path.is_file():
+        return None
+    try:
+        former = json.loads(path.read_bytes())
+        cut = former["cut"] if former["cut"] is None else Cut(**former["cut"])
+        changed = differences(former, plan.as_dict())
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); remove {work} to begin anew") from error
+    if changed:
+        raise ConfigError(
+            f"{work.parent} holds unfinished work of another plan:\n  "
+            + "\n  ".join(changed)
+            + f"\nGo on with the same command, choose another --out, or remove {work} to begin anew."
+        )
+    return plan.with_cut(cut) if cut is not None else plan
+
+
+def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two plans, in lines for people; how large chunks are follows from the sources."""
+    lines = []
+    for name in ("version", "tokenizer_fingerprint", "part"):
+        if name in former and name in now and former[name] != now[name]:
+            lines.append(f"{name.replace('_', ' ')}: {_shown(former[name])} then, {_shown(now[name])} now")
+    then, settings = former["settings"], now["settings"]
+    for name in sorted({*then, *settings}):
+        if then.get(name) != settings.get(name):
+            lines.append(f"--{name.replace('_', '-')}: {then.get(name)} then, {settings.get(name)} now")
+    return lines + source_differences(former["sources"], now["sources"])
+
+
+def source_differences(former: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return which files of a corpus are gone, new or changed, in lines for people."""
+    before, after = ({source["path"]: source for source in sources} for sources in (former, now))
+    lines = [f"{path}: no longer part of the corpus" for path in before if path not in after]
+    lines += [f"{path}: not part of the corpus then" for path in after if path not in before]
+    for path, source in after.items():
+        if path in before:
+            then = before[path]
+            if then["bytes"] != source["bytes"]:
+                lines.append(f"{path}: {then['bytes']:,} bytes then, {source['bytes']:,} bytes now")
+            elif then.get("stamp") != source.get("stamp"):
+                lines.append(f"{path}: written to since")
+    if not lines and list(before) != list(after):
+        lines.append("the files come in another order")
+    if len(lines) > _SHOWN:
+        lines[_SHOWN:] = [f"and {len(lines) - _SHOWN:,} files more"]
+    return lines
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return "/".join(map(str, value))
+    return f"{value:.12}" if isinstance(value, str) else str(value)

@@ -1,0 +1,202 @@
+"""Chunks enter, pieces lie in the work folder: worker processes kept busy, and what ends one told in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+from psannlm.errors import Interrupted, PsannlmError, WorkerError
+from psannlm.prep.chunks import Chunk
+from psannlm.prep.worker import ERRORS
+
+# The first entry of the path of python -c is the working folder, where any file may bear the name of a library.
+_PROGRAM = (
+    "import sys; sys.path[:] = sys.argv[3:]; from psannlm.prep.worker import main; sys.argv[3:] = []; sys.exit(main())"
+)
+_WAIT_S = 0.1
+_END_S = 5.0
+_ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Worker:
+    """A process and the connection to it."""
+
+    def __init__(self, setup: bytes, tokenizer: bytes) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), str(os.getpid()), *sys.path]
+            # A session of its own: Ctrl-C on the terminal is for the parent, which lets a piece in hand be finished.
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env={**os.environ, **_ONE_THREAD},
+            )
+        self.connection = Connection(ours.detach())
+        self._first = [setup, tokenizer]
+
+    def ask(self, chunk: Chunk) -> dict[str, Any]:
+        """Hand over a chunk and wait for the answer. Raises EOFError or OSError if the process has ended."""
+        while self._first:
+            self.connection.send_bytes(self._first.pop(0))
+        self.connection.send_bytes(chunk.header())
+        self.connection.send_bytes(chunk.payload)
+        answer: dict[str, Any] = json.loads(self.connection.recv_bytes())
+        return answer
+
+    def death(self) -> WorkerError:
+        """Return what is known of why the process ended."""
+        try:
+            code = self.process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        how = f"ended with status {code}"
+        if code < 0:
+            how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
+            if -code == signal.SIGKILL:
+                how += ", as the system does when memory runs out"
+        return WorkerError(
+            f"a worker process {how}. Everything done so far is kept: the same command goes on from there; with fewer "
+            "--workers it needs less memory"
+        )
+
+
+class WorkerPool:
+    """``n_workers`` processes within its context. Raises WorkerError if none can be started."""
+
+    def __init__(self, n_workers: int, setup: bytes, tokenizer: bytes) -> None:
+        self._workers: list[_Worker] = []
+        self._threads: list[threading.Thread] = []
+        self._tasks: queue.Queue[Chunk | None] = queue.Queue(maxsize=2)
+        self._answers: queue.Queue[tuple[int, dict[str, Any] | WorkerError]] = queue.Queue()
+        self._failures: list[tuple[int, PsannlmError]] = []
+        self._n_open = 0
+        try:
+            for _ in range(n_workers):
+                self._workers.append(_Worker(setup, tokenizer))
+        except OSError as error:
+            self._end()
+            raise WorkerError(f"a worker process could not be started: {error.strerror or error}") from error
+
+    def __enter__(self) -> WorkerPool:
+        for worker in self._workers:
+            thread = threading.Thread(target=self._serve, args=(worker,), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def encode(
+        self, chunks: Iterable[Chunk], done: Callable[[int, dict[str, Any]], None], stop: Callable[[], bool]
+    ) -> None:
+        """Make a piece of every chunk; ``done`` hears of each, with the worker's figures, in any order.
+
+        Raises:
+            PsannlmError: the first error in the order of the chunks, wherever it came up; those before it are done.
+            Interrupted: ``stop`` said so; the pieces in hand are done.
+        """
+        try:
+            for chunk in chunks:
+                while not self._offered(chunk):
+                    self._listen(done)
+                    self._go_on(stop)
+                self._listen(done)
+                self._go_on(stop)
+            while self._n_open:
+                self._listen(done, wait=True)
+                self._go_on(stop)
+        except PsannlmError:
+            self._forget_tasks()
+            while self._n_open:
+                self._listen(done, wait=True)
+            if self._failures:
+                raise min(self._failures, key=lambda failure: failure[0])[1] from None
+            raise
+
+    def _offered(self, chunk: Chunk) -> bool:
+        try:
+            self._tasks.put(chunk, timeout=_WAIT_S)
+        except queue.Full:
+            return False
+        self._n_open += 1
+        return True
+
+    def _go_on(self, stop: Callable[[], bool]) -> None:
+        if self._failures:
+            raise self._failures[0][1]
+        if stop():
+            raise Interrupted("interrupted")
+
+    def _listen(self, done: Callable[[int, dict[str, Any]], None], wait: bool = False) -> None:
+        """Take in the answers that are there; with ``wait``, wait a moment for one."""
+        while True:
+            try:
+                index, answer = self._answers.get(wait, _WAIT_S)
+            except queue.Empty:
+                return
+            wait = False
+            self._n_open -= 1
+            if isinstance(answer, WorkerError):
+                self._failures.append((index, answer))
+            elif "error" in answer:
+                self._failures.append((index, ERRORS[answer["error"]](answer["message"])))
+            else:
+                done(index, answer)
+
+    def _forget_tasks(self) -> None:
+        while True:
+            try:
+                self._tasks.get_nowait()
+            except queue.Empty:
+                return
+            self._n_open -= 1
+
+    def _serve(self, worker: _Worker) -> None:
+        while (chunk := self._tasks.get()) is not None:
+            try:
+                self._answers.put((chunk.index, worker.ask(chunk)))
+            except (EOFError, OSError):
+                self._answers.put((chunk.index, worker.death()))
+                return
+        self._tasks.put(None)  # for the next thread
+
+    def _end(self) -> None:
+        """Let every worker go; one that is busy still is killed, and its piece is made again some other time."""
+        for worker in self._workers:
+            worker.process.kill()
+        self._forget_tasks()
+        self._tasks.put(None)
+        for worker in self._workers:
+            worker.process.wait()
+        for thread in self._threads:
+            thread.join(_END_S)
+        for worker in self._workers:
+            worker.connection.close()

@@ -1,0 +1,261 @@
+"""The files of a corpus enter; sections of bytes leave in reading order, every stored byte hashed in passing.
+
+Where sections are cut depends on the files alone. Nothing is decoded here that a worker can decode: only a document
+that is longer than a segment is, for its parts go to different workers and its hash covers them all.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, BinaryIO
+
+from psannlm.data.documents import parquet_texts
+from psannlm.data.files import decoded, opened
+from psannlm.errors import CorpusError
+from psannlm.prep.chunks import BEGINS, ENDS, FILE, JSON_LINES, LINES, TEXT, Section
+from psannlm.prep.segments import SEGMENT_BYTES, cut_stream, split_near
+from psannlm.prep.settings import STDIN, PrepSettings
+from psannlm.prep.sources import Drops, SourceFile, refuse_changed
+
+HASH_BYTES = 16
+LONGEST_JSON_LINE_BYTES = 32 << 20
+_MARK = codecs.BOM_UTF8
+_REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a corpus of one document is cut in two: near byte ``at`` of the text of this record of this source."""
+
+    source: int
+    record: int
+    at: int
+
+
+@dataclass
+class Replaced:
+    """Bytes that were not UTF-8, where each run of them became U+FFFD."""
+
+    n_bytes: int = 0
+    names: list[str] = field(default_factory=list)
+
+
+def replaced(content: bytes | memoryview, text: str) -> int:
+    """Return how many bytes of ``content`` are not UTF-8, given its text with U+FFFD in their place."""
+    # EF begins a character wherever it stands, so each EF BF BD of the content is one U+FFFD of the author's own.
+    inserted = text.count(_REPLACEMENT) - bytes(content).count(_REPLACEMENT.encode())
+    return len(content) - (len(text.encode("utf-8")) - len(_REPLACEMENT.encode()) * inserted)
+
+
+class Walk:
+    """Reads ``indices`` of ``sources`` in order; ``digests`` fills with the SHA-256 of each file's stored bytes.
+
+    ``n_bytes`` is how much of what is stored was read so far, ``byte_order_marks`` how many long documents began
+    with one; what workers find in their sections they count themselves.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceFile],
+        indices: Iterable[int],
+        settings: PrepSettings,
+        chunk_bytes: int,
+        drops: Drops,
+        cut: Cut | None = None,
+    ) -> None:
+        self.n_bytes = 0
+        self.byte_order_marks = 0
+        self.replaced = Replaced()
+        self.digests: dict[int, str] = {}
+        self._sources, self._indices, self._settings = sources, indices, settings
+        self._chunk_bytes, self._drops, self._cut = chunk_bytes, drops, cut
+        self._digest: Any = None
+
+    def sections(self) -> Iterator[tuple[Section, bytes]]:
+        """Yield sections with their bytes.
+
+        Raises:
+            CorpusError: a file cannot be read, is damaged, not text, or changed since it was planned.
+        """
+        for index in self._indices:
+            source = self._sources[index]
+            refuse_changed(source)
+            self._digest = hashlib.sha256()
+            before = self.n_bytes
+            if source.n_bytes == 0:
+                self._drops.add("empty file", source.path)
+            elif source.kind == ".parquet":
+                yield from self._rows(index, source.path)
+            else:
+                with _opened(source.path, self._seen) as file:
+                    if source.kind == ".jsonl" or (source.path == STDIN and self._settings.stdin_format == "jsonl"):
+                        yield from self._lines(index, file, JSON_LINES)
+                    elif self._settings.per_line:
+                        yield from self._lines(index, file, LINES)
+                    else:
+                        yield from self._whole(index, file)
+            if source.n_bytes is not None and self.n_bytes - before != source.n_bytes:
+                raise CorpusError(f"{source.path} changed while it was read; prepare it anew when it is at rest")
+            refuse_changed(source)
+            self.digests[index] = self._digest.hexdigest()
+
+    def _seen(self, content: memoryview) -> None:
+        self._digest.update(content)
+        self.n_bytes += len(content)
+
+    def _rows(self, index: int, path: str) -> Iterator[tuple[Section, bytes]]:
+        """A column is read from here and there in the file, so its bytes are hashed in a reading of their own."""
+        with opened(path, self._seen):
+            pass
+        for row, text in parquet_texts(path, self._settings.text_key):
+            content = text.encode("utf-8")
+            if len(content) <= SEGMENT_BYTES:
+                yield Section(TEXT, index, row, 0, len(content)), content
+            else:
+                yield from self._long(index, row, [content])
+
+    def _whole(self, index: int, file: BinaryIO) -> Iterator[tuple[Section, bytes]]:
+        content = _read_full(file, SEGMENT_BYTES + 1)
+        if len(content) <= SEGMENT_BYTES:
+            yield Section(FILE, index, 0, 0, len(content)), content
+        else:
+            rest = iter(lambda: file.read(SEGMENT_BYTES), b"")
+            yield from self._long(index, 0, self._checked(index, 0, chain([content], rest), 0))
+
+    def _lines(self, index: int, file: BinaryIO, kind: str) -> Iterator[tuple[Section, bytes]]:
+        held = b""
+        record, offset = 1, 0  # of the line that ``held`` begins with
+        while block := _read_full(file, self._chunk_bytes):
+            held += block
+            end = held.rfind(b"\n") + 1
+            if end:
+                yield Section(kind, index, record, offset, end), held[:end]
+                record += held.count(b"\n", 0, end)
+                offset += end
+                held = held[end:]
+            elif kind == LINES and len(held) > SEGMENT_BYTES:
+                line = _Line(held, file)
+                blocks = self._checked(index, record, line, offset)
+                yield from self._long(index, record, blocks)
+                record, offset, held = record + 1, offset + line.n_bytes, line.rest
+            elif len(held) > LONGEST_JSON_LINE_BYTES:
+                raise CorpusError(
+                    f"{self._sources[index].path}:{record}: a line of more than {LONGEST_JSON_LINE_BYTES >> 20} MiB; "
+                    "JSON is read a whole line at a time: save so long a text as a .txt file"
+                )
+        if held:
+            yield Section(kind, index, record, offset, len(held)), held
+
+    def _checked(self, index: int, record: int, blocks: Iterable[bytes], offset: int) -> Iterator[bytes]:
+        """Yield the bytes as valid UTF-8, broken between characters; ``offset`` is where they begin in their file."""
+        path = self._sources[index].path
+        decoder = codecs.getincrementaldecoder("utf-8")(self._settings.errors)
+        for block in chain(filter(None, blocks), [b""]):
+            content = decoder.getstate()[0] + block
+            if offset == 0 and content.startswith(_MARK):
+                self.byte_order_marks += 1
+                decoder.reset()
+                block = content = content[len(_MARK) :]
+                offset = len(_MARK)
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError:
+                decoded(content, path, offset)
+                raise
+            valid = content[: len(content) - len(decoder.getstate()[0])]
+            offset += len(valid)
+            if _REPLACEMENT in text and (n_bytes := replaced(valid, text)):
+                self.replaced.n_bytes += n_bytes
+                self.replaced.names.append(f"{path}:{record}" if record else path)
+                valid = text.encode("utf-8")
+            if valid:
+                yield valid
+
+    def _long(self, index: int, record: int, blocks: Iterable[bytes]) -> Iterator[tuple[Section, bytes]]:
+        """Yield a document that takes several segments, or, where the corpus is cut, two of them."""
+        digest = hashlib.blake2b(digest_size=HASH_BYTES)
+        flags, offset = BEGINS, 0
+        for content, is_last in cut_stream(blocks):
+            parts = [(content, is_last)]
+            if self._is_cut(index, record, offset, len(content)):
+                at = split_near(content, self._cut.at - offset)  # type: ignore[union-attr]
+                parts = [(content[:at], True), (content[at:], is_last)]
+            for part, ends in parts:
+                digest.update(part)
+                flags |= ENDS if ends else 0
+                yield (
+                    Section(TEXT, index, record, offset, len(part), flags, digest.hexdigest() if ends else ""),
+                    part,
+                )
+                offset += len(part)
+                flags = BEGINS if ends else 0
+                if ends:
+                    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+
+    def _is_cut(self, index: int, record: int, offset: int, n_bytes: int) -> bool:
+        cut = self._cut
+        return cut is not None and (cut.source, cut.record) == (index, record) and offset < cut.at <= offset + n_bytes
+
+
+class _Line:
+    """The bytes of one long line, without its end; ``rest`` is what was read beyond it, ``n_bytes`` the whole."""
+
+    def __init__(self, begin: bytes, file: BinaryIO) -> None:
+        self._begin, self._file = begin, file
+        self.rest = b""
+        self.n_bytes = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        held = self._begin
+        while True:
+            # A return that ends what was read so far may belong to the newline that comes next.
+            at = len(held) - held.endswith(b"\r")
+            self.n_bytes += at
+            yield held[:at]
+            block = self._file.read(SEGMENT_BYTES)
+            held = held[at:] + block
+            end = held.find(b"\n")
+            if end >= 0:
+                self.rest = held[end + 1 :]
+                self.n_bytes += end + 1
+                yield held[:end].removesuffix(b"\r")
+                return
+            if not block:
+                self.n_bytes += len(held)
+                yield held.removesuffix(b"\r")
+                return
+
+
+def _read_full(file: BinaryIO, n_bytes: int) -> bytes:
+    """Read as much, or to the end: a pipe and a decompressor give less at a time."""
+    content = b""
+    while len(content) < n_bytes and (block := file.read(n_bytes - len(content))):
+        content += block
+    return content
+
+
+@contextmanager
+def _opened(path: str, seen: Callable[[memoryview], object]) -> Iterator[BinaryIO]:
+    if path == STDIN:
+        yield _Input(seen)  # type: ignore[misc]
+    else:
+        with opened(path, seen) as file:
+            yield file
+
+
+class _Input:
+    """Standard input, in blocks that are full but for the last, however its pipe is filled."""
+
+    def __init__(self, seen: Callable[[memoryview], object]) -> None:
+        self._seen = seen
+
+    def read(self, n_bytes: int) -> bytes:
+        content = sys.stdin.buffer.read(n_bytes)
+        self._seen(memoryview(content))
+        return content
