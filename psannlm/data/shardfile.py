@@ -119,13 +119,17 @@ def _write_parts(
     parts: Iterable[DocumentPart],
 ) -> int:
     """Write what stands between the header and the sums; return the UTF-8 bytes of all texts."""
-    document = token = text_bytes = 0
+    document = token = ended = text_bytes = 0
     _write_at(file, layout.starts, np.zeros(1, dtype="<i8"))
     for part in parts:
         part.refuse_disagreement()
         if document + len(part.lengths) > n_documents or token + len(part.tokens) > n_tokens:
             break
-        _write_at(file, layout.starts + 8 * (document + 1), (token + np.cumsum(part.lengths)).astype("<i8"))
+        ends = ended + np.cumsum(part.lengths)
+        ended = int(ends[-1]) if len(ends) else ended
+        if ended > token + len(part.tokens):
+            raise ValueError(f"documents end at token {ended}, and {token + len(part.tokens)} are there")
+        _write_at(file, layout.starts + 8 * (document + 1), ends.astype("<i8"))
         _write_at(file, layout.n_bytes + 8 * document, part.n_bytes.astype("<i8"))
         _write_at(file, layout.origins + 8 * document, part.origins.astype("<i8"))
         _write_at(file, layout.hashes + HASH_BYTES * document, part.hashes.astype("u1"))
@@ -135,7 +139,7 @@ def _write_parts(
         document, token = document + len(part.lengths), token + len(part.tokens)
         text_bytes += int(part.n_bytes.sum())
     else:
-        if (document, token) == (n_documents, n_tokens):
+        if (document, token, ended) == (n_documents, n_tokens, n_tokens):
             return text_bytes
     raise ValueError(f"the parts do not come to {n_documents} documents of {n_tokens} tokens in all")
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from psannlm.storage import explain_write_errors
 
-HASH_BYTES = 16
 _ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u8")])
 # A bucket is sorted in memory, which takes about three times its size.
 _BUCKET_BYTES = 32 << 20

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from psannlm.data.documents import json_text
 from psannlm.data.files import decoded
+from psannlm.data.parts import HASH_BYTES, pack_origin, text_hash
 from psannlm.data.shards import token_dtype
 from psannlm.errors import CorpusError
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, HAS_TEXT, JSON_LINES, TEXT, WHOLE, Chunk, Section
-from psannlm.prep.piece import UNIT, Piece, origin_of
+from psannlm.prep.piece import UNIT, Piece
 from psannlm.prep.segments import SEGMENT_BYTES, cut, split_near
 from psannlm.prep.settings import PrepSettings
-from psannlm.prep.walk import HASH_BYTES, Cut, replaced
+from psannlm.prep.walk import Cut, replaced
 from psannlm.tokenizers.base import Tokenizer
 
 # Libraries hold about a hundred bytes a token while they encode: groups are small, and leave as arrays.
@@ -185,7 +186,7 @@ def _encoded(text: str, name: str, record: int) -> bytes:
 
 def _segments(content: bytes, text: str | None, where: Section) -> Iterator[tuple[str, Row]]:
     """Yield the units of a document at hand; ``text`` is its text, where it is one already."""
-    digest = hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
+    digest = text_hash(content)
     if len(content) <= SEGMENT_BYTES:
         yield _unit(text if text is not None else content.decode("utf-8"), len(content), WHOLE, where, digest)
         return
@@ -198,7 +199,7 @@ def _segments(content: bytes, text: str | None, where: Section) -> Iterator[tupl
 def _unit(text: str, n_bytes: int, flags: int, where: Section, digest: bytes) -> tuple[str, Row]:
     if text and not text.isspace():
         flags |= HAS_TEXT
-    return text, (0, n_bytes, len(text), flags, origin_of(where.source, where.record), digest or _NO_HASH)
+    return text, (0, n_bytes, len(text), flags, pack_origin(where.source, where.record), digest or _NO_HASH)
 
 
 def _lines_before_damage(content: bytes) -> int:

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from psannlm.data.parts import HASH_BYTES
 from psannlm.errors import ArtifactError
 from psannlm.prep.chunks import BEGINS, ENDS
 from psannlm.storage import explain_write_errors, temporary_beside
 
 _MAGIC = b"psannpc1"
 _PREFIX = struct.Struct("<8s16sI")
-_HASH_BYTES = 16
 # One row a unit. A unit is at most a segment, so four bytes count its tokens, bytes and characters.
 UNIT = np.dtype(
     [
@@ -33,14 +33,9 @@ UNIT = np.dtype(
         ("n_chars", "<u4"),
         ("flags", "u1"),
         ("origin", "<i8"),
-        ("hash", "u1", (_HASH_BYTES,)),
+        ("hash", "u1", (HASH_BYTES,)),
     ]
 )
-
-
-def origin_of(source: int, record: int) -> int:
-    """Return where a document came from as one number: source index and record (line or row; 0 for a whole file)."""
-    return source << 40 | record
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,7 @@ def _head(path: Path, header: bytes) -> dict[str, Any]:
 
 
 def _digest(*contents: bytes) -> str:
-    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
     for content in contents:
         digest.update(content)
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, write_manifest
+from psannlm.data.parts import unpack_origin
 from psannlm.data.shardfile import ShardEntry, write_shard
 from psannlm.data.shards import token_dtype
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, Interrupted, StorageError
@@ -200,9 +201,9 @@ class _Preparation:
         surveyor, selection = self._survey(paths, drops)
         if isinstance(selection, OnlyOne):
             self._reporter.notice("the corpus is one document: cutting it in two, to hold out its end")
-            self._begin_with_cut(
-                paths, _cut(selection.source, selection.record, selection.n_bytes, self._plan.settings)
-            )
+            source, record = unpack_origin(selection.origin)
+            cut = _cut(source, record, selection.n_bytes, self._plan.settings)
+            self._begin_with_cut(paths, cut)
             paths, walk, drops = self._encode()
             surveyor, selection = self._survey(paths, drops)
             if isinstance(selection, OnlyOne):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from psannlm.data.parts import RECORD_BITS, unpack_origin
 from psannlm.errors import CorpusError
 from psannlm.prep.chunks import HAS_TEXT
 from psannlm.prep.duplicates import Bits, DuplicateFinder, draws
@@ -24,7 +25,6 @@ from psannlm.prep.sources import Drops
 
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
-_RECORD_BITS = 40
 
 
 @dataclass(frozen=True)
@@ -171,16 +171,6 @@ class OnlyOne:
     origin: int
     n_bytes: int
 
-    @property
-    def source(self) -> int:
-        """Index of its source."""
-        return self.origin >> _RECORD_BITS
-
-    @property
-    def record(self) -> int:
-        """Its line or row, or 0 for a whole file."""
-        return self.origin & ((1 << _RECORD_BITS) - 1)
-
 
 class Surveyor:
     """Looks through the pieces of a corpus of ``n_sources`` files; ``name(source, record)`` names a record.
@@ -259,16 +249,15 @@ class Surveyor:
             for reason, is_out in reasons:
                 for at in np.flatnonzero(is_out).tolist():
                     unwanted.append(documents.first + at)
-                    only = OnlyOne(int(documents.origins[at]), 0)
-                    self.drops.add(reason, self._name(only.source, only.record))
+                    self.drops.add(reason, self._name(*unpack_origin(int(documents.origins[at]))))
         return n, unwanted
 
     def _refuse_blank_half(self, documents: Documents) -> None:
         if not documents.has_text.all():
-            only = OnlyOne(int(documents.origins[0]), 0)
+            name = self._name(*unpack_origin(int(documents.origins[0])))
             raise CorpusError(
-                f"{self._name(only.source, only.record)}: too little text to hold out {self._settings.val_split:g} of "
-                "it; add text, or set --val-split 0"
+                f"{name}: too little text to hold out {self._settings.val_split:g} of it; add text, or give "
+                "--val-split 0"
             )
 
     def _note(self, facts: Any) -> None:
@@ -292,7 +281,7 @@ class Surveyor:
             for side, is_there in sides.items():
                 plans[side].add(documents.n_tokens[is_there], documents.n_bytes[is_there])
             is_kept = sides[TRAIN] | sides[VALIDATION]
-            documents_of += np.bincount(documents.origins[is_kept] >> _RECORD_BITS, minlength=self._n_sources)
+            documents_of += np.bincount(documents.origins[is_kept] >> RECORD_BITS, minlength=self._n_sources)
             extremes.look(documents, is_kept, self._settings.seed)
         return selection, extremes
 

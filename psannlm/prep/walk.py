@@ -17,13 +17,13 @@ from typing import Any, BinaryIO
 
 from psannlm.data.documents import parquet_texts
 from psannlm.data.files import decoded, opened
+from psannlm.data.parts import HASH_BYTES
 from psannlm.errors import CorpusError
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, JSON_LINES, LINES, TEXT, Section
 from psannlm.prep.segments import SEGMENT_BYTES, cut_stream, split_near
 from psannlm.prep.settings import STDIN, PrepSettings
 from psannlm.prep.sources import Drops, SourceFile, refuse_changed
 
-HASH_BYTES = 16
 LONGEST_JSON_LINE_BYTES = 32 << 20
 _MARK = codecs.BOM_UTF8
 _REPLACEMENT = "\ufffd"

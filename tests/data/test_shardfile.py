@@ -20,6 +20,7 @@ from psannlm.errors import ArtifactError
 
 BOS, EOS = 1, 2
 PRINT = "ab" * 32
+FIELDS = ("lengths", "n_bytes", "hashes", "origins")
 
 
 def part_of(documents: Sequence[Sequence[int]], first: int = 0, dtype: type = np.uint16) -> DocumentPart:
@@ -100,6 +101,29 @@ def test_how_documents_are_batched_leaves_no_trace(tmp_path: Path) -> None:
     entries = {dataclasses.replace(write(tmp_path / str(n), documents, n), file="") for n in (1, 7, 40)}
     assert len(entries) == 1
     assert len({(tmp_path / str(n)).read_bytes() for n in (1, 7, 40)}) == 1
+
+
+def test_a_document_may_come_in_several_parts(tmp_path: Path) -> None:
+    """One that is longer than memory ends in a later part than it begins in."""
+    documents = some_documents(9, 30, seed=1)
+    write(tmp_path / "whole", documents)
+    whole = part_of(documents)
+    ends = np.cumsum(whole.lengths)
+
+    def parts() -> Iterator[DocumentPart]:
+        for start in range(0, len(whole.tokens), 11):
+            stop = min(start + 11, len(whole.tokens))
+            here = (ends > start) & (ends <= stop)
+            fields = (getattr(whole, name)[here] for name in FIELDS)
+            yield DocumentPart(whole.tokens[start:stop], *fields)
+
+    sizes = {"n_tokens": len(whole.tokens), "n_documents": len(documents)}
+    write_shard(tmp_path / "cut", dtype=np.uint16, fingerprint=PRINT, parts=parts(), **sizes)
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+    early = dataclasses.replace(whole, tokens=whole.tokens[: len(whole.tokens) // 2])
+    rest = DocumentPart(whole.tokens[len(early.tokens) :], *(getattr(part_of([]), n) for n in FIELDS))
+    with pytest.raises(ValueError, match="documents end at token"):
+        write_shard(tmp_path / "bad", dtype=np.uint16, fingerprint=PRINT, parts=[early, rest], **sizes)
 
 
 def test_the_header_counts_its_own_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
