@@ -202,6 +202,12 @@ class _Preparation:
         if isinstance(selection, OnlyOne):
             self._reporter.notice("the corpus is one document: cutting it in two, to hold out its end")
             source, record = unpack_origin(selection.origin)
+            if self._names[source] == STDIN:
+                remove_work(self._work)
+                raise CorpusError(
+                    "standard input is a single document, and cannot be read twice to hold out its end; save it to a "
+                    "file, or give --val-split 0"
+                )
             cut = _cut(source, record, selection.n_bytes, self._plan.settings)
             self._begin_with_cut(paths, cut)
             paths, walk, drops = self._encode()

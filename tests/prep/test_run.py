@@ -1,0 +1,394 @@
+"""A prepared folder holds every document once, the same bytes however it was made, and refuses to be made otherwise."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from psannlm.data.manifest import read_manifest
+from psannlm.data.parts import unpack_origin
+from psannlm.errors import ConfigError, CorpusError, StorageError
+from psannlm.lock import RunLock
+from psannlm.prep.run import PrepResult
+from psannlm.storage import sha256_file
+from psannlm.tokenizers.resolve import fit_tokenizer
+
+Prepare = Callable[..., PrepResult]
+FolderBytes = Callable[[Path], dict[str, str]]
+DocumentsIn = Callable[..., list[tuple[str, int, int]]]
+
+
+def test_the_bytes_do_not_depend_on_the_workers(
+    prepare: Prepare, corpus: Path, tmp_path: Path, folder_bytes: FolderBytes
+) -> None:
+    made = []
+    for n_workers in (1, 2, 3):
+        prepare(corpus, name=str(n_workers), n_workers=n_workers, val_split=0.1, shard_tokens=5_000)
+        made.append(folder_bytes(tmp_path / str(n_workers)))
+    assert made[0] == made[1] == made[2]
+    assert not any(name.startswith(".") for name in made[0]), "no work is left in a finished folder"
+    assert len([name for name in made[0] if name.startswith("train_")]) > 3
+
+
+def test_every_document_is_there_once(
+    prepare: Prepare, corpus: Path, topics: list[str], tmp_path: Path, documents_in: DocumentsIn
+) -> None:
+    result = prepare(corpus, n_workers=2, val_split=0.2, shard_tokens=5_000)
+    texts = [text for text, _, _ in documents_in(tmp_path / "out")]
+    expected = {*topics, *(p for text in topics for p in text.split("\n\n") if p.strip())}
+    has_parquet = (corpus / "z.parquet").exists()
+    expected |= {text[::-1] for text in topics} if has_parquet else set()
+    assert Counter(texts) == Counter(expected)
+    manifest = result.manifest
+    n = len(topics) * (3 if has_parquet else 2) + sum(len([p for p in t.split("\n\n") if p.strip()]) for t in topics)
+    assert manifest.train.documents + manifest.validation.documents + manifest.duplicates == n
+    assert manifest.validation.documents > 2
+
+
+def test_each_document_says_where_it_came_from(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.txt").write_text("first file")
+    (tmp_path / "c" / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "three"}\n')
+    result = prepare(tmp_path / "c", val_split=0)
+    origins = {text: unpack_origin(origin) for text, _, origin in documents_in(tmp_path / "out")}
+    assert origins == {"first file": (0, 0), "one": (1, 1), "three": (1, 3)}
+    assert result.manifest.drops == {"blank line": 1}
+    for source, name in zip(result.manifest.sources, ("a.txt", "b.jsonl"), strict=True):
+        path = tmp_path / "c" / name
+        assert (source.path, source.bytes, source.sha256) == (str(path), path.stat().st_size, sha256_file(path))
+    assert [source.documents for source in result.manifest.sources] == [1, 2]
+
+
+def test_the_first_of_equal_documents_stays(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn) -> None:
+    """However far apart they stand, and whatever kind of file they stand in."""
+    lines = [f"line {i % 40}" for i in range(200)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "line 7"}) + "\n" + json.dumps({"text": "line x"}))
+    sources = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    result = prepare(*sources, val_split=0, per_line=True, chunk_bytes=100, n_workers=2)
+    found = {text: unpack_origin(origin) for text, _, origin in documents_in(tmp_path / "out")}
+    assert found == {**{f"line {i}": (0, i + 1) for i in range(40)}, "line x": (1, 2)}
+    assert result.manifest.duplicates == 161
+    kept = prepare(*sources, name="kept", val_split=0, per_line=True, keep_duplicates=True)
+    assert [text for text, _, _ in documents_in(tmp_path / "kept")] == [*lines, "line 7", "line x"]
+    assert kept.manifest.duplicates == 0
+
+
+def test_filters_leave_out_and_count(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "ä" * n}) + "\n" for n in range(10)))
+    result = prepare(tmp_path / "a.jsonl", val_split=0, min_chars=3, max_chars=6)
+    assert [len(text) for text, _, _ in documents_in(tmp_path / "out")] == [3, 4, 5, 6]
+    drops = {"blank document": 1, "fewer than 3 characters": 2, "more than 6 characters": 3}
+    assert result.manifest.drops == drops
+
+
+def test_what_is_held_out_depends_on_text_and_seed_alone(
+    prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn
+) -> None:
+    lines = [f"document number {i}" for i in range(2_000)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    (tmp_path / "b.txt").write_text("\n".join(reversed(lines[:1_500])))
+    held_out = []
+    for name, file, seed in (("a", "a.txt", 1), ("b", "b.txt", 1), ("c", "a.txt", 2)):
+        prepare(tmp_path / file, name=name, per_line=True, val_split=0.1, seed=seed, chunk_bytes=9_000)
+        held_out.append({text for text, _, _ in documents_in(tmp_path / name, "validation")})
+    assert 140 < len(held_out[0]) < 260
+    assert held_out[1] == held_out[0] & set(lines[:1_500])
+    assert len(held_out[0] & held_out[2]) < 60
+
+
+@pytest.mark.parametrize("val_split", [0.0001, 0.9999])
+def test_neither_side_is_empty(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, val_split: float) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree")
+    prepare(tmp_path / "a.txt", per_line=True, val_split=val_split)
+    sizes = [len(documents_in(tmp_path / "out", side)) for side in ("train", "validation")]
+    assert sorted(sizes) == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
+def test_a_single_document_is_cut_in_two(
+    prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, kind: str
+) -> None:
+    text = "\n\n".join(f"Paragraph {i} has some words in it, ä and ö." for i in range(100))
+    path = tmp_path / f"a.{kind}"
+    content = (json.dumps({"text": text}) if kind == "jsonl" else text).encode()
+    path.write_bytes(gzip.compress(content) if kind == "txt.gz" else content)
+    prepare(path, val_split=0.1)
+    (train,), (held_out,) = (documents_in(tmp_path / "out", side) for side in ("train", "validation"))
+    assert train[0] + held_out[0] == text
+    assert train[0].endswith("\n\n")
+    assert 0.05 < len(held_out[0]) / len(text) < 0.15
+
+
+def test_a_single_document_that_cannot_be_cut_says_so(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, text in enumerate(("x", " \n x", "x\n")):
+        (tmp_path / f"{number}.txt").write_text(text)
+        with pytest.raises(CorpusError, match="too little text to hold out 0.1"):
+            prepare(tmp_path / f"{number}.txt", val_split=0.1, name=str(number))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"all of it is one document")))
+    with pytest.raises(CorpusError, match="cannot be read twice"):
+        prepare("-", val_split=0.1)
+
+
+@pytest.mark.parametrize("kind", ["whole", "line", "jsonl", "parquet", "crlf"])
+def test_a_long_document_has_the_same_tokens_wherever_it_stands(
+    prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Streamed in segments or at hand as a whole; segments go to several workers, and begin and end text once."""
+    source = random.Random(5)
+    text = " ".join("".join(source.choices("abcdeäß日", k=source.randrange(1, 9))) for _ in range(500_000))
+    assert len(text.encode()) > 2 << 20
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["short", text]}), tmp_path / "a.parquet")
+    path = tmp_path / ("a.parquet" if kind == "parquet" else "a.jsonl" if kind == "jsonl" else "a.txt")
+    end = "\r\n" if kind == "crlf" else "\n"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": each}) + "\n" for each in ("short", text)), encoding="utf-8")
+    elif kind in ("line", "crlf"):
+        path.write_bytes(f"short{end}{text}{end}last{end}".encode())
+    elif kind == "whole":
+        path.write_text(text, encoding="utf-8")
+    per_line = kind in ("line", "crlf")
+    result = prepare(path, val_split=0, per_line=per_line, n_workers=2, chunk_bytes=300_000, shard_tokens=1_000)
+    texts = [text for text, _, _ in documents_in(tmp_path / "out")]
+    assert texts == {"whole": [text], "line": ["short", text, "last"], "crlf": ["short", text, "last"]}.get(
+        kind, ["short", text]
+    )
+    # A document that is larger than a shard has one of its own.
+    assert [shard.documents for shard in result.manifest.train.shards] == [1] * len(texts)
+    (long,) = (shard for shard in result.manifest.train.shards if shard.tokens > 1_000)
+    assert long.tokens == LONG_TOKENS.setdefault("n", long.tokens), "tokens depend on the text alone"
+
+
+LONG_TOKENS: dict[str, int] = {}
+
+
+def test_standard_input_is_read(
+    prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b'{"text": "one"}\n{"text": "two"}\n'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    result = prepare("-", val_split=0, stdin_format="jsonl")
+    assert [text for text, _, _ in documents_in(tmp_path / "out")] == ["one", "two"]
+    assert result.manifest.sources[0].bytes == len(content)
+
+
+def test_a_url_is_read_like_the_file_it_names(
+    prepare: Prepare, corpus: Path, tmp_path: Path, topics: list[str], folder_bytes: FolderBytes
+) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    for path in corpus.iterdir():
+        memory.pipe(f"/corpus/{path.name}", path.read_bytes())
+    prepare(corpus, name="local", shard_tokens=5_000)
+    for number, url in enumerate((f"file://{corpus}", "memory://corpus/*", "memory://corpus")):
+        prepare(url, name=str(number), shard_tokens=5_000)
+        local, remote = (folder_bytes(tmp_path / name) for name in ("local", str(number)))
+        # The manifests differ in the names of the sources, and in nothing else.
+        assert {**local, "manifest.json": ""} == {**remote, "manifest.json": ""}
+    with pytest.raises(CorpusError, match="memory://nothing"):
+        prepare("memory://nothing", name="none")
+    with pytest.raises(CorpusError, match="nosuch://x"):
+        prepare("nosuch://x", name="none")
+
+
+def test_a_finished_folder_is_left_alone(
+    prepare: Prepare, corpus: Path, tmp_path: Path, folder_bytes: FolderBytes, tokenizer_path: Path
+) -> None:
+    copy = tmp_path / "corpus"
+    copy.mkdir()
+    (copy / "a.txt").write_bytes((corpus / "00.txt").read_bytes())
+    (copy / "b.txt").write_bytes((corpus / "01.txt").read_bytes())
+    first = prepare(copy)
+    before = folder_bytes(tmp_path / "out")
+    (tmp_path / "out" / ".work").mkdir()  # killed just after the manifest was written
+    again = prepare(copy, n_workers=2)
+    assert again.was_done
+    assert not first.was_done
+    assert again.manifest == first.manifest
+    assert folder_bytes(tmp_path / "out") == before
+    with pytest.raises(ConfigError, match=r"min_characters: 1 then, 9 now"):
+        prepare(copy, min_chars=9)
+    with pytest.raises(ConfigError, match="part: 1/1 then, 1/2 now"):
+        prepare(copy, part=(1, 2))
+    content = (copy / "b.txt").read_bytes()
+    (copy / "b.txt").write_bytes(content[::-1])
+    with pytest.raises(ConfigError, match=r"b\.txt: its content changed"):
+        prepare(copy)
+    (copy / "b.txt").write_bytes(content)  # newer than the manifest, and the same
+    assert prepare(copy).was_done
+    (copy / "c.txt").write_text("more")
+    with pytest.raises(ConfigError, match=r"c\.txt: not part of the corpus then"):
+        prepare(copy)
+    assert folder_bytes(tmp_path / "out") == before
+
+
+def test_two_preparations_of_one_folder_are_one_too_many(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
+    with RunLock(tmp_path / "out"), pytest.raises(StorageError, match=r"is at work in .*out; .* with --out"):
+        prepare(corpus)
+
+
+KILLABLE = """
+import sys
+from pathlib import Path
+from psannlm.prep.run import prepare_corpus
+from psannlm.prep.settings import PrepSettings
+settings = PrepSettings(val_split=0.1, shard_tokens=3000)
+prepare_corpus([sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]), settings, n_workers=2, chunk_bytes=700)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
+    prepare: Prepare, corpus: Path, tokenizer_path: Path, tmp_path: Path, folder_bytes: FolderBytes
+) -> None:
+    """Twenty times, at random: among pieces, while duplicates are found, and between shards and manifest."""
+    prepare(corpus, name="straight", val_split=0.1, shard_tokens=3_000, chunk_bytes=700)
+    expected = folder_bytes(tmp_path / "straight")
+    source = random.Random(20)
+    n_kills = n_finished = n_pieces_seen = 0
+    out = tmp_path / "killed0"
+    while n_kills < 20:
+        arguments = [sys.executable, "-c", KILLABLE, str(corpus), str(tokenizer_path), str(out)]
+        process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
+        before = len(list(out.glob(".work/piece_*")))
+        wanted = before + source.randrange(120)
+        while process.poll() is None and not _is_time(out, wanted, source):
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.communicate()[1] == b""
+        n_kills += process.returncode == -signal.SIGKILL
+        n_pieces_seen += len(list(out.glob(".work/piece_*"))) > before
+        if process.returncode == 0:
+            assert folder_bytes(out) == expected
+            n_finished += 1
+            out = tmp_path / f"killed{n_finished}"
+    prepare(corpus, name=out.name, val_split=0.1, shard_tokens=3_000, chunk_bytes=700)
+    made = folder_bytes(out)
+    made.pop(".lock", None)
+    assert made == expected
+    assert n_pieces_seen > 3
+
+
+def _is_time(out: Path, wanted: int, source: random.Random) -> bool:
+    n_shards = len(list(out.glob("*.safetensors")))
+    if n_shards:
+        return source.random() < 0.05
+    return len(list(out.glob(".work/piece_*"))) >= wanted
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_and_the_same_command_goes_on(tmp_path: Path, signal_number: signal.Signals) -> None:
+    """Standard input that stays open keeps the command at work for as long as the signal takes to come."""
+    out = tmp_path / "out"
+    tokenizer_path = fit_tokenizer(["any text"], "simple", 300).save(tmp_path / "tokenizer.json")  # the quickest
+    arguments = [sys.executable, "-m", "psannlm", "prep", "-", "--per-line", "--tokenizer", str(tokenizer_path)]
+    arguments += ["--out", str(out), "--workers", "1", "--json"]
+    content = b"".join(b"the value of object %d is an object\n" % number for number in range(110_000))
+    # A chunk is handed over when it is full, which the second block that is read makes it.
+    begin = 2 * content
+    assert len(begin) > 8 << 20
+    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(begin)
+    process.stdin.flush()
+    patience = time.monotonic() + 60
+    while not list(out.glob(".work/piece_*")):
+        assert process.poll() is None
+        assert time.monotonic() < patience
+        time.sleep(0.02)
+    process.send_signal(signal_number)
+    said = process.communicate(content, timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert "interrupted after" in said
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in said
+    if signal_number == signal.SIGTERM:
+        return  # once is enough
+    again = subprocess.run(arguments, input=begin + content, capture_output=True, check=True)
+    assert b"going on with the work" in again.stderr
+    assert json.loads(again.stdout)["train"]["documents"] > 100_000
+
+
+def test_a_worker_that_is_killed_is_told_in_one_line(
+    prepare: Prepare, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder_bytes: FolderBytes
+) -> None:
+    from psannlm.errors import WorkerError
+    from psannlm.prep import pool
+
+    original = pool._Worker.ask
+    asked = []
+
+    def ask(self: pool._Worker, chunk: object) -> dict[str, object]:
+        asked.append(chunk)
+        if len(asked) == 5:
+            self.process.kill()
+        return original(self, chunk)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pool._Worker, "ask", ask)
+    with pytest.raises(WorkerError, match=r"signal 9 \(SIGKILL\).*memory runs out.*the same command goes on") as caught:
+        prepare(corpus, n_workers=2)
+    assert "\n" not in str(caught.value)
+    assert len(list((tmp_path / "out" / ".work").glob("piece_*"))) >= 3
+    prepare(corpus, n_workers=2)
+    prepare(corpus, name="straight")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
+
+
+def test_the_work_of_other_settings_is_refused(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.txt").write_bytes((corpus / "00.txt").read_bytes())
+    (tmp_path / "c" / "b.jsonl").write_text("not JSON\n")
+    with pytest.raises(CorpusError, match=r"b\.jsonl:1: not JSON"):
+        prepare(tmp_path / "c", chunk_bytes=300)
+    assert list((tmp_path / "out" / ".work").glob("piece_*"))
+    with pytest.raises(ConfigError, match=r"--min-chars: 1 then, 2 now"):
+        prepare(tmp_path / "c", chunk_bytes=300, min_chars=2)
+    (tmp_path / "c" / "b.jsonl").write_text('{"text": "repaired"}\n')
+    with pytest.raises(ConfigError, match=r"b\.jsonl: 9 bytes then, 21 bytes now[\s\S]*to begin anew"):
+        prepare(tmp_path / "c", chunk_bytes=300)
+
+
+def test_a_damaged_piece_is_made_again(
+    prepare: Prepare, corpus: Path, tmp_path: Path, folder_bytes: FolderBytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from psannlm.errors import PsannlmError
+
+    prepare(corpus, name="straight")
+    with monkeypatch.context() as patch:
+        patch.setattr("psannlm.prep.run.write_manifest", lambda *_: (_ for _ in ()).throw(PsannlmError("stopped")))
+        with pytest.raises(PsannlmError, match="stopped"):
+            prepare(corpus)
+    pieces = sorted((tmp_path / "out" / ".work").glob("piece_*"))
+    for number, piece in enumerate(pieces[:6]):
+        content = bytearray(piece.read_bytes())
+        content[len(content) * number // 6] ^= 1
+        piece.write_bytes(content[: len(content) - (number == 5)])
+    pieces[7].unlink()
+    (tmp_path / "out" / ".work" / ".piece_00000009.77.tmp").write_text("half-written")
+    prepare(corpus)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
+
+
+def test_the_manifest_says_how_it_was_made(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
+    prepare(corpus, val_split=0.25, seed=7, min_chars=4, max_chars=90_000, keep_duplicates=True, errors="replace")
+    settings = read_manifest(tmp_path / "out").settings
+    assert (settings.val_split, settings.seed, settings.min_characters, settings.max_characters) == (0.25, 7, 4, 90_000)
+    assert (settings.dedupe, settings.errors, settings.per_line, settings.text_key) == (False, "replace", False, "text")
