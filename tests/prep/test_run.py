@@ -137,7 +137,7 @@ def test_a_single_document_that_cannot_be_cut_says_so(
 ) -> None:
     for number, text in enumerate(("x", " \n x", "x\n")):
         (tmp_path / f"{number}.txt").write_text(text)
-        with pytest.raises(CorpusError, match="too little text to hold out 0.1"):
+        with pytest.raises(CorpusError, match=r"too little text to hold out 0\.1"):
             prepare(tmp_path / f"{number}.txt", val_split=0.1, name=str(number))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"all of it is one document")))
     with pytest.raises(CorpusError, match="cannot be read twice"):
@@ -153,10 +153,8 @@ def test_a_long_document_has_the_same_tokens_wherever_it_stands(
     text = " ".join("".join(source.choices("abcdeäß日", k=source.randrange(1, 9))) for _ in range(500_000))
     assert len(text.encode()) > 2 << 20
     if kind == "parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table({"text": ["short", text]}), tmp_path / "a.parquet")
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.table({"text": ["short", text]}), tmp_path / "a.parquet")
     path = tmp_path / ("a.parquet" if kind == "parquet" else "a.jsonl" if kind == "jsonl" else "a.txt")
     end = "\r\n" if kind == "crlf" else "\n"
     if kind == "jsonl":
