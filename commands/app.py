@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from types import TracebackType
 from typing import Annotated
 
@@ -19,7 +20,9 @@ from psannlm.commands import prep as prep_command
 from psannlm.commands import report as report_command
 from psannlm.commands import tokenize as tokenize_command
 from psannlm.commands import train as train_command
-from psannlm.errors import EXIT_INTERRUPTED, PsannlmError, is_out_of_memory
+from psannlm.errors import EXIT_INTERRUPTED, ConfigError, PsannlmError, is_out_of_memory
+
+_ALONE_S = 10.0
 
 app = typer.Typer(
     name="psannlm",
@@ -67,6 +70,16 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
         typer.echo(f"error: unexpected {kind.__name__}: {message} (run again with --debug for the traceback)", err=True)
 
 
+def _tell(error: PsannlmError) -> None:
+    """Say an error; of several ranks that refuse one configuration in the same words, only the first says it."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and isinstance(error, ConfigError):
+        # Meanwhile rank 0 says the same and ends, and torchrun ends the others. Who is left is alone with its error.
+        time.sleep(_ALONE_S)
+    where = "" if rank == "0" else f"rank {rank}: "
+    typer.echo(f"{where}{'' if error.exit_code == EXIT_INTERRUPTED else 'error: '}{error}", err=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends in SystemExit with one of the exit codes of ``psannlm.errors``."""
     # GNU OpenMP reads this once, when torch is imported. Threads that wait in a long loop hold the cores that others
@@ -87,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     except PsannlmError as error:
         if debug:
             raise
-        typer.echo(f"{error}" if error.exit_code == EXIT_INTERRUPTED else f"error: {error}", err=True)
+        _tell(error)
         sys.exit(error.exit_code)
     except SystemExit as end:
         # What Typer makes of a Ctrl-C; where there was something to save, Interrupted has said so already.

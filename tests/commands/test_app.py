@@ -65,6 +65,36 @@ def test_a_traceback_is_shown_with_debug_alone(is_debug: bool, project: Path) ->
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("rank", "said"), [(None, "error: "), ("0", "error: "), ("1", "rank 1: error: ")])
+def test_a_rank_waits_for_the_first_to_say_what_all_refuse(
+    psannlm, project: Path, monkeypatch: pytest.MonkeyPatch, rank: str | None, said: str
+) -> None:
+    """And says it after all where it is still there: then no other rank has that error."""
+    slept: list[float] = []
+    monkeypatch.setattr("psannlm.commands.app.time.sleep", slept.append)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    done = psannlm("train", "missing.yaml")
+    assert done.code == 2
+    assert done.err.startswith(f"{said}missing.yaml: no such file")
+    assert bool(slept) == (rank == "1")
+
+
+def test_torchrun_shows_an_error_of_the_configuration_once(project: Path) -> None:
+    (project / "bad.yaml").write_text("train: {lr: fast}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "psannlm", "train", "bad.yaml"],
+        capture_output=True,
+        text=True,
+        cwd=project,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("train.lr (line 1): 'fast' is not a number") == 1
+
+
 def test_ctrl_c_before_there_is_anything_to_save_is_130(
     psannlm, monkeypatch: pytest.MonkeyPatch, project: Path
 ) -> None:
