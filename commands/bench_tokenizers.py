@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,11 +11,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from psannlm.commands.options import JsonOption, live_line, print_json, progress, results, table_text
+from psannlm.commands.options import JsonOption, live_line, print_json, progress, reading, results, table_text
 
 if TYPE_CHECKING:
     from psannlm.benchmarks.timing import Spread
-    from psannlm.benchmarks.tokenizers import TokenizerFigures, TokenizerReport
+    from psannlm.benchmarks.tokenizers import Speed, TokenizerFigures, TokenizerReport
 
 
 def bench_tokenizers(
@@ -23,27 +24,34 @@ def bench_tokenizers(
         typer.Option("--corpus", help="File, folder or glob; may be repeated. Default: Python's own reference manual."),
     ] = None,
     held_out: Annotated[
-        str | None, typer.Option("--held-out", help="Text to measure on. Default: a tenth of the corpus's documents.")
+        str | None, typer.Option("--held-out", help="Text to measure on. Default: about a tenth of the corpus.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Entries at most of what is fitted.")] = 4096,
     repeat: Annotated[int, typer.Option(min=1, help="Counted runs of each; the median is shown.")] = 3,
     model: Annotated[
         list[Path] | None, typer.Option("--model", help="A tokenizer file to measure beside them; may be repeated.")
     ] = None,
+    sample_chars: Annotated[
+        int | None, typer.Option(min=1, help="Characters to fit on, drawn evenly from the corpus. Default: 8,000,000.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides which passages are drawn, and which are held out.")] = 1337,
     per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of a .txt file.")] = False,
     text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare tokenizer backends: time to fit, speed, bytes per token on held-out text, losses."""
+    """Compare tokenizer backends: time and memory to fit, speed, bytes per token on held-out text, losses."""
+    from psannlm.benchmarks.tokenizer_plot import draw_tokenizers
     from psannlm.benchmarks.tokenizers import bench_tokenizers as measure
     from psannlm.config.data import BuiltinSource, PathSource
     from psannlm.reports.store import new_folder, system_info, write_json
     from psannlm.storage import write_text
+    from psannlm.tokenizers.sample import SAMPLE_CHARS
 
     def source(path: str) -> PathSource:
         return PathSource(path=path, per_line=per_line, text_key=text_key)
 
+    began = time.monotonic()
     with live_line(progress()) as line:
         report = measure(
             [source(path) for path in corpus] if corpus else [BuiltinSource(builtin="python-reference")],
@@ -51,7 +59,10 @@ def bench_tokenizers(
             models=model or [],
             vocab_size=vocab_size,
             repeats=repeat,
+            seed=seed,
+            sample_chars=SAMPLE_CHARS if sample_chars is None else sample_chars,
             notice=line.keep,
+            on_bytes=lambda done, total: line.show(reading(done, total, time.monotonic() - began)),
             on_standing=lambda standing: line.show(str(standing)),
         )
     table = _table(report)
@@ -60,6 +71,7 @@ def bench_tokenizers(
     write_json(folder / "metrics.json", metrics)
     write_json(folder / "system.json", system_info())
     write_text(folder / "table.txt", table_text(table))
+    draw_tokenizers(folder / "tokenizers.png", f"Tokenizers of {vocab_size:,} entries at most", report.tokenizers)
     if as_json:
         print_json({**metrics, "folder": str(folder)})
     else:
@@ -70,37 +82,63 @@ def bench_tokenizers(
 def _table(report: TokenizerReport) -> Table:
     """Return a column for each tokenizer: there are few of them, and many figures."""
     held_out = report.held_out
-    documents = f"{held_out.documents:,} document{'' if held_out.documents == 1 else 's'}"
     table = Table(
-        title=f"tokenizers on {held_out.bytes:,} held-out bytes in {documents}, {held_out.overlap:.1%} of it word for "
-        f"word in the fitting text too; medians of {report.repeats}",
+        title=f"tokenizers on {held_out.bytes:,} held-out bytes, {held_out.overlap:.1%} of it word for word in the "
+        f"fitting text too; medians of {report.repeats}",
         title_justify="left",
         title_style="bold",
-        caption="MB: a million bytes of text; beside the median, the lowest and highest",
+        caption="MB: a million bytes; of raw: our encoding rate over the bare library's, with its lowest and highest "
+        "turn; peak: highest resident memory of a process of its own, Python, library and text included",
         caption_justify="left",
+        padding=(0, 1, 0, 0),
     )
-    table.add_column(style="cyan")
+    table.add_column(style="cyan", no_wrap=True)
     for row in report.tokenizers:
-        table.add_column(Text(row.name), justify="right", overflow="fold")
+        table.add_column(_heading(row.name), justify="right", overflow="fold")
     rows: list[tuple[str, Callable[[TokenizerFigures], str]]] = [
         ("bytes per token", lambda row: f"{row.bytes_per_token:.3f}"),
         ("vocabulary", lambda row: f"{row.vocab_size:,}"),
         ("lossless", lambda row: "yes" if row.lost is None else f"no: {row.lost}"),
-        ("file, bytes", lambda row: f"{row.model_bytes:,}"),
+        ("file, KB", lambda row: f"{row.model_bytes / 1e3:,.1f}"),
         ("fit, s", lambda row: "-" if row.fit_s is None else f"{row.fit_s.median:,.2f}"),
-        ("encode, MB/s", lambda row: f"{row.mb_per_s(row.encode_s):,.2f}"),
-        ("encode, tokens/s", lambda row: f"{row.tokens_per_s(row.encode_s):,.0f}"),
-        ("encode, of the raw library's rate", lambda row: _ratio(row.ratio_to_raw, row.same_ids_as_raw)),
-        ("decode, MB/s", lambda row: f"{row.mb_per_s(row.decode_s):,.2f}"),
-        ("decode, tokens/s", lambda row: f"{row.tokens_per_s(row.decode_s):,.0f}"),
+        ("fit peak, MB", lambda row: "-" if row.fit_peak_bytes is None else f"{row.fit_peak_bytes / 1e6:,.0f}"),
     ]
     for heading, figure in rows:
         table.add_row(heading, *(Text(figure(row)) for row in report.tokenizers))
+    for words, speed_of in (("one thread", _one_thread), ("all threads", _all_threads)):
+        table.add_section()
+        table.add_row(Text(words, style="bold"))
+        for heading, read in _speed_rows(report):
+            table.add_row(f" {heading}", *(Text(read(row, speed_of(row))) for row in report.tokenizers))
     return table
+
+
+def _heading(name: str) -> Text:
+    """Return a name cut where a reader would cut it: four columns and their headings fit 80 characters."""
+    return Text(name.replace("sentencepiece ", "sentence-\npiece\n"))
+
+
+def _one_thread(row: TokenizerFigures) -> Speed:
+    return row.one_thread
+
+
+def _all_threads(row: TokenizerFigures) -> Speed:
+    return row.all_threads
+
+
+def _speed_rows(report: TokenizerReport) -> list[tuple[str, Callable[[TokenizerFigures, Speed], str]]]:
+    return [
+        ("encode, MB/s", lambda row, speed: f"{row.mb_per_s(speed.encode_s):,.2f}"),
+        ("encode, tokens/s", lambda row, speed: f"{row.tokens_per_s(speed.encode_s):,.0f}"),
+        ("of raw", lambda row, speed: _ratio(speed.ratio_to_raw, row.same_ids_as_raw)),
+        ("decode, MB/s", lambda row, speed: f"{row.mb_per_s(speed.decode_s):,.2f}"),
+        ("decode, tokens/s", lambda row, speed: f"{row.tokens_per_s(speed.decode_s):,.0f}"),
+        ("peak, MB", lambda row, speed: f"{speed.peak_bytes / 1e6:,.0f}"),
+    ]
 
 
 def _ratio(ratio: Spread | None, has_same_ids: bool | None) -> str:
     if ratio is None:
         return "-"
-    note = "" if has_same_ids else " (other ids)"
-    return f"{ratio.median:.2f} ({ratio.lowest:.2f}–{ratio.highest:.2f}){note}"
+    note = "" if has_same_ids else "\n(other ids)"
+    return f"{ratio.median:.2f}\n{ratio.lowest:.2f}–{ratio.highest:.2f}{note}"

@@ -61,6 +61,13 @@ def print_json(content: Any) -> None:
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))
 
 
+def reading(done_bytes: int, total_bytes: int, elapsed_s: float) -> str:
+    """Return how far a corpus has been read: MB, rate and time left."""
+    rate = done_bytes / 1e6 / max(elapsed_s, 1e-9)
+    left = f", about {elapsed_s * (total_bytes - done_bytes) / done_bytes:,.0f} s left" if done_bytes else ""
+    return f"reading: {done_bytes / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB, {rate:,.1f} MB/s{left}"
+
+
 @contextmanager
 def quiet_pipe() -> Iterator[None]:
     """End at once and without a word when whoever reads stdout has seen enough (``| head``)."""

@@ -18,6 +18,7 @@ from psannlm.commands.options import (
     print_json,
     progress,
     quiet_pipe,
+    reading,
     results,
 )
 
@@ -151,17 +152,10 @@ def _fit(corpus: list[str], per_line: bool, text_key: str, as_json: bool, **opti
         del options["sample_chars"]
     began = time.monotonic()
     with live_line(progress()) as line:
-
-        def show_reading(done: int, total: int) -> None:
-            seconds = time.monotonic() - began
-            left = f", about {seconds * (total - done) / done:,.0f} s left" if done else ""
-            rate = done / 1e6 / max(seconds, 1e-9)
-            line.show(f"reading: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate:,.1f} MB/s{left}")
-
         return fit_with_card(
             [PathSource(path=path, per_line=per_line, text_key=text_key) for path in corpus],
             notice=line.keep,
-            on_bytes=show_reading,
+            on_bytes=lambda done, total: line.show(reading(done, total, time.monotonic() - began)),
             **options,
         )
 

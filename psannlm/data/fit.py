@@ -20,7 +20,7 @@ from psannlm.tokenizers.sample import SAMPLE_CHARS, PassageSample
 
 _HELD_OUT = 0.1
 # Bytes per token settle long before this.
-_HELD_OUT_CHARS = 2_000_000
+HELD_OUT_CHARS = 2_000_000
 # Longer documents come in parts, each of which is held out or fitted on as if it were one.
 PART_BYTES = 1 << 20
 _LONGEST_SHOWN = 12
@@ -98,7 +98,12 @@ def fit_with_card(
 
 
 def sample_corpus(
-    documents: Iterable[Document], *, seed: int, sample_chars: int = SAMPLE_CHARS, notice: Notice = lambda line: None
+    documents: Iterable[Document],
+    *,
+    seed: int,
+    sample_chars: int = SAMPLE_CHARS,
+    held_out_chars: int = HELD_OUT_CHARS,
+    notice: Notice = lambda line: None,
 ) -> Sampled:
     """Return passages to fit on and passages to measure on, drawn in one pass.
 
@@ -109,7 +114,7 @@ def sample_corpus(
     Raises:
         CorpusError: a single document is too short to be cut.
     """
-    fit, held_out = PassageSample(seed, sample_chars), PassageSample(seed, _HELD_OUT_CHARS)
+    fit, held_out = PassageSample(seed, sample_chars), PassageSample(seed, held_out_chars)
     edges: list[tuple[float, Document]] = []  # the lowest and the highest so far wait for what the others are
 
     def place(share: float, document: Document) -> None:

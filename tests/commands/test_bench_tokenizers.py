@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from psannlm.benchmarks import tokenizers as bench
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = ("--corpus", "corpus.txt", "--per-line", "--vocab-size", "300", "--repeat", "1")
 
@@ -20,19 +22,27 @@ def test_figures_are_printed_and_written(psannlm, project: Path) -> None:
     done = psannlm("bench-tokenizers", *TINY, "--model", "[/own].json")
     assert done.code == 0, done.err
     [folder] = Path("reports/tokenizers").iterdir()
-    assert {path.name for path in folder.iterdir()} == {"metrics.json", "system.json", "table.txt"}
+    assert {path.name for path in folder.iterdir()} == {"metrics.json", "system.json", "table.txt", "tokenizers.png"}
     rows = json.loads((folder / "metrics.json").read_text())["tokenizers"]
-    assert [row["name"] for row in rows] == ["sentencepiece", "tokenizers", "simple", "[/own].json"]
-    assert rows[2]["bytes_per_token"] == rows[3]["bytes_per_token"] == 1.0, "one byte a character, one id a byte"
+    assert [row["name"] for row in rows] == [
+        "sentencepiece unigram",
+        "sentencepiece bpe",
+        "byte-level bpe",
+        "characters",
+        "[/own].json",
+    ]
+    assert rows[3]["bytes_per_token"] == rows[4]["bytes_per_token"] == 1.0, "one byte a character, one id a byte"
     assert all(row["is_lossless"] for row in rows)
-    assert [row["ratio_to_raw"] is None for row in rows] == [False, False, True, True]
+    assert [row["one_thread"]["ratio_to_raw"] is None for row in rows] == [False, False, False, True, True]
     table = (folder / "table.txt").read_text()
-    for words in ("sentencepiece", "[/own].json", "bytes per token", "lossless"):
+    for words in ("unigram", "[/own].json", "bytes per token", "lossless", "one thread", "all threads", "of raw"):
         assert words in table
         assert words in done.out
+    assert (folder / "tokenizers.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_held_out_text_can_be_named(psannlm, project: Path) -> None:
+def test_held_out_text_can_be_named(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "KINDS", {"characters": ("simple", None)})
     Path("other.txt").write_text("Übung macht den Meister.\n", encoding="utf-8")
     done = psannlm("bench-tokenizers", *TINY, "--held-out", "other.txt", "--out", "here", "--json")
     metrics = json.loads(done.out)
