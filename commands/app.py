@@ -16,6 +16,7 @@ from psannlm.commands import bench_tokenizers as bench_tokenizers_command
 from psannlm.commands import bench_train as bench_train_command
 from psannlm.commands import eval as eval_command
 from psannlm.commands import generate as generate_command
+from psannlm.commands import gpu_validate as gpu_validate_command
 from psannlm.commands import prep as prep_command
 from psannlm.commands import report as report_command
 from psannlm.commands import tokenize as tokenize_command
@@ -41,6 +42,7 @@ app.command("bench-tokenizers")(bench_tokenizers_command.bench_tokenizers)
 app.command("bench-kv")(bench_kv_command.bench_kv)
 app.command("report")(report_command.report)
 app.command("bench-train")(bench_train_command.bench_train)
+app.command("gpu-validate")(gpu_validate_command.gpu_validate)
 
 
 def _show_version(wanted: bool) -> None:

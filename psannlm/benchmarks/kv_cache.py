@@ -15,6 +15,7 @@ from psannlm.benchmarks.decoding import Case, DecodeRun, Prompts, decode, decode
 from psannlm.benchmarks.growth import longest_state, measure_growth
 from psannlm.benchmarks.kv_report import KvReport, KvSettings
 from psannlm.benchmarks.packing_cost import TOKENS_PER_ROW, measure_packing_cost
+from psannlm.benchmarks.random_weights import show_every_part
 from psannlm.benchmarks.rivals import Rival, RivalRuns, build_rival, decode_with
 from psannlm.benchmarks.timing import Clock, Count, Standing, take_turns
 from psannlm.config.model import ModelConfig
@@ -226,14 +227,7 @@ def build_random_model(config: ModelConfig, settings: KvSettings, device: torch.
     if settings.dtype != "float32":
         room = max(room, 1 + TOKENS_PER_ROW)
     model = build_model(resolve(config.model_copy(update={"max_seq_len": room})), seed=settings.seed).eval()
-    generator = torch.Generator().manual_seed(settings.seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 2:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
-            else:
-                parameter.add_(noise * 0.3)
+    show_every_part(model, settings.seed)
     return model.to(device)
 
 

@@ -127,8 +127,11 @@ class Engine:
         key = (n_rows, n_tokens, state.capacity)
         if key not in self._steps:
             self._steps[key] = self._compiled(n_tokens)
-        tensors = [(s.keys, s.values, s.attention_tail, s.mlp_tail) for s in state.layers]
+        tensors = [_in_place(s) for s in state.layers]
         logits, histories = self._steps[key](tokens.contiguous(), state.offsets, self._slots(state, n_tokens), tensors)
+        if logits.is_cuda:
+            # A CUDA graph hands out the same memory at every step, and a caller may still read the last one's.
+            logits = logits.clone()
         for layer, (attention_history, mlp_history) in zip(state.layers, histories, strict=False):
             layer.attention_history, layer.mlp_history = attention_history, mlp_history
         state.n_offered = n_tokens
@@ -164,12 +167,26 @@ class Engine:
             # One call into C++ per step, and products summed in one rounding.
             options: dict[str, Any] = {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
         else:
-            options = {"triton.cudagraphs": True}
+            # A graph is recorded for every span that is read, which is one in so many tokens and no reason to warn.
+            options = {"triton.cudagraphs": True, "triton.cudagraph_dynamic_shape_warn_limit": None}
         # Guards would check in every step what the engine knows. Without them, a function must have code of its own, by
         # which the compiler finds what it has compiled.
         code = step.__code__.replace(co_name=f"step_{next(_numbers)}")
         own = FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
         return torch.compile(own, fullgraph=True, options={**options, "guard_filter_fn": _no_guard})
+
+
+def _in_place(layer: LayerState) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The tensors of a block's state, marked as ones that stay where they are.
+
+    A compiled step writes into them, and the compiler refuses CUDA graphs for a pass that writes into inputs which may
+    be others the next time. Should the state be another one after all, a graph is recorded anew.
+    """
+    tensors = (layer.keys, layer.values, layer.attention_tail, layer.mlp_tail)
+    for tensor in tensors:
+        if tensor is not None:
+            torch._dynamo.mark_static_address(tensor)
+    return tensors
 
 
 def _no_guard(guards: Sequence[Any]) -> list[bool]:

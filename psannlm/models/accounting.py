@@ -96,14 +96,19 @@ def training_memory(
     """Return the memory of training ``micro_batch_size`` windows of ``seq_len`` tokens at a time under ``dtype``.
 
     Weights, gradients and optimiser state are float32: AdamW keeps two numbers per parameter, Muon one per hidden
-    matrix. Activations are what autograd would save, found by running the forward pass on shapes alone.
+    matrix. Activations are what autograd would save, found by running the forward pass on shapes alone; with
+    ``grad_checkpoint`` they are the inputs of all blocks and, while one is run again, what that one saves.
     """
     total = sum(count_parameters(config).values())
     hidden_matrices = _matrix_elements(config, "attention", "feed-forward") if optimizer == "muon" else 0
     with FakeTensorMode():
         model = Transformer(config)
-        model.grad_checkpoint = grad_checkpoint
         one, two = (_saved_bytes(model, n, seq_len, dtype) for n in (1, 2))
+        if grad_checkpoint:
+            model.grad_checkpoint = True
+            kept_one, kept_two = (_saved_bytes(model, n, seq_len, dtype) for n in (1, 2))
+            n_layers = config.n_layers
+            one, two = kept_one + (one - kept_one) // n_layers, kept_two + (two - kept_two) // n_layers
     activations = one + (two - one) * (micro_batch_size - 1)
     return TrainingMemory(4 * total, 4 * total, 8 * total - 4 * hidden_matrices, activations)
 

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from psannlm.data.windows import IGNORE_INDEX
 
-# Bytes of float32 logits worked on at a time; larger chunks gain nothing, smaller ones lose to the call overhead.
+# Bytes of float32 logits worked on at a time; larger chunks gain nothing, smaller ones lose to the call overhead. On a
+# GPU a chunk of 8 MiB is done before the next one could be launched.
 _CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES_ON_GPU = 128 << 20
 # Tokens whose logits a head of another kind works out at once.
 _HEAD_ROWS = 512
 
@@ -30,7 +32,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float, matmul_dtype: torch.dtype
     ) -> Tensor:
         n_tokens, vocab_size = hidden.shape[0], weight.shape[0]
-        chunk = max(64, _CHUNK_BYTES // (4 * vocab_size))
+        chunk = max(64, (_CHUNK_BYTES_ON_GPU if hidden.is_cuda else _CHUNK_BYTES) // (4 * vocab_size))
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_low, weight_low = hidden.to(matmul_dtype), weight.to(matmul_dtype)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None

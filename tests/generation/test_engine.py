@@ -165,6 +165,20 @@ def test_without_a_compiler_steps_are_plain_and_a_notice_says_so(
     assert Engine(model).notices == []
 
 
+def test_what_a_compiled_step_writes_into_is_marked_as_staying(
+    build_tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler refuses CUDA graphs for a pass that writes into any other input, and says so to nobody."""
+    monkeypatch.setattr("psannlm.generation.engine.has_compiler", lambda device: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    engine = Engine(build_tiny(base="waveresnet"), compile=True)
+    logits, state = engine.prefill([[1, 5], [2]], 8)
+    engine.decode(logits.argmax(dim=-1), state)
+    for layer in state.layers:
+        for tensor in (layer.keys, layer.values, layer.attention_tail, layer.mlp_tail):
+            assert getattr(tensor, "_dynamo_static_input_type", None) == "unguarded"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_what_is_emulated_is_told(dtype: WeightDtype, build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("psannlm.generation.engine", "psannlm.models.packed"):

@@ -85,11 +85,17 @@ def measured_activations(model: Transformer, n_rows: int, seq_len: int, dtype: t
 def test_activations_on_shapes_are_those_of_a_real_pass(
     config: ModelConfig, dtype: torch.dtype, grad_checkpoint: bool
 ) -> None:
+    """With recomputation: what the pass keeps, and what one block saves while it is run again."""
     model = build_model(config)
-    model.grad_checkpoint = grad_checkpoint
     for n_rows in (1, 5):
+        model.grad_checkpoint = False
+        measured = measured_activations(model, n_rows, 32, dtype)
+        if grad_checkpoint:
+            model.grad_checkpoint = True
+            kept = measured_activations(model, n_rows, 32, dtype)
+            measured = kept + (measured - kept) // config.n_layers
         foretold = training_memory(config, n_rows, 32, dtype=dtype, grad_checkpoint=grad_checkpoint).activations
-        assert foretold == pytest.approx(measured_activations(model, n_rows, 32, dtype), rel=0.01)
+        assert foretold == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.base}-{c.mlp}")
@@ -113,7 +119,7 @@ def test_what_saves_memory_is_seen_to() -> None:
     plain = training_memory(config, 4, 64)
     assert training_memory(config, 4, 64, optimizer="muon").optimizer < plain.optimizer
     assert training_memory(config, 4, 64, dtype=torch.bfloat16).activations < plain.activations
-    assert training_memory(config, 4, 64, grad_checkpoint=True).activations < plain.activations / 2
+    assert training_memory(config, 4, 64, grad_checkpoint=True).activations < 0.7 * plain.activations  # of 2 blocks
     assert training_memory(config, 8, 64).activations > 1.8 * plain.activations
 
 

@@ -1,0 +1,131 @@
+"""psannlm gpu-validate: the battery GPU-01 to GPU-09 on a GPU, or its rehearsal on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from psannlm.commands.options import JsonOption, live_line, print_json, progress, results, table_text
+
+if TYPE_CHECKING:
+    from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult
+
+_STYLES = {"ok": "green", "failed": "red", "error": "red", "skipped": "yellow"}
+
+
+def gpu_validate(
+    only: Annotated[list[str] | None, typer.Option(help="GPU-01 to GPU-09; may be given again. Default: all.")] = None,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="cpu rehearses the battery at small sizes.")] = "cuda",
+    baseline: Annotated[
+        Path | None, typer.Option(help="An earlier summary.json (or its folder); what became worse is a failure.")
+    ] = None,
+    baseline_any_machine: Annotated[
+        bool, typer.Option("--baseline-any-machine", help="Compare even with a summary of other hardware.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what a GPU does with every part of psannlm, each value against a limit; ends with 3 if one is missed."""
+    from psannlm.benchmarks.gpu_checks import require_device, validate
+    from psannlm.benchmarks.gpu_log import BatteryLog
+    from psannlm.benchmarks.gpu_plots import draw_battery
+    from psannlm.errors import LimitMissed
+    from psannlm.reports.store import new_folder, system_info, write_json
+    from psannlm.storage import write_text
+
+    require_device(device, only or (), baseline, any_machine=baseline_any_machine)
+    folder = new_folder("gpu", out)
+    log = BatteryLog(folder / "stdout.log")
+    write_json(folder / "system.json", system_info())
+    with live_line(progress()) as line:
+
+        def say(text: str) -> None:
+            log.say(text)
+            line.show(text)
+
+        report = validate(device, only=only or (), baseline=baseline, any_machine=baseline_any_machine, say=say)
+    summary = report.as_dict()
+    write_json(folder / "summary.json", summary)
+    overview = _overview(report)
+    text = table_text(overview, *(_check_table(result) for result in report.results if result.measures))
+    write_text(folder / "table.txt", text)
+    log.add(text)
+    draw_battery(folder, report)
+    if as_json:
+        print_json({**summary, "folder": str(folder)})
+    else:
+        results().print(overview)
+        results().print(f"written to {folder}", highlight=False, markup=False)
+    if report.problems:
+        raise LimitMissed("; ".join(report.problems))
+
+
+def _overview(report: BatteryReport) -> Table:
+    machine = report.machine
+    kind = "rehearsal on " if report.is_rehearsal else ""
+    table = Table(
+        title=f"gpu-validate: {kind}{machine['n_devices']} x {machine['name']}, torch {machine['torch']}: "
+        f"{report.verdict}",
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in ("check", "what", "verdict"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("s", justify="right")
+    table.add_column("what it says", overflow="fold")
+    for result in report.results:
+        table.add_row(
+            result.check,
+            result.title,
+            Text(result.status, style=_STYLES[result.status]),
+            f"{result.seconds:,.1f}",
+            Text(_says(result)),
+        )
+    if report.regressions:
+        table.caption = "\n".join(["worse than the baseline:", *report.regressions])
+    return table
+
+
+def _says(result: CheckResult) -> str:
+    if result.status != "ok":
+        lines = [result.skipped] if result.skipped else result.problems()
+        return "\n".join(str(line).removeprefix(f"{result.check}: ") for line in lines)
+    return f"{len(result.measures)} limits kept"
+
+
+def _check_table(result: CheckResult) -> Table:
+    table = Table(
+        title=f"{result.check}: {result.title}: {result.status}",
+        title_justify="left",
+        title_style="bold",
+        caption="\n".join(result.notes),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("measured", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("limit", justify="right", no_wrap=True)
+    table.add_column("unit", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("why this limit", overflow="fold")
+    for measure in result.measures:
+        table.add_row(
+            Text(measure.name),
+            _figure(measure.value),
+            f"{'≤' if measure.side == 'at most' else '≥'} {_figure(measure.limit)}",
+            measure.unit,
+            "ok" if measure.is_met else "MISSED",
+            Text(measure.reason),
+        )
+    return table
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1e4 or value == round(value) else f"{value:.4g}"

@@ -1,0 +1,76 @@
+"""A battery's curves in; plots of throughput over the batch size and of loss in three precisions, as PNG files, out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult
+from psannlm.storage import replacing
+
+# Told apart by the colour-blind too (Okabe and Ito 2008), and by their markers where there is no colour.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_DASHES = ("-", "--", ":")
+
+
+def draw_battery(folder: Path, report: BatteryReport) -> list[Path]:
+    """Draw what was measured into ``folder`` and return the pictures; a check without curves has none.
+
+    Raises:
+        StorageError: a picture cannot be written.
+    """
+    drawn = []
+    for result in report.results:
+        if result.check == "GPU-02" and result.series:
+            drawn.append(_draw_losses(folder / "precision.png", result))
+        if result.check == "GPU-03" and len(result.series) > 1:
+            drawn.append(_draw_rates(folder / "throughput.png", result, str(report.machine["name"])))
+    return drawn
+
+
+def _draw_losses(path: Path, result: CheckResult) -> Path:
+    figure, axes = _figure()
+    names = sorted({name.rpartition(", ")[0] for name in result.series})
+    dtypes = ("float32", "bfloat16", "float16")
+    for place, name in enumerate(names):
+        for dash, dtype in zip(_DASHES, dtypes, strict=True):
+            losses = result.series.get(f"{name}, {dtype}", [])
+            steps = range(1, len(losses) + 1)
+            axes.plot(steps, losses, dash, color=_COLOURS[place], linewidth=1.5, label=f"{name}, {dtype}")
+    axes.set(title="The same training in three precisions", xlabel="optimiser step", ylabel="loss (nats per token)")
+    return _save(figure, axes, path)
+
+
+def _draw_rates(path: Path, result: CheckResult, machine: str) -> Path:
+    figure, axes = _figure()
+    tokens = result.series["batch tokens"]
+    names = sorted({name.rpartition(": ")[0] for name in result.series if ": " in name})
+    for place, name in enumerate(names):
+        for dash, kind in zip(_DASHES, ("training", "forward"), strict=False):
+            rates = result.series.get(f"{name}: {kind}", [])
+            style: Mapping[str, Any] = {"color": _COLOURS[place], "marker": _MARKERS[place], "linewidth": 1.5}
+            axes.plot(tokens[: len(rates)], [rate / 1e3 for rate in rates], dash, label=f"{name}, {kind}", **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [f"{count:,.0f}" for count in tokens])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set(title=f"Throughput on {machine}", xlabel="batch (tokens)", ylabel="rate (thousand tokens per second)")
+    return _save(figure, axes, path)
+
+
+def _figure() -> tuple[Any, Any]:
+    # Not pyplot, which would hold on to the figure and settle the backend of the caller's notebook.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure: Any, axes: Any, path: Path) -> Path:
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    return path

@@ -1,0 +1,222 @@
+"""GPU-03: tokens per second of training and of forward passes, their share of the matrix peak, the cost of the sine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from psannlm.benchmarks.gpu_report import CheckResult, Measure, at_least, at_most
+from psannlm.benchmarks.gpu_stage import BASE_NAMES, Shape, Stage, Trainer, draw_tokens, dtype_name, micro_batch
+from psannlm.benchmarks.throughput import bench_train
+from psannlm.benchmarks.throughput_report import ThroughputReport
+from psannlm.benchmarks.timing import Count, Spread, take_turns
+from psannlm.benchmarks.trainees import ThroughputSettings
+from psannlm.config.model import BaseName, ModelConfig
+from psannlm.config.train import Amp
+from psannlm.device import describe_device, has_compiler
+from psannlm.models.accounting import training_memory
+
+# What the project that these models come from published in November 2025: forward passes of two H200s at 131,072 batch
+# tokens, 4 layers of 256, float32, in tokens per second.
+PUBLISHED_FORWARD = {"respsann": 614_700.0, "waveresnet": 612_600.0}
+PUBLISHED_BY = "published in November 2025 for two H200s, 131,072 tokens, float32, forward"
+_PUBLISHED_TOKENS = 131_072
+_OVER_PUBLISHED = 10.0
+# GPUs of the published generation and later, by parts of their names: only these are held against figures of H200s.
+_LARGE_GPUS = ("H100", "H200", "GH200", "B100", "B200", "B300")
+_UTILISATION_LIMIT = 0.5
+_SMALL_UTILISATION_LIMIT = 0.05
+_SPREAD_LIMIT = 0.2
+_SINE_COST_LIMIT = 1.05
+_RATE_REGRESSION = 0.05
+_PASSES_PER_TURN = 10
+_SHARE_OF_MEMORY = 0.8
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens per second of one model at one batch size, and the share of the matrix peak that training reaches."""
+
+    training: Spread
+    forward: Spread
+    utilisation: float
+
+
+def check_speed(stage: Stage) -> CheckResult:
+    """GPU-03: training and forward throughput of every base at every batch size."""
+    is_compiled = stage.is_gpu and has_compiler(stage.device)
+    measures: list[Measure] = []
+    notes = [
+        f"{dtype_name(stage.low_precision())}, {'compiled' if is_compiled else 'plain'}; utilisation: 6 operations per "
+        "matrix weight and token, and attention, beside the rate at which large matrices are multiplied here",
+        f"{PUBLISHED_BY}: {', '.join(f'{base} {rate:,.0f}' for base, rate in PUBLISHED_FORWARD.items())} tokens/s",
+    ]
+    series: dict[str, list[float]] = {"batch tokens": []}
+    for batch_tokens in stage.sizes.batch_tokens:
+        shape = replace(stage.sizes.speed, n_rows=batch_tokens // stage.sizes.speed.seq_len)
+        try:
+            rates, sine_cost = _measure_bases(stage, shape, is_compiled)
+        except torch.OutOfMemoryError:
+            stage.release()
+            notes.append(f"{batch_tokens:,} batch tokens do not fit into the memory of {describe_device(stage.device)}")
+            continue
+        series["batch tokens"].append(float(batch_tokens))
+        for name, found in rates.items():
+            series.setdefault(f"{name}: training", []).append(found.training.median)
+            series.setdefault(f"{name}: forward", []).append(found.forward.median)
+        measures += rate_measures(rates, sine_cost, batch_tokens, _large(stage), is_rehearsal=stage.is_rehearsal)
+    measures += _utilisation(stage, is_compiled, notes)
+    return CheckResult("GPU-03", "throughput", tuple(measures), notes=tuple(notes), series=series)
+
+
+def _large(stage: Stage) -> bool:
+    return stage.is_gpu and any(name in describe_device(stage.device) for name in _LARGE_GPUS)
+
+
+def _train(stage: Stage, config: ModelConfig, shape: Shape, is_compiled: bool, *, with_gelu: bool) -> ThroughputReport:
+    """Measure training as ``psannlm bench-train`` does, beside the same network with GELU for the sine."""
+    amp: dict[torch.dtype, Amp] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    settings = ThroughputSettings(
+        model=config,
+        seq_len=shape.seq_len,
+        batch_tokens=shape.n_tokens,
+        amp=amp[stage.low_precision()],
+        is_compiled=is_compiled,
+        steps=1 if stage.is_rehearsal else None,
+        repeats=stage.sizes.repeats,
+        warmup=1 if stage.is_rehearsal else 5,
+        also=("gelu",) if with_gelu else (),
+    )
+    return bench_train(settings, stage.device, measure_memory=None, clock=stage.clock)
+
+
+def _measure_bases(stage: Stage, shape: Shape, is_compiled: bool) -> tuple[dict[str, Rates], float]:
+    """Return the rates of every base, and the seconds of a step of respsann beside those with GELU for its sine."""
+    rates, sine_cost = {}, float("nan")
+    for base in BASE_NAMES:
+        stage.say(f"GPU-03: {base}, {shape.n_tokens:,} batch tokens")
+        config = shape.config(base)
+        report = _train(stage, config, shape, is_compiled, with_gelu=base == "respsann")
+        cost = report.sine_cost(is_compiled)
+        sine_cost = sine_cost if cost is None else 1.0 + cost.median
+        forward = _forward(stage, config, shape, is_compiled)
+        rates[str(base)] = Rates(report.tokens_per_s(report.ours), forward, report.utilisation(report.ours).median)
+        stage.release()
+    return rates, sine_cost
+
+
+def _forward(stage: Stage, config: ModelConfig, shape: Shape, is_compiled: bool) -> Spread:
+    """Measure passes from ids to the loss: the output matrix and its softmax are part of them, no logits are kept."""
+    trainer = Trainer.build(stage, config, stage.low_precision(), is_compiled=is_compiled)
+    trainer.model.eval()
+    batch = micro_batch(draw_tokens(shape, seed=4).to(stage.device))
+    n_passes = 1 if stage.is_rehearsal else _PASSES_PER_TURN
+
+    @torch.no_grad()
+    def turn(count: Count) -> float:
+        stage.wait()
+        began = stage.clock()
+        for _ in range(n_passes):
+            with trainer.precision.autocast():
+                trainer.module(batch.input_ids, batch.labels)
+        stage.wait()
+        return n_passes * shape.n_tokens / (stage.clock() - began)
+
+    return Spread.of(take_turns({"forward": turn}, stage.sizes.repeats, warm_ups=1, clock=stage.clock)["forward"])
+
+
+def rate_measures(
+    rates: Mapping[str, Rates], sine_cost: float, batch_tokens: int, is_large_gpu: bool, *, is_rehearsal: bool
+) -> list[Measure]:
+    """Return rates, utilisation and spread of every base at one batch size, and what the sine costs."""
+    measures = []
+    for name, found in rates.items():
+        case = f"{name}, {batch_tokens:,} tokens"
+        training, forward = found.training, found.forward
+        limit, reason = 0.0, "held against its utilisation, which knows the GPU"
+        if is_large_gpu and batch_tokens == _PUBLISHED_TOKENS and name in PUBLISHED_FORWARD:
+            limit = _OVER_PUBLISHED * PUBLISHED_FORWARD[name]
+            reason = f"ten times {PUBLISHED_FORWARD[name]:,.0f}, published for two H200s in float32"
+        measures += [
+            _rate(f"{case}: training", training, 0.0, "held against its utilisation, which knows the GPU"),
+            _rate(f"{case}: forward", forward, limit, reason),
+            _utilisation_measure(case, found.utilisation, is_rehearsal, is_small=True),
+            at_most(
+                f"{case}: spread of training",
+                (training.highest - training.lowest) / training.median,
+                1e3 if is_rehearsal else _SPREAD_LIMIT,
+                "of the median",
+                "turns that differ by more come from a machine that does something else, or runs hot",
+            ),
+        ]
+    measures.append(
+        at_most(
+            f"{batch_tokens:,} tokens: a step with the sine / with GELU",
+            sine_cost,
+            1e3 if is_rehearsal else _SINE_COST_LIMIT,
+            "x",
+            "the sine is one pass over memory each way, as GELU is",
+        )
+    )
+    return measures
+
+
+def _rate(name: str, spread: Spread, limit: float, reason: str) -> Measure:
+    edges = (spread.lowest, spread.highest)
+    return at_least(name, spread.median, limit, "tokens/s", reason, regression=_RATE_REGRESSION, spread=edges)
+
+
+def _utilisation_measure(case: str, value: float, is_rehearsal: bool, *, is_small: bool) -> Measure:
+    if is_rehearsal:
+        return at_least(f"{case}: utilisation", value, 0.0, "of the peak", "a rehearsal holds rates against nothing")
+    if is_small:
+        reason = "matrices 256 wide are bound by memory, not by arithmetic; less is a step that waits"
+        return at_least(f"{case}: utilisation", value, _SMALL_UTILISATION_LIMIT, "of the peak", reason)
+    reason = "products are most of the work at this size; half of the measured peak is what good code reaches"
+    return at_least(
+        f"{case}: utilisation", value, _UTILISATION_LIMIT, "of the peak", reason, regression=_RATE_REGRESSION
+    )
+
+
+def _utilisation(stage: Stage, is_compiled: bool, notes: list[str]) -> list[Measure]:
+    """Measure training of a model large enough to be bound by arithmetic, in the largest batch that fits."""
+    shape = stage.sizes.utilisation
+    if shape is None:
+        notes.append("the large model is left out of a rehearsal")
+        return []
+    measures = []
+    bases: tuple[BaseName, ...] = ("waveresnet", "transformer")
+    for base in bases:
+        config = shape.config(base)
+        fitting = fitting_rows(config, shape, stage.low_precision(), _free_bytes(stage))
+        if fitting is None:
+            notes.append(f"{base}: the large model does not fit into the memory of {describe_device(stage.device)}")
+            continue
+        stage.say(f"GPU-03: {base}, {fitting.d_model} wide, {fitting.n_layers} layers")
+        report = _train(stage, config, fitting, is_compiled, with_gelu=False)
+        case = f"{base}, {report.ours.parameters / 1e6:,.0f}M, {fitting.n_tokens:,} tokens"
+        reason = "held against its utilisation, which knows the GPU"
+        measures += [
+            _rate(f"{case}: training", report.tokens_per_s(report.ours), 0.0, reason),
+            _utilisation_measure(
+                case, report.utilisation(report.ours).median, stage.is_rehearsal, is_small=not _large(stage)
+            ),
+        ]
+        stage.release()
+    return measures
+
+
+def _free_bytes(stage: Stage) -> int:
+    return torch.cuda.mem_get_info(stage.device)[0] if stage.is_gpu else 1 << 40
+
+
+def fitting_rows(config: ModelConfig, shape: Shape, dtype: torch.dtype, free_bytes: int) -> Shape | None:
+    """Return ``shape`` with its rows halved until training is predicted to leave a fifth free; None: nothing fits."""
+    n_rows = shape.n_rows
+    while n_rows:
+        if training_memory(config, n_rows, shape.seq_len, dtype=dtype).total <= _SHARE_OF_MEMORY * free_bytes:
+            return replace(shape, n_rows=n_rows)
+        n_rows //= 2
+    return None

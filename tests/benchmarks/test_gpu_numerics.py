@@ -1,0 +1,82 @@
+"""GPU-01 and GPU-02 see a gradient that is off, and a precision that trains otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from psannlm.benchmarks import gpu_numerics
+from psannlm.benchmarks.gpu_numerics import check_gradients, check_precision, curve_measures, scale_measure
+from psannlm.benchmarks.gpu_stage import REHEARSAL, Stage
+from psannlm.models import sine
+
+
+def test_gradients_are_those_of_float64(stage: Stage) -> None:
+    result = check_gradients(stage)
+    assert result.status == "ok", result.problems()
+    # Loss and gradient in two precisions, of three bases with three position schemes; and that all are numbers.
+    assert len(result.measures) == 1 + 2 * 2 * 3 * 3
+
+
+def test_a_gradient_that_is_off_by_a_thousandth_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = sine._gradients_in_blocks
+
+    def perturbed(*arguments: Any) -> Any:
+        grad_z, amplitude, frequency, decay = original(*arguments)
+        return grad_z, amplitude, frequency * 1.001, decay
+
+    monkeypatch.setattr(sine, "_gradients_in_blocks", perturbed)
+    missed = {measure.name for measure in check_gradients(stage).missed}
+    assert missed == {
+        f"{base}, {positions}, float32: gradient"
+        for base in ("respsann", "waveresnet")
+        for positions in ("rope", "alibi", "sinusoidal")
+    }
+
+
+def test_a_gradient_that_is_no_number_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = sine._gradients_in_blocks
+
+    def broken(*arguments: Any) -> Any:
+        grad_z, *others = original(*arguments)
+        return grad_z * float("nan"), *others
+
+    monkeypatch.setattr(sine, "_gradients_in_blocks", broken)
+    result = check_gradients(stage)
+    assert result.measures[0].value == 12, "two bases with a sine, three schemes, two precisions"
+    assert not result.measures[0].is_met
+
+
+def test_a_gradient_that_is_missing_is_infinitely_far(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = gpu_numerics.device_gradients
+
+    def without(*arguments: Any) -> Any:
+        found = original(*arguments)
+        return replace(found, by_name={n: g for n, g in found.by_name.items() if n != "embedding.weight"})
+
+    monkeypatch.setattr(gpu_numerics, "device_gradients", without)
+    result = check_gradients(stage)
+    names = [measure.name for measure in result.measures]
+    assert {measure.name for measure in result.missed} == {name for name in names if name.endswith(": gradient")}
+
+
+def test_low_precision_trains_as_float32_does(stage: Stage) -> None:
+    short = replace(stage, sizes=replace(REHEARSAL, n_steps=8))
+    result = check_precision(short)
+    assert result.status == "ok", result.problems()
+    assert len(result.series["waveresnet, float16"]) == 8
+
+
+def test_a_precision_that_learns_otherwise_is_seen() -> None:
+    exact = [5.0, 4.5, 4.0]
+    curves = {torch.float32: exact, torch.bfloat16: [5.0, 4.5, 4.055], torch.float16: [5.0, 4.501, 4.0]}
+    missed = [measure.name for measure in curve_measures("b", curves) if not measure.is_met]
+    assert missed == ["b, bfloat16: largest distance"]
+    flat = {dtype: [5.0, 5.0] for dtype in curves}
+    assert [m.name for m in curve_measures("b", flat) if not m.is_met] == ["b: fall of the float32 loss"]
+    lost = {**curves, torch.float16: [5.0, float("nan"), 4.0]}
+    assert "b, float16: mean distance" in [m.name for m in curve_measures("b", lost) if not m.is_met]
+    assert not scale_measure("b", 9).is_met

@@ -1,0 +1,83 @@
+"""GPU-05 and GPU-06 see ranks that train another model, ranks that fail, and GPUs that are not there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from psannlm.benchmarks import gpu_parallel
+from psannlm.benchmarks.gpu_checks import run_check
+from psannlm.benchmarks.gpu_parallel import check_ddp, check_fsdp, efficiency_measure, parity_measures
+from psannlm.benchmarks.gpu_stage import Stage
+from psannlm.config.train import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("_no_curve")
+
+
+@pytest.fixture
+def _no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psannlm.training.run.draw_curve", lambda folder, title, rows: folder / "loss_curve.png")
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_model_of_one(stage: Stage) -> None:
+    result = check_ddp(stage)
+    assert result.status == "ok", result.problems()
+    assert len(result.series["many"]) == 4
+
+
+def test_ranks_that_train_otherwise_are_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another learning rate the first loss is the same, and no later one."""
+    original = gpu_parallel.run_config
+
+    def config(stage: Stage, name: str, **settings: Any) -> Any:
+        if name.endswith("many"):
+            settings.update(lr=2e-3, ddp="off", grad_accum_steps=2)
+        return original(stage, name, **settings)
+
+    monkeypatch.setattr(gpu_parallel, "run_config", config)
+    # In this process, which is quicker to start than two others.
+    monkeypatch.setattr(gpu_parallel, "launch", lambda config, *others: gpu_parallel.train(config, resume="never"))
+    assert [measure.name for measure in check_ddp(stage).missed] == [
+        "loss, one process against many",
+        "weights at the end",
+    ]
+
+
+def test_a_rank_that_fails_is_the_checks_error(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_parallel, "train", lambda config, resume: None)
+    monkeypatch.setattr(gpu_parallel, "to_yaml", lambda config: "train: {lr: fast}")
+    result = run_check("GPU-05", check_ddp, stage)
+    assert result.status == "error"
+    assert "ended with 2" in str(result.error)
+
+
+def test_one_gpu_is_a_reason_to_skip(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    result = check_ddp(replace(stage, device=torch.device("cuda")))
+    assert (result.status, result.skipped) == ("skipped", "there is one GPU, and parallel training needs two")
+
+
+def test_sharding_is_skipped_only_where_there_is_none(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(gpu_parallel, "_check", lambda stage, check, title, settings: asked.append(settings))
+    monkeypatch.setattr(TrainConfig, "model_fields", {"lr": None})
+    assert check_fsdp(stage).status == "skipped"
+    monkeypatch.setattr(TrainConfig, "model_fields", {"lr": None, "fsdp": None})
+    check_fsdp(stage)
+    assert asked == [{"fsdp": "full"}]
+
+
+def test_limits_of_parity_and_scaling() -> None:
+    weights = {"one": {"w": torch.ones(4)}, "many": {"w": torch.ones(4) * 1.01}}
+    assert [m.is_met for m in parity_measures([1.0, 2.0], [1.0, 2.0], {**weights, "many": weights["one"]})] == [
+        True,
+        True,
+    ]
+    assert [m.is_met for m in parity_measures([1.0, 2.0], [1.0, 2.001], weights)] == [False, False]
+    assert not parity_measures([], [], weights)[0].is_met, "no loss is no parity"
+    assert not efficiency_measure([100.0] * 4, [90.0] * 4, 2, is_rehearsal=False).is_met
+    assert efficiency_measure([100.0] * 4, [190.0] * 4, 2, is_rehearsal=False).is_met

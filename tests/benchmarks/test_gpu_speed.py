@@ -1,0 +1,74 @@
+"""GPU-03 sees a slow rate, an uneven one, a costly sine, and memory that the large model does not have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from psannlm.benchmarks.gpu_speed import Rates, check_speed, fitting_rows, rate_measures
+from psannlm.benchmarks.gpu_stage import Shape, Stage
+from psannlm.benchmarks.timing import Spread
+
+
+def rates(forward: float = 7e6, utilisation: float = 0.2, spread: float = 1.0) -> dict[str, Rates]:
+    found = Rates(Spread(2e6, 2e6, 2e6 * spread), Spread.of([forward]), utilisation)
+    return {"respsann": found, "waveresnet": found, "transformer": found}
+
+
+def missed(
+    found: dict[str, Rates], sine_cost: float = 1.0, *, is_large_gpu: bool = True, is_rehearsal: bool = False
+) -> list[str]:
+    measures = rate_measures(found, sine_cost, 131_072, is_large_gpu, is_rehearsal=is_rehearsal)
+    return [measure.name for measure in measures if not measure.is_met]
+
+
+def test_fast_and_even_rates_pass() -> None:
+    assert missed(rates()) == []
+
+
+def test_a_slow_forward_pass_is_seen_on_the_gpus_it_was_published_for() -> None:
+    slow = rates(forward=6e6)
+    assert missed(slow) == ["respsann, 131,072 tokens: forward", "waveresnet, 131,072 tokens: forward"]
+    assert missed(slow, is_large_gpu=False) == []
+    assert missed(slow, is_rehearsal=True, is_large_gpu=False) == []
+
+
+def test_a_step_that_waits_is_seen() -> None:
+    assert len([name for name in missed(rates(utilisation=0.03)) if "utilisation" in name]) == 3
+
+
+def test_uneven_turns_are_seen() -> None:
+    assert "waveresnet, 131,072 tokens: spread of training" in missed(rates(spread=1.3))
+
+
+def test_a_costly_sine_is_seen() -> None:
+    name = "131,072 tokens: a step with the sine / with GELU"
+    assert missed(rates(), 1.1) == missed(rates(), float("nan")) == [name]
+
+
+def test_every_base_and_batch_is_measured(stage: Stage) -> None:
+    result = check_speed(stage)
+    assert result.status == "ok", result.problems()
+    for base in ("respsann", "waveresnet", "transformer"):
+        assert len(result.series[f"{base}: training"]) == len(stage.sizes.batch_tokens)
+    assert all(rate > 0 for name, values in result.series.items() for rate in values)
+
+
+def test_a_clock_that_stands_still_is_no_infinite_rate(stage: Stage) -> None:
+    with pytest.raises(ZeroDivisionError):
+        check_speed(replace(stage, clock=lambda: 1.0))
+
+
+def test_rows_are_halved_until_they_fit() -> None:
+    import torch
+
+    from psannlm.models.accounting import training_memory
+
+    shape = Shape(d_model=32, n_layers=2, n_heads=2, vocab_size=64, seq_len=32, n_rows=8)
+    config = shape.config("transformer")
+    needed = training_memory(config, 4, 32, dtype=torch.float32).total
+    found = fitting_rows(config, shape, torch.float32, int(needed / 0.79))
+    assert found is not None
+    assert found.n_rows == 4
+    assert fitting_rows(config, shape, torch.float32, 1000) is None

@@ -1,0 +1,88 @@
+"""``psannlm gpu-validate``: what it writes, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from psannlm.benchmarks import gpu_checks
+from psannlm.benchmarks.gpu_report import CheckResult, at_least, at_most
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[float], None]:
+    """Replace the battery by one check of a rate, of which at least 50 is wanted, and set what it measures."""
+    monkeypatch.chdir(tmp_path)
+    now = [100.0]
+
+    def check(stage: Any) -> CheckResult:
+        stage.say("GPU-03: measuring")
+        measures = (
+            at_least("rate", now[0], 50.0, "tokens/s", "because", regression=0.1),
+            at_most("error", 0.0, 1.0, "x", "because"),
+        )
+        series = {"batch tokens": [512.0, 1024.0], "respsann: training": [1e5, 2e5]}
+        return CheckResult("GPU-03", "throughput", measures, series=series)
+
+    monkeypatch.setattr(gpu_checks, "CHECKS", {"GPU-03": check})
+    return lambda value: now.__setitem__(0, value)
+
+
+def test_a_battery_leaves_everything_behind(psannlm: Run, rate: Callable[[float], None], tmp_path: Path) -> None:
+    ended = psannlm("gpu-validate", "--device", "cpu", "--only", "GPU-03", "--json")
+    assert ended.code == 0
+    told = json.loads(ended.out)
+    folder = Path(told.pop("folder"))
+    assert folder.parent == Path("reports/gpu")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"summary.json", "system.json", "stdout.log", "table.txt", "throughput.png"}
+    assert json.loads((folder / "summary.json").read_text(encoding="utf-8")) == told
+    assert told["verdict"] == "ok"
+    assert "GPU-03: measuring" in (folder / "stdout.log").read_text(encoding="utf-8")
+    assert "because" in (folder / "table.txt").read_text(encoding="utf-8")
+
+
+def test_a_missed_limit_ends_with_three(psannlm: Run, rate: Callable[[float], None]) -> None:
+    rate(40.0)
+    ended = psannlm("gpu-validate", "--device", "cpu", "--out", "here")
+    assert ended.code == 3
+    assert "error: GPU-03: rate: 40 tokens/s (at least 50)" in ended.err
+    assert json.loads(Path("here/summary.json").read_text(encoding="utf-8"))["verdict"] == "failed"
+    assert "MISSED" in Path("here/table.txt").read_text(encoding="utf-8")
+
+
+def test_a_regression_ends_with_three(psannlm: Run, rate: Callable[[float], None]) -> None:
+    assert psannlm("gpu-validate", "--device", "cpu", "--out", "before").code == 0
+    rate(95.0)
+    assert psannlm("gpu-validate", "--device", "cpu", "--out", "now", "--baseline", "before").code == 0
+    rate(80.0)
+    ended = psannlm("gpu-validate", "--device", "cpu", "--out", "now", "--baseline", "before/summary.json")
+    assert ended.code == 3
+    assert "80 tokens/s now, 100 in the baseline (-20.0%); 10% worse is allowed" in ended.err
+
+
+def test_no_gpu_ends_with_one_and_writes_nothing(
+    psannlm: Run, rate: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ended = psannlm("gpu-validate")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith("error: torch ")
+    assert ended.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_usage_ends_with_two_before_anything_runs(
+    psannlm: Run, rate: Callable[[float], None], tmp_path: Path
+) -> None:
+    assert psannlm("gpu-validate", "--device", "cpu", "--only", "GPU-99").code == 2
+    assert psannlm("gpu-validate", "--device", "tpu").code == 2
+    assert psannlm("gpu-validate", "--device", "cpu", "--baseline", "absent.json").code == 1
+    assert list(tmp_path.iterdir()) == []
