@@ -122,12 +122,6 @@ def evaluate_sources(
         raise CorpusError(f"a window of {window} tokens is longer than the model's context of {longest}")
     report = ReadReport()
     store = encode_documents(read_documents(sources, report), loaded.tokenizer)
-    windows = Windows(
-        store,
-        window or longest,
-        bos_id=loaded.tokenizer.bos_id,
-        eos_id=loaded.tokenizer.eos_id,
-        pad_id=loaded.tokenizer.pad_id,
-    )
+    windows = Windows(store, window or longest, pad_id=loaded.tokenizer.pad_id)
     result = evaluate(loaded.model, windows, precision=precision, batch_size=batch_size, on_progress=on_progress)
     return result, report

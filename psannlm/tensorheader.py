@@ -20,23 +20,24 @@ MAX_HEADER_BYTES = 64 << 20
 _ITEM_BYTES = {"U8": 1, "U16": 2, "U32": 4, "I64": 8}
 
 
-def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """Return the head of a file that holds ``tensors`` (name: type and shape) in that order; its length is 8 x n.
+def build_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], n_bytes: int
+) -> bytes:
+    """Return the head, ``n_bytes`` long, of a file that holds ``tensors`` (name: type and shape) in that order.
 
     Types are U8, U16, U32 and I64. Equal arguments give equal bytes.
+
+    Raises:
+        ValueError: ``n_bytes`` are too few.
     """
     fields: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + _ITEM_BYTES[dtype] * math.prod(shape)
         fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    return pack_header(fields)
-
-
-def pack_header(fields: Mapping[str, Any]) -> bytes:
-    """Return the length and the JSON of ``fields``, filled with blanks so that the tensors start at 8 x n."""
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text = text.ljust(-(-len(text) // 8) * 8)
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8").ljust(n_bytes - LENGTH_BYTES)
+    if LENGTH_BYTES + len(text) > n_bytes:
+        raise ValueError(f"a header of {LENGTH_BYTES + len(text)} bytes does not fit into {n_bytes}")
     return struct.pack("<Q", len(text)) + text
 
 

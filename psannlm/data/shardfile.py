@@ -1,10 +1,11 @@
 """Documents enter a few at a time and one shard file leaves; a shard opens in an instant and vouches for every byte.
 
-A shard is a safetensors file of six tensors. Per document: ``starts`` (n_documents + 1,) I64, where it starts in the
+A shard is a safetensors file of eight tensors. Per document: ``starts`` (n_documents + 1,) I64, where it starts in the
 stream; ``n_bytes`` (n_documents,) I64, UTF-8 bytes of its text; ``origins`` (n_documents,) I64, where it comes from;
-``hashes`` (n_documents, 16) U8. Then ``tokens`` (n_tokens,) U16 or U32, the framed stream; and last ``block_sha256``
-(n_blocks, 32) U8, the SHA-256 of each block of all bytes before it, header included. Wide types stand first, so that
-every tensor is aligned in a memory map.
+``hashes`` (n_documents, 16) U8. Then ``tokens`` (n_tokens,) U16 or U32, the framed stream; ``lengths`` and
+``length_counts`` (n_lengths,) I64, which lengths documents have, frame included, and how many have each; and last
+``block_sha256`` (n_blocks, 32) U8, the SHA-256 of each block of all bytes before it, header included. Wide types stand
+first, so that what is mapped is aligned.
 
 Reading 10 GB to hash it would make opening slow. So the manifest holds one hash of the header and the block sums, which
 is checked at once, and the sums vouch for the blocks, each checked the first time that something in it is asked for.
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +33,8 @@ FORMAT = "psannlm-shard-1"
 BLOCK_BYTES = 1 << 18
 TOKEN_TYPES = {"uint16": "U16", "uint32": "U32"}
 _SUM_BYTES = 32
-_MAX_HEADER_BYTES = 1 << 16
+# One length for all shards: the header can be written last, when the number of distinct lengths is known.
+_HEADER_BYTES = 2048
 _REMEDY = "Bring it back from a copy, or run psannlm prep again"
 
 
@@ -54,30 +57,31 @@ class ShardEntry:
 class _Layout:
     """Where each tensor of a shard lies: a pure function of its sizes, so that no header has to be believed."""
 
-    def __init__(self, token_type: str, fingerprint: str, n_tokens: int, n_documents: int) -> None:
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {
-            "starts": ("I64", (n_documents + 1,)),
-            "n_bytes": ("I64", (n_documents,)),
-            "origins": ("I64", (n_documents,)),
-            "hashes": ("U8", (n_documents, HASH_BYTES)),
-            "tokens": (token_type, (n_tokens,)),
-        }
-        metadata = {"format": FORMAT, "tokenizer_fingerprint": fingerprint}
-        # The header names the number of blocks, whose first is the header: its digits settle after a pass or two.
-        n_blocks, former = 1, 0
-        while n_blocks != former:
-            former = n_blocks
-            self.header = build_header({**tensors, "block_sha256": ("U8", (n_blocks, _SUM_BYTES))}, metadata)
-            item = 2 if token_type == "U16" else 4
-            self.starts = len(self.header)
-            self.n_bytes = self.starts + 8 * (n_documents + 1)
-            self.origins = self.n_bytes + 8 * n_documents
-            self.hashes = self.origins + 8 * n_documents
-            self.tokens = self.hashes + HASH_BYTES * n_documents
-            self.sums = self.tokens + item * n_tokens
-            n_blocks = -(-self.sums // BLOCK_BYTES)
-        self.n_blocks = n_blocks
-        self.size = self.sums + _SUM_BYTES * n_blocks
+    def __init__(self, token_type: str, fingerprint: str, n_tokens: int, n_documents: int, n_lengths: int) -> None:
+        self.starts = _HEADER_BYTES
+        self.n_bytes = self.starts + 8 * (n_documents + 1)
+        self.origins = self.n_bytes + 8 * n_documents
+        self.hashes = self.origins + 8 * n_documents
+        self.tokens = self.hashes + HASH_BYTES * n_documents
+        self.lengths = self.tokens + (2 if token_type == "U16" else 4) * n_tokens
+        self.length_counts = self.lengths + 8 * n_lengths
+        self.sums = self.length_counts + 8 * n_lengths
+        self.n_blocks = -(-self.sums // BLOCK_BYTES)
+        self.size = self.sums + _SUM_BYTES * self.n_blocks
+        self.header = build_header(
+            {
+                "starts": ("I64", (n_documents + 1,)),
+                "n_bytes": ("I64", (n_documents,)),
+                "origins": ("I64", (n_documents,)),
+                "hashes": ("U8", (n_documents, HASH_BYTES)),
+                "tokens": (token_type, (n_tokens,)),
+                "lengths": ("I64", (n_lengths,)),
+                "length_counts": ("I64", (n_lengths,)),
+                "block_sha256": ("U8", (self.n_blocks, _SUM_BYTES)),
+            },
+            {"format": FORMAT, "tokenizer_fingerprint": fingerprint},
+            n_bytes=_HEADER_BYTES,
+        )
 
 
 def write_shard(
@@ -98,10 +102,8 @@ def write_shard(
         ValueError: the parts do not come to ``n_tokens`` and ``n_documents``, or are no parts.
     """
     path, dtype = Path(path), np.dtype(dtype)
-    layout = _Layout(TOKEN_TYPES[dtype.name], fingerprint, n_tokens, n_documents)
     with replacing(path) as temporary, open(temporary, "w+b") as file:
-        file.write(layout.header)
-        text_bytes = _write_parts(file, layout, dtype, n_tokens, n_documents, parts)
+        layout, text_bytes = _write_parts(file, fingerprint, dtype, n_tokens, n_documents, parts)
         file.seek(0)
         sums = b"".join(_block_sums(file, layout.sums))
         file.seek(layout.sums)
@@ -112,19 +114,23 @@ def write_shard(
 
 def _write_parts(
     file: BinaryIO,
-    layout: _Layout,
+    fingerprint: str,
     dtype: np.dtype[Any],
     n_tokens: int,
     n_documents: int,
     parts: Iterable[DocumentPart],
-) -> int:
-    """Write what stands between the header and the sums; return the UTF-8 bytes of all texts."""
+) -> tuple[_Layout, int]:
+    """Write all but the sums; return where it lies, and the UTF-8 bytes of all texts."""
     document = token = ended = text_bytes = 0
+    counts: Counter[int] = Counter()
+    layout = _Layout(TOKEN_TYPES[dtype.name], fingerprint, n_tokens, n_documents, 0)
     _write_at(file, layout.starts, np.zeros(1, dtype="<i8"))
     for part in parts:
         part.refuse_disagreement()
+        if part.tokens.dtype != dtype:
+            raise ValueError(f"tokens are {part.tokens.dtype}, the shard is {dtype}")
         if document + len(part.lengths) > n_documents or token + len(part.tokens) > n_tokens:
-            break
+            raise ValueError(f"the parts come to more than {n_documents} documents of {n_tokens} tokens in all")
         ends = ended + np.cumsum(part.lengths)
         ended = int(ends[-1]) if len(ends) else ended
         if ended > token + len(part.tokens):
@@ -133,15 +139,20 @@ def _write_parts(
         _write_at(file, layout.n_bytes + 8 * document, part.n_bytes.astype("<i8"))
         _write_at(file, layout.origins + 8 * document, part.origins.astype("<i8"))
         _write_at(file, layout.hashes + HASH_BYTES * document, part.hashes.astype("u1"))
-        if part.tokens.dtype != dtype:
-            raise ValueError(f"tokens are {part.tokens.dtype}, the shard is {dtype}")
         _write_at(file, layout.tokens + dtype.itemsize * token, part.tokens.astype(dtype.newbyteorder("<")))
         document, token = document + len(part.lengths), token + len(part.tokens)
         text_bytes += int(part.n_bytes.sum())
-    else:
-        if (document, token, ended) == (n_documents, n_tokens, n_tokens):
-            return text_bytes
-    raise ValueError(f"the parts do not come to {n_documents} documents of {n_tokens} tokens in all")
+        for length, count in zip(*np.unique(part.lengths, return_counts=True), strict=True):
+            counts[int(length)] += int(count)
+    if (document, token, ended) != (n_documents, n_tokens, n_tokens):
+        raise ValueError(f"the parts do not come to {n_documents} documents of {n_tokens} tokens in all")
+    # Few even in a large shard: k distinct lengths take at least k * (k + 1) / 2 tokens.
+    table = np.array(sorted(counts.items()), dtype="<i8").reshape(-1, 2)
+    layout = _Layout(TOKEN_TYPES[dtype.name], fingerprint, n_tokens, n_documents, len(table))
+    _write_at(file, layout.lengths, table.T)
+    file.seek(0)
+    file.write(layout.header)
+    return layout, text_bytes
 
 
 def _write_at(file: BinaryIO, at: int, values: NDArray[Any]) -> None:
@@ -155,7 +166,7 @@ def _block_sums(file: BinaryIO, end: int) -> Iterable[bytes]:
 
 
 class Shard:
-    """An open shard: arrays that are checked as they are asked for. They are read-only views of the file.
+    """An open shard, a ``stream.Segment``: arrays that are checked as they are asked for, read-only views of the file.
 
     Every method raises ArtifactError if a block that it needs is damaged.
     """
@@ -163,13 +174,13 @@ class Shard:
     def __init__(self, path: Path, entry: ShardEntry, layout: _Layout, dtype: np.dtype[Any], file: BinaryIO) -> None:
         """For :func:`open_shard`, which has checked ``file``."""
         self.path, self.entry, self.dtype = path, entry, dtype
-        self.n_tokens, self.n_documents = entry.tokens, entry.documents
+        self.n_framed_tokens, self.n_documents = entry.tokens, entry.documents
         self._layout = layout
         # A plain array over the map: numpy's memmap class costs microseconds at every slice.
         self._bytes = np.asarray(np.memmap(file, dtype=np.uint8, mode="r", shape=(layout.size,)))
         self._sums = self._bytes[layout.sums :].tobytes()
-        self._is_checked = bytearray(layout.n_blocks)
-        self._tokens = self._bytes[layout.tokens : layout.sums].view(dtype.newbyteorder("<"))
+        self._is_checked = np.zeros(layout.n_blocks, dtype=bool)
+        self._tokens = self._bytes[layout.tokens : layout.lengths].view(dtype.newbyteorder("<"))
         self._starts = self._bytes[layout.starts : layout.n_bytes].view("<i8")
         self._n_bytes = self._bytes[layout.n_bytes : layout.origins].view("<i8")
         self._origins = self._bytes[layout.origins : layout.hashes].view("<i8")
@@ -179,6 +190,30 @@ class Shard:
         """Return a slice of the framed stream, (stop - start,) uint16 or uint32."""
         self._check(self._layout.tokens, self.dtype.itemsize, start, stop)
         return self._tokens[start:stop]
+
+    def documents_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the document that each place of the stream belongs to, in the shape of ``places``.
+
+        The search may step on blocks that nobody has checked; what it finds is then shown to be right by checked ones.
+        """
+        found = np.searchsorted(self._starts, places, side="right") - 1
+        np.clip(found, 0, self.n_documents - 1, out=found)
+        first = (self._layout.starts + 8 * found) // BLOCK_BYTES
+        last = (self._layout.starts + 8 * found + 15) // BLOCK_BYTES
+        for block in np.union1d(first, last):
+            if not self._is_checked[block]:
+                self._check_block(int(block))
+        if np.any((self._starts[found] > places) | (places >= self._starts[found + 1])):
+            self._check(self._layout.starts, 8, 0, self.n_documents + 1)
+            raise ArtifactError(f"{self.path} contradicts itself: its documents do not follow each other. {_REMEDY}.")
+        return found
+
+    def length_counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the lengths that documents have, frame included and rising, and how many have each; (n_lengths,)."""
+        layout = self._layout
+        self._check(layout.lengths, 1, 0, layout.sums - layout.lengths)
+        table = np.frombuffer(self._bytes[layout.lengths : layout.sums].tobytes(), dtype="<i8").reshape(2, -1)
+        return table[0], table[1]
 
     def starts(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return where documents ``start`` to ``stop`` (exclusive) start in the stream; one more is its end."""
@@ -240,7 +275,7 @@ def open_shard(path: Path, entry: ShardEntry, fingerprint: str) -> Shard:
 
 def _checked_layout(path: Path, entry: ShardEntry, fingerprint: str, file: BinaryIO) -> tuple[_Layout, np.dtype[Any]]:
     size = os.fstat(file.fileno()).st_size
-    header = read_header(path, file, size, _MAX_HEADER_BYTES)
+    header = read_header(path, file, size, _HEADER_BYTES)
     fields = parse_header(path, header)
     metadata = parse_metadata(path, fields)
     if metadata.get("format") != FORMAT:
@@ -252,7 +287,10 @@ def _checked_layout(path: Path, entry: ShardEntry, fingerprint: str, file: Binar
             f"{fingerprint!r}. {_REMEDY}."
         )
     refuse_wrong_length(path, size, len(header), fields)
-    layouts = {name: _Layout(kind, fingerprint, entry.tokens, entry.documents) for name, kind in TOKEN_TYPES.items()}
+    n_lengths = _n_lengths(fields, entry.documents)
+    layouts = {
+        name: _Layout(kind, fingerprint, entry.tokens, entry.documents, n_lengths) for name, kind in TOKEN_TYPES.items()
+    }
     fitting = [name for name, layout in layouts.items() if layout.header == header]
     if not fitting:
         raise ArtifactError(
@@ -265,3 +303,12 @@ def _checked_layout(path: Path, entry: ShardEntry, fingerprint: str, file: Binar
     if hashlib.sha256(header + sums).hexdigest() != entry.header_and_sums_sha256:
         raise ArtifactError(f"{path} is damaged, or is another shard than the manifest names. {_REMEDY}.")
     return layout, np.dtype(fitting[0])
+
+
+def _n_lengths(fields: Mapping[str, Any], n_documents: int) -> int:
+    """How many distinct lengths a header speaks of, 0 if it does not say; the header is compared as a whole later."""
+    try:
+        (n,) = fields["lengths"]["shape"]
+    except (TypeError, KeyError, ValueError):
+        return 0
+    return n if type(n) is int and 0 <= n <= n_documents else 0

@@ -1,4 +1,4 @@
-"""Encoded documents as flat arrays: ids enter one group of documents at a time, a :class:`TokenStore` leaves."""
+"""Documents enter; their ids leave as one framed stream in memory, in the narrowest type that holds them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psannlm.data.documents import Document
+from psannlm.data.parts import frame
 from psannlm.tokenizers.base import Tokenizer
 
-# A group is large enough to keep the tokenizer's threads busy, small enough that its Python lists of ids stay cheap.
+# A group is large enough to keep the tokenizer's threads busy, small enough that its arrays of ids stay cheap.
 _GROUP_CHARACTERS = 1 << 21
 _GROUP_DOCUMENTS = 4096
 
@@ -24,21 +25,26 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Documents as ids, end to end, no specials among them.
+    """Documents as ids in memory, end to end, each between a begin and an end of text: a ``stream.Stream``.
 
-    ``tokens``: (n_tokens,) uint16 or uint32, in memory or memory-mapped; document ``d`` is
-    ``tokens[offsets[d]:offsets[d + 1]]``. ``offsets``: (n_documents + 1,) int64. ``doc_bytes``: (n_documents,) int64,
-    the UTF-8 length of each text, which turns a loss per token into bits per byte.
+    ``framed``: (n_framed_tokens,) uint16 or uint32; document ``d`` is ``framed[offsets[d]:offsets[d + 1]]``.
+    ``offsets``: (n_documents + 1,) int64. ``doc_bytes``: (n_documents,) int64, the UTF-8 length of each text, which
+    turns a loss per token into bits per byte.
     """
 
-    tokens: NDArray[Any]
+    framed: NDArray[Any]
     offsets: NDArray[np.int64]
     names: tuple[str, ...]
     doc_bytes: NDArray[np.int64]
 
     @property
-    def n_tokens(self) -> int:
-        """Ids of all documents together."""
+    def segments(self) -> tuple[TokenStore, ...]:
+        """Itself: a store in memory is one piece."""
+        return (self,)
+
+    @property
+    def n_framed_tokens(self) -> int:
+        """Ids of all documents, each begin and end of text among them."""
         return int(self.offsets[-1])
 
     @property
@@ -47,30 +53,58 @@ class TokenStore:
         return len(self.offsets) - 1
 
     @property
+    def n_tokens(self) -> int:
+        """Ids of the texts alone."""
+        return self.n_framed_tokens - 2 * self.n_documents
+
+    @property
     def n_bytes(self) -> int:
         """UTF-8 bytes of all documents together."""
         return int(self.doc_bytes.sum())
 
-    @property
-    def n_framed_tokens(self) -> int:
-        """Ids once each document stands between a begin and an end of text."""
-        return self.n_tokens + 2 * self.n_documents
+    def tokens(self, start: int, stop: int) -> NDArray[Any]:
+        """Return a slice of the stream, as a view."""
+        return self.framed[start:stop]
+
+    def starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return where documents start; the one after the last is the stream's end."""
+        return self.offsets[start:stop]
+
+    def documents_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the document that each place belongs to, in the shape of ``places``."""
+        return np.searchsorted(self.offsets, places, side="right") - 1
+
+    def length_counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the framed lengths that documents have, rising, and how many have each."""
+        return np.unique(np.diff(self.offsets), return_counts=True)
+
+    def name(self, document: int) -> str:
+        """Return where a document comes from."""
+        return self.names[document]
 
     def document(self, index: int) -> NDArray[Any]:
-        """Return the ids of one document, as a view."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        """Return the ids of one document without its frame, as a view."""
+        return self.framed[self.offsets[index] + 1 : self.offsets[index + 1] - 1]
 
 
 def store_from_ids(
     documents: Iterable[Sequence[int]],
     vocab_size: int,
+    *,
+    bos_id: int,
+    eos_id: int,
     names: Sequence[str] | None = None,
     doc_bytes: Sequence[int] | None = None,
 ) -> TokenStore:
     """Return a store of documents that are ids already; bytes default to zero, names to ``text 1`` and on."""
     dtype = token_dtype(vocab_size)
-    chunks = [np.asarray(ids, dtype=dtype) for ids in documents]
-    return _assemble(chunks, [len(chunk) for chunk in chunks], dtype, names, doc_bytes)
+    ids = [np.asarray(document, dtype=dtype) for document in documents]
+    lengths = np.array([len(document) for document in ids], dtype=np.int64)
+    chunk = frame(
+        np.concatenate(ids) if ids else np.zeros(0, dtype), lengths, bos_id=bos_id, eos_id=eos_id, dtype=dtype
+    )
+    named = [f"text {i + 1}" for i in range(len(ids))] if names is None else names
+    return _assemble([chunk], dtype, named, [0] * len(ids) if doc_bytes is None else doc_bytes)
 
 
 def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> TokenStore:
@@ -80,19 +114,15 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Tok
         TokenizerError: a document is not Unicode text.
     """
     dtype = token_dtype(tokenizer.vocab_size)
-    chunks: list[NDArray[Any]] = []
-    lengths: list[int] = []
+    chunks: list[tuple[NDArray[Any], NDArray[np.int64]]] = []
     names: list[str] = []
     doc_bytes: list[int] = []
     for group in _groups(documents):
-        encoded = tokenizer.encode_batch([document.text for document in group])
-        chunks.extend(np.asarray(ids, dtype=dtype) for ids in encoded)
-        lengths.extend(len(ids) for ids in encoded)
+        ids, lengths = tokenizer.encode_flat([document.text for document in group])
+        chunks.append(frame(ids, lengths, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, dtype=dtype))
         names.extend(document.name for document in group)
         doc_bytes.extend(document.n_bytes for document in group)
-        # One array per group rather than per document: a million short lines would be a million array headers.
-        chunks[-len(group) :] = [np.concatenate(chunks[-len(group) :])]
-    return _assemble(chunks, lengths, dtype, names, doc_bytes)
+    return _assemble(chunks, dtype, names, doc_bytes)
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -109,17 +139,14 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _assemble(
-    chunks: Sequence[NDArray[Any]],
-    lengths: Sequence[int],
+    chunks: Sequence[tuple[NDArray[Any], NDArray[np.int64]]],
     dtype: type[np.uint16] | type[np.uint32],
-    names: Sequence[str] | None,
-    doc_bytes: Sequence[int] | None,
+    names: Sequence[str],
+    doc_bytes: Sequence[int],
 ) -> TokenStore:
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
     return TokenStore(
-        tokens=np.concatenate(chunks) if chunks else np.zeros(0, dtype=dtype),
-        offsets=offsets,
-        names=tuple(names) if names is not None else tuple(f"text {i + 1}" for i in range(len(lengths))),
-        doc_bytes=np.asarray(doc_bytes if doc_bytes is not None else np.zeros(len(lengths)), dtype=np.int64),
+        framed=np.concatenate([np.zeros(0, dtype=dtype), *(tokens for tokens, _ in chunks)]),
+        offsets=np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *(lengths for _, lengths in chunks)])),
+        names=tuple(names),
+        doc_bytes=np.asarray(doc_bytes, dtype=np.int64),
     )

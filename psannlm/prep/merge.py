@@ -201,7 +201,7 @@ class _Merge:
                     entries.append(_rewrite(shard, wanted, path, self._like.tokenizer.fingerprint))
                 self._count_origins(shard, wanted)
                 self._reporter.writing(
-                    sum(entry.tokens for entry in entries), sum(s.shard.n_tokens for s in self._shards)
+                    sum(entry.tokens for entry in entries), sum(s.shard.n_framed_tokens for s in self._shards)
                 )
         return SplitEntry.of(tuple(entries))
 

@@ -17,7 +17,7 @@ from torch import nn
 from psannlm.config.run import RunConfig, plan_batches, to_yaml, total_steps
 from psannlm.data.loader import Loader
 from psannlm.data.prepare import PreparedData, prepare
-from psannlm.data.shards import TokenStore
+from psannlm.data.stream import Stream
 from psannlm.data.windows import Windows
 from psannlm.device import Precision, describe_device, pick_device, pick_precision, require_compiler
 from psannlm.distributed import World, joined, launched_world
@@ -277,16 +277,9 @@ def doubts(config: RunConfig, loader: Loader, n_steps: int) -> list[str]:
     return found
 
 
-def cut_windows(config: RunConfig, store: TokenStore, tokenizer: Tokenizer) -> Windows:
+def cut_windows(config: RunConfig, store: Stream, tokenizer: Tokenizer) -> Windows:
     """Return the windows of ``store`` as ``config.data`` wants them: length and packing."""
-    return Windows(
-        store,
-        config.data.max_length,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        pack=config.data.pack_sequences,
-    )
+    return Windows(store, config.data.max_length, pad_id=tokenizer.pad_id, pack=config.data.pack_sequences)
 
 
 def build_loader(config: RunConfig, data: PreparedData, world: World) -> Loader:

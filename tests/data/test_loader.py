@@ -20,7 +20,7 @@ T = 3
 
 def make_windows(n: int) -> Windows:
     """Exactly ``n`` packed windows."""
-    return Windows(store_from_ids([range(4, 4 + n * T - 1)], 1 << 20), T, bos_id=1, eos_id=2, pad_id=0)
+    return Windows(store_from_ids([range(4, 4 + n * T - 1)], 1 << 20, bos_id=1, eos_id=2), T, pad_id=0)
 
 
 def seen(step: StepBatch) -> list[int]:
@@ -199,6 +199,6 @@ def test_impossible_settings_are_refused(settings_: dict[str, int], named: str) 
 
 
 def test_a_store_without_windows_is_refused() -> None:
-    empty = Windows(store_from_ids([], 300), T, bos_id=1, eos_id=2, pad_id=0)
+    empty = Windows(store_from_ids([], 300, bos_id=1, eos_id=2), T, pad_id=0)
     with pytest.raises(CorpusError, match="no window"):
         Loader(empty, 1)

@@ -25,7 +25,7 @@ def test_documents_come_back_whatever_the_groups(texts: list[str], group: int, b
     assert store.doc_bytes.tolist() == [len(text.encode()) for text in texts]
     assert store.n_bytes == store.n_tokens == sum(len(text.encode()) for text in texts)
     assert store.n_framed_tokens == store.n_tokens + 2 * len(texts)
-    assert store.tokens.dtype == np.uint16
+    assert store.framed.dtype == np.uint16
 
 
 def test_groups_are_bounded_by_characters_and_by_documents(byte_tokenizer: Tokenizer) -> None:
@@ -46,8 +46,8 @@ def test_groups_are_bounded_by_characters_and_by_documents(byte_tokenizer: Token
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(300, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
 def test_ids_take_two_bytes_as_long_as_they_fit(vocab_size: int, dtype: type) -> None:
     assert token_dtype(vocab_size) is dtype
-    store = store_from_ids([[vocab_size - 1, 0]], vocab_size)
-    assert store.tokens.dtype == dtype
+    store = store_from_ids([[vocab_size - 1, 0]], vocab_size, bos_id=1, eos_id=2)
+    assert store.framed.dtype == dtype
     assert store.document(0).tolist() == [vocab_size - 1, 0]
 
 

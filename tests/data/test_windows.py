@@ -21,11 +21,11 @@ FIRST_ID = 4
 def numbered(lengths: list[int]) -> TokenStore:
     """Documents of these lengths in which no id stands twice, so that a label tells where it comes from."""
     ends = np.cumsum([FIRST_ID, *lengths])
-    return store_from_ids([range(a, b) for a, b in pairwise(ends)], vocab_size=1 << 20)
+    return store_from_ids([range(a, b) for a, b in pairwise(ends)], 1 << 20, bos_id=BOS, eos_id=EOS)
 
 
 def windows_of(lengths: list[int], seq_len: int, pack: bool) -> Windows:
-    return Windows(numbered(lengths), seq_len, bos_id=BOS, eos_id=EOS, pad_id=PAD, pack=pack)
+    return Windows(numbered(lengths), seq_len, pad_id=PAD, pack=pack)
 
 
 def reference_windows(lengths: list[int], seq_len: int, pack: bool) -> list[tuple[list[int], list[int]]]:
@@ -107,26 +107,26 @@ def test_without_packing_documents_never_share_a_window(lengths: list[int], seq_
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_padding_is_told_by_place_when_it_shares_its_id_with_the_end_of_text(pack: bool) -> None:
-    windows = Windows(numbered([3, 5]), 4, bos_id=BOS, eos_id=EOS, pad_id=EOS, pack=pack)
+    windows = Windows(numbered([3, 5]), 4, pad_id=EOS, pack=pack)
     labels = np.concatenate([windows[i][1] for i in range(len(windows))])
     assert (labels == EOS).sum() == 2
 
 
 def test_ids_above_the_narrow_type_survive() -> None:
     ids = [70_000, 65_535, 65_536]
-    windows = Windows(store_from_ids([ids], vocab_size=70_001), 8, bos_id=BOS, eos_id=EOS, pad_id=PAD)
+    windows = Windows(store_from_ids([ids], 70_001, bos_id=BOS, eos_id=EOS), 8, pad_id=PAD)
     assert windows[0][1][:3].tolist() == ids
 
 
 def test_windows_read_a_memory_map_without_loading_it(tmp_path) -> None:  # type: ignore[no-untyped-def]
     store = numbered([9, 0, 14])
-    store.tokens.tofile(tmp_path / "tokens.bin")
-    mapped = np.memmap(tmp_path / "tokens.bin", dtype=store.tokens.dtype, mode="r")
+    store.framed.tofile(tmp_path / "tokens.bin")
+    mapped = np.memmap(tmp_path / "tokens.bin", dtype=store.framed.dtype, mode="r")
     on_disk = TokenStore(mapped, store.offsets, store.names, store.doc_bytes)
     for pack in (True, False):
-        one, other = (Windows(s, 4, bos_id=BOS, eos_id=EOS, pad_id=PAD, pack=pack) for s in (store, on_disk))
+        one, other = (Windows(s, 4, pad_id=PAD, pack=pack) for s in (store, on_disk))
         assert torch.equal(one.batch(range(len(one)))[0], other.batch(range(len(other)))[0])
-    assert on_disk.tokens is mapped
+    assert on_disk.framed is mapped
 
 
 @pytest.mark.parametrize("pack", [True, False])

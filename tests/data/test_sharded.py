@@ -1,0 +1,143 @@
+"""Windows over shards are windows over memory, bit for bit, wherever shards end."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psannlm.data import apart, shardfile
+from psannlm.data.parts import DocumentPart, frame, pack_origin
+from psannlm.data.sharded import ShardedStore
+from psannlm.data.shardfile import open_shard, write_shard
+from psannlm.data.shards import TokenStore, store_from_ids
+from psannlm.data.windows import Windows
+from psannlm.errors import ArtifactError
+
+PAD, BOS, EOS = 0, 1, 2
+PRINT = "ab" * 32
+
+
+def in_memory(lengths: Sequence[int]) -> TokenStore:
+    chance = np.random.default_rng(len(lengths))
+    # Specials among the ids: a tokenizer made elsewhere may use them as words.
+    documents = [chance.integers(0, 50, n).tolist() for n in lengths]
+    return store_from_ids(documents, 300, bos_id=BOS, eos_id=EOS, doc_bytes=[3 * n for n in lengths])
+
+
+def in_shards(folder: Path, store: TokenStore, sizes: Sequence[int]) -> ShardedStore:
+    """The same documents in shards of ``sizes`` documents, in turn."""
+    shards, first = [], 0
+    while first < store.n_documents or not shards:
+        last = min(first + sizes[len(shards) % len(sizes)], store.n_documents)
+        ids = [store.document(d) for d in range(first, last)]
+        tokens, lengths = frame(
+            np.concatenate([np.zeros(0, np.uint16), *ids]),
+            np.array([len(i) for i in ids], dtype=np.int64),
+            bos_id=BOS,
+            eos_id=EOS,
+            dtype=np.uint16,
+        )
+        origins = np.array([pack_origin(d % 2, d // 2) for d in range(first, last)], dtype=np.int64)
+        n = last - first
+        part = DocumentPart(tokens, lengths, store.doc_bytes[first:last], np.zeros((n, 16), np.uint8), origins)
+        path = folder / f"train_{len(shards):05d}.safetensors"
+        entry = write_shard(path, dtype=np.uint16, fingerprint=PRINT, n_tokens=len(tokens), n_documents=n, parts=[part])
+        shards.append(open_shard(path, entry, PRINT))
+        first = last
+    return ShardedStore(shards, ["a.txt", "b.jsonl"])
+
+
+ragged = st.lists(st.integers(0, 30) | st.sampled_from([0, 1, 200]), max_size=14)
+
+
+@given(
+    lengths=ragged,
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    seq_len=st.integers(1, 40),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=50)
+@pytest.mark.parametrize("pack", [True, False])
+def test_windows_over_shards_are_windows_over_memory(
+    pack: bool, lengths: list[int], sizes: list[int], seq_len: int, data: st.DataObject
+) -> None:
+    store = in_memory(lengths)
+    with tempfile.TemporaryDirectory() as folder, patch.object(apart, "_BLOCK_DOCUMENTS", 3):
+        shards = in_shards(Path(folder), store, sizes)
+        assert (shards.n_tokens, shards.n_bytes, shards.n_documents) == (
+            store.n_tokens,
+            store.n_bytes,
+            store.n_documents,
+        )
+        assert [a.tolist() for a in shards.length_counts()] == [a.tolist() for a in store.length_counts()]
+        assert shards.starts(0, store.n_documents + 1).tolist() == store.offsets.tolist()
+        one, other = (Windows(s, seq_len, pad_id=PAD, pack=pack) for s in (store, shards))
+        assert len(one) == len(other)
+        assert one.n_labels == other.n_labels
+        wanted = data.draw(st.lists(st.integers(0, len(one) - 1), max_size=8)) if len(one) else []
+        for indices in (range(len(one)), wanted):
+            for a, b in zip(one.batch(indices), other.batch(indices), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_many_documents_are_found_through_their_blocks(tmp_path: Path) -> None:
+    """With the real sizes of blocks: more documents than are summed up at a time."""
+    lengths = np.random.default_rng(1).integers(0, 6, apart._BLOCK_DOCUMENTS * apart._BLOCKS_AT_ONCE + 700).tolist()
+    store = in_memory(lengths)
+    shards = in_shards(tmp_path, store, [1000, len(lengths)])
+    one, other = (Windows(s, 3, pad_id=PAD, pack=False) for s in (store, shards))
+    for indices in (np.random.default_rng(2).integers(0, len(one), 500), [0, len(one) - 1]):
+        assert all(torch.equal(a, b) for a, b in zip(one.batch(indices), other.batch(indices), strict=True))
+    # Against a third reckoning, without blocks or tables.
+    first = np.concatenate([[0], np.cumsum((np.array(lengths) + 1 + 2) // 3)])
+    assert len(one) == first[-1]
+    document = 131_500
+    ids, _ = one[int(first[document])]
+    assert ids.tolist()[: min(3, lengths[document] + 2)] == [BOS, *store.document(document), EOS][:3]
+
+
+def test_windows_say_which_line_they_come_from(tmp_path: Path) -> None:
+    shards = in_shards(tmp_path, in_memory([3, 1, 1, 9]), [3, 1])
+    packed, single = (Windows(shards, 12, pad_id=PAD, pack=pack) for pack in (True, False))
+    assert packed.describe(0) == "window 0: from a.txt to b.jsonl:1 and 2 more between them"
+    assert packed.describe(1) == "window 1: b.jsonl:1, tokens 1 to 10 of 11"
+    assert single.describe(2) == "window 2: a.txt:1, tokens 0 to 2 of 3"
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_no_flipped_bit_becomes_a_token(tmp_path: Path, pack: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is flipped behind the header, a window is right or it raises."""
+    monkeypatch.setattr(shardfile, "BLOCK_BYTES", 512)
+    store = in_memory([int(n) for n in np.random.default_rng(0).integers(0, 40, 120)])
+    shards = in_shards(tmp_path, store, [50])
+    right = Windows(store, 16, pad_id=PAD, pack=pack)
+    whole = right.batch(range(len(right)))
+    path = shards.segments[1].path
+    content = bytearray(path.read_bytes())
+    said: set[str] = set()
+    n_raised = 0
+    for at in range(2048, len(content) - 32 * 20, 23):
+        content[at] ^= 1 << at % 8
+        path.write_bytes(content)
+        content[at] ^= 1 << at % 8
+        middle = open_shard(path, shards.segments[1].entry, PRINT)
+        damaged = ShardedStore([shards.segments[0], middle, shards.segments[2]], ["a", "b"])
+        try:
+            windows = Windows(damaged, 16, pad_id=PAD, pack=pack)
+            assert len(windows) == len(right)
+            found = windows.batch(range(len(right)))
+        except ArtifactError as error:
+            said.add(str(error).partition(" between")[0])
+            n_raised += 1
+            continue
+        assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
+    assert said == {f"{path} is damaged"}
+    assert n_raised > 100
