@@ -56,6 +56,7 @@ NEVER_TORCH = (
     "data.manifest",
     "data.order",
     "data.parts",
+    "data.prefetch",
     "data.sharded",
     "data.shardfile",
     "data.shards",

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from psannlm.data.order import shuffled
+from psannlm.data.order import permuted
+from psannlm.data.prefetch import prefetched
 from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ConfigError, CorpusError, TrainingError
 
@@ -67,12 +68,22 @@ class Loader:
         world_size: int = 1,
         seed: int = 1337,
         shuffle: bool = True,
+        ahead: int = 2,
+        workers: int = 1,
     ) -> None:
-        """Raises ConfigError for sizes below 1 or a rank outside the world, CorpusError when there is no window."""
+        """``workers`` threads keep ``ahead`` steps ready before they are asked for; 0 makes each when it is asked for.
+
+        Neither changes what the steps hold, nor a position: that of a step is where it stands in the order.
+
+        Raises:
+            ConfigError: a size is below 1, or the rank lies outside the world.
+            CorpusError: there is no window.
+        """
         for name, value in (
             ("micro_batch_size", micro_batch_size),
             ("grad_accum_steps", grad_accum_steps),
             ("world_size", world_size),
+            ("workers", workers),
         ):
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be 1 or more")
@@ -85,6 +96,7 @@ class Loader:
         self.grad_accum_steps = grad_accum_steps
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle = seed, shuffle
+        self.ahead, self.workers = ahead, workers
 
     @property
     def windows_per_step(self) -> int:
@@ -96,11 +108,12 @@ class Loader:
         """Steps from the start of an epoch to its end, the smaller last one included."""
         return -(-len(self.windows) // self.windows_per_step)
 
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the windows in the order of ``epoch``, (n_windows,) int64; the same on every rank."""
+    def order(self, epoch: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """Return places ``start`` to ``stop`` (by default all) of the order of ``epoch``; the same on every rank."""
+        stop = len(self.windows) if stop is None else stop
         if not self.shuffle:
-            return np.arange(len(self.windows), dtype=np.int64)
-        return shuffled(len(self.windows), self.seed, "epoch", epoch)
+            return np.arange(start, stop, dtype=np.int64)
+        return permuted(len(self.windows), start, stop, self.seed, "epoch", epoch)
 
     def steps(self, position: Position | None = None) -> Iterator[StepBatch]:
         """Return this rank's steps from ``position`` (by default the very start) on, epoch after epoch, endlessly.
@@ -114,17 +127,22 @@ class Loader:
                 f"cannot go on at window {position.window} of epoch {position.epoch}: the corpus has "
                 f"{len(self.windows)} windows. Resume with the data, tokenizer and max_length the run was started with."
             )
-        return self._walk(position.epoch, position.window)
+        return prefetched(self._step, self._walk(position), ahead=self.ahead, threads=self.workers)
 
-    def _walk(self, epoch: int, start: int) -> Iterator[StepBatch]:
+    def _walk(self, position: Position) -> Iterator[tuple[Position, int]]:
+        """Yield where each step starts and the place in its epoch where it ends."""
+        n = len(self.windows)
+        epoch, start = (position.epoch, position.window) if position.window < n else (position.epoch + 1, 0)
         while True:
-            order = self.order(epoch)
-            while start < len(order):
-                dealt = order[start : start + self.windows_per_step]
-                start += len(dealt)
-                after = Position(epoch, start) if start < len(order) else Position(epoch + 1, 0)
-                yield StepBatch(self._micro_batches(dealt), after, len(dealt))
-            epoch, start = epoch + 1, 0
+            stop = min(start + self.windows_per_step, n)
+            yield Position(epoch, start), stop
+            epoch, start = (epoch, stop) if stop < n else (epoch + 1, 0)
+
+    def _step(self, piece: tuple[Position, int]) -> StepBatch:
+        at, stop = piece
+        dealt = self.order(at.epoch, at.window, stop)
+        after = Position(at.epoch, stop) if stop < len(self.windows) else Position(at.epoch + 1, 0)
+        return StepBatch(self._micro_batches(dealt), after, len(dealt))
 
     def _micro_batches(self, dealt: NDArray[np.int64]) -> tuple[MicroBatch, ...]:
         # Dealt like cards, so that in a small step no rank has two windows more than another.

@@ -155,11 +155,14 @@ def test_parts_that_do_not_come_to_the_promised_sizes_leave_no_file(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_thousand_flipped_bits_are_noticed_before_they_are_read(tmp_path: Path) -> None:
+def test_a_thousand_flipped_bits_are_noticed_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shardfile, "BLOCK_BYTES", 1 << 14)
     path = tmp_path / "s"
     entry = write(path, some_documents(1500, 250), batch=500)
     content = bytearray(path.read_bytes())
-    assert len(content) > 2 * BLOCK_BYTES
+    assert len(content) > 20 * (1 << 14)
     chance = random.Random(7)
     for _ in range(1000):
         at, bit = chance.randrange(len(content)), 1 << chance.randrange(8)
