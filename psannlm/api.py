@@ -15,12 +15,13 @@ from typing import Any, Literal
 from rich.console import Console
 
 from psannlm.config.data import DataConfig, PathSource, TokenizerBackend
+from psannlm.config.files import prepared_manifest
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import RunConfig, section_from_kwargs
 from psannlm.config.train import Amp, TrainConfig
 from psannlm.data.documents import Document, read_documents
 from psannlm.data.files import KNOWN_SUFFIXES, split_suffix
-from psannlm.data.prepare import PreparedData, prepare_documents
+from psannlm.data.prepare import PreparedData, prepare, prepare_documents
 from psannlm.data.shards import encode_documents
 from psannlm.data.windows import Windows
 from psannlm.errors import CorpusError, GenerationError, TokenizerError
@@ -49,6 +50,7 @@ class psannLMDataPrep:
         texts_or_paths: texts, and paths of files or folders (``.txt``, ``.jsonl``, ``.parquet``, also ``.gz``,
             ``.zst``), one or many, also mixed. A string counts as a path if there is such a file or
             folder, or files that it matches as a glob; one without spaces that only looks like a path is refused.
+            Or one folder that ``psannlm prep`` made, with its own tokenizer and validation part.
         tokenizer: ``auto``, ``sentencepiece``, ``tokenizers`` or ``simple``.
         tokenizer_model_path: a tokenizer file to use instead of fitting one on the training texts.
         max_length: tokens of a window.
@@ -59,7 +61,8 @@ class psannLMDataPrep:
 
     Raises:
         CorpusError: a path does not exist or cannot be read, or there is less text than one window.
-        ConfigError: a value is refused.
+        ConfigError: a value is refused, or a prepared folder stands beside other texts or was made otherwise.
+        ArtifactError: a prepared folder is damaged.
     """
 
     def __init__(
@@ -74,7 +77,9 @@ class psannLMDataPrep:
         *,
         vocab_size: int = 4096,
     ) -> None:
-        documents, sources = _documents(texts_or_paths)
+        given = _listed(texts_or_paths)
+        folder = _prepared_paths(given)
+        documents, sources = ([], folder) if folder else _documents(given)
         settings: dict[str, Any] = {
             "sources": [{"path": source} for source in sources],
             "tokenizer": tokenizer,
@@ -87,7 +92,11 @@ class psannLMDataPrep:
         }
         self.config = section_from_kwargs(DataConfig, "data", settings)
         self.notices: list[str] = []
-        self.prepared: PreparedData = prepare_documents(documents, self.config, self.notices.append)
+        self.prepared: PreparedData = (
+            prepare(self.config, self.notices.append)
+            if folder
+            else prepare_documents(documents, self.config, self.notices.append)
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -358,7 +367,7 @@ class psannLM:
 
 def _documents(texts_or_paths: Texts) -> tuple[list[Document], list[str]]:
     """Sort strings and paths into documents; also return what to write down as sources."""
-    given = [texts_or_paths] if isinstance(texts_or_paths, (str, os.PathLike)) else list(texts_or_paths)
+    given = _listed(texts_or_paths)
     documents: list[Document] = []
     sources: list[str] = []
     n_texts = 0
@@ -373,6 +382,17 @@ def _documents(texts_or_paths: Texts) -> tuple[list[Document], list[str]]:
     if n_texts or not sources:
         sources.append(_GIVEN_IN_PYTHON)
     return documents, sources
+
+
+def _listed(texts_or_paths: Texts) -> list[str | os.PathLike[str]]:
+    is_one = isinstance(texts_or_paths, (str, os.PathLike))
+    return [texts_or_paths] if is_one else list(texts_or_paths)  # type: ignore[list-item, arg-type]
+
+
+def _prepared_paths(given: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return what was given as paths if a prepared folder is among it; a text beside it counts as a source too."""
+    paths = [os.fspath(item) if isinstance(item, os.PathLike) or _is_path(item) else _GIVEN_IN_PYTHON for item in given]
+    return paths if any(prepared_manifest(path) is not None for path in paths) else []
 
 
 def _is_path(text: object) -> bool:

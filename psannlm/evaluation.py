@@ -11,12 +11,15 @@ from torch import nn
 
 from psannlm.config.data import Source
 from psannlm.data.documents import ReadReport, read_documents
+from psannlm.data.prepared import find_prepared, open_folder
 from psannlm.data.shards import encode_documents
+from psannlm.data.stream import Stream
 from psannlm.data.windows import Windows
 from psannlm.device import Precision
 from psannlm.distributed import World
-from psannlm.errors import ArtifactError, CorpusError
+from psannlm.errors import ArtifactError, CorpusError, TokenizerError
 from psannlm.models.artifact import LoadedModel
+from psannlm.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,15 @@ def evaluate_sources(
 ) -> tuple[Evaluation, ReadReport]:
     """Evaluate a loaded model, already on the device of ``precision``, on all text of ``sources``.
 
+    Of a prepared folder that is the validation part, or where nothing was held out all of it.
+
     Args:
         window: tokens seen at once; None takes the length the model was trained with.
 
     Raises:
-        ArtifactError: the model file has no tokenizer.
+        ArtifactError: the model file has no tokenizer, or a prepared folder is damaged.
+        TokenizerError: a prepared folder was made with another tokenizer than the model.
+        ConfigError: a prepared folder stands beside other sources.
         CorpusError: a source cannot be read, holds no text, or ``window`` is longer than the model's context.
     """
     if loaded.tokenizer is None:
@@ -120,8 +127,27 @@ def evaluate_sources(
     longest = config.max_seq_len or 256
     if window is not None and window > longest and config.positional_encoding != "alibi":
         raise CorpusError(f"a window of {window} tokens is longer than the model's context of {longest}")
-    report = ReadReport()
-    store = encode_documents(read_documents(sources, report), loaded.tokenizer)
+    store, report = _read(sources, loaded.tokenizer)
     windows = Windows(store, window or longest, pad_id=loaded.tokenizer.pad_id)
     result = evaluate(loaded.model, windows, precision=precision, batch_size=batch_size, on_progress=on_progress)
     return result, report
+
+
+def _read(sources: Sequence[Source], tokenizer: Tokenizer) -> tuple[Stream, ReadReport]:
+    """Return the text to evaluate on, in the tokens of ``tokenizer``, and what was read."""
+    manifest = find_prepared(sources)
+    if manifest is None:
+        report = ReadReport()
+        return encode_documents(read_documents(sources, report), tokenizer), report
+    folder = open_folder(manifest)
+    if folder.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise TokenizerError(
+            f"{folder.path} was prepared with tokenizer {folder.tokenizer.fingerprint}, the model was trained with "
+            f"{tokenizer.fingerprint}; name the text itself, or prepare it with the model's tokenizer"
+        )
+    part = folder.train if folder.validation is None else folder.validation
+    report = folder.report()
+    report.documents, report.bytes = part.n_documents, part.n_bytes
+    name = "training part: nothing was held out" if folder.validation is None else "validation part"
+    report.builtin[str(folder.path)] = f"{folder.path}: the {name}"
+    return part, report

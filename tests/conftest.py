@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from psannlm.tokenizers.base import BOS, EOS, PAD, SPECIALS, UNK, Tokenizer, refuse_surrogates
@@ -31,7 +32,7 @@ class ByteTokenizer(Tokenizer):
         refuse_surrogates(text)
         return [byte + len(SPECIALS) for byte in text.encode("utf-8")]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -86,3 +87,69 @@ def build_tiny() -> Callable[..., Transformer]:
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def prepare_folder() -> Callable[..., Path]:
+    """Return a writer of prepared folders: ``write(folder, tokenizer, train texts, held-out texts, shard sizes)``."""
+    from psannlm.data.manifest import Manifest, PrepSettings, SourceEntry, SplitEntry, TokenizerEntry, write_manifest
+    from psannlm.data.parts import DocumentPart, frame, pack_origin, text_hash
+    from psannlm.data.shardfile import ShardEntry, write_shard
+    from psannlm.data.shards import token_dtype
+
+    def split(folder: Path, kind: str, tokenizer: Tokenizer, texts: Sequence[str], size: int) -> SplitEntry:
+        entries: list[ShardEntry] = []
+        dtype = token_dtype(tokenizer.vocab_size)
+        for first in range(0, len(texts), size):
+            batch = texts[first : first + size]
+            ids, lengths = tokenizer.encode_flat(batch)
+            tokens, framed = frame(ids, lengths, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, dtype=dtype)
+            content = [text.encode("utf-8") for text in batch]
+            part = DocumentPart(
+                tokens,
+                framed,
+                np.array([len(c) for c in content], dtype=np.int64),
+                np.frombuffer(b"".join(map(text_hash, content)), dtype=np.uint8).reshape(-1, 16),
+                np.array([pack_origin(0, first + i + 1) for i in range(len(batch))], dtype=np.int64),
+            )
+            entries.append(
+                write_shard(
+                    folder / f"{kind}_{len(entries):05d}.safetensors",
+                    dtype=dtype,
+                    fingerprint=tokenizer.fingerprint,
+                    n_tokens=len(tokens),
+                    n_documents=len(batch),
+                    parts=[part],
+                )
+            )
+        return SplitEntry.of(tuple(entries))
+
+    def write(
+        folder: Path, tokenizer: Tokenizer, texts: Sequence[str], held_out: Sequence[str] = (), size: int = 5
+    ) -> Path:
+        file = "tokenizer.json" if tokenizer.to_bytes()[:1] == b"{" else "tokenizer.model"
+        tokenizer.save(folder / file)
+        manifest = Manifest(
+            tokenizer=TokenizerEntry(
+                file,
+                tokenizer.backend,
+                tokenizer.vocab_size,
+                tokenizer.fingerprint,
+                tokenizer.bos_id,
+                tokenizer.eos_id,
+                tokenizer.pad_id,
+            ),
+            dtype=np.dtype(token_dtype(tokenizer.vocab_size)).name,
+            settings=PrepSettings(0.0, 1337, None, None, False, "text", True, "strict", size),
+            part="1/1",
+            sources=(SourceEntry("lines.txt", 1, "0" * 64, len(texts) + len(held_out)),),
+            train=split(folder, "train", tokenizer, texts, size),
+            validation=split(folder, "validation", tokenizer, held_out, size),
+            drops={"blank document": 2},
+            duplicates=1,
+            val_overlap=0.25 if held_out else None,
+        )
+        write_manifest(folder, manifest)
+        return folder
+
+    return write

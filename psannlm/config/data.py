@@ -14,9 +14,12 @@ TokenizerBackend = Literal["auto", "sentencepiece", "tokenizers", "simple"]
 
 
 class PathSource(Section):
-    """A file, folder or glob of text."""
+    """A file, folder or glob of text, or a folder that ``psannlm prep`` made."""
 
-    path: Text = Field(description="file, folder or glob; relative paths start at the working folder")
+    path: Text = Field(
+        description="file, folder or glob, or alone a folder made by psannlm prep; relative paths start at the working "
+        "folder"
+    )
     per_line: Flag = Field(False, description="one document per line of a .txt file, instead of one per file")
     text_key: Text = Field("text", description="the key that holds the text in .jsonl and .parquet files")
 
@@ -49,11 +52,11 @@ class DataConfig(Section):
 
     sources: tuple[_TaggedSource, ...] = Field(
         (BuiltinSource(builtin="python-reference"),),
-        description="list of paths, {path: ...} or {builtin: python-reference}",
+        description="list of paths, {path: ...} or {builtin: python-reference}; or one prepared folder",
     )
     tokenizer: TokenizerBackend = Field("auto", description="auto takes the first of sentencepiece, tokenizers, simple")
     tokenizer_model_path: Text | None = Field(
-        None, description="a .model or .json made earlier; null: fit one on the corpus"
+        None, description="a .model or .json made earlier; null: fit one on the corpus, or use the prepared folder's"
     )
     vocab_size: Whole = Field(
         4096, ge=261, description="entries of a fitted tokenizer (256 bytes and 4 specials among them)"
@@ -62,7 +65,9 @@ class DataConfig(Section):
     pack_sequences: Flag = Field(
         True, description="join documents into full windows; false: a window holds one document"
     )
-    val_split: Real = Field(0.0, ge=0, lt=1, description="share of the documents held out for validation")
+    val_split: Real = Field(
+        0.0, ge=0, lt=1, description="share of the documents held out for validation; 0 with a prepared folder"
+    )
     seed: Whole = Field(1337, ge=0, description="decides the validation split and the tokenizer's sample")
 
     @field_validator("sources", mode="before")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,51 @@ from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.findings import Finding
 from psannlm.config.yaml_tree import nearest_sibling
 
+MANIFEST_FILE = "manifest.json"
+MANIFEST_MARK = "psannlm-shards-"
+_SHARDS = "train_*.safetensors"
+_HEAD_BYTES = 4096
+_MISSING_SHOWN = 3
+# What reading a manifest may meet; what is wrong with it is said when it is opened.
+_NOT_READ = (OSError, ValueError, KeyError, TypeError, RecursionError)
+
+
+def prepared_manifest(path: str | Path) -> Path | None:
+    """Return the manifest that ``path`` leads to: that of a folder that psannlm prep made, or itself; else None.
+
+    A folder of text may hold a ``manifest.json`` of another tool: only one that begins as ours does, or that stands
+    beside shards, is taken for one.
+    """
+    whole = Path(os.path.expanduser(path))
+    manifest = whole / MANIFEST_FILE if _is_folder(whole) else whole
+    if manifest.name != MANIFEST_FILE or not _is_file(manifest):
+        return None
+    try:
+        with open(manifest, "rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError:
+        head = b""
+    return manifest if MANIFEST_MARK.encode() in head or any(manifest.parent.glob(_SHARDS)) else None
+
+
+def is_prepared(source: PathSource) -> bool:
+    """Tell whether a source is a prepared folder."""
+    return prepared_manifest(source.path) is not None
+
+
+def holds_out(source: PathSource) -> bool:
+    """Tell whether a prepared folder has a validation part; one whose manifest cannot be read may have."""
+    manifest = prepared_manifest(source.path)
+    try:
+        return manifest is None or bool(json.loads(manifest.read_bytes())["validation"]["documents"])
+    except _NOT_READ:
+        return True
+
 
 def missing_files(data: DataConfig) -> Iterator[Finding]:
     """Yield a finding for each source that leads to no file, and for a tokenizer file that is not there."""
     for index, source in enumerate(data.sources):
-        if isinstance(source, PathSource) and (message := _missing_source(source.path)):
+        if isinstance(source, PathSource) and (message := _missing_source(source.path) or _missing_part(source.path)):
             yield Finding(("data", "sources", index, "path"), message)
     tokenizer = data.tokenizer_model_path
     if tokenizer is not None and not _is_file(Path(os.path.expanduser(tokenizer))):
@@ -31,6 +72,28 @@ def _missing_source(path: str) -> str | None:
         matches = any(True for _ in glob.iglob(expanded, recursive=True))
         return None if matches else f"no file matches {path!r} (looked from {Path.cwd()})"
     return _missing(path, "file or folder")
+
+
+def _missing_part(path: str) -> str | None:
+    """Return what a prepared folder lacks, looking at names alone; whether the rest is sound is told on opening it."""
+    manifest = prepared_manifest(path)
+    if manifest is None:
+        folder = Path(os.path.expanduser(path))
+        if _is_folder(folder) and any(folder.glob(_SHARDS)):
+            return f"{path!r} holds shards and no {MANIFEST_FILE}: it was not finished; run psannlm prep again"
+        return None
+    try:
+        fields = json.loads(manifest.read_bytes())
+        names = [fields["tokenizer"]["file"]]
+        names += [shard["file"] for part in ("train", "validation") for shard in fields[part]["shards"]]
+        missing = [name for name in names if not _is_file(manifest.parent / name)]
+    except _NOT_READ:
+        return None
+    if not missing:
+        return None
+    more = f" and {len(missing) - _MISSING_SHOWN} more" if len(missing) > _MISSING_SHOWN else ""
+    shown = ", ".join(missing[:_MISSING_SHOWN])
+    return f"{path!r} lacks {shown}{more}, which its {MANIFEST_FILE} names; bring it back, or run psannlm prep again"
 
 
 def _missing(text: str, kind: str) -> str:
@@ -56,3 +119,7 @@ def _exists(path: Path) -> bool:
 
 def _is_file(path: Path) -> bool:
     return _exists(path) and path.is_file()
+
+
+def _is_folder(path: Path) -> bool:
+    return _exists(path) and path.is_dir()

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from psannlm.config.base import Check, Section
-from psannlm.config.data import DataConfig
-from psannlm.config.files import missing_files
+from psannlm.config.data import DataConfig, PathSource
+from psannlm.config.files import holds_out, is_prepared, missing_files
 from psannlm.config.findings import SECTIONS, Finding, dotted, examine, show, touches, unknown_section
 from psannlm.config.model import ModelConfig
 from psannlm.config.overrides import Origin, apply_override
@@ -154,10 +154,16 @@ def _evaluation_without_data(config: RunConfig) -> list[Check]:
     # Not one of RunConfig's own rules: the Python API may hand over validation data of its own.
     if config.train.eval_interval_steps is None or config.data.val_split > 0:
         return []
-    message = (
-        f"asks for a validation every {config.train.eval_interval_steps} steps, but data.val_split is 0 and nothing is "
-        "held out; set data.val_split (0.1 holds out a tenth), or drop this key"
-    )
+    asked = f"asks for a validation every {config.train.eval_interval_steps} steps, but"
+    folders = [source for source in config.data.sources if isinstance(source, PathSource) and is_prepared(source)]
+    if folders:
+        if any(holds_out(source) for source in folders):
+            return []
+        message = f"{asked} {folders[0].path} was prepared with nothing held out; prepare it again with psannlm prep "
+        message += "--val-split, or drop this key"
+    else:
+        message = f"{asked} data.val_split is 0 and nothing is held out; set data.val_split (0.1 holds out a tenth), "
+        message += "or drop this key"
     return [Check(("train.eval_interval_steps", "data.val_split"), message)]
 
 

@@ -49,11 +49,17 @@ class ReadReport:
     drops: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     builtin: dict[str, str] = field(default_factory=dict)
+    known_sha256: str | None = None
     _digest: Any = field(default_factory=hashlib.sha256, repr=False, compare=False)
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of all text so far in UTF-8, documents joined by a NUL; of one plain file, the file's own."""
+        """SHA-256 of all text so far in UTF-8, documents joined by a NUL; of one plain file, the file's own.
+
+        Of a prepared folder, whose text is not read again, its ``content_sha256``.
+        """
+        if self.known_sha256 is not None:
+            return self.known_sha256
         digest: str = self._digest.hexdigest()
         return digest
 

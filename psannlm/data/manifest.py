@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from psannlm.config.files import MANIFEST_FILE, MANIFEST_MARK
 from psannlm.data.shardfile import TOKEN_TYPES, ShardEntry
 from psannlm.errors import ArtifactError
 from psannlm.storage import write_text
 
-FORMAT = "psannlm-shards-1"
-MANIFEST_FILE = "manifest.json"
+FORMAT = f"{MANIFEST_MARK}1"
 _MAX_BYTES = 256 << 20
 _CONTENT_KEY, _OWN_KEY = "content_sha256", "manifest_sha256"
 _T = TypeVar("_T")
@@ -144,12 +144,6 @@ def read_manifest(path: Path) -> Manifest:
     if content != manifest.content_sha256 or own != _digest({"format": FORMAT, **fields, _CONTENT_KEY: content}):
         raise ArtifactError(f"{path} is damaged, or was changed by hand: it does not agree with its own hashes")
     return manifest
-
-
-def is_prepared(path: Path) -> bool:
-    """Tell whether ``path`` is a prepared folder or the manifest of one."""
-    path = Path(path)
-    return (path / MANIFEST_FILE).is_file() if path.is_dir() else path.name == MANIFEST_FILE and path.is_file()
 
 
 def _read_fields(path: Path) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from pathlib import Path
 from psannlm.config.data import DataConfig
 from psannlm.data.documents import Document, ReadReport, keep_text, read_documents
 from psannlm.data.order import shuffled
-from psannlm.data.shards import TokenStore, encode_documents
+from psannlm.data.prepared import find_prepared, open_folder, refuse_other_wishes
+from psannlm.data.shards import encode_documents
+from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError, CorpusError, Problem
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, load_tokenizer
@@ -36,8 +38,8 @@ class PreparedData:
     """
 
     tokenizer: Tokenizer
-    train: TokenStore
-    val: TokenStore | None
+    train: Stream
+    val: Stream | None
     report: ReadReport
     val_overlap: float | None = None
 
@@ -45,13 +47,19 @@ class PreparedData:
 def prepare(config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = None) -> PreparedData:
     """Read the configured sources, split them, fit or load the tokenizer and encode; ``notice`` gets lines for people.
 
-    A ``tokenizer`` given here is used as it is: that of a run that goes on.
+    A ``tokenizer`` given here is used as it is: that of a run that goes on. A prepared folder is opened instead, with
+    the tokenizer and the validation part that it holds.
 
     Raises:
         CorpusError: a source is missing or cannot be read, or there is less text than one window.
         TokenizerError: the tokenizer cannot be fitted or read.
-        ConfigError: the tokenizer file is of another backend than the one named.
+        ConfigError: the tokenizer file is of another backend than the one named; or a prepared folder is asked for
+            something it was not made with, or stands beside other sources.
+        ArtifactError: a prepared folder is damaged.
     """
+    manifest = find_prepared(config.sources)
+    if manifest is not None:
+        return _from_folder(manifest, config, notice)
     notice("reading and tokenizing the corpus")
     report = ReadReport()
     return _prepare(read_documents(config.sources, report), report, config, notice, tokenizer)
@@ -73,9 +81,7 @@ def _prepare(
         notice(line)
     if tokenizer is None:
         tokenizer = _tokenizer(train_documents, config, notice)
-    notice(
-        f"tokenizer: {tokenizer.backend}, {tokenizer.vocab_size:,} entries, fingerprint {tokenizer.fingerprint[:12]}"
-    )
+    notice(_describe(tokenizer))
     train = encode_documents(train_documents, tokenizer)
     _refuse_too_little(train, config.max_length)
     notice(f"train: {_size(train)}")
@@ -83,8 +89,34 @@ def _prepare(
         return PreparedData(tokenizer, train, None, report)
     val = encode_documents(val_documents, tokenizer)
     overlap = shared_text(val_documents, train_documents)
-    notice(f"validation: {_size(val)}; {overlap:.1%} of its text stands word for word in the training text too")
+    notice(f"validation: {_size(val)}; {_describe_overlap(overlap)}")
     return PreparedData(tokenizer, train, val, report, overlap)
+
+
+def _from_folder(manifest: Path, config: DataConfig, notice: Notice) -> PreparedData:
+    folder = open_folder(manifest)
+    refuse_other_wishes(config, folder)
+    _refuse_too_little(folder.train, config.max_length)
+    report, made = folder.report(), folder.manifest
+    part = "" if made.part == "1/1" else f", part {made.part} of a corpus"
+    notice(f"prepared folder: {folder.path}{part}")
+    for line in report.lines():
+        notice(line)
+    notice(_describe(folder.tokenizer))
+    notice(f"train: {_size(folder.train)}")
+    if folder.validation is not None:
+        overlap = "" if made.val_overlap is None else f"; {_describe_overlap(made.val_overlap)}"
+        notice(f"validation: {_size(folder.validation)}{overlap}")
+    return PreparedData(folder.tokenizer, folder.train, folder.validation, report, made.val_overlap)
+
+
+def _describe(tokenizer: Tokenizer) -> str:
+    entries = f"{tokenizer.vocab_size:,} entries"
+    return f"tokenizer: {tokenizer.backend}, {entries}, fingerprint {tokenizer.fingerprint[:12]}"
+
+
+def _describe_overlap(overlap: float) -> str:
+    return f"{overlap:.1%} of its text stands word for word in the training text too"
 
 
 def _tokenizer(train_documents: Sequence[Document], config: DataConfig, notice: Notice) -> Tokenizer:
@@ -101,13 +133,13 @@ def _tokenizer(train_documents: Sequence[Document], config: DataConfig, notice: 
     return fit_tokenizer(texts, config.tokenizer, config.vocab_size, seed=config.seed, notice=notice)
 
 
-def _size(store: TokenStore) -> str:
+def _size(store: Stream) -> str:
     noun = "document" if store.n_documents == 1 else "documents"
     per_token = f"{store.n_bytes / store.n_tokens:.2f} bytes per token" if store.n_tokens else "no tokens"
     return f"{store.n_documents:,} {noun}, {store.n_bytes:,} bytes, {store.n_tokens:,} tokens ({per_token})"
 
 
-def _refuse_too_little(train: TokenStore, max_length: int) -> None:
+def _refuse_too_little(train: Stream, max_length: int) -> None:
     needed = max_length + 1
     if train.n_framed_tokens < needed:
         raise CorpusError(

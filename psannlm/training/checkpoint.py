@@ -50,6 +50,7 @@ class TrainerState:
         scaler: state of the gradient scaler (fp16), else empty.
         skipped: steps left out so far because they were not finite; skipped_in_a_row: those just now.
         total_steps: at which the learning rate's schedule ends.
+        data_order: which way the order of windows is drawn; None in checkpoints from before there was a second.
     """
 
     step: int
@@ -64,6 +65,7 @@ class TrainerState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     total_steps: int | None = None
+    data_order: str | None = None
 
 
 def step_folder(run: Path, step: int) -> Path:

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from psannlm.config.run import RunConfig, differences
+from psannlm.data.order import ORDER_VERSION
 from psannlm.data.prepare import PreparedData
 from psannlm.errors import ArtifactError, ConfigError, Problem
 from psannlm.lock import RunLock
@@ -53,8 +54,12 @@ _NEUTRAL_KEYS = frozenset(
 
 
 def identity(data: PreparedData) -> dict[str, str]:
-    """Return what tells a corpus and its tokenizer from others, under the names that ``TrainerState`` has for it."""
-    return {"corpus_sha256": data.report.sha256, "tokenizer_fingerprint": data.tokenizer.fingerprint}
+    """Return what decides the windows of a run and their order, under the names that ``TrainerState`` has for it."""
+    return {
+        "corpus_sha256": data.report.sha256,
+        "tokenizer_fingerprint": data.tokenizer.fingerprint,
+        "data_order": ORDER_VERSION,
+    }
 
 
 def find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter) -> tuple[Path, TrainerState] | None:
@@ -128,6 +133,12 @@ def refuse_other_data(found: tuple[Path, TrainerState], data: PreparedData) -> N
     """Raise ConfigError unless ``data`` is the text, in the tokens, that the checkpoint was trained on."""
     folder, state = found
     now = identity(data)
+    if state.data_order != now["data_order"]:
+        raise ConfigError(
+            f"{folder} went through its data in an order that this psannlm draws no more "
+            f"({state.data_order or 'list-1'} then, {now['data_order']} now): some windows would come twice and others "
+            "never. Finish the run with the version that began it, or start anew with --resume never."
+        )
     for name, former in (
         ("corpus_sha256", state.corpus_sha256),
         ("tokenizer_fingerprint", state.tokenizer_fingerprint),

@@ -138,7 +138,7 @@ def test_the_order_is_the_same_as_it_was_when_earlier_runs_were_saved() -> None:
     assert Loader(make_windows(10), 1, seed=1337).order(0).tolist() == PINNED_ORDER
 
 
-PINNED_ORDER = [4, 3, 5, 0, 2, 1, 0]
+PINNED_ORDER = [4, 3, 5, 0, 2, 1, 9, 7, 6, 8]
 
 
 def test_every_epoch_of_an_endless_run_is_whole() -> None:

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
+from psannlm.config.files import MANIFEST_FILE, prepared_manifest
 from psannlm.data.manifest import (
-    MANIFEST_FILE,
     Manifest,
     PrepSettings,
     SourceEntry,
     SplitEntry,
     TokenizerEntry,
-    is_prepared,
     read_manifest,
     write_manifest,
 )
@@ -49,13 +48,16 @@ def test_it_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_folder_or_its_manifest_is_told_from_others(tmp_path: Path) -> None:
-    assert not is_prepared(tmp_path)
+    assert prepared_manifest(tmp_path) is None
     path = write_manifest(tmp_path, MANIFEST)
     (tmp_path / "other.json").write_bytes(path.read_bytes())
-    assert is_prepared(tmp_path)
-    assert is_prepared(path)
-    assert not is_prepared(tmp_path / "other.json")
-    assert not is_prepared(tmp_path / "nowhere")
+    assert prepared_manifest(tmp_path) == prepared_manifest(str(path)) == path
+    assert prepared_manifest(tmp_path / "other.json") is None
+    assert prepared_manifest(tmp_path / "nowhere") is None
+    path.write_text('{"name": "a web page"}', encoding="utf-8")
+    assert prepared_manifest(tmp_path) is None
+    (tmp_path / "train_00000.safetensors").touch()
+    assert prepared_manifest(tmp_path) == path, "beside shards it is ours, and damaged"
 
 
 def test_the_identity_is_that_of_the_tokens() -> None:

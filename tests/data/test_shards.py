@@ -32,9 +32,9 @@ def test_groups_are_bounded_by_characters_and_by_documents(byte_tokenizer: Token
     sizes: list[list[int]] = []
 
     class Watched(type(byte_tokenizer)):  # type: ignore[misc]
-        def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
             sizes.append([len(text) for text in texts])
-            found: list[list[int]] = super().encode_batch(texts)
+            found: list[list[int]] = super().encode_batch(texts, threads)
             return found
 
     documents = [Document("x" * n, "d") for n in (1, 1, 1, 1, 9, 9, 1, 30, 1)]

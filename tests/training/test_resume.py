@@ -17,7 +17,7 @@ from psannlm.data.prepare import prepare
 from psannlm.errors import ArtifactError, ConfigError, PsannlmError
 from psannlm.evaluation import Evaluation
 from psannlm.models.tensorfile import read_tensors
-from psannlm.training.checkpoint import find_checkpoint, list_checkpoints, read_state, step_folder
+from psannlm.training.checkpoint import _sealed, find_checkpoint, list_checkpoints, read_state, step_folder
 from psannlm.training.metrics import read_metrics
 from psannlm.training.progress import SilentReporter
 from psannlm.training.run import TrainResult, train
@@ -301,6 +301,23 @@ def test_other_data_is_refused(tiny_run: TinyRun, tmp_path: Path, tiny_texts: li
         train(config, data=given)
 
 
+@pytest.mark.parametrize("former", [None, "list-0"])
+def test_a_checkpoint_of_another_order_is_refused(tiny_run: TinyRun, former: str | None) -> None:
+    """A position counts windows of an order: in another one, what is behind it is not what was seen."""
+    config = tiny_run(max_steps=4, save_interval_steps=2)
+    train_and_crash(config, after=3)
+    path = step_folder(Path(config.train.checkpoint_dir), 2) / "trainer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if former is None:
+        del content["state"]["data_order"]
+    else:
+        content["state"]["data_order"] = former
+    path.write_text(_sealed({k: content[k] for k in ("files", "state")}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"order that this psannlm draws no more \(list-. then, feistel-1 now\)"):
+        train(config)
+    assert train(config, resume="never").steps == 4
+
+
 def test_a_resume_uses_the_tokenizer_it_was_trained_with(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another version of a tokenizer's library may fit another vocabulary on the same text."""
     config = tiny_run(max_steps=4, save_interval_steps=2)
@@ -395,7 +412,6 @@ def test_fp16_cannot_go_on_from_a_run_without_its_scale(tiny_run: TinyRun) -> No
 
 def test_a_state_that_lacks_something_is_refused(tiny_run: TinyRun) -> None:
     """With a hash that fits, as a hostile or a future writer would have it."""
-    from psannlm.training import checkpoint
 
     config = tiny_run(max_steps=2)
     state_file = step_folder(train(config).folder, 2) / "trainer.json"
@@ -412,7 +428,7 @@ def test_a_state_that_lacks_something_is_refused(tiny_run: TinyRun) -> None:
         {**original, "state": {**original["state"], "config": 7}},
     ]
     for case in broken:
-        state_file.write_text(checkpoint._sealed(case), encoding="utf-8")
+        state_file.write_text(_sealed(case), encoding="utf-8")
         with pytest.raises(PsannlmError) as caught:
             train(config, resume=str(state_file.parent))
         assert "\n" not in str(caught.value)

@@ -1,0 +1,125 @@
+"""A run over a prepared folder is the run over the same documents in memory, and goes on like one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from psannlm.config.data import PathSource
+from psannlm.config.run import RunConfig, config_from_mapping
+from psannlm.data.documents import read_documents
+from psannlm.data.prepare import split_documents
+from psannlm.device import Precision
+from psannlm.errors import ConfigError
+from psannlm.evaluation import evaluate_sources
+from psannlm.models.artifact import load_model
+from psannlm.tokenizers.char import CharTokenizer
+from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
+from psannlm.training.metrics import read_metrics
+from psannlm.training.plan import plan_training
+from psannlm.training.progress import SilentReporter
+from psannlm.training.run import train
+
+TinyRun = Callable[..., RunConfig]
+pytestmark = pytest.mark.usefixtures("_no_curve")
+
+
+class Halt(Exception):
+    """Ends a run as abruptly as a crash would."""
+
+
+class Crash(SilentReporter):
+    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
+        if step == 5:
+            raise Halt
+
+
+@pytest.fixture
+def runs(tiny_run: TinyRun, prepare_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
+    """Return a builder of two equal runs, (from text, from a folder); keywords are ``data`` and ``train`` keys."""
+    tokenizer = tmp_path / "made.json"
+    CharTokenizer("éü").save(tokenizer)
+
+    def build(**settings: Any) -> tuple[RunConfig, RunConfig]:
+        data = {"tokenizer_model_path": str(tokenizer), "pack_sequences": settings.pop("pack", True)}
+        text = tiny_run(data=data, checkpoint_dir=str(tmp_path / "text" / "run"), **settings)
+        training, held_out = split_documents(
+            list(read_documents(text.data.sources)), text.data.val_split, text.data.seed
+        )
+        folder = prepare_folder(
+            tmp_path / "folder", CharTokenizer("éü"), [d.text for d in training], [d.text for d in held_out], 2
+        )
+        data |= {"sources": [str(folder)], "val_split": 0.0}
+        return text, tiny_run(data=data, checkpoint_dir=str(tmp_path / "shards" / "run"), **settings)
+
+    return build
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(folder)]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_loss_curve_is_that_of_the_documents_in_memory(runs: Callable[..., Any], pack: bool) -> None:
+    text, shards = runs(pack=pack, max_steps=8, eval_interval_steps=3)
+    one, other = train(text), train(shards)
+    assert rows(one.folder) == rows(other.folder)
+    assert [row["step"] for row in rows(one.folder) if row["kind"] == "eval"] == [3, 6, 8]
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+    assert plan_training(shards, print).n_windows == plan_training(text, print).n_windows
+
+
+def test_a_run_goes_on_exactly_and_only_with_the_same_tokens(
+    runs: Callable[..., Any], prepare_folder: Callable[..., Path], tiny_texts: list[str]
+) -> None:
+    text, shards = runs(max_steps=8, save_interval_steps=2, keep_checkpoints=9)
+    straight = train(text)
+    with pytest.raises(Halt):
+        train(shards, reporter=Crash())
+    resumed = train(shards)
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    folder = Path(shards.data.sources[0].path)
+    last = read_state(list_checkpoints(resumed.folder)[-1])
+    assert last.corpus_sha256 in (folder / "manifest.json").read_text(encoding="utf-8")
+    prepare_folder(folder, CharTokenizer("éü"), tiny_texts[1:], (), 50)
+    with pytest.raises(ConfigError, match="other data: corpus"):
+        train(shards)
+
+
+def test_a_checkpoint_is_evaluated_on_what_its_folder_held_out(runs: Callable[..., Any]) -> None:
+    _, shards = runs(max_steps=4)
+    result = train(shards)
+    loaded = load_model(step_folder(result.folder, 4))
+    fp32 = Precision(torch.device("cpu"), torch.float32, "fp32 as asked")
+    found, report = evaluate_sources(loaded, [PathSource(path=shards.data.sources[0].path)], precision=fp32)
+    assert found.loss == pytest.approx(rows(result.folder)[-1]["loss"], abs=1e-5)
+    assert report.bytes == found.n_bytes
+    assert any("validation part" in line for line in report.lines())
+
+
+def test_a_missing_part_is_named_before_anything_starts(runs: Callable[..., Any]) -> None:
+    _, shards = runs()
+    folder = Path(shards.data.sources[0].path)
+    (folder / "train_00001.safetensors").unlink()
+    (folder / "tokenizer.json").unlink()
+    sections = shards.model_dump(mode="json")
+    with pytest.raises(ConfigError, match=r"sources\[0\]\.path: .* lacks tokenizer.json, train_00001.safe"):
+        config_from_mapping(sections)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds shards and no manifest\.json: .*run psannlm prep again"):
+        config_from_mapping(sections)
+
+
+def test_a_validation_is_asked_of_a_folder_that_can_give_one(
+    runs: Callable[..., Any], prepare_folder: Callable[..., Path], tiny_texts: list[str]
+) -> None:
+    _, shards = runs(eval_interval_steps=2)
+    prepare_folder(Path(shards.data.sources[0].path), CharTokenizer("éü"), tiny_texts)
+    with pytest.raises(ConfigError, match=r"every 2 steps, but .*folder was prepared with nothing held out"):
+        config_from_mapping(shards.model_dump(mode="json"))
