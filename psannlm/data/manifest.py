@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from psannlm.config.files import MANIFEST_FILE, MANIFEST_MARK
+from psannlm.config import files
 from psannlm.data.shardfile import TOKEN_TYPES, ShardEntry
 from psannlm.errors import ArtifactError
 from psannlm.storage import write_text
 
-FORMAT = f"{MANIFEST_MARK}1"
+MANIFEST_FILE = files.MANIFEST_FILE
+FORMAT = f"{files.MANIFEST_MARK}1"
 _MAX_BYTES = 256 << 20
 _CONTENT_KEY, _OWN_KEY = "content_sha256", "manifest_sha256"
 _T = TypeVar("_T")
