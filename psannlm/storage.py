@@ -62,10 +62,15 @@ def _explain(path: Path, error: OSError) -> str:
 
 
 def _free_text(path: Path) -> str:
-    existing = path
+    return f"{free_bytes(path) / 1e6:,.1f} MB free"
+
+
+def free_bytes(path: Path) -> int:
+    """Return the room on the disk that ``path``, which need not exist yet, is or will be on."""
+    existing = path.absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
-    return f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB free"
+    return shutil.disk_usage(existing).free
 
 
 def temporary_beside(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from psannlm.config.run import BatchPlan, RunConfig, plan_batches, total_steps
@@ -12,6 +13,7 @@ from psannlm.device import pick_device, pick_precision, require_compiler
 from psannlm.distributed import launched_world
 from psannlm.models.accounting import count_parameters, flops_per_token, training_memory
 from psannlm.models.registry import resolve
+from psannlm.storage import free_bytes
 from psannlm.training.run import build_loader, doubts
 
 
@@ -72,6 +74,9 @@ def plan_training(config: RunConfig, notice: Callable[[str], None]) -> TrainingP
         optimizer=config.train.optimizer,
         grad_checkpoint=config.train.grad_checkpoint,
     )
+    checkpoint_bytes = memory.weights + memory.optimizer
+    for line in _doubts_of_disk(config, checkpoint_bytes):
+        notice(line)
     return TrainingPlan(
         config=config.model_copy(update={"model": model}),
         parameters=count_parameters(model),
@@ -82,5 +87,17 @@ def plan_training(config: RunConfig, notice: Callable[[str], None]) -> TrainingP
         n_steps=n_steps,
         precision=precision.reason,
         memory={**asdict(memory), "total": memory.total},
-        checkpoint_bytes=memory.weights + memory.optimizer,
+        checkpoint_bytes=checkpoint_bytes,
     )
+
+
+def _doubts_of_disk(config: RunConfig, checkpoint_bytes: int) -> list[str]:
+    """Return a note where the disk has no room for the checkpoints kept, the best one and the one being written."""
+    folder = config.train.checkpoint_dir
+    needed, free = (config.train.keep_checkpoints + 2) * checkpoint_bytes, free_bytes(Path(folder).expanduser())
+    if free >= needed:
+        return []
+    return [
+        f"note: checkpoints will need {needed / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} MB free; free some, "
+        "choose another train.checkpoint_dir, or lower train.keep_checkpoints"
+    ]

@@ -65,23 +65,24 @@ def gradient_norm(model: nn.Module) -> float:
 
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_four_micro_batches_equal_one_large_one(build_tiny: Build, base: str, optimizer: str) -> None:
+def test_two_or_eight_micro_batches_equal_one_large_one(build_tiny: Build, base: str, optimizer: str) -> None:
     """A row with one label must not weigh as much as a full one, nor a micro-batch without any count at all."""
     input_ids, labels = rows([8, 8, 1, 3, 8, 0, 0, 5])
     results, models = [], []
-    for size in (8, 2):
+    n_steps = 10 if optimizer == "adamw" else 3  # Muon's products are in bf16
+    for size in (8, 4, 1):
         model = build_tiny(base=base)
         optimizers = OptimizerSet(model, optimizer, 0.1)
         parts = [batch(input_ids[i : i + size], labels[i : i + size]) for i in range(0, 8, size)]
-        for _ in range(3):
-            results.append(step(model, parts, optimizers, grad_clip=1.0))
+        results.append([step(model, parts, optimizers, grad_clip=1.0) for _ in range(n_steps)])
         models.append(model)
-    for one, four in zip(results[:3], results[3:], strict=True):
-        assert four.n_labels == one.n_labels == 33
-        assert four.loss == pytest.approx(one.loss, abs=1e-6)
-        assert four.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
-    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(b, a, atol=1e-6, rtol=0, msg=name)
+    for run, trained in zip(results[1:], models[1:], strict=True):
+        for one, several in zip(results[0], run, strict=True):
+            assert several.n_labels == one.n_labels == 33
+            assert several.loss == pytest.approx(one.loss, abs=2e-6)
+            assert several.grad_norm == pytest.approx(one.grad_norm, rel=2e-5)
+        for (name, a), b in zip(models[0].named_parameters(), trained.parameters(), strict=True):
+            torch.testing.assert_close(b, a, atol=1e-6, rtol=0, msg=name)
 
 
 def test_the_loss_is_the_mean_over_labels(build_tiny: Build) -> None:
