@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.table import Table
 
 from psannlm.commands.options import JsonOption, LiveLine, figures_table, live_line, print_json, progress, results
 
@@ -125,17 +126,24 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
+def _splits(result: PrepResult) -> Table:
+    table = Table(title="prep", title_justify="left", title_style="bold")
+    table.add_column("", style="cyan")
+    for name in ("documents", "bytes", "tokens", "bytes per token", "shards"):
+        table.add_column(name, justify="right")
+    for name, split in (("train", result.manifest.train), ("validation", result.manifest.validation)):
+        per_token = f"{split.text_bytes / split.tokens:.2f}" if split.tokens else "-"
+        figures = (f"{split.documents:,}", f"{split.text_bytes:,}", f"{split.tokens:,}")
+        table.add_row(name, *figures, per_token, f"{len(split.shards):,}")
+    return table
+
+
 def _show(result: PrepResult) -> None:
     manifest = result.manifest
     if result.was_done:
         results().print(f"{result.folder} is prepared already; nothing to do", highlight=False, markup=False)
-    rows = []
-    for name, split in (("train", manifest.train), ("validation", manifest.validation)):
-        per_token = f", {split.text_bytes / split.tokens:.2f} bytes per token" if split.tokens else ""
-        shards = f"{len(split.shards):,} shard" + ("" if len(split.shards) == 1 else "s")
-        figures = f"{split.documents:,} documents, {split.text_bytes:,} bytes, {split.tokens:,} tokens"
-        rows.append((name, f"{figures}{per_token}, {shards}"))
-    rows += [(f"left out: {reason}", f"{count:,}") for reason, count in manifest.drops.items()]
+    results().print(_splits(result))
+    rows = [(f"left out: {reason}", f"{count:,}") for reason, count in manifest.drops.items()]
     rows.append(("duplicates left out", f"{manifest.duplicates:,}"))
     if not result.was_done:
         rate = f"{result.n_corpus_bytes / 1e6:,.1f} MB"
@@ -147,7 +155,7 @@ def _show(result: PrepResult) -> None:
         ("content", f"{manifest.content_sha256:.12}"),
         ("folder", str(result.folder)),
     ]
-    results().print(figures_table("prep", rows))
+    results().print(figures_table("how", rows))
     if manifest.part == "1/1":
         console = results()
         console.print(

@@ -1,0 +1,78 @@
+"""psannlm prep: from a corpus to a folder, a table, one JSON document, and the right exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psannlm.data.manifest import read_manifest
+from psannlm.tokenizers.resolve import fit_tokenizer
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def tokenizer(tiny_texts: list[str], tmp_path: Path) -> Path:
+    return fit_tokenizer(tiny_texts, "simple", 300).save(tmp_path / "tokenizer.json")
+
+
+def test_prep_and_again(psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["prep", str(tiny_corpus), "--per-line", "--tokenizer", str(tokenizer), "--out", str(out)]
+    first = psannlm(*arguments, "--val-split", "0.2")
+    assert first.code == 0
+    for said in ("train", "validation", "bytes per token", "duplicates left out", "MB/s", "psannlm train"):
+        assert said in first.out
+    manifest = read_manifest(out)
+    assert manifest.tokenizer.backend == "simple"
+    again = psannlm(*arguments, "--val-split", "0.2", "--json")
+    result = json.loads(again.out)
+    assert (result["was_done"], result["content_sha256"]) == (True, manifest.content_sha256)
+    assert result["train"]["documents"] == manifest.train.documents
+    other = psannlm(*arguments, "--val-split", "0.3")
+    assert other.code == 2
+    assert "val_split: 0.2 then, 0.3 now" in other.err
+
+
+def test_parts_and_merge(psannlm: Run, tiny_texts: list[str], tokenizer: Path, tmp_path: Path) -> None:
+    for number, text in enumerate(tiny_texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    folders = [str(tmp_path / f"part{number}") for number in (1, 2)]
+    for number, folder in enumerate(folders, start=1):
+        corpus, part = str(tmp_path / "*.txt"), f"{number}/2"
+        made = psannlm("prep", corpus, "--tokenizer", str(tokenizer), "--out", folder, "--part", part)
+        assert made.code == 0
+    merged = psannlm("prep", *folders, "--merge", "--out", str(tmp_path / "all"), "--json")
+    assert json.loads(merged.out)["train"]["documents"] + 1 == len(tiny_texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "CORPUS"),
+        (["x.txt"], "--out"),
+        (["x.txt", "--out", "o"], "--tokenizer"),
+        (["x.txt", "--out", "o", "--tokenizer", "t", "--part", "one"], "--part"),
+        (["x.txt", "--out", "o", "--tokenizer", "t", "--val-split", "2"], "--val-split"),
+        (["x.txt", "--out", "o", "--tokenizer", "t", "--errors", "ignore"], "--errors"),
+    ],
+)
+def test_wrong_usage(psannlm: Run, arguments: list[str], said: str) -> None:
+    result = psannlm("prep", *arguments)
+    assert result.code == 2
+    assert said in result.err
+
+
+def test_faults_are_one_line(psannlm: Run, tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    result = psannlm("prep", str(tmp_path / "a.txt"), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out"))
+    assert result.code == 2
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    missing = psannlm("prep", str(tmp_path / "b.txt"), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out"))
+    assert missing.code == 2
+    assert "b.txt: no such file or folder" in missing.err

@@ -1,0 +1,227 @@
+"""Whatever is wrong with a corpus or a disk is one clear line, and nothing half-written passes for whole later."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psannlm.data.manifest import MANIFEST_FILE
+from psannlm.errors import ArtifactError, ConfigError, CorpusError, PsannlmError, StorageError
+from psannlm.prep import run as prep_run
+from psannlm.prep.run import PrepResult
+from psannlm.prep.segments import SEGMENT_BYTES
+
+Prepare = Callable[..., PrepResult]
+FolderBytes = Callable[[Path], dict[str, str]]
+DocumentsIn = Callable[..., list[tuple[str, int, int]]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"fine\n\xe4h", r"a\.txt: byte 5 is 0xE4, which is not UTF-8"),
+        ("lines.txt", b"fine\n" * 999 + b"\xff\n", r"lines\.txt: byte 4,995 is 0xFF"),
+        ("long.txt", b"x" * (SEGMENT_BYTES + 7) + b"\xc3", r"long\.txt: byte 1,048,583 is 0xC3"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"txt": "b"}\n',
+            r"a\.jsonl:2: no key 'text' among 'txt' \(did you mean 'txt'\?\)",
+        ),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 7}\n', r"a\.jsonl:2: 'text' must hold a string, not a number"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', r"a\.jsonl:3: not JSON"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: lone surrogate U\+D800"),
+        ("a.txt.gz", gzip.compress(b"some text" * 999)[:-9], r"a\.txt\.gz: damaged or cut short"),
+        ("a.parquet", b"PAR1 and no more", r"a\.parquet: not a whole Parquet file"),
+        ("a.csv", b"a,b", r"a\.csv: \.csv cannot be read"),
+        ("blank.txt", b" \n \n", "the corpus holds no text to keep[^@]*blank line x 2"),
+        ("empty.txt", b"", "the corpus holds no text to keep[^@]*empty file x 1"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named(
+    prepare: Prepare, tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=said) as caught:
+        prepare(tmp_path / name, per_line="line" in name or "blank" in name, n_workers=2)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out" / MANIFEST_FILE).exists()
+
+
+def test_a_column_that_holds_no_text_is_named(prepare: Prepare, tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": ["a", None], "n": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match=r"a\.parquet: row 1: 'n' must hold a string, not a number"):
+        prepare(tmp_path / "a.parquet", text_key="n")
+    with pytest.raises(CorpusError, match=r"a\.parquet: row 2: 'text' must hold a string, not null"):
+        prepare(tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match=r"a\.parquet: no column 'txt' among 'text', 'n' \(did you mean 'text'\?\)"):
+        prepare(tmp_path / "a.parquet", text_key="txt")
+
+
+def test_the_first_of_several_faults_is_told(prepare: Prepare, tmp_path: Path) -> None:
+    """Whichever worker comes upon one first."""
+    for number in range(40):
+        (tmp_path / f"{number:02d}.jsonl").write_text('{"text": "fine"}\n' * 40 + ("bad\n" if number > 2 else ""))
+    for n_workers in (1, 3, 3):
+        with pytest.raises(CorpusError, match=r"03\.jsonl:41: not JSON"):
+            prepare(tmp_path / "*.jsonl", n_workers=n_workers, chunk_bytes=600)
+
+
+def test_bytes_that_are_not_text_are_replaced_on_request_and_counted(
+    tokenizer_path: Path, tmp_path: Path, documents_in: DocumentsIn
+) -> None:
+    contents = {
+        "a.txt": b"caf\xe9 and \xef\xbf\xbd of its own",
+        "b.jsonl": b'{"text": "fine"}\n{"text": "\xff\xfe"}\n',
+        "c.txt": "\u20ac ".encode() * 400_000 + b"\xe2\x82 end \xc3",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    notices: list[str] = []
+
+    class Reporter(prep_run.SilentPrepReporter):
+        def notice(self, text: str) -> None:
+            notices.append(text)
+
+    settings = prep_run.PrepSettings(errors="replace", val_split=0)
+    sources = [str(tmp_path / name) for name in contents]
+    prep_run.prepare_corpus(sources, tokenizer_path, tmp_path / "out", settings, n_workers=2, reporter=Reporter())
+    texts = [text for text, *_ in documents_in(tmp_path / "out")]
+    assert texts == [
+        "caf\ufffd and \ufffd of its own",
+        "fine",
+        "\ufffd\ufffd",
+        contents["c.txt"].decode("utf-8", "replace"),
+    ]
+    (said,) = (line for line in notices if "U+FFFD" in line)
+    assert "for 6 bytes" in said
+    for name in ("a.txt", "b.jsonl:2", "c.txt"):
+        assert str(tmp_path / name) in said
+
+
+def test_a_file_that_changes_meanwhile_is_named(
+    prepare: Prepare, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus, folder)
+    files = sorted(folder.glob("*.txt"))
+    original = prep_run.gather
+    happens: list[Callable[[], object]] = [lambda: files[-1].write_text("quite another text")]
+
+    def gather(*arguments: Any) -> Iterator[Any]:
+        for chunk in original(*arguments):
+            if chunk.index == 3 and happens:
+                happens.pop()()
+            yield chunk
+
+    def stop() -> None:
+        raise PsannlmError("stopped")
+
+    monkeypatch.setattr(prep_run, "gather", gather)
+    with pytest.raises(CorpusError, match=rf"{files[-1].name} changed while the corpus was prepared"):
+        prepare(folder)
+    # Between two runs, behind the back of size and time: the content tells.
+    files[-1].write_bytes(corpus.joinpath(files[-1].name).read_bytes())
+    shutil.rmtree(tmp_path / "out")
+    happens.append(stop)
+    with pytest.raises(PsannlmError, match="stopped"):
+        prepare(folder)
+    stamp = files[0].stat()
+    files[0].write_bytes(files[0].read_bytes()[:-1] + b"!")
+    os.utime(files[0], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    with pytest.raises(CorpusError, match=rf"{files[0].name}.* changed since the work in .* began"):
+        prepare(folder)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from psannlm.errors import PsannlmError
+from psannlm.prep.run import prepare_corpus
+from psannlm.prep.settings import PrepSettings
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+try:
+    prepare_corpus([sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]), PrepSettings(), n_workers=2, chunk_bytes=5000)
+except PsannlmError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("limit", [1_500, 30_000])
+def test_a_full_disk_is_told_and_costs_nothing_that_was_done(
+    prepare: Prepare, corpus: Path, tokenizer_path: Path, tmp_path: Path, folder_bytes: FolderBytes, limit: int
+) -> None:
+    """Among the pieces, and among the shards."""
+    arguments = [sys.executable, "-c", LIMITED, str(corpus), str(tokenizer_path), str(tmp_path / "out"), str(limit)]
+    said = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert said.stderr == ""
+    assert said.stdout.startswith("StorageError no room to write ")
+    assert "free" in said.stdout
+    assert said.stdout.count("\n") == 1
+    assert not (tmp_path / "out" / MANIFEST_FILE).exists()
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert bool(list((tmp_path / "out" / ".work").glob("piece_*"))) == (limit > 2_000)
+    prepare(corpus)
+    prepare(corpus, name="straight")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != limit
+
+
+def test_a_disk_that_will_not_do_is_refused_at_the_start(
+    prepare: Prepare, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=40_000))
+    with pytest.raises(StorageError, match=r"needs about \d+ MB for pieces and shards, and 0 MB are free"):
+        prepare(corpus, n_workers=2)
+    assert len(list((tmp_path / "out" / ".work").glob("piece_*"))) < 12
+
+
+def test_a_folder_that_cannot_be_made_is_told(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(StorageError, match="a file stands where a folder must be"):
+        prepare(corpus)
+
+
+def test_damaged_files_are_told(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
+    prepare(corpus)
+    manifest = tmp_path / "out" / MANIFEST_FILE
+    content = manifest.read_text()
+    manifest.write_text(content.replace('"uint16"', '"uint32"'))
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        prepare(corpus)
+    manifest.unlink()
+    with pytest.raises(ConfigError, match=r"safetensors and no manifest"):
+        prepare(corpus)
+    (tmp_path / "t.json").write_text(json.dumps({"version": 9}))
+    with pytest.raises(PsannlmError, match=r"t\.json"):
+        prepare(corpus, tokenizer=tmp_path / "t.json", name="other")
+
+
+def test_a_line_of_json_without_end_is_refused_before_memory_is_full(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psannlm.prep.walk.LONGEST_JSON_LINE_BYTES", 1 << 16)
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "' + "x" * (1 << 18))
+    with pytest.raises(CorpusError, match=r"a\.jsonl:2: a line of more than"):
+        prepare(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"val_split": 1}, {"min_chars": -1}, {"max_chars": 0}, {"seed": -1}, {"errors": "x"}]
+)
+def test_settings_out_of_range_are_named(prepare: Prepare, corpus: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        prepare(corpus, **settings)
