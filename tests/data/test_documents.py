@@ -234,6 +234,16 @@ def test_parts_of_a_file_are_its_text(text: str, part_bytes: int, has_mark: bool
     assert whole.sha256 == parted.sha256
 
 
+@pytest.mark.parametrize("part_bytes", range(8, 16))
+def test_no_character_is_cut_where_nothing_else_can_be(part_bytes: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for letter in "é日😀":
+        path.write_text(letter * 50, encoding="utf-8")
+        parts = list(read_documents([PathSource(path=str(path))], part_bytes=part_bytes))
+        assert "".join(part.text for part in parts) == letter * 50
+        assert len(parts) > 1
+
+
 def test_a_byte_that_is_not_utf8_is_found_in_any_part(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"word " * 20 + b"\xff" + b" word" * 20)
