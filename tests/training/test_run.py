@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from psannlm.config.data import DataConfig
 from psannlm.config.model import ModelConfig, SineConfig, WaveConfig
 from psannlm.config.run import RunConfig, load_config, to_yaml
 from psannlm.config.train import TrainConfig
-from psannlm.errors import ConfigError, DeviceError
+from psannlm.errors import ConfigError, DeviceError, Interrupted, TrainingError
 from psannlm.models.artifact import load_model
 from psannlm.models.registry import build_model, resolve
 from psannlm.tokenizers.char import CharTokenizer
@@ -367,6 +369,24 @@ def test_what_a_run_leaves_behind(tiny_run: TinyRun) -> None:
     assert result.parameters == sum(p.numel() for p in result.model.parameters())
     loaded = load_model(result.folder / "step_00000004").model.state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in result.model.state_dict().items())
+
+
+@pytest.mark.parametrize("ending", ["interrupted", "not finite", "time budget"])
+def test_a_run_that_ends_early_leaves_its_curve(tiny_run: TinyRun, ending: str) -> None:
+    class End(SilentReporter):
+        def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
+            if step == 2 and ending == "interrupted":
+                signal.raise_signal(signal.SIGINT)
+            if step == 2 and ending == "not finite":
+                with torch.no_grad():
+                    model.final_norm.weight.fill_(float("nan"))
+
+    config = tiny_run(max_steps=5)
+    model = build_model(resolve(config.model, vocab_size=260, max_seq_len=16))
+    with nullcontext() if ending == "time budget" else pytest.raises((Interrupted, TrainingError)):
+        train(config, model=model, reporter=End(), time_budget_s=0.0 if ending == "time budget" else None)
+    curve = Path(config.train.checkpoint_dir) / "loss_curve.png"
+    assert curve.read_bytes().startswith(b"\x89PNG\r\n")
 
 
 @pytest.mark.usefixtures("_no_curve")
