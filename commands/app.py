@@ -14,6 +14,7 @@ from psannlm import __version__
 from psannlm.commands import bench_kv as bench_kv_command
 from psannlm.commands import bench_tokenizers as bench_tokenizers_command
 from psannlm.commands import bench_train as bench_train_command
+from psannlm.commands import compare as compare_command
 from psannlm.commands import eval as eval_command
 from psannlm.commands import generate as generate_command
 from psannlm.commands import gpu_validate as gpu_validate_command
@@ -40,6 +41,7 @@ app.command("tokenize")(tokenize_command.tokenize)
 app.command("prep")(prep_command.prep)
 app.command("bench-tokenizers")(bench_tokenizers_command.bench_tokenizers)
 app.command("bench-kv")(bench_kv_command.bench_kv)
+app.command("compare")(compare_command.compare)
 app.command("report")(report_command.report)
 app.command("bench-train")(bench_train_command.bench_train)
 app.command("gpu-validate")(gpu_validate_command.gpu_validate)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -33,6 +35,14 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     if wanted >= torch.cuda.device_count():
         raise DeviceError(f"GPU {wanted} was asked for, but there are {torch.cuda.device_count()}, counted from 0")
     return torch.device("cuda", wanted)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory held so far: of a GPU what torch allocated, otherwise what the process had resident."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024
 
 
 def computes_in_bf16(device: torch.device) -> bool:

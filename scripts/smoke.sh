@@ -94,6 +94,22 @@ say "Evaluate: loss per token, perplexity, bits per byte, over all of a text."
 psannlm eval texts.txt --per-line --checkpoint runs/smoke/step_00000020 --out scores
 there scores/{metrics.json,system.json}
 
+say "Compare: two models of equal size, one run each. A real study has seeds and learning rates to choose from."
+cat >plan.yaml <<'YAML'
+base: smoke.yaml
+budget: {tokens: 1500}
+baseline: swiglu
+overrides: {data: {sources: [{path: texts.txt, per_line: true}]}}
+variants:
+  swiglu: {model: {base: transformer, mlp: swiglu}}
+  waveresnet: {model: {base: waveresnet}}
+YAML
+psannlm compare plan.yaml --dry-run
+[[ ! -e runs/plan ]] || fail "--dry-run wrote something"
+psannlm compare plan.yaml --jobs 2 --out study
+there study/{metrics.json,system.json,table.txt,differences.png,loss_by_tokens.png,loss_by_time.png}
+psannlm compare plan.yaml --out study # everything is done: only the table is made again
+
 say "Report: everything so far on one page that opens anywhere; and two runs side by side."
 psannlm report --out report
 there report/{report.html,report.md,throughput.csv,memory.json,metrics.csv,metrics.json,loss_curve.png,system.json}

@@ -14,7 +14,7 @@ _PHONE = "(max-width: 40rem)"
 _DARK = "(prefers-color-scheme: dark)"
 # Nothing may be loaded or run, whatever stands in the text: a second wall behind the escaping.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_WIDE_CELL = 48
+_WIDE_CELL = 32
 
 
 def to_html(document: Document) -> str:

@@ -209,6 +209,8 @@ def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
             continue
         if _is_row(row):
             rows.append(row)
+        elif _is_other(row):
+            continue
         else:
             problems.append(f"{path.name}, line {at}: no step, kind and loss in it")
     if len(problems) > 3:
@@ -221,6 +223,11 @@ def _is_row(row: object) -> bool:
         return False
     step = row.get("step")
     return isinstance(step, int) and not isinstance(step, bool) and number(row.get("loss")) is not None
+
+
+def _is_other(row: object) -> bool:
+    """Whether a line is of a kind that holds no loss: a sample, or a step that was left out."""
+    return isinstance(row, dict) and isinstance(row.get("kind"), str) and row["kind"] not in ("train", "eval")
 
 
 def _read_checkpoint(folder: Path, problems: list[str]) -> tuple[int | None, str | None]:

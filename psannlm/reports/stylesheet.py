@@ -9,7 +9,7 @@ STYLE = """
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2.75rem 0 .5rem; padding-top: .75rem; border-top: 2px solid var(--accent); }
 p { margin: .5rem 0; max-width: 44rem; overflow-wrap: anywhere; }
@@ -33,11 +33,11 @@ h3 { font-size: 1rem; margin: 1.6rem 0 .35rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums lining-nums; width: 100%; }
 th, td { padding: .38rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
 td, th { white-space: nowrap; }
-td.wide { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
+td.wide { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { background: var(--band); font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4.5rem; }
 tbody th { font-weight: 500; position: sticky; left: 0; background: var(--ground); white-space: normal;
-  max-width: 20rem; overflow-wrap: break-word; }
+  min-width: 9rem; max-width: 20rem; overflow-wrap: break-word; }
 .figure { text-align: right; }
 .edges { display: block; color: var(--soft); font-size: .8rem; }
 .origin { margin: .35rem 0 0; max-width: none; }

@@ -16,7 +16,7 @@ from torch import nn
 from psannlm.config.run import RunConfig
 from psannlm.data.loader import Loader, Position, StepBatch
 from psannlm.data.windows import Windows
-from psannlm.device import Precision
+from psannlm.device import Precision, peak_memory_bytes
 from psannlm.distributed import World
 from psannlm.errors import Interrupted, TrainingError
 from psannlm.evaluation import evaluate
@@ -152,7 +152,12 @@ def _count(
     figures = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
     tokens = progress.tokens + result.n_labels
     if is_logged and run.log is not None:
-        timing = {"tokens": tokens, "epoch": batch.after.epoch, "tokens_per_s": round(rate.tokens_per_s, 1)}
+        timing = {
+            "tokens": tokens,
+            "epoch": batch.after.epoch,
+            "tokens_per_s": round(rate.tokens_per_s, 1),
+            "peak_memory_bytes": peak_memory_bytes(run.precision.device),
+        }
         skipped = {"skipped": progress.skipped} if progress.skipped else {}
         run.log.write("train", step, {**figures, **timing, **skipped})
     run.reporter.step(step, result.loss, lr, rate.tokens_per_s, is_logged)

@@ -15,9 +15,9 @@ from psannlm.config.run import RunConfig, config_from_mapping, load_config, sect
 from psannlm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-VALID = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "configs").glob("*.yaml"))] + [
-    to_yaml(RunConfig())
-]
+# A plan for psannlm compare is no configuration.
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("compare_"))
+VALID = [path.read_text(encoding="utf-8") for path in CONFIGS] + [to_yaml(RunConfig())]
 
 _NAMES = sorted({part.strip("[]") for key in keys() for part in key.path.split(".")})
 _KEYS = st.sampled_from(_NAMES) | st.text(max_size=6)

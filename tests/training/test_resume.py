@@ -67,7 +67,8 @@ def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(folder)]
+    of_the_machine = ("tokens_per_s", "peak_memory_bytes")
+    return [{k: v for k, v in row.items() if k not in of_the_machine} for row in read_metrics(folder)]
 
 
 def assert_same_run(a: Path, b: Path, step: int) -> None:

@@ -1,0 +1,101 @@
+"""psannlm compare: a plan of variants, seeds and learning rates to which model is better, and how sure that is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from psannlm.commands.options import DEFAULT_RUNS, JsonOption, live_line, print_json, progress, results, table_text
+
+if TYPE_CHECKING:
+    from psannlm.benchmarks.study_runs import Study
+    from psannlm.reports.document import Table
+
+
+# Variant, loss, difference, interval, bits per byte, learning rate: what 80 columns have room for.
+_MAIN_COLUMNS = (0, 1, 3, 4, 5, 6)
+
+
+def compare(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="YAML file: base, variants, baseline, seeds, budget.")],
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time; they share the machine's cores.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the runs with parameters, tokens and time; write nothing.")
+    ] = False,
+    study: Annotated[
+        Path | None, typer.Option("--study", help="Folder of the runs. Default: runs/<name of the plan>.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train variants of one configuration at equal size, and tell which is better and how sure that is."""
+    from psannlm.benchmarks.compare import study_figures
+    from psannlm.benchmarks.study_plan import load_plan
+    from psannlm.benchmarks.study_runs import size_study
+    from psannlm.benchmarks.study_work import work
+    from psannlm.reports.store import new_folder, system_info, write_json
+    from psannlm.reports.studies import study_pictures, study_tables
+    from psannlm.storage import write_bytes, write_text
+
+    settled = load_plan(plan)
+    with live_line(progress()) as line:
+        sized = size_study(settled, study or DEFAULT_RUNS / settled.name, line.keep)
+        if not dry_run:
+            work(sized, jobs=jobs, tell=line.show, keep=line.keep)
+    if dry_run:
+        _show_plan(sized, jobs, as_json)
+        return
+    figures = study_figures(sized)
+    tables = study_tables(figures)
+    folder = new_folder("ablations", out)
+    write_json(folder / "metrics.json", figures)
+    write_json(folder / "system.json", {**system_info(), "jobs": jobs})
+    write_text(folder / "table.txt", table_text(*map(_rich, tables)))
+    for picture in study_pictures(figures):
+        write_bytes(folder / picture.file, picture.png)
+    if as_json:
+        print_json({**figures, "folder": str(folder)})
+    else:
+        results().print(_rich(tables[0], _MAIN_COLUMNS), _rich(tables[1]), sep="\n")
+        words = f"written to {folder}: all columns and runs in table.txt, and on the page of psannlm report"
+        results().print(words, highlight=False, markup=False)
+
+
+def _show_plan(study: Study, jobs: int, as_json: bool) -> None:
+    from psannlm.benchmarks.compare import plan_tables, seconds_per_step
+
+    with live_line(progress()) as line:
+        seconds = {}
+        for run in study.runs:
+            name = run.variant.variant.name
+            if name not in seconds:
+                line.show(f"timing steps: {name}")
+                seconds[name] = seconds_per_step(run, study)
+    tables = plan_tables(study, seconds, jobs)
+    if as_json:
+        keys = ("parameters", "n_steps", "n_tokens", "was_solved")
+        variants = {
+            sized.variant.name: {**{key: getattr(sized, key) for key in keys}, "d_mlp": sized.model.d_mlp}
+            for sized in study.variants
+        }
+        print_json({"variants": variants, "seconds_per_step": seconds, "runs": [run.name for run in study.runs]})
+    else:
+        results().print(*map(_rich, tables), sep="\n")
+
+
+def _rich(table: Table, columns: tuple[int, ...] = ()) -> RichTable:
+    """Draw a report's table on a terminal, or the ``columns`` of it that a terminal has room for."""
+    drawn = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    drawn.caption, drawn.caption_justify = table.note or None, "left"
+    drawn.padding = (0, 1, 0, 0)
+    chosen = columns or tuple(range(len(table.headings)))
+    for at in chosen:
+        drawn.add_column(table.headings[at], justify="right" if at in table.numbers else "left", no_wrap=at == 0)
+    for row in table.rows:
+        drawn.add_row(*(Text(row[at]) for at in chosen))
+    return drawn

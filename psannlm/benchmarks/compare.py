@@ -1,0 +1,287 @@
+"""The runs of a study become its figures: loss by variant, paired differences with intervals, best learning rates."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from psannlm.benchmarks.paired import Mean, PairedDifference, paired_difference
+from psannlm.benchmarks.study_runs import SizedVariant, Study, StudyRun
+from psannlm.benchmarks.study_work import RunState, look
+from psannlm.device import pick_device, pick_precision
+from psannlm.distributed import World
+from psannlm.errors import TrainingError
+from psannlm.models.registry import build_model
+from psannlm.reports.document import Table, tell
+from psannlm.reports.runs import RunRecord
+from psannlm.training.optim import OptimizerSet
+from psannlm.training.run import build_loader
+from psannlm.training.step import seed_step, train_step
+
+
+def study_figures(study: Study) -> dict[str, Any]:
+    """Return everything that a study came to, as plain data; it depends on the run folders alone.
+
+    Each variant stands at its best learning rate: the one with the lowest mean validation loss among those that no
+    seed failed at, or among all where each has failures. Differences are paired by seed.
+
+    Raises:
+        TrainingError: not one run came to its end.
+    """
+    states = [look(run) for run in study.runs]
+    if not any(state.state == "done" for state in states):
+        raise TrainingError(f"no run of the study came to its end; the logs are in {study.folder}")
+    chosen = {sized.variant.name: _choose(sized, states, study) for sized in study.variants}
+    base_losses = chosen[study.plan.settings.baseline].losses
+    settings = study.plan.settings
+    return {
+        "study": study.plan.name,
+        "plan": str(study.plan.path),
+        "folder": str(study.folder),
+        "baseline": settings.baseline,
+        "measure": settings.measure,
+        "budget": settings.budget.model_dump(mode="json"),
+        "seeds": list(settings.seeds),
+        "corpus": _corpus(study),
+        "notes": _notes(study, chosen, states),
+        "variants": [
+            _variant_figures(study, sized, chosen[sized.variant.name], base_losses) for sized in study.variants
+        ],
+        "runs": [_run_figures(state, settings.measure) for state in states],
+        "curves": [curve for sized in study.variants for curve in _curves(chosen[sized.variant.name])],
+    }
+
+
+class _Choice:
+    """A variant's best learning rate and the runs at it that came to their end, by seed."""
+
+    def __init__(
+        self, lr: float | None, edge: str, rates: list[dict[str, Any]], done: dict[int, RunRecord], measure: str
+    ):
+        self.lr, self.edge, self.rates, self.done = lr, edge, rates, done
+        self.scores = {seed: _score(record, measure) for seed, record in done.items()}
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {seed: row["loss"] for seed, row in self.scores.items()}
+
+
+def _score(record: RunRecord, measure: str) -> dict[str, Any]:
+    """The validation that counts: that of the last step, or the lowest."""
+    return (record.best or {}) if measure == "best" else record.eval_rows[-1]
+
+
+def _choose(sized: SizedVariant, states: Sequence[RunState], study: Study) -> _Choice:
+    measure = study.plan.settings.measure
+    mine = [state for state in states if state.run.variant is sized]
+    rates: list[dict[str, Any]] = []
+    for lr in sized.variant.learning_rates:
+        here = [state for state in mine if state.run.lr == lr]
+        losses = [
+            _score(state.record, measure)["loss"]
+            for state in here
+            if state.state == "done" and state.record is not None
+        ]
+        rates.append(
+            {
+                "lr": lr,
+                "mean": statistics.fmean(losses) if losses else None,
+                "done": len(losses),
+                "failed": sum(state.state == "failed" for state in here),
+                "missing": sum(state.state in ("new", "stopped") for state in here),
+            }
+        )
+    scored = [rate for rate in rates if rate["mean"] is not None]
+    # A rate that some seed did not survive is not the best one, however well the others did.
+    whole = [rate for rate in scored if not rate["failed"] and not rate["missing"]] or scored
+    if not whole:
+        return _Choice(None, "", rates, {}, measure)
+    lr = min(whole, key=lambda rate: rate["mean"])["lr"]
+    grid = sorted(sized.variant.learning_rates)
+    edge = "" if len(grid) < 2 else {grid[0]: "lowest", grid[-1]: "highest"}.get(lr, "")
+    done = {
+        state.run.seed: state.record
+        for state in mine
+        if state.run.lr == lr and state.state == "done" and state.record is not None
+    }
+    return _Choice(lr, edge, rates, done, measure)
+
+
+def _variant_figures(
+    study: Study, sized: SizedVariant, choice: _Choice, base_losses: Mapping[int, float]
+) -> dict[str, Any]:
+    is_baseline = sized.variant.name == study.plan.settings.baseline
+    difference: PairedDifference | None = None if is_baseline else paired_difference(choice.losses, base_losses)
+    records = list(choice.done.values())
+    rates = [record.tokens_per_s["median"] for record in records if record.tokens_per_s is not None]
+    peaks = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
+    seconds = [record.points("train")[-1][1] for record in records]
+    losses, bits = list(choice.losses.values()), [score["bits_per_byte"] for score in choice.scores.values()]
+    return {
+        "name": sized.variant.name,
+        "settings": sized.variant.changes,
+        "learning_rate": choice.lr,
+        "edge": choice.edge,
+        "learning_rates": choice.rates,
+        "parameters": sized.n_parameters,
+        "parameters_over_baseline": sized.n_parameters / study.baseline.n_parameters,
+        "parameters_by_group": sized.parameters,
+        "d_mlp": sized.model.d_mlp,
+        "d_mlp_was_solved": sized.was_solved,
+        "steps": sized.n_steps,
+        "tokens": sized.n_tokens,
+        "flops_per_token": sized.flops_per_token,
+        "val_loss": Mean.of(losses).as_dict() if losses else None,
+        "val_loss_by_seed": {str(seed): loss for seed, loss in sorted(choice.losses.items())},
+        "bits_per_byte": Mean.of(bits).as_dict() if bits else None,
+        "difference": None if difference is None else difference.as_dict(),
+        "tokens_per_s": statistics.median(rates) if rates else None,
+        "training_s": statistics.median(seconds) if seconds else None,
+        "peak_memory_bytes": max(peaks, default=None),
+    }
+
+
+def _run_figures(state: RunState, measure: str) -> dict[str, Any]:
+    record = state.record
+    score = _score(record, measure) if record is not None and state.state == "done" else {}
+    return {
+        "run": state.run.name,
+        "variant": state.run.variant.variant.name,
+        "lr": state.run.lr,
+        "seed": state.run.seed,
+        "state": state.state,
+        "reason": state.reason,
+        "val_loss": score.get("loss"),
+        "bits_per_byte": score.get("bits_per_byte"),
+        "tokens": record.train_rows[-1].get("tokens") if record is not None and record.train_rows else None,
+        "tokens_per_s": record.tokens_per_s["median"] if record is not None and record.tokens_per_s else None,
+        "training_s": record.points("train")[-1][1] if record is not None and record.train_rows else None,
+        "peak_memory_bytes": None if record is None else record.peak_memory_bytes,
+        "folder": str(state.run.folder),
+    }
+
+
+def _curves(choice: _Choice) -> list[dict[str, Any]]:
+    found = []
+    for seed, record in sorted(choice.done.items()):
+        points = record.points()
+        name = record.name.rpartition("_lr")[0]
+        tokens, seconds, losses = ([point[at] for point in points] for at in range(3))
+        found.append({"variant": name, "seed": seed, "tokens": tokens, "seconds": seconds, "loss": losses})
+    return found
+
+
+def _corpus(study: Study) -> dict[str, Any]:
+    prepared = study.data[study.plan.baseline.config.data]
+    return {
+        "sha256": prepared.report.sha256,
+        "tokenizer_fingerprint": prepared.tokenizer.fingerprint,
+        "train_tokens": prepared.train.n_tokens,
+        "val_tokens": None if prepared.val is None else prepared.val.n_tokens,
+        "val_overlap": prepared.val_overlap,
+    }
+
+
+def _notes(study: Study, chosen: Mapping[str, _Choice], states: Sequence[RunState]) -> list[str]:
+    """Say, a sentence each, what a reader must know before believing the table."""
+    settings = study.plan.settings
+    where = "at the last step" if settings.measure == "final" else "the lowest of each run"
+    notes = [f"Validation loss {where}, mean over seeds; differences are paired by seed."]
+    if len(settings.seeds) == 1:
+        notes.append("One seed: no interval, and no claim.")
+    edges = [name for name, choice in chosen.items() if choice.edge]
+    if edges:
+        notes.append(f"Best learning rate at the edge of its grid: {', '.join(edges)}; try more beyond it.")
+    for sized in study.variants:
+        if abs(sized.n_parameters / study.baseline.n_parameters - 1) > 0.01:
+            share = sized.n_parameters / study.baseline.n_parameters - 1
+            notes.append(f"{sized.variant.name} has {share:+.1%} parameters.".replace("-", "−"))
+        if sized.order_differs:
+            notes.append(f"{sized.variant.name} sees other text or another order: {'; '.join(sized.order_differs)}.")
+    missing = [state for state in states if state.state in ("new", "stopped")]
+    if missing:
+        notes.append(f"{len(missing)} of {len(states)} runs are not done yet.")
+    failed = [state.run.name for state in states if state.state == "failed"]
+    if failed:
+        notes.append(f"Failed: {', '.join(failed[:6])}{' and more' if len(failed) > 6 else ''}.")
+    return notes
+
+
+def seconds_per_step(run: StudyRun, study: Study, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the time of one training step of ``run``, measured on two after one to warm up; nothing is kept."""
+    config = run.config
+    device = pick_device(config.train.device)
+    precision = pick_precision(config.train.amp, device)
+    model = build_model(run.variant.model, seed=run.seed).to(device).train()
+    model.grad_checkpoint = config.train.grad_checkpoint
+    optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.needs_scaler)
+    loader = build_loader(config, study.data[run.variant.variant.config.data], World())
+    times = []
+    for step, batch in zip(range(1, 4), loader.steps(), strict=False):
+        began = clock()
+        seed_step(run.seed, step, 0)
+        train_step(model, batch.micro_batches, optimizers, precision=precision, scaler=scaler, lr=run.lr)
+        times.append(clock() - began)
+    return min(times[1:] or times)
+
+
+def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> list[Table]:
+    """Return the table of variants and that of runs, with the time that steps of ``seconds`` by variant would take.
+
+    Validations, start-up and what runs take from each other are not in it.
+    """
+    states = [look(run) for run in study.runs]
+    left = [seconds[s.run.variant.variant.name] * (s.run.variant.n_steps - s.step) for s in states if s.state != "done"]
+    variants = [
+        [
+            sized.variant.name,
+            tell(sized.n_parameters),
+            f"{sized.n_parameters / study.baseline.n_parameters - 1:+.2%}".replace("-", "−"),
+            f"{tell(sized.model.d_mlp)}{' (solved)' if sized.was_solved else ''}",
+            tell(sized.n_steps),
+            tell(sized.n_tokens),
+            f"{1e3 * seconds[sized.variant.name]:,.0f}",
+            "; ".join(sized.order_differs) or "same",
+        ]
+        for sized in study.variants
+    ]
+    headings = (
+        "variant",
+        "parameters",
+        f"against {study.plan.settings.baseline}",
+        "feed-forward width",
+        "steps",
+        "tokens",
+        "step, ms",
+        "text and order",
+    )
+    runs = [
+        [
+            state.run.name,
+            f"{state.run.lr:g}",
+            tell(state.run.seed),
+            tell(state.run.variant.n_tokens),
+            f"{seconds[state.run.variant.variant.name] * (state.run.variant.n_steps - state.step):,.0f}",
+            state.state,
+        ]
+        for state in states
+    ]
+    note = (
+        f"{len(left)} of {len(states)} runs to make: about {sum(left) / 60:,.1f} minutes of training, one at a time"
+        f"{f', if {jobs} at a time do not slow each other: {sum(left) / 60 / jobs:,.1f}' if jobs > 1 else ''}"
+    )
+    return [
+        Table(f"{study.plan.name}: variants", headings, variants, frozenset(range(1, 7))),
+        Table(
+            "runs",
+            ("run", "learning rate", "seed", "tokens", "time left, s", "state"),
+            runs,
+            frozenset((1, 2, 3, 4)),
+            note,
+        ),
+    ]

@@ -1,0 +1,256 @@
+"""A plan file becomes a checked plan: variants of one base configuration, seeds, learning rates and a budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from psannlm.config.base import Flag, Real, Section, Text, Whole
+from psannlm.config.findings import SECTIONS, Finding, dotted, examine, show
+from psannlm.config.overrides import Origin
+from psannlm.config.run import RunConfig, config_from_mapping
+from psannlm.config.yaml_tree import KeyPath, YamlTree, read_yaml
+from psannlm.errors import ConfigError, Problem, nearest
+
+PositiveReal = Annotated[Real, Field(gt=0)]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}\Z")
+_RATES = "learning_rates"
+_REQUIRED = ("base", "variants", "baseline", "budget")
+# Keys that the plan decides for every run, and what decides them.
+_OWNED = {
+    ("train", "lr"): _RATES,
+    ("train", "seed"): "seeds",
+    ("train", "max_steps"): "budget",
+    ("train", "epochs"): "budget",
+    ("train", "checkpoint_dir"): "the study's folder (--study)",
+}
+
+
+class Budget(Section):
+    """How long each run trains: by tokens or by operations, one of the two."""
+
+    tokens: PositiveReal | None = Field(None, description="training tokens of each run")
+    flops: PositiveReal | None = Field(None, description="training operations of each run (6 per parameter and token)")
+
+
+class PlanSettings(Section):
+    """A plan file, but for what stands inside its variants."""
+
+    base: Text = Field("", description="the configuration that the variants change; relative paths start at the plan")
+    name: Text | None = Field(None, description="of the study; null: the plan's file name")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="changes of the base for every variant")
+    variants: dict[str, Any] = Field(
+        default_factory=dict, description="by name: the sections model, data, train, and learning_rates"
+    )
+    baseline: Text = Field("", description="the variant that the others are held against")
+    seeds: tuple[Whole, ...] = Field((1337,), description="one run of each variant and learning rate for each")
+    learning_rates: tuple[PositiveReal, ...] | None = Field(None, description="to try; null: the configuration's own")
+    budget: Budget = Field(default_factory=Budget, description="tokens or flops of each run")
+    parameters: Literal["equal", "shown"] = Field(
+        "equal", description="equal: within 1 % of the baseline's, or an error"
+    )
+    solve_d_mlp: Flag = Field(True, description="choose model.d_mlp where parameters differ and a variant names none")
+    measure: Literal["final", "best"] = Field(
+        "final", description="validation at the last step, or the lowest of a run"
+    )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to compare: its settings as a mapping, as a checked configuration, and its learning rates."""
+
+    name: str
+    settings: dict[str, Any]
+    config: RunConfig
+    learning_rates: tuple[float, ...]
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """Everything that decides a study."""
+
+    path: Path
+    name: str
+    settings: PlanSettings
+    variants: tuple[Variant, ...]
+
+    @property
+    def baseline(self) -> Variant:
+        """The variant that the others are held against."""
+        return next(variant for variant in self.variants if variant.name == self.settings.baseline)
+
+
+def load_plan(path: Path) -> StudyPlan:
+    """Read a plan and check all of it: its own keys, and the configuration of every variant.
+
+    Raises:
+        ConfigError: anything is wrong; every problem is in the one message, with its line in the plan.
+    """
+    tree = read_yaml(path)
+    if not isinstance(tree.value, Mapping):
+        raise ConfigError(f"{path}: {show(tree.value)} where the keys of a plan are expected: {', '.join(_keys())}")
+    examined = examine(PlanSettings, (), tree.value)
+    settings = examined.section
+    findings = [Finding(place, message) for place, message in tree.faults]
+    findings += [_as_the_plans(finding) for finding in examined.findings]
+    findings += [Finding((key,), "missing; it must be given") for key in _REQUIRED if tree.value.get(key) is None]
+    refused = {finding.path[:1] for finding in findings}
+    findings += [finding for finding in _plan_findings(settings) if finding.path[:1] not in refused]
+    if findings:
+        # Variants are judged once what they are variants of is known.
+        raise ConfigError(Origin(tree.lines).problems(findings), str(path))
+    base_path = Path(settings.base).expanduser()
+    base_path = base_path if base_path.is_absolute() else path.parent / base_path
+    base = read_yaml(base_path)
+    base_value = base.value if isinstance(base.value, Mapping) else {}
+    if base.faults or not base_value:
+        faults = [Finding(place, message) for place, message in base.faults]
+        raise ConfigError(Origin(base.lines).problems(faults) or "no sections in it", str(base_path))
+    builder = _Builder(settings, base_value, tree, str(base_path))
+    variants = tuple(builder.build())
+    if builder.problems:
+        unique = list(dict.fromkeys(builder.problems))
+        raise ConfigError(sorted(unique, key=lambda problem: (problem.line is None, problem.line or 0)), str(path))
+    return StudyPlan(path, settings.name or path.stem, settings, variants)
+
+
+def _as_the_plans(finding: Finding) -> Finding:
+    """Let an unknown key at the top be near to the keys of a plan, not to those of a configuration."""
+    if not finding.is_unknown_key or len(finding.path) != 1:
+        return finding
+    key = str(finding.path[0])
+    if key in SECTIONS:
+        return Finding(finding.path, "unknown key here; a section stands under overrides or under a variant", True)
+    return Finding(finding.path, f"unknown key{nearest(key, _keys())}; known here: {', '.join(_keys())}", True)
+
+
+def _keys() -> list[str]:
+    return list(PlanSettings.model_fields)
+
+
+def _plan_findings(settings: PlanSettings) -> Iterator[Finding]:
+    for key in ("seeds", _RATES):
+        values = getattr(settings, key)
+        if values is not None and (not values or len(set(values)) < len(values)):
+            yield Finding((key,), "empty; name at least one" if not values else "one of them stands there twice")
+    if (settings.budget.tokens is None) == (settings.budget.flops is None):
+        yield Finding(("budget",), "give either tokens or flops, and not both")
+    if not settings.variants:
+        yield Finding(("variants",), "empty; name at least one")
+    elif settings.baseline not in settings.variants:
+        message = f"{settings.baseline!r} is none of the variants{nearest(settings.baseline, settings.variants)}"
+        yield Finding(("baseline",), f"{message}: {', '.join(settings.variants)}")
+    if settings.name is not None and not _NAME.match(settings.name):
+        yield Finding(("name",), f"{show(settings.name)} names no folder; use letters, digits and . _ + -")
+    yield from _owned(settings.overrides, ("overrides",))
+
+
+def _owned(sections: object, at: KeyPath) -> Iterator[Finding]:
+    """Keys in ``sections`` that are the plan's own to decide, and sections that nobody knows."""
+    if not isinstance(sections, Mapping):
+        return
+    for (section, key), decider in _OWNED.items():
+        group = sections.get(section)
+        if isinstance(group, Mapping) and key in group:
+            yield Finding((*at, section, key), f"decided by {decider}, the same way for all variants; drop it here")
+
+
+class _Builder:
+    """Merges base, overrides and variant, checks the result, and finds the line of whatever is wrong."""
+
+    def __init__(self, settings: PlanSettings, base: Mapping[str, Any], tree: YamlTree, base_name: str) -> None:
+        self.problems: list[Problem] = []
+        self._settings, self._base, self._tree, self._base_name = settings, base, tree, base_name
+        self._shared = self._problems_of_all()
+
+    def _problems_of_all(self) -> frozenset[Problem]:
+        """What is wrong before any variant has changed a thing."""
+        try:
+            config_from_mapping(merge(self._base, self._settings.overrides))
+        except ConfigError as error:
+            return frozenset(error.problems)
+        return frozenset()
+
+    def build(self) -> Iterator[Variant]:
+        """Yield each variant that is whole; what is wrong with the others is in ``problems``."""
+        origin = Origin(self._tree.lines)
+        for name, given in self._settings.variants.items():
+            at: KeyPath = ("variants", name)
+            findings = list(self._variant_findings(name, given, at))
+            rates = None if findings else self._rates(given, at, findings)
+            if findings:
+                self.problems += origin.problems(findings)
+                continue
+            own = {key: value for key, value in (given or {}).items() if key != _RATES}
+            merged = merge(merge(self._base, self._settings.overrides), own)
+            train = {key: value for key, value in (merged.get("train") or {}).items() if key not in ("max_steps",)}
+            try:
+                config = config_from_mapping({**merged, "train": train})
+            except ConfigError as error:
+                self.problems += [self._place(problem, name) for problem in error.problems]
+                continue
+            if config.data.val_split == 0:
+                message = "nothing is held out, and there would be nothing to compare; set data.val_split"
+                self.problems += origin.problems([Finding(at, message)])
+            yield Variant(name, {**merged, "train": train}, config, rates or (config.train.lr,), own)
+
+    def _variant_findings(self, name: str, given: object, at: KeyPath) -> Iterator[Finding]:
+        if not _NAME.match(name):
+            yield Finding(at, f"{show(name)} names no folder; use letters, digits and . _ + -, up to 64")
+        if given is None:
+            return
+        if not isinstance(given, Mapping):
+            yield Finding(at, f"{show(given)} is not a group of keys; write model:, data: or train: below it")
+            return
+        known = [*SECTIONS, _RATES]
+        for key in given:
+            if key not in known:
+                yield Finding((*at, key), f"unknown key{nearest(key, known)}; known here: {', '.join(known)}", True)
+        yield from _owned(given, at)
+
+    def _rates(self, given: object, at: KeyPath, findings: list[Finding]) -> tuple[float, ...] | None:
+        own = given.get(_RATES) if isinstance(given, Mapping) else None
+        if own is None:
+            return self._settings.learning_rates
+        examined = examine(_Rates, at, {_RATES: own})
+        findings += examined.findings
+        rates = examined.section.learning_rates
+        if not examined.findings and (not rates or len(set(rates)) < len(rates)):
+            findings.append(Finding((*at, _RATES), "empty, or one of them stands there twice"))
+        return rates
+
+    def _place(self, problem: Problem, name: str) -> Problem:
+        """Say where in the plan, or that in the base, the value stands that a configuration refused."""
+        parts: list[str | int] = []
+        for part in problem.path.split("."):
+            words = re.split(r"\[(\d+)\]", part)
+            parts += [int(word) if at % 2 else word for at, word in enumerate(words) if word]
+        places: list[KeyPath] = [("overrides",)] if problem in self._shared else [("variants", name), ("overrides",)]
+        # Down to one part: a rule across fields of which only another was changed here.
+        for end in range(len(parts), 1 if problem in self._shared else 0, -1):
+            for at in places:
+                if line := self._tree.lines.get((*at, *parts[:end])):
+                    return Problem(f"{dotted(at)}.{problem.path}", problem.message, line)
+        return Problem(problem.path, f"{problem.message} (in the base, {self._base_name})")
+
+
+class _Rates(Section):
+    """The one key of a variant that is no section."""
+
+    learning_rates: tuple[PositiveReal, ...] = Field((), description="to try")
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``changes`` laid over it: groups are merged, everything else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        former = merged.get(key)
+        both = isinstance(former, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(former, value) if both else value  # type: ignore[arg-type]
+    return merged

@@ -1,0 +1,261 @@
+"""A checked plan and its corpus become runs of equal size: a configuration each, with steps, tokens and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from psannlm.benchmarks.study_plan import StudyPlan, Variant, merge
+from psannlm.config.data import DataConfig
+from psannlm.config.model import ModelConfig
+from psannlm.config.run import RunConfig, config_from_mapping, differences, load_config, to_yaml
+from psannlm.data.prepare import PreparedData, prepare
+from psannlm.distributed import World
+from psannlm.errors import ConfigError, Problem
+from psannlm.models.accounting import count_parameters, flops_per_token
+from psannlm.models.registry import resolve
+from psannlm.storage import write_text
+from psannlm.training.run import build_loader
+
+TOLERANCE = 0.01
+_TOKENIZER_SUFFIXES = {"sentencepiece": ".model"}
+_ROUND_WIDTH = 8
+# What a study sets unless its plan says otherwise: fewer files, and no time spent on samples that nobody reads.
+_QUIETER: dict[str, Any] = {"keep_checkpoints": 1, "sample_prompts": []}
+# Differences that do not make a run another one.
+_PLACES = ("train.checkpoint_dir:", "train.device:", "data.tokenizer_model_path:")
+
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SizedVariant:
+    """A variant whose width is settled, with its parameters by group and what each run of it will do."""
+
+    variant: Variant
+    model: ModelConfig
+    was_solved: bool
+    parameters: dict[str, int]
+    n_steps: int
+    n_tokens: int
+    flops_per_token: int
+    order_differs: tuple[str, ...]
+
+    @property
+    def n_parameters(self) -> int:
+        """Learnable parameters in all."""
+        return sum(self.parameters.values())
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run: a configuration file ``<name>.yaml`` in the study's folder, and the run folder ``<name>`` beside it."""
+
+    name: str
+    variant: SizedVariant
+    lr: float
+    seed: int
+    config: RunConfig
+    study: Path
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.study / self.name
+
+    @property
+    def config_path(self) -> Path:
+        """The configuration to train."""
+        return self.study / f"{self.name}.yaml"
+
+    @property
+    def log_path(self) -> Path:
+        """What the run said."""
+        return self.study / f"{self.name}.log"
+
+    @property
+    def flops(self) -> int:
+        """Operations of the whole run."""
+        return self.variant.flops_per_token * self.variant.n_tokens
+
+
+@dataclass(frozen=True)
+class Study:
+    """A plan with all its runs, in the order in which they are made."""
+
+    plan: StudyPlan
+    folder: Path
+    variants: tuple[SizedVariant, ...]
+    runs: tuple[StudyRun, ...]
+    data: dict[DataConfig, PreparedData]
+
+    @property
+    def baseline(self) -> SizedVariant:
+        """The variant that the others are held against."""
+        return next(variant for variant in self.variants if variant.variant.name == self.plan.settings.baseline)
+
+
+def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
+    """Read the corpus, settle widths and steps, and check the configuration of every run; nothing is written.
+
+    Raises:
+        ConfigError: parameters are to be equal and are not, a run's configuration is refused, or ``folder`` holds runs
+            of another plan.
+        PsannlmError: the corpus cannot be read.
+    """
+    data: dict[DataConfig, PreparedData] = {}
+    for variant in plan.variants:
+        if variant.config.data not in data:
+            data[variant.config.data] = prepare(variant.config.data, notice)
+    base = plan.baseline
+    target = sum(count_parameters(_resolved(base, data)).values())
+    variants = tuple(_sized(plan, variant, data, target) for variant in plan.variants)
+    _refuse_unequal(plan, variants, target)
+    runs = tuple(_runs(plan, variants, folder, data))
+    problems = [problem for run in runs for problem in _former_differences(run)]
+    if problems:
+        raise ConfigError(
+            [*problems[:12], Problem("", "choose another --study folder, or remove these runs")],
+            f"{folder}, an earlier study",
+        )
+    return Study(plan, folder, variants, runs, data)
+
+
+def _resolved(variant: Variant, data: Mapping[DataConfig, PreparedData], d_mlp: int | None = None) -> ModelConfig:
+    model = variant.config.model if d_mlp is None else variant.config.model.model_copy(update={"d_mlp": d_mlp})
+    vocab_size = data[variant.config.data].tokenizer.vocab_size
+    return resolve(model, vocab_size=vocab_size, max_seq_len=variant.config.data.max_length)
+
+
+def _sized(plan: StudyPlan, variant: Variant, data: Mapping[DataConfig, PreparedData], target: int) -> SizedVariant:
+    model = _resolved(variant, data)
+    is_off = abs(_count(model) / target - 1) > TOLERANCE
+    was_solved = is_off and plan.settings.solve_d_mlp and variant.config.model.d_mlp is None
+    if was_solved:
+        model = _resolved(variant, data, solve_width(lambda width: _count(_resolved(variant, data, width)), target))
+    per_token = flops_per_token(model, variant.config.data.max_length)
+    loader = build_loader(variant.config, data[variant.config.data], World())
+    # The mean over an epoch: its last step may be smaller than the others.
+    step_tokens = loader.windows.n_labels / loader.steps_per_epoch
+    budget = plan.settings.budget
+    tokens = budget.tokens if budget.tokens is not None else (budget.flops or 0.0) / per_token
+    n_steps = max(1, round(tokens / step_tokens))
+    return SizedVariant(
+        variant=variant,
+        model=model,
+        was_solved=was_solved,
+        parameters=count_parameters(model),
+        n_steps=n_steps,
+        n_tokens=round(n_steps * step_tokens),
+        flops_per_token=per_token,
+        order_differs=_order_differences(plan.baseline.config, variant.config),
+    )
+
+
+def _count(model: ModelConfig) -> int:
+    return sum(count_parameters(model).values())
+
+
+def solve_width(count: Callable[[int], int], target: int) -> int:
+    """Return the feed-forward width whose parameters, ``count(width)``, come nearest to ``target``.
+
+    Parameters grow in a line with the width. A multiple of 8, which matrices of all machines like, is taken where it
+    comes within a quarter of the tolerance.
+    """
+    at_one, slope = count(_ROUND_WIDTH), (count(2 * _ROUND_WIDTH) - count(_ROUND_WIDTH)) / _ROUND_WIDTH
+    exact = _ROUND_WIDTH + (target - at_one) / slope if slope else float(_ROUND_WIDTH)
+    width = max(1, round(exact))
+    rounded = max(_ROUND_WIDTH, _ROUND_WIDTH * round(exact / _ROUND_WIDTH))
+    return rounded if abs(count(rounded) / target - 1) <= TOLERANCE / 4 else width
+
+
+def _order_differences(base: RunConfig, ours: RunConfig) -> tuple[str, ...]:
+    """The settings by which a variant sees other text, or the same text in another order, than the baseline."""
+    named = ("data.", "train.batch_tokens:", "train.grad_accum_steps:")
+    return tuple(line for line in differences(base, ours) if line.startswith(named))
+
+
+def _refuse_unequal(plan: StudyPlan, variants: tuple[SizedVariant, ...], target: int) -> None:
+    if plan.settings.parameters != "equal":
+        return
+    problems = []
+    for sized in variants:
+        excess = sized.n_parameters / target - 1
+        if abs(excess) > TOLERANCE:
+            message = (
+                f"{sized.n_parameters:,} parameters, {excess:+.1%} of {plan.settings.baseline}'s {target:,}; leave its "
+                "d_mlp null and solve_d_mlp true, set model.d_mlp, or write parameters: shown"
+            )
+            problems.append(Problem(f"variants.{sized.variant.name}", message))
+    if problems:
+        raise ConfigError(problems, str(plan.path))
+
+
+def _runs(
+    plan: StudyPlan, variants: tuple[SizedVariant, ...], folder: Path, data: Mapping[DataConfig, PreparedData]
+) -> Iterator[StudyRun]:
+    problems: dict[Problem, None] = {}
+    for seed in plan.settings.seeds:
+        for sized in variants:
+            for lr in sized.variant.learning_rates:
+                name = f"{sized.variant.name}_lr{lr:g}_seed{seed}"
+                try:
+                    config = _run_config(plan, sized, lr, seed, folder / name, data)
+                except ConfigError as error:
+                    for problem in error.problems:
+                        problems[Problem(f"variants.{sized.variant.name}.{problem.path}", problem.message)] = None
+                    continue
+                yield StudyRun(name, sized, lr, seed, config, folder)
+    if problems:
+        raise ConfigError(list(problems), str(plan.path))
+
+
+def _run_config(
+    plan: StudyPlan,
+    sized: SizedVariant,
+    lr: float,
+    seed: int,
+    folder: Path,
+    data: Mapping[DataConfig, PreparedData],
+) -> RunConfig:
+    variant = sized.variant
+    decided = {"lr": lr, "seed": seed, "max_steps": sized.n_steps, "checkpoint_dir": str(folder)}
+    settings = merge({"train": _QUIETER}, variant.settings)
+    settings = merge(settings, {"train": decided, "model": {"d_mlp": sized.model.d_mlp}})
+    if variant.config.data.tokenizer_model_path is None:
+        path = tokenizer_path(plan, variant.config.data, data, folder.parent)
+        settings = merge(settings, {"data": {"tokenizer_model_path": str(path)}})
+    # The tokenizer is written before the first run, so that none of them has to fit it again.
+    return config_from_mapping(settings, check_files=False)
+
+
+def tokenizer_path(plan: StudyPlan, config: DataConfig, data: Mapping[DataConfig, PreparedData], folder: Path) -> Path:
+    """Return the file in the study's folder that holds the tokenizer of ``config``."""
+    backend = data[config].tokenizer.backend
+    known = list(dict.fromkeys(variant.config.data for variant in plan.variants))
+    number = known.index(config) + 1
+    stem = "tokenizer" if number == 1 else f"tokenizer_{number}"
+    return folder / f"{stem}{_TOKENIZER_SUFFIXES.get(backend, '.json')}"
+
+
+def _former_differences(run: StudyRun) -> Iterator[Problem]:
+    if not run.config_path.is_file():
+        return
+    former = load_config(run.config_path, check_files=False)
+    for line in differences(former, run.config):
+        if not line.startswith(_PLACES):
+            yield Problem(run.name, f"was made with other settings: {line}")
+
+
+def write_configs(study: Study) -> None:
+    """Put tokenizers and the configuration of every run into the study's folder. Raises StorageError if it cannot."""
+    for config, prepared in study.data.items():
+        if config.tokenizer_model_path is None:
+            path = tokenizer_path(study.plan, config, study.data, study.folder)
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                prepared.tokenizer.save(path)
+    for run in study.runs:
+        write_text(run.config_path, to_yaml(run.config))

@@ -1,0 +1,241 @@
+"""A study: equal parameters, one order of the text, runs in any order and after any stop, and honest figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psannlm.benchmarks.compare import plan_tables, seconds_per_step, study_figures
+from psannlm.benchmarks.study_plan import load_plan
+from psannlm.benchmarks.study_runs import Study, StudyRun, size_study, solve_width
+from psannlm.benchmarks.study_work import Process, look, work
+from psannlm.config.run import load_config
+from psannlm.data.loader import Loader
+from psannlm.distributed import World
+from psannlm.errors import ConfigError, Interrupted, TrainingError
+from psannlm.reports.gather import gather
+from psannlm.reports.studies import study_headline, study_pictures, study_tables
+from psannlm.training.run import build_loader, train
+
+BASE = """\
+model: {{base: transformer, d_model: 16, n_layers: 1, n_heads: 2, mlp: swiglu}}
+data:
+  sources: [{{path: {corpus}, per_line: true}}]
+  tokenizer: simple
+  vocab_size: 512
+  max_length: 16
+  val_split: 0.2
+train: {{batch_tokens: 128, amp: fp32, device: cpu, log_interval_steps: 1, eval_interval_steps: 3}}
+"""
+PLAN = """\
+base: base.yaml
+budget: {tokens: 750}
+seeds: [1, 2]
+learning_rates: [1e-3, 1e-2]
+baseline: swiglu
+variants:
+  swiglu:
+  sine: {model: {mlp: sine}, learning_rates: [1e-2]}
+"""
+
+
+class Ended:
+    """A process that is over."""
+
+    def __init__(self, code: int) -> None:
+        self._code = code
+
+    def poll(self) -> int | None:
+        return self._code
+
+    def terminate(self) -> None:
+        raise AssertionError("nothing is at work")
+
+
+def train_here(run: StudyRun, environment: Mapping[str, str]) -> Process:
+    train(load_config(run.config_path))
+    return Ended(0)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psannlm.training.run.draw_curve", lambda folder, title, rows: folder / "loss_curve.png")
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_corpus: Path) -> Callable[..., Study]:
+    """Return a maker of studies: the plan with one text replaced by another, and the name of the study's folder."""
+
+    def build(old: str = "", new: str = "", folder: str = "study", base: tuple[str, str] = ("", "")) -> Study:
+        text = BASE.format(corpus=json.dumps(str(tiny_corpus)))
+        (tmp_path / "base.yaml").write_text(text.replace(*base) if base[0] else text)
+        plan = PLAN.replace(old, new) if old else PLAN
+        (tmp_path / "plan.yaml").write_text(plan)
+        return size_study(load_plan(tmp_path / "plan.yaml"), tmp_path / folder, lambda text: None)
+
+    return build
+
+
+def timeless(figures: Any) -> Any:
+    """Figures without those that another run of the same would not repeat."""
+    moving = {"tokens_per_s", "training_s", "peak_memory_bytes", "seconds", "folder"}
+    if isinstance(figures, dict):
+        return {key: timeless(value) for key, value in figures.items() if key not in moving}
+    return [timeless(value) for value in figures] if isinstance(figures, list) else figures
+
+
+def test_parameters_are_made_equal_and_the_budget_is_kept(make: Callable[..., Study]) -> None:
+    study = make()
+    swiglu, sine = study.variants
+    assert (swiglu.was_solved, sine.was_solved) == (False, True)
+    assert abs(sine.n_parameters / swiglu.n_parameters - 1) <= 0.01
+    assert [run.name for run in study.runs][:3] == ["swiglu_lr0.001_seed1", "swiglu_lr0.01_seed1", "sine_lr0.01_seed1"]
+    assert {run.config.train.max_steps for run in study.runs} == {swiglu.n_steps}
+    loader = build_loader(study.runs[0].config, next(iter(study.data.values())), World())
+    assert swiglu.n_tokens / 750 == pytest.approx(1, abs=0.5 * loader.windows.n_labels / loader.steps_per_epoch / 750)
+
+
+def test_operations_as_budget_give_fewer_steps_to_the_dearer_model(make: Callable[..., Study]) -> None:
+    study = make("tokens: 750}", "flops: 2e9}\nparameters: shown\nsolve_d_mlp: false")
+    swiglu, sine = study.variants
+    assert sine.flops_per_token != swiglu.flops_per_token
+    dear, cheap = sorted(study.variants, key=lambda sized: -sized.flops_per_token)
+    assert dear.n_steps < cheap.n_steps
+    for sized in study.variants:
+        assert sized.n_tokens * sized.flops_per_token == pytest.approx(2e9, rel=0.05)
+
+
+def test_unequal_parameters_are_refused_or_shown(make: Callable[..., Study]) -> None:
+    with pytest.raises(ConfigError, match=r"variants\.sine: .* parameters, .* of swiglu's"):
+        make("baseline:", "solve_d_mlp: false\nbaseline:")
+    with pytest.raises(ConfigError, match=r"variants\.sine"):
+        make("{mlp: sine}", "{mlp: sine, d_mlp: 500}")
+    study = make("baseline:", "parameters: shown\nsolve_d_mlp: false\nbaseline:")
+    assert abs(study.variants[1].n_parameters / study.variants[0].n_parameters - 1) > 0.01
+
+
+def test_widths_are_solved_for_lines_of_any_slope() -> None:
+    assert solve_width(lambda width: 1000 + 37 * width, 1000 + 37 * 802) == 800
+    assert solve_width(lambda width: 10 * width, 1230) == 123
+
+
+def test_all_variants_of_a_seed_see_the_text_in_one_order(make: Callable[..., Study]) -> None:
+    study = make()
+    orders = {}
+    for run in study.runs:
+        loader: Loader = build_loader(run.config, study.data[run.variant.variant.config.data], World())
+        windows = [
+            batch.micro_batches[0].input_ids.tolist() for batch, _ in zip(loader.steps(), range(4), strict=False)
+        ]
+        orders.setdefault(run.seed, []).append(windows)
+    assert all(order == of_seed[0] for of_seed in orders.values() for order in of_seed)
+    assert orders[1][0] != orders[2][0]
+    assert [sized.order_differs for sized in study.variants] == [(), ()]
+    other = make("{mlp: sine}", "{mlp: sine}, data: {max_length: 8}")
+    assert other.variants[1].order_differs == ("data.max_length: 16 -> 8",)
+
+
+def test_stops_and_any_order_give_the_same_table(
+    make: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = make(folder="straight")
+    work(straight, launcher=train_here)
+    wanted = study_figures(straight)
+
+    study = make(folder="stopped")
+    n_started = 0
+
+    def stop_third(run: StudyRun, environment: Mapping[str, str]) -> Process:
+        nonlocal n_started
+        n_started += 1
+        if n_started == 3:  # a run that ends part way, as after Ctrl-C
+            train(load_config(run.config_path), time_budget_s=0.0)
+            return Ended(130)
+        return train_here(run, environment)
+
+    with pytest.raises(Interrupted, match="2 of 6 runs done"):
+        work(study, launcher=stop_third)
+    assert look(study.runs[2]).state == "stopped"
+    again = make(folder="stopped")
+    backwards = Study(again.plan, again.folder, again.variants, tuple(reversed(again.runs)), again.data)
+    made: list[str] = []
+
+    def note(run: StudyRun, environment: Mapping[str, str]) -> Process:
+        made.append(run.name)
+        return train_here(run, environment)
+
+    work(backwards, jobs=3, launcher=note)
+    assert made == [run.name for run in reversed(again.runs)][:4], "what was done is not done again"
+    assert timeless(study_figures(make(folder="stopped"))) == timeless(wanted)
+    work(again, launcher=lambda run, environment: pytest.fail("all is done"))
+
+    # Each figure is that of the run's own log.
+    best = wanted["variants"][0]
+    lines = (straight.folder / f"swiglu_lr{best['learning_rate']:g}_seed2" / "metrics.jsonl").read_text().splitlines()
+    evaluations = [row for row in map(json.loads, lines) if row["kind"] == "eval"]
+    assert best["val_loss_by_seed"]["2"] == evaluations[-1]["loss"]
+    assert best["edge"] in ("lowest", "highest")
+    assert "edge" in " ".join(wanted["notes"])
+    sine = wanted["variants"][1]
+    pairs = [sine["val_loss_by_seed"][seed] - best["val_loss_by_seed"][seed] for seed in ("1", "2")]
+    assert sine["difference"]["mean"] == pytest.approx(sum(pairs) / 2)
+    assert sine["difference"]["low"] < sine["difference"]["mean"] < sine["difference"]["high"]
+    tables = study_tables(json.loads(json.dumps(wanted)))
+    assert [row[0] for row in tables[0].rows] == ["swiglu", "sine"]
+    assert {picture.file for picture in study_pictures(wanted)} == {
+        "differences.png",
+        "loss_by_tokens.png",
+        "loss_by_time.png",
+    }
+    headline = study_headline(wanted)
+    assert headline is not None
+    assert "sine against swiglu" in headline.label
+    assert len(gather(tmp_path / "reports", [straight.folder]).runs) == 6
+    assert all(run.peak_memory_bytes for run in gather(tmp_path / "reports", [straight.folder]).runs)
+
+
+def test_a_run_that_fails_is_told_and_leaves_the_others_alone(make: Callable[..., Study]) -> None:
+    study = make("learning_rates: [1e-3, 1e-2]\n", "learning_rates: [1e-3, 5e-2]\n")
+
+    def fail_high(run: StudyRun, environment: Mapping[str, str]) -> Process:
+        if run.lr < 0.05 or run.seed == 2:
+            return train_here(run, environment)
+        run.log_path.write_text("step 1\nerror: step 3: loss nan\n  is not finite\n")
+        return Ended(1)
+
+    lines: list[str] = []
+    work(study, launcher=fail_high, keep=lines.append)
+    assert any("swiglu_lr0.05_seed1: step 3: loss nan is not finite" in line for line in lines)
+    figures = study_figures(study)
+    swiglu = figures["variants"][0]
+    assert (swiglu["learning_rate"], swiglu["edge"]) == (0.001, "lowest")
+    assert [rate["failed"] for rate in swiglu["learning_rates"]] == [0, 1]
+    assert [run["state"] for run in figures["runs"]].count("failed") == 1
+    assert any(note.startswith("Failed: swiglu_lr0.05_seed1") for note in figures["notes"])
+
+
+def test_a_folder_of_another_study_is_refused_and_a_longer_grid_is_not(make: Callable[..., Study]) -> None:
+    study = make()
+    work(study, launcher=lambda run, environment: Ended(1))
+    with pytest.raises(TrainingError, match="no run of the study"):
+        study_figures(study)
+    with pytest.raises(ConfigError, match=r"swiglu_lr0.001_seed1: was made with other settings: train.weight_decay"):
+        make("variants:", "overrides: {train: {weight_decay: 0.5}}\nvariants:")
+    assert len(make("[1, 2]", "[1, 2, 3]").runs) == 9
+
+
+def test_the_plan_shows_every_run_and_writes_nothing(make: Callable[..., Study]) -> None:
+    study = make()
+    seconds = {run.variant.variant.name: seconds_per_step(run, study) for run in study.runs[:3]}
+    assert all(value > 0 for value in seconds.values())
+    variants, runs = plan_tables(study, {"swiglu": 2.0, "sine": 3.0})
+    n_steps = study.variants[0].n_steps
+    assert [row[4] for row in runs.rows[:3]] == [f"{n_steps * s:,.0f}" for s in (2, 2, 3)]
+    assert f"{(4 * 2 + 2 * 3) * n_steps / 60:,.1f} minutes" in runs.note
+    assert len(variants.rows) == 2
+    assert not study.folder.exists()

@@ -1,0 +1,46 @@
+"""psannlm compare: what a plan would take, and what is wrong with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+PLAN = """\
+base: config.yaml
+budget: {tokens: 128}
+baseline: swiglu
+variants:
+  swiglu: {model: {base: transformer, mlp: swiglu}}
+  sine: {model: {base: transformer, mlp: sine}}
+"""
+
+
+def test_a_dry_run_shows_and_writes_nothing(psannlm, project: Path) -> None:
+    Path("plan.yaml").write_text(PLAN)
+    before = sorted(project.rglob("*"))
+    done = psannlm("compare", "plan.yaml", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["runs"] == ["swiglu_lr0.01_seed1337", "sine_lr0.01_seed1337"]
+    assert told["variants"]["sine"]["was_solved"]
+    assert sorted(project.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "words"),
+    [
+        ("mlp: sine", "mpl: sine", 2, "did you mean 'mlp'"),
+        ("base: config.yaml", "base: nowhere.yaml", 2, "nowhere.yaml: no such file"),
+        ("mlp: sine", "mlp: sine, d_mlp: 999", 2, "of swiglu's"),
+    ],
+)
+def test_what_is_wrong_stops_it_before_the_first_run(
+    psannlm, project: Path, old: str, new: str, code: int, words: str
+) -> None:
+    Path("plan.yaml").write_text(PLAN.replace(old, new))
+    done = psannlm("compare", "plan.yaml")
+    assert (done.code, "Traceback" in done.err) == (code, False)
+    assert words in done.err
+    assert not Path("runs").exists()
