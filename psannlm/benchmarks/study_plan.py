@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from psannlm.config.base import Flag, Real, Section, Text, Whole
+from psannlm.config.data import DataConfig, PathSource
+from psannlm.config.files import is_prepared
 from psannlm.config.findings import SECTIONS, Finding, dotted, examine, show
 from psannlm.config.overrides import Origin
 from psannlm.config.run import RunConfig, config_from_mapping
@@ -195,7 +197,7 @@ class _Builder:
             except ConfigError as error:
                 self.problems += [self._place(problem, name) for problem in error.problems]
                 continue
-            if config.data.val_split == 0:
+            if config.data.val_split == 0 and not reads_folder(config.data):
                 message = "nothing is held out, and there would be nothing to compare; set data.val_split"
                 self.problems += origin.problems([Finding(at, message)])
             yield Variant(name, {**merged, "train": train}, config, rates or (config.train.lr,), own)
@@ -244,6 +246,11 @@ class _Rates(Section):
     """The one key of a variant that is no section."""
 
     learning_rates: tuple[PositiveReal, ...] = Field((), description="to try")
+
+
+def reads_folder(data: DataConfig) -> bool:
+    """Whether the corpus is a prepared folder, which brings its tokenizer and its validation part."""
+    return any(isinstance(source, PathSource) and is_prepared(source) for source in data.sources)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

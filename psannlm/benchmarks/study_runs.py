@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psannlm.benchmarks.study_plan import StudyPlan, Variant, merge
+from psannlm.benchmarks.study_plan import StudyPlan, Variant, merge, reads_folder
 from psannlm.config.data import DataConfig
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import RunConfig, config_from_mapping, differences, load_config, to_yaml
@@ -109,6 +109,11 @@ def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
     for variant in plan.variants:
         if variant.config.data not in data:
             data[variant.config.data] = prepare(variant.config.data, notice)
+        if data[variant.config.data].val is None:
+            message = (
+                "nothing is held out, and there would be nothing to compare; prepare a corpus with a validation part"
+            )
+            raise ConfigError(Problem(f"variants.{variant.name}", message), str(plan.path))
     base = plan.baseline
     target = sum(count_parameters(_resolved(base, data)).values())
     variants = tuple(_sized(plan, variant, data, target) for variant in plan.variants)
@@ -224,11 +229,15 @@ def _run_config(
     decided = {"lr": lr, "seed": seed, "max_steps": sized.n_steps, "checkpoint_dir": str(folder)}
     settings = merge({"train": _QUIETER}, variant.settings)
     settings = merge(settings, {"train": decided, "model": {"d_mlp": sized.model.d_mlp}})
-    if variant.config.data.tokenizer_model_path is None:
+    if _fits_tokenizer(variant.config.data):
         path = tokenizer_path(plan, variant.config.data, data, folder.parent)
         settings = merge(settings, {"data": {"tokenizer_model_path": str(path)}})
     # The tokenizer is written before the first run, so that none of them has to fit it again.
     return config_from_mapping(settings, check_files=False)
+
+
+def _fits_tokenizer(config: DataConfig) -> bool:
+    return config.tokenizer_model_path is None and not reads_folder(config)
 
 
 def tokenizer_path(plan: StudyPlan, config: DataConfig, data: Mapping[DataConfig, PreparedData], folder: Path) -> Path:
@@ -252,7 +261,7 @@ def _former_differences(run: StudyRun) -> Iterator[Problem]:
 def write_configs(study: Study) -> None:
     """Put tokenizers and the configuration of every run into the study's folder. Raises StorageError if it cannot."""
     for config, prepared in study.data.items():
-        if config.tokenizer_model_path is None:
+        if _fits_tokenizer(config):
             path = tokenizer_path(study.plan, config, study.data, study.folder)
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)
