@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import islice
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from psannlm.data.loader import Loader, Position, StepBatch
 from psannlm.data.shards import store_from_ids
 from psannlm.data.windows import IGNORE_INDEX, Windows
-from psannlm.errors import ConfigError, CorpusError, TrainingError
+from psannlm.errors import ArtifactError, ConfigError, CorpusError, TrainingError
 
 T = 3
 
@@ -155,6 +156,63 @@ def test_without_shuffling_windows_come_in_reading_order() -> None:
     assert [seen(step) for step in steps] == [[0, 1], [2, 3], [4]]
 
 
+@given(**sizes, ahead=st.integers(0, 4), workers=st.integers(1, 4), done=st.integers(0, 12))
+@settings(deadline=None, max_examples=40)
+def test_steps_made_ahead_are_the_steps(
+    n: int,
+    micro_batch_size: int,
+    grad_accum_steps: int,
+    world_size: int,
+    seed: int,
+    ahead: int,
+    workers: int,
+    done: int,
+) -> None:
+    def loader(**way: int) -> Loader:
+        rank = {"rank": world_size - 1, "world_size": world_size, "seed": seed}
+        return Loader(make_windows(n), micro_batch_size, grad_accum_steps, **rank, **way)
+
+    plain = list(islice(loader(ahead=0).steps(), done + 3))
+    position = plain[done - 1].after if done else Position()
+    made = list(islice(loader(ahead=ahead, workers=workers).steps(position), 3))
+    for one, other in zip(plain[done:], made, strict=True):
+        assert (one.after, one.n_windows) == (other.after, other.n_windows)
+        for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert torch.equal(a.input_ids, b.input_ids)
+            assert torch.equal(a.labels, b.labels)
+            assert (a.n_labels, a.window_ids.tolist()) == (b.n_labels, b.window_ids.tolist())
+
+
+def test_the_next_step_is_ready_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = make_windows(40)
+    ready = threading.Event()
+    batch = windows.batch
+    made: list[int] = []
+
+    def watched(indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        made.append(1)
+        if len(made) == 3:
+            ready.set()
+        return batch(indices)
+
+    monkeypatch.setattr(windows, "batch", watched)
+    steps = Loader(windows, 2).steps()
+    next(steps)
+    assert ready.wait(timeout=30)
+
+
+def test_an_error_in_the_data_reaches_the_caller_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = make_windows(40)
+
+    def broken(indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        raise ArtifactError("train_00000.safetensors is damaged")
+
+    monkeypatch.setattr(windows, "batch", broken)
+    with pytest.raises(ArtifactError, match="train_00000"):
+        next(Loader(windows, 2).steps())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch-")]
+
+
 def test_a_rank_without_windows_gets_a_filler_that_counts_nothing() -> None:
     step = next(Loader(make_windows(1), 4, rank=1, world_size=2).steps())
     (filler,) = step.micro_batches
@@ -190,6 +248,7 @@ def test_the_end_of_an_epoch_is_the_start_of_the_next() -> None:
         ({"micro_batch_size": 0}, "micro_batch_size is 0"),
         ({"micro_batch_size": 1, "grad_accum_steps": 0}, "grad_accum_steps is 0"),
         ({"micro_batch_size": 1, "world_size": 0}, "world_size is 0"),
+        ({"micro_batch_size": 1, "workers": 0}, "workers is 0"),
         ({"micro_batch_size": 1, "rank": 2, "world_size": 2}, "rank 2 is outside a world of 2"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psannlm.data import apart, shardfile
+from psannlm.data.loader import Loader, Position
 from psannlm.data.parts import DocumentPart, frame, pack_origin
 from psannlm.data.sharded import ShardedStore
 from psannlm.data.shardfile import open_shard, write_shard
 from psannlm.data.shards import TokenStore, store_from_ids
-from psannlm.data.windows import Windows
+from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ArtifactError
 
 PAD, BOS, EOS = 0, 1, 2
@@ -86,6 +88,58 @@ def test_windows_over_shards_are_windows_over_memory(
         for indices in (range(len(one)), wanted):
             for a, b in zip(one.batch(indices), other.batch(indices), strict=True):
                 assert torch.equal(a, b)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=14),
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    seq_len=st.integers(1, 12),
+    pack=st.booleans(),
+    world=st.integers(1, 4),
+    other_world=st.integers(1, 4),
+    workers=st.integers(1, 3),
+    batch=st.integers(1, 4),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=40)
+def test_no_token_is_lost_or_repeated_on_any_way_through_an_epoch(
+    lengths: list[int],
+    sizes: list[int],
+    seq_len: int,
+    pack: bool,
+    world: int,
+    other_world: int,
+    workers: int,
+    batch: int,
+    data: st.DataObject,
+) -> None:
+    """Ranks x workers x the step at which the run was cut and went on with other ranks x shard sizes x T."""
+    ends = np.cumsum([4, *lengths])
+    numbered = [range(a, b) for a, b in pairwise(ends.tolist())]  # no id stands twice
+    store = store_from_ids(numbered, 1 << 16, bos_id=BOS, eos_id=EOS)
+    with tempfile.TemporaryDirectory() as folder:
+        windows = Windows(in_shards(Path(folder), store, sizes), seq_len, pad_id=PAD, pack=pack)
+
+        def epoch(world: int, position: Position, n_steps: int) -> tuple[list[int], Position]:
+            counted: list[int] = []
+            after = position
+            for rank in range(world):
+                loader = Loader(windows, batch, rank=rank, world_size=world, workers=workers)
+                for step in islice(loader.steps(position), n_steps):
+                    after = step.after
+                    for part in step.micro_batches:
+                        counted += part.labels[part.labels != IGNORE_INDEX].tolist()
+            return counted, after
+
+        per_epoch = -(-len(windows) // (batch * world))
+        done = data.draw(st.integers(0, per_epoch))
+        first, position = epoch(world, Position(), done)
+        rest = []
+        if position.epoch == 0:
+            left = len(windows) - position.window
+            rest, position = epoch(other_world, position, -(-left // (batch * other_world)))
+        assert position == Position(1, 0)
+        assert sorted(first + rest) == [EOS] * len(lengths) + list(range(4, int(ends[-1])))
 
 
 def test_many_documents_are_found_through_their_blocks(tmp_path: Path) -> None:
