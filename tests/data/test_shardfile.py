@@ -266,3 +266,13 @@ def test_places_are_found_among_documents_and_never_by_damage(tmp_path: Path) ->
                 said.add(str(error).partition(" between")[0])
         content[at] ^= bit
     assert said == {f"{path} is damaged"}
+
+
+def test_a_shard_whose_documents_do_not_follow_each_other_is_refused(tmp_path: Path) -> None:
+    """Sums vouch for bytes, not for whoever wrote them: a search that cannot be shown to be right is an error."""
+    path = tmp_path / "s"
+    shard = open_shard(path, write(path, some_documents(50, 9)), PRINT)
+    shard.verify()
+    shard._starts = np.full_like(shard._starts, shard.n_framed_tokens)
+    with pytest.raises(ArtifactError, match=r"s contradicts itself"):
+        shard.documents_at(np.array([3]))
