@@ -115,9 +115,10 @@ def rate_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
     Each has ``name`` (the way to it), ``figure``, ``tokens_per_s``, ``..._lowest`` and ``..._highest`` (None where it
     was measured once), and what the places it stands in say of base, batch and precision.
     """
-    for way, context, key, value in _walk(figures, (), {}):
+    for way, context, key, value, beside in _walk(figures, (), {}):
         if _RATE.fullmatch(key):
-            spread = value if isinstance(value, dict) else {"median": value}
+            edges = {edge: number(beside.get(f"{key}_{edge}")) for edge in ("lowest", "highest")}
+            spread = value if isinstance(value, dict) else {"median": value, **edges}
             yield {
                 "name": " / ".join(way),
                 **{name: context.get(name) for name in _CONTEXT},
@@ -130,7 +131,7 @@ def rate_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def memory_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield ``name``, ``figure`` and ``bytes`` of every figure whose name says that it is memory, in bytes."""
-    for way, _, key, value in _walk(figures, (), {}):
+    for way, _, key, value, _ in _walk(figures, (), {}):
         # The name of a mapping may say it for the figures in it: cache_bytes: {measured: ...}.
         named = f"{way[-1]}.{key}" if way else key
         if _MEMORY.fullmatch(key) and not key.endswith("per_s"):
@@ -141,14 +142,14 @@ def memory_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _walk(
     value: dict[str, Any], way: tuple[str, ...], context: dict[str, Any]
-) -> Iterator[tuple[tuple[str, ...], dict[str, Any], str, Any]]:
-    """Yield (way, context, key, value) of every number and spread below ``value``."""
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any], str, Any, dict[str, Any]]]:
+    """Yield (way, context, key, value, the mapping it stands in) of every number and spread below ``value``."""
     plain = {key: item for key, item in flatten(value).items() if isinstance(item, (str, int, float))}
     own = {name: item for name in _CONTEXT for key, item in plain.items() if key.split(".")[-1] == name}
     context = {**context, **own}
     for key, item in value.items():
         if number(item) is not None or is_spread(item):
-            yield way, context, str(key), item
+            yield way, context, str(key), item, value
         elif isinstance(item, dict):
             yield from _walk(item, (*way, str(key)), context)
         elif isinstance(item, list):

@@ -61,3 +61,6 @@ def test_rates_carry_what_stands_around_them() -> None:
     (row,) = rate_rows(figures)
     assert (row["name"], row["base"], row["batch_tokens"], row["tokens_per_s"]) == ("bases / sine", "respsann", 64, 5.0)
     assert row["tokens_per_s_lowest"] is None
+    flat = {"rows": [{"name": "a", "tokens_per_s": 2.0, "tokens_per_s_lowest": 1.0, "tokens_per_s_highest": 3.0}]}
+    (row,) = rate_rows(flat)
+    assert [row[f"tokens_per_s{edge}"] for edge in ("", "_lowest", "_highest")] == [2.0, 1.0, 3.0]
