@@ -190,6 +190,7 @@ def check_compiled(stage: Stage) -> CheckResult:
             measures += graph_measures(base, _graph_skips() - skips, _recorded_graphs(stage.device))
         notes += [f"{base}: {notice}" for notice in report.notices]
         stage.say(f"GPU-09: {base}, compiling training")
+        stage.release()
         measures += _compiled_training(stage, base)
         stage.release()
     return CheckResult("GPU-09", "compile and CUDA graphs", tuple(measures), notes=tuple(notes))

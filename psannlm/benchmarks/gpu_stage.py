@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -150,7 +151,13 @@ class Stage:
             torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
-        """Hand cached memory back, so that one check does not leave another without."""
+        """Forget what was compiled, and hand cached memory back.
+
+        The compiler gives up, and says little of it, on a function that it has compiled for eight models or shapes; and
+        what it keeps of a model keeps the model's memory.
+        """
+        gc.collect()
+        torch.compiler.reset()
         if self.is_gpu:
             torch.cuda.empty_cache()
 
