@@ -155,7 +155,7 @@ def _show(result: PrepResult) -> None:
         ("content", f"{manifest.content_sha256:.12}"),
         ("folder", str(result.folder)),
     ]
-    results().print(figures_table("how", rows))
+    results().print(figures_table("corpus", rows))
     if manifest.part == "1/1":
         console = results()
         console.print(

@@ -56,6 +56,12 @@ psannlm tokenize texts.txt --per-line --vocab-size 320 --out tokenizer.model
 there tokenizer.model tokenizer.card.json
 psannlm tokenize --model tokenizer.model --text "Waves, naïve and fine."
 
+say "A corpus of any size: shards on disk that training maps into memory. Done once, it is not done again."
+shards=(texts.txt --per-line --tokenizer tokenizer.model --out shards --val-split 0.2)
+psannlm prep "${shards[@]}"
+there shards/{manifest.json,tokenizer.model,train_00000.safetensors,validation_00000.safetensors}
+psannlm prep "${shards[@]}" | grep -q "prepared already" || fail "a finished folder was prepared again"
+
 say "What a run would be, before it starts: configuration, sizes, memory."
 psannlm train smoke.yaml --set "$sources" --dry-run
 [[ ! -e runs ]] || fail "--dry-run wrote something"
@@ -64,6 +70,11 @@ say "Train: twenty steps. Any key of the configuration can be set on the command
 psannlm train smoke.yaml --set "$sources"
 there runs/smoke/{config.yaml,system.json,metrics.jsonl,loss_curve.png,latest,best}
 there runs/smoke/step_00000020/{model.safetensors,trainer.json}
+
+say "Train on the shards: the same configuration, and the tokenizer that made them."
+psannlm train smoke.yaml --set 'data.sources=[shards]' --set data.tokenizer=auto --set data.val_split=0 \
+  --set train.checkpoint_dir=runs/shards --set train.max_steps=4
+there runs/shards/step_00000004/model.safetensors
 
 say "Stop a run in the middle (Ctrl-C would do the same): it finishes its step, saves, and exits with 130."
 long=(smoke.yaml --set "$sources" --set train.max_steps=200 --set train.log_interval_steps=20

@@ -27,6 +27,7 @@ from psannlm.lock import RunLock
 from psannlm.prep.assemble import DocumentStream, select_units
 from psannlm.prep.chunks import Chunk, chunk_bytes_for, gather
 from psannlm.prep.finished import refuse_other, tokenizer_entry
+from psannlm.prep.memory import return_large_blocks
 from psannlm.prep.piece import piece_path, read_piece
 from psannlm.prep.plan import WORK_FOLDER, Plan, go_on, write_plan
 from psannlm.prep.pool import WorkerPool, usable_cores
@@ -119,6 +120,7 @@ def prepare_corpus(
         Interrupted: Ctrl-C or SIGTERM; the same call goes on.
     """
     began = time.monotonic()
+    return_large_blocks()
     reporter = reporter or SilentPrepReporter()
     if n_workers is not None and n_workers < 1:
         raise ConfigError(f"{n_workers} workers cannot do anything; give 1 or more")

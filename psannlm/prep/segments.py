@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from psannlm.data.prepare import boundary_near
 
-SEGMENT_BYTES = 1 << 20
+SEGMENT_BYTES = 1 << 18
 
 
 def first_end(text: bytes | bytearray, limit: int = SEGMENT_BYTES) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 from psannlm.errors import CorpusError, PsannlmError, StorageError, TokenizerError
 from psannlm.prep.chunks import Chunk
 from psannlm.prep.encoding import ChunkEncoder
+from psannlm.prep.memory import return_large_blocks
 from psannlm.prep.piece import piece_path, write_piece
 from psannlm.prep.settings import PrepSettings
 from psannlm.prep.walk import Cut
@@ -39,6 +40,7 @@ def main() -> None:
     """Serve until the connection ends; ``sys.argv`` holds its file descriptor and the parent's process id."""
     handle, parent = int(sys.argv[1]), int(sys.argv[2])
     _end_with(parent)
+    return_large_blocks()
     with Connection(handle) as connection:
         try:
             setup = json.loads(connection.recv_bytes())

@@ -249,7 +249,7 @@ from pathlib import Path
 from psannlm.prep.run import prepare_corpus
 from psannlm.prep.settings import PrepSettings
 settings = PrepSettings(val_split=0.1, shard_tokens=3000)
-prepare_corpus([sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]), settings, n_workers=2, chunk_bytes=700)
+prepare_corpus([sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]), settings, n_workers=2, chunk_bytes=2000)
 """
 
 
@@ -258,38 +258,42 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
     prepare: Prepare, corpus: Path, tokenizer_path: Path, tmp_path: Path, folder_bytes: FolderBytes
 ) -> None:
     """Twenty times, at random: among pieces, while duplicates are found, and between shards and manifest."""
-    prepare(corpus, name="straight", val_split=0.1, shard_tokens=3_000, chunk_bytes=700)
+    prepare(corpus, name="straight", val_split=0.1, shard_tokens=3_000, chunk_bytes=2000)
     expected = folder_bytes(tmp_path / "straight")
     source = random.Random(20)
-    n_kills = n_finished = n_pieces_seen = 0
+    n_kills = n_finished = 0
+    moments = Counter[str]()
     out = tmp_path / "killed0"
     while n_kills < 20:
+        before = folder_bytes(out)
+        n_pieces, n_shards = source.randrange(1, 30), source.randrange(12)
         arguments = [sys.executable, "-c", KILLABLE, str(corpus), str(tokenizer_path), str(out)]
         process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
-        before = len(list(out.glob(".work/piece_*")))
-        wanted = before + source.randrange(120)
-        while process.poll() is None and not _is_time(out, wanted, source):
-            time.sleep(0.002)
+        began = time.time()
+        while process.poll() is None and not _has_come(out, len(before), n_pieces, n_shards, began):
+            time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
         assert process.communicate()[1] == b""
-        n_kills += process.returncode == -signal.SIGKILL
-        n_pieces_seen += len(list(out.glob(".work/piece_*"))) > before
         if process.returncode == 0:
             assert folder_bytes(out) == expected
             n_finished += 1
             out = tmp_path / f"killed{n_finished}"
-    prepare(corpus, name=out.name, val_split=0.1, shard_tokens=3_000, chunk_bytes=700)
-    made = folder_bytes(out)
-    made.pop(".lock", None)
-    assert made == expected
-    assert n_pieces_seen > 3
+        else:
+            n_kills += 1
+            moments["shards" if _n_new_shards(out, began) else "pieces"] += 1
+    prepare(corpus, name=out.name, val_split=0.1, shard_tokens=3_000, chunk_bytes=2000)
+    assert folder_bytes(out) == expected
+    assert min(moments["pieces"], moments["shards"]) >= 2, moments
 
 
-def _is_time(out: Path, wanted: int, source: random.Random) -> bool:
-    n_shards = len(list(out.glob("*.safetensors")))
-    if n_shards:
-        return source.random() < 0.05
-    return len(list(out.glob(".work/piece_*"))) >= wanted
+def _has_come(out: Path, n_before: int, n_pieces: int, n_shards: int, began: float) -> bool:
+    """Tell whether so many new pieces are there, or, where none is missing any more, so many shards."""
+    n_new = _n_new_shards(out, began)
+    return n_new > n_shards or (not n_new and len(list(out.glob(".work/piece_*"))) >= n_before + n_pieces)
+
+
+def _n_new_shards(out: Path, began: float) -> int:
+    return sum(path.stat().st_mtime > began for path in out.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
