@@ -60,7 +60,8 @@ say "A corpus of any size: shards on disk that training maps into memory. Done o
 shards=(texts.txt --per-line --tokenizer tokenizer.model --out shards --val-split 0.2)
 psannlm prep "${shards[@]}"
 there shards/{manifest.json,tokenizer.model,train_00000.safetensors,validation_00000.safetensors}
-psannlm prep "${shards[@]}" | grep -q "prepared already" || fail "a finished folder was prepared again"
+psannlm prep "${shards[@]}" >prepared.txt
+grep -q "prepared already" prepared.txt || fail "a finished folder was prepared again"
 
 say "What a run would be, before it starts: configuration, sizes, memory."
 psannlm train smoke.yaml --set "$sources" --dry-run
