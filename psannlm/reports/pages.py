@@ -69,7 +69,7 @@ def build_document(found: Gathered, origin: Origin, rates: Sequence[dict[str, An
         f"{_count(len(found.runs), 'training run')}, {_count(len(found.artifacts), 'benchmark')}, "
         f"{_count(len(found.unread), 'thing')} left out."
     )
-    return Document("psannlm: report", counts, headlines[:6], sections, origin)
+    return Document("psannlm: report", counts, list(dict.fromkeys(headlines))[:6], sections, origin)
 
 
 def _count(number: int, noun: str) -> str:

@@ -169,6 +169,7 @@ def _render(draw: Callable[[Axes, _Look], None], look: _Look, form: str, n_rows:
     settings: Any = {
         "font.family": "DejaVu Sans",
         "font.size": 9.5,
+        "axes.facecolor": "none",
         "axes.edgecolor": _RULE[look.is_dark],
         "axes.labelcolor": look.ink,
         "axes.spines.top": False,
