@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from psannlm.config.model import ModelConfig
 from psannlm.models.cache import DecodeState, LayerState, whole_blocks
 from psannlm.models.compiled import stored
+from psannlm.models.lean import is_lean, rotate_lean
+from psannlm.models.matmul import Linear
 from psannlm.models.positions import alibi_bias, alibi_slopes, rope_tables, rotate
 
 # New tokens of a row up to which a compiled pass writes attention out as sums, instead of calling the kernel.
@@ -92,10 +94,10 @@ class Attention(nn.Module):
         self.n_heads = config.n_heads
         self.n_groups = config.n_kv_heads or config.n_heads
         self.head_dim = config.d_model // config.n_heads
-        self.q_proj = nn.Linear(config.d_model, self.n_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.d_model, self.n_groups * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.d_model, self.n_groups * self.head_dim, bias=False)
-        self.out_proj: nn.Module = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+        self.q_proj = Linear(config.d_model, self.n_heads * self.head_dim, bias=False)
+        self.k_proj = Linear(config.d_model, self.n_groups * self.head_dim, bias=False)
+        self.v_proj = Linear(config.d_model, self.n_groups * self.head_dim, bias=False)
+        self.out_proj: nn.Module = Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
         # Henry et al. 2020, arXiv 2010.04245, with RMSNorm and one scale per feature of a head.
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else None
@@ -120,7 +122,8 @@ class Attention(nn.Module):
             # Means of squares in float32, as in every other norm, where the projections are narrower.
             q, k = self.q_norm(q.float()).to(q.dtype), self.k_norm(k.float()).to(k.dtype)
         if layout.rope is not None:
-            q, k = rotate(q, layout.rope), rotate(k, layout.rope)
+            turn = rotate_lean if is_lean(q) and state is None else _turn
+            q, k = turn(q, *layout.rope), turn(k, *layout.rope)
         if state is not None:
             k, v = _remember(state, k, v, layout)
         mixed = self._mix(q, k, v, layout)
@@ -180,6 +183,10 @@ class Attention(nn.Module):
         mixed = (weights.view(*shape, -1, 1) * v.float()[:, :, None, None]).sum(-2).flatten(1, 2)
         normed: Tensor = (mixed / weights.sum(-1, keepdim=True)).to(q.dtype)
         return normed
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotate(x, (cos, sin))
 
 
 def _remember(state: LayerState, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.data.windows import IGNORE_INDEX
+from psannlm.models.matmul import product, product_of_transposed
 
 # Bytes of float32 logits worked on at a time; larger chunks gain nothing, smaller ones lose to the call overhead. On a
 # GPU a chunk of 8 MiB is done before the next one could be launched.
@@ -44,23 +45,25 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             target = labels[start : start + chunk]
             counts = target != IGNORE_INDEX
             index = target.clamp(min=0).unsqueeze(1)
-            logits = (rows @ weight_low.t()).float()
-            log_norm = torch.logsumexp(logits, dim=1)
-            loss = log_norm - (1.0 - label_smoothing) * logits.gather(1, index).squeeze(1)
+            logits = product(rows, weight_low).float()
+            logits.sub_(logits.amax(1, keepdim=True))
+            loss = (label_smoothing - 1.0) * logits.gather(1, index).squeeze(1)
             if label_smoothing:
                 loss = loss - spread * logits.sum(1)
-            total += torch.where(counts, loss, 0.0).sum()
+            grad = logits.exp_()
+            norm = grad.sum(1)
+            total += torch.where(counts, loss + norm.log(), 0.0).sum()
             if not (wants_hidden or wants_weight):
                 continue
-            grad = logits.sub_(log_norm.unsqueeze(1)).exp_()
+            grad.mul_((counts / norm).unsqueeze(1))
             if label_smoothing:
-                grad.sub_(spread)
-            grad.scatter_add_(1, index, torch.full_like(index, label_smoothing - 1.0, dtype=grad.dtype))
-            grad = grad.mul_(counts.unsqueeze(1)).to(matmul_dtype)
+                grad.sub_(spread * counts.unsqueeze(1))
+            grad.scatter_add_(1, index, ((label_smoothing - 1.0) * counts).unsqueeze(1))
+            grad = grad.to(matmul_dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + chunk] = grad @ weight_low
+                grad_hidden[start : start + chunk] = product(grad, weight_low.t())
             if grad_weight is not None:
-                grad_weight += grad.t() @ rows
+                grad_weight += product_of_transposed(grad, rows)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

@@ -54,6 +54,25 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight.T`` of (M, K) and (N, K) in their dtype, by the faster way; for use inside a function."""
+    if x.dtype == torch.float32 and len(x) >= _MANY_ROWS and is_plain(x) and prefers_onednn():
+        return _product(x, weight)
+    return x @ weight.t()
+
+
+def product_of_transposed(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left.T @ right`` of (M, N) and (M, K): the gradient of a weight."""
+    if left.dtype == torch.float32 and len(left) >= _MANY_ROWS and is_plain(left) and prefers_onednn():
+        return _product(left.t(), right.t())
+    return left.t() @ right
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` holds numbers, on this device alone, rather than stands for others."""
+    return type(x) in (Tensor, nn.Parameter)
+
+
 class _OneDnnLinear(torch.autograd.Function):
     """``F.linear`` of float32 (M, K), (N, K) and perhaps (N,), all three products through oneDNN."""
 
@@ -69,8 +88,8 @@ class _OneDnnLinear(torch.autograd.Function):
         grad = grads[0].contiguous()
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            _product(grad, weight.t()) if needs_x else None,
-            _product(grad.t(), x.t()) if needs_weight else None,
+            product(grad, weight.t()) if needs_x else None,
+            product_of_transposed(grad, x) if needs_weight else None,
             grad.sum(0) if ctx.has_bias and needs_bias else None,
         )
 
@@ -79,7 +98,7 @@ def _takes_detour(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and type(x) in (Tensor, nn.Parameter)
+        and is_plain(x)
         and x.numel() >= _MANY_ROWS * x.shape[-1]
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
@@ -94,3 +113,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     y: Tensor = _OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` by :func:`linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., K) to (..., N)."""
+        return linear(input, self.weight, self.bias)

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.config.model import MlpKind, ModelConfig
+from psannlm.models.lean import is_lean, plain_down, sine_down
+from psannlm.models.matmul import Linear
 from psannlm.models.sine import SineActivation
 
 GATED_KINDS: frozenset[MlpKind] = frozenset(("sineglu", "geglu", "swiglu"))
@@ -36,20 +38,31 @@ def _activation(config: ModelConfig, d_mlp: int) -> nn.Module:
             return nn.SiLU()
 
 
+def _project_down(activation: nn.Module, z: Tensor, up: Tensor | None, down: nn.Module) -> Tensor:
+    """``down(activation(z) * up)``; on a CPU, gradients wanted, without keeping what can be worked out again."""
+    if is_lean(z) and type(down) is Linear:
+        if type(activation) is SineActivation and not activation.is_frozen:
+            return sine_down(z, up, down.weight, activation.values(), activation.mode)
+        if type(activation) in (nn.GELU, nn.SiLU):
+            return plain_down(z, up, down.weight, is_gelu=type(activation) is nn.GELU)
+    hidden = activation(z)
+    out: Tensor = down(hidden if up is None else hidden * up)
+    return out
+
+
 class Mlp(nn.Module):
     """``down(act(up(x)))``: the PSANN original ``sine`` (with a bias that is its phase), ``gelu`` or ``relu2``."""
 
     def __init__(self, config: ModelConfig, d_mlp: int) -> None:
         super().__init__()
         is_sine = config.mlp == "sine"
-        self.up_proj: nn.Module = nn.Linear(config.d_model, d_mlp, bias=is_sine)
+        self.up_proj: nn.Module = Linear(config.d_model, d_mlp, bias=is_sine)
         self.activation = _activation(config, d_mlp)
-        self.down_proj: nn.Module = nn.Linear(d_mlp, config.d_model, bias=False)
+        self.down_proj: nn.Module = Linear(d_mlp, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        out: Tensor = self.down_proj(self.activation(self.up_proj(x)))
-        return out
+        return _project_down(self.activation, self.up_proj(x), None, self.down_proj)
 
 
 class GatedMlp(nn.Module):
@@ -57,10 +70,10 @@ class GatedMlp(nn.Module):
 
     def __init__(self, config: ModelConfig, d_mlp: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, d_mlp, bias=False)
-        self.up_proj = nn.Linear(config.d_model, d_mlp, bias=False)
+        self.gate_proj = Linear(config.d_model, d_mlp, bias=False)
+        self.up_proj = Linear(config.d_model, d_mlp, bias=False)
         self.activation = _activation(config, d_mlp)
-        self.down_proj: nn.Module = nn.Linear(d_mlp, config.d_model, bias=False)
+        self.down_proj: nn.Module = Linear(d_mlp, config.d_model, bias=False)
         # Both projections as one, in a model packed for inference.
         self.gate_up_proj: nn.Module | None = None
 
@@ -70,8 +83,7 @@ class GatedMlp(nn.Module):
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(self.activation(gate) * up)
-        return out
+        return _project_down(self.activation, gate, up, self.down_proj)
 
 
 def build_mlp(config: ModelConfig) -> Mlp | GatedMlp:

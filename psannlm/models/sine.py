@@ -84,57 +84,121 @@ def _blocks(n_rows: int, n_features: int) -> range:
 
 def _value_in_blocks(z: Tensor, amplitude: Tensor, frequency: Tensor, decay: Tensor, mode: DecayMode) -> Tensor:
     """``_value`` for a CPU: every intermediate lives in a buffer that stays in cache."""
+    return gated_value(z, None, amplitude, frequency, decay, mode)
+
+
+def gated_value(
+    z: Tensor, up: Tensor | None, amplitude: Tensor, frequency: Tensor, decay: Tensor, mode: DecayMode
+) -> Tensor:
+    """Return the activation of (N, F) on a CPU, times ``up`` (N, F) where there is one, in z's dtype."""
     n_rows, n_features = z.shape
     blocks = _blocks(n_rows, n_features)
     out = torch.empty_like(z)
-    wave_buffer, envelope_buffer = torch.empty(2, min(blocks.step, n_rows), n_features)
+    if not _runs_in_blocks(z):
+        return out
+    is_narrow = z.dtype != torch.float32
+    buffers = torch.empty(4, min(blocks.step, n_rows), n_features)
+    against_decay = -decay
     for start in blocks:
-        block = z[start : start + blocks.step]
-        wave, envelope = wave_buffer[: len(block)], envelope_buffer[: len(block)]
-        wave.copy_(block)
+        block, result = z[start : start + blocks.step], out[start : start + blocks.step]
+        wide, wave, envelope, factor = buffers[:, : len(block)]
+        if is_narrow:
+            block = wide.copy_(block)
+        torch.mul(block, frequency, out=wave).sin_().mul_(amplitude)
+        if up is not None:
+            by = up[start : start + blocks.step]
+            wave.mul_(factor.copy_(by) if is_narrow else by)
         if mode != "none":
-            torch.abs(wave, out=envelope) if mode == "abs" else torch.clamp(wave, min=0.0, out=envelope)
-            envelope.mul_(decay).neg_().exp_()
-        wave.mul_(frequency).sin_().mul_(amplitude)
-        if mode != "none":
-            wave.mul_(envelope)
-        out[start : start + blocks.step].copy_(wave)
+            wave.mul_(_envelope_into(envelope, block, against_decay, mode))
+        result.copy_(wave)
     return out
+
+
+def _envelope_into(envelope: Tensor, z: Tensor, against_decay: Tensor, mode: DecayMode) -> Tensor:
+    torch.abs(z, out=envelope) if mode == "abs" else torch.clamp(z, min=0.0, out=envelope)
+    return envelope.mul_(against_decay).exp_()
 
 
 def _gradients_in_blocks(
     grad: Tensor, z: Tensor, amplitude: Tensor, frequency: Tensor, decay: Tensor, mode: DecayMode
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``_gradients`` for a CPU: every intermediate lives in a buffer that stays in cache."""
+    grad_z = grad.clone()
+    _, _, by_parameter = gated_gradients(grad_z, z, None, amplitude, frequency, decay, mode, wants_value=False)
+    return grad_z, *by_parameter
+
+
+def gated_gradients(
+    grad: Tensor,
+    z: Tensor,
+    up: Tensor | None,
+    amplitude: Tensor,
+    frequency: Tensor,
+    decay: Tensor,
+    mode: DecayMode,
+    *,
+    wants_value: bool = True,
+) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+    """Turn ``grad``, the gradient of what :func:`gated_value` returns, into that of z, in place.
+
+    Returns:
+        What :func:`gated_value` returned (None unless ``wants_value``), the gradient of ``up`` (None without one), and
+        the gradients (F,) of amplitude, frequency and decay: one pass makes all of them.
+    """
     n_rows, n_features = z.shape
     blocks = _blocks(n_rows, n_features)
-    grad_z = torch.empty_like(z)
-    grad_amplitude, grad_frequency, grad_decay = torch.zeros(3, n_features)
-    buffers = torch.empty(5, min(blocks.step, n_rows), n_features)
-    decay_by_amplitude = decay * amplitude
+    value = torch.empty_like(z) if wants_value else None
+    grad_up = None if up is None else torch.empty_like(up)
+    sums = torch.zeros(3, n_features)
+    is_narrow = z.dtype != torch.float32
+    buffers = torch.empty(7, min(blocks.step, n_rows), n_features)
+    against_decay, slope, fall = -decay, amplitude * frequency, decay * amplitude
     for start in blocks:
-        block = z[start : start + blocks.step]
-        wide, argument, damped, by_amplitude, by_phase = buffers[:, : len(block)]
-        wide.copy_(block)
-        damped.copy_(grad[start : start + blocks.step])
+        rows = slice(start, start + blocks.step)
+        block, into = z[rows], grad[rows]
+        wide, damped, by_sine, by_cosine, scratch, wide_up, wide_grad = buffers[:, : len(block)]
+        gradient = into
+        if is_narrow:
+            block, gradient = wide.copy_(block), wide_grad.copy_(gradient)
+        torch.mul(block, frequency, out=by_cosine)
+        torch.sin(by_cosine, out=by_sine)
+        by_cosine.cos_()
         if mode != "none":
-            torch.abs(wide, out=argument) if mode == "abs" else torch.clamp(wide, min=0.0, out=argument)
-            torch.mul(argument, decay, out=by_phase).neg_().exp_()
-            damped.mul_(by_phase)
-        torch.mul(wide, frequency, out=by_phase)
-        torch.sin(by_phase, out=by_amplitude).mul_(damped)
-        by_phase.cos_().mul_(damped).mul_(amplitude)
-        grad_amplitude += by_amplitude.sum(0)
-        torch.mul(by_phase, wide, out=damped)
-        grad_frequency += damped.sum(0)
-        by_phase.mul_(frequency)
+            _envelope_into(damped, block, against_decay, mode)
+            by_sine.mul_(damped)
+            by_cosine.mul_(damped)
+        # Now by_sine is the activation over its amplitude.
+        factor: Tensor | None = None
+        if up is not None and grad_up is not None:
+            factor = wide_up.copy_(up[rows]) if is_narrow else up[rows]
+        if value is not None or grad_up is not None:
+            torch.mul(by_sine, amplitude, out=scratch)
+            if grad_up is not None:
+                _write_product(grad_up[rows], scratch, gradient, damped)
+            if value is not None:
+                value[rows].copy_(scratch) if factor is None else _write_product(value[rows], scratch, factor, damped)
+        if factor is not None:
+            gradient = torch.mul(gradient, factor, out=damped)
+        by_sine.mul_(gradient)
+        by_cosine.mul_(gradient)
+        sums[0] += by_sine.sum(0)
+        sums[1] += torch.mul(by_cosine, block, out=scratch).sum(0)
+        by_cosine.mul_(slope)
         if mode != "none":
-            torch.mul(by_amplitude, argument, out=damped)
-            grad_decay -= damped.sum(0)
-            wide.sign_() if mode == "abs" else wide.gt_(0.0)
-            by_phase.sub_(by_amplitude.mul_(decay_by_amplitude).mul_(wide))
-        grad_z[start : start + blocks.step].copy_(by_phase)
-    return grad_z, grad_amplitude, grad_frequency, grad_decay.mul_(amplitude)
+            torch.abs(block, out=scratch) if mode == "abs" else torch.clamp(block, min=0.0, out=scratch)
+            sums[2] -= scratch.mul_(by_sine).sum(0)
+            torch.sign(block, out=scratch) if mode == "abs" else torch.gt(block, 0.0, out=scratch)
+            by_cosine.addcmul_(by_sine.mul_(fall), scratch, value=-1)
+        into.copy_(by_cosine)
+    return value, grad_up, (sums[0], sums[1].mul_(amplitude), sums[2].mul_(amplitude))
+
+
+def _write_product(into: Tensor, left: Tensor, right: Tensor, scratch: Tensor) -> None:
+    """Write left times right, of float32, into a tensor that may be narrower."""
+    if into.dtype == torch.float32:
+        torch.mul(left, right, out=into)
+    else:
+        into.copy_(torch.mul(left, right, out=scratch))
 
 
 class _DampedSine(torch.autograd.Function):
@@ -216,6 +280,17 @@ class SineActivation(nn.Module):
         bounds = self.bounds[name]
         return value if bounds is None else value.clamp(*bounds)
 
+    def values(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return amplitude, frequency and decay as :meth:`value_of` does, whatever the autocast."""
+        raw: Tensor = getattr(self, "raw_amplitude")  # noqa: B009
+        with torch.autocast(raw.device.type, enabled=False):
+            return self.value_of("amplitude"), self.value_of("frequency"), self.value_of("decay")
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether :meth:`freeze` was called."""
+        return bool(self._frozen)
+
     def freeze(self) -> None:
         """Work the parameters out once, for inference: from now on neither training nor loading changes them."""
         self._frozen = {name: self.value_of(name).detach() for name in ("amplitude", "frequency", "decay")}
@@ -226,8 +301,7 @@ class SineActivation(nn.Module):
             frozen = self._frozen
             return _value(z, frozen["amplitude"], frozen["frequency"], frozen["decay"], self.mode)
         with torch.autocast(z.device.type, enabled=False):
-            amplitude, frequency, decay = map(self.value_of, ("amplitude", "frequency", "decay"))
-            return damped_sine(z, amplitude, frequency, decay, self.mode)
+            return damped_sine(z, *self.values(), self.mode)
 
     def extra_repr(self) -> str:
         return f"n_features={len(self.value_of('amplitude'))}, decay_mode={self.mode}"

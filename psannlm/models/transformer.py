@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from psannlm.config.model import ModelConfig
 from psannlm.models.attention import Attention, Layout, plan_layout
 from psannlm.models.cache import DecodeState, LayerState
+from psannlm.models.lean import is_lean, norm_wave
 from psannlm.models.loss import head_cross_entropy, linear_cross_entropy
+from psannlm.models.matmul import Linear
 from psannlm.models.mlp import GatedMlp, Mlp, build_mlp
 from psannlm.models.positions import sinusoids
 from psannlm.models.wave import Wave
@@ -46,22 +48,33 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D), writing into ``state`` when there is one (``DecodeState.advance`` counts it)."""
-        h = self.attention_norm(x)
-        if self.attention_wave is not None:
-            h, history = self.attention_wave(h, state and state.attention_tail)
-            if state is not None:
-                state.attention_history = history
-        x = x + self._scaled(self.attention(h, layout, state), self.attention_scale)
-        h = self.mlp_norm(x)
-        if self.mlp_wave is not None:
-            h, history = self.mlp_wave(h, state and state.mlp_tail)
-            if state is not None:
-                state.mlp_history = history
-        return x + self._scaled(self.mlp(h), self.mlp_scale)
+        if state is None:
+            h = _norm_and_wave(x, self.attention_norm, self.attention_wave)
+        else:
+            h = self.attention_norm(x)
+            if self.attention_wave is not None:
+                h, state.attention_history = self.attention_wave(h, state.attention_tail)
+        x = self._added(x, self.attention(h, layout, state), self.attention_scale)
+        if state is None:
+            h = _norm_and_wave(x, self.mlp_norm, self.mlp_wave)
+        else:
+            h = self.mlp_norm(x)
+            if self.mlp_wave is not None:
+                h, state.mlp_history = self.mlp_wave(h, state.mlp_tail)
+        return self._added(x, self.mlp(h), self.mlp_scale)
 
-    def _scaled(self, branch: Tensor, scale: Tensor | None) -> Tensor:
+    def _added(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
         branch = self.dropout(branch)
-        return branch if scale is None else branch * scale
+        return x + (branch if scale is None else branch * scale)
+
+
+def _norm_and_wave(x: Tensor, norm: nn.RMSNorm, wave: Wave | None) -> Tensor:
+    """wave(norm(x)) of sequences from their beginning; where it can be, in one lean pass."""
+    if is_lean(x) and x.dtype == torch.float32 and (wave is None or not wave.has_activation):
+        assert norm.eps is not None
+        return norm_wave(x, norm.weight, norm.eps, None if wave is None else wave.weight, wave.dilation if wave else 1)
+    h: Tensor = norm(x)
+    return h if wave is None else wave(h)[0]
 
 
 class Transformer(nn.Module):
@@ -79,7 +92,7 @@ class Transformer(nn.Module):
         self.final_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.head: nn.Module | None = None
         if not config.tie_embeddings:
-            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.head = Linear(config.d_model, config.vocab_size, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:

@@ -29,8 +29,10 @@ class Wave(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.d_model, config.wave.kernel_size))
         # The kernel tap by tap, (kernel, D), in a model packed for inference.
         self.taps: Tensor | None = None
-        is_sine = config.wave.activation == "sine"
-        self.activation = SineActivation(config.d_model, config.sine_params) if is_sine else nn.Identity()
+        self.has_activation = config.wave.activation == "sine"
+        self.activation: nn.Module = nn.Identity()
+        if self.has_activation:
+            self.activation = SineActivation(config.d_model, config.sine_params)
 
     def forward(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mix (B, T, D) over time.

@@ -71,7 +71,7 @@ class OptimizerSet:
             {"params": decayed, "weight_decay": weight_decay},
             {"params": list(groups.undecayed.values()), "weight_decay": 0.0},
         ]
-        fused = all(p.is_cuda for p in model.parameters())
+        fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
         self.optimizers.append(torch.optim.AdamW(parts, betas=ADAMW_BETAS, eps=ADAMW_EPS, fused=fused))
 
     def set_lr(self, lr: float) -> None:
