@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from psannlm.config.model import ModelConfig
 from psannlm.models.cache import DecodeState, LayerState, whole_blocks
 from psannlm.models.compiled import stored
-from psannlm.models.lean import is_lean, rotate_lean
 from psannlm.models.matmul import Linear
 from psannlm.models.positions import alibi_bias, alibi_slopes, rope_tables, rotate
 
@@ -122,8 +121,7 @@ class Attention(nn.Module):
             # Means of squares in float32, as in every other norm, where the projections are narrower.
             q, k = self.q_norm(q.float()).to(q.dtype), self.k_norm(k.float()).to(k.dtype)
         if layout.rope is not None:
-            turn = rotate_lean if is_lean(q) and state is None else _turn
-            q, k = turn(q, *layout.rope), turn(k, *layout.rope)
+            q, k = rotate(q, layout.rope), rotate(k, layout.rope)
         if state is not None:
             k, v = _remember(state, k, v, layout)
         mixed = self._mix(q, k, v, layout)
@@ -183,10 +181,6 @@ class Attention(nn.Module):
         mixed = (weights.view(*shape, -1, 1) * v.float()[:, :, None, None]).sum(-2).flatten(1, 2)
         normed: Tensor = (mixed / weights.sum(-1, keepdim=True)).to(q.dtype)
         return normed
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return rotate(x, (cos, sin))
 
 
 def _remember(state: LayerState, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Training passes on a CPU that keep little and touch memory seldom: norm with wave, rotation, gate with projection.
+"""Training passes on a CPU that keep little and touch memory seldom: norm with wave, gate with projection.
 
 Each is an autograd function that saves its inputs and works out again, in the backward pass, what costs less to work
 out than to keep. Compilers and GPUs get the plain algebra instead, which they fuse themselves. Letters: B rows, T
@@ -104,35 +104,6 @@ def norm_wave(x: Tensor, weight: Tensor, eps: float, taps: Tensor | None = None,
         x: (B, T, D) float32.
     """
     y: Tensor = _NormWave.apply(x, weight, taps, eps, dilation, product_dtype())  # type: ignore[no-untyped-call]
-    return y
-
-
-class _Rotation(torch.autograd.Function):
-    """Rotary embedding: keeps the tables alone, for the gradient is the rotation back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(grads[0], cos, -sin), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = x.float()
-    out = torch.empty_like(wide)
-    (first, second), (one, two) = wide.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=one).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=two).addcmul_(first, sin)
-    return out.to(x.dtype)
-
-
-def rotate_lean(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return ``positions.rotate`` of (B, H, T, K)."""
-    y: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -37,7 +37,7 @@ def test_losses_and_gradients_are_those_of_the_plain_algebra(
 ) -> None:
     model = build_tiny(**settings).train()
     leanly = loss_and_gradients(model)
-    for room in ("attention", "mlp", "transformer"):
+    for room in ("mlp", "transformer"):
         monkeypatch.setattr(f"psannlm.models.{room}.is_lean", lambda x: False)
     plainly = loss_and_gradients(model)
     torch.testing.assert_close(leanly[0], plainly[0], rtol=1e-6, atol=1e-5)
@@ -68,9 +68,9 @@ def test_less_is_kept_for_the_backward_pass(
         return sum(sizes.values())
 
     leanly = kept()
-    for room in ("attention", "mlp", "transformer"):
+    for room in ("mlp", "transformer"):
         monkeypatch.setattr(f"psannlm.models.{room}.is_lean", lambda x: False)
-    assert leanly < 0.8 * kept()
+    assert leanly < 0.9 * kept()
 
 
 def test_compilers_inference_and_double_precision_take_the_plain_algebra() -> None:
