@@ -22,7 +22,7 @@ from psannlm.commands import prep as prep_command
 from psannlm.commands import report as report_command
 from psannlm.commands import tokenize as tokenize_command
 from psannlm.commands import train as train_command
-from psannlm.errors import EXIT_INTERRUPTED, ConfigError, PsannlmError, is_out_of_memory
+from psannlm.errors import EXIT_INTERRUPTED, AlreadyTold, ConfigError, PsannlmError, describe
 
 _ALONE_S = 10.0
 
@@ -67,11 +67,7 @@ def root(
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say an error that nobody expected in one line; set as ``sys.excepthook`` unless --debug."""
-    if is_out_of_memory(error):
-        typer.echo("error: out of memory; lower train.batch_tokens, or set train.grad_checkpoint: true", err=True)
-    else:
-        message = str(error).strip().split("\n")[0]
-        typer.echo(f"error: unexpected {kind.__name__}: {message} (run again with --debug for the traceback)", err=True)
+    typer.echo(f"error: {describe(error)}", err=True)
 
 
 def _tell(error: PsannlmError) -> None:
@@ -93,6 +89,10 @@ def main(arguments: list[str] | None = None) -> None:
         # Decoding goes through thousands of very short parallel regions per second, and loses more by sleeping.
         decodes = any(name in arguments[:2] for name in ("generate", "bench-kv"))
         os.environ.setdefault("GOMP_SPINCOUNT", "10000" if decodes else "1000")
+    if "RANK" in os.environ:
+        # When a rank fails, torch's C++ logs a stack for every connection that breaks; what happened is told in a line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    written = arguments
     debug = "--debug" in arguments
     if debug:
         arguments = [argument for argument in arguments if argument != "--debug"]
@@ -100,11 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.excepthook = _one_line
     try:
         # Not app(...): Typer's own call puts its traceback printer back in place of ours.
-        typer.main.get_command(app)(arguments, prog_name="psannlm")
+        typer.main.get_command(app)(arguments, prog_name="psannlm", obj=written)
     except PsannlmError as error:
         if debug:
             raise
-        _tell(error)
+        if not isinstance(error, AlreadyTold):
+            _tell(error)
         sys.exit(error.exit_code)
     except SystemExit as end:
         # What Typer makes of a Ctrl-C; where there was something to save, Interrupted has said so already.

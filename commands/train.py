@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from psannlm.commands.options import DEFAULT_RUNS, JsonOption, duration_s, figures_table, print_json, progress, results
+from psannlm.errors import EXIT_OK, AlreadyTold
 
 if TYPE_CHECKING:
     from psannlm.training.plan import TrainingPlan
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def train(
+    context: typer.Context,
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="YAML file with the sections model, data and train.")
     ],
@@ -41,6 +43,10 @@ def train(
             "goes on.",
         ),
     ] = None,
+    n_ranks: Annotated[
+        int | None,
+        typer.Option("--nproc", metavar="N", help="Train with N processes on this machine, one per GPU; see torchrun."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration, sizes and memory, and stop.")
     ] = False,
@@ -55,15 +61,29 @@ def train(
     if max_steps is not None:
         overrides = [*(overrides or []), f"train.max_steps={max_steps}"]
     run_config = load_config(config, overrides or [])
+    if n_ranks is not None:
+        from psannlm.training.launch import check_launch
+
+        check_launch(n_ranks, run_config.train.device)
     if dry_run:
         from psannlm.training.plan import plan_training
 
-        plan = plan_training(run_config, notice=lambda text: progress().print(text, soft_wrap=True, markup=False))
+        plan = plan_training(
+            run_config, n_ranks=n_ranks, notice=lambda text: progress().print(text, soft_wrap=True, markup=False)
+        )
         if as_json:
             print_json(plan.as_dict())
         else:
             typer.echo(to_yaml(plan.config))
             _show_plan(plan)
+        return
+
+    if n_ranks is not None and n_ranks > 1:
+        from psannlm.training.launch import launch
+
+        code = launch(_without_nproc(context), n_ranks)
+        if code != EXIT_OK:
+            raise AlreadyTold("a rank has said why", code)
         return
 
     from psannlm.distributed import launched_world
@@ -78,12 +98,19 @@ def train(
         sampler=draw_samples,
         time_budget_s=time_budget,
     )
-    if not launched_world(run_config.train.ddp).is_main:
+    if not launched_world(run_config.train.ddp, run_config.train.fsdp).is_main:
         return
     if as_json:
         print_json(result.as_dict())
     else:
         _show_result(result)
+
+
+def _without_nproc(context: typer.Context) -> list[str]:
+    """The command line as it was written, for the ranks: they must not launch ranks in turn."""
+    written: list[str] = list(context.obj)
+    at = next(i for i, argument in enumerate(written) if argument.partition("=")[0] == "--nproc")
+    return written[:at] + written[at + (1 if "=" in written[at] else 2) :]
 
 
 def _show_plan(plan: TrainingPlan) -> None:

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from psannlm.errors import DeviceError
+from psannlm.errors import DeviceError, Interrupted
+from psannlm.lifeline import Lifeline
+
+_HOW = "psannlm train --nproc N CONFIG, or torchrun --nproc-per-node N -m psannlm train CONFIG"
+# The longest that ranks which live may wait for each other: while rank 0 writes a checkpoint, say.
+_PATIENCE = timedelta(minutes=30)
+# The longest to wait for a rank that has not come yet: machines do not start at the same time.
+_ARRIVAL = timedelta(minutes=5)
+_connections: list[Store] = []
+# Groups of one process so far: ranks make and leave them together.
+_groups = count()
 
 
 @dataclass(frozen=True)
@@ -45,37 +61,107 @@ class World:
             dist.barrier()
 
 
-def launched_world(ddp: Literal["auto", "on", "off"]) -> World:
+def launched_world(ddp: Literal["auto", "on", "off"], fsdp: Literal["off", "full"] = "off") -> World:
     """Return the world that torchrun describes in the environment, or a world of one.
 
     Raises:
-        DeviceError: ``on`` without torchrun, ``off`` under a torchrun of several processes, or half of an environment.
+        DeviceError: ``on`` or ``full`` without torchrun, ``off`` under a torchrun of several processes, or half of an
+            environment.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if ddp == "on" and "RANK" not in os.environ:
-        message = "ddp: on needs several processes: torchrun --nproc-per-node N -m psannlm train CONFIG"
-        raise DeviceError(f"{message} (or set ddp: auto to train in one process)")
+        raise DeviceError(f"ddp: on needs several processes: {_HOW} (or set ddp: auto to train in one process)")
+    if fsdp == "full" and size == 1:
+        raise DeviceError(f"fsdp: full shards a model over several processes, and this is one: {_HOW}; or fsdp: off")
     if ddp == "off" and size > 1:
         raise DeviceError(
             f"ddp: off, but torchrun started {size} processes that would all write one run; use ddp: auto"
         )
     if size == 1 and ddp != "on":
         return World()
-    if "RANK" not in os.environ:
-        raise DeviceError(f"WORLD_SIZE is {size}, but RANK is not set: start with torchrun, or unset WORLD_SIZE")
-    return World(int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0")), size)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ("RANK",):
+        if name not in os.environ:
+            raise DeviceError(f"WORLD_SIZE is {size}, but {name} is not set: start with torchrun, or unset WORLD_SIZE")
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return World(int(os.environ["RANK"]), int(local_rank), size)
 
 
 @contextmanager
 def joined(world: World, device: torch.device) -> Iterator[World]:
-    """Hold a process group (nccl on GPUs, gloo on CPUs) for the time of the context; nothing for a world of one."""
+    """Hold a process group (nccl on GPUs, gloo on CPUs) for the time of the context; nothing for a world of one.
+
+    An error on one rank ends the context on all of them within half a minute, with that error: see ``lifeline``.
+
+    Raises:
+        RankError: another rank failed, or is gone.
+    """
     if world.size == 1:
         yield world
         return
+    meeting, aside = _stores(world)
+    hook = sys.excepthook
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=meeting,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=_PATIENCE,
+        device_id=device if device.type == "cuda" else None,
+    )
+    sys.excepthook = hook  # torch puts one of its own around it, which marks the lines of every rank
+    lifeline = Lifeline(aside, world.rank, world.size)
+    is_broken = False
     try:
+        world.wait()
+        lifeline.start()
         yield world
+        world.wait()
+    except BaseException as error:
+        is_broken = not isinstance(error, Interrupted)
+        last = lifeline.last_word(error)
+        if last is error:
+            raise
+        raise last from error
     finally:
-        dist.destroy_process_group()
+        lifeline.close()
+        if is_broken and device.type == "cuda":
+            # nccl would wait for what the others never send.
+            dist.group.WORLD.abort()  # type: ignore[union-attr]
+        else:
+            dist.destroy_process_group()
+
+
+def _stores(world: World) -> tuple[Store, Store]:
+    """Two connections to the store where ranks meet, with names that no other group of this job uses."""
+    if not _connections:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # torchrun's agent keeps the store where it can; else rank 0 does, for as long as it lives: were there a new one
+        # for every group, a rank in a hurry would enter the old one.
+        is_host = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        for hosts in (is_host, False):
+            _connections.append(TCPStore(*address, is_master=hosts, wait_for_workers=False, timeout=_ARRIVAL))
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    prefix = f"psannlm/{restart}/{next(_groups)}"
+    meeting, aside = (PrefixStore(prefix, store) for store in _connections)
+    return meeting, aside
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor of which this rank may hold only a part; then every rank must call it."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's part of ``value``, sharded as ``like`` is; all of it where ``like`` is whole.
+
+    ``value`` must be the same on every rank and on the device of ``like``; nothing is sent.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

@@ -96,6 +96,18 @@ class TrainingError(PsannlmError):
     """Training that cannot go on, such as a loss that is not finite."""
 
 
+class RankError(TrainingError):
+    """A training of several ranks that ends because one of them failed; the exit code is that of the failure."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class AlreadyTold(RankError):
+    """The same, on a rank where there is nothing left to say: rank 0 tells what happened."""
+
+
 class GenerationError(PsannlmError):
     """A prompt or sampling setting that cannot be honoured (exit code 2)."""
 
@@ -118,6 +130,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out: torch has a class of its own for GPUs and a plain one for CPUs."""
     is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return is_named or "allocate memory" in str(error)
+
+
+def describe(error: BaseException) -> str:
+    """Return in one line what ``error`` means to a user, also where nobody expected it."""
+    if isinstance(error, PsannlmError):
+        return str(error)
+    if is_out_of_memory(error):
+        return "out of memory; lower train.batch_tokens, or set train.grad_checkpoint: true"
+    message = str(error).strip().split("\n")[0]
+    return f"unexpected {type(error).__name__}: {message} (run again with --debug for the traceback)"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from psannlm.data.documents import ReadReport, read_documents
 from psannlm.data.prepared import find_prepared, open_folder
 from psannlm.data.shards import encode_documents
 from psannlm.data.stream import Stream
-from psannlm.data.windows import Windows
+from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.device import Precision
 from psannlm.distributed import World
 from psannlm.errors import ArtifactError, CorpusError, TokenizerError
@@ -86,8 +86,12 @@ def evaluate(
     mine = range(world.rank, len(windows), world.size)
     nats = 0.0
     try:
-        for start in range(0, len(mine), batch_size):
-            input_ids, labels = windows.batch(mine[start : start + batch_size])
+        # As many passes on every rank, because a sharded model is gathered from all of them: a rank without a window
+        # left repeats one, and does not count it.
+        for start in range(0, -(-len(windows) // world.size), batch_size):
+            input_ids, labels = windows.batch(mine[start : start + batch_size] or range(1))
+            if start >= len(mine):
+                labels = torch.full_like(labels, IGNORE_INDEX)
             with precision.autocast():
                 nats += float(model(input_ids.to(precision.device), labels.to(precision.device)))
             if on_progress is not None:

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a setter of the environment that a launcher leaves."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_LOCALID", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
     def set_environment(**values: str) -> None:
@@ -41,7 +41,7 @@ def test_no_launcher_is_a_world_of_one(launched: Any, ddp: Any) -> None:
 
 
 def test_the_launcher_tells_the_place(launched: Any) -> None:
-    launched(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")
+    launched(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     for ddp in ("auto", "on"):
         world = launched_world(ddp)
         assert world == World(5, 1, 8)
@@ -73,12 +73,39 @@ def test_half_an_environment_is_an_error(launched: Any) -> None:
         launched_world("auto")
 
 
-def test_sums_are_made_over_the_group(launched: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group of one that believes to be larger: what goes out is what the collective gives back, in float64."""
-    world = World(0, 0, 2)
+def test_a_group_needs_a_place_to_meet(launched: Any) -> None:
+    launched(WORLD_SIZE="2", RANK="1")
+    with pytest.raises(DeviceError, match="MASTER_ADDR is not set"):
+        launched_world("auto")
+
+
+def test_sharding_needs_several_processes(launched: Any) -> None:
+    with pytest.raises(DeviceError, match="psannlm train --nproc N"):
+        launched_world("auto", "full")
+    launched(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    with pytest.raises(DeviceError, match="or fsdp: off"):
+        launched_world("on", "full")
+
+
+@pytest.fixture
+def _group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of one that may believe to be larger."""
     original = dist.init_process_group
-    store = f"file://{tmp_path / 'store'}"
-    monkeypatch.setattr(dist, "init_process_group", lambda backend: original(backend, store, rank=0, world_size=1))
+    store = dist.HashStore()
+    store.set("alive/1", "1")
+
+    def init(backend: str, **place: Any) -> None:
+        original(backend, **{**place, "world_size": 1})
+
+    monkeypatch.setattr("psannlm.lifeline._GRACE_S", 0.0)
+    monkeypatch.setattr(dist, "init_process_group", init)
+    monkeypatch.setattr("psannlm.distributed._stores", lambda world: (dist.HashStore(), store))
+
+
+@pytest.mark.usefixtures("_group_of_one")
+def test_sums_are_made_over_the_group() -> None:
+    """What goes out is what the collective gives back, in float64."""
+    world = World(0, 0, 2)
     with joined(world, CPU):
         assert dist.get_backend() == "gloo"
         assert world.sum(0.1 + 0.2, CPU) == 0.1 + 0.2
@@ -87,10 +114,8 @@ def test_sums_are_made_over_the_group(launched: Any, tmp_path: Any, monkeypatch:
     assert not dist.is_initialized()
 
 
-def test_the_group_is_left_also_after_an_error(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = dist.init_process_group
-    store = f"file://{tmp_path / 'store'}"
-    monkeypatch.setattr(dist, "init_process_group", lambda backend: original(backend, store, rank=0, world_size=1))
+@pytest.mark.usefixtures("_group_of_one")
+def test_the_group_is_left_also_after_an_error() -> None:
     with pytest.raises(ValueError, match="within"), joined(World(0, 0, 2), CPU):
         raise ValueError("within")
     assert not dist.is_initialized()

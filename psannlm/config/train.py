@@ -46,6 +46,13 @@ class TrainConfig(Section):
     ddp: Literal["auto", "on", "off"] = Field(
         "auto", description="data parallel under torchrun; auto: when there is one"
     )
+    fsdp: Literal["off", "full"] = Field(
+        "off", description="full: shard weights, gradients and optimiser state over the ranks instead of repeating them"
+    )
+    grad_sync: Literal["step", "micro_batch"] = Field(
+        "step",
+        description="when ranks exchange gradients; micro_batch: more is sent, and fsdp keeps no whole gradients",
+    )
     grad_checkpoint: Flag = Field(False, description="recompute activations in the backward pass, to save memory")
     checkpoint_dir: Text = Field(
         "runs/default", description="the run folder: checkpoints, metrics.jsonl, loss_curve.png"
@@ -75,9 +82,9 @@ class TrainConfig(Section):
     def _null_amp_is_fp32(cls, value: object) -> object:
         return "fp32" if value is None else value
 
-    @field_validator("ddp", mode="before")
+    @field_validator("ddp", "fsdp", mode="before")
     @classmethod
-    def _ddp_may_be_boolean(cls, value: object) -> object:
+    def _may_be_boolean(cls, value: object) -> object:
         # YAML 1.1 readers turn on and off into booleans before anyone can ask what was meant.
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
@@ -100,4 +107,12 @@ class TrainConfig(Section):
                     f"{self.max_steps}; lower it, or train.warmup_steps"
                 )
                 found.append(Check(("cooldown_share", "warmup_steps", "max_steps"), message))
+        if self.fsdp == "full" and self.ddp == "off":
+            found.append(
+                Check(("fsdp", "ddp"), "full shards over several ranks, and ddp: off allows only one; drop it")
+            )
+        if self.fsdp == "full" and self.compile:
+            found.append(
+                Check(("fsdp", "compile"), "full does not go together with compile: true; set one of them off")
+            )
         return found

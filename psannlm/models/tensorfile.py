@@ -9,21 +9,37 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from psannlm.errors import ArtifactError, StorageError
+from psannlm.distributed import whole
+from psannlm.errors import ArtifactError
 from psannlm.storage import replacing
 from psannlm.tensorheader import LENGTH_BYTES, parse_header, parse_metadata, read_header, refuse_wrong_length
 
 _HASH_KEY = "sha256"
 _BLANK = "0" * 64
 _CHUNK_BYTES = 1 << 20
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)
@@ -42,53 +58,53 @@ class Verified:
     sha256: str
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
     """Write ``tensors`` and ``metadata`` to ``path`` atomically and return the SHA-256 recorded in the file.
+
+    Tensors go to the disk one after the other, so that no more than one of them is held beside what the caller has. Of
+    sharded tensors (``distributed.whole``) the other ranks must send their parts meanwhile: :func:`send_tensors`.
+    Equal content gives equal files.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; ``path`` keeps its former content.
     """
-    flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        try:
-            save_file(flat, temporary, metadata={**metadata, _HASH_KEY: _BLANK})
-        except SafetensorError as error:
-            _raise_as_os_error(temporary, flat, error)
-        # safetensors makes files that only their owner may read; this one is as open as any other the user makes.
-        temporary.chmod(mode)
-        with open(temporary, "r+b") as file:
-            header = _sorted_header(read_header(temporary, file, os.fstat(file.fileno()).st_size))
-            file.seek(0)
-            file.write(header)
-            file.flush()
-            at = _hash_position(temporary, header)
-            digest = _hash_with_blank(temporary, at)
-            file.seek(at)
-            file.write(digest.encode("ascii"))
-            file.flush()
-            os.fsync(file.fileno())
-    return digest
-
-
-def _sorted_header(header: bytes) -> bytes:
-    """safetensors writes metadata in an order that chance decides; in this one, equal content gives equal files."""
-    fields = json.loads(header[LENGTH_BYTES:])
-    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    return header[:LENGTH_BYTES] + text.ljust(len(header) - LENGTH_BYTES)
-
-
-def _raise_as_os_error(path: Path, tensors: dict[str, Tensor], error: SafetensorError) -> None:
-    """safetensors wraps the system's refusal in its own error; probe the folder to get the system's own words back."""
-    needed = sum(t.numel() * t.element_size() for t in tensors.values())
-    with open(path, "wb") as file:
-        for _ in range(0, needed, _CHUNK_BYTES):
-            file.write(bytes(_CHUNK_BYTES))
+    header = _header(tensors, {**metadata, _HASH_KEY: _BLANK})
+    digest = hashlib.sha256(header)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        for name in _file_order(tensors):
+            content = whole(tensors[name].detach()).to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(content)
+            file.write(content)
+        file.seek(_hash_position(path, header))
+        file.write(digest.hexdigest().encode("ascii"))
         file.flush()
         os.fsync(file.fileno())
-    raise StorageError(f"could not write {path}: {error}") from error
+    return digest.hexdigest()
+
+
+def send_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Take part, on a rank that writes nothing, in :func:`write_tensors` of the same sharded tensors on another."""
+    for name in _file_order(tensors):
+        whole(tensors[name].detach())
+
+
+def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Wide elements first, as safetensors writes them, so that every tensor is aligned; then by name."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The format's header: its length in 8 bytes, then JSON, padded to 8 bytes."""
+    fields: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in _file_order(tensors):
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        fields[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text = text.ljust(-(-len(text) // LENGTH_BYTES) * LENGTH_BYTES)
+    return struct.pack("<Q", len(text)) + text
 
 
 def read_tensors(path: Path) -> TensorFile:

@@ -21,7 +21,7 @@ from torch import Tensor
 from psannlm.data.loader import Position
 from psannlm.errors import ArtifactError, StorageError
 from psannlm.models.artifact import MODEL_FILE, save_model
-from psannlm.models.tensorfile import read_tensors, verify_tensors, write_tensors
+from psannlm.models.tensorfile import read_tensors, send_tensors, verify_tensors, write_tensors
 from psannlm.models.transformer import Transformer
 from psannlm.storage import explain_write_errors, remove_leftovers, sync_file, temporary_beside, write_text
 from psannlm.tokenizers.base import Tokenizer
@@ -82,6 +82,10 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint and make it the ``latest``; return its folder.
 
+    Only one rank calls it. Of a sharded model it writes the same files as of a whole one, and the other ranks call
+    :func:`assist_save`. torch's own distributed checkpoint would write faster, every rank its part, but its index is a
+    pickle and a flipped bit in it goes unnoticed.
+
     Raises:
         StorageError: it could not be written. Nothing of it is left, and earlier checkpoints are untouched.
     """
@@ -112,6 +116,12 @@ def save_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def assist_save(model: Transformer, optimizer_tensors: dict[str, Tensor]) -> None:
+    """Send this rank's parts of a sharded model and its optimiser state to the rank that saves them."""
+    send_tensors(model.state_dict())
+    send_tensors(optimizer_tensors)
 
 
 def remove_checkpoint(folder: Path) -> None:

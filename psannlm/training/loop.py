@@ -22,7 +22,7 @@ from psannlm.errors import Interrupted, TrainingError
 from psannlm.evaluation import evaluate
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
-from psannlm.training.checkpoint import BEST, TrainerState, point, prune, save_checkpoint
+from psannlm.training.checkpoint import BEST, TrainerState, assist_save, point, prune, save_checkpoint
 from psannlm.training.metrics import MetricsLog
 from psannlm.training.mishaps import (
     TOO_MANY_IN_A_ROW,
@@ -32,6 +32,7 @@ from psannlm.training.mishaps import (
     last_saved,
 )
 from psannlm.training.optim import OptimizerSet
+from psannlm.training.parallel import is_sharded
 from psannlm.training.progress import Rate, Reporter, TimeBudget
 from psannlm.training.schedule import learning_rate
 from psannlm.training.step import StepResult, seed_step, train_step
@@ -114,6 +115,7 @@ def run_steps(run: Run, progress: Progress) -> Progress:
                 lr=lr,
                 grad_clip=settings.grad_clip,
                 label_smoothing=settings.label_smoothing,
+                sync_once=settings.grad_sync == "step",
                 world=run.world,
             )
         is_last = step == run.total_steps
@@ -201,7 +203,8 @@ def _validate(run: Run, progress: Progress, windows: Windows) -> tuple[Progress,
     if run.log is not None:
         run.log.write("eval", progress.step, result.as_dict())
     run.reporter.evaluation(progress.step, result, is_best)
-    if run.world.is_main:
+    # One rank alone has no whole weights of a sharded model to write with.
+    if run.world.is_main and not is_sharded(run.model):
         _sample(run, progress.step)
     best = {"step": progress.step, **result.as_dict()} if is_best else progress.best
     metrics = {**progress.metrics, **{f"val_{k}": v for k, v in result.as_dict().items()}}
@@ -249,4 +252,6 @@ def _save(run: Run, progress: Progress, is_best: bool) -> None:
         keep = run.config.train.keep_checkpoints
         prune(run.folder, keep, None if progress.best is None else progress.best["step"])
         run.reporter.saved(folder)
+    else:
+        assist_save(run.model, run.optimizers.tensors())
     run.world.wait()

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from psannlm.distributed import part_of, whole
 from psannlm.errors import ArtifactError
 
 ADAMW_BETAS = (0.9, 0.95)
@@ -44,6 +46,39 @@ def group_parameters(model: nn.Module) -> ParameterGroups:
     return groups
 
 
+class ShardedMuon(torch.optim.Muon):
+    """Muon for matrices of which every rank holds rows: the momentum stays sharded, its direction is found on it whole.
+
+    One matrix at a time is gathered, and every rank works its direction out anew, as replicas do.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Make one step with the gradients that are there."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = whole(parameter.grad.lerp(momentum, group["momentum"]))
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(part_of(_muon_step(update, group), parameter))
+
+
+def _muon_step(update: Tensor, group: dict[str, Any]) -> Tensor:
+    """What Muon adds to a matrix when its momentum is ``update``: its step from zero, without momentum or decay."""
+    moved = torch.zeros_like(update)
+    moved.grad = update
+    optimizer = torch.optim.Muon(
+        [moved], lr=group["lr"], weight_decay=0.0, momentum=0.0, nesterov=False, adjust_lr_fn=group["adjust_lr_fn"]
+    )
+    optimizer.step()  # type: ignore[no-untyped-call]
+    return moved
+
+
 class OptimizerSet:
     """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), alone or beside Muon for the hidden matrices.
 
@@ -57,8 +92,9 @@ class OptimizerSet:
         self._names = {id(p): n for part in vars(groups).values() for n, p in part.items()}
         self.optimizers: list[torch.optim.Optimizer] = []
         if name == "muon":
+            muon = ShardedMuon if any(isinstance(p, DTensor) for p in groups.hidden.values()) else torch.optim.Muon
             self.optimizers.append(
-                torch.optim.Muon(
+                muon(
                     list(groups.hidden.values()),
                     weight_decay=weight_decay,
                     momentum=MUON_MOMENTUM,
@@ -67,12 +103,15 @@ class OptimizerSet:
             )
         else:
             decayed += groups.hidden.values()
-        parts = [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": list(groups.undecayed.values()), "weight_decay": 0.0},
-        ]
+        undecayed = list(groups.undecayed.values())
         fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-        self.optimizers.append(torch.optim.AdamW(parts, betas=ADAMW_BETAS, eps=ADAMW_EPS, fused=fused))
+        # The scaler of fp16 cannot look at sharded and whole gradients in one go: an optimiser for each.
+        for is_sharded in sorted({isinstance(p, DTensor) for p in (*decayed, *undecayed)}):
+            parts = [
+                {"params": [p for p in params if isinstance(p, DTensor) == is_sharded], "weight_decay": decay}
+                for params, decay in ((decayed, weight_decay), (undecayed, 0.0))
+            ]
+            self.optimizers.append(torch.optim.AdamW(parts, betas=ADAMW_BETAS, eps=ADAMW_EPS, fused=fused))
 
     def set_lr(self, lr: float) -> None:
         """Use ``lr`` from the next step on."""
@@ -86,7 +125,7 @@ class OptimizerSet:
             optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as tensors named ``parameter/entry``: what a checkpoint keeps."""
+        """Return the state as tensors named ``parameter/entry``: what a checkpoint keeps, sharded as the model is."""
         return {
             f"{self._names[id(parameter)]}/{entry}": value
             for optimizer in self.optimizers
@@ -132,4 +171,4 @@ def _placed(entry: str, value: Tensor, parameter: Tensor, group: dict[str, Any])
     """Put a state tensor where the optimiser keeps it: AdamW counts steps on the CPU unless it is fused."""
     if entry == "step" and not group.get("fused"):
         return value.clone()
-    return value.to(parameter.device, copy=True)
+    return part_of(value.to(parameter.device), parameter).clone()

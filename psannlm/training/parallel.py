@@ -1,13 +1,127 @@
-"""A model on one device to the same model trained by every rank."""
+"""A model on one device to the same model trained by every rank, whole or sharded, and what that asks of a step."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from psannlm.distributed import World
+from psannlm.device import Precision
+from psannlm.distributed import World, part_of, whole
+from psannlm.models.transformer import Transformer
+from psannlm.training.optim import group_parameters
 
 
-def replicate(model: nn.Module, world: World) -> nn.Module:
+def replicate(model: nn.Module, world: World, device: torch.device) -> nn.Module:
     """Return ``model`` wrapped so that its gradients are averaged over the ranks (PyTorch DDP, arXiv 2006.15704)."""
-    return model if world.size == 1 else DistributedDataParallel(model)
+    if world.size == 1:
+        return model
+    # Gradients as views of what is sent: otherwise a rank holds each of them twice.
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+
+
+def shard(source: Transformer, world: World, precision: Precision) -> Transformer:
+    """Return the model of ``source`` with its matrices sharded over the ranks, on their devices.
+
+    FSDP2 (Zhao et al. 2023, arXiv 2304.11277; sharding after ZeRO stage 3, arXiv 1910.02054): a block's matrices are
+    gathered for its forward and again for its backward pass, in the dtype of ``precision``; gradients are averaged in
+    float32. What weight decay never touches (norms, sine parameters, biases, taps, residual scales: under 1 % of a
+    model) stays whole and float32 on every rank, so that a sharded run computes what a single process does under
+    autocast; :func:`settle_gradients` averages it.
+
+    Args:
+        source: the weights, on the CPU. Those of rank 0 count: elsewhere shapes ("meta") are enough.
+    """
+    device = precision.device
+    mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("ranks",))
+    with torch.device("meta"):
+        model = Transformer(source.config)
+    kept_whole = set(group_parameters(model).undecayed.values())
+    gathered_as = None if precision.dtype == torch.float32 else precision.dtype
+    in_blocks = MixedPrecisionPolicy(gathered_as, torch.float32, cast_forward_inputs=False)
+    at_ends = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=in_blocks, ignored_params=kept_whole)
+    # Autocast leaves the embedding in float32, and the loss rounds the output matrix by itself.
+    fully_shard(model, mesh=mesh, mp_policy=at_ends, ignored_params=kept_whole, reshard_after_forward=False)
+    model.to_empty(device=device)
+    given = source.state_dict()
+    with torch.no_grad():
+        # One tensor at a time, so that a device never holds more than its part and one whole tensor.
+        for name, own in model.state_dict().items():
+            value = given[name].to(device) if world.is_main else torch.empty(own.shape, dtype=own.dtype, device=device)
+            dist.broadcast(value, src=0)
+            own.copy_(part_of(value, own))
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``model`` came from :func:`shard`."""
+    return isinstance(model, FSDPModule)
+
+
+@torch.no_grad()
+def gather_into(target: Transformer | None, model: Transformer) -> None:
+    """Copy the weights of a sharded ``model`` into ``target``; every rank must call it, also one without a target."""
+    into = {} if target is None else target.state_dict()
+    for name, value in model.state_dict().items():
+        full = whole(value)
+        if name in into:
+            into[name].copy_(full)
+
+
+def gradient_sync(model: nn.Module, is_due: bool) -> AbstractContextManager[object]:
+    """Let ranks exchange the gradients of the backward pass within the context only where ``is_due``.
+
+    A sharded model then keeps whole gradients between the micro-batches of a step: 4 bytes per parameter.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_due)
+        return nullcontext()
+    no_sync: Callable[[], AbstractContextManager[object]] | None = getattr(model, "no_sync", None)
+    return nullcontext() if is_due or no_sync is None else no_sync()
+
+
+def settle_gradients(model: nn.Module, world: World) -> None:
+    """Average over the ranks the gradients that a sharded ``model`` keeps whole; call it once before a step."""
+    if not isinstance(model, FSDPModule):
+        return
+    grads = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
+    if grads:
+        everything = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(everything)
+        everything.div_(world.size)
+        parts = torch.split(everything, [grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, max_norm: float | None) -> float:
+    """Scale all gradients to a global norm of at most ``max_norm`` (None: as they are); return the norm before.
+
+    Every rank gets the same norm, of the whole gradients.
+    """
+    limit = math.inf if max_norm is None else max_norm
+    if not isinstance(model, FSDPModule):
+        return float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    parts = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
+    copies = [grad for grad in grads if not isinstance(grad, DTensor)]
+    # Parts add up over the ranks, what each rank has whole counts once.
+    square = nn.utils.get_total_norm(parts).square()
+    dist.all_reduce(square)
+    norm = (square + nn.utils.get_total_norm(copies).to(square.device).square()).sqrt()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(parts, scale)
+    torch._foreach_mul_(copies, scale)
+    return float(norm)

@@ -10,7 +10,7 @@ from typing import Any
 from psannlm.config.run import BatchPlan, RunConfig, plan_batches, total_steps
 from psannlm.data.prepare import prepare
 from psannlm.device import pick_device, pick_precision, require_compiler
-from psannlm.distributed import launched_world
+from psannlm.distributed import World, launched_world
 from psannlm.models.accounting import count_parameters, flops_per_token, training_memory
 from psannlm.models.registry import resolve
 from psannlm.storage import free_bytes
@@ -48,13 +48,18 @@ class TrainingPlan:
         return {**plain, "config": config, "batches": asdict(self.batches), **tokens}
 
 
-def plan_training(config: RunConfig, notice: Callable[[str], None]) -> TrainingPlan:
+def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int | None = None) -> TrainingPlan:
     """Read and tokenize the corpus, but build no weights and write nothing; return the :class:`TrainingPlan`.
+
+    ``n_ranks`` plans for so many processes; None for those that torchrun has started, or for this one.
 
     Raises:
         PsannlmError: whatever would stop the run before its first step.
     """
-    world = launched_world(config.train.ddp)
+    if n_ranks is None:
+        world = launched_world(config.train.ddp, config.train.fsdp)
+    else:
+        world = World(size=n_ranks)
     device = pick_device(config.train.device, world.local_rank)
     precision = pick_precision(config.train.amp, device)
     if config.train.compile:

@@ -43,6 +43,8 @@ _NEUTRAL_KEYS = frozenset(
         "keep_checkpoints",
         "device",
         "ddp",
+        "fsdp",
+        "grad_sync",
         "compile",
         "grad_checkpoint",
         "on_nonfinite",

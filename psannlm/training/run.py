@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from psannlm.config.run import RunConfig, plan_batches, to_yaml, total_steps
+from psannlm.config.run import RunConfig, plan_batches, to_yaml
 from psannlm.data.loader import Loader
 from psannlm.data.prepare import PreparedData, prepare
 from psannlm.data.stream import Stream
@@ -34,7 +34,7 @@ from psannlm.training.checkpoint import BEST, TrainerState, pointed, step_folder
 from psannlm.training.loop import Progress, Run, Sampler, run_steps
 from psannlm.training.metrics import MetricsLog, draw_curve, read_metrics
 from psannlm.training.optim import OptimizerSet
-from psannlm.training.parallel import replicate
+from psannlm.training.parallel import gather_into, is_sharded, replicate, shard
 from psannlm.training.progress import Reporter, SilentReporter, TimeBudget
 from psannlm.training.resume import (
     find_state,
@@ -56,7 +56,8 @@ SYSTEM_FILE = "system.json"
 class TrainResult:
     """What a run came to.
 
-    ``model`` holds the weights of the last step, in evaluation mode. ``steps`` of ``total_steps`` were made, fewer
+    ``model`` holds the weights of the last step, in evaluation mode: after ``fsdp: full`` on rank 0 and
+    where they were given, shapes alone elsewhere. ``steps`` of ``total_steps`` were made, fewer
     where a time budget was spent. ``best`` holds ``step``, ``loss`` (nats per token), ``perplexity`` and
     ``bits_per_byte`` of the best validation, or is None without one. ``checkpoint`` is the best checkpoint, or without
     validation the last. ``val_overlap`` is the share of the held-out text that stands word for word in the training
@@ -113,7 +114,7 @@ def train(
     budget = TimeBudget(time_budget_s)
     if config.train.tensorboard:
         require_tensorboard()
-    world = launched_world(config.train.ddp)
+    world = launched_world(config.train.ddp, config.train.fsdp)
     device = pick_device(config.train.device, world.local_rank)
     precision = pick_precision(config.train.amp, device)
     if config.train.compile:
@@ -121,15 +122,15 @@ def train(
     if reporter is None or not world.is_main:
         reporter = SilentReporter()
     folder = Path(os.path.expanduser(config.train.checkpoint_dir))
-    # Locked before the ranks join: one that is refused ends by itself, and torchrun the others with it.
-    with RunLock(folder) if world.is_main else nullcontext() as lock, joined(world, device):
+    # The lock within the group, so that all ranks hear when it is refused.
+    with joined(world, device), RunLock(folder) if world.is_main else nullcontext() as lock:
         if lock is not None:
             with explain_write_errors(folder):
                 remove_leftovers(folder)
             if resume == "never":
                 move_aside(lock, reporter)
         world.wait()
-        start = _find_start(config, folder, resume, reporter, data, model)
+        start = _find_start(config, folder, resume, reporter, data, model, world)
         world.wait()
         run, progress = _build(config, start, world, precision, folder, reporter)
         run.sampler, run.budget = sampler, budget
@@ -138,6 +139,8 @@ def train(
                 make_way(lock, start.found[0], progress.best, reporter)
             reporter.notice(f"going on from {start.found[0]}: step {progress.step} of {run.total_steps}")
         reporter.notice(_describe_run(run))
+        if is_sharded(run.model) and sampler is not None and config.train.sample_prompts:
+            reporter.notice("note: no samples with fsdp: full; psannlm generate writes them from any checkpoint")
         if world.is_main:
             _describe_to_disk(folder, config)
         began = time.monotonic()
@@ -164,16 +167,18 @@ def train(
                 "same command goes on"
             )
         curve = _draw(folder, config, world)
-        run.model.eval()
+        if is_sharded(run.model):
+            # Whole again where there is room for it: on rank 0, and where the caller had all the weights before.
+            gather_into(start.model if world.is_main or model is not None else None, run.model)
         return TrainResult(
-            model=run.model,
+            model=start.model.eval(),
             folder=folder,
             checkpoint=pointed(folder, BEST) or step_folder(folder, progress.step),
             curve=curve,
             steps=progress.step,
             total_steps=run.total_steps,
             tokens=progress.tokens,
-            parameters=_size(run.model),
+            parameters=_size(start.model),
             skipped=progress.skipped,
             seconds=time.monotonic() - began,
             train_loss=float(progress.metrics.get("loss", float("nan"))),
@@ -198,8 +203,12 @@ def _find_start(
     reporter: Reporter,
     data: PreparedData | None,
     model: Transformer | None,
+    world: World,
 ) -> _Start:
-    """Find the checkpoint, prepare the data and make the weights, each unless it is given."""
+    """Find the checkpoint, prepare the data and make the weights, each unless it is given.
+
+    New weights that will be sharded are made on rank 0 alone: the others get their parts from there.
+    """
     found = find_state(config, folder, resume, reporter)
     loaded = None if found is None else load_model(found[0])
     if data is None:
@@ -211,7 +220,8 @@ def _find_start(
         model = same_model(loaded.model, model)
     elif model is None:
         resolved = resolve(config.model, vocab_size=vocab_size, max_seq_len=config.data.max_length)
-        model = build_model(resolved, seed=config.train.seed)
+        is_elsewhere = config.train.fsdp == "full" and not world.is_main
+        model = build_model(resolved, seed=config.train.seed, device="meta" if is_elsewhere else "cpu")
     else:
         resolve(model.config, vocab_size=vocab_size)  # refuses a model with fewer rows than ids
     return _Start(found, data, model)
@@ -222,24 +232,24 @@ def _build(
 ) -> tuple[Run, Progress]:
     """Put the parts together, in the state they had at the checkpoint; nothing is written yet."""
     data, model = start.data, start.model
-    model.to(precision.device).train()
-    model.grad_checkpoint = config.train.grad_checkpoint
+    model = shard(model, world, precision) if config.train.fsdp == "full" else model.to(precision.device)
+    model.train().grad_checkpoint = config.train.grad_checkpoint
     loader = build_loader(config, data, world)
-    n_steps = total_steps(config, loader.steps_per_epoch)
-    for line in doubts(config, loader, n_steps):
-        reporter.notice(line)
     optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
     scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.needs_scaler)
+    progress = Progress() if start.found is None else restore(start.found, folder, optimizers, scaler)
+    n_steps = steps_to_make(config, loader, progress)
     if start.found is not None:
         refuse_past_schedule(start.found, n_steps)
-    progress = Progress() if start.found is None else restore(start.found, folder, optimizers, scaler)
+    for line in doubts(config, loader, n_steps):
+        reporter.notice(line)
     world.wait()
     run = Run(
         config=config,
         world=world,
         precision=precision,
         model=model,
-        module=_prepared_module(config, model, world),
+        module=_prepared_module(config, model, world, precision.device),
         optimizers=optimizers,
         scaler=scaler,
         loader=loader,
@@ -252,6 +262,19 @@ def _build(
         identity=identity(data),
     )
     return run, progress
+
+
+def steps_to_make(config: RunConfig, loader: Loader, progress: Progress) -> int:
+    """Return the number of the last step of a run that stands at ``progress``.
+
+    A run that goes on with another number of ranks makes larger or smaller steps: what is left of its epochs counts.
+    """
+    epochs_left = config.train.epochs - progress.position.epoch
+    if config.train.max_steps is not None or epochs_left <= 0:
+        return config.train.max_steps or progress.step
+    windows_left = len(loader.windows) - progress.position.window
+    this_epoch = -(-windows_left // loader.windows_per_step)
+    return progress.step + this_epoch + (epochs_left - 1) * loader.steps_per_epoch
 
 
 def doubts(config: RunConfig, loader: Loader, n_steps: int) -> list[str]:
@@ -295,9 +318,11 @@ def build_loader(config: RunConfig, data: PreparedData, world: World) -> Loader:
     )
 
 
-def _prepared_module(config: RunConfig, model: Transformer, world: World) -> nn.Module:
+def _prepared_module(config: RunConfig, model: Transformer, world: World, device: torch.device) -> nn.Module:
+    if is_sharded(model):
+        return model
     module: nn.Module = torch.compile(model) if config.train.compile else model  # type: ignore[assignment]
-    return replicate(module, world)
+    return replicate(module, world, device)
 
 
 def _describe_to_disk(folder: Path, config: RunConfig) -> None:
@@ -309,6 +334,8 @@ def _describe_run(run: Run) -> str:
     plan = plan_batches(run.config, run.world.size)
     steps = f"{run.total_steps:,} step{'' if run.total_steps == 1 else 's'}"
     ranks = f" on {run.world.size} ranks" if run.world.size > 1 else ""
+    if is_sharded(run.model):
+        ranks += ", sharded"
     return (
         f"{run.model.config.base}: {_size(run.model):,} parameters; {steps} of {plan.tokens_per_step:,} tokens{ranks}; "
         f"{describe_device(run.precision.device)}; {run.precision.reason}"

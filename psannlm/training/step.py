@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from psannlm.data.loader import MicroBatch
 from psannlm.device import Precision
 from psannlm.distributed import World
 from psannlm.training.optim import OptimizerSet
+from psannlm.training.parallel import clip_gradients, gradient_sync, settle_gradients
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ def train_step(
     lr: float,
     grad_clip: float | None = 1.0,
     label_smoothing: float = 0.0,
+    sync_once: bool = True,
     world: World | None = None,
 ) -> StepResult:
     """Make one step on the mean loss over all labels of all micro-batches of all ranks.
 
     Every label weighs the same wherever it stands, so that four micro-batches equal one large one, ragged or not.
-    ``model(input_ids, labels, label_smoothing)`` returns a *summed* loss.
+    ``model(input_ids, labels, label_smoothing)`` returns a *summed* loss. With ``sync_once`` ranks exchange gradients
+    after the last micro-batch only.
     """
     world = world or World()
     device = precision.device
@@ -63,7 +65,7 @@ def train_step(
     total = torch.zeros((), device=device)
     for index, batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
-        with _gradient_sync(model, is_last), precision.autocast():
+        with gradient_sync(model, is_last or not sync_once), precision.autocast():
             loss: Tensor = model(
                 batch.input_ids.to(device, non_blocking=True),
                 batch.labels.to(device, non_blocking=True),
@@ -71,11 +73,10 @@ def train_step(
             )
             total += loss.detach()
             torch.autograd.backward(scaler.scale(loss * weight))
+    settle_gradients(model, world)
     for optimizer in optimizers.optimizers:
         scaler.unscale_(optimizer)
-    grad_norm = float(
-        nn.utils.clip_grad_norm_(model.parameters(), grad_clip if grad_clip is not None else float("inf"))
-    )
+    grad_norm = clip_gradients(model, grad_clip)
     mean_loss = world.sum(float(total), device) / max(1, n_labels)
     # Clipping by a norm that is not finite spoils every gradient, also those of an optimiser that saw no overflow and
     # that the scaler would let step: none steps then.
@@ -90,9 +91,3 @@ def train_step(
         # Nothing steps, and the scale stays; told of it, the scaler forgets what it found in these gradients.
         scaler.update(scaler.get_scale())
     return StepResult(mean_loss, grad_norm, n_labels, is_finite)
-
-
-def _gradient_sync(model: nn.Module, is_last: bool) -> AbstractContextManager[object]:
-    """Let ranks exchange gradients on the last micro-batch only."""
-    no_sync: Callable[[], AbstractContextManager[object]] | None = getattr(model, "no_sync", None)
-    return nullcontext() if is_last or no_sync is None else no_sync()

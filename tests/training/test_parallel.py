@@ -1,81 +1,280 @@
-"""Two processes that share the windows train the model that one process trains."""
+"""Processes that share the windows train the model that one trains, replicated or sharded; and they fail together."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from psannlm.config.run import RunConfig, to_yaml
+from psannlm.config.run import RunConfig, config_from_mapping, to_yaml
 from psannlm.models.tensorfile import read_tensors
-from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
+from psannlm.training.checkpoint import OPTIMIZER_FILE, read_state, step_folder
 from psannlm.training.metrics import read_metrics
 from psannlm.training.run import train
 
-SCRIPT = Path(__file__).with_name("train_script.py")
+SCRIPT = Path(__file__).with_name("rank_script.py")
+N_STEPS, HALF = 20, 10
+LIMIT_S = 110
+# Unpacked, so that windows hold 1 to 12 labels; with accumulation, validation, and epochs that end unevenly.
+SHARED: dict[str, Any] = {
+    "max_steps": N_STEPS,
+    "batch_tokens": 12 * 3,
+    "lr": 3e-3,
+    "amp": "fp32",
+    "device": "cpu",
+    "log_interval_steps": 1,
+    "eval_interval_steps": HALF,
+    "save_interval_steps": HALF,
+    "keep_checkpoints": 9,
+}
 
 
-def launch(config: RunConfig, folder: Path, world_size: int) -> list[str]:
-    """Start the ranks as torchrun would, wait, and return what each said."""
-    path = folder / "config.yaml"
-    path.write_text(to_yaml(config), encoding="utf-8")
+def start(arguments: list[str], world_size: int) -> list[subprocess.Popen[str]]:
+    """Start ranks as a launcher would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    place |= {"WORLD_SIZE": str(world_size), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    ranks = []
     for rank in range(world_size):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(SCRIPT), str(path)]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
-    return [process.communicate(timeout=120)[0] for process in processes]
+        environment = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, str(SCRIPT), *arguments]
+        pipe = subprocess.PIPE
+        ranks.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment))
+    return ranks
 
 
-@pytest.mark.usefixtures("_no_curve")
-def test_two_processes_equal_one(tiny_run: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """Unpacked, so that windows hold 1 to 12 labels; with accumulation, validation, and an epoch that ends unevenly."""
-    shared = {
-        "data": {"pack_sequences": False, "max_length": 12},
-        "max_steps": 12,
-        "lr": 3e-3,
-        "eval_interval_steps": 6,
-        "save_interval_steps": 6,
-        "keep_checkpoints": 9,
+def heard(rank: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a rank said until it ended; one that goes on for longer than its own limit is ended here."""
+    timer = threading.Timer(LIMIT_S, rank.kill)
+    timer.start()
+    said = rank.communicate()
+    timer.cancel()
+    return said
+
+
+def launch(jobs: list[dict[str, Any]], folder: Path, world_size: int) -> list[list[dict[str, Any]]]:
+    """Let ranks go through jobs, and return what each answered to each job."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs), encoding="utf-8")
+    ranks = start([str(path)], world_size)
+    spoken = [heard(rank) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * world_size, [said for _, said in spoken]
+    return [[json.loads(line) for line in text.splitlines()] for text, _ in spoken]
+
+
+@dataclass
+class Runs:
+    """Where each run was written, and what the ranks answered to each job."""
+
+    folder: Path
+    configs: dict[str, RunConfig]
+    answers: dict[str, list[dict[str, Any]]]
+
+    def rows(self, name: str, kind: str) -> list[dict[str, Any]]:
+        return [row for row in read_metrics(self.folder / name) if row["kind"] == kind]
+
+    def tensors(self, name: str, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
+        return read_tensors(step_folder(self.folder / name, N_STEPS) / file).tensors
+
+
+def build_config(folder: Path, corpus: Path, name: str, world_size: int, **changes: Any) -> RunConfig:
+    steps = {**SHARED, "grad_accum_steps": 4 // world_size, "checkpoint_dir": str(folder / name)}
+    model = {"base": "waveresnet", "d_model": 16, "n_layers": 2, "n_heads": 2, "d_mlp": 24, "residual_scale": True}
+    data = {"tokenizer": "simple", "vocab_size": 512, "max_length": 12, "val_split": 0.2, "pack_sequences": False}
+    sources = [{"path": str(corpus), "per_line": True}]
+    config = {"model": model, "data": {**data, "sources": sources}, "train": {**steps, **changes}}
+    (folder / f"{name}.yaml").write_text(to_yaml(config_from_mapping(config)), encoding="utf-8")
+    return config_from_mapping(config)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Runs:
+    """One launch of two ranks for all laws: starting them takes longer than all their runs."""
+    folder = tmp_path_factory.mktemp("parallel")
+    found = Runs(folder, {}, {})
+
+    def config(name: str, world_size: int, **changes: Any) -> str:
+        found.configs[name] = build_config(folder, tiny_corpus, name, world_size, **changes)
+        return str(folder / f"{name}.yaml")
+
+    def half_of(name: str) -> str:
+        return str(step_folder(folder / name, HALF))
+
+    config("one", 1)
+    train(found.configs["one"])
+    config("one_muon", 1, optimizer="muon")
+    train(found.configs["one_muon"])
+    jobs: dict[str, dict[str, Any]] = {
+        "ddp": {"config": config("ddp", 2, ddp="on")},
+        "fsdp": {"config": config("fsdp", 2, fsdp="full", grad_checkpoint=True, grad_sync="micro_batch")},
+        "fsdp_muon": {"config": config("fsdp_muon", 2, fsdp="full", optimizer="muon")},
+        "one_to_fsdp": {"config": config("one_to_fsdp", 2, fsdp="full"), "resume": half_of("one")},
+        "fsdp_to_ddp": {"config": config("fsdp_to_ddp", 2), "resume": half_of("fsdp")},
+        "count ddp": {"count": "ddp"},
+        "count fsdp": {"count": "fsdp"},
     }
-    folders = {name: tmp_path / name for name in ("one", "two")}
-    one = tiny_run(**shared, batch_tokens=12 * 4, grad_accum_steps=4, checkpoint_dir=str(folders["one"]))
-    two = tiny_run(**shared, batch_tokens=12 * 4, grad_accum_steps=2, checkpoint_dir=str(folders["two"]), ddp="on")
-    train(one)
-    assert launch(two, tmp_path, 2) == ["done\n", "done\n"]
+    answers = launch(list(jobs.values()), folder, 2)
+    for index, name in enumerate(jobs):
+        found.answers[name] = [rank[index] for rank in answers]
+    config("fsdp_to_one", 1)
+    train(found.configs["fsdp_to_one"], resume=half_of("fsdp"))
+    return found
 
-    rows = {name: [row for row in read_metrics(folder) if row["kind"] == "train"] for name, folder in folders.items()}
-    assert [row["step"] for row in rows["two"]] == list(range(1, 13))
-    for a, b in zip(rows["one"], rows["two"], strict=True):
+
+def assert_same_run(runs: Runs, name: str, one: str = "one", *, atol: float = 1e-5) -> None:
+    """Losses, figures, parameters and optimiser state of two runs agree to float32 rounding."""
+    ours, theirs = runs.rows(name, "train"), runs.rows(one, "train")[-len(runs.rows(name, "train")) :]
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
         assert (a["tokens"], a["epoch"], a["lr"]) == (b["tokens"], b["epoch"], b["lr"])
-        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
-    evals = {name: [row for row in read_metrics(folder) if row["kind"] == "eval"] for name, folder in folders.items()}
-    for a, b in zip(evals["one"], evals["two"], strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], abs=atol)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=max(1e-3, atol))
+    for a, b in zip(runs.rows(name, "eval"), runs.rows(one, "eval")[-len(runs.rows(name, "eval")) :], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=atol)
         assert (a["tokens"], a["bytes"]) == (b["tokens"], b["bytes"])
-    last = {
-        name: read_tensors(step_folder(folder, 12) / "model.safetensors").tensors for name, folder in folders.items()
-    }
-    for name, value in last["one"].items():
-        torch.testing.assert_close(last["two"][name], value, atol=1e-5, rtol=0, msg=name)
-    states = [read_state(list_checkpoints(folder)[-1]) for folder in folders.values()]
+    for file in ("model.safetensors", OPTIMIZER_FILE):
+        expected = runs.tensors(one, file)
+        found = runs.tensors(name, file)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, atol=atol, rtol=0, msg=f"{name}: {key}")
+    states = [read_state(step_folder(runs.folder / run, N_STEPS)) for run in (name, one)]
     assert states[0].position == states[1].position
     assert states[0].position.epoch >= 1
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_processes_equal_one(runs: Runs, name: str) -> None:
+    assert [answer["ended"] for answer in runs.answers[name]] == ["done", "done"]
+    assert_same_run(runs, name)
+
+
+def test_muon_on_sharded_matrices_equals_muon(runs: Runs) -> None:
+    """Its direction is found in bfloat16: rounding weighs more."""
+    assert_same_run(runs, "fsdp_muon", "one_muon", atol=3e-3)
+
+
+@pytest.mark.parametrize("name", ["fsdp_to_one", "one_to_fsdp", "fsdp_to_ddp"])
+def test_a_run_goes_on_in_any_mix(runs: Runs, name: str) -> None:
+    """Twenty steps in one way equal ten in one and ten in another: no window is repeated or lost."""
+    assert [row["step"] for row in runs.rows(name, "train")] == list(range(HALF + 1, N_STEPS + 1))
+    assert_same_run(runs, name)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_four_ranks(runs: Runs, tiny_corpus: Path) -> None:
+    """More ranks than some matrices have blocks of rows, and windows that some steps do not have for all of them."""
+    runs.configs["to_four"] = build_config(runs.folder, tiny_corpus, "to_four", 4, fsdp="full")
+    resume = str(step_folder(runs.folder / "ddp", HALF))
+    answers = launch([{"config": str(runs.folder / "to_four.yaml"), "resume": resume}], runs.folder, 4)
+    assert [answer[0]["ended"] for answer in answers] == ["done"] * 4
+    assert_same_run(runs, "to_four")
+
+
+def test_sharded_weights_are_whole_on_rank_0_at_the_end(runs: Runs) -> None:
+    whole = [answer["whole"] for answer in runs.answers["fsdp"]]
+    assert whole[0] > 0
+    assert whole[1] == 0
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_gradients_are_exchanged_once_a_step(runs: Runs, kind: str) -> None:
+    for answer in runs.answers[f"count {kind}"]:
+        assert answer["once"] >= 1
+        assert answer["each"] == 3 * answer["once"]
+        assert answer["norm"] == pytest.approx(1e-3, rel=1e-3)
+
+
+def break_runs(faults: dict[str, tuple[str, int, str]], folder: Path, corpus: Path) -> dict[str, list[list[str]]]:
+    """Start a command of two ranks for each fault, all at once; return what the ranks of each said, after its time."""
+    started = {}
+    for name, fault in faults.items():
+        build_config(folder, corpus, name, 2, fsdp="full" if fault[1] == 0 else "off", eval_interval_steps=4)
+        arguments = [fault[0], str(fault[1]), fault[2], "train", str(folder / f"{name}.yaml")]
+        started[name] = (start(arguments, 2), fault)
+    found = {}
+    for name, (ranks, (_, rank, how)) in started.items():
+        said = [heard(each)[1] for each in ranks]
+        ended = time.time()
+        codes = [each.returncode for each in ranks]
+        assert codes[1 - rank] == 1, (name, codes, said)
+        assert codes[rank] == (-signal.SIGKILL if how == "kill" else 1), (name, codes, said)
+        failed = float(re.findall("failing at (.*)", said[rank])[0])
+        assert ended - failed < 30, name
+        assert "Traceback" not in said[0] + said[1]
+        found[name] = [[line for line in text.splitlines() if "error" in line] for text in said]
+    return found
+
+
+def test_an_error_on_one_rank_ends_all(tmp_path: Path, tiny_corpus: Path) -> None:
+    """Rank 0 names it, the others keep quiet."""
+    said = break_runs({"forward": ("forward", 1, "boom")}, tmp_path, tiny_corpus)
+    expected = "error: rank 1: unexpected ValueError: boom (run again with --debug for the traceback)"
+    assert said["forward"] == [[expected], []]
+
+
+@pytest.mark.slow
+def test_whatever_fails_wherever_ends_all(tmp_path: Path, tiny_corpus: Path) -> None:
+    faults = {
+        "evaluation": ("evaluation", 1, "boom"),
+        "save": ("save", 0, "no room"),
+        "first": ("forward", 0, "boom"),
+        "killed": ("forward", 1, "kill"),
+        "first_killed": ("forward", 0, "kill"),
+    }
+    said = break_runs(faults, tmp_path, tiny_corpus)
+    boom = "unexpected ValueError: boom (run again with --debug for the traceback)"
+    assert said["evaluation"] == [[f"error: rank 1: {boom}"], []]
+    assert said["save"] == [["error: no room"], []]
+    assert said["first"] == [[f"error: {boom}"], []]
+    for name, rank in (("killed", 1), ("first_killed", 0)):
+        assert said[name][rank] == []
+        assert len(said[name][1 - rank]) == 1
+        assert said[name][1 - rank][0].startswith(f"error: rank {rank}: gone")
+
+
+def test_epochs_end_where_they_should_after_a_change_of_ranks(tiny_run: Callable[..., RunConfig]) -> None:
+    """The steps of the new number of ranks that the rest of the epochs takes, and every window once an epoch."""
+    from psannlm.data.loader import Loader, Position
+    from psannlm.training.loop import Progress
+    from psannlm.training.run import steps_to_make
+
+    class Hundred:
+        seq_len, pad_id = 4, 0
+
+        def __len__(self) -> int:
+            return 100
+
+        def batch(self, indices: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            ids = torch.zeros(len(indices), 4, dtype=torch.int64)
+            return ids, ids
+
+    config = tiny_run(max_steps=None, epochs=2)
+    windows: Any = Hundred()
+    loaders = {size: [Loader(windows, 4, rank=rank, world_size=size) for rank in range(size)] for size in (1, 2, 4)}
+    seen: list[int] = []
+    progress = Progress()
+    for size, until in ((2, 3), (4, 6), (1, None)):
+        last = steps_to_make(config, loaders[size][0], progress)
+        for parts in zip(*(loader.steps(progress.position) for loader in loaders[size]), strict=True):
+            if progress.step >= (until or last):
+                break
+            seen += [int(i) for part in parts for batch in part.micro_batches for i in batch.window_ids]
+            progress = Progress(progress.step + 1, parts[0].after)
+    assert progress.position == Position(2, 0)
+    assert sorted(seen[:100]) == sorted(seen[100:]) == list(range(100))

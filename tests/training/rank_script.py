@@ -1,0 +1,127 @@
+"""One rank that goes through several jobs: ``rank_script.py JOBS``, a JSON list; prints one JSON line for each.
+
+A job is ``{"config": path, "resume": ...}`` for a run, or ``{"count": kind}`` for the number of gradient exchanges in a
+step of three micro-batches. ``rank_script.py PLACE RANK HOW ARGUMENTS...`` is the command line with a fault in it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from psannlm.commands.app import main
+from psannlm.config.model import ModelConfig
+from psannlm.config.run import load_config
+from psannlm.data.loader import MicroBatch
+from psannlm.device import Precision
+from psannlm.distributed import World, joined
+from psannlm.errors import StorageError
+from psannlm.models.registry import build_model, resolve
+from psannlm.training import loop, run
+from psannlm.training.optim import OptimizerSet
+from psannlm.training.parallel import clip_gradients, replicate, shard
+from psannlm.training.step import train_step
+
+RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+LIMIT_S = 100
+PLACES = {"forward": (loop, "train_step"), "evaluation": (loop, "evaluate"), "save": (loop, "_save")}
+
+
+def fail(how: str) -> None:
+    sys.stderr.write(f"failing at {time.time()}\n")
+    sys.stderr.flush()
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise StorageError("no room") if how == "no room" else ValueError("boom")
+
+
+def put_fault(place: str, rank: int, how: str) -> None:
+    """Let the second call at ``place`` fail on ``rank``."""
+    module, name = PLACES[place]
+    original, calls = getattr(module, name), []
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2 and rank == RANK:
+            fail(how)
+        return original(*args, **kwargs)
+
+    setattr(module, name, faulty)
+
+
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    result = run.train(load_config(job["config"]), resume=job.get("resume", "auto"))
+    n_whole = sum(not p.is_meta for p in result.model.parameters())
+    return {"ended": "done", "steps": result.steps, "whole": n_whole}
+
+
+def micro_batches() -> list[MicroBatch]:
+    ids = torch.randint(0, 17, (3, 2, 9), generator=torch.Generator().manual_seed(RANK))
+    return [MicroBatch(part[:, :-1], part[:, 1:], 16, None) for part in ids]  # type: ignore[arg-type]
+
+
+def count(kind: str) -> dict[str, Any]:
+    """Exchanges of gradients in one step, once and with every micro-batch; and what a clipped gradient comes to."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    device = torch.device("cpu")
+    precision = Precision(device, torch.float32, "test")
+    model = build_model(resolve(ModelConfig(base="respsann", d_model=16, n_layers=2, n_heads=2, vocab_size=17)), seed=1)
+    found: dict[str, Any] = {}
+    with joined(World(RANK, RANK, SIZE), device) as world:
+        exchanged = []
+
+        def hook(state: Any, bucket: Any) -> Any:
+            exchanged.append(bucket)
+            return allreduce_hook(state, bucket)
+
+        hook.__annotations__.clear()  # torch takes no annotation that is a string
+        if kind == "fsdp":
+            model = shard(model, world, precision)
+            module: Any = model
+        else:
+            module = replicate(model, world, device)
+            module.register_comm_hook(None, hook)
+        optimizers = OptimizerSet(model, "adamw", 0.0)
+        for sync_once in (True, True, False):
+            exchanged.clear()
+            with CommDebugMode() as seen:
+                train_step(
+                    module,
+                    micro_batches(),
+                    optimizers,
+                    precision=precision,
+                    scaler=torch.amp.GradScaler("cpu", enabled=False),
+                    lr=0.0,
+                    grad_clip=1e-3,
+                    sync_once=sync_once,
+                    world=world,
+                )
+            scattered = [n for op, n in seen.get_comm_counts().items() if "reduce_scatter" in str(op)]
+            found["once" if sync_once else "each"] = sum(scattered) if kind == "fsdp" else len(exchanged)
+        # The gradients of the last step were clipped to 0.001 before they were used.
+        found["norm"] = clip_gradients(model, None)
+        del module
+    return found
+
+
+if __name__ == "__main__":
+    # Should ranks ever wait for each other without end, the test shall fail with the place they stand at.
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    if len(sys.argv) > 2:
+        put_fault(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+        main(sys.argv[4:])
+        sys.exit()
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        answer = count(job["count"]) if "count" in job else train(job)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
