@@ -30,6 +30,7 @@ ORDER = (
     ("reports",),
     ("config",),
     ("device",),
+    ("lifeline",),
     ("distributed",),
     ("tokenizers",),
     ("data",),

@@ -73,7 +73,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world_size: int) -> list[li
     path.write_text(json.dumps(jobs), encoding="utf-8")
     ranks = start([str(path)], world_size)
     spoken = [heard(rank) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world_size, [said for _, said in spoken]
+    assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(said for _, said in spoken)
     return [[json.loads(line) for line in text.splitlines()] for text, _ in spoken]
 
 

@@ -132,6 +132,7 @@ TRAIN_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
 # Keys whose effect is not one on figures have a test of their own below.
 OTHER_TRAIN_KEYS = {"compile", "ddp", "device", "grad_checkpoint"}
 # These have their tests in test_mishaps.py, test_samples.py and test_tensorboard.py.
+OTHER_TRAIN_KEYS |= {"fsdp", "grad_sync"}  # test_parallel.py
 OTHER_TRAIN_KEYS |= {"on_nonfinite", "sample_prompts", "sample_tokens", "tensorboard"}
 
 DATA_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
@@ -317,6 +318,7 @@ def test_grad_checkpoint_recomputes_every_block_and_changes_no_number(
     [
         ({"ddp": "on"}, {}, "torchrun"),
         ({"ddp": True}, {}, "torchrun"),
+        ({"fsdp": "full"}, {}, "psannlm train --nproc N"),
         ({"ddp": "off"}, {"WORLD_SIZE": "2", "RANK": "0"}, "ddp: auto"),
         ({"device": "cuda"}, {}, "no GPU"),
         ({"device": "cuda:1"}, {}, "no GPU"),
