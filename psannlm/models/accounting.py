@@ -53,8 +53,8 @@ def _group(name: str) -> str:
     return _GROUP_OF[parts[2] if parts[0] == "blocks" else parts[0]]
 
 
-def _matrix_elements(config: ModelConfig, *groups: str) -> int:
-    """Elements of the two-dimensional parameters of these groups: biases are neither multiplied nor taken by Muon."""
+def matrix_elements(config: ModelConfig, *groups: str) -> int:
+    """Return the elements of the two-dimensional parameters of groups: a bias is neither multiplied nor sharded."""
     return sum(n_elements for group, ndim, n_elements in _parameters(config) if ndim == 2 and group in groups)
 
 
@@ -65,18 +65,22 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     and backward, a multiplication and an addition as two, no discount for the causal mask, nothing for recomputation,
     element-wise work or the lookup of embeddings.
     """
-    matrices = _matrix_elements(config, "attention", "feed-forward", "wave") + (config.vocab_size or 0) * config.d_model
+    matrices = matrix_elements(config, "attention", "feed-forward", "wave") + (config.vocab_size or 0) * config.d_model
     return 6 * matrices + 12 * config.n_layers * config.d_model * seq_len
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """An estimate of the bytes that one rank holds at the peak of a training step, transients aside."""
+    """An estimate of the bytes that one rank holds at the peak of a training step, transients aside.
+
+    ``gathered``: whole matrices, and their gradients, that a sharded model (``models/scaling.py``) has for a moment.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    gathered: int = 0
 
     @property
     def total(self) -> int:
@@ -100,7 +104,7 @@ def training_memory(
     ``grad_checkpoint`` they are the inputs of all blocks and, while one is run again, what that one saves.
     """
     total = sum(count_parameters(config).values())
-    hidden_matrices = _matrix_elements(config, "attention", "feed-forward") if optimizer == "muon" else 0
+    hidden_matrices = matrix_elements(config, "attention", "feed-forward") if optimizer == "muon" else 0
     with FakeTensorMode():
         model = Transformer(config)
         one, two = (_saved_bytes(model, n, seq_len, dtype) for n in (1, 2))

@@ -13,6 +13,7 @@ from psannlm.device import pick_device, pick_precision, require_compiler
 from psannlm.distributed import World, launched_world
 from psannlm.models.accounting import count_parameters, flops_per_token, training_memory
 from psannlm.models.registry import resolve
+from psannlm.models.scaling import sharded_memory
 from psannlm.storage import free_bytes
 from psannlm.training.run import build_loader, doubts
 
@@ -82,6 +83,16 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
     checkpoint_bytes = memory.weights + memory.optimizer
     for line in _doubts_of_disk(config, checkpoint_bytes):
         notice(line)
+    if config.train.fsdp == "full":
+        memory = sharded_memory(
+            memory,
+            model,
+            world.size,
+            dtype=precision.dtype,
+            grad_accum_steps=config.train.grad_accum_steps,
+            grad_sync=config.train.grad_sync,
+            grad_checkpoint=config.train.grad_checkpoint,
+        )
     return TrainingPlan(
         config=config.model_copy(update={"model": model}),
         parameters=count_parameters(model),

@@ -27,7 +27,7 @@ from psannlm.training.run import train
 
 SCRIPT = Path(__file__).with_name("rank_script.py")
 N_STEPS, HALF = 20, 10
-LIMIT_S = 110
+LIMIT_S = 310
 # Unpacked, so that windows hold 1 to 12 labels; with accumulation, validation, and epochs that end unevenly.
 SHARED: dict[str, Any] = {
     "max_steps": N_STEPS,

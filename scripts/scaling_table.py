@@ -1,0 +1,93 @@
+"""Print the tables of docs/scaling.md: memory per device and tokens per second, predicted for models and devices.
+
+Run as ``python scripts/scaling_table.py``; ``--write`` puts the tables into the document.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from psannlm.config.model import ModelConfig
+from psannlm.models.accounting import TrainingMemory, count_parameters, training_memory
+from psannlm.models.registry import resolve
+from psannlm.models.scaling import Device, sharded_memory, tokens_per_s
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
+# Memory, dense bfloat16 peak and links as its maker states them; 40 % of the peak is what good training code reaches.
+GPU = Device("H100 SXM, 80 GB", 80e9, 989e12, 0.4, 360e9, 40e9)
+SEQ_LEN, WINDOWS, VOCAB = 2048, 4, 32_000
+SHAPES = {
+    "100M": (640, 12),
+    "350M": (1024, 24),
+    "1.3B": (2048, 24),
+    "7B": (4096, 32),
+    "13B": (5120, 40),
+    "70B": (8192, 86),
+}
+DEVICES = (1, 2, 8, 64, 256, 1024)
+
+
+def config_of(shape: tuple[int, int]) -> ModelConfig:
+    """The waveresnet of a width and depth, heads 128 wide."""
+    d_model, n_layers = shape
+    config = ModelConfig(base="waveresnet", d_model=d_model, n_layers=n_layers, n_heads=max(1, d_model // 128))
+    return resolve(config, vocab_size=VOCAB, max_seq_len=SEQ_LEN)
+
+
+def rows() -> list[list[str]]:
+    """A row for each model and way: memory per device, then tokens per second, for each number of devices."""
+    found = []
+    for shape in SHAPES.values():
+        config = config_of(shape)
+        total = sum(count_parameters(config).values())
+        whole = training_memory(config, WINDOWS, SEQ_LEN, dtype=torch.bfloat16, grad_checkpoint=True)
+        for fsdp in (False, True):
+            cells = [cell(config, whole, n, fsdp) for n in DEVICES]
+            found.append([f"{total / 1e9:.2f}B", "FSDP" if fsdp else "DDP", *cells])
+    return found
+
+
+def cell(config: ModelConfig, whole: TrainingMemory, n_devices: int, fsdp: bool) -> str:
+    """Gigabytes per device and thousands of tokens per second of all; a dash where it does not fit or means nothing."""
+    if fsdp and n_devices == 1:
+        return "-"
+    memory = whole
+    if fsdp:
+        memory = sharded_memory(whole, config, n_devices, dtype=torch.bfloat16, grad_checkpoint=True)
+    if memory.total > 0.9 * GPU.memory_bytes:
+        return f"({memory.total / 1e9:,.0f} GB)"
+    rate = tokens_per_s(
+        config,
+        GPU,
+        n_devices,
+        seq_len=SEQ_LEN,
+        tokens_per_device=WINDOWS * SEQ_LEN,
+        fsdp=fsdp,
+        grad_checkpoint=True,
+    )
+    return f"{memory.total / 1e9:,.1f} GB, {rate / 1e3:,.0f}k"
+
+
+def table() -> str:
+    """The Markdown table."""
+    head = ["parameters", "way", *(f"{n:,}" for n in DEVICES)]
+    lines = [head, ["---"] * len(head), *rows()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Print the table, or put it between its marks in the document."""
+    text = table()
+    if "--write" in sys.argv[1:]:
+        document = DOCUMENT.read_text(encoding="utf-8")
+        marked = re.sub(r"(<!-- table -->\n).*?(<!-- end -->)", rf"\1\n{text}\n\n\2", document, flags=re.DOTALL)
+        DOCUMENT.write_text(marked, encoding="utf-8")
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
