@@ -169,6 +169,6 @@ class OptimizerSet:
 
 def _placed(entry: str, value: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
     """Put a state tensor where the optimiser keeps it: AdamW counts steps on the CPU unless it is fused."""
-    if entry == "step" and not group.get("fused"):
-        return value.clone()
+    if entry == "step":
+        return value.to(parameter.device if group.get("fused") else value.device, copy=True)
     return part_of(value.to(parameter.device), parameter).clone()
