@@ -22,7 +22,7 @@ from psannlm.commands import prep as prep_command
 from psannlm.commands import report as report_command
 from psannlm.commands import tokenize as tokenize_command
 from psannlm.commands import train as train_command
-from psannlm.errors import EXIT_INTERRUPTED, AlreadyTold, ConfigError, PsannlmError, describe
+from psannlm.errors import EXIT_INTERRUPTED, AlreadyTold, ConfigError, PsannlmError, RankError, describe
 
 _ALONE_S = 10.0
 
@@ -76,7 +76,7 @@ def _tell(error: PsannlmError) -> None:
     if rank != "0" and isinstance(error, ConfigError):
         # Meanwhile rank 0 says the same and ends, and torchrun ends the others. Who is left is alone with its error.
         time.sleep(_ALONE_S)
-    where = "" if rank == "0" else f"rank {rank}: "
+    where = "" if rank == "0" or isinstance(error, RankError) else f"rank {rank}: "
     typer.echo(f"{where}{'' if error.exit_code == EXIT_INTERRUPTED else 'error: '}{error}", err=True)
 
 
