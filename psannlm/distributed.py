@@ -137,7 +137,7 @@ def _stores(world: World) -> tuple[Store, Store]:
     """Two connections to the store where ranks meet, with names that no other group of this job uses."""
     if not _connections:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # torchrun's agent keeps the store where it can; else rank 0 does, for as long as it lives: were there a new one
+        # torchrun keeps the store where it can; else rank 0 does, for as long as it lives: were there a new one
         # for every group, a rank in a hurry would enter the old one.
         is_host = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         for hosts in (is_host, False):

@@ -42,7 +42,9 @@ class TrainConfig(Section):
         "adamw", description="muon: Muon for hidden matrices, AdamW for the rest"
     )
     amp: Amp = Field("auto", description="auto: bf16 where the device computes in it, else fp32; null means fp32")
-    compile: Flag = Field(False, description="torch.compile the model: slow to start, faster per step")
+    compile: Flag | Literal["auto"] = Field(
+        False, description="torch.compile the model: slow to start, faster per step; auto: where the run repays it"
+    )
     ddp: Literal["auto", "on", "off"] = Field(
         "auto", description="data parallel under torchrun; auto: when there is one"
     )
@@ -111,7 +113,7 @@ class TrainConfig(Section):
             found.append(
                 Check(("fsdp", "ddp"), "full shards over several ranks, and ddp: off allows only one; drop it")
             )
-        if self.fsdp == "full" and self.compile:
+        if self.fsdp == "full" and self.compile is True:
             found.append(
                 Check(("fsdp", "compile"), "full does not go together with compile: true; set one of them off")
             )

@@ -47,7 +47,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), str(os.getpid()), *sys.path]
-            # A session of its own: Ctrl-C on the terminal is for the parent, which lets a piece in hand be finished.
+            # Apart from the terminal: Ctrl-C on the terminal is for the parent, which lets a piece in hand be finished.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from psannlm.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, ConfigError, DeviceError
 from psannlm.lifeline import LAUNCHED
 
-# torchrun's agent kills 30 s after it has passed a signal on; a large checkpoint takes longer.
+# torchrun kills 30 s after it has passed a signal on; a large checkpoint takes longer.
 _STOP_S = 3600
 
 
@@ -39,7 +39,7 @@ def check_launch(n_ranks: int, device: str) -> None:
 
 
 def launch(arguments: Sequence[str], n_ranks: int) -> int:
-    """Run ``psannlm`` with ``arguments`` in ``n_ranks`` processes under torchrun's agent; return the exit code.
+    """Run ``psannlm`` with ``arguments`` in ``n_ranks`` processes under torchrun; return the exit code.
 
     Ctrl-C and SIGTERM are passed on, and the ranks may take their time to save. When a rank fails, the others are
     ended. What a rank has to say of its error it says itself.
@@ -48,7 +48,7 @@ def launch(arguments: Sequence[str], n_ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The agent's own account of a signal or a failure is for those who debug torch.
+    # torchrun's own account of a signal or a failure is for those who debug torch.
     logging.disable(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_STOP_S))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_ranks)))

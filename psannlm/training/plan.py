@@ -15,6 +15,7 @@ from psannlm.models.accounting import count_parameters, flops_per_token, trainin
 from psannlm.models.registry import resolve
 from psannlm.models.scaling import sharded_memory
 from psannlm.storage import free_bytes
+from psannlm.training.compiling import decide_compiling, run_flops
 from psannlm.training.run import build_loader, doubts
 
 
@@ -63,7 +64,7 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
         world = World(size=n_ranks)
     device = pick_device(config.train.device, world.local_rank)
     precision = pick_precision(config.train.amp, device)
-    if config.train.compile:
+    if config.train.compile is True:
         require_compiler(device)
     data = prepare(config.data, notice)
     model = resolve(config.model, vocab_size=data.tokenizer.vocab_size, max_seq_len=config.data.max_length)
@@ -71,6 +72,10 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
     n_steps = total_steps(config, loader.steps_per_epoch)
     for line in doubts(config, loader, n_steps):
         notice(line)
+    flops = run_flops(config, model, n_steps)
+    _, reason = decide_compiling(config.train.compile, device, flops, is_sharded=config.train.fsdp == "full")
+    if reason is not None:
+        notice(reason)
     batches = plan_batches(config, world.size)
     memory = training_memory(
         model,

@@ -31,6 +31,7 @@ from psannlm.signals import stopping_on_signals
 from psannlm.storage import explain_write_errors, remove_leftovers, write_text
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.checkpoint import BEST, TrainerState, pointed, step_folder
+from psannlm.training.compiling import decide_compiling, run_flops
 from psannlm.training.loop import Progress, Run, Sampler, run_steps
 from psannlm.training.metrics import MetricsLog, draw_curve, read_metrics
 from psannlm.training.optim import OptimizerSet
@@ -117,7 +118,7 @@ def train(
     world = launched_world(config.train.ddp, config.train.fsdp)
     device = pick_device(config.train.device, world.local_rank)
     precision = pick_precision(config.train.amp, device)
-    if config.train.compile:
+    if config.train.compile is True:
         require_compiler(device)
     if reporter is None or not world.is_main:
         reporter = SilentReporter()
@@ -243,13 +244,18 @@ def _build(
         refuse_past_schedule(start.found, n_steps)
     for line in doubts(config, loader, n_steps):
         reporter.notice(line)
+    is_compiled, reason = decide_compiling(
+        config.train.compile, precision.device, run_flops(config, model.config, n_steps), is_sharded=is_sharded(model)
+    )
+    if reason is not None:
+        reporter.notice(reason)
     world.wait()
     run = Run(
         config=config,
         world=world,
         precision=precision,
         model=model,
-        module=_prepared_module(config, model, world, precision.device),
+        module=_prepared_module(model, world, precision.device, is_compiled=is_compiled),
         optimizers=optimizers,
         scaler=scaler,
         loader=loader,
@@ -318,10 +324,10 @@ def build_loader(config: RunConfig, data: PreparedData, world: World) -> Loader:
     )
 
 
-def _prepared_module(config: RunConfig, model: Transformer, world: World, device: torch.device) -> nn.Module:
+def _prepared_module(model: Transformer, world: World, device: torch.device, *, is_compiled: bool) -> nn.Module:
     if is_sharded(model):
         return model
-    module: nn.Module = torch.compile(model) if config.train.compile else model  # type: ignore[assignment]
+    module: nn.Module = torch.compile(model) if is_compiled else model  # type: ignore[assignment]
     return replicate(module, world, device)
 
 

@@ -1,0 +1,56 @@
+"""A run's size enters, whether to compile its model leaves: the rule behind ``train.compile: auto``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from psannlm.config.model import ModelConfig
+from psannlm.config.run import RunConfig, plan_batches
+from psannlm.device import has_compiler, require_compiler
+from psannlm.models.accounting import flops_per_token
+
+# Operations of one rank from which torch.compile repays its start: on two cores it took a minute, and saved
+# about a fifth of a step (docs/experiments.md). A GPU computes a thousand times as much in that time.
+REPAYING_FLOPS = {"cpu": 1e14, "cuda": 1e17}
+
+
+def run_flops(config: RunConfig, model: ModelConfig, n_steps: int) -> float:
+    """Return the floating-point operations of one rank in ``n_steps``; ``model`` is resolved."""
+    of_one_rank = plan_batches(config, 1)
+    return float(flops_per_token(model, of_one_rank.seq_len)) * of_one_rank.tokens_per_step * n_steps
+
+
+def decide_compiling(
+    setting: bool | Literal["auto"], device: torch.device, flops: float, *, is_sharded: bool = False
+) -> tuple[bool, str | None]:
+    """Return whether to compile, and for ``auto`` a line for people that says so and why.
+
+    The size of the run decides and never a clock: a run that is interrupted and goes on must decide the same again, or
+    it would round otherwise from there.
+
+    Args:
+        setting: ``train.compile``.
+        flops: floating-point operations of the whole run on this rank.
+        is_sharded: whether the model is sharded over ranks, which torch.compile is not used with.
+
+    Raises:
+        DeviceError: true, and there is nothing to compile with.
+    """
+    if setting != "auto":
+        if setting:
+            require_compiler(device)
+        return setting, None
+    needed = REPAYING_FLOPS.get(device.type, float("inf"))
+    if is_sharded:
+        return False, "compile: auto leaves a sharded model uncompiled"
+    if flops < needed:
+        return (
+            False,
+            f"compile: auto leaves the model uncompiled: {flops:.2g} operations do not repay it ({needed:.0e} do)",
+        )
+    if not has_compiler(device):
+        what = "a C++ compiler such as g++" if device.type == "cpu" else "the package triton"
+        return False, f"compile: auto would repay itself in {flops:.2g} operations, but needs {what}: uncompiled"
+    return True, f"compile: auto compiles the model: {flops:.2g} operations repay it (from {needed:.0e})"

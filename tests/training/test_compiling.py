@@ -1,0 +1,91 @@
+"""compile: auto decides by the size of the run alone, says so, and never asks for what is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from psannlm.config.run import RunConfig
+from psannlm.errors import DeviceError
+from psannlm.models.accounting import flops_per_token
+from psannlm.models.registry import resolve
+from psannlm.training.compiling import REPAYING_FLOPS, decide_compiling, run_flops
+from psannlm.training.plan import plan_training
+from psannlm.training.run import train
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+TinyRun = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    def there_is(one: bool) -> None:
+        monkeypatch.setattr("psannlm.device.shutil.which", lambda name: "/usr/bin/g++" if one else None)
+
+    there_is(True)
+    return there_is
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("device", [CPU], ids=str)
+def test_auto_compiles_from_the_size_that_repays_it(device: torch.device) -> None:
+    needed = REPAYING_FLOPS[device.type]
+    is_compiled, said = decide_compiling("auto", device, 0.99 * needed)
+    assert (is_compiled, "do not repay" in str(said)) == (False, True)
+    is_compiled, said = decide_compiling("auto", device, needed)
+    assert (is_compiled, "compiles the model" in str(said)) == (True, True)
+    is_compiled, said = decide_compiling("auto", device, needed, is_sharded=True)
+    assert (is_compiled, "sharded" in str(said)) == (False, True)
+
+
+def test_a_gpu_needs_more_work_before_it_repays() -> None:
+    assert REPAYING_FLOPS["cuda"] > 100 * REPAYING_FLOPS["cpu"]
+    is_compiled, said = decide_compiling("auto", GPU, 10 * REPAYING_FLOPS["cpu"])
+    assert not is_compiled
+    assert said is not None
+
+
+def test_without_a_compiler_auto_goes_on_and_true_does_not(compiler: Callable[[bool], None]) -> None:
+    compiler(False)
+    is_compiled, said = decide_compiling("auto", CPU, 1e20)
+    assert not is_compiled
+    assert "g++" in str(said)
+    with pytest.raises(DeviceError, match="compile: false"):
+        decide_compiling(True, CPU, 1e20)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_what_is_said_outright_is_done_without_a_word() -> None:
+    assert decide_compiling(True, CPU, 0.0) == (True, None)
+    assert decide_compiling(False, CPU, 1e20) == (False, None)
+
+
+def test_the_size_of_a_run_is_that_of_its_steps(tiny_run: TinyRun) -> None:
+    config = tiny_run(grad_accum_steps=3)
+    model = resolve(config.model, vocab_size=300, max_seq_len=config.data.max_length)
+    per_token = flops_per_token(model, config.data.max_length)
+    n_tokens = config.train.batch_tokens // config.data.max_length * config.data.max_length * 3 * 7
+    assert run_flops(config, model, 7) == per_token * n_tokens
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("repays", [False, True])
+def test_a_run_does_what_its_plan_says(repays: bool, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+
+    def note(model: torch.nn.Module) -> torch.nn.Module:
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr("psannlm.training.run.torch.compile", note)
+    if repays:
+        monkeypatch.setitem(REPAYING_FLOPS, "cpu", 1.0)
+    config = tiny_run(max_steps=1, compile="auto")
+    said: list[str] = []
+    plan_training(config, said.append)
+    assert [("compiles the model" in line) for line in said if "compile: auto" in line] == [repays]
+    assert compiled == []
+    result = train(config)
+    assert compiled == ([result.model] if repays else [])
