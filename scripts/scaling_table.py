@@ -44,7 +44,9 @@ def rows() -> list[list[str]]:
     for shape in SHAPES.values():
         config = config_of(shape)
         total = sum(count_parameters(config).values())
-        whole = training_memory(config, WINDOWS, SEQ_LEN, dtype=torch.bfloat16, grad_checkpoint=True)
+        whole = training_memory(
+            config, WINDOWS, SEQ_LEN, dtype=torch.bfloat16, grad_checkpoint=True, device_type="cuda"
+        )
         for fsdp in (False, True):
             cells = [cell(config, whole, n, fsdp) for n in DEVICES]
             found.append([f"{total / 1e9:.2f}B", "FSDP" if fsdp else "DDP", *cells])

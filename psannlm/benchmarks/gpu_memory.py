@@ -40,7 +40,12 @@ def check_memory(stage: Stage) -> CheckResult:
             stage.say(f"GPU-04: {base}, {'recomputing' if is_checkpointed else 'keeping'} activations")
             peaks[is_checkpointed] = _peak(stage, base, dtype, is_checkpointed)
             predicted[is_checkpointed] = training_memory(
-                config, shape.n_rows, shape.seq_len, dtype=dtype, grad_checkpoint=is_checkpointed
+                config,
+                shape.n_rows,
+                shape.seq_len,
+                dtype=dtype,
+                grad_checkpoint=is_checkpointed,
+                device_type=stage.device.type,
             ).total
         measures += memory_measures(base, peaks, predicted)
     return CheckResult(

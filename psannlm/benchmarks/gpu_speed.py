@@ -216,7 +216,10 @@ def fitting_rows(config: ModelConfig, shape: Shape, dtype: torch.dtype, free_byt
     """Return ``shape`` with its rows halved until training is predicted to leave a fifth free; None: nothing fits."""
     n_rows = shape.n_rows
     while n_rows:
-        if training_memory(config, n_rows, shape.seq_len, dtype=dtype).total <= _SHARE_OF_MEMORY * free_bytes:
+        if (
+            training_memory(config, n_rows, shape.seq_len, dtype=dtype, device_type="cuda").total
+            <= _SHARE_OF_MEMORY * free_bytes
+        ):
             return replace(shape, n_rows=n_rows)
         n_rows //= 2
     return None

@@ -5,6 +5,7 @@ Letters: D width, L layers, T window.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Literal
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from psannlm.config.model import ModelConfig
+from psannlm.models.lean import left_out
+from psannlm.models.mlp import GATED_KINDS
 from psannlm.models.registry import build_model
 from psannlm.models.transformer import Transformer
 
@@ -73,13 +76,15 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 class TrainingMemory:
     """An estimate of the bytes that one rank holds at the peak of a training step, transients aside.
 
-    ``gathered``: whole matrices, and their gradients, that a sharded model (``models/scaling.py``) has for a moment.
+    ``scratch``: what the backward pass of one feed-forward holds beside what was kept for it. ``gathered``: whole
+    matrices, and their gradients, that a sharded model (``models/scaling.py``) has for a moment.
     """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    scratch: int = 0
     gathered: int = 0
 
     @property
@@ -96,8 +101,11 @@ def training_memory(
     dtype: torch.dtype = torch.float32,
     optimizer: Literal["adamw", "muon"] = "adamw",
     grad_checkpoint: bool = False,
+    device_type: str = "cpu",
 ) -> TrainingMemory:
     """Return the memory of training ``micro_batch_size`` windows of ``seq_len`` tokens at a time under ``dtype``.
+
+    A CPU keeps less than a GPU does (``models/lean.py``).
 
     Weights, gradients and optimiser state are float32: AdamW keeps two numbers per parameter, Muon one per hidden
     matrix. Activations are what autograd would save, found by running the forward pass on shapes alone; with
@@ -105,7 +113,7 @@ def training_memory(
     """
     total = sum(count_parameters(config).values())
     hidden_matrices = matrix_elements(config, "attention", "feed-forward") if optimizer == "muon" else 0
-    with FakeTensorMode():
+    with FakeTensorMode(), nullcontext() if device_type == "cpu" else left_out():
         model = Transformer(config)
         one, two = (_saved_bytes(model, n, seq_len, dtype) for n in (1, 2))
         if grad_checkpoint:
@@ -114,7 +122,10 @@ def training_memory(
             n_layers = config.n_layers
             one, two = kept_one + (one - kept_one) // n_layers, kept_two + (two - kept_two) // n_layers
     activations = one + (two - one) * (micro_batch_size - 1)
-    return TrainingMemory(4 * total, 4 * total, 8 * total - 4 * hidden_matrices, activations)
+    # The gradients of gate and up-projection, and the hidden features anew for the gradient of the matrix after them.
+    n_wide = 3 if config.mlp in GATED_KINDS else 2
+    scratch = n_wide * micro_batch_size * seq_len * (config.d_mlp or 0) * dtype.itemsize
+    return TrainingMemory(4 * total, 4 * total, 8 * total - 4 * hidden_matrices, activations, scratch)
 
 
 def _saved_bytes(model: Transformer, batch_size: int, seq_len: int, dtype: torch.dtype) -> int:

@@ -7,6 +7,9 @@ tokens, D width, N tokens of all rows, F hidden features.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,11 +19,24 @@ from torch.nn import functional as F
 from psannlm.models.matmul import product, product_of_transposed
 from psannlm.models.sine import DecayMode, gated_gradients, gated_value
 
+_is_left_out = ContextVar("_is_left_out", default=False)
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """Take none of these passes within the context: what is worked out on shapes is meant for another device."""
+    token = _is_left_out.set(True)
+    try:
+        yield
+    finally:
+        _is_left_out.reset(token)
+
 
 def is_lean(x: Tensor) -> bool:
     """Whether to take these passes for ``x``: on a CPU, where gradients are wanted and no compiler is at work."""
     return (
         x.device.type == "cpu"
+        and not _is_left_out.get()
         and x.dtype in (torch.float32, torch.bfloat16)
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

@@ -84,6 +84,7 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
         dtype=precision.dtype,
         optimizer=config.train.optimizer,
         grad_checkpoint=config.train.grad_checkpoint,
+        device_type=device.type,
     )
     checkpoint_bytes = memory.weights + memory.optimizer
     for line in _doubts_of_disk(config, checkpoint_bytes):

@@ -11,7 +11,7 @@ import torch
 from psannlm.benchmarks import gpu_numerics
 from psannlm.benchmarks.gpu_numerics import check_gradients, check_precision, curve_measures, scale_measure
 from psannlm.benchmarks.gpu_stage import REHEARSAL, Stage
-from psannlm.models import sine
+from psannlm.models import lean
 
 
 def test_gradients_are_those_of_float64(stage: Stage) -> None:
@@ -22,13 +22,13 @@ def test_gradients_are_those_of_float64(stage: Stage) -> None:
 
 
 def test_a_gradient_that_is_off_by_a_thousandth_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = sine._gradients_in_blocks
+    original = lean.gated_gradients
 
     def perturbed(*arguments: Any) -> Any:
-        grad_z, amplitude, frequency, decay = original(*arguments)
-        return grad_z, amplitude, frequency * 1.001, decay
+        value, grad_up, (amplitude, frequency, decay) = original(*arguments)
+        return value, grad_up, (amplitude, frequency * 1.001, decay)
 
-    monkeypatch.setattr(sine, "_gradients_in_blocks", perturbed)
+    monkeypatch.setattr(lean, "gated_gradients", perturbed)
     missed = {measure.name for measure in check_gradients(stage).missed}
     assert missed == {
         f"{base}, {positions}, float32: gradient"
@@ -38,13 +38,14 @@ def test_a_gradient_that_is_off_by_a_thousandth_is_seen(stage: Stage, monkeypatc
 
 
 def test_a_gradient_that_is_no_number_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = sine._gradients_in_blocks
+    original = lean.gated_gradients
 
-    def broken(*arguments: Any) -> Any:
-        grad_z, *others = original(*arguments)
-        return grad_z * float("nan"), *others
+    def broken(grad: torch.Tensor, *arguments: Any) -> Any:
+        found = original(grad, *arguments)
+        grad.fill_(float("nan"))
+        return found
 
-    monkeypatch.setattr(sine, "_gradients_in_blocks", broken)
+    monkeypatch.setattr(lean, "gated_gradients", broken)
     result = check_gradients(stage)
     assert result.measures[0].value == 12, "two bases with a sine, three schemes, two precisions"
     assert not result.measures[0].is_met

@@ -67,7 +67,7 @@ def test_rows_are_halved_until_they_fit() -> None:
 
     shape = Shape(d_model=32, n_layers=2, n_heads=2, vocab_size=64, seq_len=32, n_rows=8)
     config = shape.config("transformer")
-    needed = training_memory(config, 4, 32, dtype=torch.float32).total
+    needed = training_memory(config, 4, 32, dtype=torch.float32, device_type="cuda").total
     found = fitting_rows(config, shape, torch.float32, int(needed / 0.79))
     assert found is not None
     assert found.n_rows == 4

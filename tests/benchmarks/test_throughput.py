@@ -13,7 +13,7 @@ import torch
 from psannlm.benchmarks import matrix_peak as peaks
 from psannlm.benchmarks import throughput
 from psannlm.benchmarks.rivals import TrainableLlama, llama_flops_per_token, llama_parameters, llama_width
-from psannlm.benchmarks.step_memory import measure_here
+from psannlm.benchmarks.step_memory import peak_step_bytes
 from psannlm.benchmarks.throughput import bench_train
 from psannlm.benchmarks.timing import Count
 from psannlm.benchmarks.trainees import ThroughputSettings, Trainee, TrainingRun, size_of
@@ -144,7 +144,8 @@ def test_memory_holds_at_least_weights_gradients_and_state() -> None:
     model = resolve(ModelConfig(base="transformer", d_model=256, n_layers=2, n_heads=4, vocab_size=8192))
     settings = ThroughputSettings(model, seq_len=8, batch_tokens=8, amp="fp32")
     needed = 16 * size_of(settings.trainees()[0], settings)[0]
-    peak = measure_here(settings.trainees()[0], settings, CPU)
+    peak = peak_step_bytes(settings.trainees()[0], settings, CPU)
+    assert peak is not None
     assert 0.9 * needed < peak < 2 * needed
 
 

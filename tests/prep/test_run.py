@@ -261,35 +261,27 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
     prepare(corpus, name="straight", val_split=0.1, shard_tokens=3_000, chunk_bytes=2000)
     expected = folder_bytes(tmp_path / "straight")
     source = random.Random(20)
-    n_kills = n_finished = 0
     moments = Counter[str]()
-    out = tmp_path / "killed0"
-    while n_kills < 20:
-        before = folder_bytes(out)
-        n_pieces, n_shards = source.randrange(1, 30), source.randrange(12)
+    for kill in range(20):
+        # Each folder is killed among its pieces, goes on, and is killed again among its shards.
+        out = tmp_path / f"killed{kill // 2}"
+        is_second = bool(kill % 2)
+        n_pieces, n_shards = source.randrange(1, 12), source.randrange(12)
         arguments = [sys.executable, "-c", KILLABLE, str(corpus), str(tokenizer_path), str(out)]
         process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
         began = time.time()
-        while process.poll() is None and not _has_come(out, len(before), n_pieces, n_shards, began):
+        while process.poll() is None and not (
+            _n_new_shards(out, began) > n_shards if is_second else len(list(out.glob(".work/piece_*"))) >= n_pieces
+        ):
             time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
         assert process.communicate()[1] == b""
-        if process.returncode == 0:
-            assert folder_bytes(out) == expected
-            n_finished += 1
-            out = tmp_path / f"killed{n_finished}"
-        else:
-            n_kills += 1
+        if process.returncode:
             moments["shards" if _n_new_shards(out, began) else "pieces"] += 1
-    prepare(corpus, name=out.name, val_split=0.1, shard_tokens=3_000, chunk_bytes=2000)
-    assert folder_bytes(out) == expected
+        if is_second:
+            prepare(corpus, name=out.name, val_split=0.1, shard_tokens=3_000, chunk_bytes=2000)
+            assert folder_bytes(out) == expected
     assert min(moments["pieces"], moments["shards"]) >= 2, moments
-
-
-def _has_come(out: Path, n_before: int, n_pieces: int, n_shards: int, began: float) -> bool:
-    """Tell whether so many new pieces are there, or, where none is missing any more, so many shards."""
-    n_new = _n_new_shards(out, began)
-    return n_new > n_shards or (not n_new and len(list(out.glob(".work/piece_*"))) >= n_before + n_pieces)
 
 
 def _n_new_shards(out: Path, began: float) -> int:
