@@ -34,12 +34,13 @@ def left_out() -> Iterator[None]:
 
 def is_lean(x: Tensor) -> bool:
     """Whether to take these passes for ``x``: on a CPU, where gradients are wanted and no compiler is at work."""
+    # A compiler is asked about first: it cannot trace the rest.
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
         and not _is_left_out.get()
+        and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and not torch.is_inference_mode_enabled()
     )
 
