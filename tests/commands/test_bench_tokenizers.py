@@ -15,7 +15,8 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = ("--corpus", "corpus.txt", "--per-line", "--vocab-size", "300", "--repeat", "1")
 
 
-def test_figures_are_printed_and_written(psannlm, project: Path) -> None:
+def test_figures_are_printed_and_written(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # figures of many digits, on a slow machine, would break the names
     psannlm(
         "tokenize", "corpus.txt", "--per-line", "--backend", "simple", "--vocab-size", "300", "--out", "[/own].json"
     )
