@@ -159,7 +159,7 @@ def _show(result: PrepResult) -> None:
     if manifest.part == "1/1":
         console = results()
         console.print(
-            f"next: psannlm train CONFIG --set 'data.sources=[{result.folder}]'",
+            f"next: psannlm train CONFIG --set 'data.sources=[{result.folder}]' --set data.val_split=0",
             style="bold",
             highlight=False,
             markup=False,
