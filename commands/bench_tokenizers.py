@@ -14,6 +14,7 @@ from rich.text import Text
 from psannlm.commands.options import JsonOption, live_line, print_json, progress, reading, results, table_text
 
 if TYPE_CHECKING:
+    from psannlm.benchmarks.prep_speed import PrepFigures
     from psannlm.benchmarks.timing import Spread
     from psannlm.benchmarks.tokenizers import Speed, TokenizerFigures, TokenizerReport
 
@@ -35,6 +36,9 @@ def bench_tokenizers(
         int | None, typer.Option(min=1, help="Characters to fit on, drawn evenly from the corpus. Default: 8,000,000.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides which passages are drawn, and which are held out.")] = 1337,
+    prep: Annotated[
+        bool, typer.Option("--prep", help="Also time psannlm prep on all of the corpus, beside the bare libraries.")
+    ] = False,
     per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of a .txt file.")] = False,
     text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
@@ -61,21 +65,22 @@ def bench_tokenizers(
             repeats=repeat,
             seed=seed,
             sample_chars=SAMPLE_CHARS if sample_chars is None else sample_chars,
+            with_prep=prep,
             notice=line.keep,
             on_bytes=lambda done, total: line.show(reading(done, total, time.monotonic() - began)),
             on_standing=lambda standing: line.show(str(standing)),
         )
-    table = _table(report)
+    tables = [_table(report), *([_prep_table(report)] if report.prep else [])]
     folder = new_folder("tokenizers", out)
     metrics = {"corpus": corpus or ["python-reference"], **report.as_dict()}
     write_json(folder / "metrics.json", metrics)
     write_json(folder / "system.json", system_info())
-    write_text(folder / "table.txt", table_text(table))
+    write_text(folder / "table.txt", table_text(*tables))
     draw_tokenizers(folder / "tokenizers.png", f"Tokenizers of {vocab_size:,} entries at most", report.tokenizers)
     if as_json:
         print_json({**metrics, "folder": str(folder)})
     else:
-        results().print(table)
+        results().print(*tables, sep="\n")
         results().print(f"written to {folder}", highlight=False, markup=False)
 
 
@@ -110,6 +115,42 @@ def _table(report: TokenizerReport) -> Table:
         table.add_row(Text(words, style="bold"))
         for heading, read in _speed_rows(report):
             table.add_row(f" {heading}", *(Text(read(row, speed_of(row))) for row in report.tokenizers))
+    return table
+
+
+def _prep_table(report: TokenizerReport) -> Table:
+    """Return a column for each tokenizer that has a library underneath."""
+    first = report.prep[0]
+    table = Table(
+        title=f"psannlm prep on all {first.n_bytes / 1e6:,.1f} MB of text, {first.workers} processes, beside the bare "
+        f"libraries with as many threads; medians of {report.repeats}",
+        title_justify="left",
+        title_style="bold",
+        caption="prep: from start to end of the command, shards on disk; the libraries read and write nothing; peak: "
+        "memory of all processes of prep together",
+        caption_justify="left",
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column(style="cyan", no_wrap=True)
+    for row in report.prep:
+        table.add_column(_heading(row.name), justify="right", overflow="fold")
+    rows: list[tuple[str, Callable[[PrepFigures], str]]] = [
+        ("prep, MB/s", lambda row: f"{row.mb_per_s(row.prep_s):,.2f}"),
+        ("library, MB/s", lambda row: f"{row.mb_per_s(row.raw_s):,.2f}"),
+        ("prep over it", lambda row: _ratio(row.ratio_to_raw, True)),
+        (
+            "into arrays, MB/s",
+            lambda row: "-" if row.raw_arrays_s is None else f"{row.mb_per_s(row.raw_arrays_s):,.2f}",
+        ),
+        ("prep over it", lambda row: _ratio(row.ratio_to_raw_arrays, True)),
+        ("prep, CPU s", lambda row: f"{row.prep_cpu_s.median:,.1f}"),
+        ("library, CPU s", lambda row: f"{row.raw_cpu_s.median:,.1f}"),
+        ("peak, MB", lambda row: "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}"),
+        ("tokens", lambda row: f"{row.n_tokens:,}"),
+        ("beyond library's", lambda row: f"{row.extra_tokens:,}"),
+    ]
+    for heading, figure in rows:
+        table.add_row(heading, *(Text(figure(row)) for row in report.prep))
     return table
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from psannlm.benchmarks.apart import Apart, peak_bytes
+from psannlm.benchmarks.bare_tokenizers import raw_encode
+from psannlm.benchmarks.prep_speed import PrepFigures, bench_prep, check_preparable
 from psannlm.benchmarks.timing import Clock, Count, Spread, Standing, paired_ratio, passes_for, take_turns
 from psannlm.config.data import Source
 from psannlm.data.documents import Document, ReadReport, read_documents
@@ -174,10 +176,12 @@ class TokenizerReport:
     seed: int
     unavailable: dict[str, str]
     tokenizers: list[TokenizerFigures]
+    prep: list[PrepFigures]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        return {**asdict(self), "tokenizers": [figures.as_dict() for figures in self.tokenizers]}
+        plain = {name: [figures.as_dict() for figures in getattr(self, name)] for name in ("tokenizers", "prep")}
+        return {**asdict(self), **plain}
 
 
 class Caller(Protocol):
@@ -199,6 +203,7 @@ def bench_tokenizers(
     seed: int = 1337,
     sample_chars: int = SAMPLE_CHARS,
     min_run_s: float = MIN_RUN_S,
+    with_prep: bool = False,
     notice: Callable[[str], None] = lambda text: None,
     on_bytes: Callable[[int, int], None] | None = None,
     on_standing: Callable[[Standing], None] = lambda standing: None,
@@ -210,11 +215,13 @@ def bench_tokenizers(
         models: tokenizer files, measured with the library that they are made for.
         sample_chars: characters of ``sources`` to fit on, at most.
         min_run_s: what a run lasts at least; see :func:`measure_tokenizers`.
+        with_prep: also prepare all of ``sources`` with each, as :func:`~psannlm.benchmarks.prep_speed.bench_prep` does.
         repeats: counted runs of each, in turns. Fitting has no run to warm up: a person waits for the first.
         on_bytes: told the bytes of ``sources`` read so far and in all.
 
     Raises:
-        ConfigError: ``repeats`` or ``vocab_size`` is too small, or two tokenizers have one name.
+        ConfigError: ``repeats`` or ``vocab_size`` is too small, two tokenizers have one name, or prep cannot read a
+            source.
         CorpusError: a source cannot be read or holds too little text.
         TokenizerError: a file of ``models`` cannot be read.
         WorkerError: a process that measures ended early.
@@ -222,6 +229,7 @@ def bench_tokenizers(
     if repeats < 1:
         raise ConfigError(f"{repeats} repeats measure nothing; use 1 or more")
     check_fit("simple", vocab_size, None, sample_chars)
+    preparable = check_preparable(sources) if with_prep else []
     loaded = load_named(models)
     report = ReadReport()
     documents = read_documents(sources, report, part_bytes=PART_BYTES, on_bytes=on_bytes)
@@ -251,6 +259,9 @@ def bench_tokenizers(
     figures = measure_tokenizers(
         {**fitted, **loaded}, measured_on, fits=fits, repeats=repeats, min_run_s=min_run_s, on_standing=on_standing
     )
+    prepared = []
+    if with_prep:
+        prepared = bench_prep({**fitted, **loaded}, preparable, repeats=repeats, on_standing=on_standing)
     return TokenizerReport(
         corpus_documents=report.documents,
         corpus_bytes=report.bytes,
@@ -262,6 +273,7 @@ def bench_tokenizers(
         seed=seed,
         unavailable=unavailable,
         tokenizers=figures,
+        prep=prepared,
     )
 
 
@@ -435,24 +447,6 @@ def _timed(caller: Caller, work: str, passes: int) -> Callable[[Count], float]:
         return seconds
 
     return run
-
-
-def raw_encode(tokenizer: Tokenizer, threads: int = 0) -> Callable[[Texts], list[list[int]]] | None:
-    """Return the batch encoding of the library under ``tokenizer``, called directly on the same model; None for ours.
-
-    Both ways end in lists of ids, as SentencePiece gives them and as any user of Hugging Face's encodings takes them.
-    """
-    if tokenizer.backend == "sentencepiece":
-        import sentencepiece
-
-        processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.to_bytes())
-        return lambda texts: processor.encode(list(texts), num_threads=threads or -1)
-    if tokenizer.backend == "tokenizers":
-        import tokenizers
-
-        model = tokenizers.Tokenizer.from_str(tokenizer.to_bytes().decode("utf-8"))
-        return lambda texts: [row.ids for row in model.encode_batch_fast(texts, add_special_tokens=False)]
-    return None
 
 
 def _describe(measured_on: Texts, fitted_on: Texts) -> HeldOut:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
-_LARGE_BYTES = 1 << 18
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_KEPT_BYTES = 32 << 20
 
 
 def return_large_blocks() -> None:
-    """Have every block of a quarter of a megabyte or more returned to the system once it is free.
+    """Have free memory beyond 32 MB, and every block of as much, returned to the system.
 
-    glibc raises that limit to 32 MB by itself as blocks come and go, and then keeps what is free between those in use:
-    memory would creep up with the length of a corpus. Elsewhere nothing is done.
+    glibc raises both limits by itself as blocks come and go, and then keeps what is free between those in use: memory
+    would creep up with the length of a corpus. Lower limits cost time: what goes back and comes again is cleared each
+    time, which took a fifth of the work of encoding at 128 KB. Elsewhere nothing is done.
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         if hasattr(library, "mallopt"):
-            library.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-            library.mallopt(_M_ARENA_MAX, 2)
+            for setting, value in (
+                (_M_TRIM_THRESHOLD, _KEPT_BYTES),
+                (_M_MMAP_THRESHOLD, _KEPT_BYTES),
+                (_M_ARENA_MAX, 2),
+            ):
+                library.mallopt(setting, value)

@@ -54,10 +54,26 @@ def test_held_out_text_can_be_named(psannlm, project: Path, monkeypatch: pytest.
     assert metrics["corpus"] == ["corpus.txt"]
 
 
+def test_prep_is_timed_beside_the_libraries(
+    psannlm, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = {name: bench.KINDS[name] for name in ("sentencepiece unigram", "byte-level bpe", "characters")}
+    monkeypatch.setattr(bench, "KINDS", kinds)
+    done = psannlm("bench-tokenizers", *TINY, "--prep", "--out", "here")
+    assert done.code == 0, done.err
+    rows = json.loads(Path("here/metrics.json").read_text())["prep"]
+    assert [row["name"] for row in rows] == ["sentencepiece unigram", "byte-level bpe"]
+    assert all(row["extra_tokens"] == 0 for row in rows), "the same text on both sides"
+    assert [row["ratio_to_raw_arrays"] is None for row in rows] == [False, True]
+    for words in ("psannlm prep on all", "library, MB/s", "prep over it", "beyond library's"):
+        assert words in Path("here/table.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["--corpus", "nowhere.txt"], 2, "nowhere.txt"),
+        (["--prep"], 2, "name a --corpus"),
         ([*TINY, "--vocab-size", "10"], 2, "vocab_size 10 is too small"),
         ([*TINY, "--model", "nowhere.model"], 1, "nowhere.model"),
         ([*TINY, "--repeat", "0"], 2, "--repeat"),
