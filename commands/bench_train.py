@@ -82,6 +82,7 @@ def bench_train(
     from psannlm.config.run import section_from_kwargs
     from psannlm.device import pick_device
     from psannlm.errors import LimitMissed
+    from psannlm.memory import keep_freed_memory
     from psannlm.models.registry import resolve
     from psannlm.reports.store import new_folder, system_info, timestamp, write_json
     from psannlm.storage import write_text
@@ -106,6 +107,7 @@ def bench_train(
         also=tuple(also or ()),  # type: ignore[arg-type]  # they say themselves what they take
         against=against,
     )
+    keep_freed_memory()
     chosen = pick_device(device)
     with live_line(progress()) as line:
         report = measure(

@@ -88,9 +88,11 @@ def train(
 
     from psannlm.distributed import launched_world
     from psannlm.generation.samples import draw_samples
+    from psannlm.memory import keep_freed_memory
     from psannlm.training.progress import ConsoleReporter
     from psannlm.training.run import train as run_training
 
+    keep_freed_memory()
     result = run_training(
         run_config,
         resume=resume,

@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ORDER = (
     ("errors",),
     ("storage",),
-    ("lock", "signals", "tensorheader"),
+    ("lock", "memory", "signals", "tensorheader"),
     ("reports",),
     ("config",),
     ("device",),
@@ -47,6 +47,7 @@ NEVER_TORCH = (
     "errors",
     "storage",
     "lock",
+    "memory",
     "signals",
     "tensorheader",
     "config",

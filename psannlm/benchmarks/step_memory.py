@@ -18,6 +18,7 @@ import torch
 from psannlm.benchmarks.trainees import ThroughputSettings, Trainee, TrainingRun
 from psannlm.config.model import ModelConfig
 from psannlm.errors import PsannlmError
+from psannlm.memory import keep_freed_memory
 
 _STEPS = 3
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -99,6 +100,7 @@ def _resident(name: str) -> int:
 def _main() -> None:
     given: dict[str, Any] = json.load(sys.stdin)
     torch.set_num_threads(given["threads"])
+    keep_freed_memory()
     rest = {**given["settings"], "also": tuple(given["settings"]["also"])}
     settings = ThroughputSettings(ModelConfig.model_validate(given["model"]), **rest)
     peak = measure_here(Trainee(**given["trainee"]), settings, torch.device(given["device"]))

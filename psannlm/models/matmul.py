@@ -64,7 +64,10 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 def product_of_transposed(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left.T @ right`` of (M, N) and (M, K): the gradient of a weight."""
     if left.dtype == torch.float32 and len(left) >= _MANY_ROWS and is_plain(left) and prefers_onednn():
-        return _product(left.t(), right.t())
+        # The first argument is copied to lie the other way round: let that be the smaller one.
+        if left.shape[1] <= right.shape[1]:
+            return _product(left.t(), right.t())
+        return _product(right.t(), left.t()).t()
     return left.t() @ right
 
 

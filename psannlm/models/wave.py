@@ -52,8 +52,8 @@ class Wave(nn.Module):
         taps = self.weight.t().to(x.dtype) if self.taps is None else self.taps
         if x.shape[1] == 1:
             mixed = (history[:, :: self.dilation] * taps).sum(1, keepdim=True)
-        elif x.shape[1] <= _FEW_TOKENS:
-            # Tap by tap: to set up a convolution costs more than these sums.
+        elif x.shape[1] <= _FEW_TOKENS or (tail is None and torch.compiler.is_compiling()):
+            # Tap by tap: to set up a convolution costs more than these sums, and a compiler fuses them with the norm.
             reach = (self.dilation * tap for tap in range(len(taps)))
             mixed = sum((history[:, at : at + x.shape[1]] * tap for at, tap in zip(reach, taps, strict=True)))
         else:

@@ -24,10 +24,10 @@ from psannlm.data.shardfile import ShardEntry, write_shard
 from psannlm.data.shards import token_dtype
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, Interrupted, StorageError
 from psannlm.lock import RunLock
+from psannlm.memory import return_large_blocks
 from psannlm.prep.assemble import DocumentStream, select_units
 from psannlm.prep.chunks import Chunk, chunk_bytes_for, gather
 from psannlm.prep.finished import refuse_other, tokenizer_entry
-from psannlm.prep.memory import return_large_blocks
 from psannlm.prep.piece import piece_path, read_piece
 from psannlm.prep.plan import WORK_FOLDER, Plan, go_on, write_plan
 from psannlm.prep.pool import WorkerPool, usable_cores

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.errors import CorpusError, PsannlmError, StorageError, TokenizerError
+from psannlm.memory import return_large_blocks
 from psannlm.prep.chunks import Chunk
 from psannlm.prep.encoding import ChunkEncoder
-from psannlm.prep.memory import return_large_blocks
 from psannlm.prep.piece import piece_path, write_piece
 from psannlm.prep.settings import PrepSettings
 from psannlm.prep.walk import Cut
