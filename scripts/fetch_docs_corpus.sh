@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Real text to measure on: the reST sources of the Python and Linux manuals, out of Debian's packages.
 #
-#   scripts/fetch_docs_corpus.sh FOLDER
+#   scripts/fetch_docs_corpus.sh FOLDER [COPIES]
 #
 # Writes FOLDER/python3.11-doc and FOLDER/linux-doc, each with the package's version beside the text; what is there
 # already is left alone. Nothing is installed. FOLDER must lie outside the repository: a corpus is never committed.
+# With COPIES, all of it also goes that many times into FOLDER/copies_<COPIES>.jsonl, each copy with its number in front
+# of every text, so that none is a duplicate: 35 MB each, to measure on more text than there is.
 set -euo pipefail
 
 fail() {
@@ -12,8 +14,9 @@ fail() {
   exit 1
 }
 
-[[ $# -eq 1 && "$1" != -* ]] || {
-  echo "usage: scripts/fetch_docs_corpus.sh FOLDER" >&2
+copies="${2:-}"
+[[ $# -ge 1 && $# -le 2 && "$1" != -* && "${copies:-1}" =~ ^[1-9][0-9]*$ ]] || {
+  echo "usage: scripts/fetch_docs_corpus.sh FOLDER [COPIES]" >&2
   exit 2
 }
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -63,3 +66,22 @@ fetch() {
 
 fetch python3.11-doc
 fetch linux-doc
+if [[ -n "$copies" ]]; then
+  python3 - "$folder" "$copies" <<'PYTHON'
+import json
+import os
+import pathlib
+import sys
+
+folder, copies = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+goal = folder / f"copies_{copies}.jsonl"
+beside = folder / f".{goal.name}"
+texts = [path.read_text("utf-8") for path in sorted(folder.rglob("*.rst.txt"))]
+with open(beside, "w", encoding="utf-8") as file:
+    for copy in range(copies):
+        for text in texts:
+            file.write(json.dumps({"text": f"copy {copy}\n{text}"}, ensure_ascii=False) + "\n")
+os.replace(beside, goal)
+print(f"{goal.name}: {copies * len(texts)} texts, {goal.stat().st_size / 1e6:.1f} MB")
+PYTHON
+fi

@@ -53,6 +53,17 @@ def test_is_the_causal_sum(kernel_size: int, dilation: int, activation: str, is_
         assert torch.equal(history[:, : wave.tail_length], torch.zeros(2, wave.tail_length, D))
 
 
+@pytest.mark.parametrize("n_tokens", [17, 30])
+@torch.no_grad()
+def test_a_compiler_gets_the_same_sum(n_tokens: int) -> None:
+    """Many tokens are summed tap by tap then. Only tracing is tried here, which is what decides the way."""
+    wave = build_wave(4, 2)
+    x = torch.randn(2, n_tokens, D)
+    found, history = torch.compile(wave, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, reference(wave, x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(history[:, wave.tail_length :], x)
+
+
 @given(
     kernel_size=st.integers(1, 5),
     dilation=st.integers(1, 3),

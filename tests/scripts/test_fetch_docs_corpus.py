@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,7 @@ def bin_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def fetch(bin_folder: Path, goal: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+def fetch(bin_folder: Path, goal: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
     bash = shutil.which("bash")
     assert bash is not None
     environment = {
@@ -52,7 +54,7 @@ def fetch(bin_folder: Path, goal: Path, **extra: str) -> subprocess.CompletedPro
         "HOME": os.environ.get("HOME", "/"),
         **extra,
     }
-    return subprocess.run([bash, str(SCRIPT), str(goal)], env=environment, capture_output=True, text=True)
+    return subprocess.run([bash, str(SCRIPT), str(goal), *arguments], env=environment, capture_output=True, text=True)
 
 
 def test_sources_are_fetched_once_and_nothing_else_is_kept(bin_folder: Path, tmp_path: Path) -> None:
@@ -67,6 +69,18 @@ def test_sources_are_fetched_once_and_nothing_else_is_kept(bin_folder: Path, tmp
     calls = (bin_folder / "log").read_text()
     assert "there already" in fetch(bin_folder, goal).stdout
     assert (bin_folder / "log").read_text() == calls, "what is there is not fetched again"
+
+
+def test_copies_are_numbered(bin_folder: Path, tmp_path: Path) -> None:
+    (bin_folder / "python3").symlink_to(sys.executable)
+    goal = tmp_path / "corpus"
+    for _ in range(2):  # what a former call wrote is no text of the corpus
+        done = fetch(bin_folder, goal, "3")
+        assert done.returncode == 0, done.stderr
+        lines = (goal / "copies_3.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+        assert sorted(texts) == sorted(f"copy {copy}\ntext\n" for copy in range(3) for _ in range(2))
+    assert fetch(bin_folder, goal, "0").returncode == 2
 
 
 def test_a_download_that_fails_leaves_nothing_that_looks_like_a_corpus(bin_folder: Path, tmp_path: Path) -> None:
