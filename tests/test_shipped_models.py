@@ -12,7 +12,7 @@ from psannlm.models.registry import build_model, resolve
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 # A plan for psannlm compare is no configuration.
-CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("compare_"))
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith(("compare_", "study_")))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

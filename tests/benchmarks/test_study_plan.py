@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from psannlm.benchmarks.study_plan import load_plan, merge
+from psannlm.benchmarks.study_runs import size_study
 from psannlm.errors import ConfigError
+from psannlm.tokenizers.resolve import fit_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = """\
@@ -35,6 +38,25 @@ variants:
 def write(tmp_path: Path) -> Path:
     (tmp_path / "base.yaml").write_text(BASE)
     return tmp_path / "plan.yaml"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("study_*_1m.yaml")))
+def test_the_plans_of_the_study_compare_one_size(
+    name: str, tmp_path: Path, prepare_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stand-in for its corpus: every variant comes within 1 % of the baseline, in the same order of text."""
+    corpus = tmp_path / "psannlm-corpora" / "docs-2048"
+    corpus.mkdir(parents=True)
+    text = "the quick brown fox jumps over the lazy dog. " * 200
+    tokenizer = fit_tokenizer([text], "simple", vocab_size=512)
+    prepare_folder(corpus, tokenizer, [text, text[1:]], [text[2:]])
+    (tmp_path / "clone").mkdir()
+    monkeypatch.chdir(tmp_path / "clone")
+    study = size_study(load_plan(ROOT / "configs" / name), Path("runs/study"), lambda line: None)
+    counts = {variant.variant.name: variant.n_parameters for variant in study.variants}
+    assert {"swiglu", "swiglu_wave", "waveresnet"} <= set(counts)
+    assert all(abs(count / counts["swiglu"] - 1) <= 0.01 for count in counts.values())
+    assert not any(variant.order_differs for variant in study.variants)
 
 
 def test_a_plan_is_read(write: Path) -> None:

@@ -16,7 +16,7 @@ from psannlm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 # A plan for psannlm compare is no configuration.
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("compare_"))
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith(("compare_", "study_")))
 VALID = [path.read_text(encoding="utf-8") for path in CONFIGS] + [to_yaml(RunConfig())]
 
 _NAMES = sorted({part.strip("[]") for key in keys() for part in key.path.split(".")})
