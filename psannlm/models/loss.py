@@ -95,6 +95,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, label_s
     matmul_dtype = torch.float32
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
         matmul_dtype = torch.bfloat16
+    if not torch.is_grad_enabled():
+        # Autograd asks a function for the gradients of all parameters, even where none will ever be taken.
+        hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(device, enabled=False):
         total: Tensor = _ChunkedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden, weight, labels, label_smoothing, matmul_dtype
