@@ -58,9 +58,20 @@ class Wave(nn.Module):
             mixed = sum((history[:, at : at + x.shape[1]] * tap for at, tap in zip(reach, taps, strict=True)))
         else:
             mixed = F.conv1d(
-                history.transpose(1, 2),
+                _by_feature(history),
                 self.weight.unsqueeze(1).to(x.dtype),
                 dilation=self.dilation,
                 groups=self.weight.shape[0],
             ).transpose(1, 2)
         return x + self.activation(mixed), history
+
+
+def _by_feature(history: Tensor) -> Tensor:
+    """(B, R + T, D) as the (B, D, R + T) that a convolution takes.
+
+    A view of it counts as channels-last, which a GPU hands to cuDNN, and cuDNN multiplies float32 in TF32 unless told
+    otherwise: ten bits. Laid out anew, it meets torch's own depthwise kernel, which keeps to float32.
+    """
+    turned = history.transpose(1, 2)
+    is_float32 = turned.dtype == torch.float32 and not torch.is_autocast_enabled(turned.device.type)
+    return turned.contiguous() if turned.is_cuda and is_float32 else turned

@@ -7,10 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from psannlm.config.model import ModelConfig
 from psannlm.generation.decoding import Decoding
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig
+from psannlm.models.registry import resolve
 from psannlm.models.transformer import Transformer
+from psannlm.models.wave import Wave
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,6 +39,26 @@ def test_loss_and_gradients_are_those_of_the_cpu(
     assert found["cuda"][1].keys() == found["cpu"][1].keys()
     for name, gradient in found["cpu"][1].items():
         torch.testing.assert_close(found["cuda"][1][name], gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_a_wave_in_float32_is_not_rounded_to_fewer_bits(dilation: int) -> None:
+    """cuDNN's way with a channels-last convolution keeps ten bits of a float32."""
+    config = resolve(ModelConfig(base="waveresnet", d_model=64, n_heads=2, n_layers=1, vocab_size=17, max_seq_len=64))
+    wave = Wave(config, dilation)
+    torch.nn.init.normal_(wave.weight, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(1))
+    found = {}
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        wave, here = wave.to(device, dtype), x.to(device, dtype).requires_grad_()
+        wave.zero_grad()
+        y, _ = wave(here)
+        y.square().sum().backward()
+        assert here.grad is not None
+        assert wave.weight.grad is not None
+        found[device] = [t.detach().double().cpu() for t in (y, here.grad, wave.weight.grad)]
+    for ours, exact in zip(found["cuda"], found["cpu"], strict=True):
+        assert (ours - exact).norm() < 2e-6 * exact.norm()
 
 
 @pytest.mark.parametrize("base", BASES)
