@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from psannlm.config.train import Amp
 from psannlm.errors import DeviceError, nearest
@@ -94,6 +95,29 @@ def pick_precision(amp: Amp, device: torch.device) -> Precision:
     if has_bf16:
         return Precision(device, torch.bfloat16, f"bf16: this {device.type} computes in it")
     return Precision(device, torch.float32, f"fp32: this {device.type} has no bf16 hardware")
+
+
+class Unread:
+    """Numbers on their way from a device to this process: asking for them waits, making this does not.
+
+    They are sent at once, so that reading them waits for the work that led to them and for none that came after.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        """Send ``numbers``, a vector that nothing will change any more."""
+        self._numbers = numbers.to("cpu", non_blocking=True)  # of a GPU's a copy, in memory that it can write to
+        self._arrival: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            with torch.cuda.device(numbers.device):
+                self._arrival.record()
+
+    def read(self) -> list[float]:
+        """Return the numbers."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        numbers: list[float] = self._numbers.tolist()
+        return numbers
 
 
 def has_compiler(device: torch.device) -> bool:

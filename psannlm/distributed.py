@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from psannlm.device import Unread
 from psannlm.errors import DeviceError, Interrupted
 from psannlm.lifeline import Lifeline
 
@@ -45,15 +46,30 @@ class World:
 
     def sum(self, value: float, device: torch.device) -> float:
         """Return the sum of ``value`` over all ranks, in float64. Every rank must call it."""
-        if self.size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=device)
-        dist.all_reduce(total)
-        return float(total.item())
+        return value if self.size == 1 else self.send_sum(value, device).read()[0]
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Return whether ``flag`` is true on any rank. Every rank must call it."""
         return self.sum(float(flag), device) > 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """Replace ``values`` by their sums over all ranks and return them, on their device and without waiting for it.
+
+        Every rank must call it.
+        """
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def send_sum(self, value: float, device: torch.device) -> Unread:
+        """Return what :meth:`sum` does, one number, to be read when it is wanted. Every rank must call it.
+
+        A world of one asks no device.
+        """
+        if self.size == 1:
+            device = torch.device("cpu")
+        # Not torch.tensor: it copies from memory that a GPU cannot read by itself, and waits for that.
+        return Unread(self.total(torch.full((1,), float(value), dtype=torch.float64, device=device)))
 
     def wait(self) -> None:
         """Return when every rank has come here."""

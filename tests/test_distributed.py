@@ -110,8 +110,18 @@ def test_sums_are_made_over_the_group() -> None:
         assert dist.get_backend() == "gloo"
         assert world.sum(0.1 + 0.2, CPU) == 0.1 + 0.2
         assert world.any(True, CPU)
+        assert not world.any(False, CPU)
+        sent = world.send_sum(2.5, CPU)
+        assert world.total(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
+        assert sent.read() == [2.5]
         world.wait()
     assert not dist.is_initialized()
+
+
+def test_a_world_of_one_asks_no_device() -> None:
+    """On one that holds no numbers there would be none to read."""
+    assert World().send_sum(2.5, torch.device("meta")).read() == [2.5]
+    assert World().any(True, torch.device("meta"))
 
 
 @pytest.mark.usefixtures("_group_of_one")

@@ -36,7 +36,8 @@ class TrainConfig(Section):
     grad_clip: Real | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
-        description="at a loss or gradient that is not finite: stop, or skip the step (the third in a row stops)",
+        description="at a loss or gradient that is not finite: stop, or skip the step (the third in a row stops; "
+        "a GPU is waited for at each step then)",
     )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for hidden matrices, AdamW for the rest"

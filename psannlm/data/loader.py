@@ -70,10 +70,12 @@ class Loader:
         shuffle: bool = True,
         ahead: int = 2,
         workers: int = 1,
+        pins: bool = False,
     ) -> None:
         """``workers`` threads keep ``ahead`` steps ready before they are asked for; 0 makes each when it is asked for.
 
-        Neither changes what the steps hold, nor a position: that of a step is where it stands in the order.
+        Neither changes what the steps hold, nor a position: that of a step is where it stands in the order. With
+        ``pins`` they lie in memory that a GPU reads by itself: sending them there waits for nothing.
 
         Raises:
             ConfigError: a size is below 1, or the rank lies outside the world.
@@ -96,7 +98,7 @@ class Loader:
         self.grad_accum_steps = grad_accum_steps
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle = seed, shuffle
-        self.ahead, self.workers = ahead, workers
+        self.ahead, self.workers, self.pins = ahead, workers, pins
 
     @property
     def windows_per_step(self) -> int:
@@ -156,7 +158,11 @@ class Loader:
     def _micro_batch(self, window_ids: NDArray[np.int64]) -> MicroBatch:
         if len(window_ids) == 0:
             shape = (1, self.windows.seq_len)
-            filler = torch.full(shape, self.windows.pad_id, dtype=torch.int64)
-            return MicroBatch(filler, torch.full(shape, IGNORE_INDEX, dtype=torch.int64), 0, window_ids)
-        input_ids, labels = self.windows.batch(window_ids)
-        return MicroBatch(input_ids, labels, int((labels != IGNORE_INDEX).sum()), window_ids)
+            input_ids = torch.full(shape, self.windows.pad_id, dtype=torch.int64)
+            labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+        else:
+            input_ids, labels = self.windows.batch(window_ids)
+        n_labels = int((labels != IGNORE_INDEX).sum())
+        if self.pins:
+            input_ids, labels = input_ids.pin_memory(), labels.pin_memory()
+        return MicroBatch(input_ids, labels, n_labels, window_ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -16,7 +17,7 @@ from torch import nn
 from psannlm.config.run import RunConfig
 from psannlm.data.loader import Loader, Position, StepBatch
 from psannlm.data.windows import Windows
-from psannlm.device import Precision, peak_memory_bytes
+from psannlm.device import Precision, Unread, peak_memory_bytes
 from psannlm.distributed import World
 from psannlm.errors import Interrupted, TrainingError
 from psannlm.evaluation import evaluate
@@ -65,6 +66,15 @@ class Run:
     budget: TimeBudget = field(default_factory=TimeBudget)
     stop: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether a step is looked at when the next one has been enqueued, so that a GPU never waits for this process.
+
+        Not where the outcome of a step decides how it ends: ``on_nonfinite: skip``, and fp16. A CPU gains nothing.
+        """
+        is_free = self.config.train.on_nonfinite == "stop" and not self.scaler.is_enabled()
+        return is_free and self.precision.device.type == "cuda"
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -79,22 +89,37 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A step that was given to the device, and what telling of it takes."""
+
+    step: int
+    batch: StepBatch
+    lr: float
+    is_logged: bool
+    result: StepResult
+
+
 def run_steps(run: Run, progress: Progress) -> Progress:
     """Train from ``progress`` to the last step, or until the time budget is spent; return where the run stands then.
 
+    Where ``run.looks_back``, the result of a step is read one step late, unless the step is logged, validated or saved:
+    then all is read. A signal to several ranks ends the run one step later, too.
+
     Raises:
         Interrupted: ``run.stop`` was set; the step in hand was finished and saved.
-        TrainingError: the loss or a gradient is not finite (the parameters are those before the step), and
-            ``train.on_nonfinite`` says stop or it is the third in a row; the validation loss or a parameter is not; or
-            memory ran out.
+        TrainingError: the loss or a gradient is not finite, and ``train.on_nonfinite`` says stop or it is the third in
+            a row; the validation loss or a parameter is not; or memory ran out. The parameters are those before the
+            step, unless ``run.looks_back``: then they are spoilt, and the last checkpoint is what counts.
         StorageError: a checkpoint could not be written; earlier ones are whole.
     """
-    settings = run.config.train
+    settings, device = run.config.train, run.precision.device
     rate = Rate()
-    for batch in run.loader.steps(progress.position):
-        if progress.step >= run.total_steps:
+    made: deque[_Made] = deque()
+    votes: deque[Unread] = deque(maxlen=2)
+    for step, batch in enumerate(run.loader.steps(progress.position), progress.step + 1):
+        if step > run.total_steps:
             break
-        step = progress.step + 1
         seed_step(settings.seed, step, run.world.rank)
         lr = learning_rate(
             step,
@@ -117,28 +142,28 @@ def run_steps(run: Run, progress: Progress) -> Progress:
                 label_smoothing=settings.label_smoothing,
                 sync_once=settings.grad_sync == "step",
                 world=run.world,
+                looks_first=not run.looks_back,
             )
         is_last = step == run.total_steps
-        if result.is_finite:
-            rate.add(result.n_labels)
-            is_logged = step % settings.log_interval_steps == 0 or is_last or step == 1
-            progress = _count(run, progress, batch, result, lr, rate, is_logged)
-            if is_logged:
-                rate = Rate()
-        else:
-            progress = _skip(run, progress, batch, result)
-            rate.pause()
+        is_logged = step % settings.log_interval_steps == 0 or is_last or step == 1
+        is_validated = is_last or _is_due(step, settings.eval_interval_steps)
+        is_saved = is_last or _is_due(step, settings.save_interval_steps)
+        looks_now = not run.looks_back or is_logged or is_validated or is_saved
+        made.append(_Made(step, batch, lr, is_logged, result))
+        progress = _account(run, progress, made, rate, keep=0 if looks_now else 1)
 
         is_best = False
-        if run.val_windows is not None and (is_last or _is_due(step, settings.eval_interval_steps)):
+        if run.val_windows is not None and is_validated:
             progress, is_best = _validate(run, progress, run.val_windows)
             rate.pause()
-        is_stopped = run.world.any(run.stop.is_set() or run.budget.is_spent, run.precision.device)
-        if is_best or is_last or is_stopped or _is_due(step, settings.save_interval_steps):
+        votes.append(run.world.send_sum(run.stop.is_set() or run.budget.is_spent, device))
+        is_stopped = votes[-1 if looks_now or run.world.size == 1 else 0].read() != [0.0]
+        if is_best or is_saved or is_stopped:
+            progress = _account(run, progress, made, rate)
             _save(run, progress, is_best)
             rate.pause()
         if is_stopped and not is_last:
-            if not run.world.any(run.stop.is_set(), run.precision.device):
+            if not run.world.any(run.stop.is_set(), device):
                 break
             raise Interrupted(
                 f"stopped after step {step} of {run.total_steps}; saved in {run.folder}; the same command goes on"
@@ -146,34 +171,47 @@ def run_steps(run: Run, progress: Progress) -> Progress:
     return progress
 
 
-def _count(
-    run: Run, progress: Progress, batch: StepBatch, result: StepResult, lr: float, rate: Rate, is_logged: bool
-) -> Progress:
+def _account(run: Run, progress: Progress, made: deque[_Made], rate: Rate, keep: int = 0) -> Progress:
+    """Take the steps of ``made`` but the last ``keep``, tell what they came to, and return where the run stands then.
+
+    Raises:
+        TrainingError: one was not finite, and ``train.on_nonfinite`` is ``stop`` or too many were left out in a row.
+    """
+    while len(made) > keep:
+        one = made.popleft()
+        if one.result.is_finite:
+            rate.add(one.result.n_labels)
+            progress = _count(run, progress, one, rate)
+            if one.is_logged:
+                rate.restart()
+        else:
+            progress = _skip(run, progress, one)
+            rate.pause()
+    return progress
+
+
+def _count(run: Run, progress: Progress, one: _Made, rate: Rate) -> Progress:
     """Log and tell a step that was made; return where the run stands after it."""
-    step = progress.step + 1
-    figures = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
+    step, result, after = one.step, one.result, one.batch.after
+    figures = {"loss": result.loss, "lr": one.lr, "grad_norm": result.grad_norm}
     tokens = progress.tokens + result.n_labels
-    if is_logged and run.log is not None:
+    if one.is_logged and run.log is not None:
         timing = {
             "tokens": tokens,
-            "epoch": batch.after.epoch,
+            "epoch": after.epoch,
             "tokens_per_s": round(rate.tokens_per_s, 1),
             "peak_memory_bytes": peak_memory_bytes(run.precision.device),
         }
         skipped = {"skipped": progress.skipped} if progress.skipped else {}
         run.log.write("train", step, {**figures, **timing, **skipped})
-    run.reporter.step(step, result.loss, lr, rate.tokens_per_s, is_logged)
-    return replace(progress, step=step, position=batch.after, tokens=tokens, metrics=figures, skipped_in_a_row=0)
+    run.reporter.step(step, result.loss, one.lr, rate.tokens_per_s, one.is_logged)
+    return replace(progress, step=step, position=after, tokens=tokens, metrics=figures, skipped_in_a_row=0)
 
 
-def _skip(run: Run, progress: Progress, batch: StepBatch, result: StepResult) -> Progress:
-    """Log and tell a step that was left out for not being finite; return where the run stands after it.
-
-    Raises:
-        TrainingError: ``train.on_nonfinite`` is ``stop``, or too many were left out in a row.
-    """
-    step, in_a_row = progress.step + 1, progress.skipped_in_a_row + 1
-    found = describe_not_finite(step, result, run.loader, progress.position, batch.n_windows)
+def _skip(run: Run, progress: Progress, one: _Made) -> Progress:
+    """Log and tell a step that was left out for not being finite; return where the run stands after it."""
+    step, after, in_a_row = one.step, one.batch.after, progress.skipped_in_a_row + 1
+    found = describe_not_finite(step, one.result, run.loader, progress.position, one.batch.n_windows)
     remedy = "Lower train.lr, lengthen train.warmup_steps, or use amp: fp32"
     if run.config.train.on_nonfinite == "stop":
         raise TrainingError(
@@ -184,7 +222,7 @@ def _skip(run: Run, progress: Progress, batch: StepBatch, result: StepResult) ->
     if in_a_row == TOO_MANY_IN_A_ROW:
         raise TrainingError(f"{found}, as in the {in_a_row - 1} steps before; {last_saved(run.folder)}. {remedy}.")
     run.reporter.skipped(step, progress.skipped + 1, str(found))
-    return replace(progress, step=step, position=batch.after, skipped=progress.skipped + 1, skipped_in_a_row=in_a_row)
+    return replace(progress, step=step, position=after, skipped=progress.skipped + 1, skipped_in_a_row=in_a_row)
 
 
 def _is_due(step: int, interval: int | None) -> bool:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -106,14 +106,15 @@ def settle_gradients(model: nn.Module, world: World) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float | None) -> float:
+def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     """Scale all gradients to a global norm of at most ``max_norm`` (None: as they are); return the norm before.
 
-    Every rank gets the same norm, of the whole gradients.
+    Every rank gets the same norm, of the whole gradients, as a scalar on the device, which is not waited for. A norm
+    that is not finite makes every gradient NaN.
     """
     limit = math.inf if max_norm is None else max_norm
     if not isinstance(model, FSDPModule):
-        return float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+        return nn.utils.clip_grad_norm_(model.parameters(), limit)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     parts = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
     copies = [grad for grad in grads if not isinstance(grad, DTensor)]
@@ -124,4 +125,4 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> float:
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(parts, scale)
     torch._foreach_mul_(copies, scale)
-    return float(norm)
+    return norm

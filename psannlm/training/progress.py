@@ -46,12 +46,16 @@ class Reporter(Protocol):
 
 
 class Rate:
-    """Tokens per second since it was made, the time of validations and saves left out."""
+    """Tokens per second since it was made or restarted, the time of validations and saves left out."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
         self._tokens, self._seconds = 0, 0.0
-        self._last = clock()
+        self._last = self._clock()
 
     def add(self, n_tokens: int) -> None:
         """Count a step that ends now."""

@@ -261,3 +261,27 @@ def test_a_store_without_windows_is_refused() -> None:
     empty = Windows(store_from_ids([], 300, bos_id=1, eos_id=2), T, pad_id=0)
     with pytest.raises(CorpusError, match="no window"):
         Loader(empty, 1)
+
+
+def test_pinned_batches_are_those_that_were_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs and labels of every micro-batch, a filler's too; nothing else changes."""
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    windows = make_windows(3)
+    plain = [Loader(windows, 2, rank=rank, world_size=2) for rank in range(2)]
+    steps = [epoch_of(loader, Position()) for loader in plain]
+    assert pinned == []
+    for rank in range(2):
+        found = epoch_of(Loader(windows, 2, rank=rank, world_size=2, pins=True), Position())
+        for step, expected in zip(found, steps[rank], strict=True):
+            for batch, other in zip(step.micro_batches, expected.micro_batches, strict=True):
+                assert any(batch.input_ids is tensor for tensor in pinned)
+                assert any(batch.labels is tensor for tensor in pinned)
+                assert torch.equal(batch.input_ids, other.input_ids)
+                assert torch.equal(batch.labels, other.labels)
+                assert batch.n_labels == other.n_labels

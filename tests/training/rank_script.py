@@ -1,7 +1,8 @@
 """One rank that goes through several jobs: ``rank_script.py JOBS``, a JSON list; prints one JSON line for each.
 
-A job is ``{"config": path, "resume": ...}`` for a run, or ``{"count": kind}`` for the number of gradient exchanges in a
-step of three micro-batches. ``rank_script.py PLACE RANK HOW ARGUMENTS...`` is the command line with a fault in it.
+A job is ``{"config": path, "resume": ..., "looks_back": ..., "stop": [rank, step]}`` for a run, or ``{"count": kind}``
+for the number of gradient exchanges in a step of three micro-batches. ``rank_script.py PLACE RANK HOW ARGUMENTS...`` is
+the command line with a fault in it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +27,7 @@ from psannlm.config.run import load_config
 from psannlm.data.loader import MicroBatch
 from psannlm.device import Precision
 from psannlm.distributed import World, joined
-from psannlm.errors import StorageError
+from psannlm.errors import AlreadyTold, Interrupted, StorageError
 from psannlm.models.registry import build_model, resolve
 from psannlm.training import loop, run
 from psannlm.training.optim import OptimizerSet
@@ -59,9 +62,31 @@ def put_fault(place: str, rank: int, how: str) -> None:
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    result = run.train(load_config(job["config"]), resume=job.get("resume", "auto"))
+    """Run a job; as on GPUs where it looks back, and told to stop, on one rank, before a step."""
+    with ExitStack() as patches:
+        if job.get("looks_back"):
+            patches.enter_context(mock.patch.object(loop.Run, "looks_back", True))
+        if "stop" in job:
+            patches.enter_context(mock.patch.object(loop, "train_step", stopping(*job["stop"])))
+        try:
+            result = run.train(load_config(job["config"]), resume=job.get("resume", "auto"))
+        except (Interrupted, AlreadyTold) as error:
+            return {"ended": f"{error.exit_code}: {error}"}
     n_whole = sum(not p.is_meta for p in result.model.parameters())
     return {"ended": "done", "steps": result.steps, "whole": n_whole}
+
+
+def stopping(rank: int, step: int) -> Any:
+    """A train_step that gets this process a signal at call ``step`` on ``rank``."""
+    calls: list[None] = []
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == step and rank == RANK:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args, **kwargs)
+
+    return stop
 
 
 class Exchanges(TorchDispatchMode):
@@ -118,7 +143,7 @@ def count(kind: str) -> dict[str, Any]:
                 )
             found["once" if sync_once else "each"] = seen.n + len(exchanged)
         # The gradients of the last step were clipped to 0.001 before they were used.
-        found["norm"] = clip_gradients(model, None)
+        found["norm"] = float(clip_gradients(model, None))
         del module
     return found
 

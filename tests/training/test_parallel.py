@@ -125,6 +125,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Runs:
         "fsdp_muon": {"config": config("fsdp_muon", 2, fsdp="full", optimizer="muon")},
         "one_to_fsdp": {"config": config("one_to_fsdp", 2, fsdp="full"), "resume": half_of("one")},
         "fsdp_to_ddp": {"config": config("fsdp_to_ddp", 2), "resume": half_of("fsdp")},
+        "back": {"config": config("back", 2), "looks_back": True},
+        "back_fsdp": {"config": config("back_fsdp", 2, fsdp="full"), "looks_back": True},
+        # A signal to rank 1 alone, between two steps that are looked at.
+        "stopped": {"config": config("stopped", 2, log_interval_steps=9), "looks_back": True, "stop": [1, 4]},
+        "stopped again": {"config": str(folder / "stopped.yaml"), "stop": [1, 3]},
+        "gone on": {"config": str(folder / "stopped.yaml")},
         "count ddp": {"count": "ddp"},
         "count fsdp": {"count": "fsdp"},
     }
@@ -158,10 +164,22 @@ def assert_same_run(runs: Runs, name: str, one: str = "one", *, atol: float = 1e
     assert states[0].position.epoch >= 1
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "back", "back_fsdp"])
 def test_two_processes_equal_one(runs: Runs, name: str) -> None:
     assert [answer["ended"] for answer in runs.answers[name]] == ["done", "done"]
     assert_same_run(runs, name)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(runs: Runs) -> None:
+    """Looking back they hear of it a step later; either way nothing is lost of the run."""
+    for name, step in (("stopped", 5), ("stopped again", 8)):
+        stopped = f"130: stopped after step {step} of {N_STEPS}"
+        assert [answer["ended"].partition(";")[0] for answer in runs.answers[name]] == [stopped, stopped]
+    assert [answer["steps"] for answer in runs.answers["gone on"]] == [N_STEPS, N_STEPS]
+    for file in ("model.safetensors", OPTIMIZER_FILE):
+        expected, found = runs.tensors("one", file), runs.tensors("stopped", file)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0, msg=key)
 
 
 def test_muon_on_sharded_matrices_equals_muon(runs: Runs) -> None:
