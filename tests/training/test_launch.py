@@ -1,0 +1,184 @@
+"""``psannlm train --nproc 2`` as a person types it: what it leaves, what it says, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from psannlm.config.run import RunConfig, to_yaml
+from psannlm.errors import ConfigError, DeviceError
+from psannlm.models.tensorfile import read_tensors
+from psannlm.training.checkpoint import list_checkpoints, read_state
+from psannlm.training.launch import check_launch
+from psannlm.training.metrics import read_metrics
+from psannlm.training.run import train
+
+TinyRun = Callable[..., RunConfig]
+LIMIT_S = 150
+# Read by every Python that starts with this folder on its path: lets one rank fail in its third step.
+FAULT = """
+import os, signal, sys, threading, time
+
+def fail_later():
+    while getattr(sys.modules.get("psannlm.training.loop"), "run_steps", None) is None:
+        time.sleep(0.005)
+    loop, calls = sys.modules["psannlm.training.loop"], []
+    original = loop.train_step
+    def fail(*arguments, **settings):
+        calls.append(None)
+        if len(calls) == 3:
+            if os.environ["FAULT"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("boom")
+        return original(*arguments, **settings)
+    loop.train_step = fail
+
+if "FAULT" in os.environ and os.environ.get("RANK") == "1":
+    threading.Thread(target=fail_later, daemon=True).start()
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code, its output, and seconds since it was told to stop."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float = 0.0
+
+    @property
+    def errors(self) -> list[str]:
+        return [
+            line for line in self.err.splitlines() if "rror" in line or "Traceback" in line or "interrupted" in line
+        ]
+
+
+def start(config: RunConfig, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start the command line, in a group of its own as a shell would."""
+    folder = Path(config.train.checkpoint_dir)
+    path = folder.with_name(f"{folder.name}.yaml")
+    path.write_text(to_yaml(config), encoding="utf-8")
+    command = [sys.executable, "-m", "psannlm", "train", str(path), "--nproc", "2", *arguments]
+    setting = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **setting}, start_new_session=True
+    )
+
+
+def end(process: subprocess.Popen[str]) -> Ended:
+    try:
+        out, err = process.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+        out, err = process.communicate()
+        pytest.fail(f"no end after {LIMIT_S} s:\n{out}{err}")
+    return Ended(process.returncode, out, err)
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_what_one_process_does_and_one_of_them_speaks(tiny_run: TinyRun, tmp_path: Path) -> None:
+    def config(name: str, accumulation: int) -> RunConfig:
+        settings = {"max_steps": 8, "eval_interval_steps": 4, "save_interval_steps": 4, "sample_prompts": []}
+        return tiny_run(**settings, grad_accum_steps=accumulation, checkpoint_dir=str(tmp_path / name))
+
+    done = end(start(config("two", 1), "--json"))
+    assert (done.code, done.errors) == (0, [])
+    alone = train(config("one", 2))
+    told = json.loads(done.out)  # one document, and nothing beside it
+    assert (told["steps"], told["parameters"]) == (8, alone.parameters)
+    assert alone.best is not None
+    assert told["best"]["loss"] == pytest.approx(alone.best["loss"], abs=1e-5)
+    for step in range(1, 9):
+        assert done.err.count(f"step {step}/8") == 1
+    assert done.err.count("on 2 ranks") == 1
+    ours, theirs = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
+    assert [(row["kind"], row["step"]) for row in ours] == [(row["kind"], row["step"]) for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5)
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        found, expected = (read_tensors(tmp_path / name / "step_00000008" / file).tensors for name in ("two", "one"))
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
+    with pytest.raises(AssertionError):  # and the same figures are no accident of a run that hardly moved
+        torch.testing.assert_close(
+            read_tensors(tmp_path / "one" / "step_00000008" / "model.safetensors").tensors["embedding.weight"],
+            read_tensors(tmp_path / "one" / "step_00000004" / "model.safetensors").tensors["embedding.weight"],
+            atol=1e-3,
+            rtol=0,
+        )
+
+
+@pytest.mark.slow
+def test_the_exit_code_and_one_line_tell_how_the_ranks_ended(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """A rank that raises, one that is killed, all that fail alike, and a command that is told to stop."""
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(FAULT, encoding="utf-8")
+    place = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "fault"), os.environ.get("PYTHONPATH", "")])}
+
+    def config(name: str, **settings: Any) -> RunConfig:
+        return tiny_run(max_steps=6, save_interval_steps=2, checkpoint_dir=str(tmp_path / name), **settings)
+
+    stopped = config("stopped").model_copy(
+        update={"train": config("stopped").train.model_copy(update={"max_steps": 1_000_000, "epochs": 1_000_000})}
+    )
+    running = {
+        "raised": start(config("raised"), FAULT="raise", **place),
+        "killed": start(config("killed"), FAULT="kill", **place),
+        "all": start(config("all", lr=1e30, grad_clip=None, warmup_steps=0)),
+        "stopped": start(stopped),
+    }
+    deadline = time.monotonic() + LIMIT_S
+    while len(read_metrics(tmp_path / "stopped")) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    told_at = time.monotonic()
+    running["stopped"].send_signal(signal.SIGTERM)
+    ended = {"stopped": end(running.pop("stopped"))}
+    assert time.monotonic() - told_at < 10
+    ended |= {name: end(process) for name, process in running.items()}
+    assert {name: each.code for name, each in ended.items()} == {"raised": 1, "killed": 1, "all": 1, "stopped": 130}
+    boom = "unexpected ValueError: boom (run again with --debug for the traceback)"
+    assert ended["raised"].errors == [f"error: rank 1: {boom}"]
+    assert ended["killed"].errors == ["error: rank 1 was ended by SIGKILL; the others were stopped"]
+    (said,) = ended["all"].errors  # by the first of them to say it
+    assert re.match(r"error: (rank 1: )?step \d: loss .* not finite", said)
+    assert ended["stopped"].errors == []
+    assert ended["stopped"].err.count("the same command goes on") == 1
+    for name in ("raised", "killed"):
+        assert [read_state(path).step for path in list_checkpoints(tmp_path / name)] == [2]
+    (last,) = list_checkpoints(tmp_path / "stopped")[-1:]
+    assert read_state(last).step == read_metrics(tmp_path / "stopped")[-1]["step"]
+
+
+def test_what_cannot_be_launched_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    check_launch(1, "cpu")
+    check_launch(7, "cpu")
+    with pytest.raises(ConfigError, match="--nproc 0"):
+        check_launch(0, "cpu")
+    with pytest.raises(ConfigError, match=r"train\.device cuda:1 is one GPU for 2 ranks"):
+        check_launch(2, "cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_launch(2, "auto")
+    check_launch(3, "cpu")
+    with pytest.raises(DeviceError, match="--nproc 3 needs as many GPUs, and there are 2; use --nproc 2"):
+        check_launch(3, "auto")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="torchrun has started this one"):
+        check_launch(2, "cpu")
