@@ -224,7 +224,8 @@ def _explained(url: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CorpusError(f"{url}: cannot be read: {reason}; check the URL, and that you may read it") from error
+        remedy = "install them" if isinstance(error, ImportError) else "check the URL, and that you may read it"
+        raise CorpusError(f"{url}: cannot be read: {reason}; {remedy}") from error
 
 
 def _find_remote(url: str, drop: Drop) -> tuple[list[str], list[str]]:

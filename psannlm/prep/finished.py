@@ -7,10 +7,11 @@ from pathlib import Path
 
 from psannlm.data.files import is_remote
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, TokenizerEntry, read_manifest
-from psannlm.errors import ConfigError
+from psannlm.data.prepared import open_folder
+from psannlm.errors import ArtifactError, ConfigError
 from psannlm.prep.plan import Plan, source_differences
 from psannlm.prep.settings import STDIN
-from psannlm.storage import sha256_file
+from psannlm.storage import explain_write_errors, sha256_file
 from psannlm.tokenizers.base import Tokenizer
 
 _SUFFIXES = {"sentencepiece": ".model"}
@@ -63,3 +64,26 @@ def refuse_other(out: Path, plan: Plan) -> Manifest:
             + "\nGive the former settings, or choose another folder with --out."
         )
     return manifest
+
+
+def damage_of(out: Path) -> ArtifactError | None:
+    """Return what is missing or damaged of a finished folder, every byte of its shards checked, or None."""
+    try:
+        folder = open_folder(out / MANIFEST_FILE)
+        for split in (folder.train, folder.validation):
+            for shard in () if split is None else split.segments:
+                shard.verify()
+    except ArtifactError as error:
+        return error
+    return None
+
+
+def remove_finished(out: Path, manifest: Manifest) -> None:
+    """Take away what a finished folder holds, the manifest first: without it nothing passes for whole."""
+    with explain_write_errors(out):
+        for name in (
+            MANIFEST_FILE,
+            manifest.tokenizer.file,
+            *(entry.file for split in (manifest.train, manifest.validation) for entry in split.shards),
+        ):
+            (out / name).unlink(missing_ok=True)

@@ -236,13 +236,13 @@ class _Merge:
 
 
 def _link(shard: Shard, path: Path) -> ShardEntry:
-    """Give a shard another name in another folder; where file systems differ, copy it."""
+    """Give a shard, once all of it is checked, another name in another folder; where file systems differ, copy it."""
+    shard.verify()
     with explain_write_errors(path):
         path.unlink(missing_ok=True)
         with suppress(OSError):
             os.link(shard.path, path)
             return replace(shard.entry, file=path.name)
-    shard.verify()
     with replacing(path) as temporary:
         shutil.copyfile(shard.path, temporary)
     return replace(shard.entry, file=path.name)

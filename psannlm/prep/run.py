@@ -27,7 +27,7 @@ from psannlm.lock import RunLock
 from psannlm.memory import return_large_blocks
 from psannlm.prep.assemble import DocumentStream, select_units
 from psannlm.prep.chunks import Chunk, chunk_bytes_for, gather
-from psannlm.prep.finished import refuse_other, tokenizer_entry
+from psannlm.prep.finished import damage_of, refuse_other, remove_finished, tokenizer_entry
 from psannlm.prep.piece import piece_path, read_piece
 from psannlm.prep.plan import WORK_FOLDER, Plan, go_on, write_plan
 from psannlm.prep.pool import WorkerPool, usable_cores
@@ -106,12 +106,15 @@ def prepare_corpus(
 ) -> PrepResult:
     """Prepare the files that ``patterns`` name into the folder ``out``; go on where an earlier call was stopped.
 
+    A folder that is finished is checked whole, and made anew where something of it is missing or damaged.
+
     Args:
         n_workers: processes that encode; None takes one for each core that may be used.
         part: (i, n): prepare the i-th of n parts of the corpus, to be merged later.
         chunk_bytes: how much text a worker takes at a time; None chooses by the size of the corpus.
 
     Raises:
+        ArtifactError: ``out`` is finished and damaged, and what it was made of came on standard input.
         CorpusError: a file is missing, damaged, not UTF-8, changed meanwhile, or there is no text.
         ConfigError: ``out`` holds other work, or an argument makes no sense.
         TokenizerError: the tokenizer cannot be read.
@@ -136,8 +139,16 @@ def prepare_corpus(
         work = out / WORK_FOLDER
         if (out / MANIFEST_FILE).is_file():
             manifest = refuse_other(out, plan)
-            remove_work(work)
-            return PrepResult(out, manifest, time.monotonic() - began, _known_bytes(sources, indices), was_done=True)
+            damage = damage_of(out)
+            if damage is None:
+                remove_work(work)
+                n_bytes = _known_bytes(sources, indices)
+                return PrepResult(out, manifest, time.monotonic() - began, n_bytes, was_done=True)
+            if any(source.path == STDIN for source in sources):
+                # What comes in now may be another text, and nobody could tell.
+                raise ArtifactError(f"{damage} To prepare standard input anew, remove {out} first.")
+            reporter.notice(f"{damage} Preparing it anew.")
+            remove_finished(out, manifest)
         preparation = _Preparation(out, plan, indices, tokenizer, n_workers or usable_cores(), reporter, stop, drops)
         manifest = preparation.run()
         return PrepResult(out, manifest, time.monotonic() - began, preparation.n_bytes)
@@ -228,7 +239,9 @@ class _Preparation:
         if plan is None:
             foreign = next(self._out.glob("*.safetensors"), None)
             if foreign is not None:
-                raise ConfigError(f"{self._out} holds {foreign.name} and no manifest; choose an empty --out")
+                raise ConfigError(
+                    f"{self._out} holds {foreign.name} and no manifest; remove it, or choose an empty --out"
+                )
             remove_work(self._work)
             write_plan(self._work, self._plan)
         else:

@@ -124,6 +124,19 @@ def test_what_is_no_set_of_parts_is_refused(prepare: Prepare, files: Path, tmp_p
         merge_parts([tmp_path / "1", tmp_path / "2"], tmp_path / "1")
 
 
+def test_a_damaged_part_is_refused(prepare: Prepare, files: Path, tmp_path: Path) -> None:
+    """Also where its shards would only have been given another name."""
+    for index in (1, 2):
+        prepare(files, name=str(index), part=(index, 2), **SETTINGS)
+    path = tmp_path / "2" / "train_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"train_00000\.safetensors is damaged"):
+        merge_parts([tmp_path / "1", tmp_path / "2"], tmp_path / "merged")
+    assert not (tmp_path / "merged" / "manifest.json").exists()
+
+
 def test_a_single_document_in_all_parts_is_no_merge(prepare: Prepare, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("the same text")

@@ -207,6 +207,28 @@ def test_a_url_is_read_like_the_file_it_names(
         prepare("nosuch://x", name="none")
 
 
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "tokenizer"])
+def test_a_finished_folder_that_was_harmed_is_made_anew(
+    prepare: Prepare, corpus: Path, tmp_path: Path, folder_bytes: FolderBytes, harm: str
+) -> None:
+    settings = {"val_split": 0.2, "shard_tokens": 5_000}
+    first = prepare(corpus, **settings)
+    before = folder_bytes(tmp_path / "out")
+    name = first.manifest.tokenizer.file if harm == "tokenizer" else first.manifest.train.shards[-1].file
+    path = tmp_path / "out" / name
+    content = bytearray(path.read_bytes())
+    if harm == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif harm == "cut":
+        path.write_bytes(content[:-1000])
+    else:
+        path.unlink()
+    assert not prepare(corpus, **settings).was_done
+    assert folder_bytes(tmp_path / "out") == before
+    assert prepare(corpus, **settings).was_done
+
+
 def test_a_finished_folder_is_left_alone(
     prepare: Prepare, corpus: Path, tmp_path: Path, folder_bytes: FolderBytes, tokenizer_path: Path
 ) -> None:
