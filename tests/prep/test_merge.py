@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from psannlm.data.manifest import read_manifest
-from psannlm.data.shardfile import open_shard
+from psannlm.data.shardfile import BLOCK_BYTES, open_shard
 from psannlm.errors import ArtifactError, ConfigError, CorpusError
 from psannlm.prep import merge
 from psannlm.prep.merge import merge_parts
@@ -124,12 +124,15 @@ def test_what_is_no_set_of_parts_is_refused(prepare: Prepare, files: Path, tmp_p
         merge_parts([tmp_path / "1", tmp_path / "2"], tmp_path / "1")
 
 
-def test_a_damaged_part_is_refused(prepare: Prepare, files: Path, tmp_path: Path) -> None:
-    """Also where its shards would only have been given another name."""
+def test_a_damaged_part_is_refused(prepare: Prepare, tmp_path: Path) -> None:
+    """Also where merging needs nothing of the block that is damaged, and only gives its shard another name."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"{name}{number}" for number in range(40_000)))
     for index in (1, 2):
-        prepare(files, name=str(index), part=(index, 2), **SETTINGS)
+        prepare(tmp_path / "?.txt", name=str(index), part=(index, 2))
     path = tmp_path / "2" / "train_00000.safetensors"
     content = bytearray(path.read_bytes())
+    assert len(content) > 3 * BLOCK_BYTES
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"train_00000\.safetensors is damaged"):
