@@ -9,4 +9,11 @@ from psannlm.commands.app import main
 __all__ = ["main"]
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except SystemExit as end:
+        # Ranks are started this way. Not imported here: it would bring torch along for every other command.
+        distributed = sys.modules.get("psannlm.distributed")
+        if distributed is not None and (end.code is None or isinstance(end.code, int)):
+            distributed.leave_group(end.code or 0)
+        raise

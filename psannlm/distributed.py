@@ -149,6 +149,19 @@ def joined(world: World, device: torch.device) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def leave_group(code: int) -> None:
+    """End this process with ``code`` if it was a rank of several; else do nothing.
+
+    Not by way of the interpreter's own end: threads of gloo may still hold Python objects then, and a thread that asks
+    for the interpreter while it ends is ended in the middle of C++, which aborts the process. What a rank writes is on
+    disk by the time that its command returns.
+    """
+    if _connections:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def _stores(world: World) -> tuple[Store, Store]:
     """Two connections to the store where ranks meet, with names that no other group of this job uses."""
     if not _connections:

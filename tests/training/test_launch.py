@@ -29,7 +29,7 @@ TinyRun = Callable[..., RunConfig]
 LIMIT_S = 150
 # Read by every Python that starts with this folder on its path: lets one rank fail in its third step.
 FAULT = """
-import os, signal, sys, threading, time
+import atexit, os, signal, sys, threading, time
 
 def fail_later():
     while getattr(sys.modules.get("psannlm.training.loop"), "run_steps", None) is None:
@@ -45,7 +45,9 @@ def fail_later():
         return original(*arguments, **settings)
     loop.train_step = fail
 
-if "FAULT" in os.environ and os.environ.get("RANK") == "1":
+if os.environ.get("FAULT") == "end" and "RANK" in os.environ:
+    atexit.register(os.abort)
+elif "FAULT" in os.environ and os.environ.get("RANK") == "1":
     threading.Thread(target=fail_later, daemon=True).start()
 """
 
@@ -121,6 +123,19 @@ def test_two_ranks_leave_what_one_process_does_and_one_of_them_speaks(tiny_run: 
             atol=1e-3,
             rtol=0,
         )
+
+
+@pytest.mark.slow
+def test_a_rank_does_not_wait_for_what_may_go_wrong_at_the_interpreters_end(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Threads of the process group live on into it, and abort now and then; here, always. All is told and saved."""
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(FAULT, encoding="utf-8")
+    path = os.pathsep.join(filter(None, (str(tmp_path / "fault"), os.environ.get("PYTHONPATH"))))
+    config = tiny_run(max_steps=2, sample_prompts=[], checkpoint_dir=str(tmp_path / "run"))
+    done = end(start(config, "--json", PYTHONPATH=path, FAULT="end"))
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["steps"] == 2
+    assert read_state(tmp_path / "run" / "step_00000002").step == 2
 
 
 @pytest.mark.slow
