@@ -160,10 +160,10 @@ def _evaluation_without_data(config: RunConfig) -> list[Check]:
         if any(holds_out(source) for source in folders):
             return []
         message = f"{asked} {folders[0].path} was prepared with nothing held out; prepare it again with psannlm prep "
-        message += "--val-split, or drop this key"
+        message += "--val-split, or drop this key (--set train.eval_interval_steps=null)"
     else:
         message = f"{asked} data.val_split is 0 and nothing is held out; set data.val_split (0.1 holds out a tenth), "
-        message += "or drop this key"
+        message += "or drop this key (--set train.eval_interval_steps=null)"
     return [Check(("train.eval_interval_steps", "data.val_split"), message)]
 
 

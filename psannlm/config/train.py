@@ -91,6 +91,11 @@ class TrainConfig(Section):
         # YAML 1.1 readers turn on and off into booleans before anyone can ask what was meant.
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _may_be_on_or_off(cls, value: object) -> object:
+        return {"on": True, "off": False}.get(value, value) if isinstance(value, str) else value
+
     def cooldown_steps(self, total_steps: int) -> int:
         """Return how many of ``total_steps`` the cooldown takes under ``wsd``; otherwise there is none."""
         return max(1, round(self.cooldown_share * total_steps)) if self.schedule == "wsd" else 0
@@ -100,7 +105,10 @@ class TrainConfig(Section):
         if self.min_lr > self.lr:
             found.append(Check(("min_lr", "lr"), f"min_lr {self.min_lr:g} exceeds lr {self.lr:g}"))
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
-            message = f"{self.warmup_steps} warm-up steps do not fit into max_steps {self.max_steps}"
+            message = (
+                f"{self.warmup_steps} warm-up steps do not fit into max_steps {self.max_steps}; lower "
+                "train.warmup_steps too (--set train.warmup_steps=0 for a first try)"
+            )
             found.append(Check(("warmup_steps", "max_steps"), message))
         elif self.max_steps is not None and self.schedule == "wsd":
             cooldown = self.cooldown_steps(self.max_steps)

@@ -57,6 +57,28 @@ def test_ddp_means_what_is_written(tmp_path: Path, written: str, read: str) -> N
     assert load_config(write(tmp_path, f"train: {{ddp: {written}}}")).train.ddp == read
 
 
+@pytest.mark.parametrize(
+    ("written", "read"), [("on", True), ("off", False), ("true", True), ("false", False), ("auto", "auto")]
+)
+def test_compile_means_what_is_written(tmp_path: Path, written: str, read: bool | str) -> None:
+    assert load_config(write(tmp_path, f"train: {{compile: {written}}}")).train.compile == read
+
+
+def test_a_first_try_that_is_shorter_than_its_warm_up_is_told_what_to_set(tmp_path: Path) -> None:
+    text = "train: {warmup_steps: 20}"
+    found = problems(tmp_path, text, "train.max_steps=5")
+    assert "--set train.warmup_steps=0" in found["train.warmup_steps"]
+    config = load_config(write(tmp_path, text), ["train.max_steps=5", "train.warmup_steps=0"])
+    assert config.train.max_steps == 5
+
+
+def test_an_evaluation_with_nothing_held_out_is_told_what_to_set(tmp_path: Path) -> None:
+    text = "train: {eval_interval_steps: 20}"
+    off = "data.val_split=0"
+    assert "--set train.eval_interval_steps=null" in problems(tmp_path, text, off)["train.eval_interval_steps"]
+    assert load_config(write(tmp_path, text), [off, "train.eval_interval_steps=null"]).data.val_split == 0
+
+
 def test_every_problem_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
     text = """\
 model:
