@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.config.model import ModelConfig
+from psannlm.models.blocked import blocked_attention, is_blocked
 from psannlm.models.cache import DecodeState, LayerState, whole_blocks
 from psannlm.models.compiled import stored
 from psannlm.models.matmul import Linear
@@ -134,6 +135,8 @@ class Attention(nn.Module):
             return self._mix_in_sums(q, k, v, layout)
         if layout.is_prefill and not q.is_cuda:
             return self._mix_in_blocks(q, k, v, layout.mask)
+        if not layout.span and is_blocked(q):
+            return blocked_attention(q, k, v, layout.mask)
         dtype = q.dtype
         if layout.span and q.shape[2] <= _FEW_TOKENS and not q.is_cuda:
             # On a CPU the bfloat16 kernel is several times slower for few queries than widening what it would read.
