@@ -44,7 +44,7 @@ class TrainConfig(Section):
     )
     amp: Amp = Field("auto", description="auto: bf16 where the device computes in it, else fp32; null means fp32")
     compile: Flag | Literal["auto"] = Field(
-        False, description="torch.compile the model: slow to start, faster per step; auto: where the run repays it"
+        "auto", description="torch.compile the model: slow to start, faster per step; auto: where the run repays it"
     )
     ddp: Literal["auto", "on", "off"] = Field(
         "auto", description="data parallel under torchrun; auto: when there is one"

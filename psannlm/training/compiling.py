@@ -12,7 +12,7 @@ from psannlm.device import has_compiler, require_compiler
 from psannlm.models.accounting import flops_per_token
 
 # Operations of one rank from which torch.compile repays its start: on two cores it took half a minute, and saved 7 % of
-# a step in float32 and 23 % in bf16 (docs/experiments.md). A GPU computes a thousand times as much in that time.
+# a step in float32 and 23 to 30 % in bf16 (docs/experiments.md). A GPU computes a thousand times as much in that time.
 REPAYING_FLOPS = {"cpu": 1e14, "cuda": 1e17}
 
 
@@ -25,7 +25,7 @@ def run_flops(config: RunConfig, model: ModelConfig, n_steps: int) -> float:
 def decide_compiling(
     setting: bool | Literal["auto"], device: torch.device, flops: float, *, is_sharded: bool = False
 ) -> tuple[bool, str | None]:
-    """Return whether to compile, and for ``auto`` a line for people that says so and why.
+    """Return whether to compile, and for ``auto`` a line for people: why it does, or what keeps a long run from it.
 
     The size of the run decides and never a clock: a run that is interrupted and goes on must decide the same again, or
     it would round otherwise from there.
@@ -43,13 +43,10 @@ def decide_compiling(
             require_compiler(device)
         return setting, None
     needed = REPAYING_FLOPS.get(device.type, float("inf"))
+    if flops < needed:
+        return False, None
     if is_sharded:
         return False, "compile: auto leaves a sharded model uncompiled"
-    if flops < needed:
-        return (
-            False,
-            f"compile: auto leaves the model uncompiled: {flops:.2g} operations do not repay it ({needed:.0e} do)",
-        )
     if not has_compiler(device):
         what = "a C++ compiler such as g++" if device.type == "cpu" else "the package triton"
         return False, f"compile: auto would repay itself in {flops:.2g} operations, but needs {what}: uncompiled"

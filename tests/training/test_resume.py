@@ -14,6 +14,7 @@ import torch
 
 from psannlm.config.run import RunConfig
 from psannlm.data.prepare import prepare
+from psannlm.device import has_compiler
 from psannlm.errors import ArtifactError, ConfigError, PsannlmError
 from psannlm.evaluation import Evaluation
 from psannlm.models.tensorfile import read_tensors
@@ -113,6 +114,22 @@ def test_resume_is_exact(tiny_run: TinyRun, tmp_path: Path, base: str, optimizer
     assert result.steps == 9
     assert read_state(step_folder(broken, 9)).position.epoch == 1
     assert_same_run(straight, broken, 9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="there is no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("amp", ["fp32", "bf16"])
+def test_a_compiled_resume_is_exact_too(tiny_run: TinyRun, tmp_path: Path, amp: str) -> None:
+    """Compiled anew after the crash, and with an epoch's last batch, which is smaller."""
+    config = tiny_run(model={"base": "waveresnet", "dropout": 0.2}, amp=amp, compile=True, max_steps=7)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train(moved(config, straight))
+    torch._dynamo.reset()
+    train_and_crash(moved(config, broken), after=4)
+    torch._dynamo.reset()
+    assert train(moved(config, broken)).steps == 7
+    assert_same_run(straight, broken, 7)
 
 
 def test_the_log_has_each_step_once_after_going_on_from_an_older_checkpoint(tiny_run: TinyRun, tmp_path: Path) -> None:
