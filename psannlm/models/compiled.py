@@ -1,9 +1,16 @@
-"""What a pass tells the compiler that plain tensor algebra cannot."""
+"""When to hand tensor algebra to the compiler, and what to tell it that the algebra cannot."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
+
+
+def fuses_by_compiler(x: Tensor) -> bool:
+    """Whether algebra on ``x`` that reads and writes much is to be compiled also where the model is not: on a GPU."""
+    return x.is_cuda and find_spec("triton") is not None
 
 
 def stored(x: Tensor) -> Tensor:

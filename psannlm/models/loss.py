@@ -5,6 +5,8 @@ Letters: N tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.data.windows import IGNORE_INDEX
+from psannlm.models.compiled import fuses_by_compiler
 from psannlm.models.matmul import product, product_of_transposed
 
 # Bytes of float32 logits worked on at a time; larger chunks gain nothing, smaller ones lose to the call overhead. On a
@@ -20,6 +23,61 @@ _CHUNK_BYTES = 8 << 20
 _CHUNK_BYTES_ON_GPU = 128 << 20
 # Tokens whose logits a head of another kind works out at once.
 _HEAD_ROWS = 512
+
+
+def _loss_of_chunk(
+    logits: Tensor, labels: Tensor, label_smoothing: float, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the summed loss of logits (n, V) and its gradient in their dtype, with few passes over memory of its own.
+
+    Works in place where logits are float32.
+    """
+    spread = label_smoothing / logits.shape[1]
+    counts = labels != IGNORE_INDEX
+    index = labels.clamp(min=0).unsqueeze(1)
+    wide = logits.float()
+    wide.sub_(wide.amax(1, keepdim=True))
+    loss = (label_smoothing - 1.0) * wide.gather(1, index).squeeze(1)
+    if label_smoothing:
+        loss = loss - spread * wide.sum(1)
+    grad = wide.exp_()
+    norm = grad.sum(1)
+    total = torch.where(counts, loss + norm.log(), 0.0).sum()
+    if not wants_gradient:
+        return total, None
+    grad.mul_((counts / norm).unsqueeze(1))
+    if label_smoothing:
+        grad.sub_(spread * counts.unsqueeze(1))
+    grad.scatter_add_(1, index, ((label_smoothing - 1.0) * counts).unsqueeze(1))
+    return total, grad.to(logits.dtype)
+
+
+def _loss_as_algebra(
+    logits: Tensor, labels: Tensor, label_smoothing: float, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same as plain tensor algebra, which a compiler fuses: logits are read, and their gradient is written."""
+    spread = label_smoothing / logits.shape[1]
+    counts = labels != IGNORE_INDEX
+    index = labels.clamp(min=0).unsqueeze(1)
+    wide = logits.float()
+    shifted = wide - wide.amax(1, keepdim=True)
+    powers = shifted.exp()
+    norm = powers.sum(1)
+    loss = norm.log() + (label_smoothing - 1.0) * shifted.gather(1, index).squeeze(1)
+    if label_smoothing:
+        loss = loss - spread * shifted.sum(1)
+    total = torch.where(counts, loss, 0.0).sum()
+    if not wants_gradient:
+        return total, None
+    # Compared rather than scattered into, which would have to wait until all else is in memory.
+    is_target = torch.arange(logits.shape[1], device=logits.device) == index
+    grad = powers / norm.unsqueeze(1) - spread + (label_smoothing - 1.0) * is_target
+    return total, torch.where(counts.unsqueeze(1), grad, 0.0).to(logits.dtype)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]:
+    return torch.compile(_loss_as_algebra)
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -39,27 +97,14 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        spread = label_smoothing / vocab_size
+        work = _compiled() if fuses_by_compiler(hidden) else _loss_of_chunk
         for start in range(0, n_tokens, chunk):
             rows = hidden_low[start : start + chunk]
-            target = labels[start : start + chunk]
-            counts = target != IGNORE_INDEX
-            index = target.clamp(min=0).unsqueeze(1)
-            logits = product(rows, weight_low).float()
-            logits.sub_(logits.amax(1, keepdim=True))
-            loss = (label_smoothing - 1.0) * logits.gather(1, index).squeeze(1)
-            if label_smoothing:
-                loss = loss - spread * logits.sum(1)
-            grad = logits.exp_()
-            norm = grad.sum(1)
-            total += torch.where(counts, loss + norm.log(), 0.0).sum()
-            if not (wants_hidden or wants_weight):
+            part = labels[start : start + chunk]
+            loss, grad = work(product(rows, weight_low), part, label_smoothing, wants_hidden or wants_weight)
+            total += loss
+            if grad is None:
                 continue
-            grad.mul_((counts / norm).unsqueeze(1))
-            if label_smoothing:
-                grad.sub_(spread * counts.unsqueeze(1))
-            grad.scatter_add_(1, index, ((label_smoothing - 1.0) * counts).unsqueeze(1))
-            grad = grad.to(matmul_dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + chunk] = product(grad, weight_low.t())
             if grad_weight is not None:

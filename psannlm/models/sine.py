@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from psannlm.config.model import SineConfig
+from psannlm.models.compiled import fuses_by_compiler
 
 DecayMode = Literal["abs", "relu", "none"]
 
@@ -66,10 +66,6 @@ def _gradients(
 @lru_cache(maxsize=1)
 def _compiled() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]]:
     return torch.compile(_value, dynamic=True), torch.compile(_gradients, dynamic=True)
-
-
-def _fuses_by_compiler(z: Tensor) -> bool:
-    return z.is_cuda and find_spec("triton") is not None
 
 
 def _runs_in_blocks(z: Tensor) -> bool:
@@ -210,7 +206,7 @@ class _DampedSine(torch.autograd.Function):
         ctx.mode = mode
         if torch.compiler.is_compiling():
             return _value(z, amplitude, frequency, decay, mode)
-        if _fuses_by_compiler(z):
+        if fuses_by_compiler(z):
             return _compiled()[0](z, amplitude, frequency, decay, mode)
         kernel = _value_in_blocks if _runs_in_blocks(z) else _value
         return kernel(z, amplitude, frequency, decay, mode)
@@ -220,7 +216,7 @@ class _DampedSine(torch.autograd.Function):
         z, amplitude, frequency, decay = ctx.saved_tensors
         if torch.compiler.is_compiling():
             kernel = _gradients
-        elif _fuses_by_compiler(z):
+        elif fuses_by_compiler(z):
             kernel = _compiled()[1]
         else:
             kernel = _gradients_in_blocks if _runs_in_blocks(z) else _gradients

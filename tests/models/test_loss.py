@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psannlm.data.windows import IGNORE_INDEX
+from psannlm.device import has_compiler
 from psannlm.models import loss as loss_module
 from psannlm.models.loss import linear_cross_entropy
 
@@ -49,6 +51,42 @@ def test_equals_cross_entropy_on_full_logits(
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
     if ignored == 1.0:
         assert not any(t.any() for t in found)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_the_algebra_for_a_compiler_is_the_same(smoothing: float, dtype: torch.dtype, wants_gradient: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = (30 * torch.randn(50, V, generator=generator)).to(dtype)
+    labels = torch.randint(0, V, (50,), generator=generator)
+    labels[::7] = IGNORE_INDEX
+    algebra = loss_module._loss_as_algebra(logits, labels, smoothing, wants_gradient)
+    in_place = loss_module._loss_of_chunk(logits.clone(), labels, smoothing, wants_gradient)
+    torch.testing.assert_close(algebra, in_place, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_a_gpu_compiles_it_also_within_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rehearsed on a CPU: chunks of two lengths, with gradients and without, after a break of the model's graph."""
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 1)
+    hidden, weight, labels = case(SMALLEST_CHUNK + 20)
+
+    @torch.compile
+    def model(x: Tensor) -> Tensor:
+        return linear_cross_entropy(x * 2.0, weight, labels, 0.1)
+
+    plain = torch.autograd.grad(linear_cross_entropy(hidden * 2.0, weight, labels, 0.1), (hidden, weight))
+    monkeypatch.setattr(loss_module, "fuses_by_compiler", lambda x: True)
+    before = counters["stats"]["unique_graphs"]
+    total = model(hidden)
+    fused = torch.autograd.grad(total, (hidden, weight))
+    with torch.no_grad():
+        assert model(hidden).item() == pytest.approx(total.item(), rel=1e-6)
+    assert counters["stats"]["unique_graphs"] >= before + 3, "the model's own graphs, and the loss with its gradient"
+    for ours, exact in zip(fused, plain, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_is_scaled_by_what_follows() -> None:
