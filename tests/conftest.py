@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,36 @@ def build_tiny() -> Callable[..., Transformer]:
         return model
 
     return build
+
+
+@pytest.fixture
+def norms_of_a_gpu() -> Callable[[], AbstractContextManager[None]]:
+    """Return a context in which norms keep for the backward pass what torch's kernel on a GPU keeps of them."""
+    import torch
+
+    class Norm(torch.autograd.Function):
+        """A norm that saves what ``aten._fused_rms_norm`` does: input, weight, and the factor of each row."""
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+            factor = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+            ctx.save_for_backward(x, weight, factor)
+            return x * factor * weight
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+            x, weight, factor = ctx.saved_tensors
+            by_normed = grads[0] * weight
+            along = (by_normed * x).mean(-1, keepdim=True) * factor**3
+            return by_normed * factor - x * along, (grads[0] * x * factor).flatten(0, -2).sum(0), None
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.RMSNorm, "forward", lambda norm, x: Norm.apply(x, norm.weight, norm.eps))
+            yield
+
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from psannlm.config.model import ModelConfig
@@ -105,7 +105,7 @@ def training_memory(
 ) -> TrainingMemory:
     """Return the memory of training ``micro_batch_size`` windows of ``seq_len`` tokens at a time under ``dtype``.
 
-    A CPU keeps less than a GPU does (``models/lean.py``).
+    A CPU keeps less than a GPU does (``models/lean.py``), but for the norms, of which torch has a fused kernel there.
 
     Weights, gradients and optimiser state are float32: AdamW keeps two numbers per parameter, Muon one per hidden
     matrix. Activations are what autograd would save, found by running the forward pass on shapes alone; with
@@ -115,6 +115,8 @@ def training_memory(
     hidden_matrices = matrix_elements(config, "attention", "feed-forward") if optimizer == "muon" else 0
     with FakeTensorMode(), nullcontext() if device_type == "cpu" else left_out():
         model = Transformer(config)
+        if device_type != "cpu":
+            _keep_as_fused_norms(model)
         one, two = (_saved_bytes(model, n, seq_len, dtype) for n in (1, 2))
         if grad_checkpoint:
             model.grad_checkpoint = True
@@ -122,10 +124,36 @@ def training_memory(
             n_layers = config.n_layers
             one, two = kept_one + (one - kept_one) // n_layers, kept_two + (two - kept_two) // n_layers
     activations = one + (two - one) * (micro_batch_size - 1)
-    # The gradients of gate and up-projection, and the hidden features anew for the gradient of the matrix after them.
-    n_wide = 3 if config.mlp in GATED_KINDS else 2
+    # The gradients of gate and up-projection. A CPU makes the hidden features anew for the gradient of the matrix after
+    # them; on a GPU they are among the activations.
+    n_wide = (2 if config.mlp in GATED_KINDS else 1) + (device_type == "cpu")
     scratch = n_wide * micro_batch_size * seq_len * (config.d_mlp or 0) * dtype.itemsize
     return TrainingMemory(4 * total, 4 * total, 8 * total - 4 * hidden_matrices, activations, scratch)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Keeps of an RMS norm what torch's kernel on a GPU keeps: the input and a number per row, not the normed input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.mean(-1, keepdim=True))
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError("shapes alone are asked for, and no gradient")
+
+
+def _keep_as_fused_norms(model: Transformer) -> None:
+    """Let every norm of ``model`` keep what it does on a GPU; what it returns has the right shape and nothing more."""
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.forward = partial(_fused_norm, module.weight)  # type: ignore[method-assign]
+
+
+def _fused_norm(weight: Tensor, x: Tensor) -> Tensor:
+    normed: Tensor = _FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]
+    return normed
 
 
 def _saved_bytes(model: Transformer, batch_size: int, seq_len: int, dtype: torch.dtype) -> int:

@@ -6,10 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from psannlm.benchmarks import gpu_memory
 from psannlm.benchmarks.gpu_memory import Peak, check_memory, memory_measures
-from psannlm.benchmarks.gpu_stage import Stage
+from psannlm.benchmarks.gpu_stage import Shape, Stage
+from psannlm.models import loss
+from psannlm.models.lean import left_out
 
 PREDICTED = {False: 1000, True: 400}
 
@@ -48,3 +51,22 @@ def test_a_prediction_that_is_off_by_a_third_is_seen(stage: Stage, monkeypatch: 
         "waveresnet, keeping activations: off its prediction",
         "waveresnet, recomputing activations: off its prediction",
     ]
+
+
+@pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_the_prediction_for_a_gpu_is_that_of_its_own_passes(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, base: Any, grad_checkpoint: bool, norms_of_a_gpu: Any
+) -> None:
+    """Rehearsed on a CPU with the plain algebra that a GPU gets, in bfloat16, by every allocation of a step."""
+    shape = Shape(d_model=64, n_layers=4, n_heads=2, vocab_size=256, seq_len=128, n_rows=24)
+    # As large beside the batch as a GPU's chunks are at full size.
+    monkeypatch.setattr(loss, "_CHUNK_BYTES", 1 << 18)
+    config = shape.config(base)
+    small = replace(stage, sizes=replace(stage.sizes, memory=shape))
+    with left_out(), norms_of_a_gpu():
+        peak = gpu_memory._peak_on_cpu(small, config, torch.bfloat16, grad_checkpoint)
+    predicted = gpu_memory.training_memory(
+        config, 24, 128, dtype=torch.bfloat16, grad_checkpoint=grad_checkpoint, device_type="cuda"
+    )
+    assert peak.n_bytes == pytest.approx(predicted.total, rel=gpu_memory.PREDICTION_LIMIT)

