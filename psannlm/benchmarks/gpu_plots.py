@@ -1,8 +1,8 @@
-"""A battery's curves in; plots of throughput over the batch size and of loss in three precisions, as PNG files, out."""
+"""A battery's curves in; plots of throughput and of training in three precisions, as PNG files, out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,30 @@ def draw_battery(folder: Path, report: BatteryReport) -> list[Path]:
 
 
 def _draw_losses(path: Path, result: CheckResult) -> Path:
-    figure, axes = _figure()
+    """Losses in float32, and how far the other precisions lie from them: on one scale the curves hide each other."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(height=7.5)
+    losses, distances = figure.subplots(2, 1, sharex=True)
     names = sorted({name.rpartition(", ")[0] for name in result.series})
-    dtypes = ("float32", "bfloat16", "float16")
     for place, name in enumerate(names):
-        for dash, dtype in zip(_DASHES, dtypes, strict=True):
-            losses = result.series.get(f"{name}, {dtype}", [])
-            steps = range(1, len(losses) + 1)
-            axes.plot(steps, losses, dash, color=_COLOURS[place], linewidth=1.5, label=f"{name}, {dtype}")
-    axes.set(title="The same training in three precisions", xlabel="optimiser step", ylabel="loss (nats per token)")
-    return _save(figure, axes, path)
+        exact = result.series.get(f"{name}, float32", [])
+        style: dict[str, Any] = {"color": _COLOURS[place], "marker": _MARKERS[place], "markersize": 4, "linewidth": 1.5}
+        losses.plot(range(1, len(exact) + 1), exact, label=f"{name}, float32", **style)
+        for dash, dtype in zip(_DASHES[1:], ("bfloat16", "float16"), strict=True):
+            pairs = zip(result.series.get(f"{name}, {dtype}", []), exact, strict=False)
+            # No distance at all has no place on a scale of powers of ten.
+            apart = [abs(a - b) or float("nan") for a, b in pairs]
+            distances.plot(range(1, len(apart) + 1), apart, dash, label=f"{name}, {dtype}", **style)
+    losses.set(title="The same training in three precisions", ylabel="loss (nats per token)")
+    distances.set(xlabel="optimiser step", ylabel="distance from float32 (nats per token)", yscale="log")
+    distances.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _save(figure, (losses, distances), path)
 
 
 def _draw_rates(path: Path, result: CheckResult, machine: str) -> Path:
-    figure, axes = _figure()
+    figure = _figure(height=5.0)
+    axes = figure.subplots()
     tokens = result.series["batch tokens"]
     names = sorted({name.rpartition(": ")[0] for name in result.series if ": " in name})
     for place, name in enumerate(names):
@@ -57,20 +67,20 @@ def _draw_rates(path: Path, result: CheckResult, machine: str) -> Path:
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set(title=f"Throughput on {machine}", xlabel="batch (tokens)", ylabel="rate (thousand tokens per second)")
-    return _save(figure, axes, path)
+    return _save(figure, (axes,), path)
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(height: float) -> Any:
     # Not pyplot, which would hold on to the figure and settle the backend of the caller's notebook.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    return figure, figure.subplots()
+    return Figure(figsize=(9, height), layout="constrained")
 
 
-def _save(figure: Any, axes: Any, path: Path) -> Path:
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+def _save(figure: Any, panels: Sequence[Any], path: Path) -> Path:
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     return path
