@@ -171,16 +171,18 @@ def draw_throughput(path: Path, title: str, report: ThroughputReport) -> None:
     from matplotlib.figure import Figure
 
     rows = report.rows[::-1]
+    has_memory = any(row.peak_bytes for row in rows)
     figure = Figure(figsize=(9, 1.4 + 0.5 * len(rows)), layout="constrained")
-    speed, memory = figure.subplots(1, 2, sharey=True)
+    speed, *others = figure.subplots(1, 2 if has_memory else 1, sharey=True, squeeze=False)[0]
     rates = [report.tokens_per_s(row) for row in rows]
     edges = [[r.median - r.lowest for r in rates], [r.highest - r.median for r in rates]]
     names = [row.name for row in rows]
     colours = ["tab:blue" if row.trainee.maker == "psannlm" else "tab:gray" for row in rows]
     speed.barh(names, [rate.median for rate in rates], xerr=edges, color=colours)
     speed.set_xlabel("tokens/s")
-    memory.barh(names, [(row.peak_bytes or 0) / 1e6 for row in rows], color=colours)
-    memory.set_xlabel("peak memory, MB")
+    for memory in others:
+        memory.barh(names, [(row.peak_bytes or 0) / 1e6 for row in rows], color=colours)
+        memory.set_xlabel("peak memory, MB")
     figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

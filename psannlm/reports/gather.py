@@ -18,7 +18,7 @@ TABLE_FILE = "table.txt"
 # What this command itself writes, and would only copy from page to page.
 OWN_KIND = "benchmarks"
 RUNS_KIND = "runs"
-_NAME = re.compile(r"([0-9]{8})_([0-9]{6})(?:_[0-9]+)?")
+_NAME = re.compile(r"([0-9]{8})_([0-9]{6})(?:_.+)?")
 _AGO = re.compile(r"([0-9]{1,5})([hd])")
 _PICTURE = ".png"
 

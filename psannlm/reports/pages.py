@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from psannlm.reports.batteries import battery_headlines, battery_tables
 from psannlm.reports.document import (
     Block,
     Document,
@@ -19,11 +21,13 @@ from psannlm.reports.document import (
 )
 from psannlm.reports.gather import Artifact, Gathered, Unread
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
+from psannlm.reports.rates import rates_tables
 from psannlm.reports.runs import RunRecord
 from psannlm.reports.studies import study_headline, study_pictures, study_tables
 from psannlm.reports.tables import tables_of
 
-STUDY_KIND, THROUGHPUT_KIND = "ablations", "throughput"
+STUDY_KIND, THROUGHPUT_KIND, BATTERY_KIND = "ablations", "throughput", "gpu"
+_FIGURES_OF = {STUDY_KIND: "a study", THROUGHPUT_KIND: "a training benchmark", BATTERY_KIND: "a battery"}
 STUDY_FILE = "study.json"
 CURVE_FILE = "loss_curve.png"
 _MOST_CURVES = 12
@@ -55,8 +59,7 @@ def build_document(found: Gathered, origin: Origin, rates: Sequence[dict[str, An
     headlines = _run_headlines(runs)
     for artifact in sorted(found.artifacts, key=lambda artifact: artifact.kind != STUDY_KIND):
         blocks, artifact_headlines = _artifact_blocks(artifact, found.unread)
-        title = f"{_TITLES.get(artifact.kind, artifact.kind)}, {_day(artifact.timestamp)}"
-        sections.append(Section(title, blocks, Origin.of(artifact.system, str(artifact.folder))))
+        sections.append(Section(_title(artifact), blocks, Origin.of(artifact.system, str(artifact.folder))))
         headlines += artifact_headlines
     if bars := _rate_bars(rates):
         caption = f"Medians with the lowest and highest; at most {_MOST_BARS}, the newest first to be shown."
@@ -70,6 +73,13 @@ def build_document(found: Gathered, origin: Origin, rates: Sequence[dict[str, An
         f"{_count(len(found.unread), 'thing')} left out."
     )
     return Document("psannlm: report", counts, list(dict.fromkeys(headlines))[:6], sections, origin)
+
+
+def _title(artifact: Artifact) -> str:
+    """What it is, when it was made, and what its folder's name adds to the time."""
+    added = re.sub(r"^[0-9]{8}_[0-9]{6}_?", "", artifact.folder.name).replace("_", " ")
+    parts = [_TITLES.get(artifact.kind, artifact.kind), _day(artifact.timestamp), added]
+    return ", ".join(part for part in parts if part)
 
 
 def _count(number: int, noun: str) -> str:
@@ -189,22 +199,33 @@ def _artifact_blocks(artifact: Artifact, unread: list[Unread]) -> tuple[list[Blo
     headlines: list[Headline] = []
     prefix = f"{artifact.kind}_{artifact.folder.name}_"
     drawn: set[str] = set()
-    if artifact.kind == STUDY_KIND:
-        try:
-            tables, pictures = study_tables(artifact.figures), study_pictures(artifact.figures, prefix)
-            headline = study_headline(artifact.figures)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            unread.append(Unread(artifact.folder, f"not the figures of a study: {type(error).__name__} {error}"))
-        else:
-            blocks += [tables[0], *pictures, *tables[1:]]
-            headlines += [] if headline is None else [headline]
-            drawn = {picture.file.removeprefix(prefix) for picture in pictures}
+    try:
+        tables, pictures, headlines = _of_its_kind(artifact, prefix)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = _FIGURES_OF[artifact.kind]
+        unread.append(Unread(artifact.folder, f"not the figures of {what}: {type(error).__name__} {error}"))
+    else:
+        blocks += [*tables[:1], *pictures, *tables[1:]]
+        drawn = {picture.file.removeprefix(prefix) for picture in pictures}
     if not blocks:
         blocks += tables_of(artifact.figures)
     blocks += _pictures(artifact, prefix, drawn, unread)
     if artifact.table.strip():
         blocks.append(Printed("As the command printed it", artifact.table))
     return blocks, headlines
+
+
+def _of_its_kind(artifact: Artifact, prefix: str) -> tuple[list[Table], list[Picture], list[Headline]]:
+    """The tables, pictures and headlines of a kind that has its own; nothing of the others."""
+    figures = artifact.figures
+    if artifact.kind == STUDY_KIND:
+        headline = study_headline(figures)
+        return study_tables(figures), study_pictures(figures, prefix), [] if headline is None else [headline]
+    if artifact.kind == BATTERY_KIND:
+        return battery_tables(figures), [], battery_headlines(figures)
+    if artifact.kind == THROUGHPUT_KIND:
+        return rates_tables(figures), [], []
+    return [], [], []
 
 
 def _pictures(artifact: Artifact, prefix: str, drawn: set[str], unread: list[Unread]) -> Iterator[Picture]:

@@ -109,7 +109,10 @@ def test_hostile_names_are_shown_as_they_are(written: Report) -> None:
 
 
 def test_what_is_left_out_stands_on_the_page(written: Report) -> None:
-    assert [(item.path.name, item.reason) for item in written.unread] == [("x.png", "no PNG of at most 3 MiB")]
+    assert [(item.path.name, item.reason) for item in written.unread] == [
+        ("20261120_080000", "not the figures of a training benchmark: KeyError 'rows'"),
+        ("x.png", "no PNG of at most 3 MiB"),
+    ]
     text = Page(written.page.read_text(encoding="utf-8")).text
     assert "no PNG of at most 3 MiB" in text
 

@@ -1,0 +1,97 @@
+"""The figures of a GPU battery (``reports/gpu/<ts>/summary.json``) become its tables and headlines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from psannlm.reports.document import Headline, Table, tell
+
+# Rates that were published for this model size stand among the headlines where they were measured.
+_PUBLISHED_FOR = ("respsann, 131,072 tokens: forward", "waveresnet, 131,072 tokens: forward")
+_HEADINGS = ("measured", "value", "limit", "unit", "verdict", "why this limit")
+
+
+def battery_tables(figures: dict[str, Any]) -> list[Table]:
+    """Return what became of each check, what is worse than in the baseline, and every value beside its limit.
+
+    The values of a check that failed are open, those of the others are folded.
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError: the figures are not those of a battery.
+    """
+    return [_checks(figures), *_regressions(figures), *(_measures(check) for check in figures["checks"] if _has(check))]
+
+
+def _has(check: dict[str, Any]) -> bool:
+    return bool(check["measures"] or check["notes"])
+
+
+def _checks(figures: dict[str, Any]) -> Table:
+    machine = figures["machine"]
+    rows = [
+        [check["check"], check["title"], check["status"], tell(check["seconds"], 3), _says(check)]
+        for check in figures["checks"]
+    ]
+    name = f"{machine['n_devices']} × {machine['name']}, torch {machine['torch']}"
+    rehearsal = "A rehearsal at small sizes: rates are held against nothing. " if figures["is_rehearsal"] else ""
+    baseline = f" Compared with {figures['baseline']}." if figures["baseline"] else ""
+    headings = ("check", "what", "verdict", "seconds", "what it says")
+    title = f"{name}: {figures['verdict']}"
+    return Table(title, headings, rows, frozenset({3}), f"{rehearsal}Each value and its limit stand below.{baseline}")
+
+
+def _says(check: dict[str, Any]) -> str:
+    if check["error"] is not None:
+        return str(check["error"])
+    if check["skipped"] is not None:
+        return str(check["skipped"])
+    missed = [measure for measure in check["measures"] if not measure["is_met"]]
+    if missed:
+        return "; ".join(f"{m['name']}: {tell(m['value'])} {m['unit']} ({_limit(m)})" for m in missed)
+    return f"{len(check['measures'])} limits kept" if check["measures"] else "nothing was measured"
+
+
+def _regressions(figures: dict[str, Any]) -> Iterator[Table]:
+    if figures["regressions"]:
+        yield Table("Worse than the baseline", ("what",), [[str(line)] for line in figures["regressions"]])
+
+
+def _measures(check: dict[str, Any]) -> Table:
+    rows = [
+        [m["name"], _value(m), _limit(m), m["unit"], "ok" if m["is_met"] else "missed", m["reason"]]
+        for m in check["measures"]
+    ]
+    is_open = check["status"] in ("failed", "error")
+    title = f"{check['check']}, {check['title']}: {check['status']}"
+    return Table(title, _HEADINGS, rows, frozenset({1, 2}), "; ".join(check["notes"]), is_folded=not is_open)
+
+
+def _value(measure: dict[str, Any]) -> str:
+    spread = measure["spread"]
+    if spread is None:
+        return tell(measure["value"])
+    lowest, highest = spread
+    return tell({"median": measure["value"], "lowest": lowest, "highest": highest})
+
+
+def _limit(measure: dict[str, Any]) -> str:
+    return f"{'≤' if measure['side'] == 'at most' else '≥'} {tell(measure['limit'])}"
+
+
+def battery_headlines(figures: dict[str, Any]) -> list[Headline]:
+    """Return how many checks are well, and the rates for which figures were published; raises as the tables do."""
+    checks = figures["checks"]
+    ran = [check for check in checks if check["status"] != "skipped"]
+    well = sum(check["status"] == "ok" for check in ran)
+    kind = "rehearsal on " if figures["is_rehearsal"] else ""
+    skipped = f"; {len(checks) - len(ran)} skipped" if len(ran) < len(checks) else ""
+    machine = figures["machine"]
+    of = f"{kind}{machine['n_devices']} × {machine['name']}: {figures['verdict']}{skipped}"
+    found = [Headline(f"{well} of {len(ran)}", "checks", "GPU validation", of)]
+    for check in checks:
+        for measure in check["measures"]:
+            if measure["name"] in _PUBLISHED_FOR and measure["limit"] > 0:
+                label, why = measure["name"], f"at least {tell(measure['limit'])}: {measure['reason']}"
+                found.append(Headline(tell(measure["value"]), measure["unit"], label, why))
+    return found

@@ -1,0 +1,59 @@
+"""The figures of a training benchmark (``reports/throughput/<ts>/metrics.json``) become a table that fits a page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from psannlm.reports.document import Table, tell
+from psannlm.reports.tables import tables_of
+
+_HEADINGS = (
+    "model",
+    "tokens/s",
+    "ours over it, tokens/s",
+    "share of the matrix peak",
+    "step, ms",
+    "first step, s",
+    "peak memory, MB",
+    "parameters",
+    "loss, first step and last, nats per token",
+)
+
+
+def rates_tables(figures: dict[str, Any]) -> list[Table]:
+    """Return what was measured of each candidate, and folded every figure that the artifact holds.
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError: the figures are not those of a training benchmark.
+    """
+    rows = [_row(row) for row in figures["rows"]]
+    note = (
+        f"{tell(figures['batch_tokens'])} tokens a step, windows of {tell(figures['seq_len'])}; {figures['precision']}"
+    )
+    problems = "; ".join(str(problem) for problem in figures["problems"])
+    if problems:
+        note += f". What makes the figures worth less: {problems}"
+    return [
+        Table("", _HEADINGS, rows, frozenset(range(1, len(_HEADINGS))), note + "."),
+        *(replace(table, is_folded=True) for table in tables_of(figures)),
+    ]
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    rate = {
+        "median": row["tokens_per_s"],
+        "lowest": row["tokens_per_s_lowest"],
+        "highest": row["tokens_per_s_highest"],
+    }
+    return [
+        row["name"],
+        tell(rate, 3),
+        tell(row["ours_over_it"], 3),
+        f"{100 * row['utilisation']:.1f} %",
+        tell(1e3 * row["step_s"], 3),
+        tell(row["first_step_s"], 3),
+        "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}",
+        tell(row["parameters"]),
+        f"{tell(row['first_loss'])}, {tell(row['last_loss'])}",
+    ]

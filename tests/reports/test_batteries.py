@@ -1,0 +1,75 @@
+"""A GPU battery on the page: what failed is told and open, what kept its limits can be looked up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult, at_least, at_most
+from psannlm.reports.batteries import battery_headlines, battery_tables
+from psannlm.reports.document import Origin, Table
+from psannlm.reports.gather import gather
+from psannlm.reports.pages import build_document
+
+FORWARD = "respsann, 131,072 tokens: forward"
+MACHINE = {"device": "cuda", "name": "NVIDIA H200", "n_devices": 1, "threads": None, "torch": "2.11.0"}
+
+
+def figures(**changes: Any) -> dict[str, Any]:
+    results = (
+        CheckResult("GPU-01", "gradients", (at_most("error", 2e-6, 1e-4, "of its length", "sums"),), notes=("a note",)),
+        CheckResult(
+            "GPU-03", "throughput", (at_least(FORWARD, 7e6, 6.1e6, "tokens/s", "ten times", spread=(6e6, 8e6)),)
+        ),
+        CheckResult("GPU-04", "memory", (at_most("peak", 5000.0, 4000.0, "MB", "foretold"),)),
+        CheckResult("GPU-05", "data parallel", skipped="there is one GPU"),
+        CheckResult("GPU-08", "checkpoints", error="RuntimeError: out of luck"),
+    )
+    plain = BatteryReport(MACHINE, False, results, "earlier", ("GPU-03: rate: 1 now, 2 in the baseline",)).as_dict()
+    return {**json.loads(json.dumps(plain)), **changes}
+
+
+def test_every_check_has_its_verdict_and_what_it_says() -> None:
+    overview, worse, *values = battery_tables(figures())
+    assert overview.title == "1 × NVIDIA H200, torch 2.11.0: failed"
+    assert [(row[0], row[2], row[4]) for row in overview.rows] == [
+        ("GPU-01", "ok", "1 limits kept"),
+        ("GPU-03", "ok", "1 limits kept"),
+        ("GPU-04", "failed", "peak: 5,000 MB (≤ 4,000)"),
+        ("GPU-05", "skipped", "there is one GPU"),
+        ("GPU-08", "error", "RuntimeError: out of luck"),
+    ]
+    assert worse.rows == [["GPU-03: rate: 1 now, 2 in the baseline"]]
+    assert [(table.title.split(",")[0], table.is_folded) for table in values] == [
+        ("GPU-01", True),
+        ("GPU-03", True),
+        ("GPU-04", False),
+    ]
+    assert values[1].rows[0][:5] == [FORWARD, "7,000,000 (6,000,000 to 8,000,000)", "≥ 6,100,000", "tokens/s", "ok"]
+    assert values[0].note == "a note"
+
+
+def test_headlines_tell_how_many_are_well_and_the_rates_that_others_published() -> None:
+    checks, forward = battery_headlines(figures())
+    assert (checks.value, checks.of) == ("2 of 4", "1 × NVIDIA H200: failed; 1 skipped")
+    assert (forward.value, forward.label, forward.of) == ("7,000,000", FORWARD, "at least 6,100,000: ten times")
+
+
+def test_a_value_that_is_no_number_is_shown() -> None:
+    broken = CheckResult("GPU-01", "t", (at_most("error", float("nan"), 1.0, "x", ""),))
+    plain = BatteryReport(MACHINE, True, (broken,)).as_dict()
+    overview, values = battery_tables(plain)
+    assert overview.rows[0][4] == "error: nan x (≤ 1.000)"
+    assert values.rows[0][1] == "nan"
+
+
+def test_figures_of_something_else_are_listed_and_shown_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "gpu" / "20261124_000000_try"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text('{"checks": [{"a": 1}, {"a": 2}]}', encoding="utf-8")
+    found = gather(tmp_path, [])
+    document = build_document(found, Origin(), [])
+    assert document.sections[0].title == "GPU validation, 2026-11-24 00:00 UTC, try"
+    assert any(isinstance(block, Table) and block.title == "Checks" for block in document.sections[0].blocks)
+    assert "not the figures of a battery" in found.unread[0].reason

@@ -1,0 +1,35 @@
+"""A training benchmark on the page: a table that fits it, and every figure folded below."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from psannlm.reports.rates import rates_tables
+
+KEPT = sorted((Path(__file__).resolve().parents[2] / "reports" / "throughput").glob("*/metrics.json"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
+def test_a_kept_run_becomes_a_table_that_fits_a_page(path: Path) -> None:
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    first, *others = rates_tables(figures)
+    assert [row[0] for row in first.rows] == [row["name"] for row in figures["rows"]]
+    assert len(first.headings) <= 9
+    assert all(len(row) == len(first.headings) for row in first.rows)
+    ours = figures["rows"][0]
+    assert first.rows[0][3] == f"{100 * ours['utilisation']:.1f} %"
+    assert first.rows[0][6] == f"{ours['peak_bytes'] / 1e6:,.0f}"
+    assert others
+    assert all(table.is_folded for table in others)
+
+
+def test_what_makes_the_figures_worth_less_is_told() -> None:
+    figures = json.loads(KEPT[0].read_text(encoding="utf-8"))
+    figures["problems"] = ["a loss is not finite"]
+    figures["rows"][0]["peak_bytes"] = None
+    table = rates_tables(figures)[0]
+    assert "worth less: a loss is not finite" in table.note
+    assert table.rows[0][6] == "–"
