@@ -84,7 +84,7 @@ def _table(table: Table) -> Iterator[str]:
     for row in table.rows:
         first, *others = row
         cells = "".join(
-            f"<td{_class(at in table.numbers, len(cell) > _WIDE_CELL)}>{_cell(cell, at in table.numbers)}</td>"
+            f"<td{_class(at in table.numbers, cell)}>{_cell(cell, at in table.numbers)}</td>"
             for at, cell in enumerate(others, 1)
         )
         yield f'<tr><th scope="row"{_class(0 in table.numbers)}>{_breakable(first)}</th>{cells}</tr>'
@@ -101,7 +101,7 @@ def _cell(cell: str, is_figure: bool) -> str:
     """A figure's edges, in brackets after it, go on a line below it."""
     figure, bracket, edges = cell.partition(" (")
     if not (is_figure and bracket and edges.endswith(")")):
-        return _text(cell)
+        return _text(cell) if is_figure else _breakable(cell)
     return f'{_text(figure)} <span class="edges">({_text(edges)}</span>'
 
 
@@ -110,10 +110,12 @@ def _breakable(name: str) -> str:
     return re.sub(r"([_/.=])(?=[^_/.=])", r"\1<wbr>", _text(name))
 
 
-def _class(is_figure: bool, is_wide: bool = False) -> str:
+def _class(is_figure: bool, cell: str = "") -> str:
     if is_figure:
         return ' class="figure"'
-    return ' class="wide"' if is_wide else ""
+    if len(cell) > _WIDE_CELL:
+        return ' class="wide"'
+    return ' class="path"' if "/" in cell and " " not in cell else ""
 
 
 def _origin(origin: Origin, lead: str = "") -> str:

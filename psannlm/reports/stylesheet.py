@@ -34,6 +34,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .38rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
 td, th { white-space: nowrap; }
 td.wide { white-space: normal; min-width: 14rem; overflow-wrap: anywhere; }
+td.path { white-space: normal; min-width: 7rem; }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { background: var(--band); font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4.5rem; }
 tbody th { font-weight: 500; position: sticky; left: 0; background: var(--ground); white-space: normal;
