@@ -109,6 +109,32 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def require_writable(path: Path) -> None:
+    """Find out before the work whether a file can be put at ``path``; leaves nothing behind.
+
+    Raises:
+        StorageError: a folder stands there, or its own folder can be neither written nor made.
+    """
+    if path.is_dir():
+        raise StorageError(f"could not write {path}: it is a folder. Name a file in it, or choose another name.")
+    with explain_write_errors(path):
+        existing = path.absolute().parent
+        missing: list[Path] = []
+        while not existing.exists():
+            missing.append(existing)
+            existing = existing.parent
+        try:
+            for folder in reversed(missing):
+                folder.mkdir()
+            temporary = temporary_beside(path)
+            temporary.touch()
+            temporary.unlink()
+        finally:
+            for folder in missing:
+                if folder.is_dir():
+                    folder.rmdir()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Put ``content`` at ``path`` atomically. Raises StorageError as :func:`replacing` does."""
     with replacing(path) as temporary:

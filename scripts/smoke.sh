@@ -53,7 +53,7 @@ sources='data.sources=[{path: texts.txt, per_line: true}]'
 
 say "A tokenizer: fit one, then look at what it makes of a text it has never seen."
 psannlm tokenize texts.txt --per-line --vocab-size 320 --out tokenizer.model
-there tokenizer.model tokenizer.card.json
+there tokenizer.model tokenizer.model.card.json
 psannlm tokenize --model tokenizer.model --text "Waves, naïve and fine."
 
 say "A corpus of any size: shards on disk that training maps into memory. Done once, it is not done again."

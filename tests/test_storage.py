@@ -16,6 +16,7 @@ from psannlm.storage import (
     explain_write_errors,
     remove_leftovers,
     replacing,
+    require_writable,
     sha256_file,
     temporary_beside,
     write_bytes,
@@ -32,6 +33,21 @@ def largest_file(n_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_whether_a_file_can_be_written_is_found_out_beforehand_and_leaves_nothing(tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    require_writable(tmp_path / "a" / "b" / "file")
+    assert sorted(tmp_path.rglob("*")) == before
+    write_text(tmp_path / "file", "kept")
+    require_writable(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    with pytest.raises(StorageError, match="a file stands where a folder must be"):
+        require_writable(tmp_path / "file" / "below")
+    with pytest.raises(StorageError, match="it is a folder"):
+        require_writable(tmp_path)
+    with pytest.raises(StorageError, match="Read-only|not allowed|could not write"):
+        require_writable(Path("/proc/nothing/here"))
 
 
 def test_content_arrives_and_nothing_else_does(tmp_path: Path) -> None:

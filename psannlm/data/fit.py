@@ -13,7 +13,7 @@ from psannlm.config.data import Source
 from psannlm.data.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import split_documents
 from psannlm.errors import ConfigError
-from psannlm.storage import write_text
+from psannlm.storage import require_writable, write_text
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import MODEL_TYPES, check_fit, fit_passages
 from psannlm.tokenizers.sample import SAMPLE_CHARS, PassageSample
@@ -61,6 +61,10 @@ def fit_with_card(
         TokenizerError, StorageError: as the parts raise them.
     """
     backend = check_fit(backend, vocab_size, model_type, sample_chars)
+    path = out or Path("tokenizer")
+    if not path.suffix:
+        path = path.with_suffix(_SUFFIXES[backend])
+    require_writable(path)
     report = ReadReport()
     documents = read_documents(sources, report, part_bytes=PART_BYTES, on_bytes=on_bytes)
     sampled = sample_corpus(documents, seed=seed, sample_chars=sample_chars, notice=notice)
@@ -70,9 +74,6 @@ def fit_with_card(
     n_chars = sum(map(len, sampled.fitted_on))
     notice(f"fitting {backend}{kind} on {n_chars:,} characters")
     tokenizer = fit_passages(sampled.fitted_on, backend, vocab_size, model_type=model_type, notice=notice)
-    path = out or Path("tokenizer")
-    if not path.suffix:
-        path = path.with_suffix(_SUFFIXES[tokenizer.backend])
     if path.exists() and path.read_bytes() != tokenizer.to_bytes():
         raise ConfigError(f"{path} holds another tokenizer already; name a new file with --out, or remove that one")
     card = {
@@ -92,7 +93,8 @@ def fit_with_card(
         "seed": seed,
     }
     tokenizer.save(path)
-    card_path = path.with_suffix(".card.json")
+    # The whole name: tokenizer.model and tokenizer.json may stand in one folder.
+    card_path = path.with_name(f"{path.name}.card.json")
     write_text(card_path, json.dumps(card, indent=2) + "\n")
     return {**card, "card": str(card_path)}
 

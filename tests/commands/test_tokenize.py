@@ -136,8 +136,15 @@ def test_a_bad_line_is_named_and_what_came_before_is_answered(fitted: str) -> No
 def test_the_card_is_a_table_and_the_reading_is_told(psannlm, project: Path) -> None:
     done = psannlm("tokenize", "corpus.txt", "--per-line", "--model-type", "bpe", "--vocab-size", "300", "--out", "b")
     assert done.code == 0, done.err
-    for words in ("sentencepiece, bpe", "bytes per token", "byte fallback", "exact", "longest pieces", "b.card.json"):
+    for words in (
+        "sentencepiece, bpe",
+        "bytes per token",
+        "byte fallback",
+        "exact",
+        "longest pieces",
+        "b.model.card.json",
+    ):
         assert words in done.out
     assert "fitting sentencepiece (bpe) on" in done.err
     assert Path("b.model").is_file()
-    assert Path("b.card.json").is_file()
+    assert Path("b.model.card.json").is_file()

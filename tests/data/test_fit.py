@@ -11,7 +11,7 @@ import pytest
 from psannlm.config.data import PathSource
 from psannlm.data.documents import Document
 from psannlm.data.fit import fit_with_card, held_out_figures, longest_pieces, sample_corpus
-from psannlm.errors import CorpusError
+from psannlm.errors import CorpusError, StorageError
 from psannlm.tokenizers.char import CharTokenizer
 
 
@@ -82,6 +82,27 @@ def test_a_long_file_is_fitted_on_in_parts_and_named_as_one(tmp_path: Path, monk
     assert card["held_out_is_lossless"]
     assert 0.02 < card["held_out_bytes"] / size < 0.25
     assert json.loads(Path(card["card"]).read_text())["fingerprint"] == card["fingerprint"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    told: list[str] = []
+    sources = [PathSource(path=str(tmp_path / "missing.txt"))]
+    with pytest.raises(StorageError, match="a file stands where a folder must be"):
+        fit_with_card(sources, out=tmp_path / "file" / "t.model", notice=told.append)
+    assert told == []
+
+
+def test_tokenizers_of_one_name_and_two_kinds_have_a_card_each(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i} of some text\n" for i in range(300)), encoding="utf-8")
+    sources = [PathSource(path=str(path))]
+    cards = [
+        fit_with_card(sources, backend=backend, vocab_size=300, out=tmp_path / name, notice=print)
+        for backend, name in (("sentencepiece", "t.model"), ("tokenizers", "t.json"))
+    ]
+    for card in cards:
+        assert json.loads(Path(card["card"]).read_text())["fingerprint"] == card["fingerprint"]
 
 
 def test_figures_by_hand() -> None:
