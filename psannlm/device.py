@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import sys
+import sysconfig
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -120,19 +122,35 @@ class Unread:
         return numbers
 
 
-def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile finds what it needs on ``device``: a C++ compiler for a CPU, Triton for a GPU."""
+def missing_to_compile(device: torch.device) -> str | None:
+    """Return what torch.compile lacks on ``device``, with how to get it, or None where it can work.
+
+    A CPU takes a C++ compiler. A GPU takes Triton, which builds a small C extension for every kernel, so that it needs
+    a C compiler and Python's own headers; slim images lack them.
+    """
     if device.type == "cpu":
-        return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-    return find_spec("triton") is not None
+        found = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+        return None if found else "a C++ compiler (install g++)"
+    if find_spec("triton") is None:
+        return "Triton (pip install triton)"
+    named = (os.environ.get("CC") or "").split()
+    if not any(shutil.which(name) for name in named[:1] or ("gcc", "clang", "cc")):
+        return "a C compiler (install gcc)"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "Python.h (install python3-dev)"
+    return None
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs on ``device``."""
+    return missing_to_compile(device) is None
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise DeviceError if torch.compile has nothing to compile with on a CPU."""
-    if device.type == "cpu" and not has_compiler(device):
-        raise DeviceError(
-            "compile: true needs a C++ compiler on a CPU and none was found; install g++, or set compile: false"
-        )
+    """Raise DeviceError if torch.compile lacks something on ``device``."""
+    missing = missing_to_compile(device)
+    if missing is not None:
+        raise DeviceError(f"compile: true needs {missing}, which is not here; get it, or set compile: false")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,13 +114,38 @@ def test_bf16_is_told_from_what_the_processor_says(
     assert device.computes_in_bf16(CPU) is expected
 
 
-def test_compiling_needs_a_compiler_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.device.shutil.which", lambda name: None)
-    with pytest.raises(DeviceError, match=r"install g\+\+, or set compile: false"):
+def programs(monkeypatch: pytest.MonkeyPatch, *there: str) -> None:
+    monkeypatch.setattr("psannlm.device.shutil.which", lambda name: f"/bin/{name}" if name in there else None)
+
+
+def test_compiling_on_a_cpu_needs_a_cpp_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(monkeypatch)
+    with pytest.raises(DeviceError, match=r"install g\+\+.*set compile: false"):
         require_compiler(CPU)
-    require_compiler(torch.device("cuda", 0))
-    monkeypatch.setattr("psannlm.device.shutil.which", lambda name: "/bin/clang++" if name == "clang++" else None)
+    programs(monkeypatch, "clang++")
     require_compiler(CPU)
+
+
+def test_compiling_on_a_gpu_needs_triton_and_what_triton_builds_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("psannlm.device.find_spec", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    programs(monkeypatch, "gcc")
+    with pytest.raises(DeviceError, match="pip install triton"):
+        require_compiler(gpu)
+    monkeypatch.setattr("psannlm.device.find_spec", lambda name: object())
+    monkeypatch.setattr("psannlm.device.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(DeviceError, match="python3-dev"):
+        require_compiler(gpu)
+    (tmp_path / "Python.h").touch()
+    require_compiler(gpu)
+    monkeypatch.setenv("CC", "icx -O2")
+    with pytest.raises(DeviceError, match="install gcc"):
+        require_compiler(gpu)
+    programs(monkeypatch, "icx")
+    assert device.has_compiler(gpu)
 
 
 def test_the_cpu_is_described_by_its_threads() -> None:

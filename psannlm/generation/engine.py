@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psannlm.device import computes_in_bf16, has_compiler
+from psannlm.device import computes_in_bf16, missing_to_compile
 from psannlm.errors import GenerationError
 from psannlm.models.attention import PREFILL_QUERIES, continue_layout
 from psannlm.models.cache import DecodeState, LayerState, move_tails, whole_blocks
@@ -55,12 +55,10 @@ class Engine:
         self.device = model.embedding.weight.device
         self.notices: list[str] = []
         self.compiles = compile
-        if compile and not has_compiler(self.device):
+        missing = missing_to_compile(self.device) if compile else None
+        if missing is not None:
             self.compiles = False
-            missing, remedy = ("C++ compiler", "g++") if self.device.type == "cpu" else ("Triton", "triton")
-            self.notices.append(
-                f"no {missing} was found, so decoding is not compiled; install {remedy} to have it faster"
-            )
+            self.notices.append(f"decoding is not compiled, which would be faster: it needs {missing}")
         self.dtype = dtype
         self.model = pack_model(model, dtype, is_compiled=self.compiles)
         if dtype != "float32" and not computes_in_bf16(self.device):

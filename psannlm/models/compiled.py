@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from psannlm.device import has_compiler
+
 
 def fuses_by_compiler(x: Tensor) -> bool:
     """Whether algebra on ``x`` that reads and writes much is to be compiled also where the model is not: on a GPU."""
-    return x.is_cuda and find_spec("triton") is not None
+    return x.is_cuda and _gpus_compile()
+
+
+@lru_cache(maxsize=1)
+def _gpus_compile() -> bool:
+    return has_compiler(torch.device("cuda"))
 
 
 def stored(x: Tensor) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from psannlm.reports.document import Headline, Table, tell
+from psannlm.reports.plain import number
 
 # Rates that were published for this model size stand among the headlines where they were measured.
 _PUBLISHED_FOR = ("respsann, 131,072 tokens: forward", "waveresnet, 131,072 tokens: forward")
+# "respsann, 131,072 tokens: forward"
+_RATE_NAME = re.compile(r"(?P<base>[a-z]+), (?P<tokens>[0-9,]+) tokens: (?P<figure>.+)")
+_BYTES = {"MB": 1e6, "GB": 1e9}
 _HEADINGS = ("measured", "value", "limit", "unit", "verdict", "why this limit")
 
 
@@ -95,3 +100,46 @@ def battery_headlines(figures: dict[str, Any]) -> list[Headline]:
                 label, why = measure["name"], f"at least {tell(measure['limit'])}: {measure['reason']}"
                 found.append(Headline(tell(measure["value"]), measure["unit"], label, why))
     return found
+
+
+def battery_rates(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a row, as :func:`psannlm.reports.tables.rate_rows` does, of every value in tokens per second.
+
+    Of something that is no battery: nothing.
+    """
+    for check, measure in _all_measures(figures):
+        if measure.get("unit") != "tokens/s":
+            continue
+        named = _RATE_NAME.fullmatch(measure["name"])
+        what = named["figure"] if named else "rate"
+        lowest, highest = measure.get("spread") or (None, None)
+        yield {
+            "name": f"{check} / {measure['name']}",
+            "base": named["base"] if named else None,
+            "batch_tokens": int(named["tokens"].replace(",", "")) if named else None,
+            "figure": f"{what.replace(' ', '_')}_tokens_per_s",
+            "tokens_per_s": measure["value"],
+            "tokens_per_s_lowest": lowest,
+            "tokens_per_s_highest": highest,
+        }
+
+
+def battery_memory(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield ``name``, ``figure`` and ``bytes`` of every value that is an amount of memory; else as for rates."""
+    for check, measure in _all_measures(figures):
+        if measure.get("unit") in _BYTES:
+            n_bytes = measure["value"] * _BYTES[measure["unit"]]
+            yield {"name": f"{check} / {measure['name']}", "figure": "peak_bytes", "bytes": round(n_bytes)}
+
+
+def _all_measures(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    checks = figures.get("checks")
+    for check in checks if isinstance(checks, list) else []:
+        measures = check.get("measures") if isinstance(check, dict) else None
+        for measure in measures if isinstance(measures, list) else []:
+            if isinstance(measure, dict) and {"name", "value", "unit"} <= measure.keys() and _is_figure(measure):
+                yield str(check.get("check")), measure
+
+
+def _is_figure(measure: dict[str, Any]) -> bool:
+    return isinstance(measure["name"], str) and number(measure["value"]) is not None

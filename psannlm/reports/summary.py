@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.errors import ArtifactError, ConfigError
+from psannlm.reports.batteries import battery_memory, battery_rates
 from psannlm.reports.document import Document, Origin, Picture
 from psannlm.reports.gather import OWN_KIND, Gathered, Unread, gather
-from psannlm.reports.pages import CURVE_FILE, build_document, loss_picture
+from psannlm.reports.pages import BATTERY_KIND, CURVE_FILE, build_document, loss_picture
 from psannlm.reports.plain import Unreadable
 from psannlm.reports.render import to_html, to_markdown
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
@@ -151,7 +152,8 @@ def _rates(found: Gathered) -> list[dict[str, Any]]:
             "machine": Origin.of(artifact.system).machine,
             "artifact": str(artifact.folder),
         }
-        rows += [{**row, **place} for row in rate_rows(artifact.figures)]
+        rates = battery_rates if artifact.kind == BATTERY_KIND else rate_rows
+        rows += [{**row, **place} for row in rates(artifact.figures)]
     for run in found.runs:
         if run.tokens_per_s is not None:
             machine = Origin.of(run.system).machine
@@ -164,7 +166,8 @@ def _memory(found: Gathered) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for artifact in found.artifacts:
         place = {"timestamp": artifact.timestamp, "kind": artifact.kind, "artifact": str(artifact.folder)}
-        rows += [{**place, **row} for row in memory_rows(artifact.figures)]
+        amounts = battery_memory if artifact.kind == BATTERY_KIND else memory_rows
+        rows += [{**place, **row} for row in amounts(artifact.figures)]
     for run in found.runs:
         if run.peak_memory_bytes is not None:
             figure = {"name": run.name, "figure": "peak_memory_bytes", "bytes": run.peak_memory_bytes}

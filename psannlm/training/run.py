@@ -19,7 +19,14 @@ from psannlm.data.loader import Loader
 from psannlm.data.prepare import PreparedData, prepare
 from psannlm.data.stream import Stream
 from psannlm.data.windows import Windows
-from psannlm.device import Precision, describe_device, pick_device, pick_precision, require_compiler
+from psannlm.device import (
+    Precision,
+    describe_device,
+    missing_to_compile,
+    pick_device,
+    pick_precision,
+    require_compiler,
+)
 from psannlm.distributed import World, joined, launched_world
 from psannlm.errors import Interrupted, StorageError, TrainingError
 from psannlm.lock import RunLock
@@ -249,6 +256,8 @@ def _build(
     )
     if reason is not None:
         reporter.notice(reason)
+    elif precision.device.type == "cuda" and (missing := missing_to_compile(precision.device)) is not None:
+        reporter.notice(f"sine and loss are not fused on the GPU, which would be faster: that needs {missing}")
     world.wait()
     run = Run(
         config=config,

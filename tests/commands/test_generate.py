@@ -172,7 +172,7 @@ def test_without_a_compiler_it_says_so_and_writes_the_same(
     psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = psannlm("generate", "--prompt", "The tide", *GREEDY)
-    monkeypatch.setattr("psannlm.generation.engine.has_compiler", lambda device: False)
+    monkeypatch.setattr("psannlm.generation.engine.missing_to_compile", lambda device: "a C++ compiler (install g++)")
     done = psannlm("generate", "--prompt", "The tide", *GREEDY, "--compile")
     assert done.out == plain.out
-    assert "no C++ compiler" in done.err
+    assert "needs a C++ compiler" in done.err

@@ -155,12 +155,12 @@ def test_an_unknown_dtype_is_refused_by_name(dtype: Any, said: str, build_tiny: 
 def test_without_a_compiler_steps_are_plain_and_a_notice_says_so(
     build_tiny: Build, decode: Decode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("psannlm.generation.engine.has_compiler", lambda device: False)
+    monkeypatch.setattr("psannlm.generation.engine.missing_to_compile", lambda device: "a C++ compiler (install g++)")
     model = build_tiny()
     engine = Engine(model, compile=True)
     assert engine.compiles is False
     assert len(engine.notices) == 1
-    assert "no C++ compiler was found" in engine.notices[0]
+    assert "needs a C++ compiler" in engine.notices[0]
     assert decode(engine, [[1, 5], [2]]).generated == decode(model, [[1, 5], [2]]).generated
     assert Engine(model).notices == []
 
@@ -169,7 +169,7 @@ def test_what_a_compiled_step_writes_into_is_marked_as_staying(
     build_tiny: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The compiler refuses CUDA graphs for a pass that writes into any other input, and says so to nobody."""
-    monkeypatch.setattr("psannlm.generation.engine.has_compiler", lambda device: True)
+    monkeypatch.setattr("psannlm.generation.engine.missing_to_compile", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     engine = Engine(build_tiny(base="waveresnet"), compile=True)
     logits, state = engine.prefill([[1, 5], [2]], 8)

@@ -251,7 +251,7 @@ def test_compiling_is_for_what_repays_it() -> None:
 def test_what_is_had_in_another_way_is_told(
     compile: Any, n: int, wanted: bool, byte_tokenizer: Tokenizer, build_tiny: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("psannlm.generation.engine.has_compiler", lambda device: False)
+    monkeypatch.setattr("psannlm.generation.engine.missing_to_compile", lambda device: "a C++ compiler (install g++)")
     model = build_for(byte_tokenizer, build_tiny)
     told: list[str] = []
     found = generate(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
 from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult, at_least, at_most
-from psannlm.reports.batteries import battery_headlines, battery_tables
+from psannlm.reports.batteries import battery_headlines, battery_memory, battery_rates, battery_tables
 from psannlm.reports.document import Origin, Table
 from psannlm.reports.gather import gather
 from psannlm.reports.pages import build_document
+from psannlm.reports.summary import write_report
 
 FORWARD = "respsann, 131,072 tokens: forward"
 MACHINE = {"device": "cuda", "name": "NVIDIA H200", "n_devices": 1, "threads": None, "torch": "2.11.0"}
@@ -54,6 +56,37 @@ def test_headlines_tell_how_many_are_well_and_the_rates_that_others_published() 
     checks, forward = battery_headlines(figures())
     assert (checks.value, checks.of) == ("2 of 4", "1 × NVIDIA H200: failed; 1 skipped")
     assert (forward.value, forward.label, forward.of) == ("7,000,000", FORWARD, "at least 6,100,000: ten times")
+
+
+def test_its_rates_and_peaks_are_figures_of_their_own() -> None:
+    machine = {"memory_bytes": 150_000_000_000}
+    (rate,) = battery_rates(figures(machine=machine))
+    assert rate == {
+        "name": f"GPU-03 / {FORWARD}",
+        "base": "respsann",
+        "batch_tokens": 131_072,
+        "figure": "forward_tokens_per_s",
+        "tokens_per_s": 7e6,
+        "tokens_per_s_lowest": 6e6,
+        "tokens_per_s_highest": 8e6,
+    }
+    # The memory that the card has is none that was used.
+    assert list(battery_memory(figures(machine=machine))) == [
+        {"name": "GPU-04 / peak", "figure": "peak_bytes", "bytes": 5_000_000_000}
+    ]
+    for broken in ({"checks": 1}, {"checks": [1, {"measures": [2, {"unit": "MB"}]}]}, {}):
+        assert [*battery_rates(broken), *battery_memory(broken)] == []
+
+
+def test_a_gathered_battery_is_in_the_files_of_rates_and_memory(tmp_path: Path) -> None:
+    folder = tmp_path / "reports" / "gpu" / "20261124_000000"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(figures()), encoding="utf-8")
+    written = write_report(tmp_path / "reports", [], {}, out=tmp_path / "out")
+    with (written.page.parent / "throughput.csv").open(encoding="utf-8") as lines:
+        assert [row["tokens_per_s"] for row in csv.DictReader(lines)] == ["7000000.0"]
+    memory = json.loads((written.page.parent / "memory.json").read_text(encoding="utf-8"))
+    assert [row["bytes"] for row in memory] == [5_000_000_000]
 
 
 def test_a_value_that_is_no_number_is_shown() -> None:
