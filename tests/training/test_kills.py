@@ -117,8 +117,11 @@ class Attempts:
         return is_killed
 
 
+@dataclass
 class AttemptsInFull(Attempts):
     """The same with a process of its own for each: ``python -m psannlm train`` from the start."""
+
+    children: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, moment: tuple[int, int] | None = None) -> int:
         command = [sys.executable, "-m", "psannlm", "train", str(self.config)]
@@ -126,7 +129,16 @@ class AttemptsInFull(Attempts):
             command = [sys.executable, __file__, str(self.config), *map(str, moment)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(self.said, "wb") as said:
-            return subprocess.Popen(command, stdout=said, stderr=said, env=environment).pid
+            child = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+        self.children[child.pid] = child
+        return child.pid
+
+    def wait(self, child: int) -> int:
+        """As for a fork; what a process said that ended in another way than those expected is shown."""
+        code = self.children.pop(child).wait()
+        self.ends[code] += 1
+        assert code in (0, -signal.SIGKILL), self.said.read_text(encoding="utf-8")
+        return code
 
     @property
     def said(self) -> Path:
