@@ -28,6 +28,7 @@ from psannlm.training.run import train
 SCRIPT = Path(__file__).with_name("rank_script.py")
 N_STEPS, HALF = 20, 10
 LIMIT_S = 310
+LOW = ("bf16", "fp16")
 # Unpacked, so that windows hold 1 to 12 labels; with accumulation, validation, and epochs that end unevenly.
 SHARED: dict[str, Any] = {
     "max_steps": N_STEPS,
@@ -119,10 +120,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Runs:
     train(found.configs["one"])
     config("one_muon", 1, optimizer="muon")
     train(found.configs["one_muon"])
+    for amp in LOW:
+        config(f"one_{amp}", 1, amp=amp)
+        train(found.configs[f"one_{amp}"])
     jobs: dict[str, dict[str, Any]] = {
         "ddp": {"config": config("ddp", 2, ddp="on")},
         "fsdp": {"config": config("fsdp", 2, fsdp="full", grad_checkpoint=True, grad_sync="micro_batch")},
         "fsdp_muon": {"config": config("fsdp_muon", 2, fsdp="full", optimizer="muon")},
+        **{f"fsdp_{amp}": {"config": config(f"fsdp_{amp}", 2, fsdp="full", amp=amp)} for amp in LOW},
         "one_to_fsdp": {"config": config("one_to_fsdp", 2, fsdp="full"), "resume": half_of("one")},
         "fsdp_to_ddp": {"config": config("fsdp_to_ddp", 2), "resume": half_of("fsdp")},
         "back": {"config": config("back", 2), "looks_back": True},
@@ -185,6 +190,23 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(runs: Runs) -> None:
 def test_muon_on_sharded_matrices_equals_muon(runs: Runs) -> None:
     """Its direction is found in bfloat16: rounding weighs more."""
     assert_same_run(runs, "fsdp_muon", "one_muon", atol=3e-3)
+
+
+@pytest.mark.parametrize("amp", LOW)
+def test_sharding_in_low_precision_equals_one_process_in_it(runs: Runs, amp: str) -> None:
+    """And not in float32, which would be a silent substitute: there the losses lie further apart."""
+    ours, theirs, exact = (
+        [row["loss"] for row in runs.rows(name, "train")] for name in (f"fsdp_{amp}", f"one_{amp}", "one")
+    )
+    assert len(ours) == N_STEPS
+    distance = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    assert 0 < max(abs(a - b) for a, b in zip(ours, exact, strict=True)) < 0.05
+    assert distance < 0.02
+    for key, value in runs.tensors(f"one_{amp}").items():
+        torch.testing.assert_close(runs.tensors(f"fsdp_{amp}")[key], value, atol=2e-2, rtol=0, msg=key)
+    scales = [read_state(step_folder(runs.folder / name, N_STEPS)).scaler for name in (f"fsdp_{amp}", f"one_{amp}")]
+    assert bool(scales[0]) is (amp == "fp16")
+    assert scales[0] == scales[1]
 
 
 @pytest.mark.parametrize("name", ["fsdp_to_one", "one_to_fsdp", "fsdp_to_ddp"])
