@@ -12,7 +12,15 @@ from torch._dynamo.utils import counters
 
 from psannlm.benchmarks.agreement import Rounding, compare
 from psannlm.benchmarks.decoding import Case, DecodeRun, Prompts
-from psannlm.benchmarks.gpu_report import CheckResult, Measure, at_least, at_most, none_of
+from psannlm.benchmarks.gpu_report import (
+    CheckResult,
+    Measure,
+    at_least,
+    at_most,
+    largest,
+    largest_distance,
+    none_of,
+)
 from psannlm.benchmarks.gpu_stage import BASE_NAMES, Shape, Stage, Trainer
 from psannlm.benchmarks.kv_cache import bench_kv, build_random_model
 from psannlm.benchmarks.kv_report import KvReport, KvSettings
@@ -109,7 +117,7 @@ def token_measures(base: str, report: KvReport) -> list[Measure]:
     name = f"{base}: tokens that the cache changes" + ("" if difference is None else f" ({difference})")
     reason = "greedy text depends on the weights alone; ties within the rounding of float32 are counted as equal"
     predicted, measured = report.predicted_cache_bytes(), report.measured_cache_bytes()
-    off = max((abs(measured[case] - predicted[case]) for case in measured), default=math.inf)
+    off = largest(abs(measured[case] - predicted[case]) for case in measured)
     exact = "keys, values and tails are all that there is to hold: their number is known to the byte"
     return [
         none_of(name, 0 if difference is None else 1, "tokens", reason),
@@ -223,7 +231,7 @@ def compiled_decoding_measures(base: str, report: KvReport, *, is_rehearsal: boo
     """Return whether compiling changes a token, what it gains, and what its first run costs."""
     difference, gain = report.agreement.difference, report.from_compiling(True)
     name = f"{base}: tokens that compiling changes" + ("" if difference is None else f" ({difference})")
-    seconds = max(report.compile_s().values(), default=math.inf)
+    seconds = largest(report.compile_s().values())
     edges = gain or Spread.of([math.nan])
     return [
         none_of(name, 0 if difference is None else 1, "tokens", "ties within the rounding of float32 count as equal"),
@@ -280,7 +288,7 @@ def compiled_training_measures(
     base: str, plain: Sequence[float], compiled: Sequence[float], gain: float, warm_up_s: float, *, is_rehearsal: bool
 ) -> list[Measure]:
     """Return how far compiled training is from plain training, what it gains, and what its first step costs."""
-    distance = max(abs(a - b) for a, b in zip(plain, compiled, strict=True))
+    distance = largest_distance(plain, compiled)
     reason = f"other sums of float32 come to about 1e-5 nats over {len(plain)} steps"
     limit = 0.0 if is_rehearsal else 0.9
     pays = "a rehearsal holds rates against nothing" if is_rehearsal else "compiling must not slow a step down"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psannlm.benchmarks.gpu_report import CheckResult, Measure, at_least, at_most, none_of
+from psannlm.benchmarks.gpu_report import CheckResult, Measure, at_least, at_most, largest, largest_distance, none_of
 from psannlm.benchmarks.gpu_stage import BASE_NAMES, Stage, Trainer, draw_tokens, dtype_name
 from psannlm.benchmarks.random_weights import show_every_part
 from psannlm.config.model import PositionKind
@@ -45,8 +45,8 @@ class Gradients:
         """
         if not self._is_comparable(reference):
             return math.inf
-        longest = max(float(g.norm()) for g in reference.by_name.values())
-        return max(
+        longest = largest(float(g.norm()) for g in reference.by_name.values())
+        return largest(
             float((self.by_name[name] - g).norm()) / max(float(g.norm()), _SMALL_GRADIENT * longest)
             for name, g in reference.by_name.items()
         )
@@ -59,7 +59,7 @@ class Gradients:
         return math.sqrt(distance / sum(float(g.square().sum()) for g in reference.by_name.values()))
 
     def _is_comparable(self, reference: Gradients) -> bool:
-        return self.by_name.keys() == reference.by_name.keys() and self.is_finite()
+        return self.by_name.keys() == reference.by_name.keys() and self.is_finite() and reference.is_finite()
 
 
 class _ExactSine(nn.Module):
@@ -197,7 +197,7 @@ def scale_measure(base: str, n_skipped: int) -> Measure:
 def curve_measures(base: str, curves: Mapping[torch.dtype, list[float]]) -> list[Measure]:
     """Return the distances between the loss curves, and how far float32 itself came down."""
     exact = curves[torch.float32]
-    drop = exact[0] - min(exact)
+    drop = largest(exact[0] - loss for loss in exact)
     reason = "curves that do not move are equal in any precision"
     measures = [at_least(f"{base}: fall of the float32 loss", drop, _MIN_DROP_NATS, "nats", reason)]
     for dtype, (mean_limit, most_limit) in CURVE_LIMITS.items():
@@ -207,6 +207,6 @@ def curve_measures(base: str, curves: Mapping[torch.dtype, list[float]]) -> list
         reason = f"{bits} bits of mantissa; several times what rounding alone comes to"
         measures += [
             at_most(f"{name}: mean distance", sum(distances) / len(distances), mean_limit, "nats", reason),
-            at_most(f"{name}: largest distance", max(distances), most_limit, "nats", reason),
+            at_most(f"{name}: largest distance", largest_distance(curves[dtype], exact), most_limit, "nats", reason),
         ]
     return measures

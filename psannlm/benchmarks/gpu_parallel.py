@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from psannlm.benchmarks.gpu_checkpoints import run_config
-from psannlm.benchmarks.gpu_report import CheckResult, Measure, at_least, at_most
+from psannlm.benchmarks.gpu_report import CheckResult, Measure, at_least, at_most, largest_distance
 from psannlm.benchmarks.gpu_stage import Stage
 from psannlm.config.run import RunConfig, to_yaml
 from psannlm.config.train import TrainConfig
@@ -85,7 +85,7 @@ def parity_measures(
     one: Sequence[float], many: Sequence[float], weights: Mapping[str, Mapping[str, Tensor]]
 ) -> list[Measure]:
     """Return how far the losses of every step, and the weights at the end, are apart."""
-    distance = max((abs(a - b) for a, b in zip(one, many, strict=True)), default=float("nan"))
+    distance = largest_distance(one, many)
     first, second = weights["one"], weights["many"]
     squares = sum(float((value.double() - second[name].double()).square().sum()) for name, value in first.items())
     whole = sum(float(value.double().square().sum()) for value in first.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -169,3 +169,17 @@ def none_of(name: str, found: Sequence[object] | int, unit: str, reason: str) ->
     """Return a measure of things of which there must be none."""
     count = found if isinstance(found, int) else len(found)
     return at_most(name, count, 0, unit, reason)
+
+
+def largest(values: Iterable[float]) -> float:
+    """Return the largest of ``values``; NaN where one of them is NaN, wherever it stands, and where there is none.
+
+    The built-in ``max`` keeps to the number before a NaN, for no comparison with a NaN is true.
+    """
+    found = list(values)
+    return math.nan if not found or any(map(math.isnan, found)) else max(found)
+
+
+def largest_distance(a: Iterable[float], b: Iterable[float]) -> float:
+    """Return how far two curves of the same length are apart where they are furthest; NaN as :func:`largest`."""
+    return largest(abs(x - y) for x, y in zip(a, b, strict=True))

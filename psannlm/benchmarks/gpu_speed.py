@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from psannlm.benchmarks.gpu_report import CheckResult, Measure, at_least, at_most
+from psannlm.benchmarks.gpu_report import CheckResult, Measure, at_least, at_most, none_of
 from psannlm.benchmarks.gpu_stage import BASE_NAMES, Shape, Stage, Trainer, draw_tokens, dtype_name, micro_batch
 from psannlm.benchmarks.throughput import bench_train
 from psannlm.benchmarks.throughput_report import ThroughputReport
@@ -37,11 +37,15 @@ _SHARE_OF_MEMORY = 0.8
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens per second of one model at one batch size, and the share of the matrix peak that training reaches."""
+    """Tokens per second of one model at one batch size, and the share of the matrix peak that training reaches.
+
+    ``problems``: what makes these worth less, a loss that is no number above all.
+    """
 
     training: Spread
     forward: Spread
     utilisation: float
+    problems: tuple[str, ...] = ()
 
 
 def check_speed(stage: Stage) -> CheckResult:
@@ -64,6 +68,7 @@ def check_speed(stage: Stage) -> CheckResult:
             continue
         series["batch tokens"].append(float(batch_tokens))
         for name, found in rates.items():
+            notes += [f"{name}, {batch_tokens:,} tokens: {problem}" for problem in found.problems]
             series.setdefault(f"{name}: training", []).append(found.training.median)
             series.setdefault(f"{name}: forward", []).append(found.forward.median)
         measures += rate_measures(rates, sine_cost, batch_tokens, _large(stage), is_rehearsal=stage.is_rehearsal)
@@ -102,7 +107,9 @@ def _measure_bases(stage: Stage, shape: Shape, is_compiled: bool) -> tuple[dict[
         cost = report.sine_cost(is_compiled)
         sine_cost = sine_cost if cost is None else 1.0 + cost.median
         forward = _forward(stage, config, shape, is_compiled)
-        rates[str(base)] = Rates(report.tokens_per_s(report.ours), forward, report.utilisation(report.ours).median)
+        rates[str(base)] = Rates(
+            report.tokens_per_s(report.ours), forward, report.utilisation(report.ours).median, tuple(report.problems)
+        )
         stage.release()
     return rates, sine_cost
 
@@ -140,6 +147,7 @@ def rate_measures(
             limit = _OVER_PUBLISHED * PUBLISHED_FORWARD[name]
             reason = f"ten times {PUBLISHED_FORWARD[name]:,.0f}, published for two H200s in float32"
         measures += [
+            _problems_measure(case, found.problems),
             _rate(f"{case}: training", training, 0.0, "held against its utilisation, which knows the GPU"),
             _rate(f"{case}: forward", forward, limit, reason),
             _utilisation_measure(case, found.utilisation, is_rehearsal, is_small=True),
@@ -161,6 +169,11 @@ def rate_measures(
         )
     )
     return measures
+
+
+def _problems_measure(case: str, problems: Sequence[str]) -> Measure:
+    reason = "steps that learn nothing may be quicker than steps that do: their rate says nothing"
+    return none_of(f"{case}: problems of the training that is timed", problems, "problems", reason)
 
 
 def _rate(name: str, spread: Spread, limit: float, reason: str) -> Measure:
@@ -198,7 +211,9 @@ def _utilisation(stage: Stage, is_compiled: bool, notes: list[str]) -> list[Meas
         report = _train(stage, config, fitting, is_compiled, with_gelu=False)
         case = f"{base}, {report.ours.parameters / 1e6:,.0f}M, {fitting.n_tokens:,} tokens"
         reason = "held against its utilisation, which knows the GPU"
+        notes += [f"{case}: {problem}" for problem in report.problems]
         measures += [
+            _problems_measure(case, report.problems),
             _rate(f"{case}: training", report.tokens_per_s(report.ours), 0.0, reason),
             _utilisation_measure(
                 case, report.utilisation(report.ours).median, stage.is_rehearsal, is_small=not _large(stage)

@@ -103,6 +103,14 @@ def test_limits_of_compiled_training() -> None:
     ]
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_compiled_loss_that_is_no_number_is_seen(place: int) -> None:
+    losses = [3.0, 2.0, 1.0]
+    losses[place] = float("nan")
+    measures = compiled_training_measures("b", [3.0, 2.0, 1.0], losses, 1.5, 30.0, is_rehearsal=True)
+    assert [m.name for m in measures if not m.is_met] == ["b: loss, compiled against plain"]
+
+
 def test_without_a_compiler_the_check_is_skipped(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_generation, "has_compiler", lambda device: False)
     assert check_compiled(stage).skipped == "no C++ compiler is installed"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from psannlm.benchmarks import gpu_numerics
-from psannlm.benchmarks.gpu_numerics import check_gradients, check_precision, curve_measures, scale_measure
+from psannlm.benchmarks.gpu_numerics import Gradients, check_gradients, check_precision, curve_measures, scale_measure
 from psannlm.benchmarks.gpu_stage import REHEARSAL, Stage
 from psannlm.models import lean
 
@@ -79,5 +79,16 @@ def test_a_precision_that_learns_otherwise_is_seen() -> None:
     flat = {dtype: [5.0, 5.0] for dtype in curves}
     assert [m.name for m in curve_measures("b", flat) if not m.is_met] == ["b: fall of the float32 loss"]
     lost = {**curves, torch.float16: [5.0, float("nan"), 4.0]}
-    assert "b, float16: mean distance" in [m.name for m in curve_measures("b", lost) if not m.is_met]
+    missed = [m.name for m in curve_measures("b", lost) if not m.is_met]
+    assert {"b, float16: mean distance", "b, float16: largest distance"} <= set(missed)
+    exact_lost = {**curves, torch.float32: [5.0, float("nan"), 4.0]}
+    assert "b: fall of the float32 loss" in [m.name for m in curve_measures("b", exact_lost) if not m.is_met]
     assert not scale_measure("b", 9).is_met
+
+
+def test_a_reference_that_is_no_number_is_infinitely_far() -> None:
+    found = Gradients(1.0, {"a": torch.ones(2), "b": torch.ones(2)})
+    broken = Gradients(1.0, {"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])})
+    assert found.worst_error(found) == found.whole_error(found) == 0.0
+    for one, other in ((found, broken), (broken, found)):
+        assert one.worst_error(other) == one.whole_error(other) == float("inf")

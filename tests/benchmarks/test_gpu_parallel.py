@@ -79,5 +79,9 @@ def test_limits_of_parity_and_scaling() -> None:
     ]
     assert [m.is_met for m in parity_measures([1.0, 2.0], [1.0, 2.001], weights)] == [False, False]
     assert not parity_measures([], [], weights)[0].is_met, "no loss is no parity"
+    for place in range(3):
+        losses = [3.0, 2.0, 1.0]
+        losses[place] = float("nan")
+        assert not parity_measures([3.0, 2.0, 1.0], losses, weights)[0].is_met, "no number is no parity either"
     assert not efficiency_measure([100.0] * 4, [90.0] * 4, 2, is_rehearsal=False).is_met
     assert efficiency_measure([100.0] * 4, [190.0] * 4, 2, is_rehearsal=False).is_met

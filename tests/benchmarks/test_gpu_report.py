@@ -7,7 +7,16 @@ import math
 
 import pytest
 
-from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult, Measure, at_least, at_most, none_of
+from psannlm.benchmarks.gpu_report import (
+    BatteryReport,
+    CheckResult,
+    Measure,
+    at_least,
+    at_most,
+    largest,
+    largest_distance,
+    none_of,
+)
 
 GOOD = at_most("error", 0.5, 1.0, "x", "because")
 
@@ -61,3 +70,24 @@ def test_a_skipped_check_is_told_and_is_no_failure() -> None:
 def test_what_is_no_number_is_still_json() -> None:
     result = CheckResult("GPU-01", "t", (at_most("a", math.nan, 1.0, "x", ""),))
     assert json.loads(json.dumps(result.as_dict(), allow_nan=False))["measures"][0]["value"] == "nan"
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_value_that_is_no_number_is_found_wherever_it_stands(place: int) -> None:
+    """``max([3.0, nan, 1.0])`` is 3."""
+    values = [3.0, 2.0, 1.0]
+    assert (largest(values), largest_distance(values, [3.0, 2.5, 1.0])) == (3.0, 0.5)
+    values[place] = math.nan
+    for found in (
+        largest(values),
+        largest_distance(values, [3.0, 2.0, 1.0]),
+        largest_distance([3.0, 2.0, 1.0], values),
+    ):
+        assert math.isnan(found)
+        assert not at_most("a", found, 1e9, "x", "").is_met
+
+
+def test_the_largest_of_nothing_misses_its_limit() -> None:
+    assert not at_most("a", largest([]), 1e9, "x", "").is_met
+    with pytest.raises(ValueError, match="shorter"):
+        largest_distance([1.0, 2.0], [1.0])

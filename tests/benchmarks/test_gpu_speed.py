@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from psannlm.benchmarks import gpu_speed
 from psannlm.benchmarks.gpu_speed import Rates, check_speed, fitting_rows, rate_measures
 from psannlm.benchmarks.gpu_stage import Shape, Stage
 from psannlm.benchmarks.timing import Spread
@@ -45,6 +47,28 @@ def test_uneven_turns_are_seen() -> None:
 def test_a_costly_sine_is_seen() -> None:
     name = "131,072 tokens: a step with the sine / with GELU"
     assert missed(rates(), 1.1) == missed(rates(), float("nan")) == [name]
+
+
+def test_a_loss_that_is_no_number_is_seen_even_in_a_rehearsal() -> None:
+    found = rates()
+    found["waveresnet"] = replace(found["waveresnet"], problems=("waveresnet: a loss is not finite",))
+    name = "waveresnet, 131,072 tokens: problems of the training that is timed"
+    assert missed(found) == missed(found, is_rehearsal=True, is_large_gpu=False) == [name]
+
+
+def test_a_training_that_comes_to_no_number_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = gpu_speed.bench_train
+
+    def lost(*arguments: Any, **settings: Any) -> Any:
+        report = original(*arguments, **settings)
+        report.rows[-1].losses[-1] = float("nan")
+        return report
+
+    monkeypatch.setattr(gpu_speed, "bench_train", lost)
+    result = check_speed(stage)
+    assert all(measure.name.endswith("problems of the training that is timed") for measure in result.missed)
+    assert len(result.missed) == 3 * len(stage.sizes.batch_tokens)
+    assert any(note.endswith("respsann with GELU: a loss is not finite") for note in result.notes)
 
 
 def test_every_base_and_batch_is_measured(stage: Stage) -> None:
