@@ -48,21 +48,28 @@ def gpu_validate(
             log.say(text)
             line.show(text)
 
-        report = validate(device, only=only or (), baseline=baseline, any_machine=baseline_any_machine, say=say)
-    summary = report.as_dict()
-    write_json(folder / "summary.json", summary)
-    overview = _overview(report)
-    text = table_text(overview, *(_check_table(result) for result in report.results if result.measures))
-    write_text(folder / "table.txt", text)
-    log.add(text)
+        def keep(report: BatteryReport) -> None:
+            # After every check: a battery that is killed leaves those behind that it was through with.
+            write_json(folder / "summary.json", report.as_dict())
+            write_text(folder / "table.txt", _tables(report))
+
+        report = validate(
+            device, only=only or (), baseline=baseline, any_machine=baseline_any_machine, say=say, on_report=keep
+        )
+    log.add(_tables(report))
     draw_battery(folder, report)
     if as_json:
-        print_json({**summary, "folder": str(folder)})
+        print_json({**report.as_dict(), "folder": str(folder)})
     else:
-        results().print(overview)
+        results().print(_overview(report))
         results().print(f"written to {folder}", highlight=False, markup=False)
     if report.problems:
         raise LimitMissed("; ".join(report.problems))
+
+
+def _tables(report: BatteryReport) -> str:
+    text: str = table_text(_overview(report), *(_check_table(result) for result in report.results if result.measures))
+    return text
 
 
 def _overview(report: BatteryReport) -> Table:
@@ -88,8 +95,10 @@ def _overview(report: BatteryReport) -> Table:
             f"{result.seconds:,.1f}",
             Text(_says(result)),
         )
+    lines = [f"not run yet: {', '.join(report.to_come)}"] if report.to_come else []
     if report.regressions:
-        table.caption = "\n".join(["worse than the baseline:", *report.regressions])
+        lines += ["worse than the baseline:", *report.regressions]
+    table.caption = "\n".join(lines) or None
     return table
 
 

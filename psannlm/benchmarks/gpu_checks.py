@@ -50,6 +50,7 @@ def validate(
     any_machine: bool = False,
     sizes: Sizes | None = None,
     say: Callable[[str], None] = lambda line: None,
+    on_report: Callable[[BatteryReport], None] = lambda report: None,
     clock: Clock = time.perf_counter,
 ) -> BatteryReport:
     """Run the checks (all, or ``only`` those named) and return what they came to.
@@ -61,6 +62,7 @@ def validate(
         baseline: an earlier ``summary.json`` to compare with; ``any_machine``: even one of other hardware.
         sizes: None takes what suits the device.
         say: takes lines for people.
+        on_report: takes what is known after each check: a battery that is killed leaves behind what was kept of these.
 
     Raises:
         PsannlmError: a GPU was asked for and is not there (exit code 1).
@@ -75,19 +77,21 @@ def validate(
     if baseline is not None:
         former = read_baseline(baseline, machine, is_rehearsal=is_rehearsal, any_machine=any_machine)
     sizes = sizes or (REHEARSAL if is_rehearsal else FULL)
+    results: list[CheckResult] = []
+    report = BatteryReport(machine, is_rehearsal, (), None if baseline is None else str(baseline), to_come=tuple(names))
     with _settings(is_rehearsal), tempfile.TemporaryDirectory(prefix="psannlm-gpu-") as folder:
-        results = []
         for name in names:
             stage = Stage(chosen, sizes, is_rehearsal, Path(folder) / name, say, clock)
             results.append(run_check(name, CHECKS[name], stage))
             say(f"{name}: {results[-1].status} after {results[-1].seconds:,.1f} s")
-    return BatteryReport(
-        machine=machine,
-        is_rehearsal=is_rehearsal,
-        results=tuple(results),
-        baseline=None if baseline is None else str(baseline),
-        regressions=() if former is None else tuple(regressions(results, former)),
-    )
+            report = replace(
+                report,
+                results=tuple(results),
+                regressions=() if former is None else tuple(regressions(results, former)),
+                to_come=tuple(names[len(results) :]),
+            )
+            on_report(report)
+    return report
 
 
 def require_device(
@@ -112,7 +116,10 @@ def require_device(
 
 
 def run_check(name: str, check: Check, stage: Stage) -> CheckResult:
-    """Return what ``check`` came to; whatever breaks in it is its ``error``, and never passes for ok."""
+    """Return what ``check`` came to; whatever breaks in it is its ``error``, and never passes for ok.
+
+    So is what keeps the device from coming free behind it.
+    """
     stage.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     try:
@@ -123,13 +130,32 @@ def run_check(name: str, check: Check, stage: Stage) -> CheckResult:
     except Exception as error:  # noqa: BLE001 - a check may break in any way, and must not hide the others
         for line in traceback.format_exc().splitlines():
             stage.say(f"{name}: {line}")
-        message = " ".join(str(error).split())
-        result = CheckResult(name, "", error=f"{type(error).__name__}: {message:.500}")
+        result = CheckResult(name, "", error=_told(error))
     finally:
         shutil.rmtree(stage.folder, ignore_errors=True)
-        # A GPU that ran out of memory has work that failed still in its queue; the next check starts from an idle one.
-        stage.release()
+    failure = _release(stage)
+    if failure is not None:
+        stage.say(f"{name}: {failure}")
+        result = replace(result, error=failure if result.error is None else f"{result.error}; {failure}")
     return replace(result, seconds=time.monotonic() - began)
+
+
+def _release(stage: Stage) -> str | None:
+    """Wait for the device and free it for the next check; return in words what kept it from that, or None.
+
+    A GPU that ran out of memory has work that failed still in its queue, and one whose kernel broke answers every later
+    call with the same error: that is told of each check from then on, and takes none of what was measured before.
+    """
+    try:
+        stage.wait()
+        stage.release()
+    except RuntimeError as error:
+        return f"the device did not come free after the check: {_told(error)}"
+    return None
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
 
 
 def _chosen(only: Sequence[str]) -> list[str]:

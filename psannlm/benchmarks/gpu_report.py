@@ -122,6 +122,7 @@ class BatteryReport:
         is_rehearsal: whether sizes were small and rates held against nothing.
         baseline: path of the earlier summary, or None.
         regressions: one line for each value that is worse than there by more than its tolerance.
+        to_come: the checks that have not run yet; none at the end of a battery.
     """
 
     machine: dict[str, Any]
@@ -129,6 +130,7 @@ class BatteryReport:
     results: tuple[CheckResult, ...]
     baseline: str | None = None
     regressions: tuple[str, ...] = ()
+    to_come: tuple[str, ...] = ()
 
     @property
     def problems(self) -> list[str]:
@@ -136,8 +138,10 @@ class BatteryReport:
         return [line for result in self.results for line in result.problems()] + list(self.regressions)
 
     @property
-    def verdict(self) -> Literal["ok", "failed"]:
-        """``ok`` when nothing failed; checks that were skipped are named beside it."""
+    def verdict(self) -> Literal["ok", "failed", "unfinished"]:
+        """``ok`` when all ran and nothing failed; checks that were skipped are named beside it."""
+        if self.to_come:
+            return "unfinished"
         return "failed" if self.problems else "ok"
 
     def as_dict(self) -> dict[str, Any]:
@@ -149,6 +153,7 @@ class BatteryReport:
             "is_rehearsal": self.is_rehearsal,
             "machine": self.machine,
             "problems": self.problems,
+            "to_come": list(self.to_come),
             "baseline": self.baseline,
             "regressions": list(self.regressions),
             "checks": [result.as_dict() for result in self.results],

@@ -9,7 +9,7 @@ import torch
 
 from psannlm.benchmarks import gpu_checks
 from psannlm.benchmarks.gpu_checks import CHECKS, require_device, run_check, validate
-from psannlm.benchmarks.gpu_report import CheckResult, at_most
+from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult, at_most
 from psannlm.benchmarks.gpu_stage import Stage
 from psannlm.errors import ConfigError, Interrupted, PsannlmError
 
@@ -74,6 +74,35 @@ def test_the_users_own_interrupt_ends_the_battery(stage: Stage) -> None:
 
     with pytest.raises(Interrupted):
         run_check("GPU-08", interrupted, stage)
+
+
+def test_a_device_that_does_not_come_free_is_told_and_the_others_run(
+    checks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an illegal access: every call on the device fails from then on, freeing memory among them."""
+
+    def release(stage: Stage) -> None:
+        if len(checks) >= 3:
+            raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+
+    monkeypatch.setattr(Stage, "release", release)
+    report = validate("cpu", only=[f"GPU-0{number}" for number in range(1, 6)])
+    assert checks == [f"GPU-0{number}" for number in range(1, 6)]
+    assert [r.status for r in report.results] == ["ok", "ok", "error", "error", "error"]
+    told = "the device did not come free after the check: RuntimeError: CUDA error: an illegal memory access was encou"
+    third, fourth, _ = (str(r.error) for r in report.results[2:])
+    assert third.startswith(told)
+    assert fourth.startswith("RuntimeError: CUDA error: an illegal memory access was encountered; " + told)
+    assert report.results[2].measures == GOOD, "what was measured is kept"
+
+
+def test_each_check_is_handed_out_as_soon_as_it_is_done(checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[BatteryReport] = []
+    report = validate("cpu", only=("GPU-01", "GPU-02", "GPU-03"), on_report=kept.append)
+    assert [len(r.results) for r in kept] == [1, 2, 3]
+    assert [r.verdict for r in kept] == ["unfinished", "unfinished", "ok"]
+    assert [r.to_come for r in kept] == [("GPU-02", "GPU-03"), ("GPU-03",), ()]
+    assert kept[-1] == report
 
 
 def test_threads_are_given_back(checks: list[str]) -> None:

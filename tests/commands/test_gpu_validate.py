@@ -12,6 +12,8 @@ import torch
 
 from psannlm.benchmarks import gpu_checks
 from psannlm.benchmarks.gpu_report import CheckResult, at_least, at_most
+from psannlm.errors import Interrupted
+from psannlm.reports.batteries import battery_headlines, battery_tables
 
 Run = Callable[..., Any]
 
@@ -86,3 +88,29 @@ def test_wrong_usage_ends_with_two_before_anything_runs(
     assert psannlm("gpu-validate", "--device", "tpu").code == 2
     assert psannlm("gpu-validate", "--device", "cpu", "--baseline", "absent.json").code == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt(), Interrupted("stopped")], ids=["ctrl-c", "in a training run"])
+def test_a_battery_that_is_stopped_leaves_the_checks_it_was_through_with(
+    psannlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: BaseException
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def good(name: str) -> Callable[[Any], CheckResult]:
+        return lambda stage: CheckResult(name, "a check", (at_most("error", 0.0, 1.0, "x", "because"),))
+
+    def stopped(stage: Any) -> CheckResult:
+        raise how
+
+    checks = {"GPU-01": good("GPU-01"), "GPU-02": good("GPU-02"), "GPU-03": stopped, "GPU-04": good("GPU-04")}
+    monkeypatch.setattr(gpu_checks, "CHECKS", checks)
+    assert psannlm("gpu-validate", "--device", "cpu", "--out", "here").code == 130
+    summary = json.loads(Path("here/summary.json").read_text(encoding="utf-8"))
+    assert summary["verdict"] == "unfinished"
+    assert [check["check"] for check in summary["checks"]] == ["GPU-01", "GPU-02"]
+    assert summary["to_come"] == ["GPU-03", "GPU-04"]
+    table = Path("here/table.txt").read_text(encoding="utf-8")
+    assert "unfinished" in table
+    assert "not run yet: GPU-03, GPU-04" in table
+    battery_tables(summary)
+    battery_headlines(summary)
