@@ -126,7 +126,7 @@ def _check_table(result: CheckResult) -> Table:
     table.add_column("why this limit", overflow="fold")
     for measure in result.measures:
         table.add_row(
-            Text(measure.name),
+            Text(f"{measure.name}: {measure.detail}" if measure.detail else measure.name),
             _figure(measure.value),
             f"{'≤' if measure.side == 'at most' else '≥'} {_figure(measure.limit)}",
             measure.unit,

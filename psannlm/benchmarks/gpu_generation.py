@@ -114,13 +114,13 @@ def _ragged_prompts(stage: Stage) -> Prompts:
 def token_measures(base: str, report: KvReport) -> list[Measure]:
     """Return how many tokens the cache changed, and how far its size is from the one predicted."""
     difference = report.agreement.difference
-    name = f"{base}: tokens that the cache changes" + ("" if difference is None else f" ({difference})")
+    name, where = f"{base}: tokens that the cache changes", "" if difference is None else str(difference)
     reason = "greedy text depends on the weights alone; ties within the rounding of float32 are counted as equal"
     predicted, measured = report.predicted_cache_bytes(), report.measured_cache_bytes()
     off = largest(abs(measured[case] - predicted[case]) for case in measured)
     exact = "keys, values and tails are all that there is to hold: their number is known to the byte"
     return [
-        none_of(name, 0 if difference is None else 1, "tokens", reason),
+        none_of(name, 0 if difference is None else 1, "tokens", reason, detail=where),
         at_least(
             f"{base}: different tokens", report.distinct_tokens, 2, "ids", "one id repeated would be the same anyhow"
         ),
@@ -139,9 +139,9 @@ def ragged_measure(base: str, model: Transformer, prompts: Prompts, n_new: int) 
         runs = {"alone": [_as_run(alone)], "in the batch": [_as_run(together[row])]}
         if compare(engine.model, [prompt], runs, rounding).difference is not None:
             wrong.append(row)
-    where = f" (rows {wrong})" if wrong else ""
+    where = f"rows {wrong}" if wrong else ""
     reason = "a row depends on nothing but its own tokens"
-    return none_of(f"{base}: rows that their company changes{where}", wrong, "rows", reason)
+    return none_of(f"{base}: rows that their company changes", wrong, "rows", reason, detail=where)
 
 
 def _decode(engine: Engine, prompts: Sequence[Sequence[int]], n_new: int) -> Prompts:
@@ -230,11 +230,12 @@ def graph_measures(base: str, n_skips: int, n_recorded: int) -> list[Measure]:
 def compiled_decoding_measures(base: str, report: KvReport, *, is_rehearsal: bool) -> list[Measure]:
     """Return whether compiling changes a token, what it gains, and what its first run costs."""
     difference, gain = report.agreement.difference, report.from_compiling(True)
-    name = f"{base}: tokens that compiling changes" + ("" if difference is None else f" ({difference})")
+    name, where = f"{base}: tokens that compiling changes", "" if difference is None else str(difference)
+    ties = "ties within the rounding of float32 count as equal"
     seconds = largest(report.compile_s().values())
     edges = gain or Spread.of([math.nan])
     return [
-        none_of(name, 0 if difference is None else 1, "tokens", "ties within the rounding of float32 count as equal"),
+        none_of(name, 0 if difference is None else 1, "tokens", ties, detail=where),
         _rate(
             f"{base}: decode rate, compiled / plain",
             edges,

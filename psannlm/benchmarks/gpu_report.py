@@ -16,13 +16,14 @@ class Measure:
     """One measured value and the limit that it is held against.
 
     Attributes:
-        name: unique within its check.
+        name: unique within its check, and the same whatever is measured: a baseline is compared by it.
         value: in ``unit``; one that is not finite misses every limit.
         side: whether the limit is the highest or the lowest value that passes.
         reason: why the limit stands where it does.
         regression: how much worse than in an earlier battery the value may be, as a share of the earlier one; None: the
             limit alone counts, because the value moves from run to run by more than it means.
         spread: lowest and highest of the measurements behind the value, or None for a single one.
+        detail: what was found, for people: where two texts part, which tensors differ.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Measure:
     reason: str
     regression: float | None = None
     spread: tuple[float, float] | None = None
+    detail: str = ""
 
     @property
     def is_met(self) -> bool:
@@ -42,7 +44,8 @@ class Measure:
         return self.value <= self.limit if self.side == "at most" else self.value >= self.limit
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.value:.4g} {self.unit} ({self.side} {self.limit:.4g})"
+        found = f": {self.detail}" if self.detail else ""
+        return f"{self.name}: {self.value:.4g} {self.unit} ({self.side} {self.limit:.4g}){found}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return every field and the verdict as plain data; a value that is not finite becomes a word."""
@@ -170,10 +173,10 @@ def at_least(name: str, value: float, limit: float, unit: str, reason: str, **mo
     return Measure(name, float(value), unit, "at least", limit, reason, **more)
 
 
-def none_of(name: str, found: Sequence[object] | int, unit: str, reason: str) -> Measure:
+def none_of(name: str, found: Sequence[object] | int, unit: str, reason: str, **more: Any) -> Measure:
     """Return a measure of things of which there must be none."""
     count = found if isinstance(found, int) else len(found)
-    return at_most(name, count, 0, unit, reason)
+    return at_most(name, count, 0, unit, reason, **more)
 
 
 def largest(values: Iterable[float]) -> float:

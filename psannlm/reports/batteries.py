@@ -53,7 +53,7 @@ def _says(check: dict[str, Any]) -> str:
         return str(check["skipped"])
     missed = [measure for measure in check["measures"] if not measure["is_met"]]
     if missed:
-        return "; ".join(f"{m['name']}: {tell(m['value'])} {m['unit']} ({_limit(m)})" for m in missed)
+        return "; ".join(f"{_name(m)}: {tell(m['value'])} {m['unit']} ({_limit(m)})" for m in missed)
     return f"{len(check['measures'])} limits kept" if check["measures"] else "nothing was measured"
 
 
@@ -64,12 +64,17 @@ def _regressions(figures: dict[str, Any]) -> Iterator[Table]:
 
 def _measures(check: dict[str, Any]) -> Table:
     rows = [
-        [m["name"], _value(m), _limit(m), m["unit"], "ok" if m["is_met"] else "missed", m["reason"]]
+        [_name(m), _value(m), _limit(m), m["unit"], "ok" if m["is_met"] else "missed", m["reason"]]
         for m in check["measures"]
     ]
     is_open = check["status"] in ("failed", "error")
     title = f"{check['check']}, {check['title']}: {check['status']}"
     return Table(title, _HEADINGS, rows, frozenset({1, 2}), "; ".join(check["notes"]), is_folded=not is_open)
+
+
+def _name(measure: dict[str, Any]) -> str:
+    # Earlier batteries have no such thing.
+    return f"{measure['name']} ({measure['detail']})" if measure.get("detail") else str(measure["name"])
 
 
 def _value(measure: dict[str, Any]) -> str:

@@ -47,7 +47,9 @@ def test_a_flipped_byte_of_a_checkpoint_is_seen(stage: Stage, monkeypatch: pytes
 def test_damage_that_reading_passes_over_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checkpoints, "read_state", lambda folder: None)
     monkeypatch.setattr(gpu_checkpoints, "_resume_measures", lambda stage: ([], []))
-    assert [m.value for m in check_checkpoints(stage).missed] == [24]
+    [missed] = check_checkpoints(stage).missed
+    assert (missed.name, missed.value) == ("flipped bits that reading did not notice", 24)
+    assert missed.detail.startswith("of 24: model.safetensors, byte ")
 
 
 def test_weights_that_come_back_changed_are_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,10 +63,9 @@ def test_weights_that_come_back_changed_are_seen(stage: Stage, monkeypatch: pyte
 
     monkeypatch.setattr(gpu_checkpoints, "load_model", rounded)
     monkeypatch.setattr(gpu_checkpoints, "_resume_measures", lambda stage: ([], []))
-    missed = [measure.name for measure in check_checkpoints(stage).missed]
-    assert missed == [
-        "weights that are others on the CPU (embedding.weight)",
-        "weights that are others back on the device (embedding.weight)",
+    assert [(measure.name, measure.detail) for measure in check_checkpoints(stage).missed] == [
+        ("weights that are others on the CPU", "embedding.weight"),
+        ("weights that are others back on the device", "embedding.weight"),
     ]
 
 
@@ -92,3 +93,8 @@ def test_elsewhere_it_may_differ_as_the_device_does() -> None:
     assert "resume is not exact here" in notes[0]
     [far], _ = resume_measures(straight, {"w": torch.ones(4) * (1 - 1e-4)}, again)
     assert not far.is_met
+    exact, _ = resume_measures(straight, dict(straight), dict(straight))
+    assert [m.name for m in exact] == [near.name] == [far.name], "whether the device repeats itself names nothing"
+    for damaged in ({"w": torch.full((4,), float("nan"))}, {}):
+        [lost], _ = resume_measures(straight, damaged, again)
+        assert not lost.is_met

@@ -57,6 +57,12 @@ def test_one_missed_limit_fails_the_check_and_the_battery() -> None:
     assert report.problems == ["GPU-01: other error: 2 x (at most 1)"]
 
 
+def test_what_was_found_is_told_beside_the_name() -> None:
+    measure = none_of("others", ["a"], "tensors", "", detail="a")
+    assert (measure.name, str(measure)) == ("others", "others: 1 tensors (at most 0): a")
+    assert measure.as_dict()["detail"] == "a"
+
+
 def test_an_error_outweighs_what_was_measured_before_it() -> None:
     assert CheckResult("GPU-01", "t", (GOOD,), error="it broke").status == "error"
 

@@ -79,6 +79,22 @@ def test_every_base_and_batch_is_measured(stage: Stage) -> None:
     assert all(rate > 0 for name, values in result.series.items() for rate in values)
 
 
+def test_the_names_are_those_of_a_card_with_less_memory(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(d_model=32, n_layers=2, n_heads=2, vocab_size=64, seq_len=32, n_rows=8)
+    large = replace(stage, sizes=replace(stage.sizes, utilisation=shape))
+
+    def names_and_notes(n_rows: int) -> tuple[list[str], str]:
+        monkeypatch.setattr(gpu_speed, "fitting_rows", lambda *arguments: replace(shape, n_rows=n_rows))
+        notes: list[str] = []
+        measures = gpu_speed._utilisation(large, False, notes)
+        return [measure.name for measure in measures], notes[0]
+
+    (names, note), (fewer_names, fewer_note) = names_and_notes(8), names_and_notes(4)
+    assert names == fewer_names
+    assert note.endswith("256 batch tokens")
+    assert fewer_note.endswith("128 batch tokens")
+
+
 def test_a_clock_that_stands_still_is_no_infinite_rate(stage: Stage) -> None:
     with pytest.raises(ZeroDivisionError):
         check_speed(replace(stage, clock=lambda: 1.0))

@@ -89,6 +89,14 @@ def test_a_gathered_battery_is_in_the_files_of_rates_and_memory(tmp_path: Path) 
     assert [row["bytes"] for row in memory] == [5_000_000_000]
 
 
+def test_what_was_found_stands_beside_the_name_in_later_batteries() -> None:
+    broken = CheckResult("GPU-08", "t", (at_most("others", 1.0, 0.0, "tensors", "", detail="embedding.weight"),))
+    plain = BatteryReport(MACHINE, True, (broken,)).as_dict()
+    assert battery_tables(plain)[1].rows[0][0] == "others (embedding.weight)"
+    del plain["checks"][0]["measures"][0]["detail"]
+    assert battery_tables(plain)[1].rows[0][0] == "others"
+
+
 def test_a_value_that_is_no_number_is_shown() -> None:
     broken = CheckResult("GPU-01", "t", (at_most("error", float("nan"), 1.0, "x", ""),))
     plain = BatteryReport(MACHINE, True, (broken,)).as_dict()
