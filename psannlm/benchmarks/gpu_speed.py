@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,7 @@ _SINE_COST_LIMIT = 1.05
 _RATE_REGRESSION = 0.05
 _PASSES_PER_TURN = 10
 _SHARE_OF_MEMORY = 0.8
+_OUT_OF_MEMORY = "torch.OutOfMemoryError in a batch for which there was to be room: see GPU-04"
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,15 @@ def check_speed(stage: Stage) -> CheckResult:
     series: dict[str, list[float]] = {"batch tokens": []}
     for batch_tokens in stage.sizes.batch_tokens:
         shape = replace(stage.sizes.speed, n_rows=batch_tokens // stage.sizes.speed.seq_len)
-        try:
-            rates, sine_cost = _measure_bases(stage, shape, is_compiled)
-        except torch.OutOfMemoryError:
+        measured = None
+        # What an error that is being handled holds cannot be released: what follows from it stands behind it.
+        with suppress(torch.OutOfMemoryError):
+            measured = _measure_bases(stage, shape, is_compiled)
+        if measured is None:
             stage.release()
             notes.append(f"{batch_tokens:,} batch tokens do not fit into the memory of {describe_device(stage.device)}")
             continue
+        rates, sine_cost = measured
         series["batch tokens"].append(float(batch_tokens))
         for name, found in rates.items():
             notes += [f"{name}, {batch_tokens:,} tokens: {problem}" for problem in found.problems]
@@ -196,31 +201,31 @@ def _utilisation_measure(case: str, value: float, is_rehearsal: bool, *, is_smal
 def _utilisation(stage: Stage, is_compiled: bool, notes: list[str]) -> list[Measure]:
     """Measure training of a model large enough to be bound by arithmetic, in the largest batch that fits."""
     shape = stage.sizes.utilisation
-    if shape is None:
-        notes.append("the large model is left out of a rehearsal")
-        return []
     measures = []
     bases: tuple[BaseName, ...] = ("waveresnet", "transformer")
     for base in bases:
-        config = shape.config(base)
+        config, case = shape.config(base), f"{base}, the large model"
         fitting = fitting_rows(config, shape, stage.low_precision(), _free_bytes(stage))
         if fitting is None:
-            notes.append(f"{base}: the large model does not fit into the memory of {describe_device(stage.device)}")
+            notes.append(f"{case}: does not fit into the memory of {describe_device(stage.device)}")
             continue
-        stage.say(f"GPU-03: {base}, {fitting.d_model} wide, {fitting.n_layers} layers")
-        report = _train(stage, config, fitting, is_compiled, with_gelu=False)
-        case = f"{base}, the large model"
-        notes.append(f"{case}: {report.ours.parameters / 1e6:,.0f}M parameters, {fitting.n_tokens:,} batch tokens")
-        reason = "held against its utilisation, which knows the GPU"
-        notes += [f"{case}: {problem}" for problem in report.problems]
-        measures += [
-            _problems_measure(case, report.problems),
-            _rate(f"{case}: training", report.tokens_per_s(report.ours), 0.0, reason),
-            _utilisation_measure(
-                case, report.utilisation(report.ours).median, stage.is_rehearsal, is_small=not _large(stage)
-            ),
-        ]
+        stage.say(f"GPU-03: {case}, {fitting.d_model} wide, {fitting.n_layers} layers")
+        notes.append(f"{case}: {fitting.n_tokens:,} batch tokens")
+        report, problems, training, utilisation = None, [_OUT_OF_MEMORY], Spread.of([0.0]), 0.0
+        with suppress(torch.OutOfMemoryError):
+            report = _train(stage, config, fitting, is_compiled, with_gelu=False)
         stage.release()
+        if report is not None:
+            notes[-1] += f", {report.ours.parameters / 1e6:,.1f}M parameters"
+            problems, training = report.problems, report.tokens_per_s(report.ours)
+            utilisation = report.utilisation(report.ours).median
+        notes += [f"{case}: {problem}" for problem in problems]
+        reason = "held against its utilisation, which knows the GPU"
+        measures += [
+            _problems_measure(case, problems),
+            _rate(f"{case}: training", training, 0.0, reason),
+            _utilisation_measure(case, utilisation, stage.is_rehearsal, is_small=not _large(stage)),
+        ]
     return measures
 
 

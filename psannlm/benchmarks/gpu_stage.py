@@ -58,7 +58,7 @@ class Sizes:
 
     Attributes:
         gradients: GPU-01. training: GPU-02, 05, 06 and 08. speed: GPU-03; its rows follow from ``batch_tokens``.
-        memory: GPU-04. utilisation: the large model of GPU-03, or None. decoding: GPU-07 and 09.
+        memory: GPU-04. utilisation: the large model of GPU-03. decoding: GPU-07 and 09.
         batch_tokens: of GPU-03.
         n_steps: of the runs that are compared.
         repeats: counted runs of what is timed.
@@ -68,7 +68,7 @@ class Sizes:
     training: Shape
     speed: Shape
     memory: Shape
-    utilisation: Shape | None
+    utilisation: Shape
     decoding: Shape
     batch_tokens: tuple[int, ...]
     n_steps: int
@@ -95,7 +95,7 @@ REHEARSAL = Sizes(
     training=Shape(d_model=32, n_layers=2, n_heads=2, vocab_size=300, seq_len=32, n_rows=8),
     speed=Shape(d_model=32, n_layers=2, n_heads=2, vocab_size=256, seq_len=64, n_rows=8),
     memory=Shape(d_model=64, n_layers=6, n_heads=2, vocab_size=64, seq_len=64, n_rows=32),
-    utilisation=None,
+    utilisation=Shape(d_model=48, n_layers=2, n_heads=2, vocab_size=64, seq_len=32, n_rows=4),
     decoding=Shape(d_model=32, n_layers=1, n_heads=2, vocab_size=128, seq_len=128, n_rows=3),
     batch_tokens=(512, 1024),
     n_steps=20,
