@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import statistics
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from psannlm.benchmarks.gpu_report import CheckResult, Measure, at_least, at_most, none_of
+from psannlm.benchmarks.gpu_rates import (
+    PUBLISHED_BY,
+    PUBLISHED_FORWARD,
+    Rates,
+    card_of,
+    large_measures,
+    rate_measures,
+)
+from psannlm.benchmarks.gpu_report import CheckResult, Measure
 from psannlm.benchmarks.gpu_stage import BASE_NAMES, Shape, Stage, Trainer, draw_tokens, dtype_name, micro_batch
 from psannlm.benchmarks.throughput import bench_train
 from psannlm.benchmarks.throughput_report import ThroughputReport
@@ -19,35 +28,9 @@ from psannlm.config.train import Amp
 from psannlm.device import describe_device, has_compiler
 from psannlm.models.accounting import training_memory
 
-# What the project that these models come from published in November 2025: forward passes of two H200s at 131,072 batch
-# tokens, 4 layers of 256, float32, in tokens per second.
-PUBLISHED_FORWARD = {"respsann": 614_700.0, "waveresnet": 612_600.0}
-PUBLISHED_BY = "published in November 2025 for two H200s, 131,072 tokens, float32, forward"
-_PUBLISHED_TOKENS = 131_072
-_OVER_PUBLISHED = 10.0
-# GPUs of the published generation and later, by parts of their names: only these are held against figures of H200s.
-_LARGE_GPUS = ("H100", "H200", "GH200", "B100", "B200", "B300")
-_UTILISATION_LIMIT = 0.5
-_SMALL_UTILISATION_LIMIT = 0.05
-_SPREAD_LIMIT = 0.2
-_SINE_COST_LIMIT = 1.05
-_RATE_REGRESSION = 0.05
 _PASSES_PER_TURN = 10
 _SHARE_OF_MEMORY = 0.8
 _OUT_OF_MEMORY = "torch.OutOfMemoryError in a batch for which there was to be room: see GPU-04"
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Tokens per second of one model at one batch size, and the share of the matrix peak that training reaches.
-
-    ``problems``: what makes these worth less, a loss that is no number above all.
-    """
-
-    training: Spread
-    forward: Spread
-    utilisation: float
-    problems: tuple[str, ...] = ()
 
 
 def check_speed(stage: Stage) -> CheckResult:
@@ -75,14 +58,11 @@ def check_speed(stage: Stage) -> CheckResult:
         for name, found in rates.items():
             notes += [f"{name}, {batch_tokens:,} tokens: {problem}" for problem in found.problems]
             series.setdefault(f"{name}: training", []).append(found.training.median)
-            series.setdefault(f"{name}: forward", []).append(found.forward.median)
-        measures += rate_measures(rates, sine_cost, batch_tokens, _large(stage), is_rehearsal=stage.is_rehearsal)
+            if found.forward is not None:
+                series.setdefault(f"{name}: forward", []).append(found.forward.median)
+        measures += rate_measures(rates, sine_cost, batch_tokens, card_of(stage))
     measures += _utilisation(stage, is_compiled, notes)
     return CheckResult("GPU-03", "throughput", tuple(measures), notes=tuple(notes), series=series)
-
-
-def _large(stage: Stage) -> bool:
-    return stage.is_gpu and any(name in describe_device(stage.device) for name in _LARGE_GPUS)
 
 
 def _train(stage: Stage, config: ModelConfig, shape: Shape, is_compiled: bool, *, with_gelu: bool) -> ThroughputReport:
@@ -112,11 +92,20 @@ def _measure_bases(stage: Stage, shape: Shape, is_compiled: bool) -> tuple[dict[
         cost = report.sine_cost(is_compiled)
         sine_cost = sine_cost if cost is None else 1.0 + cost.median
         forward = _forward(stage, config, shape, is_compiled)
-        rates[str(base)] = Rates(
-            report.tokens_per_s(report.ours), forward, report.utilisation(report.ours).median, tuple(report.problems)
-        )
+        rates[str(base)] = _rates(report, forward)
         stage.release()
     return rates, sine_cost
+
+
+def _rates(report: ThroughputReport, forward: Spread | None) -> Rates:
+    return Rates(
+        training=report.tokens_per_s(report.ours),
+        forward=forward,
+        utilisation=report.utilisation(report.ours).median,
+        flops_per_token=report.ours.flops_per_token,
+        peak_flops_per_s=statistics.median(report.matrix_flops_per_s),
+        problems=tuple(report.problems),
+    )
 
 
 def _forward(stage: Stage, config: ModelConfig, shape: Shape, is_compiled: bool) -> Spread:
@@ -139,65 +128,6 @@ def _forward(stage: Stage, config: ModelConfig, shape: Shape, is_compiled: bool)
     return Spread.of(take_turns({"forward": turn}, stage.sizes.repeats, warm_ups=1, clock=stage.clock)["forward"])
 
 
-def rate_measures(
-    rates: Mapping[str, Rates], sine_cost: float, batch_tokens: int, is_large_gpu: bool, *, is_rehearsal: bool
-) -> list[Measure]:
-    """Return rates, utilisation and spread of every base at one batch size, and what the sine costs."""
-    measures = []
-    for name, found in rates.items():
-        case = f"{name}, {batch_tokens:,} tokens"
-        training, forward = found.training, found.forward
-        limit, reason = 0.0, "held against its utilisation, which knows the GPU"
-        if is_large_gpu and batch_tokens == _PUBLISHED_TOKENS and name in PUBLISHED_FORWARD:
-            limit = _OVER_PUBLISHED * PUBLISHED_FORWARD[name]
-            reason = f"ten times {PUBLISHED_FORWARD[name]:,.0f}, published for two H200s in float32"
-        measures += [
-            _problems_measure(case, found.problems),
-            _rate(f"{case}: training", training, 0.0, "held against its utilisation, which knows the GPU"),
-            _rate(f"{case}: forward", forward, limit, reason),
-            _utilisation_measure(case, found.utilisation, is_rehearsal, is_small=True),
-            at_most(
-                f"{case}: spread of training",
-                (training.highest - training.lowest) / training.median,
-                1e3 if is_rehearsal else _SPREAD_LIMIT,
-                "of the median",
-                "turns that differ by more come from a machine that does something else, or runs hot",
-            ),
-        ]
-    measures.append(
-        at_most(
-            f"{batch_tokens:,} tokens: a step with the sine / with GELU",
-            sine_cost,
-            1e3 if is_rehearsal else _SINE_COST_LIMIT,
-            "x",
-            "the sine is one pass over memory each way, as GELU is",
-        )
-    )
-    return measures
-
-
-def _problems_measure(case: str, problems: Sequence[str]) -> Measure:
-    reason = "steps that learn nothing may be quicker than steps that do: their rate says nothing"
-    return none_of(f"{case}: problems of the training that is timed", problems, "problems", reason)
-
-
-def _rate(name: str, spread: Spread, limit: float, reason: str) -> Measure:
-    edges = (spread.lowest, spread.highest)
-    return at_least(name, spread.median, limit, "tokens/s", reason, regression=_RATE_REGRESSION, spread=edges)
-
-
-def _utilisation_measure(case: str, value: float, is_rehearsal: bool, *, is_small: bool) -> Measure:
-    if is_rehearsal:
-        return at_least(f"{case}: utilisation", value, 0.0, "of the peak", "a rehearsal holds rates against nothing")
-    if is_small:
-        reason = "matrices 256 wide are bound by memory, not by arithmetic; less is a step that waits"
-        return at_least(f"{case}: utilisation", value, _SMALL_UTILISATION_LIMIT, "of the peak", reason)
-    reason = "products are most of the work at this size; half of the measured peak is what good code reaches"
-    return at_least(
-        f"{case}: utilisation", value, _UTILISATION_LIMIT, "of the peak", reason, regression=_RATE_REGRESSION
-    )
-
-
 def _utilisation(stage: Stage, is_compiled: bool, notes: list[str]) -> list[Measure]:
     """Measure training of a model large enough to be bound by arithmetic, in the largest batch that fits."""
     shape = stage.sizes.utilisation
@@ -211,21 +141,14 @@ def _utilisation(stage: Stage, is_compiled: bool, notes: list[str]) -> list[Meas
             continue
         stage.say(f"GPU-03: {case}, {fitting.d_model} wide, {fitting.n_layers} layers")
         notes.append(f"{case}: {fitting.n_tokens:,} batch tokens")
-        report, problems, training, utilisation = None, [_OUT_OF_MEMORY], Spread.of([0.0]), 0.0
+        found = Rates(Spread.of([0.0]), None, 0.0, 1, math.nan, (_OUT_OF_MEMORY,))
         with suppress(torch.OutOfMemoryError):
             report = _train(stage, config, fitting, is_compiled, with_gelu=False)
-        stage.release()
-        if report is not None:
             notes[-1] += f", {report.ours.parameters / 1e6:,.1f}M parameters"
-            problems, training = report.problems, report.tokens_per_s(report.ours)
-            utilisation = report.utilisation(report.ours).median
-        notes += [f"{case}: {problem}" for problem in problems]
-        reason = "held against its utilisation, which knows the GPU"
-        measures += [
-            _problems_measure(case, problems),
-            _rate(f"{case}: training", training, 0.0, reason),
-            _utilisation_measure(case, utilisation, stage.is_rehearsal, is_small=not _large(stage)),
-        ]
+            found = _rates(report, None)
+        stage.release()
+        notes += [f"{case}: {problem}" for problem in found.problems]
+        measures += large_measures(case, found, card_of(stage))
     return measures
 
 

@@ -1,4 +1,4 @@
-"""GPU-03 sees a slow rate, an uneven one, a costly sine, and memory that the large model does not have."""
+"""GPU-03 times every base and batch, and sees memory that a model does not get and a loss that is no number."""
 
 from __future__ import annotations
 
@@ -9,52 +9,10 @@ import pytest
 import torch
 
 from psannlm.benchmarks import gpu_speed
-from psannlm.benchmarks.gpu_speed import Rates, check_speed, fitting_rows, rate_measures
+from psannlm.benchmarks.gpu_rates import Rates, large_measures
+from psannlm.benchmarks.gpu_speed import check_speed, fitting_rows
 from psannlm.benchmarks.gpu_stage import Shape, Stage
 from psannlm.benchmarks.timing import Spread
-
-
-def rates(forward: float = 7e6, utilisation: float = 0.2, spread: float = 1.0) -> dict[str, Rates]:
-    found = Rates(Spread(2e6, 2e6, 2e6 * spread), Spread.of([forward]), utilisation)
-    return {"respsann": found, "waveresnet": found, "transformer": found}
-
-
-def missed(
-    found: dict[str, Rates], sine_cost: float = 1.0, *, is_large_gpu: bool = True, is_rehearsal: bool = False
-) -> list[str]:
-    measures = rate_measures(found, sine_cost, 131_072, is_large_gpu, is_rehearsal=is_rehearsal)
-    return [measure.name for measure in measures if not measure.is_met]
-
-
-def test_fast_and_even_rates_pass() -> None:
-    assert missed(rates()) == []
-
-
-def test_a_slow_forward_pass_is_seen_on_the_gpus_it_was_published_for() -> None:
-    slow = rates(forward=6e6)
-    assert missed(slow) == ["respsann, 131,072 tokens: forward", "waveresnet, 131,072 tokens: forward"]
-    assert missed(slow, is_large_gpu=False) == []
-    assert missed(slow, is_rehearsal=True, is_large_gpu=False) == []
-
-
-def test_a_step_that_waits_is_seen() -> None:
-    assert len([name for name in missed(rates(utilisation=0.03)) if "utilisation" in name]) == 3
-
-
-def test_uneven_turns_are_seen() -> None:
-    assert "waveresnet, 131,072 tokens: spread of training" in missed(rates(spread=1.3))
-
-
-def test_a_costly_sine_is_seen() -> None:
-    name = "131,072 tokens: a step with the sine / with GELU"
-    assert missed(rates(), 1.1) == missed(rates(), float("nan")) == [name]
-
-
-def test_a_loss_that_is_no_number_is_seen_even_in_a_rehearsal() -> None:
-    found = rates()
-    found["waveresnet"] = replace(found["waveresnet"], problems=("waveresnet: a loss is not finite",))
-    name = "waveresnet, 131,072 tokens: problems of the training that is timed"
-    assert missed(found) == missed(found, is_rehearsal=True, is_large_gpu=False) == [name]
 
 
 def test_a_training_that_comes_to_no_number_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +63,8 @@ def test_memory_that_the_large_model_does_not_get_is_seen_and_the_rates_stay(
     assert values["waveresnet, the large model: utilisation"] == 0.0
     assert values["transformer, the large model: utilisation"] > 0.0
     assert len(result.series["waveresnet: training"]) == len(stage.sizes.batch_tokens)
-    at_full_size = gpu_speed._utilisation_measure("waveresnet", 0.0, False, is_small=False)
-    assert not at_full_size.is_met
+    nothing = Rates(Spread.of([0.0]), None, 0.0, 1, float("nan"), ("out of memory",))
+    assert not any(measure.is_met for measure in large_measures("waveresnet", nothing, "other"))
 
 
 def test_a_batch_that_does_not_fit_leaves_the_others(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
