@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from psannlm.benchmarks.agreement import Rounding, compare
 from psannlm.benchmarks.decoding import Case, DecodeRun, Prompts
+from psannlm.benchmarks.gpu_floor import RATE_REGRESSION, Floor, large_floor_measures, small_floor_measures
 from psannlm.benchmarks.gpu_report import (
     CheckResult,
     Measure,
@@ -33,10 +34,7 @@ from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.packed import WeightDtype
 from psannlm.models.transformer import Transformer
 
-_RATE_REGRESSION = 0.1
 _WARM_UP_REGRESSION = 1.0
-# Shares of a step in which one row only reads: what a compiled bfloat16 step is to reach on a GPU, and a plain one.
-FLOOR_LIMITS = {True: 0.7, False: 0.05}
 _COMPILED_LOSS_LIMIT = 1e-3
 _WARM_UP_LIMIT_S = 300.0
 
@@ -58,6 +56,7 @@ def check_generation(stage: Stage) -> CheckResult:
         notes += [f"{base}: {notice}" for notice in report.notices]
         measures += rate_measures(base, report, is_compiled=is_compiled, is_rehearsal=stage.is_rehearsal)
         stage.release()
+        measures += large_floor_measures(stage, base, notes)
     return CheckResult("GPU-07", "generation", tuple(measures), notes=tuple(notes))
 
 
@@ -159,25 +158,14 @@ def _as_run(ids: list[int]) -> DecodeRun:
 def rate_measures(base: str, report: KvReport, *, is_compiled: bool, is_rehearsal: bool) -> list[Measure]:
     """Return the decode rate of one row, and the share of its steps in which memory delivers what they read."""
     case = Case(True, True, is_compiled)
-    rate, share = report.rate(case), report.floors()[case].fraction
-    limit = 0.0 if is_rehearsal else FLOOR_LIMITS[is_compiled]
     how = f"{report.settings.dtype}, {'compiled' if is_compiled else 'plain'}"
-    reason = "a rehearsal holds rates against nothing" if is_rehearsal else _floor_reason(is_compiled)
-    return [
-        _rate(f"{base}: one row, {how}", rate, 0.0, "tokens/s", "the floor below is what it is held against"),
-        _rate(f"{base}: floor of memory / step, {how}", share, limit, "of the step", reason),
-    ]
-
-
-def _floor_reason(is_compiled: bool) -> str:
-    if is_compiled:
-        return "a step of one row does little but read the weights; the rest is attention and the way between kernels"
-    return "without a compiler each of some hundred kernels is launched by itself"
+    found = Floor.of(report.rate(case), report.floors()[case])
+    return small_floor_measures(base, found, how, is_compiled=is_compiled, is_rehearsal=is_rehearsal)
 
 
 def _rate(name: str, spread: Spread, limit: float, unit: str, reason: str) -> Measure:
     edges = (spread.lowest, spread.highest)
-    return at_least(name, spread.median, limit, unit, reason, regression=_RATE_REGRESSION, spread=edges)
+    return at_least(name, spread.median, limit, unit, reason, regression=RATE_REGRESSION, spread=edges)
 
 
 def check_compiled(stage: Stage) -> CheckResult:
@@ -296,7 +284,7 @@ def compiled_training_measures(
     long = "beyond minutes no short run earns it back"
     return [
         at_most(f"{base}: loss, compiled against plain", distance, _COMPILED_LOSS_LIMIT, "nats", reason),
-        at_least(f"{base}: training rate, compiled / plain", gain, limit, "x", pays, regression=_RATE_REGRESSION),
+        at_least(f"{base}: training rate, compiled / plain", gain, limit, "x", pays, regression=RATE_REGRESSION),
         at_most(
             f"{base}: warm-up of training",
             warm_up_s,

@@ -59,6 +59,7 @@ class Sizes:
     Attributes:
         gradients: GPU-01. training: GPU-02, 05, 06 and 08. speed: GPU-03; its rows follow from ``batch_tokens``.
         memory: GPU-04. utilisation: the large model of GPU-03. decoding: GPU-07 and 09.
+        floor: the model of GPU-07 that is held against the rate of memory, with as many layers as fit.
         batch_tokens: of GPU-03.
         n_steps: of the runs that are compared.
         repeats: counted runs of what is timed.
@@ -70,6 +71,7 @@ class Sizes:
     memory: Shape
     utilisation: Shape
     decoding: Shape
+    floor: Shape
     batch_tokens: tuple[int, ...]
     n_steps: int
     prompt_length: int
@@ -84,6 +86,7 @@ FULL = Sizes(
     memory=Shape(d_model=256, n_layers=4, n_heads=4, vocab_size=32_000, seq_len=1024, n_rows=64),
     utilisation=Shape(d_model=1024, n_layers=24, n_heads=16, vocab_size=32_000, seq_len=1024, n_rows=32),
     decoding=Shape(d_model=1024, n_layers=16, n_heads=16, vocab_size=32_000, seq_len=2048, n_rows=8),
+    floor=Shape(d_model=4096, n_layers=14, n_heads=32, vocab_size=32_000, seq_len=2048, n_rows=1),
     batch_tokens=(65_536, 131_072, 262_144),
     n_steps=20,
     prompt_length=256,
@@ -97,6 +100,7 @@ REHEARSAL = Sizes(
     memory=Shape(d_model=64, n_layers=6, n_heads=2, vocab_size=64, seq_len=64, n_rows=32),
     utilisation=Shape(d_model=48, n_layers=2, n_heads=2, vocab_size=64, seq_len=32, n_rows=4),
     decoding=Shape(d_model=32, n_layers=1, n_heads=2, vocab_size=128, seq_len=128, n_rows=3),
+    floor=Shape(d_model=64, n_layers=2, n_heads=2, vocab_size=128, seq_len=128, n_rows=1),
     batch_tokens=(512, 1024),
     n_steps=20,
     prompt_length=12,
