@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from psannlm.benchmarks.gpu_report import CheckResult, Measure, none_of
-from psannlm.benchmarks.gpu_stage import Stage, Trainer
+from psannlm.benchmarks.gpu_stage import Shape, Stage, Trainer
 from psannlm.benchmarks.tiny_books import write_books
 from psannlm.config.run import RunConfig, config_from_mapping
 from psannlm.data.loader import Position
@@ -111,19 +111,23 @@ def damage_measure(folder: Path) -> Measure:
     return none_of("flipped bits that reading did not notice", unnoticed, "flips", reason, detail=found)
 
 
-def write_corpus(folder: Path) -> Path:
-    """Write a small corpus to train on, and return its path."""
-    path = folder / "books.txt"
-    path.write_text("".join(write_books(1337, _CORPUS_BYTES)), encoding="utf-8")
+def _corpus(folder: Path, n_bytes: int) -> Path:
+    """Return the path of a corpus of ``n_bytes`` to train on, written where it is not there yet."""
+    path = folder / f"books_{n_bytes}.txt"
+    if not path.exists():
+        path.write_text("".join(write_books(1337, n_bytes)), encoding="utf-8")
     return path
 
 
-def run_config(stage: Stage, name: str, **train_settings: Any) -> RunConfig:
-    """Return the configuration of a run of ``sizes.n_steps`` steps in float32 under ``folder / name``."""
-    shape = stage.sizes.training
-    corpus = stage.folder / "books.txt"
-    if not corpus.exists():
-        write_corpus(stage.folder)
+def run_config(
+    stage: Stage, name: str, *, shape: Shape | None = None, corpus_bytes: int = _CORPUS_BYTES, **train_settings: Any
+) -> RunConfig:
+    """Return the configuration of a run of ``sizes.n_steps`` steps under ``folder / name``.
+
+    It is of ``sizes.training`` and in float32 unless ``shape`` and the settings say otherwise.
+    """
+    shape = shape or stage.sizes.training
+    corpus = _corpus(stage.folder, corpus_bytes)
     sizes = {"d_model": shape.d_model, "n_layers": shape.n_layers, "n_heads": shape.n_heads}
     settings = {
         "max_steps": stage.sizes.n_steps,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from psannlm.benchmarks.gpu_checkpoints import run_config
 from psannlm.benchmarks.gpu_report import CheckResult, Measure, at_least, at_most, largest_distance
+from psannlm.benchmarks.gpu_speed import fitting_rows
 from psannlm.benchmarks.gpu_stage import Stage
 from psannlm.config.run import RunConfig, to_yaml
 from psannlm.config.train import TrainConfig
@@ -29,6 +31,8 @@ from psannlm.training.run import train
 _REHEARSAL_RANKS = 2
 _TIMEOUT_S = 600.0
 _POLL_S = 0.1
+# Logged intervals of a run whose rate counts: each waits for the device once.
+_ROWS_OF_RATES = 4
 LOSS_LIMIT = 1e-4
 WEIGHTS_LIMIT = 1e-3
 EFFICIENCY_LIMIT = 0.5
@@ -52,33 +56,77 @@ def _check(stage: Stage, check: str, title: str, settings: dict[str, Any]) -> Ch
     if n_ranks < 2:
         return CheckResult(check, title, skipped="there is one GPU, and parallel training needs two")
     n_steps = stage.sizes.n_steps
-    names = {"one": f"{check}_one", "many": f"{check}_many"}
-    stage.say(f"{check}: {n_steps} steps in one process")
-    # One process, or the launcher's own variables would make it a rank of something.
-    one = run_config(stage, names["one"], grad_accum_steps=n_ranks, ddp="off")
-    train(one, resume="never")
-    stage.release()
-    stage.say(f"{check}: {n_steps} steps on {n_ranks} ranks")
-    many = run_config(stage, names["many"], ddp="on", **settings)
-    launch(many, stage.folder / f"{check}_ranks", n_ranks, stage.device)
-    folders = {name: stage.folder / folder for name, folder in names.items()}
-    rows = {name: [row for row in read_metrics(f) if row["kind"] == "train"] for name, f in folders.items()}
-    weights = {name: load_model(step_folder(f, n_steps)).model.state_dict() for name, f in folders.items()}
-    rates = {name: [float(row["tokens_per_s"]) for row in r] for name, r in rows.items()}
-    measures = [
-        *parity_measures([r["loss"] for r in rows["one"]], [r["loss"] for r in rows["many"]], weights),
-        efficiency_measure(rates["one"], rates["many"], n_ranks, is_rehearsal=stage.is_rehearsal),
-    ]
+    # The same sums on both sides: the one process accumulates what the many share out.
+    pair = _Pair(stage, f"{check}_parity", n_ranks)
+    rows = pair.train({"grad_accum_steps": n_ranks}, settings)
+    losses = {name: [row["loss"] for row in found] for name, found in rows.items()}
+    weights = {name: load_model(step_folder(pair.folder(name), n_steps)).model.state_dict() for name in rows}
+    scaling, note = _scaling(stage, check, n_ranks, settings)
     return CheckResult(
         check,
         title,
-        tuple(measures),
+        (*parity_measures(losses["one"], losses["many"], weights), *scaling),
         notes=(
-            f"{n_ranks} {'GPUs over NCCL' if stage.is_gpu else 'processes over gloo'}; float32; the one process "
-            f"accumulates {n_ranks} micro-batches",
+            f"{n_ranks} {'GPUs over NCCL' if stage.is_gpu else 'processes over gloo'}; parity in float32, where "
+            f"the one process accumulates {n_ranks} micro-batches",
+            note,
         ),
-        series={name: [float(row["loss"]) for row in r] for name, r in rows.items()},
+        series={name: [float(loss) for loss in found] for name, found in losses.items()},
     )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two runs of the same training, in one process and on ``n_ranks``."""
+
+    stage: Stage
+    title: str
+    n_ranks: int
+
+    def folder(self, name: str) -> Path:
+        return self.stage.folder / f"{self.title}_{name}"
+
+    def train(self, of_one: dict[str, Any], of_many: dict[str, Any], **of_both: Any) -> dict[str, list[dict[str, Any]]]:
+        """Make both runs and return the logged training rows of each."""
+        self.stage.say(f"{self.title}: {self.stage.sizes.n_steps} steps in one process")
+        # One process, or the launcher's own variables would make it a rank of something.
+        train(run_config(self.stage, self.folder("one").name, ddp="off", **of_one, **of_both), resume="never")
+        self.stage.release()
+        self.stage.say(f"{self.title}: {self.stage.sizes.n_steps} steps on {self.n_ranks} ranks")
+        many = run_config(self.stage, self.folder("many").name, ddp="on", **of_many, **of_both)
+        launch(many, self.folder("ranks"), self.n_ranks, self.stage.device)
+        return {
+            name: [row for row in read_metrics(self.folder(name)) if row["kind"] == "train"] for name in ("one", "many")
+        }
+
+
+def _scaling(stage: Stage, check: str, n_ranks: int, settings: dict[str, Any]) -> tuple[list[Measure], str]:
+    """Return the scaling efficiency of a step that is long beside what every step does once, and what it was of.
+
+    Each process has as much to do, and the optimiser as often, in one as in many; few steps are logged, and each
+    process has a fresh window in all of them.
+    """
+    shape = stage.sizes.scaling
+    free = torch.cuda.mem_get_info(stage.device)[0] if stage.is_gpu else 1 << 40
+    fitting = fitting_rows(shape.config("waveresnet"), shape, stage.low_precision(), free)
+    if fitting is None:
+        return [], f"scaling efficiency is left out: a window of it does not fit into {free / 1e9:,.1f} GB"
+    rows = _Pair(stage, f"{check}_scaling", n_ranks).train(
+        {},
+        settings,
+        shape=fitting,
+        # A character is a token, and a line takes a few more.
+        corpus_bytes=fitting.n_tokens * n_ranks * stage.sizes.n_steps,
+        amp="auto" if stage.is_gpu else "fp32",
+        compile=False,
+        log_interval_steps=max(1, stage.sizes.n_steps // _ROWS_OF_RATES),
+    )
+    rates = {name: [float(row["tokens_per_s"]) for row in found] for name, found in rows.items()}
+    note = (
+        f"scaling efficiency of {fitting.n_layers} layers of {fitting.d_model}, {fitting.n_tokens:,} tokens a step and "
+        "process, one micro-batch each"
+    )
+    return [efficiency_measure(rates["one"], rates["many"], n_ranks, is_rehearsal=stage.is_rehearsal)], note
 
 
 def parity_measures(
@@ -98,11 +146,11 @@ def parity_measures(
 
 
 def efficiency_measure(one: Sequence[float], many: Sequence[float], n_ranks: int, *, is_rehearsal: bool) -> Measure:
-    """Return the rate of all ranks beside as many times that of one; the first steps, which warm up, are left out."""
+    """Return the rate of all ranks beside as many times that of one; the first half, which warms up, is left out."""
     half = len(one) // 2
     ratio = statistics.median(many[half:]) / (n_ranks * statistics.median(one[half:]))
     limit = 0.0 if is_rehearsal else EFFICIENCY_LIMIT
-    reason = "steps of a model this small are short beside the exchange of its gradients; large ones come near to 1"
+    reason = "a step of this size takes several times the exchange of its gradients; less is one that waits for it"
     if is_rehearsal:
         reason = "a rehearsal holds rates against nothing"
     return at_least("scaling efficiency", ratio, limit, "x", reason, regression=0.15)

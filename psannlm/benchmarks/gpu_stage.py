@@ -57,7 +57,9 @@ class Sizes:
     """How large each check is.
 
     Attributes:
-        gradients: GPU-01. training: GPU-02, 05, 06 and 08. speed: GPU-03; its rows follow from ``batch_tokens``.
+        gradients: GPU-01. training: GPU-02 and 08, and parity in GPU-05 and 06.
+        scaling: a step of GPU-05 and 06 that takes long beside what is done once a step.
+        speed: GPU-03; its rows follow from ``batch_tokens``.
         memory: GPU-04. utilisation: the large model of GPU-03. decoding: GPU-07 and 09.
         floor: the model of GPU-07 that is held against the rate of memory, with as many layers as fit.
         batch_tokens: of GPU-03.
@@ -67,6 +69,7 @@ class Sizes:
 
     gradients: Shape
     training: Shape
+    scaling: Shape
     speed: Shape
     memory: Shape
     utilisation: Shape
@@ -82,6 +85,7 @@ class Sizes:
 FULL = Sizes(
     gradients=Shape(d_model=128, n_layers=2, n_heads=4, vocab_size=1024, seq_len=256, n_rows=8),
     training=Shape(d_model=256, n_layers=4, n_heads=4, vocab_size=4096, seq_len=256, n_rows=32),
+    scaling=Shape(d_model=768, n_layers=12, n_heads=12, vocab_size=4096, seq_len=1024, n_rows=32),
     speed=Shape(d_model=256, n_layers=4, n_heads=4, vocab_size=32_000, seq_len=1024, n_rows=64),
     memory=Shape(d_model=256, n_layers=4, n_heads=4, vocab_size=32_000, seq_len=1024, n_rows=64),
     utilisation=Shape(d_model=1024, n_layers=24, n_heads=16, vocab_size=32_000, seq_len=1024, n_rows=32),
@@ -96,6 +100,7 @@ FULL = Sizes(
 REHEARSAL = Sizes(
     gradients=Shape(d_model=16, n_layers=2, n_heads=2, vocab_size=61, seq_len=24, n_rows=2),
     training=Shape(d_model=32, n_layers=2, n_heads=2, vocab_size=300, seq_len=32, n_rows=8),
+    scaling=Shape(d_model=48, n_layers=2, n_heads=2, vocab_size=300, seq_len=64, n_rows=8),
     speed=Shape(d_model=32, n_layers=2, n_heads=2, vocab_size=256, seq_len=64, n_rows=8),
     memory=Shape(d_model=64, n_layers=6, n_heads=2, vocab_size=64, seq_len=64, n_rows=32),
     utilisation=Shape(d_model=48, n_layers=2, n_heads=2, vocab_size=64, seq_len=32, n_rows=4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from psannlm.benchmarks import gpu_parallel
 from psannlm.benchmarks.gpu_checks import run_check
 from psannlm.benchmarks.gpu_parallel import check_ddp, check_fsdp, efficiency_measure, parity_measures
-from psannlm.benchmarks.gpu_stage import Stage
+from psannlm.benchmarks.gpu_stage import FULL, Stage
 from psannlm.config.train import TrainConfig
+from psannlm.models.accounting import flops_per_token
 
 pytestmark = pytest.mark.usefixtures("_no_curve")
 
@@ -45,6 +47,48 @@ def test_ranks_that_train_otherwise_are_seen(stage: Stage, monkeypatch: pytest.M
         "loss, one process against many",
         "weights at the end",
     ]
+
+
+def test_scaling_is_of_a_larger_step_that_is_alike_on_both_sides(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimiser as often per token in one process as in many, and few rows, each of which waits for the device."""
+    configs: dict[str, Any] = {}
+    original = gpu_parallel.train
+
+    def train(config: Any, resume: str) -> Any:
+        configs[Path(config.train.checkpoint_dir).name] = config
+        return original(config, resume=resume)
+
+    monkeypatch.setattr(gpu_parallel, "train", train)
+
+    def launch(config: Any, *others: Any) -> None:
+        configs[Path(config.train.checkpoint_dir).name] = config
+        original(config.model_copy(update={"train": config.train.model_copy(update={"ddp": "off"})}), resume="never")
+
+    monkeypatch.setattr(gpu_parallel, "launch", launch)
+    result = check_ddp(replace(stage, sizes=replace(stage.sizes, n_steps=8)))
+    assert [measure.name for measure in result.measures][-1] == "scaling efficiency"
+    one, many = configs["GPU-05_scaling_one"], configs["GPU-05_scaling_many"]
+    scaling, training = stage.sizes.scaling, stage.sizes.training
+    assert one.train.grad_accum_steps == many.train.grad_accum_steps == 1
+    assert one.train.batch_tokens == many.train.batch_tokens == scaling.n_tokens > training.n_tokens
+    assert one.model == many.model
+    assert one.model.d_model == scaling.d_model > training.d_model
+    assert one.train.log_interval_steps == many.train.log_interval_steps == 2
+    assert configs["GPU-05_parity_one"].train.grad_accum_steps == 2
+    assert configs["GPU-05_parity_many"].train.batch_tokens == training.n_tokens
+
+
+def test_a_gpu_without_room_for_a_window_has_no_efficiency(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_parallel, "fitting_rows", lambda *arguments: None)
+    measures, note = gpu_parallel._scaling(stage, "GPU-05", 2, {})
+    assert measures == []
+    assert note.startswith("scaling efficiency is left out")
+
+
+def test_at_full_size_scaling_is_of_a_step_several_times_as_long() -> None:
+    assert FULL.scaling.n_tokens == 4 * FULL.training.n_tokens
+    small, large = (flops_per_token(s.config("waveresnet"), s.seq_len) for s in (FULL.training, FULL.scaling))
+    assert large > 10 * small
 
 
 def test_a_rank_that_fails_is_the_checks_error(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
