@@ -69,6 +69,21 @@ def test_weights_that_come_back_changed_are_seen(stage: Stage, monkeypatch: pyte
     ]
 
 
+def test_an_optimiser_that_comes_back_changed_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = gpu_checkpoints.read_optimizer
+
+    def rounded(folder: Path) -> Any:
+        tensors = original(folder)
+        name = next(name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.ndim == 2)
+        tensors[name] = tensors[name].bfloat16().float()
+        return tensors
+
+    monkeypatch.setattr(gpu_checkpoints, "read_optimizer", rounded)
+    monkeypatch.setattr(gpu_checkpoints, "_resume_measures", lambda stage: ([], []))
+    [missed] = check_checkpoints(stage).missed
+    assert (missed.name, missed.value) == ("optimiser state that is another", 1)
+
+
 def test_what_differs_is_told_bit_for_bit() -> None:
     a = {"same": torch.tensor([float("nan"), 0.0]), "zero": torch.tensor([0.0]), "gone": torch.ones(1)}
     b = {"same": torch.tensor([float("nan"), 0.0]), "zero": torch.tensor([-0.0]), "new": torch.ones(1)}

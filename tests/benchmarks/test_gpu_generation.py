@@ -15,6 +15,7 @@ from psannlm.benchmarks.gpu_generation import (
     compiled_training_measures,
     graph_measures,
     rate_measures,
+    token_measures,
 )
 from psannlm.benchmarks.gpu_stage import Stage
 from psannlm.generation.engine import Engine
@@ -54,6 +55,20 @@ def test_slow_decoding_is_seen_at_full_size_only(stage: Stage) -> None:
     slow = rate_measures("b", report, is_compiled=False, is_rehearsal=False)
     assert [measure.is_met for measure in slow] == [False, False], "a row of a tiny model reads next to nothing"
     assert all(measure.is_met for measure in rate_measures("b", report, is_compiled=False, is_rehearsal=True))
+
+
+def test_one_id_repeated_and_a_cache_of_another_size_are_seen(stage: Stage) -> None:
+    report = gpu_generation._bench(stage, "waveresnet", batch_size=2, cases="batch")
+    assert all(measure.is_met for measure in token_measures("b", report))
+
+    def missed(**changes: Any) -> list[tuple[str, float]]:
+        runs = {case: [replace(run, **changes) for run in made] for case, made in report.runs.items()}
+        return [(m.name, m.value) for m in token_measures("b", replace(report, runs=runs)) if not m.is_met]
+
+    assert missed(ids=[[7] * 8] * 2) == [("b: different tokens", 1)]
+    [size] = {run.cache_bytes for made in report.runs.values() for run in made} - {0}
+    for off in (1, -1):
+        assert missed(cache_bytes=size + off) == [("b: size of the cache beside its prediction", 1)]
 
 
 class Report:

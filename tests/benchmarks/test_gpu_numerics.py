@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from psannlm.benchmarks import gpu_numerics
-from psannlm.benchmarks.gpu_numerics import Gradients, check_gradients, check_precision, curve_measures, scale_measure
+from psannlm.benchmarks.gpu_numerics import (
+    Gradients,
+    check_gradients,
+    check_precision,
+    curve_measures,
+    gradient_measures,
+    scale_measure,
+)
 from psannlm.benchmarks.gpu_stage import REHEARSAL, Stage
 from psannlm.models import lean
 
@@ -51,6 +58,25 @@ def test_a_gradient_that_is_no_number_is_seen(stage: Stage, monkeypatch: pytest.
     assert not result.measures[0].is_met
 
 
+@pytest.mark.parametrize(
+    ("dtype", "loss", "gradient", "missed"),
+    [
+        (torch.float32, 1.0, 1.0, []),
+        (torch.float32, 1.000_02, 1.0, ["b, float32: loss"]),
+        (torch.float32, 1.0, 1.000_2, ["b, float32: gradient"]),
+        (torch.bfloat16, 1.005, 1.05, []),
+        (torch.bfloat16, 0.98, 1.05, ["b, bfloat16: loss"]),
+        (torch.bfloat16, 1.005, 1.2, ["b, bfloat16: gradient"]),
+        (torch.bfloat16, 1.005, -1.0, ["b, bfloat16: gradient"]),
+    ],
+)
+def test_limits_of_loss_and_gradient(dtype: torch.dtype, loss: float, gradient: float, missed: list[str]) -> None:
+    """All of them of numbers: a precision that is wrong need not overflow."""
+    reference = Gradients(1.0, {"a": torch.ones(4).double(), "b": torch.full((4,), 2.0).double()})
+    found = Gradients(loss, {name: value * gradient for name, value in reference.by_name.items()})
+    assert [m.name for m in gradient_measures("b", dtype, found, reference) if not m.is_met] == missed
+
+
 def test_a_gradient_that_is_missing_is_infinitely_far(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     original = gpu_numerics.device_gradients
 
@@ -84,6 +110,28 @@ def test_a_precision_that_learns_otherwise_is_seen() -> None:
     exact_lost = {**curves, torch.float32: [5.0, float("nan"), 4.0]}
     assert "b: fall of the float32 loss" in [m.name for m in curve_measures("b", exact_lost) if not m.is_met]
     assert not scale_measure("b", 9).is_met
+
+
+@pytest.mark.parametrize(
+    ("dtype", "distances", "missed"),
+    [
+        (torch.bfloat16, [0.0, 0.03, 0.04], ["mean distance"]),
+        (torch.bfloat16, [0.0, 0.0, 0.055], ["largest distance"]),
+        (torch.bfloat16, [0.0, 0.0, 3.0], ["mean distance", "largest distance"]),
+        (torch.float16, [0.0, 0.008, 0.01], ["mean distance"]),
+        (torch.float16, [0.0, 0.0, 0.014, 0.0], []),
+        (torch.float16, [0.0, 0.0, 0.021, 0.0, 0.0], ["largest distance"]),
+        (torch.float16, [0.0, 0.0, 3.0], ["mean distance", "largest distance"]),
+    ],
+)
+def test_limits_of_low_precision(dtype: torch.dtype, distances: list[float], missed: list[str]) -> None:
+    exact = [5.0 - step / 2 for step in range(len(distances))]
+    curves = {torch.float32: exact, torch.bfloat16: exact, torch.float16: exact}
+    for sign in (1.0, -1.0):
+        curves[dtype] = [loss + sign * distance for loss, distance in zip(exact, distances, strict=True)]
+        name = f"b, {str(dtype).removeprefix('torch.')}"
+        expected = [f"{name}: {what}" for what in missed]
+        assert [m.name for m in curve_measures("b", curves) if not m.is_met] == expected
 
 
 def test_a_reference_that_is_no_number_is_infinitely_far() -> None:
