@@ -27,7 +27,7 @@ from psannlm.benchmarks.kv_cache import bench_kv, build_random_model
 from psannlm.benchmarks.kv_report import KvReport, KvSettings
 from psannlm.benchmarks.timing import Spread
 from psannlm.config.model import BaseName
-from psannlm.device import has_compiler
+from psannlm.device import has_compiler, missing_to_compile
 from psannlm.generation.decoding import Decoding
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig
@@ -170,9 +170,9 @@ def _rate(name: str, spread: Spread, limit: float, unit: str, reason: str) -> Me
 
 def check_compiled(stage: Stage) -> CheckResult:
     """GPU-09: compiled training and decoding beside plain ones: the same, how much faster, and after how long."""
-    if not has_compiler(stage.device):
-        missing = "Triton" if stage.is_gpu else "C++ compiler"
-        return CheckResult("GPU-09", "compile and CUDA graphs", skipped=f"no {missing} is installed")
+    missing = missing_to_compile(stage.device)
+    if missing is not None:
+        return CheckResult("GPU-09", "compile and CUDA graphs", skipped=f"torch.compile needs {missing}")
     bases: Sequence[BaseName] = ("waveresnet",) if stage.is_rehearsal else BASE_NAMES
     measures: list[Measure] = []
     notes: list[str] = []
