@@ -169,6 +169,7 @@ def draw_throughput(path: Path, title: str, report: ThroughputReport) -> None:
     """
     # Not pyplot, which would hold on to the figure and settle the backend of the caller's notebook.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = report.rows[::-1]
     has_memory = any(row.peak_bytes for row in rows)
@@ -183,6 +184,8 @@ def draw_throughput(path: Path, title: str, report: ThroughputReport) -> None:
     for memory in others:
         memory.barh(names, [(row.peak_bytes or 0) / 1e6 for row in rows], color=colours)
         memory.set_xlabel("peak memory, MB")
+    for axes in (speed, *others):
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
