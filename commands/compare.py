@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich import box
@@ -95,7 +95,9 @@ def _rich(table: Table, columns: tuple[int, ...] = ()) -> RichTable:
     drawn.padding = (0, 1, 0, 0)
     chosen = columns or tuple(range(len(table.headings)))
     for at in chosen:
-        drawn.add_column(table.headings[at], justify="right" if at in table.numbers else "left", no_wrap=at == 0)
+        # Folded where there is no room, never cut: half a number is another number.
+        side: Literal["left", "right"] = "right" if at in table.numbers else "left"
+        drawn.add_column(table.headings[at], justify=side, no_wrap=at == 0, overflow="fold")
     for row in table.rows:
         drawn.add_row(*(Text(row[at]) for at in chosen))
     return drawn

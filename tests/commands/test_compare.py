@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from psannlm.commands.compare import _rich
+from psannlm.reports.document import Table
 
 PLAN = """\
 base: config.yaml
@@ -44,3 +50,13 @@ def test_what_is_wrong_stops_it_before_the_first_run(
     assert (done.code, "Traceback" in done.err) == (code, False)
     assert words in done.err
     assert not Path("runs").exists()
+
+
+def test_a_narrow_terminal_folds_figures_and_cuts_none() -> None:
+    rows = [["a_long_name", "22,500,582", "1,115,264"]]
+    table = Table("t", ("variant", "tokens", "parameters"), rows, frozenset({1, 2}))
+    console = Console(width=24, record=True, file=io.StringIO())
+    console.print(_rich(table))
+    said = console.export_text()
+    assert "…" not in said
+    assert sorted(re.sub(r"\D", "", said)) == sorted("22500582" + "1115264")
