@@ -89,8 +89,9 @@ def tokenize(
     from psannlm.tokenizers.stream import text_lines
 
     tokenizer = load_tokenizer(model)
+    name = "stdin" if file is None and text is None else str(file or "--text")
     with quiet_pipe(), _opened(file, text) as source:
-        lines = text_lines(source, str(file or "--text" if text is not None else "stdin"))
+        lines = text_lines(source, name)
         if as_json:
             print_json(list(_rows(tokenizer, lines, decode)))
             return

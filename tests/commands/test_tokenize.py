@@ -124,6 +124,7 @@ def test_a_bad_line_is_named_and_what_came_before_is_answered(fitted: str) -> No
     for options, given, answered, says in (
         ("--jsonl", b'{"text": "a"}\n{"txet": 1}\n', 1, b"line 2: no key 'text' among 'txet' (did you mean 'txet'?)"),
         ("--stdin", b"fine\nn\xffo\n", 1, b"stdin: line 2: byte 2 is 0xFF, which is not UTF-8"),
+        ("--file given", b"fine\nn\xffo\n", 1, b"given: line 2: byte 2 is 0xFF, which is not UTF-8"),
         ("--decode", b"260\n9999\n", 0, b"line 2: id 9999 lies outside the vocabulary"),
     ):
         Path("given").write_bytes(given)
