@@ -1,4 +1,8 @@
-"""The whole test suite where there is a GPU: ``run_cuda_tests.py [--out DIR] [options of pytest]``."""
+"""The whole test suite with CUDA as its device: ``run_cuda_tests.py [--out DIR] [options of pytest]``.
+
+Tests of training train on the GPU, with kernels that repeat themselves, and those marked ``gpu`` are run; what forks,
+compares several processes on one machine, or asks for a CPU's own passes, stays on the CPU.
+"""
 
 from __future__ import annotations
 

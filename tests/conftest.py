@@ -51,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device",
         choices=("auto", "cuda", "cpu"),
         default="auto",
-        help="cuda: refuse to run without a GPU, where tests marked gpu would only be skipped; cpu: see no GPU",
+        help="cuda: train on the GPU in tests of training, and refuse to run without one; cpu: see no GPU",
     )
 
 
@@ -64,6 +64,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda was given, and torch sees no GPU")
+        # Laws of bits hold there too, where the kernels repeat themselves.
+        os.environ["PSANNLM_TEST_DEVICE"] = "cuda"
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        config.addinivalue_line("filterwarnings", "ignore:.*deterministic.*")
 
 
 @pytest.fixture(scope="session")

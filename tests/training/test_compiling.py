@@ -79,7 +79,7 @@ def test_a_run_does_what_its_plan_says(repays: bool, tiny_run: TinyRun, monkeypa
     monkeypatch.setattr("psannlm.training.run.torch.compile", note)
     if repays:
         monkeypatch.setitem(REPAYING_FLOPS, "cpu", 1.0)
-    config = tiny_run(max_steps=1, compile="auto")
+    config = tiny_run(max_steps=1, compile="auto", device="cpu")
     said: list[str] = []
     plan_training(config, said.append)
     assert ["compiles the model" in line for line in said if "compile: auto" in line] == [True] * repays

@@ -95,7 +95,7 @@ def end(process: subprocess.Popen[str]) -> Ended:
 def test_two_ranks_leave_what_one_process_does_and_one_of_them_speaks(tiny_run: TinyRun, tmp_path: Path) -> None:
     def config(name: str, accumulation: int) -> RunConfig:
         settings = {"max_steps": 8, "eval_interval_steps": 4, "save_interval_steps": 4, "sample_prompts": []}
-        return tiny_run(**settings, grad_accum_steps=accumulation, checkpoint_dir=str(tmp_path / name))
+        return tiny_run(device="cpu", **settings, grad_accum_steps=accumulation, checkpoint_dir=str(tmp_path / name))
 
     done = end(start(config("two", 1), "--json"))
     assert (done.code, done.errors) == (0, [])
@@ -131,7 +131,7 @@ def test_a_rank_does_not_wait_for_what_may_go_wrong_at_the_interpreters_end(tiny
     (tmp_path / "fault").mkdir()
     (tmp_path / "fault" / "sitecustomize.py").write_text(FAULT, encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(tmp_path / "fault"), os.environ.get("PYTHONPATH"))))
-    config = tiny_run(max_steps=2, sample_prompts=[], checkpoint_dir=str(tmp_path / "run"))
+    config = tiny_run(device="cpu", max_steps=2, sample_prompts=[], checkpoint_dir=str(tmp_path / "run"))
     done = end(start(config, "--json", PYTHONPATH=path, FAULT="end"))
     assert done.code == 0, done.err
     assert json.loads(done.out)["steps"] == 2
@@ -146,7 +146,9 @@ def test_the_exit_code_and_one_line_tell_how_the_ranks_ended(tiny_run: TinyRun, 
     place = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "fault"), os.environ.get("PYTHONPATH", "")])}
 
     def config(name: str, **settings: Any) -> RunConfig:
-        return tiny_run(max_steps=6, save_interval_steps=2, checkpoint_dir=str(tmp_path / name), **settings)
+        return tiny_run(
+            device="cpu", max_steps=6, save_interval_steps=2, checkpoint_dir=str(tmp_path / name), **settings
+        )
 
     stopped = config("stopped").model_copy(
         update={"train": config("stopped").train.model_copy(update={"max_steps": 1_000_000, "epochs": 1_000_000})}

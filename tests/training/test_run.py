@@ -276,7 +276,7 @@ def test_compile_compiles_the_model_that_is_trained(tiny_run: TinyRun, monkeypat
     monkeypatch.setattr("psannlm.device.shutil.which", lambda name: "/usr/bin/g++")
     train(tiny_run(max_steps=1, checkpoint_dir=tiny_run().train.checkpoint_dir + "_plain"))
     assert compiled == []
-    result = train(tiny_run(max_steps=1, compile=True))
+    result = train(tiny_run(max_steps=1, compile=True, device="cpu"))
     assert compiled == [result.model]
 
 
@@ -285,7 +285,7 @@ def test_compile_without_a_compiler_is_refused_before_anything_is_written(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psannlm.device.shutil.which", lambda name: None)
-    config = tiny_run(compile=True)
+    config = tiny_run(compile=True, device="cpu")
     with pytest.raises(DeviceError, match="compile: false"):
         train(config)
     assert not Path(config.train.checkpoint_dir).exists()
