@@ -2,7 +2,7 @@
 
 torch's kernel for CPUs takes twice as long there: its products are narrow, one head's at a time. Here a block's go over
 all heads at once, in bfloat16 but for the scores, which are float32 as in the kernel. What autograd keeps are the
-weights of short windows; those of long ones are worked out again, so that nothing grows with the square of a window.
+weights of short windows; those of long ones are worked out again, so that nothing grows with the square of a long one.
 The algebra is that of FlashAttention's blocks (Dao et al. 2022, arXiv 2205.14135). Letters: B rows, H query
 heads, G key/value heads, N rows times query heads, T tokens, K head size.
 """
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 _QUERIES = 128
 # Windows up to this many times K keep their weights for the backward pass: as many bytes as inputs and output, at most.
 _MOST_KEPT = 4
-# Longest window that a compiler is given: it writes out every block of every layer.
+# Longest window that a compiler is given: it writes out every block of every layer, and may keep all weights.
 _MOST_COMPILED = 1024
 
 
