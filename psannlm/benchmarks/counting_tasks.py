@@ -1,0 +1,78 @@
+"""Three tasks whose answers follow from a rule: a seed to their documents, and a document to its answers' places.
+
+Beside loss on prose they ask what a feed-forward or a convolution can count: sums in a ring (Power et al. 2022,
+arXiv 2201.02177), parities of a few bits, and text to be given back from a distance. One character is one
+token of the character tokenizer; everything but the answers is drawn at random, and cannot be foretold.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+MODULUS = 89
+_NUMERALS = "".join(chr(code) for code in range(33, 127) if chr(code) not in "+=")
+_ANSWER_MARK = "="
+_PARITY_GROUPS = 12
+_PARITY_LENGTHS = (1, 8)
+_EVEN_ODD = "eo"
+_COPY_LENGTHS = (16, 48)
+_COPY_MARK = "|"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A rule: ``documents`` draws texts of one line without end, or all there are; ``answers`` reads one.
+
+    ``answers`` returns the indices of the characters that follow from those before them.
+    """
+
+    documents: Callable[[random.Random], Iterator[str]]
+    answers: Callable[[str], Sequence[int]]
+
+
+def _sums(draw: random.Random) -> Iterator[str]:
+    """Every two numbers of the ring once, ``a+b=c``: those held out, whichever way round, are nowhere else."""
+    pairs = [(a, b) if draw.random() < 0.5 else (b, a) for a in range(MODULUS) for b in range(a, MODULUS)]
+    draw.shuffle(pairs)
+    for a, b in pairs:
+        yield f"{_NUMERALS[a]}+{_NUMERALS[b]}{_ANSWER_MARK}{_NUMERALS[(a + b) % MODULUS]}"
+
+
+def _parities(draw: random.Random) -> Iterator[str]:
+    """Groups of one to eight bits, a mark and their parity, ``e`` or ``o``; the short ones help to learn the long."""
+    while True:
+        groups = [draw.choices("01", k=draw.randint(*_PARITY_LENGTHS)) for _ in range(_PARITY_GROUPS)]
+        yield "".join(f"{''.join(bits)}{_ANSWER_MARK}{_EVEN_ODD[bits.count('1') % 2]}" for bits in groups)
+
+
+def _copies(draw: random.Random) -> Iterator[str]:
+    """16 to 48 letters, a mark, and the letters again."""
+    while True:
+        letters = "".join(draw.choices(string.ascii_lowercase, k=draw.randint(*_COPY_LENGTHS)))
+        yield f"{letters}{_COPY_MARK}{letters}"
+
+
+TASKS: dict[str, Task] = {
+    "modular_addition": Task(_sums, lambda document: [len(document) - 1]),
+    "parity": Task(
+        _parities, lambda document: [at + 1 for at, character in enumerate(document) if character == _ANSWER_MARK]
+    ),
+    "copying": Task(_copies, lambda document: range(document.index(_COPY_MARK) + 1, len(document))),
+}
+
+
+def write_task(name: str, seed: int, n_bytes: int) -> Iterator[str]:
+    """Yield lines of a task, each with its end of line, up to ``n_bytes`` of ASCII or all there are.
+
+    Raises:
+        KeyError: there is no such task.
+    """
+    left = n_bytes
+    for document in TASKS[name].documents(random.Random(f"{name} {seed}")):
+        left -= len(document) + 1
+        if left < 0:
+            return
+        yield f"{document}\n"
