@@ -49,7 +49,10 @@ def bench_train(
     optimizer: Annotated[Literal["adamw", "muon"], typer.Option(help="Of every candidate.")] = "adamw",
     also: Annotated[
         list[str] | None,
-        typer.Option(help="grad-checkpoint, gelu (in the sine's place) or compile, beside ours; may be repeated."),
+        typer.Option(
+            help="grad-checkpoint, gelu or silu (in the sine's place), transformer (of equal size) or compile, beside "
+            "ours; may be repeated."
+        ),
     ] = None,
     against: Annotated[
         str | None, typer.Option(help="transformers: a Llama of equal size beside ours (needs the extra hf).")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.benchmarks.timing import Spread, paired_ratio
-from psannlm.benchmarks.trainees import ThroughputSettings, Trainee
+from psannlm.benchmarks.trainees import ThroughputSettings, Trainee, config_of
 from psannlm.storage import replacing
 
 # A rival further from our size than this is not the same size.
@@ -82,8 +82,9 @@ class ThroughputReport:
         """Return seconds of a step with the sine over seconds of the same with GELU, less one; None if not measured."""
         same = [row for row in self.rows if row.trainee.maker == "psannlm" and row.trainee.is_compiled == is_compiled]
         same = [row for row in same if row.trainee.grad_checkpoint == self.settings.grad_checkpoint]
-        with_gelu = [row for row in same if row.trainee.has_gelu]
-        with_sine = [row for row in same if not row.trainee.has_gelu]
+        same = [row for row in same if not row.trainee.is_yardstick]
+        with_gelu = [row for row in same if row.trainee.activation == "GELU"]
+        with_sine = [row for row in same if not row.trainee.activation]
         if not with_gelu or not with_sine:
             return None
         ratio = paired_ratio(with_sine[0].step_s, with_gelu[0].step_s)
@@ -95,7 +96,7 @@ class ThroughputReport:
         found = [f"{row.name}: a loss is not finite" for row in self.rows if not all(map(math.isfinite, row.losses))]
         for row in self.rows:
             apart = abs(row.parameters / self.ours.parameters - 1)
-            if row.trainee.maker != "psannlm" and apart > _SAME_SIZE:
+            if (row.trainee.maker != "psannlm" or row.trainee.is_yardstick) and apart > _SAME_SIZE:
                 found.append(
                     f"{row.name} has {row.parameters:,} parameters, ours {self.ours.parameters:,}: {apart:.1%} apart, "
                     "for its feed-forward grows by steps; use a larger model"
@@ -120,7 +121,7 @@ class ThroughputReport:
         }
 
     def _row(self, row: Trained, timestamp: str) -> dict[str, Any]:
-        model, settings = self.settings.model, self.settings
+        model, settings = config_of(row.trainee, self.settings), self.settings
         rate, share = self.tokens_per_s(row), self.utilisation(row)
         return {
             "timestamp": timestamp,
@@ -129,7 +130,8 @@ class ThroughputReport:
             "description": row.description,
             "base": model.base,
             "mlp": model.mlp,
-            "has_gelu": row.trainee.has_gelu,
+            "activation": row.trainee.activation,
+            "is_yardstick": row.trainee.is_yardstick,
             "positional_encoding": model.positional_encoding,
             "d_model": model.d_model,
             "n_layers": model.n_layers,

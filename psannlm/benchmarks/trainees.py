@@ -1,4 +1,4 @@
-"""Settings in; models that are trained alike, whoever made them, out: ours, its twin with GELU, or a rival's Llama."""
+"""Settings in; models that are trained alike out: ours, its twins, a plain transformer of its size, a rival's Llama."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from psannlm.benchmarks.rivals import (
     llama_width,
     require_rival,
 )
+from psannlm.benchmarks.study_runs import solve_width
 from psannlm.benchmarks.timing import Count
 from psannlm.config.model import ModelConfig
 from psannlm.config.train import Amp
@@ -24,13 +25,15 @@ from psannlm.data.loader import MicroBatch
 from psannlm.device import pick_precision, require_compiler
 from psannlm.errors import ConfigError, nearest
 from psannlm.models.accounting import count_parameters, flops_per_token
-from psannlm.models.registry import build_model
+from psannlm.models.registry import build_model, resolve
 from psannlm.models.sine import SineActivation
 from psannlm.models.transformer import Transformer
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.step import train_step
 
-Also = Literal["grad-checkpoint", "gelu", "compile"]
+Also = Literal["grad-checkpoint", "gelu", "silu", "transformer", "compile"]
+# What may stand in the sine's place, by its name in ``also``.
+_ACTIVATIONS = {"gelu": "GELU", "silu": "SiLU"}
 # Any rate will do for a measurement; this one keeps the loss finite at every size.
 _LEARNING_RATE = 3e-4
 _WEIGHT_DECAY = 0.1
@@ -38,11 +41,16 @@ _WEIGHT_DECAY = 0.1
 
 @dataclass(frozen=True)
 class Trainee:
-    """One candidate: who made the model, and how it differs from ours as the settings have it."""
+    """One candidate: who made the model, and how it differs from ours as the settings have it.
+
+    ``activation`` stands in the sine's place: ``GELU``, ``SiLU``, or "" for the sine itself. ``is_yardstick``: the base
+    ``transformer`` of equal size, with its own feed-forward and without waves.
+    """
 
     name: str
     maker: Literal["psannlm", "transformers"] = "psannlm"
-    has_gelu: bool = False
+    activation: str = ""
+    is_yardstick: bool = False
     is_compiled: bool = False
     grad_checkpoint: bool = False
 
@@ -55,7 +63,8 @@ class ThroughputSettings:
         model: resolved.
         steps: of each counted turn; None: as many as take the fastest candidate about a second.
         also: what stands beside ours besides the rival: with gradient checkpointing (or, where the settings have it,
-            without), with GELU in place of the sine, or compiled.
+            without), with GELU or SiLU in place of the sine, the base ``transformer`` of equal size, or compiled (as
+            all others but that with checkpointing then are).
         against: a library whose model of equal size is trained in the same run, or None.
 
     Raises:
@@ -88,11 +97,14 @@ class ThroughputSettings:
             if name not in get_args(Also):
                 known = get_args(Also)
                 raise ConfigError(f"--also {name!r:.40} is not one of {', '.join(known)}{nearest(name, known)}")
-        if "gelu" in self.also and self.model.mlp not in ("sine", "sineglu"):
-            raise ConfigError(
-                f"--also gelu puts GELU in the place of the sine, and {self.model.base} has {self.model.mlp}: "
-                "use --base respsann or waveresnet"
-            )
+        for name in _ACTIVATIONS.keys() & set(self.also):
+            if self.model.mlp not in ("sine", "sineglu"):
+                raise ConfigError(
+                    f"--also {name} puts {_ACTIVATIONS[name]} in the place of the sine, and {self.model.base} has "
+                    f"{self.model.mlp}: use --base respsann or waveresnet"
+                )
+        if "transformer" in self.also and self.model.base == "transformer":
+            raise ConfigError("--also transformer puts that base beside ours, and ours is it already")
         if self.against is not None:
             require_rival(self.against)
         object.__setattr__(self, "tokens_per_step", self.batch_tokens // self.seq_len * self.seq_len)
@@ -101,21 +113,22 @@ class ThroughputSettings:
         """Return the candidates, ours first."""
         base = self.model.base
         plain = Trainee(base, is_compiled=self.is_compiled, grad_checkpoint=self.grad_checkpoint)
-        found = [plain]
-        if "gelu" in self.also:
-            found.append(self._like(plain, f"{base} with GELU", has_gelu=True))
+        others = [
+            self._like(plain, f"{base} with {activation}", activation=activation)
+            for name, activation in _ACTIVATIONS.items()
+            if name in self.also
+        ]
+        if "transformer" in self.also:
+            others.append(self._like(plain, "transformer", is_yardstick=True))
+        if self.against is not None:
+            others.append(self._like(plain, self.against, maker="transformers"))
+        found = [plain, *others]
         if "grad-checkpoint" in self.also:
             word = "without" if self.grad_checkpoint else "with"
             name = f"{base} {word} checkpointing"
             found.append(self._like(plain, name, grad_checkpoint=not self.grad_checkpoint))
         if "compile" in self.also and not self.is_compiled:
-            found.append(self._like(plain, f"{base}, compiled", is_compiled=True))
-            if "gelu" in self.also:
-                found.append(self._like(plain, f"{base} with GELU, compiled", has_gelu=True, is_compiled=True))
-        if self.against is not None:
-            found.append(self._like(plain, self.against, maker="transformers"))
-            if "compile" in self.also and not self.is_compiled:
-                found.append(self._like(plain, f"{self.against}, compiled", maker="transformers", is_compiled=True))
+            found += [self._like(like, f"{like.name}, compiled", is_compiled=True) for like in (plain, *others)]
         return found
 
     def _like(self, plain: Trainee, name: str, **changes: Any) -> Trainee:
@@ -174,8 +187,24 @@ def size_of(trainee: Trainee, settings: ThroughputSettings) -> tuple[int, int]:
     if trainee.maker == "transformers":
         width = llama_width(config, ours)
         return llama_parameters(config, width), llama_flops_per_token(config, width, settings.seq_len)
-    sine = count_parameters(config).get("sine", 0) if trainee.has_gelu else 0
-    return ours - sine, flops_per_token(config, settings.seq_len)
+    config = config_of(trainee, settings)
+    sine = count_parameters(config).get("sine", 0) if trainee.activation else 0
+    return sum(count_parameters(config).values()) - sine, flops_per_token(config, settings.seq_len)
+
+
+def config_of(trainee: Trainee, settings: ThroughputSettings) -> ModelConfig:
+    """Return the configuration of a model of our own making."""
+    ours = settings.model
+    if not trainee.is_yardstick:
+        return ours
+    wave = ours.wave.model_copy(update={"enabled": None})
+    changes = {"base": "transformer", "mlp": None, "d_mlp": None, "wave": wave, "residual_scale": None}
+    plain = resolve(ours.model_copy(update=changes))
+
+    def count(width: int) -> int:
+        return sum(count_parameters(plain.model_copy(update={"d_mlp": width})).values())
+
+    return plain.model_copy(update={"d_mlp": solve_width(count, sum(count_parameters(ours).values()))})
 
 
 def random_batch(settings: ThroughputSettings, device: torch.device) -> MicroBatch:
@@ -194,16 +223,18 @@ def _build(trainee: Trainee, settings: ThroughputSettings) -> tuple[nn.Module, s
         parameters = sum(count_parameters(config).values())
         llama = TrainableLlama(config, parameters, settings.seq_len, settings.seed, trainee.grad_checkpoint)
         return llama, llama.description
+    config = config_of(trainee, settings)
     model = build_model(config, seed=settings.seed)
     model.grad_checkpoint = trainee.grad_checkpoint
-    if trainee.has_gelu:
-        put_gelu(model)
-    return model, f"psannlm, {config.base}, {config.mlp}{' with GELU for the sine' if trainee.has_gelu else ''}"
+    if not trainee.activation:
+        return model, f"psannlm, {config.base}, {config.mlp}"
+    replace_sine(model, trainee.activation)
+    return model, f"psannlm, {config.base}, {config.mlp} with {trainee.activation} for the sine"
 
 
-def put_gelu(model: Transformer) -> None:
-    """Put GELU in the place of the sine in every feed-forward; all else, biases included, stays."""
+def replace_sine(model: Transformer, activation: str) -> None:
+    """Put ``GELU`` or ``SiLU`` in the sine's place in every feed-forward; all else, biases included, stays."""
     for block in model.blocks:
         mlp: Any = block.mlp
         if isinstance(mlp.activation, SineActivation):
-            mlp.activation = nn.GELU()
+            mlp.activation = getattr(nn, activation)()

@@ -16,7 +16,7 @@ from psannlm.benchmarks.rivals import TrainableLlama, llama_flops_per_token, lla
 from psannlm.benchmarks.step_memory import peak_step_bytes
 from psannlm.benchmarks.throughput import bench_train
 from psannlm.benchmarks.timing import Count
-from psannlm.benchmarks.trainees import ThroughputSettings, Trainee, TrainingRun, size_of
+from psannlm.benchmarks.trainees import ThroughputSettings, Trainee, TrainingRun, config_of, size_of
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, PsannlmError
 from psannlm.models.accounting import count_parameters, flops_per_token
@@ -112,6 +112,33 @@ def test_candidates_train_and_differ_in_one_thing() -> None:
     for row in report.rows:
         run = TrainingRun(row.trainee, settings, CPU)
         assert sum(p.numel() for p in run._module.parameters()) == row.parameters
+
+
+def test_a_plain_transformer_of_our_size_trains_beside_ours() -> None:
+    """SwiGLU without waves, of the nearest width; SiLU in the sine's place leaves the waves."""
+    model = resolve(ModelConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=50), max_seq_len=8)
+    settings = replace(SETTINGS, model=model, also=("silu", "transformer", "compile"), steps=1, repeats=1)
+    names = [trainee.name for trainee in settings.trainees()]
+    assert names == [
+        *(plain := ["waveresnet", "waveresnet with SiLU", "transformer"]),
+        *(f"{n}, compiled" for n in plain),
+    ]
+    for trainee in settings.trainees()[1:3]:
+        parameters, operations = size_of(trainee, settings)
+        run = TrainingRun(trainee, settings, CPU)
+        assert sum(p.numel() for p in run._module.parameters()) == parameters
+        ours = sum(count_parameters(model).values())
+        least = ours if trainee.is_yardstick else ours - count_parameters(model)["sine"]
+        assert abs(parameters / least - 1) < (0.01 if trainee.is_yardstick else 1e-9)
+        assert operations == flops_per_token(config_of(trainee, settings), 8)
+        run.steps(3, lambda done, all_steps: None)
+        assert run.losses[-1] < run.losses[0]
+    yardstick = config_of(settings.trainees()[2], settings)
+    assert (yardstick.mlp, yardstick.wave.enabled, yardstick.base) == ("swiglu", False, "transformer")
+    assert config_of(settings.trainees()[1], settings) == model
+    report = bench_train(replace(settings, also=("transformer",)), CPU, measure_memory=None)
+    assert [row["mlp"] for row in report.as_dict("now")["rows"]] == ["sineglu", "swiglu"]
+    assert report.sine_cost(is_compiled=False) is None
 
 
 def test_a_loss_that_is_not_finite_is_a_problem() -> None:
