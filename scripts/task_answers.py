@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     except PsannlmError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    table = Table("variant", title=f"{options.task}: answers to held-out documents", box=box.SIMPLE_HEAD)
+    table = Table(title=f"{options.task}: answers to held-out documents", box=box.SIMPLE_HEAD)
+    table.add_column("variant", no_wrap=True)
     for heading in ("learning rate", "right, mean", "right, by seed", "documents all right", "nats per answer"):
         table.add_column(heading, justify="right")
     for row in rows:
