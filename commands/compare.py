@@ -38,6 +38,7 @@ def compare(
     from psannlm.benchmarks.study_plan import load_plan
     from psannlm.benchmarks.study_runs import size_study
     from psannlm.benchmarks.study_work import work
+    from psannlm.benchmarks.task_answers import score_runs
     from psannlm.reports.store import new_folder, system_info, write_json
     from psannlm.reports.studies import study_pictures, study_tables
     from psannlm.storage import write_bytes, write_text
@@ -47,10 +48,11 @@ def compare(
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name, line.keep)
         if not dry_run:
             work(sized, jobs=jobs, tell=line.show, keep=line.keep)
+            answers = score_runs(sized, line.show)
     if dry_run:
         _show_plan(sized, jobs, as_json)
         return
-    figures = study_figures(sized)
+    figures = study_figures(sized, answers)
     tables = study_tables(figures)
     folder = new_folder("ablations", out)
     write_json(folder / "metrics.json", figures)
@@ -61,7 +63,8 @@ def compare(
     if as_json:
         print_json({**figures, "folder": str(folder)})
     else:
-        results().print(_rich(tables[0], _MAIN_COLUMNS), _rich(tables[1]), sep="\n")
+        shown = [_rich(tables[0], _MAIN_COLUMNS), *map(_rich, tables[1 : 3 if settled.settings.answers else 2])]
+        results().print(*shown, sep="\n")
         words = f"written to {folder}: all columns and runs in table.txt, and on the page of psannlm report"
         results().print(words, highlight=False, markup=False)
 

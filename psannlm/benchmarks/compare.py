@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from psannlm.benchmarks.paired import Mean, PairedDifference, paired_difference
 from psannlm.benchmarks.study_runs import SizedVariant, Study, StudyRun
 from psannlm.benchmarks.study_work import RunState, look
+from psannlm.benchmarks.task_answers import AnswerScore
 from psannlm.device import pick_device, pick_precision
 from psannlm.distributed import World
 from psannlm.errors import TrainingError
@@ -23,8 +25,10 @@ from psannlm.training.run import build_loader
 from psannlm.training.step import seed_step, train_step
 
 
-def study_figures(study: Study) -> dict[str, Any]:
+def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None) -> dict[str, Any]:
     """Return everything that a study came to, as plain data; it depends on the run folders alone.
+
+    ``answers`` are the scores of runs by name, where the text is that of a counting task (``score_runs``).
 
     Each variant stands at its best learning rate: the one with the lowest mean validation loss among those that no
     seed failed at, or among all where each has failures. Differences are paired by seed.
@@ -36,7 +40,7 @@ def study_figures(study: Study) -> dict[str, Any]:
     if not any(state.state == "done" for state in states):
         raise TrainingError(f"no run of the study came to its end; the logs are in {study.folder}")
     chosen = {sized.variant.name: _choose(sized, states, study) for sized in study.variants}
-    base_losses = chosen[study.plan.settings.baseline].losses
+    base = chosen[study.plan.settings.baseline]
     settings = study.plan.settings
     return {
         "study": study.plan.name,
@@ -44,14 +48,22 @@ def study_figures(study: Study) -> dict[str, Any]:
         "folder": str(study.folder),
         "baseline": settings.baseline,
         "measure": settings.measure,
+        "task": settings.answers,
         "budget": settings.budget.model_dump(mode="json"),
         "seeds": list(settings.seeds),
         "corpus": _corpus(study),
         "notes": _notes(study, chosen, states),
         "variants": [
-            _variant_figures(study, sized, chosen[sized.variant.name], base_losses) for sized in study.variants
+            {
+                **_variant_figures(study, sized, chosen[sized.variant.name], base.losses),
+                "answers": _answers(chosen[sized.variant.name], base, answers or {}),
+            }
+            for sized in study.variants
         ],
-        "runs": [_run_figures(state, settings.measure) for state in states],
+        "runs": [
+            {**_run_figures(state, settings.measure), "answers": _score_as_dict(state.run.name, answers or {})}
+            for state in states
+        ],
         "curves": [curve for sized in study.variants for curve in _curves(chosen[sized.variant.name])],
     }
 
@@ -163,6 +175,29 @@ def _run_figures(state: RunState, measure: str) -> dict[str, Any]:
         "peak_memory_bytes": None if record is None else record.peak_memory_bytes,
         "folder": str(state.run.folder),
     }
+
+
+def _answers(choice: _Choice, base: _Choice, answers: Mapping[str, AnswerScore]) -> dict[str, Any] | None:
+    """The answers given by the runs at a variant's best learning rate, and their difference to the baseline's."""
+    mine, theirs = (
+        {seed: answers[record.name] for seed, record in sorted(each.done.items()) if record.name in answers}
+        for each in (choice, base)
+    )
+    if not mine:
+        return None
+    right, theirs_right = ({seed: score.right for seed, score in each.items()} for each in (mine, theirs))
+    difference = None if choice is base else paired_difference(right, theirs_right)
+    return {
+        "right": Mean.of(list(right.values())).as_dict(),
+        "right_by_seed": {str(seed): share for seed, share in right.items()},
+        "difference": None if difference is None else difference.as_dict(),
+        "documents_right": statistics.fmean(score.documents_right for score in mine.values()),
+        "nats_per_answer": statistics.fmean(score.nats_per_answer for score in mine.values()),
+    }
+
+
+def _score_as_dict(name: str, answers: Mapping[str, AnswerScore]) -> dict[str, Any] | None:
+    return asdict(answers[name]) if name in answers else None
 
 
 def _curves(choice: _Choice) -> list[dict[str, Any]]:

@@ -11,6 +11,9 @@ import random
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+TaskName = Literal["modular_addition", "parity", "copying"]
 
 MODULUS = 89
 _NUMERALS = "".join(chr(code) for code in range(33, 127) if chr(code) not in "+=")
@@ -55,8 +58,8 @@ def _copies(draw: random.Random) -> Iterator[str]:
         yield f"{letters}{_COPY_MARK}{letters}"
 
 
-TASKS: dict[str, Task] = {
-    "modular_addition": Task(_sums, lambda document: [len(document) - 1]),
+TASKS: dict[TaskName, Task] = {
+    "modular_addition": Task(_sums, lambda document: [document.index(_ANSWER_MARK) + 1]),
     "parity": Task(
         _parities, lambda document: [at + 1 for at, character in enumerate(document) if character == _ANSWER_MARK]
     ),
@@ -64,7 +67,7 @@ TASKS: dict[str, Task] = {
 }
 
 
-def write_task(name: str, seed: int, n_bytes: int) -> Iterator[str]:
+def write_task(name: TaskName, seed: int, n_bytes: int) -> Iterator[str]:
     """Yield lines of a task, each with its end of line, up to ``n_bytes`` of ASCII or all there are.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from psannlm.benchmarks.counting_tasks import TaskName
 from psannlm.config.base import Flag, Real, Section, Text, Whole
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.files import is_prepared
@@ -59,6 +60,9 @@ class PlanSettings(Section):
     solve_d_mlp: Flag = Field(True, description="choose model.d_mlp where parameters differ and a variant names none")
     measure: Literal["final", "best"] = Field(
         "final", description="validation at the last step, or the lowest of a run"
+    )
+    answers: TaskName | None = Field(
+        None, description="the counting task that the text is of: the answers to its held-out documents are counted too"
     )
 
 

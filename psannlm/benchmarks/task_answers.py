@@ -1,15 +1,13 @@
-"""A trained model and held-out documents of a task: how many of the answers it gives."""
+"""A trained model and held-out documents of a counting task to how many of the answers it gives."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from psannlm.benchmarks.compare import study_figures
+from psannlm.benchmarks.counting_tasks import TASKS
 from psannlm.benchmarks.study_runs import Study
 from psannlm.benchmarks.study_work import look
 from psannlm.data.stream import Stream
@@ -43,7 +41,7 @@ def score_answers(
     Every document stands in a window of its own. An answer is right if its token is the likeliest one.
 
     Raises:
-        CorpusError: there is no document, or one that is not a token for each character.
+        CorpusError: there is no document, or one that is not a token for each character or not of the task.
     """
     if store.n_documents == 0:
         raise CorpusError("there is no document to look for answers in")
@@ -62,7 +60,7 @@ def score_answers(
             if len(text) != end - begin - 2:
                 raise CorpusError(f"{store.name(document)}: {end - begin - 2} tokens for {len(text)} characters")
             # Label i is token i + 1, and the first token is the begin of text.
-            places = torch.tensor(answers(text))
+            places = torch.tensor(_places(text, answers, store.name(document)))
             given = is_right[row, places]
             right += int(given.sum())
             whole += bool(given.all())
@@ -71,30 +69,36 @@ def score_answers(
     return AnswerScore(right / n_answers, whole / store.n_documents, nats / n_answers, n_answers, store.n_documents)
 
 
-def score_study(study: Study, answers: Answers) -> list[dict[str, Any]]:
-    """Return for each variant the scores of its runs at its best learning rate, by seed, and their means.
+def _places(text: str, answers: Answers, name: str) -> Sequence[int]:
+    """The places of a document's answers. Raises CorpusError if it has none."""
+    try:
+        places = answers(text)
+    except ValueError:
+        places = ()
+    if not places:
+        raise CorpusError(f"{name} is no document of this counting task: {text[:40]!r}")
+    return places
+
+
+def score_runs(study: Study, tell: Callable[[str], None] = lambda text: None) -> dict[str, AnswerScore]:
+    """Return the scores, by name, of those runs of a study on a counting task that came to their end.
+
+    A run's model is that of its last step, or where the plan measures the best validation, of that.
 
     Raises:
-        TrainingError: not one run came to its end.
-        CorpusError: as :func:`score_answers`.
+        CorpusError: the text is not that of the task.
         ArtifactError: a model cannot be read.
     """
-    rates = {variant["name"]: variant["learning_rate"] for variant in study_figures(study)["variants"]}
-    rows = []
-    for sized in study.variants:
-        variant = sized.variant
-        runs = [run for run in study.runs if run.variant is sized and run.lr == rates[variant.name]]
-        data = study.data[variant.config.data]
-        scores: dict[str, AnswerScore] = {}
-        for run in runs:
-            checkpoint = pointed(run.folder, BEST if study.plan.settings.measure == "best" else LATEST)
-            if look(run).state == "done" and checkpoint is not None and data.val is not None:
-                model = load_model(checkpoint).model.eval()
-                scores[str(run.seed)] = score_answers(model, data.val, data.tokenizer, answers)
-        mean = {
-            key: statistics.fmean(getattr(score, key) for score in scores.values()) if scores else None
-            for key in ("right", "documents_right", "nats_per_answer")
-        }
-        by_seed = {seed: asdict(score) for seed, score in scores.items()}
-        rows.append({"name": variant.name, "learning_rate": rates[variant.name], "mean": mean, "seeds": by_seed})
-    return rows
+    task = study.plan.settings.answers
+    if task is None:
+        return {}
+    scores = {}
+    for run in study.runs:
+        data = study.data[run.variant.variant.config.data]
+        folder = pointed(run.folder, BEST if study.plan.settings.measure == "best" else LATEST)
+        if data.val is None or folder is None or look(run).state != "done":
+            continue
+        tell(f"counting answers: {run.name}")
+        model = load_model(folder).model.eval()
+        scores[run.name] = score_answers(model, data.val, data.tokenizer, TASKS[task].answers)
+    return scores

@@ -12,12 +12,13 @@ NATS = "nats per token"
 
 
 def study_tables(figures: dict[str, Any]) -> list[Table]:
-    """Return the results, the learning rates, the parameters by group and what became of each run.
+    """Return the results, answers to a counting task, the learning rates, the parameters and what became of each run.
 
     Raises:
         KeyError, TypeError, AttributeError, ValueError: the figures are not those of a study.
     """
-    return [_results(figures), _learning_rates(figures), _parameters(figures), _runs(figures)]
+    answers = [answers_table(figures)] if figures.get("task") else []
+    return [_results(figures), *answers, _learning_rates(figures), _parameters(figures), _runs(figures)]
 
 
 def _results(figures: dict[str, Any]) -> Table:
@@ -83,6 +84,46 @@ def _rate(variant: dict[str, Any]) -> str:
     if variant["learning_rate"] is None:
         return "–"
     return f"{variant['learning_rate']:g}" + (f" ({variant['edge']} tried)" if variant["edge"] else "")
+
+
+def answers_table(figures: dict[str, Any]) -> Table:
+    """Return how many answers of a counting task each variant gave. Raises as :func:`study_tables`."""
+    headings = (
+        "variant",
+        "answers right",
+        "by seed",
+        f"minus {figures['baseline']}, percentage points",
+        "95 % interval",
+        "documents all right",
+        "nats per answer",
+    )
+    rows = []
+    for variant in figures["variants"]:
+        answers = variant["answers"]
+        if answers is None:
+            rows.append([variant["name"], *["–"] * (len(headings) - 1)])
+            continue
+        points = answers["difference"]
+        if points is not None:
+            points = {key: None if points[key] is None else 100 * points[key] for key in ("mean", "low", "high")}
+        rows.append(
+            [
+                variant["name"],
+                f"{answers['right']['mean']:.1%}",
+                " ".join(f"{share:.1%}" for share in answers["right_by_seed"].values()),
+                _difference({**variant, "difference": points}, figures["baseline"]),
+                _interval(points),
+                f"{answers['documents_right']:.1%}",
+                f"{answers['nats_per_answer']:.4f}",
+            ]
+        )
+    return Table(
+        f"Answers to held-out documents: {figures['task'].replace('_', ' ')}",
+        headings,
+        rows,
+        frozenset(range(1, len(headings))),
+        "At the learning rate of the best validation loss. An answer is right if its token is the likeliest.",
+    )
 
 
 def _learning_rates(figures: dict[str, Any]) -> Table:

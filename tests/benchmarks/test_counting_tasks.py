@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from psannlm.benchmarks.counting_tasks import MODULUS, TASKS, write_task
+from psannlm.benchmarks.counting_tasks import MODULUS, TASKS, TaskName, write_task
 from psannlm.benchmarks.task_answers import score_answers
 from psannlm.config.model import ModelConfig
 from psannlm.data.documents import Document
@@ -20,12 +20,12 @@ from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.char import CharTokenizer
 
 
-def lines(name: str, n_bytes: int = 20_000, seed: int = 1) -> list[str]:
+def lines(name: TaskName, n_bytes: int = 20_000, seed: int = 1) -> list[str]:
     return [line.rstrip("\n") for line in write_task(name, seed, n_bytes)]
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_seed_decides_everything_and_the_size_is_kept(name: str) -> None:
+def test_a_seed_decides_everything_and_the_size_is_kept(name: TaskName) -> None:
     assert lines(name) == lines(name)
     assert lines(name) != lines(name, seed=2)
     assert lines(name, 10_000) == lines(name)[: len(lines(name, 10_000))]
@@ -33,7 +33,7 @@ def test_a_seed_decides_everything_and_the_size_is_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_an_answer_follows_from_what_stands_before_it(name: str) -> None:
+def test_an_answer_follows_from_what_stands_before_it(name: TaskName) -> None:
     """Two documents that agree up to an answer agree in it; elsewhere they need not."""
     after: dict[str, set[str]] = {}
     for line in lines(name, 40_000):
@@ -129,5 +129,13 @@ def test_documents_of_other_tokens_are_refused() -> None:
     tokenizer = CharTokenizer("")
     store = encode_documents([Document("äb|äb", "here")], tokenizer)
     model = Oracle(["äb|äb"], tokenizer, [])
-    with pytest.raises(CorpusError, match="tokens for 5 characters"):
+    with pytest.raises(CorpusError, match="here: 7 tokens for 5 characters"):
         score_answers(model, store, tokenizer, TASKS["copying"].answers)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_documents_of_another_task_are_refused(name: TaskName) -> None:
+    tokenizer = CharTokenizer("")
+    store = encode_documents([Document("once upon a time", "a tale")], tokenizer)
+    with pytest.raises(CorpusError, match="a tale is no document of this counting task: 'once upon a time'"):
+        score_answers(Oracle(["once upon a time"], tokenizer, []), store, tokenizer, TASKS[name].answers)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from psannlm.benchmarks.compare import plan_tables, seconds_per_step, study_figures
+from psannlm.benchmarks.counting_tasks import write_task
 from psannlm.benchmarks.study_plan import load_plan
 from psannlm.benchmarks.study_runs import Study, StudyRun, size_study, solve_width
 from psannlm.benchmarks.study_work import Process, look, work
+from psannlm.benchmarks.task_answers import score_runs
 from psannlm.config.run import load_config
 from psannlm.data.loader import Loader
 from psannlm.distributed import World
 from psannlm.errors import ConfigError, Interrupted, TrainingError
+from psannlm.models.artifact import load_model
+from psannlm.reports.document import signed
 from psannlm.reports.gather import gather
 from psannlm.reports.studies import study_headline, study_pictures, study_tables
 from psannlm.training.run import build_loader, train
@@ -197,6 +203,44 @@ def test_stops_and_any_order_give_the_same_table(
     assert "sine against swiglu" in headline.label
     assert len(gather(tmp_path / "reports", [straight.folder]).runs) == 6
     assert all(run.peak_memory_bytes for run in gather(tmp_path / "reports", [straight.folder]).runs)
+
+
+def test_answers_to_a_task_are_those_of_each_runs_last_model(tmp_path: Path) -> None:
+    """Counted over all held-out documents by another way than the benchmark's: one by one, without windows."""
+    (tmp_path / "task.txt").write_text("".join(write_task("copying", 1, 4_000)))
+    (tmp_path / "base.yaml").write_text(BASE.format(corpus=json.dumps(str(tmp_path / "task.txt"))))
+    (tmp_path / "plan.yaml").write_text(PLAN + "answers: copying\n")
+    study = size_study(load_plan(tmp_path / "plan.yaml"), tmp_path / "study", lambda text: None)
+    work(study, launcher=train_here)
+    answers = score_runs(study)
+    assert sorted(answers) == sorted(run.name for run in study.runs)
+
+    for run in study.runs[:2]:
+        data = study.data[run.variant.variant.config.data]
+        assert data.val is not None
+        model = load_model(next(path for path in run.folder.glob("step_*"))).model.eval()
+        right, n_answers = 0, 0
+        starts = data.val.starts(0, data.val.n_documents + 1).tolist()
+        for start, end in pairwise(starts):
+            ids = torch.tensor(data.val.tokens(start, end).astype("int64"))
+            mark = ids.tolist().index(data.tokenizer.encode("|")[0])
+            guesses = model.logits(model.hidden_states(ids[None, :-1]))[0].argmax(-1)
+            right += int((guesses[mark:-1] == ids[mark + 1 : -1]).sum())
+            n_answers += len(ids) - 2 - mark
+        score = answers[run.name]
+        assert (score.right, score.n_answers) == (pytest.approx(right / n_answers), n_answers)
+        assert score.n_documents == data.val.n_documents
+
+    figures = json.loads(json.dumps(study_figures(study, answers)))
+    swiglu, sine = figures["variants"]
+    rate = swiglu["learning_rate"]
+    shares = [answers[f"swiglu_lr{rate:g}_seed{seed}"].right for seed in (1, 2)]
+    assert list(swiglu["answers"]["right_by_seed"].values()) == shares
+    pairs = [sine["answers"]["right_by_seed"][seed] - swiglu["answers"]["right_by_seed"][seed] for seed in ("1", "2")]
+    assert sine["answers"]["difference"]["mean"] == pytest.approx(sum(pairs) / 2)
+    table = study_tables(figures)[1]
+    assert table.rows[1][3] == signed(100 * sum(pairs) / 2, 3)
+    assert [row[0] for row in table.rows] == ["swiglu", "sine"]
 
 
 def test_a_run_that_fails_is_told_and_leaves_the_others_alone(make: Callable[..., Study]) -> None:
