@@ -11,6 +11,7 @@ from torch import nn
 
 from psannlm.config.data import Source
 from psannlm.data.documents import ReadReport, read_documents
+from psannlm.data.lossless import watch_for_loss
 from psannlm.data.prepared import find_prepared, open_folder
 from psannlm.data.shards import encode_documents
 from psannlm.data.stream import Stream
@@ -142,7 +143,8 @@ def _read(sources: Sequence[Source], tokenizer: Tokenizer) -> tuple[Stream, Read
     manifest = find_prepared(sources)
     if manifest is None:
         report = ReadReport()
-        return encode_documents(read_documents(sources, report), tokenizer), report
+        documents = watch_for_loss(tokenizer, read_documents(sources, report), report.warnings.append)
+        return encode_documents(documents, tokenizer), report
     folder = open_folder(manifest)
     if folder.tokenizer.fingerprint != tokenizer.fingerprint:
         raise TokenizerError(

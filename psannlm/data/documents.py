@@ -49,6 +49,7 @@ class ReadReport:
     drops: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     builtin: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     known_sha256: str | None = None
     _digest: Any = field(default_factory=hashlib.sha256, repr=False, compare=False)
 
@@ -95,7 +96,7 @@ class ReadReport:
         for reason, count in sorted(self.drops.items()):
             more = ", ..." if count > len(self.examples[reason]) else ""
             said.append(f"left out: {reason} x {count:,} ({', '.join(self.examples[reason])}{more})")
-        return said
+        return said + self.warnings
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from psannlm.config.data import DataConfig
 from psannlm.data.documents import Document, ReadReport, keep_text, read_documents
+from psannlm.data.lossless import watch_for_loss
 from psannlm.data.order import shuffled
 from psannlm.data.prepared import find_prepared, open_folder, refuse_other_wishes
 from psannlm.data.shards import encode_documents
@@ -82,7 +83,7 @@ def _prepare(
     if tokenizer is None:
         tokenizer = _tokenizer(train_documents, config, notice)
     notice(_describe(tokenizer))
-    train = encode_documents(train_documents, tokenizer)
+    train = encode_documents(watch_for_loss(tokenizer, train_documents, notice), tokenizer)
     _refuse_too_little(train, config.max_length)
     notice(f"train: {_size(train)}")
     if not val_documents:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from psannlm.data.documents import json_text
 from psannlm.data.files import decoded
-from psannlm.data.parts import HASH_BYTES, pack_origin, text_hash
+from psannlm.data.lossless import find_loss
+from psannlm.data.parts import HASH_BYTES, pack_origin, text_hash, unpack_origin
 from psannlm.data.shards import token_dtype
 from psannlm.errors import CorpusError
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, HAS_TEXT, JSON_LINES, TEXT, WHOLE, Chunk, Section
@@ -38,6 +39,7 @@ class Facts:
     byte_order_marks: int = 0
     replaced_bytes: int = 0
     replaced_in: list[tuple[int, int]] = field(default_factory=list)
+    lost: list[tuple[int, int, str]] = field(default_factory=list)
 
     def drop(self, reason: str, source: int, record: int) -> None:
         """Count something that was left out, and name the first few."""
@@ -76,6 +78,8 @@ class ChunkEncoder:
         group: list[str] = []
         group_bytes = 0
         for text, row in self._units(chunk, facts):
+            if not rows and (loss := find_loss(self._tokenizer, text)) is not None:
+                facts.lost.append((*unpack_origin(row[4]), loss))
             group.append(text)
             rows.append(row)
             group_bytes += row[1]

@@ -16,7 +16,7 @@ from psannlm.storage import write_text
 
 WORK_FOLDER = ".work"
 PLAN_FILE = "plan.json"
-_VERSION = 1
+_VERSION = 2
 _SHOWN = 5
 
 

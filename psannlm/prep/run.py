@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from psannlm.data.lossless import loss_warning
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, write_manifest
 from psannlm.data.parts import unpack_origin
 from psannlm.data.shardfile import ShardEntry, write_shard
@@ -355,6 +356,8 @@ class _Preparation:
             names = [*surveyor.replaced_in, *walk.replaced.names]
             more = ", ..." if len(names) >= 5 else ""
             self._reporter.notice(f"put U+FFFD for {n_bytes:,} bytes that are not UTF-8 ({', '.join(names[:5])}{more})")
+        if surveyor.lost is not None:
+            self._reporter.notice(loss_warning(*surveyor.lost))
 
     def _write_side(self, paths: list[Path], selection: Selection, side: str) -> SplitEntry:
         plan = selection.plans[side]

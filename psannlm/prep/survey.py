@@ -195,6 +195,7 @@ class Surveyor:
         self.byte_order_marks = 0
         self.replaced_bytes = 0
         self.replaced_in: list[str] = []
+        self.lost: tuple[str, str] | None = None  # of the first document that the tokenizer does not give back
         self._paths, self._folder, self._settings, self._n_sources = paths, folder, settings, n_sources
         self._name, self._is_cut, self._is_part = name, is_cut, is_part
 
@@ -267,6 +268,9 @@ class Surveyor:
         self.replaced_bytes += facts["replaced_bytes"]
         self.replaced_in += [self._name(source, record) for source, record in facts["replaced_in"]]
         del self.replaced_in[5:]
+        if self.lost is None and facts["lost"]:
+            source, record, loss = facts["lost"][0]
+            self.lost = self._name(source, record), loss
 
     def _plan(self, dropped: Bits, moved: set[int]) -> tuple[Selection, _Extremes]:
         plans = {side: ShardPlan(self._settings.shard_tokens) for side in SPLITS}
