@@ -14,6 +14,8 @@ from psannlm.config.yaml_tree import nearest_sibling
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_MARK = "psannlm-shards-"
+# Where psannlm prep works until a folder is finished.
+WORK_FOLDER, PLAN_FILE = ".work", "plan.json"
 _SHARDS = "train_*.safetensors"
 _HEAD_BYTES = 4096
 _MISSING_SHOWN = 3
@@ -79,8 +81,10 @@ def _missing_part(path: str) -> str | None:
     manifest = prepared_manifest(path)
     if manifest is None:
         folder = Path(os.path.expanduser(path))
-        if _is_folder(folder) and any(folder.glob(_SHARDS)):
-            return f"{path!r} holds shards and no {MANIFEST_FILE}: it was not finished; run psannlm prep again"
+        if _is_folder(folder):
+            held = "shards" if any(folder.glob(_SHARDS)) else "the work of psannlm prep"
+            if held == "shards" or _is_file(folder / WORK_FOLDER / PLAN_FILE):
+                return f"{path!r} holds {held} and no {MANIFEST_FILE}: it was not finished; run psannlm prep again"
         return None
     try:
         fields = json.loads(manifest.read_bytes())

@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from psannlm.config.files import WORK_FOLDER
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, read_manifest, write_manifest
 from psannlm.data.parts import DocumentPart, unpack_origin
 from psannlm.data.shardfile import Shard, ShardEntry, open_shard, write_shard
 from psannlm.errors import ConfigError, CorpusError, Interrupted
 from psannlm.lock import RunLock
 from psannlm.prep.duplicates import Bits, DuplicateFinder, draws
-from psannlm.prep.plan import WORK_FOLDER, source_differences
+from psannlm.prep.plan import source_differences
 from psannlm.prep.run import PrepReporter, PrepResult, SilentPrepReporter, remove_work, shard_name
 from psannlm.prep.survey import SPLITS, TRAIN, VALIDATION
 from psannlm.signals import stopping_on_signals

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from psannlm.config.files import PLAN_FILE
 from psannlm.errors import ArtifactError, ConfigError
 from psannlm.prep.settings import PrepSettings
 from psannlm.prep.sources import SourceFile
 from psannlm.prep.walk import Cut
 from psannlm.storage import write_text
 
-WORK_FOLDER = ".work"
-PLAN_FILE = "plan.json"
 _VERSION = 2
 _SHOWN = 5
 

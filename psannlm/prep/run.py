@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from psannlm.config.files import WORK_FOLDER
 from psannlm.data.lossless import loss_warning
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, write_manifest
 from psannlm.data.parts import unpack_origin
@@ -30,7 +31,7 @@ from psannlm.prep.assemble import DocumentStream, select_units
 from psannlm.prep.chunks import Chunk, chunk_bytes_for, gather
 from psannlm.prep.finished import damage_of, refuse_other, remove_finished, tokenizer_entry
 from psannlm.prep.piece import piece_path, read_piece
-from psannlm.prep.plan import WORK_FOLDER, Plan, go_on, write_plan
+from psannlm.prep.plan import Plan, go_on, write_plan
 from psannlm.prep.pool import WorkerPool, usable_cores
 from psannlm.prep.settings import STDIN, PrepSettings
 from psannlm.prep.sources import Drops, SourceFile, deal, find_sources

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from psannlm.config.data import PathSource
+from psannlm.config.files import WORK_FOLDER
 from psannlm.config.run import RunConfig, config_from_mapping
 from psannlm.data.documents import read_documents
 from psannlm.data.prepare import split_documents
@@ -17,6 +18,8 @@ from psannlm.device import Precision
 from psannlm.errors import ConfigError
 from psannlm.evaluation import evaluate_sources
 from psannlm.models.artifact import load_model
+from psannlm.prep.plan import Plan, write_plan
+from psannlm.prep.settings import PrepSettings
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
 from psannlm.training.metrics import read_metrics
@@ -113,6 +116,11 @@ def test_a_missing_part_is_named_before_anything_starts(runs: Callable[..., Any]
         config_from_mapping(sections)
     (folder / "manifest.json").unlink()
     with pytest.raises(ConfigError, match=r"holds shards and no manifest\.json: .*run psannlm prep again"):
+        config_from_mapping(sections)
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
+    write_plan(folder / WORK_FOLDER, Plan((), PrepSettings(), "0" * 64, None, 1 << 20))
+    with pytest.raises(ConfigError, match=r"holds the work of psannlm prep and no manifest\.json: .*prep again"):
         config_from_mapping(sections)
 
 
