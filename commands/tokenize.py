@@ -45,7 +45,10 @@ def tokenize(
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="With --model: text to encode.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", help="With --model: encode each line of a file, its end included.")
+        Path | None,
+        typer.Option(
+            "--file", help="With --model: encode each line of a file (.gz and .zst unpacked), its end included."
+        ),
     ] = None,
     from_stdin: Annotated[
         bool, typer.Option("--stdin", help="With --model: encode each line of stdin, its end included.")
@@ -104,6 +107,7 @@ def tokenize(
 @contextmanager
 def _opened(file: Path | None, text: str | None) -> Iterator[Iterable[bytes] | BinaryIO]:
     """Yield lines of bytes, cut at newlines alone: text as Python reads it would change the ends of lines."""
+    from psannlm.data.files import split_suffix
     from psannlm.errors import TokenizerError
 
     if text is not None:
@@ -113,6 +117,8 @@ def _opened(file: Path | None, text: str | None) -> Iterator[Iterable[bytes] | B
             raise TokenizerError("--text is not UTF-8; convert it, or use --file") from error
     elif file is None:
         yield sys.stdin.buffer
+    elif split_suffix(str(file))[1]:
+        yield _unpacked_lines(file)
     else:
         try:
             with file.open("rb") as opened:
@@ -121,6 +127,15 @@ def _opened(file: Path | None, text: str | None) -> Iterator[Iterable[bytes] | B
             if isinstance(error, BrokenPipeError):
                 raise
             raise TokenizerError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
+def _unpacked_lines(file: Path) -> Iterator[bytes]:
+    """Yield the lines of a compressed file; what goes wrong where they are used is none of its business."""
+    from psannlm.data.files import find_all, opened
+
+    find_all([str(file)], lambda reason, name: None)
+    with opened(str(file)) as unpacked:
+        yield from unpacked
 
 
 def _answers(

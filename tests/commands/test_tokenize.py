@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
 import subprocess
@@ -149,3 +150,24 @@ def test_the_card_is_a_table_and_the_reading_is_told(psannlm, project: Path) -> 
     assert "fitting sentencepiece (bpe) on" in done.err
     assert Path("b.model").is_file()
     assert Path("b.model.card.json").is_file()
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_is_unpacked_and_comes_back(psannlm, project: Path, suffix: str) -> None:
+    """The ids of its lines are those of the plain file's; one that is cut short is an error and not a shorter text."""
+    text = "The tide é\n\nrises\r\nand falls".encode()
+    Path("plain.txt").write_bytes(text)
+    packed = gzip.compress(text) if suffix == ".gz" else pytest.importorskip("zstandard").compress(text)
+    Path(f"packed.txt{suffix}").write_bytes(packed)
+    card = json.loads(psannlm("tokenize", "corpus.txt", "--vocab-size", "300", "--out", "t", "--json").out)
+    model = ("tokenize", "--model", card["file"], "--file")
+    plain = psannlm(*model, "plain.txt").out
+    assert len(plain.splitlines()) == 4
+    assert psannlm(*model, f"packed.txt{suffix}").out == plain
+    Path(f"packed.txt{suffix}").write_bytes(packed[:-3])
+    cut = psannlm(*model, f"packed.txt{suffix}")
+    assert cut.code == 2
+    assert f"packed.txt{suffix}: damaged or cut short" in cut.err
+    missing = psannlm(*model, f"other.txt{suffix}")
+    assert missing.code == 2
+    assert f"other.txt{suffix}" in missing.err
