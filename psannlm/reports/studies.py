@@ -17,7 +17,7 @@ def study_tables(figures: dict[str, Any]) -> list[Table]:
     Raises:
         KeyError, TypeError, AttributeError, ValueError: the figures are not those of a study.
     """
-    answers = [answers_table(figures)] if figures.get("task") else []
+    answers = [_answers(figures), _answers_by_rate(figures)] if figures.get("task") else []
     return [_results(figures), *answers, _learning_rates(figures), _parameters(figures), _runs(figures)]
 
 
@@ -86,8 +86,7 @@ def _rate(variant: dict[str, Any]) -> str:
     return f"{variant['learning_rate']:g}" + (f" ({variant['edge']} tried)" if variant["edge"] else "")
 
 
-def answers_table(figures: dict[str, Any]) -> Table:
-    """Return how many answers of a counting task each variant gave. Raises as :func:`study_tables`."""
+def _answers(figures: dict[str, Any]) -> Table:
     headings = (
         "variant",
         "answers right",
@@ -123,6 +122,26 @@ def answers_table(figures: dict[str, Any]) -> Table:
         rows,
         frozenset(range(1, len(headings))),
         "At the learning rate of the best validation loss. An answer is right if its token is the likeliest.",
+    )
+
+
+def _answers_by_rate(figures: dict[str, Any]) -> Table:
+    """Whether a variant needs the one rate at which it learns the task, or has a choice."""
+    rates = sorted({run["lr"] for run in figures["runs"]})
+    shares: dict[tuple[str, float], list[float]] = {}
+    for run in figures["runs"]:
+        if run["answers"] is not None:
+            shares.setdefault((run["variant"], run["lr"]), []).append(run["answers"]["right"])
+    rows = []
+    for variant in figures["variants"]:
+        cells = [" ".join(f"{share:.1%}" for share in shares.get((variant["name"], rate), [])) for rate in rates]
+        rows.append([variant["name"], *cells])
+    return Table(
+        "Answers right by learning rate",
+        ["variant", *(f"{rate:g}" for rate in rates)],
+        rows,
+        frozenset(range(1, len(rates) + 1)),
+        "One figure for each seed that came to the end.",
     )
 
 

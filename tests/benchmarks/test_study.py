@@ -243,6 +243,10 @@ def test_answers_to_a_task_are_those_of_each_runs_last_model(tmp_path: Path) -> 
     table = study_tables(figures)[1]
     assert table.rows[1][3] == signed(100 * sum(pairs) / 2, 3)
     assert [row[0] for row in table.rows] == ["swiglu", "sine"]
+    by_rate = study_tables(figures)[2]
+    assert by_rate.headings == ["variant", "0.001", "0.01"]
+    at_high = [f"{answers[f'sine_lr0.01_seed{seed}'].right:.1%}" for seed in (1, 2)]
+    assert by_rate.rows[1] == ["sine", "", " ".join(at_high)]
 
 
 def test_a_run_that_fails_is_told_and_leaves_the_others_alone(make: Callable[..., Study]) -> None:
