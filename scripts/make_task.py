@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 from psannlm.benchmarks.counting_tasks import TASKS, write_task
-from psannlm.errors import PsannlmError
-from psannlm.storage import replacing
+from psannlm.benchmarks.made_text import add_text_options, write_made_text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,24 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--bytes", type=int, default=4_000_000, dest="n_bytes", help="at most; default: 4,000,000")
-    parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--if-missing", action="store_true", help="leave a file that is there as it is")
+    add_text_options(parser, 4_000_000)
     options = parser.parse_args(arguments)
-    if options.n_bytes < 1:
-        parser.error("--bytes must be 1 or more")
-    if options.if_missing and options.out.exists():
-        sys.stderr.write(f"{options.out} is there already\n")
-        return 0
-    try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(options.out) as temporary, open(temporary, "w", encoding="ascii") as file:
-            file.writelines(write_task(options.task, options.seed, options.n_bytes))
-    except PsannlmError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    sys.stderr.write(f"{options.out}: {options.out.stat().st_size:,} bytes, seed {options.seed}\n")
-    return 0
+    return write_made_text(parser, options, lambda seed, n_bytes: write_task(options.task, seed, n_bytes))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from psannlm.benchmarks.made_text import add_text_options, write_made_text
 from psannlm.benchmarks.tiny_books import write_books
-from psannlm.errors import PsannlmError
-from psannlm.storage import replacing
 
 DEFAULT_PATH = Path("datasets/lm/tiny_books.txt")
 
@@ -20,23 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the file and say so; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DEFAULT_PATH, help=f"default: {DEFAULT_PATH}")
-    parser.add_argument("--bytes", type=int, default=50_000_000, dest="n_bytes", help="default: 50,000,000")
-    parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--if-missing", action="store_true", help="leave a file that is there as it is")
+    add_text_options(parser, 50_000_000)
     options = parser.parse_args(arguments)
-    if options.n_bytes < 1:
-        parser.error("--bytes must be 1 or more")
-    if options.if_missing and options.out.exists():
-        sys.stderr.write(f"{options.out} is there already\n")
-        return 0
-    try:
-        with replacing(options.out) as temporary, open(temporary, "w", encoding="ascii") as file:
-            file.writelines(write_books(options.seed, options.n_bytes))
-    except PsannlmError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    sys.stderr.write(f"{options.out}: {options.out.stat().st_size:,} bytes, seed {options.seed}\n")
-    return 0
+    return write_made_text(parser, options, write_books)
 
 
 if __name__ == "__main__":

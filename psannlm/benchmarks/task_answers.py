@@ -23,7 +23,7 @@ Answers = Callable[[str], Sequence[int]]
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Answers given and documents with every answer given, as shares in [0, 1]; a document's text is shown whole."""
+    """Answers given, and documents with every answer given, as shares in [0, 1]."""
 
     right: float
     documents_right: float
@@ -57,8 +57,9 @@ def score_answers(
         for row, document in enumerate(rows):
             begin, end = int(starts[document]), int(starts[document + 1])
             text = tokenizer.decode(store.tokens(begin + 1, end - 1).tolist())
-            if len(text) != end - begin - 2:
-                raise CorpusError(f"{store.name(document)}: {end - begin - 2} tokens for {len(text)} characters")
+            if len(text) != (n_tokens := end - begin - 2):
+                name = store.name(document)
+                raise CorpusError(f"{name}: {n_tokens} tokens for {len(text)} characters; use tokenizer: simple")
             # Label i is token i + 1, and the first token is the begin of text.
             places = torch.tensor(_places(text, answers, store.name(document)))
             given = is_right[row, places]
@@ -76,7 +77,7 @@ def _places(text: str, answers: Answers, name: str) -> Sequence[int]:
     except ValueError:
         places = ()
     if not places:
-        raise CorpusError(f"{name} is no document of this counting task: {text[:40]!r}")
+        raise CorpusError(f"{name} is no document of this counting task: {text[:40]!r}; correct answers: in the plan")
     return places
 
 
