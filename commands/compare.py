@@ -27,6 +27,9 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the runs with parameters, tokens and time; write nothing.")
     ] = False,
+    no_train: Annotated[
+        bool, typer.Option("--no-train", help="Write the results of the runs that are done so far; train none.")
+    ] = False,
     study: Annotated[
         Path | None, typer.Option("--study", help="Folder of the runs. Default: runs/<name of the plan>.")
     ] = None,
@@ -43,11 +46,16 @@ def compare(
     from psannlm.reports.studies import study_pictures, study_tables
     from psannlm.storage import write_bytes, write_text
 
+    if dry_run and no_train:
+        raise typer.BadParameter(
+            "--dry-run shows what there is to do, --no-train what is done: choose one", param_hint="--no-train"
+        )
     settled = load_plan(plan)
     with live_line(progress()) as line:
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name, line.keep)
         if not dry_run:
-            work(sized, jobs=jobs, tell=line.show, keep=line.keep)
+            if not no_train:
+                work(sized, jobs=jobs, tell=line.show, keep=line.keep)
             answers = score_runs(sized, line.show)
     if dry_run:
         _show_plan(sized, jobs, as_json)

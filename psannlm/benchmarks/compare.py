@@ -281,7 +281,6 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
             tell(sized.n_steps),
             tell(sized.n_tokens),
             f"{1e3 * seconds[sized.variant.name]:,.0f}",
-            "; ".join(sized.order_differs) or "same",
         ]
         for sized in study.variants
     ]
@@ -289,12 +288,16 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
         "variant",
         "parameters",
         f"against {study.plan.settings.baseline}",
-        "feed-forward width",
+        "d_mlp",
         "steps",
         "tokens",
         "step, ms",
-        "text and order",
     )
+    orders = [
+        f"{sized.variant.name} sees other text or another order: {'; '.join(sized.order_differs)}"
+        for sized in study.variants
+        if sized.order_differs
+    ]
     runs = [
         [
             state.run.name,
@@ -311,7 +314,13 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
         f"{f', if {jobs} at a time do not slow each other: {sum(left) / 60 / jobs:,.1f}' if jobs > 1 else ''}"
     )
     return [
-        Table(f"{study.plan.name}: variants", headings, variants, frozenset(range(1, 7))),
+        Table(
+            f"{study.plan.name}: variants",
+            headings,
+            variants,
+            frozenset(range(1, 7)),
+            "\n".join(orders) or "all see the same text in the same order",
+        ),
         Table(
             "runs",
             ("run", "learning rate", "seed", "tokens", "time left, s", "state"),

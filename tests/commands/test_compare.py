@@ -52,6 +52,30 @@ def test_what_is_wrong_stops_it_before_the_first_run(
     assert not Path("runs").exists()
 
 
+def test_what_is_done_so_far_can_be_read_without_training_the_rest(psannlm, project: Path) -> None:
+    Path("plan.yaml").write_text(PLAN)
+    assert psannlm("compare", "plan.yaml", "--no-train").code == 1  # no run is done: no figures
+    steps = json.loads(psannlm("compare", "plan.yaml", "--dry-run", "--json").out)["variants"]["swiglu"]["n_steps"]
+    settings = [f"train.max_steps={steps}", "train.lr=0.01", "train.checkpoint_dir=runs/plan/swiglu_lr0.01_seed1337"]
+    made = psannlm("train", "config.yaml", *(word for each in settings for word in ("--set", each)))
+    assert made.code == 0, made.err
+
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    done = psannlm("compare", "plan.yaml", "--no-train", "--json", "--out", "results")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert [run["state"] for run in told["runs"]] == ["done", "new"]
+    assert "1 of 2 runs are not done yet." in told["notes"]
+    assert told == {**json.loads(Path("results/metrics.json").read_text()), "folder": "results"}
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+def test_results_and_a_dry_run_are_not_had_at_once(psannlm, project: Path) -> None:
+    Path("plan.yaml").write_text(PLAN)
+    done = psannlm("compare", "plan.yaml", "--no-train", "--dry-run")
+    assert (done.code, "choose one" in done.err) == (2, True)
+
+
 def test_a_narrow_terminal_folds_figures_and_cuts_none() -> None:
     rows = [["a_long_name", "22,500,582", "1,115,264"]]
     table = Table("t", ("variant", "tokens", "parameters"), rows, frozenset({1, 2}))
