@@ -22,13 +22,17 @@ _COLOURS = {
     True: ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#d0d0d0"),
 }
 _MARKERS = "osD^vPX"
-_STYLES = ("-", "--", ":", "-.")
+_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 _INK = {False: "#22272b", True: "#dfe3e6"}
 _RULE = {False: "#c9ced2", True: "#454c52"}
 # Inches at which text of the sizes below reads well in a column of 720, and on a phone of 390 pixels.
 _WIDE, _NARROW = (7.2, 3.9), (3.7, 3.5)
+# Below it: the size of text in points, what a line's mark and the room around it take of that, a line's height in
+# inches, and the lines that the heights above have room for.
+_TEXT, _MARK, _LINE_HEIGHT, _LEGEND_LINES = 9.5, 5.6, 0.21, {False: 2, True: 4}
 _MOST_POINTS = 400
-_LONGEST_LABEL = 44
+_FONT = "DejaVu Sans"
+_LONGEST_LABEL = {False: 44, True: 26}
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def draw_curves(
                 marker=_MARKERS[at % len(_MARKERS)],
                 markersize=4.5,
                 markevery=max(1, len(x) // 12),
-                label=_short(curve.group),
+                label=look.short(curve.group),
                 zorder=2,
             )
         if is_log_x:
@@ -86,9 +90,11 @@ def draw_curves(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         _scale_to_the_end(axes, curves)
-        look.legend(axes, len({curve.group for curve in curves if not curve.is_faint}))
+        look.legend(axes, names)
 
-    return _picture(file, f"{y_label} against {x_label}: {', '.join(groups[:12])}", caption, draw)
+    names = list(dict.fromkeys(curve.group for curve in curves if not curve.is_faint))
+    alternative = f"{y_label} against {x_label}: {', '.join(groups[:12])}"
+    return _picture(file, alternative, caption, draw, names=names)
 
 
 def draw_bars(file: str, bars: Sequence[Bar], label: str, caption: str, *, zero_line: bool = False) -> Picture:
@@ -107,7 +113,7 @@ def draw_bars(file: str, bars: Sequence[Bar], label: str, caption: str, *, zero_
                 axes.barh(at, bar.value, height=0.62, color=colour, alpha=0.85)
                 if edges is not None:
                     axes.errorbar(bar.value, at, xerr=edges, fmt="none", **whiskers)
-        axes.set_yticks(range(len(bars)), [_short(bar.name, 26 if look.is_narrow else _LONGEST_LABEL) for bar in bars])
+        axes.set_yticks(range(len(bars)), [look.short(bar.name) for bar in bars])
         for text in axes.get_yticklabels():
             text.set_parse_math(False)
         axes.invert_yaxis()
@@ -137,11 +143,36 @@ class _Look:
         colours = _COLOURS[self.is_dark]
         return colours[at % len(colours)]
 
-    def legend(self, axes: Axes, n_entries: int) -> None:
+    def columns(self, names: Sequence[str]) -> int:
+        """Columns of a legend: as many as there is room for, and no more than fill their lines."""
+        from matplotlib.font_manager import findfont, get_font
+
+        font = get_font(findfont(_FONT))
+        font.set_size(_TEXT, 72)
+        widths = []
+        for name in names:
+            font.set_text(self.short(name), 0.0)
+            widths.append(font.get_width_height()[0] / 64)
+        across = 72 * (_NARROW if self.is_narrow else _WIDE)[0]
+        most = max(1, int(across // (max(widths, default=0.0) + _MARK * _TEXT)))
+        lines = -(-len(names) // most)
+        return -(-len(names) // lines) if lines else 1
+
+    def short(self, name: str) -> str:
+        """Cut a name to what there is room for."""
+        longest = _LONGEST_LABEL[self.is_narrow]
+        return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+    def height(self, names: Sequence[str]) -> float:
+        """Inches of a picture with a legend: the axes keep theirs, however many lines the legend takes."""
+        lines = -(-len(names) // self.columns(names))
+        return (_NARROW if self.is_narrow else _WIDE)[1] + _LINE_HEIGHT * max(0, lines - _LEGEND_LINES[self.is_narrow])
+
+    def legend(self, axes: Axes, names: Sequence[str]) -> None:
         """Put the names below the axes, where they hide no curve."""
-        if n_entries == 0:
+        if not names:
             return
-        columns = 1 if self.is_narrow else 2 if n_entries > 1 else 1
+        columns = self.columns(names)
         legend = axes.figure.legend(loc="outside lower left", ncols=columns, frameon=False, handlelength=2.6)
         for text in legend.get_texts():
             text.set_color(self.ink)
@@ -149,26 +180,29 @@ class _Look:
 
 
 def _picture(
-    file: str, alternative: str, caption: str, draw: Callable[[Axes, _Look], None], n_rows: int = 0
+    file: str,
+    alternative: str,
+    caption: str,
+    draw: Callable[[Axes, _Look], None],
+    *,
+    n_rows: int = 0,
+    names: Sequence[str] = (),
 ) -> Picture:
     forms = {
-        (is_narrow, is_dark): _render(draw, _Look(is_narrow, is_dark), "svg", n_rows)
+        (is_narrow, is_dark): _render(draw, _Look(is_narrow, is_dark), "svg", n_rows, names)
         for is_narrow in (False, True)
         for is_dark in (False, True)
     }
-    return Picture(file, alternative, caption, _render(draw, _Look(False, False), "png", n_rows), forms)
+    return Picture(file, alternative, caption, _render(draw, _Look(False, False), "png", n_rows, names), forms)
 
 
-def _render(draw: Callable[[Axes, _Look], None], look: _Look, form: str, n_rows: int) -> bytes:
+def _render(draw: Callable[[Axes, _Look], None], look: _Look, form: str, n_rows: int, names: Sequence[str]) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    width, height = _NARROW if look.is_narrow else _WIDE
-    if n_rows:
-        height = 1.0 + 0.36 * n_rows
     settings: Any = {
-        "font.family": "DejaVu Sans",
-        "font.size": 9.5,
+        "font.family": _FONT,
+        "font.size": _TEXT,
         "axes.facecolor": "none",
         "axes.edgecolor": _RULE[look.is_dark],
         "axes.labelcolor": look.ink,
@@ -188,6 +222,8 @@ def _render(draw: Callable[[Axes, _Look], None], look: _Look, form: str, n_rows:
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # Characters that matplotlib's font lacks are drawn as boxes; the picture is whole all the same.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        width = (_NARROW if look.is_narrow else _WIDE)[0]
+        height = 1.0 + 0.36 * n_rows if n_rows else look.height(names)
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots()
         draw(axes, look)
@@ -228,7 +264,3 @@ def _thousands() -> Any:
         return f"{value:.6g}".replace("-", "−")
 
     return FuncFormatter(label)
-
-
-def _short(name: str, longest: int = _LONGEST_LABEL) -> str:
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from psannlm.reports.plots import Curve, draw_curves
 
@@ -20,3 +25,41 @@ def test_a_dark_page_gets_no_light_ground_and_curves_differ_by_more_than_colour(
         picture.forms[False, False].decode(),
     )
     assert len({path for _, path in shapes}) == 2, "each curve has a marker of its own"
+
+
+@pytest.mark.parametrize("n_curves", [1, 3, 14, 31])
+@pytest.mark.parametrize("length", [4, 17, 44])
+def test_many_names_leave_the_curves_their_room_and_all_can_be_read(
+    n_curves: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, page, **settings: drawn.append(figure))
+    curves = [Curve(f"{at:0{length}d}", [0.0, 1.0], [2.0, 1.0 + at / 50]) for at in range(n_curves)]
+    draw_curves("x.png", curves, "tokens seen", "loss (nats per token)", "")
+
+    assert len({figure.get_figwidth() for figure in drawn}) == 2  # wide and narrow
+    for figure in drawn:
+        figure.draw_without_rendering()
+        axes, (legend,) = figure.axes[0], figure.legends
+        assert axes.get_position().height * figure.get_figheight() > 2.0  # inches
+        names = legend.get_texts()
+        assert len(names) == n_curves
+        boxes = [text.get_window_extent() for text in names]
+        sheet, words = figure.bbox, axes.yaxis.label.get_window_extent()
+        assert all(sheet.x0 <= box.x0 and box.x1 <= sheet.x1 and sheet.y0 <= box.y0 for box in boxes)
+        assert words.y0 >= sheet.y0
+        assert words.y1 <= sheet.y1
+
+
+def test_thirty_five_curves_all_look_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[tuple[object, ...]] = []
+    plot = Axes.plot
+
+    def note(axes: Axes, *points: Any, **look: Any) -> Any:
+        looks.append((look["color"], look["marker"], look["linestyle"]))
+        return plot(axes, *points, **look)
+
+    monkeypatch.setattr(Axes, "plot", note)
+    draw_curves("x.png", [Curve(str(at), [0.0, 1.0], [2.0, 1.0]) for at in range(35)], "x", "y", "")
+    assert len(looks) == 35 * 5  # a page in light and dark, wide and narrow, and the file
+    assert len(set(looks[:35])) == 35
