@@ -71,7 +71,8 @@ def compare(
     if as_json:
         print_json({**figures, "folder": str(folder)})
     else:
-        shown = [_rich(tables[0], _MAIN_COLUMNS), *map(_rich, tables[1 : 3 if settled.settings.answers else 2])]
+        n_more = len(settled.settings.rivals) + (2 if settled.settings.answers else 1)
+        shown = [_rich(tables[0], _MAIN_COLUMNS), *map(_rich, tables[1 : 1 + n_more])]
         results().print(*shown, sep="\n")
         words = f"written to {folder}: all columns and runs in table.txt, and on the page of psannlm report"
         results().print(words, highlight=False, markup=False)

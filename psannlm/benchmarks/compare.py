@@ -64,6 +64,7 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
             {**_run_figures(state, settings.measure), "answers": _score_as_dict(state.run.name, answers or {})}
             for state in states
         ],
+        "rivals": {rival: _against(rival, chosen) for rival in settings.rivals},
         "curves": [curve for sized in study.variants for curve in _curves(chosen[sized.variant.name])],
     }
 
@@ -121,6 +122,13 @@ def _choose(sized: SizedVariant, states: Sequence[RunState], study: Study) -> _C
         if state.run.lr == lr and state.state == "done" and state.record is not None
     }
     return _Choice(lr, edge, rates, done, measure)
+
+
+def _against(rival: str, chosen: Mapping[str, _Choice]) -> dict[str, dict[str, float | int | None] | None]:
+    """The differences of all variants but the rival to it, each at its own best learning rate."""
+    theirs = chosen[rival].losses
+    differences = {name: paired_difference(choice.losses, theirs) for name, choice in chosen.items() if name != rival}
+    return {name: None if each is None else each.as_dict() for name, each in differences.items()}
 
 
 def _variant_figures(

@@ -51,6 +51,7 @@ class PlanSettings(Section):
         default_factory=dict, description="by name: the sections model, data, train, and learning_rates"
     )
     baseline: Text = Field("", description="the variant that the others are held against")
+    rivals: tuple[Text, ...] = Field((), description="further variants that each one is held against, in loss alone")
     seeds: tuple[Whole, ...] = Field((1337,), description="one run of each variant and learning rate for each")
     learning_rates: tuple[PositiveReal, ...] | None = Field(None, description="to try; null: the configuration's own")
     budget: Budget = Field(default_factory=Budget, description="tokens or flops of each run")
@@ -141,9 +142,9 @@ def _keys() -> list[str]:
 
 
 def _plan_findings(settings: PlanSettings) -> Iterator[Finding]:
-    for key in ("seeds", _RATES):
+    for key in ("seeds", _RATES, "rivals"):
         values = getattr(settings, key)
-        if values is not None and (not values or len(set(values)) < len(values)):
+        if values is not None and ((not values and key != "rivals") or len(set(values)) < len(values)):
             yield Finding((key,), "empty; name at least one" if not values else "one of them stands there twice")
     if (settings.budget.tokens is None) == (settings.budget.flops is None):
         yield Finding(("budget",), "give either tokens or flops, and not both")
@@ -152,6 +153,12 @@ def _plan_findings(settings: PlanSettings) -> Iterator[Finding]:
     elif settings.baseline not in settings.variants:
         message = f"{settings.baseline!r} is none of the variants{nearest(settings.baseline, settings.variants)}"
         yield Finding(("baseline",), f"{message}: {', '.join(settings.variants)}")
+    for at, rival in enumerate(settings.rivals):
+        if rival == settings.baseline:
+            yield Finding(("rivals", at), f"{rival!r} is the baseline, which all are held against as it is")
+        elif settings.variants and rival not in settings.variants:
+            message = f"{rival!r} is none of the variants{nearest(rival, settings.variants)}"
+            yield Finding(("rivals", at), f"{message}: {', '.join(settings.variants)}")
     if settings.name is not None and not _NAME.match(settings.name):
         yield Finding(("name",), f"{show(settings.name)} names no folder; use letters, digits and . _ + -")
     yield from _owned(settings.overrides, ("overrides",))

@@ -12,13 +12,14 @@ NATS = "nats per token"
 
 
 def study_tables(figures: dict[str, Any]) -> list[Table]:
-    """Return the results, answers to a counting task, the learning rates, the parameters and what became of each run.
+    """Return the results, the differences to rivals, answers to a counting task, learning rates, parameters and runs.
 
     Raises:
         KeyError, TypeError, AttributeError, ValueError: the figures are not those of a study.
     """
     answers = [_answers(figures), _answers_by_rate(figures)] if figures.get("task") else []
-    return [_results(figures), *answers, _learning_rates(figures), _parameters(figures), _runs(figures)]
+    rivals = [_against(rival, found) for rival, found in figures.get("rivals", {}).items()]
+    return [_results(figures), *rivals, *answers, _learning_rates(figures), _parameters(figures), _runs(figures)]
 
 
 def _results(figures: dict[str, Any]) -> Table:
@@ -62,6 +63,25 @@ def _results(figures: dict[str, Any]) -> Table:
         rows,
         frozenset(range(1, len(headings))),
         " ".join(figures["notes"]),
+    )
+
+
+def _against(rival: str, differences: dict[str, Any]) -> Table:
+    rows = []
+    for name, difference in differences.items():
+        if difference is None:
+            rows.append([name, "–", "–", "–", "0"])
+            continue
+        share = 100 * difference["mean"] / difference["baseline_mean"]
+        rows.append(
+            [name, signed(difference["mean"], 3), _interval(difference), signed(share, 2), tell(difference["n"])]
+        )
+    return Table(
+        f"Held against {rival}",
+        ("variant", f"minus {rival}, {NATS}", "95 % interval", "in % of its loss", "seeds"),
+        rows,
+        frozenset(range(1, 5)),
+        "Paired over the seeds that both have, each at its best learning rate.",
     )
 
 

@@ -149,7 +149,7 @@ def test_all_variants_of_a_seed_see_the_text_in_one_order(make: Callable[..., St
 def test_stops_and_any_order_give_the_same_table(
     make: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = make(folder="straight")
+    straight = make("baseline: swiglu", "baseline: swiglu\nrivals: [sine]", folder="straight")
     work(straight, launcher=train_here)
     wanted = study_figures(straight)
 
@@ -177,7 +177,8 @@ def test_stops_and_any_order_give_the_same_table(
 
     work(backwards, jobs=3, launcher=note)
     assert made == [run.name for run in reversed(again.runs)][:4], "what was done is not done again"
-    assert timeless(study_figures(make(folder="stopped"))) == timeless(wanted)
+    rivals = wanted.pop("rivals")
+    assert timeless(study_figures(make(folder="stopped"))) == timeless({**wanted, "rivals": {}})
     work(again, launcher=lambda run, environment: pytest.fail("all is done"))
 
     # Each figure is that of the run's own log.
@@ -191,8 +192,14 @@ def test_stops_and_any_order_give_the_same_table(
     pairs = [sine["val_loss_by_seed"][seed] - best["val_loss_by_seed"][seed] for seed in ("1", "2")]
     assert sine["difference"]["mean"] == pytest.approx(sum(pairs) / 2)
     assert sine["difference"]["low"] < sine["difference"]["mean"] < sine["difference"]["high"]
-    tables = study_tables(json.loads(json.dumps(wanted)))
+    # Held against the other one, everything changes its sign and the share its base.
+    mirrored = rivals["sine"]["swiglu"]
+    assert list(rivals["sine"]) == ["swiglu"]
+    assert (mirrored["mean"], mirrored["high"]) == (-sine["difference"]["mean"], -sine["difference"]["low"])
+    tables = study_tables(json.loads(json.dumps({**wanted, "rivals": rivals})))
     assert [row[0] for row in tables[0].rows] == ["swiglu", "sine"]
+    share = -100 * sine["difference"]["mean"] / sine["val_loss"]["mean"]
+    assert (tables[1].title, tables[1].rows[0][3]) == ("Held against sine", signed(share, 2))
     assert {picture.file for picture in study_pictures(wanted)} == {
         "differences.png",
         "loss_by_tokens.png",
