@@ -16,6 +16,7 @@ from psannlm.distributed import World
 from psannlm.errors import ConfigError, Problem
 from psannlm.models.accounting import count_parameters, flops_per_token
 from psannlm.models.registry import resolve
+from psannlm.reports.runs import CONFIG_FILE, METRICS_FILE
 from psannlm.storage import write_text
 from psannlm.training.run import build_loader
 
@@ -24,8 +25,18 @@ _TOKENIZER_SUFFIXES = {"sentencepiece": ".model"}
 _ROUND_WIDTH = 8
 # What a study sets unless its plan says otherwise: fewer files, and no time spent on samples that nobody reads.
 _QUIETER: dict[str, Any] = {"keep_checkpoints": 1, "sample_prompts": []}
-# Differences that do not make a run another one.
-_PLACES = ("train.checkpoint_dir:", "train.device:", "data.tokenizer_model_path:")
+# Differences that do not make a run another one: where it is, and what it keeps and tells.
+_HOUSEKEEPING = tuple(
+    f"train.{key}:"
+    for key in (
+        "checkpoint_dir",
+        "device",
+        "keep_checkpoints",
+        "log_interval_steps",
+        "sample_prompts",
+        "save_interval_steps",
+    )
+)
 
 Notice = Callable[[str], None]
 
@@ -250,11 +261,17 @@ def tokenizer_path(plan: StudyPlan, config: DataConfig, data: Mapping[DataConfig
 
 
 def _former_differences(run: StudyRun) -> Iterator[Problem]:
-    if not run.config_path.is_file():
+    """By which settings the run that is there is not the one that the plan asks for."""
+    # What was trained is told by the run's own file; the one beside it says what was to be trained.
+    path = run.folder / CONFIG_FILE if (run.folder / METRICS_FILE).is_file() else run.config_path
+    if not path.is_file():
+        if path != run.config_path:
+            yield Problem(run.name, f"holds a run without its {CONFIG_FILE}, and nothing tells what was trained")
         return
-    former = load_config(run.config_path, check_files=False)
-    for line in differences(former, run.config):
-        if not line.startswith(_PLACES):
+    # A tokenizer that the study fits lies in its folder, wherever that is; every other is a part of what is compared.
+    places = ("data.tokenizer_model_path:",) if _fits_tokenizer(run.variant.variant.config.data) else ()
+    for line in differences(load_config(path, check_files=False), run.config):
+        if not line.startswith((*_HOUSEKEEPING, *places)):
             yield Problem(run.name, f"was made with other settings: {line}")
 
 

@@ -26,6 +26,7 @@ STUDY_FILE = "study.json"
 _LOOK_S = 0.2
 _TELL_S = 2.0
 _ERROR = "error: "
+_START = "psannlm compare starts "
 
 Tell = Callable[[str], None]
 
@@ -46,6 +47,8 @@ Launcher = Callable[[StudyRun, Mapping[str, str]], Process]
 def launch(run: StudyRun, environment: Mapping[str, str]) -> Process:
     """Start ``psannlm train`` on a run's configuration; what it says goes to the run's log."""
     with open(run.log_path, "a", encoding="utf-8") as log:
+        log.write(f"{_START}{run.name}\n")
+        log.flush()
         return subprocess.Popen(
             [sys.executable, "-m", "psannlm", "train", str(run.config_path)],
             stdout=log,
@@ -91,7 +94,7 @@ def _last_error(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     starts = [at for at, line in enumerate(lines) if line.startswith(_ERROR)]
     # The lines after an error belong to it; a run that was taken up again since then says other things.
-    if not starts or any(line.startswith("reading and tokenizing") for line in lines[starts[-1] :]):
+    if not starts or any(line.startswith(_START) for line in lines[starts[-1] :]):
         return ""
     return " ".join(line.strip() for line in lines[starts[-1] :]).removeprefix(_ERROR)[:400]
 

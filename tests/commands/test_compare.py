@@ -55,10 +55,7 @@ def test_what_is_wrong_stops_it_before_the_first_run(
 def test_what_is_done_so_far_can_be_read_without_training_the_rest(psannlm, project: Path) -> None:
     Path("plan.yaml").write_text(PLAN)
     assert psannlm("compare", "plan.yaml", "--no-train").code == 1  # no run is done: no figures
-    steps = json.loads(psannlm("compare", "plan.yaml", "--dry-run", "--json").out)["variants"]["swiglu"]["n_steps"]
-    settings = [f"train.max_steps={steps}", "train.lr=0.01", "train.checkpoint_dir=runs/plan/swiglu_lr0.01_seed1337"]
-    made = psannlm("train", "config.yaml", *(word for each in settings for word in ("--set", each)))
-    assert made.code == 0, made.err
+    _train_swiglu(psannlm, "model.mlp=swiglu")
 
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
     done = psannlm("compare", "plan.yaml", "--no-train", "--json", "--out", "results")
@@ -68,6 +65,37 @@ def test_what_is_done_so_far_can_be_read_without_training_the_rest(psannlm, proj
     assert "1 of 2 runs are not done yet." in told["notes"]
     assert told == {**json.loads(Path("results/metrics.json").read_text()), "folder": "results"}
     assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+def _train_swiglu(psannlm, *others: str) -> None:
+    told = json.loads(psannlm("compare", "plan.yaml", "--dry-run", "--json").out)["variants"]["swiglu"]
+    settings = [
+        "model.base=transformer",
+        f"model.d_mlp={told['d_mlp']}",
+        f"train.max_steps={told['n_steps']}",
+        "train.lr=0.01",
+        "train.checkpoint_dir=runs/plan/swiglu_lr0.01_seed1337",
+        *others,
+    ]
+    made = psannlm("train", "config.yaml", *(word for each in settings for word in ("--set", each)))
+    assert made.code == 0, made.err
+
+
+@pytest.mark.parametrize("other", ["model.mlp=gelu", "train.max_steps=9", "train.weight_decay=0.3"])
+def test_a_run_of_another_model_or_length_is_not_taken_for_the_plans(psannlm, project: Path, other: str) -> None:
+    Path("plan.yaml").write_text(PLAN)
+    _train_swiglu(psannlm, "model.mlp=swiglu", other)
+    for flag in ("--no-train", "--dry-run"):
+        done = psannlm("compare", "plan.yaml", flag)
+        assert (done.code, f"was made with other settings: {other.split('=')[0]}: " in done.err) == (2, True), done.err
+
+
+def test_a_run_that_lost_its_settings_is_not_counted(psannlm, project: Path) -> None:
+    Path("plan.yaml").write_text(PLAN)
+    _train_swiglu(psannlm, "model.mlp=swiglu")
+    Path("runs/plan/swiglu_lr0.01_seed1337/config.yaml").unlink()
+    done = psannlm("compare", "plan.yaml", "--no-train")
+    assert (done.code, "holds a run without its config.yaml" in done.err) == (2, True), done.err
 
 
 def test_results_and_a_dry_run_are_not_had_at_once(psannlm, project: Path) -> None:
