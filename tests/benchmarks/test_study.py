@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from psannlm.benchmarks.compare import plan_tables, seconds_per_step, study_figu
 from psannlm.benchmarks.counting_tasks import write_task
 from psannlm.benchmarks.study_plan import load_plan
 from psannlm.benchmarks.study_runs import Study, StudyRun, size_study, solve_width
-from psannlm.benchmarks.study_work import Process, look, work
+from psannlm.benchmarks.study_work import Process, launch, look, work
 from psannlm.benchmarks.task_answers import score_runs
 from psannlm.config.run import load_config
 from psannlm.data.loader import Loader
@@ -274,6 +275,18 @@ def test_a_run_that_fails_is_told_and_leaves_the_others_alone(make: Callable[...
     assert [rate["failed"] for rate in swiglu["learning_rates"]] == [0, 1]
     assert [run["state"] for run in figures["runs"]].count("failed") == 1
     assert any(note.startswith("Failed: swiglu_lr0.05_seed1") for note in figures["notes"])
+
+
+def test_a_run_that_is_taken_up_again_has_not_failed(make: Callable[..., Study]) -> None:
+    run = make().runs[0]
+    run.log_path.parent.mkdir(parents=True, exist_ok=True)
+    run.log_path.write_text("error: no space left\n")
+    assert look(run).state == "failed"
+    process = launch(run, {})
+    process.terminate()
+    while process.poll() is None:
+        time.sleep(0.02)
+    assert look(run).state == "new"
 
 
 def test_a_folder_of_another_study_is_refused_and_a_longer_grid_is_not(make: Callable[..., Study]) -> None:
