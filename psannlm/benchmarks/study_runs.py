@@ -16,7 +16,7 @@ from psannlm.distributed import World
 from psannlm.errors import ConfigError, Problem
 from psannlm.models.accounting import count_parameters, flops_per_token
 from psannlm.models.registry import resolve
-from psannlm.reports.runs import CONFIG_FILE, METRICS_FILE
+from psannlm.reports.runs import CONFIG_FILE, HOUSEKEEPING, METRICS_FILE
 from psannlm.storage import write_text
 from psannlm.training.run import build_loader
 
@@ -26,17 +26,7 @@ _ROUND_WIDTH = 8
 # What a study sets unless its plan says otherwise: fewer files, and no time spent on samples that nobody reads.
 _QUIETER: dict[str, Any] = {"keep_checkpoints": 1, "sample_prompts": []}
 # Differences that do not make a run another one: where it is, and what it keeps and tells.
-_HOUSEKEEPING = tuple(
-    f"train.{key}:"
-    for key in (
-        "checkpoint_dir",
-        "device",
-        "keep_checkpoints",
-        "log_interval_steps",
-        "sample_prompts",
-        "save_interval_steps",
-    )
-)
+_ASIDE = HOUSEKEEPING | {"train.device", "train.sample_prompts"}
 
 Notice = Callable[[str], None]
 
@@ -269,9 +259,9 @@ def _former_differences(run: StudyRun) -> Iterator[Problem]:
             yield Problem(run.name, f"holds a run without its {CONFIG_FILE}, and nothing tells what was trained")
         return
     # A tokenizer that the study fits lies in its folder, wherever that is; every other is a part of what is compared.
-    places = ("data.tokenizer_model_path:",) if _fits_tokenizer(run.variant.variant.config.data) else ()
+    aside = _ASIDE | ({"data.tokenizer_model_path"} if _fits_tokenizer(run.variant.variant.config.data) else set())
     for line in differences(load_config(path, check_files=False), run.config):
-        if not line.startswith((*_HOUSEKEEPING, *places)):
+        if line.split(":")[0] not in aside:
             yield Problem(run.name, f"was made with other settings: {line}")
 
 

@@ -17,7 +17,7 @@ from psannlm.benchmarks.study_runs import Study, StudyRun, write_configs
 from psannlm.errors import EXIT_INTERRUPTED, ConfigError, Interrupted
 from psannlm.lock import RunLock
 from psannlm.reports.plain import Unreadable
-from psannlm.reports.runs import RunRecord, read_run
+from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
 from psannlm.reports.store import write_json
 from psannlm.signals import stopping_on_signals
 from psannlm.storage import explain_write_errors
@@ -72,7 +72,7 @@ class RunState:
 def look(run: StudyRun) -> RunState:
     """Return the state of a run, from its files alone."""
     record = None
-    if (run.folder / "metrics.jsonl").is_file():
+    if (run.folder / METRICS_FILE).is_file():
         try:
             record = read_run(run.folder, run.name)
         except Unreadable:

@@ -15,7 +15,7 @@ from psannlm.reports.plain import Unreadable, flatten, number, read_json, read_t
 
 METRICS_FILE, CONFIG_FILE, SYSTEM_FILE = "metrics.jsonl", "config.yaml", "system.json"
 # Settings that say where and how a run was made, not what it is.
-_HOUSEKEEPING = frozenset(
+HOUSEKEEPING = frozenset(
     f"train.{key}" for key in ("checkpoint_dir", "log_interval_steps", "save_interval_steps", "keep_checkpoints")
 )
 _DEEPEST = 6
@@ -108,7 +108,7 @@ class RunRecord:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that make the run what it is."""
-        return {key: value for key, value in self.config.items() if key not in _HOUSEKEEPING}
+        return {key: value for key, value in self.config.items() if key not in HOUSEKEEPING}
 
     def points(self, kind: str = "eval") -> list[tuple[int, float, float]]:
         """Return (tokens seen, seconds of training, loss) of the validations, or of the logged steps (``train``).
