@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,11 +75,15 @@ class Attempts:
 
     def start(self, moment: tuple[int, int] | None = None) -> int:
         """Start a run in a fork of this process and return its id; ``moment`` is a save and a line to die at."""
+        # A signal that comes before the fork stands within its own try would end up in pytest's.
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         child = os.fork()
         if child:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
             return child
         code = BROKEN
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
             if moment is not None:
                 die_within_a_save(*moment)
             train(load_config(self.config))
@@ -87,6 +92,9 @@ class Attempts:
             code = EXIT_INTERRUPTED
         except KeyboardInterrupt:
             code = NOTHING_TO_SAVE
+        except BaseException:
+            self.said.write_text(traceback.format_exc(), encoding="utf-8")
+            raise
         finally:
             os._exit(code)
 
@@ -94,7 +102,12 @@ class Attempts:
         """Return the exit code of a child, or minus the signal that ended it."""
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         self.ends[code] += 1
+        assert code != BROKEN, self.said.read_text(encoding="utf-8")
         return code
+
+    @property
+    def said(self) -> Path:
+        return self.config.with_name("said.txt")
 
     def wait_for_training(self, child: int) -> None:
         """A fork is in its first step soon enough."""
@@ -139,10 +152,6 @@ class AttemptsInFull(Attempts):
         self.ends[code] += 1
         assert code in (0, -signal.SIGKILL), self.said.read_text(encoding="utf-8")
         return code
-
-    @property
-    def said(self) -> Path:
-        return self.config.with_name("said.txt")
 
     def wait_for_training(self, child: int) -> None:
         """Imports take most of a process's time: wait for the line before the first step, but for one in ten."""
