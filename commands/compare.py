@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -30,6 +30,10 @@ def compare(
     no_train: Annotated[
         bool, typer.Option("--no-train", help="Write the results of the runs that are done so far; train none.")
     ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="VARIANT", help="Train this variant alone (repeatable); show what all have."),
+    ] = None,
     study: Annotated[
         Path | None, typer.Option("--study", help="Folder of the runs. Default: runs/<name of the plan>.")
     ] = None,
@@ -46,16 +50,19 @@ def compare(
     from psannlm.reports.studies import study_pictures, study_tables
     from psannlm.storage import write_bytes, write_text
 
+    if no_train and only:
+        raise typer.BadParameter("--no-train trains no variant at all; leave one of them out", param_hint="--only")
     if dry_run and no_train:
         raise typer.BadParameter(
             "--dry-run shows what there is to do, --no-train what is done: choose one", param_hint="--no-train"
         )
     settled = load_plan(plan)
+    wanted = _checked(only or [], [variant.name for variant in settled.variants])
     with live_line(progress()) as line:
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name, line.keep)
         if not dry_run:
             if not no_train:
-                work(sized, jobs=jobs, tell=line.show, keep=line.keep)
+                work(sized, jobs=jobs, only=wanted, tell=line.show, keep=line.keep)
             answers = score_runs(sized, line.show)
     if dry_run:
         _show_plan(sized, jobs, as_json)
@@ -76,6 +83,31 @@ def compare(
         results().print(*shown, sep="\n")
         words = f"written to {folder}: all columns and runs in table.txt, and on the page of psannlm report"
         results().print(words, highlight=False, markup=False)
+    if not no_train:
+        _refuse_failures(figures)
+
+
+def _checked(only: list[str], names: list[str]) -> frozenset[str]:
+    """The variants to train: those asked for, or all. Raises ConfigError for a name that the plan does not have."""
+    from psannlm.errors import ConfigError, nearest
+
+    for name in only:
+        if name not in names:
+            message = f"--only {name}: none of the plan's variants{nearest(name, names)}; they are {', '.join(names)}"
+            raise ConfigError(message)
+    return frozenset(only or names)
+
+
+def _refuse_failures(figures: dict[str, Any]) -> None:
+    """Let scripts know that figures are missing, once those that are there have been written and shown."""
+    from psannlm.errors import TrainingError
+
+    failed = [run for run in figures["runs"] if run["state"] == "failed"]
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(figures['runs'])} runs failed, the first: {failed[0]['run']}: {failed[0]['reason']}"
+            f". The logs are in {figures['folder']}; the same command tries these runs again"
+        )
 
 
 def _show_plan(study: Study, jobs: int, as_json: bool) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from psannlm.benchmarks.paired import Mean, PairedDifference, paired_difference
+from psannlm.benchmarks.study_choice import Choice, choose, score_of
+from psannlm.benchmarks.study_notes import conditions, notes_of
 from psannlm.benchmarks.study_runs import SizedVariant, Study, StudyRun
 from psannlm.benchmarks.study_work import RunState, look
 from psannlm.benchmarks.task_answers import AnswerScore
@@ -19,7 +21,6 @@ from psannlm.distributed import World
 from psannlm.errors import TrainingError
 from psannlm.models.registry import build_model
 from psannlm.reports.document import Table, tell
-from psannlm.reports.runs import RunRecord
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.run import build_loader
 from psannlm.training.step import seed_step, train_step
@@ -30,8 +31,7 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
 
     ``answers`` are the scores of runs by name, where the text is that of a counting task (``score_runs``).
 
-    Each variant stands at its best learning rate: the one with the lowest mean validation loss among those that no
-    seed failed at, or among all where each has failures. Differences are paired by seed.
+    Each variant stands at its best learning rate (``study_choice.choose``). Differences are paired by seed.
 
     Raises:
         TrainingError: not one run came to its end.
@@ -39,7 +39,7 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
     states = [look(run) for run in study.runs]
     if not any(state.state == "done" for state in states):
         raise TrainingError(f"no run of the study came to its end; the logs are in {study.folder}")
-    chosen = {sized.variant.name: _choose(sized, states, study) for sized in study.variants}
+    chosen = {sized.variant.name: choose(sized, states, study.plan.settings.measure) for sized in study.variants}
     base = chosen[study.plan.settings.baseline]
     settings = study.plan.settings
     return {
@@ -52,7 +52,8 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
         "budget": settings.budget.model_dump(mode="json"),
         "seeds": list(settings.seeds),
         "corpus": _corpus(study),
-        "notes": _notes(study, chosen, states),
+        "conditions": conditions(states),
+        "notes": notes_of(study, chosen, states),
         "variants": [
             {
                 **_variant_figures(study, sized, chosen[sized.variant.name], base.losses),
@@ -69,62 +70,7 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
     }
 
 
-class _Choice:
-    """A variant's best learning rate and the runs at it that came to their end, by seed."""
-
-    def __init__(
-        self, lr: float | None, edge: str, rates: list[dict[str, Any]], done: dict[int, RunRecord], measure: str
-    ):
-        self.lr, self.edge, self.rates, self.done = lr, edge, rates, done
-        self.scores = {seed: _score(record, measure) for seed, record in done.items()}
-
-    @property
-    def losses(self) -> dict[int, float]:
-        return {seed: row["loss"] for seed, row in self.scores.items()}
-
-
-def _score(record: RunRecord, measure: str) -> dict[str, Any]:
-    """The validation that counts: that of the last step, or the lowest."""
-    return (record.best or {}) if measure == "best" else record.eval_rows[-1]
-
-
-def _choose(sized: SizedVariant, states: Sequence[RunState], study: Study) -> _Choice:
-    measure = study.plan.settings.measure
-    mine = [state for state in states if state.run.variant is sized]
-    rates: list[dict[str, Any]] = []
-    for lr in sized.variant.learning_rates:
-        here = [state for state in mine if state.run.lr == lr]
-        losses = [
-            _score(state.record, measure)["loss"]
-            for state in here
-            if state.state == "done" and state.record is not None
-        ]
-        rates.append(
-            {
-                "lr": lr,
-                "mean": statistics.fmean(losses) if losses else None,
-                "done": len(losses),
-                "failed": sum(state.state == "failed" for state in here),
-                "missing": sum(state.state in ("new", "stopped") for state in here),
-            }
-        )
-    scored = [rate for rate in rates if rate["mean"] is not None]
-    # A rate that some seed did not survive is not the best one, however well the others did.
-    whole = [rate for rate in scored if not rate["failed"] and not rate["missing"]] or scored
-    if not whole:
-        return _Choice(None, "", rates, {}, measure)
-    lr = min(whole, key=lambda rate: rate["mean"])["lr"]
-    grid = sorted(sized.variant.learning_rates)
-    edge = "" if len(grid) < 2 else {grid[0]: "lowest", grid[-1]: "highest"}.get(lr, "")
-    done = {
-        state.run.seed: state.record
-        for state in mine
-        if state.run.lr == lr and state.state == "done" and state.record is not None
-    }
-    return _Choice(lr, edge, rates, done, measure)
-
-
-def _against(rival: str, chosen: Mapping[str, _Choice]) -> dict[str, dict[str, float | int | None] | None]:
+def _against(rival: str, chosen: Mapping[str, Choice]) -> dict[str, dict[str, float | int | None] | None]:
     """The differences of all variants but the rival to it, each at its own best learning rate."""
     theirs = chosen[rival].losses
     differences = {name: paired_difference(choice.losses, theirs) for name, choice in chosen.items() if name != rival}
@@ -132,20 +78,20 @@ def _against(rival: str, chosen: Mapping[str, _Choice]) -> dict[str, dict[str, f
 
 
 def _variant_figures(
-    study: Study, sized: SizedVariant, choice: _Choice, base_losses: Mapping[int, float]
+    study: Study, sized: SizedVariant, choice: Choice, base_losses: Mapping[int, float]
 ) -> dict[str, Any]:
     is_baseline = sized.variant.name == study.plan.settings.baseline
     difference: PairedDifference | None = None if is_baseline else paired_difference(choice.losses, base_losses)
     records = list(choice.done.values())
     rates = [record.tokens_per_s["median"] for record in records if record.tokens_per_s is not None]
     peaks = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
-    seconds = [record.points("train")[-1][1] for record in records]
     losses, bits = list(choice.losses.values()), [score["bits_per_byte"] for score in choice.scores.values()]
     return {
         "name": sized.variant.name,
         "settings": sized.variant.changes,
         "learning_rate": choice.lr,
         "edge": choice.edge,
+        "provisional": choice.is_provisional,
         "learning_rates": choice.rates,
         "parameters": sized.n_parameters,
         "parameters_over_baseline": sized.n_parameters / study.baseline.n_parameters,
@@ -159,15 +105,15 @@ def _variant_figures(
         "val_loss_by_seed": {str(seed): loss for seed, loss in sorted(choice.losses.items())},
         "bits_per_byte": Mean.of(bits).as_dict() if bits else None,
         "difference": None if difference is None else difference.as_dict(),
-        "tokens_per_s": statistics.median(rates) if rates else None,
-        "training_s": statistics.median(seconds) if seconds else None,
+        "tokens_per_s": max(rates) if rates else None,
+        "training_s": sized.n_tokens / max(rates) if rates else None,
         "peak_memory_bytes": max(peaks, default=None),
     }
 
 
 def _run_figures(state: RunState, measure: str) -> dict[str, Any]:
     record = state.record
-    score = _score(record, measure) if record is not None and state.state == "done" else {}
+    score = score_of(record, measure) if record is not None and state.state == "done" else {}
     return {
         "run": state.run.name,
         "variant": state.run.variant.variant.name,
@@ -185,7 +131,7 @@ def _run_figures(state: RunState, measure: str) -> dict[str, Any]:
     }
 
 
-def _answers(choice: _Choice, base: _Choice, answers: Mapping[str, AnswerScore]) -> dict[str, Any] | None:
+def _answers(choice: Choice, base: Choice, answers: Mapping[str, AnswerScore]) -> dict[str, Any] | None:
     """The answers given by the runs at a variant's best learning rate, and their difference to the baseline's."""
     mine, theirs = (
         {seed: answers[record.name] for seed, record in sorted(each.done.items()) if record.name in answers}
@@ -208,12 +154,15 @@ def _score_as_dict(name: str, answers: Mapping[str, AnswerScore]) -> dict[str, A
     return asdict(answers[name]) if name in answers else None
 
 
-def _curves(choice: _Choice) -> list[dict[str, Any]]:
+def _curves(choice: Choice) -> list[dict[str, Any]]:
+    """The validations of each run. Seconds are tokens over the rate of the fastest of them, as in the table."""
     found = []
+    rates = [record.tokens_per_s["median"] for record in choice.done.values() if record.tokens_per_s is not None]
     for seed, record in sorted(choice.done.items()):
         points = record.points()
         name = record.name.rpartition("_lr")[0]
-        tokens, seconds, losses = ([point[at] for point in points] for at in range(3))
+        tokens, losses = [point[0] for point in points], [point[2] for point in points]
+        seconds = [point[0] / max(rates) for point in points] if rates else [point[1] for point in points]
         found.append({"variant": name, "seed": seed, "tokens": tokens, "seconds": seconds, "loss": losses})
     return found
 
@@ -227,31 +176,6 @@ def _corpus(study: Study) -> dict[str, Any]:
         "val_tokens": None if prepared.val is None else prepared.val.n_tokens,
         "val_overlap": prepared.val_overlap,
     }
-
-
-def _notes(study: Study, chosen: Mapping[str, _Choice], states: Sequence[RunState]) -> list[str]:
-    """Say, a sentence each, what a reader must know before believing the table."""
-    settings = study.plan.settings
-    where = "at the last step" if settings.measure == "final" else "the lowest of each run"
-    notes = [f"Validation loss {where}, mean over seeds; differences are paired by seed."]
-    if len(settings.seeds) == 1:
-        notes.append("One seed: no interval, and no claim.")
-    edges = [name for name, choice in chosen.items() if choice.edge]
-    if edges:
-        notes.append(f"Best learning rate at the edge of its grid: {', '.join(edges)}; try more beyond it.")
-    for sized in study.variants:
-        if abs(sized.n_parameters / study.baseline.n_parameters - 1) > 0.01:
-            share = sized.n_parameters / study.baseline.n_parameters - 1
-            notes.append(f"{sized.variant.name} has {share:+.1%} parameters.".replace("-", "−"))
-        if sized.order_differs:
-            notes.append(f"{sized.variant.name} sees other text or another order: {'; '.join(sized.order_differs)}.")
-    missing = [state for state in states if state.state in ("new", "stopped")]
-    if missing:
-        notes.append(f"{len(missing)} of {len(states)} runs are not done yet.")
-    failed = [state.run.name for state in states if state.state == "failed"]
-    if failed:
-        notes.append(f"Failed: {', '.join(failed[:6])}{' and more' if len(failed) > 6 else ''}.")
-    return notes
 
 
 def seconds_per_step(run: StudyRun, study: Study, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -317,9 +241,11 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
         ]
         for state in states
     ]
+    is_compiled = any(run.config.train.compile is True for run in study.runs)
     note = (
         f"{len(left)} of {len(states)} runs to make: about {sum(left) / 60:,.1f} minutes of training, one at a time"
         f"{f', if {jobs} at a time do not slow each other: {sum(left) / 60 / jobs:,.1f}' if jobs > 1 else ''}"
+        f"{'; timed uncompiled: compiling takes its time at the start, and saves more' if is_compiled else ''}"
     )
     return [
         Table(

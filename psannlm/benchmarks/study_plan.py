@@ -38,7 +38,9 @@ class Budget(Section):
     """How long each run trains: by tokens or by operations, one of the two."""
 
     tokens: PositiveReal | None = Field(None, description="training tokens of each run")
-    flops: PositiveReal | None = Field(None, description="training operations of each run (6 per parameter and token)")
+    flops: PositiveReal | None = Field(
+        None, description="training operations of each run: products of matrices, there and back"
+    )
 
 
 class PlanSettings(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from psannlm.distributed import World
 from psannlm.errors import ConfigError, Problem
 from psannlm.models.accounting import count_parameters, flops_per_token
 from psannlm.models.registry import resolve
-from psannlm.reports.runs import CONFIG_FILE, HOUSEKEEPING, METRICS_FILE
+from psannlm.reports.plain import Unreadable
+from psannlm.reports.runs import CONFIG_FILE, HOUSEKEEPING, METRICS_FILE, read_run
 from psannlm.storage import write_text
+from psannlm.tokenizers.resolve import load_tokenizer
 from psannlm.training.run import build_loader
 
 TOLERANCE = 0.01
@@ -115,12 +118,14 @@ def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
                 "nothing is held out, and there would be nothing to compare; prepare a corpus with a validation part"
             )
             raise ConfigError(Problem(f"variants.{variant.name}", message), str(plan.path))
+    _refuse_other_yardsticks(plan, data)
     base = plan.baseline
     target = sum(count_parameters(_resolved(base, data)).values())
     variants = tuple(_sized(plan, variant, data, target) for variant in plan.variants)
     _refuse_unequal(plan, variants, target)
     runs = tuple(_runs(plan, variants, folder, data))
-    problems = [problem for run in runs for problem in _former_differences(run)]
+    problems = [*_former_tokenizers(plan, data, folder)]
+    problems += [problem for run in runs for problem in _former_differences(run, data)]
     if problems:
         raise ConfigError(
             [*problems[:12], Problem("", "choose another --study folder, or remove these runs")],
@@ -170,8 +175,9 @@ def solve_width(count: Callable[[int], int], target: int) -> int:
     Parameters grow in a line with the width. A multiple of 8, which matrices of all machines like, is taken where it
     comes within a quarter of the tolerance.
     """
-    at_one, slope = count(_ROUND_WIDTH), (count(2 * _ROUND_WIDTH) - count(_ROUND_WIDTH)) / _ROUND_WIDTH
-    exact = _ROUND_WIDTH + (target - at_one) / slope if slope else float(_ROUND_WIDTH)
+    at_least = count(_ROUND_WIDTH)
+    slope = (count(2 * _ROUND_WIDTH) - at_least) / _ROUND_WIDTH
+    exact = _ROUND_WIDTH + (target - at_least) / slope if slope else float(_ROUND_WIDTH)
     width = max(1, round(exact))
     rounded = max(_ROUND_WIDTH, _ROUND_WIDTH * round(exact / _ROUND_WIDTH))
     return rounded if abs(count(rounded) / target - 1) <= TOLERANCE / 4 else width
@@ -181,6 +187,31 @@ def _order_differences(base: RunConfig, ours: RunConfig) -> tuple[str, ...]:
     """The settings by which a variant sees other text, or the same text in another order, than the baseline."""
     named = ("data.", "train.batch_tokens:", "train.grad_accum_steps:")
     return tuple(line for line in differences(base, ours) if line.startswith(named))
+
+
+def _refuse_other_yardsticks(plan: StudyPlan, data: Mapping[DataConfig, PreparedData]) -> None:
+    """Losses per token of other tokens, or of other held-out text, are no figures that a difference can be taken of."""
+    base = data[plan.baseline.config.data]
+    problems = []
+    for variant in plan.variants:
+        mine = data[variant.config.data]
+        if mine.tokenizer.fingerprint != base.tokenizer.fingerprint:
+            found = "its tokenizer is not"
+        elif mine.val is not base.val and _held_out(mine) != _held_out(base):
+            found = "its held-out text is not"
+        else:
+            continue
+        message = f"{found} {plan.settings.baseline}'s, and losses per token would not compare; give it another plan"
+        problems.append(Problem(f"variants.{variant.name}", f"{message}, and put bits per byte side by side"))
+    if problems:
+        raise ConfigError(problems, str(plan.path))
+
+
+def _held_out(data: PreparedData) -> str:
+    """A hash of the tokens that validation reads."""
+    if data.val is None:
+        return ""
+    return hashlib.sha256(data.val.tokens(0, data.val.n_framed_tokens).tobytes()).hexdigest()
 
 
 def _refuse_unequal(plan: StudyPlan, variants: tuple[SizedVariant, ...], target: int) -> None:
@@ -250,8 +281,19 @@ def tokenizer_path(plan: StudyPlan, config: DataConfig, data: Mapping[DataConfig
     return folder / f"{stem}{_TOKENIZER_SUFFIXES.get(backend, '.json')}"
 
 
-def _former_differences(run: StudyRun) -> Iterator[Problem]:
-    """By which settings the run that is there is not the one that the plan asks for."""
+def _former_tokenizers(plan: StudyPlan, data: Mapping[DataConfig, PreparedData], folder: Path) -> Iterator[Problem]:
+    """Tokenizers in the study's folder that are not those which the text of today gives."""
+    for config, prepared in data.items():
+        path = tokenizer_path(plan, config, data, folder)
+        if _fits_tokenizer(config) and path.is_file():
+            there = load_tokenizer(path).fingerprint
+            if there != prepared.tokenizer.fingerprint:
+                message = f"another text gave it ({there:.12}); the text as it is now gives"
+                yield Problem(path.name, f"{message} {prepared.tokenizer.fingerprint:.12}")
+
+
+def _former_differences(run: StudyRun, data: Mapping[DataConfig, PreparedData]) -> Iterator[Problem]:
+    """By which settings or text the run that is there is not the one that the plan asks for."""
     # What was trained is told by the run's own file; the one beside it says what was to be trained.
     path = run.folder / CONFIG_FILE if (run.folder / METRICS_FILE).is_file() else run.config_path
     if not path.is_file():
@@ -263,6 +305,22 @@ def _former_differences(run: StudyRun) -> Iterator[Problem]:
     for line in differences(load_config(path, check_files=False), run.config):
         if line.split(":")[0] not in aside:
             yield Problem(run.name, f"was made with other settings: {line}")
+    if path != run.config_path:
+        yield from _former_text(run, data[run.variant.variant.config.data])
+
+
+def _former_text(run: StudyRun, data: PreparedData) -> Iterator[Problem]:
+    """Whether a run's checkpoint tells of other text, or of other tokens, than the plan's paths hold now."""
+    try:
+        record = read_run(run.folder)
+    except Unreadable:
+        return  # stopped before its first line was whole; it starts again
+    for found, wanted, name in (
+        (record.corpus_sha256, data.report.sha256, "text"),
+        (record.tokenizer_fingerprint, data.tokenizer.fingerprint, "tokenizer"),
+    ):
+        if found is not None and found != wanted:
+            yield Problem(run.name, f"was made with another {name}: SHA-256 {found:.12}, and now {wanted:.12}")
 
 
 def write_configs(study: Study) -> None:

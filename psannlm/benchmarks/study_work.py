@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
 from psannlm.reports.store import write_json
 from psannlm.signals import stopping_on_signals
 from psannlm.storage import explain_write_errors
+from psannlm.training.mishaps import NOT_FINITE
 
 STUDY_FILE = "study.json"
 _LOOK_S = 0.2
@@ -68,6 +69,11 @@ class RunState:
     reason: str = ""
     record: RunRecord | None = None
 
+    @property
+    def is_diverged(self) -> bool:
+        """Whether it failed because its numbers were not finite, and would again; not for want of room or memory."""
+        return self.state == "failed" and NOT_FINITE in self.reason
+
 
 def look(run: StudyRun) -> RunState:
     """Return the state of a run, from its files alone."""
@@ -103,6 +109,7 @@ def work(
     study: Study,
     *,
     jobs: int = 1,
+    only: Collection[str] | None = None,
     tell: Tell = lambda text: None,
     keep: Tell = lambda text: None,
     launcher: Launcher = launch,
@@ -113,6 +120,7 @@ def work(
 
     Args:
         jobs: runs at a time; the machine's cores are shared out among them.
+        only: names of the variants whose runs to make; None for all.
         tell, keep: get the standing, and lines that stay.
 
     Raises:
@@ -127,15 +135,18 @@ def work(
         plan = study.plan
         names = [run.name for run in study.runs]
         write_json(study.folder / STUDY_FILE, {"study": plan.name, "plan": str(plan.path), "runs": names})
-        waiting = [run for run in study.runs if look(run).state != "done"]
-        crew = _Crew(study, waiting, launcher, _threads(jobs), clock)
+        wanted = [run for run in study.runs if only is None or run.variant.variant.name in only]
+        waiting = [run for run in wanted if look(run).state != "done"]
+        crew = _Crew(len(wanted), waiting, launcher, _threads(jobs), clock)
         stop = threading.Event()
         next_tell = clock()
         with explain_write_errors(study.folder), stopping_on_signals(stop):
             while crew.is_busy:
                 if stop.is_set():
                     crew.dismiss(sleep)
-                    raise Interrupted(f"stopped with {crew.n_done} of {len(names)} runs done; the same command goes on")
+                    raise Interrupted(
+                        f"stopped with {crew.n_done} of {len(wanted)} runs done; the same command goes on"
+                    )
                 crew.fill(jobs)
                 for line in crew.collect():
                     keep(line)
@@ -160,7 +171,7 @@ class _Crew:
 
     def __init__(
         self,
-        study: Study,
+        n_runs: int,
         waiting: list[StudyRun],
         launcher: Launcher,
         environment: Mapping[str, str],
@@ -168,7 +179,7 @@ class _Crew:
     ) -> None:
         self._waiting, self._launcher, self._environment, self._clock = waiting, launcher, environment, clock
         self._at_work: dict[str, tuple[StudyRun, Process]] = {}
-        self._n_runs = len(study.runs)
+        self._n_runs = n_runs
         self.n_done = self._n_runs - len(waiting)
         self.was_interrupted = False
         self._began = clock()

@@ -31,6 +31,7 @@ class RunRecord:
         config: the settings by dotted key; empty where they cannot be read.
         train_rows, eval_rows: the lines of ``metrics.jsonl`` that can be read, in the order of their steps.
         parameters: elements of the saved weights, or None without a checkpoint.
+        corpus_sha256, tokenizer_fingerprint: of what it was trained on, or None without a checkpoint.
         problems: what could not be read, each with the reason.
     """
 
@@ -42,6 +43,7 @@ class RunRecord:
     eval_rows: list[dict[str, Any]]
     parameters: int | None
     corpus_sha256: str | None
+    tokenizer_fingerprint: str | None
     problems: tuple[str, ...]
 
     @property
@@ -183,7 +185,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         system = read_json(folder / SYSTEM_FILE)
     except Unreadable as error:
         problems.append(str(error))
-    parameters, corpus_sha256 = _read_checkpoint(folder, problems)
+    parameters, trained_on = _read_checkpoint(folder, problems)
     return RunRecord(
         folder=folder,
         name=name or folder.name,
@@ -192,7 +194,8 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         train_rows=[row for row in rows if row["kind"] == "train"],
         eval_rows=[row for row in rows if row["kind"] == "eval"],
         parameters=parameters,
-        corpus_sha256=corpus_sha256,
+        corpus_sha256=trained_on.get("corpus_sha256"),
+        tokenizer_fingerprint=trained_on.get("tokenizer_fingerprint"),
         problems=tuple(problems),
     )
 
@@ -230,23 +233,25 @@ def _is_other(row: object) -> bool:
     return isinstance(row, dict) and isinstance(row.get("kind"), str) and row["kind"] not in ("train", "eval")
 
 
-def _read_checkpoint(folder: Path, problems: list[str]) -> tuple[int | None, str | None]:
-    """Return how many elements the newest checkpoint's weights have, and the hash of the corpus it was trained on."""
+def _read_checkpoint(folder: Path, problems: list[str]) -> tuple[int | None, dict[str, str]]:
+    """Return how many elements the newest checkpoint's weights have, and the hashes of what it was trained on."""
     checkpoints = sorted(path for path in folder.glob("step_*") if path.is_dir())
     if not checkpoints:
-        return None, None
-    parameters = corpus = None
+        return None, {}
+    parameters = None
+    trained_on: dict[str, str] = {}
     try:
         state = read_json(checkpoints[-1] / "trainer.json").get("state")
-        found = state.get("corpus_sha256") if isinstance(state, dict) else None
-        corpus = found if isinstance(found, str) else None
+        found = state if isinstance(state, dict) else {}
+        hashes = {key: found.get(key) for key in ("corpus_sha256", "tokenizer_fingerprint")}
+        trained_on = {key: value for key, value in hashes.items() if isinstance(value, str)}
     except Unreadable as error:
         problems.append(f"{checkpoints[-1].name}: {error}")
     try:
         parameters = _count_elements(checkpoints[-1] / "model.safetensors")
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError):
         problems.append(f"{checkpoints[-1].name}: model.safetensors is missing or damaged")
-    return parameters, corpus
+    return parameters, trained_on
 
 
 def _count_elements(path: Path) -> int:

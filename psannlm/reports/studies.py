@@ -103,7 +103,12 @@ def _interval(difference: dict[str, Any] | None) -> str:
 def _rate(variant: dict[str, Any]) -> str:
     if variant["learning_rate"] is None:
         return "–"
-    return f"{variant['learning_rate']:g}" + (f" ({variant['edge']} tried)" if variant["edge"] else "")
+    qualms = []
+    if variant["edge"]:
+        qualms.append({"only": "the only one tried"}.get(variant["edge"], f"{variant['edge']} tried"))
+    if variant.get("provisional") and variant["edge"] != "only":
+        qualms.append("provisional")
+    return f"{variant['learning_rate']:g}" + (f" ({', '.join(qualms)})" if qualms else "")
 
 
 def _answers(figures: dict[str, Any]) -> Table:
@@ -112,7 +117,6 @@ def _answers(figures: dict[str, Any]) -> Table:
         "answers right",
         "by seed",
         f"minus {figures['baseline']}, percentage points",
-        "95 % interval",
         "documents all right",
         "nats per answer",
     )
@@ -124,14 +128,13 @@ def _answers(figures: dict[str, Any]) -> Table:
             continue
         points = answers["difference"]
         if points is not None:
-            points = {key: None if points[key] is None else 100 * points[key] for key in ("mean", "low", "high")}
+            points = {"mean": 100 * points["mean"]}
         rows.append(
             [
                 variant["name"],
                 f"{answers['right']['mean']:.1%}",
                 " ".join(f"{share:.1%}" for share in answers["right_by_seed"].values()),
                 _difference({**variant, "difference": points}, figures["baseline"]),
-                _interval(points),
                 f"{answers['documents_right']:.1%}",
                 f"{answers['nats_per_answer']:.4f}",
             ]
@@ -141,7 +144,8 @@ def _answers(figures: dict[str, Any]) -> Table:
         headings,
         rows,
         frozenset(range(1, len(headings))),
-        "At the learning rate of the best validation loss. An answer is right if its token is the likeliest.",
+        "At the learning rate of the best validation loss. An answer is right if its token is the likeliest. A seed "
+        "learns the task or does not: such shares are not normal, and no interval is given.",
     )
 
 
@@ -173,7 +177,7 @@ def _learning_rates(figures: dict[str, Any]) -> Table:
         row = [variant["name"]]
         for lr in rates:
             cell = cells.get(lr)
-            star = " *" if lr == variant["learning_rate"] else ""
+            star = " *" if lr == variant["learning_rate"] and len(cells) > 1 else ""
             row.append("" if cell is None else _rate_cell(cell) + star)
         rows.append(row)
     return Table(
@@ -236,6 +240,9 @@ def _runs(figures: dict[str, Any]) -> Table:
 def study_pictures(figures: dict[str, Any], prefix: str = "") -> list[Picture]:
     """Return the differences with their intervals, and the loss against tokens and against seconds of training.
 
+    Seconds are those that a variant's tokens take at the rate of its fastest run: what else a machine does slows runs,
+    and is no property of a model.
+
     Files are named ``prefix`` and then ``differences.png``, ``loss_by_tokens.png`` and ``loss_by_time.png``. Raises as
     :func:`study_tables`.
     """
@@ -251,12 +258,17 @@ def study_pictures(figures: dict[str, Any], prefix: str = "") -> list[Picture]:
         pictures.append(draw_bars(f"{prefix}differences.png", bars, label, caption, zero_line=True))
     curves = figures["curves"]
     if curves:
-        for file, key, label in (
-            ("loss_by_tokens.png", "tokens", "tokens seen"),
-            ("loss_by_time.png", "seconds", "seconds of training, validation left out"),
+        for file, key, label, more in (
+            ("loss_by_tokens.png", "tokens", "tokens seen", ""),
+            (
+                "loss_by_time.png",
+                "seconds",
+                "seconds of training: tokens over the rate of the fastest run",
+                " Validation is left out.",
+            ),
         ):
             drawn = _curves(curves, key)
-            caption = "Each variant at its best learning rate; a line for every seed."
+            caption = f"Each variant at its best learning rate; a line for every seed.{more}"
             pictures.append(draw_curves(f"{prefix}{file}", drawn, label, f"validation loss ({NATS})", caption))
     return pictures
 
@@ -272,19 +284,25 @@ def _curves(curves: Sequence[dict[str, Any]], key: str) -> list[Curve]:
 
 
 def study_headline(figures: dict[str, Any]) -> Headline | None:
-    """Return the largest difference to the baseline in favour of a variant, or the smallest against it."""
+    """Return the largest difference to the baseline in favour of a variant, or the smallest against it.
+
+    It says so where that difference is one of several, and where its interval holds zero or there is none.
+    """
     found = [variant for variant in figures["variants"] if variant["difference"] is not None]
     if not found:
         return None
     best = min(found, key=lambda variant: variant["difference"]["mean"])
     difference = best["difference"]
-    interval = "one seed: no interval"
+    interval = "one seed: no interval, no claim"
     if difference["low"] is not None:
         interval = f"95 %: {signed(difference['low'], 3)} to {signed(difference['high'], 3)}, {difference['n']} seeds"
+        if difference["low"] <= 0 <= difference["high"]:
+            interval += ", not shown to differ"
     share = abs(difference["mean"]) / difference["baseline_mean"]
+    chosen = f"; the lowest of {len(found)} variants, not corrected for that choice" if len(found) > 1 else ""
     return Headline(
         signed(difference["mean"], 3),
         NATS,
         f"{best['name']} against {figures['baseline']}",
-        f"{tell_float(100 * share, 2)} % {'less' if difference['mean'] < 0 else 'more'}; {interval}",
+        f"{tell_float(100 * share, 2)} % {'less' if difference['mean'] < 0 else 'more'}; {interval}{chosen}",
     )

@@ -26,6 +26,7 @@ from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.checkpoint import BEST, TrainerState, assist_save, point, prune, save_checkpoint
 from psannlm.training.metrics import MetricsLog
 from psannlm.training.mishaps import (
+    NOT_FINITE,
     TOO_MANY_IN_A_ROW,
     describe_not_finite,
     explaining_memory,
@@ -235,7 +236,7 @@ def _validate(run: Run, progress: Progress, windows: Windows) -> tuple[Progress,
     result = evaluate(run.model, windows, precision=run.precision, batch_size=batch_size, world=run.world)
     if not math.isfinite(result.loss):
         raise TrainingError(
-            f"step {progress.step}: validation loss {result.loss:g} is not finite; {last_saved(run.folder)}."
+            f"step {progress.step}: validation loss {result.loss:g} is {NOT_FINITE}; {last_saved(run.folder)}."
         )
     is_best = progress.best is None or result.loss < progress.best["loss"]
     if run.log is not None:
@@ -267,8 +268,8 @@ def _save(run: Run, progress: Progress, is_best: bool) -> None:
     spoilt = find_not_finite(tensors)
     if run.world.any(spoilt is not None, run.precision.device):
         raise TrainingError(
-            f"after step {progress.step} {spoilt or 'a tensor of another rank'} is not finite, and nothing was saved; "
-            f"{last_saved(run.folder)}. Lower train.lr, or lengthen train.warmup_steps."
+            f"after step {progress.step} {spoilt or 'a tensor of another rank'} is {NOT_FINITE}, and nothing was saved"
+            f"; {last_saved(run.folder)}. Lower train.lr, or lengthen train.warmup_steps."
         )
     if run.world.is_main:
         state = TrainerState(

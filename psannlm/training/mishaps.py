@@ -19,6 +19,8 @@ from psannlm.training.step import StepResult
 
 # Steps that are not finite, one after the other, from which on leaving them out leads nowhere.
 TOO_MANY_IN_A_ROW = 3
+# These words stand in the error of every run that ended because its numbers were none.
+NOT_FINITE = "not finite"
 _NAMED_WINDOWS = 8
 _DESCRIBED_WINDOWS = 4
 
@@ -41,7 +43,7 @@ class NotFinite:
         n_more = len(self.windows) - _NAMED_WINDOWS
         more = f" and {n_more} more" if n_more > 0 else ""
         return (
-            f"step {self.step}: loss {self.loss:g}, gradient norm {self.grad_norm:g}: not finite. Windows "
+            f"step {self.step}: loss {self.loss:g}, gradient norm {self.grad_norm:g}: {NOT_FINITE}. Windows "
             f"{self.windows[:_NAMED_WINDOWS]}{more} ({self.source})"
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 
 from psannlm.benchmarks.compare import plan_tables, seconds_per_step, study_figures
 from psannlm.benchmarks.counting_tasks import write_task
+from psannlm.benchmarks.study_choice import choose
 from psannlm.benchmarks.study_plan import load_plan
-from psannlm.benchmarks.study_runs import Study, StudyRun, size_study, solve_width
-from psannlm.benchmarks.study_work import Process, launch, look, work
+from psannlm.benchmarks.study_runs import Study, StudyRun, size_study, solve_width, write_configs
+from psannlm.benchmarks.study_work import Process, RunState, launch, look, work
 from psannlm.benchmarks.task_answers import score_runs
 from psannlm.config.run import load_config
 from psannlm.data.loader import Loader
@@ -25,6 +27,7 @@ from psannlm.errors import ConfigError, Interrupted, TrainingError
 from psannlm.models.artifact import load_model
 from psannlm.reports.document import signed
 from psannlm.reports.gather import gather
+from psannlm.reports.runs import RunRecord
 from psannlm.reports.studies import study_headline, study_pictures, study_tables
 from psannlm.training.run import build_loader, train
 
@@ -90,7 +93,7 @@ def make(tmp_path: Path, tiny_corpus: Path) -> Callable[..., Study]:
 
 def timeless(figures: Any) -> Any:
     """Figures without those that another run of the same would not repeat."""
-    moving = {"tokens_per_s", "training_s", "peak_memory_bytes", "seconds", "folder"}
+    moving = {"tokens_per_s", "training_s", "peak_memory_bytes", "seconds", "folder", "notes"}
     if isinstance(figures, dict):
         return {key: timeless(value) for key, value in figures.items() if key not in moving}
     return [timeless(value) for value in figures] if isinstance(figures, list) else figures
@@ -275,6 +278,112 @@ def test_a_run_that_fails_is_told_and_leaves_the_others_alone(make: Callable[...
     assert [rate["failed"] for rate in swiglu["learning_rates"]] == [0, 1]
     assert [run["state"] for run in figures["runs"]].count("failed") == 1
     assert any(note.startswith("Failed: swiglu_lr0.05_seed1") for note in figures["notes"])
+
+
+def test_a_rate_is_out_for_what_it_did_and_not_for_what_befell_it(make: Callable[..., Study]) -> None:
+    """A run of NaN is the rate's own; a full disk is not, and leaves a run to be made."""
+    study = make("learning_rates: [1e-3, 1e-2]\n", "learning_rates: [1e-3, 1e25]\n")
+    no_room = study.runs[-2]
+    assert (no_room.name, no_room.lr) == ("swiglu_lr1e+25_seed2", 1e25)
+
+    def make_run(run: StudyRun, environment: Mapping[str, str]) -> Process:
+        try:
+            train(load_config(run.config_path))
+        except TrainingError as error:
+            run.log_path.write_text(f"error: {error}\n")
+        return Ended(0)
+
+    work(study, launcher=make_run)
+    state = next(look(run) for run in study.runs if run.name == "swiglu_lr1e+25_seed1")
+    assert (state.state, state.is_diverged) == ("failed", True)
+    assert study_figures(study)["variants"][0]["learning_rate"] == 0.001
+
+    other = make(folder="other")
+    for run in other.runs[:2]:
+        train_here_after_writing(other, run)
+    other.runs[3].log_path.write_text("error: no space left on device\n")
+    assert not look(other.runs[3]).is_diverged
+    swiglu = study_figures(other)["variants"][0]
+    assert swiglu["provisional"]
+    better = min(look(run).record.eval_rows[-1]["loss"] for run in other.runs[:2])  # type: ignore[union-attr]
+    assert swiglu["val_loss_by_seed"] == {"1": better}, "both rates have seed 1, and a full disk is nobody's fault"
+
+
+def train_here_after_writing(study: Study, run: StudyRun) -> None:
+    write_configs(study)
+    train(load_config(run.config_path))
+
+
+def test_rates_are_compared_over_the_seeds_that_all_of_them_have(make: Callable[..., Study]) -> None:
+    """A rate with one easy seed more is not the better for it."""
+    study = make(folder="shared")
+    sized = study.variants[0]
+    record = RunRecord(Path(), "run", {}, {}, [], [], None, None, None, ())
+
+    def state(lr: float, seed: int, loss: float | None) -> RunState:
+        run = next(run for run in study.runs if run.variant is sized and (run.lr, run.seed) == (lr, seed))
+        if loss is None:
+            return RunState(run, "new")
+        return RunState(run, "done", record=replace(record, eval_rows=[{"step": 9, "loss": loss}]))
+
+    half = [state(0.001, 1, 3.0), state(0.01, 1, 3.1), state(0.001, 2, 9.0), state(0.01, 2, None)]
+    choice = choose(sized, half, "final")
+    assert (choice.lr, choice.edge, choice.is_provisional) == (0.001, "lowest", True)
+    whole = choose(sized, [*half[:3], state(0.01, 2, 3.2)], "final")
+    assert (whole.lr, whole.edge, whole.is_provisional) == (0.01, "highest", False)
+    apart = choose(sized, [half[0], state(0.01, 1, None), state(0.001, 2, None), state(0.01, 2, 2.0)], "final")
+    assert (apart.lr, apart.is_provisional) == (0.01, True)
+
+
+def test_one_rate_is_told_as_the_only_one_and_wears_no_star(make: Callable[..., Study]) -> None:
+    study = make()
+    work(study, launcher=train_here, only=["sine"])
+    assert {state.run.variant.variant.name for state in map(look, study.runs) if state.state == "done"} == {"sine"}
+    figures = study_figures(study)
+    results, rates = study_tables(figures)[0], study_tables(figures)[1]
+    assert results.rows[1][6] == "0.01 (the only one tried)"
+    assert "*" not in " ".join(rates.rows[1])
+    assert any(note.startswith("One learning rate tried") and "sine" in note for note in figures["notes"])
+
+
+def test_runs_on_a_text_that_has_changed_since_are_refused(
+    make: Callable[..., Study], tmp_path: Path, tiny_corpus: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_corpus.read_text())
+    elsewhere = (json.dumps(str(tiny_corpus)), json.dumps(str(text)))
+    work(make(base=elsewhere), launcher=train_here, only=["sine"])
+    assert len(make(base=elsewhere).runs) == 6
+    text.write_text(tiny_corpus.read_text() + "".join(f"a line more: {chr(0x2200 + at)}\n" for at in range(40)))
+    with pytest.raises(ConfigError, match=r"sine_lr0\.01_seed1: was made with another text: SHA-256") as caught:
+        make(base=elsewhere)
+    assert "tokenizer.json: another text gave it" in str(caught.value)
+    text.write_text(tiny_corpus.read_text())
+    assert len(make(base=elsewhere).runs) == 6
+
+
+def test_losses_of_other_tokens_or_other_held_out_text_are_not_compared(make: Callable[..., Study]) -> None:
+    with pytest.raises(ConfigError, match=r"variants\.sine: its tokenizer is not swiglu's"):
+        make("{mlp: sine}", "{mlp: sine}, data: {tokenizer: tokenizers}")
+    with pytest.raises(ConfigError, match=r"variants\.sine: its (held-out text|tokenizer) is not swiglu's"):
+        make("{mlp: sine}", "{mlp: sine}, data: {seed: 4}")
+
+
+def test_a_difference_that_shows_nothing_says_so_in_the_headline() -> None:
+    def variant(name: str, mean: float, half: float | None) -> dict[str, Any]:
+        low, high = (None, None) if half is None else (mean - half, mean + half)
+        difference = {"mean": mean, "low": low, "high": high, "n": 1 if half is None else 3, "baseline_mean": 2.0}
+        return {"name": name, "difference": difference}
+
+    def of(*variants: dict[str, Any]) -> str:
+        headline = study_headline({"baseline": "plain", "variants": [*variants]})
+        assert headline is not None
+        return headline.of
+
+    assert "no claim" in of(variant("sine", -0.1, None))
+    assert "not shown to differ" in of(variant("sine", -0.1, 0.2))
+    assert of(variant("sine", -0.1, 0.05)) == "5.0 % less; 95 %: −0.150 to −0.0500, 3 seeds"
+    assert "the lowest of 2 variants, not corrected" in of(variant("sine", -0.1, 0.05), variant("other", 0.1, 0.05))
 
 
 def test_a_run_that_is_taken_up_again_has_not_failed(make: Callable[..., Study]) -> None:

@@ -112,3 +112,28 @@ def test_a_narrow_terminal_folds_figures_and_cuts_none() -> None:
     said = console.export_text()
     assert "…" not in said
     assert sorted(re.sub(r"\D", "", said)) == sorted("22500582" + "1115264")
+
+
+def test_runs_that_failed_end_in_an_error_after_the_results(psannlm, project: Path) -> None:
+    """The only run that is left to make is at a rate whose numbers are not finite."""
+    plan = PLAN.replace("budget:", "learning_rates: [1e-2, 1e25]\nbudget:")
+    Path("plan.yaml").write_text(plan)
+    _train_swiglu(psannlm, "model.mlp=swiglu")
+    done = psannlm("compare", "plan.yaml", "--only", "swiglu", "--out", "results")
+    assert done.code == 1, done.err
+    assert "1 of 4 runs failed, the first: swiglu_lr1e+25_seed1337: " in done.err
+    assert "not finite" in done.err
+    states = {run["run"]: run["state"] for run in json.loads(Path("results/metrics.json").read_text())["runs"]}
+    assert states == {
+        "swiglu_lr0.01_seed1337": "done",
+        "swiglu_lr1e+25_seed1337": "failed",
+        "sine_lr0.01_seed1337": "new",
+        "sine_lr1e+25_seed1337": "new",
+    }
+
+
+def test_a_variant_that_the_plan_does_not_have_is_refused(psannlm, project: Path) -> None:
+    Path("plan.yaml").write_text(PLAN)
+    done = psannlm("compare", "plan.yaml", "--only", "sin")
+    assert (done.code, "did you mean 'sine'" in done.err) == (2, True), done.err
+    assert not Path("runs").exists()
