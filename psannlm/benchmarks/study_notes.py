@@ -43,18 +43,13 @@ def _of_losses(study: Study, chosen: Mapping[str, Choice]) -> Iterator[str]:
         yield "One seed: no interval, and no claim."
     if any(len(sized.variant.learning_rates) > 1 for sized in study.variants):
         yield "Learning rates were chosen by these same losses, which favours whoever tried more of them."
-    for words, names in (
-        ("Best learning rate at the edge of its grid", _named(chosen, "lowest", "highest")),
-        ("One learning rate tried, which may not be the best", _named(chosen, "only")),
-    ):
-        if names:
-            yield f"{words}: {', '.join(names)}."
+    if edges := [name for name, choice in chosen.items() if choice.edge in ("lowest", "highest")]:
+        yield f"Best learning rate at the edge of its grid: {', '.join(edges)}; try more beyond it."
+    if alone := [name for name, choice in chosen.items() if choice.edge == "only"]:
+        whose = "each" if len(alone) == len(chosen) else ", ".join(alone)
+        yield f"One learning rate was tried, which may not be the best: {whose}."
     if provisional := [name for name, choice in chosen.items() if choice.is_provisional and len(choice.rates) > 1]:
         yield f"Choice of the rate is provisional, runs are missing: {', '.join(provisional)}."
-
-
-def _named(chosen: Mapping[str, Choice], *edges: str) -> list[str]:
-    return [name for name, choice in chosen.items() if choice.edge in edges]
 
 
 def _of_variants(study: Study) -> Iterator[str]:

@@ -62,7 +62,7 @@ def _results(figures: dict[str, Any]) -> Table:
         headings,
         rows,
         frozenset(range(1, len(headings))),
-        " ".join(figures["notes"]),
+        "\n".join(figures["notes"]),
     )
 
 
@@ -103,9 +103,8 @@ def _interval(difference: dict[str, Any] | None) -> str:
 def _rate(variant: dict[str, Any]) -> str:
     if variant["learning_rate"] is None:
         return "–"
-    qualms = []
-    if variant["edge"]:
-        qualms.append({"only": "the only one tried"}.get(variant["edge"], f"{variant['edge']} tried"))
+    # One rate alone is told in the notes.
+    qualms = [f"{variant['edge']} tried"] if variant["edge"] in ("lowest", "highest") else []
     if variant.get("provisional") and variant["edge"] != "only":
         qualms.append("provisional")
     return f"{variant['learning_rate']:g}" + (f" ({', '.join(qualms)})" if qualms else "")
