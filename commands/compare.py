@@ -42,6 +42,7 @@ def compare(
 ) -> None:
     """Train variants of one configuration at equal size, and tell which is better and how sure that is."""
     from psannlm.benchmarks.compare import study_figures
+    from psannlm.benchmarks.study_choice import with_found_rates
     from psannlm.benchmarks.study_plan import load_plan
     from psannlm.benchmarks.study_runs import size_study
     from psannlm.benchmarks.study_work import work
@@ -62,6 +63,10 @@ def compare(
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name, line.keep)
         if not dry_run:
             if not no_train:
+                work(sized, jobs=jobs, only=wanted, tell=line.show, keep=line.keep)
+            n_looking = len(sized.runs)
+            sized = with_found_rates(sized)
+            if not no_train and len(sized.runs) > n_looking:
                 work(sized, jobs=jobs, only=wanted, tell=line.show, keep=line.keep)
             answers = score_runs(sized, line.show)
     if dry_run:

@@ -39,7 +39,7 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
     states = [look(run) for run in study.runs]
     if not any(state.state == "done" for state in states):
         raise TrainingError(f"no run of the study came to its end; the logs are in {study.folder}")
-    chosen = {sized.variant.name: choose(sized, states, study.plan.settings.measure) for sized in study.variants}
+    chosen = {sized.variant.name: choose(sized, states, study.plan) for sized in study.variants}
     base = chosen[study.plan.settings.baseline]
     settings = study.plan.settings
     return {
@@ -51,6 +51,7 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
         "task": settings.answers,
         "budget": settings.budget.model_dump(mode="json"),
         "seeds": list(settings.seeds),
+        "rate_seeds": list(study.plan.rate_seeds),
         "corpus": _corpus(study),
         "conditions": conditions(states),
         "notes": notes_of(study, chosen, states),
@@ -242,10 +243,12 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
         for state in states
     ]
     is_compiled = any(run.config.train.compile is True for run in study.runs)
+    n_others = (len(study.plan.settings.seeds) - len(study.plan.rate_seeds)) * len(study.variants)
     note = (
         f"{len(left)} of {len(states)} runs to make: about {sum(left) / 60:,.1f} minutes of training, one at a time"
         f"{f', if {jobs} at a time do not slow each other: {sum(left) / 60 / jobs:,.1f}' if jobs > 1 else ''}"
         f"{'; timed uncompiled: compiling takes its time at the start, and saves more' if is_compiled else ''}"
+        f"{f'; then {n_others} more, of the other seeds at the best rates' if n_others else ''}"
     )
     return [
         Table(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from psannlm.benchmarks.study_runs import SizedVariant
-from psannlm.benchmarks.study_work import RunState
+from psannlm.benchmarks.study_plan import StudyPlan
+from psannlm.benchmarks.study_runs import SizedVariant, Study, with_best_rates
+from psannlm.benchmarks.study_work import RunState, look
 from psannlm.reports.runs import RunRecord
 
 
@@ -20,7 +21,7 @@ class Choice:
         lr: the rate; None where no run is done.
         edge: ``lowest`` or ``highest`` of the rates tried, ``only`` where there is one, else empty.
         is_provisional: whether runs that are still to be made may change it.
-        rates: mean loss and number of runs by rate, as plain data.
+        rates: mean loss and number of runs by rate, over the seeds that look for it, as plain data.
     """
 
     lr: float | None
@@ -46,15 +47,32 @@ def score_of(record: RunRecord, measure: str) -> dict[str, Any]:
     return (record.best or {}) if measure == "best" else record.eval_rows[-1]
 
 
-def choose(sized: SizedVariant, states: Sequence[RunState], measure: str) -> Choice:
+def with_found_rates(study: Study) -> Study:
+    """Return the study with the runs of its other seeds, for the variants whose learning rate has been looked for.
+
+    That is once no run of the seeds that look for it is left to be made; see ``rate_seeds`` of a plan.
+
+    Raises:
+        ConfigError: the folder holds such runs of another plan.
+    """
+    states = [look(run) for run in study.runs]
+    found = {sized.variant.name: choose(sized, states, study.plan) for sized in study.variants}
+    best = {name: choice.lr for name, choice in found.items() if choice.lr is not None and not choice.is_provisional}
+    return with_best_rates(study, best)
+
+
+def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan) -> Choice:
     """Return the choice among the rates of a variant: the lowest mean loss over the seeds that all of them have done.
 
+    Only seeds that look for the rate take part (``rate_seeds`` of the plan); the runs of the others are done at it.
     A rate at which a seed came to numbers that are not finite is out, however well the others did, unless there is no
     other; a run that failed for another reason is one still to be made. Where the rates share no seed, those with the
     most are compared.
     """
+    measure = plan.settings.measure
     mine = [state for state in states if state.run.variant is sized]
-    by_rate = {lr: [state for state in mine if state.run.lr == lr] for lr in sized.variant.learning_rates}
+    looking = [state for state in mine if state.run.seed in plan.rate_seeds]
+    by_rate = {lr: [state for state in looking if state.run.lr == lr] for lr in sized.variant.learning_rates}
     losses = {lr: _losses(here, measure) for lr, here in by_rate.items()}
     diverged = {lr for lr, here in by_rate.items() if any(state.is_diverged for state in here)}
     scored = [lr for lr in by_rate if losses[lr]]
@@ -79,7 +97,7 @@ def choose(sized: SizedVariant, states: Sequence[RunState], measure: str) -> Cho
         candidates,
         key=lambda lr: statistics.fmean(loss for seed, loss in losses[lr].items() if seed in shared or not shared),
     )
-    to_make = any(state.state != "done" and not state.is_diverged for state in mine)
+    to_make = any(state.state != "done" and not state.is_diverged for state in looking)
     return Choice(
         lr=best,
         edge=_edge(best, sorted(set(scored) | diverged), len(by_rate)),
@@ -87,8 +105,8 @@ def choose(sized: SizedVariant, states: Sequence[RunState], measure: str) -> Cho
         rates=rates,
         done={
             state.run.seed: state.record
-            for state in by_rate[best]
-            if state.state == "done" and state.record is not None
+            for state in mine
+            if state.run.lr == best and state.state == "done" and state.record is not None
         },
         measure=measure,
     )

@@ -42,7 +42,10 @@ def _of_losses(study: Study, chosen: Mapping[str, Choice]) -> Iterator[str]:
     if len(settings.seeds) == 1:
         yield "One seed: no interval, and no claim."
     if any(len(sized.variant.learning_rates) > 1 for sized in study.variants):
-        yield "Learning rates were chosen by these same losses, which favours whoever tried more of them."
+        seeds = ""
+        if settings.rate_seeds is not None and len(settings.rate_seeds) < len(settings.seeds):
+            seeds = f", those of seed {', '.join(map(str, settings.rate_seeds))} alone"
+        yield f"Learning rates were chosen by these same losses{seeds}, which favours whoever tried more of them."
     if edges := [name for name, choice in chosen.items() if choice.edge in ("lowest", "highest")]:
         yield f"Best learning rate at the edge of its grid: {', '.join(edges)}; try more beyond it."
     if alone := [name for name, choice in chosen.items() if choice.edge == "only"]:

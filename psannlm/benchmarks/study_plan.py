@@ -56,6 +56,9 @@ class PlanSettings(Section):
     rivals: tuple[Text, ...] = Field((), description="further variants that each one is held against, in loss alone")
     seeds: tuple[Whole, ...] = Field((1337,), description="one run of each variant and learning rate for each")
     learning_rates: tuple[PositiveReal, ...] | None = Field(None, description="to try; null: the configuration's own")
+    rate_seeds: tuple[Whole, ...] | None = Field(
+        None, description="seeds made at every learning rate; the others at the best one alone; null: all of them"
+    )
     budget: Budget = Field(default_factory=Budget, description="tokens or flops of each run")
     parameters: Literal["equal", "shown"] = Field(
         "equal", description="equal: within 1 % of the baseline's, or an error"
@@ -88,6 +91,11 @@ class StudyPlan:
     name: str
     settings: PlanSettings
     variants: tuple[Variant, ...]
+
+    @property
+    def rate_seeds(self) -> tuple[int, ...]:
+        """The seeds that are made at every learning rate."""
+        return self.settings.rate_seeds or self.settings.seeds
 
     @property
     def baseline(self) -> Variant:
@@ -144,10 +152,13 @@ def _keys() -> list[str]:
 
 
 def _plan_findings(settings: PlanSettings) -> Iterator[Finding]:
-    for key in ("seeds", _RATES, "rivals"):
+    for key in ("seeds", "rate_seeds", _RATES, "rivals"):
         values = getattr(settings, key)
         if values is not None and ((not values and key != "rivals") or len(set(values)) < len(values)):
             yield Finding((key,), "empty; name at least one" if not values else "one of them stands there twice")
+    for at, seed in enumerate(settings.rate_seeds or ()):
+        if seed not in settings.seeds:
+            yield Finding(("rate_seeds", at), f"{seed} is none of the seeds: {', '.join(map(str, settings.seeds))}")
     if (settings.budget.tokens is None) == (settings.budget.flops is None):
         yield Finding(("budget",), "give either tokens or flops, and not both")
     if not settings.variants:

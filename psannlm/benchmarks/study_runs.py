@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,10 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A plan with all its runs, in the order in which they are made."""
+    """A plan with its runs, in the order in which they are made.
+
+    Where only some seeds look for the learning rate, the others are no runs before :func:`with_best_rates`.
+    """
 
     plan: StudyPlan
     folder: Path
@@ -123,15 +126,44 @@ def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
     target = sum(count_parameters(_resolved(base, data)).values())
     variants = tuple(_sized(plan, variant, data, target) for variant in plan.variants)
     _refuse_unequal(plan, variants, target)
-    runs = tuple(_runs(plan, variants, folder, data))
-    problems = [*_former_tokenizers(plan, data, folder)]
-    problems += [problem for run in runs for problem in _former_differences(run, data)]
+    wanted = [
+        (sized, lr, seed) for seed in plan.rate_seeds for sized in variants for lr in sized.variant.learning_rates
+    ]
+    runs = _runs(plan, wanted, folder, data)
+    _refuse_former(folder, [*_former_tokenizers(plan, data, folder), *_all_former_differences(runs, data)])
+    return Study(plan, folder, variants, runs, data)
+
+
+def with_best_rates(study: Study, best: Mapping[str, float]) -> Study:
+    """Return the study with the runs of the seeds that did not look for a rate, at the ``best`` of each variant.
+
+    A variant whose best rate is not known yet gets none.
+
+    Raises:
+        ConfigError: the folder holds such runs of another plan.
+    """
+    seeds = [seed for seed in study.plan.settings.seeds if seed not in study.plan.rate_seeds]
+    wanted = [
+        (sized, best[sized.variant.name], seed)
+        for seed in seeds
+        for sized in study.variants
+        if sized.variant.name in best
+    ]
+    runs = _runs(study.plan, wanted, study.folder, study.data)
+    _refuse_former(study.folder, list(_all_former_differences(runs, study.data)))
+    return replace(study, runs=study.runs + runs)
+
+
+def _all_former_differences(runs: Sequence[StudyRun], data: Mapping[DataConfig, PreparedData]) -> Iterator[Problem]:
+    return (problem for run in runs for problem in _former_differences(run, data))
+
+
+def _refuse_former(folder: Path, problems: Sequence[Problem]) -> None:
     if problems:
         raise ConfigError(
             [*problems[:12], Problem("", "choose another --study folder, or remove these runs")],
             f"{folder}, an earlier study",
         )
-    return Study(plan, folder, variants, runs, data)
 
 
 def _resolved(variant: Variant, data: Mapping[DataConfig, PreparedData], d_mlp: int | None = None) -> ModelConfig:
@@ -231,22 +263,26 @@ def _refuse_unequal(plan: StudyPlan, variants: tuple[SizedVariant, ...], target:
 
 
 def _runs(
-    plan: StudyPlan, variants: tuple[SizedVariant, ...], folder: Path, data: Mapping[DataConfig, PreparedData]
-) -> Iterator[StudyRun]:
+    plan: StudyPlan,
+    wanted: Sequence[tuple[SizedVariant, float, int]],
+    folder: Path,
+    data: Mapping[DataConfig, PreparedData],
+) -> tuple[StudyRun, ...]:
+    """The runs of (variant, learning rate, seed), each with its checked configuration."""
     problems: dict[Problem, None] = {}
-    for seed in plan.settings.seeds:
-        for sized in variants:
-            for lr in sized.variant.learning_rates:
-                name = f"{sized.variant.name}_lr{lr:g}_seed{seed}"
-                try:
-                    config = _run_config(plan, sized, lr, seed, folder / name, data)
-                except ConfigError as error:
-                    for problem in error.problems:
-                        problems[Problem(f"variants.{sized.variant.name}.{problem.path}", problem.message)] = None
-                    continue
-                yield StudyRun(name, sized, lr, seed, config, folder)
+    runs = []
+    for sized, lr, seed in wanted:
+        name = f"{sized.variant.name}_lr{lr:g}_seed{seed}"
+        try:
+            config = _run_config(plan, sized, lr, seed, folder / name, data)
+        except ConfigError as error:
+            for problem in error.problems:
+                problems[Problem(f"variants.{sized.variant.name}.{problem.path}", problem.message)] = None
+            continue
+        runs.append(StudyRun(name, sized, lr, seed, config, folder))
     if problems:
         raise ConfigError(list(problems), str(plan.path))
+    return tuple(runs)
 
 
 def _run_config(

@@ -184,8 +184,13 @@ def _learning_rates(figures: dict[str, Any]) -> Table:
         ["variant", *(f"{rate:g}" for rate in rates)],
         rows,
         frozenset(range(1, len(rates) + 1)),
-        "Means over the seeds that came to the end. * the best; a best at the edge of its grid may not be the best.",
+        f"Means over {_looking(figures)} that came to the end. * the best; at the edge of its grid it may not be.",
     )
+
+
+def _looking(figures: dict[str, Any]) -> str:
+    seeds = figures.get("rate_seeds", figures["seeds"])
+    return "the seeds" if len(seeds) == len(figures["seeds"]) else f"the seeds, of {', '.join(map(str, seeds))},"
 
 
 def _rate_cell(cell: dict[str, Any]) -> str:

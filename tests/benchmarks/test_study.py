@@ -15,7 +15,7 @@ import torch
 
 from psannlm.benchmarks.compare import plan_tables, seconds_per_step, study_figures
 from psannlm.benchmarks.counting_tasks import write_task
-from psannlm.benchmarks.study_choice import choose
+from psannlm.benchmarks.study_choice import choose, with_found_rates
 from psannlm.benchmarks.study_plan import load_plan
 from psannlm.benchmarks.study_runs import Study, StudyRun, size_study, solve_width, write_configs
 from psannlm.benchmarks.study_work import Process, RunState, launch, look, work
@@ -327,12 +327,38 @@ def test_rates_are_compared_over_the_seeds_that_all_of_them_have(make: Callable[
         return RunState(run, "done", record=replace(record, eval_rows=[{"step": 9, "loss": loss}]))
 
     half = [state(0.001, 1, 3.0), state(0.01, 1, 3.1), state(0.001, 2, 9.0), state(0.01, 2, None)]
-    choice = choose(sized, half, "final")
+    choice = choose(sized, half, study.plan)
     assert (choice.lr, choice.edge, choice.is_provisional) == (0.001, "lowest", True)
-    whole = choose(sized, [*half[:3], state(0.01, 2, 3.2)], "final")
+    whole = choose(sized, [*half[:3], state(0.01, 2, 3.2)], study.plan)
     assert (whole.lr, whole.edge, whole.is_provisional) == (0.01, "highest", False)
-    apart = choose(sized, [half[0], state(0.01, 1, None), state(0.001, 2, None), state(0.01, 2, 2.0)], "final")
+    apart = choose(sized, [half[0], state(0.01, 1, None), state(0.001, 2, None), state(0.01, 2, 2.0)], study.plan)
     assert (apart.lr, apart.is_provisional) == (0.01, True)
+
+
+def test_some_seeds_look_for_the_rate_and_the_others_are_made_at_it_alone(make: Callable[..., Study]) -> None:
+    looking = ("seeds: [1, 2]", "seeds: [1, 2, 3]\nrate_seeds: [2]")
+    study = make(*looking)
+    assert [run.name for run in study.runs] == ["swiglu_lr0.001_seed2", "swiglu_lr0.01_seed2", "sine_lr0.01_seed2"]
+    assert with_found_rates(study).runs == study.runs, "nothing is known of the rates yet"
+    assert "then 4 more" in plan_tables(study, {"swiglu": 2.0, "sine": 3.0})[1].note
+    work(study, launcher=train_here)
+    losses = {run.lr: look(run).record.eval_rows[-1]["loss"] for run in study.runs[:2]}  # type: ignore[union-attr]
+    best = min(losses, key=lambda lr: losses[lr])
+    whole = with_found_rates(make(*looking))
+    assert [run.name for run in whole.runs[3:]] == [
+        f"swiglu_lr{best:g}_seed1",
+        "sine_lr0.01_seed1",
+        f"swiglu_lr{best:g}_seed3",
+        "sine_lr0.01_seed3",
+    ]
+    work(whole, launcher=train_here)
+    figures = study_figures(with_found_rates(make(*looking)))
+    swiglu, sine = figures["variants"]
+    assert (swiglu["learning_rate"], swiglu["provisional"]) == (best, False)
+    assert [set(variant["val_loss_by_seed"]) for variant in (swiglu, sine)] == [{"1", "2", "3"}] * 2
+    assert sine["difference"]["n"] == 3
+    assert {rate["lr"]: rate["mean"] for rate in swiglu["learning_rates"]} == losses, "of the seed that looked"
+    assert any("those of seed 2 alone" in note for note in figures["notes"])
 
 
 def test_one_rate_is_told_as_the_only_one_and_wears_no_star(make: Callable[..., Study]) -> None:

@@ -93,6 +93,8 @@ def test_the_shipped_example_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         ("baseline: swiglu", "baseline: swiglu\nrivals: [swiglu]", ["rivals[0] (line 6)", "is the baseline"]),
         ("baseline: swiglu", "baseline: swiglu\nrivals: [sine, sine]", ["rivals (line 6)", "twice"]),
         ("[1, 2]", "[1, 1]", ["seeds (line 3)", "twice"]),
+        ("[1, 2]", "[1, 2]\nrate_seeds: [1, 3]", ["rate_seeds[1] (line 4)", "none of the seeds"]),
+        ("[1, 2]", "[1, 2]\nrate_seeds: []", ["rate_seeds (line 4)", "empty"]),
         ("[1e-2, 2e-2]", "[0]", ["learning_rates", "line 4", "greater than 0"]),
         ("{mlp: sine}", "{mpl: sine}", ["variants.sine.model.mpl (line 11)", "did you mean 'mlp'"]),
         ("{mlp: sine}", "{mlp: sime}", ["variants.sine.model.mlp (line 11)", "did you mean 'sine'"]),
