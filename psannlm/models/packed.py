@@ -7,6 +7,8 @@ new tokens, M rows of a product.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import lru_cache
 from itertools import chain
 from typing import Literal, get_args
 
@@ -38,6 +40,29 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``weight`` (O, K) as int8, and the float32 scale (O,) of each output: symmetric, the largest is 127."""
     scale = weight.float().abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127.0
     return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+@lru_cache(maxsize=1)
+def _sums_in_tiles() -> bool:
+    """Whether this CPU multiplies bfloat16 in tiles (AMX), where oneDNN splits sums by how many rows there are."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return y
+
+
+def by_tiles(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return ``product`` of x (..., K) made for ``FEW_TOKENS`` rows at a time, the last ones filled up with zeros.
+
+    So every product is of one shape, and a row meets the same sums in any company. Sixteen rows are what a tile of AMX
+    holds: fewer would take as long.
+    """
+    rows = x.flatten(0, -2)
+    filled = F.pad(rows, (0, 0, 0, -len(rows) % FEW_TOKENS))
+    y = torch.cat([product(part) for part in filled.split(FEW_TOKENS)])
+    return y[: len(rows)].view(*x.shape[:-1], -1)
 
 
 class PackedLinear(nn.Module):
@@ -88,11 +113,12 @@ class PackedLinear(nn.Module):
         if self.in_bf16:
             x = x.bfloat16()
         if self.uses_onednn and not torch.compiler.is_compiling():
-            # Alone, a row of many inputs would be summed in another order than in company.
-            pair = x.expand(*x.shape[:-2], 2, -1) if n_rows == 1 and self.n_inputs > 1024 else x
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(pair, self.weight, None, "none", [], "")[
-                ..., : x.shape[-2], :
-            ]
+            if self.in_bf16 and _sums_in_tiles():
+                y = by_tiles(lambda rows: _onednn_linear(rows, self.weight), x)
+            else:
+                # Alone, a row of many inputs would be summed in another order than in company.
+                pair = x.expand(*x.shape[:-2], 2, -1) if n_rows == 1 and self.n_inputs > 1024 else x
+                y = _onednn_linear(pair, self.weight)[..., : x.shape[-2], :]
         elif self.scale is None:
             y = F.linear(x, self.weight.to(x.dtype))
         elif self.in_bf16 and x.device.type == "cpu" and x.shape[-2] <= FEW_TOKENS and self.n_inputs % 16 == 0:
