@@ -61,7 +61,7 @@ def by_tiles(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     rows = x.flatten(0, -2)
     filled = F.pad(rows, (0, 0, 0, -len(rows) % FEW_TOKENS))
-    y = torch.cat([product(part) for part in filled.split(FEW_TOKENS)])
+    y = torch.cat([product(part) for part in torch.split(filled, FEW_TOKENS)])
     return y[: len(rows)].view(*x.shape[:-1], -1)
 
 
