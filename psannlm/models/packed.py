@@ -32,6 +32,9 @@ STORED: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bf
 FEW_TOKENS = 16
 # Rows of a compiled product that are summed side by side, so that a weight is read and widened once for all of them.
 _ROWS_AT_ONCE = 16
+# Rows of a product of a prefill, where products have to be of one shape: with twice as many a short prompt takes longer,
+# with half as many a long one does.
+_PREFILL_ROWS = 128
 # Outputs that are summed beside each other for more than one row, so that an input is read once for both.
 _OUTPUTS_AT_ONCE = 2
 
@@ -54,15 +57,19 @@ def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def by_tiles(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return ``product`` of x (..., K) made for ``FEW_TOKENS`` rows at a time, the last ones filled up with zeros.
+    """Return ``product`` of x (..., T, K) made for so many rows at a time, the last ones filled up with zeros.
 
     So every product is of one shape, and a row meets the same sums in any company. Sixteen rows are what a tile of AMX
-    holds: fewer would take as long.
+    holds, and fewer would take as long; a prefill reads the weight once for more.
     """
+    n = FEW_TOKENS if x.shape[-2] <= FEW_TOKENS else _PREFILL_ROWS
     rows = x.flatten(0, -2)
-    filled = F.pad(rows, (0, 0, 0, -len(rows) % FEW_TOKENS))
-    y = torch.cat([product(part) for part in torch.split(filled, FEW_TOKENS)])
-    return y[: len(rows)].view(*x.shape[:-1], -1)
+    n_missing = -len(rows) % n
+    if n_missing:
+        rows = F.pad(rows, (0, 0, 0, n_missing))
+    parts = [product(part) for part in torch.split(rows, n)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y[: len(rows) - n_missing].view(*x.shape[:-1], -1)
 
 
 class PackedLinear(nn.Module):

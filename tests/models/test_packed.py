@@ -17,7 +17,7 @@ from psannlm.config.model import BaseName, PositionKind
 from psannlm.device import computes_in_bf16
 from psannlm.errors import GenerationError
 from psannlm.models import packed
-from psannlm.models.packed import FEW_TOKENS, PackedLinear, WeightDtype, pack_model, quantize, weight_bytes
+from psannlm.models.packed import FEW_TOKENS, PackedLinear, WeightDtype, by_tiles, pack_model, quantize, weight_bytes
 from psannlm.models.transformer import Transformer
 
 Build = Callable[..., Transformer]
@@ -247,3 +247,14 @@ def test_a_row_of_a_product_is_the_same_bit_for_bit_in_any_company(dtype: Weight
             assert torch.equal(linear(rows[part]), together[part]), n_together
     # Several tokens of one row, as when guesses are checked, meet the same products too.
     assert torch.equal(linear(rows.transpose(0, 1)[:, :FEW_TOKENS]), together.transpose(0, 1))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7, FEW_TOKENS, FEW_TOKENS + 1, 300])
+def test_tiles_ask_for_products_of_one_shape_and_give_every_row_back(n_tokens: int) -> None:
+    """With a product that tells how many rows it was made of: a row must find the same in any company."""
+    x = torch.randn(5, n_tokens, 3, generator=torch.Generator().manual_seed(0))
+    together = by_tiles(lambda rows: rows * len(rows), x)
+    for rows in ([0], [3], [4, 1], [0, 1, 2, 3, 4]):
+        assert torch.equal(by_tiles(lambda part: part * len(part), x[rows]), together[rows])
+    factor = together / x
+    torch.testing.assert_close(factor, factor[0, 0, 0].expand_as(factor))
