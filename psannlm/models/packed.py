@@ -32,8 +32,8 @@ STORED: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bf
 FEW_TOKENS = 16
 # Rows of a compiled product that are summed side by side, so that a weight is read and widened once for all of them.
 _ROWS_AT_ONCE = 16
-# Rows of a product of a prefill, where products have to be of one shape: with twice as many a short prompt takes longer,
-# with half as many a long one does.
+# Rows of a product of a prefill, where products have to be of one shape: with twice as many a short prompt would take
+# longer, with half as many a long one.
 _PREFILL_ROWS = 128
 # Outputs that are summed beside each other for more than one row, so that an input is read once for both.
 _OUTPUTS_AT_ONCE = 2
@@ -46,7 +46,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=1)
-def _sums_in_tiles() -> bool:
+def _has_amx() -> bool:
     """Whether this CPU multiplies bfloat16 in tiles (AMX), where oneDNN splits sums by how many rows there are."""
     return bool(torch.cpu._is_amx_tile_supported())
 
@@ -100,6 +100,7 @@ class PackedLinear(nn.Module):
             weight = weight.to(STORED[dtype])
         self.n_bytes = weight.numel() * weight.element_size()
         self.in_bf16 = dtype != "float32" and computes_in_bf16(weight.device)
+        self.sums_in_tiles = self.in_bf16 and weight.device.type == "cpu" and _has_amx()
         self.uses_onednn = (
             weight.device.type == "cpu"
             and dtype != "int8"
@@ -120,7 +121,7 @@ class PackedLinear(nn.Module):
         if self.in_bf16:
             x = x.bfloat16()
         if self.uses_onednn and not torch.compiler.is_compiling():
-            if self.in_bf16 and _sums_in_tiles():
+            if self.sums_in_tiles:
                 y = by_tiles(lambda rows: _onednn_linear(rows, self.weight), x)
             else:
                 # Alone, a row of many inputs would be summed in another order than in company.
@@ -133,7 +134,10 @@ class PackedLinear(nn.Module):
             flat = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale.bfloat16())
             y = flat.view(*x.shape[:-1], self.n_outputs)
         else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+            weight = self.weight.to(x.dtype)
+            in_tiles = self.sums_in_tiles and not torch.compiler.is_compiling()
+            y = by_tiles(lambda rows: F.linear(rows, weight), x) if in_tiles else F.linear(x, weight)
+            y = y * self.scale
         return y if self.bias is None else y + self.bias
 
     def _in_sums(self, x: Tensor) -> Tensor:
