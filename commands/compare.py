@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -59,18 +61,25 @@ def compare(
         )
     settled = load_plan(plan)
     wanted = _checked(only or [], [variant.name for variant in settled.variants])
+
+    def names(study: Study, but: Collection[str] = ()) -> list[str]:
+        return [run.name for run in study.runs if run.variant.variant.name in wanted and run.name not in but]
+
     with live_line(progress()) as line:
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name, line.keep)
         if not dry_run:
+            looking = names(sized)
             if not no_train:
-                work(sized, jobs=jobs, only=wanted, tell=line.show, keep=line.keep)
-            n_looking = len(sized.runs)
+                work(sized, jobs=jobs, only=looking, tell=line.show, keep=line.keep)
             sized = with_found_rates(sized)
-            if not no_train and len(sized.runs) > n_looking:
-                work(sized, jobs=jobs, only=wanted, tell=line.show, keep=line.keep)
+            others = names(sized, but=looking)
+            if not no_train and others:
+                work(sized, jobs=jobs, only=others, tell=line.show, keep=line.keep)
             answers = score_runs(sized, line.show)
     if dry_run:
-        _show_plan(sized, jobs, as_json)
+        sized = with_found_rates(sized)
+        shown = names(sized)
+        _show_plan(replace(sized, runs=tuple(run for run in sized.runs if run.name in shown)), jobs, as_json)
         return
     figures = study_figures(sized, answers)
     tables = study_tables(figures)
@@ -84,8 +93,8 @@ def compare(
         print_json({**figures, "folder": str(folder)})
     else:
         n_more = len(settled.settings.rivals) + (2 if settled.settings.answers else 1)
-        shown = [_rich(tables[0], _MAIN_COLUMNS), *map(_rich, tables[1 : 1 + n_more])]
-        results().print(*shown, sep="\n")
+        drawn = [_rich(tables[0], _MAIN_COLUMNS), *map(_rich, tables[1 : 1 + n_more])]
+        results().print(*drawn, sep="\n")
         words = f"written to {folder}: all columns and runs in table.txt, and on the page of psannlm report"
         results().print(words, highlight=False, markup=False)
     if not no_train:

@@ -120,7 +120,7 @@ def _run_figures(state: RunState, measure: str) -> dict[str, Any]:
         "variant": state.run.variant.variant.name,
         "lr": state.run.lr,
         "seed": state.run.seed,
-        "state": state.state,
+        "state": "diverged" if state.is_diverged else state.state,
         "reason": state.reason,
         "val_loss": score.get("loss"),
         "bits_per_byte": score.get("bits_per_byte"),
@@ -216,6 +216,7 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
             f"{1e3 * seconds[sized.variant.name]:,.0f}",
         ]
         for sized in study.variants
+        if sized.variant.name in seconds
     ]
     headings = (
         "variant",
@@ -243,7 +244,9 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
         for state in states
     ]
     is_compiled = any(run.config.train.compile is True for run in study.runs)
-    n_others = (len(study.plan.settings.seeds) - len(study.plan.rate_seeds)) * len(study.variants)
+    others = set(study.plan.settings.seeds) - set(study.plan.rate_seeds)
+    variants_here = {run.variant.variant.name for run in study.runs}
+    n_others = len(others) * len(variants_here) - sum(run.seed in others for run in study.runs)
     note = (
         f"{len(left)} of {len(states)} runs to make: about {sum(left) / 60:,.1f} minutes of training, one at a time"
         f"{f', if {jobs} at a time do not slow each other: {sum(left) / 60 / jobs:,.1f}' if jobs > 1 else ''}"

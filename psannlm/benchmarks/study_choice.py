@@ -97,7 +97,7 @@ def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan) -> 
         candidates,
         key=lambda lr: statistics.fmean(loss for seed, loss in losses[lr].items() if seed in shared or not shared),
     )
-    to_make = any(state.state != "done" and not state.is_diverged for state in looking)
+    to_make = any(not state.is_settled for state in looking)
     return Choice(
         lr=best,
         edge=_edge(best, sorted(set(scored) | diverged), len(by_rate)),

@@ -70,8 +70,11 @@ def _of_variants(study: Study) -> Iterator[str]:
 def _of_runs(states: Sequence[RunState]) -> Iterator[str]:
     if missing := sum(state.state in ("new", "stopped") for state in states):
         yield f"{missing} of {len(states)} runs are not done yet."
-    if failed := [state.run.name for state in states if state.state == "failed"]:
-        yield f"Failed: {', '.join(failed[:_MOST_NAMED])}{' and more' if len(failed) > _MOST_NAMED else ''}."
+    diverged = [state.run.name for state in states if state.is_diverged]
+    failed = [state.run.name for state in states if state.state == "failed" and not state.is_diverged]
+    for words, names in (("Not finite, and out", diverged), ("Failed", failed)):
+        if names:
+            yield f"{words}: {', '.join(names[:_MOST_NAMED])}{' and more' if len(names) > _MOST_NAMED else ''}."
 
 
 def _of_machines(chosen: Mapping[str, Choice], states: Sequence[RunState]) -> Iterator[str]:

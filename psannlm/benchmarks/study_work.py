@@ -70,6 +70,11 @@ class RunState:
     record: RunRecord | None = None
 
     @property
+    def is_settled(self) -> bool:
+        """Whether there is nothing left to make of it."""
+        return self.state == "done" or self.is_diverged
+
+    @property
     def is_diverged(self) -> bool:
         """Whether it failed because its numbers were not finite, and would again; not for want of room or memory."""
         return self.state == "failed" and NOT_FINITE in self.reason
@@ -118,9 +123,11 @@ def work(
 ) -> None:
     """Make every run that is not done; one that fails is told of and leaves the others alone.
 
+    A run whose numbers were not finite is not made again: it would come to the same.
+
     Args:
         jobs: runs at a time; the machine's cores are shared out among them.
-        only: names of the variants whose runs to make; None for all.
+        only: names of the runs to make; None for all.
         tell, keep: get the standing, and lines that stay.
 
     Raises:
@@ -135,8 +142,8 @@ def work(
         plan = study.plan
         names = [run.name for run in study.runs]
         write_json(study.folder / STUDY_FILE, {"study": plan.name, "plan": str(plan.path), "runs": names})
-        wanted = [run for run in study.runs if only is None or run.variant.variant.name in only]
-        waiting = [run for run in wanted if look(run).state != "done"]
+        wanted = [run for run in study.runs if only is None or run.name in only]
+        waiting = [run for run in wanted if not look(run).is_settled]
         crew = _Crew(len(wanted), waiting, launcher, _threads(jobs), clock)
         stop = threading.Event()
         next_tell = clock()
