@@ -15,7 +15,7 @@ from rich.text import Text
 from psannlm.commands.options import DEFAULT_RUNS, JsonOption, live_line, print_json, progress, results, table_text
 
 if TYPE_CHECKING:
-    from psannlm.benchmarks.study_runs import Study
+    from psannlm.benchmarks.study import Study
     from psannlm.reports.document import Table
 
 

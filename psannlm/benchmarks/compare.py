@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from psannlm.benchmarks.paired import Mean, PairedDifference, paired_difference
+from psannlm.benchmarks.study import SizedVariant, Study, StudyRun
 from psannlm.benchmarks.study_choice import Choice, choose, score_of
 from psannlm.benchmarks.study_notes import conditions, notes_of
-from psannlm.benchmarks.study_runs import SizedVariant, Study, StudyRun
 from psannlm.benchmarks.study_work import RunState, look
 from psannlm.benchmarks.task_answers import AnswerScore
 from psannlm.device import pick_device, pick_precision

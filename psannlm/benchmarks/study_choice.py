@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from psannlm.benchmarks.study import SizedVariant, Study
 from psannlm.benchmarks.study_plan import StudyPlan
-from psannlm.benchmarks.study_runs import SizedVariant, Study, with_best_rates
+from psannlm.benchmarks.study_runs import with_best_rates
 from psannlm.benchmarks.study_work import RunState, look
 from psannlm.reports.runs import RunRecord
 

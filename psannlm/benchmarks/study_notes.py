@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from psannlm.benchmarks.study import Study
 from psannlm.benchmarks.study_choice import Choice
-from psannlm.benchmarks.study_runs import TOLERANCE, Study
+from psannlm.benchmarks.study_runs import TOLERANCE
 from psannlm.benchmarks.study_work import RunState
 from psannlm.reports.plain import flatten
 

@@ -3,105 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from psannlm.benchmarks.study_plan import StudyPlan, Variant, merge, reads_folder
+from psannlm.benchmarks.study import SizedVariant, Study, StudyRun, fits_tokenizer, tokenizer_path
+from psannlm.benchmarks.study_former import refuse_former
+from psannlm.benchmarks.study_plan import StudyPlan, Variant, merge
 from psannlm.config.data import DataConfig
 from psannlm.config.model import ModelConfig
-from psannlm.config.run import RunConfig, config_from_mapping, differences, load_config, to_yaml
+from psannlm.config.run import RunConfig, config_from_mapping, differences, to_yaml
 from psannlm.data.prepare import PreparedData, prepare
 from psannlm.distributed import World
 from psannlm.errors import ConfigError, Problem
 from psannlm.models.accounting import count_parameters, flops_per_token
 from psannlm.models.registry import resolve
-from psannlm.reports.plain import Unreadable
-from psannlm.reports.runs import CONFIG_FILE, HOUSEKEEPING, METRICS_FILE, read_run
 from psannlm.storage import write_text
-from psannlm.tokenizers.resolve import load_tokenizer
 from psannlm.training.run import build_loader
 
 TOLERANCE = 0.01
-_TOKENIZER_SUFFIXES = {"sentencepiece": ".model"}
 _ROUND_WIDTH = 8
 # What a study sets unless its plan says otherwise: fewer files, and no time spent on samples that nobody reads.
 _QUIETER: dict[str, Any] = {"keep_checkpoints": 1, "sample_prompts": []}
-# Differences that do not make a run another one: where it is, and what it keeps and tells.
-_ASIDE = HOUSEKEEPING | {"train.device", "train.sample_prompts"}
 
 Notice = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class SizedVariant:
-    """A variant whose width is settled, with its parameters by group and what each run of it will do."""
-
-    variant: Variant
-    model: ModelConfig
-    was_solved: bool
-    parameters: dict[str, int]
-    n_steps: int
-    n_tokens: int
-    flops_per_token: int
-    order_differs: tuple[str, ...]
-
-    @property
-    def n_parameters(self) -> int:
-        """Learnable parameters in all."""
-        return sum(self.parameters.values())
-
-
-@dataclass(frozen=True)
-class StudyRun:
-    """One run: a configuration file ``<name>.yaml`` in the study's folder, and the run folder ``<name>`` beside it."""
-
-    name: str
-    variant: SizedVariant
-    lr: float
-    seed: int
-    config: RunConfig
-    study: Path
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return self.study / self.name
-
-    @property
-    def config_path(self) -> Path:
-        """The configuration to train."""
-        return self.study / f"{self.name}.yaml"
-
-    @property
-    def log_path(self) -> Path:
-        """What the run said."""
-        return self.study / f"{self.name}.log"
-
-    @property
-    def flops(self) -> int:
-        """Operations of the whole run."""
-        return self.variant.flops_per_token * self.variant.n_tokens
-
-
-@dataclass(frozen=True)
-class Study:
-    """A plan with its runs, in the order in which they are made.
-
-    Where only some seeds look for the learning rate, the others are no runs before :func:`with_best_rates`.
-    """
-
-    plan: StudyPlan
-    folder: Path
-    variants: tuple[SizedVariant, ...]
-    runs: tuple[StudyRun, ...]
-    data: dict[DataConfig, PreparedData]
-
-    @property
-    def baseline(self) -> SizedVariant:
-        """The variant that the others are held against."""
-        return next(variant for variant in self.variants if variant.variant.name == self.plan.settings.baseline)
 
 
 def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
@@ -130,7 +56,7 @@ def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
         (sized, lr, seed) for seed in plan.rate_seeds for sized in variants for lr in sized.variant.learning_rates
     ]
     runs = _runs(plan, wanted, folder, data)
-    _refuse_former(folder, [*_former_tokenizers(plan, data, folder), *_all_former_differences(runs, data)])
+    refuse_former(plan, folder, runs, data)
     return Study(plan, folder, variants, runs, data)
 
 
@@ -150,20 +76,8 @@ def with_best_rates(study: Study, best: Mapping[str, float]) -> Study:
         if sized.variant.name in best
     ]
     runs = _runs(study.plan, wanted, study.folder, study.data)
-    _refuse_former(study.folder, list(_all_former_differences(runs, study.data)))
+    refuse_former(study.plan, study.folder, runs, study.data)
     return replace(study, runs=study.runs + runs)
-
-
-def _all_former_differences(runs: Sequence[StudyRun], data: Mapping[DataConfig, PreparedData]) -> Iterator[Problem]:
-    return (problem for run in runs for problem in _former_differences(run, data))
-
-
-def _refuse_former(folder: Path, problems: Sequence[Problem]) -> None:
-    if problems:
-        raise ConfigError(
-            [*problems[:12], Problem("", "choose another --study folder, or remove these runs")],
-            f"{folder}, an earlier study",
-        )
 
 
 def _resolved(variant: Variant, data: Mapping[DataConfig, PreparedData], d_mlp: int | None = None) -> ModelConfig:
@@ -297,72 +211,17 @@ def _run_config(
     decided = {"lr": lr, "seed": seed, "max_steps": sized.n_steps, "checkpoint_dir": str(folder)}
     settings = merge({"train": _QUIETER}, variant.settings)
     settings = merge(settings, {"train": decided, "model": {"d_mlp": sized.model.d_mlp}})
-    if _fits_tokenizer(variant.config.data):
+    if fits_tokenizer(variant.config.data):
         path = tokenizer_path(plan, variant.config.data, data, folder.parent)
         settings = merge(settings, {"data": {"tokenizer_model_path": str(path)}})
     # The tokenizer is written before the first run, so that none of them has to fit it again.
     return config_from_mapping(settings, check_files=False)
 
 
-def _fits_tokenizer(config: DataConfig) -> bool:
-    return config.tokenizer_model_path is None and not reads_folder(config)
-
-
-def tokenizer_path(plan: StudyPlan, config: DataConfig, data: Mapping[DataConfig, PreparedData], folder: Path) -> Path:
-    """Return the file in the study's folder that holds the tokenizer of ``config``."""
-    backend = data[config].tokenizer.backend
-    known = list(dict.fromkeys(variant.config.data for variant in plan.variants))
-    number = known.index(config) + 1
-    stem = "tokenizer" if number == 1 else f"tokenizer_{number}"
-    return folder / f"{stem}{_TOKENIZER_SUFFIXES.get(backend, '.json')}"
-
-
-def _former_tokenizers(plan: StudyPlan, data: Mapping[DataConfig, PreparedData], folder: Path) -> Iterator[Problem]:
-    """Tokenizers in the study's folder that are not those which the text of today gives."""
-    for config, prepared in data.items():
-        path = tokenizer_path(plan, config, data, folder)
-        if _fits_tokenizer(config) and path.is_file():
-            there = load_tokenizer(path).fingerprint
-            if there != prepared.tokenizer.fingerprint:
-                message = f"another text gave it ({there:.12}); the text as it is now gives"
-                yield Problem(path.name, f"{message} {prepared.tokenizer.fingerprint:.12}")
-
-
-def _former_differences(run: StudyRun, data: Mapping[DataConfig, PreparedData]) -> Iterator[Problem]:
-    """By which settings or text the run that is there is not the one that the plan asks for."""
-    # What was trained is told by the run's own file; the one beside it says what was to be trained.
-    path = run.folder / CONFIG_FILE if (run.folder / METRICS_FILE).is_file() else run.config_path
-    if not path.is_file():
-        if path != run.config_path:
-            yield Problem(run.name, f"holds a run without its {CONFIG_FILE}, and nothing tells what was trained")
-        return
-    # A tokenizer that the study fits lies in its folder, wherever that is; every other is a part of what is compared.
-    aside = _ASIDE | ({"data.tokenizer_model_path"} if _fits_tokenizer(run.variant.variant.config.data) else set())
-    for line in differences(load_config(path, check_files=False), run.config):
-        if line.split(":")[0] not in aside:
-            yield Problem(run.name, f"was made with other settings: {line}")
-    if path != run.config_path:
-        yield from _former_text(run, data[run.variant.variant.config.data])
-
-
-def _former_text(run: StudyRun, data: PreparedData) -> Iterator[Problem]:
-    """Whether a run's checkpoint tells of other text, or of other tokens, than the plan's paths hold now."""
-    try:
-        record = read_run(run.folder)
-    except Unreadable:
-        return  # stopped before its first line was whole; it starts again
-    for found, wanted, name in (
-        (record.corpus_sha256, data.report.sha256, "text"),
-        (record.tokenizer_fingerprint, data.tokenizer.fingerprint, "tokenizer"),
-    ):
-        if found is not None and found != wanted:
-            yield Problem(run.name, f"was made with another {name}: SHA-256 {found:.12}, and now {wanted:.12}")
-
-
 def write_configs(study: Study) -> None:
     """Put tokenizers and the configuration of every run into the study's folder. Raises StorageError if it cannot."""
     for config, prepared in study.data.items():
-        if _fits_tokenizer(config):
+        if fits_tokenizer(config):
             path = tokenizer_path(study.plan, config, study.data, study.folder)
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
-from psannlm.benchmarks.study_runs import Study, StudyRun, write_configs
+from psannlm.benchmarks.study import Study, StudyRun
+from psannlm.benchmarks.study_runs import write_configs
 from psannlm.errors import EXIT_INTERRUPTED, ConfigError, Interrupted
 from psannlm.lock import RunLock
 from psannlm.reports.plain import Unreadable

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from psannlm.benchmarks.counting_tasks import TASKS
-from psannlm.benchmarks.study_runs import Study
+from psannlm.benchmarks.study import Study
 from psannlm.benchmarks.study_work import look
 from psannlm.data.stream import Stream
 from psannlm.data.windows import Windows

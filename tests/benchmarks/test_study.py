@@ -15,9 +15,10 @@ import torch
 
 from psannlm.benchmarks.compare import plan_tables, seconds_per_step, study_figures
 from psannlm.benchmarks.counting_tasks import write_task
+from psannlm.benchmarks.study import Study, StudyRun
 from psannlm.benchmarks.study_choice import choose, with_found_rates
 from psannlm.benchmarks.study_plan import load_plan
-from psannlm.benchmarks.study_runs import Study, StudyRun, size_study, solve_width, write_configs
+from psannlm.benchmarks.study_runs import size_study, solve_width, write_configs
 from psannlm.benchmarks.study_work import Process, RunState, launch, look, work
 from psannlm.benchmarks.task_answers import score_runs
 from psannlm.config.run import load_config
