@@ -18,6 +18,7 @@ from psannlm.benchmarks.timing import Clock
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.data.loader import MicroBatch
 from psannlm.device import Precision, computes_in_bf16
+from psannlm.models.compiled import compiled
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.training.optim import OptimizerSet
@@ -217,7 +218,7 @@ class Trainer:
         """Return a trainer of a model whose weights depend on ``seed`` alone."""
         model = build_model(config, seed=seed, device=stage.device).train()
         model.grad_checkpoint = grad_checkpoint
-        module: nn.Module = torch.compile(model) if is_compiled else model  # type: ignore[assignment]
+        module: nn.Module = compiled(model) if is_compiled else model
         precision = stage.precision(dtype)
         scaler = torch.amp.GradScaler(stage.device.type, enabled=precision.needs_scaler)
         return cls(model, module, precision, OptimizerSet(model, "adamw", 0.1), scaler)

@@ -25,6 +25,7 @@ from psannlm.data.loader import MicroBatch
 from psannlm.device import pick_precision, require_compiler
 from psannlm.errors import ConfigError, nearest
 from psannlm.models.accounting import count_parameters, flops_per_token
+from psannlm.models.compiled import compiled
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.sine import SineActivation
 from psannlm.models.transformer import Transformer
@@ -145,7 +146,7 @@ class TrainingRun:
         model.to(device).train()
         if trainee.is_compiled:
             require_compiler(device)
-        self._module: nn.Module = torch.compile(model) if trainee.is_compiled else model  # type: ignore[assignment]
+        self._module: nn.Module = compiled(model) if trainee.is_compiled else model
         self._optimizers = OptimizerSet(model, settings.optimizer, _WEIGHT_DECAY)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._precision.needs_scaler)
         self._batch = random_batch(settings, device)

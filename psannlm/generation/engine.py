@@ -17,6 +17,7 @@ from psannlm.device import computes_in_bf16, missing_to_compile
 from psannlm.errors import GenerationError
 from psannlm.models.attention import PREFILL_QUERIES, continue_layout
 from psannlm.models.cache import DecodeState, LayerState, move_tails, whole_blocks
+from psannlm.models.compiled import compiled
 from psannlm.models.packed import FEW_TOKENS, WeightDtype, pack_model, weight_bytes
 from psannlm.models.transformer import Transformer
 
@@ -145,9 +146,6 @@ class Engine:
 
     def _compiled(self, n_tokens: int) -> _Step:
         """Return a compiled pass for one batch size, number of tokens and capacity; how much it reads may change."""
-        # Takes a second to import, and holds the operator that packed products are compiled with.
-        import torch._inductor.test_operators
-
         model = self.model
 
         def step(tokens: Tensor, offsets: Tensor, slots: Tensor, tensors: _Tensors) -> tuple[Tensor, _Histories]:
@@ -171,7 +169,7 @@ class Engine:
         # which the compiler finds what it has compiled.
         code = step.__code__.replace(co_name=f"step_{next(_numbers)}")
         own = FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
-        return torch.compile(own, fullgraph=True, options={**options, "guard_filter_fn": _no_guard})
+        return compiled(own, fullgraph=True, options={**options, "guard_filter_fn": _no_guard})
 
 
 def _in_place(layer: LayerState) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from psannlm.device import has_compiler
+
+_Compiled = TypeVar("_Compiled", bound=Callable[..., Any])
+
+
+def compiled(function: _Compiled, **settings: Any) -> _Compiled:
+    """Return ``function`` or module put through torch.compile with ``settings``, by which :func:`stored` is obeyed."""
+    # Takes a second to import, and holds the operator that `stored` puts there.
+    import torch._inductor.test_operators
+
+    return cast(_Compiled, torch.compile(function, **settings))
 
 
 def fuses_by_compiler(x: Tensor) -> bool:
@@ -24,7 +36,7 @@ def stored(x: Tensor) -> Tensor:
     """Return ``x`` as a compiled pass finds it in memory: worked out once, and not anew wherever it is read.
 
     Outside a compiler that is ``x`` itself. The operator is the compiler's own, made to test just that; it has no
-    public one. Whoever compiles has to import ``torch._inductor.test_operators``.
+    public one. :func:`compiled` knows it.
     """
     if not torch.compiler.is_compiling():
         return x

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.data.windows import IGNORE_INDEX
-from psannlm.models.compiled import fuses_by_compiler
+from psannlm.models.compiled import compiled, fuses_by_compiler
 from psannlm.models.matmul import product, product_of_transposed
 
 # Bytes of float32 logits worked on at a time; larger chunks gain nothing, smaller ones lose to the call overhead. On a
@@ -77,7 +77,7 @@ def _loss_as_algebra(
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]:
-    return torch.compile(_loss_as_algebra)
+    return compiled(_loss_as_algebra)
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):

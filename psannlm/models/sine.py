@@ -16,10 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from psannlm.config.model import SineConfig
-from psannlm.models.compiled import fuses_by_compiler
+from psannlm.models.compiled import compiled, fuses_by_compiler, stored
 
 DecayMode = Literal["abs", "relu", "none"]
 
+# Rows summed at a time where the compiler makes sums over rows: it would walk down one column after the other.
+_ROWS_SUMMED = 16
 # Elements worked on at a time on a CPU, per thread: three float32 buffers of this size stay in the second-level cache.
 _BLOCK_ELEMENTS = 65_536
 
@@ -45,7 +47,11 @@ def _value(z: Tensor, amplitude: Tensor, frequency: Tensor, decay: Tensor, mode:
 def _gradients(
     grad: Tensor, z: Tensor, amplitude: Tensor, frequency: Tensor, decay: Tensor, mode: DecayMode
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients with respect to z, A, f and d, as plain tensor algebra on (N, F)."""
+    """Gradients with respect to z, A, f and d, as plain tensor algebra on (N, F).
+
+    On a CPU the compiler would work out sine, cosine and envelope once for the gradient of z and once more for the
+    sums: there the two products that all four are made of are stored, since reading them is cheaper.
+    """
     wide = z.float()
     damped = grad.float()
     if mode != "none":
@@ -53,19 +59,29 @@ def _gradients(
     phase = frequency * wide
     by_amplitude = damped * torch.sin(phase)
     by_phase = amplitude * damped * torch.cos(phase)
+    if z.device.type == "cpu":
+        by_amplitude, by_phase = stored(by_amplitude), stored(by_phase)
     grad_z = frequency * by_phase
     if mode == "none":
         grad_decay = torch.zeros_like(decay)
     else:
         slope = wide.sign() if mode == "abs" else (wide > 0).float()
         grad_z = grad_z - decay * slope * amplitude * by_amplitude
-        grad_decay = -amplitude * (by_amplitude * _envelope_argument(wide, mode)).sum(0)
-    return grad_z.to(z.dtype), by_amplitude.sum(0), (by_phase * wide).sum(0), grad_decay
+        grad_decay = -amplitude * _sum_of_rows(by_amplitude * _envelope_argument(wide, mode))
+    return grad_z.to(z.dtype), _sum_of_rows(by_amplitude), _sum_of_rows(by_phase * wide), grad_decay
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    """Return the sum of (N, F) over N, on a CPU in two stages, of which the first reads whole rows."""
+    n_rows, n_features = x.shape
+    if x.device.type == "cpu" and n_rows % _ROWS_SUMMED == 0:
+        x = x.view(-1, _ROWS_SUMMED, n_features).sum(1)
+    return x.sum(0)
 
 
 @lru_cache(maxsize=1)
 def _compiled() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    return torch.compile(_value, dynamic=True), torch.compile(_gradients, dynamic=True)
+    return compiled(_value, dynamic=True), compiled(_gradients, dynamic=True)
 
 
 def _runs_in_blocks(z: Tensor) -> bool:

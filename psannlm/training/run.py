@@ -31,6 +31,7 @@ from psannlm.distributed import World, joined, launched_world
 from psannlm.errors import Interrupted, StorageError, TrainingError
 from psannlm.lock import RunLock
 from psannlm.models.artifact import load_model
+from psannlm.models.compiled import compiled
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.reports.store import system_info, write_json
@@ -337,7 +338,7 @@ def build_loader(config: RunConfig, data: PreparedData, world: World, *, pins: b
 def _prepared_module(model: Transformer, world: World, device: torch.device, *, is_compiled: bool) -> nn.Module:
     if is_sharded(model):
         return model
-    module: nn.Module = torch.compile(model) if is_compiled else model  # type: ignore[assignment]
+    module: nn.Module = compiled(model) if is_compiled else model
     return replicate(module, world, device)
 
 

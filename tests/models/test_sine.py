@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from itertools import combinations
 from typing import Any
@@ -84,11 +85,28 @@ def test_plain_path_equals_float64(mode: str, dtype: torch.dtype) -> None:
 @needs_compiler
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", MODES)
-def test_compiled_path_equals_float64(mode: str) -> None:
-    *tensors, grad = inputs(23, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_path_equals_float64(mode: str, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     value, gradients = sine._compiled()
-    assert_matches_reference([value(*tensors, mode), *gradients(grad, *tensors, mode)], tensors, grad, mode)
+    for n_rows in (23, 3 * sine._ROWS_SUMMED):
+        *tensors, grad = inputs(n_rows, dtype)
+        assert_matches_reference([value(*tensors, mode), *gradients(grad, *tensors, mode)], tensors, grad, mode)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_backward_works_out_no_sine_twice() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    *tensors, grad = inputs(3 * sine._ROWS_SUMMED, torch.float32)
+    torch._dynamo.reset()
+    _, code = run_and_get_code(sine._compiled()[1], grad, *tensors, "abs")
+    (source,) = code
+    for function in ("sin", "cos", "exp"):
+        # Once for whole vectors, once for what is left of a row.
+        assert 1 <= len(re.findall(rf"(?:\.|std::){function}\(", source)) <= 2, source
 
 
 @pytest.mark.parametrize("block_elements", [1, N_FEATURES, 4 * N_FEATURES, 7 * N_FEATURES, 1000])
