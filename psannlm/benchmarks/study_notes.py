@@ -61,6 +61,8 @@ def _of_variants(study: Study) -> Iterator[str]:
         share = sized.n_parameters / study.baseline.n_parameters - 1
         if abs(share) > TOLERANCE:
             yield f"{sized.variant.name} has {share:+.1%} parameters.".replace("-", "−")
+        if sized.variant.budget_share < 1:
+            yield f"{sized.variant.name} was trained for {sized.variant.budget_share:.0%} of the others' budget."
         if sized.order_differs:
             yield f"{sized.variant.name} sees other text or another order: {'; '.join(sized.order_differs)}."
     overlap = study.data[study.plan.baseline.config.data].val_overlap

@@ -21,8 +21,9 @@ from psannlm.config.yaml_tree import KeyPath, YamlTree, read_yaml
 from psannlm.errors import ConfigError, Problem, nearest
 
 PositiveReal = Annotated[Real, Field(gt=0)]
+Share = Annotated[Real, Field(gt=0, le=1)]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}\Z")
-_RATES = "learning_rates"
+_RATES, _SHARE = "learning_rates", "budget_share"
 _REQUIRED = ("base", "variants", "baseline", "budget")
 # Keys that the plan decides for every run, and what decides them.
 _OWNED = {
@@ -50,7 +51,7 @@ class PlanSettings(Section):
     name: Text | None = Field(None, description="of the study; null: the plan's file name")
     overrides: dict[str, Any] = Field(default_factory=dict, description="changes of the base for every variant")
     variants: dict[str, Any] = Field(
-        default_factory=dict, description="by name: the sections model, data, train, and learning_rates"
+        default_factory=dict, description="by name: the sections model, data, train; learning_rates and budget_share"
     )
     baseline: Text = Field("", description="the variant that the others are held against")
     rivals: tuple[Text, ...] = Field((), description="further variants that each one is held against, in loss alone")
@@ -74,13 +75,17 @@ class PlanSettings(Section):
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing to compare: its settings as a mapping, as a checked configuration, and its learning rates."""
+    """One thing to compare: its settings as a mapping, as a checked configuration, and its learning rates.
+
+    ``budget_share`` is how much of the plan's budget it trains for, for a slower model what it gets done in equal time.
+    """
 
     name: str
     settings: dict[str, Any]
     config: RunConfig
     learning_rates: tuple[float, ...]
     changes: dict[str, Any] = field(default_factory=dict)
+    budget_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -209,12 +214,13 @@ class _Builder:
         for name, given in self._settings.variants.items():
             at: KeyPath = ("variants", name)
             findings = list(self._variant_findings(name, given, at))
-            rates = None if findings else self._rates(given, at, findings)
+            beside = _Beside() if findings else self._beside(given, at, findings)
             if findings:
                 self.problems += origin.problems(findings)
                 continue
             own = {key: value for key, value in (given or {}).items() if key != _RATES}
-            merged = merge(merge(self._base, self._settings.overrides), own)
+            sections = {key: value for key, value in own.items() if key in SECTIONS}
+            merged = merge(merge(self._base, self._settings.overrides), sections)
             train = {key: value for key, value in (merged.get("train") or {}).items() if key not in ("max_steps",)}
             try:
                 config = config_from_mapping({**merged, "train": train})
@@ -224,7 +230,8 @@ class _Builder:
             if config.data.val_split == 0 and not reads_folder(config.data):
                 message = "nothing is held out, and there would be nothing to compare; set data.val_split"
                 self.problems += origin.problems([Finding(at, message)])
-            yield Variant(name, {**merged, "train": train}, config, rates or (config.train.lr,), own)
+            rates = beside.learning_rates or self._settings.learning_rates or (config.train.lr,)
+            yield Variant(name, {**merged, "train": train}, config, rates, own, beside.budget_share)
 
     def _variant_findings(self, name: str, given: object, at: KeyPath) -> Iterator[Finding]:
         if not _NAME.match(name):
@@ -234,22 +241,21 @@ class _Builder:
         if not isinstance(given, Mapping):
             yield Finding(at, f"{show(given)} is not a group of keys; write model:, data: or train: below it")
             return
-        known = [*SECTIONS, _RATES]
+        known = [*SECTIONS, _RATES, _SHARE]
         for key in given:
             if key not in known:
                 yield Finding((*at, key), f"unknown key{nearest(key, known)}; known here: {', '.join(known)}", True)
         yield from _owned(given, at)
 
-    def _rates(self, given: object, at: KeyPath, findings: list[Finding]) -> tuple[float, ...] | None:
-        own = given.get(_RATES) if isinstance(given, Mapping) else None
-        if own is None:
-            return self._settings.learning_rates
-        examined = examine(_Rates, at, {_RATES: own})
+    def _beside(self, given: object, at: KeyPath, findings: list[Finding]) -> _Beside:
+        """Return the keys of a variant that are no sections; what is wrong with them is added to ``findings``."""
+        own = given if isinstance(given, Mapping) else {}
+        examined = examine(_Beside, at, {key: own[key] for key in (_RATES, _SHARE) if own.get(key) is not None})
         findings += examined.findings
         rates = examined.section.learning_rates
-        if not examined.findings and (not rates or len(set(rates)) < len(rates)):
+        if not examined.findings and rates is not None and (not rates or len(set(rates)) < len(rates)):
             findings.append(Finding((*at, _RATES), "empty, or one of them stands there twice"))
-        return rates
+        return examined.section
 
     def _place(self, problem: Problem, name: str) -> Problem:
         """Say where in the plan, or that in the base, the value stands that a configuration refused."""
@@ -266,10 +272,11 @@ class _Builder:
         return Problem(problem.path, f"{problem.message} (in the base, {self._base_name})")
 
 
-class _Rates(Section):
-    """The one key of a variant that is no section."""
+class _Beside(Section):
+    """The keys of a variant that are no sections."""
 
-    learning_rates: tuple[PositiveReal, ...] = Field((), description="to try")
+    learning_rates: tuple[PositiveReal, ...] | None = Field(None, description="to try; null: those of the plan")
+    budget_share: Share = Field(1.0, description="of the plan's budget, what this one trains for")
 
 
 def reads_folder(data: DataConfig) -> bool:

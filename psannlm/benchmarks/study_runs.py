@@ -98,7 +98,7 @@ def _sized(plan: StudyPlan, variant: Variant, data: Mapping[DataConfig, Prepared
     step_tokens = loader.windows.n_labels / loader.steps_per_epoch
     budget = plan.settings.budget
     tokens = budget.tokens if budget.tokens is not None else (budget.flops or 0.0) / per_token
-    n_steps = max(1, round(tokens / step_tokens))
+    n_steps = max(1, round(tokens * variant.budget_share / step_tokens))
     return SizedVariant(
         variant=variant,
         model=model,

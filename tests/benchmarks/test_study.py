@@ -17,6 +17,7 @@ from psannlm.benchmarks.compare import plan_tables, seconds_per_step, study_figu
 from psannlm.benchmarks.counting_tasks import write_task
 from psannlm.benchmarks.study import Study, StudyRun
 from psannlm.benchmarks.study_choice import choose, with_found_rates
+from psannlm.benchmarks.study_notes import notes_of
 from psannlm.benchmarks.study_plan import load_plan
 from psannlm.benchmarks.study_runs import size_study, solve_width, write_configs
 from psannlm.benchmarks.study_work import Process, RunState, launch, look, work
@@ -119,6 +120,17 @@ def test_operations_as_budget_give_fewer_steps_to_the_dearer_model(make: Callabl
     assert dear.n_steps < cheap.n_steps
     for sized in study.variants:
         assert sized.n_tokens * sized.flops_per_token == pytest.approx(2e9, rel=0.05)
+
+
+def test_a_share_of_the_budget_gives_fewer_steps_and_is_told(make: Callable[..., Study]) -> None:
+    study = make()
+    shorter = make("learning_rates: [1e-2]}", "learning_rates: [1e-2], budget_share: 0.5}")
+    whole, part = study.variants[1], shorter.variants[1]
+    assert 0.4 < part.n_steps / whole.n_steps < 0.6
+    assert {run.config.train.max_steps for run in shorter.runs if run.variant is part} == {part.n_steps}
+    assert shorter.variants[0].n_steps == whole.n_steps
+    notes = [note for note in notes_of(shorter, {}, []) if "budget" in note]
+    assert notes == ["sine was trained for 50% of the others' budget."]
 
 
 def test_unequal_parameters_are_refused_or_shown(make: Callable[..., Study]) -> None:
