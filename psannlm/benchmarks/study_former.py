@@ -1,4 +1,4 @@
-"""The runs that are in a study's folder, against those that its plan asks for now: settings, text and tokenizer."""
+"""The runs that are in a study's folder, against those that its plan now asks for: settings, text and tokenizer."""
 
 from __future__ import annotations
 
