@@ -26,6 +26,10 @@ def report(
         list[str] | None,
         typer.Option("--kind", help="Only these: runs, throughput, tokenizers, ...; may be repeated."),
     ] = None,
+    published: Annotated[
+        bool,
+        typer.Option("--published", help="Include the results that the repository keeps, in published/ of --reports."),
+    ] = False,
     compare: Annotated[
         list[Path] | None,
         typer.Option("--compare", metavar="RUN", help="A run folder to set beside others; give two or more."),
@@ -43,15 +47,17 @@ def report(
     moment = None if since is None else parse_since(since)
     if also and not compare:
         raise ConfigError(f"{also[0]}: name folders of runs with --runs, or runs to compare with --compare")
-    if compare and (runs or kind or since):
-        raise ConfigError("--compare takes run folders and --out, and no --runs, --kind or --since")
+    if compare and (runs or kind or since or published):
+        raise ConfigError("--compare takes run folders and --out, and no --runs, --kind or --since, nor --published")
     with live_line(progress()) as line:
         line.show("reading and drawing")
         if compare:
             written = write_comparison([*compare, *(also or [])], system_info(), out=out)
         else:
             folders = runs or [DEFAULT_RUNS]
-            written = write_report(reports, folders, system_info(), since=moment, kinds=kind or (), out=out)
+            written = write_report(
+                reports, folders, system_info(), since=moment, kinds=kind or (), published=published, out=out
+            )
     if as_json:
         print_json(written.as_dict())
     else:

@@ -131,11 +131,22 @@ def _show_plan(plan: TrainingPlan) -> None:
     results().print(figures_table("plan", rows))
 
 
+def _passes(epochs: float) -> str:
+    """Return in words how much of the training text was seen."""
+    whole = int(epochs)
+    if whole == 0:
+        return f"{epochs:.1%} of the training text, once"
+    times = "once" if whole == 1 else f"{whole:,} times"
+    rest = f", and {epochs - whole:.1%} of it once more" if epochs - whole >= 0.0005 else ""
+    return f"all of the training text {times}{rest}"
+
+
 def _show_result(result: TrainResult) -> None:
     spent = "" if result.steps == result.total_steps else f" of {result.total_steps:,}: the time budget is spent"
     rows = [
         ("parameters", f"{result.parameters:,}"),
         ("steps", f"{result.steps:,}{spent}"),
+        ("epochs", f"{result.epochs:.3g}: {_passes(result.epochs)}"),
         ("tokens", f"{result.tokens:,}"),
     ]
     if result.skipped:

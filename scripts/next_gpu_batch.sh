@@ -8,7 +8,8 @@
 # 2. bench-train at three batch sizes     -> reports/throughput/<time>_*
 # 3. memory, with and without checkpointing, likewise
 # 4. a tiny corpus, if it is missing      -> TINY_DATA  (datasets/lm/tiny_books.txt)
-# 5. training on it, by TINY_CONFIG       -> runs/tiny_<time>   (configs/tiny_corpus_benchmark.yaml)
+# 5. training on it, by TINY_CONFIG       -> runs/tiny_<time>   (examples/lm/configs/tiny_corpus_benchmark.yaml),
+#    one epoch, or the fraction of it that TINY_BUDGET (10m) allows
 # 6. psannlm report                       -> BENCH_OUT  (reports/benchmarks/<time>)
 #
 # A step that fails is recorded in OUT_DIR/steps.txt and does not stop the others. Exit code: 0 all well; 3 a limit was
@@ -51,8 +52,9 @@ cd "$folder"
 stamp="$(date -u +%Y%m%d_%H%M%S)"
 OUT_DIR="${OUT_DIR:-reports/gpu/$stamp}"
 BENCH_OUT="${BENCH_OUT:-reports/benchmarks/$stamp}"
-TINY_CONFIG="${TINY_CONFIG:-$repository/configs/tiny_corpus_benchmark.yaml}"
+TINY_CONFIG="${TINY_CONFIG:-$repository/examples/lm/configs/tiny_corpus_benchmark.yaml}"
 TINY_DATA="${TINY_DATA:-datasets/lm/tiny_books.txt}"
+TINY_BUDGET="${TINY_BUDGET:-10m}"
 mkdir -p "$OUT_DIR"
 
 if [[ $device == cuda ]]; then
@@ -65,7 +67,7 @@ else
   model=(--d-model 32 --n-layers 2 --n-heads 2 --vocab-size 256 --seq-len 32 --steps 1 --repeats 1 --device cpu)
   corpus_bytes=200000
   training=(--set model.d_model=32 --set model.n_layers=2 --set model.n_heads=2 --set data.max_length=64
-    --set train.max_steps=20 --set train.batch_tokens=512 --set train.eval_interval_steps=10)
+    --set train.max_steps=20 --set train.warmup_steps=2 --set train.batch_tokens=512 --set train.eval_interval_steps=10)
 fi
 
 failed=0
@@ -112,9 +114,9 @@ done
 step "memory" psannlm bench-train --base waveresnet --batch-tokens "${batches[0]}" "${model[@]}" \
   --also grad-checkpoint --out "reports/throughput/${stamp}_memory"
 step "tiny corpus" python "$repository/scripts/make_tiny_corpus.py" --out "$TINY_DATA" --bytes "$corpus_bytes" --if-missing
-step "tiny training" psannlm train "$TINY_CONFIG" --set "data.sources=[{path: '$TINY_DATA', per_line: true}]" \
+step "tiny training" psannlm train "$TINY_CONFIG" --time-budget "$TINY_BUDGET" --set "data.sources=[{path: '$TINY_DATA', per_line: true}]" \
   --set "train.checkpoint_dir=runs/tiny_$stamp" --set "train.device=$device" "${training[@]+"${training[@]}"}"
-step "report" psannlm report --out "$BENCH_OUT"
+step "report" psannlm report --since "$stamp" --runs "runs/tiny_$stamp" --out "$BENCH_OUT"
 
 printf '\n--- %s\n' "every step, in $SECONDS s"
 cat "$OUT_DIR/steps.txt"

@@ -37,7 +37,7 @@ def run_batch(
     log = folder / "asked.txt"
     log.unlink(missing_ok=True)
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "FAKE_LOG": str(log), **variables}
-    for name in ("OUT_DIR", "BENCH_OUT", "TINY_CONFIG", "TINY_DATA"):
+    for name in ("OUT_DIR", "BENCH_OUT", "TINY_CONFIG", "TINY_DATA", "TINY_BUDGET"):
         if name not in variables:
             environment.pop(name, None)
     ended = subprocess.run(
@@ -57,7 +57,9 @@ def test_all_is_well(tmp_path: Path) -> None:
     assert len(steps) == 14
     assert all(" ok " in line for line in steps)
     assert asked[0].split()[0] == "gpu-validate"
-    assert asked[-1].startswith("report --out reports/benchmarks/")
+    report, since, stamp, *others = asked[-1].split()
+    assert (report, since) == ("report", "--since")
+    assert others == ["--runs", f"runs/tiny_{stamp}", "--out", f"reports/benchmarks/{stamp}"]
     sizes = {line.split("--batch-tokens ")[1].split()[0] for line in asked if "--no-memory" in line}
     assert sizes == {"65536", "131072", "262144"}
     assert all("--device cuda" in line for line in asked if line.startswith(("gpu-validate", "bench-train")))
@@ -89,9 +91,12 @@ def test_variables_move_what_is_written(tmp_path: Path) -> None:
     assert ended == 0
     assert (tmp_path / "a" / "gpu" / "steps.txt").is_file()
     assert "gpu-validate --device cuda --out a/gpu" in asked
-    assert "report --out b" in asked
+    assert asked[-1].startswith("report --since ")
+    assert asked[-1].endswith(" --out b")
     [training] = [line for line in asked if line.startswith("train ")]
-    assert training.startswith("train mine.yaml --set data.sources=[{path: 'c/books.txt', per_line: true}]")
+    assert training.startswith(
+        "train mine.yaml --time-budget 10m --set data.sources=[{path: 'c/books.txt', per_line: true}]"
+    )
 
 
 def test_a_rehearsal_asks_for_no_gpu_and_leaves_nothing_else_behind(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ TABLE_FILE = "table.txt"
 # What this command itself writes, and would only copy from page to page.
 OWN_KIND = "benchmarks"
 RUNS_KIND = "runs"
+# Results that a repository keeps: from other machines, and so no part of a report unless asked for.
+PUBLISHED_FOLDER = "published"
 _NAME = re.compile(r"([0-9]{8})_([0-9]{6})(?:_.+)?")
 _AGO = re.compile(r"([0-9]{1,5})([hd])")
 _PICTURE = ".png"
@@ -84,19 +86,30 @@ def parse_since(text: str, now: datetime | None = None) -> datetime:
 
 
 def gather(
-    reports: Path, runs: Sequence[Path], *, since: datetime | None = None, kinds: Collection[str] = ()
+    reports: Path,
+    runs: Sequence[Path],
+    *,
+    since: datetime | None = None,
+    kinds: Collection[str] = (),
+    published: bool = False,
 ) -> Gathered:
     """Read every ``reports/<kind>/<ts>`` and every run at or below the folders ``runs``.
 
     Args:
         since: leave out what is older.
         kinds: the kinds to take (``runs`` is one); all of them when empty.
+        published: read ``reports/published/<kind>/<ts>`` too.
 
     Raises:
-        ConfigError: a kind is asked for that is nowhere.
+        ConfigError: a kind is asked for that is nowhere, or there are no published results.
     """
-    there = sorted(path for path in _folders(reports) if path.name != OWN_KIND)
-    known = [*(path.name for path in there), RUNS_KIND]
+    there = [path for path in _folders(reports) if path.name not in (OWN_KIND, PUBLISHED_FOLDER)]
+    if published:
+        kept = reports / PUBLISHED_FOLDER
+        if not kept.is_dir():
+            raise ConfigError(f"there is no {kept}; leave out --published, or name its parent folder with --reports")
+        there += _folders(kept)
+    known = list(dict.fromkeys([*(path.name for path in there), RUNS_KIND]))
     for name in kinds:
         if name not in known:
             raise ConfigError(

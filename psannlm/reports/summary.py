@@ -13,7 +13,7 @@ from typing import Any
 from psannlm.errors import ArtifactError, ConfigError
 from psannlm.reports.batteries import battery_memory, battery_rates
 from psannlm.reports.document import Document, Origin, Picture
-from psannlm.reports.gather import OWN_KIND, Gathered, Unread, gather
+from psannlm.reports.gather import OWN_KIND, PUBLISHED_FOLDER, Gathered, Unread, gather
 from psannlm.reports.pages import BATTERY_KIND, CURVE_FILE, build_document, loss_picture
 from psannlm.reports.plain import Unreadable
 from psannlm.reports.render import to_html, to_markdown
@@ -75,21 +75,25 @@ def write_report(
     *,
     since: datetime | None = None,
     kinds: Collection[str] = (),
+    published: bool = False,
     out: Path | None = None,
 ) -> Report:
     """Gather what is under ``reports`` and ``runs`` and write the report; ``system`` tells who makes it, and where.
+
+    ``published`` includes the results kept in ``reports/published``.
 
     Raises:
         ConfigError: ``kinds`` names one that is not there.
         ArtifactError: there is nothing to report.
         StorageError: the report cannot be written.
     """
-    found = gather(reports, runs, since=since, kinds=kinds)
+    found = gather(reports, runs, since=since, kinds=kinds, published=published)
     if found.is_empty:
         where = ", ".join(f"{path}/" for path in (reports, *runs))
+        kept = "; --published includes the results that the repository keeps"
         raise ArtifactError(
             f"nothing to report under {where}; make a run with: psannlm train CONFIG.yaml (or name its folder with "
-            "--runs, or an earlier --since)"
+            f"--runs, or an earlier --since){kept if (reports / PUBLISHED_FOLDER).is_dir() and not published else ''}"
         )
     rates = _rates(found)
     document = build_document(found, Origin.of(system), rates)

@@ -67,7 +67,8 @@ class TrainResult:
 
     ``model`` holds the weights of the last step, in evaluation mode: after ``fsdp: full`` on rank 0 and
     where they were given, shapes alone elsewhere. ``steps`` of ``total_steps`` were made, fewer
-    where a time budget was spent. ``best`` holds ``step``, ``loss`` (nats per token), ``perplexity`` and
+    where a time budget was spent; ``epochs`` is how many passes over the training windows they are, in fractions.
+    ``best`` holds ``step``, ``loss`` (nats per token), ``perplexity`` and
     ``bits_per_byte`` of the best validation, or is None without one. ``checkpoint`` is the best checkpoint, or without
     validation the last. ``val_overlap`` is the share of the held-out text that stands word for word in the training
     text.
@@ -79,6 +80,7 @@ class TrainResult:
     curve: Path | None
     steps: int
     total_steps: int
+    epochs: float
     tokens: int
     parameters: int
     skipped: int
@@ -186,6 +188,7 @@ def train(
             curve=curve,
             steps=progress.step,
             total_steps=run.total_steps,
+            epochs=progress.position.epoch + progress.position.window / len(run.loader.windows),
             tokens=progress.tokens,
             parameters=_size(start.model),
             skipped=progress.skipped,

@@ -9,7 +9,7 @@ import pytest
 
 from psannlm.reports.rates import rates_tables
 
-KEPT = sorted((Path(__file__).resolve().parents[2] / "reports" / "throughput").glob("*/metrics.json"))
+KEPT = sorted((Path(__file__).resolve().parents[2] / "reports" / "published" / "throughput").glob("*/metrics.json"))
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)

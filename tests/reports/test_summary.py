@@ -151,3 +151,24 @@ def test_a_comparison_wants_two_runs(tmp_path: Path, make_run: Callable[..., Pat
         write_comparison([make_run(tmp_path / "a")], SYSTEM)
     with pytest.raises(ConfigError, match="no run folder"):
         write_comparison([tmp_path / "a", tmp_path / "nowhere"], SYSTEM)
+
+
+def test_published_results_only_on_request(
+    tmp_path: Path, make_artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    reports = Path("reports")
+    make_artifact(reports / "throughput" / "20261120_080000", {"tokens_per_s": 11.0})
+    make_artifact(reports / "published" / "throughput" / "20251120_080000", {"tokens_per_s": 22.0})
+    for published, rates in ((False, {"11.0"}), (True, {"11.0", "22.0"})):
+        written = write_report(reports, [], SYSTEM, published=published, out=Path(f"page_{published}"))
+        with open(written.folder / "throughput.csv", encoding="utf-8", newline="") as file:
+            assert {row["tokens_per_s"] for row in csv.DictReader(file)} == rates
+    with pytest.raises(ConfigError, match="there is no elsewhere/published"):
+        write_report(Path("elsewhere"), [], SYSTEM, published=True)
+
+
+def test_an_empty_report_names_the_published_results(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
+    make_artifact(tmp_path / "published" / "throughput" / "20251120_080000", {"tokens_per_s": 22.0})
+    with pytest.raises(ArtifactError, match="--published includes"):
+        write_report(tmp_path, [], SYSTEM)
