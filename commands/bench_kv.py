@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -14,6 +16,7 @@ from psannlm.commands.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    duration_s,
     figures_table,
     find_model_file,
     live_line,
@@ -27,9 +30,10 @@ from psannlm.commands.options import (
 if TYPE_CHECKING:
     from psannlm.benchmarks.decoding import Case, DecodeRun
     from psannlm.benchmarks.kv_report import KvReport
-    from psannlm.benchmarks.timing import Spread
+    from psannlm.benchmarks.timing import Spread, Standing
 
 PLOT_FILE = "decode.png"
+_TIME_LIMIT_S = 150.0
 _SIZES = ("base", "d_model", "n_layers", "n_heads", "positional_encoding", "vocab_size")
 
 
@@ -67,6 +71,15 @@ def bench_kv(
     ] = None,
     device: DeviceOption = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Counted runs of each case; the median is shown.")] = 3,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DURATION",
+            parser=duration_s,
+            help="Leave out passes without the cache, repeats and contexts that would take longer. Default: 150s, or "
+            "no limit where --repeats or --uncached-steps is given.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides random weights and prompts.")] = 1337,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
     as_json: JsonOption = False,
@@ -77,6 +90,7 @@ def bench_kv(
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise typer.BadParameter(f"the checkpoint has sizes of its own; leave out {options}", param_hint="--checkpoint")
 
+    given_work = [name for name in ("repeats", "uncached_steps") if _is_given(context, name)]
     from psannlm.benchmarks.growth import CONTEXTS, draw_growth
     from psannlm.benchmarks.kv_cache import bench_kv as measure
     from psannlm.benchmarks.kv_cache import build_random_model
@@ -86,7 +100,7 @@ def bench_kv(
     from psannlm.device import pick_device
     from psannlm.errors import LimitMissed
     from psannlm.models.artifact import load_model
-    from psannlm.reports.store import new_folder, system_info, write_json
+    from psannlm.reports.store import write_json
     from psannlm.storage import write_text
 
     settings = KvSettings(
@@ -101,6 +115,7 @@ def bench_kv(
         uncached_steps=uncached_steps,
         contexts=CONTEXTS if context_growth else (),
         against=against,
+        time_limit_s=_TIME_LIMIT_S if time_limit is None and not given_work else time_limit,
     )
     chosen = pick_device(device)
     if checkpoint is None:
@@ -113,13 +128,22 @@ def bench_kv(
     else:
         path = find_model_file(checkpoint, DEFAULT_RUNS)
         model, weights = load_model(path).model.to(chosen), str(path)
-    with live_line(progress()) as line:
-        report = measure(model, settings, weights=weights, on_standing=lambda standing: line.show(str(standing)))
+    kept = _Kept(out)
+    try:
+        with live_line(progress()) as line:
+
+            def show(standing: Standing) -> None:
+                kept.standing = standing
+                line.show(str(standing))
+
+            report = measure(model, settings, weights=weights, on_standing=show, on_partial=kept.keep)
+    except KeyboardInterrupt:
+        kept.end()
+        raise
     tables = _tables(report)
-    folder = new_folder("kv_cache", out)
+    folder = kept.folder
     metrics = report.as_dict()
     write_json(folder / "metrics.json", metrics)
-    write_json(folder / "system.json", system_info())
     write_text(folder / "table.txt", table_text(*tables))
     if report.growth:
         draw_growth(folder / PLOT_FILE, _plot_title(report), report.growth)
@@ -132,6 +156,52 @@ def bench_kv(
         results().print(f"written to {folder}", highlight=False, markup=False)
     if report.problems:
         raise LimitMissed("; ".join(report.problems))
+
+
+class _Kept:
+    """What was measured so far, on disk after every run: a benchmark that is ended early leaves it behind."""
+
+    def __init__(self, out: Path | None) -> None:
+        self._out = out
+        self._figures: dict[str, Any] = {"is_complete": False}
+        self.standing: Standing | None = None
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder, made when there is something to write."""
+        from psannlm.reports.store import new_folder, system_info, write_json
+
+        folder = new_folder("kv_cache", self._out)
+        write_json(folder / "system.json", system_info())
+        return folder
+
+    def keep(self, figures: dict[str, Any]) -> None:
+        """Write the figures so far."""
+        from psannlm.reports.store import write_json
+
+        self._figures = figures
+        write_json(self.folder / "metrics.json", figures)
+
+    def end(self) -> None:
+        """Write what was under way as well, and a table, and print where they are."""
+        from psannlm.storage import write_text
+
+        rows = [
+            (case["name"], f"{_number(case['tokens_per_s']['median'])} tokens/s{', a warm-up' * case['is_warm_up']}")
+            for case in self._figures.get("cases", [])
+        ]
+        if "cached_over_naive" in self._figures:
+            rows.append(
+                ("cached over naive", f"{_number(self._figures['cached_over_naive']['median'])} x the tokens/s")
+            )
+        if self.standing is not None:
+            rows.append(("interrupted in", str(self.standing)))
+            self._figures["interrupted_in"] = asdict(self.standing)
+        self.keep(self._figures)
+        table = figures_table("decoding, interrupted: what was measured until then", rows)
+        write_text(self.folder / "table.txt", table_text(table))
+        results().print(table)
+        results().print(f"written to {self.folder}", highlight=False, markup=False)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -151,7 +221,7 @@ def _cases_table(report: KvReport) -> Table:
         f"decoding: {model.base}, {report.parameters / 1e6:,.1f}M parameters ({report.weights} weights), "
         f"{settings.dtype}, {report.device}; {settings.batch_size} prompt{'' if settings.batch_size == 1 else 's'} of "
         f"{settings.prompt_length:,} tokens, "
-        f"{settings.max_new_tokens:,} new; medians of {settings.repeats}, under them the lowest and highest",
+        f"{settings.max_new_tokens:,} new; medians of {_runs_made(report)}, under them the lowest and highest",
         *("case", "prefill\nms", "first token\nms", "decode\ntokens/s", "whole\ntokens/s"),
     )
     for case, runs in report.runs.items():
@@ -168,6 +238,11 @@ def _cases_table(report: KvReport) -> Table:
         )
     table.caption = "\n".join(notes)
     return table
+
+
+def _runs_made(report: KvReport) -> str:
+    counts = sorted({len(runs) for runs in report.runs.values()})
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs"
 
 
 def _add_runs(table: Table, name: str, runs: list[DecodeRun]) -> None:
@@ -192,7 +267,8 @@ def _rows(report: KvReport) -> list[tuple[str, str]]:
         ("compiling alone, in a batch", report.from_compiling(True)),
         ("compiling alone, one row", report.from_compiling(False)),
     ]
-    rows = [(name, f"{_spread(ratio)} x the decode rate") for name, ratio in ratios if ratio is not None]
+    rows = _headline(report)
+    rows += [(name, f"{_spread(ratio)} x the decode rate") for name, ratio in ratios if ratio is not None]
     for case, seconds in report.compile_s().items():
         rows.append((f"compilation, {_rows_of(case.is_batched)}", f"{seconds:,.1f} s, once"))
     if report.rival is not None:
@@ -220,6 +296,28 @@ def _rows(report: KvReport) -> list[tuple[str, str]]:
         if not case.is_compiled or measured != predicted:
             rows.append((f"cache bytes, {_rows_of(case.is_batched)}", f"{measured:,} ({verdict})"))
     return [*rows, ("tokens out", _agreement(report))]
+
+
+def _headline(report: KvReport) -> list[tuple[str, str]]:
+    """The rate of the cached batch, that of the naive loop, and their quotient."""
+    from psannlm.benchmarks.decoding import Case
+    from psannlm.benchmarks.timing import Spread
+
+    def rate(case: Case) -> str:
+        return f"{_spread(Spread.of([run.tokens_per_s for run in report.runs[case]]))} tokens/s"
+
+    settings = report.settings
+    rows = [
+        ("generated tokens", f"{report.n_generated:,} in a run: {settings.batch_size:,} x {settings.max_new_tokens:,}"),
+        ("cached, in a batch", f"{rate(Case(True, True))}, prefill included"),
+    ]
+    ratio = report.cached_over_naive()
+    if report.naive is not None and ratio is not None:
+        rows += [
+            ("naive, row by row", f"{rate(report.naive)}: the whole prompt replayed for every token of every row"),
+            ("cached over naive", f"{_spread(ratio)} x the tokens/s"),
+        ]
+    return rows
 
 
 def _floor_table(report: KvReport) -> Table:

@@ -28,7 +28,17 @@ def bench_tokenizers(
         str | None, typer.Option("--held-out", help="Text to measure on. Default: about a tenth of the corpus.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Entries at most of what is fitted.")] = 4096,
-    repeat: Annotated[int, typer.Option(min=1, help="Counted runs of each; the median is shown.")] = 3,
+    corpus_repeat: Annotated[
+        int,
+        typer.Option(
+            "--corpus-repeat",
+            min=1,
+            help="Times to repeat the text, after some of it was held out: a small corpus becomes a measurable one.",
+        ),
+    ] = 1,
+    repeats: Annotated[
+        int, typer.Option("--repeats", "--repeat", min=1, help="Counted runs of each; the median is shown.")
+    ] = 3,
     model: Annotated[
         list[Path] | None, typer.Option("--model", help="A tokenizer file to measure beside them; may be repeated.")
     ] = None,
@@ -62,7 +72,8 @@ def bench_tokenizers(
             held_out=[] if held_out is None else [source(held_out)],
             models=model or [],
             vocab_size=vocab_size,
-            repeats=repeat,
+            corpus_repeat=corpus_repeat,
+            repeats=repeats,
             seed=seed,
             sample_chars=SAMPLE_CHARS if sample_chars is None else sample_chars,
             with_prep=prep,
@@ -87,9 +98,10 @@ def bench_tokenizers(
 def _table(report: TokenizerReport) -> Table:
     """Return a column for each tokenizer: there are few of them, and many figures."""
     held_out = report.held_out
+    repeated = f" (each passage {held_out.repeat:,} times)" if held_out.repeat > 1 else ""
     table = Table(
-        title=f"tokenizers on {held_out.bytes:,} held-out bytes, {held_out.overlap:.1%} of it word for word in the "
-        f"fitting text too; medians of {report.repeats}",
+        title=f"tokenizers on {held_out.bytes:,} held-out bytes{repeated}, {held_out.overlap:.1%} of it word for word "
+        f"in the fitting text too; medians of {report.repeats}",
         title_justify="left",
         title_style="bold",
         caption="MB: a million bytes; of raw: our encoding rate over the bare library's, with its lowest and highest "
@@ -102,9 +114,10 @@ def _table(report: TokenizerReport) -> Table:
         table.add_column(_heading(row.name), justify="right", overflow="fold")
     rows: list[tuple[str, Callable[[TokenizerFigures], str]]] = [
         ("bytes per token", lambda row: f"{row.bytes_per_token:.3f}"),
+        ("tokens per char", lambda row: f"{row.tokens_per_char:.3f}"),
         ("vocabulary", lambda row: f"{row.vocab_size:,}"),
         ("lossless", lambda row: "yes" if row.lost is None else f"no: {row.lost}"),
-        ("file, KB", lambda row: f"{row.model_bytes / 1e3:,.1f}"),
+        ("model size, KB", lambda row: f"{row.model_bytes / 1e3:,.1f}"),
         ("fit, s", lambda row: "-" if row.fit_s is None else f"{row.fit_s.median:,.2f}"),
         ("fit peak, MB", lambda row: "-" if row.fit_peak_bytes is None else f"{row.fit_peak_bytes / 1e6:,.0f}"),
     ]
@@ -169,6 +182,7 @@ def _all_threads(row: TokenizerFigures) -> Speed:
 
 def _speed_rows(report: TokenizerReport) -> list[tuple[str, Callable[[TokenizerFigures, Speed], str]]]:
     return [
+        ("encode, s", lambda row, speed: f"{speed.encode_s.median:,.3g}"),
         ("encode, MB/s", lambda row, speed: f"{row.mb_per_s(speed.encode_s):,.2f}"),
         ("encode, tokens/s", lambda row, speed: f"{row.tokens_per_s(speed.encode_s):,.0f}"),
         ("of raw", lambda row, speed: _ratio(speed.ratio_to_raw, row.same_ids_as_raw)),

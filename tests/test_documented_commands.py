@@ -6,8 +6,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,91 @@ def test_tiny_corpus_benchmark_takes_one_epoch(clone: Path, monkeypatch: pytest.
     assert [str(getattr(source, "path", "")) for source in config.data.sources] == ["datasets/lm/tiny_books.txt"]
     assert (config.train.epochs, config.train.max_steps) == (1, None)
     assert TINY in (REPOSITORY / "scripts/next_gpu_batch.sh").read_text(encoding="utf-8")
+
+
+def only_folder(parent: Path) -> Path:
+    [folder] = parent.iterdir()
+    return folder
+
+
+# The width and depth alone are smaller than in the printed command, which takes minutes.
+KV = "python scripts/benchmark_kv_cache.py --batch-size 8 --prompt-length 96 --max-new-tokens 64"
+KV_TINY = " --d-model 32 --n-layers 1 --n-heads 2 --vocab-size 64 --device cpu"
+
+
+def test_kv_cache_script_prints_and_stores_the_quotient(clone: Path) -> None:
+    said = run(clone, KV + KV_TINY)
+    folder = only_folder(clone / "reports/kv_cache")
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert (metrics["is_complete"], metrics["generated_tokens"]) == (True, 512)
+    assert (metrics["batch_size"], metrics["prompt_length"], metrics["max_new_tokens"]) == (8, 96, 64)
+    rates = {row["name"]: row["tokens_per_s"]["median"] for row in metrics["cases"]}
+    assert metrics["cached_tokens_per_s"]["median"] == rates["cache on, batch"]
+    assert metrics["naive_tokens_per_s"]["median"] == rates["cache off, row by row"]
+    assert metrics["cached_over_naive"]["median"] > 1
+    assert {"cache_alone_in_batch", "batching_alone_with_cache"} <= set(metrics["speedup_of_decoding"])
+    words = ("512 in a run", "cached over naive", "naive, row by row", "the cache alone", "batching alone")
+    for text in (said, (folder / "table.txt").read_text(encoding="utf-8")):
+        assert [word for word in words if word not in text] == []
+
+
+def test_kv_cache_script_interrupted_leaves_its_measurements(clone: Path) -> None:
+    words = [sys.executable, *shlex.split(KV + KV_TINY)[1:], "--repeats", "1000", "--no-context-growth"]
+    with subprocess.Popen(words, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 120
+        while not _has_counted_runs(clone / "reports/kv_cache") and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "written to" in out
+    folder = only_folder(clone / "reports/kv_cache")
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["is_complete"] is False
+    assert metrics["cached_over_naive"]["median"] > 1
+    assert metrics["interrupted_in"]["n_runs"] > 4_000
+    assert {path.name for path in folder.iterdir()} == {"metrics.json", "system.json", "table.txt"}
+    assert "cached over naive" in (folder / "table.txt").read_text(encoding="utf-8")
+
+
+def _has_counted_runs(parent: Path) -> bool:
+    for path in parent.glob("*/metrics.json"):
+        cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+        return len(cases) == 4 and not any(case["is_warm_up"] for case in cases)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python scripts/compare_tokenizers.py --repeat 256",
+        "python scripts/compare_tokenizers.py --corpus examples/lm/sample_texts.txt --repeat 256 --vocab-size 4096",
+    ],
+)
+def test_tokenizer_script_repeats_the_corpus(line: str, clone: Path) -> None:
+    said = run(clone, line)
+    folder = only_folder(clone / "reports/tokenizers")
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["corpus"] == ["examples/lm/sample_texts.txt"]
+    assert (metrics["vocab_size"], metrics["repeats"]) == (4096, 3)
+    held_out = metrics["held_out"]
+    assert (held_out["repeat"], held_out["passages"] % 256, held_out["overlap"]) == (256, 0, 0)
+    # The characters of the two sides together are the corpus, 256 times.
+    n_chars = sum(map(len, (clone / "examples/lm/sample_texts.txt").read_text(encoding="utf-8").splitlines()))
+    assert metrics["tokenizers"][0]["n_chars"] + metrics["fitted_on_chars"] == 256 * n_chars
+    for row in metrics["tokenizers"]:
+        assert row["tokens_per_char"] == row["n_tokens"] / row["n_chars"]
+        assert row["encode_tokens_per_s"] == pytest.approx(row["n_tokens"] / row["encode_s"]["median"])
+        assert row["fit_s"]["median"] >= 0
+        assert row["model_bytes"] > 0
+    words = (
+        "held-out bytes (each passage 256 times)",
+        "fit, s",
+        "encode, s",
+        "tokens/s",
+        "tokens per char",
+        "model size",
+    )
+    for text in (" ".join(said.split()), " ".join((folder / "table.txt").read_text(encoding="utf-8").split())):
+        assert [word for word in words if word not in text] == []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from psannlm.benchmarks.bandwidth import FloorShare, memory_reader, step_bytes
-from psannlm.benchmarks.timing import Clock, Count, Standing, take_turns
+from psannlm.benchmarks.timing import Clock, Count, Standing, shared_turns, take_turns
 from psannlm.generation.engine import Engine
 from psannlm.models.cache import DecodeState
 from psannlm.storage import replacing
@@ -51,11 +51,12 @@ def measure_growth(
     seed: int,
     clock: Clock = time.perf_counter,
     on_standing: Callable[[Standing], None] = lambda standing: None,
+    deadline: float | None = None,
 ) -> list[GrowthPoint]:
     """Time ``n_steps`` cached steps of ``n_rows`` rows around each of ``contexts``, in turns with reading as much.
 
     A turn's figure is the median of its steps. Each turn starts from the same tokens: n_steps / 2 short of the context.
-    All rows hold the same ones, so that only one of them must be prefilled.
+    All rows hold the same ones, so that only one of them must be prefilled. ``deadline`` as for ``take_turns``.
     """
     device = engine.model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
@@ -84,15 +85,14 @@ def measure_growth(
         candidates[f"context {context:,}"] = steps(context)
         reader = memory_reader(step_bytes(engine, n_rows, context), device, clock=clock)
         candidates[f"reading as much as context {context:,}"] = reader
-    taken = take_turns(candidates, repeats, unit="steps", clock=clock, on_standing=on_standing)
+    taken = take_turns(candidates, repeats, unit="steps", clock=clock, on_standing=on_standing, deadline=deadline)
     return [
         GrowthPoint(
             context,
             states[context].state.n_bytes,
             FloorShare.of(
                 step_bytes(engine, n_rows, context),
-                taken[f"reading as much as context {context:,}"],
-                taken[f"context {context:,}"],
+                *shared_turns(taken[f"reading as much as context {context:,}"], taken[f"context {context:,}"]),
             ),
         )
         for context in contexts

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import torch
 
@@ -13,7 +14,7 @@ from psannlm.benchmarks.agreement import Agreement, Rounding, compare
 from psannlm.benchmarks.bandwidth import memory_reader, step_bytes
 from psannlm.benchmarks.decoding import Case, DecodeRun, Prompts, decode, decode_uncached, spread_places
 from psannlm.benchmarks.growth import longest_state, measure_growth
-from psannlm.benchmarks.kv_report import KvReport, KvSettings
+from psannlm.benchmarks.kv_report import KvReport, KvSettings, case_figures, headline
 from psannlm.benchmarks.packing_cost import TOKENS_PER_ROW, measure_packing_cost
 from psannlm.benchmarks.random_weights import show_every_part
 from psannlm.benchmarks.rivals import Rival, RivalRuns, build_rival, decode_with
@@ -26,10 +27,14 @@ from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 
 OnStanding = Callable[[Standing], None]
+OnPartial = Callable[[dict[str, Any]], None]
+# Of a time limit: what passes without the cache may take, and after which part no context is measured any more.
+_UNCACHED_FRACTION, _CASES_FRACTION = 0.5, 0.7
 # What a turn gives: a run, or a reading rate in bytes per second.
 Candidate = Callable[[Count], DecodeRun | float]
 
 REFERENCE = Case(True, True)
+_FIRST = "first run, "
 _READING = {True: "reading as many bytes", False: "reading as many bytes, one row"}
 
 
@@ -49,6 +54,7 @@ def bench_kv(
     make_rival: RivalBuilder = build_rival,
     clock: Clock = time.perf_counter,
     on_standing: OnStanding = lambda standing: None,
+    on_partial: OnPartial = lambda figures: None,
 ) -> KvReport:
     """Measure all cases in turns on ``model``, on the device that it is on; no row ends early.
 
@@ -56,6 +62,7 @@ def bench_kv(
 
     Args:
         weights: where they come from, for the report.
+        on_partial: called after every run with the figures so far, as plain data whose ``is_complete`` is false.
 
     Raises:
         ConfigError: the model's context is too short for what is to be decoded.
@@ -69,7 +76,15 @@ def bench_kv(
             f"context of {limit}; lower --prompt-length or --max-new-tokens"
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    bench = _Bench(model, settings, clock, on_standing)
+    began = clock()
+    described: dict[str, Any] = {
+        "device": describe_device(device),
+        "threads": torch.get_num_threads(),
+        "weights": weights,
+        "model": config.model_dump(mode="json"),
+        "parameters": parameters,
+    }
+    bench = _Bench(model, settings, clock, on_standing, lambda figures: on_partial({**figures, **described}), began)
     rival = None
     if settings.against is not None:
         rival = make_rival(settings.against, config, parameters, settings.n_tokens, device)
@@ -77,12 +92,19 @@ def bench_kv(
     reference = firsts[str(REFERENCE)]
     runs, rival_runs, reads = bench.take_turns(reference.ids, rival)
     contexts = [context for context in settings.contexts if limit is None or longest_state([context]) <= limit]
+    left_out = [context for context in settings.contexts if context not in contexts]
+    if contexts and settings.time_limit_s is not None and clock() - began > _CASES_FRACTION * settings.time_limit_s:
+        bench.notices.append(
+            f"no step at growing contexts was timed: the cases took {clock() - began:,.0f} s of the time limit of "
+            f"{settings.time_limit_s:,.0f} s; raise --time-limit for it"
+        )
+        contexts = []
     return KvReport(
         settings=settings,
         model=config,
         weights=weights,
-        device=describe_device(device),
-        threads=torch.get_num_threads(),
+        device=described["device"],
+        threads=described["threads"],
         parameters=parameters,
         weight_bytes=bench.engine.weight_bytes,
         cache_element_bytes=bench.engine.cache_dtype.itemsize,
@@ -91,7 +113,7 @@ def bench_kv(
         n_bytes=bench.n_bytes,
         reads=reads,
         first_s={case: firsts[str(case)].total_s for case in runs if case.is_compiled},
-        notices=list(dict.fromkeys([*bench.engine.notices, *bench.compiled.notices])),
+        notices=list(dict.fromkeys([*bench.engine.notices, *bench.compiled.notices, *bench.notices])),
         growth=measure_growth(
             bench.compiled,
             settings.batch_size,
@@ -100,8 +122,9 @@ def bench_kv(
             seed=settings.seed,
             clock=clock,
             on_standing=on_standing,
+            deadline=bench.deadline(1.0),
         ),
-        left_out=[context for context in settings.contexts if context not in contexts],
+        left_out=left_out,
         packing=None
         if settings.dtype == "float32"
         else measure_packing_cost(model, bench.engine, seed=settings.seed, clock=clock, on_standing=on_standing),
@@ -114,7 +137,15 @@ def bench_kv(
 class _Bench:
     """One benchmark under way: the engines, the prompts, and what is run in turns."""
 
-    def __init__(self, model: Transformer, settings: KvSettings, clock: Clock, on_standing: OnStanding) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        settings: KvSettings,
+        clock: Clock,
+        on_standing: OnStanding,
+        on_partial: OnPartial,
+        began: float,
+    ) -> None:
         self.engine = Engine(model, dtype=settings.dtype)
         self.compiled = Engine(model, dtype=settings.dtype, compile=True) if settings.is_compiled else self.engine
         self.cases = settings.chosen_cases(self.compiled.compiles)
@@ -126,6 +157,14 @@ class _Bench:
         }
         self._model, self._device = model, model.embedding.weight.device
         self._settings, self._clock, self._on_standing = settings, clock, on_standing
+        self._on_partial, self._began = on_partial, began
+        self._made: dict[tuple[str, bool], list[DecodeRun]] = {}
+        self.notices: list[str] = []
+
+    def deadline(self, fraction: float) -> float | None:
+        """Return the time of the clock at which ``fraction`` of the time limit is used up; None without a limit."""
+        limit = self._settings.time_limit_s
+        return None if limit is None else self._began + fraction * limit
 
     def run_first(self, rival: Rival | None) -> dict[str, DecodeRun]:
         """Return the very first run of every candidate that has something to prepare, compilation above all."""
@@ -134,27 +173,62 @@ class _Bench:
         if rival is not None:
             candidates[rival.name] = self._rival(rival)
         # Without a count: the first tokens wait for a compiler, and say nothing of the time that is left.
-        silent = {f"first run, {name}": _silent(candidate) for name, candidate in candidates.items()}
+        silent = {f"{_FIRST}{name}": _silent(candidate) for name, candidate in candidates.items()}
         taken = self._in_turns(silent, repeats=1, warm_ups=0)
-        return {name.removeprefix("first run, "): _runs_of(results)[0] for name, results in taken.items()}
+        return {name.removeprefix(_FIRST): _runs_of(results)[0] for name, results in taken.items()}
 
     def take_turns(
         self, given: Prompts, rival: Rival | None
     ) -> tuple[dict[Case, list[DecodeRun]], list[DecodeRun], dict[bool, list[float]]]:
         """Return the runs of every case, those of the rival, and the rates of reading, all made in turns."""
+        steps = self._uncached_steps(given)
         candidates: dict[str, Candidate] = {
-            str(case): self._cached(case) if case.use_cache else self._uncached(case, given) for case in self.cases
+            str(case): self._cached(case) if case.use_cache else self._uncached(case, given, steps)
+            for case in self.cases
         }
         if rival is not None:
             candidates[rival.name] = self._rival(rival)
         for is_batched, n_bytes in self.n_bytes.items():
             candidates[_READING[is_batched]] = memory_reader(n_bytes, self._device, clock=self._clock)
-        taken = self._in_turns(candidates, repeats=self._settings.repeats, warm_ups=1)
+        # Under a time limit a long run is not made twice: the first runs of all cases have warmed up the kernels.
+        cold = [] if self._settings.time_limit_s is None else [str(case) for case in self.cases if case != REFERENCE]
+        repeats = self._settings.repeats
+        taken = self._in_turns(candidates, repeats=repeats, warm_ups=1, cold=cold)
+        fewer = [f"{len(taken[name])} of {name}" for name in candidates if len(taken[name]) < repeats]
+        if fewer:
+            self.notices.append(
+                f"fewer runs than {repeats} fit into the time limit of {self._settings.time_limit_s:,.0f} s: "
+                f"{', '.join(fewer)}; raise --time-limit for all of them"
+            )
         return (
             {case: _runs_of(taken[str(case)]) for case in self.cases},
             [] if rival is None else _runs_of(taken[rival.name]),
             {is_batched: _rates_of(taken[_READING[is_batched]]) for is_batched in self.n_bytes},
         )
+
+    def _uncached_steps(self, given: Prompts) -> int | None:
+        """Return how many full passes of a row to time after its first; None: all.
+
+        Under a time limit, two passes of each case show how long all would take; they are warm-up as well.
+        """
+        settings, limit = self._settings, self._settings.time_limit_s
+        uncached = [case for case in self.cases if not case.use_cache]
+        if settings.uncached_steps is not None or limit is None or not uncached:
+            return settings.uncached_steps
+        estimate_s = 0.0
+        for case in uncached:
+            n_rows = settings.batch_size if case.is_batched else 1
+            few = decode_uncached(
+                self.engine,
+                self.prompts[:n_rows],
+                given[:n_rows],
+                is_batched=case.is_batched,
+                places=[0, settings.max_new_tokens - 1],
+                clock=self._clock,
+            )
+            estimate_s += few.total_s * settings.batch_size / n_rows
+        n_passes = int(settings.max_new_tokens * _UNCACHED_FRACTION * limit / max(estimate_s, 1e-9))
+        return None if n_passes >= settings.max_new_tokens else max(2, n_passes - 1)
 
     def compare(self, reference: DecodeRun, runs: Mapping[Case, Sequence[DecodeRun]]) -> Agreement:
         """Compare every run with the first one, from before the turns, and that with full forward passes."""
@@ -169,7 +243,7 @@ class _Bench:
         return compare(self.engine.model, self.prompts, named, rounding)
 
     def _in_turns(
-        self, candidates: Mapping[str, Candidate], *, repeats: int, warm_ups: int
+        self, candidates: Mapping[str, Candidate], *, repeats: int, warm_ups: int, cold: Collection[str] = ()
     ) -> dict[str, list[DecodeRun | float]]:
         return take_turns(
             candidates,
@@ -178,6 +252,32 @@ class _Bench:
             unit="tokens",
             clock=self._clock,
             on_standing=self._on_standing,
+            deadline=self.deadline(_CASES_FRACTION),
+            cold=cold,
+            on_result=self._keep,
+        )
+
+    def _keep(self, name: str, is_warm_up: bool, result: DecodeRun | float) -> None:
+        """Pass on the figures of all runs so far; a case without a counted run has those of its warm-up."""
+        case = next((case for case in self.cases if name.removeprefix(_FIRST) == str(case)), None)
+        if case is None or not isinstance(result, DecodeRun):
+            return
+        is_counted = not (is_warm_up or name.startswith(_FIRST))
+        self._made.setdefault((str(case), is_counted), []).append(result)
+        counted = {case: self._made[str(case), True] for case in self.cases if (str(case), True) in self._made}
+        best = {
+            **{case: self._made[str(case), False] for case in self.cases if (str(case), False) in self._made},
+            **counted,
+        }
+        self._on_partial(
+            {
+                "is_complete": False,
+                **asdict(self._settings),
+                **headline(self._settings, best),
+                "cases": [
+                    {**case_figures(case, runs), "is_warm_up": case not in counted} for case, runs in best.items()
+                ],
+            }
         )
 
     def _cached(self, case: Case) -> Candidate:
@@ -186,8 +286,8 @@ class _Bench:
             engine, self.prompts, n_new, is_batched=case.is_batched, clock=self._clock, count=count
         )
 
-    def _uncached(self, case: Case, given: Prompts) -> Candidate:
-        places = spread_places(self._settings.max_new_tokens, self._settings.uncached_steps)
+    def _uncached(self, case: Case, given: Prompts, n_steps: int | None) -> Candidate:
+        places = spread_places(self._settings.max_new_tokens, n_steps)
         return lambda count: decode_uncached(
             self.engine,
             self.prompts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -12,7 +13,7 @@ from psannlm.benchmarks.decoding import CASES, Case, DecodeRun
 from psannlm.benchmarks.growth import CONTEXTS, GrowthPoint
 from psannlm.benchmarks.packing_cost import PackingCost
 from psannlm.benchmarks.rivals import RivalRuns, require_rival
-from psannlm.benchmarks.timing import Spread, paired_ratio
+from psannlm.benchmarks.timing import Spread, paired_ratio, shared_turns
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, nearest
 from psannlm.models.accounting import cache_bytes
@@ -34,6 +35,8 @@ class KvSettings:
         uncached_steps: full forward passes after a row's first that are really run, evenly over the tokens; None: all.
         contexts: lengths at which a cached step is timed.
         against: a library whose model of equal size decodes the same prompts, or None.
+        time_limit_s: seconds that the measurement should take at most, on a machine of any speed: passes without the
+            cache, repeats and contexts are left out for it, each of which the report states. None: nothing is.
 
     Raises:
         ConfigError: a number is too small to measure anything, a name is unknown, or a package is missing.
@@ -50,6 +53,7 @@ class KvSettings:
     uncached_steps: int | None = None
     contexts: tuple[int, ...] = CONTEXTS
     against: str | None = None
+    time_limit_s: float | None = None
 
     def __post_init__(self) -> None:
         lowest = {"batch_size": 1, "prompt_length": 1, "max_new_tokens": 2, "repeats": 1, "seed": 0}
@@ -61,6 +65,8 @@ class KvSettings:
         known = get_args(Cases)
         if self.cases not in known:
             raise ConfigError(f"cases {self.cases!r:.40} is not one of {', '.join(known)}{nearest(self.cases, known)}")
+        if self.time_limit_s is not None and not self.time_limit_s > 0:
+            raise ConfigError(f"time_limit_s {self.time_limit_s} is not a time; use more than 0")
         if self.against is not None:
             require_rival(self.against)
 
@@ -138,7 +144,22 @@ class KvReport:
         """Decode rates turn by turn; None where a case was not run."""
         if above not in self.runs or below not in self.runs:
             return None
-        return paired_ratio(_decode_rates(self.runs[above]), _decode_rates(self.runs[below]))
+        return paired_ratio(*shared_turns(_decode_rates(self.runs[above]), _decode_rates(self.runs[below])))
+
+    @property
+    def naive(self) -> Case | None:
+        """The naive loop, which replays the whole prompt for each token of one row at a time; None if not run."""
+        case = Case(False, self.settings.batch_size == 1)
+        return case if case in self.runs else None
+
+    def cached_over_naive(self) -> Spread | None:
+        """Return how many times the naive loop's rate the cached batch has, of all new tokens, prefill included."""
+        return None if self.naive is None else _whole_ratio(self.runs[Case(True, True)], self.runs[self.naive])
+
+    @property
+    def n_generated(self) -> int:
+        """New tokens of all rows in one run."""
+        return self.settings.batch_size * self.settings.max_new_tokens
 
     @property
     def ours(self) -> Case:
@@ -152,8 +173,8 @@ class KvReport:
             return {}
         mine, theirs = self.runs[self.ours], self.rival.runs
         return {
-            "whole": paired_ratio([run.tokens_per_s for run in mine], [run.tokens_per_s for run in theirs]),
-            "decode": paired_ratio(_decode_rates(mine), _decode_rates(theirs)),
+            "whole": _whole_ratio(mine, theirs),
+            "decode": paired_ratio(*shared_turns(_decode_rates(mine), _decode_rates(theirs))),
         }
 
     def compile_s(self) -> dict[Case, float]:
@@ -170,7 +191,8 @@ class KvReport:
             if case.use_cache:
                 n_steps = (self.settings.max_new_tokens - 1) * (1 if case.is_batched else self.settings.batch_size)
                 steps = [run.decode_s / n_steps for run in runs]
-                found[case] = FloorShare.of(self.n_bytes[case.is_batched], self.reads[case.is_batched], steps)
+                rates = self.reads[case.is_batched]
+                found[case] = FloorShare.of(self.n_bytes[case.is_batched], *shared_turns(rates, steps))
         return found
 
     def measured_cache_bytes(self) -> dict[Case, int]:
@@ -231,7 +253,9 @@ class KvReport:
         measured, predicted = self.measured_cache_bytes(), self.predicted_cache_bytes()
         compiling = self.compile_s()
         return {
+            "is_complete": True,
             **asdict(self.settings),
+            **headline(self.settings, self.runs),
             "device": self.device,
             "threads": self.threads,
             "weights": self.weights,
@@ -239,17 +263,7 @@ class KvReport:
             "parameters": self.parameters,
             "weight_bytes": self.weight_bytes,
             "notices": self.notices,
-            "cases": [
-                {
-                    "name": str(case),
-                    "cache": case.use_cache,
-                    "batched": case.is_batched,
-                    "compiled": case.is_compiled,
-                    "passes_timed": self.settings.max_new_tokens if case.use_cache else self.n_uncached_passes,
-                    **figures(runs),
-                }
-                for case, runs in self.runs.items()
-            ],
+            "cases": [case_figures(case, runs) for case, runs in self.runs.items()],
             "speedup_of_decoding": {name: ratio.as_dict() for name, ratio in speedups.items() if ratio is not None},
             "compile_s": {str(case): seconds for case, seconds in compiling.items()},
             "cache_bytes": {
@@ -277,6 +291,40 @@ class KvReport:
             "ours": str(self.ours),
             "our_rate_over_its": {name: ratio.as_dict() for name, ratio in self.against_rival().items()},
         }
+
+
+def case_figures(case: Case, runs: list[DecodeRun]) -> dict[str, Any]:
+    """Return what a case is, how many runs it had, how many passes of a row were timed, and every time and rate."""
+    places = runs[0].places
+    return {
+        "name": str(case),
+        "cache": case.use_cache,
+        "batched": case.is_batched,
+        "compiled": case.is_compiled,
+        "n_runs": len(runs),
+        "passes_timed": runs[0].n_new if places is None else len(places),
+        **figures(runs),
+    }
+
+
+def headline(settings: KvSettings, runs: Mapping[Case, list[DecodeRun]]) -> dict[str, Any]:
+    """Return the tokens that one run generates, the rate of the cached batch, that of the naive loop, and their
+    quotient; of a benchmark that was interrupted, those that there are."""
+    found: dict[str, Any] = {"generated_tokens": settings.batch_size * settings.max_new_tokens}
+    cached = runs.get(Case(True, True))
+    naive = runs.get(Case(False, settings.batch_size == 1))
+    if cached:
+        found["cached_tokens_per_s"] = Spread.of([run.tokens_per_s for run in cached]).as_dict()
+    if naive:
+        found["naive_tokens_per_s"] = Spread.of([run.tokens_per_s for run in naive]).as_dict()
+    if cached and naive:
+        found["cached_over_naive"] = _whole_ratio(cached, naive).as_dict()
+    return found
+
+
+def _whole_ratio(above: Sequence[DecodeRun], below: Sequence[DecodeRun]) -> Spread:
+    """Return the quotient of the rates of all new tokens, prefill included, turn by turn."""
+    return paired_ratio(*shared_turns([run.tokens_per_s for run in above], [run.tokens_per_s for run in below]))
 
 
 def figures(runs: list[DecodeRun]) -> dict[str, dict[str, float]]:

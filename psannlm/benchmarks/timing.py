@@ -6,7 +6,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -77,6 +77,9 @@ def take_turns(
     unit: str = "passes",
     clock: Clock = time.perf_counter,
     on_standing: Callable[[Standing], None] = _ignore,
+    deadline: float | None = None,
+    cold: Collection[str] = (),
+    on_result: Callable[[str, bool, T], None] = lambda name, is_warm_up, result: None,
 ) -> dict[str, list[T]]:
     """Run the candidates A B A B ..., and return what each one's counted runs gave, in the order they were made.
 
@@ -90,16 +93,30 @@ def take_turns(
         unit: what the candidates count.
         on_standing: told at the start of every run and whenever a candidate counts; inside the measured time, so it
             must be quick.
+        deadline: a time of ``clock``. Each candidate has one counted run; a further one that would end later, by how
+            long the last one took, is left out, and with it all later ones of that candidate.
+        cold: candidates without a warm-up.
+        on_result: called after every run, outside the measured time, with the name, whether it was a warm-up, and
+            what it returned.
 
     Raises:
         ConfigError: ``repeats`` is below 1.
     """
     if repeats < 1:
         raise ConfigError(f"{repeats} repeats measure nothing; use 1 or more")
-    plan = [(turn < warm_ups, name) for turn in range(warm_ups + repeats) for name in candidates]
+    plan = [
+        (turn < warm_ups, name)
+        for turn in range(warm_ups + repeats)
+        for name in candidates
+        if turn >= warm_ups or name not in cold
+    ]
+    left_out: set[str] = set()
     results: dict[str, list[T]] = {name: [] for name in candidates}
     took: dict[str, float] = {}
     for index, (is_warm_up, name) in enumerate(plan):
+        if name in left_out or (deadline is not None and results[name] and clock() + took[name] > deadline):
+            left_out.add(name)
+            continue
         gc.collect()
         run = _Run(plan, index, took, unit, clock, on_standing)
         run.count(0, 0)
@@ -107,6 +124,7 @@ def take_turns(
         took[name] = clock() - run.began
         if not is_warm_up:
             results[name].append(result)
+        on_result(name, is_warm_up, result)
     return results
 
 
@@ -166,6 +184,12 @@ def passes_for(work: Callable[[], object], at_least_s: float, *, clock: Clock = 
     work()
     seconds = clock() - began
     return max(1, math.ceil(at_least_s / seconds)) if seconds > 0 else 1
+
+
+def shared_turns(first: Sequence[float], second: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the results of the turns in which both candidates ran: the earliest ones, where a deadline ended one."""
+    n_turns = min(len(first), len(second))
+    return first[:n_turns], second[:n_turns]
 
 
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> Spread:

@@ -42,6 +42,8 @@ KINDS: dict[str, tuple[str, str | None]] = {
 }
 # Enough for rates to settle, little enough to be held by every process.
 HELD_OUT_CHARS = 4_000_000
+# What a small corpus is repeated up to: SentencePiece fits on so much in ten seconds, and rates settle on less.
+REPEATED_CHARS = 1_000_000
 # Of a small text one pass takes a millisecond or two: a run makes as many as fill this time.
 MIN_RUN_S = 0.1
 _EXCERPT_CHARS = 20
@@ -54,12 +56,20 @@ Texts = Sequence[str]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The text that everything but fitting is measured on. ``overlap``: the share of it that the fit saw too."""
+    """The text that everything but fitting is measured on.
+
+    Attributes:
+        passages, bytes: repetitions included.
+        sha256: of the text before it is repeated.
+        overlap: the fraction of it that the fit saw too.
+        repeat: how many times it is repeated.
+    """
 
     passages: int
     bytes: int
     sha256: str
     overlap: float
+    repeat: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class TokenizerFigures:
         name: a row of ``KINDS``, or the file of a tokenizer that was not fitted here.
         model_bytes: size of its file.
         fit_s, fit_peak_bytes: seconds to fit it, and the highest memory of a process that did; None for a file.
-        n_bytes, n_tokens: of the held-out text.
+        n_bytes, n_chars, n_tokens: of the held-out text.
         lost: where the text that comes back from its ids first differs; None: lossless.
         same_ids_as_raw: whether the raw library gave the same ids, without which a ratio would compare different work.
     """
@@ -120,6 +130,7 @@ class TokenizerFigures:
     fit_s: Spread | None
     fit_peak_bytes: int | None
     n_bytes: int
+    n_chars: int
     n_tokens: int
     lost: str | None
     same_ids_as_raw: bool | None
@@ -136,6 +147,11 @@ class TokenizerFigures:
         """Held-out bytes over held-out tokens: how much text a window of the model sees."""
         return self.n_bytes / self.n_tokens
 
+    @property
+    def tokens_per_char(self) -> float:
+        """Held-out tokens over held-out characters."""
+        return self.n_tokens / self.n_chars
+
     def mb_per_s(self, seconds: Spread) -> float:
         """Return the rate of a pass in millions of bytes of text per second, from its median time."""
         return self.n_bytes / seconds.median / 1e6
@@ -146,7 +162,13 @@ class TokenizerFigures:
 
     def as_dict(self) -> dict[str, Any]:
         """Return figures and rates as plain data; rates without a number of threads are those of all threads."""
-        plain = {**asdict(self), "is_lossless": self.is_lossless, "bytes_per_token": self.bytes_per_token}
+        plain = {
+            **asdict(self),
+            "is_lossless": self.is_lossless,
+            "bytes_per_token": self.bytes_per_token,
+            "tokens_per_char": self.tokens_per_char,
+            "encode_s": self.all_threads.encode_s.as_dict(),
+        }
         for name, speed in (("one_thread", self.one_thread), ("all_threads", self.all_threads)):
             rates = self._rates(speed)
             plain[name].update(rates)
@@ -199,6 +221,7 @@ def bench_tokenizers(
     held_out: Sequence[Source] = (),
     models: Sequence[Path] = (),
     vocab_size: int = 4096,
+    corpus_repeat: int = 1,
     repeats: int = 3,
     seed: int = 1337,
     sample_chars: int = SAMPLE_CHARS,
@@ -213,21 +236,26 @@ def bench_tokenizers(
     Args:
         held_out: the text to measure on; none given, about a tenth of ``sources``. Of either, an even sample.
         models: tokenizer files, measured with the library that they are made for.
-        sample_chars: characters of ``sources`` to fit on, at most.
+        corpus_repeat: how many times each passage is repeated, after some were held out: both sides of the split are
+            repeated, and neither gets text of the other. Fewer times, with a notice, where more than
+            ``REPEATED_CHARS`` would come of it.
+        sample_chars: characters of ``sources`` to fit on, at most, before they are repeated.
         min_run_s: what a run lasts at least; see :func:`measure_tokenizers`.
         with_prep: also prepare all of ``sources`` with each, as :func:`~psannlm.benchmarks.prep_speed.bench_prep` does.
         repeats: counted runs of each, in turns. Fitting has no run to warm up: a person waits for the first.
         on_bytes: told the bytes of ``sources`` read so far and in all.
 
     Raises:
-        ConfigError: ``repeats`` or ``vocab_size`` is too small, two tokenizers have one name, or prep cannot read a
-            source.
+        ConfigError: ``repeats``, ``corpus_repeat`` or ``vocab_size`` is too small, two tokenizers have one name, or
+            prep cannot read a source.
         CorpusError: a source cannot be read or holds too little text.
         TokenizerError: a file of ``models`` cannot be read.
         WorkerError: a process that measures ended early.
     """
     if repeats < 1:
         raise ConfigError(f"{repeats} repeats measure nothing; use 1 or more")
+    if corpus_repeat < 1:
+        raise ConfigError(f"a corpus repeated {corpus_repeat} times is empty; use 1 or more")
     check_fit("simple", vocab_size, None, sample_chars)
     preparable = check_preparable(sources) if with_prep else []
     loaded = load_named(models)
@@ -244,6 +272,9 @@ def bench_tokenizers(
         fitted_on, measured_on = sampled.fitted_on, sampled.held_out
     for line in report.lines():
         notice(line)
+    repeat = _repetitions(corpus_repeat, fitted_on, measured_on, notice)
+    described = _describe(measured_on, fitted_on, repeat)
+    fitted_on, measured_on = fitted_on * repeat, measured_on * repeat
     unavailable = {name: why for name, why in available_backends().items() if why is not None}
     for name, why in unavailable.items():
         notice(f"left out: {name} cannot be imported ({why})")
@@ -267,7 +298,7 @@ def bench_tokenizers(
         corpus_bytes=report.bytes,
         corpus_sha256=report.sha256,
         fitted_on_chars=sum(map(len, fitted_on)),
-        held_out=_describe(measured_on, fitted_on),
+        held_out=described,
         vocab_size=vocab_size,
         repeats=repeats,
         seed=seed,
@@ -431,6 +462,7 @@ def measure_tokenizers(
             fit_s=Spread.of([made.seconds for made in fits[name]]) if name in fits else None,
             fit_peak_bytes=max(made.peak_bytes for made in fits[name]) if name in fits else None,
             n_bytes=sum(len(text.encode("utf-8")) for text in texts),
+            n_chars=sum(map(len, texts)),
             n_tokens=facts[name, 0].n_tokens,
             lost=facts[name, 0].lost or facts[name, 1].lost,
             same_ids_as_raw=facts[name, 0].same_ids_as_raw,
@@ -449,10 +481,22 @@ def _timed(caller: Caller, work: str, passes: int) -> Callable[[Count], float]:
     return run
 
 
-def _describe(measured_on: Texts, fitted_on: Texts) -> HeldOut:
+def _repetitions(asked: int, fitted_on: Texts, measured_on: Texts, notice: Callable[[str], None]) -> int:
+    """Return how many times to repeat both sides: as often as asked, or as often as ``REPEATED_CHARS`` allows."""
+    longer = max(sum(map(len, fitted_on)), sum(map(len, measured_on)), 1)
+    repeat = min(asked, max(1, REPEATED_CHARS // longer))
+    if repeat < asked:
+        notice(
+            f"the corpus is repeated {repeat:,} times instead of {asked:,}: repetition fills up to {REPEATED_CHARS:,} "
+            "characters, and this corpus is large enough to be measured without more"
+        )
+    return repeat
+
+
+def _describe(measured_on: Texts, fitted_on: Texts, repeat: int) -> HeldOut:
     digest = hashlib.sha256()
     for text in measured_on:
         digest.update(text.encode("utf-8"))
     overlap = shared_text((Document(text, "") for text in measured_on), (Document(text, "") for text in fitted_on))
     n_bytes = sum(len(text.encode("utf-8")) for text in measured_on)
-    return HeldOut(len(measured_on), n_bytes, digest.hexdigest(), overlap)
+    return HeldOut(len(measured_on) * repeat, n_bytes * repeat, digest.hexdigest(), overlap, repeat)

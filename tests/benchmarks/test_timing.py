@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from psannlm.benchmarks.timing import Count, Spread, Standing, paired_ratio, passes_for, take_turns, timed
+from psannlm.benchmarks.timing import Count, Spread, Standing, paired_ratio, passes_for, shared_turns, take_turns, timed
 from psannlm.errors import ConfigError
 
 
@@ -114,3 +114,36 @@ def test_time_left_is_that_of_the_runs_to_come() -> None:
     # Nothing is known at first; then A takes 2 and B is guessed to; half way through B it is known to take 10.
     assert [s.left_s for s in standings] == [None, 1 + 2 + 2 + 2, None, 5 + 2 + 10, 12, 11, 10, 5]
     assert str(standings[3]) == "run 2 of 4 (warm-up, B), 1 of 2 tokens, 0.2 tokens/s, about 0:00:17 left"
+
+
+def test_a_deadline_ends_candidates_after_one_counted_run() -> None:
+    clock = FakeClock()
+    made: list[tuple[str, bool, float]] = []
+
+    def takes(seconds: float) -> Callable[[Count], float]:
+        def run(count: Count) -> float:
+            clock.now += seconds
+            return seconds
+
+        return run
+
+    candidates = {"short": takes(1.0), "long": takes(30.0)}
+    results = take_turns(
+        candidates,
+        5,
+        clock=clock,
+        deadline=clock.now + 35.0,
+        cold=["long"],
+        on_result=lambda *made_now: made.append(made_now),
+    )
+    # 1 s of warm-up, then 31 s of the first turn: three seconds are left for the short one.
+    assert results == {"short": [1.0, 1.0, 1.0, 1.0], "long": [30.0]}
+    assert [(name, is_warm_up) for name, is_warm_up, _ in made[:3]] == [
+        ("short", True),
+        ("short", False),
+        ("long", False),
+    ]
+
+
+def test_shared_turns_are_the_earliest_of_both() -> None:
+    assert shared_turns([1.0, 2.0, 3.0], [4.0]) == ([1.0], [4.0])

@@ -141,3 +141,25 @@ def test_the_rival_is_loaded_only_when_asked_for(psannlm, project: Path, monkeyp
     monkeypatch.setitem(sys.modules, "transformers", None)  # to import it is an error now
     done = psannlm("bench-kv", *QUICK)
     assert done.code == 0, done.err
+
+
+def test_a_time_limit_leaves_out_what_it_states(psannlm, project: Path) -> None:
+    at = TINY.index("--repeats")
+    sizes = [*TINY[:at], *TINY[at + 2 :]]
+    done = psannlm("bench-kv", *sizes, "--max-new-tokens", "40", "--time-limit", "0.01s", "--out", "here", "--json")
+    assert done.code == 0, done.err
+    metrics = json.loads(done.out)
+    assert {case["n_runs"] for case in metrics["cases"]} == {1}
+    assert [case["passes_timed"] for case in metrics["cases"]] == [40, 40, 3, 3]
+    assert metrics["context_growth"] == []
+    told = " ".join(metrics["notices"])
+    assert "fewer runs than 3 fit into the time limit" in told
+    assert "no step at growing contexts was timed" in told
+
+
+def test_repeats_that_are_asked_for_have_no_limit(psannlm, project: Path) -> None:
+    metrics = json.loads(psannlm("bench-kv", *QUICK, "--out", "here", "--json").out)
+    assert metrics["time_limit_s"] is None
+    at = QUICK.index("--repeats")
+    sizes = [*QUICK[:at], *QUICK[at + 2 :]]
+    assert json.loads(psannlm("bench-kv", *sizes, "--out", "there", "--json").out)["time_limit_s"] == 150
