@@ -7,4 +7,4 @@ import sys
 from suite import run_suite
 
 if __name__ == "__main__":
-    sys.exit(run_suite("the tests of the GPU", ["-m", "gpu"]))
+    sys.exit(run_suite("the tests of the GPU", ["-m", "gpu"], keeps_outputs=True))

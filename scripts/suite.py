@@ -1,46 +1,62 @@
-"""A selection of tests in; a folder with reports of how they went, and the exit code, out."""
+"""Run a selection of the tests, with reports of the outcome in a dated folder."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
 
-from psannlm.reports.store import new_folder, system_info, write_json
+from psannlm.reports.store import new_folder, system_info, timestamp, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-NO_TESTS = 5
+OUTPUTS = "outputs"
 
 
-def run_suite(name: str, selection: list[str], arguments: list[str] | None = None) -> int:
-    """Run pytest with ``selection`` and leave ``reports/tests/<ts>/`` behind; return the exit code.
+PLUGIN = "pytest_jsonreport"
 
-    What else is on the command line goes to pytest. 0: every test passed or was skipped for a reason; 1: one failed, or
-    there was nothing to run, or no GPU.
+
+def run_suite(
+    name: str, selection: list[str], arguments: list[str] | None = None, *, keeps_outputs: bool = False
+) -> int:
+    """Run pytest with ``selection`` and write ``reports/tests/<ts>/``; return the exit code.
+
+    ``junit.xml`` and ``summary.json`` are always written, ``pytest_report.json`` where pytest-json-report is installed.
+    With ``keeps_outputs``, what failed tests wrote is kept in ``outputs/``. What else is on the command line goes to
+    pytest. 0: every test passed or was skipped for a reason; 1: one failed, or there was nothing to run, or no GPU.
     """
     parser = argparse.ArgumentParser(description=f"Run {name}; other options go to pytest.", allow_abbrev=False)
-    parser.add_argument("--out", type=Path, help="default: reports/tests/<time>")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the reports; an existing one, and reports/tests, gets a dated folder inside (default: "
+        "reports/tests/<time>)",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses the suite itself")
     options, others = parser.parse_known_args(arguments)
     if options.device == "cuda" and not _has_gpu():
         sys.stderr.write("error: torch sees no GPU; --device cpu rehearses the suite itself\n")
         return 1
-    folder = new_folder("tests", options.out).resolve()
-    command = [sys.executable, "-m", "pytest", *selection, "--device", options.device, "-p", "pytest_jsonreport"]
-    command += [
-        "--json-report",
-        f"--json-report-file={folder / 'pytest_report.json'}",
-        f"--junitxml={folder / 'junit.xml'}",
-    ]
+    folder = new_folder("tests", _dated(options.out)).resolve()
+    command = [sys.executable, "-m", "pytest", *selection, "--device", options.device]
+    command.append(f"--junitxml={folder / 'junit.xml'}")
+    has_plugin = importlib.util.find_spec(PLUGIN) is not None
+    if has_plugin:
+        command += ["-p", PLUGIN, "--json-report", f"--json-report-file={folder / 'pytest_report.json'}"]
+    else:
+        sys.stderr.write("note: pytest-json-report is not installed: no pytest_report.json\n")
+    if keeps_outputs:
+        command += [f"--basetemp={folder / OUTPUTS}", "-o", "tmp_path_retention_policy=failed"]
     command += others
     write_json(folder / "system.json", system_info())
     began = time.monotonic()
     code = _run_and_keep(command, folder / "stdout.log")
-    counts = _counts(folder / "pytest_report.json")
+    if keeps_outputs and (folder / OUTPUTS).is_dir() and not any((folder / OUTPUTS).iterdir()):
+        (folder / OUTPUTS).rmdir()
+    counts = _counts(folder / "junit.xml")
     ran = sum(count for outcome, count in counts.items() if outcome in ("passed", "failed", "error"))
     # A suite in which everything was skipped has shown nothing.
     is_ok = code == 0 and (ran > 0 or options.device == "cpu")
@@ -81,8 +97,22 @@ def _run_and_keep(command: list[str], log: Path) -> int:
 
 
 def _counts(report: Path) -> dict[str, int]:
-    """How many tests passed, failed, were skipped: from pytest's own report, or nothing where it left none."""
+    """How many tests there were, by outcome; nothing where pytest did not end."""
     if not report.is_file():
         return {}
-    summary: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))["summary"]
-    return {name: count for name, count in summary.items() if isinstance(count, int)}
+    found = {"total": 0, "failed": 0, "error": 0, "skipped": 0}
+    for suite in ElementTree.parse(report).getroot().iter("testsuite"):
+        for name, attribute in zip(found, ("tests", "failures", "errors", "skipped"), strict=True):
+            found[name] += int(suite.get(attribute, 0))
+    found = {"passed": found["total"] - found["failed"] - found["error"] - found["skipped"], **found}
+    return {name: count for name, count in found.items() if count}
+
+
+def _dated(out: Path | None) -> Path | None:
+    """Return where to write: in an existing folder, and in one named like the parent of all, a dated one."""
+    if out is None or not (out.is_dir() or out.name == "tests"):
+        return out
+    folder, number = out / timestamp(), 2
+    while folder.exists():
+        folder, number = folder.with_name(f"{folder.name[:15]}_{number}"), number + 1
+    return folder

@@ -161,3 +161,15 @@ def test_tokenizer_script_repeats_the_corpus(line: str, clone: Path) -> None:
     )
     for text in (" ".join(said.split()), " ".join((folder / "table.txt").read_text(encoding="utf-8").split())):
         assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.slow
+def test_gpu_validation_reports_are_dated_and_found(clone: Path) -> None:
+    # The printed command; one check on a CPU, for there may be no GPU.
+    for _ in range(2):
+        run(clone, "python scripts/run_gpu_validation.py --out reports/gpu --only GPU-03 --device cpu")
+    folders = list((clone / "reports/gpu").iterdir())
+    assert len(folders) == 2
+    assert all((folder / "summary.json").is_file() for folder in folders)
+    written = json.loads(run(clone, "psannlm report --json").partition("\n}")[0] + "\n}")
+    assert (written["artifacts"], written["left_out"]) == (2, [])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -161,3 +164,38 @@ def test_shell_scripts_are_clean() -> None:
     scripts = [*SCRIPTS.glob("*.sh"), REPOSITORY / ".ci" / "run"]
     ended = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout
+
+
+def test_a_suite_needs_no_report_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    suite = importlib.import_module("suite")
+    monkeypatch.setattr(suite, "PLUGIN", "a_plugin_that_is_not_installed")
+    out = tmp_path / "reports" / "tests"
+    arguments = ["--device", "cpu", "--out", str(out), "tests/data/test_order.py"]
+    for n_folders in (1, 2):
+        assert suite.run_suite("two runs", [], arguments, keeps_outputs=True) == 0
+        assert len(list(out.iterdir())) == n_folders, "nothing is overwritten"
+    for folder in out.iterdir():
+        assert re.fullmatch(r"[0-9]{8}_[0-9]{6}(_[0-9])?", folder.name)
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"junit.xml", "system.json", "summary.json", "stdout.log"}
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        assert summary["verdict"] == "ok"
+        assert summary["counts"]["passed"] == summary["counts"]["total"] > 3
+
+
+def test_a_suite_counts_every_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    suite = importlib.import_module("suite")
+    report = tmp_path / "junit.xml"
+    report.write_text('<testsuites><testsuite tests="9" failures="1" errors="2" skipped="3"/></testsuites>')
+    assert suite._counts(report) == {"passed": 3, "total": 9, "failed": 1, "error": 2, "skipped": 3}
+    assert suite._counts(tmp_path / "absent.xml") == {}
+
+
+@pytest.mark.parametrize("arguments", [["--out", "reports/gpu"], ["--out=reports/gpu"]])
+def test_gpu_validation_out_is_the_parent(arguments: list[str]) -> None:
+    script = runpy.run_path(str(SCRIPTS / "run_gpu_validation.py"))
+    command, *translated = script["translate"]([*arguments, "--only", "GPU-03"])
+    assert command == "gpu-validate"
+    assert re.fullmatch(r"--out[= ]reports/gpu/[0-9]{8}_[0-9]{6} --only GPU-03", " ".join(translated))
