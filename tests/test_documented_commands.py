@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -173,3 +174,17 @@ def test_gpu_validation_reports_are_dated_and_found(clone: Path) -> None:
     assert all((folder / "summary.json").is_file() for folder in folders)
     written = json.loads(run(clone, "psannlm report --json").partition("\n}")[0] + "\n}")
     assert (written["artifacts"], written["left_out"]) == (2, [])
+
+
+def test_benchmark_plan_names_targets_commands_and_artifacts() -> None:
+    plan = (REPOSITORY / "benchmarks/lm_plan.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert "docs/benchmarks.md" in plan
+    for target in ("BMRK-01", "BMRK-02", "BMRK-03"):
+        assert target in plan
+        [row] = [line for line in text.splitlines() if line.startswith(f"| **{target}**")]
+        assert row.count("|") == 5
+        for script in re.findall(r"(?:scripts|examples)/[\w/]+\.(?:py|yaml)", row):
+            assert (REPOSITORY / script).is_file()
+    assert "KVFAST-01" in text
+    assert "TEST-03" in text

@@ -131,10 +131,25 @@ def battery_rates(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def battery_memory(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield ``name``, ``figure`` and ``bytes`` of every value that is an amount of memory; else as for rates."""
+    checks = figures.get("checks")
+    rows = [check for check in checks if isinstance(check, dict)] if isinstance(checks, list) else []
+    seconds = {str(check.get("check")): number(check.get("seconds")) for check in rows}
     for check, measure in _all_measures(figures):
         if measure.get("unit") in _BYTES:
             n_bytes = measure["value"] * _BYTES[measure["unit"]]
-            yield {"name": f"{check} / {measure['name']}", "figure": "peak_bytes", "bytes": round(n_bytes)}
+            yield {
+                "name": f"{check} / {measure['name']}",
+                "figure": "peak_bytes",
+                "bytes": round(n_bytes),
+                "grad_checkpoint": _recomputes(measure["name"]),
+                "wall_time_s": seconds.get(check),
+                "wall_time_of": "the check",
+            }
+
+
+def _recomputes(name: str) -> bool | None:
+    """Whether the name of a memory measurement says that activations were recomputed, or kept; None: neither."""
+    return True if "recomputing activations" in name else False if "keeping activations" in name else None
 
 
 def _all_measures(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -98,7 +98,7 @@ def _runs_outside_studies(runs: Iterable[RunRecord]) -> list[RunRecord]:
 def _runs_section(runs: Sequence[RunRecord], n_in_studies: int) -> Section:
     blocks: list[Block] = []
     if n_in_studies:
-        blocks.append(f"{n_in_studies} runs of studies are in metrics.csv; their studies have sections of their own.")
+        blocks.append(f"{n_in_studies} runs of studies are in runs.csv; their studies have sections of their own.")
     blocks += [runs_table(runs), loss_picture(runs), origins_table(runs)]
     return Section("Training runs", blocks)
 
@@ -168,8 +168,11 @@ def loss_picture(runs: Sequence[RunRecord]) -> Picture:
         if evaluations:
             curves.append(Curve(run.name, [p[0] for p in evaluations], [p[2] for p in evaluations]))
     left_out = f" The newest {_MOST_CURVES} of {len(runs)} runs." if len(runs) > _MOST_CURVES else ""
-    caption = f"Validation loss (marked), and the loss of single training steps (faint).{left_out}"
-    return draw_curves(CURVE_FILE, curves, "tokens seen", "loss (nats per token)", caption)
+    caption = (
+        "Validation loss (marked), and the loss of single training steps (faint); on the right, perplexity, which is "
+        f"exp(loss).{left_out}"
+    )
+    return draw_curves(CURVE_FILE, curves, "tokens seen", "loss (nats per token)", caption, has_perplexity=True)
 
 
 def _run_headlines(runs: Sequence[RunRecord]) -> list[Headline]:

@@ -7,10 +7,13 @@ markers tell the curves apart in print as well.
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from psannlm.reports.document import Picture, tell_float
 
@@ -59,9 +62,19 @@ class Bar:
 
 
 def draw_curves(
-    file: str, curves: Sequence[Curve], x_label: str, y_label: str, caption: str, *, is_log_x: bool = False
+    file: str,
+    curves: Sequence[Curve],
+    x_label: str,
+    y_label: str,
+    caption: str,
+    *,
+    is_log_x: bool = False,
+    has_perplexity: bool = False,
 ) -> Picture:
-    """Draw curves on one pair of axes; labels carry the units."""
+    """Draw curves on one pair of axes; labels carry the units.
+
+    With ``has_perplexity``, y is a loss in nats per token, and an axis on the right shows its exponential.
+    """
     groups = list(dict.fromkeys(curve.group for curve in curves))
 
     def draw(axes: Axes, look: _Look) -> None:
@@ -90,6 +103,8 @@ def draw_curves(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         _scale_to_the_end(axes, curves)
+        if has_perplexity and curves:
+            _add_perplexity_axis(axes)
         look.legend(axes, names)
 
     names = list(dict.fromkeys(curve.group for curve in curves if not curve.is_faint))
@@ -238,6 +253,33 @@ def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[
     step = max(1, -(-len(x) // _MOST_POINTS))
     kept = sorted({*range(0, len(x), step), *([len(x) - 1] if x else [])})
     return [x[at] for at in kept], [y[at] for at in kept]
+
+
+def _add_perplexity_axis(axes: Axes) -> None:
+    """Add an axis on the right: the ticks of the loss axis are linear, so those of perplexity are powers and halves."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    low, high = axes.get_ylim()
+    beside = axes.secondary_yaxis("right", functions=(_exponential, _logarithm))
+    decades = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
+    digits = (1, 2, 5) if high - low > 1.2 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    ticks = [digit * 10.0**power for power in decades for digit in digits]
+    shown = [tick for tick in ticks if low <= math.log(tick) <= high]
+    if len(shown) < 2:
+        shown = [math.exp(low + share * (high - low)) for share in (0.1, 0.5, 0.9)]
+    beside.yaxis.set_major_locator(FixedLocator(shown))
+    beside.yaxis.set_minor_locator(NullLocator())
+    beside.yaxis.set_major_formatter(_thousands())
+    beside.set_ylabel("perplexity")
+
+
+def _exponential(loss: Any) -> Any:
+    # Matplotlib tries values far outside the axes as well.
+    return np.exp(np.clip(loss, -700.0, 700.0))
+
+
+def _logarithm(perplexity: Any) -> Any:
+    return np.log(np.clip(perplexity, 1e-300, None))
 
 
 def _scale_to_the_end(axes: Axes, curves: Sequence[Curve]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import struct
@@ -19,6 +20,8 @@ HOUSEKEEPING = frozenset(
     f"train.{key}" for key in ("checkpoint_dir", "log_interval_steps", "save_interval_steps", "keep_checkpoints")
 )
 _DEEPEST = 6
+# exp of more is no float.
+_LARGEST_LOSS = 709.0
 _MAX_HEADER_BYTES = 64 << 20
 
 
@@ -107,6 +110,32 @@ class RunRecord:
             "peak_memory_bytes": self.peak_memory_bytes,
             "folder": str(self.folder),
         }
+
+    def step_rows(self) -> list[dict[str, Any]]:
+        """Return a row for every logged step and every validation, in the order of the steps, as ``metrics.csv`` has.
+
+        ``perplexity`` is that of the validation; ``train_perplexity`` is exp(loss) of the step's own batch,
+        empty where label smoothing made the loss another quantity.
+        """
+        is_smoothed = bool(number(self.config.get("train.label_smoothing")))
+        rows: dict[int, dict[str, Any]] = {}
+        for row in self.train_rows:
+            loss = row["loss"]
+            rows[row["step"]] = {
+                "loss": loss,
+                "train_perplexity": math.exp(loss) if loss < _LARGEST_LOSS and not is_smoothed else None,
+                **{key: row.get(key) for key in ("lr", "grad_norm", "tokens", "tokens_per_s", "peak_memory_bytes")},
+            }
+        for row in self.eval_rows:
+            validation = {"val_loss": row["loss"], **{key: row.get(key) for key in ("perplexity", "bits_per_byte")}}
+            rows.setdefault(row["step"], {}).update(validation)
+        return [{"run": self.name, "step": step, **rows[step]} for step in sorted(rows)]
+
+    @property
+    def wall_time_s(self) -> float | None:
+        """Seconds of the run's training steps, summed from the logged rates; None where nothing was logged."""
+        seconds = [passed for _, (_, passed) in self._clock()]
+        return max(seconds, default=None)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that make the run what it is."""

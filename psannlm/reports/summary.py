@@ -25,7 +25,22 @@ from psannlm.storage import write_bytes, write_text
 
 PAGE_FILE, MARKDOWN_FILE = "report.html", "report.md"
 THROUGHPUT_FILE, MEMORY_FILE = "throughput.csv", "memory.json"
-RUNS_CSV_FILE, RUNS_JSON_FILE = "metrics.csv", "metrics.json"
+RUNS_CSV_FILE, RUNS_JSON_FILE, STEPS_FILE = "runs.csv", "metrics.json", "metrics.csv"
+STEP_COLUMNS = (
+    "run",
+    "step",
+    "loss",
+    "train_perplexity",
+    "val_loss",
+    "perplexity",
+    "bits_per_byte",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "tokens_per_s",
+    "peak_memory_bytes",
+    "folder",
+)
 _RATE_COLUMNS = (
     "timestamp",
     "kind",
@@ -174,7 +189,14 @@ def _memory(found: Gathered) -> list[dict[str, Any]]:
         rows += [{**place, **row} for row in amounts(artifact.figures)]
     for run in found.runs:
         if run.peak_memory_bytes is not None:
-            figure = {"name": run.name, "figure": "peak_memory_bytes", "bytes": run.peak_memory_bytes}
+            figure = {
+                "name": run.name,
+                "figure": "peak_memory_bytes",
+                "bytes": run.peak_memory_bytes,
+                "grad_checkpoint": run.config.get("train.grad_checkpoint"),
+                "wall_time_s": run.wall_time_s,
+                "wall_time_of": None if run.wall_time_s is None else "all training steps",
+            }
             rows.append({"timestamp": run.timestamp, "kind": "runs", "artifact": str(run.folder), **figure})
     return rows
 
@@ -183,6 +205,8 @@ def _write_runs(folder: Path, runs: Sequence[RunRecord]) -> None:
     rows = [run.as_dict() for run in runs]
     if rows:
         write_text(folder / RUNS_CSV_FILE, _csv(rows, tuple(rows[0])))
+    steps = [{**step, "folder": str(run.folder)} for run in runs for step in run.step_rows()]
+    write_text(folder / STEPS_FILE, _csv(steps, STEP_COLUMNS))
     write_json(
         folder / RUNS_JSON_FILE,
         {"runs": [{**row, "settings": run.config} for row, run in zip(rows, runs, strict=True)]},

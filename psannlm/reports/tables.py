@@ -106,7 +106,10 @@ def _is_numeric(values: list[Any]) -> bool:
 _RATE = re.compile(r"(?:.*_)?tokens_per_s")
 _MEMORY = re.compile(r"(?:.*[._])?(?:peak|memory|cache|weight|weights|activations|allocated|resident|rss)\w*_bytes")
 _LABELS = ("name", "case", "model", "variant", "candidate", "check", "id")
-_CONTEXT = ("base", "mlp", "batch_tokens", "seq_len", "parameters", "dtype", "precision", "device")
+_CONTEXT = ("base", "mlp", "batch_tokens", "seq_len", "parameters", "dtype", "precision", "device", "grad_checkpoint")
+# Times that stand beside an amount of memory, the most telling first, and what they are the time of.
+_WALL_TIMES = {"step_s": "a training step", "decode_s": "decoding", "encode_s": "encoding", "total_s": "the whole"}
+_WALL_TIMES |= {"wall_time_s": "the whole", "seconds": "the whole", "prep_s": "the whole", "fit_s": "fitting"}
 
 
 def rate_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -130,14 +133,31 @@ def rate_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def memory_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield ``name``, ``figure`` and ``bytes`` of every figure whose name says that it is memory, in bytes."""
-    for way, _, key, value, _ in _walk(figures, (), {}):
+    """Yield a row for every figure whose name says that it is memory.
+
+    Each has ``name``, ``figure``, ``bytes``, ``grad_checkpoint`` where the artifact states it, and ``wall_time_s`` with
+    ``wall_time_of`` where a time stands beside it; else None.
+    """
+    for way, context, key, value, beside in _walk(figures, (), {}):
         # The name of a mapping may say it for the figures in it: cache_bytes: {measured: ...}.
         named = f"{way[-1]}.{key}" if way else key
         if _MEMORY.fullmatch(key) and not key.endswith("per_s"):
-            yield {"name": " / ".join(way), "figure": key, "bytes": value["median"] if is_spread(value) else value}
+            yield _memory_row(way, key, value, context, beside)
         elif any(_MEMORY.fullmatch(part) for part in way) and key in ("measured", "predicted"):
-            yield {"name": " / ".join(way), "figure": named, "bytes": value["median"] if is_spread(value) else value}
+            yield _memory_row(way, named, value, context, beside)
+
+
+def _memory_row(
+    way: tuple[str, ...], figure: str, value: Any, context: dict[str, Any], beside: dict[str, Any]
+) -> dict[str, Any]:
+    row = {"name": " / ".join(way), "figure": figure, "bytes": value["median"] if is_spread(value) else value}
+    times = (
+        (beside[key]["median"] if is_spread(beside.get(key)) else beside.get(key), of)
+        for key, of in _WALL_TIMES.items()
+    )
+    seconds, of = next(((time, of) for time, of in times if number(time) is not None), (None, None))
+    grad_checkpoint = context.get("grad_checkpoint")
+    return {**row, "grad_checkpoint": grad_checkpoint, "wall_time_s": seconds, "wall_time_of": of}
 
 
 def _walk(

@@ -71,9 +71,8 @@ def test_its_rates_and_peaks_are_figures_of_their_own() -> None:
         "tokens_per_s_highest": 8e6,
     }
     # The memory that the card has is none that was used.
-    assert list(battery_memory(figures(machine=machine))) == [
-        {"name": "GPU-04 / peak", "figure": "peak_bytes", "bytes": 5_000_000_000}
-    ]
+    [peak] = battery_memory(figures(machine=machine))
+    assert (peak["name"], peak["figure"], peak["bytes"]) == ("GPU-04 / peak", "peak_bytes", 5_000_000_000)
     for broken in ({"checks": 1}, {"checks": [1, {"measures": [2, {"unit": "MB"}]}]}, {}):
         assert [*battery_rates(broken), *battery_memory(broken)] == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -63,3 +64,13 @@ def test_thirty_five_curves_all_look_different(monkeypatch: pytest.MonkeyPatch) 
     draw_curves("x.png", [Curve(str(at), [0.0, 1.0], [2.0, 1.0]) for at in range(35)], "x", "y", "")
     assert len(looks) == 35 * 5  # a page in light and dark, wide and narrow, and the file
     assert len(set(looks[:35])) == 35
+
+
+def test_a_loss_curve_has_an_axis_of_perplexity() -> None:
+    curves = [Curve("a run", [0.0, 1.0, 2.0], [math.log(200.0), math.log(60.0), math.log(15.0)])]
+    for has_perplexity in (True, False):
+        picture = draw_curves("x.png", curves, "tokens seen", "loss", "", has_perplexity=has_perplexity)
+        labels = re.findall(r"<!-- (\S+) -->", str(picture.forms[False, False], "utf-8"))
+        assert ("perplexity" in labels) is has_perplexity
+        # Tick labels of the axis on the right; the loss itself lies between 2.7 and 5.3.
+        assert ({"20", "50", "100"} <= set(labels)) is has_perplexity

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -70,7 +71,7 @@ def test_csv_and_json_hold_the_numbers_of_the_artifacts(written: Report) -> None
     assert [row["bytes"] for row in memory if row["kind"] == "throughput"] == [123456789, 5, 7, 8]
     assert [row["bytes"] for row in memory if row["kind"] == "runs"] == [4000, 4000]
     runs = json.loads((written.folder / "metrics.json").read_text())["runs"]
-    with open(written.folder / "metrics.csv", newline="") as file:
+    with open(written.folder / "runs.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [run["val_loss"] for run in runs] == [float(row["val_loss"]) for row in table] == [3.75, 4.0]
     assert runs[0]["corpus"] == table[0]["corpus"] == HOSTILE
@@ -172,3 +173,51 @@ def test_an_empty_report_names_the_published_results(tmp_path: Path, make_artifa
     make_artifact(tmp_path / "published" / "throughput" / "20251120_080000", {"tokens_per_s": 22.0})
     with pytest.raises(ArtifactError, match="--published includes"):
         write_report(tmp_path, [], SYSTEM)
+
+
+def test_metrics_csv_holds_the_steps_of_each_run(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    run = make_run(tmp_path / "runs" / "one")
+    written = write_report(tmp_path / "reports", [run.parent], SYSTEM, out=tmp_path / "page")
+    with open(written.folder / "metrics.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["step"], row["loss"], row["val_loss"]) for row in rows] == [
+        ("one", "1", "5.0", ""),
+        ("one", "2", "4.0", "4.5"),
+        ("one", "3", "3.5", ""),
+        ("one", "4", "3.25", "3.75"),
+    ]
+    assert [row["perplexity"] for row in rows] == ["", "90.017", "", "90.017"]
+    assert [row["tokens_per_s"] for row in rows] == ["10.0", "100.0", "50.0", "200.0"]
+    assert all(math.isclose(math.log(float(row["train_perplexity"])), float(row["loss"])) for row in rows)
+    assert {row["lr"] for row in rows} == {"2e-05"}
+
+
+def test_metrics_csv_without_a_run_has_its_header(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
+    make_artifact(tmp_path / "throughput" / "20261120_080000", {"tokens_per_s": 11.0})
+    written = write_report(tmp_path, [], SYSTEM, out=tmp_path / "page")
+    [header] = (written.folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    assert header.startswith("run,step,loss,")
+
+
+def test_memory_has_wall_time_and_grad_checkpoint(
+    tmp_path: Path, make_run: Callable[..., Path], make_artifact: Callable[..., Path]
+) -> None:
+    candidates = [
+        {"name": "kept", "peak_bytes": 9, "step_s": 0.5, "grad_checkpoint": False},
+        {
+            "name": "recomputed",
+            "peak_bytes": 4,
+            "step_s": {"median": 0.75, "lowest": 0.7, "highest": 0.8},
+            "grad_checkpoint": True,
+        },
+    ]
+    make_artifact(tmp_path / "throughput" / "20261120_080000", {"rows": candidates, "grad_checkpoint": False})
+    run = make_run(tmp_path / "runs" / "one")
+    with open(run / "config.yaml", "a", encoding="utf-8") as file:
+        file.write("  grad_checkpoint: true\n")
+    written = write_report(tmp_path, [run.parent], SYSTEM, kinds=["throughput", "runs"], out=tmp_path / "page")
+    rows = json.loads((written.folder / "memory.json").read_text(encoding="utf-8"))
+    found = [(row["bytes"], row["grad_checkpoint"], row["wall_time_s"], row["wall_time_of"]) for row in rows]
+    assert found[:2] == [(9, False, 0.5, "a training step"), (4, True, 0.75, "a training step")]
+    # 100 tokens a step at 10, 100, 50 and 200 tokens/s.
+    assert found[2] == (4000, True, 13.5, "all training steps")
