@@ -35,6 +35,7 @@ from psannlm.models.packed import WeightDtype
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
+from psannlm.training.checkpoint import find_checkpoint
 from psannlm.training.progress import ConsoleReporter, Reporter, SilentReporter
 from psannlm.training.run import TrainResult, cut_windows, train
 
@@ -173,6 +174,10 @@ class psannLM:
         self.result: TrainResult | None = None
         self._model: Transformer | None = None
         self._engine_made: tuple[object, Engine] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The engine of the last call holds compiled steps and packed weights that cannot be copied; it is made again.
+        return {**self.__dict__, "_engine_made": None}
 
     @property
     def model(self) -> Transformer:
@@ -350,12 +355,13 @@ class psannLM:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> psannLM:
-        """Return the model of a file or of a checkpoint folder, on the CPU.
+        """Return the model of a file, of a checkpoint folder or of a run folder (its best checkpoint), on the CPU.
 
         Raises:
-            ArtifactError: the file is missing, damaged or of another version.
+            ArtifactError: the file is missing, damaged or of another version, or no checkpoint of the run is whole.
         """
-        loaded = load_model(Path(path))
+        given = Path(path).expanduser()
+        loaded = load_model(find_checkpoint(given) or given)
         model = cls.__new__(cls)
         model.config = loaded.model.config
         model.tokenizer = loaded.tokenizer

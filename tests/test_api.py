@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -236,3 +238,26 @@ def test_longer_windows_lengthen_the_context_unless_it_was_set(
     assert model.model.config.max_seq_len == (max_seq_len or 32)
     model.fit(data, max_steps=1, **FIT)
     assert model.model.config.max_seq_len == (max_seq_len or 32)
+
+
+def test_a_copied_or_pickled_model_generates_the_same(fitted: psannLM) -> None:
+    text = fitted.generate("the", max_new_tokens=5, temperature=0)
+    for twin in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):
+        assert twin.generate("the", max_new_tokens=5, temperature=0) == text
+        assert twin.model is not fitted.model
+
+
+def test_load_takes_a_run_folder_without_latest(data: psannLMDataPrep, tmp_path: Path) -> None:
+    """As after a copy of the checkpoints alone; one that is damaged is passed over."""
+    run = tmp_path / "run"
+    small(vocab_size=data.vocab_size).fit(
+        data, max_steps=2, checkpoint_dir=str(run), save_interval_steps=1, log_interval_steps=0, **FIT
+    )
+    newest = psannLM.load(run / "step_00000002")
+    assert torch.equal(psannLM.load(run).model.output_weight, newest.model.output_weight)
+    for name in ("latest", "best"):
+        (run / name).unlink(missing_ok=True)
+    assert torch.equal(psannLM.load(str(run)).model.output_weight, newest.model.output_weight)
+    (run / "step_00000002" / "model.safetensors").write_bytes(b"cut short")
+    older = psannLM.load(run / "step_00000001")
+    assert torch.equal(psannLM.load(run).model.output_weight, older.model.output_weight)

@@ -60,12 +60,14 @@ class TrainConfig(Section):
     checkpoint_dir: Text = Field(
         "runs/default", description="the run folder: checkpoints, metrics.jsonl, loss_curve.png"
     )
-    log_interval_steps: Whole = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    log_interval_steps: PositiveWhole | None = Field(
+        10, description="steps between lines of metrics.jsonl; 0 or null: only the first and the last step"
+    )
     eval_interval_steps: PositiveWhole | None = Field(
-        None, description="steps between validations; null: only at the end"
+        None, description="steps between validations; 0 or null: only at the end"
     )
     save_interval_steps: PositiveWhole | None = Field(
-        None, description="steps between checkpoints; null: only at the end"
+        None, description="steps between checkpoints; 0 or null: only at the end"
     )
     keep_checkpoints: Whole = Field(
         2, ge=1, description="newest checkpoints kept on disk; the best one is kept besides"
@@ -90,6 +92,11 @@ class TrainConfig(Section):
     def _may_be_boolean(cls, value: object) -> object:
         # YAML 1.1 readers turn on and off into booleans before anyone can ask what was meant.
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @field_validator("log_interval_steps", "eval_interval_steps", "save_interval_steps", mode="before")
+    @classmethod
+    def _zero_is_never(cls, value: object) -> object:
+        return None if value == 0 and not isinstance(value, bool) else value
 
     @field_validator("compile", mode="before")
     @classmethod

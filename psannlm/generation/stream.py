@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from psannlm.tokenizers.base import Tokenizer
 
 # Half a character decodes to a replacement mark until its other bytes come, and the private-use character with which
@@ -14,13 +16,17 @@ class TextStream:
 
     Only the tokens since the last whole character are decoded again, after those that it ended with: many tokenizers
     drop the space before the first token of all, so a token alone would lose the space before its word.
+
+    Args:
+        tokenizer: of the ids.
+        prompt_ids: the ids that the row continues; their text is context and not part of what is returned.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._n_context = 0
-        self._n_told = 0
+        self._ids: list[int] = list(prompt_ids)
+        self._n_context = len(self._ids)
+        self._n_told = len(tokenizer.decode(self._ids))
         self.length = 0
         """Characters told so far."""
 
@@ -33,7 +39,12 @@ class TextStream:
         self._n_told += len(new)
         self.length += len(new)
         if new and certain == text:
-            self._ids = self._ids[self._n_context :]
+            # A context that decodes to nothing would have its space dropped together with that of the next token.
+            newest = self._ids[self._n_context :]
+            if self._tokenizer.decode(newest):
+                self._ids = newest
+            elif self._n_told > len(new):
+                self._ids = self._ids[: self._n_context]
             self._n_context = len(self._ids)
             self._n_told = len(self._tokenizer.decode(self._ids))
         return new

@@ -37,6 +37,20 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.bos_id, *tokenizer.encode(prompt)]
 
 
+def continuation_text(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+    """Return the text that ``new_ids`` add to that of ``prompt_ids``.
+
+    The two decoded as a whole are the text of the prompt followed by this. Decoded alone, the new ids would lose the
+    space before their first word with every tokenizer that drops the one before the first token (SentencePiece's
+    ``add_dummy_prefix``).
+    """
+    before, whole = tokenizer.decode(prompt_ids), tokenizer.decode([*prompt_ids, *new_ids])
+    # A decoder that cleans up may alter the prompt's last characters: what follows the part that stays is new.
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return whole[next((i for i, (old, new) in enumerate(zip(before, whole, strict=False)) if old != new), len(whole)) :]
+
+
 def _texts(prompts: object) -> list[str]:
     """Return the prompts as a list. Raises GenerationError for anything but strings; one alone is no list of them."""
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
@@ -104,9 +118,10 @@ def generate(
         on_notice(notice)
     special = tokenizer.special_ids - {tokenizer.eos_id}
     unused = range(tokenizer.vocab_size, engine.model.config.vocab_size or 0)
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     decoding = Decoding(
         engine,
-        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        prompt_ids,
         max_new_tokens=max_new_tokens,
         sampling=sampling or SamplingConfig(),
         eos_id=tokenizer.eos_id,
@@ -114,7 +129,7 @@ def generate(
         speculate=speculate,
         context=context,
     )
-    streams = [TextStream(tokenizer) for _ in prompts]
+    streams = [TextStream(tokenizer, ids) for ids in prompt_ids] if on_text is not None else []
     n_tokens = n_steps = 0
     for event in decoding:
         if on_progress is not None and len(decoding.generated[event.row]) > n_steps + 1:
@@ -125,7 +140,7 @@ def generate(
             on_text(event.row, part)
     completions = []
     for row, (ids, reason) in enumerate(zip(decoding.generated, decoding.stopped_by, strict=True)):
-        text = tokenizer.decode(ids)
+        text = continuation_text(tokenizer, prompt_ids[row], ids)
         if on_text is not None and len(text) > streams[row].length:
             on_text(row, text[streams[row].length :])
         completions.append(Completion(ids, text, reason))

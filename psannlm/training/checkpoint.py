@@ -238,11 +238,33 @@ def find_checkpoint(root: Path) -> Path | None:
     """Return the checkpoint to use under ``root``, a run or a folder of runs.
 
     Of several runs the one that saved last counts; within it the best checkpoint by validation loss, or without
-    validation the newest one.
+    validation the newest one. Where the files that name them are missing (a copy of the ``step_*`` folders alone), it
+    is the newest one whose model file is whole.
+
+    Raises:
+        ArtifactError: such a run holds checkpoints, and the model file of every one is damaged.
     """
     runs = [root, *(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
-    runs = [run for run in runs if (run / LATEST).is_file() and list_checkpoints(run)]
+    runs = [run for run in runs if list_checkpoints(run)]
     if not runs:
         return None
-    newest = max(runs, key=lambda run: (run / LATEST).stat().st_mtime_ns)
-    return pointed(newest, BEST) or pointed(newest, LATEST) or list_checkpoints(newest)[-1]
+    newest = max(runs, key=_saved_at)
+    return pointed(newest, BEST) or pointed(newest, LATEST) or _newest_whole_model(newest)
+
+
+def _saved_at(run: Path) -> int:
+    """Return when a run saved last, in ns: told by ``latest``, or without it by its newest checkpoint."""
+    latest = run / LATEST
+    return (latest if latest.is_file() else list_checkpoints(run)[-1]).stat().st_mtime_ns
+
+
+def _newest_whole_model(run: Path) -> Path:
+    first: ArtifactError | None = None
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            verify_tensors(folder / MODEL_FILE)
+        except ArtifactError as error:
+            first = first or error
+            continue
+        return folder
+    raise ArtifactError(f"no checkpoint under {run} has a whole model file: {first}")

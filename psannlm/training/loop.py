@@ -146,7 +146,7 @@ def run_steps(run: Run, progress: Progress) -> Progress:
                 looks_first=not run.looks_back,
             )
         is_last = step == run.total_steps
-        is_logged = step % settings.log_interval_steps == 0 or is_last or step == 1
+        is_logged = _is_due(step, settings.log_interval_steps) or is_last or step == 1
         is_validated = is_last or _is_due(step, settings.eval_interval_steps)
         is_saved = is_last or _is_due(step, settings.save_interval_steps)
         looks_now = not run.looks_back or is_logged or is_validated or is_saved

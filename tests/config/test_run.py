@@ -350,3 +350,12 @@ def test_reading_a_configuration_needs_no_torch() -> None:
     code = "import sys, psannlm.config.run, psannlm.config.reference; print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("key", ["save_interval_steps", "eval_interval_steps", "log_interval_steps"])
+def test_an_interval_of_zero_means_never(key: str) -> None:
+    zero, null = (config_from_mapping({"train": {key: value}}, check_files=False) for value in (0, None))
+    assert zero == null
+    assert getattr(zero.train, key) is None
+    with pytest.raises(ConfigError):
+        config_from_mapping({"train": {key: -1}}, check_files=False)

@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 
 from psannlm.generation.stream import TextStream
+from psannlm.generation.text import continuation_text
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, tokenizer_from_bytes
 
@@ -74,3 +75,26 @@ def test_a_token_costs_the_same_late_as_early(tokenizer: Tokenizer, monkeypatch:
     monkeypatch.setattr(tokenizer, "decode", counted)
     parts_of(tokenizer, tokenizer.encode(TEXT))
     assert max(decoded) < 40
+
+
+@pytest.mark.parametrize("prompt", ["The sine", "über die", "", "Tabs   and "])
+def test_prompt_and_parts_join_to_the_whole_text(tokenizer: Tokenizer, prompt: str) -> None:
+    """Also where the new text begins with a space: its token alone would lose it."""
+    before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    for following in (" of a gate", "  runs", " ", "漢字"):
+        whole_ids = tokenizer.encode(prompt + following)
+        ids = [*whole_ids[len(before) - 1 :]] if whole_ids[: len(before) - 1] == before[1:] else whole_ids
+        stream = TextStream(tokenizer, before)
+        streamed = "".join(map(stream.add, ids))
+        whole = tokenizer.decode([*before, *ids])
+        text = continuation_text(tokenizer, before, ids)
+        assert tokenizer.decode(before) + text == whole
+        assert text.startswith(streamed)
+        assert not text[len(streamed) :].strip("\ufffd\uf8f0")
+
+
+def test_the_space_after_the_prompt_is_kept_with_a_dummy_prefix() -> None:
+    tokenizer = foreign()
+    of_prompt, of_all = tokenizer.encode("The sine"), tokenizer.encode("The sine of")
+    assert of_all[: len(of_prompt)] == of_prompt
+    assert continuation_text(tokenizer, of_prompt, of_all[len(of_prompt) :]) == " of"
