@@ -81,7 +81,10 @@ def train(
     if n_ranks is not None and n_ranks > 1:
         from psannlm.training.launch import launch
 
-        code = launch(_without_nproc(context), n_ranks)
+        options = [f"--resume={resume}", *(["--json"] if as_json else [])]
+        if time_budget is not None:
+            options.append(f"--time-budget={max(time_budget, 0.001):.3f}s")
+        code = launch(run_config, n_ranks, options, debug="--debug" in context.obj)
         if code != EXIT_OK:
             raise AlreadyTold("a rank has said why", code)
         return
@@ -106,13 +109,6 @@ def train(
         print_json(result.as_dict())
     else:
         _show_result(result)
-
-
-def _without_nproc(context: typer.Context) -> list[str]:
-    """The command line as it was written, for the ranks: they must not launch ranks in turn."""
-    written: list[str] = list(context.obj)
-    at = next(i for i, argument in enumerate(written) if argument.partition("=")[0] == "--nproc")
-    return written[:at] + written[at + (1 if "=" in written[at] else 2) :]
 
 
 def _show_plan(plan: TrainingPlan) -> None:

@@ -3,13 +3,21 @@
 The names are looked up on first use, so that importing the package, and with it ``psannlm --help``, loads no torch.
 """
 
-from __future__ import annotations
+import os
+import sys
 
-from typing import TYPE_CHECKING
+# python -m puts the working folder in front of the path, where any file may bear the name of a library. It goes before
+# anything else is imported, and only while python -m looks for a module of ours: then sys.argv starts with -m.
+if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()]:
+    _named = sys.orig_argv[-len(sys.argv)]
+    if (_named.partition("m")[2] if _named.startswith("-") else _named).partition(".")[0] == "psannlm":
+        del sys.path[0]
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "psannLM", "psannLMDataPrep"]
 
+# As typing.TYPE_CHECKING, which would have to be imported.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from psannlm.api import psannLM, psannLMDataPrep
 

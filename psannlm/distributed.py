@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
 from itertools import count
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from psannlm.device import Unread
 from psannlm.errors import DeviceError, Interrupted
+from psannlm.folderstore import FolderStore
 from psannlm.lifeline import Lifeline
+from psannlm.lifeline import Store as WatchdogStore
 
 _HOW = "psannlm train --nproc N CONFIG, or torchrun --nproc-per-node N -m psannlm train CONFIG"
 # The longest that ranks which live may wait for each other: while rank 0 writes a checkpoint, say.
 _PATIENCE = timedelta(minutes=30)
 # The longest to wait for a rank that has not come yet: machines do not start at the same time.
 _ARRIVAL = timedelta(minutes=5)
+# Names the folder where the ranks of one machine meet, which nobody else may enter; torchrun has a port instead.
+STORE_FOLDER = "PSANNLM_STORE_FOLDER"
 _connections: list[Store] = []
 # Groups of one process so far: ranks make and leave them together.
 _groups = count()
@@ -95,7 +102,8 @@ def launched_world(ddp: Literal["auto", "on", "off"], fsdp: Literal["off", "full
         )
     if size == 1 and ddp != "on":
         return World()
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ("RANK",):
+    meets_at_port = size > 1 and STORE_FOLDER not in os.environ
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if meets_at_port else ("RANK",):
         if name not in os.environ:
             raise DeviceError(f"WORLD_SIZE is {size}, but {name} is not set: start with torchrun, or unset WORLD_SIZE")
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
@@ -162,19 +170,46 @@ def leave_group(code: int) -> None:
         os._exit(code)
 
 
-def _stores(world: World) -> tuple[Store, Store]:
-    """Two connections to the store where ranks meet, with names that no other group of this job uses."""
+def _stores(world: World) -> tuple[Store, WatchdogStore]:
+    """The store where ranks meet, for torch and for the watchdog, with names that no other group of this job uses."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    prefix = f"psannlm/{restart}/{next(_groups)}"
+    folder = os.environ.get(STORE_FOLDER)
+    if folder is not None:
+        if not _connections:
+            _connections.append(FileStore(os.path.join(folder, "group"), -1))
+            _connections[0].set_timeout(_ARRIVAL)
+        return PrefixStore(prefix, _connections[0]), FolderStore(Path(folder), prefix)
     if not _connections:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # torchrun keeps the store where it can; else rank 0 does, for as long as it lives: were there a new one
         # for every group, a rank in a hurry would enter the old one.
         is_host = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         for hosts in (is_host, False):
-            _connections.append(TCPStore(*address, is_master=hosts, wait_for_workers=False, timeout=_ARRIVAL))
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    prefix = f"psannlm/{restart}/{next(_groups)}"
+            handle = _loopback_listener(*address) if hosts else None
+            _connections.append(
+                TCPStore(*address, is_master=hosts, wait_for_workers=False, timeout=_ARRIVAL, master_listen_fd=handle)
+            )
     meeting, aside = (PrefixStore(prefix, store) for store in _connections)
     return meeting, aside
+
+
+def _loopback_listener(host: str, port: int) -> int | None:
+    """A socket that listens on the loopback address ``host``, for a store; None for an address of another kind.
+
+    By itself a store listens on all interfaces, whatever address it is given.
+    """
+    try:
+        (family, *_, place), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        if not ip_address(place[0]).is_loopback:
+            return None
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+        listener.listen()
+    except OSError as error:
+        raise DeviceError(f"MASTER_ADDR {host}, MASTER_PORT {port}: ranks cannot meet there: {error}") from error
+    return listener.detach()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -15,10 +15,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
 
 from psannlm.errors import EXIT_FAILED, AlreadyTold, Interrupted, PsannlmError, RankError, describe
 
@@ -56,6 +55,22 @@ class Word:
 
     def __str__(self) -> str:
         return self.message if self.by == self.rank == 0 else f"rank {self.rank}: {self.message}"
+
+
+class Store(Protocol):
+    """What is used of the key-value store of a group; any of it raises RuntimeError when the store is gone."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def add(self, key: str, amount: int) -> int: ...
+
+    def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...
 
 
 class Lifeline:
@@ -182,7 +197,7 @@ class Lifeline:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._call(lambda: self._store.set(f"alive/{self.rank}", str(self._beats)), None)
+        self._call(lambda: self._store.set(f"alive/{self.rank}", f"{self._beats:012d}"), None)
 
     def _hearts(self, ranks: range) -> dict[int, bytes]:
         keys = [f"alive/{rank}" for rank in ranks]

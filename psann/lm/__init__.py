@@ -4,12 +4,19 @@ There is no ``psann/__init__.py``: ``psann`` is a namespace, so that this folder
 of that name.
 """
 
-from __future__ import annotations
+import os
+import sys
 
-from typing import TYPE_CHECKING
+# As psannlm/__init__.py does, and says why. It cannot be asked: the working folder may hold another psannlm.
+if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()]:
+    _named = sys.orig_argv[-len(sys.argv)]
+    if (_named.partition("m")[2] if _named.startswith("-") else _named).startswith("psann.lm."):
+        del sys.path[0]
 
 __all__ = ["psannLM", "psannLMDataPrep"]
 
+# As typing.TYPE_CHECKING, which would have to be imported.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from psannlm import psannLM, psannLMDataPrep
 

@@ -5,8 +5,9 @@ What such a process holds at its highest is told by the system, and no neighbour
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import socket
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -16,9 +17,14 @@ from types import TracebackType
 from typing import Any
 
 from psannlm.errors import PsannlmError, WorkerError
+from psannlm.processes import end_with, python_program
 
 _STATUS = Path("/proc/self/status")
 _JOIN_S = 10.0
+# Ctrl-C ends it at once, also while it imports.
+_PROGRAM = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); from psannlm.benchmarks.apart import main; main()"
+)
 
 
 class Apart:
@@ -32,12 +38,17 @@ class Apart:
     def __init__(
         self, build: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
     ) -> None:
-        # Forked, it would start with all that is in memory here; spawned, it starts with nothing.
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, dict(environment or {})), daemon=True)
-        self._process.start()
-        theirs.close()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # Not multiprocessing: forked, it would start with all that is in memory here, and spawned, with the working
+            # folder on its import path.
+            self._process = subprocess.Popen(
+                python_program(_PROGRAM, str(theirs.fileno()), str(os.getpid())),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **(environment or {})},
+            )
+        self._connection = Connection(ours.detach())
         self._ask((build, arguments))
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -52,10 +63,11 @@ class Apart:
     def close(self) -> None:
         """End the process."""
         self._connection.close()
-        self._process.join(_JOIN_S)
-        if self._process.is_alive():
+        try:
+            self._process.wait(_JOIN_S)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.join()
+            self._process.wait()
 
     def __enter__(self) -> Apart:
         return self
@@ -71,7 +83,7 @@ class Apart:
             is_good, answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self.close()
-            reason = f"exit code {self._process.exitcode}"
+            reason = f"exit code {self._process.returncode}"
             raise WorkerError(f"a process that measures ended early ({reason}); was it out of memory?") from error
         if is_good:
             return answer
@@ -79,21 +91,25 @@ class Apart:
         raise answer
 
 
-def _serve(connection: Connection, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
+def main() -> None:
+    """Serve until the connection ends; ``sys.argv`` holds its file descriptor and the parent's process id."""
+    end_with(int(sys.argv[2]))
+    with Connection(int(sys.argv[1])) as connection:
+        _serve(connection)
+
+
+def _serve(connection: Connection) -> None:
     target: Any = None
     while True:
         try:
             what, arguments = connection.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         try:
             answer = getattr(target, what)(*arguments) if isinstance(what, str) else what(*arguments)
             if target is None:
                 target, answer = answer, None
             connection.send((True, answer))
-        except KeyboardInterrupt:
-            return
         except PsannlmError as error:
             connection.send((False, error))
         except Exception:  # noqa: BLE001  whatever it was, it must reach the process that asked

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from psannlm.config.train import TrainConfig
 from psannlm.errors import TrainingError
 from psannlm.models.artifact import load_model
 from psannlm.training.checkpoint import step_folder
+from psannlm.training.launch import meeting_place, start_rank
 from psannlm.training.metrics import read_metrics
 from psannlm.training.run import train
 
@@ -157,40 +155,28 @@ def efficiency_measure(one: Sequence[float], many: Sequence[float], n_ranks: int
 
 
 def launch(config: RunConfig, folder: Path, n_ranks: int, device: torch.device) -> None:
-    """Start the ranks as torchrun would, each with its output in a file of ``folder``, and wait for all of them.
+    """Start the ranks, each with its output in a file of ``folder``, and wait for all of them.
 
     Raises:
         TrainingError: a rank failed, or all together took more than ten minutes; the others are ended.
+        DeviceError: this machine has no loopback interface that works.
     """
     folder.mkdir(parents=True)
     path = folder / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared["LOCAL_WORLD_SIZE"] = str(n_ranks)
-    if device.type == "cpu":
-        shared["OMP_NUM_THREADS"] = "1"
+    shared = {"OMP_NUM_THREADS": "1"} if device.type == "cpu" else {}
     logs = [folder / f"rank_{rank}.log" for rank in range(n_ranks)]
     processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank, log in enumerate(logs):
-            with open(log, "wb") as output:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "psannlm", "train", str(path)],
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        stdin=subprocess.DEVNULL,
-                        env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    )
-                )
-        _wait(processes, logs)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    with meeting_place(n_ranks) as place:
+        try:
+            for rank, log in enumerate(logs):
+                with open(log, "wb") as output:
+                    processes.append(start_rank(rank, ["train", str(path)], {**place, **shared}, output))
+            _wait(processes, logs)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path]) -> None:

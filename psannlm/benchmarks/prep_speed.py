@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from psannlm.config.data import PathSource, Source
 from psannlm.data.documents import read_documents
 from psannlm.errors import ConfigError, WorkerError
 from psannlm.prep.pool import usable_cores
+from psannlm.processes import python_command
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import tokenizer_from_bytes
 
@@ -235,7 +235,7 @@ def run_prep(sources: Sequence[PathSource], tokenizer: bytes, workers: int) -> P
     with tempfile.TemporaryDirectory(prefix="psannlm-prep-") as name:
         folder = Path(name)
         (folder / "tokenizer").write_bytes(tokenizer)
-        command = [sys.executable, "-m", "psannlm", "prep", *(source.path for source in sources)]
+        command = python_command("psannlm", "prep", *(source.path for source in sources))
         command += ["--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "shards"), "--json"]
         command += ["--val-split", "0", "--keep-duplicates", "--workers", str(workers)]
         command += ["--text-key", sources[0].text_key, *(["--per-line"] if sources[0].per_line else [])]

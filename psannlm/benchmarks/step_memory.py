@@ -19,6 +19,7 @@ from psannlm.benchmarks.trainees import ThroughputSettings, Trainee, TrainingRun
 from psannlm.config.model import ModelConfig
 from psannlm.errors import PsannlmError
 from psannlm.memory import keep_freed_memory
+from psannlm.processes import python_command
 
 _STEPS = 3
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -46,7 +47,7 @@ def peak_step_bytes(trainee: Trainee, settings: ThroughputSettings, device: torc
         "threads": torch.get_num_threads(),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "psannlm.benchmarks.step_memory"],
+        python_command("psannlm.benchmarks.step_memory"),
         input=json.dumps(description),
         capture_output=True,
         text=True,

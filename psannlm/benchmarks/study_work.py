@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -17,6 +16,7 @@ from psannlm.benchmarks.study import Study, StudyRun
 from psannlm.benchmarks.study_runs import write_configs
 from psannlm.errors import EXIT_INTERRUPTED, ConfigError, Interrupted
 from psannlm.lock import RunLock
+from psannlm.processes import python_command
 from psannlm.reports.plain import Unreadable
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
 from psannlm.reports.store import write_json
@@ -52,7 +52,7 @@ def launch(run: StudyRun, environment: Mapping[str, str]) -> Process:
         log.write(f"{_START}{run.name}\n")
         log.flush()
         return subprocess.Popen(
-            [sys.executable, "-m", "psannlm", "train", str(run.config_path)],
+            python_command("psannlm", "train", str(run.config_path)),
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,

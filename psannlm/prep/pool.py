@@ -8,7 +8,6 @@ import queue
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
@@ -18,11 +17,9 @@ from typing import Any
 from psannlm.errors import Interrupted, PsannlmError, WorkerError
 from psannlm.prep.chunks import Chunk
 from psannlm.prep.worker import ERRORS
+from psannlm.processes import python_program
 
-# The first entry of the path of python -c is the working folder, where any file may bear the name of a library.
-_PROGRAM = (
-    "import sys; sys.path[:] = sys.argv[3:]; from psannlm.prep.worker import main; sys.argv[3:] = []; sys.exit(main())"
-)
+_PROGRAM = "from psannlm.prep.worker import main; sys.exit(main())"
 _WAIT_S = 0.1
 _END_S = 5.0
 _ONE_THREAD = {
@@ -46,7 +43,7 @@ class _Worker:
     def __init__(self, setup: bytes, tokenizer: bytes) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), str(os.getpid()), *sys.path]
+            command = python_program(_PROGRAM, str(theirs.fileno()), str(os.getpid()))
             # Apart from the terminal: Ctrl-C on the terminal is for the parent, which lets a piece in hand be finished.
             self.process = subprocess.Popen(
                 command,

@@ -6,9 +6,7 @@ in each worker; and it speaks bytes and JSON, never pickles.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -22,11 +20,11 @@ from psannlm.prep.encoding import ChunkEncoder
 from psannlm.prep.piece import piece_path, write_piece
 from psannlm.prep.settings import PrepSettings
 from psannlm.prep.walk import Cut
+from psannlm.processes import end_with
 from psannlm.tokenizers.resolve import tokenizer_from_bytes
 
 # What a worker may answer besides its figures; by name, since nothing else goes over the connection.
 ERRORS: dict[str, type[PsannlmError]] = {kind.__name__: kind for kind in (CorpusError, StorageError, TokenizerError)}
-_PR_SET_PDEATHSIG = 1
 
 
 def setup_message(folder: Path, settings: PrepSettings, cut: Cut | None) -> bytes:
@@ -39,7 +37,7 @@ def setup_message(folder: Path, settings: PrepSettings, cut: Cut | None) -> byte
 def main() -> None:
     """Serve until the connection ends; ``sys.argv`` holds its file descriptor and the parent's process id."""
     handle, parent = int(sys.argv[1]), int(sys.argv[2])
-    _end_with(parent)
+    _end_when_gone(parent)
     return_large_blocks()
     with Connection(handle) as connection:
         try:
@@ -63,10 +61,7 @@ def _answer(encoder: ChunkEncoder, chunk: Chunk, folder: Path) -> dict[str, Any]
     return {"tokens": len(piece.tokens), "bytes": n_bytes}
 
 
-def _end_with(parent: int) -> None:
+def _end_when_gone(parent: int) -> None:
     """End when the parent does, however it ends: a worker must not write into a folder that nobody holds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit()
+    end_with(parent, signal.SIGKILL)

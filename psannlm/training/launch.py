@@ -1,19 +1,40 @@
-"""One command line to N processes on this machine, each a rank of one training; its exit code comes back."""
+"""One configuration to N processes on this machine, each a rank of one training; their exit code comes back.
+
+Ranks meet in a folder that only this user may enter and talk over the loopback interface: no port that another machine
+reaches, and no store that reads pickles, as torchrun's rendezvous does.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
+import socket
+import subprocess
 import sys
-import uuid
-from collections.abc import Sequence
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import IO
 
+from psannlm.config.run import RunConfig, to_yaml
+from psannlm.distributed import STORE_FOLDER
 from psannlm.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, ConfigError, DeviceError
 from psannlm.lifeline import LAUNCHED
+from psannlm.processes import python_command
+from psannlm.signals import stop_signals
 
-# torchrun kills 30 s after it has passed a signal on; a large checkpoint takes longer.
-_STOP_S = 3600
+# After a signal ranks may take their time: a large checkpoint takes long. After a failure there is nothing to save.
+_STOP_S = 3600.0
+_FAILED_S = 30.0
+_POLL_S = 0.05
+_CONFIG_FILE = "config.yaml"
+_LOOPBACK = ("lo", "lo0")
+
+Process = subprocess.Popen[bytes]
 
 
 def check_launch(n_ranks: int, device: str) -> None:
@@ -21,7 +42,7 @@ def check_launch(n_ranks: int, device: str) -> None:
 
     Raises:
         ConfigError: fewer than one rank, or this process is a rank itself.
-        DeviceError: there is no GPU for every rank.
+        DeviceError: there is no GPU for every rank, or no loopback interface.
     """
     if n_ranks < 1:
         raise ConfigError(f"--nproc {n_ranks}: give the number of processes, 1 or more")
@@ -38,42 +59,163 @@ def check_launch(n_ranks: int, device: str) -> None:
         raise DeviceError(f"--nproc {n_ranks} needs as many GPUs, and there are {n_gpus}; use --nproc {n_gpus}")
 
 
-def launch(arguments: Sequence[str], n_ranks: int) -> int:
-    """Run ``psannlm`` with ``arguments`` in ``n_ranks`` processes under torchrun; return the exit code.
+def launch(config: RunConfig, n_ranks: int, options: Sequence[str] = (), *, debug: bool = False) -> int:
+    """Train ``config`` with ``psannlm train`` in ``n_ranks`` processes; return the exit code.
 
-    Ctrl-C and SIGTERM are passed on, and the ranks may take their time to save. When a rank fails, the others are
-    ended. What a rank has to say of its error it says itself.
+    Ctrl-C, SIGTERM and SIGHUP are passed on, and the ranks may take their time to save. When a rank fails, the others
+    are ended. What a rank has to say of its error it says itself.
+
+    Args:
+        options: more of the command line of ``psannlm train``.
+        debug: show the traceback of an error.
+
+    Raises:
+        DeviceError: this machine has no loopback interface that works.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    environment = {LAUNCHED: "1"}
+    with meeting_place(n_ranks) as place, _received() as signals:
+        path = Path(place[STORE_FOLDER]) / _CONFIG_FILE
+        # The ranks' own copy: what was read from a pipe cannot be read again, and a file may change meanwhile.
+        path.write_text(to_yaml(config), encoding="utf-8")
+        arguments = [*(["--debug"] if debug else []), "train", str(path), *options]
+        ranks: list[Process] = []
+        try:
+            for rank in range(n_ranks):
+                ranks.append(start_rank(rank, arguments, {**place, **environment}))
+            return _watch(ranks, signals)
+        finally:
+            _kill(ranks)
 
-    # torchrun's own account of a signal or a failure is for those who debug torch.
-    logging.disable(logging.CRITICAL)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_STOP_S))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_ranks)))
-    os.environ[LAUNCHED] = "1"
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=n_ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
+
+@contextmanager
+def meeting_place(n_ranks: int) -> Iterator[dict[str, str]]:
+    """Make the place where ``n_ranks`` processes meet; yield the environment that leads them there.
+
+    Raises:
+        DeviceError: this machine has no loopback interface that works.
+    """
+    interface = _loopback_interface(n_ranks)
+    with tempfile.TemporaryDirectory(prefix="psannlm-ranks-", ignore_cleanup_errors=True) as folder:  # mode 0700
+        yield {
+            STORE_FOLDER: folder,
+            "WORLD_SIZE": str(n_ranks),
+            "LOCAL_WORLD_SIZE": str(n_ranks),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_ranks))),
+            # Left to themselves, both listen on the address of the first interface that they find.
+            "GLOO_SOCKET_IFNAME": interface,
+            "NCCL_SOCKET_IFNAME": f"={interface}",
+        }
+
+
+def start_rank(
+    rank: int, arguments: Sequence[str], place: Mapping[str, str], output: IO[bytes] | None = None
+) -> Process:
+    """Start ``psannlm`` with ``arguments`` as a rank of those that meet at ``place``, in a session of its own.
+
+    On Linux it is told to stop (SIGTERM) when this process ends without having waited for it.
+    """
+    return subprocess.Popen(
+        python_command("psannlm", *arguments, end_with_parent=True),
+        env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
+        # A signal from the terminal comes once, from here.
+        start_new_session=True,
     )
+
+
+def _watch(ranks: Sequence[Process], signals: list[int]) -> int:
+    """Wait for all ranks, pass ``signals`` on as they come in, and return the exit code of all together."""
+    n_sent, kill_at = 0, float("inf")
+    first: int | None = None
+    while any(rank.poll() is None for rank in ranks):
+        for number in signals[n_sent:]:
+            # The first Ctrl-C as SIGTERM, which means the same to a rank that trains: one that still imports its
+            # libraries ends without a traceback.
+            is_polite = n_sent == 0 and number == signal.SIGINT
+            _send(ranks, signal.SIGTERM if is_polite else number)
+            n_sent += 1
+            kill_at = min(kill_at, time.monotonic() + _stop_s())
+        failed = [at for at, rank in enumerate(ranks) if rank.poll()]
+        if failed and first is None:
+            first = failed[0]
+            kill_at = min(kill_at, time.monotonic() + _FAILED_S) if n_sent == 0 else kill_at
+            if n_sent == 0:
+                _send(ranks, signal.SIGTERM)
+            elif ranks[first].returncode < 0:
+                # It went before it could save, so the others wait for it in vain.
+                kill_at = min(kill_at, time.monotonic() + _FAILED_S)
+        if time.monotonic() >= kill_at:
+            _kill(ranks)
+        time.sleep(_POLL_S)
+    codes = [rank.returncode for rank in ranks]
+    if not any(codes):
+        return EXIT_OK
+    if signals:
+        told = [code for code in codes if code > 0]
+        if not told:
+            sys.stderr.write("interrupted\n")
+        return next((code for code in told if code != EXIT_INTERRUPTED), EXIT_INTERRUPTED)
+    at = first if first is not None else next(at for at, code in enumerate(codes) if code)
+    if codes[at] > 0:
+        return codes[at]
+    name = signal.Signals(-codes[at]).name
+    sys.stderr.write(f"error: rank {at} was ended by {name}; the others were stopped\n")
+    return EXIT_FAILED
+
+
+def _stop_s() -> float:
+    """How long ranks may take to save: the variable is the one that torchrun reads."""
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _STOP_S))
+
+
+def _send(ranks: Sequence[Process], number: int) -> None:
+    for rank in ranks:
+        rank.send_signal(number)  # nothing where it has ended
+
+
+def _kill(ranks: Sequence[Process]) -> None:
+    """End ranks and what they started."""
+    for rank in ranks:
+        if rank.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.wait()
+
+
+@contextmanager
+def _received() -> Iterator[list[int]]:
+    """Yield a list to which every signal that asks for an end is added, within the context."""
+    numbers: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield numbers
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        numbers.append(number)
+
+    former = {number: signal.signal(number, note) for number in stop_signals()}
     try:
-        elastic_launch(config, sys.executable)("-m", "psannlm", *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            return failure.exitcode
-        name = signal.Signals(-failure.exitcode).name
-        sys.stderr.write(f"error: rank {rank} was ended by {name}; the others were stopped\n")
-        return EXIT_FAILED
-    except SignalException:
-        return EXIT_INTERRUPTED
+        yield numbers
     finally:
-        logging.disable(logging.NOTSET)
-    return EXIT_OK
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _loopback_interface(n_ranks: int) -> str:
+    """Return the name of the loopback interface, over which ranks talk. Raises DeviceError if it does not work."""
+    names = [name for _, name in socket.if_nameindex() if name in _LOOPBACK]
+    try:
+        with socket.socket() as listener, socket.socket() as caller:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            caller.connect(listener.getsockname())
+    except OSError:
+        names = []
+    if not names:
+        raise DeviceError(
+            f"{n_ranks} ranks talk over the loopback interface, and here it is down or missing: bring it up "
+            "(ip link set lo up), or train in one process, without --nproc"
+        )
+    return names[0]

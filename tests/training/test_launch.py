@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from psannlm.config.run import RunConfig, to_yaml
 from psannlm.errors import ConfigError, DeviceError
 from psannlm.models.tensorfile import read_tensors
 from psannlm.training.checkpoint import list_checkpoints, read_state
-from psannlm.training.launch import check_launch
+from psannlm.training.launch import check_launch, meeting_place
 from psannlm.training.metrics import read_metrics
 from psannlm.training.run import train
 
@@ -180,6 +181,66 @@ def test_the_exit_code_and_one_line_tell_how_the_ranks_ended(tiny_run: TinyRun, 
         assert [read_state(path).step for path in list_checkpoints(tmp_path / name)] == [2]
     (last,) = list_checkpoints(tmp_path / "stopped")[-1:]
     assert read_state(last).step == read_metrics(tmp_path / "stopped")[-1]["step"]
+
+
+def listening(group: int) -> list[str]:
+    """The addresses on which the ranks that process ``group`` started listen, from the system's own tables."""
+    inodes = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if group not in (parent, int(folder.name)):
+                continue
+            inodes |= {os.readlink(handle) for handle in (folder / "fd").iterdir()}
+        except OSError:
+            continue  # it has ended
+    rows = [row.split() for table in ("tcp", "tcp6") for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes]
+
+
+def endless(config: RunConfig) -> RunConfig:
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"max_steps": 1_000_000, "epochs": 1_000_000})}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ranks_listen_on_loopback_alone_and_a_hangup_is_saved(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Seen all the way from their start; then the terminal is gone, and what was trained is not."""
+    config = tiny_run(device="cpu", save_interval_steps=1_000_000, checkpoint_dir=str(tmp_path / "run"))
+    process = start(endless(config))
+    deadline, seen = time.monotonic() + LIMIT_S, set()
+    while len(read_metrics(tmp_path / "run")) < 3:
+        assert time.monotonic() < deadline
+        seen |= set(listening(process.pid))
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    done = end(process)
+    assert seen == {"0100007F"}  # 127.0.0.1: gloo's, and no other port
+    assert (done.code, done.errors) == (130, [])
+    (last,) = list_checkpoints(tmp_path / "run")[-1:]
+    assert read_state(last).step == read_metrics(tmp_path / "run")[-1]["step"]
+
+
+@pytest.mark.slow
+def test_a_configuration_from_a_pipe_reaches_the_ranks(tiny_run: TinyRun, tmp_path: Path) -> None:
+    config = tiny_run(device="cpu", max_steps=2, sample_prompts=[], checkpoint_dir=str(tmp_path / "run"))
+    done = subprocess.run(
+        [sys.executable, "-m", "psannlm", "train", "/dev/stdin", "--nproc", "2", "--json"],
+        input=to_yaml(config),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 2
+
+
+def test_ranks_without_a_loopback_interface_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.connect", mock.Mock(side_effect=OSError("Network is unreachable")))
+    with pytest.raises(DeviceError, match="loopback interface, and here it is down"), meeting_place(2):
+        pass
 
 
 def test_what_cannot_be_launched_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,126 @@
+"""Every process that a command starts imports what the command imports, whatever lies in the working folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from psannlm.processes import import_path, python_command, python_program
+
+# Libraries, ours and the standard one's, that a command or a process of its own imports late.
+NAMES = (
+    *("tokenize", "random", "colorsys", "json", "numpy", "torch", "yaml", "pydantic", "typer", "rich", "safetensors"),
+    *("multiprocessing", "socket", "pickle", "psannlm", "sitecustomize", "usercustomize", "typing", "statistics"),
+    *("tempfile", "subprocess", "matplotlib", "sentencepiece", "tokenizers", "ctypes", "logging", "pathlib", "csv"),
+)
+CONFIG = """\
+model: {base: waveresnet, d_model: 16, n_layers: 1, n_heads: 2}
+data:
+  {sources: [{path: corpus.txt, per_line: true}], tokenizer: simple, vocab_size: 300, max_length: 16, val_split: 0.2}
+train: {max_steps: 2, batch_tokens: 64, amp: fp32, device: cpu, eval_interval_steps: 2, checkpoint_dir: runs/tiny}
+"""
+SCRIPT = Path(sys.executable).with_name("psannlm")
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A folder to work in whose files bear the names of libraries, and leave a mark when they are run."""
+    code = "import builtins, os, sys\nopen('RUN_' + __name__, 'w').close()\nos._exit(99)\n"
+    for name in NAMES:
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+    lines = [f"The tide number {n} comes in twice a day and goes out {n * 7} times." for n in range(60)]
+    (tmp_path / "corpus.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    return tmp_path
+
+
+def run_in(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert sorted(path.name for path in folder.glob("RUN_*")) == [], done.stderr
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "config.yaml", "--nproc", "2"],
+        ["bench-tokenizers", "--corpus", "corpus.txt", "--vocab-size", "300", "--repeats", "1"],
+        ["bench-train", "--device", "cpu", "--help"],
+        ["gpu-validate", "--device", "cpu", "--only", "GPU-05"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_commands_import_nothing_from_the_working_folder(hostile: Path, arguments: list[str]) -> None:
+    done = run_in(hostile, [str(SCRIPT), *arguments])
+    assert done.returncode in (0, 2), done.stderr
+    assert "No such option" not in done.stderr
+
+
+@pytest.mark.slow
+def test_prep_workers_import_nothing_from_the_working_folder(hostile: Path) -> None:
+    fitted = run_in(
+        hostile, [str(SCRIPT), "tokenize", "corpus.txt", "--per-line", "--vocab-size", "300", "--out", "t.model"]
+    )
+    assert fitted.returncode == 0, fitted.stderr
+    done = run_in(
+        hostile,
+        [str(SCRIPT), "prep", "corpus.txt", "--per-line", "--tokenizer", "t.model", "--out", "p", "--workers", "2"],
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "module", [["-m", "psannlm", "train"], ["-mpsannlm", "train"], ["-B", "-m", "psann.lm.train.cli", "--config"]]
+)
+def test_python_m_imports_nothing_from_the_working_folder(hostile: Path, module: list[str]) -> None:
+    """Python itself has looked there for what it needs to find a module; from then on nothing does."""
+    for name in ("psannlm", "typing"):  # what Python itself looks for before our first line runs, on some versions
+        (hostile / f"{name}.py").unlink()
+    done = run_in(hostile, [sys.executable, *module, "config.yaml", "--dry-run"])
+    assert done.returncode == 0, done.stderr
+
+
+def test_child_path_leaves_out_only_the_working_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    kept = [
+        str(tmp_path / "mine"),
+        *(entry for entry in sys.path if entry and os.path.realpath(entry) != str(tmp_path)),
+    ]
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *kept])
+    assert import_path() == kept
+    # A checkout that is worked in, by a .pth file; and what the user names.
+    monkeypatch.setattr(sys, "path", ["", *kept, str(tmp_path)])
+    assert import_path() == [*kept, str(tmp_path)]
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *kept])
+    assert import_path() == [str(tmp_path), *kept]
+
+
+def test_a_child_has_the_path_and_arguments_it_is_given(tmp_path: Path) -> None:
+    odd = str(tmp_path / "it's: a \\ folder ü")
+    (tmp_path / "json.py").write_text("raise SystemExit(99)", encoding="utf-8")
+    code = "import json; print(json.dumps([sys.path, sys.argv[1:]]))"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, odd])
+        command = python_program(code, "a b", "--c")
+        expected = import_path()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path, arguments = json.loads(done.stdout)
+    assert (path, arguments) == (expected, ["a b", "--c"])
+    assert odd in path
+
+
+def test_a_module_runs_as_python_m_runs_it(tmp_path: Path) -> None:
+    done = subprocess.run(python_command("psannlm", "--version"), cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("psannlm "), done.stderr
