@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from psannlm.benchmarks.apart import Apart, peak_bytes
 from psannlm.errors import TokenizerError, WorkerError
+
+
+@pytest.fixture(autouse=True)
+def _tests_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process is not given the working folder, and the class that it makes is of this file."""
+    root = str(Path(__file__).resolve().parents[2])
+    monkeypatch.setenv("PYTHONPATH", root)
+    monkeypatch.syspath_prepend(root)
 
 
 class Target:
