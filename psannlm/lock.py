@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
+import stat
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +15,8 @@ from psannlm.errors import StorageError
 from psannlm.storage import explain_write_errors
 
 LOCK_FILE = ".lock"
+# A lock file holds the number of the process that took it last; nothing is written over anything else.
+_CONTENT = re.compile(rb"(?:[0-9]{1,20}\n)?")
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -24,7 +28,8 @@ class RunLock:
     is removed, and with it the folders made for it that are still empty. On a file system without locks there is none.
 
     Raises:
-        StorageError: another process works in the folder, or it cannot be written.
+        StorageError: another process works in the folder, it cannot be written, or something that is not a lock file
+            of psannlm has its name.
     """
 
     def __init__(self, folder: Path, option: str = "train.checkpoint_dir") -> None:
@@ -32,6 +37,8 @@ class RunLock:
         self._option = option
         self._handle: int | None = None
         self._made: list[Path] = []
+        # An empty file that was there before may be the user's: it is left, empty again, and not removed.
+        self._is_new = self._was_empty = False
 
     def __enter__(self) -> RunLock:
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
@@ -66,7 +73,8 @@ class RunLock:
             while self._handle is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with suppress(FileNotFoundError):  # the folder of a run that just ended without a word in it
-                    self._handle = _locked(path, self._option)
+                    self._handle, self._is_new = _locked(path, self._option)
+            self._was_empty = os.fstat(self._handle).st_size == 0 and not self._is_new
             os.ftruncate(self._handle, 0)
             os.write(self._handle, f"{os.getpid()}\n".encode())
 
@@ -74,21 +82,40 @@ class RunLock:
         """Remove the file first: whoever opened it before finds that it is gone, and makes another."""
         if self._handle is not None:
             with suppress(OSError):
-                if _is_at(self._handle, folder / LOCK_FILE):
+                if self._was_empty:
+                    os.ftruncate(self._handle, 0)
+                elif _is_at(self._handle, folder / LOCK_FILE):
                     (folder / LOCK_FILE).unlink()
             os.close(self._handle)
             self._handle = None
 
 
-def _locked(path: Path, option: str) -> int | None:
-    """Return the open, locked file at ``path``, or None when it was removed meanwhile."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+def _locked(path: Path, option: str) -> tuple[int | None, bool]:
+    """Return the open, locked file at ``path``, or None when it was removed meanwhile; and whether this made it."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    is_new = False
     try:
+        handle = os.open(path, flags)
+    except FileNotFoundError:
+        try:
+            handle, is_new = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644), True
+        except FileExistsError:
+            return None, False  # somebody else made it just now, or it is a dangling link: the next try tells
+    except OSError as error:
+        # ELOOP: a symbolic link. EISDIR: a folder. ENXIO: a FIFO or socket.
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _not_a_lock(path, option) from None
+        raise
+    try:
+        _refuse_foreign(handle, path, option)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_there = _is_at(handle, path)
+    except StorageError:
+        os.close(handle)
+        raise
     except OSError as error:
         if error.errno in _NO_LOCKS_HERE:
-            return handle
+            return handle, is_new
         holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
         os.close(handle)
         if isinstance(error, BlockingIOError):
@@ -98,10 +125,28 @@ def _locked(path: Path, option: str) -> int | None:
             ) from None
         raise
     if is_there:
-        return handle
+        return handle, is_new
     os.close(handle)
-    return None
+    return None, False
+
+
+def _refuse_foreign(handle: int, path: Path, option: str) -> None:
+    """Raise StorageError unless the open file is a regular one with a single name and the content of a lock."""
+    found = os.fstat(handle)
+    # No link at all: the run that held it has just removed it.
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or not _CONTENT.fullmatch(os.pread(handle, 64, 0)):
+        raise _not_a_lock(path, option)
+
+
+def _not_a_lock(path: Path, option: str) -> StorageError:
+    return StorageError(
+        f"{path} is in the way: it is not a lock file of psannlm, so it stays as it is. Move or rename it, or choose "
+        f"another folder with {option}."
+    )
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+    try:
+        return os.path.samestat(os.fstat(handle), path.lstat())
+    except FileNotFoundError:
+        return False

@@ -1,7 +1,9 @@
-"""Files that are whole or absent: write beside, flush, rename; and the hashes that tell damage.
+"""Atomic file writes, and the hashes that reveal damage.
 
 POSIX promises that ``os.replace`` is atomic within one file system, so a reader sees the old file or the new one and
-never a part of either.
+never a part of either. What is being written lies in a private temporary folder beside its target: the folder's name
+is random and it is made by ``mkdir``, which neither follows a link nor takes a name that exists. A marker in it, bound
+to the folder's own inode, proves later that a leftover is ours.
 """
 
 from __future__ import annotations
@@ -10,15 +12,20 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from psannlm.errors import StorageError
 
 _CHUNK_BYTES = 1 << 20
-_TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp", re.DOTALL)
+_TEMPORARY = re.compile(r"\.psannlm-[0-9a-f]{16}\.tmp")
+_MARKER = ".psannlm-temporary"
+# O_NONBLOCK: a FIFO in the place of a file must not hang whoever opens it.
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def sha256_file(path: Path) -> str:
@@ -73,20 +80,71 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def temporary_beside(path: Path) -> Path:
-    """Return the name that what will be ``path`` has while it is written: hidden, and told from that of others."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """Yield a free path of the name of ``path`` in a new private folder beside it; at the end the folder is removed.
+
+    What the caller writes there it moves to ``path`` itself, by ``os.replace``. The folder of ``path`` must exist.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    folder = path.with_name(f".psannlm-{secrets.token_hex(8)}.tmp")
+    folder.mkdir(mode=0o700)
+    try:
+        (folder / _MARKER).write_text(_marker_of(folder), encoding="ascii")
+        yield folder / path.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _marker_of(folder: Path) -> str:
+    found = folder.lstat()
+    return f"temporary folder of psannlm, inode {found.st_ino}\n"
+
+
+def read_small(path: Path, limit_bytes: int) -> bytes | None:
+    """Return the bytes of a regular file of at most ``limit_bytes``; None for a link, a longer file or none at all."""
+    try:
+        handle = os.open(path, _READ_FLAGS)
+    except OSError:
+        return None
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            return None
+        content = file.read(limit_bytes + 1)
+    return content if len(content) <= limit_bytes else None
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether ``path`` itself, not what it links to, is a regular file."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def is_plain_folder(path: Path) -> bool:
+    """Whether ``path`` itself, not what it links to, is a folder."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed while writing left in ``folder``; only its one writer may call this."""
+    """Remove what processes that were killed while writing left in ``folder``; only its one writer may call this.
+
+    The marker inside proves that a temporary folder is ours; one that was killed before the marker was written is
+    empty, and removing an empty folder of a random name harms nobody.
+    """
     for path in folder.iterdir():
-        if not _TEMPORARY.fullmatch(path.name):
+        if not _TEMPORARY.fullmatch(path.name) or not is_plain_folder(path):
             continue
-        if path.is_dir() and not path.is_symlink():
+        if read_small(path / _MARKER, 200) == _marker_of(path).encode("ascii"):
             shutil.rmtree(path)
-        else:
-            path.unlink()
+        elif not any(path.iterdir()):
+            path.rmdir()
 
 
 @contextmanager
@@ -97,16 +155,36 @@ def replacing(path: Path) -> Iterator[Path]:
         StorageError: the disk is full or the folder cannot be written. ``path`` keeps its former content.
     """
     path = Path(path)
-    temporary = temporary_beside(path)
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with temporary_beside(path) as temporary:
             yield temporary
             sync_file(temporary)
             os.replace(temporary, path)
             sync_file(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+
+def refuse_foreign(path: Path, is_ours: Callable[[Path], bool], remedy: str) -> None:
+    """Raise StorageError where something that psannlm did not make is in the place of a file it would write.
+
+    Args:
+        is_ours: judges a regular file by its content.
+        remedy: what else the user can do, for the end of the message: ``or choose another folder with --out``.
+
+    Raises:
+        StorageError: ``path`` is a link, a folder or anything else but a regular file, or ``is_ours`` says no.
+    """
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink():
+        what = "it is a symbolic link"
+    elif not is_plain_file(path):
+        what = "it is not a regular file"
+    elif is_ours(path):
+        return
+    else:
+        what = "psannlm did not write it"
+    raise StorageError(f"{path} is in the way: {what}, so it stays as it is. Move or rename it, {remedy}.")
 
 
 def require_writable(path: Path) -> None:
@@ -126,9 +204,8 @@ def require_writable(path: Path) -> None:
         try:
             for folder in reversed(missing):
                 folder.mkdir()
-            temporary = temporary_beside(path)
-            temporary.touch()
-            temporary.unlink()
+            with temporary_beside(path) as temporary:
+                temporary.touch()
         finally:
             for folder in missing:
                 if folder.is_dir():

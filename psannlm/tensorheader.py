@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,3 +91,22 @@ def parse_metadata(path: Path, fields: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ArtifactError(f"{path} has no metadata of ours: it is not a psannlm file")
     return dict(metadata)
+
+
+def file_metadata(path: Path, limit: int = MAX_HEADER_BYTES) -> dict[str, str]:
+    """Return the metadata in the header of a safetensors file, empty for any other file, link or folder.
+
+    For telling whose a file is: nothing but the header is read, and nothing of it is checked.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return {}
+    with open(handle, "rb") as file:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            return {}
+        try:
+            return parse_metadata(path, parse_header(path, read_header(path, file, found.st_size, limit)))
+        except ArtifactError:
+            return {}

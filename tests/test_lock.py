@@ -105,3 +105,38 @@ def test_a_file_system_without_locks_is_no_hindrance(tmp_path: Path, monkeypatch
     with RunLock(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["symlink", "dangling", "hard link", "text", "fifo", "folder"])
+def test_lock_refuses_and_keeps_foreign_file(tmp_path: Path, kind: str) -> None:
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    run.mkdir()
+    victim.write_text("precious", encoding="utf-8")
+    lock = run / LOCK_FILE
+    if kind == "symlink":
+        lock.symlink_to(victim)
+    elif kind == "dangling":
+        lock.symlink_to(tmp_path / "nowhere")
+    elif kind == "hard link":
+        lock.hardlink_to(victim)
+    elif kind == "text":
+        lock.write_text("a novel\n", encoding="utf-8")
+    elif kind == "fifo":
+        os.mkfifo(lock)
+    else:
+        lock.mkdir()
+    before = lock.lstat()
+    with pytest.raises(StorageError, match=r"\.lock is in the way"), RunLock(run):
+        pass
+    assert os.path.samestat(lock.lstat(), before)
+    assert victim.read_text(encoding="utf-8") == "precious"
+    assert kind != "text" or lock.read_text(encoding="utf-8") == "a novel\n"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_lock_leaves_empty_file_of_user(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).touch()
+    with RunLock(tmp_path):
+        with pytest.raises(StorageError), RunLock(tmp_path):
+            pass
+    assert (tmp_path / LOCK_FILE).read_bytes() == b""

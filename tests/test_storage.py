@@ -95,7 +95,7 @@ def test_the_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("psannlm.storage.sync_file", lambda path: events.append(f"sync {Path(path).name}"))
     monkeypatch.setattr("psannlm.storage.os.replace", lambda a, b: events.append(f"rename to {Path(original(b)).name}"))
     write_text(tmp_path / "file", "x")
-    assert events == [f"sync {temporary_beside(tmp_path / 'file').name}", "rename to file", f"sync {tmp_path.name}"]
+    assert events == ["sync file", "rename to file", f"sync {tmp_path.name}"]
 
 
 def test_a_full_disk_names_path_and_room_and_keeps_the_old_file(tmp_path: Path) -> None:
@@ -155,26 +155,35 @@ def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"file", "folder"}
 
 
-def test_leftovers_go_and_everything_else_stays(tmp_path: Path) -> None:
-    kept = [".hidden", "a.tmp", ".a.tmp", ".12.tmp", ".a.12.tmp.gz", "x.12.tmp", ".a.b12.tmp"]
-    for name in [*kept, ".latest.12.tmp", ".x.removed.7.tmp"]:
+def test_leftovers_are_removed_by_content_not_name(tmp_path: Path) -> None:
+    """Only a temporary folder whose marker names its own inode is ours, and an empty one of such a name."""
+    kept = [".hidden", "a.tmp", ".latest.12.tmp", ".x.removed.7.tmp", ".psannlm-0123456789abcdef.tmp"]
+    for name in kept:
         (tmp_path / name).write_text("x", encoding="utf-8")
-    folder = tmp_path / ".step_00000001.12345.tmp"
-    folder.mkdir()
-    (folder / "model").write_text("x", encoding="utf-8")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "precious").write_text("x", encoding="utf-8")
-    (tmp_path / ".link.1.tmp").symlink_to(elsewhere)
-    remove_leftovers(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {*kept, "elsewhere"}
-    assert (elsewhere / "precious").exists()
+    for name in (".step_00000001.12345.tmp", ".psannlm-0000000000000000.tmp", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("x", encoding="utf-8")
+    (tmp_path / ".psannlm-1111111111111111.tmp").symlink_to(tmp_path / "elsewhere")
+    with temporary_beside(tmp_path / "file") as ours:
+        ours.write_text("half", encoding="utf-8")
+        marker = next(path for path in ours.parent.iterdir() if path != ours)
+        (tmp_path / ".psannlm-0000000000000000.tmp" / marker.name).write_bytes(marker.read_bytes())
+        before = {
+            path: path.is_file() and path.read_bytes()
+            for path in tmp_path.rglob("*")
+            if ours.parent not in path.parents
+        }
+        del before[ours.parent]
+        (tmp_path / ".psannlm-2222222222222222.tmp").mkdir()
+        remove_leftovers(tmp_path)
+        assert not ours.parent.exists()
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
-def test_what_is_left_by_a_kill_counts_as_a_leftover(tmp_path: Path) -> None:
-    for name in ("latest", "step_00000500", "with space.json", "é"):
-        temporary_beside(tmp_path / name).write_text("x", encoding="utf-8")
-    remove_leftovers(tmp_path)
+def test_temporary_names_cannot_be_guessed(tmp_path: Path) -> None:
+    with temporary_beside(tmp_path / "file") as one, temporary_beside(tmp_path / "file") as other:
+        assert one.parent != other.parent
+        assert one.parent.stat().st_mode & 0o777 == 0o700
     assert list(tmp_path.iterdir()) == []
 
 

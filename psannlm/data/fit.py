@@ -12,10 +12,10 @@ from typing import Any
 from psannlm.config.data import Source
 from psannlm.data.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import split_documents
-from psannlm.errors import ConfigError
-from psannlm.storage import require_writable, write_text
+from psannlm.errors import ConfigError, TokenizerError
+from psannlm.storage import read_small, refuse_foreign, require_writable, write_text
 from psannlm.tokenizers.base import Tokenizer
-from psannlm.tokenizers.resolve import MODEL_TYPES, check_fit, fit_passages
+from psannlm.tokenizers.resolve import MODEL_TYPES, check_fit, fit_passages, load_tokenizer
 from psannlm.tokenizers.sample import SAMPLE_CHARS, PassageSample
 
 _HELD_OUT = 0.1
@@ -65,6 +65,11 @@ def fit_with_card(
     if not path.suffix:
         path = path.with_suffix(_SUFFIXES[backend])
     require_writable(path)
+    # The whole name: tokenizer.model and tokenizer.json may stand in one folder.
+    card_path = path.with_name(f"{path.name}.card.json")
+    remedy = "or name a new file with --out"
+    refuse_foreign(card_path, _is_own_card, remedy)
+    refuse_foreign(path, _is_tokenizer, remedy)
     report = ReadReport()
     documents = read_documents(sources, report, part_bytes=PART_BYTES, on_bytes=on_bytes)
     sampled = sample_corpus(documents, seed=seed, sample_chars=sample_chars, notice=notice)
@@ -93,10 +98,26 @@ def fit_with_card(
         "seed": seed,
     }
     tokenizer.save(path)
-    # The whole name: tokenizer.model and tokenizer.json may stand in one folder.
-    card_path = path.with_name(f"{path.name}.card.json")
     write_text(card_path, json.dumps(card, indent=2) + "\n")
     return {**card, "card": str(card_path)}
+
+
+def _is_tokenizer(path: Path) -> bool:
+    """Whether the file is a tokenizer, so that whether it is the one that is fitted now can be told later."""
+    try:
+        load_tokenizer(path)
+    except TokenizerError:
+        return False
+    return True
+
+
+def _is_own_card(path: Path) -> bool:
+    """Whether the file is the card of a tokenizer that psannlm fitted."""
+    try:
+        content = json.loads(read_small(path, 1 << 20) or b"")
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"backend", "fingerprint", "corpus_sha256"} <= content.keys()
 
 
 def sample_corpus(

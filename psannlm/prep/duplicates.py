@@ -6,14 +6,14 @@ at a time. Two texts are taken for the same when 128 bits of BLAKE2 are.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from psannlm.storage import explain_write_errors
+from psannlm.storage import explain_write_errors, temporary_beside
 
 _ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u8")])
 # A bucket is sorted in memory, which takes about three times its size.
@@ -48,22 +48,28 @@ class DuplicateFinder:
     def __init__(self, folder: Path, n: int, bucket_bytes: int = _BUCKET_BYTES) -> None:
         self._n = n
         self._n_buckets = min(_MOST_BUCKETS, max(1, -(-n * _ROW.itemsize // bucket_bytes)))
-        self._paths = [folder / f"bucket_{number:03d}" for number in range(self._n_buckets)]
+        self._paths: list[Path] = []
         self._files: list[IO[bytes]] = []
         self._folder = folder
+        self._open = ExitStack()
 
     def __enter__(self) -> DuplicateFinder:
         with explain_write_errors(self._folder):
-            for path in self._paths:
-                self._files.append(open(path, "wb"))
+            buckets = self._open.enter_context(temporary_beside(self._folder / "buckets"))
+            buckets.mkdir()
+            self._paths = [buckets / f"bucket_{number:03d}" for number in range(self._n_buckets)]
+            try:
+                self._files += [open(path, "wb") for path in self._paths]
+            except OSError:
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *_: object) -> None:
         for file in self._files:
             with suppress(OSError):  # what cannot be written at the end is not needed any more
                 file.close()
-        for path in self._paths:
-            path.unlink(missing_ok=True)
+        self._open.close()
 
     def add(self, numbers: NDArray[np.int64], hashes: NDArray[np.uint8]) -> None:
         """Take documents by ``numbers``, (k,) rising, with their ``hashes``, (k, 16).

@@ -9,6 +9,7 @@ from psannlm.data.files import is_remote
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, TokenizerEntry, read_manifest
 from psannlm.data.prepared import open_folder
 from psannlm.errors import ArtifactError, ConfigError
+from psannlm.prep.folder import is_own_shard, remove_files
 from psannlm.prep.plan import Plan, source_differences
 from psannlm.prep.settings import STDIN
 from psannlm.storage import explain_write_errors, sha256_file
@@ -79,11 +80,19 @@ def damage_of(out: Path) -> ArtifactError | None:
 
 
 def remove_finished(out: Path, manifest: Manifest) -> None:
-    """Take away what a finished folder holds, the manifest first: without it nothing passes for whole."""
+    """Remove what the manifest of a finished folder names, and last the manifest, which proves that it is ours.
+
+    Raises:
+        StorageError: a file is not what psannlm wrote there; then none has been removed.
+    """
+    sizes = {entry.file: entry.file_bytes for split in (manifest.train, manifest.validation) for entry in split.shards}
+
+    def is_ours(path: Path) -> bool:
+        if path.name not in sizes:
+            return path.stat().st_size == 0 or sha256_file(path) == manifest.tokenizer.fingerprint
+        # A shard that is damaged in its header still has the size that the manifest records.
+        return is_own_shard(path) or path.stat().st_size in (0, sizes[path.name])
+
+    remove_files(out, [manifest.tokenizer.file, *sizes], is_ours)
     with explain_write_errors(out):
-        for name in (
-            MANIFEST_FILE,
-            manifest.tokenizer.file,
-            *(entry.file for split in (manifest.train, manifest.validation) for entry in split.shards),
-        ):
-            (out / name).unlink(missing_ok=True)
+        (out / MANIFEST_FILE).unlink(missing_ok=True)

@@ -10,7 +10,6 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +23,9 @@ from psannlm.data.shardfile import Shard, ShardEntry, open_shard, write_shard
 from psannlm.errors import ConfigError, CorpusError, Interrupted
 from psannlm.lock import RunLock
 from psannlm.prep.duplicates import Bits, DuplicateFinder, draws
-from psannlm.prep.plan import source_differences
-from psannlm.prep.run import PrepReporter, PrepResult, SilentPrepReporter, remove_work, shard_name
+from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remove_work
+from psannlm.prep.plan import is_merge, source_differences, write_merge_plan
+from psannlm.prep.run import PrepReporter, PrepResult, SilentPrepReporter, shard_name
 from psannlm.prep.survey import SPLITS, TRAIN, VALIDATION
 from psannlm.signals import stopping_on_signals
 from psannlm.storage import explain_write_errors, remove_leftovers, replacing, write_bytes
@@ -126,16 +126,18 @@ class _Merge:
 
     def run(self) -> Manifest:
         work = self._out / WORK_FOLDER
+        refuse_foreign_work(work)
+        content = (self._parts[0][0] / self._like.tokenizer.file).read_bytes()
+        refuse_foreign_files(self._out, self._like.tokenizer.file, content, has_work=is_merge(work))
         remove_work(work)
-        with explain_write_errors(work):
-            work.mkdir(parents=True)
+        write_merge_plan(work, self._like)
+        with explain_write_errors(self._out):
             remove_leftovers(self._out)
         dropped = self._repeated(work) if self._like.settings.dedupe else Bits(self._n)
         moved = self._moved(dropped)
         self._documents_of = np.zeros(len(self._like.sources), np.int64)
         splits = {side: self._write_side(side, dropped, moved) for side in SPLITS}
-        tokenizer = self._like.tokenizer.file
-        write_bytes(self._out / tokenizer, (self._parts[0][0] / tokenizer).read_bytes())
+        write_bytes(self._out / self._like.tokenizer.file, content)
         manifest = self._manifest(splits)
         write_manifest(self._out, manifest)
         remove_work(work)
@@ -239,13 +241,13 @@ class _Merge:
 def _link(shard: Shard, path: Path) -> ShardEntry:
     """Give a shard, once all of it is checked, another name in another folder; where file systems differ, copy it."""
     shard.verify()
-    with explain_write_errors(path):
-        path.unlink(missing_ok=True)
-        with suppress(OSError):
-            os.link(shard.path, path)
-            return replace(shard.entry, file=path.name)
+    # The file itself: a link to a symbolic link would lead nowhere from another folder.
+    source = shard.path.resolve()
     with replacing(path) as temporary:
-        shutil.copyfile(shard.path, temporary)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
     return replace(shard.entry, file=path.name)
 
 

@@ -86,16 +86,21 @@ def write_piece(path: Path, piece: Piece) -> int:
     }
     header = json.dumps(head, separators=(",", ":")).encode("ascii")
     prefix = _PREFIX.pack(_MAGIC, bytes.fromhex(_digest(header, units)), len(header))
-    temporary = temporary_beside(path)
-    with explain_write_errors(path):
-        try:
-            with open(temporary, "wb") as file:
-                for part in (prefix, header, units, tokens):
-                    file.write(part)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with explain_write_errors(path), temporary_beside(path) as temporary:
+        with open(temporary, "wb") as file:
+            for part in (prefix, header, units, tokens):
+                file.write(part)
+        os.replace(temporary, path)
     return len(prefix) + len(header) + len(units) + len(tokens)
+
+
+def is_piece(path: Path) -> bool:
+    """Whether the file at ``path`` begins as every piece does."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
 
 
 def read_piece(path: Path, *, with_tokens: bool = True) -> Piece:

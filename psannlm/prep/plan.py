@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.config.files import PLAN_FILE
+from psannlm.data.manifest import Manifest
 from psannlm.errors import ArtifactError, ConfigError
 from psannlm.prep.settings import PrepSettings
 from psannlm.prep.sources import SourceFile
@@ -50,6 +51,30 @@ class Plan:
 def write_plan(work: Path, plan: Plan) -> None:
     """Record a plan. Raises StorageError if it cannot be written."""
     write_text(work / PLAN_FILE, json.dumps(plan.as_dict(), indent=1) + "\n")
+
+
+def write_merge_plan(work: Path, manifest: Manifest) -> None:
+    """Record that parts like that of ``manifest`` are being merged, so that what a kill leaves is known as ours.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    record = {
+        "version": _VERSION,
+        "merge": manifest.part.split("/")[1],
+        "settings": vars(manifest.settings),
+        "tokenizer_fingerprint": manifest.tokenizer.fingerprint,
+        "sources": [{"path": source.path, "bytes": source.bytes} for source in manifest.sources],
+    }
+    write_text(work / PLAN_FILE, json.dumps(record, indent=1) + "\n")
+
+
+def is_merge(work: Path) -> bool:
+    """Whether the folder of unfinished work is that of a merge."""
+    try:
+        return "merge" in json.loads((work / PLAN_FILE).read_bytes())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def go_on(work: Path, plan: Plan) -> Plan | None:

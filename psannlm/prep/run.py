@@ -30,6 +30,7 @@ from psannlm.memory import return_large_blocks
 from psannlm.prep.assemble import DocumentStream, select_units
 from psannlm.prep.chunks import Chunk, chunk_bytes_for, gather
 from psannlm.prep.finished import damage_of, refuse_other, remove_finished, tokenizer_entry
+from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remove_work
 from psannlm.prep.piece import piece_path, read_piece
 from psannlm.prep.plan import Plan, go_on, write_plan
 from psannlm.prep.pool import WorkerPool, usable_cores
@@ -182,12 +183,6 @@ def _known_bytes(sources: Sequence[SourceFile], indices: Sequence[int]) -> int:
     return sum(sources[index].n_bytes or 0 for index in indices)
 
 
-def remove_work(work: Path) -> None:
-    with explain_write_errors(work):
-        if work.exists():
-            shutil.rmtree(work)
-
-
 class _Preparation:
     """One run of the steps in one folder."""
 
@@ -237,13 +232,11 @@ class _Preparation:
         return manifest
 
     def _begin(self) -> None:
+        refuse_foreign_work(self._work)
         plan = go_on(self._work, self._plan) if self._has_pieces() else None
+        entry = tokenizer_entry(self._tokenizer)
+        refuse_foreign_files(self._out, entry.file, self._tokenizer.to_bytes(), has_work=plan is not None)
         if plan is None:
-            foreign = next(self._out.glob("*.safetensors"), None)
-            if foreign is not None:
-                raise ConfigError(
-                    f"{self._out} holds {foreign.name} and no manifest; remove it, or choose an empty --out"
-                )
             remove_work(self._work)
             write_plan(self._work, self._plan)
         else:

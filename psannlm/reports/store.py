@@ -24,16 +24,18 @@ def timestamp() -> str:
 
 
 def new_folder(kind: str, out: Path | None = None) -> Path:
-    """Make and return ``out``, or ``reports/<kind>/<ts>`` (numbered on, should two start in one second).
+    """Make and return a folder that did not exist: ``reports/<kind>/<ts>``, ``out``, or ``out/<ts>`` if ``out`` exists.
+
+    ``<ts>`` is numbered on (``<ts>_2``) should two start in one second. Nothing that exists is ever written to.
 
     Raises:
         StorageError: the folder cannot be made.
     """
-    if out is not None:
+    if out is not None and not os.path.lexists(out):
         with explain_write_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True)
         return out
-    stem = Path("reports") / kind / timestamp()
+    stem = (Path("reports") / kind if out is None else out) / timestamp()
     number = 1
     while True:
         folder = stem if number == 1 else stem.with_name(f"{stem.name}_{number}")
@@ -41,6 +43,8 @@ def new_folder(kind: str, out: Path | None = None) -> Path:
             try:
                 folder.mkdir(parents=True)
             except FileExistsError:
+                if not os.path.lexists(folder):
+                    raise  # a file in the place of one of its parents
                 number += 1
                 continue
         return folder

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,17 @@ from psannlm.errors import ArtifactError, StorageError
 from psannlm.models.artifact import MODEL_FILE, save_model
 from psannlm.models.tensorfile import read_tensors, send_tensors, verify_tensors, write_tensors
 from psannlm.models.transformer import Transformer
-from psannlm.storage import explain_write_errors, remove_leftovers, sync_file, temporary_beside, write_text
+from psannlm.storage import (
+    explain_write_errors,
+    is_plain_file,
+    is_plain_folder,
+    read_small,
+    remove_leftovers,
+    sync_file,
+    temporary_beside,
+    write_text,
+)
+from psannlm.tensorheader import file_metadata
 from psannlm.tokenizers.base import Tokenizer
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -31,7 +40,9 @@ STATE_FILE = "trainer.json"
 LATEST, BEST = "latest", "best"
 FORMAT_VERSION = 1
 _PREFIX = "step_"
-_FOLDER = re.compile(_PREFIX + "[0-9]{1,18}")
+_FOLDER = re.compile(_PREFIX + "(?:[0-9]{8}|[1-9][0-9]{8,17})")
+_POINTER = re.compile(rb"step_(?:[0-9]{8}|[1-9][0-9]{8,17})\n")
+_STATE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -90,32 +101,38 @@ def save_checkpoint(
         StorageError: it could not be written. Nothing of it is left, and earlier checkpoints are untouched.
     """
     final = step_folder(run, state.step)
-    temporary = temporary_beside(final)
     with explain_write_errors(final):
         run.mkdir(parents=True, exist_ok=True)
         remove_leftovers(run)
-        temporary.mkdir()
     try:
-        notes = {"step": state.step, "tokens": state.tokens, **state.metrics}
-        hashes = {
-            MODEL_FILE: save_model(temporary / MODEL_FILE, model, tokenizer, notes),
-            OPTIMIZER_FILE: write_tensors(
-                temporary / OPTIMIZER_FILE, optimizer_tensors, {"format": "psannlm-optimizer"}
-            ),
-        }
-        write_text(temporary / STATE_FILE, _sealed({"files": hashes, "state": asdict(state)}))
-        with explain_write_errors(final):
+        with explain_write_errors(final), temporary_beside(final) as temporary:
+            temporary.mkdir()
+            _write_checkpoint(temporary, model, tokenizer, optimizer_tensors, state)
             sync_file(temporary)
-            if final.exists():  # the same step saved again, after a resume from an older checkpoint
+            if os.path.lexists(final):  # the same step saved again, after a resume from an older checkpoint
                 remove_checkpoint(final)
             os.replace(temporary, final)
             sync_file(run)
         point(run, LATEST, state.step)
     except StorageError as error:
         raise StorageError(f"{final} was not saved: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _write_checkpoint(
+    folder: Path,
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    optimizer_tensors: dict[str, Tensor],
+    state: TrainerState,
+) -> None:
+    """Write the three files of a checkpoint into ``folder``; the state last, with the hashes of the others."""
+    notes = {"step": state.step, "tokens": state.tokens, **state.metrics}
+    hashes = {
+        MODEL_FILE: save_model(folder / MODEL_FILE, model, tokenizer, notes),
+        OPTIMIZER_FILE: write_tensors(folder / OPTIMIZER_FILE, optimizer_tensors, {"format": "psannlm-optimizer"}),
+    }
+    write_text(folder / STATE_FILE, _sealed({"files": hashes, "state": asdict(state)}))
 
 
 def assist_save(model: Transformer, optimizer_tensors: dict[str, Tensor]) -> None:
@@ -124,16 +141,49 @@ def assist_save(model: Transformer, optimizer_tensors: dict[str, Tensor]) -> Non
     send_tensors(optimizer_tensors)
 
 
+def is_own_checkpoint(folder: Path) -> bool:
+    """Whether ``folder`` is a checkpoint that psannlm wrote, whole or damaged, and holds nothing else.
+
+    Its content proves it: the state with its own hash, or, where that is damaged, the header of one of the tensor
+    files.
+    """
+    if not is_plain_folder(folder) or not _FOLDER.fullmatch(folder.name):
+        return False
+    names = {path.name for path in folder.iterdir()}
+    if not names <= {STATE_FILE, MODEL_FILE, OPTIMIZER_FILE} or not all(is_plain_file(folder / name) for name in names):
+        return False
+    return _holds_state(folder / STATE_FILE) or any(
+        str(file_metadata(folder / name).get("format", "")).startswith("psannlm-")
+        for name in (MODEL_FILE, OPTIMIZER_FILE)
+    )
+
+
+def _holds_state(path: Path) -> bool:
+    """Whether the file at ``path`` is the state of a checkpoint and matches its own hash."""
+    try:
+        content = json.loads(read_small(path, _STATE_BYTES) or b"")
+        return bool(content.pop("sha256") == _digest(content)) and "state" in content
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return False
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether the file at ``path`` is a ``latest`` or ``best`` as :func:`point` writes it."""
+    return _POINTER.fullmatch(read_small(path, 64) or b"") is not None
+
+
 def remove_checkpoint(folder: Path) -> None:
     """Delete a checkpoint; a process killed half way leaves a folder that nothing takes for a checkpoint.
 
     Raises:
-        StorageError: it cannot be removed.
+        StorageError: it cannot be removed, or is not a checkpoint of psannlm alone: then it is left as it is.
     """
-    with explain_write_errors(folder):
-        doomed = folder.with_name(f".{folder.name}.removed.{os.getpid()}.tmp")
+    if not is_own_checkpoint(folder):
+        raise StorageError(
+            f"{folder} is in the way: it is not a checkpoint of psannlm alone, so it stays as it is. Move or rename it."
+        )
+    with explain_write_errors(folder), temporary_beside(folder) as doomed:
         os.replace(folder, doomed)
-        shutil.rmtree(doomed)
 
 
 def point(run: Path, name: str, step: int) -> None:
@@ -192,7 +242,7 @@ def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first, whole or not."""
     if not run.is_dir():
         return []
-    found = [path for path in run.iterdir() if path.is_dir() and _FOLDER.fullmatch(path.name)]
+    found = [path for path in run.iterdir() if _FOLDER.fullmatch(path.name) and is_plain_folder(path)]
     return sorted(found, key=step_of)
 
 
@@ -219,8 +269,12 @@ def newest_whole(run: Path, notice: Callable[[str], None]) -> tuple[Path, Traine
 
 
 def prune(run: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one. Raises StorageError if one stays."""
-    for folder in list_checkpoints(run)[:-keep]:
+    """Remove all but the newest ``keep`` checkpoints and the best one, and nothing that psannlm did not make.
+
+    Raises:
+        StorageError: a checkpoint cannot be removed.
+    """
+    for folder in [path for path in list_checkpoints(run) if is_own_checkpoint(path)][:-keep]:
         if best_step is None or folder != step_folder(run, best_step):
             remove_checkpoint(folder)
 

@@ -98,5 +98,5 @@ def draw_curve(folder: Path, title: str, rows: list[dict[str, Any]]) -> Path:
     with replacing(path) as temporary, warnings.catch_warnings():
         # Characters that matplotlib's font lacks are drawn as boxes; the picture is whole all the same.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format="png", dpi=150, metadata={"Software": "psannlm"})
     return path

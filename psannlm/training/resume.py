@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from psannlm.config.run import RunConfig, differences
 from psannlm.data.order import ORDER_VERSION
 from psannlm.data.prepare import PreparedData
-from psannlm.errors import ArtifactError, ConfigError, Problem
+from psannlm.errors import ArtifactError, ConfigError, Problem, StorageError
 from psannlm.lock import RunLock
 from psannlm.models.transformer import Transformer
 from psannlm.reports.store import timestamp
@@ -21,6 +21,7 @@ from psannlm.training.checkpoint import (
     BEST,
     LATEST,
     TrainerState,
+    is_own_checkpoint,
     list_checkpoints,
     newest_whole,
     point,
@@ -32,6 +33,7 @@ from psannlm.training.checkpoint import (
 from psannlm.training.loop import Progress
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.progress import Reporter
+from psannlm.training.run_folder import foreign_entry
 
 # Keys that may differ between a run and its continuation: they change what is kept or how fast it goes, not the model.
 _NEUTRAL_KEYS = frozenset(
@@ -202,7 +204,11 @@ def make_way(lock: RunLock, checkpoint: Path, best: dict[str, Any] | None, repor
     if not _is_in(checkpoint, folder):
         move_aside(lock, reporter)
         return
-    later = [path for path in list_checkpoints(folder) if step_of(path) > step_of(checkpoint.resolve())]
+    later = [
+        path
+        for path in list_checkpoints(folder)
+        if step_of(path) > step_of(checkpoint.resolve()) and is_own_checkpoint(path)
+    ]
     if later:
         aside = _free_name(folder)
         with explain_write_errors(aside):
@@ -219,9 +225,19 @@ def make_way(lock: RunLock, checkpoint: Path, best: dict[str, Any] | None, repor
 
 
 def move_aside(lock: RunLock, reporter: Reporter) -> None:
-    """Give a run folder that holds checkpoints another name. Raises StorageError if that fails."""
-    if not list_checkpoints(lock.folder):
+    """Give a run folder that holds checkpoints another name.
+
+    Raises:
+        StorageError: that fails, or the folder holds something that no run wrote, which would be moved with it.
+    """
+    if not any(map(is_own_checkpoint, list_checkpoints(lock.folder))):
         return
+    foreign = foreign_entry(lock.folder)
+    if foreign is not None:
+        raise StorageError(
+            f"{foreign} would be moved with the run in {lock.folder}, and psannlm did not write it; move it, or choose "
+            "another train.checkpoint_dir (--out)"
+        )
     aside = _free_name(lock.folder)
     lock.move_folder(aside)
     reporter.notice(f"the run that was in {lock.folder} is in {aside} now")

@@ -55,10 +55,8 @@ from psannlm.training.resume import (
     restore,
     same_model,
 )
+from psannlm.training.run_folder import CONFIG_FILE, SYSTEM_FILE, refuse_foreign_files, says_the_same
 from psannlm.training.tensorboard import TensorBoardLog, require_tensorboard
-
-CONFIG_FILE = "config.yaml"
-SYSTEM_FILE = "system.json"
 
 
 @dataclass(frozen=True)
@@ -140,6 +138,7 @@ def train(
                 remove_leftovers(folder)
             if resume == "never":
                 move_aside(lock, reporter)
+            refuse_foreign_files(folder, config, config.train.max_steps)
         world.wait()
         start = _find_start(config, folder, resume, reporter, data, model, world)
         world.wait()
@@ -346,7 +345,8 @@ def _prepared_module(model: Transformer, world: World, device: torch.device, *, 
 
 
 def _describe_to_disk(folder: Path, config: RunConfig) -> None:
-    write_text(folder / CONFIG_FILE, to_yaml(config))
+    if not says_the_same(folder / CONFIG_FILE, config):
+        write_text(folder / CONFIG_FILE, to_yaml(config))
     write_json(folder / SYSTEM_FILE, system_info())
 
 

@@ -37,11 +37,14 @@ def test_two_in_one_second_do_not_meet(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(Path(name).is_dir() for name in names)
 
 
-def test_out_is_taken_as_it_is(tmp_path: Path) -> None:
-    assert new_folder("x", tmp_path / "a" / "b") == tmp_path / "a" / "b"
-    (tmp_path / "a" / "b" / "kept").write_text("x", encoding="utf-8")
-    assert new_folder("x", tmp_path / "a" / "b") == tmp_path / "a" / "b"
-    assert (tmp_path / "a" / "b" / "kept").exists()
+def test_existing_out_gets_dated_folder_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "timestamp", lambda: "20260304_050607")
+    out = tmp_path / "a" / "b"
+    assert [new_folder("x", out) for _ in range(3)] == [out, out / "20260304_050607", out / "20260304_050607_2"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(StorageError):
+        new_folder("x", tmp_path / "link")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

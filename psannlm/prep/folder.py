@@ -1,0 +1,117 @@
+"""What ``prep`` and ``prep --merge`` write into a folder, told by content from what is somebody else's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from psannlm.config.files import PLAN_FILE
+from psannlm.data.shardfile import FORMAT
+from psannlm.errors import StorageError
+from psannlm.prep.piece import is_piece
+from psannlm.storage import explain_write_errors, is_plain_file, is_plain_folder, read_small, refuse_foreign
+from psannlm.storage import remove_leftovers as remove_temporaries
+from psannlm.tensorheader import file_metadata
+
+_PLAN_BYTES = 1 << 30
+_PIECE = re.compile(r"piece_[0-9]{8,}")
+_REMEDY = "or choose another folder with --out"
+
+
+def is_own_shard(path: Path) -> bool:
+    """Whether the header of the file says that it is a token shard of psannlm."""
+    return file_metadata(path, 1 << 20).get("format") == FORMAT
+
+
+def refuse_foreign_files(out: Path, tokenizer_file: str, tokenizer: bytes, *, has_work: bool) -> None:
+    """Make sure that preparing into ``out`` writes over nothing that psannlm did not make.
+
+    Args:
+        tokenizer_file: the name that the tokenizer will have in ``out``; ``tokenizer``: its bytes.
+        has_work: unfinished work of the same plan lies in ``out``, so that shards of ours may too.
+
+    Raises:
+        StorageError: something foreign is in the way; the message names it.
+    """
+    refuse_foreign(out / tokenizer_file, lambda path: path.read_bytes() == tokenizer, _REMEDY)
+    for path in sorted(out.glob("*.safetensors")):
+        refuse_foreign(path, is_own_shard if has_work else _nothing_is_ours, _REMEDY)
+
+
+def _nothing_is_ours(path: Path) -> bool:
+    return False
+
+
+def refuse_foreign_work(work: Path) -> None:
+    """Raise StorageError where ``.work`` is not a folder, or holds something that is not a part of unfinished work."""
+    if not os.path.lexists(work):
+        return
+    if not is_plain_folder(work):
+        raise StorageError(f"{work} is in the way: it is not a folder of psannlm. Move or rename it, {_REMEDY}.")
+    with explain_write_errors(work):
+        remove_temporaries(work)
+        names = {path.name for path in work.iterdir()}
+    is_ours = _is_own_plan(work / PLAN_FILE)
+    for name in sorted(names):
+        path = work / name
+        if not is_ours or not _is_work(path):
+            raise StorageError(
+                f"{path} is in the way: psannlm did not write it, so it stays as it is. Move or rename it, {_REMEDY}."
+            )
+
+
+def remove_work(work: Path) -> None:
+    """Remove the parts of unfinished work, and their folder unless something else is in it.
+
+    Raises:
+        StorageError: they cannot be removed.
+    """
+    if not is_plain_folder(work):
+        return
+    with explain_write_errors(work):
+        remove_temporaries(work)
+        paths = list(work.iterdir())
+        if not paths or not _is_own_plan(work / PLAN_FILE):
+            if not paths:
+                work.rmdir()
+            return
+        # The plan last: without it the pieces that a kill leaves behind would pass for somebody else's.
+        for path in sorted(paths, key=lambda path: path.name == PLAN_FILE):
+            if path.name != PLAN_FILE and _is_work(path):
+                path.unlink()
+        if [path.name for path in work.iterdir()] == [PLAN_FILE]:
+            (work / PLAN_FILE).unlink()
+            work.rmdir()
+
+
+def _is_work(path: Path) -> bool:
+    if not is_plain_file(path):
+        return False
+    if path.name == PLAN_FILE:
+        return _is_own_plan(path)
+    return _PIECE.fullmatch(path.name) is not None and is_piece(path)
+
+
+def _is_own_plan(path: Path) -> bool:
+    """Whether the file is the record of a preparation or a merge that psannlm began."""
+    try:
+        content = json.loads(read_small(path, _PLAN_BYTES) or b"")
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"version", "settings", "tokenizer_fingerprint", "sources"} <= content.keys()
+
+
+def remove_files(out: Path, names: Collection[str], is_ours: Callable[[Path], bool]) -> None:
+    """Remove files of a finished folder, after making sure that every one of them is ours.
+
+    Raises:
+        StorageError: one is not, or cannot be removed; then none has been.
+    """
+    for name in names:
+        refuse_foreign(out / name, is_ours, _REMEDY)
+    with explain_write_errors(out):
+        for name in names:
+            (out / name).unlink(missing_ok=True)
