@@ -135,15 +135,17 @@ def is_plain_folder(path: Path) -> bool:
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed while writing left in ``folder``; only its one writer may call this.
 
-    The marker inside proves that a temporary folder is ours; one that was killed before the marker was written is
-    empty, and removing an empty folder of a random name harms nobody.
+    The marker inside proves that a temporary folder is ours. A kill may have come before it was written: then the
+    folder holds nothing, or an empty marker alone, and removing it harms nobody.
     """
     for path in folder.iterdir():
         if not _TEMPORARY.fullmatch(path.name) or not is_plain_folder(path):
             continue
-        if read_small(path / _MARKER, 200) == _marker_of(path).encode("ascii"):
+        marker = read_small(path / _MARKER, 200)
+        names = [entry.name for entry in path.iterdir()]
+        if marker == _marker_of(path).encode("ascii") or (marker == b"" and names == [_MARKER]):
             shutil.rmtree(path)
-        elif not any(path.iterdir()):
+        elif not names:
             path.rmdir()
 
 

@@ -65,7 +65,7 @@ def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> 
     with replacing(path) as temporary:
         temporary.write_text("ne", encoding="utf-8")
         assert path.read_text(encoding="utf-8") == "old"
-        assert temporary.parent == path.parent  # a rename is atomic within one file system only
+        assert temporary.parent.parent == path.parent  # a rename is atomic within one file system only
         temporary.write_text("new", encoding="utf-8")
     assert path.read_text(encoding="utf-8") == "new"
 

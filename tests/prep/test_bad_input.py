@@ -203,7 +203,7 @@ def test_damaged_files_are_told(prepare: Prepare, corpus: Path, tmp_path: Path) 
     with pytest.raises(ArtifactError, match=r"manifest\.json"):
         prepare(corpus)
     manifest.unlink()
-    with pytest.raises(ConfigError, match=r"safetensors and no manifest"):
+    with pytest.raises(StorageError, match=r"train_00000\.safetensors is in the way"):
         prepare(corpus)
     (tmp_path / "t.json").write_text(json.dumps({"version": 9}))
     with pytest.raises(PsannlmError, match=r"t\.json"):

@@ -18,6 +18,7 @@ from psannlm.data.loader import Position
 from psannlm.errors import ArtifactError, StorageError
 from psannlm.models.artifact import load_model
 from psannlm.models.transformer import Transformer
+from psannlm.storage import temporary_beside
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.training.checkpoint import (
@@ -211,13 +212,30 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == [step_folder(tmp_path, step) for step in (7, 99_999_999, 100_000_000)]
 
 
-def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
-    for step in range(1, 8):
-        step_folder(tmp_path, step).mkdir()
-    prune(tmp_path, 2, best_step=3)
-    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "6", "7"]
-    prune(tmp_path, 5, best_step=None)
-    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "6", "7"]
+def test_prune_keeps_the_newest_and_the_best(save: Callable[..., Path]) -> None:
+    run = [save(step) for step in range(1, 8)][-1].parent
+    prune(run, 2, best_step=3)
+    assert [path.name[-1] for path in list_checkpoints(run)] == ["3", "6", "7"]
+    prune(run, 5, best_step=None)
+    assert [path.name[-1] for path in list_checkpoints(run)] == ["3", "6", "7"]
+
+
+def test_prune_leaves_every_foreign_folder(save: Callable[..., Path], tmp_path: Path) -> None:
+    """A name alone does not make a checkpoint ours, and neither does one of ours with a file of the user's in it."""
+    run = [save(step) for step in (10, 11, 12)][-1].parent
+    (step_folder(run, 10) / "notes.txt").write_text("mine", encoding="utf-8")
+    for name in ("step_1", "step_00000001", "step_00000002", "step_000000003"):
+        (run / name).mkdir()
+        (run / name / "novel.txt").write_text("mine", encoding="utf-8")
+    (run / "step_00000002" / "trainer.json").write_text('{"state": {}, "sha256": "0"}', encoding="utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "trainer.json").write_bytes((step_folder(run, 11) / "trainer.json").read_bytes())
+    (run / "step_00000004").symlink_to(tmp_path / "elsewhere")
+    prune(run, 1, best_step=None)
+    left = {path.name for path in run.iterdir() if path.name.startswith("step_")}
+    foreign = {"step_1", "step_00000001", "step_00000002", "step_000000003", "step_00000004", "step_00000010"}
+    assert left == foreign | {"step_00000012"}
+    assert (run / "step_00000004" / "trainer.json").exists()
 
 
 def test_a_removal_cut_short_leaves_no_half_checkpoint(
@@ -227,11 +245,11 @@ def test_a_removal_cut_short_leaves_no_half_checkpoint(
         run = save(step).parent
 
     def die(path: Path, **kwargs: Any) -> None:
-        (path / "model.safetensors").unlink()
+        next(path.rglob("model.safetensors")).unlink()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("psannlm.training.checkpoint.shutil.rmtree", die)
+        patch.setattr("psannlm.storage.shutil.rmtree", die)
         with pytest.raises(KeyboardInterrupt):
             prune(run, 2, None)
     assert [read_state(folder).step for folder in list_checkpoints(run)] == [2, 3]
@@ -329,8 +347,9 @@ def test_a_full_disk_at_the_state_file_leaves_nothing(
 
 def test_leftovers_of_a_kill_are_never_chosen_and_go_at_the_next_save(save: Callable[..., Path]) -> None:
     run = save(2).parent
-    shutil.copytree(step_folder(run, 2), run / ".step_00000004.99999.tmp")
-    (run / ".latest.99999.tmp").write_text("step_0000", encoding="utf-8")
+    with temporary_beside(step_folder(run, 4)) as temporary, pytest.MonkeyPatch.context() as patch:
+        shutil.copytree(step_folder(run, 2), temporary)
+        patch.setattr("psannlm.storage.shutil.rmtree", lambda path, **kwargs: None)
     (run / ".gitignore").write_text("*", encoding="utf-8")
     found = newest_whole(run, pytest.fail)
     assert found is not None

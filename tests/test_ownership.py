@@ -1,0 +1,144 @@
+"""No command harms a file that psannlm did not make: every writing command against a folder full of foreign files."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from psannlm.config.run import load_config
+from psannlm.errors import PsannlmError
+from psannlm.prep.run import PrepSettings, prepare_corpus
+from psannlm.reports.store import new_folder
+from psannlm.tokenizers.char import CharTokenizer
+from psannlm.training.run import train
+
+CONFIG = """\
+# my own words
+model: {base: transformer, d_model: 16, n_layers: 1, n_heads: 2}
+data: {sources: [{path: corpus.txt, per_line: true}], tokenizer: simple, vocab_size: 300, max_length: 16, val_split: 0.2}
+train: {max_steps: 2, batch_tokens: 64, amp: fp32, device: cpu, save_interval_steps: 1, keep_checkpoints: 1}
+"""
+FILES = (
+    ".lock",
+    "best",
+    "config.yaml",
+    "latest",
+    "loss_curve.png",
+    "manifest.json",
+    "metrics.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "report.html",
+    "report.md",
+    "stdout.log",
+    "summary.json",
+    "system.json",
+    "table.txt",
+    "tokenizer.json",
+    "tokenizer.json.card.json",
+    "tokenizer.model",
+    "train_00000.safetensors",
+    "validation_00000.safetensors",
+    "plan.json",
+    ".latest.12.tmp",
+)
+FOLDERS = (".work", "step_1", "step_00000001", "step_00000002", "tensorboard", ".psannlm-0123456789abcdef.tmp")
+
+
+def fill(folder: Path, kind: str) -> None:
+    """Put a foreign entry of one kind at every name that a command may want to write."""
+    folder.mkdir()
+    victim = folder / "victim"
+    victim.write_text("precious\n", encoding="utf-8")
+    for name in FILES:
+        path = folder / name
+        if kind == "file":
+            path.write_text(f"my own {name}\n", encoding="utf-8")
+        elif kind == "symlink":
+            path.symlink_to(victim)
+        elif kind == "hard link":
+            path.hardlink_to(victim)
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            os.mkfifo(path)
+    for name in FOLDERS:
+        (folder / name).mkdir()
+        (folder / name / "trainer.json").write_text("mine", encoding="utf-8")
+        (folder / name / "piece_00000000").write_text("mine", encoding="utf-8")
+
+
+def state_of(folder: Path) -> dict[str, object]:
+    """Return what every entry is and holds, links and FIFOs by themselves."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        mode = path.lstat().st_mode
+        content = path.read_bytes() if stat.S_ISREG(mode) else os.readlink(path) if stat.S_ISLNK(mode) else b""
+        found[str(path.relative_to(folder))] = (stat.S_IFMT(mode), path.lstat().st_ino, content)
+    return found
+
+
+def train_into(out: Path) -> None:
+    train(load_config("config.yaml", [f"train.checkpoint_dir={out}"]))
+
+
+def train_anew_into(out: Path) -> None:
+    train(load_config("config.yaml", [f"train.checkpoint_dir={out}"]), resume="never")
+
+
+def prepare_into(out: Path) -> None:
+    prepare_corpus(["corpus.txt"], Path("t.json"), out, PrepSettings(per_line=True), n_workers=1)
+
+
+def report_into(out: Path) -> None:
+    folder = new_folder("benchmarks", out)
+    assert not any(folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["file", "symlink", "hard link", "folder", "fifo"])
+@pytest.mark.parametrize("work", [train_into, train_anew_into, prepare_into, report_into])
+def test_no_work_harms_foreign_entries(
+    work: Callable[[Path], None], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(CONFIG, encoding="utf-8")
+    Path("corpus.txt").write_text("a line of text\nanother line of text\nand a third one\n" * 20, encoding="utf-8")
+    CharTokenizer.fit(["a line of text"], 300).save("t.json")
+    fill(tmp_path / "out", kind)
+    before = state_of(tmp_path / "out")
+    # One name at a time: what refuses at the first would never come to the second.
+    for name in (*FILES, *FOLDERS):
+        one = tmp_path / "one"
+        one.mkdir()
+        os.rename(tmp_path / "out" / name, one / name)
+        was = state_of(one)
+        try:
+            work(one)
+        except PsannlmError as error:
+            assert str(one) in str(error), error
+        now = state_of(one)
+        assert {key: now.get(key) for key in was} == was, name
+        os.rename(one / name, tmp_path / "out" / name)
+        one.rename(tmp_path / f"done {name}")
+    assert state_of(tmp_path / "out") == before
+    try:
+        work(tmp_path / "out")
+    except PsannlmError as error:
+        assert str(tmp_path / "out") in str(error), error
+    now = state_of(tmp_path / "out")
+    assert {key: now.get(key) for key in before} == before
+
+
+def test_training_leaves_configuration_in_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project folder as the run folder: the configuration with its comments stays as it was written."""
+    monkeypatch.chdir(tmp_path)
+    Path("corpus.txt").write_text("a line of text\nanother line of text\nand a third one\n" * 20, encoding="utf-8")
+    Path("config.yaml").write_text(CONFIG, encoding="utf-8")
+    with pytest.raises(PsannlmError, match=r"config\.yaml is in the way"):
+        train(load_config("config.yaml", ["train.checkpoint_dir=.", "train.lr=0.001"]))
+    assert Path("config.yaml").read_text(encoding="utf-8") == CONFIG
+    assert {path.name for path in Path().iterdir()} == {"corpus.txt", "config.yaml"}
