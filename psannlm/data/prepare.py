@@ -18,6 +18,7 @@ from psannlm.data.lossless import watch_for_loss
 from psannlm.data.order import shuffled
 from psannlm.data.prepared import find_prepared, open_folder, refuse_other_wishes
 from psannlm.data.shards import encode_documents
+from psannlm.data.split import cut_place
 from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError, CorpusError, Problem
 from psannlm.tokenizers.base import Tokenizer
@@ -172,31 +173,18 @@ def split_documents(
 
 
 def _cut(document: Document, val_split: float) -> tuple[list[Document], list[Document]]:
-    text = document.text
-    wanted = min(max(1, round(len(text) * (1 - val_split))), len(text) - 1)
-    at = boundary_near(text, wanted, reach=max(1, min(wanted, len(text) - wanted) // 10))
-    parts = text[:at], text[at:]
+    content = document.text.encode("utf-8")
+    at = cut_place(content, val_split)
+    parts = content[:at].decode("utf-8"), content[at:].decode("utf-8")
     if not all(part.strip() for part in parts):
         raise CorpusError(
-            f"{document.name}: {len(text):,} characters are too few to hold out {val_split:g} of them; "
+            f"{document.name}: {len(document.text):,} characters are too few to hold out {val_split:g} of them; "
             "add text, or set data.val_split to 0"
         )
     named = [
         Document(part, f"{document.name} [{half} part]") for part, half in zip(parts, ("first", "last"), strict=True)
     ]
     return named[:1], named[1:]
-
-
-def boundary_near(text: str, wanted: int, reach: int) -> int:
-    """Return where to cut: after the paragraph, else line, else word that ends nearest ``wanted`` within ``reach``."""
-    low, high = max(1, wanted - reach), min(len(text) - 1, wanted + reach)
-    for boundary in ("\n\n", "\n", " "):
-        before = text.rfind(boundary, max(0, low - len(boundary)), wanted)
-        after = text.find(boundary, wanted - len(boundary) + 1, high)
-        ends = [start + len(boundary) for start in (before, after) if start >= 0]
-        if ends:
-            return min(ends, key=lambda end: (abs(end - wanted), end))
-    return wanted
 
 
 def shared_text(held_out: Iterable[Document], train: Iterable[Document]) -> float:

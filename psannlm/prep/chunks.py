@@ -10,8 +10,9 @@ from typing import NamedTuple
 # What a section holds: a whole file of text; text that is known to be UTF-8, whole or a part of a document; lines of
 # text; lines of JSON.
 FILE, TEXT, LINES, JSON_LINES = "file", "text", "lines", "jsonl"
-# Of a section of text, and of the unit of tokens it becomes: a document begins in it, ends in it, is not all blank.
-BEGINS, ENDS, HAS_TEXT = 1, 2, 4
+# Of a section of text, and of the unit of tokens it becomes: a document begins in it, ends in it, is not all blank; the
+# document is one half of a corpus that was a single document, and is kept as it is.
+BEGINS, ENDS, HAS_TEXT, HALF = 1, 2, 4, 8
 WHOLE = BEGINS | ENDS
 
 SMALLEST_CHUNK_BYTES = 1 << 18

@@ -15,10 +15,11 @@ from psannlm.data.files import decoded
 from psannlm.data.lossless import find_loss
 from psannlm.data.parts import HASH_BYTES, pack_origin, text_hash, unpack_origin
 from psannlm.data.shards import token_dtype
+from psannlm.data.split import cut_place
 from psannlm.errors import CorpusError
-from psannlm.prep.chunks import BEGINS, ENDS, FILE, HAS_TEXT, JSON_LINES, TEXT, WHOLE, Chunk, Section
+from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, HAS_TEXT, JSON_LINES, TEXT, WHOLE, Chunk, Section
 from psannlm.prep.piece import UNIT, Piece
-from psannlm.prep.segments import SEGMENT_BYTES, cut, split_near
+from psannlm.prep.segments import SEGMENT_BYTES, cut
 from psannlm.prep.settings import PrepSettings
 from psannlm.prep.walk import Cut, replaced
 from psannlm.tokenizers.base import Tokenizer
@@ -170,9 +171,9 @@ class ChunkEncoder:
             content = _encoded(text, name, record)
             where = Section(TEXT, source, record, 0, len(content))
             if self._cut is not None and (self._cut.source, self._cut.record) == (source, record):
-                at = split_near(content, self._cut.at)
-                yield from _segments(content[:at], None, where)
-                yield from _segments(content[at:], None, where)
+                at = cut_place(content, settings.val_split)
+                yield from _segments(content[:at], None, where, HALF)
+                yield from _segments(content[at:], None, where, HALF)
             else:
                 yield from _segments(content, text, where)
 
@@ -188,15 +189,15 @@ def _encoded(text: str, name: str, record: int) -> bytes:
         ) from error
 
 
-def _segments(content: bytes, text: str | None, where: Section) -> Iterator[tuple[str, Row]]:
+def _segments(content: bytes, text: str | None, where: Section, half: int = 0) -> Iterator[tuple[str, Row]]:
     """Yield the units of a document at hand; ``text`` is its text, where it is one already."""
     digest = text_hash(content)
     if len(content) <= SEGMENT_BYTES:
-        yield _unit(text if text is not None else content.decode("utf-8"), len(content), WHOLE, where, digest)
+        yield _unit(text if text is not None else content.decode("utf-8"), len(content), WHOLE | half, where, digest)
         return
     parts = cut(content)
     for number, part in enumerate(parts, start=1):
-        flags = (BEGINS if number == 1 else 0) | (ENDS if number == len(parts) else 0)
+        flags = (BEGINS if number == 1 else 0) | (ENDS if number == len(parts) else 0) | half
         yield _unit(part.decode("utf-8"), len(part), flags, where, digest if flags & ENDS else b"")
 
 

@@ -16,7 +16,7 @@ from psannlm.prep.sources import SourceFile
 from psannlm.prep.walk import Cut
 from psannlm.storage import write_text
 
-_VERSION = 2
+_VERSION = 3
 _SHOWN = 5
 
 
@@ -89,7 +89,7 @@ def go_on(work: Path, plan: Plan) -> Plan | None:
         return None
     try:
         former = json.loads(path.read_bytes())
-        cut = former["cut"] if former["cut"] is None else Cut(**former["cut"])
+        cut = Cut(**former["cut"]) if former["cut"] and former["version"] == _VERSION else None
         changed = differences(former, plan.as_dict())
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); remove {work} to begin anew") from error

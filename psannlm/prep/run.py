@@ -167,16 +167,15 @@ def _plan(
     cut = None
     if settings.val_split > 0 and part is None and len(sources) == 1 and not settings.per_line:
         only = sources[0]
-        # Whether a corpus is a single document is known at its end, but for the commonest one: a plain file of text.
-        if only.n_bytes and only.kind not in (".jsonl", ".parquet") and not only.is_compressed:
-            cut = _cut(0, 0, only.n_bytes, settings)
+        # Whether a corpus is a single document, and how long its text is, is known at its end, but for the commonest
+        # one: a plain file of text of which nothing is left out or replaced.
+        is_plain = only.kind not in (".jsonl", ".parquet") and not only.is_compressed
+        keeps_all = settings.errors == "strict" and settings.min_chars <= 1 and settings.max_chars is None
+        if only.n_bytes and is_plain and keeps_all:
+            cut = Cut(0, 0, None)
     total = None if any(source.n_bytes is None for source in sources) else _known_bytes(sources, range(len(sources)))
     chunk_bytes = chunk_bytes or chunk_bytes_for(total)
     return Plan(tuple(sources), settings, tokenizer.fingerprint, part, chunk_bytes, cut)
-
-
-def _cut(source: int, record: int, n_bytes: int, settings: PrepSettings) -> Cut:
-    return Cut(source, record, max(1, round(n_bytes * (1 - settings.val_split))))
 
 
 def _known_bytes(sources: Sequence[SourceFile], indices: Sequence[int]) -> int:
@@ -218,8 +217,7 @@ class _Preparation:
                     "standard input is a single document, and cannot be read twice to hold out its end; save it to a "
                     "file, or give --val-split 0"
                 )
-            cut = _cut(source, record, selection.n_bytes, self._plan.settings)
-            self._begin_with_cut(paths, cut)
+            self._begin_with_cut(paths, Cut(source, record, selection.n_bytes))
             paths, walk, drops = self._encode()
             surveyor, selection = self._survey(paths, drops)
             if isinstance(selection, OnlyOne):

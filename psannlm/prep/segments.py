@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from psannlm.data.prepare import boundary_near
-
 SEGMENT_BYTES = 1 << 18
 
 
@@ -53,12 +51,3 @@ def cut_stream(blocks: Iterable[bytes], limit: int = SEGMENT_BYTES) -> Iterator[
             yield bytes(held[:end]), False
             del held[:end]
     yield bytes(held), True
-
-
-def split_near(text: bytes, wanted: int) -> int:
-    """Return where to cut ``text`` in two: after the paragraph, line or word that ends nearest to byte ``wanted``."""
-    characters = text.decode("utf-8")
-    middle = len(text[:wanted].decode("utf-8", "ignore"))
-    middle = min(max(1, middle), len(characters) - 1)
-    at = boundary_near(characters, middle, reach=max(1, min(middle, len(characters) - middle) // 10))
-    return len(characters[:at].encode("utf-8"))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from psannlm.data.parts import RECORD_BITS, unpack_origin
 from psannlm.errors import CorpusError
-from psannlm.prep.chunks import HAS_TEXT
+from psannlm.prep.chunks import HALF, HAS_TEXT
 from psannlm.prep.duplicates import Bits, DuplicateFinder, draws
 from psannlm.prep.encoding import too_long, too_short
 from psannlm.prep.piece import read_piece
@@ -33,6 +33,7 @@ class Documents:
 
     ``spans``: the first of them begins in an earlier piece.
     ``n_tokens``, ``n_bytes``, ``n_chars``, ``origins``: (n,) int64. ``has_text``: (n,) bool. ``hashes``: (n, 16) uint8.
+    ``is_half``: (n,) bool, halves of the document that a corpus of one was cut in.
     """
 
     first: int
@@ -43,6 +44,7 @@ class Documents:
     has_text: NDArray[np.bool_]
     origins: NDArray[np.int64]
     hashes: NDArray[np.uint8]
+    is_half: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.n_tokens)
@@ -88,6 +90,7 @@ def read_documents(paths: Sequence[Path], facts: Callable[[Any], None] | None = 
             each[:, 3] > 0,
             units["origin"][last].astype(np.int64),
             units["hash"][last],
+            (units["flags"][last] & HALF) > 0,
         )
         first += len(last)
 
@@ -207,14 +210,14 @@ class Surveyor:
             StorageError: there is no room to look for duplicates.
             CorpusError: the corpus is one document that is too short to be cut in two.
         """
-        n, unwanted = self._count()
+        n, unwanted, repeated = self._count()
         dropped = Bits(n)
         if not self._settings.keep_duplicates and not self._is_cut:
             with DuplicateFinder(self._folder, n) as finder:
                 for documents in read_documents(self._paths):
                     finder.add(documents.numbers, documents.hashes)
                 dropped = finder.repeated()
-        dropped.add(np.array(unwanted, np.int64))
+        dropped.add(np.array(unwanted + repeated, np.int64))
         selection, extremes = self._plan(dropped, set())
         kept = {side: plan.total.n_documents for side, plan in selection.plans.items()}
         n_kept = sum(kept.values())
@@ -230,32 +233,38 @@ class Surveyor:
         selection.n_duplicates = n_duplicates
         return selection
 
-    def _count(self) -> tuple[int, list[int]]:
-        """Return how many documents there are, and the numbers of long ones that the filters leave out."""
+    def _count(self) -> tuple[int, list[int], list[int]]:
+        """Return how many documents there are, and the numbers of long ones that the filters leave out.
+
+        And where the single document of the corpus is cut, the numbers of its repetitions: nothing else was left.
+        """
         unwanted: list[int] = []
+        repeated: list[int] = []
         n = 0
         settings = self._settings
         for documents in read_documents(self._paths, self._note):
             n += len(documents)
-            if self._is_cut:
-                self._refuse_blank_half(documents)
-                continue
+            self._refuse_blank_half(documents)
             # What a worker saw whole it has filtered; these are the documents whose parts went to several.
             limit = np.inf if settings.max_chars is None else settings.max_chars
+            has_text = documents.has_text & ~documents.is_half
             reasons = (
                 ("blank document", ~documents.has_text),
-                (too_short(settings), documents.has_text & (documents.n_chars < settings.min_chars)),
-                (too_long(settings) if settings.max_chars else "", documents.has_text & (documents.n_chars > limit)),
+                (too_short(settings), has_text & (documents.n_chars < settings.min_chars)),
+                (too_long(settings) if settings.max_chars else "", has_text & (documents.n_chars > limit)),
             )
             for reason, is_out in reasons:
                 for at in np.flatnonzero(is_out).tolist():
                     unwanted.append(documents.first + at)
                     self.drops.add(reason, self._name(*unpack_origin(int(documents.origins[at]))))
-        return n, unwanted
+            if self._is_cut:
+                others = documents.first + np.flatnonzero(~documents.is_half)
+                repeated += sorted({*others.tolist()} - {*unwanted})
+        return n, unwanted, repeated
 
     def _refuse_blank_half(self, documents: Documents) -> None:
-        if not documents.has_text.all():
-            name = self._name(*unpack_origin(int(documents.origins[0])))
+        for at in np.flatnonzero(documents.is_half & ~documents.has_text)[:1].tolist():
+            name = self._name(*unpack_origin(int(documents.origins[at])))
             raise CorpusError(
                 f"{name}: too little text to hold out {self._settings.val_split:g} of it; add text, or give "
                 "--val-split 0"
@@ -291,12 +300,13 @@ class Surveyor:
 
     def _halves(self) -> set[int]:
         """Return the numbers to move so that the first half is for training and the second is held out."""
-        held_out = [
-            bool(drawn)
+        halves = [
+            (documents.first + at, bool(is_out[at]))
             for documents in read_documents(self._paths)
-            for drawn in draws(documents.hashes, self._settings.seed) < self._settings.val_split
+            for is_out in [draws(documents.hashes, self._settings.seed) < self._settings.val_split]
+            for at in np.flatnonzero(documents.is_half).tolist()
         ]
-        return {number for number, is_out in enumerate(held_out) if is_out != (number > 0)}
+        return {number for place, (number, is_out) in enumerate(halves) if is_out != (place > 0)}
 
 
 class _Extremes:

@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 from psannlm.data.documents import parquet_texts
 from psannlm.data.files import decoded, opened
 from psannlm.data.parts import HASH_BYTES
+from psannlm.data.split import cut_blocks
 from psannlm.errors import CorpusError
-from psannlm.prep.chunks import BEGINS, ENDS, FILE, JSON_LINES, LINES, TEXT, Section
-from psannlm.prep.segments import SEGMENT_BYTES, cut_stream, split_near
+from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, JSON_LINES, LINES, TEXT, Section
+from psannlm.prep.segments import SEGMENT_BYTES, cut_stream
 from psannlm.prep.settings import STDIN, PrepSettings
 from psannlm.prep.sources import Drops, SourceFile, refuse_changed
 
@@ -31,11 +32,14 @@ _REPLACEMENT = "\ufffd"
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a corpus of one document is cut in two: near byte ``at`` of the text of this record of this source."""
+    """The single document of a corpus, which is cut in two: this record of this source, ``n_bytes`` of UTF-8.
+
+    ``n_bytes`` None: all that is stored of the file, but for a byte order mark.
+    """
 
     source: int
     record: int
-    at: int
+    n_bytes: int | None
 
 
 @dataclass
@@ -126,7 +130,9 @@ class Walk:
             yield Section(FILE, index, 0, 0, len(content)), content
         else:
             rest = iter(lambda: file.read(SEGMENT_BYTES), b"")
-            yield from self._long(index, 0, self._checked(index, 0, chain([content], rest), 0))
+            stored = self._sources[index].n_bytes
+            n_stored = None if stored is None else stored - len(_MARK) * content.startswith(_MARK)
+            yield from self._long(index, 0, self._checked(index, 0, chain([content], rest), 0), n_stored)
 
     def _lines(self, index: int, file: BinaryIO, kind: str) -> Iterator[tuple[Section, bytes]]:
         held = b""
@@ -177,30 +183,34 @@ class Walk:
             if valid:
                 yield valid
 
-    def _long(self, index: int, record: int, blocks: Iterable[bytes]) -> Iterator[tuple[Section, bytes]]:
-        """Yield a document that takes several segments, or, where the corpus is cut, two of them."""
-        digest = hashlib.blake2b(digest_size=HASH_BYTES)
-        flags, offset = BEGINS, 0
-        for content, is_last in cut_stream(blocks):
-            parts = [(content, is_last)]
-            if self._is_cut(index, record, offset, len(content)):
-                at = split_near(content, self._cut.at - offset)  # type: ignore[union-attr]
-                parts = [(content[:at], True), (content[at:], is_last)]
-            for part, ends in parts:
-                digest.update(part)
-                flags |= ENDS if ends else 0
-                yield (
-                    Section(TEXT, index, record, offset, len(part), flags, digest.hexdigest() if ends else ""),
-                    part,
-                )
-                offset += len(part)
-                flags = BEGINS if ends else 0
-                if ends:
-                    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    def _long(
+        self, index: int, record: int, blocks: Iterable[bytes], n_stored: int | None = None
+    ) -> Iterator[tuple[Section, bytes]]:
+        """Yield a document that takes several segments, or, where the corpus is cut, both halves of it.
 
-    def _is_cut(self, index: int, record: int, offset: int, n_bytes: int) -> bool:
+        ``n_stored``: its length, where that of the cut is not known.
+        """
         cut = self._cut
-        return cut is not None and (cut.source, cut.record) == (index, record) and offset < cut.at <= offset + n_bytes
+        if cut is None or (cut.source, cut.record) != (index, record):
+            yield from _document(index, record, blocks, 0)
+            return
+        n_bytes = n_stored if cut.n_bytes is None else cut.n_bytes
+        assert n_bytes is not None, "only a whole file is cut before its length is known"
+        for half in cut_blocks(blocks, n_bytes, self._settings.val_split):
+            yield from _document(index, record, half, HALF)
+
+
+def _document(index: int, record: int, blocks: Iterable[bytes], half: int) -> Iterator[tuple[Section, bytes]]:
+    """Yield the segments of one document that comes in blocks."""
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    flags, offset = BEGINS | half, 0
+    for content, is_last in cut_stream(blocks):
+        digest.update(content)
+        flags |= ENDS if is_last else 0
+        hashed = digest.hexdigest() if is_last else ""
+        yield Section(TEXT, index, record, offset, len(content), flags, hashed), content
+        offset += len(content)
+        flags = half
 
 
 class _Line:

@@ -1,0 +1,102 @@
+"""Which text is held out for validation: the one rule of training and of ``psannlm prep``.
+
+The cut of a single document is decided by the bytes near it, so that a text of any size can be cut while it streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+# A paragraph, line or word that ends farther from the wanted place is not looked for: so much text is held for a cut.
+_REACH_BYTES = 1 << 16
+_CHARACTER_BYTES = 4
+
+
+@dataclass(frozen=True)
+class CutRange:
+    """Where the cut of a text of ``n_bytes`` of UTF-8 may fall: near ``wanted``, from ``low`` to ``high``."""
+
+    n_bytes: int
+    low: int
+    wanted: int
+    high: int
+
+    @classmethod
+    def of(cls, n_bytes: int, val_split: float) -> CutRange:
+        """Return the range for a text whose last ``val_split`` is to be held out."""
+        wanted = max(0, min(max(1, round(n_bytes * (1 - val_split))), n_bytes - 1))
+        reach = min(_REACH_BYTES, max(_CHARACTER_BYTES, min(wanted, n_bytes - wanted) // 10))
+        return cls(n_bytes, max(0, wanted - reach), wanted, min(n_bytes, wanted + reach))
+
+    @property
+    def start(self) -> int:
+        """Where the text begins that the cut is decided by; it ends at ``high``."""
+        return max(0, self.low - 2)
+
+    def place(self, window: bytes) -> int:
+        """Return the cut, given the bytes from ``start`` to ``high``; 0 or ``n_bytes`` if there is no place for one.
+
+        It falls after the paragraph, else line, else word that ends nearest to ``wanted``, else between characters.
+        """
+        low, wanted, high = (max(1, self.low), self.wanted, min(self.n_bytes - 1, self.high))
+        for boundary in (b"\n\n", b"\n", b" "):
+            size = len(boundary)
+            before = window.rfind(boundary, max(0, low - size - self.start), max(0, wanted - self.start))
+            after = window.find(boundary, max(0, wanted - size + 1 - self.start), max(0, high - self.start))
+            ends = [self.start + at + size for at in (before, after) if at >= 0]
+            if ends:
+                return min(ends, key=lambda end: (abs(end - wanted), end))
+        return self._between_characters(window)
+
+    def _between_characters(self, window: bytes) -> int:
+        """Return the place at or before ``wanted``, else after it, where a character begins."""
+        at = self.wanted
+        while at > self.start and window[at - self.start] & 0xC0 == 0x80:
+            at -= 1
+        if at:
+            return at
+        at = min(1, self.n_bytes)
+        while at < self.n_bytes and at - self.start < len(window) and window[at - self.start] & 0xC0 == 0x80:
+            at += 1
+        return at
+
+
+def cut_place(text: bytes, val_split: float) -> int:
+    """Return where to cut a whole text, UTF-8, so that about ``val_split`` of it follows."""
+    where = CutRange.of(len(text), val_split)
+    return where.place(text[where.start : where.high])
+
+
+def cut_blocks(blocks: Iterable[bytes], n_bytes: int, val_split: float) -> Iterator[Iterator[bytes]]:
+    """Yield the blocks before and then the blocks after the :func:`cut_place` of a text that comes in ``blocks``.
+
+    ``n_bytes`` is the length of the text. Each iterator must be used up before the next one is asked for.
+    """
+    where = CutRange.of(n_bytes, val_split)
+    source = iter(blocks)
+    rest = b""
+
+    def before() -> Iterator[bytes]:
+        nonlocal rest
+        done = 0
+        for block in source:
+            done += len(block)
+            rest += block
+            if done >= where.high:
+                break
+            # What lies before the range is passed on; what may decide the cut is held.
+            if (free := len(rest) - max(0, done - where.start)) > 0:
+                yield rest[:free]
+                rest = rest[free:]
+        first = done - len(rest)  # of the text, where ``rest`` begins
+        at = where.place(rest[where.start - first : where.high - first])
+        yield rest[: at - first]
+        rest = rest[at - first :]
+
+    def after() -> Iterator[bytes]:
+        yield rest
+        yield from source
+
+    yield before()
+    yield after()
