@@ -1,4 +1,4 @@
-"""The cut of a single document is the same at hand and streamed, keeps characters whole and falls near what was asked."""
+"""The cut of a single document is the same at hand and streamed, and keeps characters whole."""
 
 from __future__ import annotations
 
