@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from psannlm.benchmarks.timing import Spread, Standing
 
 PLOT_FILE = "decode.png"
-_TIME_LIMIT_S = 150.0
+_TIME_LIMIT_S = 100.0
 _SIZES = ("base", "d_model", "n_layers", "n_heads", "positional_encoding", "vocab_size")
 
 
@@ -76,7 +76,7 @@ def bench_kv(
         typer.Option(
             metavar="DURATION",
             parser=duration_s,
-            help="Leave out passes without the cache, repeats and contexts that would take longer. Default: 150s, or "
+            help="Leave out passes without the cache, repeats and contexts that would take longer. Default: 100s, or "
             "no limit where --repeats or --uncached-steps is given.",
         ),
     ] = None,

@@ -133,6 +133,19 @@ def table_text(*tables: Table) -> str:
     return page.getvalue()
 
 
+def keep_record(folder: Path, kind: str, figures: dict[str, Any], *tables: Table) -> None:
+    """Leave a record of what a command did beside its result; print a note where other files stand in its way."""
+    from psannlm.reports.records import write_record
+
+    if not write_record(folder, kind, figures, table_text(*tables)):
+        progress().print(
+            f"note: no record was written: {folder} holds metrics.json, system.json or table.txt of something else",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
 class LiveLine:
     """Where work stands: one line that is rewritten on a terminal, elsewhere a plain line every few seconds.
 

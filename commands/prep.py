@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from psannlm.commands.options import JsonOption, LiveLine, figures_table, live_line, print_json, progress, results
+from psannlm.commands.options import (
+    JsonOption,
+    LiveLine,
+    figures_table,
+    keep_record,
+    live_line,
+    print_json,
+    progress,
+    results,
+)
 
 if TYPE_CHECKING:
     from psannlm.prep.run import PrepResult
@@ -80,6 +89,10 @@ def prep(
             result = prepare_corpus(
                 corpus, tokenizer, out, settings, n_workers=workers, part=_part(part), reporter=reporter
             )
+    if not result.was_done:
+        keep_record(
+            result.folder, "prep", result.as_dict(), _splits(result), figures_table("corpus", _corpus_rows(result))
+        )
     if as_json:
         print_json(result.as_dict())
     else:
@@ -138,11 +151,8 @@ def _splits(result: PrepResult) -> Table:
     return table
 
 
-def _show(result: PrepResult) -> None:
+def _corpus_rows(result: PrepResult) -> list[tuple[str, str]]:
     manifest = result.manifest
-    if result.was_done:
-        results().print(f"{result.folder} is prepared already; nothing to do", highlight=False, markup=False)
-    results().print(_splits(result))
     rows = [(f"left out: {reason}", f"{count:,}") for reason, count in manifest.drops.items()]
     rows.append(("duplicates left out", f"{manifest.duplicates:,}"))
     if not result.was_done:
@@ -150,13 +160,20 @@ def _show(result: PrepResult) -> None:
         if result.seconds:
             rate += f" in {result.seconds:,.1f} s, {result.n_corpus_bytes / 1e6 / result.seconds:,.1f} MB/s"
         rows.append(("read", rate))
-    rows += [
+    return [
+        *rows,
         ("tokenizer", f"{manifest.tokenizer.backend}, fingerprint {manifest.tokenizer.fingerprint:.12}"),
         ("content", f"{manifest.content_sha256:.12}"),
         ("folder", str(result.folder)),
     ]
-    results().print(figures_table("corpus", rows))
-    if manifest.part == "1/1":
+
+
+def _show(result: PrepResult) -> None:
+    if result.was_done:
+        results().print(f"{result.folder} is prepared already; nothing to do", highlight=False, markup=False)
+    results().print(_splits(result))
+    results().print(figures_table("corpus", _corpus_rows(result)))
+    if result.manifest.part == "1/1":
         console = results()
         console.print(
             f"next: psannlm train CONFIG --set 'data.sources=[{result.folder}]' --set data.val_split=0",

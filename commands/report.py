@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 def report(
     runs: Annotated[
         list[Path] | None,
-        typer.Option("--runs", metavar="FOLDER", help="A run, or a folder of runs; may be repeated. Default: runs."),
+        typer.Option(
+            "--runs",
+            metavar="FOLDER",
+            help="A run, a prepared folder, or a folder of them; may be repeated. Default: runs, and what "
+            "tokenize and prep recorded in the working folder.",
+        ),
     ] = None,
     reports: Annotated[Path, typer.Option("--reports", help="Where benchmarks left their folders.")] = Path("reports"),
     since: Annotated[
@@ -56,7 +61,15 @@ def report(
         else:
             folders = runs or [DEFAULT_RUNS]
             written = write_report(
-                reports, folders, system_info(), since=moment, kinds=kind or (), published=published, out=out
+                reports,
+                folders,
+                system_info(),
+                since=moment,
+                kinds=kind or (),
+                published=published,
+                # Prepared folders and tokenizers have no folder of their own to stand in, as runs have.
+                records=runs or [Path()],
+                out=out,
             )
     if as_json:
         print_json(written.as_dict())

@@ -14,6 +14,7 @@ import typer
 from psannlm.commands.options import (
     JsonOption,
     figures_table,
+    keep_record,
     live_line,
     print_json,
     progress,
@@ -76,10 +77,13 @@ def tokenize(
             )
         card = _fit(corpus or [], per_line, text_key, as_json, backend=backend, model_type=model_type,
                     vocab_size=vocab_size, sample_chars=sample_chars, seed=seed, out=out)  # fmt: skip
+        table = figures_table("tokenizer", _card_rows(card))
+        # tokenizer.model and tokenizer.json may stand in one folder.
+        keep_record(Path(f"{card['file']}.record"), "tokenize", card, table)
         if as_json:
             print_json(card)
         else:
-            results().print(figures_table("tokenizer", _card_rows(card)))
+            results().print(table)
         return
     if out is not None:
         raise typer.BadParameter("--model is only looked at; nothing is written", param_hint="--out")

@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
-from psannlm.commands.options import DEFAULT_RUNS, JsonOption, duration_s, figures_table, print_json, progress, results
+from psannlm.commands.options import (
+    DEFAULT_RUNS,
+    JsonOption,
+    duration_s,
+    figures_table,
+    keep_record,
+    print_json,
+    progress,
+    results,
+)
 from psannlm.errors import EXIT_OK, AlreadyTold
 
 if TYPE_CHECKING:
@@ -105,10 +115,12 @@ def train(
     )
     if not launched_world(run_config.train.ddp, run_config.train.fsdp).is_main:
         return
+    table = figures_table("training", _result_rows(result))
+    keep_record(result.folder, "train", result.as_dict(), table)
     if as_json:
         print_json(result.as_dict())
     else:
-        _show_result(result)
+        _show_result(result, table)
 
 
 def _show_plan(plan: TrainingPlan) -> None:
@@ -137,7 +149,7 @@ def _passes(epochs: float) -> str:
     return f"all of the training text {times}{rest}"
 
 
-def _show_result(result: TrainResult) -> None:
+def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
     spent = "" if result.steps == result.total_steps else f" of {result.total_steps:,}: the time budget is spent"
     rows = [
         ("parameters", f"{result.parameters:,}"),
@@ -164,8 +176,12 @@ def _show_result(result: TrainResult) -> None:
     rows += [("run folder", str(result.folder)), ("checkpoint", str(result.checkpoint))]
     if result.curve is not None:
         rows.append(("loss curve", str(result.curve)))
+    return rows
+
+
+def _show_result(result: TrainResult, table: Table) -> None:
     console = results()
-    console.print(figures_table("training", rows))
+    console.print(table)
     # Where generate looks by itself, the run that just ended is the newest one.
     is_found = result.folder.resolve().parent == DEFAULT_RUNS.resolve()
     where = "" if is_found else f" --checkpoint {shlex.quote(str(result.folder))}"

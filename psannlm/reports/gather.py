@@ -11,6 +11,7 @@ from typing import Any
 
 from psannlm.errors import ConfigError, nearest
 from psannlm.reports.plain import Unreadable, read_json, read_text
+from psannlm.reports.records import find_records
 from psannlm.reports.runs import SYSTEM_FILE, RunRecord, find_runs, read_run
 
 FIGURES_FILES = ("metrics.json", "summary.json")
@@ -92,6 +93,7 @@ def gather(
     since: datetime | None = None,
     kinds: Collection[str] = (),
     published: bool = False,
+    records: Sequence[Path] = (),
 ) -> Gathered:
     """Read every ``reports/<kind>/<ts>`` and every run at or below the folders ``runs``.
 
@@ -99,6 +101,7 @@ def gather(
         since: leave out what is older.
         kinds: the kinds to take (``runs`` is one); all of them when empty.
         published: read ``reports/published/<kind>/<ts>`` too.
+        records: folders at or below which records of ``psannlm tokenize`` and ``prep`` are looked for.
 
     Raises:
         ConfigError: a kind is asked for that is nowhere, or there are no published results.
@@ -109,7 +112,10 @@ def gather(
         if not kept.is_dir():
             raise ConfigError(f"there is no {kept}; leave out --published, or name its parent folder with --reports")
         there += _folders(kept)
-    known = list(dict.fromkeys([*(path.name for path in there), RUNS_KIND]))
+    recorded = {folder.resolve(): (folder, name) for root in records for folder, name in find_records(root)}
+    inner = [path.resolve() for path in (reports, *there)]
+    recorded = {path: found for path, found in recorded.items() if not any(path.is_relative_to(each) for each in inner)}
+    known = list(dict.fromkeys([*(path.name for path in there), RUNS_KIND, *(name for _, name in recorded.values())]))
     for name in kinds:
         if name not in known:
             raise ConfigError(
@@ -120,6 +126,9 @@ def gather(
         if not kinds or kind.name in kinds:
             for folder in _folders(kind):
                 _add_artifact(found, folder, since)
+    for folder, name in recorded.values():
+        if not kinds or name in kinds:
+            _add_artifact(found, folder, since, name)
     if not kinds or RUNS_KIND in kinds:
         for folder, name in _run_folders(runs):
             _add_run(found, folder, name, since)
@@ -143,9 +152,9 @@ def _run_folders(roots: Sequence[Path]) -> Iterator[tuple[Path, str]]:
                 yield folder, str(inner) if inner.parts else folder.resolve().name
 
 
-def _add_artifact(found: Gathered, folder: Path, since: datetime | None) -> None:
+def _add_artifact(found: Gathered, folder: Path, since: datetime | None, kind: str | None = None) -> None:
     try:
-        artifact = _read_artifact(folder, found.unread)
+        artifact = _read_artifact(folder, found.unread, kind or folder.parent.name)
     except Unreadable as error:
         if since is None or _when(folder, {}) >= since:
             found.unread.append(Unread(folder, str(error)))
@@ -154,7 +163,7 @@ def _add_artifact(found: Gathered, folder: Path, since: datetime | None) -> None
         found.artifacts.append(artifact)
 
 
-def _read_artifact(folder: Path, unread: list[Unread]) -> Artifact:
+def _read_artifact(folder: Path, unread: list[Unread], kind: str) -> Artifact:
     path = next((folder / name for name in FIGURES_FILES if (folder / name).is_file()), None)
     if path is None:
         raise Unreadable(f"neither {' nor '.join(FIGURES_FILES)} is there: not an artifact that psannlm writes")
@@ -172,7 +181,7 @@ def _read_artifact(folder: Path, unread: list[Unread]) -> Artifact:
         except Unreadable as error:
             unread.append(Unread(folder / name, str(error)))
     pictures = tuple(sorted(child for child in folder.iterdir() if child.suffix == _PICTURE and child.is_file()))
-    return Artifact(folder, folder.parent.name, _when(folder, system), figures, system, table, pictures)
+    return Artifact(folder, kind, _when(folder, system), figures, system, table, pictures)
 
 
 def _add_run(found: Gathered, folder: Path, name: str, since: datetime | None) -> None:

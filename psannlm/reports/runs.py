@@ -8,11 +8,12 @@ import os
 import statistics
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from psannlm.reports.plain import Unreadable, flatten, number, read_json, read_text, read_yaml
+from psannlm.reports.records import read_record
 
 METRICS_FILE, CONFIG_FILE, SYSTEM_FILE = "metrics.jsonl", "config.yaml", "system.json"
 # Settings that say where and how a run was made, not what it is.
@@ -36,6 +37,7 @@ class RunRecord:
         parameters: elements of the saved weights, or None without a checkpoint.
         corpus_sha256, tokenizer_fingerprint: of what it was trained on, or None without a checkpoint.
         problems: what could not be read, each with the reason.
+        record: what ``psannlm train`` printed at the end, as figures; empty where the run has not ended.
     """
 
     folder: Path
@@ -48,6 +50,7 @@ class RunRecord:
     corpus_sha256: str | None
     tokenizer_fingerprint: str | None
     problems: tuple[str, ...]
+    record: dict[str, Any] = field(default_factory=dict)
 
     @property
     def timestamp(self) -> str | None:
@@ -108,6 +111,8 @@ class RunRecord:
             "tokens_per_s_lowest": rates.get("lowest"),
             "tokens_per_s_highest": rates.get("highest"),
             "peak_memory_bytes": self.peak_memory_bytes,
+            "epochs": self.record.get("epochs"),
+            "val_overlap": self.record.get("val_overlap"),
             "folder": str(self.folder),
         }
 
@@ -226,6 +231,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         corpus_sha256=trained_on.get("corpus_sha256"),
         tokenizer_fingerprint=trained_on.get("tokenizer_fingerprint"),
         problems=tuple(problems),
+        record=read_record(folder) or {},
     )
 
 

@@ -91,18 +91,20 @@ def write_report(
     since: datetime | None = None,
     kinds: Collection[str] = (),
     published: bool = False,
+    records: Sequence[Path] = (),
     out: Path | None = None,
 ) -> Report:
     """Gather what is under ``reports`` and ``runs`` and write the report; ``system`` tells who makes it, and where.
 
-    ``published`` includes the results kept in ``reports/published``.
+    ``published`` includes the results kept in ``reports/published``; ``records`` are folders at or below which records
+    of ``psannlm tokenize`` and ``prep`` are looked for.
 
     Raises:
         ConfigError: ``kinds`` names one that is not there.
         ArtifactError: there is nothing to report.
         StorageError: the report cannot be written.
     """
-    found = gather(reports, runs, since=since, kinds=kinds, published=published)
+    found = gather(reports, runs, since=since, kinds=kinds, published=published, records=records)
     if found.is_empty:
         where = ", ".join(f"{path}/" for path in (reports, *runs))
         kept = "; --published includes the results that the repository keeps"

@@ -162,4 +162,4 @@ def test_repeats_that_are_asked_for_have_no_limit(psannlm, project: Path) -> Non
     assert metrics["time_limit_s"] is None
     at = QUICK.index("--repeats")
     sizes = [*QUICK[:at], *QUICK[at + 2 :]]
-    assert json.loads(psannlm("bench-kv", *sizes, "--out", "there", "--json").out)["time_limit_s"] == 150
+    assert json.loads(psannlm("bench-kv", *sizes, "--out", "there", "--json").out)["time_limit_s"] == 100

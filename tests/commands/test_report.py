@@ -50,3 +50,20 @@ def test_what_cannot_be_done_is_said(psannlm, project: Path, arguments: list[str
     assert done.code == code
     assert words in done.err
     assert not Path("reports").exists()
+
+
+def test_tokenize_prep_and_train_leave_records(psannlm, project: Path) -> None:
+    assert psannlm("tokenize", "corpus.txt", "--per-line", "--backend", "simple", "--vocab-size", "300").code == 0
+    assert psannlm("prep", "corpus.txt", "--per-line", "--tokenizer", "tokenizer.json", "--out", "prepared").code == 0
+    assert psannlm("train", "config.yaml").code == 0
+    for folder in ("tokenizer.json.record", "prepared", "runs/tiny"):
+        for name in ("metrics.json", "system.json", "table.txt"):
+            assert (Path(folder) / name).is_file(), f"{folder}/{name}"
+    done = psannlm("report", "--out", "page", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert (told["runs"], told["artifacts"], told["left_out"]) == (1, 2, [])
+    [run] = json.loads(Path("page/metrics.json").read_text())["runs"]
+    assert run["epochs"] > 0
+    again = psannlm("prep", "corpus.txt", "--per-line", "--tokenizer", "tokenizer.json", "--out", "prepared")
+    assert "is prepared already" in again.out

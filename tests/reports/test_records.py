@@ -1,0 +1,43 @@
+"""Records are written, found and told from files of somebody else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from psannlm.reports.gather import gather
+from psannlm.reports.records import find_records, read_record, write_record
+
+
+def test_a_record_is_written_found_and_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "prepared"
+    for tokens in (5, 7):
+        assert write_record(folder, "prep", {"tokens": tokens}, "a table\n")
+        assert {path.name for path in folder.iterdir()} == {"metrics.json", "system.json", "table.txt"}
+        assert read_record(folder) == {"record": "prep", "tokens": tokens}
+    assert list(find_records(tmp_path)) == [(folder, "prep")]
+    [artifact] = gather(tmp_path / "reports", [], records=[tmp_path]).artifacts
+    assert (artifact.kind, artifact.figures["tokens"], artifact.table) == ("prep", 7, "a table\n")
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "system.json", "table.txt"])
+def test_a_record_overwrites_nothing_of_others(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"mine": 1}', encoding="utf-8")
+    assert not write_record(tmp_path, "prep", {}, "")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text(encoding="utf-8") == '{"mine": 1}'
+
+
+def test_figures_of_others_are_no_records(tmp_path: Path) -> None:
+    for name, content in (
+        ("a", "[1]"),
+        ("b", "{"),
+        ("c", json.dumps({"record": "vinyl"})),
+        (".d", '{"record": "prep"}'),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(content, encoding="utf-8")
+    assert list(find_records(tmp_path)) == []
+    assert gather(tmp_path / "reports", [], records=[tmp_path]).is_empty
