@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import sysconfig
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -141,6 +144,32 @@ def missing_to_compile(device: torch.device) -> str | None:
     return None
 
 
+@lru_cache(maxsize=2)
+def trial_failure(kind: str) -> str | None:
+    """Compile a tiny function on a device of ``kind``, once per process; return what is wrong in a line, or None.
+
+    A compiler may be there and broken, a path with a space may break its command line, its cache may not be writable or
+    not executable: only a trial shows it.
+    """
+    salt = time.time()  # a kernel from the cache on disk would prove nothing
+
+    def tiny(x: Tensor) -> Tensor:
+        return x.sin() + salt
+
+    try:
+        with torch.no_grad():
+            torch.compile(tiny, fullgraph=True, dynamic=False)(torch.zeros(8, device=kind))
+    except (RuntimeError, OSError, ImportError, ValueError, AssertionError, subprocess.SubprocessError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        said = next((line for line in lines if "error:" in line.lower()), lines[0] if lines else type(cause).__name__)
+        remedy = "see that g++ works, and that TMPDIR or TORCHINDUCTOR_CACHE_DIR names a writable folder without spaces"
+        return f"a compiler that works; a trial failed: {said:.200} ({remedy})"
+    return None
+
+
 def has_compiler(device: torch.device) -> bool:
     """Whether torch.compile finds what it needs on ``device``."""
     return missing_to_compile(device) is None
@@ -148,7 +177,7 @@ def has_compiler(device: torch.device) -> bool:
 
 def require_compiler(device: torch.device) -> None:
     """Raise DeviceError if torch.compile lacks something on ``device``."""
-    missing = missing_to_compile(device)
+    missing = missing_to_compile(device) or trial_failure(device.type)
     if missing is not None:
         raise DeviceError(f"compile: true needs {missing}, which is not here; get it, or set compile: false")
 

@@ -137,7 +137,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, PsannlmError):
         return str(error)
     if is_out_of_memory(error):
-        return "out of memory; lower train.batch_tokens, or set train.grad_checkpoint: true"
+        return "out of memory; in training lower train.batch_tokens, or set train.grad_checkpoint: true"
     message = str(error).strip().split("\n")[0]
     return f"unexpected {type(error).__name__}: {message} (run again with --debug for the traceback)"
 

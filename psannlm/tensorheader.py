@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from psannlm.errors import ArtifactError
+from psannlm.limits import MAX_HEADER_VALUES, json_values
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 64 << 20
@@ -61,6 +62,8 @@ def read_header(path: Path, file: BinaryIO, size: int, limit: int = MAX_HEADER_B
 
 def parse_header(path: Path, header: bytes) -> dict[str, Any]:
     """Return the JSON table of a head. Raises ArtifactError if it is none."""
+    if (n_values := json_values(header)) > MAX_HEADER_VALUES:
+        raise ArtifactError(f"{path}: its header has up to {n_values:,} values, more than {MAX_HEADER_VALUES:,}")
     try:
         fields = json.loads(header[LENGTH_BYTES:])
     except (ValueError, RecursionError) as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +119,7 @@ def test_bf16_is_told_from_what_the_processor_says(
 
 def programs(monkeypatch: pytest.MonkeyPatch, *there: str) -> None:
     monkeypatch.setattr("psannlm.device.shutil.which", lambda name: f"/bin/{name}" if name in there else None)
+    monkeypatch.setattr("psannlm.device.trial_failure", lambda kind: None)
 
 
 def test_compiling_on_a_cpu_needs_a_cpp_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,3 +154,34 @@ def test_compiling_on_a_gpu_needs_triton_and_what_triton_builds_with(
 
 def test_the_cpu_is_described_by_its_threads() -> None:
     assert describe_device(CPU).startswith(f"CPU, {torch.get_num_threads()} thread")
+
+
+def test_a_broken_compiler_is_found_by_one_trial(tmp_path: Path) -> None:
+    """With a compiler that is there and fails, asked for by name is refused, and auto does without."""
+    for name in ("g++", "clang++", "c++"):
+        fake = tmp_path / name
+        fake.write_text("#!/bin/sh\necho 'fatal error: broken' >&2\nexit 1\n", encoding="ascii")
+        fake.chmod(0o755)
+    program = """
+import torch
+from psannlm.device import require_compiler
+from psannlm.errors import DeviceError
+from psannlm.training.compiling import decide_compiling
+cpu = torch.device("cpu")
+is_compiled, line = decide_compiling("auto", cpu, 1e20)
+assert not is_compiled and "trial failed" in line, line
+try:
+    require_compiler(cpu)
+except DeviceError as error:
+    assert "trial failed" in str(error) and "compile: false" in str(error), error
+else:
+    raise SystemExit("not refused")
+"""
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "CXX": str(tmp_path / "g++"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # A module may import from its own room and from the ones on the lines above; rooms on one line are strangers.
 # A new room needs a place here and in docs/architecture.md.
 ORDER = (
-    ("errors",),
+    ("errors", "limits"),
     ("storage",),
     ("folderstore", "memory", "processes", "tensorheader", "terminal"),
     ("lock", "signals"),
@@ -46,6 +46,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Rooms and modules that do their work without torch, and must load without it.
 NEVER_TORCH = (
     "errors",
+    "limits",
     "storage",
     "lock",
     "memory",

@@ -148,7 +148,10 @@ def _load_tokenizer(path: Path, entry: TokenizerEntry) -> Tokenizer:
 
 
 def _open_split(folder: Path, manifest: Manifest, split: SplitEntry) -> ShardedStore:
-    shards = [open_shard(folder / entry.file, entry, manifest.tokenizer.fingerprint) for entry in split.shards]
+    made_with = manifest.tokenizer
+    shards = [
+        open_shard(folder / entry.file, entry, made_with.fingerprint, made_with.vocab_size) for entry in split.shards
+    ]
     for shard in shards:
         if shard.dtype.name != manifest.dtype:
             raise ArtifactError(f"{shard.path} holds {shard.dtype.name}, the manifest says {manifest.dtype}")

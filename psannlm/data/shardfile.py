@@ -172,9 +172,17 @@ class Shard:
     Every method raises ArtifactError if a block that it needs is damaged.
     """
 
-    def __init__(self, path: Path, entry: ShardEntry, layout: _Layout, dtype: np.dtype[Any], file: BinaryIO) -> None:
+    def __init__(
+        self,
+        path: Path,
+        entry: ShardEntry,
+        layout: _Layout,
+        dtype: np.dtype[Any],
+        file: BinaryIO,
+        vocab_size: int | None = None,
+    ) -> None:
         """For :func:`open_shard`, which has checked ``file``."""
-        self.path, self.entry, self.dtype = path, entry, dtype
+        self.path, self.entry, self.dtype, self.vocab_size = path, entry, dtype, vocab_size
         self.n_framed_tokens, self.n_documents = entry.tokens, entry.documents
         self._layout = layout
         # A plain array over the map: numpy's memmap class costs microseconds at every slice.
@@ -253,11 +261,24 @@ class Shard:
         found = hashlib.sha256(self._bytes[block * BLOCK_BYTES : end].data).digest()
         if found != self._sums[_SUM_BYTES * block : _SUM_BYTES * (block + 1)]:
             raise ArtifactError(f"{self.path} is damaged between bytes {block * BLOCK_BYTES:,} and {end:,}. {_REMEDY}.")
+        self._refuse_unknown_ids(block * BLOCK_BYTES, end)
         self._is_checked[block] = 1
 
+    def _refuse_unknown_ids(self, start: int, end: int) -> None:
+        """Raise ArtifactError if a token between two bytes of the file is outside the vocabulary."""
+        first, last = max(start, self._layout.tokens), min(end, self._layout.lengths)
+        if self.vocab_size is None or first >= last:
+            return
+        largest = int(self._bytes[first:last].view(self._tokens.dtype).max())
+        if largest >= self.vocab_size:
+            message = f"{self.path} holds the token id {largest:,}, and its tokenizer has {self.vocab_size:,} ids"
+            raise ArtifactError(f"{message}. {_REMEDY}.")
 
-def open_shard(path: Path, entry: ShardEntry, fingerprint: str) -> Shard:
+
+def open_shard(path: Path, entry: ShardEntry, fingerprint: str, vocab_size: int | None = None) -> Shard:
     """Map a shard that the manifest describes as ``entry`` into memory; a few KB of it are read now.
+
+    With a ``vocab_size``, each block that is touched is also checked for token ids outside the vocabulary.
 
     Raises:
         ArtifactError: the file is missing, cut short, damaged, of another format, made with another tokenizer than
@@ -269,7 +290,7 @@ def open_shard(path: Path, entry: ShardEntry, fingerprint: str) -> Shard:
     try:
         with open(path, "rb") as file:
             layout, dtype = _checked_layout(path, entry, fingerprint, file)
-            return Shard(path, entry, layout, dtype, file)
+            return Shard(path, entry, layout, dtype, file, vocab_size)
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
 

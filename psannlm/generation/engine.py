@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psannlm.device import computes_in_bf16, missing_to_compile
+from psannlm.device import computes_in_bf16, missing_to_compile, trial_failure
 from psannlm.errors import GenerationError
 from psannlm.models.attention import PREFILL_QUERIES, continue_layout
 from psannlm.models.cache import DecodeState, LayerState, move_tails, whole_blocks
@@ -56,7 +56,7 @@ class Engine:
         self.device = model.embedding.weight.device
         self.notices: list[str] = []
         self.compiles = compile
-        missing = missing_to_compile(self.device) if compile else None
+        missing = (missing_to_compile(self.device) or trial_failure(self.device.type)) if compile else None
         if missing is not None:
             self.compiles = False
             self.notices.append(f"decoding is not compiled, which would be faster: it needs {missing}")

@@ -15,10 +15,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from psannlm.config.model import ModelConfig
+from psannlm.errors import ConfigError, Problem
+from psannlm.limits import machine_memory_bytes
 from psannlm.models.lean import left_out
 from psannlm.models.mlp import GATED_KINDS
-from psannlm.models.registry import build_model
+from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
+
+# Python's own objects for the modules and tensors of a block.
+_MODULE_BYTES = 30_000
 
 _GROUP_OF = {
     "embedding": "embedding",
@@ -42,9 +47,15 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 @lru_cache(maxsize=1)
 def _parameters(config: ModelConfig) -> tuple[tuple[str, int, int], ...]:
-    """Group, dimensions and elements of every parameter; kept, because even shapes take seconds for many layers."""
-    parameters = build_model(config, device="meta").named_parameters()
-    return tuple((_group(name), parameter.ndim, parameter.numel()) for name, parameter in parameters)
+    """Group, dimensions and elements of the parameters, those of equal blocks in one sum.
+
+    All blocks have the same shapes (a dilation has none), so that one is built, whatever the number of layers.
+    """
+    one_layer = config.model_copy(update={"n_layers": 1})
+    return tuple(
+        (_group(name), parameter.ndim, parameter.numel() * (config.n_layers if name.startswith("blocks.") else 1))
+        for name, parameter in build_model(one_layer, device="meta").named_parameters()
+    )
 
 
 def _group(name: str) -> str:
@@ -54,6 +65,32 @@ def _group(name: str) -> str:
     if any(part.endswith("_norm") for part in parts):
         return "norms"
     return _GROUP_OF[parts[2] if parts[0] == "blocks" else parts[0]]
+
+
+def describe_oversize(config: ModelConfig, device_type: str = "cpu") -> str | None:
+    """Return why the model of a resolved ``config`` cannot be trained here, found by arithmetic, or None.
+
+    On a CPU weights, gradients and AdamW's two moments take 16 bytes per parameter; for a GPU the weights alone are
+    made in this machine's memory.
+    """
+    memory = machine_memory_bytes()
+    n_parameters = sum(count_parameters(config).values())
+    needed = (16 if device_type == "cpu" else 4) * n_parameters + _MODULE_BYTES * config.n_layers
+    if memory is None or needed <= memory:
+        return None
+    return (
+        f"{n_parameters:,} parameters need {needed / 1e9:,.1f} GB for the model alone (weights"
+        f"{', gradients and optimizer state' if device_type == 'cpu' else ''}), and this machine has "
+        f"{memory / 1e9:,.1f} GB; lower model.d_model, model.n_layers, model.d_mlp or model.vocab_size"
+    )
+
+
+def refuse_oversize(config: ModelConfig, vocab_size: int, device_type: str = "cpu") -> None:
+    """Raise ConfigError where :func:`describe_oversize` finds the model too large; ``vocab_size`` fills in for null."""
+    if config.vocab_size is None:
+        config = config.model_copy(update={"vocab_size": vocab_size})
+    if (message := describe_oversize(resolve(config), device_type)) is not None:
+        raise ConfigError(Problem("model", message))
 
 
 def matrix_elements(config: ModelConfig, *groups: str) -> int:

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ArtifactError, ConfigError, TokenizerError
+from psannlm.limits import HASHED_FIRST_BYTES, machine_memory_bytes
 from psannlm.models.registry import build_model, resolve
-from psannlm.models.tensorfile import read_tensors, same_shapes, write_tensors
+from psannlm.models.tensorfile import read_head, read_tensors, same_shapes, write_tensors
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import tokenizer_from_bytes
@@ -62,6 +63,7 @@ def load_model(path: Path | str) -> LoadedModel:
     path = Path(path)
     if path.is_dir():
         path = path / MODEL_FILE
+    _refuse_oversize(path)
     content = read_tensors(path)
     _refuse_other_version(path, content.metadata)
     try:
@@ -89,6 +91,31 @@ def load_model(path: Path | str) -> LoadedModel:
         raise ArtifactError(f"{path} does not fit together: {message}")
     model.load_state_dict(content.tensors, assign=True)
     return LoadedModel(model.eval(), tokenizer, notes)
+
+
+def _refuse_oversize(path: Path) -> None:
+    """Judge a large file by its header alone: hashing takes minutes, and loading takes the memory it names.
+
+    Raises:
+        ArtifactError: its tensors are not those of its configuration, or need more memory than the machine has.
+    """
+    if not path.is_file() or path.stat().st_size <= HASHED_FIRST_BYTES:
+        return
+    head = read_head(path)
+    _refuse_other_version(path, head.metadata)
+    try:
+        config = ModelConfig.model_validate_json(head.metadata["config"])
+    except (KeyError, ValidationError, ConfigError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"{path} does not describe a model this version can build: {reason:.300}") from error
+    embedding = head.shapes.get("embedding.weight")
+    if embedding != (config.vocab_size, config.d_model) or config.n_layers > len(head.shapes):
+        raise ArtifactError(f"{path} does not fit its own configuration: {embedding} is not the shape of its embedding")
+    memory = machine_memory_bytes()
+    if memory is not None and head.n_bytes > memory:
+        raise ArtifactError(
+            f"{path} holds {head.n_bytes / 1e9:,.1f} GB of tensors, and this machine has {memory / 1e9:,.1f} GB"
+        )
 
 
 def _refuse_other_version(path: Path, metadata: dict[str, str]) -> None:

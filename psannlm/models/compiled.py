@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from psannlm.device import has_compiler
+from psannlm.device import has_compiler, trial_failure
 
 _Compiled = TypeVar("_Compiled", bound=Callable[..., Any])
 
@@ -29,7 +29,7 @@ def fuses_by_compiler(x: Tensor) -> bool:
 
 @lru_cache(maxsize=1)
 def _gpus_compile() -> bool:
-    return has_compiler(torch.device("cuda"))
+    return has_compiler(torch.device("cuda")) and trial_failure("cuda") is None
 
 
 def stored(x: Tensor) -> Tensor:

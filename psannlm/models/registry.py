@@ -9,6 +9,7 @@ import torch
 
 from psannlm.config.model import BaseName, MlpKind, ModelConfig
 from psannlm.errors import ConfigError, Problem
+from psannlm.limits import MAX_CONV_REACH, MAX_DILATION
 from psannlm.models.mlp import default_d_mlp
 from psannlm.models.transformer import Transformer
 
@@ -36,7 +37,7 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
 
     Raises:
         ConfigError: no vocabulary size is known, or the one asked for is smaller than the tokenizer's; or the taps of
-            a wave lie further apart than the context is long.
+            a wave lie further apart than the context is long, or reach further than ``limits`` allows.
     """
     defaults = BASES[config.base]
     if config.vocab_size is None and vocab_size is None:
@@ -49,7 +50,7 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
     mlp = config.mlp or defaults.mlp
     enabled = (defaults.wave if config.wave.enabled is None else config.wave.enabled) and bool(config.wave.places)
     context = config.max_seq_len or max_seq_len
-    if enabled and context is not None:
+    if enabled:
         _refuse_idle_waves(config, context)
     return config.model_copy(
         update={
@@ -64,16 +65,24 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
     )
 
 
-def _refuse_idle_waves(config: ModelConfig, context: int) -> None:
-    """Raise ConfigError if a layer's taps lie beyond the context: they would mix zeros, and take memory without end."""
-    growth = config.wave.dilation_growth
+def _refuse_idle_waves(config: ModelConfig, context: int | None) -> None:
+    """Raise ConfigError if a layer's taps lie beyond the context: they would mix zeros, and take memory without end.
+
+    Where no context is known, or an absurd one, ``limits.MAX_DILATION`` stands in for it.
+    """
+    growth, last = config.wave.dilation_growth, config.n_layers - 1
+    longest = MAX_DILATION if context is None else min(context, MAX_DILATION)
     # Not growth ** n_layers: a hostile file may ask for a number of more digits than there is memory.
-    if (config.n_layers - 1) * math.log(growth) > math.log(context):
+    if last * math.log(growth) > math.log(longest):
+        of = f"the context of {longest} tokens" if longest == context else f"the limit of {longest:,} positions"
         message = (
-            f"{growth} makes the dilation of layer {config.n_layers - 1} (counted from 0) {growth} ** "
-            f"{config.n_layers - 1}, more than the context of {context} tokens; lower it"
+            f"{growth} makes the dilation of layer {last} (counted from 0) {growth} ** {last}, more than {of}; lower it"
         )
         raise ConfigError(Problem("model.wave.dilation_growth", message))
+    reach = (config.wave.kernel_size - 1) * growth**last
+    if reach > MAX_CONV_REACH:
+        message = f"{config.wave.kernel_size} taps of layer {last} reach back {reach:,} positions, more than the limit "
+        raise ConfigError(Problem("model.wave.kernel_size", f"{message}of {MAX_CONV_REACH:,}; lower it"))
 
 
 def build_model(config: ModelConfig, *, seed: int | None = None, device: torch.device | str = "cpu") -> Transformer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -120,6 +121,46 @@ def read_tensors(path: Path) -> TensorFile:
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"{path} holds no readable tensors: {error}") from error
     return TensorFile(tensors, verified.metadata)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the header of a file says, believed by nobody yet: metadata, shapes by name, bytes of all tensors."""
+
+    metadata: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    n_bytes: int
+
+
+def read_head(path: Path) -> Head:
+    """Read the header alone and hold it against the size of the file; nothing is hashed.
+
+    Raises:
+        ArtifactError: as :func:`read_tensors`, or a shape takes other bytes than the header gives it.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = read_header(path, file, size)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
+    fields = parse_header(path, header)
+    refuse_wrong_length(path, size, len(header), fields)
+    item_bytes = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, entry in fields.items():
+        if name == "__metadata__":
+            continue
+        try:
+            shape = tuple(entry["shape"])
+            start, end = entry["data_offsets"]
+            is_right = math.prod(shape) * item_bytes[entry["dtype"]] == end - start >= 0
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} is damaged: its header does not describe {name!r:.80}") from error
+        if not is_right or not all(type(n) is int and n >= 0 for n in shape):
+            raise ArtifactError(f"{path} is damaged: the shape of {name!r:.80} does not fill its bytes")
+        shapes[name] = shape
+    return Head(parse_metadata(path, fields), shapes, size - len(header))
 
 
 def verify_tensors(path: Path) -> Verified:

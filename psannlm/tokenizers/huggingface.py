@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from psannlm.errors import TokenizerError
+from psannlm.limits import MAX_VOCAB_SIZE
 from psannlm.tokenizers.base import (
     SPECIALS,
     Tokenizer,
@@ -67,6 +68,10 @@ class HuggingFaceTokenizer(Tokenizer):
         # Without this, text that spells an added special token would be cut out and given its id.
         self._model.encode_special_tokens = True
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise TokenizerError(
+                f"tokenizer.json with the id {self.vocab_size - 1:,}: a vocabulary has at most {MAX_VOCAB_SIZE:,} ids"
+            )
 
     @classmethod
     def fit(cls, texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:

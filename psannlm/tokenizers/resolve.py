@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from psannlm.errors import ConfigError, TokenizerError, nearest
+from psannlm.limits import MAX_TOKENIZER_BYTES
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, N_BYTES, SPECIALS, Tokenizer
 from psannlm.tokenizers.char import FORMAT as CHAR_FORMAT
 from psannlm.tokenizers.char import CharTokenizer
@@ -136,8 +137,13 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     Raises:
         TokenizerError: the file is unreadable, damaged or of an unknown kind, or lacks a special.
     """
+    path = Path(path)
     try:
-        content = Path(path).read_bytes()
+        if path.exists() and not path.is_file():
+            raise TokenizerError(f"{path} is not a regular file; name a .model or .json file")
+        if (size := path.stat().st_size) > MAX_TOKENIZER_BYTES:
+            raise TokenizerError(f"{path} has {size:,} bytes; a tokenizer file has at most {MAX_TOKENIZER_BYTES:,}")
+        content = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
     try:

@@ -11,12 +11,22 @@ from psannlm.config.run import BatchPlan, RunConfig, plan_batches, total_steps
 from psannlm.data.prepare import prepare
 from psannlm.device import pick_device, pick_precision, require_compiler
 from psannlm.distributed import World, launched_world
-from psannlm.models.accounting import count_parameters, flops_per_token, training_memory
+from psannlm.models.accounting import (
+    count_parameters,
+    describe_oversize,
+    flops_per_token,
+    refuse_oversize,
+    training_memory,
+)
 from psannlm.models.registry import resolve
 from psannlm.models.scaling import sharded_memory
 from psannlm.storage import free_bytes
+from psannlm.tokenizers.base import MIN_VOCAB_SIZE
 from psannlm.training.compiling import decide_compiling, run_flops
 from psannlm.training.run import build_loader, doubts
+
+# Activations are counted layer by layer, which takes long for more layers than this.
+_MOST_LAYERS = 4096
 
 
 @dataclass(frozen=True)
@@ -66,8 +76,12 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
     precision = pick_precision(config.train.amp, device)
     if config.train.compile is True:
         require_compiler(device)
+    if config.model.n_layers > _MOST_LAYERS:
+        refuse_oversize(config.model, MIN_VOCAB_SIZE, device.type)
     data = prepare(config.data, notice)
     model = resolve(config.model, vocab_size=data.tokenizer.vocab_size, max_seq_len=config.data.max_length)
+    if config.train.fsdp == "off" and (oversize := describe_oversize(model, device.type)) is not None:
+        notice(f"note: {oversize}")
     loader = build_loader(config, data, world)
     n_steps = total_steps(config, loader.steps_per_epoch)
     for line in doubts(config, loader, n_steps):

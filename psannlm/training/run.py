@@ -30,6 +30,7 @@ from psannlm.device import (
 from psannlm.distributed import World, joined, launched_world
 from psannlm.errors import Interrupted, StorageError, TrainingError
 from psannlm.lock import RunLock
+from psannlm.models.accounting import refuse_oversize
 from psannlm.models.artifact import load_model
 from psannlm.models.compiled import compiled
 from psannlm.models.registry import build_model, resolve
@@ -37,7 +38,7 @@ from psannlm.models.transformer import Transformer
 from psannlm.reports.store import system_info, write_json
 from psannlm.signals import stopping_on_signals
 from psannlm.storage import explain_write_errors, remove_leftovers, write_text
-from psannlm.tokenizers.base import Tokenizer
+from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
 from psannlm.training.checkpoint import BEST, TrainerState, pointed, step_folder
 from psannlm.training.compiling import decide_compiling, run_flops
 from psannlm.training.loop import Progress, Run, Sampler, run_steps
@@ -128,6 +129,8 @@ def train(
     precision = pick_precision(config.train.amp, device)
     if config.train.compile is True:
         require_compiler(device)
+    if model is None and config.train.fsdp == "off":
+        refuse_oversize(config.model, MIN_VOCAB_SIZE, device.type)
     if reporter is None or not world.is_main:
         reporter = SilentReporter()
     folder = Path(os.path.expanduser(config.train.checkpoint_dir))
@@ -231,6 +234,8 @@ def _find_start(
         model = same_model(loaded.model, model)
     elif model is None:
         resolved = resolve(config.model, vocab_size=vocab_size, max_seq_len=config.data.max_length)
+        if config.train.fsdp == "off":
+            refuse_oversize(resolved, vocab_size, pick_device(config.train.device, world.local_rank).type)
         is_elsewhere = config.train.fsdp == "full" and not world.is_main
         model = build_model(resolved, seed=config.train.seed, device="meta" if is_elsewhere else "cpu")
     else:

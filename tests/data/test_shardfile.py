@@ -276,3 +276,13 @@ def test_a_shard_whose_documents_do_not_follow_each_other_is_refused(tmp_path: P
     shard._starts = np.full_like(shard._starts, shard.n_framed_tokens)
     with pytest.raises(ArtifactError, match=r"s contradicts itself"):
         shard.documents_at(np.array([3]))
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train_00000.safetensors"
+    documents = some_documents(3, 30)
+    entry = write(path, documents, dtype=np.uint32)
+    largest = int(part_of(documents, dtype=np.uint32).tokens.max())
+    read_all(open_shard(path, entry, PRINT, largest + 1))
+    with pytest.raises(ArtifactError, match=f"token id {largest:,}"):
+        read_all(open_shard(path, entry, PRINT, largest))

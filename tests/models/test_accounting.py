@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from psannlm.config.model import BaseName, ModelConfig
-from psannlm.models.accounting import count_parameters, flops_per_token, training_memory
+from psannlm.errors import ConfigError
+from psannlm.models.accounting import count_parameters, flops_per_token, refuse_oversize, training_memory
 from psannlm.models.lean import left_out
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
@@ -164,3 +165,17 @@ def test_a_deep_model_is_built_once_for_its_sizes_and_once_for_its_activations(m
     # Another configuration gets figures of its own, and so does the first one after it.
     assert count_parameters(resolve(ModelConfig(base="respsann", **TINY)))["embedding"] == 50 * 16
     assert count_parameters(config)["embedding"] == 51 * 16
+
+
+def test_a_model_too_large_for_the_machine_is_named_at_once() -> None:
+    for settings in ({"n_layers": 1_000_000}, {"d_model": 1_000_000, "n_heads": 1}, {"n_layers": 10**9}):
+        config = ModelConfig(base="transformer", **settings)
+        with pytest.raises(ConfigError, match="GB for the model alone"):
+            refuse_oversize(config, 300)
+    refuse_oversize(ModelConfig(base="transformer", d_model=16, n_layers=2, n_heads=2), 300)
+
+
+def test_parameters_of_equal_layers_are_those_of_the_built_model(build_tiny: Any) -> None:
+    for base in ("waveresnet", "respsann", "transformer"):
+        model = build_tiny(base=base, n_layers=3)
+        assert sum(count_parameters(model.config).values()) == sum(p.numel() for p in model.parameters())

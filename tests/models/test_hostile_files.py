@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import io
+import json
 import os
 import pickle
 import random
@@ -217,3 +218,77 @@ def test_a_pickle_in_place_of_the_embedded_tokenizer_runs_nothing(build_tiny: Bu
         with pytest.raises(ArtifactError):
             load_model(path)
         assert not canary.exists()
+
+
+@pytest.mark.parametrize("max_seq_len", [None, 2**62])
+def test_a_file_whose_convolution_reaches_back_without_end_is_refused(
+    build_tiny: Build, tmp_path: Path, max_seq_len: int | None
+) -> None:
+    path = tmp_path / "m"
+    save_model(path, build_tiny(base="waveresnet", n_layers=2), None)
+    content = read_tensors(path)
+    config = json.loads(content.metadata["config"])
+    config["max_seq_len"] = max_seq_len
+    config["wave"]["dilation_growth"] = 10**9
+    write_tensors(path, content.tensors, {**content.metadata, "config": json.dumps(config)})
+    with pytest.raises(ArtifactError, match="dilation"):
+        load_model(path)
+
+
+def test_a_large_sparse_file_is_refused_before_it_is_hashed(build_tiny: Build, tmp_path: Path) -> None:
+    """100 GB of nothing behind a header: hashing it would take minutes."""
+    path = tmp_path / "m"
+    save_model(path, build_tiny(), None)
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    fields = json.loads(content[8 : 8 + length])
+    size = 10**11
+    fields = {
+        "__metadata__": fields["__metadata__"],
+        "embedding.weight": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]},
+    }
+    header = json.dumps(fields, separators=(",", ":")).encode("utf-8")
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + size)
+    with bounded(megabytes=256, seconds=10):
+        signal.alarm(10)
+        with pytest.raises(ArtifactError, match="configuration"):
+            load_model(path)
+
+
+def test_a_header_of_very_many_values_is_refused_unparsed(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    header = b'{"__metadata__":{},"a":[' + b"{}," * 19_000_000 + b"0]}"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with bounded(megabytes=256, seconds=10):
+        signal.alarm(10)
+        with pytest.raises(ArtifactError, match="values"):
+            load_model(path)
+
+
+def test_tokenizer_files_out_of_all_bounds_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.touch()
+    os.truncate(path, 10**11)
+    with pytest.raises(TokenizerError, match="at most"):
+        load_tokenizer(path)
+    with pytest.raises(TokenizerError, match="regular file"):
+        load_tokenizer("/dev/zero")
+    vocab = {"a": 0, "<s>": 1, "</s>": 4_000_000_000}
+    added = [
+        {
+            "id": i,
+            "content": c,
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+        for c, i in vocab.items()
+        if c != "a"
+    ]
+    data = {"version": "1.0", "added_tokens": added, "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(TokenizerError, match="4,000,000,000"):
+        load_tokenizer(path)

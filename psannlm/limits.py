@@ -1,0 +1,34 @@
+"""Bounds on sizes that a file names, compared before any work is done with them; one place for all of them.
+
+Files come from anywhere. A number in one may ask for memory or time out of all proportion to the file, so each is held
+against a bound here, or against what the machine has, before anything is read, hashed or allocated.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Positions that the taps of a short convolution may reach back in one step: beyond any context that is trained.
+MAX_DILATION = 1 << 20
+# Positions that one convolution keeps while decoding: (kernel_size - 1) * dilation.
+MAX_CONV_REACH = 1 << 24
+# Entries of a vocabulary; the largest in use have about one million.
+MAX_VOCAB_SIZE = 1 << 24
+MAX_TOKENIZER_BYTES = 256 << 20
+# Values of a JSON header: each costs some 60 bytes once it is parsed, so that 64 MB of them would take gigabytes.
+MAX_HEADER_VALUES = 1 << 20
+# A model file up to this size is hashed before its shapes are judged, so that damage is called damage.
+HASHED_FIRST_BYTES = 1 << 30
+
+
+def json_values(content: bytes) -> int:
+    """Return an upper bound on the number of values in a JSON text, found without parsing it."""
+    return 1 + sum(content.count(mark) for mark in (b",", b":", b"[", b"{"))
+
+
+def machine_memory_bytes() -> int | None:
+    """Return the physical memory of this machine in bytes, or None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
