@@ -61,7 +61,7 @@ class psannLMDataPrep:
         vocab_size: entries of a fitted tokenizer, at most.
 
     Raises:
-        CorpusError: a path does not exist or cannot be read, or there is less text than one window.
+        CorpusError: a path does not exist or cannot be read, or there is no text.
         ConfigError: a value is refused, or a prepared folder stands beside other texts or was made otherwise.
         ArtifactError: a prepared folder is damaged.
     """
@@ -92,6 +92,11 @@ class psannLMDataPrep:
             "seed": seed,
         }
         self.config = section_from_kwargs(DataConfig, "data", settings)
+        self.max_length = self.config.max_length
+        self.pack_sequences = self.config.pack_sequences
+        self.val_split = self.config.val_split
+        self.seed = self.config.seed
+        self.tokenizer_model_path = self.config.tokenizer_model_path
         self.notices: list[str] = []
         self.prepared: PreparedData = (
             prepare(self.config, self.notices.append)
@@ -180,6 +185,51 @@ class psannLM:
         return {**self.__dict__, "_engine_made": None}
 
     @property
+    def _settings(self) -> ModelConfig:
+        """The configuration of the weights where there are any: what was left open is filled in."""
+        return self.config if self._model is None else self._model.config
+
+    @property
+    def base(self) -> str:
+        """``waveresnet``, ``respsann`` or ``transformer``."""
+        return self._settings.base
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self._settings.d_model
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self._settings.n_layers
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads."""
+        return self._settings.n_heads
+
+    @property
+    def d_mlp(self) -> int | None:
+        """Hidden width of the feed-forward; where it was left open, None until there are weights."""
+        return self._settings.d_mlp
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding; where it was left open, None until there are weights."""
+        return self._settings.vocab_size
+
+    @property
+    def positional_encoding(self) -> str:
+        """``rope``, ``alibi`` or ``sinusoidal``."""
+        return self._settings.positional_encoding
+
+    @property
+    def sine_params(self) -> dict[str, Any]:
+        """Every setting of the sine activation, a fresh dict."""
+        return self._settings.sine_params.model_dump()
+
+    @property
     def model(self) -> Transformer:
         """The ``torch.nn.Module``; built with the default seed if it was neither fitted nor loaded."""
         if self._model is None:
@@ -188,7 +238,7 @@ class psannLM:
 
     def fit(
         self,
-        data: psannLMDataPrep,
+        train_data: psannLMDataPrep | None = None,
         val_data: psannLMDataPrep | Texts | None = None,
         epochs: int = 1,
         batch_tokens: int = 65_536,
@@ -200,10 +250,11 @@ class psannLM:
         resume: str = "auto",
         **overrides: Any,
     ) -> psannLM:
-        """Train on ``data`` and return self, with the weights of the last step.
+        """Train on ``train_data`` and return self, with the weights of the last step.
 
         Args:
-            val_data: texts to validate on, instead of what ``data`` held out.
+            train_data: the windows to train on; ``data``, its former name, is taken as a keyword too.
+            val_data: texts to validate on, instead of what ``train_data`` held out.
             epochs, batch_tokens, lr, amp, ddp: as in the ``train`` section of a configuration; ``amp=None`` is fp32.
             verbose: show progress on the standard error stream.
             resume: with a ``checkpoint_dir``: ``auto``, ``never`` or a checkpoint, as for ``psannlm train``.
@@ -213,8 +264,11 @@ class psannLM:
         Raises:
             UnknownKeyError: (a TypeError) a keyword is not known; the nearest known one is named.
             ConfigError, DeviceError: a value is refused, or what it asks for is not to be had.
-            TokenizerError: the model has learnt the ids of another tokenizer than that of ``data``.
+            TokenizerError: the model has learnt the ids of another tokenizer than that of ``train_data``.
         """
+        if train_data is not None and "data" in overrides:
+            raise TypeError("fit got train_data and data, two names of one argument; give train_data alone")
+        data = overrides.pop("data", None) if train_data is None else train_data
         if not isinstance(data, psannLMDataPrep):
             raise TypeError(f"fit takes a psannLMDataPrep, not {type(data).__name__}: fit(psannLMDataPrep(texts))")
         if self.tokenizer is not None and self.tokenizer.fingerprint != data.tokenizer.fingerprint:

@@ -83,8 +83,7 @@ class Precision:
 def pick_precision(amp: Amp, device: torch.device) -> Precision:
     """Return the precision for ``amp`` on ``device``; ``auto`` is bf16 where the hardware has it, else fp32.
 
-    Raises:
-        DeviceError: bf16 was asked for by name and the device has no hardware for it.
+    bf16 asked for by name is bf16 everywhere: without hardware for it, torch computes the same arithmetic in software.
     """
     if amp == "fp32":
         return Precision(device, torch.float32, "fp32 as asked")
@@ -92,11 +91,8 @@ def pick_precision(amp: Amp, device: torch.device) -> Precision:
         return Precision(device, torch.float16, "fp16 as asked")
     has_bf16 = computes_in_bf16(device)
     if amp == "bf16":
-        if not has_bf16:
-            raise DeviceError(
-                f"amp: bf16 was asked for, but this {device.type} has no bf16 hardware; use amp: auto or fp32"
-            )
-        return Precision(device, torch.bfloat16, "bf16 as asked")
+        in_software = f", in software: this {device.type} has no bf16 hardware, and amp: auto or fp32 is faster"
+        return Precision(device, torch.bfloat16, f"bf16 as asked{'' if has_bf16 else in_software}")
     if has_bf16:
         return Precision(device, torch.bfloat16, f"bf16: this {device.type} computes in it")
     return Precision(device, torch.float32, f"fp32: this {device.type} has no bf16 hardware")

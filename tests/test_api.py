@@ -56,7 +56,8 @@ def test_the_surface_is_the_documented_one() -> None:
         "vocab_size=None",
         "positional_encoding='rope'",
     ]
-    assert shown(psannLM.fit)[2:8] == [
+    assert shown(psannLM.fit)[1:8] == [
+        "train_data=None",
         "val_data=None",
         "epochs=1",
         "batch_tokens=65536",
@@ -261,3 +262,42 @@ def test_load_takes_a_run_folder_without_latest(data: psannLMDataPrep, tmp_path:
     (run / "step_00000002" / "model.safetensors").write_bytes(b"cut short")
     older = psannLM.load(run / "step_00000001")
     assert torch.equal(psannLM.load(run).model.output_weight, older.model.output_weight)
+
+
+def test_the_arguments_can_be_read_back(data: psannLMDataPrep, tmp_path: Path) -> None:
+    assert (data.max_length, data.pack_sequences, data.val_split, data.seed) == (16, True, 0.2, 1337)
+    assert data.tokenizer_model_path is None
+    model = small(vocab_size=300, positional_encoding="alibi", sine_params={"amp_init": 1.5}, d_mlp=24)
+    for one in (model, psannLM.load(model.save(tmp_path / "m"))):
+        assert (one.base, one.d_model, one.n_layers, one.n_heads, one.d_mlp) == ("waveresnet", 16, 1, 2, 24)
+        assert (one.vocab_size, one.positional_encoding) == (300, "alibi")
+        assert one.sine_params["amp_init"] == 1.5
+
+
+def test_fit_takes_the_documented_and_the_former_keyword(data: psannLMDataPrep) -> None:
+    for keyword in ("train_data", "data"):
+        assert small().fit(**{keyword: data}, max_steps=1, **FIT).result is not None
+    with pytest.raises(TypeError, match="two names"):
+        small().fit(data, data=data, **FIT)
+
+
+def test_the_global_generator_makes_sampling_repeatable(fitted: psannLM) -> None:
+    texts = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        texts.append(fitted.generate_batch(["The", "A"], max_new_tokens=12))
+    assert texts[0] == texts[1] != texts[2]
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    fitted.generate("The", max_new_tokens=4, seed=1)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_two_short_texts_are_enough_to_train_and_generate() -> None:
+    for packs in (True, False):
+        texts = ["hello world", "goodnight moon"]
+        tiny = psannLMDataPrep(texts, tokenizer="simple", max_length=64, pack_sequences=packs)
+        model = small(vocab_size=tiny.vocab_size).fit(tiny, epochs=1, batch_tokens=65_536, amp="bf16", verbose=False)
+        assert isinstance(model.generate("Once upon a time", top_p=0.9, max_new_tokens=8), str)
+        assert len(model.generate_batch(["hello", "goodnight"], max_new_tokens=8)) == 2

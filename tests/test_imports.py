@@ -146,7 +146,7 @@ def is_allowed(importer: str, target: str) -> bool:
     allowed = {
         "psannlm": ("psannlm.api",),
         "__main__": ("psannlm.commands.app",),
-        "psann": ("psannlm", "psannlm.__main__"),
+        "psann": ("psannlm", "psannlm.__main__", "psannlm.config.data", "psannlm.config.model", "psannlm.config.train"),
     }
     return target in allowed[here]
 

@@ -19,7 +19,7 @@ from psannlm.training.run import train
 CONFIG = """\
 # my own words
 model: {base: transformer, d_model: 16, n_layers: 1, n_heads: 2}
-data: {sources: [{path: corpus.txt, per_line: true}], tokenizer: simple, vocab_size: 300, max_length: 16, val_split: 0.2}
+data: {sources: [{path: corpus.txt, per_line: true}], tokenizer: simple, max_length: 16, val_split: 0.2}
 train: {max_steps: 2, batch_tokens: 64, amp: fp32, device: cpu, save_interval_steps: 1, keep_checkpoints: 1}
 """
 FILES = (
@@ -99,6 +99,15 @@ def report_into(out: Path) -> None:
     assert not any(folder.iterdir())
 
 
+def refusal_of(work: Callable[[Path], None], out: Path) -> str | None:
+    """Return with which words ``work`` refuses ``out``, or None."""
+    try:
+        work(out)
+    except PsannlmError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize("kind", ["file", "symlink", "hard link", "folder", "fifo"])
 @pytest.mark.parametrize("work", [train_into, train_anew_into, prepare_into, report_into])
 def test_no_work_harms_foreign_entries(
@@ -116,19 +125,15 @@ def test_no_work_harms_foreign_entries(
         one.mkdir()
         os.rename(tmp_path / "out" / name, one / name)
         was = state_of(one)
-        try:
-            work(one)
-        except PsannlmError as error:
-            assert str(one) in str(error), error
+        refusal = refusal_of(work, one)
+        assert refusal is None or str(one) in refusal
         now = state_of(one)
         assert {key: now.get(key) for key in was} == was, name
         os.rename(one / name, tmp_path / "out" / name)
         one.rename(tmp_path / f"done {name}")
     assert state_of(tmp_path / "out") == before
-    try:
-        work(tmp_path / "out")
-    except PsannlmError as error:
-        assert str(tmp_path / "out") in str(error), error
+    refusal = refusal_of(work, tmp_path / "out")
+    assert refusal is None or str(tmp_path / "out") in refusal
     now = state_of(tmp_path / "out")
     assert {key: now.get(key) for key in before} == before
 

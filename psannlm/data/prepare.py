@@ -53,7 +53,7 @@ def prepare(config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = No
     the tokenizer and the validation part that it holds.
 
     Raises:
-        CorpusError: a source is missing or cannot be read, or there is less text than one window.
+        CorpusError: a source is missing or cannot be read, or there is no text.
         TokenizerError: the tokenizer cannot be fitted or read.
         ConfigError: the tokenizer file is of another backend than the one named; or a prepared folder is asked for
             something it was not made with, or stands beside other sources.
@@ -85,8 +85,8 @@ def _prepare(
         tokenizer = _tokenizer(train_documents, config, notice)
     notice(_describe(tokenizer))
     train = encode_documents(watch_for_loss(tokenizer, train_documents, notice), tokenizer)
-    _refuse_too_little(train, config.max_length)
     notice(f"train: {_size(train)}")
+    _check_length(train, config.max_length, notice)
     if not val_documents:
         return PreparedData(tokenizer, train, None, report)
     val = encode_documents(val_documents, tokenizer)
@@ -98,7 +98,6 @@ def _prepare(
 def _from_folder(manifest: Path, config: DataConfig, notice: Notice) -> PreparedData:
     folder = open_folder(manifest)
     refuse_other_wishes(config, folder)
-    _refuse_too_little(folder.train, config.max_length)
     report, made = folder.report(), folder.manifest
     part = "" if made.part == "1/1" else f", part {made.part} of a corpus"
     notice(f"prepared folder: {folder.path}{part}")
@@ -106,6 +105,7 @@ def _from_folder(manifest: Path, config: DataConfig, notice: Notice) -> Prepared
         notice(line)
     notice(_describe(folder.tokenizer))
     notice(f"train: {_size(folder.train)}")
+    _check_length(folder.train, config.max_length, notice)
     if folder.validation is not None:
         overlap = "" if made.val_overlap is None else f"; {_describe_overlap(made.val_overlap)}"
         notice(f"validation: {_size(folder.validation)}{overlap}")
@@ -141,13 +141,19 @@ def _size(store: Stream) -> str:
     return f"{store.n_documents:,} {noun}, {store.n_bytes:,} bytes, {store.n_tokens:,} tokens ({per_token})"
 
 
-def _refuse_too_little(train: Stream, max_length: int) -> None:
-    needed = max_length + 1
-    if train.n_framed_tokens < needed:
-        raise CorpusError(
-            f"the training text is shorter than one window: it has {train.n_framed_tokens:,} tokens, begin and end of "
-            f"text among them, and data.max_length {max_length:,} needs {needed:,}. Set data.max_length to "
-            f"{train.n_framed_tokens - 1:,} or less, or add text."
+def _check_length(train: Stream, max_length: int, notice: Notice) -> None:
+    """Say so when the training text does not fill one window; refuse it when there is no token to learn.
+
+    Padding costs time and teaches nothing: its labels are ignored.
+    """
+    # The first id of every document begins the text and is never predicted.
+    if train.n_framed_tokens <= train.n_documents:
+        raise CorpusError("the training text holds no token to predict; add text")
+    if train.n_framed_tokens <= max_length:
+        notice(
+            f"note: the training text is shorter than one window: its {train.n_framed_tokens:,} tokens, begin and end "
+            f"of text among them, are padded to data.max_length {max_length:,}; a data.max_length of "
+            f"{train.n_framed_tokens - 1:,} would pad nothing"
         )
 
 

@@ -5,7 +5,6 @@ Letters: B rows still alive, T tokens of a pass, V vocabulary.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -111,7 +110,7 @@ class Decoding:
         self.stopped_by: list[StopReason] = ["length"] * len(self.prompts)
         self.n_passes = self.n_drafted = self.n_accepted = 0
         self._texts = [PromptLookup(prompt) for prompt in self.prompts] if self.speculate else []
-        seeds = [secrets.randbits(63) if sampling.seed is None else int(sampling.seed) for _ in self.prompts]
+        seeds = [_fresh_seed() if sampling.seed is None else int(sampling.seed) for _ in self.prompts]
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._uniforms = torch.empty(len(self.prompts), 0)
 
@@ -238,6 +237,11 @@ class Decoding:
 
     def _is_going_on(self, row: int) -> bool:
         return len(self.generated[row]) < self.room[row]
+
+
+def _fresh_seed() -> int:
+    """Draw a seed from torch's default generator, so that ``torch.manual_seed`` makes what follows repeatable."""
+    return int(torch.randint(2**63 - 1, ()))
 
 
 def _agreed(chosen: Sequence[int], draft: Sequence[int]) -> list[int]:

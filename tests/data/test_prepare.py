@@ -12,6 +12,7 @@ from psannlm.config.data import DataConfig
 from psannlm.data import prepare as prepare_module
 from psannlm.data.documents import Document
 from psannlm.data.prepare import prepare, prepare_documents, shared_text, split_documents
+from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ConfigError, CorpusError
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.char import CharTokenizer
@@ -162,12 +163,15 @@ def test_files_go_all_the_way(tiny_corpus: Path) -> None:
             assert store.doc_bytes[index] == len(line.encode())
 
 
-def test_a_corpus_shorter_than_one_window_is_an_error_with_both_figures(byte_tokenizer: Tokenizer) -> None:
-    document = [Document("x" * 8, "d")]
-    message = r"10 tokens.*max_length 10 needs 11.*max_length to 9 or less"
-    with pytest.raises(CorpusError, match=message):
-        prepare_documents(document, DataConfig(max_length=10), quiet, byte_tokenizer)
-    prepare_documents(document, DataConfig(max_length=9), quiet, byte_tokenizer)
+def test_a_corpus_shorter_than_one_window_is_padded_with_a_notice(byte_tokenizer: Tokenizer) -> None:
+    lines: list[str] = []
+    data = prepare_documents([Document("x" * 8, "d")], DataConfig(max_length=10), lines.append, byte_tokenizer)
+    assert [line for line in lines if "its 10 tokens" in line and "padded to data.max_length 10" in line]
+    input_ids, labels = Windows(data.train, 10, pad_id=byte_tokenizer.pad_id).batch([0])
+    assert labels[0].tolist() == [*input_ids[0, 1:9].tolist(), byte_tokenizer.eos_id, IGNORE_INDEX]
+    lines.clear()
+    prepare_documents([Document("x" * 8, "d")], DataConfig(max_length=9), lines.append, byte_tokenizer)
+    assert not [line for line in lines if "padded" in line]
 
 
 def test_no_documents_are_an_error(byte_tokenizer: Tokenizer) -> None:

@@ -54,3 +54,9 @@ def test_the_old_command_runs_the_new_one(arguments: list[str], exit_code: int, 
     assert result.returncode == exit_code, result.stderr
     assert said in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_sections_of_a_configuration_import_from_the_old_path() -> None:
+    from psann.lm.config import DataConfig, ModelConfig, TrainConfig
+
+    assert (ModelConfig().positional_encoding, DataConfig().max_length, TrainConfig().amp) == ("rope", 256, "auto")

@@ -53,6 +53,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_corpus_is_read(
 
 
 def test_a_run_that_fails_before_it_writes_leaves_no_folder(tiny_run: TinyRun, tmp_path: Path) -> None:
-    with pytest.raises(PsannlmError, match="shorter than one window"):
-        train(tiny_run(data={"max_length": 90_000}, batch_tokens=180_000, checkpoint_dir=str(tmp_path / "runs" / "a")))
+    lost = {"tokenizer_model_path": str(tmp_path / "absent.json")}
+    with pytest.raises(PsannlmError, match=r"absent\.json"):
+        train(tiny_run(data=lost, checkpoint_dir=str(tmp_path / "runs" / "a")))
     assert not (tmp_path / "runs").exists()
