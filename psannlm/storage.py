@@ -109,9 +109,10 @@ def read_small(path: Path, limit_bytes: int) -> bytes | None:
         handle = os.open(path, _READ_FLAGS)
     except OSError:
         return None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        return None
     with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            return None
         content = file.read(limit_bytes + 1)
     return content if len(content) <= limit_bytes else None
 

@@ -105,10 +105,11 @@ def file_metadata(path: Path, limit: int = MAX_HEADER_BYTES) -> dict[str, str]:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return {}
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(handle)
+        return {}
     with open(handle, "rb") as file:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            return {}
         try:
             return parse_metadata(path, parse_header(path, read_header(path, file, found.st_size, limit)))
         except ArtifactError:

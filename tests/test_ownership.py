@@ -99,6 +99,22 @@ def report_into(out: Path) -> None:
     assert not any(folder.iterdir())
 
 
+COMMON = (".lock", "metrics.json", "system.json", "table.txt", ".psannlm-0123456789abcdef.tmp")
+NAMES: dict[Callable[[Path], None], tuple[str, ...]] = {
+    train_into: (
+        *COMMON,
+        "best",
+        "config.yaml",
+        "latest",
+        "loss_curve.png",
+        "metrics.jsonl",
+        "step_1",
+        "step_00000002",
+    ),
+    prepare_into: (*COMMON, "manifest.json", "tokenizer.json", "train_00000.safetensors", ".work"),
+}
+
+
 def refusal_of(work: Callable[[Path], None], out: Path) -> str | None:
     """Return with which words ``work`` refuses ``out``, or None."""
     try:
@@ -120,7 +136,7 @@ def test_no_work_harms_foreign_entries(
     fill(tmp_path / "out", kind)
     before = state_of(tmp_path / "out")
     # One name at a time: what refuses at the first would never come to the second.
-    for name in (*FILES, *FOLDERS):
+    for name in NAMES.get(work, ()):
         one = tmp_path / "one"
         one.mkdir()
         os.rename(tmp_path / "out" / name, one / name)

@@ -12,7 +12,7 @@ from psannlm.errors import ArtifactError, ConfigError
 from psannlm.prep.folder import is_own_shard, remove_files
 from psannlm.prep.plan import Plan, source_differences
 from psannlm.prep.settings import STDIN
-from psannlm.storage import explain_write_errors, sha256_file
+from psannlm.storage import explain_write_errors, refuse_foreign, sha256_file
 from psannlm.tokenizers.base import Tokenizer
 
 _SUFFIXES = {"sentencepiece": ".model"}
@@ -93,6 +93,7 @@ def remove_finished(out: Path, manifest: Manifest) -> None:
         # A shard that is damaged in its header still has the size that the manifest records.
         return is_own_shard(path) or path.stat().st_size in (0, sizes[path.name])
 
+    refuse_foreign(out / MANIFEST_FILE, lambda path: True, "or choose another folder with --out")
     remove_files(out, [manifest.tokenizer.file, *sizes], is_ours)
     with explain_write_errors(out):
         (out / MANIFEST_FILE).unlink(missing_ok=True)

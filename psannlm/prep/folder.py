@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from psannlm.config.files import PLAN_FILE
+from psannlm.config.files import MANIFEST_FILE, PLAN_FILE
 from psannlm.data.shardfile import FORMAT
 from psannlm.errors import StorageError
 from psannlm.prep.piece import is_piece
@@ -36,6 +36,7 @@ def refuse_foreign_files(out: Path, tokenizer_file: str, tokenizer: bytes, *, ha
     Raises:
         StorageError: something foreign is in the way; the message names it.
     """
+    refuse_foreign(out / MANIFEST_FILE, _nothing_is_ours, _REMEDY)
     refuse_foreign(out / tokenizer_file, lambda path: path.read_bytes() == tokenizer, _REMEDY)
     for path in sorted(out.glob("*.safetensors")):
         refuse_foreign(path, is_own_shard if has_work else _nothing_is_ours, _REMEDY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +11,11 @@ from typing import Any
 
 from psannlm.reports.plain import Unreadable, read_json
 from psannlm.reports.store import system_info, write_json
-from psannlm.storage import explain_write_errors, write_text
+from psannlm.storage import explain_write_errors, read_small, write_text
 
 FIGURES_FILE, SYSTEM_FILE, TABLE_FILE = "metrics.json", "system.json", "table.txt"
-KIND_KEY = "record"
+KIND_KEY, _TABLE_KEY = "record", "table_sha256"
+_MOST_BYTES = 64 << 20
 KINDS = ("tokenize", "prep", "train")
 _DEEPEST = 2
 
@@ -27,12 +30,13 @@ def write_record(folder: Path, kind: str, figures: dict[str, Any], table: str) -
         StorageError: the record cannot be written.
     """
     names = [FIGURES_FILE, TABLE_FILE, *([] if kind == "train" else [SYSTEM_FILE])]
-    if any((folder / name).exists() for name in names) and read_record(folder) is None:
+    if not all(is_own_file(folder / name) for name in names if os.path.lexists(folder / name)):
         return False
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    # The figures come first: they mark the other files as ours.
-    write_json(folder / FIGURES_FILE, {KIND_KEY: kind, **figures})
+    # The figures come first: they hold the hash that marks the table as ours.
+    figures = {KIND_KEY: kind, **figures, _TABLE_KEY: hashlib.sha256(table.encode("utf-8")).hexdigest()}
+    write_json(folder / FIGURES_FILE, figures)
     if kind != "train":
         write_json(folder / SYSTEM_FILE, system_info())
     write_text(folder / TABLE_FILE, table)
@@ -49,6 +53,23 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except Unreadable:
         return None
     return figures if figures.get(KIND_KEY) in KINDS else None
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether ``path`` is a file of a record as :func:`write_record` leaves it, which its content proves."""
+    content = read_small(path, _MOST_BYTES)
+    if content is None:
+        return False
+    if path.name == FIGURES_FILE:
+        return read_record(path.parent) is not None
+    if path.name == TABLE_FILE:
+        record = read_record(path.parent) or {}
+        return record.get(_TABLE_KEY) == hashlib.sha256(content).hexdigest()
+    try:
+        system = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(system, dict) and {"time_utc", "psannlm", "platform", "packages"} <= system.keys()
 
 
 def find_records(root: Path) -> Iterator[tuple[Path, str]]:

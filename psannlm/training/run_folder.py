@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from psannlm.config.run import RunConfig, to_yaml
 from psannlm.errors import ConfigError, StorageError
 from psannlm.lock import LOCK_FILE
+from psannlm.reports.records import FIGURES_FILE, TABLE_FILE, is_own_file
 from psannlm.storage import is_plain_folder, read_small, refuse_foreign
 from psannlm.training.checkpoint import BEST, LATEST, is_own_checkpoint, is_pointer, list_checkpoints, step_folder
 from psannlm.training.metrics import CURVE_FILE, METRICS_FILE
@@ -47,15 +48,6 @@ def _has_sections(text: bytes) -> bool:
     return is_whole and all(isinstance(section, dict) and len(section) > 8 for section in content.values())
 
 
-def is_own_system(path: Path) -> bool:
-    """Whether the file describes a machine as :func:`psannlm.reports.store.system_info` does."""
-    try:
-        content = json.loads(read_small(path, _CONFIG_BYTES) or b"")
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and {"time_utc", "psannlm", "platform", "packages"} <= content.keys()
-
-
 def is_own_metrics(path: Path) -> bool:
     """Whether the file begins as the log of a run: empty, or with a row that has a ``kind`` and a ``step``."""
     try:
@@ -84,7 +76,7 @@ def is_own_curve(path: Path) -> bool:
 
 _OWN: dict[str, Callable[[Path], bool]] = {
     CONFIG_FILE: is_own_config,
-    SYSTEM_FILE: is_own_system,
+    SYSTEM_FILE: is_own_file,
     METRICS_FILE: is_own_metrics,
     LATEST: is_pointer,
     BEST: is_pointer,
@@ -143,7 +135,7 @@ def foreign_entry(folder: Path) -> Path | None:
             continue
         if path.name == BOARD_FOLDER and is_own_board(path):
             continue
-        is_ours = _OWN.get(path.name)
+        is_ours = {**_OWN, FIGURES_FILE: is_own_file, TABLE_FILE: is_own_file}.get(path.name)
         if is_ours is None or path.is_symlink() or not path.is_file() or not is_ours(path):
             return path
     return None

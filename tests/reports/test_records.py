@@ -16,7 +16,8 @@ def test_a_record_is_written_found_and_replaced(tmp_path: Path) -> None:
     for tokens in (5, 7):
         assert write_record(folder, "prep", {"tokens": tokens}, "a table\n")
         assert {path.name for path in folder.iterdir()} == {"metrics.json", "system.json", "table.txt"}
-        assert read_record(folder) == {"record": "prep", "tokens": tokens}
+        figures = read_record(folder) or {}
+        assert (figures["record"], figures["tokens"]) == ("prep", tokens)
     assert list(find_records(tmp_path)) == [(folder, "prep")]
     [artifact] = gather(tmp_path / "reports", [], records=[tmp_path]).artifacts
     assert (artifact.kind, artifact.figures["tokens"], artifact.table) == ("prep", 7, "a table\n")
@@ -28,6 +29,22 @@ def test_a_record_overwrites_nothing_of_others(name: str, tmp_path: Path) -> Non
     assert not write_record(tmp_path, "prep", {}, "")
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text(encoding="utf-8") == '{"mine": 1}'
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "system.json", "table.txt"])
+@pytest.mark.parametrize("kind", ["edited", "link"])
+def test_record_leaves_what_user_put_in_it(name: str, kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "prepared"
+    assert write_record(folder, "prep", {}, "a table\n")
+    (folder / name).unlink()
+    if kind == "edited":
+        (folder / name).write_text("my own words", encoding="utf-8")
+    else:
+        (folder / name).symlink_to(tmp_path / "nowhere")
+    before = (folder / name).lstat()
+    assert not write_record(folder, "prep", {}, "another table\n")
+    assert (folder / name).lstat() == before
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_figures_of_others_are_no_records(tmp_path: Path) -> None:
