@@ -16,6 +16,7 @@ from psannlm.commands.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    drawing_a_picture,
     duration_s,
     figures_table,
     find_model_file,
@@ -146,7 +147,8 @@ def bench_kv(
     write_json(folder / "metrics.json", metrics)
     write_text(folder / "table.txt", table_text(*tables))
     if report.growth:
-        draw_growth(folder / PLOT_FILE, _plot_title(report), report.growth)
+        with drawing_a_picture():
+            draw_growth(folder / PLOT_FILE, _plot_title(report), report.growth)
     if as_json:
         print_json({**metrics, "folder": str(folder)})
     else:

@@ -11,7 +11,16 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from psannlm.commands.options import JsonOption, live_line, print_json, progress, reading, results, table_text
+from psannlm.commands.options import (
+    JsonOption,
+    drawing_a_picture,
+    live_line,
+    print_json,
+    progress,
+    reading,
+    results,
+    table_text,
+)
 
 if TYPE_CHECKING:
     from psannlm.benchmarks.prep_speed import PrepFigures
@@ -87,7 +96,8 @@ def bench_tokenizers(
     write_json(folder / "metrics.json", metrics)
     write_json(folder / "system.json", system_info())
     write_text(folder / "table.txt", table_text(*tables))
-    draw_tokenizers(folder / "tokenizers.png", f"Tokenizers of {vocab_size:,} entries at most", report.tokenizers)
+    with drawing_a_picture():
+        draw_tokenizers(folder / "tokenizers.png", f"Tokenizers of {vocab_size:,} entries at most", report.tokenizers)
     if as_json:
         print_json({**metrics, "folder": str(folder)})
     else:

@@ -12,6 +12,7 @@ from rich.table import Table
 from psannlm.commands.options import (
     DeviceOption,
     JsonOption,
+    drawing_a_picture,
     figures_table,
     live_line,
     naming_options,
@@ -126,7 +127,8 @@ def bench_train(
     write_json(folder / "metrics.json", metrics)
     write_json(folder / "system.json", system_info())
     write_text(folder / "table.txt", table_text(*tables))
-    draw_throughput(folder / PLOT_FILE, _title(report), report)
+    with drawing_a_picture():
+        draw_throughput(folder / PLOT_FILE, _title(report), report)
     if as_json:
         print_json({**metrics, "folder": str(folder)})
     else:

@@ -12,7 +12,16 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from psannlm.commands.options import DEFAULT_RUNS, JsonOption, live_line, print_json, progress, results, table_text
+from psannlm.commands.options import (
+    DEFAULT_RUNS,
+    JsonOption,
+    drawing_a_picture,
+    live_line,
+    print_json,
+    progress,
+    results,
+    table_text,
+)
 
 if TYPE_CHECKING:
     from psannlm.benchmarks.study import Study
@@ -87,8 +96,9 @@ def compare(
     write_json(folder / "metrics.json", figures)
     write_json(folder / "system.json", {**system_info(), "jobs": jobs})
     write_text(folder / "table.txt", table_text(*map(_rich, tables)))
-    for picture in study_pictures(figures):
-        write_bytes(folder / picture.file, picture.png)
+    with drawing_a_picture():
+        for picture in study_pictures(figures):
+            write_bytes(folder / picture.file, picture.png)
     if as_json:
         print_json({**figures, "folder": str(folder)})
     else:

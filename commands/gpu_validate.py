@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from psannlm.commands.options import JsonOption, live_line, print_json, progress, results, table_text
+from psannlm.commands.options import JsonOption, drawing_a_picture, live_line, print_json, progress, results, table_text
 
 if TYPE_CHECKING:
     from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult
@@ -57,7 +57,8 @@ def gpu_validate(
             device, only=only or (), baseline=baseline, any_machine=baseline_any_machine, say=say, on_report=keep
         )
     log.add(_tables(report))
-    draw_battery(folder, report)
+    with drawing_a_picture():
+        draw_battery(folder, report)
     if as_json:
         print_json({**report.as_dict(), "folder": str(folder)})
     else:

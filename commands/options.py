@@ -110,6 +110,17 @@ def find_model_file(checkpoint: Path | None, runs: Path) -> Path:
 
 
 @contextmanager
+def drawing_a_picture() -> Iterator[None]:
+    """Say in one line that a picture is missing, and why: results and exit code do not depend on it."""
+    from psannlm.errors import PictureError, StorageError
+
+    try:
+        yield
+    except (PictureError, StorageError) as error:
+        progress().print(f"note: no picture: {error}", highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+@contextmanager
 def naming_options(section: str) -> Iterator[None]:
     """Name options, not the keys of a configuration file, where values given as options are refused as a section's."""
     from psannlm.errors import ConfigError

@@ -82,6 +82,10 @@ class StorageError(PsannlmError):
     """A file that could not be written: disk full, no permission. What was there before is still there."""
 
 
+class PictureError(PsannlmError):
+    """A picture that cannot be drawn. The figures it would show are written and printed all the same."""
+
+
 class WorkerError(PsannlmError):
     """A process that did a part of the work ended before it was done."""
 

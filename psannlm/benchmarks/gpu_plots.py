@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult
-from psannlm.storage import replacing
+from psannlm.reports.canvas import render_figure
+from psannlm.storage import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Told apart by the colour-blind too (Okabe and Ito 2008), and by their markers where there is no colour.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -19,20 +25,27 @@ def draw_battery(folder: Path, report: BatteryReport) -> list[Path]:
     """Draw what was measured into ``folder`` and return the pictures; a check without curves has none.
 
     Raises:
+        PictureError: a picture cannot be drawn.
         StorageError: a picture cannot be written.
     """
     drawn = []
     for result in report.results:
         if result.check == "GPU-02" and result.series:
-            drawn.append(_draw_losses(folder / "precision.png", result))
+            drawn.append(_write(folder / "precision.png", partial(_losses_figure, result)))
         if result.check == "GPU-03" and len(result.series) > 1:
-            drawn.append(_draw_rates(folder / "throughput.png", result, str(report.machine["name"])))
+            machine = str(report.machine["name"])
+            drawn.append(_write(folder / "throughput.png", partial(_rates_figure, result, machine)))
     return drawn
 
 
-def _draw_losses(path: Path, result: CheckResult) -> Path:
+def _write(path: Path, draw: Callable[[], Figure]) -> Path:
+    write_bytes(path, render_figure(draw))
+    return path
+
+
+def _losses_figure(result: CheckResult) -> Figure:
     """Losses in float32, and how far the other precisions lie from them: on one scale the curves hide each other."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     figure = _figure(height=7.5)
     losses, distances = figure.subplots(2, 1, sharex=True)
@@ -48,11 +61,13 @@ def _draw_losses(path: Path, result: CheckResult) -> Path:
             distances.plot(range(1, len(apart) + 1), apart, dash, label=f"{name}, {dtype}", **style)
     losses.set(title="The same training in three precisions", ylabel="loss (nats per token)")
     distances.set(xlabel="optimiser step", ylabel="distance from float32 (nats per token)", yscale="log")
+    # The formatter of logarithmic axes that needs no formulas in labels.
+    distances.yaxis.set_major_formatter(LogFormatter())
     distances.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _save(figure, (losses, distances), path)
+    return _with_legends(figure, (losses, distances))
 
 
-def _draw_rates(path: Path, result: CheckResult, machine: str) -> Path:
+def _rates_figure(result: CheckResult, machine: str) -> Figure:
     figure = _figure(height=5.0)
     axes = figure.subplots()
     tokens = result.series["batch tokens"]
@@ -67,20 +82,17 @@ def _draw_rates(path: Path, result: CheckResult, machine: str) -> Path:
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set(title=f"Throughput on {machine}", xlabel="batch (tokens)", ylabel="rate (thousand tokens per second)")
-    return _save(figure, (axes,), path)
+    return _with_legends(figure, (axes,))
 
 
-def _figure(height: float) -> Any:
-    # Not pyplot, which would hold on to the figure and settle the backend of the caller's notebook.
+def _figure(height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(9, height), layout="constrained")
 
 
-def _save(figure: Any, panels: Sequence[Any], path: Path) -> Path:
+def _with_legends(figure: Figure, panels: Sequence[Axes]) -> Figure:
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    return path
+    return figure

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,11 @@ from psannlm.benchmarks.bandwidth import FloorShare, memory_reader, step_bytes
 from psannlm.benchmarks.timing import Clock, Count, Standing, shared_turns, take_turns
 from psannlm.generation.engine import Engine
 from psannlm.models.cache import DecodeState
-from psannlm.storage import replacing
+from psannlm.reports.canvas import render_figure
+from psannlm.storage import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CONTEXTS = (256, 512, 1024, 2048, 4096)
 STEPS = 32
@@ -133,9 +137,13 @@ def draw_growth(path: Path, title: str, points: Sequence[GrowthPoint]) -> None:
     """Draw milliseconds per step against the context, with the bandwidth floor under them.
 
     Raises:
+        PictureError: the picture cannot be drawn.
         StorageError: the picture cannot be written.
     """
-    # Not pyplot, which would hold on to the figure and settle the backend of the caller's notebook.
+    write_bytes(path, render_figure(lambda: _growth_figure(title, points)))
+
+
+def _growth_figure(title: str, points: Sequence[GrowthPoint]) -> Figure:
     from matplotlib.figure import Figure
 
     contexts = [point.context for point in points]
@@ -170,11 +178,10 @@ def draw_growth(path: Path, title: str, points: Sequence[GrowthPoint]) -> None:
     axes.minorticks_off()
     axes.margins(x=0.12)
     axes.set_ylim(0, 1.25 * max(1e3 * step.highest for step in steps))
-    axes.set_title(title, parse_math=False)
+    axes.set_title(title)
     axes.set_xlabel("context (tokens of each row)")
     axes.set_ylabel("time of one decoding step (ms)")
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], frameon=False, loc="upper left")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    return figure

@@ -6,11 +6,15 @@ import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psannlm.benchmarks.timing import Spread, paired_ratio
 from psannlm.benchmarks.trainees import ThroughputSettings, Trainee, config_of
-from psannlm.storage import replacing
+from psannlm.reports.canvas import render_figure
+from psannlm.storage import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # A rival further from our size than this is not the same size.
 _SAME_SIZE = 0.01
@@ -167,9 +171,13 @@ def draw_throughput(path: Path, title: str, report: ThroughputReport) -> None:
     """Draw tokens per second, and peak memory where it is known, as bars with the lowest and highest turn.
 
     Raises:
+        PictureError: the picture cannot be drawn.
         StorageError: the picture cannot be written.
     """
-    # Not pyplot, which would hold on to the figure and settle the backend of the caller's notebook.
+    write_bytes(path, render_figure(lambda: _throughput_figure(title, report), dpi=120))
+
+
+def _throughput_figure(title: str, report: ThroughputReport) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -189,5 +197,4 @@ def draw_throughput(path: Path, title: str, report: ThroughputReport) -> None:
     for axes in (speed, *others):
         axes.xaxis.set_major_locator(MaxNLocator(5))
     figure.suptitle(title)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    return figure

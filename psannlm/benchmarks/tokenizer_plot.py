@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from psannlm.benchmarks.tokenizers import TokenizerFigures
-from psannlm.storage import replacing
+from psannlm.reports.canvas import render_figure
+from psannlm.storage import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _ONE, _ALL, _DENSITY = "#9ecae1", "#1f77b4", "#d95f02"
 _BAR = 0.38
@@ -17,9 +22,13 @@ def draw_tokenizers(path: Path, title: str, rows: Sequence[TokenizerFigures]) ->
     """Draw encoding and decoding rate, on one thread and on all, and bytes per token, a group of bars a tokenizer.
 
     Raises:
+        PictureError: the picture cannot be drawn.
         StorageError: the picture cannot be written.
     """
-    # Not pyplot, which would hold on to the figure and settle the backend of the caller's notebook.
+    write_bytes(path, render_figure(lambda: _tokenizers_figure(title, rows)))
+
+
+def _tokenizers_figure(title: str, rows: Sequence[TokenizerFigures]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 1.9 + 0.62 * len(rows)), layout="constrained")
@@ -34,7 +43,7 @@ def draw_tokenizers(path: Path, title: str, rows: Sequence[TokenizerFigures]) ->
     bars = density.barh(places, [row.bytes_per_token for row in rows], 2 * _BAR, color=_DENSITY)
     density.bar_label(bars, [f"{row.bytes_per_token:.2f}" for row in rows], padding=3, fontsize=9)
     density.set_xlabel("bytes per token on held-out text")
-    encode.set_yticks(places, [_short(row.name) for row in rows], parse_math=False)
+    encode.set_yticks(places, [_short(row.name) for row in rows])
     encode.invert_yaxis()
     for axes in (encode, decode, density):
         axes.margins(x=0.16)
@@ -42,9 +51,8 @@ def draw_tokenizers(path: Path, title: str, rows: Sequence[TokenizerFigures]) ->
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*encode.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
-    figure.suptitle(title, parse_math=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    figure.suptitle(title)
+    return figure
 
 
 def _rate(row: TokenizerFigures, work: str, threads: str) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from psannlm.errors import PictureError
 from psannlm.reports.batteries import battery_headlines, battery_tables
 from psannlm.reports.document import (
     Block,
@@ -55,7 +57,7 @@ def build_document(found: Gathered, origin: Origin, rates: Sequence[dict[str, An
     runs = _runs_outside_studies(found.runs)
     sections = []
     if runs:
-        sections.append(_runs_section(runs, len(found.runs) - len(runs)))
+        sections.append(_runs_section(runs, len(found.runs) - len(runs), found.unread))
     headlines = _run_headlines(runs)
     for artifact in sorted(found.artifacts, key=lambda artifact: artifact.kind != STUDY_KIND):
         blocks, artifact_headlines = _artifact_blocks(artifact, found.unread)
@@ -63,9 +65,14 @@ def build_document(found: Gathered, origin: Origin, rates: Sequence[dict[str, An
         headlines += artifact_headlines
     if bars := _rate_bars(rates):
         caption = f"Medians with the lowest and highest; at most {_MOST_BARS}, the newest first to be shown."
-        sections.append(
-            Section("Rates side by side", [draw_bars("throughput.png", bars, "training tokens per second", caption)])
-        )
+        sections += [
+            Section("Rates side by side", [picture])
+            for picture in drawn(
+                "throughput.png",
+                lambda: [draw_bars("throughput.png", bars, "training tokens per second", caption)],
+                found.unread,
+            )
+        ]
     if found.unread:
         sections.append(Section("Left out", [_unread_table(found.unread)]))
     counts = (
@@ -73,6 +80,15 @@ def build_document(found: Gathered, origin: Origin, rates: Sequence[dict[str, An
         f"{_count(len(found.unread), 'thing')} left out."
     )
     return Document("psannlm: report", counts, list(dict.fromkeys(headlines))[:6], sections, origin)
+
+
+def drawn(where: str | Path, draw: Callable[[], list[Picture]], unread: list[Unread]) -> list[Picture]:
+    """Return the pictures that ``draw`` makes; where one cannot be drawn, none, and add the reason to ``unread``."""
+    try:
+        return draw()
+    except PictureError as error:
+        unread.append(Unread(Path(where), str(error)))
+        return []
 
 
 def _title(artifact: Artifact) -> str:
@@ -95,11 +111,11 @@ def _runs_outside_studies(runs: Iterable[RunRecord]) -> list[RunRecord]:
     return [run for run in runs if not (run.folder.parent / STUDY_FILE).is_file()]
 
 
-def _runs_section(runs: Sequence[RunRecord], n_in_studies: int) -> Section:
+def _runs_section(runs: Sequence[RunRecord], n_in_studies: int, unread: list[Unread]) -> Section:
     blocks: list[Block] = []
     if n_in_studies:
         blocks.append(f"{n_in_studies} runs of studies are in runs.csv; their studies have sections of their own.")
-    blocks += [runs_table(runs), loss_picture(runs), origins_table(runs)]
+    blocks += [runs_table(runs), *drawn(CURVE_FILE, lambda: [loss_picture(runs)], unread), origins_table(runs)]
     return Section("Training runs", blocks)
 
 
@@ -201,29 +217,32 @@ def _artifact_blocks(artifact: Artifact, unread: list[Unread]) -> tuple[list[Blo
     blocks: list[Block] = []
     headlines: list[Headline] = []
     prefix = f"{artifact.kind}_{artifact.folder.name}_"
-    drawn: set[str] = set()
+    shown: set[str] = set()
     try:
-        tables, pictures, headlines = _of_its_kind(artifact, prefix)
+        tables, pictures, headlines = _of_its_kind(artifact, prefix, unread)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = _FIGURES_OF[artifact.kind]
         unread.append(Unread(artifact.folder, f"not the figures of {what}: {type(error).__name__} {error}"))
     else:
         blocks += [*tables[:1], *pictures, *tables[1:]]
-        drawn = {picture.file.removeprefix(prefix) for picture in pictures}
+        shown = {picture.file.removeprefix(prefix) for picture in pictures}
     if not blocks:
         blocks += tables_of(artifact.figures)
-    blocks += _pictures(artifact, prefix, drawn, unread)
+    blocks += _pictures(artifact, prefix, shown, unread)
     if artifact.table.strip():
         blocks.append(Printed("As the command printed it", artifact.table))
     return blocks, headlines
 
 
-def _of_its_kind(artifact: Artifact, prefix: str) -> tuple[list[Table], list[Picture], list[Headline]]:
+def _of_its_kind(
+    artifact: Artifact, prefix: str, unread: list[Unread]
+) -> tuple[list[Table], list[Picture], list[Headline]]:
     """The tables, pictures and headlines of a kind that has its own; nothing of the others."""
     figures = artifact.figures
     if artifact.kind == STUDY_KIND:
         headline = study_headline(figures)
-        return study_tables(figures), study_pictures(figures, prefix), [] if headline is None else [headline]
+        pictures = drawn(artifact.folder, lambda: study_pictures(figures, prefix), unread)
+        return study_tables(figures), pictures, [] if headline is None else [headline]
     if artifact.kind == BATTERY_KIND:
         return battery_tables(figures), [], battery_headlines(figures)
     if artifact.kind == THROUGHPUT_KIND:
@@ -231,9 +250,9 @@ def _of_its_kind(artifact: Artifact, prefix: str) -> tuple[list[Table], list[Pic
     return [], [], []
 
 
-def _pictures(artifact: Artifact, prefix: str, drawn: set[str], unread: list[Unread]) -> Iterator[Picture]:
+def _pictures(artifact: Artifact, prefix: str, shown: set[str], unread: list[Unread]) -> Iterator[Picture]:
     for path in artifact.pictures:
-        if path.name in drawn:
+        if path.name in shown:
             continue
         content = path.read_bytes()
         if not content.startswith(_PNG) or len(content) > _LARGEST_PICTURE_BYTES:

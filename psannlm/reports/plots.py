@@ -6,19 +6,19 @@ markers tell the curves apart in print as well.
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from psannlm.reports.canvas import render_figure
 from psannlm.reports.document import Picture, tell_float
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _COLOURS = {
     False: ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4d4d4d"),
@@ -94,7 +94,7 @@ def draw_curves(
                 marker=_MARKERS[at % len(_MARKERS)],
                 markersize=4.5,
                 markevery=max(1, len(x) // 12),
-                label=look.short(curve.group),
+                label="curve",
                 zorder=2,
             )
         if is_log_x:
@@ -129,8 +129,6 @@ def draw_bars(file: str, bars: Sequence[Bar], label: str, caption: str, *, zero_
                 if edges is not None:
                     axes.errorbar(bar.value, at, xerr=edges, fmt="none", **whiskers)
         axes.set_yticks(range(len(bars)), [look.short(bar.name) for bar in bars])
-        for text in axes.get_yticklabels():
-            text.set_parse_math(False)
         axes.invert_yaxis()
         axes.xaxis.set_major_formatter(_thousands())
         axes.set_xlabel(label)
@@ -188,10 +186,16 @@ class _Look:
         if not names:
             return
         columns = self.columns(names)
-        legend = axes.figure.legend(loc="outside lower left", ncols=columns, frameon=False, handlelength=2.6)
-        for text in legend.get_texts():
+        lines = axes.get_legend_handles_labels()[0]
+        # Matplotlib leaves out labels that begin with an underscore, which a run's name may: the lines are labelled by
+        # their number, and the names are put in afterwards.
+        labels = [str(at) for at in range(len(lines))]
+        legend = axes.figure.legend(
+            lines, labels, loc="outside lower left", ncols=columns, frameon=False, handlelength=2.6
+        )
+        for text, name in zip(legend.get_texts(), names, strict=True):
+            text.set_text(self.short(name))
             text.set_color(self.ink)
-            text.set_parse_math(False)
 
 
 def _picture(
@@ -212,9 +216,6 @@ def _picture(
 
 
 def _render(draw: Callable[[Axes, _Look], None], look: _Look, form: str, n_rows: int, names: Sequence[str]) -> bytes:
-    import matplotlib
-    from matplotlib.figure import Figure
-
     settings: Any = {
         "font.family": _FONT,
         "font.size": _TEXT,
@@ -233,19 +234,19 @@ def _render(draw: Callable[[Axes, _Look], None], look: _Look, form: str, n_rows:
         "ytick.color": look.ink,
         "svg.hashsalt": "psannlm",
     }
-    page = io.BytesIO()
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # Characters that matplotlib's font lacks are drawn as boxes; the picture is whole all the same.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+
+    def fill() -> Figure:
+        from matplotlib.figure import Figure
+
         width = (_NARROW if look.is_narrow else _WIDE)[0]
         height = 1.0 + 0.36 * n_rows if n_rows else look.height(names)
         figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots()
-        draw(axes, look)
-        metadata: Any = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
-        colour = "none" if form == "svg" else "white"
-        figure.savefig(page, format=form, dpi=150, facecolor=colour, metadata=metadata)
-    return page.getvalue()
+        draw(figure.subplots(), look)
+        return figure
+
+    metadata: Any = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
+    colour = "none" if form == "svg" else "white"
+    return render_figure(fill, form=form, settings=settings, facecolor=colour, metadata=metadata)
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

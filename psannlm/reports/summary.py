@@ -14,7 +14,7 @@ from psannlm.errors import ArtifactError, ConfigError
 from psannlm.reports.batteries import battery_memory, battery_rates
 from psannlm.reports.document import Document, Origin, Picture
 from psannlm.reports.gather import OWN_KIND, PUBLISHED_FOLDER, Gathered, Unread, gather
-from psannlm.reports.pages import BATTERY_KIND, CURVE_FILE, build_document, loss_picture
+from psannlm.reports.pages import BATTERY_KIND, CURVE_FILE, build_document, drawn, loss_picture
 from psannlm.reports.plain import Unreadable
 from psannlm.reports.render import to_html, to_markdown
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
@@ -133,7 +133,8 @@ def write_comparison(runs: Sequence[Path], system: dict[str, Any], *, out: Path 
     if len(runs) < 2:
         raise ConfigError("--compare takes two run folders or more: --compare runs/a --compare runs/b")
     records = [_record(path, name) for path, name in zip(runs, _names(runs), strict=True)]
-    document = compare_runs(records, Origin.of(system))
+    unread = [Unread(record.folder, problem) for record in records for problem in record.problems]
+    document = compare_runs(records, Origin.of(system), unread)
     folder = new_folder(OWN_KIND, out)
     _write_runs(folder, records)
     content = {
@@ -144,7 +145,6 @@ def write_comparison(runs: Sequence[Path], system: dict[str, Any], *, out: Path 
     }
     write_json(folder / "comparison.json", content)
     _write_pages(folder, document, system, [])
-    unread = [Unread(record.folder, problem) for record in records for problem in record.problems]
     return Report(folder, folder / PAGE_FILE, len(records), 0, unread)
 
 
@@ -218,7 +218,10 @@ def _write_runs(folder: Path, runs: Sequence[RunRecord]) -> None:
 def _curve_of_all(found: Gathered, document: Document) -> list[Picture]:
     """The loss curve where the page shows none because all runs belong to studies."""
     shown = [block.file for section in document.sections for block in section.blocks if isinstance(block, Picture)]
-    return [loss_picture(found.runs)] if found.runs and CURVE_FILE not in shown else []
+    is_tried = any(item.path.name == CURVE_FILE for item in found.unread)
+    if not found.runs or CURVE_FILE in shown or is_tried:
+        return []
+    return drawn(CURVE_FILE, lambda: [loss_picture(found.runs)], found.unread)
 
 
 def _csv(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:

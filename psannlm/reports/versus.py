@@ -7,16 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from psannlm.reports.document import Block, Document, Headline, Origin, Section, Table, describe_machine, signed, tell
-from psannlm.reports.pages import loss_picture, origins_table, runs_table
+from psannlm.reports.gather import Unread
+from psannlm.reports.pages import CURVE_FILE, drawn, loss_picture, origins_table, runs_table
 from psannlm.reports.plain import number
 from psannlm.reports.plots import Curve, draw_curves
 from psannlm.reports.runs import RunRecord
 
 
-def compare_runs(runs: Sequence[RunRecord], origin: Origin) -> Document:
-    """Return the page of two or more runs, the first of which is what the others are held against."""
+def compare_runs(runs: Sequence[RunRecord], origin: Origin, unread: list[Unread]) -> Document:
+    """Return the page of two or more runs, the first of which is what the others are held against.
+
+    A picture that cannot be drawn is added to ``unread``.
+    """
     first, *others = runs
-    blocks: list[Block] = [_deltas_table(first, others), loss_picture(runs)]
+    blocks: list[Block] = [_deltas_table(first, others), *drawn(CURVE_FILE, lambda: [loss_picture(runs)], unread)]
     timed = [(run, run.points()) for run in runs]
     if any(points for _, points in timed):
         curves = [
@@ -24,7 +28,8 @@ def compare_runs(runs: Sequence[RunRecord], origin: Origin) -> Document:
         ]
         caption = "The same validations against the time that training took; validations and checkpoints left out."
         label = "validation loss (nats per token)"
-        blocks.append(draw_curves("loss_by_time.png", curves, "seconds of training", label, caption))
+        file = "loss_by_time.png"
+        blocks += drawn(file, lambda: [draw_curves(file, curves, "seconds of training", label, caption)], unread)
     sections = [
         Section(f"Against {first.name}", blocks),
         Section("Settings that differ", [differences_table(runs)]),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from psannlm.storage import explain_write_errors, replacing, write_text
+from psannlm.reports.canvas import render_figure
+from psannlm.storage import explain_write_errors, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss_curve.png"
@@ -70,9 +73,15 @@ def draw_curve(folder: Path, title: str, rows: list[dict[str, Any]]) -> Path:
     """Draw training and validation loss against the step and return the picture's path.
 
     Raises:
+        PictureError: the picture cannot be drawn.
         StorageError: the picture cannot be written.
     """
-    # Not pyplot, which would hold on to the figure and settle the backend of the caller's notebook.
+    path = folder / CURVE_FILE
+    write_bytes(path, render_figure(lambda: _curve(title, rows), metadata={"Software": "psannlm"}))
+    return path
+
+
+def _curve(title: str, rows: list[dict[str, Any]]) -> Figure:
     from matplotlib.figure import Figure
 
     train = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
@@ -87,16 +96,10 @@ def draw_curve(folder: Path, title: str, rows: list[dict[str, Any]]) -> Path:
         best = losses.index(min(losses))
         label = f"best: {bits[best]:.3f} bits per byte at step {steps[best]}"
         axes.plot(steps[best], losses[best], "*", color=_BEST_COLOUR, markersize=16, label=label, zorder=3)
-    # A folder may be called anything: "$" is no formula in it.
-    axes.set_title(title, parse_math=False)
+    axes.set_title(title)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     if train or evals:
         axes.legend(frameon=False)
-    path = folder / CURVE_FILE
-    with replacing(path) as temporary, warnings.catch_warnings():
-        # Characters that matplotlib's font lacks are drawn as boxes; the picture is whole all the same.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure.savefig(temporary, format="png", dpi=150, metadata={"Software": "psannlm"})
-    return path
+    return figure

@@ -6,7 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from psannlm.device import (
     require_compiler,
 )
 from psannlm.distributed import World, joined, launched_world
-from psannlm.errors import Interrupted, StorageError, TrainingError
+from psannlm.errors import Interrupted, PictureError, StorageError, TrainingError
 from psannlm.lock import RunLock
 from psannlm.models.accounting import refuse_oversize
 from psannlm.models.artifact import load_model
@@ -165,9 +165,8 @@ def train(
             ):
                 progress = run_steps(run, progress)
         except (Interrupted, TrainingError):
-            # The curve helps to see what went wrong; that it cannot be drawn must not hide why the run ended.
-            with suppress(StorageError):
-                _draw(folder, config, world)
+            # The curve helps to see what went wrong.
+            _draw(folder, config, world, reporter)
             raise
         finally:
             # The wrapper must go while the process group stands: were it the last to hold the group, taking it apart
@@ -179,7 +178,7 @@ def train(
                 f"the time budget is spent after step {progress.step} of {run.total_steps}; saved in {folder}; the "
                 "same command goes on"
             )
-        curve = _draw(folder, config, world)
+        curve = _draw(folder, config, world, reporter)
         if is_sharded(run.model):
             # Whole again where there is room for it: on rank 0, and where the caller had all the weights before.
             gather_into(start.model if world.is_main or model is not None else None, run.model)
@@ -391,6 +390,11 @@ def _reporting(reporter: Reporter, step: int, n_steps: int) -> Iterator[None]:
         reporter.stop()
 
 
-def _draw(folder: Path, config: RunConfig, world: World) -> Path | None:
+def _draw(folder: Path, config: RunConfig, world: World, reporter: Reporter) -> Path | None:
+    """Draw the loss curve. Where that fails, say so and return None: no picture decides how a training ends."""
     rows = read_metrics(folder) if world.is_main else []
-    return draw_curve(folder, f"{folder.name}: {config.model.base}", rows) if rows else None
+    try:
+        return draw_curve(folder, f"{folder.name}: {config.model.base}", rows) if rows else None
+    except (PictureError, StorageError) as error:
+        reporter.notice(f"note: no loss curve: {error}")
+        return None

@@ -74,3 +74,13 @@ def test_a_loss_curve_has_an_axis_of_perplexity() -> None:
         assert ("perplexity" in labels) is has_perplexity
         # Tick labels of the axis on the right; the loss itself lies between 2.7 and 5.3.
         assert ({"20", "50", "100"} <= set(labels)) is has_perplexity
+
+
+def test_names_that_begin_with_an_underscore_are_in_legends(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, page, **settings: drawn.append(figure))
+    names = ["_base", "plain", "__", "a$b$"]
+    draw_curves("x.png", [Curve(name, [0.0, 1.0], [2.0, 1.0]) for name in names], "x", "y", "")
+    for figure in drawn:
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == names

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from psannlm.errors import ArtifactError, ConfigError
+from psannlm.errors import ArtifactError, ConfigError, PictureError
 from psannlm.reports.summary import Report, write_comparison, write_report
 
 HOSTILE = "<script>alert(1)</script>'\"><img src=//evil.example/x> $\\frac$ \u202e |`*[x](y)"
@@ -221,3 +221,20 @@ def test_memory_has_wall_time_and_grad_checkpoint(
     assert found[:2] == [(9, False, 0.5, "a training step"), (4, True, 0.75, "a training step")]
     # 100 tokens a step at 10, 100, 50 and 200 tokens/s.
     assert found[2] == (4000, True, 13.5, "all training steps")
+
+
+def test_pictures_that_cannot_be_drawn_are_left_out(
+    tmp_path: Path, make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> bytes:
+        raise PictureError("no Matplotlib here")
+
+    monkeypatch.setattr("psannlm.reports.plots.render_figure", fail)
+    runs = [make_run(tmp_path / "runs" / name) for name in ("a", "b")]
+    report = write_report(tmp_path / "reports", [tmp_path / "runs"], {}, out=tmp_path / "one")
+    compared = write_comparison(runs, {}, out=tmp_path / "two")
+    for written in (report, compared):
+        assert "loss_curve.png" in [item.path.name for item in written.unread]
+        assert {item.reason for item in written.unread} == {"no Matplotlib here"}
+        assert written.page.is_file()
+        assert not list(written.folder.glob("*.png"))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from psannlm.config.data import DataConfig
 from psannlm.config.model import ModelConfig, SineConfig, WaveConfig
 from psannlm.config.run import RunConfig, load_config, to_yaml
 from psannlm.config.train import TrainConfig
-from psannlm.errors import ConfigError, DeviceError, Interrupted, TrainingError
+from psannlm.errors import ConfigError, DeviceError, Interrupted, PictureError, TrainingError
 from psannlm.models.artifact import load_model
 from psannlm.models.registry import build_model, resolve
 from psannlm.tokenizers.char import CharTokenizer
@@ -479,3 +479,19 @@ def test_the_seed_decides_everything(tiny_run: TinyRun, tmp_path: Path) -> None:
     torch.manual_seed(2)
     b = look(tiny_run(model={"dropout": 0.2}, checkpoint_dir=str(tmp_path / "b" / "run")))
     assert a == b
+
+
+def test_a_curve_that_cannot_be_drawn_ends_no_training(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> Path:
+        raise PictureError("no Matplotlib here")
+
+    class Notices(SilentReporter):
+        said: ClassVar[list[str]] = []
+
+        def notice(self, text: str) -> None:
+            self.said.append(text)
+
+    monkeypatch.setattr("psannlm.training.run.draw_curve", fail)
+    result = train(tiny_run(max_steps=2), reporter=Notices())
+    assert (result.steps, result.curve) == (2, None)
+    assert [text for text in Notices.said if "curve" in text] == ["note: no loss curve: no Matplotlib here"]
