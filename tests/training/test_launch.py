@@ -116,7 +116,9 @@ def test_two_ranks_leave_what_one_process_does_and_one_of_them_speaks(tiny_run: 
         found, expected = (read_tensors(tmp_path / name / "step_00000008" / file).tensors for name in ("two", "one"))
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
+            # Adam divides by the root of tiny second moments: the order of a float32 sum, which differs between
+            # processors, comes to some 2e-5 after eight steps; gradients that are not shared come to over 1e-3.
+            torch.testing.assert_close(found[name], value, atol=5e-5, rtol=0, msg=name)
     with pytest.raises(AssertionError):  # and the same figures are no accident of a run that hardly moved
         torch.testing.assert_close(
             read_tensors(tmp_path / "one" / "step_00000008" / "model.safetensors").tensors["embedding.weight"],
