@@ -52,7 +52,7 @@ def plain() -> Figure:
 @pytest.mark.parametrize(
     ("environment", "settings"),
     [
-        ({"MPLBACKEND": "module://no_such_package.backend_inline"}, b""),
+        ({"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, b""),
         ({"MPLBACKEND": "no such backend"}, b""),
         ({"MPLBACKEND": "qtagg"}, b""),
         ({}, b"text.usetex: True\nfigure.facecolor: red\nlines.linewidth: 9\nsavefig.dpi: 10\n"),
