@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from psannlm.errors import CorpusError, nearest
+from psannlm.reports.records import is_own_output
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 COMPRESSIONS = ("", ".gz", ".zst")
@@ -80,8 +81,9 @@ def find_all(patterns: Sequence[str], drop: Drop) -> list[list[str]]:
 def find_files(pattern: str, drop: Drop) -> tuple[list[str], list[str]]:
     """Return (files, problems) of one path, folder, glob or URL, the files in an order that is the same everywhere.
 
-    Folders are read to the bottom; hidden entries and files that are no corpus are left out and ``drop(reason, name)``
-    is called for each. A problem is one line for people: what is wrong, and what to do.
+    Folders are read to the bottom; hidden entries, files that are no corpus, and logs, tables and reports that psannlm
+    wrote are left out, and ``drop(reason, name)`` is called for each. A problem is one line for people: what is wrong,
+    and what to do.
     """
     if is_remote(pattern):
         return _find_remote(pattern, drop)
@@ -103,6 +105,9 @@ def _look_into_glob(pattern: str, path: str, drop: Drop) -> tuple[list[str], lis
     matches = sorted(glob.glob(path, recursive=True))
     if not matches:
         return [], [f"{pattern}: nothing matches; {_near(path)}"]
+    matches = [match for match in matches if os.path.isdir(match) or not _is_output(match, drop)]
+    if not matches:
+        return [], [f"{pattern}: only output of psannlm matches; name files of text"]
     suffix = os.path.splitext(path)[1]
     if suffix and not glob.has_magic(suffix):
         # A pattern that spells its suffix out, such as *.md, names files as a plain path does.
@@ -164,7 +169,7 @@ def _walk(
             drop("hidden entry", path)
         elif os.path.isdir(path):
             _walk(path, (*above, real), visited, files, problems, drop)
-        elif _is_known(path, drop):
+        elif _is_known(path, drop) and not _is_output(path, drop):
             if problem := _unreadable(path):
                 problems.append(problem)
             else:
@@ -176,6 +181,14 @@ def _is_known(path: str, drop: Drop) -> bool:
         return True
     drop("file of another kind", path)
     return False
+
+
+def _is_output(path: str, drop: Drop) -> bool:
+    """Whether psannlm wrote the file: runs and reports in a corpus folder must not change the corpus as they grow."""
+    if not is_own_output(Path(path)):
+        return False
+    drop("output of psannlm", path)
+    return True
 
 
 def _unreadable(path: str) -> str | None:

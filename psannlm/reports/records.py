@@ -11,13 +11,16 @@ from typing import Any
 
 from psannlm.reports.plain import Unreadable, read_json
 from psannlm.reports.store import system_info, write_json
-from psannlm.storage import explain_write_errors, read_small, write_text
+from psannlm.storage import explain_write_errors, is_plain_file, read_small, write_text
 
 FIGURES_FILE, SYSTEM_FILE, TABLE_FILE = "metrics.json", "system.json", "table.txt"
+LOG_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
+_PAGES = ("report.html", "report.md")
 KIND_KEY, _TABLE_KEY = "record", "table_sha256"
 _MOST_BYTES = 64 << 20
 KINDS = ("tokenize", "prep", "train")
 _DEEPEST = 2
+_LINE_BYTES = 1 << 20
 
 
 def write_record(folder: Path, kind: str, figures: dict[str, Any], table: str) -> bool:
@@ -70,6 +73,41 @@ def is_own_file(path: Path) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(system, dict) and {"time_utc", "psannlm", "platform", "packages"} <= system.keys()
+
+
+def is_own_log(path: Path) -> bool:
+    """Whether the file begins as the log of a run: empty, or with a row that has a ``kind`` and a ``step``."""
+    try:
+        with open(path, "rb") as file:
+            first = file.readline(_LINE_BYTES)
+    except OSError:
+        return False
+    if not first:
+        return True
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("kind"), str)
+
+
+def is_own_output(path: Path) -> bool:
+    """Whether a file that could pass for text of a corpus is one that psannlm wrote, which its content proves.
+
+    It is the log of a run, the table of a record or report, or the page of a report, and the ``system.json`` of
+    psannlm lies beside it.
+    """
+    if path.name not in (LOG_FILE, TABLE_FILE, *_PAGES) or not is_plain_file(path):
+        return False
+    if not is_own_file(path.with_name(SYSTEM_FILE)):
+        return False
+    if path.name in _PAGES:
+        return all(is_plain_file(path.with_name(name)) for name in (*_PAGES, FIGURES_FILE))
+    if path.name == LOG_FILE:
+        return is_own_log(path)
+    if read_record(path.parent) is not None:
+        return is_own_file(path)
+    return any(is_plain_file(path.with_name(name)) for name in (FIGURES_FILE, SUMMARY_FILE))
 
 
 def find_records(root: Path) -> Iterator[tuple[Path, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 from psannlm.config.run import RunConfig, to_yaml
 from psannlm.errors import ConfigError, StorageError
 from psannlm.lock import LOCK_FILE
-from psannlm.reports.records import FIGURES_FILE, TABLE_FILE, is_own_file
+from psannlm.reports.records import FIGURES_FILE, TABLE_FILE, is_own_file, is_own_log
 from psannlm.storage import is_plain_folder, read_small, refuse_foreign
 from psannlm.training.checkpoint import BEST, LATEST, is_own_checkpoint, is_pointer, list_checkpoints, step_folder
 from psannlm.training.metrics import CURVE_FILE, METRICS_FILE
@@ -48,36 +47,20 @@ def _has_sections(text: bytes) -> bool:
     return is_whole and all(isinstance(section, dict) and len(section) > 8 for section in content.values())
 
 
-def is_own_metrics(path: Path) -> bool:
-    """Whether the file begins as the log of a run: empty, or with a row that has a ``kind`` and a ``step``."""
-    try:
-        with open(path, "rb") as file:
-            first = file.readline(_CONFIG_BYTES)
-    except OSError:
-        return False
-    if not first:
-        return True
-    try:
-        row = json.loads(first)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("kind"), str)
-
-
 def is_own_curve(path: Path) -> bool:
     """Whether the picture says in its own metadata that psannlm drew it, or Matplotlib beside the log of a run."""
     content = read_small(path, _PICTURE_BYTES)
     if content is None or not content.startswith(_PNG):
         return False
     head = content[:2048]
-    is_run = (path.parent / METRICS_FILE).is_file() and is_own_metrics(path.parent / METRICS_FILE)
+    is_run = (path.parent / METRICS_FILE).is_file() and is_own_log(path.parent / METRICS_FILE)
     return b"Software\x00psannlm" in head or (is_run and b"Software\x00Matplotlib" in head)
 
 
 _OWN: dict[str, Callable[[Path], bool]] = {
     CONFIG_FILE: is_own_config,
     SYSTEM_FILE: is_own_file,
-    METRICS_FILE: is_own_metrics,
+    METRICS_FILE: is_own_log,
     LATEST: is_pointer,
     BEST: is_pointer,
     CURVE_FILE: is_own_curve,
