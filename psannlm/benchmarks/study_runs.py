@@ -21,6 +21,7 @@ from psannlm.models.accounting import count_parameters, flops_per_token
 from psannlm.models.registry import resolve
 from psannlm.storage import write_text
 from psannlm.training.run import build_loader
+from psannlm.training.run_folder import says_the_same
 
 TOLERANCE = 0.01
 _ROUND_WIDTH = 8
@@ -227,4 +228,5 @@ def write_configs(study: Study) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 prepared.tokenizer.save(path)
     for run in study.runs:
-        write_text(run.config_path, to_yaml(run.config))
+        if not says_the_same(run.config_path, run.config):
+            write_text(run.config_path, to_yaml(run.config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import threading
@@ -12,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
-from psannlm.benchmarks.study import Study, StudyRun
+from psannlm.benchmarks.study import Study, StudyRun, fits_tokenizer, tokenizer_path
 from psannlm.benchmarks.study_runs import write_configs
 from psannlm.errors import EXIT_INTERRUPTED, ConfigError, Interrupted
 from psannlm.lock import RunLock
@@ -21,14 +22,17 @@ from psannlm.reports.plain import Unreadable
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
 from psannlm.reports.store import write_json
 from psannlm.signals import stopping_on_signals
-from psannlm.storage import explain_write_errors
+from psannlm.storage import explain_write_errors, read_small, refuse_foreign, remove_leftovers
 from psannlm.training.mishaps import NOT_FINITE
+from psannlm.training.run_folder import is_own_config, says_the_same
 
 STUDY_FILE = "study.json"
 _LOOK_S = 0.2
 _TELL_S = 2.0
 _ERROR = "error: "
 _START = "psannlm compare starts "
+_LIST_BYTES = 16 << 20
+_REMEDY = "or choose another folder with --study"
 
 Tell = Callable[[str], None]
 
@@ -48,7 +52,9 @@ Launcher = Callable[[StudyRun, Mapping[str, str]], Process]
 
 def launch(run: StudyRun, environment: Mapping[str, str]) -> Process:
     """Start ``psannlm train`` on a run's configuration; what it says goes to the run's log."""
-    with open(run.log_path, "a", encoding="utf-8") as log:
+    with explain_write_errors(run.log_path):
+        handle = os.open(run.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    with open(handle, "a", encoding="utf-8") as log:
         log.write(f"{_START}{run.name}\n")
         log.flush()
         return subprocess.Popen(
@@ -139,6 +145,7 @@ def work(
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}: at least one run at a time")
     with RunLock(study.folder, "--study"):
+        refuse_foreign_files(study)
         write_configs(study)
         plan = study.plan
         names = [run.name for run in study.runs]
@@ -165,6 +172,45 @@ def work(
                     next_tell = clock() + _TELL_S
                 if crew.is_busy:
                     sleep(_LOOK_S)
+
+
+def refuse_foreign_files(study: Study) -> None:
+    """Make sure that a study writes over nothing in its folder but what an earlier call wrote there.
+
+    A tokenizer that is there is read and compared, and never written over.
+
+    Raises:
+        StorageError: something foreign is in the way; the message names it.
+    """
+    with explain_write_errors(study.folder):
+        remove_leftovers(study.folder)
+    refuse_foreign(study.folder / STUDY_FILE, lambda path: _listed_runs(path) is not None, _REMEDY)
+    listed = _listed_runs(study.folder / STUDY_FILE) or []
+    for config in study.data:
+        if fits_tokenizer(config):
+            path = tokenizer_path(study.plan, config, study.data, study.folder)
+            refuse_foreign(path, lambda path: True, _REMEDY)
+    for run in study.runs:
+        if not says_the_same(run.config_path, run.config):
+            refuse_foreign(run.config_path, is_own_config, _REMEDY)
+        is_ours = (lambda path: True) if run.name in listed else _is_own_log
+        refuse_foreign(run.log_path, is_ours, _REMEDY)
+
+
+def _listed_runs(path: Path) -> list[str] | None:
+    """Return the runs that a study's list names, or None where the file is not such a list."""
+    try:
+        content = json.loads(read_small(path, _LIST_BYTES) or b"")
+    except (ValueError, RecursionError):
+        return None
+    is_list = isinstance(content, dict) and content.keys() == {"study", "plan", "runs"}
+    return content["runs"] if is_list and isinstance(content["runs"], list) else None
+
+
+def _is_own_log(path: Path) -> bool:
+    """Whether a log begins as :func:`launch` begins it."""
+    with open(path, "rb") as file:
+        return file.read(len(_START)) == _START.encode("ascii")
 
 
 def _threads(jobs: int) -> dict[str, str]:
