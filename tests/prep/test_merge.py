@@ -56,6 +56,20 @@ def test_parts_that_are_merged_are_the_whole(
         assert Path(path).read_text().split("\n")[record - 1] == text, "an origin names the file in the merged list"
 
 
+def test_shard_behind_relative_link_is_linked_itself(prepare: Prepare, tmp_path: Path) -> None:
+    for name, text in (("a", "one\ntwo"), ("b", "three\nfour")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    for index in (1, 2):
+        prepare(tmp_path / "?.txt", name=f"part{index}", part=(index, 2), per_line=True, val_split=0)
+    (tmp_path / "disk").mkdir()
+    original = (tmp_path / "part1" / "train_00000.safetensors").rename(tmp_path / "disk" / "moved.safetensors")
+    (tmp_path / "part1" / "train_00000.safetensors").symlink_to("../disk/moved.safetensors")
+    merged = tmp_path / "deeper" / "merged"
+    merge_parts([tmp_path / "part1", tmp_path / "part2"], merged)
+    assert not (merged / "train_00000.safetensors").is_symlink()
+    assert os.path.samefile(merged / "train_00000.safetensors", original)
+
+
 def test_a_shard_that_loses_nothing_is_linked(prepare: Prepare, tmp_path: Path, files: Path) -> None:
     for name, text in (("a", "one\ntwo"), ("b", "three\nfour")):
         (tmp_path / f"{name}.txt").write_text(text)
