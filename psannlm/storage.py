@@ -105,16 +105,21 @@ def _marker_of(folder: Path) -> str:
 
 def read_small(path: Path, limit_bytes: int) -> bytes | None:
     """Return the bytes of a regular file of at most ``limit_bytes``; None for a link, a longer file or none at all."""
+    content = read_head(path, limit_bytes + 1)
+    return content if len(content) <= limit_bytes and is_plain_file(path) else None
+
+
+def read_head(path: Path, n_bytes: int) -> bytes:
+    """Return the first ``n_bytes`` of a regular file; nothing for a link, a folder, a FIFO or an unreadable file."""
     try:
         handle = os.open(path, _READ_FLAGS)
     except OSError:
-        return None
+        return b""
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        return None
+        return b""
     with open(handle, "rb") as file:
-        content = file.read(limit_bytes + 1)
-    return content if len(content) <= limit_bytes else None
+        return file.read(n_bytes)
 
 
 def is_plain_file(path: Path) -> bool:

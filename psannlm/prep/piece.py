@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from psannlm.data.parts import HASH_BYTES
 from psannlm.errors import ArtifactError
 from psannlm.prep.chunks import BEGINS, ENDS
-from psannlm.storage import explain_write_errors, temporary_beside
+from psannlm.storage import explain_write_errors, read_head, temporary_beside
 
 _MAGIC = b"psannpc1"
+_HEADER_START = b'{"payload":'
 _PREFIX = struct.Struct("<8s16sI")
 # One row a unit. A unit is at most a segment, so four bytes count its tokens, bytes and characters.
 UNIT = np.dtype(
@@ -95,12 +96,9 @@ def write_piece(path: Path, piece: Piece) -> int:
 
 
 def is_piece(path: Path) -> bool:
-    """Whether the file at ``path`` begins as every piece does."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(_MAGIC)) == _MAGIC
-    except OSError:
-        return False
+    """Whether the file at ``path`` begins as every piece does, even if one of its first bytes is damaged."""
+    head = read_head(path, _PREFIX.size + len(_HEADER_START))
+    return head.startswith(_MAGIC) or head[_PREFIX.size :] == _HEADER_START
 
 
 def read_piece(path: Path, *, with_tokens: bool = True) -> Piece:
