@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 # One thread: sums repeat bit for bit, and suites that run beside each other do not fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Under nohup a hangup is ignored, by this process and by all that it starts; tests send it and expect the default.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -299,7 +299,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_older_checkpoint_to_go_on_fro
     assert list(lines_until(process, "saving"))[-1] == "saving"
     process.kill()
     process.communicate(timeout=60)
-    (leftover,) = folder.glob(".step_00000004.*.tmp")
+    (leftover,) = folder.glob(".psannlm-*.tmp/step_00000004")
     assert any(leftover.iterdir())
     assert [path.name for path in list_checkpoints(folder)] == ["step_00000002"]
     assert (folder / "latest").read_text(encoding="utf-8").strip() == "step_00000002"

@@ -35,7 +35,7 @@ def hold_save(step: int) -> None:
     original = checkpoint.write_tensors
 
     def slow(path: Path, *args: object) -> str:
-        if path.parent.name.startswith(f".step_{step:08d}"):
+        if path.parent.name == f"step_{step:08d}":
             say("saving")
             time.sleep(60)
         return original(path, *args)  # type: ignore[arg-type]
