@@ -12,19 +12,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from psannlm.config.data import DataConfig
 from psannlm.data.documents import Document, ReadReport, keep_text, read_documents
 from psannlm.data.lossless import watch_for_loss
-from psannlm.data.order import shuffled
+from psannlm.data.parts import HASH_BYTES, text_hash
 from psannlm.data.prepared import find_prepared, open_folder, refuse_other_wishes
+from psannlm.data.segments import SEGMENT_BYTES
 from psannlm.data.shards import encode_documents
-from psannlm.data.split import cut_place
+from psannlm.data.split import cut_place, held_out, held_out_by_number
 from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError, CorpusError, Problem
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, load_tokenizer
 
 Notice = Callable[[str], None]
+
+# What becomes of a corpus; checkpoints name the version they were trained with. Version 1 held documents out by their
+# number and not by their text, and encoded a long document as a whole and not in segments.
+PREPARATION = 2
 
 # Shorter paragraphs ("Example:", "See also") recur in all prose and say nothing about text that was seen before.
 _PARAGRAPH_CHARACTERS = 60
@@ -37,6 +44,7 @@ class PreparedData:
 
     ``val`` is None when nothing was held out. ``val_overlap`` is the share of the held-out text, in [0, 1], whose
     paragraphs stand word for word in a training document too: a loss on such text says little about new text.
+    ``preparation``: the version that made it, None where each would have made the same.
     """
 
     tokenizer: Tokenizer
@@ -44,13 +52,16 @@ class PreparedData:
     val: Stream | None
     report: ReadReport
     val_overlap: float | None = None
+    preparation: int | None = None
 
 
-def prepare(config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = None) -> PreparedData:
+def prepare(
+    config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = None, preparation: int = PREPARATION
+) -> PreparedData:
     """Read the configured sources, split them, fit or load the tokenizer and encode; ``notice`` gets lines for people.
 
-    A ``tokenizer`` given here is used as it is: that of a run that goes on. A prepared folder is opened instead, with
-    the tokenizer and the validation part that it holds.
+    A ``tokenizer`` given here is used as it is, and so is the version of ``preparation``: those of a run that goes
+    on. A prepared folder is opened instead, with the tokenizer and the validation part that it holds.
 
     Raises:
         CorpusError: a source is missing or cannot be read, or there is no text.
@@ -64,7 +75,7 @@ def prepare(config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = No
         return _from_folder(manifest, config, notice)
     notice("reading and tokenizing the corpus")
     report = ReadReport()
-    return _prepare(read_documents(config.sources, report), report, config, notice, tokenizer)
+    return _prepare(read_documents(config.sources, report), report, config, notice, tokenizer, preparation)
 
 
 def prepare_documents(
@@ -76,23 +87,31 @@ def prepare_documents(
 
 
 def _prepare(
-    documents: Iterable[Document], report: ReadReport, config: DataConfig, notice: Notice, tokenizer: Tokenizer | None
+    documents: Iterable[Document],
+    report: ReadReport,
+    config: DataConfig,
+    notice: Notice,
+    tokenizer: Tokenizer | None,
+    preparation: int = PREPARATION,
 ) -> PreparedData:
-    train_documents, val_documents = split_documents(list(documents), config.val_split, config.seed)
+    train_documents, val_documents = split_documents(list(documents), config.val_split, config.seed, preparation)
     for line in report.lines():
         notice(line)
     if tokenizer is None:
         tokenizer = _tokenizer(train_documents, config, notice)
     notice(_describe(tokenizer))
-    train = encode_documents(watch_for_loss(tokenizer, train_documents, notice), tokenizer)
+    in_segments = preparation > 1
+    train = encode_documents(watch_for_loss(tokenizer, train_documents, notice), tokenizer, in_segments=in_segments)
+    is_long = any(document.n_bytes > SEGMENT_BYTES for document in (*train_documents, *val_documents))
     notice(f"train: {_size(train)}")
     _check_length(train, config.max_length, notice)
     if not val_documents:
-        return PreparedData(tokenizer, train, None, report)
-    val = encode_documents(val_documents, tokenizer)
+        return PreparedData(tokenizer, train, None, report, None, preparation if is_long else None)
+    val = encode_documents(val_documents, tokenizer, in_segments=in_segments)
     overlap = shared_text(val_documents, train_documents)
     notice(f"validation: {_size(val)}; {_describe_overlap(overlap)}")
-    return PreparedData(tokenizer, train, val, report, overlap)
+    is_alike = report.documents == 1 and not is_long
+    return PreparedData(tokenizer, train, val, report, overlap, None if is_alike else preparation)
 
 
 def _from_folder(manifest: Path, config: DataConfig, notice: Notice) -> PreparedData:
@@ -158,12 +177,13 @@ def _check_length(train: Stream, max_length: int, notice: Notice) -> None:
 
 
 def split_documents(
-    documents: Sequence[Document], val_split: float, seed: int
+    documents: Sequence[Document], val_split: float, seed: int, preparation: int = PREPARATION
 ) -> tuple[list[Document], list[Document]]:
     """Return (training, validation) documents, both in reading order.
 
-    Which are held out depends on nothing but ``seed`` and how many documents there are: ``round(val_split * n)`` of
-    them, at least one and never all. A single document is cut in two, and its end is held out.
+    Each is held out or not by its own text and ``seed``, at least one and never all: see :func:`split.held_out`;
+    ``preparation`` 1 goes by the number of documents instead. A single document is cut in two, and its end is
+    held out.
 
     Raises:
         CorpusError: a single document is too short to be cut.
@@ -172,10 +192,17 @@ def split_documents(
         return list(documents), []
     if len(documents) == 1:
         return _cut(documents[0], val_split)
-    n_held_out = min(max(1, round(val_split * len(documents))), len(documents) - 1)
-    held_out = set(shuffled(len(documents), seed, "validation split")[:n_held_out].tolist())
-    train = [document for index, document in enumerate(documents) if index not in held_out]
-    return train, [documents[index] for index in sorted(held_out)]
+    if not documents:
+        return [], []
+    if preparation == 1:
+        is_out = held_out_by_number(len(documents), val_split, seed)
+    else:
+        hashes = b"".join(text_hash(document.text.encode("utf-8")) for document in documents)
+        is_out = held_out(np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES), val_split, seed)
+    sides: tuple[list[Document], list[Document]] = [], []
+    for document, goes_out in zip(documents, is_out.tolist(), strict=True):
+        sides[goes_out].append(document)
+    return sides
 
 
 def _cut(document: Document, val_split: float) -> tuple[list[Document], list[Document]]:

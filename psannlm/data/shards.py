@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from psannlm.data.documents import Document
 from psannlm.data.parts import frame
+from psannlm.data.segments import SEGMENT_BYTES, cut
 from psannlm.tokenizers.base import Tokenizer
 
 # A group is large enough to keep the tokenizer's threads busy, small enough that its arrays of ids stay cheap.
@@ -107,8 +108,11 @@ def store_from_ids(
     return _assemble([chunk], dtype, named, [0] * len(ids) if doc_bytes is None else doc_bytes)
 
 
-def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> TokenStore:
+def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer, *, in_segments: bool = True) -> TokenStore:
     """Encode documents a group at a time and return them as one store; two bytes a token are held, not two objects.
+
+    A long document is encoded in the :mod:`psannlm.data.segments` that ``psannlm prep`` makes of it, which gives the
+    same ids; ``in_segments`` off, as a whole.
 
     Raises:
         TokenizerError: a document is not Unicode text.
@@ -118,11 +122,26 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Tok
     names: list[str] = []
     doc_bytes: list[int] = []
     for group in _groups(documents):
-        ids, lengths = tokenizer.encode_flat([document.text for document in group])
+        ids, lengths = _encoded(group, tokenizer) if in_segments else tokenizer.encode_flat([d.text for d in group])
         chunks.append(frame(ids, lengths, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, dtype=dtype))
         names.extend(document.name for document in group)
         doc_bytes.extend(document.n_bytes for document in group)
     return _assemble(chunks, dtype, names, doc_bytes)
+
+
+def _encoded(group: Sequence[Document], tokenizer: Tokenizer) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return the ids of all documents of a group end to end, and how many each has, (n_documents,)."""
+    texts: list[str] = []
+    firsts: list[int] = []
+    for document in group:
+        firsts.append(len(texts))
+        # A character takes four bytes at most, so that most documents need not be encoded to know that they are short.
+        if 4 * len(document.text) <= SEGMENT_BYTES:
+            texts.append(document.text)
+        else:
+            texts += [part.decode("utf-8") for part in cut(document.text.encode("utf-8"))]
+    ids, lengths = tokenizer.encode_flat(texts)
+    return ids, np.add.reduceat(lengths, firsts)
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -1,12 +1,20 @@
 """Which text is held out for validation: the one rule of training and of ``psannlm prep``.
 
-The cut of a single document is decided by the bytes near it, so that a text of any size can be cut while it streams.
+Of several documents, each is held out or not by its own text and the seed, so that documents can be decided on while
+they stream, equal ones fall on one side, and a corpus that grows keeps its split. A single document is cut in two;
+the cut is decided by the bytes near it, so that a text of any size can be cut while it streams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psannlm.data.order import shuffled
 
 # A paragraph, line or word that ends farther from the wanted place is not looked for: so much text is held for a cut.
 _REACH_BYTES = 1 << 16
@@ -100,3 +108,40 @@ def cut_blocks(blocks: Iterable[bytes], n_bytes: int, val_split: float) -> Itera
 
     yield before()
     yield after()
+
+
+def draws(hashes: NDArray[np.uint8], seed: int) -> NDArray[np.float64]:
+    """Return a number in [0, 1) for each document, (n,), that depends on its text and ``seed`` alone.
+
+    ``hashes`` are those of ``parts.text_hash``, (n, 16). The finaliser of SplitMix64 spreads their first halves:
+    documents that are equal draw the same number.
+    """
+    words = np.ascontiguousarray(hashes).view("<u8")[:, 0]
+    mixed = words + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def held_out(hashes: NDArray[np.uint8], val_split: float, seed: int) -> NDArray[np.bool_]:
+    """Return which of two or more documents are held out, (n,): those that draw less than ``val_split``.
+
+    Neither side is empty: where it would be, the first document that drew the lowest number is held out, or the first
+    that drew the highest is not. ``hashes``: as for :func:`draws`.
+    """
+    drawn = draws(hashes, seed)
+    is_out = drawn < val_split
+    if not is_out.any():
+        is_out[np.argmin(drawn)] = True
+    elif is_out.all():
+        is_out[np.argmax(drawn)] = False
+    return is_out
+
+
+def held_out_by_number(n_documents: int, val_split: float, seed: int) -> NDArray[np.bool_]:
+    """Return which documents were held out before their text decided, for runs that began so: see :func:`held_out`."""
+    n_held_out = min(max(1, round(val_split * n_documents)), n_documents - 1)
+    is_out: NDArray[Any] = np.zeros(n_documents, np.bool_)
+    is_out[shuffled(n_documents, seed, "validation split")[:n_held_out]] = True
+    return is_out

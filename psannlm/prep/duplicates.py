@@ -102,16 +102,3 @@ class DuplicateFinder:
             is_again[1:] = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
             found.add(rows["number"][is_again])
         return found
-
-
-def draws(hashes: NDArray[np.uint8], seed: int) -> NDArray[np.float64]:
-    """Return a number in [0, 1) for each document, (n,), that depends on its text and ``seed`` alone.
-
-    The finaliser of SplitMix64 spreads the first half of the hash: documents that are equal draw the same number.
-    """
-    words = np.ascontiguousarray(hashes).view("<u8")[:, 0]
-    mixed = words + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)

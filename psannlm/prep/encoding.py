@@ -14,12 +14,12 @@ from psannlm.data.documents import json_text
 from psannlm.data.files import decoded
 from psannlm.data.lossless import find_loss
 from psannlm.data.parts import HASH_BYTES, pack_origin, text_hash, unpack_origin
+from psannlm.data.segments import SEGMENT_BYTES, cut
 from psannlm.data.shards import token_dtype
 from psannlm.data.split import cut_place
 from psannlm.errors import CorpusError
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, HAS_TEXT, JSON_LINES, TEXT, WHOLE, Chunk, Section
 from psannlm.prep.piece import UNIT, Piece
-from psannlm.prep.segments import SEGMENT_BYTES, cut
 from psannlm.prep.settings import PrepSettings
 from psannlm.prep.walk import Cut, replaced
 from psannlm.tokenizers.base import Tokenizer

@@ -20,9 +20,10 @@ from psannlm.config.files import WORK_FOLDER
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, read_manifest, write_manifest
 from psannlm.data.parts import DocumentPart, unpack_origin
 from psannlm.data.shardfile import Shard, ShardEntry, open_shard, write_shard
+from psannlm.data.split import draws
 from psannlm.errors import ConfigError, CorpusError, Interrupted
 from psannlm.lock import RunLock
-from psannlm.prep.duplicates import Bits, DuplicateFinder, draws
+from psannlm.prep.duplicates import Bits, DuplicateFinder
 from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remove_work
 from psannlm.prep.plan import is_merge, source_differences, write_merge_plan
 from psannlm.prep.run import PrepReporter, PrepResult, SilentPrepReporter, shard_name

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psannlm.data.parts import RECORD_BITS, unpack_origin
+from psannlm.data.split import draws
 from psannlm.errors import CorpusError
 from psannlm.prep.chunks import HALF, HAS_TEXT
-from psannlm.prep.duplicates import Bits, DuplicateFinder, draws
+from psannlm.prep.duplicates import Bits, DuplicateFinder
 from psannlm.prep.encoding import too_long, too_short
 from psannlm.prep.piece import read_piece
 from psannlm.prep.settings import PrepSettings

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 from psannlm.data.documents import parquet_texts
 from psannlm.data.files import decoded, opened
 from psannlm.data.parts import HASH_BYTES
+from psannlm.data.segments import SEGMENT_BYTES, cut_stream
 from psannlm.data.split import cut_blocks
 from psannlm.errors import CorpusError
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, JSON_LINES, LINES, TEXT, Section
-from psannlm.prep.segments import SEGMENT_BYTES, cut_stream
 from psannlm.prep.settings import STDIN, PrepSettings
 from psannlm.prep.sources import Drops, SourceFile, refuse_changed
 

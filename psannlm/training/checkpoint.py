@@ -62,6 +62,7 @@ class TrainerState:
         skipped: steps left out so far because they were not finite; skipped_in_a_row: those just now.
         total_steps: at which the learning rate's schedule ends.
         data_order: which way the order of windows is drawn; None in checkpoints from before there was a second.
+        preparation: version of what ``data.prepare`` makes of a corpus; None likewise.
     """
 
     step: int
@@ -77,6 +78,7 @@ class TrainerState:
     skipped_in_a_row: int = 0
     total_steps: int | None = None
     data_order: str | None = None
+    preparation: int | None = None
 
 
 def step_folder(run: Path, step: int) -> Path:

@@ -62,7 +62,7 @@ class Run:
     log: MetricsLog | None
     reporter: Reporter
     total_steps: int
-    identity: dict[str, str]
+    identity: dict[str, Any]
     sampler: Sampler | None = None
     budget: TimeBudget = field(default_factory=TimeBudget)
     stop: threading.Event = field(default_factory=threading.Event)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from psannlm.config.run import RunConfig, differences
 from psannlm.data.order import ORDER_VERSION
-from psannlm.data.prepare import PreparedData
+from psannlm.data.prepare import PREPARATION, PreparedData
 from psannlm.errors import ArtifactError, ConfigError, Problem, StorageError
 from psannlm.lock import RunLock
 from psannlm.models.transformer import Transformer
@@ -57,13 +57,19 @@ _NEUTRAL_KEYS = frozenset(
 )
 
 
-def identity(data: PreparedData) -> dict[str, str]:
+def identity(data: PreparedData) -> dict[str, Any]:
     """Return what decides the windows of a run and their order, under the names that ``TrainerState`` has for it."""
     return {
         "corpus_sha256": data.report.sha256,
         "tokenizer_fingerprint": data.tokenizer.fingerprint,
         "data_order": ORDER_VERSION,
+        "preparation": data.preparation or PREPARATION,
     }
+
+
+def preparation(found: tuple[Path, TrainerState] | None) -> int:
+    """Return the version by which a run that goes on from ``found`` prepares its corpus: the one it began with."""
+    return PREPARATION if found is None else found[1].preparation or 1
 
 
 def find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter) -> tuple[Path, TrainerState] | None:
@@ -142,6 +148,12 @@ def refuse_other_data(found: tuple[Path, TrainerState], data: PreparedData) -> N
             f"{folder} went through its data in an order that this psannlm draws no more "
             f"({state.data_order or 'list-1'} then, {now['data_order']} now): some windows would come twice and others "
             "never. Finish the run with the version that began it, or start anew with --resume never."
+        )
+    if data.preparation not in (None, preparation(found)):
+        raise ConfigError(
+            f"{folder} was begun by an older psannlm, which held out other documents and encoded long ones as a whole. "
+            "Go on with psannlm train and its configuration, which prepares the corpus as then, or start anew with "
+            "--resume never."
         )
     for name, former in (
         ("corpus_sha256", state.corpus_sha256),

@@ -51,6 +51,7 @@ from psannlm.training.resume import (
     identity,
     make_way,
     move_aside,
+    preparation,
     refuse_other_data,
     refuse_past_schedule,
     restore,
@@ -225,7 +226,8 @@ def _find_start(
     found = find_state(config, folder, resume, reporter)
     loaded = None if found is None else load_model(found[0])
     if data is None:
-        data = prepare(config.data, reporter.notice, None if loaded is None else loaded.tokenizer)
+        tokenizer = None if loaded is None else loaded.tokenizer
+        data = prepare(config.data, reporter.notice, tokenizer, preparation(found))
     if found is not None:
         refuse_other_data(found, data)
     vocab_size = data.tokenizer.vocab_size

@@ -1,4 +1,4 @@
-"""Held-out text stays out of training and of the tokenizer; the split is a function of seed and count alone."""
+"""Held-out text stays out of training and of the tokenizer; the split is a function of seed and text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from psannlm.config.data import DataConfig
 from psannlm.data import prepare as prepare_module
 from psannlm.data.documents import Document
+from psannlm.data.order import shuffled
 from psannlm.data.prepare import prepare, prepare_documents, shared_text, split_documents
 from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ConfigError, CorpusError
@@ -33,14 +34,40 @@ def test_the_split_parts_the_documents_and_never_takes_all(n: int, share: float,
     assert sorted([*train, *val], key=documents.index) == documents
     assert train == sorted(train, key=documents.index)
     assert val == sorted(val, key=documents.index)
-    assert len(val) == min(max(1, round(share * n)), n - 1)
+    assert train
+    assert val
 
 
-@given(n=st.integers(2, 60), seed=st.integers(0, 50))
-def test_which_documents_are_held_out_depends_on_seed_and_count_alone(n: int, seed: int) -> None:
-    one = split_documents(numbered(n), 0.3, seed)[1]
-    other = split_documents([Document("x" * (i + 1), d.name) for i, d in enumerate(numbered(n))], 0.3, seed)[1]
-    assert [document.name for document in one] == [document.name for document in other]
+@given(n=st.integers(4, 60), seed=st.integers(0, 50), share=st.sampled_from([0.1, 0.5]))
+def test_a_document_keeps_its_side_in_a_larger_corpus(n: int, seed: int, share: float) -> None:
+    documents = numbered(n)
+    train, val = (set(side) for side in split_documents(documents[::2], share, seed))
+    more_train, more_val = (set(side) for side in split_documents(documents[::-1], share, seed))
+    # One document may have been put on a side only because that would have been empty.
+    assert len(train & more_val) + len(val & more_train) <= 1
+    assert not train & more_val or len(train) == 1
+    assert not val & more_train or len(val) == 1
+
+
+def test_the_share_held_out_is_the_one_asked_for() -> None:
+    for share in (0.01, 0.1, 0.5):
+        n_out = len(split_documents(numbered(20_000), share, 1337)[1])
+        assert abs(n_out - 20_000 * share) < 4 * (20_000 * share * (1 - share)) ** 0.5
+
+
+def test_equal_documents_fall_on_one_side() -> None:
+    documents = [Document(d.text, f"{d.name} again") for d in numbered(40)] + numbered(40)
+    train, val = ({d.text for d in side} for side in split_documents(documents, 0.3, 1337))
+    assert len(train) + len(val) == 40
+
+
+@given(n=st.integers(2, 60), share=st.floats(0.001, 0.999), seed=st.integers(0, 50))
+def test_runs_of_former_versions_keep_their_held_out_documents(n: int, share: float, seed: int) -> None:
+    documents = numbered(n)
+    train, val = split_documents(documents, share, seed, preparation=1)
+    n_out = min(max(1, round(share * n)), n - 1)
+    assert val == [documents[i] for i in sorted(shuffled(n, seed, "validation split")[:n_out])]
+    assert train == [d for d in documents if d not in val]
 
 
 def test_other_seeds_hold_out_other_documents() -> None:
@@ -97,7 +124,7 @@ def test_the_tokenizer_never_sees_held_out_text(monkeypatch: pytest.MonkeyPatch,
     config = DataConfig(tokenizer="simple", vocab_size=300, val_split=0.25, seed=7, max_length=8)
     data = prepare_documents(numbered(20), config, quiet)
     assert data.val is not None
-    assert data.val.n_documents == 5
+    assert data.val.names == tuple(d.name for d in split_documents(numbered(20), 0.25, 7)[1])
     assert set(data.train.names).isdisjoint(data.val.names)
     by_name = {document.name: document.text for document in numbered(20)}
     assert seen == [by_name[name] for name in data.train.names]
@@ -145,7 +172,7 @@ def test_texts_come_through_with_nothing_lost_and_figures_for_people(byte_tokeni
         "1.00 bytes per token",
     ):
         assert figure in joined
-    assert "validation: 3 documents" in joined
+    assert f"validation: {len(split_documents(numbered(12), 0.25, 1337)[1])} document" in joined
     assert "0.0% of its text" in joined
 
 
@@ -154,7 +181,7 @@ def test_files_go_all_the_way(tiny_corpus: Path) -> None:
     config = DataConfig.model_validate({"sources": [source], "tokenizer": "simple", "max_length": 32, "val_split": 0.1})
     data = prepare(config, quiet)
     assert data.val is not None
-    assert (data.train.n_documents, data.val.n_documents) == (11, 1)
+    assert data.train.n_documents + data.val.n_documents == 12
     lines = tiny_corpus.read_text(encoding="utf-8").splitlines()
     for store in (data.train, data.val):
         for index, name in enumerate(store.names):

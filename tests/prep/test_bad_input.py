@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from psannlm.data.manifest import MANIFEST_FILE
+from psannlm.data.segments import SEGMENT_BYTES
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, PsannlmError, StorageError
 from psannlm.prep import run as prep_run
 from psannlm.prep.run import PrepResult
-from psannlm.prep.segments import SEGMENT_BYTES
 
 Prepare = Callable[..., PrepResult]
 FolderBytes = Callable[[Path], dict[str, str]]

@@ -336,6 +336,27 @@ def test_a_checkpoint_of_another_order_is_refused(tiny_run: TinyRun, former: str
     assert train(config, resume="never").steps == 4
 
 
+def test_a_run_of_an_older_version_keeps_its_corpus(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was held out when it began stays held out, by the rule of then; data split by today's rule is refused."""
+    config = tiny_run(max_steps=4, save_interval_steps=2, eval_interval_steps=2)
+    with monkeypatch.context() as then:
+        then.setattr("psannlm.training.resume.PREPARATION", 1)
+        whole = train(moved(config, tmp_path / "whole"))
+        train_and_crash(config, after=3)
+    path = step_folder(Path(config.train.checkpoint_dir), 2) / "trainer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["state"].pop("preparation") == 1
+    path.write_text(_sealed({k: content[k] for k in ("files", "state")}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="older psannlm, which held out other documents"):
+        train(config, data=prepare(config.data, lambda text: None))
+    resumed = train(config)
+    assert resumed.best == whole.best
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name])
+
+
 def test_a_resume_uses_the_tokenizer_it_was_trained_with(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another version of a tokenizer's library may fit another vocabulary on the same text."""
     config = tiny_run(max_steps=4, save_interval_steps=2)
