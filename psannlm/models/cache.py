@@ -97,6 +97,12 @@ class DecodeState:
         ]
         return DecodeState(layers, [self.lengths[row] for row in rows], self.offsets[index])
 
+    def copy(self, capacity: int) -> DecodeState:
+        """Return a state that has seen the same tokens and shares no tensor, with room for ``capacity`` or more."""
+        twin = self.select(range(len(self.lengths)))
+        twin.grow(capacity)
+        return twin
+
     def put(self, rows: Sequence[int], other: DecodeState) -> None:
         """Let ``rows`` remember what the rows of ``other`` remember, in that order, and nothing else."""
         index = torch.tensor(list(rows), device=self.offsets.device)

@@ -6,6 +6,7 @@ Letters: B rows, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from psannlm.config.model import ModelConfig
 from psannlm.models.attention import Attention, Layout, plan_layout
-from psannlm.models.cache import DecodeState, LayerState
+from psannlm.models.cache import DecodeState, LayerState, whole_blocks
 from psannlm.models.lean import is_lean, norm_wave
 from psannlm.models.loss import head_cross_entropy, linear_cross_entropy
 from psannlm.models.matmul import Linear
@@ -164,12 +165,53 @@ class Transformer(nn.Module):
         logits: Tensor = F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
         return logits
 
-    def forward(self, input_ids: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Return the cross-entropy in nats, *summed* over the labels that count: the caller knows how many there are.
+    @overload
+    def forward(self, input_ids: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: None = None,
+        *,
+        past_kvs: DecodeState | None = None,
+        use_cache: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, input_ids: Tensor, labels: None = None, *, past_kvs: DecodeState | None = None, use_cache: Literal[True]
+    ) -> tuple[Tensor, DecodeState]: ...
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        *,
+        past_kvs: DecodeState | None = None,
+        use_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, DecodeState]:
+        """Return the loss where there are ``labels``, else the logits of every position.
 
         Args:
-            input_ids, labels: (B, T) int64; a label is the token after the input at its place, or IGNORE_INDEX.
+            input_ids: (B, T) int64; with ``past_kvs``, the tokens that follow those it was computed from.
+            labels: (B, T) int64; each is the token after the input at its position, or IGNORE_INDEX.
+            label_smoothing: probability mass spread over the vocabulary, for the loss alone.
+            past_kvs: the KV cache that an earlier call returned: keys, values and conv states of all rows. It is left
+                as it is, so that several continuations can start from one.
+            use_cache: return the KV cache too. Like any call with ``past_kvs``, such a call records no gradients.
+
+        Returns:
+            With labels the cross-entropy in nats, () float, *summed* over the labels that count: the caller knows how
+            many there are. Without, the logits (B, T, V), in the dtype of the weights; with ``use_cache``, the pair
+            (logits, past_kvs).
+
+        Raises:
+            ValueError: ``input_ids`` is not (B, T), has another number of rows than ``past_kvs``, or labels come with
+                a KV cache.
         """
+        if labels is None:
+            return self._forward_logits(input_ids, past_kvs, use_cache)
+        if past_kvs is not None or use_cache:
+            raise ValueError("a loss is computed without a KV cache; give labels, or use_cache and past_kvs")
         flat = self.hidden_states(input_ids).flatten(0, 1)
         loss: Tensor
         if self.head is None or isinstance(self.head, nn.Linear):
@@ -177,3 +219,22 @@ class Transformer(nn.Module):
         else:
             loss = head_cross_entropy(flat, self.head, labels.flatten(), label_smoothing)
         return loss
+
+    def _forward_logits(
+        self, input_ids: Tensor, past_kvs: DecodeState | None, use_cache: bool
+    ) -> Tensor | tuple[Tensor, DecodeState]:
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids has the shape {tuple(input_ids.shape)}; give (batch, time), time 1 or more")
+        if past_kvs is None and not use_cache:
+            return self.logits(self.hidden_states(input_ids))
+        n_rows, n_new = input_ids.shape
+        with torch.no_grad():
+            if past_kvs is None:
+                weight = self.embedding.weight
+                cache = DecodeState.allocate(self.config, n_rows, whole_blocks(n_new), weight.device, weight.dtype)
+            elif len(past_kvs.lengths) != n_rows:
+                raise ValueError(f"past_kvs has {len(past_kvs.lengths)} rows, and input_ids has {n_rows}")
+            else:
+                cache = past_kvs.copy(max(past_kvs.lengths) + n_new)
+            logits = self.logits(self.hidden_states(input_ids, cache))
+        return (logits, cache) if use_cache else logits

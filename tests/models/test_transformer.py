@@ -187,3 +187,61 @@ def test_compiled_model_agrees_with_eager(build_tiny: Build) -> None:
     torch.testing.assert_close(loss_compiled, loss, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradients_compiled[f"_orig_mod.{name}"], gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("wave", [{}, {"enabled": True, "kernel_size": 3, "dilation_growth": 2}])
+def test_cached_logits_equal_the_full_forward(
+    base: str, position: str, wave: dict[str, Any], build_tiny: Build
+) -> None:
+    model = build_tiny(base=base, positional_encoding=position, wave=wave, max_seq_len=80)
+    input_ids = tokens(2, 70)
+    full = model(input_ids)
+    assert full.shape == (2, 70, 17)
+    torch.testing.assert_close(full, logits_of(model, input_ids), rtol=0, atol=0)
+    # A prefill of whole blocks, one of odd length, single tokens, and past the end of a block of the cache.
+    for sizes in ((32, 1, 1, 36), (3, 20, 1, 46), (61, *[1] * 9)):
+        past, parts, start = None, [], 0
+        for size in sizes:
+            logits, past = model(input_ids[:, start : start + size], past_kvs=past, use_cache=True)
+            parts.append(logits)
+            start += size
+        torch.testing.assert_close(torch.cat(parts, dim=1), full.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_kv_cache_can_be_continued_twice(build_tiny: Build) -> None:
+    model, prompt = build_tiny(), tokens(2, 6)
+    _, past = model(prompt, use_cache=True)
+    ends = [tokens(2, 3, seed=seed) for seed in (1, 2)]
+    for end in (*ends, ends[0]):
+        wanted = model(torch.cat((prompt, end), dim=1))[:, 6:].detach()
+        torch.testing.assert_close(model(end, past_kvs=past), wanted, rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        _, past = model(prompt, use_cache=True)
+    assert model(ends[0], past_kvs=past).shape == (2, 3, 17)
+
+
+def test_logits_learn_and_cached_ones_do_not(build_tiny: Build) -> None:
+    model, input_ids = build_tiny().train(), tokens(2, 8)
+    loss = F.cross_entropy(model(input_ids).flatten(0, 1), tokens(2, 8, seed=1).flatten(), reduction="sum")
+    loss.backward()
+    got = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    model(input_ids, tokens(2, 8, seed=1)).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-5)
+    assert not model(input_ids, use_cache=True)[0].requires_grad
+
+
+def test_what_forward_cannot_read_is_refused(build_tiny: Build) -> None:
+    model, input_ids = build_tiny(), tokens(2, 8)
+    _, past = model(input_ids, use_cache=True)
+    for call, said in (
+        (lambda: model(input_ids[0]), r"\(8,\); give \(batch, time\)"),
+        (lambda: model(input_ids[:, :0]), "time 1 or more"),
+        (lambda: model(input_ids[:1], past_kvs=past), "2 rows, and input_ids has 1"),
+        (lambda: model(input_ids, input_ids, use_cache=True), "without a KV cache"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
