@@ -19,11 +19,12 @@ from psannlm.config.files import prepared_manifest
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import RunConfig, section_from_kwargs
 from psannlm.config.train import Amp, TrainConfig
+from psannlm.data.dataset import LMDataset
 from psannlm.data.documents import Document, read_documents
 from psannlm.data.files import KNOWN_SUFFIXES, split_suffix
 from psannlm.data.prepare import PreparedData, prepare, prepare_documents
 from psannlm.data.shards import encode_documents
-from psannlm.data.windows import Windows
+from psannlm.data.stream import Stream
 from psannlm.errors import CorpusError, GenerationError, TokenizerError
 from psannlm.generation.decoding import ContextRule
 from psannlm.generation.engine import Engine
@@ -37,7 +38,7 @@ from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.checkpoint import find_checkpoint
 from psannlm.training.progress import ConsoleReporter, Reporter, SilentReporter
-from psannlm.training.run import TrainResult, cut_windows, train
+from psannlm.training.run import TrainResult, train
 
 Texts = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 _GIVEN_IN_PYTHON = "(texts given in Python)"
@@ -103,6 +104,8 @@ class psannLMDataPrep:
             if folder
             else prepare_documents(documents, self.config, self.notices.append)
         )
+        self._dataset: LMDataset | None = None
+        self._val_dataset: LMDataset | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -120,16 +123,32 @@ class psannLMDataPrep:
         return self.tokenizer.vocab_size
 
     @property
-    def dataset(self) -> Windows:
-        """The training windows: item i is (input_ids, labels), both (max_length,) int64."""
-        return cut_windows(RunConfig(data=self.config), self.prepared.train, self.tokenizer)
+    def dataset(self) -> LMDataset:
+        """The training windows: item i is (inputs, labels), both (max_length,) int64 tensors.
+
+        Built at the first access, and one object from then on.
+        """
+        if self._dataset is None:
+            self._dataset = self._windows(self.prepared.train)
+        return self._dataset
 
     @property
-    def val_dataset(self) -> Windows | None:
-        """The held-out windows, or None when ``val_split`` is 0."""
-        if self.prepared.val is None:
-            return None
-        return cut_windows(RunConfig(data=self.config), self.prepared.val, self.tokenizer)
+    def val_dataset(self) -> LMDataset | None:
+        """The held-out windows, one object like :attr:`dataset`; None when nothing was held out."""
+        if self._val_dataset is None and self.prepared.val is not None:
+            self._val_dataset = self._windows(self.prepared.val)
+        return self._val_dataset
+
+    def _windows(self, store: Stream) -> LMDataset:
+        return LMDataset(
+            store,
+            self.max_length,
+            pad_id=self.tokenizer.pad_id,
+            pack=self.pack_sequences,
+            tokenizer=self.tokenizer,
+            config=self.config,
+            text_sha256=self.prepared.report.sha256,
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -16,6 +16,7 @@ import torch
 import psann.lm
 import psannlm
 from psannlm import psannLM, psannLMDataPrep
+from psannlm.data.dataset import LMDataset
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, GenerationError, TokenizerError
 
 FIT = {"batch_tokens": 64, "lr": 1e-2, "amp": "fp32", "device": "cpu", "verbose": False}
@@ -91,6 +92,24 @@ def test_data_tells_its_figures(data: psannLMDataPrep) -> None:
     input_ids, labels = data.dataset[0]
     assert input_ids.shape == labels.shape == (16,)
     assert (input_ids[1:] == labels[:-1])[labels[:-1] >= 0].all()
+    assert torch.equal(data.dataset[-1][0], data.dataset[len(data) - 1][0])
+
+
+def test_datasets_are_built_once_at_first_access(tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[LMDataset] = []
+
+    def build(*args: Any, **settings: Any) -> LMDataset:
+        built.append(LMDataset(*args, **settings))
+        return built[-1]
+
+    monkeypatch.setattr("psannlm.api.LMDataset", build)
+    data = psannLMDataPrep(tiny_texts, tokenizer="simple", max_length=16, val_split=0.2, vocab_size=300)
+    assert built == []
+    assert data.dataset is data.dataset
+    assert data.val_dataset is data.val_dataset is not None
+    assert [id(one) for one in built] == [id(data.dataset), id(data.val_dataset)]
+    assert all(isinstance(one, torch.utils.data.Dataset) for one in built)
+    assert psannLMDataPrep(tiny_texts, tokenizer="simple", max_length=16, vocab_size=300).val_dataset is None
 
 
 def test_texts_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,7 @@ class _Layout:
     """Where each tensor of a shard lies: a pure function of its sizes, so that no header has to be believed."""
 
     def __init__(self, token_type: str, fingerprint: str, n_tokens: int, n_documents: int, n_lengths: int) -> None:
+        self.fingerprint = fingerprint
         self.starts = _HEADER_BYTES
         self.n_bytes = self.starts + 8 * (n_documents + 1)
         self.origins = self.n_bytes + 8 * n_documents
@@ -194,6 +195,10 @@ class Shard:
         self._n_bytes = self._bytes[layout.n_bytes : layout.origins].view("<i8")
         self._origins = self._bytes[layout.origins : layout.hashes].view("<i8")
         self._hashes = self._bytes[layout.hashes : layout.tokens].reshape(-1, HASH_BYTES)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process maps the file itself: pickled arrays would carry the whole of it.
+        return open_shard, (self.path.absolute(), self.entry, self._layout.fingerprint, self.vocab_size)
 
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
         """Return a slice of the framed stream, (stop - start,) uint16 or uint32."""

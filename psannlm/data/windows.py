@@ -22,7 +22,10 @@ IGNORE_INDEX = -100
 
 
 class Windows:
-    """The windows of a stream, made when asked for; beside the stream it keeps next to nothing."""
+    """The windows of a stream, made when asked for; beside the stream it keeps next to nothing.
+
+    ``data.dataset.LMDataset`` is the same one window at a time.
+    """
 
     def __init__(self, store: Stream, seq_len: int, *, pad_id: int, pack: bool = True) -> None:
         """``seq_len`` is T. Raises ConfigError if it is below 1."""
@@ -42,11 +45,6 @@ class Windows:
     def n_labels(self) -> int:
         """Labels that count, over all windows: every document's ids and its end of text."""
         return self.store.n_framed_tokens - self.store.n_documents
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return input ids (T,) int64 and labels (T,) int64 of one window. Raises IndexError past the end."""
-        input_ids, labels = self._rows(self._checked([index]))
-        return input_ids[0], labels[0]
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return input ids (B, T) int64 and labels (B, T) int64 of the windows asked for, in their order.

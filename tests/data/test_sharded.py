@@ -154,7 +154,7 @@ def test_many_documents_are_found_through_their_blocks(tmp_path: Path) -> None:
     first = np.concatenate([[0], np.cumsum((np.array(lengths) + 1 + 2) // 3)])
     assert len(one) == first[-1]
     document = 131_500
-    ids, _ = one[int(first[document])]
+    ids = one.batch([int(first[document])])[0][0]
     assert ids.tolist()[: min(3, lengths[document] + 2)] == [BOS, *store.document(document), EOS][:3]
 
 

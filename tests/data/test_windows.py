@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from psannlm.data.dataset import LMDataset
 from psannlm.data.shards import TokenStore, store_from_ids
 from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ConfigError
@@ -24,8 +25,8 @@ def numbered(lengths: list[int]) -> TokenStore:
     return store_from_ids([range(a, b) for a, b in pairwise(ends)], 1 << 20, bos_id=BOS, eos_id=EOS)
 
 
-def windows_of(lengths: list[int], seq_len: int, pack: bool) -> Windows:
-    return Windows(numbered(lengths), seq_len, pad_id=PAD, pack=pack)
+def windows_of(lengths: list[int], seq_len: int, pack: bool) -> LMDataset:
+    return LMDataset(numbered(lengths), seq_len, pad_id=PAD, pack=pack)
 
 
 def reference_windows(lengths: list[int], seq_len: int, pack: bool) -> list[tuple[list[int], list[int]]]:
@@ -50,7 +51,7 @@ def assert_each_label_once(lengths: list[int], seq_len: int, pack: bool) -> None
     counted: list[int] = []
     for index in range(len(windows)):
         _, labels = windows[index]
-        counted.extend(labels[labels != IGNORE_INDEX])
+        counted.extend(labels[labels != IGNORE_INDEX].tolist())
     n_tokens = sum(lengths)
     assert sorted(counted) == [EOS] * len(lengths) + list(range(FIRST_ID, FIRST_ID + n_tokens))
     assert windows.n_labels == len(counted) == n_tokens + len(lengths)
@@ -107,14 +108,14 @@ def test_without_packing_documents_never_share_a_window(lengths: list[int], seq_
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_padding_is_told_by_place_when_it_shares_its_id_with_the_end_of_text(pack: bool) -> None:
-    windows = Windows(numbered([3, 5]), 4, pad_id=EOS, pack=pack)
+    windows = LMDataset(numbered([3, 5]), 4, pad_id=EOS, pack=pack)
     labels = np.concatenate([windows[i][1] for i in range(len(windows))])
     assert (labels == EOS).sum() == 2
 
 
 def test_ids_above_the_narrow_type_survive() -> None:
     ids = [70_000, 65_535, 65_536]
-    windows = Windows(store_from_ids([ids], 70_001, bos_id=BOS, eos_id=EOS), 8, pad_id=PAD)
+    windows = LMDataset(store_from_ids([ids], 70_001, bos_id=BOS, eos_id=EOS), 8, pad_id=PAD)
     assert windows[0][1][:3].tolist() == ids
 
 

@@ -1,0 +1,73 @@
+"""The windows of a corpus as a ``torch.utils.data.Dataset``: what ``psannLMDataPrep.dataset`` is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import index as as_index
+from typing import SupportsIndex
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from psannlm.config.data import DataConfig
+from psannlm.data.stream import Stream
+from psannlm.data.windows import Windows
+from psannlm.tokenizers.base import Tokenizer
+
+
+class LMDataset(Windows, Dataset[tuple[Tensor, Tensor]]):
+    """Windows of T tokens as pairs of int64 tensors: ``dataset[i]`` is (inputs, labels), both (T,).
+
+    A label is the token after the input at its position, or -100 (``IGNORE_INDEX``, which torch's cross-entropy leaves
+    out) for padding and where a document begins. Every token of the corpus is a label in exactly one window. It works
+    in torch's ``DataLoader`` with any number of workers, and can be pickled.
+
+    Args:
+        store: the tokens.
+        seq_len: T, 1 or more.
+        pad_id: the input id after the end of the text in the last window.
+        pack: join documents into full windows; False never puts two into one window.
+        tokenizer, config, text_sha256: where the tokens come from; a :class:`~psannlm.training.trainer.Trainer` needs
+            them to write checkpoints that know their data.
+
+    Raises:
+        ConfigError: ``seq_len`` is below 1.
+    """
+
+    def __init__(
+        self,
+        store: Stream,
+        seq_len: int,
+        *,
+        pad_id: int,
+        pack: bool = True,
+        tokenizer: Tokenizer | None = None,
+        config: DataConfig | None = None,
+        text_sha256: str = "",
+    ) -> None:
+        super().__init__(store, seq_len, pad_id=pad_id, pack=pack)
+        self.tokenizer = tokenizer
+        self.config = config
+        self.text_sha256 = text_sha256
+
+    def __getitem__(self, index: SupportsIndex) -> tuple[Tensor, Tensor]:
+        """Return (inputs, labels) of one window, both (T,) int64; a negative index counts from the end.
+
+        Raises:
+            IndexError: there is no such window.
+            TypeError: ``index`` is not a whole number, such as a slice.
+        """
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[tuple[Tensor, Tensor]]:
+        """Return several windows at once: torch's ``DataLoader`` asks for a batch this way. Errors as for one."""
+        inputs, labels = self.batch([self._from_start(as_index(index)) for index in indices])
+        return list(zip(inputs.unbind(), labels.unbind(), strict=True))
+
+    def _from_start(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        return index % len(self)
+
+    def __repr__(self) -> str:
+        return f"<LMDataset of {len(self):,} windows of {self.seq_len:,} tokens>"
