@@ -147,6 +147,7 @@ def describe(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the known name closest to ``name``, or an empty string."""
-    matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean '{matches[0]}'?)" if matches else ""
+    """Return `` (did you mean 'x'?)`` for the known name closest to ``name`` in any case, or an empty string."""
+    by_lower = {known_name.lower(): known_name for known_name in reversed(list(known))}
+    matches = get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f" (did you mean '{by_lower[matches[0]]}'?)" if matches else ""

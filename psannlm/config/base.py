@@ -51,6 +51,20 @@ def _to_int(value: object) -> object:
     return value.__index__()
 
 
+_WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
+
+
+def word_to_bool(value: object) -> bool | None:
+    """Return what yes, no, on, off, true and false mean in any case, as YAML 1.1 has them; None for all else."""
+    return _WORDS.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def _to_bool(value: object) -> object:
+    """Let the words for true and false count as such, quoted or not."""
+    word = word_to_bool(value)
+    return value if word is None else word
+
+
 def _to_float(value: object) -> object:
     """Let real numbers of other libraries count as floats."""
     return float(value) if isinstance(value, AnyReal) and not isinstance(value, (bool, int, float)) else value
@@ -64,10 +78,10 @@ def _to_text(value: object) -> object:
     return text
 
 
-# Pydantic on its own would read "8" as 8, true as 1 and "yes" as true; a configuration says what it means.
+# Pydantic on its own would read "8" as 8 and true as 1; a configuration says what it means.
 Whole = Annotated[int, Strict(), BeforeValidator(_to_int), Field(le=_LARGEST_WHOLE)]
 Real = Annotated[float, Strict(), BeforeValidator(_to_float)]
-Flag = Annotated[bool, Strict()]
+Flag = Annotated[bool, Strict(), BeforeValidator(_to_bool)]
 Text = Annotated[str, Strict(), BeforeValidator(_to_text), Field(min_length=1)]
 Prompt = Annotated[str, Strict(), BeforeValidator(_to_text)]  # may be empty: text from nothing
 PositiveWhole = Annotated[Whole, Field(ge=1)]

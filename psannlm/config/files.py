@@ -62,7 +62,8 @@ def missing_files(data: DataConfig) -> Iterator[Finding]:
             yield Finding(("data", "sources", index, "path"), message)
     tokenizer = data.tokenizer_model_path
     if tokenizer is not None and not _is_file(Path(os.path.expanduser(tokenizer))):
-        yield Finding(("data", "tokenizer_model_path"), _missing(tokenizer, "file"))
+        remedy = "; write null to fit one on the corpus" if tokenizer.lower() in ("none", "no", "auto", "off") else ""
+        yield Finding(("data", "tokenizer_model_path"), _missing(tokenizer, "file") + remedy)
 
 
 def _missing_source(path: str) -> str | None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from psannlm.config.advice import Due, advice
 from psannlm.config.base import Check, Section
 from psannlm.config.data import BuiltinSource, DataConfig, PathSource
 from psannlm.config.model import ModelConfig
 from psannlm.config.train import TrainConfig
-from psannlm.config.yaml_tree import KeyPath, read_number
+from psannlm.config.yaml_tree import KeyPath
 from psannlm.errors import nearest
 
 SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
@@ -46,11 +47,26 @@ _NAMES_ELSEWHERE = {
     "hidden_size": "d_model",
 }
 
-_WORDS_FOR_TRUE = {"yes", "on", "y", "1"}
-_WORDS_FOR_FALSE = {"no", "off", "n", "0"}
 _LONGEST_SHOWN = 120
-_reprlib = reprlib.Repr()
-_reprlib.maxstring = _reprlib.maxother = _reprlib.maxlong = 60
+
+
+class _YamlRepr(reprlib.Repr):
+    """Short text of a value, with YAML's words for true, false and null at any depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 60
+
+    def repr1(self, x: Any, level: int) -> str:
+        """Return the text of ``x``, where ``level`` more levels are shown."""
+        if x is None or isinstance(x, bool):
+            return {None: "null", True: "true", False: "false"}[x]
+        if isinstance(x, float):
+            return f"{x:g}" if x == float(f"{x:g}") else repr(x)
+        return super().repr1(x, level)
+
+
+_reprlib = _YamlRepr()
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,7 @@ def examine(cls: type[S], at: KeyPath, value: object) -> Examined[S]:
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
-        return Examined(cls(), (Finding(at, f"{show(value)} is not a group of keys; write its keys below it"),))
+        return Examined(cls(), (Finding(at, f"{show(value)} is not a group of keys; put its keys below it"),))
     findings: list[Finding] = []
     given = _tidied(cls, value)
     try:
@@ -95,7 +111,10 @@ def examine(cls: type[S], at: KeyPath, value: object) -> Examined[S]:
                 # The required key is most likely there under the wrong name, and its value is still to be dropped.
                 given = _pruned(cls, given, details["loc"])
                 continue
-            finding = _translate(cls, at, details)
+            place = _Place.find(cls, details["loc"])
+            # The branches of a union are refused one by one, and are one value to whoever wrote it.
+            same = [other for other in errors if _Place.find(cls, other["loc"]).path == place.path]
+            finding = _translate(place, at, same, given)
             found.setdefault(finding.path, finding)
         findings += found.values()
         for finding in found.values():
@@ -137,10 +156,6 @@ def dotted(path: KeyPath) -> str:
 
 def show(value: object) -> str:
     """Return a value as YAML would spell it, on one short line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float):
-        return f"{value:g}" if value == float(f"{value:g}") else repr(value)
     text = re.sub(r"\s*\n\s*", " ", _reprlib.repr(value))
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
 
@@ -189,33 +204,71 @@ def _pruned(cls: type[Section], given: dict[str, Any], path: KeyPath) -> dict[st
     return rest
 
 
-def _translate(cls: type[Section], at: KeyPath, details: ErrorDetails) -> Finding:
-    path = details["loc"]
-    owner, field = _resolve(cls, path)
-    # The tag of a union stands in pydantic's path, but nowhere in the file.
-    if path[:1] == ("sources",) and len(path) > 2 and path[2] in _SOURCE_KINDS:
-        path = (*path[:2], *path[3:])
-    where = (*at, *path)
+@dataclass(frozen=True)
+class _Place:
+    """Where an error is: the path that the file has, the classes that own its key, and its field where there is one.
+
+    Pydantic's own path also names the tags and branches of unions, which stand nowhere in the file.
+    """
+
+    path: KeyPath
+    owners: tuple[type[Section], ...]
+    field: FieldInfo | None
+
+    @classmethod
+    def find(cls, section: type[Section], loc: KeyPath) -> _Place:
+        path: list[str | int] = []
+        owner, field = section, None
+        for depth, part in enumerate(loc):
+            if depth == 2 and section is DataConfig and loc[0] == "sources" and part in _SOURCE_KINDS:
+                owner, field = _SOURCE_KINDS[str(part)], None
+                continue
+            if isinstance(part, str) and depth and field is not None:
+                group = _group_class(owner, str(path[-1]))
+                if group is None:
+                    # Below a plain field stand the keys of a mapping, or the branches of a union.
+                    if get_origin(field.annotation) is dict:
+                        path.append(part)
+                    break
+                owner = group
+            path.append(part)
+            if isinstance(part, str):
+                field = owner.model_fields.get(part)
+        owners = (owner, *_SOURCE_KINDS.values()) if owner in _SOURCE_KINDS.values() else (owner,)
+        return cls(tuple(path), owners, field)
+
+    def accepts(self, given: Mapping[str, Any], value: object) -> bool:
+        """Tell whether ``value`` would do here, all else in ``given`` left as it is."""
+        names = [at for at, part in enumerate(self.path) if isinstance(part, str)]
+        if self.field is None or not names:
+            return False
+        name, indices = str(self.path[names[-1]]), self.path[names[-1] + 1 :]
+        if indices:
+            items: Any = given
+            for part in self.path[:-1]:
+                items = items.get(part) if isinstance(items, Mapping) else None
+            if not isinstance(items, (list, tuple)) or len(indices) > 1:
+                return False
+            index = int(indices[0])
+            value = [*items[:index], value, *items[index + 1 :]]
+        try:
+            self.owners[0].model_validate({name: value}, context={"collect": True})
+        except ValidationError as error:
+            wrong = [details["loc"] for details in error.errors(include_url=False) if details["loc"][:1] == (name,)]
+            return not any(loc[1:2] == indices[:1] or len(loc) == 1 for loc in wrong) if indices else not wrong
+        return True
+
+
+def _translate(place: _Place, at: KeyPath, errors: Sequence[ErrorDetails], given: Mapping[str, Any]) -> Finding:
+    where = (*at, *place.path)
+    details = errors[0]
     if details["type"] == "extra_forbidden":
-        return Finding(where, _unknown_key(owner, at, str(path[-1])), True)
-    return Finding(where, _sentence(details, field))
+        return Finding(where, _unknown_key(place.owners, at, str(place.path[-1])), True)
 
+    def accepts(value: object) -> bool:
+        return place.accepts(given, value)
 
-def _resolve(cls: type[Section], path: KeyPath) -> tuple[tuple[type[Section], ...], FieldInfo | None]:
-    """Return the classes that own the last key of ``path``, and the field it leads to where there is one."""
-    owner: type[Section] = cls
-    field: FieldInfo | None = None
-    for depth, part in enumerate(path):
-        if cls is DataConfig and path[0] == "sources" and depth == 2:
-            owner = _SOURCE_KINDS.get(str(part), owner)
-            field = None
-        elif isinstance(part, str):
-            field = owner.model_fields.get(part, field if depth and isinstance(path[depth - 1], int) else None)
-            if depth + 1 < len(path):
-                owner = _group_class(owner, part) or owner
-    if owner in _SOURCE_KINDS.values():
-        return (owner, *_SOURCE_KINDS.values()), field
-    return (owner,), field
+    return Finding(where, _sentence(errors, place.field, accepts))
 
 
 def _unknown_key(owner: tuple[type[Section], ...], at: KeyPath, key: str) -> str:
@@ -252,30 +305,78 @@ def _owners(key: str) -> list[str]:
     return [name for name, group in _groups() if key in group.model_fields]
 
 
-def _sentence(details: ErrorDetails, field: FieldInfo | None) -> str:
+def _sentence(errors: Sequence[ErrorDetails], field: FieldInfo | None, accepts: Callable[[object], bool]) -> str:
+    details = errors[0]
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     shown = show(value)
-    if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", context["expected"])
-        null = ["null"] if field is not None and type(None) in get_args(field.annotation) else []
-        close = nearest(value, allowed) if isinstance(value, str) else ""
-        return f"{shown} is not one of {', '.join(allowed + null)}{close}"
-    if kind in _WANTED:
-        return f"{shown} is not {_WANTED[kind]}{_hint(kind, value)}"
-    if kind in _BOUNDS:
-        name, words = _BOUNDS[kind]
-        return f"{shown} is {words} {show(context[name])}"
+    if value == "" and kind not in ("literal_error", "int_type", "float_type", "bool_type"):
+        return "is empty; give it a value, or drop the key"
     if kind in ("too_long", "too_short", "missing") and isinstance(details["loc"][-1], int):
-        return f"{shown} holds too few items; write [lowest, highest]"
-    if value == "":
-        return "is empty; write something, or drop the key"
+        return f"{shown} holds too few items; it takes [lowest, highest]"
     if kind in ("too_long", "too_short"):
-        return f"{shown} holds {context['actual_length']} items; write {context.get('max_length', 'more')}"
+        return f"{shown} holds {context['actual_length']} items; it takes {context.get('max_length', 'more')}"
     if kind == "missing":
         return "missing; it must be given"
-    if kind == "string_pattern_mismatch" and field is not None:
-        return f"{shown} is not one of {field.description}"
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        is_percentage = kind.startswith("less_than") and context[name] == 1
+        return f"{shown} is {words} {show(context[name])}{advice(value, accepts) if is_percentage else ''}"
+    is_choice = any(error["type"] in ("literal_error", "string_pattern_mismatch") for error in errors)
+    if is_choice or (field is not None and _has_pattern(field)):
+        return f"{shown} is not one of {_choices(errors, field)}{_hint_of_choice(value, errors, accepts)}"
+    if kind in _WANTED:
+        hint = advice(value, accepts, _DUE.get(kind, "value"))
+        if not hint and value is None and field is not None and not field.is_required():
+            hint = f"; drop the key for its default, {show(field.get_default(call_default_factory=True))}"
+            hint = hint if isinstance(field.default, (bool, int, float, str)) else "; drop the key for its default"
+        elif hint and kind == "string_type" and isinstance(value, (bool, int, float)):
+            hint = f'; quote it: "{show(value)}"'
+        return f"{shown} is not {_WANTED[kind]}{hint or _TAKES.get(kind, '') or _takes(kind, field)}"
     return f"{shown}: {details['msg'][:1].lower()}{details['msg'][1:]}"
+
+
+def _takes(kind: str, field: FieldInfo | None) -> str:
+    """Return what a list is to hold, or ''."""
+    if kind != "tuple_type" or field is None:
+        return ""
+    branches = [field.annotation, *get_args(field.annotation)]
+    (items, *more), *_ = [get_args(branch) for branch in branches if get_origin(branch) is tuple] or [("", "")]
+    if more and more != [Ellipsis]:
+        return "; it takes [lowest, highest]"
+    names = get_args(items) if get_origin(items) is Literal else ()
+    return f"; it takes a list of {', '.join(names)}" if names else ""
+
+
+def _choices(errors: Sequence[ErrorDetails], field: FieldInfo | None) -> str:
+    """Return what is allowed, in words: the literals of all branches, true and false, null."""
+    allowed = [name for error in errors for name in _literals(error)]
+    if any(error["type"].startswith("bool_") for error in errors):
+        allowed += ["true", "false"]
+    if not allowed and field is not None:
+        return str(field.description)
+    is_item = isinstance(errors[0]["loc"][-1], int)
+    if field is not None and not is_item and type(None) in get_args(field.annotation):
+        allowed.append("null")
+    return ", ".join(allowed)
+
+
+def _literals(error: ErrorDetails) -> list[str]:
+    return (
+        re.findall(r"'([^']*)'", error.get("ctx", {}).get("expected", "")) if error["type"] == "literal_error" else []
+    )
+
+
+def _hint_of_choice(value: object, errors: Sequence[ErrorDetails], accepts: Callable[[object], bool]) -> str:
+    allowed = [name for error in errors for name in _literals(error)]
+    named: list[object] = [*allowed, *([True, False] if len(errors) > 1 else [])]
+    if hint := advice(value, lambda other: other in named and accepts(other)) or advice(value, accepts):
+        return hint
+    close = nearest(value, allowed) if isinstance(value, str) else ""
+    return close or (f"; write {allowed[0]}" if len(allowed) == 1 and len(errors) == 1 else "")
+
+
+def _has_pattern(field: FieldInfo) -> bool:
+    return any(getattr(item, "pattern", None) is not None for item in field.metadata)
 
 
 _WANTED = {
@@ -292,7 +393,22 @@ _WANTED = {
     "tuple_type": "a list",
     "model_type": "a group of keys",
     "model_attributes_type": "a group of keys",
-    "union_tag_not_found": "a source; write a path, {path: ...} or {builtin: python-reference}",
+    "dict_type": "a group of keys",
+    "union_tag_not_found": "a source",
+}
+_DUE: dict[str, Due] = {
+    "int_type": "whole number",
+    "int_parsing": "whole number",
+    "int_from_float": "whole number",
+    "tuple_type": "list",
+    "model_type": "group",
+    "model_attributes_type": "group",
+}
+_TAKES = {
+    "model_type": "; put its keys below it",
+    "model_attributes_type": "; put its keys below it",
+    "dict_type": "; put its keys below it",
+    "union_tag_not_found": "; it takes a path, {path: ...} or {builtin: python-reference}",
 }
 _BOUNDS = {
     "greater_than": ("gt", "too small: it must be greater than"),
@@ -300,21 +416,3 @@ _BOUNDS = {
     "less_than": ("lt", "too large: it must be less than"),
     "less_than_equal": ("le", "too large: it must be at most"),
 }
-
-
-def _hint(kind: str, value: object) -> str:
-    if kind.startswith(("int_", "float_")) and isinstance(value, str):
-        if read_number(value) is not None:
-            return "; remove the quotes"
-        plain = re.sub(r"(?<=[0-9])[_,](?=[0-9])", "", value)
-        return f"; write {plain}" if plain != value and read_number(plain) is not None else ""
-    if kind.startswith("bool_"):
-        word = str(value).lower()
-        if word in _WORDS_FOR_TRUE:
-            return "; write true"
-        return "; write false" if word in _WORDS_FOR_FALSE else ""
-    if kind == "string_type" and isinstance(value, (bool, int, float)):
-        return f'; quote it: "{show(value)}"'
-    if kind == "tuple_type" and isinstance(value, (str, int, float)):
-        return f"; write [{value}]"
-    return ""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from psannlm.config.base import Check, Flag, PositiveWhole, Prompt, Real, Section, Text, Whole
+from psannlm.config.base import Check, Flag, PositiveWhole, Prompt, Real, Section, Text, Whole, word_to_bool
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -89,19 +89,17 @@ class TrainConfig(Section):
 
     @field_validator("ddp", "fsdp", mode="before")
     @classmethod
-    def _may_be_boolean(cls, value: object) -> object:
+    def _may_be_boolean(cls, value: object, info: ValidationInfo) -> object:
         # YAML 1.1 readers turn on and off into booleans before anyone can ask what was meant.
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+        word = value if isinstance(value, bool) else word_to_bool(value)
+        if word is None or (word and info.field_name == "fsdp"):
+            return value
+        return "on" if word else "off"
 
     @field_validator("log_interval_steps", "eval_interval_steps", "save_interval_steps", mode="before")
     @classmethod
     def _zero_is_never(cls, value: object) -> object:
         return None if value == 0 and not isinstance(value, bool) else value
-
-    @field_validator("compile", mode="before")
-    @classmethod
-    def _may_be_on_or_off(cls, value: object) -> object:
-        return {"on": True, "off": False}.get(value, value) if isinstance(value, str) else value
 
     def cooldown_steps(self, total_steps: int) -> int:
         """Return how many of ``total_steps`` the cooldown takes under ``wsd``; otherwise there is none."""

@@ -7,6 +7,7 @@ PyYAML follows YAML 1.1, where ``2e-4`` is text and ``on`` a boolean. Here the c
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +37,8 @@ _FIRST_CHARACTERS = {
     "int": list("-+0123456789"),
     "float": list("-+.0123456789"),
 }
+_HEAD_OF_NUMBER = re.compile(r"[-+]?[0-9]+(?:,[0-9]+)*\Z")
+_REST_OF_NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?(?:[eE][-+]?[0-9]+)?%?\Z")
 
 
 @dataclass
@@ -168,6 +171,14 @@ def dump_yaml(value: object) -> str:
     return text
 
 
+def flow_yaml(value: object) -> str:
+    """Return ``value`` as YAML on one line, in brackets and braces."""
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20, default_flow_style=True
+    )
+    return text.removesuffix("...\n").strip()
+
+
 def nearest_sibling(path: Path) -> str:
     """Return `` (did you mean '...'?)`` for the name in that folder closest to a path that does not exist, or ''."""
     try:
@@ -206,7 +217,7 @@ class _Builder:
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, object]:
         built: dict[str, object] = {}
         first_lines: dict[str, int] = {}
-        for key_node, value_node in node.value:
+        for key_node, value_node in _with_commas(node):
             line = _line(key_node)
             if not isinstance(key_node, yaml.ScalarNode):
                 shown = "[...]" if isinstance(key_node, yaml.SequenceNode) else "{...}"
@@ -245,6 +256,27 @@ class _Builder:
     def _refuse_tag(self, node: yaml.Node, path: KeyPath) -> None:
         tag = node.tag.replace(_TAG, "!!")
         self.faults.append((path, f"the tag {tag[:60]!r} is not allowed; write a plain value"))
+
+
+def _with_commas(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    """Yield keys and values, a number with a decimal comma or with grouped digits as one text.
+
+    In ``{lr: 0,003}`` the comma ends the value, and ``003`` is a key without a value; no key of ours looks like it.
+    """
+    former: tuple[yaml.Node, yaml.Node] | None = None
+    for key, value in node.value:
+        is_rest = isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode) and value.value == ""
+        if node.flow_style and former is not None and is_rest and _REST_OF_NUMBER.match(key.value):
+            head = former[1]
+            if isinstance(head, yaml.ScalarNode) and head.style is None and _HEAD_OF_NUMBER.match(head.value):
+                text = f"{head.value},{key.value}"
+                former = former[0], yaml.ScalarNode(_TAG + "str", text, head.start_mark, head.end_mark)
+                continue
+        if former is not None:
+            yield former
+        former = key, value
+    if former is not None:
+        yield former
 
 
 def read_number(text: str) -> int | float | None:

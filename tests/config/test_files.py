@@ -6,6 +6,7 @@ import pytest
 
 from psannlm.config.data import BuiltinSource, DataConfig, PathSource
 from psannlm.config.files import missing_files
+from psannlm.config.run import config_from_mapping
 
 
 def check(*sources: str, tokenizer: str | None = None) -> list[str]:
@@ -53,3 +54,9 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert check("~/corpus", "~/corpus/*.txt", tokenizer="~/corpus/letters.txt") == []
     [missing] = check("~/corpsu/letters.txt")
     assert missing.startswith(f"'~/corpsu/letters.txt' is no file or folder: '{tmp_path}/corpsu' does not exist")
+
+
+@pytest.mark.parametrize("word", ["none", "None", "no", "auto"])
+def test_a_word_for_no_tokenizer_is_led_to_null(word: str) -> None:
+    (finding,) = missing_files(config_from_mapping({"data": {"tokenizer_model_path": word}}, check_files=False).data)
+    assert finding.message.endswith("; write null to fit one on the corpus")

@@ -145,7 +145,7 @@ def test_a_rule_is_silent_where_one_of_its_fields_is_refused(tmp_path: Path) -> 
         ("model: {n_heads: 8, n_kv_heads: 3}", "model.n_kv_heads", "do not divide 8"),
         ("model: {sine_params: {amp_bounds: [2, 3]}}", "model.sine_params.amp_bounds", "amp_init 1.0 lies outside"),
         ("model: {sine_params: {amp_bounds: [2]}}", "model.sine_params.amp_bounds[1]", "[lowest, highest]"),
-        ("model: {sine_params: {amp_bounds: [1, 2, 3]}}", "model.sine_params.amp_bounds", "3 items; write 2"),
+        ("model: {sine_params: {amp_bounds: [1, 2, 3]}}", "model.sine_params.amp_bounds", "3 items; it takes 2"),
         ("model: {sine_params: 3}", "model.sine_params", "3 is not a group of keys"),
         ("model: {wave: {enabled: true, places: []}}", "model.wave.places", "empty while"),
         ("model: {wave: {places: mlp}}", "model.wave.places", "'mlp' is not a list; write [mlp]"),
@@ -154,7 +154,7 @@ def test_a_rule_is_silent_where_one_of_its_fields_is_refused(tmp_path: Path) -> 
             "model.mlp",
             "sine, sineglu, gelu, geglu, swiglu, relu2, null (did you mean 'swiglu'?)",
         ),
-        ("model: {tie_embeddings: yes}", "model.tie_embeddings", "'yes' is not true or false; write true"),
+        ("model: {tie_embeddings: y}", "model.tie_embeddings", "'y' is not true or false; write true"),
         ("model: {tie_embeddings: 0}", "model.tie_embeddings", "write false"),
         ("model: {d_model: 99999999999999999999}", "model.d_model", "too large"),
         ("model: {dropout: .nan}", "model.dropout", "nan is not a finite number"),
@@ -164,7 +164,7 @@ def test_a_rule_is_silent_where_one_of_its_fields_is_refused(tmp_path: Path) -> 
         ("model: {<<: {base: respsann}}", "model.<<", "merge keys"),
         ("model: [1]", "model", "[1] is not a group of keys"),
         ("data: {sources: []}", "data.sources", "no corpus given"),
-        ("data: {sources: 3}", "data.sources", "3 is not a list; write [3]"),
+        ("data: {sources: 3}", "data.sources", "3 is not a list; write '3'"),
         ("data: {sources: [3]}", "data.sources[0]", "3 is not a source"),
         ("data: {sources: [{pth: x}]}", "data.sources[0].pth", "did you mean 'path'?"),
         ("data: {sources: [{builtn: x}]}", "data.sources[0].builtn", "did you mean 'builtin'?"),
@@ -327,7 +327,7 @@ def test_differences_name_the_key_and_both_values() -> None:
     }
     assert differences(RunConfig(), config_from_mapping(changed)) == [
         "model.sine_params.amp_init: 1 -> 2",
-        "data.sources: [{'builtin': 'python-reference'}] -> [{'path': '.', 'per_line': False, 'text_key': 'text'}]",
+        "data.sources: [{'builtin': 'python-reference'}] -> [{'path': '.', 'per_line': false, 'text_key': 'text'}]",
         "train.lr: 0.0002 -> 0.0003",
     ]
 
