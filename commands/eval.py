@@ -50,6 +50,7 @@ def evaluate(
     from psannlm.evaluation import evaluate_sources
     from psannlm.models.artifact import load_model
     from psannlm.models.packed import pack_model
+    from psannlm.reports.document import LOSSY
     from psannlm.reports.store import new_folder, system_info, write_json
     from psannlm.storage import write_text
 
@@ -99,7 +100,7 @@ def evaluate(
         ("text", f"{documents}, {result.n_bytes:,} bytes, {result.n_labels:,} tokens"),
         ("loss", f"{result.loss:.4f} nats per token"),
         ("perplexity", f"{result.perplexity:.2f}"),
-        ("bits per byte", f"{result.bits_per_byte:.4f}"),
+        ("bits per byte", f"{result.bits_per_byte:.4f}{LOSSY if result.lossy_tokenizer else ''}"),
         ("written to", str(folder)),
     ]
     table = figures_table("evaluation", rows)

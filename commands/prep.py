@@ -163,9 +163,16 @@ def _corpus_rows(result: PrepResult) -> list[tuple[str, str]]:
     return [
         *rows,
         ("tokenizer", f"{manifest.tokenizer.backend}, fingerprint {manifest.tokenizer.fingerprint:.12}"),
+        *_lost(manifest.lost_fraction),
         ("content", f"{manifest.content_sha256:.12}"),
         ("folder", str(result.folder)),
     ]
+
+
+def _lost(fraction: float | None) -> list[tuple[str, str]]:
+    if not fraction:
+        return []
+    return [("text lost by the tokenizer", f"{fraction:.2%} of the bytes checked: bits per byte come out too low")]
 
 
 def _show(result: PrepResult) -> None:

@@ -150,6 +150,8 @@ def _passes(epochs: float) -> str:
 
 
 def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
+    from psannlm.reports.document import LOSSY
+
     spent = "" if result.steps == result.total_steps else f" of {result.total_steps:,}: the time budget is spent"
     rows = [
         ("parameters", f"{result.parameters:,}"),
@@ -167,7 +169,7 @@ def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
             ("best validation at step", f"{result.best['step']:,}"),
             ("validation loss", f"{result.best['loss']:.4f} nats per token"),
             ("perplexity", f"{result.best['perplexity']:.2f}"),
-            ("bits per byte", f"{result.best['bits_per_byte']:.4f}"),
+            ("bits per byte", f"{result.best['bits_per_byte']:.4f}{LOSSY if result.lossy_tokenizer else ''}"),
         ]
     if result.val_overlap:
         rows.append(

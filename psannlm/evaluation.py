@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from psannlm.config.data import Source
 from psannlm.data.documents import ReadReport, read_documents
-from psannlm.data.lossless import watch_for_loss
+from psannlm.data.lossless import LossMeter, folder_warning, is_lossy, watch_for_loss
 from psannlm.data.prepared import find_prepared, open_folder
 from psannlm.data.shards import encode_documents
 from psannlm.data.stream import Stream
@@ -28,12 +28,14 @@ class Evaluation:
     """What a model makes of a text: ``nats`` for all of its ``n_labels`` tokens (ends of documents included).
 
     ``n_bytes`` is the size of the text in UTF-8. A document's end is paid for and adds no byte, so that bits per byte
-    is an upper bound of the code length of the text, the same for every tokenizer.
+    is an upper bound of the code length of the text, the same for every tokenizer that gives all of the text back. One
+    that loses text has less to pay for: ``lost_fraction`` is the fraction of checked bytes that it lost, None unknown.
     """
 
     nats: float
     n_labels: int
     n_bytes: int
+    lost_fraction: float | None = None
 
     @property
     def loss(self) -> float:
@@ -50,7 +52,12 @@ class Evaluation:
         """Bits that the text costs, per byte of UTF-8: comparable between tokenizers."""
         return self.nats / math.log(2.0) / self.n_bytes
 
-    def as_dict(self) -> dict[str, float | int]:
+    @property
+    def lossy_tokenizer(self) -> bool | None:
+        """Whether the tokenizer loses text, so that bits per byte come out too low; None where nobody looked."""
+        return is_lossy(self.lost_fraction)
+
+    def as_dict(self) -> dict[str, float | int | bool | None]:
         """Return every figure under its name."""
         return {
             "loss": self.loss,
@@ -58,6 +65,7 @@ class Evaluation:
             "bits_per_byte": self.bits_per_byte,
             "tokens": self.n_labels,
             "bytes": self.n_bytes,
+            "lossy_tokenizer": self.lossy_tokenizer,
         }
 
 
@@ -132,19 +140,20 @@ def evaluate_sources(
     longest = config.max_seq_len or 256
     if window is not None and window > longest and config.positional_encoding != "alibi":
         raise CorpusError(f"a window of {window} tokens is longer than the model's context of {longest}")
-    store, report = _read(sources, loaded.tokenizer)
+    store, report, lost_fraction = _read(sources, loaded.tokenizer)
     windows = Windows(store, window or longest, pad_id=loaded.tokenizer.pad_id)
     result = evaluate(loaded.model, windows, precision=precision, batch_size=batch_size, on_progress=on_progress)
-    return result, report
+    return replace(result, lost_fraction=lost_fraction), report
 
 
-def _read(sources: Sequence[Source], tokenizer: Tokenizer) -> tuple[Stream, ReadReport]:
-    """Return the text to evaluate on, in the tokens of ``tokenizer``, and what was read."""
+def _read(sources: Sequence[Source], tokenizer: Tokenizer) -> tuple[Stream, ReadReport, float | None]:
+    """Return the text to evaluate on, in the tokens of ``tokenizer``, what was read, and the fraction that was lost."""
     manifest = find_prepared(sources)
     if manifest is None:
         report = ReadReport()
-        documents = watch_for_loss(tokenizer, read_documents(sources, report), report.warnings.append)
-        return encode_documents(documents, tokenizer), report
+        meter = LossMeter()
+        documents = watch_for_loss(tokenizer, read_documents(sources, report), report.warnings.append, meter)
+        return encode_documents(documents, tokenizer), report, meter.fraction
     folder = open_folder(manifest)
     if folder.tokenizer.fingerprint != tokenizer.fingerprint:
         raise TokenizerError(
@@ -156,4 +165,6 @@ def _read(sources: Sequence[Source], tokenizer: Tokenizer) -> tuple[Stream, Read
     report.documents, report.bytes = part.n_documents, part.n_bytes
     name = "training part: nothing was held out" if folder.validation is None else "validation part"
     report.builtin[str(folder.path)] = f"{folder.path}: the {name}"
-    return part, report
+    if (warning := folder_warning(str(folder.path), folder.manifest.lost_fraction)) is not None:
+        report.warnings.append(warning)
+    return part, report, folder.manifest.lost_fraction

@@ -209,6 +209,7 @@ def prepare_folder() -> Callable[..., Path]:
             drops={"blank document": 2},
             duplicates=1,
             val_overlap=0.25 if held_out else None,
+            lost_fraction=0.0,
         )
         write_manifest(folder, manifest)
         return folder

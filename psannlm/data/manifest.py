@@ -23,6 +23,8 @@ from psannlm.storage import write_text
 MANIFEST_FILE = files.MANIFEST_FILE
 FORMAT = f"{files.MANIFEST_MARK}1"
 _MAX_BYTES = 256 << 20
+# Keys that folders of earlier versions lack.
+_ADDED_LATER = {"lost_fraction"}
 _CONTENT_KEY, _OWN_KEY = "content_sha256", "manifest_sha256"
 _T = TypeVar("_T")
 
@@ -91,6 +93,8 @@ class Manifest:
 
     ``dtype`` is uint16 or uint32; ``part`` is ``i/n``, ``1/1`` for a whole corpus; ``drops`` counts by reason what was
     left out, ``duplicates`` texts that had been seen before; ``val_overlap`` as in ``prepare.PreparedData``.
+    ``lost_fraction`` is the fraction of the checked bytes of text that the tokenizer did not give back: 0 is lossless,
+    None is unknown, as in folders of earlier versions.
     """
 
     tokenizer: TokenizerEntry
@@ -103,6 +107,7 @@ class Manifest:
     drops: dict[str, int]
     duplicates: int
     val_overlap: float | None = None
+    lost_fraction: float | None = None
 
     @property
     def content_sha256(self) -> str:
@@ -174,11 +179,12 @@ def _build(path: Path, where: str, kind: Any, value: Any) -> Any:
     """Return ``value``, as JSON gave it, as what ``kind`` says, or raise ArtifactError naming the key."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
         hints = get_type_hints(kind)
-        for name in hints.keys() - value.keys():
+        for name in hints.keys() - value.keys() - _ADDED_LATER:
             raise ArtifactError(f"{path} lacks {_join(where, name)}")
         for name in value.keys() - hints.keys():
             raise ArtifactError(f"{path} has an unknown key {_join(where, name)!r:.80}")
-        return kind(**{name: _build(path, _join(where, name), hint, value[name]) for name, hint in hints.items()})
+        given = {name: hint for name, hint in hints.items() if name in value}
+        return kind(**{name: _build(path, _join(where, name), hint, value[name]) for name, hint in given.items()})
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is types.UnionType:
         if value is None:
@@ -205,6 +211,8 @@ def _join(where: str, name: str) -> str:
 def _refuse_contradiction(path: Path, manifest: Manifest) -> None:
     if manifest.dtype not in TOKEN_TYPES:
         raise ArtifactError(f"{path}: dtype is {manifest.dtype!r:.60}, not one of {', '.join(TOKEN_TYPES)}")
+    if manifest.lost_fraction is not None and not 0 <= manifest.lost_fraction <= 1:
+        raise ArtifactError(f"{path}: lost_fraction is {manifest.lost_fraction!r:.60}, not a fraction from 0 to 1")
     names = {"tokenizer.file": manifest.tokenizer.file}
     for part, split in (("train", manifest.train), ("validation", manifest.validation)):
         names.update({f"{part}.shards[{i}].file": shard.file for i, shard in enumerate(split.shards)})

@@ -16,7 +16,7 @@ import numpy as np
 
 from psannlm.config.data import DataConfig
 from psannlm.data.documents import Document, ReadReport, keep_text, read_documents
-from psannlm.data.lossless import watch_for_loss
+from psannlm.data.lossless import LossMeter, folder_warning, watch_for_loss
 from psannlm.data.parts import HASH_BYTES, text_hash
 from psannlm.data.prepared import find_prepared, open_folder, refuse_other_wishes
 from psannlm.data.segments import SEGMENT_BYTES
@@ -45,6 +45,7 @@ class PreparedData:
     ``val`` is None when nothing was held out. ``val_overlap`` is the share of the held-out text, in [0, 1], whose
     paragraphs stand word for word in a training document too: a loss on such text says little about new text.
     ``preparation``: the version that made it, None where each would have made the same.
+    ``lost_fraction`` is the fraction of the checked text that the tokenizer does not give back; None is unknown.
     """
 
     tokenizer: Tokenizer
@@ -53,6 +54,7 @@ class PreparedData:
     report: ReadReport
     val_overlap: float | None = None
     preparation: int | None = None
+    lost_fraction: float | None = None
 
 
 def prepare(
@@ -101,17 +103,20 @@ def _prepare(
         tokenizer = _tokenizer(train_documents, config, notice)
     notice(_describe(tokenizer))
     in_segments = preparation > 1
-    train = encode_documents(watch_for_loss(tokenizer, train_documents, notice), tokenizer, in_segments=in_segments)
     is_long = any(document.n_bytes > SEGMENT_BYTES for document in (*train_documents, *val_documents))
+    meter = LossMeter()
+    watched = watch_for_loss(tokenizer, train_documents, notice, meter)
+    train = encode_documents(watched, tokenizer, in_segments=in_segments)
     notice(f"train: {_size(train)}")
     _check_length(train, config.max_length, notice)
     if not val_documents:
-        return PreparedData(tokenizer, train, None, report, None, preparation if is_long else None)
+        made_by = preparation if is_long else None
+        return PreparedData(tokenizer, train, None, report, None, made_by, meter.fraction)
     val = encode_documents(val_documents, tokenizer, in_segments=in_segments)
     overlap = shared_text(val_documents, train_documents)
     notice(f"validation: {_size(val)}; {_describe_overlap(overlap)}")
-    is_alike = report.documents == 1 and not is_long
-    return PreparedData(tokenizer, train, val, report, overlap, None if is_alike else preparation)
+    made_by = None if report.documents == 1 and not is_long else preparation
+    return PreparedData(tokenizer, train, val, report, overlap, made_by, meter.fraction)
 
 
 def _from_folder(manifest: Path, config: DataConfig, notice: Notice) -> PreparedData:
@@ -123,12 +128,14 @@ def _from_folder(manifest: Path, config: DataConfig, notice: Notice) -> Prepared
     for line in report.lines():
         notice(line)
     notice(_describe(folder.tokenizer))
+    if (warning := folder_warning(str(folder.path), made.lost_fraction)) is not None:
+        notice(warning)
     notice(f"train: {_size(folder.train)}")
     _check_length(folder.train, config.max_length, notice)
     if folder.validation is not None:
         overlap = "" if made.val_overlap is None else f"; {_describe_overlap(made.val_overlap)}"
         notice(f"validation: {_size(folder.validation)}{overlap}")
-    return PreparedData(folder.tokenizer, folder.train, folder.validation, report, made.val_overlap)
+    return PreparedData(folder.tokenizer, folder.train, folder.validation, report, made.val_overlap, made.lost_fraction)
 
 
 def _describe(tokenizer: Tokenizer) -> str:

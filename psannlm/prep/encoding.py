@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from psannlm.data.documents import json_text
 from psannlm.data.files import decoded
-from psannlm.data.lossless import find_loss
+from psannlm.data.lossless import LossMeter
 from psannlm.data.parts import HASH_BYTES, pack_origin, text_hash, unpack_origin
 from psannlm.data.segments import SEGMENT_BYTES, cut
 from psannlm.data.shards import token_dtype
@@ -27,6 +28,9 @@ from psannlm.tokenizers.base import Tokenizer
 # Libraries hold about a hundred bytes a token while they encode: groups are small, and leave as arrays.
 _GROUP_BYTES = 1 << 18
 _NAMES_KEPT = 5
+# Of the units of a chunk the first, and one in so many others, are decoded again to see whether text was lost.
+_CHECKED_ONE_IN = 64
+_DRAWN_CHARACTERS = 64
 _NO_HASH = bytes(HASH_BYTES)
 # Of a unit: tokens (0 until it is encoded), bytes, characters, flags, origin, hash.
 Row = tuple[int, int, int, int, int, bytes]
@@ -41,6 +45,8 @@ class Facts:
     replaced_bytes: int = 0
     replaced_in: list[tuple[int, int]] = field(default_factory=list)
     lost: list[tuple[int, int, str]] = field(default_factory=list)
+    checked_bytes: int = 0
+    lost_bytes: int = 0
 
     def drop(self, reason: str, source: int, record: int) -> None:
         """Count something that was left out, and name the first few."""
@@ -78,8 +84,11 @@ class ChunkEncoder:
         arrays: list[NDArray[Any]] = [np.zeros(0, self._dtype)]
         group: list[str] = []
         group_bytes = 0
+        meter = LossMeter()
         for text, row in self._units(chunk, facts):
-            if not rows and (loss := find_loss(self._tokenizer, text)) is not None:
+            is_checked = not rows or zlib.crc32(text[:_DRAWN_CHARACTERS].encode("utf-8")) % _CHECKED_ONE_IN == 0
+            loss = meter.check(self._tokenizer, text) if is_checked else None
+            if loss is not None and not facts.lost:
                 facts.lost.append((*unpack_origin(row[4]), loss))
             group.append(text)
             rows.append(row)
@@ -89,6 +98,7 @@ class ChunkEncoder:
                 group, group_bytes = [], 0
         if group:
             arrays.append(self._framed(group, rows))
+        facts.checked_bytes, facts.lost_bytes = meter.checked_bytes, meter.lost_bytes
         payload = hashlib.sha256(chunk.payload).hexdigest()
         return Piece(_table(rows), np.concatenate(arrays), payload, vars(facts))
 

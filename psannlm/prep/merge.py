@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psannlm.config.files import WORK_FOLDER
+from psannlm.data.lossless import SMALLEST_FRACTION, folder_warning
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, read_manifest, write_manifest
 from psannlm.data.parts import DocumentPart, unpack_origin
 from psannlm.data.shardfile import Shard, ShardEntry, open_shard, write_shard
@@ -141,6 +142,8 @@ class _Merge:
         write_bytes(self._out / self._like.tokenizer.file, content)
         manifest = self._manifest(splits)
         write_manifest(self._out, manifest)
+        if (warning := folder_warning(str(self._out), manifest.lost_fraction)) is not None:
+            self._reporter.notice(warning)
         remove_work(work)
         return manifest
 
@@ -236,7 +239,22 @@ class _Merge:
             validation=splits[VALIDATION],
             drops=dict(sorted(drops.items())),
             duplicates=sum(manifest.duplicates for manifest in manifests) + self._n - n_kept,
+            lost_fraction=_lost_fraction(manifests),
         )
+
+
+def _lost_fraction(manifests: Sequence[Manifest]) -> float | None:
+    """Return the mean over the text of the parts; a part of which it is unknown leaves a loss elsewhere standing."""
+    known = [
+        (manifest.lost_fraction, manifest.train.text_bytes + manifest.validation.text_bytes)
+        for manifest in manifests
+        if manifest.lost_fraction is not None
+    ]
+    lost = sum(fraction * n_bytes for fraction, n_bytes in known)
+    if lost:
+        return max(SMALLEST_FRACTION, round(lost / sum(n_bytes for _, n_bytes in known), 6))
+    is_known = all(m.lost_fraction is not None or m.train.documents + m.validation.documents == 0 for m in manifests)
+    return 0.0 if is_known and known else None
 
 
 def _link(shard: Shard, path: Path) -> ShardEntry:

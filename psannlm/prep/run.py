@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from psannlm.config.files import WORK_FOLDER
-from psannlm.data.lossless import loss_warning
+from psannlm.data.lossless import folder_warning, is_lossy, loss_warning
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, write_manifest
 from psannlm.data.parts import unpack_origin
 from psannlm.data.shardfile import ShardEntry, write_shard
@@ -92,6 +92,8 @@ class PrepResult:
             "validation": asdict(manifest.validation),
             "drops": manifest.drops,
             "duplicates": manifest.duplicates,
+            "lossy_tokenizer": is_lossy(manifest.lost_fraction),
+            "lost_fraction": manifest.lost_fraction,
             "content_sha256": manifest.content_sha256,
         }
 
@@ -146,6 +148,8 @@ def prepare_corpus(
             if damage is None:
                 remove_work(work)
                 n_bytes = _known_bytes(sources, indices)
+                if (warning := folder_warning(str(out), manifest.lost_fraction)) is not None:
+                    reporter.notice(warning)
                 return PrepResult(out, manifest, time.monotonic() - began, n_bytes, was_done=True)
             if any(source.path == STDIN for source in sources):
                 # What comes in now may be another text, and nobody could tell.
@@ -397,6 +401,7 @@ class _Preparation:
             validation=splits[SPLITS[1]],
             drops=dict(sorted(surveyor.drops.counts.items())),
             duplicates=selection.n_duplicates,
+            lost_fraction=surveyor.meter.fraction,
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from psannlm.data.lossless import LossMeter
 from psannlm.data.parts import RECORD_BITS, unpack_origin
 from psannlm.data.split import draws
 from psannlm.errors import CorpusError
@@ -199,6 +200,7 @@ class Surveyor:
         self.byte_order_marks = 0
         self.replaced_bytes = 0
         self.replaced_in: list[str] = []
+        self.meter = LossMeter()
         self.lost: tuple[str, str] | None = None  # of the first document that the tokenizer does not give back
         self._paths, self._folder, self._settings, self._n_sources = paths, folder, settings, n_sources
         self._name, self._is_cut, self._is_part = name, is_cut, is_part
@@ -278,6 +280,9 @@ class Surveyor:
         self.replaced_bytes += facts["replaced_bytes"]
         self.replaced_in += [self._name(source, record) for source, record in facts["replaced_in"]]
         del self.replaced_in[5:]
+        # Pieces of an earlier version did not count what they checked.
+        self.meter.checked_bytes += facts.get("checked_bytes", 0)
+        self.meter.lost_bytes += facts.get("lost_bytes", len(facts["lost"]))
         if self.lost is None and facts["lost"]:
             source, record, loss = facts["lost"][0]
             self.lost = self._name(source, record), loss

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from psannlm.reports.plain import is_spread, number
+
+LOSSY = " (too low: lossy tokenizer)"
+LOSSY_NOTE = " A lossy tokenizer does not give all of the text back: bits per byte come out too low."
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,11 @@ def describe_machine(system: dict[str, Any]) -> str:
 
 def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
+
+
+def lossy_mark(row: Mapping[str, Any]) -> str:
+    """Return what stands behind bits per byte where the tokenizer loses text."""
+    return LOSSY if row.get("lossy_tokenizer") else ""
 
 
 def tell(value: object, digits: int = 4) -> str:

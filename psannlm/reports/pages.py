@@ -10,6 +10,7 @@ from typing import Any
 from psannlm.errors import PictureError
 from psannlm.reports.batteries import battery_headlines, battery_tables
 from psannlm.reports.document import (
+    LOSSY_NOTE,
     Block,
     Document,
     Headline,
@@ -18,6 +19,7 @@ from psannlm.reports.document import (
     Printed,
     Section,
     Table,
+    lossy_mark,
     tell,
     tell_float,
 )
@@ -145,7 +147,7 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
             [
                 run.name,
                 tell(row["val_loss"]),
-                tell(row["bits_per_byte"]),
+                tell(row["bits_per_byte"]) + lossy_mark(row),
                 tell(row["perplexity"]),
                 tell(row["val_step"]),
                 tell(row["train_loss"]),
@@ -162,6 +164,8 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
         "The best validation of each run. Losses and perplexities compare where corpus and tokenizer are the same, "
         "bits per byte compare on the same text."
     )
+    if any(run.as_dict()["lossy_tokenizer"] for run in runs):
+        note += LOSSY_NOTE
     return Table("", headings, rows, frozenset((*range(1, 10), 12)), note)
 
 
@@ -194,11 +198,13 @@ def loss_picture(runs: Sequence[RunRecord]) -> Picture:
 def _run_headlines(runs: Sequence[RunRecord]) -> list[Headline]:
     found = []
     scored = [run for run in runs if run.best is not None and isinstance(run.best.get("bits_per_byte"), float)]
+    # What a tokenizer loses makes bits per byte too low: no such run is the best of others.
+    scored = [run for run in scored if not run.as_dict()["lossy_tokenizer"]] or scored
     if scored:
         best = min(scored, key=lambda run: run.as_dict()["bits_per_byte"])
         row = best.as_dict()
         of = f"{best.name}, {tell(row['parameters'])} parameters, on {best.corpus}"
-        found.append(Headline(f"{row['bits_per_byte']:.3f}", "bits per byte", "Best validation", of))
+        found.append(Headline(f"{row['bits_per_byte']:.3f}{lossy_mark(row)}", "bits per byte", "Best validation", of))
         found.append(
             Headline(
                 tell(row["val_loss"]), "nats per token", "Its validation loss", f"perplexity {tell(row['perplexity'])}"

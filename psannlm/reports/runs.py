@@ -106,6 +106,7 @@ class RunRecord:
             "val_step": best.get("step"),
             "perplexity": best.get("perplexity"),
             "bits_per_byte": best.get("bits_per_byte"),
+            "lossy_tokenizer": best.get("lossy_tokenizer", self.record.get("lossy_tokenizer")),
             "final_val_loss": final.get("loss"),
             "tokens_per_s": rates.get("median"),
             "tokens_per_s_lowest": rates.get("lowest"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from psannlm.reports.document import Headline, Picture, Table, signed, tell, tell_float
+from psannlm.reports.document import Headline, Picture, Table, lossy_mark, signed, tell, tell_float
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
 
 NATS = "nats per token"
@@ -48,7 +48,7 @@ def _results(figures: dict[str, Any]) -> Table:
                 "–" if loss is None or loss["std"] is None else f"{loss['std']:.4f}",
                 _difference(variant, baseline),
                 _interval(difference),
-                "–" if bits is None else f"{bits['mean']:.4f}",
+                "–" if bits is None else f"{bits['mean']:.4f}{lossy_mark(variant)}",
                 _rate(variant),
                 tell(0 if loss is None else loss["n"]),
                 tell(variant["parameters"]),
@@ -230,7 +230,7 @@ def _runs(figures: dict[str, Any]) -> Table:
             run["run"],
             run["state"] if not run["reason"] else f"{run['state']}: {run['reason']}",
             "–" if run["val_loss"] is None else f"{run['val_loss']:.4f}",
-            "–" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.4f}",
+            "–" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.4f}{lossy_mark(run)}",
             tell(run["tokens"]),
             tell(run["tokens_per_s"], 3),
             tell(run["training_s"], 3),

@@ -6,7 +6,19 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from psannlm.reports.document import Block, Document, Headline, Origin, Section, Table, describe_machine, signed, tell
+from psannlm.reports.document import (
+    LOSSY_NOTE,
+    Block,
+    Document,
+    Headline,
+    Origin,
+    Section,
+    Table,
+    describe_machine,
+    lossy_mark,
+    signed,
+    tell,
+)
 from psannlm.reports.gather import Unread
 from psannlm.reports.pages import CURVE_FILE, drawn, loss_picture, origins_table, runs_table
 from psannlm.reports.plain import number
@@ -78,6 +90,7 @@ def deltas(first: RunRecord, run: RunRecord) -> dict[str, Any]:
         "run": run.name,
         "against": first.name,
         **{name: _delta(theirs[name], ours[name]) for name in names},
+        "lossy_tokenizer": bool(ours["lossy_tokenizer"] or theirs["lossy_tokenizer"]),
         "val_loss_at_shared_steps": shared_validations(first, run),
         "tokens_per_s_ratio": _ratio(run, first),
     }
@@ -106,7 +119,7 @@ def _deltas_table(first: RunRecord, others: Sequence[RunRecord]) -> Table:
                 f"{run.name} minus {first.name}",
                 signed(delta["val_loss"]),
                 "–" if shared is None else _spread(shared),
-                signed(delta["bits_per_byte"]),
+                signed(delta["bits_per_byte"]) + lossy_mark(delta),
                 signed(delta["train_loss"]),
                 "–" if delta["tokens_per_s_ratio"] is None else f"{delta['tokens_per_s_ratio']:.3f}",
                 "–" if rates is None else f"{tell(rates['lowest'], 3)} to {tell(rates['highest'], 3)}",
@@ -115,6 +128,8 @@ def _deltas_table(first: RunRecord, others: Sequence[RunRecord]) -> Table:
             ]
         )
     note = "Below zero is lower than in the first run. In brackets the lowest and highest difference, and of how many."
+    if any(deltas(first, run)["lossy_tokenizer"] for run in others):
+        note += LOSSY_NOTE
     return Table("", headings, rows, frozenset(range(1, len(headings))), note)
 
 

@@ -46,7 +46,10 @@ Sampler = Callable[[Transformer, Tokenizer, Sequence[str], int, int], list[str]]
 
 @dataclass
 class Run:
-    """Everything a loop works with. ``module`` is ``model``, compiled or wrapped for the ranks."""
+    """Everything a loop works with. ``module`` is ``model``, compiled or wrapped for the ranks.
+
+    ``lost_fraction`` is as in ``PreparedData``.
+    """
 
     config: RunConfig
     world: World
@@ -63,6 +66,7 @@ class Run:
     reporter: Reporter
     total_steps: int
     identity: dict[str, Any]
+    lost_fraction: float | None = None
     sampler: Sampler | None = None
     budget: TimeBudget = field(default_factory=TimeBudget)
     stop: threading.Event = field(default_factory=threading.Event)
@@ -234,6 +238,7 @@ def _validate(run: Run, progress: Progress, windows: Windows) -> tuple[Progress,
     """Evaluate, log, and say whether this is the lowest validation loss so far."""
     batch_size = run.loader.micro_batch_size
     result = evaluate(run.model, windows, precision=run.precision, batch_size=batch_size, world=run.world)
+    result = replace(result, lost_fraction=run.lost_fraction)
     if not math.isfinite(result.loss):
         raise TrainingError(
             f"step {progress.step}: validation loss {result.loss:g} is {NOT_FINITE}; {last_saved(run.folder)}."

@@ -14,6 +14,7 @@ from rich.live import Live
 
 from psannlm.device import memory_in_use
 from psannlm.evaluation import Evaluation
+from psannlm.reports.document import LOSSY
 from psannlm.training.dashboard import Dashboard
 
 
@@ -163,6 +164,7 @@ class ConsoleReporter:
         self._board.validation, self._board.is_best = (step, result.loss), is_best
         figures = (
             f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  {result.bits_per_byte:.4f} bits per byte"
+            f"{LOSSY if result.lossy_tokenizer else ''}"
         )
         self.notice(f"validation at step {step}: {figures}{'  (best so far)' if is_best else ''}")
         self._draw()

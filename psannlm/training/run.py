@@ -16,6 +16,7 @@ from torch import nn
 
 from psannlm.config.run import RunConfig, plan_batches, to_yaml
 from psannlm.data.loader import Loader
+from psannlm.data.lossless import is_lossy
 from psannlm.data.prepare import PreparedData, prepare
 from psannlm.data.stream import Stream
 from psannlm.data.windows import Windows
@@ -71,7 +72,7 @@ class TrainResult:
     ``best`` holds ``step``, ``loss`` (nats per token), ``perplexity`` and
     ``bits_per_byte`` of the best validation, or is None without one. ``checkpoint`` is the best checkpoint, or without
     validation the last. ``val_overlap`` is the share of the held-out text that stands word for word in the training
-    text.
+    text. ``lossy_tokenizer`` says that the tokenizer loses text, which makes bits per byte too low; None is unknown.
     """
 
     model: Transformer
@@ -88,6 +89,7 @@ class TrainResult:
     train_loss: float
     best: dict[str, Any] | None
     val_overlap: float | None
+    lossy_tokenizer: bool | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures and paths as plain data, without the model."""
@@ -198,6 +200,7 @@ def train(
             train_loss=float(progress.metrics.get("loss", float("nan"))),
             best=progress.best,
             val_overlap=start.data.val_overlap,
+            lossy_tokenizer=is_lossy(start.data.lost_fraction),
         )
 
 
@@ -284,6 +287,7 @@ def _build(
         reporter=reporter,
         total_steps=n_steps,
         identity=identity(data),
+        lost_fraction=data.lost_fraction,
     )
     return run, progress
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ import torch
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.model import ModelConfig
 from psannlm.data.documents import Document
-from psannlm.data.lossless import find_loss, watch_for_loss
+from psannlm.data.lossless import LossMeter, find_loss, is_lossy, watch_for_loss
+from psannlm.data.manifest import SplitEntry, read_manifest
 from psannlm.data.prepare import prepare
 from psannlm.device import pick_precision
 from psannlm.evaluation import evaluate_sources
 from psannlm.models.artifact import LoadedModel
 from psannlm.models.registry import build_model, resolve
+from psannlm.prep.merge import _lost_fraction, merge_parts
 from psannlm.prep.run import SilentPrepReporter, prepare_corpus
 from psannlm.prep.settings import PrepSettings
 from psannlm.tokenizers.char import CharTokenizer
@@ -66,6 +70,58 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "tokenizer.json"
 
 
+@pytest.mark.parametrize(
+    ("text", "back", "lost"),
+    [
+        ("abc", "abc", 0),
+        ("aBcB", "abcb", 2),
+        ("a é漢b", "a b", 5),
+        ("ab", "ba", 1),
+        ("a  b", "a b", 1),
+        ("ab", "abX", 1),
+    ],
+)
+def test_lost_bytes_are_those_that_do_not_come_back(
+    text: str, back: str, lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CharTokenizer, "decode", lambda self, ids: back)
+    meter = LossMeter()
+    assert (meter.check(CharTokenizer(""), text) is None) is (lost == 0)
+    assert (meter.checked_bytes, meter.lost_bytes) == (len(text.encode()), lost)
+    assert meter.fraction == pytest.approx(lost / len(text.encode()), abs=1e-6)
+
+
+def test_the_smallest_loss_is_no_zero() -> None:
+    assert LossMeter().fraction is None
+    assert LossMeter(checked_bytes=10**12, lost_bytes=1).fraction == 1e-6
+    assert [is_lossy(each) for each in (None, 0.0, 1e-6)] == [None, False, True]
+
+
+def test_merging_parts_keeps_what_any_part_lost(foreign: Path, tmp_path: Path) -> None:
+    for number, text in enumerate(["Some Words here", "no capital here", "more words here"]):
+        (tmp_path / f"{number}.txt").write_text(text * 3)
+    settings = PrepSettings(val_split=0)
+    folders = [tmp_path / f"part{index}" for index in (1, 2, 3)]
+    for index, folder in enumerate(folders, start=1):
+        prepare_corpus([str(tmp_path / "?.txt")], foreign, folder, settings, n_workers=1, part=(index, 3))
+    lost = [read_manifest(folder).lost_fraction for folder in folders]
+    assert sorted(each or 0 for each in lost) == [0, 0, pytest.approx(2 / 15, abs=1e-6)]
+    reporter = Notices()
+    merged = merge_parts(folders, tmp_path / "merged", reporter=reporter)
+    assert merged.as_dict()["lossy_tokenizer"] is True
+    assert read_manifest(tmp_path / "merged").lost_fraction == pytest.approx(2 / 45, abs=1e-6)
+    assert len(warnings(reporter.said)) == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "whole"), [([0.0, 0.0], 0.0), ([None, 0.0], None), ([None, 0.5], 0.5), ([1e-6, 0.0], 1e-6)]
+)
+def test_an_unknown_part_hides_no_loss(parts: list[float | None], whole: float | None) -> None:
+    split = SplitEntry(documents=1, tokens=9, text_bytes=10, shards=())
+    manifests: list[Any] = [SimpleNamespace(train=split, validation=split, lost_fraction=each) for each in parts]
+    assert _lost_fraction(manifests) == (None if whole is None else pytest.approx(whole, abs=1e-9))
+
+
 class Notices(SilentPrepReporter):
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -99,8 +155,22 @@ def test_training_preparing_and_evaluating_tell(foreign: Path, tmp_path: Path) -
 
     model = build_model(resolve(ModelConfig(d_model=8, n_layers=1, n_heads=1, vocab_size=400, max_seq_len=16)), seed=1)
     precision = pick_precision("fp32", torch.device("cpu"))
-    _, report = evaluate_sources(LoadedModel(model, prepared.tokenizer, {}), sources, precision=precision)
+    found, report = evaluate_sources(LoadedModel(model, prepared.tokenizer, {}), sources, precision=precision)
     assert len(warnings(report.lines())) == 1
     assert wanted in warnings(report.lines())[0]
-    _, report = evaluate_sources(LoadedModel(model, CharTokenizer(""), {}), sources, precision=precision)
+    assert found.as_dict()["lossy_tokenizer"] is True
+    found, report = evaluate_sources(LoadedModel(model, CharTokenizer(""), {}), sources, precision=precision)
     assert warnings(report.lines()) == []
+    assert found.as_dict()["lossy_tokenizer"] is False
+
+    # The folder keeps what was seen when it was made, and everything that reads it warns again.
+    folder = tmp_path / "out"
+    shards = (PathSource(path=str(folder)),)
+    said.clear()
+    made = prepare(DataConfig(sources=shards, max_length=16), said.append)
+    assert len(warnings(said)) == 1
+    assert f"{folder} was prepared with a tokenizer that loses text, {2 / 30:.2%} of the bytes" in warnings(said)[0]
+    assert made.lost_fraction == prepared.lost_fraction == pytest.approx(2 / 30, abs=0.002)
+    found, report = evaluate_sources(LoadedModel(model, prepared.tokenizer, {}), shards, precision=precision)
+    assert len(warnings(report.lines())) == 1
+    assert found.as_dict()["lossy_tokenizer"] is True

@@ -17,6 +17,7 @@ from psannlm.data.manifest import (
     SourceEntry,
     SplitEntry,
     TokenizerEntry,
+    _digest,
     read_manifest,
     write_manifest,
 )
@@ -45,6 +46,24 @@ def test_it_comes_back_as_it_was_written(tmp_path: Path) -> None:
     write_manifest(tmp_path, MANIFEST)
     assert path.read_bytes() == first
     assert json.loads(first)["content_sha256"] == MANIFEST.content_sha256
+
+
+def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    path = write_manifest(tmp_path, dataclasses.replace(MANIFEST, lost_fraction=0.25))
+    fields = json.loads(path.read_bytes())
+    assert fields.pop("lost_fraction") == 0.25
+    del fields["manifest_sha256"]
+    fields["manifest_sha256"] = _digest(fields)
+    path.write_text(json.dumps(fields))
+    assert read_manifest(tmp_path) == MANIFEST
+    assert MANIFEST.lost_fraction is None
+
+
+@pytest.mark.parametrize("fraction", [-0.5, 1.5])
+def test_a_fraction_lost_beyond_one_is_refused(tmp_path: Path, fraction: float) -> None:
+    write_manifest(tmp_path, dataclasses.replace(MANIFEST, lost_fraction=fraction))
+    with pytest.raises(ArtifactError, match="lost_fraction is"):
+        read_manifest(tmp_path)
 
 
 def test_a_folder_or_its_manifest_is_told_from_others(tmp_path: Path) -> None:

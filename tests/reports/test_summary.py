@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from psannlm.errors import ArtifactError, ConfigError, PictureError
+from psannlm.reports.document import LOSSY, LOSSY_NOTE
 from psannlm.reports.summary import Report, write_comparison, write_report
 
 HOSTILE = "<script>alert(1)</script>'\"><img src=//evil.example/x> $\\frac$ \u202e |`*[x](y)"
@@ -145,6 +146,26 @@ def test_runs_side_by_side(tmp_path: Path, make_run: Callable[..., Path]) -> Non
     text = Page(written.page.read_text()).text
     assert "+0.2500" in text
     assert (written.folder / "loss_by_time.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bits_of_a_lossy_tokenizer_are_marked_everywhere(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    first, second = make_run(tmp_path / "runs" / "first"), make_run(tmp_path / "runs" / "second", shift=-1.0)
+    log = second / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"bits_per_byte"', '"lossy_tokenizer": true, "bits_per_byte"'))
+    compared = write_comparison([first, second], SYSTEM, out=tmp_path / "compared")
+    (delta,) = json.loads((compared.folder / "comparison.json").read_text())["deltas"]
+    assert delta["lossy_tokenizer"] is True
+    text = Page(compared.page.read_text()).text
+    assert f"1.125{LOSSY}" in text
+    assert re.search(rf"−1\.0+{re.escape(LOSSY)}", text)
+    assert LOSSY_NOTE.strip() in text
+    made = write_report(tmp_path / "none", [tmp_path / "runs"], SYSTEM, out=tmp_path / "out")
+    text = Page(made.page.read_text()).text
+    assert f"1.125{LOSSY}" in text
+    assert f"2.125{LOSSY}" not in text
+    assert "Best validation" in text
+    assert "2.125 bits per byte" in " ".join(text.split())
+    assert [row["lossy_tokenizer"] for row in json.loads((made.folder / "metrics.json").read_text())["runs"]]
 
 
 def test_a_comparison_wants_two_runs(tmp_path: Path, make_run: Callable[..., Path]) -> None:

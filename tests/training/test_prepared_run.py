@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from psannlm.commands.train import _result_rows
 from psannlm.config.data import PathSource
 from psannlm.config.files import WORK_FOLDER
 from psannlm.config.run import RunConfig, config_from_mapping
 from psannlm.data.documents import read_documents
+from psannlm.data.manifest import read_manifest, write_manifest
 from psannlm.data.prepare import split_documents
 from psannlm.device import Precision
 from psannlm.errors import ConfigError
@@ -20,6 +23,7 @@ from psannlm.evaluation import evaluate_sources
 from psannlm.models.artifact import load_model
 from psannlm.prep.plan import Plan, write_plan
 from psannlm.prep.settings import PrepSettings
+from psannlm.reports.document import LOSSY
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
 from psannlm.training.metrics import read_metrics
@@ -63,7 +67,8 @@ def runs(tiny_run: TinyRun, prepare_folder: Callable[..., Path], tmp_path: Path)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(folder)]
+    of_the_machine = ("tokens_per_s", "peak_memory_bytes")
+    return [{k: v for k, v in row.items() if k not in of_the_machine} for row in read_metrics(folder)]
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -75,6 +80,19 @@ def test_the_loss_curve_is_that_of_the_documents_in_memory(runs: Callable[..., A
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
     assert plan_training(shards, print).n_windows == plan_training(text, print).n_windows
+
+
+@pytest.mark.parametrize(("lost", "is_lossy"), [(0.25, True), (None, None)])
+def test_a_run_on_a_lossy_folder_marks_its_figures(
+    runs: Callable[..., Any], lost: float | None, is_lossy: bool | None
+) -> None:
+    _, shards = runs(max_steps=1)
+    folder = Path(shards.data.sources[0].path)
+    write_manifest(folder, replace(read_manifest(folder), lost_fraction=lost))
+    result = train(shards)
+    (evaluation,) = (row for row in rows(result.folder) if row["kind"] == "eval")
+    assert evaluation["lossy_tokenizer"] is result.as_dict()["lossy_tokenizer"] is is_lossy
+    assert (LOSSY in dict(_result_rows(result))["bits per byte"]) is bool(is_lossy)
 
 
 def test_a_run_goes_on_exactly_and_only_with_the_same_tokens(
