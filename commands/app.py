@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -98,6 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = [argument for argument in arguments if argument != "--debug"]
     else:
         sys.excepthook = _one_line
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A file name that is not UTF-8 (psannlm/filenames.py) must not end a command whose work is done.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # Not app(...): Typer's own call puts its traceback printer back in place of ours.
         typer.main.get_command(app)(arguments, prog_name="psannlm", obj=written)

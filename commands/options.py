@@ -20,6 +20,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from psannlm.filenames import printable
+
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else; progress goes to stderr.")
 ]
@@ -58,7 +60,7 @@ def progress() -> Console:
 
 def print_json(content: Any) -> None:
     """Print one JSON document on stdout."""
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+    typer.echo(printable(json.dumps(content, indent=2, ensure_ascii=False, default=str)))
 
 
 def reading(done_bytes: int, total_bytes: int, elapsed_s: float) -> str:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from psannlm.errors import StorageError
+from psannlm.filenames import utf8
 
 _CHUNK_BYTES = 1 << 20
 _TEMPORARY = re.compile(r"\.psannlm-[0-9a-f]{16}\.tmp")
@@ -227,5 +228,5 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Put ``content`` (as UTF-8) at ``path`` atomically. Raises StorageError as :func:`replacing` does."""
-    write_bytes(path, content.encode("utf-8"))
+    """Put ``content``, as ``filenames.utf8`` encodes it, at ``path`` atomically. Raises as :func:`replacing` does."""
+    write_bytes(path, utf8(content))

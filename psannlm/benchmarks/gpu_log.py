@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from psannlm.filenames import utf8
 from psannlm.storage import explain_write_errors
 
 
@@ -24,10 +25,9 @@ class BatteryLog:
     def say(self, line: str) -> None:
         """Add one line."""
         seconds = time.monotonic() - self._began
-        with explain_write_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
-            file.write(f"{seconds:9.1f} s  {line}\n")
+        self.add(f"{seconds:9.1f} s  {line}\n")
 
     def add(self, text: str) -> None:
         """Add text as it is, such as a table."""
-        with explain_write_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
-            file.write(text)
+        with explain_write_errors(self._path), open(self._path, "ab") as file:
+            file.write(utf8(text))

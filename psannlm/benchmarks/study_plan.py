@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from psannlm.benchmarks.counting_tasks import TaskName
-from psannlm.config.base import Flag, Real, Section, Text, Whole
+from psannlm.config.base import FileName, Flag, Real, Section, Text, Whole
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.files import is_prepared
 from psannlm.config.findings import SECTIONS, Finding, dotted, examine, show
@@ -47,8 +47,10 @@ class Budget(Section):
 class PlanSettings(Section):
     """A plan file, but for what stands inside its variants."""
 
-    base: Text = Field("", description="the configuration that the variants change; relative paths start at the plan")
-    name: Text | None = Field(None, description="of the study; null: the plan's file name")
+    base: FileName = Field(
+        "", description="the configuration that the variants change; relative paths start at the plan"
+    )
+    name: FileName | None = Field(None, description="of the study; null: the plan's file name")
     overrides: dict[str, Any] = Field(default_factory=dict, description="changes of the base for every variant")
     variants: dict[str, Any] = Field(
         default_factory=dict, description="by name: the sections model, data, train; learning_rates and budget_share"

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from psannlm.errors import ConfigError, Problem
+from psannlm.filenames import can_be_in_name
 
 _LARGEST_WHOLE = 2**63 - 1
 
@@ -71,9 +72,17 @@ def _to_float(value: object) -> object:
 
 
 def _to_text(value: object) -> object:
-    """Let a path object stand for its text, and refuse characters that no file name and no YAML file can hold."""
+    """Let a path object stand for its text, and refuse characters that no text file can hold."""
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(text, str) and any(char == "\0" or "\ud800" <= char <= "\udfff" for char in text):
+        raise PydanticCustomError("bad_character", "holds a NUL or a lone surrogate, which no text can hold")
+    return text
+
+
+def _to_file_name(value: object) -> object:
+    """Let a path object stand for its text, and refuse characters that no file name can hold."""
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(text, str) and not all(map(can_be_in_name, text)):
         raise PydanticCustomError("bad_character", "holds a NUL or a lone surrogate, which no path can hold")
     return text
 
@@ -83,5 +92,6 @@ Whole = Annotated[int, Strict(), BeforeValidator(_to_int), Field(le=_LARGEST_WHO
 Real = Annotated[float, Strict(), BeforeValidator(_to_float)]
 Flag = Annotated[bool, Strict(), BeforeValidator(_to_bool)]
 Text = Annotated[str, Strict(), BeforeValidator(_to_text), Field(min_length=1)]
+FileName = Annotated[str, Strict(), BeforeValidator(_to_file_name), Field(min_length=1)]
 Prompt = Annotated[str, Strict(), BeforeValidator(_to_text)]  # may be empty: text from nothing
 PositiveWhole = Annotated[Whole, Field(ge=1)]

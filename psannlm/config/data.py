@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from psannlm.config.base import Check, Flag, Real, Section, Text, Whole
+from psannlm.config.base import Check, FileName, Flag, Real, Section, Text, Whole
 
 TokenizerBackend = Literal["auto", "sentencepiece", "tokenizers", "simple"]
 
@@ -16,7 +16,7 @@ TokenizerBackend = Literal["auto", "sentencepiece", "tokenizers", "simple"]
 class PathSource(Section):
     """A file, folder or glob of text, or a folder that ``psannlm prep`` made."""
 
-    path: Text = Field(
+    path: FileName = Field(
         description="file, folder or glob, or alone a folder made by psannlm prep; relative paths start at the working "
         "folder"
     )
@@ -55,7 +55,7 @@ class DataConfig(Section):
         description="list of paths, {path: ...} or {builtin: python-reference}; or one prepared folder",
     )
     tokenizer: TokenizerBackend = Field("auto", description="auto takes the first of sentencepiece, tokenizers, simple")
-    tokenizer_model_path: Text | None = Field(
+    tokenizer_model_path: FileName | None = Field(
         None, description="a .model or .json made earlier; null: fit one on the corpus, or use the prepared folder's"
     )
     vocab_size: Whole = Field(

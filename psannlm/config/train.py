@@ -6,7 +6,18 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from psannlm.config.base import Check, Flag, PositiveWhole, Prompt, Real, Section, Text, Whole, word_to_bool
+from psannlm.config.base import (
+    Check,
+    FileName,
+    Flag,
+    PositiveWhole,
+    Prompt,
+    Real,
+    Section,
+    Text,
+    Whole,
+    word_to_bool,
+)
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -57,7 +68,7 @@ class TrainConfig(Section):
         description="when ranks exchange gradients; micro_batch: more is sent, and fsdp keeps no whole gradients",
     )
     grad_checkpoint: Flag = Field(False, description="recompute activations in the backward pass, to save memory")
-    checkpoint_dir: Text = Field(
+    checkpoint_dir: FileName = Field(
         "runs/default", description="the run folder: checkpoints, metrics.jsonl, loss_curve.png"
     )
     log_interval_steps: PositiveWhole | None = Field(

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from psannlm.errors import ConfigError, nearest
+from psannlm.filenames import UNDECODABLE
 
 KeyPath = tuple[str | int, ...]
 
@@ -23,6 +24,7 @@ _MAX_DEPTH = 32
 _MAX_NUMBER_LENGTH = 100
 
 _TAG = "tag:yaml.org,2002:"
+_UNDECODABLE = re.compile(f"[{UNDECODABLE}]")
 _CORE = {
     "null": re.compile(r"(?:~|null|Null|NULL|)\Z"),
     "bool": re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"),
@@ -68,6 +70,10 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._depth = 0
         self._count = 0
+
+    def check_printable(self, data: str) -> None:
+        """Raise ReaderError for a character that YAML forbids, but for those of a file name that is not UTF-8."""
+        super().check_printable(_UNDECODABLE.sub("x", data))
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._count += 1

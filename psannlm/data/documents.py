@@ -7,12 +7,11 @@ import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from psannlm.config.data import BuiltinSource, PathSource, Source
-from psannlm.data.files import Seen, decoded, file_bytes, find_all, is_remote, opened, split_suffix
+from psannlm.data.files import Seen, decoded, file_bytes, find_all, opened, split_suffix
 from psannlm.errors import CorpusError, nearest
 
 PYTHON_REFERENCE = "python-reference"
@@ -311,7 +310,8 @@ def parquet_texts(path: str, text_key: str) -> Iterator[tuple[int, str]]:
     try:
         # With a buffer a column is read page by page; without, a row group's whole column is in memory at once.
         with (
-            opened(path) if is_remote(path) else nullcontext(path) as file,
+            # The library takes no name that is not UTF-8, so it is given the open file.
+            opened(path) as file,
             parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False) as table,
         ):
             names = table.schema_arrow.names

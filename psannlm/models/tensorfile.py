@@ -23,6 +23,7 @@ from torch import Tensor
 
 from psannlm.distributed import whole
 from psannlm.errors import ArtifactError
+from psannlm.filenames import utf8_path
 from psannlm.storage import replacing
 from psannlm.tensorheader import LENGTH_BYTES, parse_header, parse_metadata, read_header, refuse_wrong_length
 
@@ -117,7 +118,8 @@ def read_tensors(path: Path) -> TensorFile:
     """
     verified = verify_tensors(path)
     try:
-        tensors = load_file(path)
+        with utf8_path(path) as readable:
+            tensors = load_file(readable)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"{path} holds no readable tensors: {error}") from error
     return TensorFile(tensors, verified.metadata)

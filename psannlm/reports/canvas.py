@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from psannlm.errors import PictureError, is_out_of_memory
+from psannlm.filenames import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,6 +51,7 @@ def render_figure(
             from matplotlib.backends.backend_agg import FigureCanvasAgg
 
             figure = draw()
+            _make_printable(figure)
             FigureCanvasAgg(figure)
             figure.savefig(page, format=form, dpi=dpi, **options)
     except Exception as error:
@@ -59,6 +61,24 @@ def render_figure(
         )
         raise PictureError(f"Matplotlib could not draw it: {reason[:300]}") from error
     return page.getvalue()
+
+
+def _make_printable(figure: Figure) -> None:
+    """Escape lone surrogates, which Matplotlib cannot draw: the name of a run or file can hold one."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import FuncFormatter
+
+    for text in figure.findobj(Text):
+        text.set_text(printable(text.get_text()))
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            formatter = axis.get_major_formatter()
+            if isinstance(formatter, FuncFormatter):  # the labels that set_xticks and set_yticks are given
+                axis.set_major_formatter(FuncFormatter(_printable_labels(formatter)))
+
+
+def _printable_labels(formatter: Callable[[float, int | None], str]) -> Callable[[float, int | None], str]:
+    return lambda value, place: printable(formatter(value, place))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from psannlm.filenames import utf8
 from psannlm.reports.plain import Unreadable, read_json
 from psannlm.reports.store import system_info, write_json
 from psannlm.storage import explain_write_errors, is_plain_file, read_small, write_text
@@ -38,7 +39,7 @@ def write_record(folder: Path, kind: str, figures: dict[str, Any], table: str) -
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     # The figures come first: they hold the hash that marks the table as ours.
-    figures = {KIND_KEY: kind, **figures, _TABLE_KEY: hashlib.sha256(table.encode("utf-8")).hexdigest()}
+    figures = {KIND_KEY: kind, **figures, _TABLE_KEY: hashlib.sha256(utf8(table)).hexdigest()}
     write_json(folder / FIGURES_FILE, figures)
     if kind != "train":
         write_json(folder / SYSTEM_FILE, system_info())

@@ -49,7 +49,7 @@ def test_values_follow_the_rules_of_yaml_and_the_last_one_wins(tmp_path: Path) -
         ("train.lr.x=3", "train.lr: {'x': 3} is not a number (from the override 'train.lr.x=3')"),
         ("trian.lr=3", "trian: unknown section (did you mean 'train'?)"),
         ("train.lr=-1", "train.lr: -1 is too small"),
-        ("train.lr=\udcff", "U+DCFF"),
+        ("train.lr=\ud800", "U+D800"),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path: Path, override: str, part: str) -> None:
