@@ -24,6 +24,7 @@ from psannlm.commands import report as report_command
 from psannlm.commands import tokenize as tokenize_command
 from psannlm.commands import train as train_command
 from psannlm.errors import EXIT_INTERRUPTED, AlreadyTold, ConfigError, PsannlmError, RankError, describe
+from psannlm.limits import raise_open_files
 
 _ALONE_S = 10.0
 
@@ -78,7 +79,7 @@ def _tell(error: PsannlmError) -> None:
         # Meanwhile rank 0 says the same and ends, and torchrun ends the others. Who is left is alone with its error.
         time.sleep(_ALONE_S)
     where = "" if rank == "0" or isinstance(error, RankError) else f"rank {rank}: "
-    typer.echo(f"{where}{'' if error.exit_code == EXIT_INTERRUPTED else 'error: '}{error}", err=True)
+    typer.echo(f"{where}{'' if error.exit_code == EXIT_INTERRUPTED else 'error: '}{describe(error)}", err=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -99,6 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = [argument for argument in arguments if argument != "--debug"]
     else:
         sys.excepthook = _one_line
+    raise_open_files()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # A file name that is not UTF-8 (psannlm/filenames.py) must not end a command whose work is done.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -6,6 +6,7 @@ only ``psannlm.commands`` turns them into text and an exit status.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -136,8 +137,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_named or "allocate memory" in str(error)
 
 
+def is_out_of_files(error: BaseException | None) -> bool:
+    """Whether ``error``, or what caused it, says that this process or the system has too many files open."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        error = error.__cause__
+    return False
+
+
 def describe(error: BaseException) -> str:
     """Return in one line what ``error`` means to a user, also where nobody expected it."""
+    if is_out_of_files(error):
+        message = str(error).strip().rstrip(".")
+        return f"{message}. Raise the limit of open files (ulimit -n 65536), or lower --workers or --jobs."
     if isinstance(error, PsannlmError):
         return str(error)
     if is_out_of_memory(error):

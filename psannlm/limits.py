@@ -7,6 +7,12 @@ against a bound here, or against what the machine has, before anything is read, 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+
+try:
+    import resource
+except ImportError:  # not a POSIX system
+    resource = None  # type: ignore[assignment]
 
 # Positions that the taps of a short convolution may reach back in one step: beyond any context that is trained.
 MAX_DILATION = 1 << 20
@@ -15,6 +21,8 @@ MAX_CONV_REACH = 1 << 24
 # Entries of a vocabulary; the largest in use have about one million.
 MAX_VOCAB_SIZE = 1 << 24
 MAX_TOKENIZER_BYTES = 256 << 20
+# Files that a command may have open at a time, where the system lets it: each worker process takes a few.
+OPEN_FILES = 1 << 16
 # Values of a JSON header: each costs some 60 bytes once it is parsed, so that 64 MB of them would take gigabytes.
 MAX_HEADER_VALUES = 1 << 20
 # A model file up to this size is hashed before its shapes are judged, so that damage is called damage.
@@ -32,3 +40,18 @@ def machine_memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def raise_open_files() -> None:
+    """Raise the soft limit of open files to ``OPEN_FILES``, as far as the hard limit allows; for commands, not the API.
+
+    Shells set it to 1,024 or 256, which many workers or runs at a time exceed.
+    """
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        # macOS has a lower limit of its own that it does not name; then the soft limit stays.
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from psannlm.data.mapping import map_bytes
 from psannlm.data.parts import HASH_BYTES, DocumentPart
 from psannlm.errors import ArtifactError
 from psannlm.storage import replacing
@@ -187,7 +188,7 @@ class Shard:
         self.n_framed_tokens, self.n_documents = entry.tokens, entry.documents
         self._layout = layout
         # A plain array over the map: numpy's memmap class costs microseconds at every slice.
-        self._bytes = np.asarray(np.memmap(file, dtype=np.uint8, mode="r", shape=(layout.size,)))
+        self._bytes = map_bytes(file, layout.size)
         self._sums = self._bytes[layout.sums :].tobytes()
         self._is_checked = np.zeros(layout.n_blocks, dtype=bool)
         self._tokens = self._bytes[layout.tokens : layout.lengths].view(dtype.newbyteorder("<"))

@@ -6,9 +6,9 @@ at a time. Two texts are taken for the same when 128 bits of BLAKE2 are.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +49,6 @@ class DuplicateFinder:
         self._n = n
         self._n_buckets = min(_MOST_BUCKETS, max(1, -(-n * _ROW.itemsize // bucket_bytes)))
         self._paths: list[Path] = []
-        self._files: list[IO[bytes]] = []
         self._folder = folder
         self._open = ExitStack()
 
@@ -58,17 +57,9 @@ class DuplicateFinder:
             buckets = self._open.enter_context(temporary_beside(self._folder / "buckets"))
             buckets.mkdir()
             self._paths = [buckets / f"bucket_{number:03d}" for number in range(self._n_buckets)]
-            try:
-                self._files += [open(path, "wb") for path in self._paths]
-            except OSError:
-                self.__exit__()
-                raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            with suppress(OSError):  # what cannot be written at the end is not needed any more
-                file.close()
         self._open.close()
 
     def add(self, numbers: NDArray[np.int64], hashes: NDArray[np.uint8]) -> None:
@@ -83,7 +74,9 @@ class DuplicateFinder:
         bucket = (rows["high"] % np.uint64(self._n_buckets)).astype(np.int64)
         with explain_write_errors(self._folder):
             for index in np.unique(bucket):
-                self._files[index].write(rows[bucket == index].tobytes())
+                # One at a time: a process may have fewer files open than there are buckets.
+                with open(self._paths[index], "ab") as file:
+                    file.write(rows[bucket == index].tobytes())
 
     def repeated(self) -> Bits:
         """Return the numbers of all documents whose hash an earlier one has.
@@ -92,10 +85,8 @@ class DuplicateFinder:
             StorageError: there is no room for the buckets.
         """
         found = Bits(self._n)
-        for path, file in zip(self._paths, self._files, strict=True):
-            with explain_write_errors(self._folder):
-                file.flush()
-            rows = np.fromfile(path, _ROW)
+        for path in self._paths:
+            rows = np.fromfile(path, _ROW) if path.exists() else np.zeros(0, _ROW)
             # A stable sort leaves equal hashes in reading order.
             rows = rows[np.lexsort((rows["low"], rows["high"]))]
             is_again = np.zeros(len(rows), np.bool_)
