@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import time
@@ -23,8 +22,17 @@ from psannlm.commands import prep as prep_command
 from psannlm.commands import report as report_command
 from psannlm.commands import tokenize as tokenize_command
 from psannlm.commands import train as train_command
-from psannlm.errors import EXIT_INTERRUPTED, AlreadyTold, ConfigError, PsannlmError, RankError, describe
+from psannlm.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    AlreadyTold,
+    ConfigError,
+    PsannlmError,
+    RankError,
+    describe,
+)
 from psannlm.limits import raise_open_files
+from psannlm.terminal import flush_output, guarding_streams, say
 
 _ALONE_S = 10.0
 
@@ -69,7 +77,7 @@ def root(
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say an error that nobody expected in one line; set as ``sys.excepthook`` unless --debug."""
-    typer.echo(f"error: {describe(error)}", err=True)
+    say(f"error: {describe(error)}")
 
 
 def _tell(error: PsannlmError) -> None:
@@ -79,7 +87,7 @@ def _tell(error: PsannlmError) -> None:
         # Meanwhile rank 0 says the same and ends, and torchrun ends the others. Who is left is alone with its error.
         time.sleep(_ALONE_S)
     where = "" if rank == "0" or isinstance(error, RankError) else f"rank {rank}: "
-    typer.echo(f"{where}{'' if error.exit_code == EXIT_INTERRUPTED else 'error: '}{describe(error)}", err=True)
+    say(f"{where}{'' if error.exit_code == EXIT_INTERRUPTED else 'error: '}{describe(error)}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -101,20 +109,31 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         sys.excepthook = _one_line
     raise_open_files()
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        # A file name that is not UTF-8 (psannlm/filenames.py) must not end a command whose work is done.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    with guarding_streams():
+        try:
+            _run(arguments, written)
+        except PsannlmError as error:
+            if debug:
+                raise
+            if not isinstance(error, AlreadyTold):
+                _tell(error)
+            sys.exit(error.exit_code)
+        except BrokenPipeError:
+            # Whoever read the output has seen enough.
+            sys.exit(EXIT_FAILED)
+        except SystemExit as end:
+            # What Typer makes of a Ctrl-C; where there was something to save, Interrupted has said so already.
+            if end.code == EXIT_INTERRUPTED:
+                say("interrupted")
+            raise
+
+
+def _run(arguments: list[str], written: list[str]) -> None:
+    """Run one command, and raise StreamError where it succeeds but its output cannot be written."""
     try:
         # Not app(...): Typer's own call puts its traceback printer back in place of ours.
         typer.main.get_command(app)(arguments, prog_name="psannlm", obj=written)
-    except PsannlmError as error:
-        if debug:
-            raise
-        if not isinstance(error, AlreadyTold):
-            _tell(error)
-        sys.exit(error.exit_code)
     except SystemExit as end:
-        # What Typer makes of a Ctrl-C; where there was something to save, Interrupted has said so already.
-        if end.code == EXIT_INTERRUPTED:
-            typer.echo("interrupted", err=True)
+        if not end.code:
+            flush_output()
         raise

@@ -22,7 +22,9 @@ from psannlm.commands.options import (
     find_model_file,
     live_line,
     naming_options,
+    note,
     print_json,
+    print_path,
     progress,
     results,
     table_text,
@@ -153,9 +155,9 @@ def bench_kv(
         print_json({**metrics, "folder": str(folder)})
     else:
         for notice in report.notices:
-            progress().print(notice, highlight=False, markup=False, soft_wrap=True)
+            note(notice)
         results().print(*tables, sep="\n")
-        results().print(f"written to {folder}", highlight=False, markup=False)
+        print_path(f"written to {folder}")
     if report.problems:
         raise LimitMissed("; ".join(report.problems))
 
@@ -203,7 +205,7 @@ class _Kept:
         table = figures_table("decoding, interrupted: what was measured until then", rows)
         write_text(self.folder / "table.txt", table_text(table))
         results().print(table)
-        results().print(f"written to {self.folder}", highlight=False, markup=False)
+        print_path(f"written to {self.folder}")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

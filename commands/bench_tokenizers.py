@@ -16,6 +16,7 @@ from psannlm.commands.options import (
     drawing_a_picture,
     live_line,
     print_json,
+    print_path,
     progress,
     reading,
     results,
@@ -102,7 +103,7 @@ def bench_tokenizers(
         print_json({**metrics, "folder": str(folder)})
     else:
         results().print(*tables, sep="\n")
-        results().print(f"written to {folder}", highlight=False, markup=False)
+        print_path(f"written to {folder}")
 
 
 def _table(report: TokenizerReport) -> Table:

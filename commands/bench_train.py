@@ -17,6 +17,7 @@ from psannlm.commands.options import (
     live_line,
     naming_options,
     print_json,
+    print_path,
     progress,
     results,
     table_text,
@@ -133,7 +134,7 @@ def bench_train(
         print_json({**metrics, "folder": str(folder)})
     else:
         results().print(*tables, sep="\n")
-        results().print(f"written to {folder}", highlight=False, markup=False)
+        print_path(f"written to {folder}")
     if report.problems:
         raise LimitMissed("; ".join(report.problems))
 

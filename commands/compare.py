@@ -18,6 +18,7 @@ from psannlm.commands.options import (
     drawing_a_picture,
     live_line,
     print_json,
+    print_path,
     progress,
     results,
     table_text,
@@ -106,7 +107,7 @@ def compare(
         drawn = [_rich(tables[0], _MAIN_COLUMNS), *map(_rich, tables[1 : 1 + n_more])]
         results().print(*drawn, sep="\n")
         words = f"written to {folder}: all columns and runs in table.txt, and on the page of psannlm report"
-        results().print(words, highlight=False, markup=False)
+        print_path(words)
     if not no_train:
         _refuse_failures(figures)
 

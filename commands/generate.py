@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.text import Text
 
 from psannlm.commands.options import (
     DEFAULT_RUNS,
@@ -24,6 +25,8 @@ from psannlm.commands.options import (
     print_json,
     progress,
 )
+from psannlm.display import printable
+from psannlm.terminal import write_output
 
 
 def generate(
@@ -123,7 +126,7 @@ def generate(
         stream("\n")
     else:
         for number, (text, done) in enumerate(zip(prompts, completions, strict=True), start=1):
-            typer.echo(f"--- {number} of {len(prompts)}\n{text}{done.text}")
+            _write(f"--- {number} of {len(prompts)}\n{text}{done.text}\n")
     if n_full := sum(done.stopped_by == "context" for done in completions):
         which = "" if len(prompts) == 1 else f" for {n_full} of {len(prompts)} prompts"
         _say(f"stopped early{which}: the model's context of {loaded.model.config.max_seq_len} tokens is full")
@@ -142,9 +145,9 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 def _say(text: str) -> None:
-    progress().print(text, style="dim", highlight=False, markup=False, emoji=False, soft_wrap=True)
+    progress().print(Text(printable(text, keep="\n")), style="dim", soft_wrap=True)
 
 
 def _write(text: str) -> None:
-    typer.echo(text, nl=False)
+    write_output(text)
     sys.stdout.flush()

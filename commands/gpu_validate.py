@@ -10,7 +10,16 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from psannlm.commands.options import JsonOption, drawing_a_picture, live_line, print_json, progress, results, table_text
+from psannlm.commands.options import (
+    JsonOption,
+    drawing_a_picture,
+    live_line,
+    print_json,
+    print_path,
+    progress,
+    results,
+    table_text,
+)
 
 if TYPE_CHECKING:
     from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult
@@ -63,7 +72,7 @@ def gpu_validate(
         print_json({**report.as_dict(), "folder": str(folder)})
     else:
         results().print(_overview(report))
-        results().print(f"written to {folder}", highlight=False, markup=False)
+        print_path(f"written to {folder}")
     if report.problems:
         raise LimitMissed("; ".join(report.problems))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import sys
@@ -20,7 +19,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from psannlm.filenames import printable
+from psannlm.consoles import FiguresTable, make_console
+from psannlm.display import json_text, printable
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else; progress goes to stderr.")
@@ -50,17 +50,29 @@ def duration_s(text: str) -> float:
 
 def results() -> Console:
     """The console for what was asked for (stdout)."""
-    return Console(soft_wrap=not Console().is_terminal)
+    return make_console()
 
 
 def progress() -> Console:
     """The console for everything said on the way (stderr)."""
-    return Console(stderr=True)
+    return make_console(stderr=True)
 
 
 def print_json(content: Any) -> None:
     """Print one JSON document on stdout."""
-    typer.echo(printable(json.dumps(content, indent=2, ensure_ascii=False, default=str)))
+    encoding = str(getattr(sys.stdout, "encoding", None) or "utf-8")
+    sys.stdout.write(json_text(content, indent=2, is_ascii=not encoding.lower().startswith("utf")) + "\n")
+    sys.stdout.flush()
+
+
+def print_path(text: str, *, style: str = "") -> None:
+    """Print a line that holds paths or a command on stdout; a terminal that is narrower wraps it itself."""
+    results().print(Text(printable(text, keep="\n")), style=style or None, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Print a line on stderr."""
+    progress().print(Text(printable(text, keep="\n")), soft_wrap=True)
 
 
 def reading(done_bytes: int, total_bytes: int, elapsed_s: float) -> str:
@@ -84,12 +96,7 @@ def quiet_pipe() -> Iterator[None]:
 
 def figures_table(title: str, rows: list[tuple[str, str]]) -> Table:
     """Return a table of names and values."""
-    table = Table(title=title, title_justify="left", show_header=False, title_style="bold")
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, Text(value))  # a path may hold brackets, which are no markup
-    return table
+    return FiguresTable(title, rows)
 
 
 def find_model_file(checkpoint: Path | None, runs: Path) -> Path:
@@ -119,7 +126,7 @@ def drawing_a_picture() -> Iterator[None]:
     try:
         yield
     except (PictureError, StorageError) as error:
-        progress().print(f"note: no picture: {error}", highlight=False, markup=False, emoji=False, soft_wrap=True)
+        note(f"note: no picture: {error}")
 
 
 @contextmanager
@@ -140,7 +147,7 @@ def naming_options(section: str) -> Iterator[None]:
 def table_text(*tables: Table) -> str:
     """Return tables as plain text, for a file beside the figures."""
     page = io.StringIO()
-    console = Console(file=page, width=160)
+    console = make_console(file=page, width=160)
     for table in tables:
         console.print(table)
     return page.getvalue()
@@ -151,12 +158,7 @@ def keep_record(folder: Path, kind: str, figures: dict[str, Any], *tables: Table
     from psannlm.reports.records import write_record
 
     if not write_record(folder, kind, figures, table_text(*tables)):
-        progress().print(
-            f"note: no record was written: {folder} holds metrics.json, system.json or table.txt of something else",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        note(f"note: no record was written: {folder} holds metrics.json, system.json or table.txt of something else")
 
 
 class LiveLine:
@@ -183,17 +185,17 @@ class LiveLine:
         if self._live is None:
             self.keep(text)
         else:
-            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+            self._live.update(Text(printable(text), no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def keep(self, text: str) -> None:
         """Print a line that stays."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(Text(printable(text, keep="\n")), soft_wrap=True)
 
 
 @contextmanager
 def live_line(console: Console) -> Iterator[LiveLine]:
     """Yield a :class:`LiveLine` on ``console``; it is gone from a terminal at the end."""
-    if not console.is_terminal:
+    if not (console.is_terminal and console.is_interactive):
         yield LiveLine(console, None)
         return
     with Live(console=console, auto_refresh=False, transient=True) as live:

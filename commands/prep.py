@@ -16,9 +16,11 @@ from psannlm.commands.options import (
     keep_record,
     live_line,
     print_json,
+    print_path,
     progress,
     results,
 )
+from psannlm.display import shell_argument, yaml_scalar
 
 if TYPE_CHECKING:
     from psannlm.prep.run import PrepResult
@@ -177,14 +179,9 @@ def _lost(fraction: float | None) -> list[tuple[str, str]]:
 
 def _show(result: PrepResult) -> None:
     if result.was_done:
-        results().print(f"{result.folder} is prepared already; nothing to do", highlight=False, markup=False)
+        print_path(f"{result.folder} is prepared already; nothing to do")
     results().print(_splits(result))
     results().print(figures_table("corpus", _corpus_rows(result)))
     if result.manifest.part == "1/1":
-        console = results()
-        console.print(
-            f"next: psannlm train CONFIG --set 'data.sources=[{result.folder}]' --set data.val_split=0",
-            style="bold",
-            highlight=False,
-            markup=False,
-        )
+        sources = shell_argument(f"data.sources=[{yaml_scalar(result.folder)}]")
+        print_path(f"next: psannlm train CONFIG --set {sources} --set data.val_split=0", style="bold")

@@ -22,6 +22,8 @@ from psannlm.commands.options import (
     reading,
     results,
 )
+from psannlm.display import printable
+from psannlm.terminal import is_terminal
 
 if TYPE_CHECKING:
     from psannlm.tokenizers.base import Tokenizer
@@ -103,7 +105,9 @@ def tokenize(
             print_json(list(_rows(tokenizer, lines, decode)))
             return
         for answer in _answers(tokenizer, lines, decode, jsonl, ids_only, text_key):
-            sys.stdout.buffer.write(answer.encode("utf-8"))
+            # A terminal is shown what it would obey; a file or pipe gets every byte.
+            shown = printable(answer, keep="\n\t") if is_terminal(sys.stdout) else answer
+            sys.stdout.buffer.write(shown.encode("utf-8"))
             if file is None:
                 sys.stdout.buffer.flush()  # whoever writes the lines may be waiting for the answer
 
@@ -182,10 +186,10 @@ def _fit(corpus: list[str], per_line: bool, text_key: str, as_json: bool, **opti
 
 def _card_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the card in words."""
-    from psannlm.tokenizers.base import printable
+    from psannlm.tokenizers.base import printable as spelled
 
     kind = f"{card['backend']}, {card['model_type']}" if card["model_type"] else card["backend"]
-    pieces = "  ".join(printable(piece).replace(" ", "▁") for piece in card["longest_pieces"])
+    pieces = "  ".join(spelled(piece).replace(" ", "▁") for piece in card["longest_pieces"])
     return [
         ("file", card["file"]),
         ("kind", kind),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,11 +15,15 @@ from psannlm.commands.options import (
     duration_s,
     figures_table,
     keep_record,
+    note,
     print_json,
+    print_path,
     progress,
     results,
 )
+from psannlm.display import shell_argument
 from psannlm.errors import EXIT_OK, AlreadyTold
+from psannlm.terminal import write_output
 
 if TYPE_CHECKING:
     from psannlm.training.plan import TrainingPlan
@@ -78,13 +81,11 @@ def train(
     if dry_run:
         from psannlm.training.plan import plan_training
 
-        plan = plan_training(
-            run_config, n_ranks=n_ranks, notice=lambda text: progress().print(text, soft_wrap=True, markup=False)
-        )
+        plan = plan_training(run_config, n_ranks=n_ranks, notice=note)
         if as_json:
             print_json(plan.as_dict())
         else:
-            typer.echo(to_yaml(plan.config))
+            write_output(to_yaml(plan.config) + "\n")
             _show_plan(plan)
         return
 
@@ -182,9 +183,8 @@ def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
 
 
 def _show_result(result: TrainResult, table: Table) -> None:
-    console = results()
-    console.print(table)
+    results().print(table)
     # Where generate looks by itself, the run that just ended is the newest one.
     is_found = result.folder.resolve().parent == DEFAULT_RUNS.resolve()
-    where = "" if is_found else f" --checkpoint {shlex.quote(str(result.folder))}"
-    console.print(f'next: psannlm generate --prompt "The "{where}', style="bold", highlight=False, markup=False)
+    where = "" if is_found else f" --checkpoint {shell_argument(result.folder)}"
+    print_path(f'next: psannlm generate --prompt "The "{where}', style="bold")

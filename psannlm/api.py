@@ -12,13 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from psannlm.config.data import DataConfig, PathSource, TokenizerBackend
 from psannlm.config.files import prepared_manifest
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import RunConfig, section_from_kwargs
 from psannlm.config.train import Amp, TrainConfig
+from psannlm.consoles import make_console
 from psannlm.data.dataset import LMDataset
 from psannlm.data.documents import Document, read_documents
 from psannlm.data.files import KNOWN_SUFFIXES, split_suffix
@@ -298,7 +297,7 @@ class psannLM:
             )
         named = {"epochs": epochs, "batch_tokens": batch_tokens, "lr": lr, "amp": amp, "ddp": ddp}
         prepared = data.prepared if val_data is None else _with_validation(data, val_data)
-        reporter: Reporter = ConsoleReporter(Console(stderr=True)) if verbose else SilentReporter()
+        reporter: Reporter = ConsoleReporter(make_console(stderr=True)) if verbose else SilentReporter()
         if self._model is None:
             seed = overrides.get("seed", TrainConfig().seed)
             resolved = resolve(self.config, vocab_size=data.vocab_size, max_seq_len=data.config.max_length)

@@ -7,9 +7,12 @@ only ``psannlm.commands`` turns them into text and an exit status.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+
+from psannlm.display import shortened
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -81,6 +84,10 @@ class ArtifactError(PsannlmError):
 
 class StorageError(PsannlmError):
     """A file that could not be written: disk full, no permission. What was there before is still there."""
+
+
+class StreamError(PsannlmError):
+    """A standard stream that is closed or full. What the command wrote to files is there all the same."""
 
 
 class PictureError(PsannlmError):
@@ -155,6 +162,8 @@ def describe(error: BaseException) -> str:
         return str(error)
     if is_out_of_memory(error):
         return "out of memory; in training lower train.batch_tokens, or set train.grad_checkpoint: true"
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
+        return f"{shortened(os.fsdecode(error.filename))}: {(error.strerror or str(error)).lower()}"
     message = str(error).strip().split("\n")[0]
     return f"unexpected {type(error).__name__}: {message} (run again with --debug for the traceback)"
 

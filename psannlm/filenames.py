@@ -20,11 +20,6 @@ def utf8(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def printable(text: str) -> str:
-    r"""Return ``text`` with each lone surrogate as its escape ``\udcXX``, for what takes UTF-8 alone."""
-    return utf8(text).decode("utf-8")
-
-
 def can_be_in_name(character: str) -> bool:
     """Whether a file name can hold ``character``: all of Unicode but NUL, and what stands for an undecodable byte."""
     if "\ud800" <= character <= "\udfff":

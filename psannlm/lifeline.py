@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 import torch.distributed as dist
 
 from psannlm.errors import EXIT_FAILED, AlreadyTold, Interrupted, PsannlmError, RankError, describe
+from psannlm.terminal import is_terminal, say
 
 T = TypeVar("T")
 
@@ -178,9 +179,9 @@ class Lifeline:
         if not self._is_told:
             self._is_told = True
             # Not through the command line's console: its thread will not come back. A live line has hidden the cursor.
-            cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-            sys.stderr.write(f"{cursor}error: {word}\n")
-            sys.stderr.flush()
+            if is_terminal(sys.stderr):
+                sys.stderr.write("\x1b[?25h\n")
+            say(f"error: {word}")
         self._mark_heard()
 
     # Every use of the store goes through _call: one that does not answer is the end of rank 0 or of the launcher, and

@@ -1,4 +1,4 @@
-"""Standard output and error that survive their reader: a terminal that is closed, a connection that is lost."""
+"""Standard streams: readers that are gone, streams that are closed or full, terminals that do not speak UTF-8."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TextIO
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
+
+from psannlm.display import printable
+from psannlm.errors import StreamError
 
 # What a write to a terminal that is gone gives, and to a pipe that nobody reads.
 _LOST = (errno.EIO, errno.EPIPE)
@@ -62,8 +65,172 @@ class _Output:
     def _lose(self, error: OSError) -> None:
         if error.errno not in _LOST:
             raise error
-        # What is in the buffers still, and all that comes later, goes nowhere.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+        _discard(self._stream)
         self._on_loss()
+
+
+@contextmanager
+def guarding_streams() -> Iterator[None]:
+    """Within the context, name the standard stream that is closed or full, and replace characters it cannot encode.
+
+    Writing to standard output that is closed or full, and reading from standard input that is closed, raises
+    StreamError. Messages to a standard error that is closed or full are dropped: work does not end for them.
+    """
+    former = sys.stdin, sys.stdout, sys.stderr
+    _occupy_closed_descriptors()
+    # Python sets a stream that was closed at its start to None.
+    sys.stdin = cast(TextIO, _ClosedInput()) if former[0] is None else former[0]
+    sys.stdout = cast(TextIO, _Guarded(former[1], "standard output", is_vital=True))
+    sys.stderr = cast(TextIO, _Guarded(former[2], "standard error", is_vital=False))
+    try:
+        yield
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = former
+
+
+def _occupy_closed_descriptors() -> None:
+    """Open the null device in the place of closed standard streams.
+
+    Otherwise the next file that is opened takes the place, and what C libraries print is written into it.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
+
+
+def flush_output() -> None:
+    """Write what is still buffered of standard output.
+
+    Raises:
+        StreamError: it cannot be written.
+        BrokenPipeError: whoever read it is gone; nothing is left in the buffer.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        raise
+
+
+def say(text: str) -> None:
+    """Print a line on standard error, escapes shown, and never fail: there is nowhere to report that to."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"{printable(text, keep=chr(10))}\n")
+        sys.stderr.flush()
+
+
+def write_output(text: str) -> None:
+    """Write text to standard output as it is, but shown with its escapes where that is a terminal."""
+    sys.stdout.write(printable(text, keep="\n\t") if is_terminal(sys.stdout) else text)
+
+
+def is_terminal(stream: object) -> bool:
+    """Whether a stream is a terminal, whatever the environment says."""
+    try:
+        return bool(stream.isatty())  # type: ignore[attr-defined]
+    except (AttributeError, ValueError, OSError):
+        return False
+
+
+def _discard(stream: Any) -> None:
+    """Let what is in a stream's buffers, and all that comes later, go nowhere."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+class _Guarded:
+    """An output stream that names itself where it fails, and replaces characters that its encoding lacks."""
+
+    def __init__(self, stream: Any, name: str, *, is_vital: bool, is_text: bool = True) -> None:
+        self._stream, self._name, self._is_vital, self._is_text = stream, name, is_vital, is_text
+        self._fault = "closed" if stream is None else ""
+
+    def __getattr__(self, name: str) -> Any:
+        if self._stream is not None:
+            return getattr(self._stream, name)
+        # What others ask a text stream before they write to it.
+        if name in _OF_A_CLOSED_STREAM:
+            return _OF_A_CLOSED_STREAM[name]
+        raise AttributeError(name)
+
+    @property
+    def buffer(self) -> _Guarded:
+        """The bytes below the text."""
+        return _Guarded(getattr(self._stream, "buffer", None), self._name, is_vital=self._is_vital, is_text=False)
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
+        return is_terminal(self._stream)
+
+    def write(self, content: Any) -> int:
+        """Write as the stream does."""
+        if self._is_text is not isinstance(content, str):
+            raise TypeError(f"{self._name} does not take {type(content).__name__} here")
+        if not content:
+            return 0
+        if self._fault:
+            self._fail()
+            return len(content)
+        try:
+            try:
+                return int(self._stream.write(content) or 0)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding
+                return int(self._stream.write(content.encode(encoding, "replace").decode(encoding)) or 0)
+        except OSError as error:
+            self._lose(error)
+            return len(content)
+
+    def writelines(self, lines: Any) -> None:
+        """Write as the stream does."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Flush as the stream does."""
+        if self._stream is None:
+            return
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        if error.errno in _LOST:
+            raise error
+        _discard(self._stream)
+        self._fault = (error.strerror or str(error)).lower()
+        self._fail()
+
+    def _fail(self) -> None:
+        if self._is_vital:
+            raise StreamError(f"{self._name}: {self._fault}; what was to be printed there is lost")
+
+
+_OF_A_CLOSED_STREAM = {"encoding": "utf-8", "errors": "strict", "closed": False}
+
+
+class _ClosedInput:
+    """Standard input that was closed before the program began."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal: never."""
+        return False
+
+    def close(self) -> None:
+        """Do nothing: it is closed."""
+
+    def fileno(self) -> int:
+        """Return the descriptor, on which the null device is."""
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise StreamError("standard input: closed; name a file, or let another command's output in with a pipe")

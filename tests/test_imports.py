@@ -24,9 +24,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # A module may import from its own room and from the ones on the lines above; rooms on one line are strangers.
 # A new room needs a place here and in docs/architecture.md.
 ORDER = (
+    ("display",),
     ("errors", "limits", "filenames"),
     ("storage",),
     ("folderstore", "memory", "processes", "tensorheader", "terminal"),
+    ("consoles",),
     ("lock", "signals"),
     ("reports",),
     ("config",),
@@ -45,6 +47,7 @@ ORDER = (
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Rooms and modules that do their work without torch, and must load without it.
 NEVER_TORCH = (
+    "display",
     "errors",
     "limits",
     "storage",
@@ -55,6 +58,7 @@ NEVER_TORCH = (
     "folderstore",
     "processes",
     "terminal",
+    "consoles",
     "config",
     "tokenizers",
     "data.apart",

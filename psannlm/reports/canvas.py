@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from psannlm.display import printable
 from psannlm.errors import PictureError, is_out_of_memory
-from psannlm.filenames import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,8 +11,10 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from psannlm.device import memory_in_use
+from psannlm.display import printable
 from psannlm.evaluation import Evaluation
 from psannlm.reports.document import LOSSY
 from psannlm.training.dashboard import Dashboard
@@ -118,13 +120,13 @@ class ConsoleReporter:
 
     def notice(self, text: str) -> None:
         """Print a line that stays, above the dashboard."""
-        self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.console.print(Text(printable(text, keep="\n")), soft_wrap=True)
 
     def start(self, step: int, total_steps: int) -> None:
         """Begin to measure, and show the dashboard where there is a terminal."""
         self._began, self._first_step, self._total = self._clock(), step, total_steps
         self._board = Dashboard(total_steps, step)
-        if self.console.is_terminal:
+        if self.console.is_terminal and self.console.is_interactive:
             self._live = Live(console=self.console, auto_refresh=False)
             self._live.start()
             self._draw(is_due=True)

@@ -1,0 +1,107 @@
+"""Rich consoles that print text as it is: without markup or emoji codes, escapes shown, paths whole."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.control import Control
+from rich.measure import Measurement
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from psannlm.display import printable
+from psannlm.terminal import is_terminal
+
+# Narrower than the first, a table has no room for its values; of a file, nobody knows how wide it will be looked at.
+_LEAST_WIDTH, _FILE_WIDTH, _MOST_WIDTH, _FILE_HEIGHT = 40, 80, 1000, 25
+
+
+def make_console(*, stderr: bool = False, file: TextIO | None = None, width: int | None = None) -> Console:
+    """Return a console on standard output, standard error or ``file``.
+
+    Whether it is a terminal decides about live output and styles, and no variable of the environment. (``FORCE_COLOR``
+    colours what a command prints on standard output.) Lines printed to anything else are never wrapped.
+    """
+    stream = file or (sys.stderr if stderr else sys.stdout)
+    is_live = is_terminal(stream)
+    has_colour = not is_live and not stderr and file is None and os.environ.get("FORCE_COLOR", "") not in ("", "0")
+    width, height = (width, _FILE_HEIGHT) if width else _size(stream, is_live)
+    console = Console(
+        file=file,
+        stderr=stderr,
+        width=width,
+        height=height,
+        force_terminal=None if is_live else False,
+        force_interactive=None if is_live else False,
+        color_system="standard" if has_colour else "auto",
+        soft_wrap=not is_live,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+    console.push_render_hook(_Escaping())
+    return console
+
+
+def _size(stream: Any, is_live: bool) -> tuple[int | None, int | None]:
+    """The width that COLUMNS asks for, within bounds, and a height; None where rich finds out itself."""
+    asked = os.environ.get("COLUMNS", "")
+    # More digits than any width has: int() would refuse thousands of them.
+    columns = int(asked) if asked.isascii() and asked.isdigit() and len(asked) < 6 else 0
+    if not is_live:
+        return min(max(columns, _FILE_WIDTH), _MOST_WIDTH), _FILE_HEIGHT
+    if columns:
+        return max(columns, _LEAST_WIDTH), None
+    try:
+        found = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        found = os.terminal_size((0, 0))
+    if found.columns >= _LEAST_WIDTH and not asked:
+        return None, None
+    # A terminal that does not know its size says 0.
+    return max(found.columns or _FILE_WIDTH, _LEAST_WIDTH), found.lines or _FILE_HEIGHT
+
+
+class _Escaping(RenderHook):
+    """Shows the escapes in whatever is printed, and lets those through that rich itself makes."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """Wrap what is about to be printed."""
+        return [shown if isinstance(shown, Control) else _Escaped(shown) for shown in renderables]
+
+
+class _Escaped:
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Segment]:
+        for segment in console.render(self._inner, options):
+            yield segment if segment.control else Segment(printable(segment.text, keep="\n"), segment.style)
+
+
+class FiguresTable(Table):
+    """A table of names and values. Where the output is not a terminal it is as wide as its values, which stay whole."""
+
+    def __init__(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
+        super().__init__(title=printable(title), title_justify="left", show_header=False, title_style="bold")
+        self.add_column(style="cyan", no_wrap=True)
+        self.add_column(overflow="fold")
+        for name, value in rows:
+            self.add_row(Text(printable(name)), Text(printable(value, keep="\n")))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not console.is_terminal:
+            options = options.update(width=max(options.max_width, self._natural_width(console, options)))
+        yield from super().__rich_console__(console, options)
+
+    def _natural_width(self, console: Console, options: ConsoleOptions) -> int:
+        unbounded = options.update(width=_UNBOUNDED)
+        return Measurement.get(console, unbounded, self).maximum
+
+
+_UNBOUNDED = 1 << 20

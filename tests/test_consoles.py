@@ -1,0 +1,80 @@
+"""Consoles print text as it is, escapes shown, and what the environment says turns no file into a terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+from rich.table import Table
+
+from psannlm.consoles import FiguresTable, make_console
+from psannlm.display import printable
+
+WANTED = "o:100:[red]x/" + "a long folder name " * 12
+VARIABLES = {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}
+
+
+class Terminal(io.StringIO):
+    """What says of itself that it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(page: io.StringIO, *things: object) -> str:
+    make_console(file=page).print(*things)
+    return page.getvalue()
+
+
+def test_paths_are_printed_as_they_are_and_whole() -> None:
+    assert shown(io.StringIO(), WANTED) == f"{WANTED}\n"
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "20", "junk", "²", "-5", "9" * 5000, ""])
+def test_tables_in_files_show_their_values_whole(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    text = shown(io.StringIO(), FiguresTable("title :100:", [("folder", WANTED), ("kind", "[bold]x[/bold]")]))
+    assert WANTED in text
+    assert "[bold]x[/bold]" in text
+    assert "title :100:" in text
+    table = Table("name", "value")
+    table.add_row("loss", "1.2345 nats per token")
+    assert "1.2345 nats per token" in shown(io.StringIO(), table)
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "20", "junk"])
+def test_tables_on_terminals_have_room_for_values(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("TERM", "xterm")
+    assert "1.2345" in shown(Terminal(), FiguresTable("title", [("validation loss", "1.2345")]))
+
+
+def test_no_variable_makes_a_file_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    console = make_console(stderr=True)
+    assert (console.is_terminal, console.is_interactive) == (False, False)
+    console.print("text", style="bold red")
+    assert sys.stderr.getvalue() == "text\n"  # type: ignore[attr-defined]
+
+
+def test_escapes_are_shown_on_terminals_and_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    hostile = "a\x1b[2Jb\u202ec\x9bd\udce9"
+    for page in (io.StringIO(), Terminal()):
+        text = shown(page, hostile, FiguresTable(hostile, [(hostile, hostile)]))
+        assert text.count("a\\x1b[2Jb\\u202ec\\x9bd\\xe9") == 4
+        assert printable(text, keep="\n") == text
+
+
+def test_styles_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for name in (*VARIABLES, "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    page = Terminal()
+    make_console(file=page).print("text", style="bold")
+    assert page.getvalue() == "\x1b[1mtext\x1b[0m\n"
