@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -140,7 +141,7 @@ def battery_memory(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {
                 "name": f"{check} / {measure['name']}",
                 "figure": "peak_bytes",
-                "bytes": round(n_bytes),
+                "bytes": round(n_bytes) if math.isfinite(n_bytes) else None,
                 "grad_checkpoint": _recomputes(measure["name"]),
                 "wall_time_s": seconds.get(check),
                 "wall_time_of": "the check",

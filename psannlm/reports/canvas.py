@@ -51,7 +51,7 @@ def render_figure(
             from matplotlib.backends.backend_agg import FigureCanvasAgg
 
             figure = draw()
-            _make_printable(figure)
+            _show_escapes(figure)
             FigureCanvasAgg(figure)
             figure.savefig(page, format=form, dpi=dpi, **options)
     except Exception as error:
@@ -63,13 +63,14 @@ def render_figure(
     return page.getvalue()
 
 
-def _make_printable(figure: Figure) -> None:
-    """Escape lone surrogates, which Matplotlib cannot draw: the name of a run or file can hold one."""
+def _show_escapes(figure: Figure) -> None:
+    """Show the unseen characters of titles and labels, which hold names of others, as escapes."""
     from matplotlib.text import Text
     from matplotlib.ticker import FuncFormatter
 
     for text in figure.findobj(Text):
-        text.set_text(printable(text.get_text()))
+        if isinstance(text, Text):
+            text.set_text(printable(text.get_text(), keep="\n"))
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             formatter = axis.get_major_formatter()
@@ -78,7 +79,7 @@ def _make_printable(figure: Figure) -> None:
 
 
 def _printable_labels(formatter: Callable[[float, int | None], str]) -> Callable[[float, int | None], str]:
-    return lambda value, place: printable(formatter(value, place))
+    return lambda value, place: printable(formatter(value, place), keep="\n")
 
 
 @contextmanager

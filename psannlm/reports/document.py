@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from psannlm.display import shortened
 from psannlm.reports.plain import is_spread, number
 
 LOSSY = " (too low: lossy tokenizer)"
 LOSSY_NOTE = " A lossy tokenizer does not give all of the text back: bits per byte come out too low."
+_LONGEST_CELL, _LONGEST_COMMAND = 500, 1000
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Origin:
     @classmethod
     def of(cls, system: dict[str, Any], folder: str = "") -> Origin:
         """Read the origin from a ``system.json``; what it does not tell stays empty."""
-        return cls(_text(system.get("command")), describe_machine(system), _text(system.get("commit"))[:12], folder)
+        command = shortened(_text(system.get("command")), _LONGEST_COMMAND)
+        return cls(command, shortened(describe_machine(system)), _text(system.get("commit"))[:12], folder)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,16 @@ class Table:
     note: str = ""
     origin: Origin | None = None
     is_folded: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse cells that are not text: where the figures of a file go into a table, they are not what was promised.
+
+        Raises:
+            TypeError: a cell, a heading, the title or the note is not text.
+        """
+        for text in (self.title, self.note, *self.headings, *(cell for row in self.rows for cell in row)):
+            if not isinstance(text, str):
+                raise TypeError(f"{type(text).__name__} in the place of text")
 
 
 @dataclass(frozen=True)
@@ -132,14 +145,22 @@ def tell(value: object, digits: int = 4) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
-        return f"{value:,}" if abs(value) < 10**18 else f"{float(value):.{digits}g}"
+        return f"{value:,}" if abs(value) < 10**18 else _tell_huge(value, digits)
     if isinstance(value, float):
         return tell_float(value, digits)
     if isinstance(value, dict) and is_spread(value):
         return f"{tell(value['median'], digits)} ({tell(value['lowest'], digits)} to {tell(value['highest'], digits)})"
     if isinstance(value, (list, tuple)):
-        return ", ".join(tell(item, digits) for item in value) if len(value) <= 8 else f"{len(value):,} items"
-    return "empty" if isinstance(value, dict) else str(value)
+        joined = ", ".join(tell(item, digits) for item in value) if len(value) <= 8 else f"{len(value):,} items"
+        return shortened(joined, _LONGEST_CELL)
+    return "empty" if isinstance(value, dict) else shortened(value, _LONGEST_CELL)
+
+
+def _tell_huge(value: int, digits: int) -> str:
+    try:
+        return f"{float(value):.{digits}g}"
+    except OverflowError:
+        return f"about {'−' if value < 0 else ''}1e{round((value.bit_length() - 1) * math.log10(2))}"
 
 
 def tell_float(value: float, digits: int = 4) -> str:

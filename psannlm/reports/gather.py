@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ PUBLISHED_FOLDER = "published"
 _NAME = re.compile(r"([0-9]{8})_([0-9]{6})(?:_.+)?")
 _AGO = re.compile(r"([0-9]{1,5})([hd])")
 _PICTURE = ".png"
+_LARGEST_TABLE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def gather(
     found = Gathered()
     for kind in there:
         if not kinds or kind.name in kinds:
-            for folder in _folders(kind):
+            for folder in _folders(kind, found.unread):
                 _add_artifact(found, folder, since)
     for folder, name in recorded.values():
         if not kinds or name in kinds:
@@ -137,8 +139,14 @@ def gather(
     return found
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+def _folders(path: Path, unread: list[Unread] | None = None) -> list[Path]:
+    """The folders in a folder; one that cannot be listed is added to ``unread``."""
+    try:
+        return sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+    except OSError as error:
+        if unread is not None:
+            unread.append(Unread(path, f"cannot be listed: {error.strerror or error}"))
+        return []
 
 
 def _run_folders(roots: Sequence[Path]) -> Iterator[tuple[Path, str]]:
@@ -155,7 +163,7 @@ def _run_folders(roots: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 def _add_artifact(found: Gathered, folder: Path, since: datetime | None, kind: str | None = None) -> None:
     try:
         artifact = _read_artifact(folder, found.unread, kind or folder.parent.name)
-    except Unreadable as error:
+    except (Unreadable, OSError) as error:
         if since is None or _when(folder, {}) >= since:
             found.unread.append(Unread(folder, str(error)))
         return
@@ -164,23 +172,23 @@ def _add_artifact(found: Gathered, folder: Path, since: datetime | None, kind: s
 
 
 def _read_artifact(folder: Path, unread: list[Unread], kind: str) -> Artifact:
-    path = next((folder / name for name in FIGURES_FILES if (folder / name).is_file()), None)
+    path = next((folder / name for name in FIGURES_FILES if os.path.lexists(folder / name)), None)
     if path is None:
         raise Unreadable(f"neither {' nor '.join(FIGURES_FILES)} is there: not an artifact that psannlm writes")
     figures = read_json(path)
     system: dict[str, Any] = {}
     table = ""
     for name in (SYSTEM_FILE, TABLE_FILE):
-        if not (folder / name).is_file():
+        if not os.path.lexists(folder / name):
             continue
         try:
             if name == SYSTEM_FILE:
                 system = read_json(folder / name)
             else:
-                table = read_text(folder / name)
+                table = read_text(folder / name, _LARGEST_TABLE_BYTES)
         except Unreadable as error:
             unread.append(Unread(folder / name, str(error)))
-    pictures = tuple(sorted(child for child in folder.iterdir() if child.suffix == _PICTURE and child.is_file()))
+    pictures = tuple(sorted(child for child in folder.iterdir() if child.suffix == _PICTURE and not child.is_dir()))
     return Artifact(folder, kind, _when(folder, system), figures, system, table, pictures)
 
 
@@ -207,7 +215,10 @@ def _when(folder: Path, system: dict[str, Any]) -> datetime:
     told = system.get("time_utc")
     if isinstance(told, str) and (when := _iso(told)) is not None:
         return when
-    return datetime.fromtimestamp(folder.stat().st_mtime, timezone.utc)
+    try:
+        return datetime.fromtimestamp(folder.stat().st_mtime, timezone.utc)
+    except (OSError, ValueError, OverflowError):
+        return datetime.fromtimestamp(0, timezone.utc)
 
 
 def _iso(text: str) -> datetime | None:
@@ -215,4 +226,7 @@ def _iso(text: str) -> datetime | None:
         when = datetime.fromisoformat(text)
     except ValueError:
         return None
-    return when if when.tzinfo else when.replace(tzinfo=timezone.utc)
+    try:
+        return (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
+    except OverflowError:  # in the first or last hours of the calendar
+        return None

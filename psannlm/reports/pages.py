@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from psannlm.display import shortened
 from psannlm.errors import PictureError
 from psannlm.reports.batteries import battery_headlines, battery_tables
 from psannlm.reports.document import (
@@ -24,6 +28,7 @@ from psannlm.reports.document import (
     tell_float,
 )
 from psannlm.reports.gather import Artifact, Gathered, Unread
+from psannlm.reports.plain import Unreadable, read_bytes
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
 from psannlm.reports.rates import rates_tables
 from psannlm.reports.runs import RunRecord
@@ -37,7 +42,13 @@ CURVE_FILE = "loss_curve.png"
 _MOST_CURVES = 12
 _MOST_BARS = 24
 _LARGEST_PICTURE_BYTES = 3 << 20
+_MOST_PICTURES = 40
 _PNG = b"\x89PNG\r\n\x1a\n"
+# Width and height in the header; a small file may ask a reader for gigabytes.
+_PNG_SIZES, _MOST_PIXELS = slice(16, 24), 50_000_000
+_LONGEST_NAME_BYTES = 160
+# What figures of the wrong type, shape or size end in, where they are put into tables and pictures.
+UNUSABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError)
 _TITLES = {
     "tokenizers": "Tokenizers",
     "kv_cache": "Decoding with the cache",
@@ -91,6 +102,11 @@ def drawn(where: str | Path, draw: Callable[[], list[Picture]], unread: list[Unr
     except PictureError as error:
         unread.append(Unread(Path(where), str(error)))
         return []
+
+
+def describe_unusable(error: Exception) -> str:
+    """Return the kind of an error of :data:`UNUSABLE` and its words, as far as they have room in a table."""
+    return shortened(f"{type(error).__name__} {error}", 200)
 
 
 def _title(artifact: Artifact) -> str:
@@ -222,18 +238,21 @@ def _run_headlines(runs: Sequence[RunRecord]) -> list[Headline]:
 def _artifact_blocks(artifact: Artifact, unread: list[Unread]) -> tuple[list[Block], list[Headline]]:
     blocks: list[Block] = []
     headlines: list[Headline] = []
-    prefix = f"{artifact.kind}_{artifact.folder.name}_"
+    prefix = _file_name(artifact.kind, artifact.folder.name, "")
     shown: set[str] = set()
     try:
         tables, pictures, headlines = _of_its_kind(artifact, prefix, unread)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        what = _FIGURES_OF[artifact.kind]
-        unread.append(Unread(artifact.folder, f"not the figures of {what}: {type(error).__name__} {error}"))
+    except UNUSABLE as error:
+        what = _FIGURES_OF.get(artifact.kind, "a benchmark")
+        unread.append(Unread(artifact.folder, f"not the figures of {what}: {describe_unusable(error)}"))
     else:
         blocks += [*tables[:1], *pictures, *tables[1:]]
         shown = {picture.file.removeprefix(prefix) for picture in pictures}
     if not blocks:
-        blocks += tables_of(artifact.figures)
+        try:
+            blocks += list(tables_of(artifact.figures))
+        except UNUSABLE as error:
+            unread.append(Unread(artifact.folder, f"figures that cannot be used: {describe_unusable(error)}"))
     blocks += _pictures(artifact, prefix, shown, unread)
     if artifact.table.strip():
         blocks.append(Printed("As the command printed it", artifact.table))
@@ -257,15 +276,41 @@ def _of_its_kind(
 
 
 def _pictures(artifact: Artifact, prefix: str, shown: set[str], unread: list[Unread]) -> Iterator[Picture]:
+    files: set[str] = {f"{prefix}{file}" for file in shown}
     for path in artifact.pictures:
         if path.name in shown:
             continue
-        content = path.read_bytes()
-        if not content.startswith(_PNG) or len(content) > _LARGEST_PICTURE_BYTES:
+        if len(files) == _MOST_PICTURES:
+            unread.append(Unread(artifact.folder, f"more than {_MOST_PICTURES} pictures"))
+            return
+        try:
+            content = read_bytes(path, _LARGEST_PICTURE_BYTES)
+        except Unreadable as error:
+            unread.append(Unread(path, str(error)))
+            continue
+        if not content.startswith(_PNG):
             unread.append(Unread(path, "no PNG of at most 3 MiB"))
             continue
+        width, height = struct.unpack(">II", content[_PNG_SIZES].ljust(8, b"\0"))
+        if width * height > _MOST_PIXELS:
+            unread.append(Unread(path, f"a picture of {width:,} × {height:,} pixels"))
+            continue
         name = path.stem.replace("_", " ")
-        yield Picture(f"{prefix}{path.name}", f"{artifact.kind}: {name}", name, content)
+        file = _file_name(prefix.rstrip("_"), path.name)
+        if file in files:
+            stem, suffix = file[: -len(".png")], ".png"
+            file = next(other for at in count(2) if (other := f"{stem}_{at}{suffix}") not in files)
+        files.add(file)
+        yield Picture(file, f"{artifact.kind}: {name}", name, content)
+
+
+def _file_name(*parts: str) -> str:
+    """A file name of letters, digits, dots, hyphens and underscores: it stands in links, and the parts are others'."""
+    name = re.sub(r"[^\w.-]", "_", "_".join(parts)).lstrip(".-")
+    if len(name.encode("utf-8")) <= _LONGEST_NAME_BYTES:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8")).hexdigest()[:12]
+    return f"{name[:40]}_{digest}_{name[-24:]}"
 
 
 def _rate_bars(rates: Sequence[dict[str, Any]]) -> list[Bar]:

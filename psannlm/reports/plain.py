@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from psannlm.limits import json_values
+from psannlm.storage import read_head
+
 _LARGEST_BYTES = 32 << 20
+# Of settings and of figures; each value costs some 60 bytes once it is parsed.
+_LARGEST_YAML_BYTES = 256 << 10
+_MOST_VALUES = 2 << 20
 _DEEPEST = 24
 
 
@@ -18,19 +25,38 @@ class Unreadable(Exception):
     """A file that is not what its name promises; the message is the reason, without the path."""
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a file of at most 32 MiB, in UTF-8.
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Return the bytes of a regular file of at most ``limit`` bytes; its size is looked at before it is read.
 
     Raises:
-        Unreadable: it is missing, larger, or not text.
+        Unreadable: it is missing, larger, a link (what it links to may be none of the reader's business), or something
+            that may block whoever opens it, such as a FIFO.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read(_LARGEST_BYTES + 1)
-    except OSError as error:
-        raise Unreadable(f"{path.name} cannot be read: {error.strerror or error}") from error
-    if len(content) > _LARGEST_BYTES:
-        raise Unreadable(f"{path.name} is larger than {_LARGEST_BYTES >> 20} MiB")
+        found = path.lstat()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise Unreadable(f"{path.name} cannot be read: {reason}") from error
+    if stat.S_ISLNK(found.st_mode):
+        raise Unreadable(f"{path.name} is a symbolic link, which a report does not follow")
+    if not stat.S_ISREG(found.st_mode):
+        raise Unreadable(f"{path.name} is not a regular file")
+    content = b"" if found.st_size > limit else read_head(path, limit + 1)
+    if max(found.st_size, len(content)) > limit:
+        size = f"{limit >> 20} MiB" if limit >= 1 << 20 else f"{limit >> 10} KiB"
+        raise Unreadable(f"{path.name} is larger than {size}")
+    if found.st_size and not content:
+        raise Unreadable(f"{path.name} cannot be read: is reading it allowed?")
+    return content
+
+
+def read_text(path: Path, limit: int = _LARGEST_BYTES) -> str:
+    """Return the text of a regular file of at most ``limit`` bytes (32 MiB), in UTF-8.
+
+    Raises:
+        Unreadable: it is not text, or as :func:`read_bytes` does.
+    """
+    content = read_bytes(path, limit)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -44,6 +70,8 @@ def read_json(path: Path) -> dict[str, Any]:
         Unreadable: the file is missing, damaged, nested without end, or holds something else than an object.
     """
     text = read_text(path)
+    if json_values(text.encode("utf-8")) > _MOST_VALUES:
+        raise Unreadable(f"{path.name} holds more than {_MOST_VALUES:,} values")
     try:
         value = json.loads(text, parse_constant=lambda word: None)
     except json.JSONDecodeError as error:
@@ -61,20 +89,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file that a run wrote.
 
     Raises:
-        Unreadable: as :func:`read_json`; or the file holds an alias, which no run writes and which can grow without
-            end.
+        Unreadable: as :func:`read_json`, and beyond 256 KiB; or the file holds an alias, which no run writes and which
+            can grow without end.
     """
-    text = read_text(path)
+    text = read_text(path, _LARGEST_YAML_BYTES)
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise Unreadable(f"{path.name} holds an alias, which no run writes")
+        _refuse_events(text, path)
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+    except (yaml.YAMLError, ArithmeticError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML trusts tags: "!!int x", "!!bool x" and "!!timestamp x" end in errors of its own constructors.
         raise Unreadable(f"{path.name} is not YAML: {' '.join(str(error).split())[:120]}") from error
     if not isinstance(value, dict):
         raise Unreadable(f"{path.name} holds no mapping")
     _refuse_depth(value, path)
     return value
+
+
+def _refuse_events(text: str, path: Path) -> None:
+    """Raise Unreadable for an alias, and as soon as the nesting is too deep: parsing more of it would take for ever."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise Unreadable(f"{path.name} holds an alias, which no run writes")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise Unreadable(f"{path.name} is nested more than {_DEEPEST} levels deep")
 
 
 def _refuse_depth(value: object, path: Path) -> None:
@@ -105,10 +144,13 @@ def _flattened(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def number(value: object) -> float | int | None:
-    """Return ``value`` if it is a finite number (and no boolean), else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    """Return ``value`` if it is a finite number within the range of a float (and no boolean), else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def is_spread(value: object) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from psannlm.display import printable
 from psannlm.reports.canvas import render_figure
 from psannlm.reports.document import Picture, tell_float
 
@@ -34,6 +35,8 @@ _WIDE, _NARROW = (7.2, 3.9), (3.7, 3.5)
 # inches, and the lines that the heights above have room for.
 _TEXT, _MARK, _LINE_HEIGHT, _LEGEND_LINES = 9.5, 5.6, 0.21, {False: 2, True: 4}
 _MOST_POINTS = 400
+# Above any figure that is measured; NaN is not below it either.
+_LARGEST_DRAWN = 1e15
 _FONT = "DejaVu Sans"
 _LONGEST_LABEL = {False: 44, True: 26}
 
@@ -75,6 +78,7 @@ def draw_curves(
 
     With ``has_perplexity``, y is a loss in nats per token, and an axis on the right shows its exponential.
     """
+    curves = [Curve(printable(c.group), *_drawable(c.x, c.y), is_faint=c.is_faint) for c in curves]
     groups = list(dict.fromkeys(curve.group for curve in curves))
 
     def draw(axes: Axes, look: _Look) -> None:
@@ -114,6 +118,7 @@ def draw_curves(
 
 def draw_bars(file: str, bars: Sequence[Bar], label: str, caption: str, *, zero_line: bool = False) -> Picture:
     """Draw horizontal bars from zero with their edges; with ``zero_line`` points with intervals around zero instead."""
+    bars = [replace(bar, name=printable(bar.name)) for bar in bars if abs(bar.value) <= _LARGEST_DRAWN]
 
     def draw(axes: Axes, look: _Look) -> None:
         for at, bar in enumerate(bars):
@@ -247,6 +252,12 @@ def _render(draw: Callable[[Axes, _Look], None], look: _Look, form: str, n_rows:
     metadata: Any = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
     colour = "none" if form == "svg" else "white"
     return render_figure(fill, form=form, settings=settings, facecolor=colour, metadata=metadata)
+
+
+def _drawable(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Leave out points beyond all measure, which would press the others together."""
+    points = [(a, b) for a, b in zip(x, y, strict=True) if abs(a) <= _LARGEST_DRAWN and abs(b) <= _LARGEST_DRAWN]
+    return [a for a, _ in points], [b for _, b in points]
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

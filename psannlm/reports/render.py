@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import html
 import re
 from collections.abc import Iterator
 
+from psannlm.display import html_text, markdown_code, markdown_text
 from psannlm.reports.document import Block, Document, Headline, Origin, Picture, Printed, Section, Table
 from psannlm.reports.stylesheet import STYLE
 
@@ -28,15 +28,15 @@ def _page(document: Document) -> Iterator[str]:
     yield f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield '<meta name="color-scheme" content="light dark">'
-    yield f"<title>{_text(document.title)}</title>"
+    yield f"<title>{html_text(document.title)}</title>"
     yield f"<style>{STYLE}</style></head><body><main>"
-    yield f'<h1>{_text(document.title)}</h1><p class="soft">{_text(document.lead)}</p>'
+    yield f'<h1>{html_text(document.title)}</h1><p class="soft">{html_text(document.lead)}</p>'
     if document.headlines:
         yield '<dl class="headlines">'
         yield from (_headline(headline) for headline in document.headlines)
         yield "</dl>"
     if len(document.sections) > 2:
-        links = (f'<a href="#s{at}">{_text(section.title)}</a>' for at, section in enumerate(document.sections))
+        links = (f'<a href="#s{at}">{html_text(section.title)}</a>' for at, section in enumerate(document.sections))
         yield f'<nav aria-label="Sections">{" ".join(links)}</nav>'
     for at, section in enumerate(document.sections):
         yield from _section(section, at)
@@ -45,14 +45,14 @@ def _page(document: Document) -> Iterator[str]:
 
 
 def _headline(headline: Headline) -> str:
-    unit = f' <span class="unit">{_text(headline.unit)}</span>' if headline.unit else ""
-    of = f'<span class="of">{_text(headline.of)}</span>' if headline.of else ""
-    value = f'<span class="value">{_text(headline.value)}</span>'
-    return f"<div><dt>{_text(headline.label)}</dt><dd>{value}{unit}{of}</dd></div>"
+    unit = f' <span class="unit">{html_text(headline.unit)}</span>' if headline.unit else ""
+    of = f'<span class="of">{html_text(headline.of)}</span>' if headline.of else ""
+    value = f'<span class="value">{html_text(headline.value)}</span>'
+    return f"<div><dt>{html_text(headline.label)}</dt><dd>{value}{unit}{of}</dd></div>"
 
 
 def _section(section: Section, at: int) -> Iterator[str]:
-    yield f'<section id="s{at}"><h2>{_text(section.title)}</h2>'
+    yield f'<section id="s{at}"><h2>{html_text(section.title)}</h2>'
     if section.origin is not None:
         yield f'<p class="origin">{_origin(section.origin)}</p>'
     for block in section.blocks:
@@ -62,24 +62,24 @@ def _section(section: Section, at: int) -> Iterator[str]:
 
 def _block(block: Block) -> Iterator[str]:
     if isinstance(block, str):
-        yield f"<p>{_text(block)}</p>"
+        yield f"<p>{html_text(block)}</p>"
     elif isinstance(block, Table):
         yield from _table(block)
     elif isinstance(block, Printed):
-        pre = f'<pre tabindex="0">{_text(block.text)}</pre>'
-        yield f"<details><summary>{_text(block.title)}</summary>{pre}</details>"
+        pre = f'<pre tabindex="0">{html_text(block.text)}</pre>'
+        yield f"<details><summary>{html_text(block.title)}</summary>{pre}</details>"
     else:
         yield from _picture(block)
 
 
 def _table(table: Table) -> Iterator[str]:
-    title = _text(table.title)
+    title = html_text(table.title)
     if table.is_folded:
         yield f"<details><summary>{title}</summary>"
     elif title:
         yield f"<h3>{title}</h3>"
     yield f'<div class="scroll" tabindex="0" role="region" aria-label="{title or "table"}"><table>'
-    heads = (f'<th scope="col"{_class(at in table.numbers)}>{_text(h)}</th>' for at, h in enumerate(table.headings))
+    heads = (f'<th scope="col"{_class(at in table.numbers)}>{html_text(h)}</th>' for at, h in enumerate(table.headings))
     yield f"<thead><tr>{''.join(heads)}</tr></thead><tbody>"
     for row in table.rows:
         first, *others = row
@@ -90,7 +90,7 @@ def _table(table: Table) -> Iterator[str]:
         yield f'<tr><th scope="row"{_class(0 in table.numbers)}>{_breakable(first)}</th>{cells}</tr>'
     yield "</tbody></table></div>"
     if table.note:
-        yield f'<p class="soft">{_text(table.note)}</p>'
+        yield f'<p class="soft">{html_text(table.note)}</p>'
     if table.origin is not None and (origin := _origin(table.origin)):
         yield f'<p class="origin">{origin}</p>'
     if table.is_folded:
@@ -101,13 +101,13 @@ def _cell(cell: str, is_figure: bool) -> str:
     """A figure's edges, in brackets after it, go on a line below it."""
     figure, bracket, edges = cell.partition(" (")
     if not (is_figure and bracket and edges.endswith(")")):
-        return _text(cell) if is_figure else _breakable(cell)
-    return f'{_text(figure)} <span class="edges">({_text(edges)}</span>'
+        return html_text(cell) if is_figure else _breakable(cell)
+    return f'{html_text(figure)} <span class="edges">({html_text(edges)}</span>'
 
 
 def _breakable(name: str) -> str:
     """Let a long name break where a person would break it."""
-    return re.sub(r"([_/.=])(?=[^_/.=])", r"\1<wbr>", _text(name))
+    return re.sub(r"([_/.=])(?=[^_/.=])", r"\1<wbr>", html_text(name))
 
 
 def _class(is_figure: bool, cell: str = "") -> str:
@@ -120,18 +120,18 @@ def _class(is_figure: bool, cell: str = "") -> str:
 
 def _origin(origin: Origin, lead: str = "") -> str:
     parts = [
-        f"<code>{_text(origin.command)}</code>" if origin.command else "",
-        _text(origin.machine),
-        f"commit {_text(origin.commit)}" if origin.commit else "",
-        _text(origin.folder),
+        f"<code>{html_text(origin.command)}</code>" if origin.command else "",
+        html_text(origin.machine),
+        f"commit {html_text(origin.commit)}" if origin.commit else "",
+        html_text(origin.folder),
     ]
     joined = " · ".join(part for part in parts if part)
-    return f"{_text(lead)}{joined}" if joined else ""
+    return f"{html_text(lead)}{joined}" if joined else ""
 
 
 def _picture(picture: Picture) -> Iterator[str]:
-    caption = f"<figcaption>{_text(picture.caption)}</figcaption>" if picture.caption else ""
-    image = f'alt="{_text(picture.alternative)}" loading="lazy"'
+    caption = f"<figcaption>{html_text(picture.caption)}</figcaption>" if picture.caption else ""
+    image = f'alt="{html_text(picture.alternative)}" loading="lazy"'
     if not picture.forms:
         yield f'<figure class="photo"><img src="{_data(picture.png, "png")}" {image}>{caption}</figure>'
         return
@@ -151,32 +151,22 @@ def _data(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _text(text: str) -> str:
-    """Escape what HTML gives a meaning, and show characters that would reorder or hide the text around them."""
-    shown = re.sub(r"[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]", _visible, text)
-    return html.escape(shown.encode("utf-8", "replace").decode("utf-8"), quote=True)
-
-
-def _visible(match: re.Match[str]) -> str:
-    return f"\\u{ord(match[0]):04x}"
-
-
 def to_markdown(document: Document) -> str:
     """Return the page as Markdown; its pictures are the PNG files beside it."""
     return "\n".join(_markdown(document)) + "\n"
 
 
 def _markdown(document: Document) -> Iterator[str]:
-    yield f"# {_plain(document.title)}"
-    yield f"\n{_plain(document.lead)}"
+    yield f"# {markdown_text(document.title)}"
+    yield f"\n{markdown_text(document.lead)}"
     if document.headlines:
         yield ""
     for headline in document.headlines:
-        of = f": {_plain(headline.of)}" if headline.of else ""
-        value = f"**{_plain(headline.value)}**{f' {_plain(headline.unit)}' if headline.unit else ''}"
-        yield f"- {_plain(headline.label)}: {value}{of}"
+        of = f": {markdown_text(headline.of)}" if headline.of else ""
+        value = f"**{markdown_text(headline.value)}**{f' {markdown_text(headline.unit)}' if headline.unit else ''}"
+        yield f"- {markdown_text(headline.label)}: {value}{of}"
     for section in document.sections:
-        yield f"\n## {_plain(section.title)}"
+        yield f"\n## {markdown_text(section.title)}"
         if section.origin is not None:
             yield from _markdown_origin(section.origin)
         for block in section.blocks:
@@ -187,31 +177,27 @@ def _markdown(document: Document) -> Iterator[str]:
 
 def _markdown_block(block: Block) -> Iterator[str]:
     if isinstance(block, str):
-        yield f"\n{_plain(block)}"
+        yield f"\n{markdown_text(block)}"
     elif isinstance(block, Picture):
-        yield f"\n![{_plain(block.alternative)}]({block.file})"
+        yield f"\n![{markdown_text(block.alternative)}]({block.file})"
         if block.caption:
-            yield f"\n{_plain(block.caption)}"
+            yield f"\n{markdown_text(block.caption)}"
     elif isinstance(block, Table):
         if block.title:
-            yield f"\n### {_plain(block.title)}"
-        yield f"\n| {' | '.join(_plain(text) for text in block.headings)} |"
+            yield f"\n### {markdown_text(block.title)}"
+        yield f"\n| {' | '.join(markdown_text(text) for text in block.headings)} |"
         yield f"|{'|'.join('--:' if at in block.numbers else '---' for at in range(len(block.headings)))}|"
-        yield from (f"| {' | '.join(_plain(cell) for cell in row)} |" for row in block.rows)
+        yield from (f"| {' | '.join(markdown_text(cell) for cell in row)} |" for row in block.rows)
         if block.note:
-            yield f"\n{_plain(block.note)}"
+            yield f"\n{markdown_text(block.note)}"
         if block.origin is not None:
             yield from _markdown_origin(block.origin)
 
 
 def _markdown_origin(origin: Origin) -> Iterator[str]:
-    command = f"`{_plain(origin.command).replace('`', '')}`" if origin.command else ""
-    commit = f"commit {_plain(origin.commit)}" if origin.commit else ""
-    if parts := [part for part in (command, _plain(origin.machine), commit, _plain(origin.folder)) if part]:
+    command = markdown_code(origin.command)
+    commit = f"commit {markdown_text(origin.commit)}" if origin.commit else ""
+    if parts := [
+        part for part in (command, markdown_text(origin.machine), commit, markdown_text(origin.folder)) if part
+    ]:
         yield f"\n{' · '.join(parts)}"
-
-
-def _plain(text: str) -> str:
-    """Escape what Markdown and the HTML in it give a meaning, and keep the text in its line and cell."""
-    joined = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", joined)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -12,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from psannlm.limits import MAX_HEADER_VALUES, json_values
 from psannlm.reports.plain import Unreadable, flatten, number, read_json, read_text, read_yaml
 from psannlm.reports.records import read_record
+from psannlm.storage import is_plain_folder, read_head
 
 METRICS_FILE, CONFIG_FILE, SYSTEM_FILE = "metrics.jsonl", "config.yaml", "system.json"
 # Settings that say where and how a run was made, not what it is.
@@ -24,6 +27,9 @@ _DEEPEST = 6
 # exp of more is no float.
 _LARGEST_LOSS = 709.0
 _MAX_HEADER_BYTES = 64 << 20
+# Beyond it, floats no longer tell whole numbers apart; no step, size or rate comes near.
+_LARGEST_WHOLE = 1 << 53
+_MOST_DAMAGED_LINES = 10_000
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,8 @@ class RunRecord:
     @property
     def tokens_per_s(self) -> dict[str, float] | None:
         """Median, lowest and highest of the logged rates; the first line, which times the warm-up, is left out."""
-        rates = [rate for row in self.train_rows[1:] or self.train_rows if (rate := number(row.get("tokens_per_s")))]
+        logged = [number(row.get("tokens_per_s")) for row in self.train_rows[1:] or self.train_rows]
+        rates = [rate for rate in logged if rate and abs(rate) < _LARGEST_WHOLE]
         if not rates:
             return None
         return {"median": statistics.median(rates), "lowest": min(rates), "highest": max(rates)}
@@ -221,7 +228,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
     except Unreadable as error:
         problems.append(str(error))
     parameters, trained_on = _read_checkpoint(folder, problems)
-    return RunRecord(
+    run = RunRecord(
         folder=folder,
         name=name or folder.name,
         config=config,
@@ -234,24 +241,33 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         problems=tuple(problems),
         record=read_record(folder) or {},
     )
+    try:
+        # What a report will ask of it.
+        run.as_dict(), run.step_rows(), run.points(), run.wall_time_s, run.corpus
+    except (ArithmeticError, ValueError, TypeError, LookupError) as error:
+        raise Unreadable(f"its figures cannot be used: {type(error).__name__} {str(error)[:120]}") from error
+    return run
 
 
 def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    lines = read_text(path).splitlines()
+    text = read_text(path)
+    n_lines = text.count("\n") + (not text.endswith("\n"))
     rows = []
-    for at, line in enumerate(lines, 1):
+    for at, line in enumerate(io.StringIO(text), 1):
+        if line.isspace():
+            continue
         try:
             row = json.loads(line, parse_constant=lambda word: None)
         except (ValueError, RecursionError):
-            cut_short = "cut short" if at == len(lines) else "not JSON"
+            cut_short = "cut short" if at == n_lines else "not JSON"
             problems.append(f"{path.name}, line {at}: {cut_short}")
-            continue
-        if _is_row(row):
-            rows.append(row)
-        elif _is_other(row):
-            continue
         else:
-            problems.append(f"{path.name}, line {at}: no step, kind and loss in it")
+            if _is_row(row):
+                rows.append({key: value for key, value in row.items() if key == "kind" or number(value) is not None})
+            elif not _is_other(row):
+                problems.append(f"{path.name}, line {at}: no step, kind and loss in it")
+        if len(problems) > _MOST_DAMAGED_LINES:
+            raise Unreadable(f"more than {_MOST_DAMAGED_LINES:,} lines of {path.name} cannot be read: is it a log?")
     if len(problems) > 3:
         problems[3:] = [f"{path.name}: {len(problems) - 3} more lines that cannot be read"]
     return sorted(rows, key=lambda row: row["step"])
@@ -261,7 +277,8 @@ def _is_row(row: object) -> bool:
     if not isinstance(row, dict) or row.get("kind") not in ("train", "eval"):
         return False
     step = row.get("step")
-    return isinstance(step, int) and not isinstance(step, bool) and number(row.get("loss")) is not None
+    is_step = isinstance(step, int) and not isinstance(step, bool) and abs(step) <= _LARGEST_WHOLE
+    return is_step and number(row.get("loss")) is not None
 
 
 def _is_other(row: object) -> bool:
@@ -271,7 +288,7 @@ def _is_other(row: object) -> bool:
 
 def _read_checkpoint(folder: Path, problems: list[str]) -> tuple[int | None, dict[str, str]]:
     """Return how many elements the newest checkpoint's weights have, and the hashes of what it was trained on."""
-    checkpoints = sorted(path for path in folder.glob("step_*") if path.is_dir())
+    checkpoints = sorted(path for path in folder.glob("step_*") if is_plain_folder(path))
     if not checkpoints:
         return None, {}
     parameters = None
@@ -285,23 +302,29 @@ def _read_checkpoint(folder: Path, problems: list[str]) -> tuple[int | None, dic
         problems.append(f"{checkpoints[-1].name}: {error}")
     try:
         parameters = _count_elements(checkpoints[-1] / "model.safetensors")
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError):
         problems.append(f"{checkpoints[-1].name}: model.safetensors is missing or damaged")
     return parameters, trained_on
 
 
 def _count_elements(path: Path) -> int:
     """Elements of all tensors, from the header: eight bytes of length, then JSON (the safetensors format)."""
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > _MAX_HEADER_BYTES:
-            raise ValueError(length)
-        header = json.loads(file.read(length))
-    total = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            elements = 1
-            for size in entry["shape"]:
-                elements *= int(size)
-            total += elements
-    return total
+    (length,) = struct.unpack("<Q", read_head(path, 8))
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(length)
+    header = read_head(path, 8 + length)[8:]
+    if json_values(header) > MAX_HEADER_VALUES:
+        raise ValueError("too many values")
+    return sum(_elements(entry["shape"]) for name, entry in json.loads(header).items() if name != "__metadata__")
+
+
+def _elements(shape: list[Any]) -> int:
+    """Elements of a tensor. Raises ValueError for a shape that no tensor has."""
+    elements = 1
+    for size in shape:
+        if type(size) is not int or not 0 <= size <= _LARGEST_WHOLE:
+            raise ValueError(shape)
+        elements *= size
+        if elements > _LARGEST_WHOLE:
+            raise ValueError(shape)
+    return elements

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -13,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from psannlm.display import json_text
 from psannlm.storage import explain_write_errors, write_text
 
 _PACKAGES = ("torch", "numpy", "sentencepiece", "tokenizers", "safetensors", "pydantic")
@@ -102,5 +102,5 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write plain data as readable JSON, atomically. Raises StorageError if it cannot be written."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write plain data as readable JSON, NaN and infinities as null, atomically. Raises StorageError where it fails."""
+    write_text(path, json_text(content, indent=2) + "\n")

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from psannlm.display import csv_cell
 from psannlm.errors import ArtifactError, ConfigError
 from psannlm.reports.batteries import battery_memory, battery_rates
 from psannlm.reports.document import Document, Origin, Picture
-from psannlm.reports.gather import OWN_KIND, PUBLISHED_FOLDER, Gathered, Unread, gather
-from psannlm.reports.pages import BATTERY_KIND, CURVE_FILE, build_document, drawn, loss_picture
+from psannlm.reports.gather import OWN_KIND, PUBLISHED_FOLDER, Artifact, Gathered, Unread, gather
+from psannlm.reports.pages import (
+    BATTERY_KIND,
+    CURVE_FILE,
+    UNUSABLE,
+    build_document,
+    describe_unusable,
+    drawn,
+    loss_picture,
+)
 from psannlm.reports.plain import Unreadable
 from psannlm.reports.render import to_html, to_markdown
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
@@ -112,11 +121,11 @@ def write_report(
             f"nothing to report under {where}; make a run with: psannlm train CONFIG.yaml (or name its folder with "
             f"--runs, or an earlier --since){kept if (reports / PUBLISHED_FOLDER).is_dir() and not published else ''}"
         )
-    rates = _rates(found)
+    rates, memory = _rates(found), _memory(found)
     document = build_document(found, Origin.of(system), rates)
     folder = new_folder(OWN_KIND, out)
     write_text(folder / THROUGHPUT_FILE, _csv(rates, _RATE_COLUMNS))
-    write_json(folder / MEMORY_FILE, _memory(found))
+    write_json(folder / MEMORY_FILE, memory)
     _write_runs(folder, found.runs)
     _write_pages(folder, document, system, _curve_of_all(found, document))
     return Report(folder, folder / PAGE_FILE, len(found.runs), len(found.artifacts), found.unread)
@@ -163,6 +172,17 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
+def _rows_of(
+    artifact: Artifact, rows: Callable[[dict[str, Any]], Iterator[dict[str, Any]]], unread: list[Unread]
+) -> list[dict[str, Any]]:
+    """The rows that ``rows`` finds in an artifact's figures; none where these cannot be used, which is noted."""
+    try:
+        return list(rows(artifact.figures))
+    except UNUSABLE as error:
+        unread.append(Unread(artifact.folder, f"figures that cannot be used: {describe_unusable(error)}"))
+        return []
+
+
 def _rates(found: Gathered) -> list[dict[str, Any]]:
     """The rows of throughput.csv: every rate of every artifact, and of every run."""
     rows = []
@@ -174,7 +194,7 @@ def _rates(found: Gathered) -> list[dict[str, Any]]:
             "artifact": str(artifact.folder),
         }
         rates = battery_rates if artifact.kind == BATTERY_KIND else rate_rows
-        rows += [{**row, **place} for row in rates(artifact.figures)]
+        rows += [{**row, **place} for row in _rows_of(artifact, rates, found.unread)]
     for run in found.runs:
         if run.tokens_per_s is not None:
             machine = Origin.of(run.system).machine
@@ -188,7 +208,7 @@ def _memory(found: Gathered) -> list[dict[str, Any]]:
     for artifact in found.artifacts:
         place = {"timestamp": artifact.timestamp, "kind": artifact.kind, "artifact": str(artifact.folder)}
         amounts = battery_memory if artifact.kind == BATTERY_KIND else memory_rows
-        rows += [{**place, **row} for row in amounts(artifact.figures)]
+        rows += [{**place, **row} for row in _rows_of(artifact, amounts, found.unread)]
     for run in found.runs:
         if run.peak_memory_bytes is not None:
             figure = {
@@ -228,7 +248,7 @@ def _csv(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     page = io.StringIO()
     writer = csv.DictWriter(page, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: "" if row.get(key) is None else row[key] for key in columns} for row in rows)
+    writer.writerows({key: csv_cell(row.get(key)) for key in columns} for row in rows)
     return page.getvalue()
 
 

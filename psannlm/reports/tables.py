@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from psannlm.reports.document import Table, tell
 from psannlm.reports.plain import flatten, is_spread, number
 
 _MOST_ROWS = 200
+_MOST_TABLES = 50
 _MOST_COLUMNS = 40
 # Units as they stand at the end of names, and how a person writes them.
 _UNITS = (
@@ -45,10 +47,12 @@ def tables_of(figures: dict[str, Any], skip: frozenset[str] = frozenset()) -> It
     for key, value in figures.items():
         if key not in skip:
             _sort_in(key, value, alone, tables)
-    rows = [(heading(key), tell(value)) for key, value in alone.items()]
-    yield from tables
-    if rows:
-        yield Table("Settings and totals", ("what", "value"), rows, is_folded=bool(tables))
+    rows = [(heading(key), tell(value)) for key, value in islice(alone.items(), _MOST_ROWS)]
+    yield from tables[:_MOST_TABLES]
+    left_out = [(len(alone) - len(rows), "rows"), (len(tables) - _MOST_TABLES, "tables")]
+    note = "; ".join(f"{count:,} more {what} are in the artifact" for count, what in left_out if count > 0)
+    if rows or note:
+        yield Table("Settings and totals", ("what", "value"), rows, note=note, is_folded=bool(tables))
 
 
 def _sort_in(key: str, value: object, alone: dict[str, Any], tables: list[Table]) -> None:

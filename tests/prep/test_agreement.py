@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ def ids(stream: Stream | None) -> list[list[int]]:
     starts = stream.starts(0, stream.n_documents + 1) if len(stream.segments) == 1 else None
     assert starts is not None
     tokens = np.asarray(stream.segments[0].tokens(0, stream.n_framed_tokens))
-    return [tokens[start:stop].tolist() for start, stop in zip(starts, starts[1:], strict=False)]
+    return [tokens[start:stop].tolist() for start, stop in itertools.pairwise(starts)]
 
 
 def read(folder: Path, tokenizer: Path | None, val_split: float) -> PreparedData:
@@ -80,7 +81,7 @@ def read(folder: Path, tokenizer: Path | None, val_split: float) -> PreparedData
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield tmp_path_factory.mktemp("corpora")
+    return tmp_path_factory.mktemp("corpora")
 
 
 @pytest.mark.slow

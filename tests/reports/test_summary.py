@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from psannlm.display import printable
 from psannlm.errors import ArtifactError, ConfigError, PictureError
 from psannlm.reports.document import LOSSY, LOSSY_NOTE
 from psannlm.reports.summary import Report, write_comparison, write_report
@@ -66,7 +67,7 @@ def test_csv_and_json_hold_the_numbers_of_the_artifacts(written: Report) -> None
         rates = [row for row in csv.DictReader(file) if row["kind"] == "throughput"]
     assert [float(row["tokens_per_s"]) for row in rates] == [SPREAD["median"], 0.1 + 0.2]
     assert float(rates[0]["tokens_per_s_lowest"]) == SPREAD["lowest"]
-    assert (rates[0]["name"], rates[0]["base"], rates[0]["batch_tokens"]) == (HOSTILE, "sine", "4096")
+    assert (rates[0]["name"], rates[0]["base"], rates[0]["batch_tokens"]) == (printable(HOSTILE), "sine", "4096")
     assert rates[0]["timestamp"] == "2026-11-20T08:00:00+00:00"
     memory = json.loads((written.folder / "memory.json").read_text())
     assert [row["bytes"] for row in memory if row["kind"] == "throughput"] == [123456789, 5, 7, 8]
@@ -75,7 +76,7 @@ def test_csv_and_json_hold_the_numbers_of_the_artifacts(written: Report) -> None
     with open(written.folder / "runs.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [run["val_loss"] for run in runs] == [float(row["val_loss"]) for row in table] == [3.75, 4.0]
-    assert runs[0]["corpus"] == table[0]["corpus"] == HOSTILE
+    assert (runs[0]["corpus"], table[0]["corpus"]) == (HOSTILE, printable(HOSTILE))
     assert runs[0]["settings"]["train.lr"] == 2e-5
 
 
