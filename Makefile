@@ -5,10 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PROMPT ?= The value of an object
+# As it was typed: make would expand a $ in it, and the shell quotes, $ and backslashes, if it stood in a recipe.
+override PROMPT := $(value PROMPT)
+export PROMPT
 
 # The pins hold in the separate environment that builds the package too; newer versions of pip read the second name there.
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
+# Settings of the user's that would send the packages elsewhere than into .venv, where pip refuses or nothing finds them.
+export PIP_USER := 0
+unexport PIP_TARGET PIP_PREFIX PIP_ROOT
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint check wheel clean
@@ -19,7 +25,7 @@ help: ## list the targets
 
 demo: $(VENV)/.installed ## install, train a small model on English prose, let it write (a few minutes)
 	$(BIN)/psannlm train configs/waveresnet_cpu.yaml
-	$(BIN)/psannlm generate --prompt "$(PROMPT)"
+	$(BIN)/psannlm generate --prompt="$$PROMPT"
 
 test: $(VENV)/.installed-dev ## run the whole test suite, a process on each core
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -56,5 +62,8 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "psannlm needs Python 3.10 or newer; $(PYTHON) is: $$($(PYTHON) --version 2>&1)."; \
 	  echo "Name another one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@case "$$(pwd)" in *:*) \
+	  echo "Python makes no virtual environment in $$(pwd): its path holds a colon, which separates the entries of PATH."; \
+	  echo "Move or clone the repository to a folder without one."; exit 1;; esac
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "$(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)."; exit 1; }
