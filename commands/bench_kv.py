@@ -103,7 +103,7 @@ def bench_kv(
     from psannlm.device import pick_device
     from psannlm.errors import LimitMissed
     from psannlm.models.artifact import load_model
-    from psannlm.reports.store import write_json
+    from psannlm.reports.store import require_folder, write_json
     from psannlm.storage import write_text
 
     settings = KvSettings(
@@ -120,6 +120,7 @@ def bench_kv(
         against=against,
         time_limit_s=_TIME_LIMIT_S if time_limit is None and not given_work else time_limit,
     )
+    require_folder("kv_cache", out)
     chosen = pick_device(device)
     if checkpoint is None:
         sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}

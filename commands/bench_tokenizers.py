@@ -68,13 +68,14 @@ def bench_tokenizers(
     from psannlm.benchmarks.tokenizer_plot import draw_tokenizers
     from psannlm.benchmarks.tokenizers import bench_tokenizers as measure
     from psannlm.config.data import BuiltinSource, PathSource
-    from psannlm.reports.store import new_folder, system_info, write_json
+    from psannlm.reports.store import new_folder, require_folder, system_info, write_json
     from psannlm.storage import write_text
     from psannlm.tokenizers.sample import SAMPLE_CHARS
 
     def source(path: str) -> PathSource:
         return PathSource(path=path, per_line=per_line, text_key=text_key)
 
+    require_folder("tokenizers", out)
     began = time.monotonic()
     with live_line(progress()) as line:
         report = measure(

@@ -89,7 +89,7 @@ def bench_train(
     from psannlm.errors import LimitMissed
     from psannlm.memory import keep_freed_memory
     from psannlm.models.registry import resolve
-    from psannlm.reports.store import new_folder, system_info, timestamp, write_json
+    from psannlm.reports.store import new_folder, require_folder, system_info, timestamp, write_json
     from psannlm.storage import write_text
 
     sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
@@ -112,6 +112,7 @@ def bench_train(
         also=tuple(also or ()),  # type: ignore[arg-type]  # they say themselves what they take
         against=against,
     )
+    require_folder("throughput", out)
     keep_freed_memory()
     chosen = pick_device(device)
     with live_line(progress()) as line:

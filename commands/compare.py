@@ -59,7 +59,7 @@ def compare(
     from psannlm.benchmarks.study_runs import size_study
     from psannlm.benchmarks.study_work import work
     from psannlm.benchmarks.task_answers import score_runs
-    from psannlm.reports.store import new_folder, system_info, write_json
+    from psannlm.reports.store import new_folder, require_folder, system_info, write_json
     from psannlm.reports.studies import study_pictures, study_tables
     from psannlm.storage import write_bytes, write_text
 
@@ -75,6 +75,8 @@ def compare(
     def names(study: Study, but: Collection[str] = ()) -> list[str]:
         return [run.name for run in study.runs if run.variant.variant.name in wanted and run.name not in but]
 
+    if not dry_run:
+        require_folder("ablations", out)
     with live_line(progress()) as line:
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name, line.keep)
         if not dry_run:

@@ -51,11 +51,12 @@ def evaluate(
     from psannlm.models.artifact import load_model
     from psannlm.models.packed import pack_model
     from psannlm.reports.document import LOSSY
-    from psannlm.reports.store import new_folder, system_info, write_json
+    from psannlm.reports.store import new_folder, require_folder, system_info, write_json
     from psannlm.storage import write_text
 
     with naming_options("train"):
         settings = section_from_kwargs(TrainConfig, "train", {"amp": amp, "device": device})
+    require_folder("eval", out)
     path = find_model_file(checkpoint, runs)
     loaded = load_model(path)
     precision = pick_precision(settings.amp, pick_device(settings.device))
@@ -84,7 +85,6 @@ def evaluate(
         )
         for said in report.lines():
             line.keep(said)
-    folder = new_folder("eval", out)
     metrics = {
         "checkpoint": str(path),
         "dtype": dtype,
@@ -92,8 +92,6 @@ def evaluate(
         "corpus_sha256": report.sha256,
         **result.as_dict(),
     }
-    write_json(folder / "metrics.json", metrics)
-    write_json(folder / "system.json", system_info())
     documents = f"{report.documents:,} document{'' if report.documents == 1 else 's'}"
     rows = [
         ("checkpoint", f"{path}, {dtype} weights"),
@@ -101,11 +99,17 @@ def evaluate(
         ("loss", f"{result.loss:.4f} nats per token"),
         ("perplexity", f"{result.perplexity:.2f}"),
         ("bits per byte", f"{result.bits_per_byte:.4f}{LOSSY if result.lossy_tokenizer else ''}"),
-        ("written to", str(folder)),
     ]
-    table = figures_table("evaluation", rows)
-    write_text(folder / "table.txt", table_text(table))
-    if as_json:
-        print_json({**metrics, "folder": str(folder)})
-    else:
-        results().print(table)
+    folder: Path | None = None
+    try:
+        folder = new_folder("eval", out)
+        rows.append(("written to", str(folder)))
+        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "system.json", system_info())
+        write_text(folder / "table.txt", table_text(figures_table("evaluation", rows)))
+    finally:
+        # Also where the disk has become full meanwhile: the work was done.
+        if as_json:
+            print_json({**metrics, "folder": None if folder is None else str(folder)})
+        else:
+            results().print(figures_table("evaluation", rows))

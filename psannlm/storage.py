@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from psannlm.display import shortened
 from psannlm.errors import StorageError
 from psannlm.filenames import utf8
 
@@ -64,6 +65,12 @@ def _explain(path: Path, error: OSError) -> str:
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"not allowed to write {path}: {error.strerror}. Choose a folder you may write to."
+    if error.errno == errno.ENAMETOOLONG:
+        longest = max(len(os.fsencode(part)) for part in path.parts or ("",))
+        return (
+            f"could not write {shortened(path)}: a name of {longest:,} bytes is too long, or the whole path is. "
+            "Choose a shorter one."
+        )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return f"could not write {path}: a file stands where a folder must be. Move it, or choose another folder."
     return f"could not write {path}: {error.strerror or error}"
@@ -202,9 +209,9 @@ def require_writable(path: Path) -> None:
     Raises:
         StorageError: a folder stands there, or its own folder can be neither written nor made.
     """
-    if path.is_dir():
-        raise StorageError(f"could not write {path}: it is a folder. Name a file in it, or choose another name.")
     with explain_write_errors(path):
+        if path.is_dir():
+            raise StorageError(f"could not write {path}: it is a folder. Name a file in it, or choose another name.")
         existing = path.absolute().parent
         missing: list[Path] = []
         while not existing.exists():

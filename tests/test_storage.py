@@ -50,6 +50,17 @@ def test_whether_a_file_can_be_written_is_found_out_beforehand_and_leaves_nothin
         require_writable(Path("/proc/nothing/here"))
 
 
+@pytest.mark.parametrize("n_bytes", [256, 300, 5000])
+def test_a_name_that_is_too_long_is_named_beforehand(tmp_path: Path, n_bytes: int) -> None:
+    for path in (tmp_path / ("n" * n_bytes), tmp_path / ("é" * (n_bytes // 2)) / "file"):
+        for write in (require_writable, lambda path: write_text(path, "text")):
+            with pytest.raises(StorageError, match=rf"of {n_bytes:,} bytes is too long") as refused:
+                write(path)
+            assert len(str(refused.value)) < 500
+    require_writable(tmp_path / ("n" * 255))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_content_arrives_and_nothing_else_does(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file.txt"
     write_text(path, "é\r\n\n")

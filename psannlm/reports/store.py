@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.display import json_text
-from psannlm.storage import explain_write_errors, write_text
+from psannlm.storage import explain_write_errors, require_writable, write_text
 
 _PACKAGES = ("torch", "numpy", "sentencepiece", "tokenizers", "safetensors", "pydantic")
 
@@ -48,6 +48,16 @@ def new_folder(kind: str, out: Path | None = None) -> Path:
                 number += 1
                 continue
         return folder
+
+
+def require_folder(kind: str, out: Path | None = None) -> None:
+    """Find out before the work whether :func:`new_folder` can make its folder and files in it; leaves nothing behind.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    folder = out if out is not None and not os.path.lexists(out) else (out or Path("reports") / kind) / timestamp()
+    require_writable(folder / "metrics.json")
 
 
 def system_info() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from psannlm.commands.options import LiveLine
+from psannlm.errors import StorageError
 
 
 @pytest.fixture
@@ -50,6 +51,33 @@ def test_the_validation_of_training_is_found_again(psannlm, in_trained: Path, tm
     rows = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
     best = min(row["loss"] for row in rows if row["kind"] == "eval")
     assert json.loads(done.out)["loss"] == pytest.approx(best, abs=1e-5)
+
+
+@pytest.mark.parametrize("out", ["config.yaml/below", "config.yaml", "/proc/nothing", "n" * 256])
+def test_a_folder_that_cannot_be_written_is_refused_first(
+    psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.setattr("psannlm.evaluation.evaluate_sources", lambda *arguments, **options: pytest.fail("worked"))
+    done = psannlm("eval", "corpus.txt", "--device", "cpu", "--out", out)
+    assert done.code == 1
+    assert done.err.startswith(("error: could not write", "error: not allowed to write"))
+    assert done.err.count("\n") == 1
+    assert done.out == ""
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_figures_are_shown_where_the_disk_became_full(
+    psannlm, in_trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    def fail(path: Path, content: object) -> None:
+        raise StorageError(f"no room to write {path}")
+
+    monkeypatch.setattr("psannlm.reports.store.write_json", fail)
+    options = ["--device", "cpu", "--out", str(tmp_path / "out"), *(["--json"] if as_json else [])]
+    done = psannlm("eval", "corpus.txt", *options)
+    assert done.code == 1
+    assert "error: no room to write" in done.err
+    assert "perplexity" in done.out
 
 
 def test_a_missing_file_is_wrong_usage(psannlm, in_trained: Path) -> None:
