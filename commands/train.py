@@ -27,7 +27,7 @@ from psannlm.terminal import write_output
 
 if TYPE_CHECKING:
     from psannlm.training.plan import TrainingPlan
-    from psannlm.training.run import TrainResult
+    from psannlm.training.result import TrainResult
 
 
 def train(

@@ -14,16 +14,16 @@ if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()]:
         del sys.path[0]
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "psannLM", "psannLMDataPrep"]
+__all__ = ["Callback", "LMDataset", "Trainer", "__version__", "psannLM", "psannLMDataPrep"]
 
 # As typing.TYPE_CHECKING, which would have to be imported.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from psannlm.api import psannLM, psannLMDataPrep
+    from psannlm.api import Callback, LMDataset, Trainer, psannLM, psannLMDataPrep
 
 
 def __getattr__(name: str) -> object:
-    if name in ("psannLM", "psannLMDataPrep"):
+    if name in __all__:
         from psannlm import api
 
         return getattr(api, name)

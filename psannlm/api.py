@@ -8,14 +8,13 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from psannlm.config.data import DataConfig, PathSource, TokenizerBackend
 from psannlm.config.files import prepared_manifest
 from psannlm.config.model import ModelConfig
-from psannlm.config.run import RunConfig, section_from_kwargs
+from psannlm.config.run import section_from_kwargs
 from psannlm.config.train import Amp, TrainConfig
 from psannlm.consoles import make_console
 from psannlm.data.dataset import LMDataset
@@ -24,20 +23,26 @@ from psannlm.data.files import KNOWN_SUFFIXES, split_suffix
 from psannlm.data.prepare import PreparedData, prepare, prepare_documents
 from psannlm.data.shards import encode_documents
 from psannlm.data.stream import Stream
-from psannlm.errors import CorpusError, GenerationError, TokenizerError
+from psannlm.device import pick_device
+from psannlm.errors import CorpusError, GenerationError
 from psannlm.generation.decoding import ContextRule
 from psannlm.generation.engine import Engine
 from psannlm.generation.samples import draw_samples
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.generation.text import Completion, generate, repays_compiling
-from psannlm.models.artifact import MODEL_FILE, load_model, save_model
+from psannlm.models.accounting import refuse_oversize
+from psannlm.models.artifact import load_model, model_file, save_model
 from psannlm.models.packed import WeightDtype
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
+from psannlm.training.callbacks import Callback
 from psannlm.training.checkpoint import find_checkpoint
 from psannlm.training.progress import ConsoleReporter, Reporter, SilentReporter
-from psannlm.training.run import TrainResult, train
+from psannlm.training.result import TrainResult
+from psannlm.training.trainer import Trainer
+
+__all__ = ["Callback", "LMDataset", "Trainer", "psannLM", "psannLMDataPrep"]
 
 Texts = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 _GIVEN_IN_PYTHON = "(texts given in Python)"
@@ -256,8 +261,8 @@ class psannLM:
 
     def fit(
         self,
-        train_data: psannLMDataPrep | None = None,
-        val_data: psannLMDataPrep | Texts | None = None,
+        train_data: psannLMDataPrep | LMDataset | None = None,
+        val_data: psannLMDataPrep | LMDataset | Texts | None = None,
         epochs: int = 1,
         batch_tokens: int = 65_536,
         lr: float = 2e-4,
@@ -266,16 +271,21 @@ class psannLM:
         *,
         verbose: bool = True,
         resume: str = "auto",
+        callbacks: Sequence[Callback] = (),
         **overrides: Any,
     ) -> psannLM:
-        """Train on ``train_data`` and return self, with the weights of the last step.
+        """Train on ``train_data`` with a :class:`~psannlm.training.trainer.Trainer`; return self.
+
+        The model holds the weights of the last step then.
 
         Args:
-            train_data: the windows to train on; ``data``, its former name, is taken as a keyword too.
-            val_data: texts to validate on, instead of what ``train_data`` held out.
+            train_data: the windows to train on, or their ``dataset``; ``data``, its former name, is taken too.
+            val_data: texts, or windows of the same tokenizer, to validate on instead of what ``train_data`` held out.
             epochs, batch_tokens, lr, amp, ddp: as in the ``train`` section of a configuration; ``amp=None`` is fp32.
             verbose: show progress on the standard error stream.
             resume: with a ``checkpoint_dir``: ``auto``, ``never`` or a checkpoint, as for ``psannlm train``.
+            callbacks: called after steps, validations, saves and at the end; see
+                :class:`~psannlm.training.callbacks.Callback`.
             overrides: any other key of the ``train`` section. Checkpoints, metrics and the loss curve are kept only
                 when ``checkpoint_dir`` is given; ``self.result`` sums up the run.
 
@@ -287,36 +297,42 @@ class psannLM:
         if train_data is not None and "data" in overrides:
             raise TypeError("fit got train_data and data, two names of one argument; give train_data alone")
         data = overrides.pop("data", None) if train_data is None else train_data
-        if not isinstance(data, psannLMDataPrep):
+        if not isinstance(data, (psannLMDataPrep, LMDataset)):
             raise TypeError(f"fit takes a psannLMDataPrep, not {type(data).__name__}: fit(psannLMDataPrep(texts))")
-        if self.tokenizer is not None and self.tokenizer.fingerprint != data.tokenizer.fingerprint:
-            raise TokenizerError(
-                f"the model was trained with tokenizer {self.tokenizer.fingerprint[:12]}, data has "
-                f"{data.tokenizer.fingerprint[:12]}; save the model's tokenizer and prepare the data with "
-                "tokenizer_model_path set to that file"
-            )
+        tokenizer, data_config = data.origin() if isinstance(data, LMDataset) else (data.tokenizer, data.config)
         named = {"epochs": epochs, "batch_tokens": batch_tokens, "lr": lr, "amp": amp, "ddp": ddp}
-        prepared = data.prepared if val_data is None else _with_validation(data, val_data)
+        validation = None if val_data is None else _validation(tokenizer, data_config, val_data)
         reporter: Reporter = ConsoleReporter(make_console(stderr=True)) if verbose else SilentReporter()
-        if self._model is None:
-            seed = overrides.get("seed", TrainConfig().seed)
-            resolved = resolve(self.config, vocab_size=data.vocab_size, max_seq_len=data.config.max_length)
-            start = build_model(resolved, seed=seed) if isinstance(seed, int) else None
-        else:
-            start = self._model
-            if self.config.max_seq_len is None:
-                # Set by the windows of an earlier fit; longer ones now teach more positions.
-                context = max(start.config.max_seq_len or 0, data.config.max_length)
-                start.config = resolve(start.config.model_copy(update={"max_seq_len": context}))
+        former = self._model
         with tempfile.TemporaryDirectory(prefix="psannlm_fit_") as scratch:
             settings = {**named, "checkpoint_dir": scratch, **overrides}
-            train_config = section_from_kwargs(TrainConfig, "train", settings)
-            config = RunConfig(model=self.config, data=data.config, train=train_config)
+            config = section_from_kwargs(TrainConfig, "train", settings)
             is_read = verbose or "checkpoint_dir" in overrides
-            sampler = draw_samples if is_read else None
-            result = train(config, resume=resume, reporter=reporter, data=prepared, model=start, sampler=sampler)
-        self._model, self.tokenizer, self.result = result.model, data.tokenizer, result
+            try:
+                self._model = former or self._built_for(tokenizer, data_config.max_length, config)
+                trainer = Trainer(
+                    self,
+                    data,
+                    validation,
+                    config,
+                    callbacks=callbacks,
+                    resume=resume,
+                    reporter=reporter,
+                    sampler=draw_samples if is_read else None,
+                )
+                trainer.train()
+            except BaseException:
+                # A model that never finished a fit is still open to data of another vocabulary.
+                self._model = former
+                raise
         return self
+
+    def _built_for(self, tokenizer: Tokenizer, max_length: int, config: TrainConfig) -> Transformer:
+        """Return new weights; the data decide what was left open. Raises ConfigError if memory is too small."""
+        resolved = resolve(self.config, vocab_size=tokenizer.vocab_size, max_seq_len=max_length)
+        if config.fsdp == "off":
+            refuse_oversize(resolved, tokenizer.vocab_size, pick_device(config.device).type)
+        return build_model(resolved, seed=config.seed)
 
     def generate(
         self,
@@ -419,9 +435,7 @@ class psannLM:
         Raises:
             StorageError: the file cannot be written; what stood there is still there.
         """
-        target = Path(path)
-        if target.is_dir():
-            target = target / MODEL_FILE
+        target = model_file(Path(path))
         save_model(target, self.model, self.tokenizer)
         return target
 
@@ -490,14 +504,18 @@ def _is_path(text: object) -> bool:
     return False
 
 
-def _with_validation(data: psannLMDataPrep, val_data: psannLMDataPrep | Texts) -> PreparedData:
-    if isinstance(val_data, psannLMDataPrep):
-        if val_data.tokenizer.fingerprint != data.tokenizer.fingerprint:
-            raise TokenizerError(
-                f"val_data has tokenizer {val_data.tokenizer.fingerprint[:12]}, data has "
-                f"{data.tokenizer.fingerprint[:12]}; give the validation texts themselves, or prepare them with "
-                "tokenizer_model_path set to the tokenizer of data"
-            )
-        return replace(data.prepared, val=val_data.prepared.train, val_overlap=None)
+def _validation(
+    tokenizer: Tokenizer, config: DataConfig, val_data: psannLMDataPrep | LMDataset | Texts
+) -> psannLMDataPrep | LMDataset:
+    """Return what to validate on; texts are tokenized and cut as the training texts were."""
+    if isinstance(val_data, (psannLMDataPrep, LMDataset)):
+        return val_data
     documents, _ = _documents(val_data)
-    return replace(data.prepared, val=encode_documents(documents, data.tokenizer), val_overlap=None)
+    return LMDataset(
+        encode_documents(documents, tokenizer),
+        config.max_length,
+        pad_id=tokenizer.pad_id,
+        pack=config.pack_sequences,
+        tokenizer=tokenizer,
+        config=config,
+    )

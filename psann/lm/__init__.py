@@ -13,12 +13,12 @@ if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()]:
     if (_named.partition("m")[2] if _named.startswith("-") else _named).startswith("psann.lm."):
         del sys.path[0]
 
-__all__ = ["psannLM", "psannLMDataPrep"]
+__all__ = ["Callback", "LMDataset", "Trainer", "psannLM", "psannLMDataPrep"]
 
 # As typing.TYPE_CHECKING, which would have to be imported.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from psannlm import psannLM, psannLMDataPrep
+    from psannlm import Callback, LMDataset, Trainer, psannLM, psannLMDataPrep
 
 
 def __getattr__(name: str) -> object:

@@ -69,5 +69,15 @@ class LMDataset(Windows, Dataset[tuple[Tensor, Tensor]]):
             raise IndexError(f"window {index} of {len(self)}")
         return index % len(self)
 
+    def origin(self) -> tuple[Tokenizer, DataConfig]:
+        """Return the tokenizer and the settings of these windows. Raises TypeError where they were not given."""
+        if self.tokenizer is None or self.config is None:
+            raise TypeError(
+                f"{self!r} does not know its tokenizer or its configuration; take psannLMDataPrep(...).dataset, or "
+                "give it both"
+            )
+        cut = {"max_length": self.seq_len, "pack_sequences": self.is_packed}
+        return self.tokenizer, self.config.model_copy(update=cut)
+
     def __repr__(self) -> str:
         return f"<LMDataset of {len(self):,} windows of {self.seq_len:,} tokens>"

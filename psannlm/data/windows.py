@@ -42,6 +42,11 @@ class Windows:
         return self._n_windows
 
     @property
+    def is_packed(self) -> bool:
+        """Whether documents are joined into full windows."""
+        return self._apart is None
+
+    @property
     def n_labels(self) -> int:
         """Labels that count, over all windows: every document's ids and its end of text."""
         return self.store.n_framed_tokens - self.store.n_documents

@@ -36,6 +36,11 @@ class LoadedModel:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+def model_file(path: Path) -> Path:
+    """Return the file that ``path`` names: itself, or in a folder its ``model.safetensors``."""
+    return path / MODEL_FILE if path.is_dir() else path
+
+
 def save_model(path: Path, model: Transformer, tokenizer: Tokenizer | None, notes: dict[str, Any] | None = None) -> str:
     """Write one model file atomically and return its SHA-256. ``notes`` must be plain JSON.
 

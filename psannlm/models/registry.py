@@ -86,11 +86,13 @@ def _refuse_idle_waves(config: ModelConfig, context: int | None) -> None:
 
 
 def build_model(config: ModelConfig, *, seed: int | None = None, device: torch.device | str = "cpu") -> Transformer:
-    """Build the model of a resolved ``config``, with weights that depend on ``seed`` alone when one is given.
+    """Build the model of ``config``, with weights that depend on ``seed`` alone when one is given.
 
+    What ``config`` leaves open is filled in as by :func:`resolve`, which raises ConfigError without a vocabulary size.
     The weights are drawn on the CPU, so that every device starts from the same ones; with a ``seed`` the global
     generators are left as they were. ``device="meta"`` builds shapes only.
     """
+    config = resolve(config)
     if torch.device(device).type == "meta":
         with torch.device("meta"):
             return Transformer(config)

@@ -23,6 +23,7 @@ from psannlm.errors import Interrupted, TrainingError
 from psannlm.evaluation import evaluate
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
+from psannlm.training.callbacks import Callback, SaveEvent, StepEvent, ValidationEvent
 from psannlm.training.checkpoint import BEST, TrainerState, assist_save, point, prune, save_checkpoint
 from psannlm.training.metrics import MetricsLog
 from psannlm.training.mishaps import (
@@ -70,15 +71,24 @@ class Run:
     sampler: Sampler | None = None
     budget: TimeBudget = field(default_factory=TimeBudget)
     stop: threading.Event = field(default_factory=threading.Event)
+    callbacks: tuple[Callback, ...] = ()
+    ending: threading.Event = field(default_factory=threading.Event)
 
     @property
     def looks_back(self) -> bool:
         """Whether a step is looked at when the next one has been enqueued, so that a GPU never waits for this process.
 
-        Not where the outcome of a step decides how it ends: ``on_nonfinite: skip``, and fp16. A CPU gains nothing.
+        Not where the outcome of a step decides how it ends: ``on_nonfinite: skip``, and fp16; nor where callbacks are
+        to see the weights of the step that they are called for. A CPU gains nothing.
         """
-        is_free = self.config.train.on_nonfinite == "stop" and not self.scaler.is_enabled()
+        is_free = self.config.train.on_nonfinite == "stop" and not (self.scaler.is_enabled() or self.callbacks)
         return is_free and self.precision.device.type == "cuda"
+
+    def notify(self, call: Callable[[Callback], None]) -> None:
+        """Let ``call`` reach every callback, on rank 0 alone."""
+        if self.world.is_main:
+            for callback in self.callbacks:
+                call(callback)
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,7 @@ def run_steps(run: Run, progress: Progress) -> Progress:
         if run.val_windows is not None and is_validated:
             progress, is_best = _validate(run, progress, run.val_windows)
             rate.pause()
-        votes.append(run.world.send_sum(run.stop.is_set() or run.budget.is_spent, device))
+        votes.append(run.world.send_sum(run.stop.is_set() or run.ending.is_set() or run.budget.is_spent, device))
         is_stopped = votes[-1 if looks_now or run.world.size == 1 else 0].read() != [0.0]
         if is_best or is_saved or is_stopped:
             progress = _account(run, progress, made, rate)
@@ -190,7 +200,7 @@ def _account(run: Run, progress: Progress, made: deque[_Made], rate: Rate, keep:
             if one.is_logged:
                 rate.restart()
         else:
-            progress = _skip(run, progress, one)
+            progress = _skip(run, progress, one, rate)
             rate.pause()
     return progress
 
@@ -210,10 +220,12 @@ def _count(run: Run, progress: Progress, one: _Made, rate: Rate) -> Progress:
         skipped = {"skipped": progress.skipped} if progress.skipped else {}
         run.log.write("train", step, {**figures, **timing, **skipped})
     run.reporter.step(step, result.loss, one.lr, rate.tokens_per_s, one.is_logged)
+    event = _step_event(run, one, tokens, rate, is_skipped=False)
+    run.notify(lambda callback: callback.on_step(event))
     return replace(progress, step=step, position=after, tokens=tokens, metrics=figures, skipped_in_a_row=0)
 
 
-def _skip(run: Run, progress: Progress, one: _Made) -> Progress:
+def _skip(run: Run, progress: Progress, one: _Made, rate: Rate) -> Progress:
     """Log and tell a step that was left out for not being finite; return where the run stands after it."""
     step, after, in_a_row = one.step, one.batch.after, progress.skipped_in_a_row + 1
     found = describe_not_finite(step, one.result, run.loader, progress.position, one.batch.n_windows)
@@ -227,7 +239,23 @@ def _skip(run: Run, progress: Progress, one: _Made) -> Progress:
     if in_a_row == TOO_MANY_IN_A_ROW:
         raise TrainingError(f"{found}, as in the {in_a_row - 1} steps before; {last_saved(run.folder)}. {remedy}.")
     run.reporter.skipped(step, progress.skipped + 1, str(found))
+    event = _step_event(run, one, progress.tokens, rate, is_skipped=True)
+    run.notify(lambda callback: callback.on_step(event))
     return replace(progress, step=step, position=after, skipped=progress.skipped + 1, skipped_in_a_row=in_a_row)
+
+
+def _step_event(run: Run, one: _Made, tokens: int, rate: Rate, *, is_skipped: bool) -> StepEvent:
+    return StepEvent(
+        step=one.step,
+        total_steps=run.total_steps,
+        epoch=one.batch.after.epoch,
+        loss=one.result.loss,
+        lr=one.lr,
+        grad_norm=one.result.grad_norm,
+        tokens=tokens,
+        tokens_per_s=rate.tokens_per_s,
+        is_skipped=is_skipped,
+    )
 
 
 def _is_due(step: int, interval: int | None) -> bool:
@@ -247,6 +275,8 @@ def _validate(run: Run, progress: Progress, windows: Windows) -> tuple[Progress,
     if run.log is not None:
         run.log.write("eval", progress.step, result.as_dict())
     run.reporter.evaluation(progress.step, result, is_best)
+    event = ValidationEvent(progress.step, result, is_best)
+    run.notify(lambda callback: callback.on_validation(event))
     # One rank alone has no whole weights of a sharded model to write with.
     if run.world.is_main and not is_sharded(run.model):
         _sample(run, progress.step)
@@ -296,6 +326,8 @@ def _save(run: Run, progress: Progress, is_best: bool) -> None:
         keep = run.config.train.keep_checkpoints
         prune(run.folder, keep, None if progress.best is None else progress.best["step"])
         run.reporter.saved(folder)
+        event = SaveEvent(progress.step, folder, is_best)
+        run.notify(lambda callback: callback.on_save(event))
     else:
         assist_save(run.model, run.optimizers.tensors())
     run.world.wait()

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from psannlm.config.run import RunConfig, plan_batches, to_yaml
+from psannlm.data.dataset import LMDataset
 from psannlm.data.loader import Loader
 from psannlm.data.lossless import is_lossy
 from psannlm.data.prepare import PreparedData, prepare
 from psannlm.data.stream import Stream
-from psannlm.data.windows import Windows
 from psannlm.device import (
     Precision,
     describe_device,
@@ -40,6 +40,7 @@ from psannlm.reports.store import system_info, write_json
 from psannlm.signals import stopping_on_signals
 from psannlm.storage import explain_write_errors, remove_leftovers, write_text
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
+from psannlm.training.callbacks import Callback
 from psannlm.training.checkpoint import BEST, TrainerState, pointed, step_folder
 from psannlm.training.compiling import decide_compiling, run_flops
 from psannlm.training.loop import Progress, Run, Sampler, run_steps
@@ -47,6 +48,7 @@ from psannlm.training.metrics import MetricsLog, draw_curve, read_metrics
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import gather_into, is_sharded, replicate, shard
 from psannlm.training.progress import Reporter, SilentReporter, TimeBudget
+from psannlm.training.result import TrainResult
 from psannlm.training.resume import (
     find_state,
     identity,
@@ -62,41 +64,6 @@ from psannlm.training.run_folder import CONFIG_FILE, SYSTEM_FILE, refuse_foreign
 from psannlm.training.tensorboard import TensorBoardLog, require_tensorboard
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to.
-
-    ``model`` holds the weights of the last step, in evaluation mode: after ``fsdp: full`` on rank 0 and
-    where they were given, shapes alone elsewhere. ``steps`` of ``total_steps`` were made, fewer
-    where a time budget was spent; ``epochs`` is how many passes over the training windows they are, in fractions.
-    ``best`` holds ``step``, ``loss`` (nats per token), ``perplexity`` and
-    ``bits_per_byte`` of the best validation, or is None without one. ``checkpoint`` is the best checkpoint, or without
-    validation the last. ``val_overlap`` is the share of the held-out text that stands word for word in the training
-    text. ``lossy_tokenizer`` says that the tokenizer loses text, which makes bits per byte too low; None is unknown.
-    """
-
-    model: Transformer
-    folder: Path
-    checkpoint: Path
-    curve: Path | None
-    steps: int
-    total_steps: int
-    epochs: float
-    tokens: int
-    parameters: int
-    skipped: int
-    seconds: float
-    train_loss: float
-    best: dict[str, Any] | None
-    val_overlap: float | None
-    lossy_tokenizer: bool | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures and paths as plain data, without the model."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
-
-
 def train(
     config: RunConfig,
     *,
@@ -106,6 +73,8 @@ def train(
     model: Transformer | None = None,
     sampler: Sampler | None = None,
     time_budget_s: float | None = None,
+    callbacks: Sequence[Callback] = (),
+    ending: threading.Event | None = None,
 ) -> TrainResult:
     """Run the training that ``config`` describes and return what it came to.
 
@@ -118,6 +87,8 @@ def train(
         sampler: continues ``train.sample_prompts`` at each validation; None leaves that out.
         time_budget_s: seconds from now after which the step in hand is finished and saved, and the run ends; the same
             call goes on with it. At least one step is made.
+        callbacks: called on rank 0 after each step, validation and save, and at the end.
+        ending: once it is set, the run ends as it does when a time budget is spent.
 
     Raises:
         ConfigError: the run folder holds a run of another configuration; the message lists the keys that differ.
@@ -149,7 +120,8 @@ def train(
         start = _find_start(config, folder, resume, reporter, data, model, world)
         world.wait()
         run, progress = _build(config, start, world, precision, folder, reporter)
-        run.sampler, run.budget = sampler, budget
+        run.sampler, run.budget, run.callbacks = sampler, budget, tuple(callbacks)
+        run.ending = ending or run.ending
         if start.found is not None:
             if lock is not None:
                 make_way(lock, start.found[0], progress.best, reporter)
@@ -177,15 +149,15 @@ def train(
             run.module = run.model
             gc.collect()
         if progress.step < run.total_steps:
+            reason = "ended as asked" if run.ending.is_set() else "the time budget is spent"
             reporter.notice(
-                f"the time budget is spent after step {progress.step} of {run.total_steps}; saved in {folder}; the "
-                "same command goes on"
+                f"{reason} after step {progress.step} of {run.total_steps}; saved in {folder}; the same command goes on"
             )
         curve = _draw(folder, config, world, reporter)
         if is_sharded(run.model):
             # Whole again where there is room for it: on rank 0, and where the caller had all the weights before.
             gather_into(start.model if world.is_main or model is not None else None, run.model)
-        return TrainResult(
+        result = TrainResult(
             model=start.model.eval(),
             folder=folder,
             checkpoint=pointed(folder, BEST) or step_folder(folder, progress.step),
@@ -202,6 +174,10 @@ def train(
             val_overlap=start.data.val_overlap,
             lossy_tokenizer=is_lossy(start.data.lost_fraction),
         )
+        if world.is_main:
+            for callback in run.callbacks:
+                callback.on_end(result)
+        return result
 
 
 @dataclass(frozen=True)
@@ -328,9 +304,9 @@ def doubts(config: RunConfig, loader: Loader, n_steps: int) -> list[str]:
     return found
 
 
-def cut_windows(config: RunConfig, store: Stream, tokenizer: Tokenizer) -> Windows:
+def cut_windows(config: RunConfig, store: Stream, tokenizer: Tokenizer) -> LMDataset:
     """Return the windows of ``store`` as ``config.data`` wants them: length and packing."""
-    return Windows(store, config.data.max_length, pad_id=tokenizer.pad_id, pack=config.data.pack_sequences)
+    return LMDataset(store, config.data.max_length, pad_id=tokenizer.pad_id, pack=config.data.pack_sequences)
 
 
 def build_loader(config: RunConfig, data: PreparedData, world: World, *, pins: bool = False) -> Loader:

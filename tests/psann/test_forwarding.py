@@ -60,3 +60,38 @@ def test_the_sections_of_a_configuration_import_from_the_old_path() -> None:
     from psann.lm.config import DataConfig, ModelConfig, TrainConfig
 
     assert (ModelConfig().positional_encoding, DataConfig().max_length, TrainConfig().amp) == ("rope", 256, "auto")
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("psann.lm", ["Callback", "LMDataset", "Trainer", "psannLM", "psannLMDataPrep"]),
+        ("psann.lm.config", ["DataConfig", "ModelConfig", "TrainConfig"]),
+        ("psann.lm.data", ["DataConfig", "LMDataset", "psannLMDataPrep"]),
+        ("psann.lm.data.dataset", ["LMDataset"]),
+        ("psann.lm.models", ["ModelConfig", "Transformer", "build_model"]),
+        ("psann.lm.train", ["Callback", "Trainer"]),
+        ("psann.lm.train.trainer", ["Callback", "StepEvent", "Trainer"]),
+    ],
+)
+def test_every_published_path_has_its_names(path: str, names: list[str]) -> None:
+    module = importlib.import_module(path)
+    assert set(names) <= set(module.__all__)
+    for name in module.__all__:
+        found = getattr(module, name)
+        assert found is getattr(psannlm, name, found)
+    with pytest.raises(AttributeError):
+        _ = module.nowhere
+
+
+def test_networks_are_built_from_the_low_level_config() -> None:
+    import torch
+
+    from psann.lm.models import ModelConfig, Transformer, build_model
+
+    for position in ("rope", "alibi", "sinusoidal"):
+        config = ModelConfig(d_model=16, n_layers=1, n_heads=2, vocab_size=30, positional_encoding=position)
+        network = build_model(config, seed=0)
+        assert isinstance(network, Transformer)
+        assert network.config.positional_encoding == position
+        assert network(torch.zeros(2, 5, dtype=torch.int64)).shape == (2, 5, 30)

@@ -185,11 +185,12 @@ def test_what_waits_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_a_gpu_that_need_not_decide_is_looked_back_at(tiny_run: TinyRun) -> None:
-    def looks_back(device: str, is_scaled: bool, on_nonfinite: str) -> bool:
+    def looks_back(device: str, is_scaled: bool, on_nonfinite: str, callbacks: tuple[object, ...] = ()) -> bool:
         run = SimpleNamespace(
             config=tiny_run(on_nonfinite=on_nonfinite),
             scaler=torch.amp.GradScaler("cpu", enabled=is_scaled),
             precision=Precision(torch.device(device), torch.float32, "test"),
+            callbacks=callbacks,
         )
         found: bool = loop.Run.looks_back.fget(run)  # type: ignore[attr-defined]
         return found
@@ -198,6 +199,8 @@ def test_only_a_gpu_that_need_not_decide_is_looked_back_at(tiny_run: TinyRun) ->
         (device, scaled, how) for device in ("cpu", "cuda") for scaled in (False, True) for how in ("stop", "skip")
     ]
     assert [case for case in cases if looks_back(*case)] == [("cuda", False, "stop")]
+    # A callback is to see the weights of its step.
+    assert not looks_back("cuda", False, "stop", (object(),))
 
 
 def content_of(folder: Path) -> dict[str, Any]:
