@@ -117,6 +117,7 @@ def _opened(file: Path | None, text: str | None) -> Iterator[Iterable[bytes] | B
     """Yield lines of bytes, cut at newlines alone: text as Python reads it would change the ends of lines."""
     from psannlm.data.files import split_suffix
     from psannlm.errors import TokenizerError
+    from psannlm.pointers import refuse_pointer
 
     if text is not None:
         try:
@@ -128,6 +129,7 @@ def _opened(file: Path | None, text: str | None) -> Iterator[Iterable[bytes] | B
     elif split_suffix(str(file))[1]:
         yield _unpacked_lines(file)
     else:
+        refuse_pointer(file, TokenizerError)
         try:
             with file.open("rb") as opened:
                 yield opened

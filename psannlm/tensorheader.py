@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from psannlm.errors import ArtifactError
 from psannlm.limits import MAX_HEADER_VALUES, json_values
+from psannlm.pointers import POINTER_BYTES, pointer_in
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 64 << 20
@@ -48,8 +49,13 @@ def read_header(path: Path, file: BinaryIO, size: int, limit: int = MAX_HEADER_B
     """Return the head of a file of ``size`` bytes, its eight bytes of length included.
 
     Raises:
-        ArtifactError: the file is cut short, or its head would be longer than the file or ``limit``.
+        ArtifactError: the file is a pointer (Git LFS) or cut short, or its head would be longer than the file or
+            ``limit``.
     """
+    if size <= POINTER_BYTES:
+        file.seek(0)
+        if problem := pointer_in(file.read(size)):
+            raise ArtifactError(f"{path}: {problem}")
     if size < LENGTH_BYTES:
         raise ArtifactError(f"{path} is cut short: {size} bytes")
     file.seek(0)

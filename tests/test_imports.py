@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ORDER = (
     ("display",),
     ("errors", "limits", "filenames"),
-    ("storage",),
+    ("storage", "pointers"),
     ("folderstore", "memory", "processes", "tensorheader", "terminal"),
     ("consoles",),
     ("lock", "signals"),

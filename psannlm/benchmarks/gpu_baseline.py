@@ -9,6 +9,7 @@ from typing import Any
 
 from psannlm.benchmarks.gpu_report import CheckResult, Measure
 from psannlm.errors import ArtifactError, ConfigError
+from psannlm.pointers import refuse_pointer
 
 # What must be the same for two sets of figures to be comparable.
 _IDENTITY = ("device", "name", "n_devices", "threads")
@@ -24,6 +25,7 @@ def read_baseline(path: Path, machine: dict[str, Any], *, is_rehearsal: bool, an
     """
     if path.is_dir():
         path = path / "summary.json"
+    refuse_pointer(path, ArtifactError)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         former, was_rehearsal = content["machine"], content["is_rehearsal"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.findings import Finding
 from psannlm.config.yaml_tree import nearest_sibling
+from psannlm.pointers import pointer_at
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_MARK = "psannlm-shards-"
@@ -63,13 +64,17 @@ def missing_files(data: DataConfig) -> Iterator[Finding]:
     tokenizer = data.tokenizer_model_path
     if tokenizer is not None and not _is_file(Path(os.path.expanduser(tokenizer))):
         remedy = "; write null to fit one on the corpus" if tokenizer.lower() in ("none", "no", "auto", "off") else ""
-        yield Finding(("data", "tokenizer_model_path"), _missing(tokenizer, "file") + remedy)
+        problem = pointer_at(os.path.expanduser(tokenizer))
+        message = f"{tokenizer!r} is {problem}" if problem else _missing(tokenizer, "file") + remedy
+        yield Finding(("data", "tokenizer_model_path"), message)
 
 
 def _missing_source(path: str) -> str | None:
     expanded = os.path.expanduser(path)
     if _exists(Path(expanded)):
         return None
+    if problem := pointer_at(expanded):
+        return f"{path!r} is {problem}"
     if glob.has_magic(path):
         # One match is enough; a pattern over a large folder is not walked to its end.
         matches = any(True for _ in glob.iglob(expanded, recursive=True))

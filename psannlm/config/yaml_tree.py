@@ -15,6 +15,7 @@ import yaml
 
 from psannlm.errors import ConfigError, nearest
 from psannlm.filenames import UNDECODABLE
+from psannlm.pointers import refuse_pointer
 
 KeyPath = tuple[str | int, ...]
 
@@ -119,6 +120,7 @@ def read_yaml(path: Path) -> YamlTree:
     Raises:
         ConfigError: the file is missing, a folder, over 256 KiB, not UTF-8, or refused by :func:`parse_yaml`.
     """
+    refuse_pointer(path, ConfigError)
     try:
         with open(path, "rb") as file:
             content = file.read(_MAX_BYTES + 1)

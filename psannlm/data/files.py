@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from psannlm.errors import CorpusError, nearest
+from psannlm.pointers import POINTER_BYTES, pointer_at, pointer_in, refuse_pointer
 from psannlm.reports.records import is_own_output
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
@@ -196,12 +197,16 @@ def _unreadable(path: str) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
+        if problem := pointer_at(path):
+            return f"{path}: {problem}"
         link = " (a link that leads nowhere, or round in a circle)" if os.path.islink(path) else ""
         return f"{path}: {error.strerror}{link}; repair or remove it"
     if not stat.S_ISREG(mode):
         return f"{path}: not a regular file (a pipe, socket or device); save its text to a .txt file first"
     if not os.access(path, os.R_OK):
         return f"{path}: permission denied; make the file readable"
+    if problem := pointer_at(path):
+        return f"{path}: {problem}"
     return _unknown_kind(path)
 
 
@@ -306,6 +311,11 @@ def _raw(path: str, seen: Seen | None) -> Iterator[BinaryIO]:
     else:
         opener = open(path, "rb")
     with opener as raw:
+        if is_remote(path) and isinstance(size := getattr(raw, "size", None), int) and size <= POINTER_BYTES:
+            # A server of a Git repository gives the pointer of a file that is in Git LFS.
+            if problem := pointer_in(raw.read()):
+                raise CorpusError(f"{path}: {problem}")
+            raw.seek(0)
         if seen is None:
             yield raw
             return
@@ -379,6 +389,8 @@ def read_text(path: str) -> tuple[str, bool]:
     Raises:
         CorpusError: as :func:`opened`, and for bytes that are not UTF-8.
     """
+    if not is_remote(path):
+        refuse_pointer(path, CorpusError)
     with opened(path) as file:
         content = file.read()
     return decoded(content, path, 0)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from psannlm.config import files
 from psannlm.data.shardfile import TOKEN_TYPES, ShardEntry
 from psannlm.errors import ArtifactError
+from psannlm.pointers import refuse_pointer
 from psannlm.storage import write_text
 
 MANIFEST_FILE = files.MANIFEST_FILE
@@ -153,6 +154,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
+    refuse_pointer(path, ArtifactError)
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ArtifactError(f"{path} is no manifest: it is larger than {_MAX_BYTES:,} bytes")

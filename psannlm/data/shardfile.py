@@ -27,6 +27,7 @@ from numpy.typing import DTypeLike, NDArray
 from psannlm.data.mapping import map_bytes
 from psannlm.data.parts import HASH_BYTES, DocumentPart
 from psannlm.errors import ArtifactError
+from psannlm.pointers import refuse_pointer
 from psannlm.storage import replacing
 from psannlm.tensorheader import build_header, parse_header, parse_metadata, read_header, refuse_wrong_length
 
@@ -292,6 +293,7 @@ def open_shard(path: Path, entry: ShardEntry, fingerprint: str, vocab_size: int 
     """
     path = Path(path)
     if not path.is_file():
+        refuse_pointer(path, ArtifactError)
         raise ArtifactError(f"{path} is missing: the manifest beside it names it. {_REMEDY}.")
     try:
         with open(path, "rb") as file:

@@ -24,6 +24,7 @@ from torch import Tensor
 from psannlm.distributed import whole
 from psannlm.errors import ArtifactError
 from psannlm.filenames import utf8_path
+from psannlm.pointers import refuse_pointer
 from psannlm.storage import replacing
 from psannlm.tensorheader import LENGTH_BYTES, parse_header, parse_metadata, read_header, refuse_wrong_length
 
@@ -170,6 +171,7 @@ def verify_tensors(path: Path) -> Verified:
     path = Path(path)
     try:
         if not path.is_file():
+            refuse_pointer(path, ArtifactError)
             raise ArtifactError(f"{path} does not exist or is not a file")
         size = path.stat().st_size
         with open(path, "rb") as file:

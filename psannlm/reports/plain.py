@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from psannlm.limits import json_values
+from psannlm.pointers import pointer_in
 from psannlm.storage import read_head
 
 _LARGEST_BYTES = 32 << 20
@@ -57,6 +58,8 @@ def read_text(path: Path, limit: int = _LARGEST_BYTES) -> str:
         Unreadable: it is not text, or as :func:`read_bytes` does.
     """
     content = read_bytes(path, limit)
+    if problem := pointer_in(content):
+        raise Unreadable(f"{path.name} is {problem}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from psannlm.errors import ConfigError, TokenizerError, nearest
 from psannlm.limits import MAX_TOKENIZER_BYTES
+from psannlm.pointers import refuse_pointer
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, N_BYTES, SPECIALS, Tokenizer
 from psannlm.tokenizers.char import FORMAT as CHAR_FORMAT
 from psannlm.tokenizers.char import CharTokenizer
@@ -138,6 +139,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         TokenizerError: the file is unreadable, damaged or of an unknown kind, or lacks a special.
     """
     path = Path(path)
+    refuse_pointer(path, TokenizerError)
     try:
         if path.exists() and not path.is_file():
             raise TokenizerError(f"{path} is not a regular file; name a .model or .json file")

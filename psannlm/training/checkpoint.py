@@ -22,6 +22,7 @@ from psannlm.errors import ArtifactError, StorageError
 from psannlm.models.artifact import MODEL_FILE, save_model
 from psannlm.models.tensorfile import read_tensors, send_tensors, verify_tensors, write_tensors
 from psannlm.models.transformer import Transformer
+from psannlm.pointers import refuse_pointer
 from psannlm.storage import (
     explain_write_errors,
     is_plain_file,
@@ -210,6 +211,7 @@ def read_state(folder: Path) -> TrainerState:
         ArtifactError: something is missing, damaged, or of another format version.
     """
     path = folder / STATE_FILE
+    refuse_pointer(path, ArtifactError)
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
@@ -257,10 +259,13 @@ def newest_whole(run: Path, notice: Callable[[str], None]) -> tuple[Path, Traine
     """Return the newest checkpoint of ``run`` that is undamaged, naming each damaged one that is passed over.
 
     Raises:
-        ArtifactError: there are checkpoints, and every one is damaged.
+        ArtifactError: there are checkpoints, and every one is damaged; or a file of one was not fetched (Git LFS),
+            which is no damage to pass over.
     """
     folders = list_checkpoints(run)
     for folder in reversed(folders):
+        for name in (STATE_FILE, MODEL_FILE, OPTIMIZER_FILE):
+            refuse_pointer(folder / name, ArtifactError)
         try:
             return folder, read_state(folder)
         except ArtifactError as error:
