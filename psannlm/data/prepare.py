@@ -135,7 +135,9 @@ def _from_folder(manifest: Path, config: DataConfig, notice: Notice) -> Prepared
     if folder.validation is not None:
         overlap = "" if made.val_overlap is None else f"; {_describe_overlap(made.val_overlap)}"
         notice(f"validation: {_size(folder.validation)}{overlap}")
-    return PreparedData(folder.tokenizer, folder.train, folder.validation, report, made.val_overlap, made.lost_fraction)
+    return PreparedData(
+        folder.tokenizer, folder.train, folder.validation, report, made.val_overlap, None, made.lost_fraction
+    )
 
 
 def _describe(tokenizer: Tokenizer) -> str:
