@@ -15,6 +15,7 @@ from psannlm.commands.options import (
     CheckpointOption,
     DeviceOption,
     DtypeOption,
+    ErrorsOption,
     JsonOption,
     RunsOption,
     figures_table,
@@ -34,6 +35,7 @@ def evaluate(
     runs: RunsOption = DEFAULT_RUNS,
     per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of a .txt file.")] = False,
     text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
+    errors: ErrorsOption = "strict",
     window: Annotated[int | None, typer.Option(min=1, help="Tokens seen at once. Default: as in training.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 16,
     amp: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "fp32",
@@ -77,7 +79,8 @@ def evaluate(
     with live_line(progress()) as line:
         result, report = evaluate_sources(
             loaded,
-            [PathSource(path=file, per_line=per_line, text_key=text_key) for file in files],
+            [PathSource(path=file, per_line=per_line, text_key=text_key, errors=errors) for file in files],
+            replace_option="--errors replace",
             precision=precision,
             batch_size=batch_size,
             window=window,

@@ -134,11 +134,18 @@ def generate(
 
 def _read_prompts(path: Path) -> list[str]:
     """The lines of a file, or of stdin for ``-``; blank ones are no prompts."""
-    from psannlm.data.files import read_text
+    from psannlm.data.files import read_lines
+    from psannlm.errors import CorpusError
+    from psannlm.limits import MAX_PROMPTS_BYTES
 
-    text = sys.stdin.read() if str(path) == "-" else read_text(str(path))[0]
-    # Only \n ends a line, as in a corpus; str.splitlines would cut a prompt at U+2028 and a dozen others.
-    prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    prompts = []
+    n_bytes = 0
+    for line in read_lines(str(path)):
+        n_bytes += len(line)
+        if n_bytes > MAX_PROMPTS_BYTES:
+            raise CorpusError(f"{path}: more than {MAX_PROMPTS_BYTES >> 20} MiB of prompts; split the file")
+        if line.strip():
+            prompts.append(line.removesuffix("\n").removesuffix("\r"))
     if not prompts:
         raise typer.BadParameter(f"{path} holds no prompt: every line is blank", param_hint="--prompts-file")
     return prompts

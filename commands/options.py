@@ -34,6 +34,11 @@ DtypeOption = Annotated[
     Literal["float32", "bfloat16", "int8"],
     typer.Option("--dtype", help="Of the weights; int8 has a scale per output, and nothing else is in it."),
 ]
+ErrorModes = Literal["strict", "replace"]
+ErrorsOption = Annotated[
+    ErrorModes,
+    typer.Option("--errors", help="Bytes that are not UTF-8, and lone surrogates: stop, or put U+FFFD and count."),
+]
 DEFAULT_RUNS = Path("runs")
 RunsOption = Annotated[Path, typer.Option("--runs", help="Where to look for the newest run.")]
 

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from psannlm.commands.options import (
+    ErrorsOption,
     JsonOption,
     LiveLine,
     figures_table,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def prep(
     corpus: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CORPUS...", help="Files, folders, globs, URLs that fsspec knows, or - for stdin."),
+        typer.Argument(metavar="CORPUS...", help="Files, folders, globs, URLs, or - for stdin."),
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", help="A .model or .json, such as psannlm tokenize makes.")
@@ -42,9 +43,7 @@ def prep(
     per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of text, not per file.")] = False,
     text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
     stdin_format: Annotated[Literal["txt", "jsonl"], typer.Option("--format", help="Of what comes on stdin.")] = "txt",
-    errors: Annotated[
-        Literal["strict", "replace"], typer.Option(help="Bytes that are not UTF-8: stop, or put U+FFFD and count.")
-    ] = "strict",
+    errors: ErrorsOption = "strict",
     min_chars: Annotated[int, typer.Option(help="Leave out documents of fewer characters.")] = 1,
     max_chars: Annotated[int | None, typer.Option(help="Leave out documents of more characters.")] = None,
     keep_duplicates: Annotated[

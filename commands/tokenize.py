@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from psannlm.commands.options import (
+    ErrorModes,
+    ErrorsOption,
     JsonOption,
     figures_table,
     keep_record,
@@ -42,6 +43,7 @@ def tokenize(
     seed: Annotated[int, typer.Option(help="Decides which passages are drawn, and which are held out.")] = 1337,
     per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of a .txt file.")] = False,
     text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
+    errors: ErrorsOption = "strict",
     out: Annotated[Path | None, typer.Option("--out", help="Where to write the fitted tokenizer.")] = None,
     model: Annotated[
         Path | None, typer.Option("--model", help="A tokenizer file to use instead of fitting one.")
@@ -50,7 +52,8 @@ def tokenize(
     file: Annotated[
         Path | None,
         typer.Option(
-            "--file", help="With --model: encode each line of a file (.gz and .zst unpacked), its end included."
+            "--file",
+            help="With --model: encode each line of a file (gzip and zstd unpacked; - reads stdin), its end included.",
         ),
     ] = None,
     from_stdin: Annotated[
@@ -77,7 +80,7 @@ def tokenize(
                 "--text, --file, --stdin, --ids, --decode and --jsonl use a finished tokenizer: give --model",
                 param_hint="--model",
             )
-        card = _fit(corpus or [], per_line, text_key, as_json, backend=backend, model_type=model_type,
+        card = _fit(corpus or [], per_line, text_key, errors, as_json, backend=backend, model_type=model_type,
                     vocab_size=vocab_size, sample_chars=sample_chars, seed=seed, out=out)  # fmt: skip
         table = figures_table("tokenizer", _card_rows(card))
         # tokenizer.model and tokenizer.json may stand in one folder.
@@ -98,64 +101,52 @@ def tokenize(
     from psannlm.tokenizers.stream import text_lines
 
     tokenizer = load_tokenizer(model)
-    name = "stdin" if file is None and text is None else str(file or "--text")
-    with quiet_pipe(), _opened(file, text) as source:
-        lines = text_lines(source, name)
+    is_file = file is not None and str(file) != "-"
+    name = "--text" if text is not None else str(file) if is_file else "stdin"
+    with quiet_pipe():
+        lines = text_lines(_lines(file, text), name, errors)
         if as_json:
             print_json(list(_rows(tokenizer, lines, decode)))
             return
-        for answer in _answers(tokenizer, lines, decode, jsonl, ids_only, text_key):
+        for answer in _answers(tokenizer, lines, decode, jsonl, ids_only, text_key, errors):
             # A terminal is shown what it would obey; a file or pipe gets every byte.
             shown = printable(answer, keep="\n\t") if is_terminal(sys.stdout) else answer
             sys.stdout.buffer.write(shown.encode("utf-8"))
-            if file is None:
+            if not is_file:
                 sys.stdout.buffer.flush()  # whoever writes the lines may be waiting for the answer
 
 
-@contextmanager
-def _opened(file: Path | None, text: str | None) -> Iterator[Iterable[bytes] | BinaryIO]:
+def _lines(file: Path | None, text: str | None) -> Iterator[bytes]:
     """Yield lines of bytes, cut at newlines alone: text as Python reads it would change the ends of lines."""
-    from psannlm.data.files import split_suffix
+    from psannlm.data.files import STDIN, bounded_lines, opened, shown_name
     from psannlm.errors import TokenizerError
-    from psannlm.pointers import refuse_pointer
 
     if text is not None:
         try:
-            yield [text.encode("utf-8")]
+            yield text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise TokenizerError("--text is not UTF-8; convert it, or use --file") from error
-    elif file is None:
-        yield sys.stdin.buffer
-    elif split_suffix(str(file))[1]:
-        yield _unpacked_lines(file)
-    else:
-        refuse_pointer(file, TokenizerError)
-        try:
-            with file.open("rb") as opened:
-                yield opened
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            raise TokenizerError(f"{file}: cannot be read: {error.strerror or error}") from error
-
-
-def _unpacked_lines(file: Path) -> Iterator[bytes]:
-    """Yield the lines of a compressed file; what goes wrong where they are used is none of its business."""
-    from psannlm.data.files import find_all, opened
-
-    find_all([str(file)], lambda reason, name: None)
-    with opened(str(file)) as unpacked:
-        yield from unpacked
+        return
+    path = STDIN if file is None else str(file)
+    with opened(path, waits=False) as source:
+        yield from bounded_lines(source, shown_name(path))
 
 
 def _answers(
-    tokenizer: Tokenizer, lines: Iterable[str], decode: bool, jsonl: bool, ids_only: bool, text_key: str
+    tokenizer: Tokenizer,
+    lines: Iterable[str],
+    decode: bool,
+    jsonl: bool,
+    ids_only: bool,
+    text_key: str,
+    errors: str,
 ) -> Iterator[str]:
     from psannlm.tokenizers import stream
 
+    if jsonl and decode:
+        return (line + "\n" for line in stream.decoded_json(tokenizer, lines, text_key))
     if jsonl:
-        convert = stream.decoded_json if decode else stream.encoded_json
-        return (line + "\n" for line in convert(tokenizer, lines, text_key))
+        return (line + "\n" for line in stream.encoded_json(tokenizer, lines, text_key, errors))
     if decode:
         return stream.decoded_lines(tokenizer, lines)
     rows = stream.encoded_lines(tokenizer, lines)
@@ -170,7 +161,9 @@ def _rows(tokenizer: Tokenizer, lines: Iterable[str], decode: bool) -> Iterator[
         yield {"text": tokenizer.decode(ids) if decode else line, "ids": ids, "pieces": tokenizer.pieces(ids)}
 
 
-def _fit(corpus: list[str], per_line: bool, text_key: str, as_json: bool, **options: Any) -> dict[str, Any]:
+def _fit(
+    corpus: list[str], per_line: bool, text_key: str, errors: ErrorModes, as_json: bool, **options: Any
+) -> dict[str, Any]:
     from psannlm.config.data import PathSource
     from psannlm.data.fit import fit_with_card
 
@@ -179,7 +172,8 @@ def _fit(corpus: list[str], per_line: bool, text_key: str, as_json: bool, **opti
     began = time.monotonic()
     with live_line(progress()) as line:
         return fit_with_card(
-            [PathSource(path=path, per_line=per_line, text_key=text_key) for path in corpus],
+            [PathSource(path=path, per_line=per_line, text_key=text_key, errors=errors) for path in corpus],
+            replace_option="--errors replace",
             notice=line.keep,
             on_bytes=lambda done, total: line.show(reading(done, total, time.monotonic() - began)),
             **options,

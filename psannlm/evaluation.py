@@ -117,6 +117,7 @@ def evaluate_sources(
     precision: Precision,
     batch_size: int = 16,
     window: int | None = None,
+    replace_option: str = "",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Evaluation, ReadReport]:
     """Evaluate a loaded model, already on the device of ``precision``, on all text of ``sources``.
@@ -125,6 +126,7 @@ def evaluate_sources(
 
     Args:
         window: tokens seen at once; None takes the length the model was trained with.
+        replace_option: what errors recommend for bytes that are not UTF-8.
 
     Raises:
         ArtifactError: the model file has no tokenizer, or a prepared folder is damaged.
@@ -140,20 +142,23 @@ def evaluate_sources(
     longest = config.max_seq_len or 256
     if window is not None and window > longest and config.positional_encoding != "alibi":
         raise CorpusError(f"a window of {window} tokens is longer than the model's context of {longest}")
-    store, report, lost_fraction = _read(sources, loaded.tokenizer)
+    store, report, lost_fraction = _read(sources, loaded.tokenizer, replace_option)
     windows = Windows(store, window or longest, pad_id=loaded.tokenizer.pad_id)
     result = evaluate(loaded.model, windows, precision=precision, batch_size=batch_size, on_progress=on_progress)
     return replace(result, lost_fraction=lost_fraction), report
 
 
-def _read(sources: Sequence[Source], tokenizer: Tokenizer) -> tuple[Stream, ReadReport, float | None]:
+def _read(
+    sources: Sequence[Source], tokenizer: Tokenizer, replace_option: str
+) -> tuple[Stream, ReadReport, float | None]:
     """Return the text to evaluate on, in the tokens of ``tokenizer``, what was read, and the fraction that was lost."""
     manifest = find_prepared(sources)
     if manifest is None:
         report = ReadReport()
         meter = LossMeter()
-        documents = watch_for_loss(tokenizer, read_documents(sources, report), report.warnings.append, meter)
-        return encode_documents(documents, tokenizer), report, meter.fraction
+        documents = read_documents(sources, report, replace_option=replace_option)
+        watched = watch_for_loss(tokenizer, documents, report.warnings.append, meter)
+        return encode_documents(watched, tokenizer), report, meter.fraction
     folder = open_folder(manifest)
     if folder.tokenizer.fingerprint != tokenizer.fingerprint:
         raise TokenizerError(

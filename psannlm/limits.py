@@ -27,6 +27,24 @@ OPEN_FILES = 1 << 16
 MAX_HEADER_VALUES = 1 << 20
 # A model file up to this size is hashed before its shapes are judged, so that damage is called damage.
 HASHED_FIRST_BYTES = 1 << 30
+# Text that is held as a whole line, JSON record, prompt or Parquet cell. Plain text is read in parts and may be longer.
+MAX_LINE_BYTES = 64 << 20
+# All prompts of one file: every one of them is held until it is answered.
+MAX_PROMPTS_BYTES = 64 << 20
+# What a zstd frame may ask to be remembered: the most that the library can be told, and what zstd --long=31 writes.
+MAX_ZSTD_WINDOW_BYTES = 1 << 31
+# Where the memory of the machine is unknown.
+_ASSUMED_MEMORY_BYTES = 8 << 30
+
+
+def max_held_bytes() -> int:
+    """Return the bytes of text that a corpus may have where all of it is held in memory: half of the machine's."""
+    return (machine_memory_bytes() or _ASSUMED_MEMORY_BYTES) // 2
+
+
+def max_document_bytes() -> int:
+    """Return the bytes that one document may have where it is held whole: a quarter of the machine's memory."""
+    return (machine_memory_bytes() or _ASSUMED_MEMORY_BYTES) // 4
 
 
 def json_values(content: bytes) -> int:

@@ -22,6 +22,9 @@ class PathSource(Section):
     )
     per_line: Flag = Field(False, description="one document per line of a .txt file, instead of one per file")
     text_key: Text = Field("text", description="the key that holds the text in .jsonl and .parquet files")
+    errors: Literal["strict", "replace"] = Field(
+        "strict", description="bytes that are not UTF-8, and lone surrogates: stop, or put U+FFFD and count"
+    )
 
 
 class BuiltinSource(Section):

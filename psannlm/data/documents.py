@@ -5,19 +5,33 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from psannlm.config.data import BuiltinSource, PathSource, Source
-from psannlm.data.files import Seen, decoded, file_bytes, find_all, opened, split_suffix
+from psannlm.data.files import (
+    JSON_LINES_SUFFIXES,
+    REPLACEMENT,
+    Seen,
+    bounded_lines,
+    decoded,
+    file_bytes,
+    find_all,
+    opened,
+    read_whole,
+    replaced,
+    split_suffix,
+)
+from psannlm.data.parquet import parquet_texts
 from psannlm.errors import CorpusError, nearest
+from psannlm.limits import max_held_bytes
 
 PYTHON_REFERENCE = "python-reference"
 _NAMES_KEPT = 5
-_PARQUET_ROWS = 64
-_PARQUET_BUFFER_BYTES = 1 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,9 @@ class ReadReport:
     documents: int = 0
     bytes: int = 0
     byte_order_marks: int = 0
+    replaced_bytes: int = 0
+    replaced_surrogates: int = 0
+    replaced_in: list[str] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     builtin: dict[str, str] = field(default_factory=dict)
@@ -76,6 +93,13 @@ class ReadReport:
         self.documents += not document.goes_on
         self.bytes += len(content)
 
+    def replace(self, name: str, n_bytes: int, n_surrogates: int = 0) -> None:
+        """Count bytes that are not UTF-8, and lone surrogates, in whose place U+FFFD was put."""
+        self.replaced_bytes += n_bytes
+        self.replaced_surrogates += n_surrogates
+        if len(self.replaced_in) <= _NAMES_KEPT and name not in self.replaced_in:
+            self.replaced_in.append(name)
+
     def drop(self, reason: str, name: str) -> None:
         """Count something that was left out."""
         self.drops[reason] += 1
@@ -92,6 +116,8 @@ class ReadReport:
             said = [f"corpus: {line}" for line in self.builtin.values()] or [f"corpus: {figures}"]
         if self.byte_order_marks:
             said.append(f"took off {_count(self.byte_order_marks, 'byte order mark')}")
+        if line := replaced_line(self.replaced_bytes, self.replaced_surrogates, self.replaced_in):
+            said.append(line)
         for reason, count in sorted(self.drops.items()):
             more = ", ..." if count > len(self.examples[reason]) else ""
             said.append(f"left out: {reason} x {count:,} ({', '.join(self.examples[reason])}{more})")
@@ -99,6 +125,14 @@ class ReadReport:
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+
+def replaced_line(n_bytes: int, n_surrogates: int, names: Sequence[str]) -> str | None:
+    """Return one line about what U+FFFD was put for, or None if it was for nothing."""
+    counted = [f"{n_bytes:,} bytes that are not UTF-8"] if n_bytes else []
+    counted += [f"{n_surrogates:,} lone surrogates"] if n_surrogates else []
+    more = ", ..." if len(names) > _NAMES_KEPT else ""
+    return f"put U+FFFD for {' and '.join(counted)} ({', '.join(names[:_NAMES_KEPT])}{more})" if counted else None
 
 
 def _count(n: int, noun: str) -> str:
@@ -111,15 +145,18 @@ def read_documents(
     *,
     part_bytes: int | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
+    replace_option: str = "",
 ) -> Iterator[Document]:
     """Return the documents of all sources in order, read as they are asked for; ``report`` is kept up to date.
 
-    No more than one document (for .txt one file) is in memory. Blank documents are left out and counted. Paths are
-    looked up now, contents are checked when reached.
+    No more than one document (for .txt one file) is in memory, and Parquet comes a few rows at a time. Without
+    ``part_bytes`` the caller is taken to hold all of it, and half of the machine's memory is the most that is read.
+    Blank documents are left out and counted. Paths are looked up now, contents are checked when reached.
 
     Args:
         part_bytes: files of one document come in parts of at most so many bytes, cut where a line ends if they can be.
         on_bytes: told the bytes read so far and the bytes of all files, as they are stored.
+        replace_option: what errors recommend for bytes that are not UTF-8, in the words of the command.
 
     Raises:
         CorpusError: now, naming every path that is missing or cannot be read; later, for damaged or undecodable files,
@@ -130,7 +167,51 @@ def read_documents(
     found = iter(find_all(patterns, report.drop))
     plan = [(source, next(found) if isinstance(source, PathSource) else []) for source in sources]
     meter = None if on_bytes is None else _Meter(sum(file_bytes(path) for _, files in plan for path in files), on_bytes)
-    return keep_text(_read(plan, report, part_bytes, meter), report)
+    reading = _Reading(report, part_bytes, None if meter is None else meter.add, replace_option)
+    kept = keep_text(_read(plan, reading), report)
+    return kept if part_bytes is not None else _held(kept, report)
+
+
+def _held(documents: Iterable[Document], report: ReadReport) -> Iterator[Document]:
+    """Yield documents that are held all at once, of as many bytes as the machine can hold. Raises CorpusError."""
+    limit = max_held_bytes()
+    for document in documents:
+        if report.bytes > limit:
+            raise CorpusError(
+                f"{document.name}: the corpus up to here has more than {limit:,} bytes, half of this machine's memory, "
+                "and is held in memory; prepare it with psannlm prep and name that folder"
+            )
+        yield document
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How files are read, and what is told of it."""
+
+    report: ReadReport
+    part_bytes: int | None
+    on_read: Callable[[int], None] | None
+    replace_option: str
+
+    @property
+    def seen(self) -> Seen | None:
+        """What is shown the stored bytes of a file."""
+        on_read = self.on_read
+        return None if on_read is None else lambda content: on_read(len(content))
+
+    def text(self, content: bytes | bytearray, path: str, offset: int, errors: str, number: int = 0) -> str:
+        """Return the text of bytes from ``offset`` of ``path`` on, line ``number``, and count marks and errors."""
+        if errors == "replace":
+            has_mark = offset == 0 and content.startswith(b"\xef\xbb\xbf")
+            body = content[3:] if has_mark else content
+            text = body.decode("utf-8", "replace")
+            if REPLACEMENT in text and (n_bytes := replaced(body, text)):
+                self.report.replace(f"{path}:{number}" if number else path, n_bytes)
+        else:
+            advice = f"; {self.replace_option} puts U+FFFD in their place" if self.replace_option else ""
+            text, has_mark = decoded(content, path, offset, advice)
+        self.report.byte_order_marks += has_mark
+        return text
 
 
 class _Meter:
@@ -138,9 +219,6 @@ class _Meter:
 
     def __init__(self, total: int, on_bytes: Callable[[int, int], None]) -> None:
         self._done, self._total, self._on_bytes = 0, total, on_bytes
-
-    def seen(self, chunk: memoryview) -> None:
-        self.add(len(chunk))
 
     def add(self, n_bytes: int) -> None:
         self._done += n_bytes
@@ -164,10 +242,8 @@ def keep_text(documents: Iterable[Document], report: ReadReport) -> Iterator[Doc
         raise CorpusError(f"the corpus holds no text; name files with text in data.sources{left_out}")
 
 
-def _read(
-    plan: Sequence[tuple[Source, list[str]]], report: ReadReport, part_bytes: int | None, meter: _Meter | None
-) -> Iterator[Document]:
-    seen = None if meter is None else meter.seen
+def _read(plan: Sequence[tuple[Source, list[str]]], reading: _Reading) -> Iterator[Document]:
+    report = reading.report
     for source, files in plan:
         if isinstance(source, BuiltinSource):
             documents = builtin_documents()
@@ -180,30 +256,40 @@ def _read(
             if file_bytes(path) == 0:
                 report.drop("empty file", path)
             elif kind == ".parquet":
-                for row, text in parquet_texts(path, source.text_key):
-                    yield Document(text, f"{path}:{row}")
-                if meter is not None:
-                    meter.add(file_bytes(path))
-            elif kind == ".jsonl":
-                yield from _json_lines(path, source.text_key, report, seen)
+                yield from _rows(path, source, reading)
+            elif kind in JSON_LINES_SUFFIXES:
+                yield from _json_lines(path, source, reading)
             elif source.per_line:
-                for number, line in _lines(path, report, seen):
+                for number, line in _lines(path, source, reading):
                     yield Document(line, f"{path}:{number}")
             else:
-                yield from _whole(path, report, part_bytes, seen)
+                yield from _whole(path, source, reading)
 
 
-def _whole(path: str, report: ReadReport, part_bytes: int | None, seen: Seen | None) -> Iterator[Document]:
+def _rows(path: str, source: PathSource, reading: _Reading) -> Iterator[Document]:
+    for row, text, n_bytes in parquet_texts(path, source.text_key, source.errors, reading.replace_option):
+        if n_bytes:
+            reading.report.replace(f"{path}:{row}", n_bytes)
+        yield Document(text, f"{path}:{row}")
+    if reading.on_read is not None:
+        # A column is read from here and there.
+        reading.on_read(file_bytes(path))
+
+
+def _whole(path: str, source: PathSource, reading: _Reading) -> Iterator[Document]:
     """Yield a file as one document, in parts of ``part_bytes`` or less; white space at its start is no beginning."""
-    with opened(path, seen) as file:
+    part_bytes = reading.part_bytes
+    with opened(path, reading.seen) as file:
+        if part_bytes is None:
+            yield Document(reading.text(read_whole(file, path), path, 0, source.errors), path)
+            return
         offset = 0
         has_begun = False
         carry = b""
-        while chunk := carry + (file.read(-1 if part_bytes is None else part_bytes - len(carry))):
-            is_last = part_bytes is None or len(chunk) < part_bytes
+        while chunk := carry + file.read(part_bytes - len(carry)):
+            is_last = len(chunk) < part_bytes
             cut = len(chunk) if is_last else _line_cut(chunk)
-            text, has_mark = decoded(chunk[:cut], path, offset)
-            report.byte_order_marks += has_mark
+            text = reading.text(chunk[:cut], path, offset, source.errors)
             yield Document(text, path, goes_on=has_begun)
             has_begun = has_begun or bool(text and not text.isspace())
             carry, offset = chunk[cut:], offset + cut
@@ -251,32 +337,59 @@ def _describe_builtin(documents: Sequence[Document]) -> str:
     return f"{PYTHON_REFERENCE}: {report.documents} topics, {report.bytes:,} bytes, sha256 {report.sha256}"
 
 
-def _lines(path: str, report: ReadReport, seen: Seen | None) -> Iterator[tuple[int, str]]:
+def _lines(path: str, source: PathSource, reading: _Reading) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, text without the line's end) of lines that are not blank."""
     offset = 0
-    with opened(path, seen) as file:
+    with opened(path, reading.seen) as file:
         # Bytes are split, so that only \n ends a line; str.splitlines would break at U+2028 and a dozen others.
-        for number, raw in enumerate(file, start=1):
-            text, has_mark = decoded(raw, path, offset)
-            report.byte_order_marks += has_mark
+        for number, raw in enumerate(bounded_lines(file, path), start=1):
+            text = reading.text(raw, path, offset, source.errors, number)
             offset += len(raw)
             text = text.removesuffix("\n").removesuffix("\r")
             if not text or text.isspace():
-                report.drop("blank line", f"{path}:{number}")
+                reading.report.drop("blank line", f"{path}:{number}")
             else:
                 yield number, text
 
 
-def _json_lines(path: str, text_key: str, report: ReadReport, seen: Seen | None) -> Iterator[Document]:
-    for number, line in _lines(path, report, seen):
+def _json_lines(path: str, source: PathSource, reading: _Reading) -> Iterator[Document]:
+    for number, line in _lines(path, source, reading):
         where = f"{path}:{number}"
-        yield Document(json_text(line, text_key, where), where)
+        text = json_text(line, source.text_key, where)
+        text, n_surrogates = without_surrogates(text, source.errors, where, reading.replace_option)
+        if n_surrogates:
+            reading.report.replace(where, 0, n_surrogates)
+        yield Document(text, where)
+
+
+def without_surrogates(text: str, errors: str, where: str, option: str) -> tuple[str, int]:
+    """Return ``text`` with U+FFFD for each lone surrogate, which a JSON string can hold, and how many there were.
+
+    Raises:
+        CorpusError: there is one, and ``errors`` is ``strict``; recommends ``option``.
+    """
+    if text.isascii() or (found := _SURROGATE.search(text)) is None:
+        return text, 0
+    if errors == "strict":
+        advice = f", or use {option}, which puts U+FFFD in its place" if option else ""
+        raise CorpusError(
+            f"{where}: lone surrogate U+{ord(found[0]):04X} at character {found.start()}, which is not Unicode text; "
+            f"remove it{advice}"
+        )
+    return _SURROGATE.subn(REPLACEMENT, text)
 
 
 def json_text(line: str, text_key: str, where: str) -> str:
     """Return the text of one line of a .jsonl file. Raises CorpusError, beginning with ``where``, if it holds none."""
+    repeated: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Called for the innermost object first and for the whole record last.
+        repeated[:] = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        return dict(pairs)
+
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=unique if line.count(f'"{text_key}"') > 1 else None)
     except json.JSONDecodeError as error:
         raise CorpusError(f"{where}: not JSON: {error.msg} at column {error.colno}; repair the line") from error
     except (RecursionError, ValueError) as error:
@@ -287,6 +400,8 @@ def json_text(line: str, text_key: str, where: str) -> str:
         keys = ", ".join(map(repr, list(record)[:8])) or "none"
         hint = nearest(text_key, record) or "; name the key that holds the text (text_key)"
         raise CorpusError(f"{where}: no key '{text_key}' among {keys}{hint}")
+    if text_key in repeated:
+        raise CorpusError(f"{where}: the key '{text_key}' occurs more than once; which one counts? Rename the others")
     text = record[text_key]
     if not isinstance(text, str):
         raise CorpusError(f"{where}: '{text_key}' must hold a string, not {_kind(text)}")
@@ -296,35 +411,3 @@ def json_text(line: str, text_key: str, where: str) -> str:
 def _kind(value: object) -> str:
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number")
-
-
-def parquet_texts(path: str, text_key: str) -> Iterator[tuple[int, str]]:
-    """Yield (row from 1, text) of a Parquet file, a few rows in memory at a time.
-
-    Raises:
-        CorpusError: the file is no whole Parquet file, has no such column, or a row of it holds no text.
-    """
-    # Imported by name: the package is an extra, and whether it is here was checked when the paths were looked up.
-    parquet: Any = importlib.import_module("pyarrow.parquet")
-    arrow: Any = importlib.import_module("pyarrow")
-    try:
-        # With a buffer a column is read page by page; without, a row group's whole column is in memory at once.
-        with (
-            # The library takes no name that is not UTF-8, so it is given the open file.
-            opened(path) as file,
-            parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False) as table,
-        ):
-            names = table.schema_arrow.names
-            if text_key not in names:
-                hint = nearest(text_key, names) or "; name the column that holds the text (text_key)"
-                raise CorpusError(f"{path}: no column '{text_key}' among {', '.join(map(repr, names[:8]))}{hint}")
-            row = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_key], use_threads=False):
-                for value in batch.column(0):
-                    row += 1
-                    text = value.as_py()
-                    if not isinstance(text, str):
-                        raise CorpusError(f"{path}: row {row}: '{text_key}' must hold a string, not {_kind(text)}")
-                    yield row, text
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path}: not a whole Parquet file ({error}); write it again") from error

@@ -12,25 +12,32 @@ import io
 import os
 import re
 import stat
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from psannlm.data.formats import HEAD_BYTES, compression, is_binary, unicode_encoding, why_not_text
+from psannlm.data.urls import file_system, local_path, protocol_of, refusal
 from psannlm.errors import CorpusError, nearest
-from psannlm.pointers import POINTER_BYTES, pointer_at, pointer_in, refuse_pointer
+from psannlm.limits import MAX_LINE_BYTES, max_document_bytes
+from psannlm.pointers import pointer_at, pointer_in, refuse_pointer
 from psannlm.reports.records import is_own_output
 
-TEXT_SUFFIXES = (".txt", ".jsonl")
+STDIN = "-"
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+TEXT_SUFFIXES = (".txt", *JSON_LINES_SUFFIXES)
 COMPRESSIONS = ("", ".gz", ".zst")
 KNOWN_SUFFIXES = (*(text + packed for text in TEXT_SUFFIXES for packed in COMPRESSIONS), ".parquet")
-_KNOWN = "a corpus is .txt or .jsonl, each also .gz or .zst, or .parquet"
+_KNOWN = "a corpus is .txt, .jsonl or .ndjson, each also .gz or .zst, or .parquet"
 # Named outright, any other file is read as plain text; these would be read as something their author did not mean.
 _NOT_PLAIN_TEXT = (".json", ".csv", ".tsv", ".zip", ".tar", ".bz2", ".xz", ".7z", ".pdf", ".docx", ".odt", ".epub")
+REPLACEMENT = "\ufffd"
+_MARK = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 1 << 20
 _LEADS_BACK = "this link leads back to"
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PROBLEMS_SHOWN = 20
 # What file systems behind fsspec call the time, or the version, of a file.
 _STAMPS = ("etag", "ETag", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -41,6 +48,8 @@ Seen = Callable[[memoryview], object]
 
 def split_suffix(path: str) -> tuple[str, str]:
     """Return (kind, compression) of a file name in small letters: ``a.TXT.gz`` gives ``(".txt", ".gz")``."""
+    if protocol_of(path) in ("http", "https"):
+        path = re.split("[?#]", path, maxsplit=1)[0]
     name, last = os.path.splitext(os.path.basename(path).lower())
     if last in (".gz", ".zst"):
         return os.path.splitext(name)[1], last
@@ -48,8 +57,8 @@ def split_suffix(path: str) -> tuple[str, str]:
 
 
 def is_remote(path: str) -> bool:
-    """Return whether ``path`` is a URL (``memory://x``, ``file:///x``), which fsspec opens."""
-    return _URL.match(path) is not None
+    """Return whether ``path`` is a URL (``https://x``, ``s3://x``), which fsspec opens; ``file:`` names a path."""
+    return protocol_of(path) not in (None, "file")
 
 
 def find_all(patterns: Sequence[str], drop: Drop) -> list[list[str]]:
@@ -86,9 +95,16 @@ def find_files(pattern: str, drop: Drop) -> tuple[list[str], list[str]]:
     wrote are left out, and ``drop(reason, name)`` is called for each. A problem is one line for people: what is wrong,
     and what to do.
     """
-    if is_remote(pattern):
-        return _find_remote(pattern, drop)
     path = os.path.expanduser(pattern)
+    if protocol_of(pattern) is not None:
+        if problem := refusal(pattern):
+            return [], [problem]
+        if is_remote(pattern):
+            return _find_remote(pattern, drop)
+        named = local_path(pattern)
+        if named is None:
+            return [], [f"{pattern}: names another machine; write file:///path, or the path alone"]
+        path = named
     if os.path.lexists(path):
         return _look_into([path], drop)
     if glob.has_magic(path):
@@ -97,13 +113,13 @@ def find_files(pattern: str, drop: Drop) -> tuple[list[str], list[str]]:
 
 
 def _look_into_glob(pattern: str, path: str, drop: Drop) -> tuple[list[str], list[str]]:
+    root, expression = _literal_beginning(path)
     if "**" in path:
         # glob follows links, and would go round a circle of two links 2 ** 40 times.
-        root = os.path.dirname(path[: re.search(r"[*?[]", path).start()]) or "."  # type: ignore[union-attr]
         _, circles = _look_into([root], lambda reason, name: None)
         if circles := [problem for problem in circles if _LEADS_BACK in problem]:
             return [], circles
-    matches = sorted(glob.glob(path, recursive=True))
+    matches = sorted(glob.glob(expression, recursive=True))
     if not matches:
         return [], [f"{pattern}: nothing matches; {_near(path)}"]
     matches = [match for match in matches if os.path.isdir(match) or not _is_output(match, drop)]
@@ -116,6 +132,18 @@ def _look_into_glob(pattern: str, path: str, drop: Drop) -> tuple[list[str], lis
     # With ** a folder and the files inside it both match; the files come once.
     found, problems = _look_into([match for match in matches if os.path.isdir(match) or _is_known(match, drop)], drop)
     return list(dict.fromkeys(found)), problems
+
+
+def _literal_beginning(path: str) -> tuple[str, str]:
+    """Return (the folder in which a glob begins, the glob): brackets in the names of folders that exist are no pattern.
+
+    ``set [2013]/*.txt`` gives ``("set [2013]", "set [[]2013]/*.txt")`` where there is such a folder.
+    """
+    root = "/" if path.startswith("/") else ""
+    names = path.split("/")
+    while names and os.path.lexists(os.path.join(root, names[0])):
+        root = os.path.join(root, names.pop(0))
+    return root or ".", os.path.join(glob.escape(root), *names)
 
 
 def _near(path: str) -> str:
@@ -229,10 +257,12 @@ def _missing_module(module: str) -> str | None:
     return None
 
 
-def _fsspec(url: str) -> Any:
+def _file_system(url: str) -> tuple[Any, str]:
+    """Return (file system of fsspec, path in it) of a URL. Raises CorpusError if it may not or cannot be read."""
     if problem := _missing_module("fsspec"):
         raise CorpusError(f"{url}: {problem}")
-    return importlib.import_module("fsspec.core")
+    with _explained(url):
+        return file_system(url)
 
 
 @contextmanager
@@ -247,11 +277,17 @@ def _explained(url: str) -> Iterator[None]:
 
 
 def _find_remote(url: str, drop: Drop) -> tuple[list[str], list[str]]:
-    core = _fsspec(url)
+    system, path = _file_system(url)
     with _explained(url):
-        system, path = core.url_to_fs(url)
         is_whole = system.isfile(path)
-        names = [path] if is_whole else sorted(system.glob(path) if glob.has_magic(path) else system.find(path))
+        if is_whole:
+            names = [path]
+        elif system.isdir(path):
+            names = sorted(system.find(path))
+        elif not glob.has_magic(path):
+            return [], [f"{url}: no such file or folder; check the spelling"]
+        elif not (names := sorted(system.glob(path))):
+            return [], [f"{url}: nothing matches; check the spelling"]
         urls = [system.unstrip_protocol(name) for name in names if is_whole or system.isfile(name)]
     files = urls if is_whole else [name for name in urls if _is_known(name, drop)]
     if not files:
@@ -277,9 +313,8 @@ def file_stamp(path: str) -> tuple[int, str]:
         except OSError as error:
             raise CorpusError(f"{path}: cannot be read: {error.strerror or error}") from error
         return status.st_size, str(status.st_mtime_ns)
-    core = _fsspec(path)
+    system, name = _file_system(path)
     with _explained(path):
-        system, name = core.url_to_fs(path)
         known = system.info(name)
     if not isinstance(known.get("size"), int):
         raise CorpusError(f"{path}: its size is unknown; copy it to a file first")
@@ -287,131 +322,231 @@ def file_stamp(path: str) -> tuple[int, str]:
     return known["size"], stamps[0] if stamps else ""
 
 
-class _Watched(io.RawIOBase):
-    """Reads from a file and shows every byte to ``seen`` in passing."""
+class _Stored(io.RawIOBase):
+    """The bytes of a file, whose beginning can be looked at first; ``seen`` is shown each once, as it is read."""
 
-    def __init__(self, raw: BinaryIO, seen: Seen) -> None:
-        self._raw, self._seen = raw, seen
+    def __init__(self, raw: Any, seen: Seen | None) -> None:
+        self._seen = seen
+        # Standard input gives what is there, where readinto would wait for a full buffer.
+        self._read_into = getattr(raw, "readinto1", raw.readinto)
+        self._ahead = b""
 
     def readable(self) -> bool:
         return True
 
+    def head(self, waits: bool) -> bytes:
+        """Return the first bytes; without ``waits`` only those that come at once."""
+        while len(self._ahead) < HEAD_BYTES:
+            block = bytearray(HEAD_BYTES)
+            n_bytes = self._fetch(block)
+            self._ahead += block[:n_bytes]
+            if not n_bytes or not waits:
+                break
+        return self._ahead
+
     def readinto(self, buffer: Any) -> int:
-        n_bytes: int = self._raw.readinto(buffer)  # type: ignore[attr-defined]
-        self._seen(memoryview(buffer)[:n_bytes])
+        if not self._ahead:
+            return self._fetch(buffer)
+        n_bytes = min(len(buffer), len(self._ahead))
+        buffer[:n_bytes], self._ahead = self._ahead[:n_bytes], self._ahead[n_bytes:]
+        return n_bytes
+
+    def _fetch(self, buffer: Any) -> int:
+        n_bytes: int = self._read_into(buffer)
+        if self._seen is not None:
+            self._seen(memoryview(buffer)[:n_bytes])
         return n_bytes
 
 
 @contextmanager
-def _raw(path: str, seen: Seen | None) -> Iterator[BinaryIO]:
-    opener: Any
-    if is_remote(path):
+def _raw(path: str) -> Iterator[BinaryIO]:
+    if path == STDIN:
+        yield sys.stdin.buffer
+    elif is_remote(path):
+        system, name = _file_system(path)
         with _explained(path):
-            opener = _fsspec(path).open(path, "rb", compression=None)
-    else:
-        opener = open(path, "rb")
-    with opener as raw:
-        if is_remote(path) and isinstance(size := getattr(raw, "size", None), int) and size <= POINTER_BYTES:
-            # A server of a Git repository gives the pointer of a file that is in Git LFS.
-            if problem := pointer_in(raw.read()):
-                raise CorpusError(f"{path}: {problem}")
-            raw.seek(0)
-        if seen is None:
+            opener = system.open(name, "rb")
+        with opener as raw:
             yield raw
-            return
-        with io.BufferedReader(_Watched(raw, seen), _CHUNK_BYTES) as watched:
-            yield watched
-            # A decompressor may stop before the file does.
-            while watched.read(_CHUNK_BYTES):
-                pass
+    else:
+        refuse_pointer(path, CorpusError)
+        with open(path, "rb", buffering=0) as file:
+            yield file
 
 
 @contextmanager
-def opened(path: str, seen: Seen | None = None) -> Iterator[BinaryIO]:
-    """Yield the bytes of a file, decompressed on the way; ``seen`` is shown its stored bytes, every one and in order.
+def opened(path: str, seen: Seen | None = None, *, waits: bool = True) -> Iterator[BinaryIO]:
+    """Yield the bytes of a file of text, decompressed on the way if they are gzip or zstd, whatever its name is.
+
+    ``-`` is standard input, read in the same way. Parquet files, by name, come as they are stored.
+
+    Args:
+        seen: shown the stored bytes, every one and in order.
+        waits: False where whoever writes to standard input may wait for an answer: the format is then judged by the
+            bytes that come at once.
 
     Raises:
-        CorpusError: the file cannot be opened or read, or its compression is damaged or cut short.
+        CorpusError: the file cannot be opened or read, its compression is damaged or cut short, it does not begin as
+            text does, or memory ran out.
     """
+    name = shown_name(path)
     try:
-        with _raw(path, seen) as raw:
-            compression = split_suffix(path)[1]
-            if compression == ".gz":
-                with gzip.open(raw) as unpacked:
-                    yield unpacked  # type: ignore[misc]
-            elif compression == ".zst":
-                yield io.BufferedReader(_ZstandardReader(raw), _CHUNK_BYTES)
-            else:
+        with _raw(path) as raw:
+            is_table = split_suffix(path)[0] == ".parquet"
+            if is_table and seen is None:
                 yield raw
+                return
+            stored = _Stored(raw, seen)
+            with io.BufferedReader(stored, _CHUNK_BYTES) as file:
+                yield file if is_table else _unpacked(path, stored, file, waits)
+                # A decompressor may stop before the file does.
+                while seen is not None and file.read(_CHUNK_BYTES):
+                    pass
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise CorpusError(f"{path}: damaged or cut short ({error}); copy or compress the file again") from error
+        raise CorpusError(f"{name}: damaged or cut short ({error}); copy or compress the file again") from error
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CorpusError(f"{name}: cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise CorpusError(f"{name}: memory ran out while it was read; split it into smaller files or lines") from error
+
+
+def is_compressed(path: str) -> bool:
+    """Return whether the first bytes of a file are those of gzip or zstd. Raises CorpusError if it cannot be read."""
+    try:
+        with _raw(path) as raw:
+            return bool(compression(_Stored(raw, None).head(waits=True)))
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-class _ZstandardReader(io.RawIOBase):
-    """Decompresses frame after frame; the package's own reader takes a file that was cut short for a whole one."""
+def shown_name(path: str) -> str:
+    """Return the name of a file in errors: standard input is ``stdin``."""
+    return "stdin" if path == STDIN else path
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._zstandard: Any = importlib.import_module("zstandard")
-        self._frame: Any = None
-        self._packed = b""
-        self._ready = b""
 
-    def readable(self) -> bool:
-        return True
+def _unpacked(path: str, stored: _Stored, file: BinaryIO, waits: bool) -> BinaryIO:
+    """Return the text of a file whose beginning was looked at, decompressed; refuse what is not text."""
+    name, file_name = shown_name(path), "FILE" if path == STDIN else os.path.basename(path)
+    head = stored.head(waits)
+    packing = compression(head)
+    # A server of a Git repository gives the pointer of a file that is in Git LFS.
+    if problem := pointer_in(head):
+        raise CorpusError(f"{name}: {problem}")
+    if not packing:
+        if head and (named := split_suffix(path)[1]):
+            raise EOFError(f"it does not begin as a {named} file does; if it is plain text, rename it")
+        if problem := why_not_text(head, file_name):
+            raise CorpusError(f"{name} {problem}")
+        return file
+    inner: Any
+    if packing == ".gz":
+        inner = gzip.GzipFile(fileobj=file)
+    else:
+        if problem := _missing_module("zstandard"):
+            raise CorpusError(f"{name}: {problem}")
+        inner = importlib.import_module("psannlm.data.zstd").ZstandardReader(file, name)
+    unpacked = _Stored(inner, None)
+    head = unpacked.head(waits)
+    if compression(head):
+        raise CorpusError(f"{name} is compressed twice; unpack it once")
+    if problem := why_not_text(head, "FILE"):
+        raise CorpusError(f"{name}, decompressed, {problem}")
+    return io.BufferedReader(unpacked, _CHUNK_BYTES)
 
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            packed = self._packed or self._raw.read(_CHUNK_BYTES)
-            if not packed:
-                if self._frame is not None:
-                    raise EOFError("the last frame has no end")
-                return 0
-            if self._frame is None:
-                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self._ready = self._frame.decompress(packed)
-            except self._zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
-            self._packed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        n_bytes = min(len(buffer), len(self._ready))
-        buffer[:n_bytes], self._ready = self._ready[:n_bytes], self._ready[n_bytes:]
-        return n_bytes
+
+def bounded_lines(file: BinaryIO, name: str) -> Iterator[bytes]:
+    """Yield the lines of a file with their ends; only ``\\n`` ends a line.
+
+    Raises:
+        CorpusError: a line is longer than may be held; names file and line.
+    """
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise CorpusError(
+                f"{name}:{number}: a line of more than {MAX_LINE_BYTES >> 20} MiB, the most that is held at once; end "
+                "lines where documents end, or save so long a text as a .txt file that is read whole"
+            )
+        yield line
+
+
+def read_whole(file: BinaryIO, name: str) -> bytes | bytearray:
+    """Return all bytes of a file, of as many as one document may have.
+
+    Raises:
+        CorpusError: there are more; names the file.
+    """
+    content, limit = bytearray(), max_document_bytes()
+    while block := file.read(_CHUNK_BYTES):
+        content += block
+        if len(content) > limit:
+            raise CorpusError(
+                f"{name}: one document of more than {limit:,} bytes, a quarter of this machine's memory; read it line "
+                "by line (per_line), split it into files, or prepare it with psannlm prep, which reads it in parts"
+            )
+    return content
 
 
 def read_text(path: str) -> tuple[str, bool]:
     """Return the text of a whole file and whether it began with a byte order mark, which is taken off.
 
     Raises:
-        CorpusError: as :func:`opened`, and for bytes that are not UTF-8.
+        CorpusError: as :func:`opened` and :func:`read_whole`, and for bytes that are not UTF-8.
     """
-    if not is_remote(path):
-        refuse_pointer(path, CorpusError)
     with opened(path) as file:
-        content = file.read()
+        content = read_whole(file, shown_name(path))
     return decoded(content, path, 0)
 
 
-def decoded(content: bytes, path: str, offset: int) -> tuple[str, bool]:
+def read_lines(path: str) -> Iterator[str]:
+    """Yield the lines of a file or of standard input (``-``) with their ends, a byte order mark taken off.
+
+    Raises:
+        CorpusError: as :func:`opened` and :func:`bounded_lines`, and for bytes that are not UTF-8.
+    """
+    offset = 0
+    with opened(path) as file:
+        for line in bounded_lines(file, shown_name(path)):
+            yield decoded(line, path, offset)[0]
+            offset += len(line)
+
+
+def decoded(content: bytes | bytearray, path: str, offset: int, advice: str = "") -> tuple[str, bool]:
     """Return the text of ``content``, byte ``offset`` and on of ``path``, and whether a byte order mark was taken off.
 
     Raises:
-        CorpusError: a byte is not UTF-8; names file, place and byte.
+        CorpusError: a byte is not UTF-8; names file, place and byte, and adds ``advice``.
     """
-    has_mark = offset == 0 and content.startswith(b"\xef\xbb\xbf")
-    skipped = 3 if has_mark else 0
+    has_mark = offset == 0 and content.startswith(_MARK)
+    skipped = len(_MARK) if has_mark else 0
     try:
         return str(memoryview(content)[skipped:], "utf-8"), has_mark
     except UnicodeDecodeError as error:
-        at = offset + skipped + error.start
-        byte = content[skipped + error.start]
-    encoding = "utf-16" if offset == 0 and content[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-    where = f"byte {at:,}" + (" of the decompressed text" if split_suffix(path)[1] else "")
+        at = skipped + error.start
+    where = f"byte {offset + at:,}" + (" of the decompressed text" if split_suffix(path)[1] else "")
     raise CorpusError(
-        f"{path}: {where} is 0x{byte:02X}, which is not UTF-8. If the file is in another encoding, convert it: "
-        f"iconv -f {encoding} -t utf-8 {Path(path).name} > converted.txt"
+        f"{shown_name(path)}: {where} is 0x{content[at]:02X}, {_other_encoding(content, path, offset)}{advice}"
     )
+
+
+def _other_encoding(content: bytes | bytearray, path: str, offset: int) -> str:
+    """Return what bytes may be that are not UTF-8, and what to do about them."""
+    head = bytes(content[:HEAD_BYTES])
+    encoding = (unicode_encoding(head) if offset == 0 else None) or "latin1"
+    if encoding == "latin1" and is_binary(head):
+        return "which is not UTF-8; control characters are among its bytes, so this is binary data: leave the file out"
+    file_name = "FILE" if path == STDIN else os.path.basename(path)
+    return (
+        "which is not UTF-8. If the file is in another encoding, convert it: "
+        f"iconv -f {encoding} -t utf-8 {file_name} > converted.txt"
+    )
+
+
+def replaced(content: bytes | bytearray | memoryview, text: str) -> int:
+    """Return how many bytes of ``content`` are not UTF-8, given its text with U+FFFD in their place."""
+    # EF begins a character wherever it stands, so each EF BF BD of the content is one U+FFFD of the author's own.
+    inserted = text.count(REPLACEMENT) - bytes(content).count(REPLACEMENT.encode())
+    return len(content) - (len(text.encode("utf-8")) - len(REPLACEMENT.encode()) * inserted)

@@ -46,6 +46,7 @@ def fit_with_card(
     out: Path | None = None,
     seed: int = 1337,
     sample_chars: int = SAMPLE_CHARS,
+    replace_option: str = "",
     notice: Notice,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def fit_with_card(
 
     Figures are measured on the rest. Memory depends on ``sample_chars``, ``vocab_size`` and the longest line, not on
     the size of the corpus. ``out`` gets the suffix of the backend if it has none; by default it is ``tokenizer.model``
-    or ``tokenizer.json``, and the card stands beside it. ``on_bytes`` is told the bytes read so far and of all files.
+    or ``tokenizer.json``, and the card stands beside it. ``on_bytes`` is told the bytes read so far and of all files;
+    ``replace_option`` is what errors recommend for bytes that are not UTF-8.
 
     Raises:
         CorpusError: a source is missing, cannot be read, or holds too little text.
@@ -71,7 +73,7 @@ def fit_with_card(
     refuse_foreign(card_path, _is_own_card, remedy)
     refuse_foreign(path, _is_tokenizer, remedy)
     report = ReadReport()
-    documents = read_documents(sources, report, part_bytes=PART_BYTES, on_bytes=on_bytes)
+    documents = read_documents(sources, report, part_bytes=PART_BYTES, on_bytes=on_bytes, replace_option=replace_option)
     sampled = sample_corpus(documents, seed=seed, sample_chars=sample_chars, notice=notice)
     for line in report.lines():
         notice(line)

@@ -35,6 +35,7 @@ PREPARATION = 2
 
 # Shorter paragraphs ("Example:", "See also") recur in all prose and say nothing about text that was seen before.
 _PARAGRAPH_CHARACTERS = 60
+_REPLACE_OPTION = "errors: replace in that entry of data.sources"
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
 
 
@@ -77,7 +78,8 @@ def prepare(
         return _from_folder(manifest, config, notice)
     notice("reading and tokenizing the corpus")
     report = ReadReport()
-    return _prepare(read_documents(config.sources, report), report, config, notice, tokenizer, preparation)
+    documents = read_documents(config.sources, report, replace_option=_REPLACE_OPTION)
+    return _prepare(documents, report, config, notice, tokenizer, preparation)
 
 
 def prepare_documents(

@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psannlm.data.documents import json_text
-from psannlm.data.files import decoded
+from psannlm.data.documents import json_text, without_surrogates
+from psannlm.data.files import decoded, replaced
 from psannlm.data.lossless import LossMeter
 from psannlm.data.parts import HASH_BYTES, pack_origin, text_hash, unpack_origin
 from psannlm.data.segments import SEGMENT_BYTES, cut
 from psannlm.data.shards import token_dtype
 from psannlm.data.split import cut_place
-from psannlm.errors import CorpusError
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, HAS_TEXT, JSON_LINES, TEXT, WHOLE, Chunk, Section
 from psannlm.prep.piece import UNIT, Piece
-from psannlm.prep.settings import PrepSettings
-from psannlm.prep.walk import Cut, replaced
+from psannlm.prep.settings import REPLACE_ADVICE, REPLACE_OPTION, PrepSettings
+from psannlm.prep.walk import Cut
 from psannlm.tokenizers.base import Tokenizer
 
 # Libraries hold about a hundred bytes a token while they encode: groups are small, and leave as arrays.
@@ -43,6 +42,7 @@ class Facts:
     drops: dict[str, list[Any]] = field(default_factory=dict)
     byte_order_marks: int = 0
     replaced_bytes: int = 0
+    replaced_surrogates: int = 0
     replaced_in: list[tuple[int, int]] = field(default_factory=list)
     lost: list[tuple[int, int, str]] = field(default_factory=list)
     checked_bytes: int = 0
@@ -138,8 +138,18 @@ class ChunkEncoder:
                 for record, line in self._lines(content, section, name, facts):
                     text = line
                     if section.kind == JSON_LINES:
-                        text = json_text(line, self._settings.text_key, f"{name}:{record}")
+                        text = self._json(line, section.source, record, name, facts)
                     yield from self._document(text, section.source, record, name, facts)
+
+    def _json(self, line: str, source: int, record: int, name: str, facts: Facts) -> str:
+        where = f"{name}:{record}"
+        text = json_text(line, self._settings.text_key, where)
+        text, n_surrogates = without_surrogates(text, self._settings.errors, where, REPLACE_OPTION)
+        if n_surrogates:
+            facts.replaced_surrogates += n_surrogates
+            if len(facts.replaced_in) <= _NAMES_KEPT:
+                facts.replaced_in.append((source, record))
+        return text
 
     def _lines(self, content: memoryview, section: Section, name: str, facts: Facts) -> Iterator[tuple[int, str]]:
         """Yield (line number, text without its end) of the lines that are not blank; only \\n ends a line."""
@@ -157,7 +167,7 @@ class ChunkEncoder:
     def _decoded(self, content: memoryview, section: Section, name: str, facts: Facts) -> str:
         whole = bytes(content)
         if self._settings.errors == "strict":
-            text, has_mark = decoded(whole, name, section.offset)
+            text, has_mark = decoded(whole, name, section.offset, REPLACE_ADVICE)
         else:
             text = whole.decode("utf-8", "replace")
             if n_bytes := replaced(whole, text):
@@ -178,7 +188,7 @@ class ChunkEncoder:
         elif settings.max_chars is not None and len(text) > settings.max_chars:
             facts.drop(too_long(settings), source, record)
         else:
-            content = _encoded(text, name, record)
+            content = text.encode("utf-8")
             where = Section(TEXT, source, record, 0, len(content))
             if self._cut is not None and (self._cut.source, self._cut.record) == (source, record):
                 at = cut_place(content, settings.val_split)
@@ -186,17 +196,6 @@ class ChunkEncoder:
                 yield from _segments(content[at:], None, where, HALF)
             else:
                 yield from _segments(content, text, where)
-
-
-def _encoded(text: str, name: str, record: int) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        where = f"{name}:{record}" if record else name
-        raise CorpusError(
-            f"{where}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not Unicode "
-            "text; remove it"
-        ) from error
 
 
 def _segments(content: bytes, text: str | None, where: Section, half: int = 0) -> Iterator[tuple[str, Row]]:

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from psannlm.config.files import WORK_FOLDER
+from psannlm.data.documents import replaced_line
+from psannlm.data.files import JSON_LINES_SUFFIXES
 from psannlm.data.lossless import folder_warning, is_lossy, loss_warning
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, write_manifest
 from psannlm.data.parts import unpack_origin
@@ -173,9 +175,9 @@ def _plan(
         only = sources[0]
         # Whether a corpus is a single document, and how long its text is, is known at its end, but for the commonest
         # one: a plain file of text of which nothing is left out or replaced.
-        is_plain = only.kind not in (".jsonl", ".parquet") and not only.is_compressed
+        is_text = only.kind not in (*JSON_LINES_SUFFIXES, ".parquet")
         keeps_all = settings.errors == "strict" and settings.min_chars <= 1 and settings.max_chars is None
-        if only.n_bytes and is_plain and keeps_all:
+        if only.n_bytes and is_text and keeps_all and not only.is_compressed:
             cut = Cut(0, 0, None)
     total = None if any(source.n_bytes is None for source in sources) else _known_bytes(sources, range(len(sources)))
     chunk_bytes = chunk_bytes or chunk_bytes_for(total)
@@ -348,10 +350,10 @@ class _Preparation:
             self._reporter.notice(line)
         if n_marks := surveyor.byte_order_marks + walk.byte_order_marks:
             self._reporter.notice(f"took off {n_marks:,} byte order marks")
-        if n_bytes := surveyor.replaced_bytes + walk.replaced.n_bytes:
-            names = [*surveyor.replaced_in, *walk.replaced.names]
-            more = ", ..." if len(names) >= 5 else ""
-            self._reporter.notice(f"put U+FFFD for {n_bytes:,} bytes that are not UTF-8 ({', '.join(names[:5])}{more})")
+        n_bytes = surveyor.replaced_bytes + walk.replaced.n_bytes
+        names = [*surveyor.replaced_in, *walk.replaced.names]
+        if said := replaced_line(n_bytes, surveyor.replaced_surrogates, names):
+            self._reporter.notice(said)
         if surveyor.lost is not None:
             self._reporter.notice(loss_warning(*surveyor.lost))
 

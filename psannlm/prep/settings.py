@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from psannlm.data.files import STDIN
 from psannlm.data.manifest import PrepSettings as ManifestSettings
 from psannlm.errors import ConfigError, Problem, nearest
 
 ERROR_MODES = ("strict", "replace")
 FORMATS = ("txt", "jsonl")
-STDIN = "-"
 SHARD_TOKENS = 100_000_000
+# What errors recommend for bytes that are not UTF-8.
+REPLACE_OPTION = "--errors replace"
+REPLACE_ADVICE = f"; {REPLACE_OPTION} puts U+FFFD in their place"
+
+__all__ = ["ERROR_MODES", "FORMATS", "REPLACE_ADVICE", "REPLACE_OPTION", "SHARD_TOKENS", "STDIN", "PrepSettings"]
 
 
 @dataclass(frozen=True)

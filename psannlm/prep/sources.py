@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from psannlm.data.files import file_stamp, find_all, split_suffix
+from psannlm.data.files import file_stamp, find_all, is_compressed, split_suffix
 from psannlm.errors import ConfigError, CorpusError
 from psannlm.prep.settings import STDIN
 
@@ -24,13 +24,13 @@ class SourceFile:
 
     @property
     def kind(self) -> str:
-        """``.txt``, ``.jsonl``, ``.parquet``, or any other ending, which is read as plain text."""
+        """``.txt``, ``.jsonl``, ``.ndjson``, ``.parquet``, or any other ending, which is read as plain text."""
         return split_suffix(self.path)[0]
 
     @property
     def is_compressed(self) -> bool:
-        """Whether the bytes of its text are others than those that are stored."""
-        return bool(split_suffix(self.path)[1])
+        """Whether the bytes of its text are others than those that are stored, whatever the file is called."""
+        return is_compressed(self.path)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the file as it stands in a plan."""

@@ -199,6 +199,7 @@ class Surveyor:
         self.drops = drops
         self.byte_order_marks = 0
         self.replaced_bytes = 0
+        self.replaced_surrogates = 0
         self.replaced_in: list[str] = []
         self.meter = LossMeter()
         self.lost: tuple[str, str] | None = None  # of the first document that the tokenizer does not give back
@@ -278,8 +279,9 @@ class Surveyor:
             self.drops.merge(reason, count, [self._name(source, record) for source, record in where])
         self.byte_order_marks += facts["byte_order_marks"]
         self.replaced_bytes += facts["replaced_bytes"]
+        self.replaced_surrogates += facts.get("replaced_surrogates", 0)  # a piece of an earlier version has none
         self.replaced_in += [self._name(source, record) for source, record in facts["replaced_in"]]
-        del self.replaced_in[5:]
+        del self.replaced_in[6:]
         # Pieces of an earlier version did not count what they checked.
         self.meter.checked_bytes += facts.get("checked_bytes", 0)
         self.meter.lost_bytes += facts.get("lost_bytes", len(facts["lost"]))

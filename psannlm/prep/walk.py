@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, BinaryIO
 
-from psannlm.data.documents import parquet_texts
-from psannlm.data.files import decoded, opened
+from psannlm.data.files import JSON_LINES_SUFFIXES, REPLACEMENT, STDIN, decoded, opened, replaced
+from psannlm.data.parquet import parquet_texts
 from psannlm.data.parts import HASH_BYTES
 from psannlm.data.segments import SEGMENT_BYTES, cut_stream
 from psannlm.data.split import cut_blocks
 from psannlm.errors import CorpusError
+from psannlm.limits import MAX_LINE_BYTES
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, JSON_LINES, LINES, TEXT, Section
-from psannlm.prep.settings import STDIN, PrepSettings
+from psannlm.prep.settings import REPLACE_ADVICE, REPLACE_OPTION, PrepSettings
 from psannlm.prep.sources import Drops, SourceFile, refuse_changed
 
-LONGEST_JSON_LINE_BYTES = 32 << 20
+LONGEST_JSON_LINE_BYTES = MAX_LINE_BYTES
 _MARK = codecs.BOM_UTF8
-_REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,6 @@ class Replaced:
 
     n_bytes: int = 0
     names: list[str] = field(default_factory=list)
-
-
-def replaced(content: bytes | memoryview, text: str) -> int:
-    """Return how many bytes of ``content`` are not UTF-8, given its text with U+FFFD in their place."""
-    # EF begins a character wherever it stands, so each EF BF BD of the content is one U+FFFD of the author's own.
-    inserted = text.count(_REPLACEMENT) - bytes(content).count(_REPLACEMENT.encode())
-    return len(content) - (len(text.encode("utf-8")) - len(_REPLACEMENT.encode()) * inserted)
 
 
 class Walk:
@@ -97,8 +88,10 @@ class Walk:
             elif source.kind == ".parquet":
                 yield from self._rows(index, source.path)
             else:
-                with _opened(source.path, self._seen) as file:
-                    if source.kind == ".jsonl" or (source.path == STDIN and self._settings.stdin_format == "jsonl"):
+                with opened(source.path, self._seen) as file:
+                    if source.kind in JSON_LINES_SUFFIXES or (
+                        source.path == STDIN and self._settings.stdin_format == "jsonl"
+                    ):
                         yield from self._lines(index, file, JSON_LINES)
                     elif self._settings.per_line:
                         yield from self._lines(index, file, LINES)
@@ -117,7 +110,12 @@ class Walk:
         """A column is read from here and there in the file, so its bytes are hashed in a reading of their own."""
         with opened(path, self._seen):
             pass
-        for row, text in parquet_texts(path, self._settings.text_key):
+        for row, text, n_replaced in parquet_texts(
+            path, self._settings.text_key, self._settings.errors, REPLACE_OPTION
+        ):
+            if n_replaced:
+                self.replaced.n_bytes += n_replaced
+                self.replaced.names.append(f"{path}:{row}")
             content = text.encode("utf-8")
             if len(content) <= SEGMENT_BYTES:
                 yield Section(TEXT, index, row, 0, len(content)), content
@@ -135,28 +133,29 @@ class Walk:
             yield from self._long(index, 0, self._checked(index, 0, chain([content], rest), 0), n_stored)
 
     def _lines(self, index: int, file: BinaryIO, kind: str) -> Iterator[tuple[Section, bytes]]:
-        held = b""
+        held = bytearray()
         record, offset = 1, 0  # of the line that ``held`` begins with
         while block := _read_full(file, self._chunk_bytes):
+            n_before = len(held)
             held += block
-            end = held.rfind(b"\n") + 1
+            end = held.rfind(b"\n", n_before) + 1
             if end:
-                yield Section(kind, index, record, offset, end), held[:end]
+                yield Section(kind, index, record, offset, end), bytes(held[:end])
                 record += held.count(b"\n", 0, end)
                 offset += end
-                held = held[end:]
+                del held[:end]
             elif kind == LINES and len(held) > SEGMENT_BYTES:
-                line = _Line(held, file)
+                line = _Line(bytes(held), file)
                 blocks = self._checked(index, record, line, offset)
                 yield from self._long(index, record, blocks)
-                record, offset, held = record + 1, offset + line.n_bytes, line.rest
+                record, offset, held = record + 1, offset + line.n_bytes, bytearray(line.rest)
             elif len(held) > LONGEST_JSON_LINE_BYTES:
                 raise CorpusError(
                     f"{self._sources[index].path}:{record}: a line of more than {LONGEST_JSON_LINE_BYTES >> 20} MiB; "
                     "JSON is read a whole line at a time: save so long a text as a .txt file"
                 )
         if held:
-            yield Section(kind, index, record, offset, len(held)), held
+            yield Section(kind, index, record, offset, len(held)), bytes(held)
 
     def _checked(self, index: int, record: int, blocks: Iterable[bytes], offset: int) -> Iterator[bytes]:
         """Yield the bytes as valid UTF-8, broken between characters; ``offset`` is where they begin in their file."""
@@ -172,11 +171,11 @@ class Walk:
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError:
-                decoded(content, path, offset)
+                decoded(content, path, offset, REPLACE_ADVICE)
                 raise
             valid = content[: len(content) - len(decoder.getstate()[0])]
             offset += len(valid)
-            if _REPLACEMENT in text and (n_bytes := replaced(valid, text)):
+            if REPLACEMENT in text and (n_bytes := replaced(valid, text)):
                 self.replaced.n_bytes += n_bytes
                 self.replaced.names.append(f"{path}:{record}" if record else path)
                 valid = text.encode("utf-8")
@@ -248,24 +247,3 @@ def _read_full(file: BinaryIO, n_bytes: int) -> bytes:
     while len(content) < n_bytes and (block := file.read(n_bytes - len(content))):
         content += block
     return content
-
-
-@contextmanager
-def _opened(path: str, seen: Callable[[memoryview], object]) -> Iterator[BinaryIO]:
-    if path == STDIN:
-        yield _Input(seen)  # type: ignore[misc]
-    else:
-        with opened(path, seen) as file:
-            yield file
-
-
-class _Input:
-    """Standard input, in blocks that are full but for the last, however its pipe is filled."""
-
-    def __init__(self, seen: Callable[[memoryview], object]) -> None:
-        self._seen = seen
-
-    def read(self, n_bytes: int) -> bytes:
-        content = sys.stdin.buffer.read(n_bytes)
-        self._seen(memoryview(content))
-        return content

@@ -111,7 +111,7 @@ def refuse_surrogates(text: str, name: str = "") -> None:
     except UnicodeEncodeError as error:
         message = (
             f"{name}{': ' if name else ''}lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: "
-            "not Unicode text. Read the file as UTF-8 with errors='replace', or remove the character."
+            "not Unicode text; remove the character, or put U+FFFD in its place"
         )
         raise TokenizerError(message) from error
 

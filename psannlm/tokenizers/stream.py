@@ -14,18 +14,34 @@ from typing import Any
 from psannlm.errors import PsannlmError, TokenizerError, nearest
 from psannlm.tokenizers.base import Tokenizer
 
+_MARK = b"\xef\xbb\xbf"
 _IDS_KEY = "ids"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN_ID = re.compile(r"(?:\S*:)?([0-9]+)\Z")
 
 
-def text_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
-    """Yield lines of bytes as text. Raises TokenizerError, naming ``name``, line and byte, for what is not UTF-8."""
+def text_lines(lines: Iterable[bytes], name: str, errors: str = "strict") -> Iterator[str]:
+    """Yield lines of bytes as text, a byte order mark before the first taken off.
+
+    ``errors`` ``replace`` puts U+FFFD for bytes that are not UTF-8.
+
+    Raises:
+        TokenizerError: bytes are not UTF-8; names ``name``, line and byte.
+    """
     for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(_MARK)
+        if errors == "replace":
+            yield line.decode("utf-8", "replace")
+            continue
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
             byte = line[error.start]
-            message = f"{name}: line {number}: byte {error.start + 1} is 0x{byte:02X}, which is not UTF-8; convert it"
+            message = (
+                f"{name}: line {number}: byte {error.start + 1} is 0x{byte:02X}, which is not UTF-8; convert it, or "
+                "use --errors replace, which puts U+FFFD in its place"
+            )
             raise TokenizerError(message) from error
 
 
@@ -58,13 +74,17 @@ def encoded_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[list[i
         yield _named(number, lambda line=line: tokenizer.encode(line))  # type: ignore[misc]
 
 
-def encoded_json(tokenizer: Tokenizer, lines: Iterable[str], text_key: str = "text") -> Iterator[str]:
+def encoded_json(
+    tokenizer: Tokenizer, lines: Iterable[str], text_key: str = "text", errors: str = "strict"
+) -> Iterator[str]:
     """Yield each line ``{"text": ...}`` as ``{"ids": [...]}``; other keys and their order stay, blank lines go.
 
+    ``errors`` ``replace`` puts U+FFFD for lone surrogates.
+
     Raises:
-        TokenizerError: a line is no such object; it is named by its number.
+        TokenizerError: a line is no such object, or its text no Unicode text; it is named by its number.
     """
-    return _converted(lines, text_key, _IDS_KEY, lambda text: tokenizer.encode(_text(text, text_key)))
+    return _converted(lines, text_key, _IDS_KEY, lambda text: tokenizer.encode(_text(text, text_key, errors)))
 
 
 def decoded_json(tokenizer: Tokenizer, lines: Iterable[str], text_key: str = "text") -> Iterator[str]:
@@ -97,17 +117,21 @@ def _convert(line: str, old: str, new: str, convert: Callable[[Any], Any]) -> st
     except ValueError as error:
         raise TokenizerError("holds a number that JSON has no form for (NaN or Infinity)") from error
     # A lone surrogate under another key is none of our business, and has a form in ASCII only.
-    return out if out.isascii() or not _has_surrogate(out) else json.dumps(changed, allow_nan=False)
+    return out if out.isascii() or _SURROGATE.search(out) is None else json.dumps(changed, allow_nan=False)
 
 
-def _has_surrogate(text: str) -> bool:
-    return re.search("[\ud800-\udfff]", text) is not None
-
-
-def _text(value: Any, key: str) -> str:
+def _text(value: Any, key: str, errors: str) -> str:
     if not isinstance(value, str):
         raise TokenizerError(f"'{key}' must hold a string, not {json.dumps(value)[:40]}")
-    return value
+    found = None if value.isascii() else _SURROGATE.search(value)
+    if found is None:
+        return value
+    if errors == "replace":
+        return _SURROGATE.sub("\ufffd", value)
+    raise TokenizerError(
+        f"lone surrogate U+{ord(found[0]):04X} at character {found.start()}, which is not Unicode text; remove it, or "
+        "use --errors replace, which puts U+FFFD in its place"
+    )
 
 
 def _ids(value: Any) -> list[int]:

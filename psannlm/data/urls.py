@@ -1,0 +1,88 @@
+"""The URLs that may name a corpus: one list of protocols, and none that wraps another.
+
+fsspec knows dozens of protocols, some of which run what a file says (``reference``), write copies (``filecache``) or
+wrap others (``zip::https://``). A configuration of a stranger must not reach them by what it calls a file.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import os
+import re
+from typing import Any
+from urllib.parse import unquote
+
+from psannlm.errors import CorpusError
+
+# Named in SECURITY.md. ``file`` is read without fsspec; ``memory`` holds what this very process put there.
+PROTOCOLS = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory")
+# Two letters at least: C:/ is a drive.
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(?:://|:(?=/)|::)")
+_ADDRESS = re.compile(r"https?://\[[0-9A-Fa-f:.]+\]", re.IGNORECASE)
+
+
+def protocol_of(path: str) -> str | None:
+    """Return the protocol, in small letters, of what is written as a URL and is no path that exists; else None.
+
+    ``memory:/x`` and ``simplecache::x`` count, so that they are refused as what they are meant to be.
+    """
+    found = _URL.match(path)
+    if found is None or os.path.lexists(path) or ("://" not in path and glob.has_magic(path) and glob.glob(path)):
+        return None
+    return found[1].lower()
+
+
+def refusal(url: str) -> str | None:
+    """Return why something for which :func:`protocol_of` gave a protocol may not be read, or None."""
+    protocol = protocol_of(url)
+    if protocol not in PROTOCOLS:
+        known = ", ".join(f"{each}://" for each in PROTOCOLS)
+        return f"{url}: URLs of the protocol '{protocol}' are not read; known are {known}. Copy it to a file first"
+    if "::" in _ADDRESS.sub("", url) and not (protocol == "file" and local_path(url) is not None):
+        return f"{url}: URLs that are chained with '::' are not read; copy what it names to a file first"
+    if protocol != "file" and "://" not in url:
+        return f"{url}: a URL has two slashes, {protocol}://; write {protocol}:/{url[len(protocol) + 1 :]}"
+    return None
+
+
+def local_path(url: str) -> str | None:
+    """Return the path that a ``file:`` URL names, taken as it is written where that exists, else with ``%20`` decoded.
+
+    None for a URL that names another machine, or no path.
+    """
+    rest = url[len("file:") :]
+    if rest.startswith("//"):
+        host, slash, path = rest[2:].partition("/")
+        if host.lower() in ("", "localhost"):
+            rest = slash + path
+        elif os.path.lexists(rest[2:]):
+            rest = rest[2:]  # file://folder/a.txt, meant as a relative path
+        else:
+            return None
+    elif not rest.startswith("/"):
+        return None
+    decoded = unquote(rest)
+    return decoded if decoded != rest and _exists(decoded) and not _exists(rest) else rest
+
+
+def _exists(path: str) -> bool:
+    """Whether a path exists, or a glob matches."""
+    return os.path.lexists(path) or (glob.has_magic(path) and next(glob.iglob(path), None) is not None)
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """Return (file system, path in it) of a remote URL that :func:`refusal` lets pass.
+
+    fsspec's own look-up would split the URL at ``::`` and hand its parts to other protocols.
+
+    Raises:
+        CorpusError: the URL is refused.
+    """
+    if problem := refusal(url):
+        raise CorpusError(problem)
+    registry: Any = importlib.import_module("fsspec.registry")
+    protocol = protocol_of(url)
+    url = f"{protocol}{url[len(protocol or '') :]}"
+    kind = registry.get_filesystem_class(protocol)
+    return kind(**kind._get_kwargs_from_urls(url)), kind._strip_protocol(url)
