@@ -42,7 +42,7 @@ def refusal(url: str) -> str | None:
     if "::" in _ADDRESS.sub("", url) and not (protocol == "file" and local_path(url) is not None):
         return f"{url}: URLs that are chained with '::' are not read; copy what it names to a file first"
     if protocol != "file" and "://" not in url:
-        return f"{url}: a URL has two slashes, {protocol}://; write {protocol}:/{url[len(protocol) + 1 :]}"
+        return f"{url}: no such file or folder; a URL would begin with {protocol}://"
     return None
 
 

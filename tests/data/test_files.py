@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
+import re
 import socket
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
-from psannlm.data.files import decoded, find_files, opened, read_text, split_suffix
+from psannlm.data.files import decoded, find_files, is_remote, opened, read_lines, read_text, split_suffix
+from psannlm.data.urls import PROTOCOLS
 from psannlm.errors import CorpusError
 
 
@@ -208,3 +213,173 @@ def test_suffixes_are_read_in_any_case() -> None:
     assert split_suffix("x/A.TXT.GZ") == (".txt", ".gz")
     assert split_suffix("x.d/a") == ("", "")
     assert split_suffix("a.jsonl") == (".jsonl", "")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a", "a.txt.zst", "a.txt.gz"])
+@pytest.mark.parametrize("packer", ["gzip", "zstandard"])
+def test_compressed_files_are_read_under_any_name(tmp_path: Path, name: str, packer: str) -> None:
+    module = pytest.importorskip(packer)
+    (tmp_path / name).write_bytes(module.compress("wåves\n".encode()))
+    assert read_text(str(tmp_path / name)) == ("wåves\n", False)
+
+
+def test_plain_text_under_a_compressed_name_is_to_be_renamed(tmp_path: Path) -> None:
+    for name in ("a.txt.gz", "a.txt.zst"):
+        (tmp_path / name).write_text("plain text")
+        with pytest.raises(CorpusError, match=rf"{name}: damaged or cut short .*if it is plain text, rename it"):
+            read_text(str(tmp_path / name))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(gzip.compress(b"text")))
+    with pytest.raises(CorpusError, match="compressed twice"):
+        read_text(str(tmp_path / "b.txt.gz"))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"\x89PNG\r\n\x1a\n\0\0\0\r"))
+    with pytest.raises(CorpusError, match="decompressed, is a PNG image"):
+        read_text(str(tmp_path / "c.txt.gz"))
+
+
+def test_every_stored_byte_is_shown_once_in_order(tmp_path: Path) -> None:
+    for number, content in enumerate((b"text " * 5000, gzip.compress(os.urandom(50_000).hex().encode()), b"")):
+        path = tmp_path / f"{number}.txt"
+        path.write_bytes(content)
+        shown = bytearray()
+        with opened(str(path), shown.extend) as file:
+            file.read(10)
+        assert bytes(shown) == content
+
+
+def test_a_line_longer_than_may_be_held_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psannlm.data.files.MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"fine\n" + b"x" * (1 << 20) + b"\n"))
+    with pytest.raises(CorpusError, match=r"a\.txt\.gz:2: a line of more than 1 MiB"):
+        list(read_lines(str(path)))
+    path.write_bytes(gzip.compress(b"fine\n" + b"x" * ((1 << 20) - 1) + b"\n"))
+    assert [len(line) for line in read_lines(str(path))] == [5, 1 << 20]
+
+
+def test_a_text_longer_than_may_be_held_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psannlm.data.files.max_document_bytes", lambda: 3 << 20)
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"waves\n" * (10 << 20), 1))
+    tracemalloc.start()
+    with pytest.raises(CorpusError, match=r"a\.txt\.gz: one document of more than 3,145,728 bytes.*psannlm prep"):
+        read_text(str(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+def test_memory_that_runs_out_is_blamed_on_the_file(tmp_path: Path) -> None:
+    make(tmp_path, "a.txt")
+    with pytest.raises(CorpusError, match=r"a\.txt: memory ran out"), opened(str(tmp_path / "a.txt")):
+        raise MemoryError
+
+
+SET = "set [2013] a?b*{c} 100%"
+
+
+def test_names_with_brackets_are_read_where_they_exist(tmp_path: Path) -> None:
+    make(tmp_path, f"{SET}/a.txt", f"{SET}/b.txt", "set 2/c.txt")
+    for pattern in (f"{tmp_path}/{SET}", f"{tmp_path}/{SET}/*.txt", f"{tmp_path}/{SET}/[ab].txt"):
+        for url in (pattern, f"file://{pattern}", f"file:{pattern}", f"file://localhost{pattern}"):
+            files, problems, _ = found(url)
+            assert [Path(file).name for file in files] == ["a.txt", "b.txt"], problems
+    # Brackets are a pattern where nothing is called so.
+    assert [Path(file).name for file in found(f"file://{tmp_path}/set [2]/*.txt")[0]] == ["c.txt"]
+    quoted = f"file://{tmp_path}/" + quote(SET)
+    assert found(quoted)[0] == found(f"{tmp_path}/{SET}")[0]
+
+
+def test_what_a_url_does_not_find_is_missing(tmp_path: Path) -> None:
+    make(tmp_path, "a/b.md")
+    for url, said in ((f"file://{tmp_path}/no", "no such file"), (f"file://{tmp_path}/a", "no text in this folder")):
+        (problem,) = found(url)[1]
+        assert said in problem
+        assert str(tmp_path) in problem
+    assert "names another machine" in found("file://elsewhere/a.txt")[1][0]
+
+
+def test_names_in_a_remote_store_are_read_where_they_exist() -> None:
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    memory.pipe("/names/set [2013]/a.txt", b"text")
+    for url in ("memory://names/set [2013]", "memory://names/set [2013]/a.txt", "memory://names/set*/*.txt"):
+        assert found(url)[0] == ["memory:///names/set [2013]/a.txt"]
+    assert "memory://names/x: no such file" in found("memory://names/x")[1][0]
+    assert "memory://names/*.jsonl: nothing matches" in found("memory://names/*.jsonl")[1][0]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "reference://::file:///tmp/a.json",
+        "reference://x",
+        "memory:/x",
+        "memory::file:///tmp/a.txt",
+        "filecache::s3://bucket/a.txt",
+        "simplecache::https://host/a.txt",
+        "github://owner:name@main/a.txt",
+        "github:/x",
+        "ftp://host/a.txt",
+        "FTP://host/a.txt",
+        "zip://a.txt::file:///tmp/a.zip",
+        "https://host/a.zip::memory://x",
+        "s3://bucket/a::b",
+        "local:///tmp",
+        "data:,x://",
+        "dir::file:///tmp",
+        "ssh://host/a.txt",
+        "file::x",
+    ],
+)
+def test_protocols_that_are_not_listed_are_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = pytest.importorskip("fsspec.registry")
+    monkeypatch.setattr(registry, "get_filesystem_class", lambda protocol: pytest.fail(f"{protocol} was opened"))
+    files, (problem,), _ = found(url)
+    assert not files
+    assert url in problem
+    with pytest.raises(CorpusError):
+        read_text(url)
+
+
+def test_paths_that_look_like_urls_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a::b.txt", "memory:/c.txt")
+    monkeypatch.chdir(tmp_path)
+    for path in ("a::b.txt", "memory:/c.txt", f"file://{tmp_path}/a::b.txt"):
+        assert [os.path.basename(file) for file in found(path)[0]] == [os.path.basename(path)]
+    assert found("a::*.txt")[0] == ["a::b.txt"]
+    assert not is_remote("a::b.txt")
+
+
+def test_the_protocols_are_those_that_are_documented() -> None:
+    text = Path(__file__).parents[2].joinpath("SECURITY.md").read_text(encoding="utf-8")
+    listed = text.partition("of no others: ")[2].partition("(")[0]
+    assert re.findall(r"`(\w+)`", listed) == list(PROTOCOLS)
+    assert split_suffix("https://host/a.txt.gz?download=1#x") == (".txt", ".gz")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xef\xbb\xbfone\r\ntwo", None),
+        (gzip.compress(b"one\r\ntwo"), None),
+        ("one\ntwo".encode("utf-16"), "is UTF-16, not UTF-8"),
+        ("one\ntwo".encode("utf-16-le"), "is UTF-16LE, not UTF-8"),
+        (b"one\ntw\xe9", "byte 6 is 0xE9, which is not UTF-8"),
+        (b"\x7fELF" + bytes(100), "is an ELF program"),
+    ],
+)
+def test_standard_input_is_read_like_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, said: str | None
+) -> None:
+    path = tmp_path / "FILE"
+    path.write_bytes(content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    outcomes: list[object] = []
+    for name in (str(path), "-"):
+        if said is None:
+            outcomes.append(list(read_lines(name)))
+        else:
+            with pytest.raises(CorpusError, match=said) as raised:
+                list(read_lines(name))
+            outcomes.append(str(raised.value).replace(str(path), "stdin"))
+    assert outcomes[0] == outcomes[1]
+    assert said is not None or outcomes[0] == ["one\r\n", "two"]
