@@ -270,3 +270,60 @@ def test_every_stored_byte_is_told_of_once(tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert told[-1] == (size, size)
     assert told == sorted(told)
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.ndjson.gz", "A.NDJSON"])
+def test_ndjson_is_json_lines(tmp_path: Path, name: str) -> None:
+    content = b'{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    for path in (tmp_path, tmp_path / name):
+        assert texts(read(path)[0]) == ["one", "two"]
+
+
+def test_a_lone_surrogate_is_replaced_on_request_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine \\ud83d\\ude00"}\n{"text": "a \\ud83d b \\ude00\\ud83d"}\n')
+    documents, report = read(path, errors="replace")
+    assert texts(documents) == ["fine 😀", "a \ufffd b \ufffd\ufffd"]
+    assert report.replaced_surrogates == 3
+    assert f"put U+FFFD for 3 lone surrogates ({path}:2)" in report.lines()
+    option = "errors: replace in that entry"
+    with pytest.raises(CorpusError, match=rf"a\.jsonl:2: lone surrogate U\+D83D at character 2.* {option}"):
+        list(read_documents([PathSource(path=str(path))], replace_option=option))
+
+
+@pytest.mark.parametrize(("per_line", "name"), [(False, "a.txt"), (True, "a.txt:2")])
+def test_bytes_that_are_not_utf8_are_replaced_on_request(tmp_path: Path, per_line: bool, name: str) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffmarée\n".encode() + b"caf\xe9 \xff\xff\n")
+    documents, report = read(tmp_path / "a.txt", per_line=per_line, errors="replace")
+    assert "".join(texts(documents)).replace("\n", "") == "maréecaf\ufffd \ufffd\ufffd"
+    assert (report.replaced_bytes, report.byte_order_marks) == (3, 1)
+    assert f"put U+FFFD for 3 bytes that are not UTF-8 ({tmp_path / name})" in report.lines()
+    with pytest.raises(CorpusError, match=r"0xE9, which is not UTF-8.*; this option puts U\+FFFD in their place"):
+        list(read_documents([PathSource(path=str(tmp_path / "a.txt"))], replace_option="this option"))
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "meta": {"text": "other"}, "t": "\\"text\\""}\n{"text": "one", "text": "two"}\n')
+    with pytest.raises(CorpusError, match=r"a\.jsonl:2: the key 'text' occurs more than once"):
+        read(path)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("a.jsonl.gz", {}), ("a.txt.gz", {"per_line": True})])
+def test_a_line_without_end_is_refused_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, object]
+) -> None:
+    monkeypatch.setattr("psannlm.data.files.MAX_LINE_BYTES", 1 << 16)
+    (tmp_path / name).write_bytes(gzip.compress(b'{"text": "fine"}\n{"text": "' + b"x" * (1 << 22), 1))
+    with pytest.raises(CorpusError, match=rf"{name}:2: a line of more than"):
+        read(tmp_path / name, **settings)
+
+
+def test_a_corpus_that_memory_cannot_hold_is_sent_to_prep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psannlm.data.documents.max_held_bytes", lambda: 1000)
+    (tmp_path / "a.txt").write_text("0123456789\n" * 1000)
+    sources = [PathSource(path=str(tmp_path / "a.txt"), per_line=True)]
+    with pytest.raises(CorpusError, match=r"a\.txt:101: .*more than 1,000 bytes.*psannlm prep"):
+        list(read_documents(sources))
+    assert len(list(read_documents(sources, part_bytes=1 << 10))) == 1000
