@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import shutil
 from pathlib import Path
@@ -70,6 +72,29 @@ def test_prompts_of_a_file_give_what_each_gives_alone(psannlm, in_trained: Path,
     alone = [json.loads(psannlm("generate", "--prompt", p, *sampled).out)["completions"][0] for p in prompts]
     assert [row["prompt"] for row in together] == prompts
     assert together == alone
+
+
+def test_prompts_come_alike_from_files_and_standard_input(
+    psannlm, in_trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "prompts.txt"
+    for given, code, said in (
+        (b"\xef\xbb\xbfThe\r\n\nSay\n", 0, ""),
+        ("The\n".encode("utf-16"), 2, "is UTF-16, not UTF-8"),
+        (b"The\nt\xefde\n", 2, "byte 5 is 0xEF, which is not UTF-8"),
+    ):
+        path.write_bytes(given)
+        for name in (str(path), "-"):
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+            done = psannlm("generate", "--prompts-file", name, "--max-new-tokens", "1", "--json")
+            assert done.code == code, done.err
+            assert said in done.err
+            if not code:
+                assert [row["prompt"] for row in json.loads(done.out)["completions"]] == ["The", "Say"]
+    monkeypatch.setattr("psannlm.data.files.MAX_LINE_BYTES", 1 << 10)
+    path.write_bytes(gzip.compress(b"The\n" + b"x" * 5000))
+    refused = psannlm("generate", "--prompts-file", str(path))
+    assert (refused.code, "prompts.txt:2: a line of more than" in refused.err) == (2, True)
 
 
 def test_no_prompt_is_wrong_usage(psannlm, in_trained: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import shlex
 import subprocess
@@ -171,3 +172,51 @@ def test_a_compressed_file_is_unpacked_and_comes_back(psannlm, project: Path, su
     missing = psannlm(*model, f"other.txt{suffix}")
     assert missing.code == 2
     assert f"other.txt{suffix}" in missing.err
+
+
+def test_files_and_standard_input_are_read_alike(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    psannlm("tokenize", "corpus.txt", "--backend", "simple", "--vocab-size", "300", "--out", "t.json")
+    mark = b"\xef\xbb\xbf"
+    for option, content in (("--ids", b"a\nb\n"), ("--decode", b"101 102\n103\n"), ("--jsonl", b'{"text": "a"}\n')):
+        answers = set()
+        for given in (content, mark + content, gzip.compress(content)):
+            Path("given").write_bytes(given)
+            for source in (["--file", "given"], ["--file", "-"], ["--stdin"]):
+                monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+                done = psannlm("tokenize", "--model", "t.json", option, *source)
+                assert done.code == 0, done.err
+                answers.add(done.out)
+        assert len(answers) == 1
+        for given, said in ((content.decode().encode("utf-16"), "UTF-16"), (bytes(99), "binary data")):
+            Path("given").write_bytes(given)
+            for source in ("given", "-"):
+                monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+                done = psannlm("tokenize", "--model", "t.json", option, "--file", source)
+                assert done.code == 2
+                assert f"is {said}" in done.err
+
+
+def test_errors_are_replaced_with_the_option_that_is_named(psannlm, project: Path) -> None:
+    psannlm("tokenize", "corpus.txt", "--backend", "simple", "--vocab-size", "300", "--out", "t.json")
+    Path("bad.txt").write_bytes(b"caf\xe9\n")
+    Path("bad.jsonl").write_text('{"text": "a \\ud83d"}\n{"text": "two"}\n')
+    for arguments in (
+        ["bad.jsonl", "--backend", "simple", "--vocab-size", "300", "--out", "u.json"],
+        ["--model", "t.json", "--file", "bad.txt", "--ids"],
+        ["--model", "t.json", "--file", "bad.jsonl", "--jsonl"],
+    ):
+        refused = psannlm("tokenize", *arguments)
+        assert refused.code in (1, 2)
+        assert "--errors replace" in refused.err
+        assert psannlm("tokenize", *arguments, "--errors", "replace").code == 0
+
+
+def test_a_line_without_end_is_refused_by_its_number(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    psannlm("tokenize", "corpus.txt", "--backend", "simple", "--vocab-size", "300", "--out", "t.json")
+    monkeypatch.setattr("psannlm.data.files.MAX_LINE_BYTES", 1 << 16)
+    Path("a.txt.gz").write_bytes(gzip.compress(b"fine\n" + b"x" * (1 << 20)))
+    for arguments in (["a.txt.gz", "--per-line", "--out", "u"], ["--model", "t.json", "--file", "a.txt.gz", "--ids"]):
+        refused = psannlm("tokenize", *arguments)
+        assert refused.code == 2
+        assert "a.txt.gz:2: a line of more than" in refused.err
+        assert "batch_tokens" not in refused.err

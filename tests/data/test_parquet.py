@@ -115,7 +115,9 @@ def test_few_rows_are_read_at_once_where_they_share_a_long_value(tmp_path: Path)
 @pytest.mark.parametrize("is_dictionary", [False, True])
 def test_pages_are_walked_to_the_last(tmp_path: Path, is_dictionary: bool) -> None:
     rows = [f"{i} " + "word " * 100 for i in range(5000)]
-    path = written(tmp_path, rows, data_page_size=10_000, row_group_size=2000, use_dictionary=is_dictionary)
+    path = written(
+        tmp_path, rows, data_page_size=5_000, write_batch_size=10, row_group_size=2000, use_dictionary=is_dictionary
+    )
     metadata = pq.read_metadata(path)
     with open(path, "rb") as file:
         for group in range(metadata.num_row_groups):

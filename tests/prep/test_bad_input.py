@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import resource
@@ -77,6 +78,58 @@ def test_the_first_of_several_faults_is_told(prepare: Prepare, tmp_path: Path) -
     for n_workers in (1, 3, 3):
         with pytest.raises(CorpusError, match=r"03\.jsonl:41: not JSON"):
             prepare(tmp_path / "*.jsonl", n_workers=n_workers, chunk_bytes=600)
+
+
+def test_surrogates_and_bytes_of_tables_are_replaced_and_counted(
+    prepare: Prepare, tokenizer_path: Path, tmp_path: Path, documents_in: DocumentsIn
+) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "a.ndjson").write_text('{"text": "fine"}\n{"text": "a \\ud83d b\\ude00"}\n')
+    column = arrow.array([b"one", b"caf\xe9"], arrow.binary()).view(arrow.string())
+    parquet.write_table(arrow.table({"text": column}), tmp_path / "b.parquet")
+    notices: list[str] = []
+
+    class Reporter(prep_run.SilentPrepReporter):
+        def notice(self, text: str) -> None:
+            notices.append(text)
+
+    settings = prep_run.PrepSettings(errors="replace", val_split=0)
+    sources = [str(tmp_path / name) for name in ("a.ndjson", "b.parquet")]
+    prep_run.prepare_corpus(sources, tokenizer_path, tmp_path / "out", settings, n_workers=1, reporter=Reporter())
+    texts = [text for text, *_ in documents_in(tmp_path / "out")]
+    assert texts == ["fine", "a \ufffd b\ufffd", "one", "caf\ufffd"]
+    (said,) = (line for line in notices if "U+FFFD" in line)
+    assert "for 1 bytes that are not UTF-8 and 2 lone surrogates" in said
+    assert "a.ndjson:2, " in said
+    assert "b.parquet:2" in said
+    for source, place in (("a.ndjson", r"a\.ndjson:2: lone"), ("b.parquet", r"b\.parquet: row 2: byte 3")):
+        with pytest.raises(CorpusError, match=rf"{place}.*--errors replace"):
+            prepare(tmp_path / source, name="strict")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_one_compressed_document_is_cut_by_its_text(
+    prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, name: str
+) -> None:
+    """Under any name: the stored bytes are not those of the text."""
+    text = "".join(f"line {i} of a document\n" for i in range(20_000))
+    (tmp_path / name).write_bytes(gzip.compress(text.encode(), 1))
+    prepare(tmp_path / name, val_split=0.1, chunk_bytes=100_000)
+    (train,), (held_out,) = (documents_in(tmp_path / "out", side) for side in ("train", "validation"))
+    assert train[0] + held_out[0] == text
+    assert 0.05 < len(held_out[0]) / len(text) < 0.15
+
+
+@pytest.mark.parametrize("source", ["x.txt", "-"])
+def test_what_is_not_text_is_refused_from_files_and_stdin(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    for content, said in (("wave\n".encode("utf-16-le"), "UTF-16LE"), (b"<!doctype html><p>Hello", "an HTML page")):
+        (tmp_path / "x.txt").write_bytes(content)
+        for errors in ("strict", "replace"):
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+            with pytest.raises(CorpusError, match=f"is {said}"):
+                prepare(source if source == "-" else tmp_path / source, errors=errors)
 
 
 def test_bytes_that_are_not_text_are_replaced_on_request_and_counted(
