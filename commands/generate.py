@@ -24,6 +24,7 @@ from psannlm.commands.options import (
     live_line,
     print_json,
     progress,
+    text_argument,
 )
 from psannlm.display import printable
 from psannlm.terminal import write_output
@@ -66,7 +67,7 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Continue prompts with a trained model."""
-    prompts = [*(prompt or []), *(_read_prompts(prompts_file) if prompts_file is not None else [])]
+    prompts = [*map(text_argument, prompt or []), *(_read_prompts(prompts_file) if prompts_file is not None else [])]
     if not prompts:
         raise typer.BadParameter("give --prompt TEXT or --prompts-file FILE", param_hint="--prompt")
 

@@ -70,6 +70,14 @@ def print_json(content: Any) -> None:
     sys.stdout.flush()
 
 
+def text_argument(text: str) -> str:
+    """Return a text given on the command line, read as UTF-8 where the locale (``LC_ALL=C``) made bytes of it."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
+
+
 def print_path(text: str, *, style: str = "") -> None:
     """Print a line that holds paths or a command on stdout; a terminal that is narrower wraps it itself."""
     results().print(Text(printable(text, keep="\n")), style=style or None, soft_wrap=True)

@@ -22,6 +22,7 @@ from psannlm.commands.options import (
     quiet_pipe,
     reading,
     results,
+    text_argument,
 )
 from psannlm.display import printable
 from psannlm.terminal import is_terminal
@@ -123,7 +124,7 @@ def _lines(file: Path | None, text: str | None) -> Iterator[bytes]:
 
     if text is not None:
         try:
-            yield text.encode("utf-8")
+            yield text_argument(text).encode("utf-8")
         except UnicodeEncodeError as error:
             raise TokenizerError("--text is not UTF-8; convert it, or use --file") from error
         return

@@ -12,6 +12,7 @@ from typing import Any
 from psannlm.config.data import Source
 from psannlm.data.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import split_documents
+from psannlm.display import json_text
 from psannlm.errors import ConfigError, TokenizerError
 from psannlm.storage import read_small, refuse_foreign, require_writable, write_text
 from psannlm.tokenizers.base import Tokenizer
@@ -69,6 +70,7 @@ def fit_with_card(
     require_writable(path)
     # The whole name: tokenizer.model and tokenizer.json may stand in one folder.
     card_path = path.with_name(f"{path.name}.card.json")
+    require_writable(card_path)
     remedy = "or name a new file with --out"
     refuse_foreign(card_path, _is_own_card, remedy)
     refuse_foreign(path, _is_tokenizer, remedy)
@@ -100,7 +102,7 @@ def fit_with_card(
         "seed": seed,
     }
     tokenizer.save(path)
-    write_text(card_path, json.dumps(card, indent=2) + "\n")
+    write_text(card_path, json_text(card, indent=2) + "\n")
     return {**card, "card": str(card_path)}
 
 

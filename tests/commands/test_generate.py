@@ -40,6 +40,13 @@ def test_streamed_text_is_prompt_and_completion(psannlm, in_trained: Path) -> No
     assert streamed.out == "The tide" + told["completions"][0]["completion"] + "\n"
 
 
+def test_a_terminal_is_shown_what_it_would_obey(psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["generate", "-p", "a\x1b[2Jb", "--max-new-tokens", "1", "--device", "cpu", "--seed", "1"]
+    assert psannlm(*arguments).out.startswith("a\x1b[2Jb"), "a file or pipe gets the text itself"
+    monkeypatch.setattr("psannlm.terminal.is_terminal", lambda stream: True)
+    assert psannlm(*arguments).out.startswith("a\\x1b[2Jb")
+
+
 def test_a_full_context_is_told(psannlm, in_trained: Path) -> None:
     greedy = ("--temperature", "0", "--device", "cpu", "--max-new-tokens")
     stopped = [

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import io
+import json
+import math
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from psannlm.commands.options import LiveLine, duration_s, live_line, table_text
+from psannlm.commands.options import (
+    LiveLine,
+    duration_s,
+    figures_table,
+    live_line,
+    print_json,
+    table_text,
+    text_argument,
+)
 
 
 def test_plain_lines_come_seldom() -> None:
@@ -43,6 +56,35 @@ def test_table_text_is_plain() -> None:
     text = table_text(table, table)
     assert text.count("figures") == 2
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_printed_json_is_strict_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    page = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(page, encoding))
+    path = os.fsdecode(b"caf\xe9") + "–\x1b"
+    print_json({"loss": math.nan, "rows": [(1, -math.inf)], "path": Path(path)})
+    text = page.getvalue().decode(encoding)
+    assert json.loads(text, parse_constant=pytest.fail) == {"loss": None, "rows": [[1, None]], "path": path}
+    assert "\x1b" not in text
+
+
+def test_bytes_on_the_command_line_are_read_as_utf8() -> None:
+    assert text_argument(os.fsdecode("é–".encode())) == "é–"
+    assert text_argument("é".encode().decode("ascii", "surrogateescape")) == "é"
+    assert text_argument("\udce9") == "\udce9"
+
+
+def test_escapes_are_shown_in_lines_tables_and_files() -> None:
+    hostile = "a\x1b[2J\x9b\u202e\udce9"
+    shown = "a\\x1b[2J\\x9b\\u202e\\xe9"
+    page = io.StringIO()
+    line = LiveLine(Console(file=page, width=200), None)
+    line.keep(hostile)
+    assert page.getvalue() == f"{shown}\n"
+    text = table_text(figures_table(hostile, [(hostile, hostile)]))
+    assert text.count(shown) == 3
+    text.encode("utf-8")
 
 
 @pytest.mark.parametrize(

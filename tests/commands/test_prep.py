@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from psannlm.config.data import PathSource
+from psannlm.config.run import load_config
 from psannlm.data.manifest import read_manifest
 from psannlm.tokenizers.resolve import fit_tokenizer
 
@@ -36,6 +39,23 @@ def test_prep_and_again(psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_pa
     other = psannlm(*arguments, "--val-split", "0.3")
     assert other.code == 2
     assert "val_split: 0.2 then, 0.3 now" in other.err
+
+
+def test_the_printed_next_command_can_be_pasted(
+    psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "o:100:x" / "- it's [red], {b}: #c & ~ *d"
+    made = psannlm("prep", str(tiny_corpus), "--per-line", "--tokenizer", str(tokenizer), "--out", str(out))
+    assert made.code == 0, made.err
+    assert any(f" {out} " in line for line in made.out.splitlines()), "printed as it is, in one line"
+    printed = made.out.splitlines()[-1].removeprefix("next: ")
+    words = shlex.split(printed)
+    assert words[:3] == ["psannlm", "train", "CONFIG"]
+    overrides = [word for word, option in zip(words[4::2], words[3::2], strict=True) if option == "--set"]
+    (tmp_path / "config.yaml").write_text("data: {sources: [x.txt]}\n", encoding="utf-8")
+    data = load_config(tmp_path / "config.yaml", overrides).data
+    assert data.val_split == 0
+    assert [source.path for source in data.sources if isinstance(source, PathSource)] == [str(out)]
 
 
 def test_parts_and_merge(psannlm: Run, tiny_texts: list[str], tokenizer: Path, tmp_path: Path) -> None:

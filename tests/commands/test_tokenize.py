@@ -30,6 +30,32 @@ def test_a_fitted_file_shows_the_text_it_is_given(psannlm, project: Path) -> Non
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["--model", "t.json", "--file", "corpus.txt"],
+        ["--model", "t.json", "--text", "a"],
+        ["--model", "t.json", "--text", "a", "--json"],
+        ["corpus.txt", "--backend", "simple", "--vocab-size", "300", "--out", "t.json"],
+    ],
+)
+def test_output_that_is_lost_is_named_and_no_file(
+    psannlm, project: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    made = psannlm("tokenize", "corpus.txt", "--backend", "simple", "--vocab-size", "300", "--out", "t.json")
+    assert made.code == 0
+    full = open("/dev/full", "w", encoding="utf-8")
+    with full, monkeypatch.context() as patch:
+        for stream, reason in ((None, "closed"), (full, "no space left on device")):
+            patch.setattr(sys, "stdout", stream)
+            done = psannlm("tokenize", *arguments)
+            assert done.code == 1
+            assert (
+                done.err.splitlines()[-1] == f"error: standard output: {reason}; what was to be printed there is lost"
+            )
+            assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
         [],
         ["corpus.txt", "--model", "x.model"],
         ["--model", "x.model"],
