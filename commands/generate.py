@@ -66,7 +66,7 @@ def generate(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Continue prompts with a trained model."""
+    """Continue prompts with a trained model; a terminal is shown escapes, a file gets the text."""
     prompts = [*map(text_argument, prompt or []), *(_read_prompts(prompts_file) if prompts_file is not None else [])]
     if not prompts:
         raise typer.BadParameter("give --prompt TEXT or --prompts-file FILE", param_hint="--prompt")

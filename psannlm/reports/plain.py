@@ -20,6 +20,8 @@ _LARGEST_BYTES = 32 << 20
 _LARGEST_YAML_BYTES = 256 << 10
 _MOST_VALUES = 2 << 20
 _DEEPEST = 24
+# Keys are joined on the way down: a long one over many values would multiply the size of a file.
+_LONGEST_KEY, _LONGEST_YAML_KEY = 1000, 100
 
 
 class Unreadable(Exception):
@@ -84,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise Unreadable(f"{path.name} is not JSON that can be read") from error
     if not isinstance(value, dict):
         raise Unreadable(f"{path.name} holds no object")
-    _refuse_depth(value, path)
+    _refuse_shape(value, path, _LONGEST_KEY)
     return value
 
 
@@ -104,7 +106,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise Unreadable(f"{path.name} is not YAML: {' '.join(str(error).split())[:120]}") from error
     if not isinstance(value, dict):
         raise Unreadable(f"{path.name} holds no mapping")
-    _refuse_depth(value, path)
+    _refuse_shape(value, path, _LONGEST_YAML_KEY)
     return value
 
 
@@ -119,10 +121,14 @@ def _refuse_events(text: str, path: Path) -> None:
             raise Unreadable(f"{path.name} is nested more than {_DEEPEST} levels deep")
 
 
-def _refuse_depth(value: object, path: Path) -> None:
-    """Raise Unreadable where walking ``value`` would go deeper than any file of ours does."""
+def _refuse_shape(value: object, path: Path, longest_key: int) -> None:
+    """Raise Unreadable where walking ``value`` would go deeper than any file of ours does, or keys are too long."""
     level = [value]
     for _ in range(_DEEPEST):
+        keys = (key for item in level if isinstance(item, dict) for key in item)
+        longest = max((len(key) for key in keys if isinstance(key, (str, bytes))), default=0)
+        if longest > longest_key:
+            raise Unreadable(f"{path.name} has a key of {longest:,} characters")
         level = [inner for item in level if isinstance(item, (dict, list)) for inner in _items(item)]
         if not level:
             return

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from psannlm.display import shortened
 from psannlm.reports.document import Table, tell
-from psannlm.reports.plain import flatten, is_spread, number
+from psannlm.reports.plain import is_spread, number
 
 _MOST_ROWS = 200
 _MOST_TABLES = 50
+# Of one row, columns included that no page has room for.
+_MOST_KEYS = 1000
+_LONGEST_NAME = 500
 _MOST_COLUMNS = 40
 # Units as they stand at the end of names, and how a person writes them.
 _UNITS = (
@@ -37,35 +42,53 @@ def heading(key: str) -> str:
             if last.endswith(ending) and len(last) > len(ending):
                 text = f"{last.removesuffix(ending)}, {unit}"
                 break
-    return " ".join([*groups, text]).replace("_", " ")
+    return shortened(" ".join([*groups, text]).replace("_", " "), _LONGEST_NAME)
 
 
 def tables_of(figures: dict[str, Any], skip: frozenset[str] = frozenset()) -> Iterator[Table]:
     """Yield the tables in ``figures`` without ``skip``: each list or mapping of rows, then what stands alone."""
-    alone: dict[str, Any] = {}
+    rows: list[tuple[str, str]] = []
     tables: list[Table] = []
-    for key, value in figures.items():
-        if key not in skip:
-            _sort_in(key, value, alone, tables)
-    rows = [(heading(key), tell(value)) for key, value in islice(alone.items(), _MOST_ROWS)]
-    yield from tables[:_MOST_TABLES]
-    left_out = [(len(alone) - len(rows), "rows"), (len(tables) - _MOST_TABLES, "tables")]
+    n_rows = n_tables = 0
+    for key, value in _sorted_out(figures, skip):
+        if isinstance(value, _Rows):
+            n_tables += 1
+            if n_tables <= _MOST_TABLES:
+                tables.append(rows_table(heading(key), value.rows))
+        else:
+            n_rows += 1
+            if n_rows <= _MOST_ROWS:
+                rows.append((heading(key), tell(value)))
+    yield from tables
+    left_out = [(n_rows - len(rows), "rows"), (n_tables - len(tables), "tables")]
     note = "; ".join(f"{count:,} more {what} are in the artifact" for count, what in left_out if count > 0)
     if rows or note:
         yield Table("Settings and totals", ("what", "value"), rows, note=note, is_folded=bool(tables))
 
 
-def _sort_in(key: str, value: object, alone: dict[str, Any], tables: list[Table]) -> None:
-    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-        tables.append(rows_table(heading(key), value))
-    elif isinstance(value, dict) and not is_spread(value) and value:
-        if _is_table(value):
-            tables.append(rows_table(heading(key), [{"": name, **row} for name, row in value.items()]))
-        else:
-            for inner_key, inner in value.items():
-                _sort_in(f"{key}.{inner_key}", inner, alone, tables)
-    elif not isinstance(value, (list, dict)) or value or is_spread(value):
-        alone[key] = value
+@dataclass(frozen=True)
+class _Rows:
+    """What becomes a table of its own."""
+
+    rows: list[dict[str, Any]]
+
+
+def _sorted_out(
+    figures: dict[str, Any], skip: frozenset[str] = frozenset(), prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield every value that stands alone with its dotted key, and lists and mappings of rows as :class:`_Rows`."""
+    for key, value in figures.items():
+        if key in skip:
+            continue
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            yield f"{prefix}{key}", _Rows(value)
+        elif isinstance(value, dict) and not is_spread(value) and value:
+            if _is_table(value):
+                yield f"{prefix}{key}", _Rows([{"": name, **row} for name, row in value.items()])
+            else:
+                yield from _sorted_out(value, prefix=f"{prefix}{key}.")
+        elif not isinstance(value, (list, dict)) or value or is_spread(value):
+            yield f"{prefix}{key}", value
 
 
 def _is_table(value: dict[str, Any]) -> bool:
@@ -76,30 +99,28 @@ def _is_table(value: dict[str, Any]) -> bool:
 
 def rows_table(title: str, rows: list[dict[str, Any]]) -> Table:
     """Return a table with a column for every key of ``rows``; figures are told by what is in them."""
-    flat = [_flat_row(row) for row in rows]
+    flat = [dict(islice(_flat_row(row), _MOST_KEYS)) for row in rows[:_MOST_ROWS]]
     keys = list(dict.fromkeys(key for row in flat for key in row))
     notes = []
     if len(keys) > _MOST_COLUMNS:
         notes.append(f"{len(keys) - _MOST_COLUMNS} more columns are in the artifact")
-    if len(flat) > _MOST_ROWS:
-        notes.append(f"{len(flat) - _MOST_ROWS:,} more rows are in the artifact")
-    keys, flat = keys[:_MOST_COLUMNS], flat[:_MOST_ROWS]
+    if len(rows) > _MOST_ROWS:
+        notes.append(f"{len(rows) - _MOST_ROWS:,} more rows are in the artifact")
+    keys = keys[:_MOST_COLUMNS]
     numbers = frozenset(at for at, key in enumerate(keys) if _is_numeric([row.get(key) for row in flat]))
     cells = [[tell(row.get(key)) for key in keys] for row in flat]
     return Table(title[:1].upper() + title[1:], [heading(key) for key in keys], cells, numbers, "; ".join(notes))
 
 
-def _flat_row(row: dict[str, Any]) -> dict[str, Any]:
-    """``row`` with dotted keys, its spreads left whole."""
-    spreads = {key: value for key, value in row.items() if is_spread(value)}
-    flat: dict[str, Any] = {}
+def _flat_row(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of ``row`` with dotted keys, its spreads left whole."""
     for key, value in row.items():
-        if key in spreads or not isinstance(value, dict):
-            flat[key] = value
+        if is_spread(value) or not isinstance(value, dict):
+            yield f"{prefix}{key}", value
+        elif value:
+            yield from _flat_row(value, f"{prefix}{key}.")
         else:
-            inner = _flat_row(value)
-            flat.update({f"{key}.{name}": item for name, item in inner.items()} or {key: None})
-    return flat
+            yield f"{prefix}{key}", None
 
 
 def _is_numeric(values: list[Any]) -> bool:
@@ -127,7 +148,7 @@ def rate_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
             edges = {edge: number(beside.get(f"{key}_{edge}")) for edge in ("lowest", "highest")}
             spread = value if isinstance(value, dict) else {"median": value, **edges}
             yield {
-                "name": " / ".join(way),
+                "name": _name(way),
                 **{name: context.get(name) for name in _CONTEXT},
                 "figure": key,
                 "tokens_per_s": spread["median"],
@@ -151,10 +172,14 @@ def memory_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield _memory_row(way, named, value, context, beside)
 
 
+def _name(way: tuple[str, ...]) -> str:
+    return shortened(" / ".join(way), _LONGEST_NAME)
+
+
 def _memory_row(
     way: tuple[str, ...], figure: str, value: Any, context: dict[str, Any], beside: dict[str, Any]
 ) -> dict[str, Any]:
-    row = {"name": " / ".join(way), "figure": figure, "bytes": value["median"] if is_spread(value) else value}
+    row = {"name": _name(way), "figure": figure, "bytes": value["median"] if is_spread(value) else value}
     times = (
         (beside[key]["median"] if is_spread(beside.get(key)) else beside.get(key), of)
         for key, of in _WALL_TIMES.items()
@@ -164,13 +189,20 @@ def _memory_row(
     return {**row, "grad_checkpoint": grad_checkpoint, "wall_time_s": seconds, "wall_time_of": of}
 
 
+def _leaves(value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the last part of the key, and the value, of everything that stands alone in nested mappings."""
+    for key, item in value.items():
+        if isinstance(item, dict):
+            yield from _leaves(item)
+        elif isinstance(item, (str, int, float)):
+            yield key.split(".")[-1], item
+
+
 def _walk(
     value: dict[str, Any], way: tuple[str, ...], context: dict[str, Any]
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Any], str, Any, dict[str, Any]]]:
     """Yield (way, context, key, value, the mapping it stands in) of every number and spread below ``value``."""
-    plain = {key: item for key, item in flatten(value).items() if isinstance(item, (str, int, float))}
-    own = {name: item for name in _CONTEXT for key, item in plain.items() if key.split(".")[-1] == name}
-    context = {**context, **own}
+    context = {**context, **{key: item for key, item in _leaves(value) if key in _CONTEXT}}
     for key, item in value.items():
         if number(item) is not None or is_spread(item):
             yield way, context, str(key), item, value

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -20,6 +21,7 @@ from psannlm.reports.plain import Unreadable, number, read_bytes, read_json, rea
 from psannlm.reports.runs import read_run
 from psannlm.reports.store import write_json
 from psannlm.reports.summary import Report, write_comparison, write_report
+from psannlm.reports.tables import memory_rows, rate_rows, tables_of
 
 MANY_NINES = "9" * 400
 ESCAPES = "run\x1b[2J\u202e=1"
@@ -257,6 +259,26 @@ def test_files_are_read_up_to_their_limit_only(tmp_path: Path) -> None:
     path.write_text("[" + "[]," * (1 << 21) + "1]")
     with pytest.raises(Unreadable, match="values"):
         read_json(path)
+
+
+def test_long_keys_multiply_no_file(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps({"k" * 1001: 1}))
+    with pytest.raises(Unreadable, match="a key of 1,001 characters"):
+        read_json(path)
+    figures: dict[str, object] = {f"tokens_per_s_{at}": at for at in range(2000)}
+    for _ in range(20):
+        figures = {"k" * 1000: figures, "tokens_per_s": 1.0}
+    make_artifact(tmp_path / "reports" / "kv_cache" / "20261120_080000", figures)
+    (artifact,) = gather(tmp_path / "reports", []).artifacts
+    tracemalloc.start()
+    rows = [*rate_rows(artifact.figures), *memory_rows(artifact.figures)]
+    tables = list(tables_of(artifact.figures))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rows) == 20
+    assert "1,820 more rows are in the artifact" in tables[-1].note
+    assert most < 8e6
 
 
 def test_a_log_of_blank_or_foreign_lines_is_given_up_soon(tmp_path: Path, make_run: Callable[..., Path]) -> None:
