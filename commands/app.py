@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from psannlm import __version__
 from psannlm.commands import bench_kv as bench_kv_command
@@ -22,22 +25,43 @@ from psannlm.commands import prep as prep_command
 from psannlm.commands import report as report_command
 from psannlm.commands import tokenize as tokenize_command
 from psannlm.commands import train as train_command
-from psannlm.errors import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    AlreadyTold,
-    ConfigError,
-    PsannlmError,
-    RankError,
-    describe,
-)
+from psannlm.display import printable
+from psannlm.errors import EXIT_FAILED, EXIT_INTERRUPTED, AlreadyTold, ConfigError, PsannlmError, RankError, describe
 from psannlm.limits import raise_open_files
 from psannlm.terminal import flush_output, guarding_streams, say
 
 _ALONE_S = 10.0
 
+# The root of the errors that parsing raises; Typer names it in no module that all of its versions have.
+_WrongUsage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+class _Group(TyperGroup):
+    """Shows the escapes in refused arguments: a glob puts file names of others among them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _showing_escapes():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _showing_escapes():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _showing_escapes() -> Iterator[None]:
+    try:
+        yield
+    except _WrongUsage as error:
+        message = getattr(error, "message", None)
+        if isinstance(message, str):
+            error.message = printable(message, keep="\n")  # type: ignore[attr-defined]
+        raise
+
+
 app = typer.Typer(
     name="psannlm",
+    cls=_Group,
     help="Language models with trainable sine activations: from a folder of text to a trained, measured model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

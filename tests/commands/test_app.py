@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from psannlm import __version__
 from psannlm.commands import app as root
+from psannlm.display import printable
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "-h"], ["eval", "--help"]])
@@ -34,6 +35,30 @@ def test_version(psannlm) -> None:
 def test_unknown_commands_and_options_are_wrong_usage(psannlm) -> None:
     assert psannlm("trian").code == 2
     assert psannlm("train", "x.yaml", "--fast").code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["{}"],
+        ["--{}"],
+        ["train", "a", "{}"],
+        ["train", "--{}"],
+        ["train", "{}.yaml"],
+        ["generate", "-p", "x", "--dtype", "{}"],
+        ["report", "--since", "{}"],
+        ["report", "--kind", "{}"],
+        ["prep", "x", "--out", "o", "--tokenizer", "t", "--part", "{}"],
+        ["tokenize", "--model", "{}", "--text", "x"],
+        ["compare", "{}"],
+    ],
+)
+def test_refused_arguments_are_shown_with_their_escapes(psannlm, project: Path, arguments: list[str]) -> None:
+    hostile = "a\x1b[2J\x9bb\u202e"
+    done = psannlm(*(argument.format(hostile) for argument in arguments))
+    assert done.code in (1, 2)
+    assert printable(done.err, keep="\n") == done.err
+    assert "x1b[2J" in done.err
 
 
 def test_an_unexpected_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
