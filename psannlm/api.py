@@ -61,8 +61,9 @@ class psannLMDataPrep:
         tokenizer_model_path: a tokenizer file to use instead of fitting one on the training texts.
         max_length: tokens of a window.
         pack_sequences: join documents into full windows; False never puts two into one window.
-        val_split: share of the documents held out for validation.
-        seed: decides which documents those are.
+        val_split: fraction of the documents held out for validation, at least one; of a single document its end.
+        seed: decides which documents those are, and the sample the tokenizer is fitted on. The order of training, the
+            initial weights and dropout have a seed of their own: ``fit(..., seed=...)``.
         vocab_size: entries of a fitted tokenizer, at most.
 
     Raises:
@@ -286,7 +287,8 @@ class psannLM:
             resume: with a ``checkpoint_dir``: ``auto``, ``never`` or a checkpoint, as for ``psannlm train``.
             callbacks: called after steps, validations, saves and at the end; see
                 :class:`~psannlm.training.callbacks.Callback`.
-            overrides: any other key of the ``train`` section. Checkpoints, metrics and the loss curve are kept only
+            overrides: any other key of the ``train`` section, such as ``seed``, which decides the initial weights, the
+                order of the training windows and dropout. Checkpoints, metrics and the loss curve are kept only
                 when ``checkpoint_dir`` is given; ``self.result`` sums up the run.
 
         Raises:
@@ -360,8 +362,9 @@ class psannLM:
                 does so where many tokens are asked for.
             speculate: guess up to so many tokens per pass from the text so far and let the model check them; the text
                 stays the same.
-            context: ``stop`` refuses a prompt without room in the context and ends a text that fills it; ``slide``
-                drops the oldest half and goes on.
+            context: ``stop`` refuses a prompt without room in the context, and ends a text that fills it with a
+                warning; ``slide`` drops the oldest half and continues. The context is ``max_length`` of the training
+                data; with ``alibi`` there is no limit.
             on_text: called with pieces of the text as they come.
 
         Raises:
@@ -418,7 +421,7 @@ class psannLM:
     ) -> list[Completion]:
         if self.tokenizer is None:
             raise GenerationError("this model has no tokenizer yet: fit it, or load one that was trained")
-        return generate(
+        completions = generate(
             engine,
             self.tokenizer,
             prompts,
@@ -428,6 +431,18 @@ class psannLM:
             context=context,
             on_text=on_text,
         )
+        full = [row for row, done in enumerate(completions) if done.stopped_by == "context"]
+        if full:
+            row, which = full[0], f" {full[0] + 1}" if len(completions) > 1 else ""
+            others = f" (and {len(full) - 1} more)" if len(full) > 1 else ""
+            n_new, limit = len(completions[row].ids), self.model.config.max_seq_len
+            warnings.warn(
+                f"text{which}{others} ends after {n_new} of {max_new_tokens} new tokens: the model's context of "
+                f"{limit} tokens is full. Shorten the prompt, give context='slide' to drop the oldest tokens and "
+                "continue, or train with a larger max_length",
+                stacklevel=3,
+            )
+        return completions
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write weights, configuration and tokenizer to one file (in a folder: its ``model.safetensors``).

@@ -7,6 +7,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,21 @@ def test_the_global_generator_makes_sampling_repeatable(fitted: psannLM) -> None
     torch.manual_seed(5)
     fitted.generate("The", max_new_tokens=4, seed=1)
     assert torch.equal(torch.rand(3), wanted)
+
+
+def test_a_text_that_fills_the_context_is_reported(fitted: psannLM) -> None:
+    assert fitted.model.config.max_seq_len == 16
+    with pytest.warns(UserWarning, match=r"text ends after \d+ of 128 new tokens.*context of 16 tokens") as caught:
+        fitted.generate("The", seed=0)
+    assert caught[0].filename == __file__
+    prompts = ["The", "A clock", "B"]
+    with pytest.warns(UserWarning, match=r"text 1 \(and 2 more\) ends after \d+ of 99") as caught:
+        fitted.generate_batch(prompts, max_new_tokens=99, seed=0)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted.generate("The", max_new_tokens=4, seed=0)
+        fitted.generate("The", max_new_tokens=40, seed=0, context="slide")
 
 
 def test_two_short_texts_are_enough_to_train_and_generate() -> None:

@@ -13,4 +13,5 @@ def test_train_then_generate(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, examples / script], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
+        assert "Warning" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["minimal_model.safetensors"]

@@ -13,5 +13,5 @@ prompts = sys.argv[2:] or ["The tide", "A clock"]
 if not Path(path).exists():
     sys.exit(f"{path} does not exist; make one with: python examples/lm/minimal_train.py")
 model = psannLM.load(path)
-for prompt, text in zip(prompts, model.generate_batch(prompts, max_new_tokens=40, top_p=0.9, seed=7), strict=True):
+for prompt, text in zip(prompts, model.generate_batch(prompts, max_new_tokens=24, top_p=0.9, seed=7), strict=True):
     print(f"{prompt}{text}\n")

@@ -71,7 +71,12 @@ class DataConfig(Section):
     val_split: Real = Field(
         0.0, ge=0, lt=1, description="share of the documents held out for validation; 0 with a prepared folder"
     )
-    seed: Whole = Field(1337, ge=0, description="decides the validation split and the tokenizer's sample")
+    seed: Whole = Field(
+        1337,
+        ge=0,
+        description="decides which documents are held out and the tokenizer's sample; the order of training is "
+        "train.seed's",
+    )
 
     @field_validator("sources", mode="before")
     @classmethod

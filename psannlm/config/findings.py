@@ -17,7 +17,7 @@ from psannlm.config.advice import Due, advice
 from psannlm.config.base import Check, Section
 from psannlm.config.data import BuiltinSource, DataConfig, PathSource
 from psannlm.config.model import ModelConfig
-from psannlm.config.train import TrainConfig
+from psannlm.config.train import DEEPSPEED_KEYS, NO_DEEPSPEED, TrainConfig
 from psannlm.config.yaml_tree import KeyPath
 from psannlm.errors import nearest
 
@@ -276,6 +276,8 @@ def _unknown_key(owner: tuple[type[Section], ...], at: KeyPath, key: str) -> str
         return "a source is either a path or builtin, not both"
     if key == "<<":
         return "merge keys are not part of YAML 1.2; write the keys out"
+    if key in DEEPSPEED_KEYS:
+        return NO_DEEPSPEED
     known = [name for cls in owner for name in cls.model_fields]
     if (ours := _NAMES_ELSEWHERE.get(key)) in known:
         return f"unknown key (did you mean '{ours}'?)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from psannlm.config.base import (
     Check,
@@ -18,8 +18,17 @@ from psannlm.config.base import (
     Whole,
     word_to_bool,
 )
+from psannlm.errors import Problem, UnknownKeyError
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+# Names of another library's settings, which documents mention; see findings.py.
+NO_DEEPSPEED = (
+    "psannlm does not use DeepSpeed; drop this key, and to shard weights, gradients and optimizer state over the ranks "
+    "set train.fsdp: full (in Python fsdp='full') and start the run with torchrun or psannlm train --nproc N"
+)
+DEEPSPEED_KEYS = ("deepspeed", "deepspeed_config", "zero_stage")
 
 
 class TrainConfig(Section):
@@ -90,8 +99,22 @@ class TrainConfig(Section):
     tensorboard: Flag = Field(
         False, description="write TensorBoard's event files too, to tensorboard/ in the run folder"
     )
-    seed: Whole = Field(1337, ge=0, description="decides the initial weights, the order of the data and dropout")
+    seed: Whole = Field(
+        1337,
+        ge=0,
+        description="decides the initial weights, the order of training windows and dropout; what is held out is "
+        "data.seed's",
+    )
     device: Text = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_deepspeed(cls, value: object, info: ValidationInfo) -> object:
+        # The YAML reader reports such a key itself, together with every other problem.
+        named = [key for key in DEEPSPEED_KEYS if isinstance(value, dict) and key in value]
+        if named and not (info.context or {}).get("collect"):
+            raise UnknownKeyError([Problem(f"train.{key}", NO_DEEPSPEED) for key in named])
+        return value
 
     @field_validator("amp", mode="before")
     @classmethod
