@@ -255,9 +255,18 @@ class psannLM:
 
     @property
     def model(self) -> Transformer:
-        """The ``torch.nn.Module``; built with the default seed if it was neither fitted nor loaded."""
+        """The ``torch.nn.Module``: ids (batch, time) to logits (batch, time, vocab), see ``Transformer.forward``.
+
+        It is built with the default seed if it was neither fitted nor loaded.
+
+        Raises:
+            ConfigError: ``vocab_size`` was left open and there was no :meth:`fit`, or memory is too small.
+        """
         if self._model is None:
-            self._model = build_model(resolve(self.config), seed=TrainConfig().seed)
+            resolved = resolve(self.config)
+            # The weights alone count, as where a GPU trains them.
+            refuse_oversize(resolved, self.config.vocab_size or 0, "cuda")
+            self._model = build_model(resolved, seed=TrainConfig().seed)
         return self._model
 
     def fit(
@@ -450,7 +459,7 @@ class psannLM:
         Raises:
             StorageError: the file cannot be written; what stood there is still there.
         """
-        target = model_file(Path(path))
+        target = model_file(Path(path).expanduser())
         save_model(target, self.model, self.tokenizer)
         return target
 

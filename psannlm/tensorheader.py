@@ -45,6 +45,10 @@ def build_header(
     return struct.pack("<Q", len(text)) + text
 
 
+# A zip archive, and a bare pickle of protocol 2 and later: what torch.save has written, now and formerly.
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
 def read_header(path: Path, file: BinaryIO, size: int, limit: int = MAX_HEADER_BYTES) -> bytes:
     """Return the head of a file of ``size`` bytes, its eight bytes of length included.
 
@@ -62,6 +66,12 @@ def read_header(path: Path, file: BinaryIO, size: int, limit: int = MAX_HEADER_B
     prefix = file.read(LENGTH_BYTES)
     (length,) = struct.unpack("<Q", prefix)
     if length > limit or LENGTH_BYTES + length > size:
+        # Only here: a header of 640 bytes has the first two bytes of a pickle.
+        if prefix.startswith(_PICKLES):
+            raise ArtifactError(
+                f"{path} was written by torch.save; psannlm reads safetensors files alone, because a pickle can run "
+                "code. Save the model with psannLM.save, or train it again"
+            )
         raise ArtifactError(f"{path} is cut short or no safetensors file: {size:,} bytes, header of {length:,}")
     return prefix + file.read(length)
 

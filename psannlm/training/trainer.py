@@ -181,7 +181,7 @@ class Trainer:
         Raises:
             StorageError: the file cannot be written; what was there before is still there.
         """
-        target = model_file(Path(path))
+        target = model_file(Path(path).expanduser())
         save_model(target, self.model, self.tokenizer)
         return target
 

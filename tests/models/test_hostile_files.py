@@ -292,3 +292,14 @@ def test_tokenizer_files_out_of_all_bounds_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(TokenizerError, match="4,000,000,000"):
         load_tokenizer(path)
+
+
+def test_a_header_of_640_bytes_is_not_taken_for_a_pickle(tmp_path: Path) -> None:
+    from psannlm.tensorheader import read_header
+
+    path = tmp_path / "a.safetensors"
+    content = struct.pack("<Q", 640) + b"{}".ljust(640)
+    assert content[:2] == b"\x80\x02"
+    path.write_bytes(content)
+    with open(path, "rb") as file:
+        assert read_header(path, file, len(content)) == content
