@@ -56,6 +56,13 @@ def test_passes_are_those_of_the_model(base: str, position: str, build_tiny: Bui
     assert found.dtype == torch.float32
     for row, prompt in enumerate(prompts):
         torch.testing.assert_close(found[row], full(model, prompt, following[row]), rtol=0, atol=2e-4)
+    # The module's own KV cache leads to the same logits.
+    logits, past = model(torch.tensor([prompts[2]]), use_cache=True)
+    by_module = [logits[0, -1]]
+    for token in following[2][:4]:
+        logits, past = model(token.view(1, 1), past_kvs=past, use_cache=True)
+        by_module.append(logits[0, -1])
+    torch.testing.assert_close(torch.stack(by_module), found[2][:5], rtol=0, atol=2e-4)
 
 
 def require_exact(dtype: WeightDtype) -> None:
