@@ -100,7 +100,7 @@ def bench_kv(
     from psannlm.benchmarks.kv_report import KvSettings
     from psannlm.config.model import ModelConfig
     from psannlm.config.run import section_from_kwargs
-    from psannlm.device import pick_device
+    from psannlm.device import pick_device, require_compiler
     from psannlm.errors import LimitMissed
     from psannlm.models.artifact import load_model
     from psannlm.reports.store import require_folder, write_json
@@ -122,6 +122,8 @@ def bench_kv(
     )
     require_folder("kv_cache", out)
     chosen = pick_device(device)
+    if is_compiled:
+        require_compiler(chosen, "--compile", "leave it out")
     if checkpoint is None:
         sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
         with naming_options("model"):

@@ -71,13 +71,15 @@ def generate(
     if not prompts:
         raise typer.BadParameter("give --prompt TEXT or --prompts-file FILE", param_hint="--prompt")
 
-    from psannlm.device import pick_device
+    from psannlm.device import pick_device, require_compiler
     from psannlm.errors import ArtifactError
     from psannlm.generation.sampling import SamplingConfig
     from psannlm.generation.text import generate as complete
     from psannlm.models.artifact import load_model
 
     sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
+    if compile:
+        require_compiler(pick_device(device), "--compile", "leave it out")
     path = find_model_file(checkpoint, runs)
     loaded = load_model(path)
     if loaded.tokenizer is None:

@@ -29,7 +29,7 @@ from psannlm.generation.decoding import ContextRule
 from psannlm.generation.engine import Engine
 from psannlm.generation.samples import draw_samples
 from psannlm.generation.sampling import SamplingConfig
-from psannlm.generation.text import Completion, generate, repays_compiling
+from psannlm.generation.text import Completion, choose_compiling, generate
 from psannlm.models.accounting import refuse_oversize
 from psannlm.models.artifact import load_model, model_file, save_model
 from psannlm.models.packed import WeightDtype
@@ -381,7 +381,7 @@ class psannLM:
         """
         sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
         listener = None if on_text is None else lambda _, text: on_text(text)
-        engine = self._engine(dtype, repays_compiling(compile, max_new_tokens))
+        engine = self._engine(dtype, choose_compiling(compile, max_new_tokens))
         return self._complete(engine, [prompt], max_new_tokens, sampling, speculate, context, listener)[0].text
 
     def generate_batch(
@@ -403,16 +403,16 @@ class psannLM:
         if isinstance(prompts, str):
             raise TypeError("generate_batch takes a list of prompts; generate takes one")
         sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
-        engine = self._engine(dtype, repays_compiling(compile, max_new_tokens))
+        engine = self._engine(dtype, choose_compiling(compile, max_new_tokens))
         completions = self._complete(engine, prompts, max_new_tokens, sampling, speculate, context, None)
         return [completion.text for completion in completions]
 
-    def _engine(self, dtype: WeightDtype, is_compiled: bool) -> Engine:
+    def _engine(self, dtype: WeightDtype, compile: bool | Literal["auto"]) -> Engine:
         """The engine of the last call, unless settings or weights have changed since."""
         weights = tuple((tensor.data_ptr(), tensor._version) for tensor in self.model.parameters())
-        key = (dtype, is_compiled, self.model.config, weights)
+        key = (dtype, compile, self.model.config, weights)
         if self._engine_made is None or self._engine_made[0] != key:
-            engine = Engine(self.model, dtype=dtype, compile=is_compiled)
+            engine = Engine(self.model, dtype=dtype, compile=compile)
             for notice in engine.notices:
                 warnings.warn(notice, stacklevel=3)
             self._engine_made = (key, engine)

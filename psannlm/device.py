@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -155,15 +157,51 @@ def trial_failure(kind: str) -> str | None:
     try:
         with torch.no_grad():
             torch.compile(tiny, fullgraph=True, dynamic=False)(torch.zeros(8, device=kind))
-    except (RuntimeError, OSError, ImportError, ValueError, AssertionError, subprocess.SubprocessError) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        said = next((line for line in lines if "error:" in line.lower()), lines[0] if lines else type(cause).__name__)
-        remedy = "see that g++ works, and that TMPDIR or TORCHINDUCTOR_CACHE_DIR names a writable folder without spaces"
-        return f"a compiler that works; a trial failed: {said:.200} ({remedy})"
+    except _TRIAL_ERRORS as error:
+        return f"a compiler that works; a trial failed: {_cause(error):.200} ({_remedy(kind)})"
     return None
+
+
+# What a compiler raises that is broken, cannot write, or cannot load what it wrote; LookupError without a user name.
+_TRIAL_ERRORS = (
+    RuntimeError,
+    OSError,
+    ImportError,
+    ValueError,
+    AssertionError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    subprocess.SubprocessError,
+)
+_COMPILER_SAYS = re.compile(r"\b(?:fatal )?error: |: cannot |not found|denied|No space left|failed to map")
+
+
+def _cause(error: BaseException) -> str:
+    """Return the one line of a failed compilation that says most: the compiler's own first error, or the exception."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if _COMPILER_SAYS.search(line) and not line.startswith("CppCompileError")]
+    return (named or lines or [type(error).__name__])[0]
+
+
+def _remedy(kind: str) -> str:
+    places = {
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""),
+        "the folder for temporary files, TMPDIR,": tempfile.gettempdir(),
+        "the Python environment": torch.__path__[0],
+    }
+    for name, path in places.items():
+        if kind == "cpu" and re.search(r"\s", path):
+            return (
+                f"{name} has a space in its path, {path!r}, at which the command line breaks; use a path without spaces"
+            )
+    program = "g++" if kind == "cpu" else "gcc"
+    return (
+        f"see that {program} works, and that TMPDIR or TORCHINDUCTOR_CACHE_DIR names a folder that can be written to "
+        "and run from"
+    )
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -171,11 +209,16 @@ def has_compiler(device: torch.device) -> bool:
     return missing_to_compile(device) is None
 
 
-def require_compiler(device: torch.device) -> None:
-    """Raise DeviceError if torch.compile lacks something on ``device``."""
-    missing = missing_to_compile(device) or trial_failure(device.type)
-    if missing is not None:
-        raise DeviceError(f"compile: true needs {missing}, which is not here; get it, or set compile: false")
+def compiler_fault(device: torch.device) -> str | None:
+    """Return what keeps torch.compile from working on ``device``, missing or broken, or None."""
+    return missing_to_compile(device) or trial_failure(device.type)
+
+
+def require_compiler(device: torch.device, asked: str = "compile: true", instead: str = "set compile: false") -> None:
+    """Raise DeviceError if torch.compile does not work on ``device``; names what was ``asked`` and what else to do."""
+    fault = compiler_fault(device)
+    if fault is not None:
+        raise DeviceError(f"{asked} needs {fault}, which is not here; get it, or {instead}")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from psannlm import device
 from psannlm.device import describe_device, pick_device, pick_precision, require_compiler
 from psannlm.errors import DeviceError
+from psannlm.training.compiling import decide_compiling
 
 CPU = torch.device("cpu")
 
@@ -171,6 +173,7 @@ import torch
 from psannlm.device import require_compiler
 from psannlm.errors import DeviceError
 from psannlm.training.compiling import decide_compiling
+from psannlm.training.compiling import decide_compiling
 cpu = torch.device("cpu")
 is_compiled, line = decide_compiling("auto", cpu, 1e20)
 assert not is_compiled and "trial failed" in line, line
@@ -189,3 +192,71 @@ else:
     }
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+class _CompileError(RuntimeError):
+    pass
+
+
+@pytest.fixture
+def fail_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Exception], None]]:
+    """Return a setter of what every compilation raises."""
+
+    def set_error(error: Exception) -> None:
+        def fail(function: object, **settings: object) -> object:
+            raise error
+
+        monkeypatch.setattr(torch, "compile", fail)
+        monkeypatch.setattr("psannlm.device.missing_to_compile", lambda device: None)
+        device.trial_failure.cache_clear()
+
+    yield set_error
+    device.trial_failure.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (_CompileError("CppCompileError: C++ compile error\n\nOutput:\nx.cpp:1:2: fatal error: broken"),
+         "failed: x.cpp:1:2: fatal error: broken"),
+        (PermissionError(13, "Permission denied", "/cache/x"), "Permission denied: '/cache/x'"),
+        (NotADirectoryError(20, "Not a directory", "/file/x"), "Not a directory: '/file/x'"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ImportError("/cache/x.so: failed to map segment from shared object"), "failed to map segment"),
+        (KeyError("getpwuid(): uid not found: 4711"), "uid not found: 4711"),
+        (subprocess.CalledProcessError(1, "g++"), "returned non-zero exit status 1"),
+        (_CompileError(""), "_CompileError"),
+    ],
+)  # fmt: skip
+def test_a_failed_trial_names_cause_and_remedy(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, fail_with: Callable[[Exception], None]
+) -> None:
+    """A cache that may not be written to, or not be run from, fails as these exceptions say."""
+    for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, "/tmp")
+    monkeypatch.setattr("psannlm.device.tempfile.gettempdir", lambda: "/tmp")
+    fail_with(error)
+    with pytest.raises(DeviceError) as refused:
+        require_compiler(CPU)
+    message = str(refused.value)
+    assert said in message
+    assert message.startswith("compile: true needs a compiler that works; a trial failed: ")
+    assert "TMPDIR or TORCHINDUCTOR_CACHE_DIR names a folder" in message
+    assert message.endswith("get it, or set compile: false")
+    assert "\n" not in message
+    is_compiled, line = decide_compiling("auto", CPU, 1e20)
+    assert (is_compiled, said in (line or "")) == (False, True)
+
+
+@pytest.mark.parametrize("place", ["TORCHINDUCTOR_CACHE_DIR", "temporary files", "Python environment"])
+def test_a_space_in_a_path_of_the_compiler_is_named(
+    place: str, monkeypatch: pytest.MonkeyPatch, fail_with: Callable[[Exception], None]
+) -> None:
+    path = "/home/ada/My Projects/x"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", path if place.isupper() else "/tmp/cache")
+    monkeypatch.setattr("psannlm.device.tempfile.gettempdir", lambda: path if "temporary" in place else "/tmp")
+    monkeypatch.setattr(torch, "__path__", [path if "Python" in place else "/usr/lib/torch"])
+    fail_with(_CompileError("CppCompileError: C++ compile error"))
+    with pytest.raises(DeviceError, match=place) as refused:
+        require_compiler(CPU)
+    assert f"has a space in its path, {path!r}" in str(refused.value)

@@ -19,7 +19,7 @@ from psannlm.benchmarks.trainees import (
     TrainingRun,
     size_of,
 )
-from psannlm.device import describe_device, pick_precision
+from psannlm.device import describe_device, pick_precision, require_compiler
 
 OnStanding = Callable[[Standing], None]
 MemoryProbe = Callable[[Trainee, ThroughputSettings, torch.device], int | None]
@@ -51,6 +51,9 @@ def bench_train(
     """
     trainees = {trainee.name: trainee for trainee in settings.trainees()}
     precision = pick_precision(settings.amp, device)
+    if any(trainee.is_compiled for trainee in trainees.values()):
+        # Before anything is measured that would be lost.
+        require_compiler(device, "--compile or --also compile", "leave it out")
 
     def turns(
         candidates: dict[str, Callable[[Count], float]], repeats: int, unit: str = "steps"

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import count
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from psannlm.device import computes_in_bf16, missing_to_compile, trial_failure
+from psannlm.device import compiler_fault, computes_in_bf16, require_compiler
 from psannlm.errors import GenerationError
 from psannlm.models.attention import PREFILL_QUERIES, continue_layout
 from psannlm.models.cache import DecodeState, LayerState, move_tails, whole_blocks
@@ -39,7 +39,7 @@ class Engine:
         dtype: of the weights: ``float32``, ``bfloat16``, or ``int8`` (weights only, a scale per output).
         compile: put the decoding step through torch.compile: it takes up to a minute at the first step of each batch
             size and capacity of the cache (a fraction of it the next time, from the compiler's own cache on disk), and
-            makes the steps after it several times faster.
+            makes the steps after it several times faster. ``auto`` does so where the compiler works.
 
     Attributes:
         model: the packed twin.
@@ -50,15 +50,19 @@ class Engine:
 
     Raises:
         GenerationError: ``dtype`` is not known.
+        DeviceError: ``compile`` is true, and the compiler is missing or broken.
     """
 
-    def __init__(self, model: Transformer, *, dtype: WeightDtype = "float32", compile: bool = False) -> None:
+    def __init__(
+        self, model: Transformer, *, dtype: WeightDtype = "float32", compile: bool | Literal["auto"] = False
+    ) -> None:
         self.device = model.embedding.weight.device
         self.notices: list[str] = []
-        self.compiles = compile
-        missing = (missing_to_compile(self.device) or trial_failure(self.device.type)) if compile else None
+        if compile is True:
+            require_compiler(self.device, "compiled decoding", "decode without compiling")
+        missing = compiler_fault(self.device) if compile == "auto" else None
+        self.compiles = bool(compile) and missing is None
         if missing is not None:
-            self.compiles = False
             self.notices.append(f"decoding is not compiled, which would be faster: it needs {missing}")
         self.dtype = dtype
         self.model = pack_model(model, dtype, is_compiled=self.compiles)

@@ -62,14 +62,14 @@ def _texts(prompts: object) -> list[str]:
     return texts
 
 
-def repays_compiling(compile: bool | Literal["auto"], max_new_tokens: int) -> bool:
-    """Return whether to compile decoding; ``auto`` says yes from ``REPAYING_PASSES`` new tokens on.
+def choose_compiling(compile: bool | Literal["auto"], max_new_tokens: int) -> bool | Literal["auto"]:
+    """Return what an engine is to do about compiling; ``auto`` stays so from ``REPAYING_PASSES`` new tokens on.
 
     Raises:
         GenerationError: ``compile`` is none of true, false and auto.
     """
     if compile == "auto":
-        return isinstance(max_new_tokens, Integral) and int(max_new_tokens) >= REPAYING_PASSES
+        return "auto" if isinstance(max_new_tokens, Integral) and int(max_new_tokens) >= REPAYING_PASSES else False
     if not isinstance(compile, bool):
         raise GenerationError(f"compile {compile!r:.40} is not true, false or auto")
     return compile
@@ -108,12 +108,13 @@ def generate(
 
     Raises:
         GenerationError: a prompt or setting cannot be honoured.
+        DeviceError: ``compile`` is true, and the compiler is missing or broken.
     """
     prompts = _texts(prompts)
     if isinstance(model, Engine):
         engine = model
     else:
-        engine = Engine(model, dtype=dtype, compile=repays_compiling(compile, max_new_tokens))
+        engine = Engine(model, dtype=dtype, compile=choose_compiling(compile, max_new_tokens))
     for notice in engine.notices:
         on_notice(notice)
     special = tokenizer.special_ids - {tokenizer.eos_id}

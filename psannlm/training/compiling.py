@@ -8,7 +8,7 @@ import torch
 
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import RunConfig, plan_batches
-from psannlm.device import missing_to_compile, require_compiler, trial_failure
+from psannlm.device import compiler_fault, require_compiler
 from psannlm.models.accounting import flops_per_token
 
 # Operations of one rank from which torch.compile repays its start: on two cores it took half a minute, and saved 7 % of
@@ -47,7 +47,7 @@ def decide_compiling(
         return False, None
     if is_sharded:
         return False, "compile: auto leaves a sharded model uncompiled"
-    missing = missing_to_compile(device) or trial_failure(device.type)
+    missing = compiler_fault(device)
     if missing is not None:
         return False, f"compile: auto would repay itself in {flops:.2g} operations, but needs {missing}: uncompiled"
     return True, f"compile: auto compiles the model: {flops:.2g} operations repay it (from {needed:.0e})"

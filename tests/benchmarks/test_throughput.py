@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from psannlm.benchmarks.throughput import bench_train
 from psannlm.benchmarks.timing import Count
 from psannlm.benchmarks.trainees import ThroughputSettings, Trainee, TrainingRun, config_of, size_of
 from psannlm.config.model import ModelConfig
-from psannlm.errors import ConfigError, PsannlmError
+from psannlm.errors import ConfigError, DeviceError, PsannlmError
 from psannlm.models.accounting import count_parameters, flops_per_token
 from psannlm.models.registry import resolve
 
@@ -209,3 +209,15 @@ def test_the_rivals_loss_is_a_sum_over_all_labels() -> None:
     torch.testing.assert_close(llama(ids, ids + 1), wanted)
     with pytest.raises(PsannlmError, match="no label smoothing"):
         llama(ids, ids, 0.1)
+
+
+@pytest.mark.parametrize("changes", [{"is_compiled": True}, {"also": ("compile",)}])
+def test_a_missing_compiler_is_named_before_anything_is_measured(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*arguments: object) -> int:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("psannlm.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
+    with pytest.raises(DeviceError, match=r"--compile or --also compile needs a C\+\+ compiler.*or leave it out"):
+        bench_train(replace(SETTINGS, **changes), CPU, build=measure, measure_memory=measure)  # type: ignore[arg-type]

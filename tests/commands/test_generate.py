@@ -200,11 +200,21 @@ def test_a_context_that_slides_never_fills(psannlm, in_trained: Path) -> None:
     assert row["tokens"] > 16 or row["stopped_by"] == "end_of_text"
 
 
+def test_compiling_without_a_compiler_is_refused_before_work(
+    psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psannlm.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
+    refused = psannlm("generate", "--prompt", "The tide", *GREEDY, "--compile")
+    assert (refused.code, refused.out) == (2, "")
+    assert "--compile needs a C++ compiler (install g++), which is not here; get it, or leave it out" in refused.err
+
+
 def test_without_a_compiler_it_says_so_and_writes_the_same(
     psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = psannlm("generate", "--prompt", "The tide", *GREEDY)
-    monkeypatch.setattr("psannlm.generation.engine.missing_to_compile", lambda device: "a C++ compiler (install g++)")
-    done = psannlm("generate", "--prompt", "The tide", *GREEDY, "--compile")
+    monkeypatch.setattr("psannlm.generation.engine.compiler_fault", lambda device: "a C++ compiler (install g++)")
+    monkeypatch.setattr("psannlm.generation.text.REPAYING_PASSES", 1)
+    done = psannlm("generate", "--prompt", "The tide", *GREEDY)
     assert done.out == plain.out
     assert "needs a C++ compiler" in done.err

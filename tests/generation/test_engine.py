@@ -12,7 +12,7 @@ from torch import Tensor
 
 from psannlm.config.model import BaseName, PositionKind
 from psannlm.device import computes_in_bf16, has_compiler
-from psannlm.errors import GenerationError
+from psannlm.errors import DeviceError, GenerationError
 from psannlm.generation.decoding import Decoding
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig
@@ -162,9 +162,9 @@ def test_an_unknown_dtype_is_refused_by_name(dtype: Any, said: str, build_tiny: 
 def test_without_a_compiler_steps_are_plain_and_a_notice_says_so(
     build_tiny: Build, decode: Decode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("psannlm.generation.engine.missing_to_compile", lambda device: "a C++ compiler (install g++)")
+    monkeypatch.setattr("psannlm.generation.engine.compiler_fault", lambda device: "a C++ compiler (install g++)")
     model = build_tiny()
-    engine = Engine(model, compile=True)
+    engine = Engine(model, compile="auto")
     assert engine.compiles is False
     assert len(engine.notices) == 1
     assert "needs a C++ compiler" in engine.notices[0]
@@ -172,11 +172,21 @@ def test_without_a_compiler_steps_are_plain_and_a_notice_says_so(
     assert Engine(model).notices == []
 
 
+def test_compiling_that_is_asked_for_is_refused_without_a_compiler(
+    build_tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psannlm.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
+    with pytest.raises(
+        DeviceError, match=r"compiled decoding needs a C\+\+ compiler .install g\+\+., which is not here"
+    ):
+        Engine(build_tiny(), compile=True)
+
+
 def test_what_a_compiled_step_writes_into_is_marked_as_staying(
     build_tiny: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The compiler refuses CUDA graphs for a pass that writes into any other input, and says so to nobody."""
-    monkeypatch.setattr("psannlm.generation.engine.missing_to_compile", lambda device: None)
+    monkeypatch.setattr("psannlm.device.compiler_fault", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     engine = Engine(build_tiny(base="waveresnet"), compile=True)
     logits, state = engine.prefill([[1, 5], [2]], 8)

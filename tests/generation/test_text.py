@@ -13,7 +13,7 @@ import torch
 from psannlm.errors import GenerationError
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig
-from psannlm.generation.text import REPAYING_PASSES, Completion, encode_prompt, generate, repays_compiling
+from psannlm.generation.text import REPAYING_PASSES, Completion, choose_compiling, encode_prompt, generate
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 
@@ -238,20 +238,27 @@ def test_a_context_that_slides_goes_on_where_another_stops(byte_tokenizer: Token
 
 
 def test_compiling_is_for_what_repays_it() -> None:
-    assert repays_compiling(True, 1) is True
-    assert repays_compiling(False, 10**9) is False
-    for n, wanted in ((1, False), (REPAYING_PASSES - 1, False), (REPAYING_PASSES, True), (np.int64(10**6), True)):
-        assert repays_compiling("auto", n) == wanted
+    assert choose_compiling(True, 1) is True
+    assert choose_compiling(False, 10**9) is False
+    for n, wanted in ((1, False), (REPAYING_PASSES - 1, False), (REPAYING_PASSES, "auto"), (np.int64(10**6), "auto")):
+        assert choose_compiling("auto", n) == wanted
     for wrong in ("yes", 1, 0, None, "AUTO"):
         with pytest.raises(GenerationError, match=f"compile {wrong!r} is not true, false or auto"):
-            repays_compiling(wrong, 5)  # type: ignore[arg-type]
+            choose_compiling(wrong, 5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("compile", "n", "wanted"), [("auto", 5, False), (True, 5, True), (False, 5, False)])
+@pytest.mark.parametrize(("compile", "least", "wanted"), [("auto", 6, False), ("auto", 5, True), (False, 5, False)])
 def test_what_is_had_in_another_way_is_told(
-    compile: Any, n: int, wanted: bool, byte_tokenizer: Tokenizer, build_tiny: Build, monkeypatch: pytest.MonkeyPatch
+    compile: Any,
+    least: int,
+    wanted: bool,
+    byte_tokenizer: Tokenizer,
+    build_tiny: Build,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("psannlm.generation.engine.missing_to_compile", lambda device: "a C++ compiler (install g++)")
+    monkeypatch.setattr("psannlm.generation.engine.compiler_fault", lambda device: "a C++ compiler (install g++)")
+    monkeypatch.setattr("psannlm.generation.text.REPAYING_PASSES", least)
+    n = 5
     model = build_for(byte_tokenizer, build_tiny)
     told: list[str] = []
     found = generate(
