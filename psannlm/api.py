@@ -23,19 +23,19 @@ from psannlm.data.files import KNOWN_SUFFIXES, split_suffix
 from psannlm.data.prepare import PreparedData, prepare, prepare_documents
 from psannlm.data.shards import encode_documents
 from psannlm.data.stream import Stream
-from psannlm.device import pick_device
+from psannlm.device import gpu_memory_bytes, pick_device
 from psannlm.errors import CorpusError, GenerationError
 from psannlm.generation.decoding import ContextRule
 from psannlm.generation.engine import Engine
 from psannlm.generation.samples import draw_samples
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.generation.text import Completion, choose_compiling, generate
-from psannlm.models.accounting import refuse_oversize
+from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.artifact import load_model, model_file, save_model
 from psannlm.models.packed import WeightDtype
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
-from psannlm.tokenizers.base import Tokenizer
+from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
 from psannlm.training.callbacks import Callback
 from psannlm.training.checkpoint import find_checkpoint
 from psannlm.training.progress import ConsoleReporter, Reporter, SilentReporter
@@ -173,7 +173,7 @@ class psannLM:
 
     Raises:
         UnknownKeyError: (a TypeError) a keyword is not known; the nearest known one is named.
-        ConfigError: a value or a combination is refused.
+        ConfigError: a value or a combination is refused, or the weights do not fit into this machine's memory.
     """
 
     def __init__(
@@ -199,6 +199,7 @@ class psannLM:
             "sine_params": sine_params or {},
         }
         self.config = section_from_kwargs(ModelConfig, "model", {**named, **settings})
+        refuse_oversize(self.config, MIN_VOCAB_SIZE, Place(for_training=False))
         self.tokenizer: Tokenizer | None = None
         self.result: TrainResult | None = None
         self._model: Transformer | None = None
@@ -341,8 +342,8 @@ class psannLM:
     def _built_for(self, tokenizer: Tokenizer, max_length: int, config: TrainConfig) -> Transformer:
         """Return new weights; the data decide what was left open. Raises ConfigError if memory is too small."""
         resolved = resolve(self.config, vocab_size=tokenizer.vocab_size, max_seq_len=max_length)
-        if config.fsdp == "off":
-            refuse_oversize(resolved, tokenizer.vocab_size, pick_device(config.device).type)
+        device = pick_device(config.device)
+        refuse_oversize(resolved, tokenizer.vocab_size, Place(device.type, gpu_memory_bytes(device)))
         return build_model(resolved, seed=config.seed)
 
     def generate(

@@ -45,6 +45,13 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     return torch.device("cuda", wanted)
 
 
+def gpu_memory_bytes(device: torch.device) -> int | None:
+    """Return the memory of a GPU in bytes, or None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory held so far: of a GPU what torch allocated, otherwise what the process had resident."""
     if device.type == "cuda":

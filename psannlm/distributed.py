@@ -84,6 +84,12 @@ class World:
             dist.barrier()
 
 
+def local_ranks() -> int:
+    """Return how many ranks the launcher has started on this machine, 1 where it does not tell."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(text)) if text.isdecimal() else 1
+
+
 def launched_world(ddp: Literal["auto", "on", "off"], fsdp: Literal["off", "full"] = "off") -> World:
     """Return the world that torchrun describes in the environment, or a world of one.
 

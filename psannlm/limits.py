@@ -13,6 +13,7 @@ try:
     import resource
 except ImportError:  # not a POSIX system
     resource = None  # type: ignore[assignment]
+from pathlib import Path
 
 # Positions that the taps of a short convolution may reach back in one step: beyond any context that is trained.
 MAX_DILATION = 1 << 20
@@ -47,13 +48,34 @@ def max_document_bytes() -> int:
     return (machine_memory_bytes() or _ASSUMED_MEMORY_BYTES) // 4
 
 
+# What version 1 of control groups says where nothing is limited is near 2 ** 63.
+_NO_LIMIT = 1 << 60
+
+
 def json_values(content: bytes) -> int:
     """Return an upper bound on the number of values in a JSON text, found without parsing it."""
     return 1 + sum(content.count(mark) for mark in (b",", b":", b"[", b"{"))
 
 
 def machine_memory_bytes() -> int | None:
-    """Return the physical memory of this machine in bytes, or None where the system does not tell."""
+    """Return the memory that this process may use in bytes: the machine's, or less where a cgroup limits it.
+
+    None where the system does not tell.
+    """
+    found = [each for each in (_physical_bytes(), cgroup_limit_bytes()) if each is not None]
+    return min(found, default=None)
+
+
+def describe_memory() -> str:
+    """Return what :func:`machine_memory_bytes` found, in words."""
+    memory, limit = machine_memory_bytes(), cgroup_limit_bytes()
+    if memory is None:
+        return "the memory of this machine is unknown"
+    where = "a cgroup limits this process to" if memory == limit else "this machine has"
+    return f"{where} {memory / 1e9:,.1f} GB"
+
+
+def _physical_bytes() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -73,3 +95,33 @@ def raise_open_files() -> None:
         # macOS has a lower limit of its own that it does not name; then the soft limit stays.
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def cgroup_limit_bytes(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return the lowest memory limit of this process's control groups (both versions), as of containers, or None."""
+    limits = []
+    for line in _read_text(proc).splitlines():
+        _, *rest = line.split(":", 2)
+        if len(rest) < 2:
+            continue
+        controllers, group = rest
+        if controllers == "":
+            top, file = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, file = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        parts = [part for part in group.split("/") if part and part != ".."]
+        # A group is limited by all groups above it too; within a container its own path may not be there.
+        for depth in range(len(parts) + 1):
+            text = _read_text(top.joinpath(*parts[:depth], file)).strip()
+            if text.isdecimal() and int(text) < _NO_LIMIT:
+                limits.append(int(text))
+    return min(limits, default=None)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""

@@ -336,3 +336,17 @@ def test_two_short_texts_are_enough_to_train_and_generate() -> None:
         model = small(vocab_size=tiny.vocab_size).fit(tiny, epochs=1, batch_tokens=65_536, amp="bf16", verbose=False)
         assert isinstance(model.generate("Once upon a time", top_p=0.9, max_new_tokens=8), str)
         assert len(model.generate_batch(["hello", "goodnight"], max_new_tokens=8)) == 2
+
+
+def test_a_model_too_large_is_named_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"model: [\d,]+ parameters need .* GB for the model alone \(weights\)"):
+        psannLM(d_model=1 << 20, n_heads=8)
+    with pytest.raises(ConfigError, match="for the model alone"):
+        psannLM(n_layers=10_000_000)
+    model = psannLM(d_model=16, n_layers=1, n_heads=2)
+    data = psannLMDataPrep(["some words to learn from, and more of them"] * 20, max_length=8, tokenizer="simple")
+    # Room for the weights, and none for what training adds.
+    monkeypatch.setattr("psannlm.limits._physical_bytes", lambda: 100_000)
+    with pytest.raises(ConfigError, match="weights, gradients and optimizer state"):
+        model.fit(data, verbose=False, device="cpu", amp="fp32")
+    assert model.result is None

@@ -23,6 +23,7 @@ from psannlm.config.model import ModelConfig
 from psannlm.device import describe_device
 from psannlm.errors import ConfigError
 from psannlm.generation.engine import Engine
+from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 
@@ -326,7 +327,9 @@ def build_random_model(config: ModelConfig, settings: KvSettings, device: torch.
     room = max(settings.n_tokens, longest_state(settings.contexts))
     if settings.dtype != "float32":
         room = max(room, 1 + TOKENS_PER_ROW)
-    model = build_model(resolve(config.model_copy(update={"max_seq_len": room})), seed=settings.seed).eval()
+    resolved = resolve(config.model_copy(update={"max_seq_len": room}))
+    refuse_oversize(resolved, config.vocab_size or 1, Place(for_training=False))
+    model = build_model(resolved, seed=settings.seed).eval()
     show_every_part(model, settings.seed)
     return model.to(device)
 

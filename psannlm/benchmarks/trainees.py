@@ -24,7 +24,7 @@ from psannlm.config.train import Amp
 from psannlm.data.loader import MicroBatch
 from psannlm.device import pick_precision, require_compiler
 from psannlm.errors import ConfigError, nearest
-from psannlm.models.accounting import count_parameters, flops_per_token
+from psannlm.models.accounting import count_parameters, flops_per_token, refuse_oversize
 from psannlm.models.compiled import compiled
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.sine import SineActivation
@@ -225,6 +225,7 @@ def _build(trainee: Trainee, settings: ThroughputSettings) -> tuple[nn.Module, s
         llama = TrainableLlama(config, parameters, settings.seq_len, settings.seed, trainee.grad_checkpoint)
         return llama, llama.description
     config = config_of(trainee, settings)
+    refuse_oversize(config, config.vocab_size or 1)
     model = build_model(config, seed=settings.seed)
     model.grad_checkpoint = trainee.grad_checkpoint
     if not trainee.activation:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, Problem
-from psannlm.limits import machine_memory_bytes
+from psannlm.limits import describe_memory, machine_memory_bytes
 from psannlm.models.lean import left_out
 from psannlm.models.mlp import GATED_KINDS
 from psannlm.models.registry import build_model, resolve
@@ -24,6 +24,8 @@ from psannlm.models.transformer import Transformer
 
 # Python's own objects for the modules and tensors of a block.
 _MODULE_BYTES = 30_000
+# More layers are not built to find what they save.
+_MOST_LAYERS_BUILT = 64
 
 _GROUP_OF = {
     "embedding": "embedding",
@@ -67,29 +69,61 @@ def _group(name: str) -> str:
     return _GROUP_OF[parts[2] if parts[0] == "blocks" else parts[0]]
 
 
-def describe_oversize(config: ModelConfig, device_type: str = "cpu") -> str | None:
-    """Return why the model of a resolved ``config`` cannot be trained here, found by arithmetic, or None.
+@dataclass(frozen=True)
+class Place:
+    """Where a model is to be: kind of device, memory of the GPU, ranks on this machine, and ranks that share weights.
 
-    On a CPU weights, gradients and AdamW's two moments take 16 bytes per parameter; for a GPU the weights alone are
-    made in this machine's memory.
+    ``for_training`` counts gradients and AdamW's two moments too.
     """
-    memory = machine_memory_bytes()
+
+    device_type: str = "cpu"
+    gpu_bytes: int | None = None
+    n_ranks: int = 1
+    n_shards: int = 1
+    for_training: bool = True
+
+
+def describe_oversize(config: ModelConfig, place: Place = Place()) -> str | None:
+    """Return why the model of a resolved ``config`` does not fit into the memory at ``place``, by arithmetic, or None.
+
+    Weights take 4 bytes per parameter, with gradients and AdamW's two moments 16. They are made in this machine's
+    memory for a GPU too: on every rank, or where they are sharded on the first one alone.
+    """
     n_parameters = sum(count_parameters(config).values())
-    needed = (16 if device_type == "cpu" else 4) * n_parameters + _MODULE_BYTES * config.n_layers
-    if memory is None or needed <= memory:
-        return None
-    return (
-        f"{n_parameters:,} parameters need {needed / 1e9:,.1f} GB for the model alone (weights"
-        f"{', gradients and optimizer state' if device_type == 'cpu' else ''}), and this machine has "
-        f"{memory / 1e9:,.1f} GB; lower model.d_model, model.n_layers, model.d_mlp or model.vocab_size"
-    )
+    each = 16 if place.for_training else 4
+    modules = _MODULE_BYTES * config.n_layers
+    is_sharded = place.n_shards > 1
+    own = -(-each * n_parameters // place.n_shards)  # of one rank, where it trains
+    made = 4 * n_parameters * (1 if is_sharded else place.n_ranks)
+    here = max(made, own * place.n_ranks) if place.device_type == "cpu" else made
+    what = "weights, gradients and optimizer state" if place.for_training else "weights"
+    memory, remedy = machine_memory_bytes(), "lower model.d_model, model.n_layers, model.d_mlp or model.vocab_size"
+    if memory is not None and here + modules * place.n_ranks > memory:
+        kind = what if place.device_type == "cpu" else "weights"
+        ranks = f" of {place.n_ranks} ranks" if place.n_ranks > 1 else ""
+        return (
+            f"{n_parameters:,} parameters need {(here + modules * place.n_ranks) / 1e9:,.1f} GB for the model alone "
+            f"({kind}{ranks}), and {describe_memory()}; {remedy}"
+        )
+    if place.device_type != "cpu" and place.gpu_bytes is not None and own > place.gpu_bytes:
+        shards = f", a part of {place.n_shards}" if is_sharded else ""
+        more = "" if is_sharded else ", or shard it over several GPUs with train.fsdp: full"
+        return (
+            f"{n_parameters:,} parameters need {own / 1e9:,.1f} GB for the model alone ({what}{shards}), and the GPU "
+            f"has {place.gpu_bytes / 1e9:,.1f} GB; {remedy}{more}"
+        )
+    return None
 
 
-def refuse_oversize(config: ModelConfig, vocab_size: int, device_type: str = "cpu") -> None:
+def refuse_oversize(config: ModelConfig, vocab_size: int, place: Place = Place()) -> None:
     """Raise ConfigError where :func:`describe_oversize` finds the model too large; ``vocab_size`` fills in for null."""
     if config.vocab_size is None:
         config = config.model_copy(update={"vocab_size": vocab_size})
-    if (message := describe_oversize(resolve(config), device_type)) is not None:
+    try:
+        message = describe_oversize(resolve(config), place)
+    except (RuntimeError, OverflowError, TypeError):  # torch, on shapes beyond 64 bits
+        message = "its matrices have more elements than 64 bits can count; lower model.d_model or model.d_mlp"
+    if message is not None:
         raise ConfigError(Problem("model", message))
 
 
@@ -151,13 +185,9 @@ def training_memory(
     total = sum(count_parameters(config).values())
     hidden_matrices = matrix_elements(config, "attention", "feed-forward") if optimizer == "muon" else 0
     with FakeTensorMode(), nullcontext() if device_type == "cpu" else left_out():
-        model = Transformer(config)
-        if device_type != "cpu":
-            _keep_as_fused_norms(model)
-        one, two = (_saved_bytes(model, n, seq_len, dtype) for n in (1, 2))
+        one, two = _saved_in_passes(config, seq_len, dtype, device_type, grad_checkpoint=False)
         if grad_checkpoint:
-            model.grad_checkpoint = True
-            kept_one, kept_two = (_saved_bytes(model, n, seq_len, dtype) for n in (1, 2))
+            kept_one, kept_two = _saved_in_passes(config, seq_len, dtype, device_type, grad_checkpoint=True)
             n_layers = config.n_layers
             one, two = kept_one + (one - kept_one) // n_layers, kept_two + (two - kept_two) // n_layers
     activations = one + (two - one) * (micro_batch_size - 1)
@@ -166,6 +196,29 @@ def training_memory(
     n_wide = (2 if config.mlp in GATED_KINDS else 1) + (device_type == "cpu")
     scratch = n_wide * micro_batch_size * seq_len * (config.d_mlp or 0) * dtype.itemsize
     return TrainingMemory(4 * total, 4 * total, 8 * total - 4 * hidden_matrices, activations, scratch)
+
+
+def _saved_in_passes(
+    config: ModelConfig, seq_len: int, dtype: torch.dtype, device_type: str, *, grad_checkpoint: bool
+) -> tuple[int, int]:
+    """Return the bytes that autograd saves in a pass over one window and over two.
+
+    Blocks of one shape save the same: of a deep model two and three are built, and the rest follows.
+    """
+    depths = [config.n_layers]
+    if config.n_layers > _MOST_LAYERS_BUILT and (not config.wave.enabled or config.wave.dilation_growth == 1):
+        depths = [2, 3]
+    saved = []
+    for depth in depths:
+        model = Transformer(config.model_copy(update={"n_layers": depth}))
+        if device_type != "cpu":
+            _keep_as_fused_norms(model)
+        model.grad_checkpoint = grad_checkpoint
+        saved.append([_saved_bytes(model, n, seq_len, dtype) for n in (1, 2)])
+    if len(depths) == 1:
+        return saved[0][0], saved[0][1]
+    one, two = (shallow + (deep - shallow) * (config.n_layers - 2) for shallow, deep in zip(*saved, strict=True))
+    return one, two
 
 
 class _FusedNorm(torch.autograd.Function):

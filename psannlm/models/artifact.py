@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ArtifactError, ConfigError, TokenizerError
-from psannlm.limits import HASHED_FIRST_BYTES, machine_memory_bytes
+from psannlm.limits import HASHED_FIRST_BYTES, describe_memory, machine_memory_bytes
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.tensorfile import read_head, read_tensors, same_shapes, write_tensors
 from psannlm.models.transformer import Transformer
@@ -118,9 +118,7 @@ def _refuse_oversize(path: Path) -> None:
         raise ArtifactError(f"{path} does not fit its own configuration: {embedding} is not the shape of its embedding")
     memory = machine_memory_bytes()
     if memory is not None and head.n_bytes > memory:
-        raise ArtifactError(
-            f"{path} holds {head.n_bytes / 1e9:,.1f} GB of tensors, and this machine has {memory / 1e9:,.1f} GB"
-        )
+        raise ArtifactError(f"{path} holds {head.n_bytes / 1e9:,.1f} GB of tensors, and {describe_memory()}")
 
 
 def _refuse_other_version(path: Path, metadata: dict[str, str]) -> None:

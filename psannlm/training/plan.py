@@ -23,7 +23,7 @@ from psannlm.models.scaling import sharded_memory
 from psannlm.storage import free_bytes
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE
 from psannlm.training.compiling import decide_compiling, run_flops
-from psannlm.training.run import build_loader, doubts
+from psannlm.training.run import build_loader, doubts, place_of
 
 # Activations are counted layer by layer, which takes long for more layers than this.
 _MOST_LAYERS = 4096
@@ -76,11 +76,12 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
     precision = pick_precision(config.train.amp, device)
     if config.train.compile is True:
         require_compiler(device)
+    place = place_of(config, world, device, n_ranks)
     if config.model.n_layers > _MOST_LAYERS:
-        refuse_oversize(config.model, MIN_VOCAB_SIZE, device.type)
+        refuse_oversize(config.model, MIN_VOCAB_SIZE, place)
     data = prepare(config.data, notice)
     model = resolve(config.model, vocab_size=data.tokenizer.vocab_size, max_seq_len=config.data.max_length)
-    if config.train.fsdp == "off" and (oversize := describe_oversize(model, device.type)) is not None:
+    if (oversize := describe_oversize(model, place)) is not None:
         notice(f"note: {oversize}")
     loader = build_loader(config, data, world)
     n_steps = total_steps(config, loader.steps_per_epoch)

@@ -23,15 +23,16 @@ from psannlm.data.stream import Stream
 from psannlm.device import (
     Precision,
     describe_device,
+    gpu_memory_bytes,
     missing_to_compile,
     pick_device,
     pick_precision,
     require_compiler,
 )
-from psannlm.distributed import World, joined, launched_world
+from psannlm.distributed import World, joined, launched_world, local_ranks
 from psannlm.errors import Interrupted, PictureError, StorageError, TrainingError
 from psannlm.lock import RunLock
-from psannlm.models.accounting import refuse_oversize
+from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.artifact import load_model
 from psannlm.models.compiled import compiled
 from psannlm.models.registry import build_model, resolve
@@ -103,8 +104,9 @@ def train(
     precision = pick_precision(config.train.amp, device)
     if config.train.compile is True:
         require_compiler(device)
-    if model is None and config.train.fsdp == "off":
-        refuse_oversize(config.model, MIN_VOCAB_SIZE, device.type)
+    place = place_of(config, world, device)
+    if model is None:
+        refuse_oversize(config.model, MIN_VOCAB_SIZE, place)
     if reporter is None or not world.is_main:
         reporter = SilentReporter()
     folder = Path(os.path.expanduser(config.train.checkpoint_dir))
@@ -117,7 +119,7 @@ def train(
                 move_aside(lock, reporter)
             refuse_foreign_files(folder, config, config.train.max_steps)
         world.wait()
-        start = _find_start(config, folder, resume, reporter, data, model, world)
+        start = _find_start(config, folder, resume, reporter, data, model, world, place)
         world.wait()
         run, progress = _build(config, start, world, precision, folder, reporter)
         run.sampler, run.budget, run.callbacks = sampler, budget, tuple(callbacks)
@@ -180,6 +182,13 @@ def train(
         return result
 
 
+def place_of(config: RunConfig, world: World, device: torch.device, n_local: int | None = None) -> Place:
+    """Return where the model of a run is to be; ``n_local`` ranks share this machine, by default what torchrun says."""
+    n_ranks = min(world.size, n_local or local_ranks())
+    n_shards = world.size if config.train.fsdp == "full" else 1
+    return Place(device.type, gpu_memory_bytes(device), n_ranks, n_shards)
+
+
 @dataclass(frozen=True)
 class _Start:
     """What a run begins with: the checkpoint it goes on from, if any, its data, and its weights."""
@@ -197,6 +206,7 @@ def _find_start(
     data: PreparedData | None,
     model: Transformer | None,
     world: World,
+    place: Place,
 ) -> _Start:
     """Find the checkpoint, prepare the data and make the weights, each unless it is given.
 
@@ -214,8 +224,7 @@ def _find_start(
         model = same_model(loaded.model, model)
     elif model is None:
         resolved = resolve(config.model, vocab_size=vocab_size, max_seq_len=config.data.max_length)
-        if config.train.fsdp == "off":
-            refuse_oversize(resolved, vocab_size, pick_device(config.train.device, world.local_rank).type)
+        refuse_oversize(resolved, vocab_size, place)
         is_elsewhere = config.train.fsdp == "full" and not world.is_main
         model = build_model(resolved, seed=config.train.seed, device="meta" if is_elsewhere else "cpu")
     else:

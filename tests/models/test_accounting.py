@@ -12,7 +12,15 @@ from torch import Tensor
 
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.errors import ConfigError
-from psannlm.models.accounting import count_parameters, flops_per_token, refuse_oversize, training_memory
+from psannlm.models import accounting
+from psannlm.models.accounting import (
+    Place,
+    count_parameters,
+    describe_oversize,
+    flops_per_token,
+    refuse_oversize,
+    training_memory,
+)
 from psannlm.models.lean import left_out
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
@@ -173,6 +181,66 @@ def test_a_model_too_large_for_the_machine_is_named_at_once() -> None:
         with pytest.raises(ConfigError, match="GB for the model alone"):
             refuse_oversize(config, 300)
     refuse_oversize(ModelConfig(base="transformer", d_model=16, n_layers=2, n_heads=2), 300)
+
+
+def test_shapes_beyond_64_bits_are_refused_in_words() -> None:
+    with pytest.raises(ConfigError, match=r"more elements than 64 bits can count|GB for the model alone"):
+        refuse_oversize(ModelConfig(base="transformer", d_model=1 << 40, n_heads=1), 300)
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("place", "memory_gb", "fault"),
+    [
+        (Place(), 17, None),
+        (Place(), 15, "weights, gradients and optimizer state), and this machine has 15.0 GB"),
+        (Place(for_training=False), 5, None),
+        (Place(for_training=False), 3, "(weights), and this machine has 3.0 GB"),
+        (Place(n_ranks=2), 30, "need 32.0 GB for the model alone (weights, gradients and optimizer state of 2 ranks)"),
+        (Place(n_ranks=4, n_shards=4), 17, None),
+        (Place(n_ranks=4, n_shards=4), 15, "need 16.0 GB"),
+        (Place(n_ranks=1, n_shards=8), 3, "need 4.0 GB"),
+        (Place("cuda", 17 * GB), 5, None),
+        (Place("cuda", 17 * GB), 3, "need 4.0 GB for the model alone (weights), and this machine has 3.0 GB"),
+        (Place("cuda", 15 * GB), 5, "and the GPU has 15.0 GB; lower model.d_model"),
+        (Place("cuda", 15 * GB), 5, "or shard it over several GPUs with train.fsdp: full"),
+        (Place("cuda", 9 * GB, n_shards=2), 5, None),
+        (Place("cuda", 7 * GB, n_shards=2), 5, "need 8.0 GB for the model alone"),
+        (Place("cuda", None), 5, None),
+        (Place("cuda", 5 * GB, for_training=False), 5, None),
+    ],
+    ids=str,
+)
+def test_the_memory_of_a_model_depends_on_where_it_is(
+    place: Place, memory_gb: int, fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A billion parameters take 4 GB, and 16 GB with gradients and the optimizer's two moments."""
+    monkeypatch.setattr(accounting, "count_parameters", lambda config: {"all": GB})
+    monkeypatch.setattr("psannlm.limits._physical_bytes", lambda: memory_gb * GB)
+    monkeypatch.setattr("psannlm.limits.cgroup_limit_bytes", lambda: None)
+    found = describe_oversize(ModelConfig(n_layers=1), place)
+    assert (found is None) is (fault is None)
+    assert (fault or "") in (found or "")
+
+
+@pytest.mark.parametrize("base", ["waveresnet", "transformer"])
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_the_activations_of_a_deep_model_follow_from_two_shallow_ones(
+    base: BaseName, grad_checkpoint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = resolve(ModelConfig(base=base, **{**TINY, "n_layers": 5}))
+    whole = training_memory(config, 3, 8, grad_checkpoint=grad_checkpoint)
+    monkeypatch.setattr(accounting, "_MOST_LAYERS_BUILT", 4)
+    assert training_memory(config, 3, 8, grad_checkpoint=grad_checkpoint) == whole
+
+
+def test_a_million_layers_are_counted_at_once() -> None:
+    config = resolve(ModelConfig(base="respsann", **{**TINY, "n_layers": 1_000_000}))
+    started_s = time.process_time()
+    assert training_memory(config, 4, 16).activations > 10**6
+    assert time.process_time() - started_s < 5.0
 
 
 def test_parameters_of_equal_layers_are_those_of_the_built_model(build_tiny: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from psannlm.config.data import DataConfig
 from psannlm.config.model import ModelConfig, SineConfig, WaveConfig
 from psannlm.config.run import RunConfig, load_config, to_yaml
 from psannlm.config.train import TrainConfig
+from psannlm.distributed import World
 from psannlm.errors import ConfigError, DeviceError, Interrupted, PictureError, TrainingError
 from psannlm.models.artifact import load_model
 from psannlm.models.registry import build_model, resolve
@@ -497,3 +499,44 @@ def test_a_curve_that_cannot_be_drawn_ends_no_training(tiny_run: TinyRun, monkey
     result = train(tiny_run(max_steps=2), reporter=Notices())
     assert (result.steps, result.curve) == (2, None)
     assert [text for text in Notices.said if "curve" in text] == ["note: no loss curve: no Matplotlib here"]
+
+
+def _with_memory(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
+    monkeypatch.setattr("psannlm.limits._physical_bytes", lambda: n_bytes)
+    monkeypatch.setattr("psannlm.limits.cgroup_limit_bytes", lambda: n_bytes)
+
+
+@pytest.mark.parametrize("asked", ["off", "full"])
+def test_a_model_too_large_is_named_before_anything_is_written(
+    asked: str, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(max_steps=1)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"fsdp": asked})})
+    monkeypatch.setattr("psannlm.training.run.launched_world", lambda ddp, fsdp: World(0, 0, 4))
+    monkeypatch.setattr("psannlm.training.run.local_ranks", lambda: 4)
+    _with_memory(monkeypatch, 100_000)
+    words = "a cgroup limits this process to 0.0 GB; lower model.d_model"
+    with pytest.raises(ConfigError, match=rf"for the model alone .*of 4 ranks.*{words}"):
+        train(config)
+    assert not Path(config.train.checkpoint_dir).exists()
+
+
+def test_a_model_too_large_for_the_gpu_is_named(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psannlm.training.run.pick_device", lambda name, rank: torch.device("cuda", 0))
+    monkeypatch.setattr("psannlm.training.run.pick_precision", lambda amp, device: None)
+    monkeypatch.setattr("psannlm.training.run.gpu_memory_bytes", lambda device: 50_000)
+    with pytest.raises(ConfigError, match=r"and the GPU has 0\.0 GB; .*train.fsdp: full"):
+        train(tiny_run(max_steps=1))
+
+
+def test_a_dry_run_of_a_million_layers_answers_at_once(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_run(max_steps=1)
+    deep = config.model_copy(update={"model": config.model.model_copy(update={"n_layers": 1_000_000})})
+    started_s = time.process_time()
+    _with_memory(monkeypatch, 10**15)
+    plan = plan_training(deep, lambda line: None)
+    assert plan.n_parameters > 10**9
+    _with_memory(monkeypatch, 10**9)
+    with pytest.raises(ConfigError, match="for the model alone"):
+        plan_training(deep, lambda line: None)
+    assert time.process_time() - started_s < 8.0
