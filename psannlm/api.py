@@ -265,8 +265,7 @@ class psannLM:
         """
         if self._model is None:
             resolved = resolve(self.config)
-            # The weights alone count, as where a GPU trains them.
-            refuse_oversize(resolved, self.config.vocab_size or 0, "cuda")
+            refuse_oversize(resolved, self.config.vocab_size or 0, Place(for_training=False))
             self._model = build_model(resolved, seed=TrainConfig().seed)
         return self._model
 
