@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ORDER = (
     ("display",),
     ("errors", "limits", "filenames"),
-    ("storage", "pointers"),
+    ("storage", "pointers", "urls"),
     ("folderstore", "memory", "processes", "tensorheader", "terminal"),
     ("consoles",),
     ("lock", "signals"),
@@ -51,6 +51,7 @@ NEVER_TORCH = (
     "errors",
     "limits",
     "storage",
+    "urls",
     "lock",
     "memory",
     "signals",

@@ -17,8 +17,8 @@ class PathSource(Section):
     """A file, folder or glob of text, or a folder that ``psannlm prep`` made."""
 
     path: FileName = Field(
-        description="file, folder or glob, or alone a folder made by psannlm prep; relative paths start at the working "
-        "folder"
+        description="file, folder, glob or URL, or alone a folder made by psannlm prep; relative paths start at the "
+        "working folder"
     )
     per_line: Flag = Field(False, description="one document per line of a .txt file, instead of one per file")
     text_key: Text = Field("text", description="the key that holds the text in .jsonl and .parquet files")

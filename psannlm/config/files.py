@@ -12,6 +12,7 @@ from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.findings import Finding
 from psannlm.config.yaml_tree import nearest_sibling
 from psannlm.pointers import pointer_at
+from psannlm.urls import literal_beginning, local_path, protocol_of, refusal
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_MARK = "psannlm-shards-"
@@ -75,11 +76,23 @@ def _missing_source(path: str) -> str | None:
         return None
     if problem := pointer_at(expanded):
         return f"{path!r} is {problem}"
-    if glob.has_magic(path):
+    protocol = protocol_of(path)
+    if protocol is not None:
+        if problem := refusal(path):
+            return problem
+        if protocol != "file":
+            return None  # looked up when it is read
+        named = local_path(path)
+        if named is None:
+            return f"{path!r} names another machine; write file:///path, or the path alone"
+        if _exists(Path(named)):
+            return None
+        expanded = named
+    if glob.has_magic(expanded):
         # One match is enough; a pattern over a large folder is not walked to its end.
-        matches = any(True for _ in glob.iglob(expanded, recursive=True))
+        matches = any(True for _ in glob.iglob(literal_beginning(expanded)[1], recursive=True))
         return None if matches else f"no file matches {path!r} (looked from {Path.cwd()})"
-    return _missing(path, "file or folder")
+    return _missing(path if protocol is None else expanded, "file or folder")
 
 
 def _missing_part(path: str) -> str | None:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from psannlm.data.formats import HEAD_BYTES, compression, is_binary, unicode_encoding, why_not_text
-from psannlm.data.urls import file_system, local_path, protocol_of, refusal
 from psannlm.errors import CorpusError, nearest
 from psannlm.limits import MAX_LINE_BYTES, max_document_bytes
 from psannlm.pointers import pointer_at, pointer_in, refuse_pointer
 from psannlm.reports.records import is_own_output
+from psannlm.urls import file_system, literal_beginning, local_path, protocol_of, refusal
 
 STDIN = "-"
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -113,7 +113,7 @@ def find_files(pattern: str, drop: Drop) -> tuple[list[str], list[str]]:
 
 
 def _look_into_glob(pattern: str, path: str, drop: Drop) -> tuple[list[str], list[str]]:
-    root, expression = _literal_beginning(path)
+    root, expression = literal_beginning(path)
     if "**" in path:
         # glob follows links, and would go round a circle of two links 2 ** 40 times.
         _, circles = _look_into([root], lambda reason, name: None)
@@ -132,18 +132,6 @@ def _look_into_glob(pattern: str, path: str, drop: Drop) -> tuple[list[str], lis
     # With ** a folder and the files inside it both match; the files come once.
     found, problems = _look_into([match for match in matches if os.path.isdir(match) or _is_known(match, drop)], drop)
     return list(dict.fromkeys(found)), problems
-
-
-def _literal_beginning(path: str) -> tuple[str, str]:
-    """Return (the folder in which a glob begins, the glob): brackets in the names of folders that exist are no pattern.
-
-    ``set [2013]/*.txt`` gives ``("set [2013]", "set [[]2013]/*.txt")`` where there is such a folder.
-    """
-    root = "/" if path.startswith("/") else ""
-    names = path.split("/")
-    while names and os.path.lexists(os.path.join(root, names[0])):
-        root = os.path.join(root, names.pop(0))
-    return root or ".", os.path.join(glob.escape(root), *names)
 
 
 def _near(path: str) -> str:

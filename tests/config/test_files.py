@@ -42,6 +42,20 @@ def test_what_is_missing_is_named_with_its_neighbour(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_folder")
+def test_urls_are_judged_as_they_are_when_read(tmp_path: Path) -> None:
+    (tmp_path / "set [2013]").mkdir()
+    (tmp_path / "set [2013]" / "a.txt").write_text("a")
+    for path in ("", "/a.txt", "/*.txt"):
+        assert check(f"set [2013]{path}", f"file://{tmp_path}/set [2013]{path}", f"file:{tmp_path}/set%20[2013]") == []
+    assert check("https://host/a.txt", "s3://bucket/*.jsonl") == []
+    for url in ("reference://::file:///x", "memory:/x", "simplecache::https://host/x", "github://a:b@c/x", "ftp://h/x"):
+        (refused,) = check(url)
+        assert refused.startswith(url)
+    assert check("file:///no/such/place")[0].startswith("'/no/such/place' is no file or folder")
+    assert check("file://elsewhere/x")[0].startswith("'file://elsewhere/x' names another machine")
+
+
+@pytest.mark.usefixtures("_folder")
 def test_a_tokenizer_must_be_a_file() -> None:
     assert check("corpus", tokenizer="corpus")[0].startswith("'corpus' is no file")
     assert check("corpus", tokenizer="x" * 5000)[0].endswith(str(Path.cwd()))

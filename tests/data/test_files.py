@@ -16,8 +16,8 @@ from urllib.parse import quote
 import pytest
 
 from psannlm.data.files import decoded, find_files, is_remote, opened, read_lines, read_text, split_suffix
-from psannlm.data.urls import PROTOCOLS
 from psannlm.errors import CorpusError
+from psannlm.urls import PROTOCOLS
 
 
 def found(pattern: Path | str) -> tuple[list[str], list[str], Counter[str]]:

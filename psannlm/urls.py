@@ -1,4 +1,4 @@
-"""The URLs that may name a corpus: one list of protocols, and none that wraps another.
+"""The URLs and globs that may name a corpus: one list of protocols, and none that wraps another.
 
 fsspec knows dozens of protocols, some of which run what a file says (``reference``), write copies (``filecache``) or
 wrap others (``zip::https://``). A configuration of a stranger must not reach them by what it calls a file.
@@ -66,9 +66,23 @@ def local_path(url: str) -> str | None:
     return decoded if decoded != rest and _exists(decoded) and not _exists(rest) else rest
 
 
+def literal_beginning(path: str) -> tuple[str, str]:
+    """Return (the folder in which a glob begins, the glob): brackets in the names of folders that exist are no pattern.
+
+    ``set [2013]/*.txt`` gives ``("set [2013]", "set [[]2013]/*.txt")`` where there is such a folder.
+    """
+    root = "/" if path.startswith("/") else ""
+    names = path.split("/")
+    while names and os.path.lexists(os.path.join(root, names[0])):
+        root = os.path.join(root, names.pop(0))
+    return root or ".", os.path.join(glob.escape(root), *names)
+
+
 def _exists(path: str) -> bool:
     """Whether a path exists, or a glob matches."""
-    return os.path.lexists(path) or (glob.has_magic(path) and next(glob.iglob(path), None) is not None)
+    if os.path.lexists(path):
+        return True
+    return glob.has_magic(path) and next(glob.iglob(literal_beginning(path)[1], recursive=True), None) is not None
 
 
 def file_system(url: str) -> tuple[Any, str]:
