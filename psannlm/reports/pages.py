@@ -43,6 +43,7 @@ _MOST_CURVES = 12
 _MOST_BARS = 24
 _LARGEST_PICTURE_BYTES = 3 << 20
 _MOST_PICTURES = 40
+_MOST_UNREAD, _LONGEST_REASON = 500, 500
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Width and height in the header; a small file may ask a reader for gigabytes.
 _PNG_SIZES, _MOST_PIXELS = slice(16, 24), 50_000_000
@@ -323,5 +324,6 @@ def _rate_bars(rates: Sequence[dict[str, Any]]) -> list[Bar]:
 
 
 def _unread_table(unread: Sequence[Unread]) -> Table:
-    rows = [[str(item.path), item.reason] for item in unread]
-    return Table("", ("where", "why"), rows, note="Nothing else in the report depends on these.")
+    rows = [[str(item.path), shortened(item.reason, _LONGEST_REASON)] for item in unread[:_MOST_UNREAD]]
+    more = f"{len(unread) - len(rows):,} more are left out. " if len(unread) > len(rows) else ""
+    return Table("", ("where", "why"), rows, note=f"{more}Nothing else in the report depends on these.")
