@@ -71,15 +71,15 @@ def _show_escapes(figure: Figure) -> None:
     for text in figure.findobj(Text):
         if isinstance(text, Text):
             text.set_text(printable(text.get_text(), keep="\n"))
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            formatter = axis.get_major_formatter()
-            if isinstance(formatter, FuncFormatter):  # the labels that set_xticks and set_yticks are given
-                axis.set_major_formatter(FuncFormatter(_printable_labels(formatter)))
+    # Labels of ticks are made as the figure is drawn; Matplotlib keeps those that are names in a function.
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        formatter = axis.get_major_formatter()
+        if isinstance(formatter, FuncFormatter):
+            formatter.func = _escaped_labels(formatter.func)
 
 
-def _printable_labels(formatter: Callable[[float, int | None], str]) -> Callable[[float, int | None], str]:
-    return lambda value, place: printable(formatter(value, place), keep="\n")
+def _escaped_labels(label: Callable[..., str]) -> Callable[..., str]:
+    return lambda *position: printable(label(*position), keep="\n")
 
 
 @contextmanager

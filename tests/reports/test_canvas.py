@@ -94,3 +94,26 @@ def test_a_figure_that_fails_is_a_picture_error() -> None:
 
     with pytest.raises(PictureError, match="ValueError: Axis limits cannot be NaN or Inf"):
         render_figure(draw)
+
+
+def test_names_in_a_picture_are_shown_with_their_escapes() -> None:
+    """A byte that is not UTF-8 would end the drawing, and a control character show nothing."""
+    from matplotlib.figure import Figure
+
+    hostile = "caf\udce9\x1b $x$"
+    drawn: list[Figure] = []
+
+    def draw() -> Figure:
+        figure = Figure(figsize=(2, 2))
+        axes = figure.subplots()
+        axes.plot([0, 1], label=hostile)
+        axes.set_title(hostile)
+        axes.set_yticks([0, 1], [hostile, "b"])
+        axes.legend()
+        drawn.append(figure)
+        return figure
+
+    assert render_figure(draw).startswith(b"\x89PNG")
+    (axes,) = drawn[0].axes
+    texts = [axes.get_title(), axes.get_yticklabels()[0].get_text(), axes.get_legend().get_texts()[0].get_text()]
+    assert texts == ["caf\\xe9\\x1b $x$"] * 3
