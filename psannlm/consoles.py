@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.control import Control
 from rich.measure import Measurement
@@ -50,9 +51,7 @@ def make_console(*, stderr: bool = False, file: TextIO | None = None, width: int
 
 def _size(stream: Any, is_live: bool) -> tuple[int | None, int | None]:
     """The width that COLUMNS asks for, within bounds, and a height; None where rich finds out itself."""
-    asked = os.environ.get("COLUMNS", "")
-    # More digits than any width has: int() would refuse thousands of them.
-    columns = int(asked) if asked.isascii() and asked.isdigit() and len(asked) < 6 else 0
+    columns = _asked_columns()
     if not is_live:
         return min(max(columns, _FILE_WIDTH), _MOST_WIDTH), _FILE_HEIGHT
     if columns:
@@ -61,10 +60,16 @@ def _size(stream: Any, is_live: bool) -> tuple[int | None, int | None]:
         found = os.get_terminal_size(stream.fileno())
     except (OSError, ValueError, AttributeError):
         found = os.terminal_size((0, 0))
-    if found.columns >= _LEAST_WIDTH and not asked:
+    if found.columns >= _LEAST_WIDTH and not os.environ.get("COLUMNS"):
         return None, None
     # A terminal that does not know its size says 0.
     return max(found.columns or _FILE_WIDTH, _LEAST_WIDTH), found.lines or _FILE_HEIGHT
+
+
+def _asked_columns() -> int:
+    """The width that COLUMNS asks for; 0 where that is no number, or of more digits than int() reads."""
+    asked = os.environ.get("COLUMNS", "")
+    return int(asked) if asked.isascii() and asked.isdigit() and len(asked) < 6 else 0
 
 
 class _Escaping(RenderHook):
@@ -85,13 +90,19 @@ class _Escaped:
 
 
 class FiguresTable(Table):
-    """A table of names and values. Where the output is not a terminal it is as wide as its values, which stay whole."""
+    """A table of names and values, as wide as its values where the output is not a terminal.
+
+    ``COLUMNS`` of 80 and more bounds the width all the same, but breaks no path of a file or folder that is there.
+    """
 
     def __init__(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         super().__init__(title=printable(title), title_justify="left", show_header=False, title_style="bold")
         self.add_column(style="cyan", no_wrap=True)
         self.add_column(overflow="fold")
+        self._widest_path = 0
         for name, value in rows:
+            if os.path.lexists(value):
+                self._widest_path = max(self._widest_path, cell_len(printable(value)))
             self.add_row(Text(printable(name)), Text(printable(value, keep="\n")))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -100,8 +111,12 @@ class FiguresTable(Table):
         yield from super().__rich_console__(console, options)
 
     def _natural_width(self, console: Console, options: ConsoleOptions) -> int:
-        unbounded = options.update(width=_UNBOUNDED)
-        return Measurement.get(console, unbounded, self).maximum
+        if _asked_columns() >= _FILE_WIDTH:
+            names = max(cell_len(str(cell)) for cell in self.columns[0].cells) if self.row_count else 0
+            return names + self._widest_path + _BORDERS
+        return Measurement.get(console, options.update(width=_UNBOUNDED), self).maximum
 
 
 _UNBOUNDED = 1 << 20
+# Three lines, and a blank on each side of each of two cells.
+_BORDERS = 7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 import pytest
 from rich.table import Table
@@ -43,6 +44,17 @@ def test_tables_in_files_show_their_values_whole(monkeypatch: pytest.MonkeyPatch
     table = Table("name", "value")
     table.add_row("loss", "1.2345 nats per token")
     assert "1.2345 nats per token" in shown(io.StringIO(), table)
+
+
+def test_columns_bound_prose_and_break_no_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = tmp_path / ("a folder " * 20)
+    folder.mkdir()
+    prose = "words of a long sentence " * 10
+    text = shown(io.StringIO(), FiguresTable("title", [("note", prose)]))
+    assert max(map(len, text.splitlines())) <= 80
+    text = shown(io.StringIO(), FiguresTable("title", [("note", "short"), ("folder", str(folder))]))
+    assert str(folder) in text
 
 
 @pytest.mark.parametrize("columns", ["0", "1", "20", "junk"])
