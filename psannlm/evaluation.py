@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 from psannlm.config.data import Source
+from psannlm.config.model import ModelConfig
 from psannlm.data.documents import ReadReport, read_documents
 from psannlm.data.lossless import LossMeter, folder_warning, is_lossy, watch_for_loss
 from psannlm.data.prepared import find_prepared, open_folder
 from psannlm.data.shards import encode_documents
 from psannlm.data.stream import Stream
 from psannlm.data.windows import IGNORE_INDEX, Windows
-from psannlm.device import Precision
+from psannlm.device import Precision, gpu_memory_bytes
 from psannlm.distributed import World
-from psannlm.errors import ArtifactError, CorpusError, TokenizerError
+from psannlm.errors import ArtifactError, ConfigError, CorpusError, TokenizerError
+from psannlm.limits import describe_memory, machine_memory_bytes
 from psannlm.models.artifact import LoadedModel
 from psannlm.tokenizers.base import Tokenizer
 
@@ -131,7 +133,8 @@ def evaluate_sources(
     Raises:
         ArtifactError: the model file has no tokenizer, or a prepared folder is damaged.
         TokenizerError: a prepared folder was made with another tokenizer than the model.
-        ConfigError: a prepared folder stands beside other sources.
+        ConfigError: a prepared folder stands beside other sources, or a pass over ``batch_size`` windows does not fit
+            into memory.
         CorpusError: a source cannot be read, holds no text, or ``window`` is longer than the model's context.
     """
     if loaded.tokenizer is None:
@@ -144,8 +147,23 @@ def evaluate_sources(
         raise CorpusError(f"a window of {window} tokens is longer than the model's context of {longest}")
     store, report, lost_fraction = _read(sources, loaded.tokenizer, replace_option)
     windows = Windows(store, window or longest, pad_id=loaded.tokenizer.pad_id)
+    _refuse_oversize(config, windows, batch_size, precision.device)
     result = evaluate(loaded.model, windows, precision=precision, batch_size=batch_size, on_progress=on_progress)
     return replace(result, lost_fraction=lost_fraction), report
+
+
+def _refuse_oversize(config: ModelConfig, windows: Windows, batch_size: int, device: torch.device) -> None:
+    """Raise ConfigError where the windows of one pass cannot fit into memory beside each other."""
+    n_rows = min(batch_size, len(windows))
+    # The residual stream before and after a branch, and the hidden features of one feed-forward, in float32.
+    needed = 4 * n_rows * windows.seq_len * (2 * config.d_model + (config.d_mlp or 0))
+    memory = gpu_memory_bytes(device) if device.type == "cuda" else machine_memory_bytes()
+    if memory is not None and needed > memory:
+        has = f"the GPU has {memory / 1e9:,.1f} GB" if device.type == "cuda" else describe_memory()
+        raise ConfigError(
+            f"{n_rows:,} windows of {windows.seq_len:,} tokens at a time need {needed / 1e9:,.1f} GB, and {has}; lower "
+            "the batch size or the window"
+        )
 
 
 def _read(

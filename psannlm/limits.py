@@ -21,6 +21,8 @@ MAX_DILATION = 1 << 20
 MAX_CONV_REACH = 1 << 24
 # Entries of a vocabulary; the largest in use have about one million.
 MAX_VOCAB_SIZE = 1 << 24
+# Parts of a corpus that are prepared apart.
+MAX_PARTS = 1 << 16
 MAX_TOKENIZER_BYTES = 256 << 20
 # Files that a command may have open at a time, where the system lets it: each worker process takes a few.
 OPEN_FILES = 1 << 16

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from psannlm.config.model import ModelConfig
 from psannlm.data.shards import store_from_ids
 from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.device import Precision
 from psannlm.distributed import World
-from psannlm.errors import CorpusError
-from psannlm.evaluation import Evaluation, evaluate
+from psannlm.errors import ConfigError, CorpusError
+from psannlm.evaluation import Evaluation, _refuse_oversize, evaluate
 from psannlm.models.transformer import Transformer
 
 FP32 = Precision(torch.device("cpu"), torch.float32, "fp32 as asked")
@@ -152,3 +153,22 @@ def test_runs_in_the_precision_given(build_tiny: Callable[..., Transformer]) -> 
 def test_a_text_without_tokens_is_an_error(lengths: list[int]) -> None:
     with pytest.raises(CorpusError, match="no token"):
         evaluate(Scribe(), windows_of(lengths), precision=FP32)
+
+
+def test_windows_that_cannot_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(d_model=1000, n_heads=1, d_mlp=2000)
+    monkeypatch.setattr("psannlm.limits._physical_bytes", lambda: 10**9)
+
+    class Many:
+        seq_len = 1000
+
+        def __len__(self) -> int:
+            return 10**6
+
+    windows: Any = Many()
+    # 4 bytes of 4,000 features of 1,000 tokens: 16 MB a window.
+    _refuse_oversize(config, windows, 60, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"64 windows of 1,000 tokens at a time need 1\.0 GB"):
+        _refuse_oversize(config, windows, 64, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="1,000,000 windows of 1,000 tokens"):
+        _refuse_oversize(config, windows, 10**12, torch.device("cpu"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from psannlm.config import files
 from psannlm.data.shardfile import TOKEN_TYPES, ShardEntry
 from psannlm.errors import ArtifactError
+from psannlm.limits import MAX_PARTS
 from psannlm.pointers import refuse_pointer
 from psannlm.storage import write_text
 
@@ -26,6 +28,7 @@ FORMAT = f"{files.MANIFEST_MARK}1"
 _MAX_BYTES = 256 << 20
 # Keys that folders of earlier versions lack.
 _ADDED_LATER = {"lost_fraction"}
+_PART = re.compile(r"([0-9]{1,9})/([0-9]{1,9})", re.ASCII)
 _CONTENT_KEY, _OWN_KEY = "content_sha256", "manifest_sha256"
 _T = TypeVar("_T")
 
@@ -213,6 +216,10 @@ def _join(where: str, name: str) -> str:
 def _refuse_contradiction(path: Path, manifest: Manifest) -> None:
     if manifest.dtype not in TOKEN_TYPES:
         raise ArtifactError(f"{path}: dtype is {manifest.dtype!r:.60}, not one of {', '.join(TOKEN_TYPES)}")
+    if (place := _PART.fullmatch(manifest.part)) is None or not 1 <= int(place[1]) <= int(place[2]) <= MAX_PARTS:
+        raise ArtifactError(
+            f"{path}: part is {manifest.part!r:.60}, not i/n with i from 1 to n and n up to {MAX_PARTS:,}"
+        )
     if manifest.lost_fraction is not None and not 0 <= manifest.lost_fraction <= 1:
         raise ArtifactError(f"{path}: lost_fraction is {manifest.lost_fraction!r:.60}, not a fraction from 0 to 1")
     names = {"tokenizer.file": manifest.tokenizer.file}

@@ -12,10 +12,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from psannlm.device import gpu_memory_bytes
 from psannlm.errors import GenerationError, nearest
 from psannlm.generation.engine import Engine
 from psannlm.generation.lookup import PromptLookup
 from psannlm.generation.sampling import SamplingConfig, next_tokens, require_number
+from psannlm.limits import describe_memory, machine_memory_bytes
+from psannlm.models.accounting import cache_bytes
 from psannlm.models.cache import DecodeState
 from psannlm.models.packed import FEW_TOKENS
 from psannlm.models.transformer import Transformer
@@ -106,6 +109,7 @@ class Decoding:
             self.max_new_tokens if self.limit is None or self.slides else min(max_new_tokens, self.limit - len(prompt))
             for prompt in self.prompts
         ]
+        self._refuse_oversize()
         self.generated: list[list[int]] = [[] for _ in self.prompts]
         self.stopped_by: list[StopReason] = ["length"] * len(self.prompts)
         self.n_passes = self.n_drafted = self.n_accepted = 0
@@ -113,6 +117,26 @@ class Decoding:
         seeds = [_fresh_seed() if sampling.seed is None else int(sampling.seed) for _ in self.prompts]
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._uniforms = torch.empty(len(self.prompts), 0)
+
+    def _refuse_oversize(self) -> None:
+        """Raise GenerationError where the cache, the logits or the pass over the prompts cannot fit into memory."""
+        config, n_rows = self.engine.model.config, len(self.prompts)
+        longest = max(map(len, self.prompts))
+        n_tokens = max(len(prompt) + room for prompt, room in zip(self.prompts, self.room, strict=True))
+        if self.slides and self.limit is not None:
+            n_tokens = min(n_tokens, self.limit)
+        cache = cache_bytes(config, n_rows, n_tokens, self.engine.cache_dtype.itemsize)
+        width = config.d_model + (config.d_mlp or 0)
+        needed = cache + 4 * n_rows * ((config.vocab_size or 0) + longest * width)
+        is_gpu = self.engine.device.type == "cuda"
+        memory = gpu_memory_bytes(self.engine.device) if is_gpu else machine_memory_bytes()
+        if memory is not None and needed > memory:
+            noun = "prompt" if n_rows == 1 else "prompts"
+            has = f"the GPU has {memory / 1e9:,.1f} GB" if is_gpu else describe_memory()
+            raise GenerationError(
+                f"{n_rows:,} {noun} of up to {longest:,} tokens, {n_tokens:,} with what follows, need "
+                f"{needed / 1e9:,.1f} GB, and {has}; lower max_new_tokens, or give fewer or shorter prompts at a time"
+            )
 
     def __iter__(self) -> Iterator[TokenEvent]:
         return self.decode(*self.prefill())

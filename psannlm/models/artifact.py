@@ -68,7 +68,7 @@ def load_model(path: Path | str) -> LoadedModel:
     path = Path(path)
     if path.is_dir():
         path = path / MODEL_FILE
-    _refuse_oversize(path)
+    refuse_oversize_file(path)
     content = read_tensors(path)
     _refuse_other_version(path, content.metadata)
     try:
@@ -98,7 +98,7 @@ def load_model(path: Path | str) -> LoadedModel:
     return LoadedModel(model.eval(), tokenizer, notes)
 
 
-def _refuse_oversize(path: Path) -> None:
+def refuse_oversize_file(path: Path) -> None:
     """Judge a large file by its header alone: hashing takes minutes, and loading takes the memory it names.
 
     Raises:
@@ -116,6 +116,17 @@ def _refuse_oversize(path: Path) -> None:
     embedding = head.shapes.get("embedding.weight")
     if embedding != (config.vocab_size, config.d_model) or config.n_layers > len(head.shapes):
         raise ArtifactError(f"{path} does not fit its own configuration: {embedding} is not the shape of its embedding")
+    try:
+        state = build_model(config, device="meta").state_dict()
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch on sizes beyond 64 bits
+        raise ArtifactError(f"{path} describes a model of impossible size") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if odd := sorted(
+        name for name in expected.keys() | head.shapes.keys() if expected.get(name) != head.shapes.get(name)
+    ):
+        raise ArtifactError(
+            f"{path} does not fit its own configuration: {odd[0]!r:.80} is not what the model has there"
+        )
     memory = machine_memory_bytes()
     if memory is not None and head.n_bytes > memory:
         raise ArtifactError(f"{path} holds {head.n_bytes / 1e9:,.1f} GB of tensors, and {describe_memory()}")

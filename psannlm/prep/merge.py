@@ -35,6 +35,7 @@ from psannlm.storage import explain_write_errors, remove_leftovers, replacing, w
 # Documents and tokens that are held at once; a longer document goes in several parts.
 _DOCUMENTS_AT_ONCE = 1 << 16
 _TOKENS_AT_ONCE = 1 << 22
+_MISSING_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def _in_order(folders: Sequence[Path]) -> list[tuple[Path, Manifest]]:
         raise ConfigError("no parts to merge; name their folders")
     of = int(first[1].part.split("/")[1])
     if missing := [str(index) for index in range(1, of + 1) if index not in found]:
-        raise ConfigError(f"of {of} parts these are missing: {', '.join(missing)}; prepare them with --part I/{of}")
+        shown = ", ".join(missing[:_MISSING_SHOWN])
+        more = f" and {len(missing) - _MISSING_SHOWN:,} more" if len(missing) > _MISSING_SHOWN else ""
+        raise ConfigError(f"of {of} parts these are missing: {shown}{more}; prepare them with --part I/{of}")
     return [found[index] for index in sorted(found)]
 
 

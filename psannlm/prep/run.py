@@ -27,6 +27,7 @@ from psannlm.data.parts import unpack_origin
 from psannlm.data.shardfile import ShardEntry, write_shard
 from psannlm.data.shards import token_dtype
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, Interrupted, StorageError
+from psannlm.limits import MAX_PARTS
 from psannlm.lock import RunLock
 from psannlm.memory import return_large_blocks
 from psannlm.prep.assemble import DocumentStream, select_units
@@ -136,6 +137,8 @@ def prepare_corpus(
         raise ConfigError(f"{n_workers} workers cannot do anything; give 1 or more")
     if part is not None and not 1 <= part[0] <= part[1]:
         raise ConfigError(f"there is no part {part[0]}/{part[1]}; parts are 1/{part[1]} to {part[1]}/{part[1]}")
+    if part is not None and part[1] > MAX_PARTS:
+        raise ConfigError(f"{part[1]:,} parts are more than {MAX_PARTS:,}; name fewer")
     tokenizer = load_tokenizer(tokenizer_path)
     drops = Drops()
     sources = find_sources(patterns, drops)

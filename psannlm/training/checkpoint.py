@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from psannlm.data.loader import Position
 from psannlm.errors import ArtifactError, StorageError
-from psannlm.models.artifact import MODEL_FILE, save_model
-from psannlm.models.tensorfile import read_tensors, send_tensors, verify_tensors, write_tensors
+from psannlm.limits import HASHED_FIRST_BYTES
+from psannlm.models.artifact import MODEL_FILE, refuse_oversize_file, save_model
+from psannlm.models.tensorfile import read_head, read_tensors, send_tensors, verify_tensors, write_tensors
 from psannlm.models.transformer import Transformer
 from psannlm.pointers import refuse_pointer
 from psannlm.storage import (
@@ -231,10 +233,31 @@ def read_state(folder: Path) -> TrainerState:
         state = TrainerState(**{**content["state"], "position": Position(**content["state"]["position"])})
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path} does not describe a checkpoint: it lacks or misnames an entry") from error
+    _refuse_oversize(folder)
     for name, digest in hashes.items():
         if verify_tensors(folder / name).sha256 != digest:
             raise ArtifactError(f"{folder / name} belongs to another checkpoint")
     return state
+
+
+def _refuse_oversize(folder: Path) -> None:
+    """Judge large files of a checkpoint by their headers, before they are hashed, which takes minutes.
+
+    Raises:
+        ArtifactError: a file is not what the model's configuration asks for, or needs more memory than the machine has.
+    """
+    refuse_oversize_file(folder / MODEL_FILE)
+    path = folder / OPTIMIZER_FILE
+    if not path.is_file() or path.stat().st_size <= HASHED_FIRST_BYTES:
+        return
+    model = read_head(folder / MODEL_FILE)
+    n_elements = sum(math.prod(shape) for shape in model.shapes.values())
+    n_bytes = read_head(path).n_bytes
+    # Two float32 moments of every parameter at most, and a step count of each.
+    if n_bytes > 8 * n_elements + 64 * len(model.shapes):
+        raise ArtifactError(
+            f"{path} does not fit its model: {n_bytes / 1e9:,.1f} GB of optimizer state for {n_elements:,} parameters"
+        )
 
 
 def read_optimizer(folder: Path) -> dict[str, Tensor]:
@@ -323,6 +346,7 @@ def _newest_whole_model(run: Path) -> Path:
     first: ArtifactError | None = None
     for folder in reversed(list_checkpoints(run)):
         try:
+            refuse_oversize_file(folder / MODEL_FILE)
             verify_tensors(folder / MODEL_FILE)
         except ArtifactError as error:
             first = first or error

@@ -66,6 +66,13 @@ def test_a_fraction_lost_beyond_one_is_refused(tmp_path: Path, fraction: float) 
         read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["1/200000000", "0/3", "4/3", "1", "1/2/3", "a/b", "1/" + "9" * 5000, "-1/2", "1/٣"])
+def test_a_part_that_is_none_is_refused(tmp_path: Path, part: str) -> None:
+    write_manifest(tmp_path, dataclasses.replace(MANIFEST, part=part))
+    with pytest.raises(ArtifactError, match=r"part is .*not i/n with i from 1 to n"):
+        read_manifest(tmp_path)
+
+
 def test_a_folder_or_its_manifest_is_told_from_others(tmp_path: Path) -> None:
     assert prepared_manifest(tmp_path) is None
     path = write_manifest(tmp_path, MANIFEST)

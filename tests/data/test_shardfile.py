@@ -286,3 +286,20 @@ def test_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
     read_all(open_shard(path, entry, PRINT, largest + 1))
     with pytest.raises(ArtifactError, match=f"token id {largest:,}"):
         read_all(open_shard(path, entry, PRINT, largest))
+
+
+@pytest.mark.parametrize("largest", [1 << 31, (1 << 32) - 1])
+def test_token_ids_near_the_end_of_the_type_are_refused(tmp_path: Path, largest: int) -> None:
+    part = part_of(some_documents(3, 30), dtype=np.uint32)
+    part.tokens[7] = largest
+    path = tmp_path / "train_00000.safetensors"
+    entry = write_shard(
+        path,
+        dtype=np.uint32,
+        fingerprint=PRINT,
+        n_tokens=len(part.tokens),
+        n_documents=len(part.lengths),
+        parts=[part],
+    )
+    with pytest.raises(ArtifactError, match=f"token id {largest:,}, and its tokenizer has 300 ids"):
+        read_all(open_shard(path, entry, PRINT, 300))

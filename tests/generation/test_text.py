@@ -286,3 +286,15 @@ def test_an_unknown_setting_is_refused_by_name(
 ) -> None:
     with pytest.raises(GenerationError, match=said):
         generate(build_for(byte_tokenizer, build_tiny), byte_tokenizer, ["a"], max_new_tokens=1, **setting)
+
+
+@pytest.mark.parametrize(("n_prompts", "n_new"), [(1, 10**15), (10**5, 10), (50_000, 10**9)])
+def test_what_cannot_fit_into_memory_is_refused_before_work(
+    n_prompts: int, n_new: int, byte_tokenizer: Tokenizer, build_tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_for(byte_tokenizer, build_tiny)
+    model.config = model.config.model_copy(update={"max_seq_len": None if n_new > 10 else 64})
+    monkeypatch.setattr("psannlm.limits._physical_bytes", lambda: 10**8)
+    monkeypatch.setattr(Engine, "prefill", lambda *arguments: pytest.fail("work was done"))
+    with pytest.raises(GenerationError, match=r"need [\d,.]+ GB, and this machine has 0\.1 GB; lower max_new_tokens"):
+        generate(model, byte_tokenizer, ["ab"] * n_prompts, max_new_tokens=n_new, compile=False)

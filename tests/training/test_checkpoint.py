@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
 import shutil
+import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -364,3 +367,37 @@ def test_saving_a_step_again_replaces_it(save: Callable[..., Path], tmp_path: Pa
     save(3)
     assert read_state(folder).step == 3
     assert list(folder.parent.glob(".*")) == []
+
+
+def swell(path: Path, n_bytes: int) -> None:
+    """Let the header of ``path`` name one more tensor of ``n_bytes``, and make the file sparse up to its end."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    fields = json.loads(content[8 : 8 + length])
+    end = max((entry["data_offsets"][1] for name, entry in fields.items() if name != "__metadata__"), default=0)
+    fields["extra"] = {"dtype": "F32", "shape": [n_bytes // 4], "data_offsets": [end, end + n_bytes]}
+    header = json.dumps(fields).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+    os.truncate(path, 8 + len(header) + end + n_bytes)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("optimizer.safetensors", r"does not fit its model: 100\.0 GB of optimizer state for [\d,]+ parameters"),
+        ("model.safetensors", "does not fit its own configuration: 'extra' is not what the model has there"),
+    ],
+)
+def test_a_sparse_file_of_100_gigabytes_is_not_hashed(save: Callable[..., Path], name: str, said: str) -> None:
+    folder = save(3)
+    swell(folder / name, 100 * 10**9)
+    started_s = time.process_time()
+    with pytest.raises(ArtifactError, match=said):
+        read_state(folder)
+    (folder.parent / LATEST).unlink()
+    if name == "model.safetensors":
+        with pytest.raises(ArtifactError, match=said):
+            find_checkpoint(folder.parent)
+        with pytest.raises(ArtifactError, match=said):
+            load_model(folder)
+    assert time.process_time() - started_s < 5.0
