@@ -6,10 +6,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,11 +193,13 @@ def listening(group: int) -> list[str]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if group not in (parent, int(folder.name)):
-                continue
-            inodes |= {os.readlink(handle) for handle in (folder / "fd").iterdir()}
+            handles = list((folder / "fd").iterdir()) if group in (parent, int(folder.name)) else []
         except OSError:
             continue  # it has ended
+        for handle in handles:
+            # One that was closed meanwhile says nothing about the others.
+            with suppress(OSError):
+                inodes.add(os.readlink(handle))
     rows = [row.split() for table in ("tcp", "tcp6") for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
     return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes]
 
@@ -262,3 +266,41 @@ def test_what_cannot_be_launched_is_refused_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="torchrun has started this one"):
         check_launch(2, "cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("family", "address", "shown"),
+    [
+        (socket.AF_INET, "0.0.0.0", "00000000"),
+        (socket.AF_INET, "127.0.0.1", "0100007F"),
+        (socket.AF_INET6, "::", "0" * 32),
+    ],
+)
+def test_the_scan_sees_who_listens_on_every_interface(family: int, address: str, shown: str) -> None:
+    """A store of ranks that listened to the network would be seen, in the process itself and in one it started."""
+    try:
+        server = socket.create_server((address, 0), family=family)
+    except OSError:
+        pytest.skip(f"there is no {address} to listen on")
+    with server:
+        assert shown in listening(os.getpid())
+        child = subprocess.Popen(["sleep", "30"], pass_fds=(server.fileno(),))
+        server.close()
+        try:
+            assert shown in listening(os.getpid())
+            assert listening(child.pid) == [shown]
+        finally:
+            child.kill()
+            child.wait()
+    assert listening(child.pid) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_scan_sees_the_store_of_torch(tmp_path: Path) -> None:
+    """The store that is unsafe, TCPStore, listens on every interface; ours is a folder and listens nowhere."""
+    before = listening(os.getpid())
+    store = torch.distributed.TCPStore("localhost", 0, 1, is_master=True, wait_for_workers=False)
+    found = [address for address in listening(os.getpid()) if address not in before]
+    assert set(found) & {"00000000", "0" * 32}
+    del store
