@@ -159,6 +159,8 @@ def read_manifest(path: Path) -> Manifest:
 def _read_fields(path: Path) -> dict[str, Any]:
     refuse_pointer(path, ArtifactError)
     try:
+        if path.exists() and not path.is_file():  # a FIFO would be waited on without end
+            raise ArtifactError(f"{path} is not a regular file")
         if path.stat().st_size > _MAX_BYTES:
             raise ArtifactError(f"{path} is no manifest: it is larger than {_MAX_BYTES:,} bytes")
         fields = json.loads(path.read_bytes())

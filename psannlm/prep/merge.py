@@ -66,7 +66,9 @@ def merge_parts(folders: Sequence[Path], out: Path, *, reporter: PrepReporter | 
     stop = threading.Event()
     with RunLock(out, "--out"), stopping_on_signals(stop):
         if (out / MANIFEST_FILE).is_file():
-            raise ConfigError(f"{out} is prepared already; choose another folder with --out")
+            raise ConfigError(
+                f"{out} is prepared already: {out / MANIFEST_FILE} is there; choose another folder with --out"
+            )
         manifest = _Merge(parts, out, reporter, stop).run()
     n_bytes = sum(source.bytes for source in manifest.sources)
     return PrepResult(out, manifest, time.monotonic() - began, n_bytes)

@@ -35,6 +35,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
         Unreadable: it is missing, larger, a link (what it links to may be none of the reader's business), or something
             that may block whoever opens it, such as a FIFO.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise Unreadable(f"{path.name} is not a regular file")  # a FIFO would be waited on without end
     try:
         found = path.lstat()
     except (OSError, ValueError) as error:

@@ -214,6 +214,8 @@ def read_state(folder: Path) -> TrainerState:
     """
     path = folder / STATE_FILE
     refuse_pointer(path, ArtifactError)
+    if path.exists() and not path.is_file():  # a FIFO would be waited on without end
+        raise ArtifactError(f"{path} is not a regular file")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
@@ -311,6 +313,8 @@ def prune(run: Path, keep: int, best_step: int | None) -> None:
 
 def pointed(run: Path, name: str) -> Path | None:
     """Return the folder that ``run/latest`` or ``run/best`` names, if both exist."""
+    if not (run / name).is_file():  # a FIFO would be waited on without end
+        return None
     try:
         target = (run / name).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
