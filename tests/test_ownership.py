@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import stat
-from collections.abc import Callable
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from psannlm.benchmarks.gpu_report import CheckResult, at_most
 from psannlm.benchmarks.study_plan import load_plan
-from psannlm.benchmarks.study_runs import size_study
-from psannlm.benchmarks.study_work import launch, work
-from psannlm.config.data import PathSource
+from psannlm.benchmarks.study_runs import StudyRun, size_study
+from psannlm.benchmarks.study_work import work
+from psannlm.commands.app import app, main
 from psannlm.config.run import load_config
 from psannlm.data.files import find_files
-from psannlm.data.fit import fit_with_card
 from psannlm.errors import PsannlmError
-from psannlm.prep.merge import merge_parts
 from psannlm.prep.run import PrepSettings, prepare_corpus
 from psannlm.reports.records import write_record
-from psannlm.reports.store import new_folder
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.training.run import train
 
@@ -69,13 +74,16 @@ FILES = (
 FOLDERS = (".work", "step_1", "step_00000001", "step_00000002", "tensorboard", ".psannlm-0123456789abcdef.tmp")
 
 
-def fill(folder: Path, kind: str) -> None:
-    """Put a foreign entry of one kind at every name that a command may want to write."""
+KINDS = ("file", "symlink", "hard link", "folder", "fifo")
+
+
+def fill(folder: Path, shift: int) -> None:
+    """Put a foreign entry at every name that a command may want to write; five shifts put every kind at every name."""
     folder.mkdir()
     victim = folder / "victim"
     victim.write_text("precious\n", encoding="utf-8")
-    for name in FILES:
-        path = folder / name
+    for number, name in enumerate(FILES):
+        path, kind = folder / name, KINDS[(number + shift) % len(KINDS)]
         if kind == "file":
             path.write_text(f"my own {name}\n", encoding="utf-8")
         elif kind == "symlink":
@@ -90,117 +98,214 @@ def fill(folder: Path, kind: str) -> None:
         (folder / name).mkdir()
         (folder / name / "trainer.json").write_text("mine", encoding="utf-8")
         (folder / name / "piece_00000000").write_text("mine", encoding="utf-8")
+    for path in [folder, *folder.rglob("*")]:
+        if not path.is_symlink():
+            os.utime(path, (1_000_000_000, 1_000_000_000))
 
 
 def state_of(folder: Path) -> dict[str, object]:
-    """Return what every entry is and holds, links and FIFOs by themselves."""
+    """Return what every entry below ``folder`` is and holds, links and FIFOs by themselves."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
-        mode = path.lstat().st_mode
+        status = path.lstat()
+        mode = status.st_mode
         content = path.read_bytes() if stat.S_ISREG(mode) else os.readlink(path) if stat.S_ISLNK(mode) else b""
-        found[str(path.relative_to(folder))] = (stat.S_IFMT(mode), path.lstat().st_ino, content)
+        found[str(path.relative_to(folder))] = (mode, status.st_ino, status.st_mtime_ns, status.st_nlink, content)
     return found
 
 
-def train_into(out: Path) -> None:
-    train(load_config("config.yaml", [f"train.checkpoint_dir={out}"]))
+@dataclass(frozen=True)
+class Ended:
+    """How a command line ended, and what it said on stderr."""
+
+    code: int
+    err: str
 
 
-def train_anew_into(out: Path) -> None:
-    train(load_config("config.yaml", [f"train.checkpoint_dir={out}"]), resume="never")
+def run(*words: str | Path) -> Ended:
+    """Run a command line in this process."""
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()), redirect_stderr(err):
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        patch.setenv("COLUMNS", "1000")
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+    return Ended(int(ended.value.code or 0), err.getvalue())
 
 
-def prepare_into(out: Path) -> None:
-    prepare_corpus(["corpus.txt"], Path("t.json"), out, PrepSettings(per_line=True), n_workers=1)
+class Done:
+    """A run of a study, trained in this process when it was started."""
+
+    def __init__(self, run: StudyRun, environment: Mapping[str, str]) -> None:
+        train(load_config(run.config_path))
+
+    def poll(self) -> int:
+        return 0
+
+    def terminate(self) -> None:
+        raise AssertionError("nothing is at work")
 
 
-def report_into(out: Path) -> None:
-    folder = new_folder("benchmarks", out)
-    assert not any(folder.iterdir())
-
-
-def merge_into(out: Path) -> None:
-    parts = [out.parent / "part1", out.parent / "part2"]
-    for number, part in enumerate(parts, start=1):
-        if not part.exists():
-            settings = PrepSettings(per_line=True)
-            prepare_corpus(["corpus.txt", "more.txt"], Path("t.json"), part, settings, n_workers=1, part=(number, 2))
-    merge_parts(parts, out)
-
-
-def tokenize_into(out: Path) -> None:
-    source = PathSource(path="corpus.txt", per_line=True)
-    fit_with_card([source], backend="simple", vocab_size=300, out=out / "tokenizer.json", notice=lambda line: None)
-
-
-def study_into(out: Path) -> None:
-    """Start a study whose runs end at once: the files that the study itself writes are the subject."""
-    Path("plan.yaml").write_text(PLAN, encoding="utf-8")
-    study = size_study(load_plan(Path("plan.yaml")), out, lambda line: None)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the user's with a corpus, a tokenizer, a trained run, and two prepared parts."""
+    folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("psannlm.benchmarks.study_work.python_command", lambda *words: ["true"])
-        work(study, launcher=launch, sleep=lambda seconds: None)
+        patch.chdir(folder)
+        Path("config.yaml").write_text(CONFIG, encoding="utf-8")
+        Path("plan.yaml").write_text(PLAN, encoding="utf-8")
+        Path("corpus.txt").write_text("a line of text\nanother line of text\nand a third one\n" * 20, encoding="utf-8")
+        Path("more.txt").write_text("one line more\nand the last of them\n", encoding="utf-8")
+        CharTokenizer.fit(["a line of text"], 300).save("t.json")
+        train(load_config("config.yaml", ["train.checkpoint_dir=run"]))
+        study = size_study(load_plan(Path("plan.yaml")), Path("study"), lambda line: None)
+        work(study, launcher=Done, sleep=lambda seconds: None)
+        for number in (1, 2):
+            settings = PrepSettings(per_line=True)
+            corpus, part = ["corpus.txt", "more.txt"], Path(f"part{number}")
+            prepare_corpus(corpus, Path("t.json"), part, settings, n_workers=1, part=(number, 2))
+    return folder
 
 
-COMMON = (".lock", "metrics.json", "system.json", "table.txt", ".psannlm-0123456789abcdef.tmp")
-NAMES: dict[Callable[[Path], None], tuple[str, ...]] = {
-    train_into: (
-        *COMMON,
-        "best",
-        "config.yaml",
-        "latest",
-        "loss_curve.png",
-        "metrics.jsonl",
-        "step_1",
-        "step_00000002",
-    ),
-    tokenize_into: ("tokenizer.json", "tokenizer.json.card.json"),
-    study_into: (".lock", "study.json", "tokenizer.json", f"{RUN}.yaml", f"{RUN}.log"),
-    merge_into: (*COMMON, "manifest.json", "tokenizer.json", "train_00000.safetensors", ".work"),
-    prepare_into: (*COMMON, "manifest.json", "tokenizer.json", "train_00000.safetensors", ".work"),
+@pytest.fixture
+def cheap(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in ``made``, with the measured work replaced where it is not the subject."""
+
+    def check(stage: Any) -> CheckResult:
+        return CheckResult("GPU-03", "throughput", (at_most("error", 0.0, 1.0, "x", "because"),))
+
+    monkeypatch.chdir(made)
+    monkeypatch.setattr("gc.collect", lambda *generation: 0)
+    monkeypatch.setattr("psannlm.benchmarks.gpu_checks.CHECKS", {"GPU-03": check})
+    monkeypatch.setattr("psannlm.benchmarks.throughput.matrix_peak", lambda *_, **__: lambda count: 1e9)
+    monkeypatch.setattr("psannlm.benchmarks.kv_cache.memory_reader", lambda *_, **__: lambda count: 1e9)
+    monkeypatch.setattr("psannlm.benchmarks.tokenizers.KINDS", {"characters": ("simple", None)})
+    # The runs of a study end at once and fail: the files that the study itself writes are the subject.
+    monkeypatch.setattr("psannlm.benchmarks.study_work.python_command", lambda *words: ["true"])
+
+
+KV = "--batch-size 2 --prompt-length 4 --max-new-tokens 5 --repeats 1 --no-context-growth"
+TINY_MODEL = ("--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--vocab-size", "50", "--device", "cpu")
+# Command, words before the folder, words after it. Those of the first table write into the folder itself.
+WRITES_INTO: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "train": (("config.yaml", "--out"), ()),
+    "train anew": (("config.yaml", "--resume", "never", "--out"), ()),
+    "prep": (("corpus.txt", "--tokenizer", "t.json", "--per-line", "--workers", "1", "--out"), ()),
+    "prep merge": (("part1", "part2", "--merge", "--out"), ()),
+    "tokenize": (("corpus.txt", "--backend", "simple", "--per-line", "--out"), ("tokenizer.json",)),
+    "compare study": (("plan.yaml", "--out", "results", "--study"), ()),
+}
+WRITES_BELOW: dict[str, tuple[str, ...]] = {
+    "eval": ("corpus.txt", "--checkpoint", "run", "--device", "cpu", "--out"),
+    "report": ("--runs", "run", "--out"),
+    "report compare": ("--compare", "run", "run", "--out"),
+    "compare": ("plan.yaml", "--no-train", "--study", "study", "--out"),
+    "bench-train": (*TINY_MODEL, *"--seq-len 8 --batch-tokens 32 --steps 1 --amp fp32 --no-memory --out".split()),
+    "bench-kv": (*TINY_MODEL, *KV.split(), "--out"),
+    "bench-tokenizers": ("--corpus", "corpus.txt", "--per-line", "--vocab-size", "300", "--repeats", "1", "--out"),
+    "gpu-validate": ("--device", "cpu", "--only", "GPU-03", "--out"),
 }
 
 
-def refusal_of(work: Callable[[Path], None], out: Path) -> str | None:
-    """Return with which words ``work`` refuses ``out``, or None."""
-    try:
-        work(out)
-    except PsannlmError as error:
-        return str(error)
-    return None
+def test_every_command_with_out_is_tried() -> None:
+    """A new command that writes must get a line in one of the two tables."""
+    group: Any = typer.main.get_command(app)
+    writing = {
+        name
+        for name, command in group.commands.items()
+        if any({"--out", "--study"} & {*option.opts} for option in command.params)
+    }
+    tried = {name if name in group.commands else name.split(" ")[0] for name in (*WRITES_INTO, *WRITES_BELOW)}
+    assert tried == writing
+    assert {*group.commands} - writing == {"generate"}
 
 
-@pytest.mark.parametrize("kind", ["file", "symlink", "hard link", "folder", "fifo"])
-@pytest.mark.parametrize(
-    "work", [train_into, train_anew_into, prepare_into, merge_into, tokenize_into, study_into, report_into]
-)
-def test_no_work_harms_foreign_entries(
-    work: Callable[[Path], None], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text(CONFIG, encoding="utf-8")
-    Path("corpus.txt").write_text("a line of text\nanother line of text\nand a third one\n" * 20, encoding="utf-8")
-    Path("more.txt").write_text("one line more\nand the last of them\n", encoding="utf-8")
-    CharTokenizer.fit(["a line of text"], 300).save("t.json")
-    fill(tmp_path / "out", kind)
-    before = state_of(tmp_path / "out")
-    # One name at a time: what refuses at the first would never come to the second.
-    for name in NAMES.get(work, ()):
-        one = tmp_path / "one"
-        one.mkdir()
-        os.rename(tmp_path / "out" / name, one / name)
-        was = state_of(one)
-        refusal = refusal_of(work, one)
-        assert refusal is None or str(one) in refusal
-        now = state_of(one)
-        assert {key: now.get(key) for key in was} == was, name
-        os.rename(one / name, tmp_path / "out" / name)
-        one.rename(tmp_path / f"done {name}")
-    assert state_of(tmp_path / "out") == before
-    refusal = refusal_of(work, tmp_path / "out")
-    assert refusal is None or str(tmp_path / "out") in refusal
-    now = state_of(tmp_path / "out")
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("shift", range(len(KINDS)))
+@pytest.mark.parametrize("name", WRITES_INTO)
+def test_commands_harm_no_foreign_entry_in_out(name: str, shift: int, tmp_path: Path) -> None:
+    """What is in the way is refused by name, one after the other, until nothing is; the rest is there to the end."""
+    out, aside = tmp_path / "out", tmp_path / "aside"
+    fill(out, shift)
+    aside.mkdir()
+    before, moved = state_of(out), set()
+    head, tail = WRITES_INTO[name]
+    for _ in before:
+        ended = run(name.split(" ")[0], *head, out.joinpath(*tail))
+        assert not {"unexpected", "Traceback"} & {*ended.err.replace(":", " ").split()}, ended.err
+        now = {**state_of(out), **state_of(aside)}
+        there = {key: now.get(key) for key in before}
+        assert there == before
+        if ended.code == 0 or "no run of the study came to its end" in ended.err:
+            break
+        in_way = [path for path in out.iterdir() if re.search(re.escape(str(path)) + r"(?![\w.])", ended.err)]
+        assert in_way, ended.err
+        for path in in_way:
+            # Once: a command must not leave behind what it then refuses itself.
+            assert path.name not in moved, ended.err
+            moved.add(path.name)
+            os.rename(path, aside / path.name)
+    else:
+        pytest.fail(f"never done: {ended.err}")
+    assert moved < {*FILES, *FOLDERS}
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("name", WRITES_BELOW)
+def test_commands_write_into_new_folder_below_out(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out, 0)
+    before = state_of(out)
+    ended = run(name.split(" ")[0], *WRITES_BELOW[name], out)
+    assert ended.code == 0, ended.err
+    now = state_of(out)
     assert {key: now.get(key) for key in before} == before
+    [new] = {key.split("/")[0] for key in now} - {key.split("/")[0] for key in before}
+    assert re.fullmatch(r"\d{8}_\d{6}", new)
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("name", [*WRITES_INTO, *WRITES_BELOW])
+def test_commands_leave_file_in_place_of_out(name: str, tmp_path: Path) -> None:
+    """A file, a link that leads nowhere or a FIFO in the place of the folder: refused in one line, and as it was."""
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "file").write_text("precious\n", encoding="utf-8")
+    (here / "link").symlink_to(here / "nowhere")
+    os.mkfifo(here / "fifo")
+    before = state_of(here)
+    head, tail = WRITES_INTO.get(name) or (WRITES_BELOW[name], ())
+    # Those that write below it make their folder in one place, so that one entry shows that they use it.
+    for entry in ("file", "link", "fifo") if name in WRITES_INTO else ("link",):
+        ended = run(name.split(" ")[0], *head, (here / entry).joinpath(*tail))
+        assert ended.code in (1, 2), entry
+        assert str(here / entry) in ended.err
+        assert not {"unexpected", "Traceback"} & {*ended.err.replace(":", " ").split()}, ended.err
+        assert state_of(here) == before
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--prompt", "a", "--checkpoint"),
+        ("generate", "--prompt", "a", "--runs"),
+        ("eval", "corpus.txt", "--checkpoint"),
+        ("report", "--out", "page1", "--runs"),
+        ("report", "--out", "page2", "--reports"),
+        ("tokenize", "--backend", "simple", "--out", "t2.json"),
+        ("prep", "--tokenizer", "t.json", "--workers", "1", "--out", "prepared"),
+        ("prep", "--merge", "--out", "merged"),
+    ],
+)
+def test_commands_only_read_what_they_are_given(words: tuple[str, ...], tmp_path: Path) -> None:
+    for shift in range(len(KINDS)):
+        folder = tmp_path / str(shift)
+        fill(folder, shift)
+        before = state_of(folder)
+        ended = run(*words, folder)
+        assert not {"unexpected", "Traceback"} & {*ended.err.replace(":", " ").split()}, ended.err
+        assert state_of(folder) == before
 
 
 def test_training_leaves_configuration_in_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
