@@ -366,6 +366,7 @@ def test_the_protocols_are_those_that_are_documented() -> None:
         (b"one\ntw\xe9", "byte 6 is 0xE9, which is not UTF-8"),
         (b"\x7fELF" + bytes(100), "is an ELF program"),
     ],
+    ids=["mark", "gzip", "utf-16", "utf-16le", "latin-1", "elf"],
 )
 def test_standard_input_is_read_like_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, said: str | None
