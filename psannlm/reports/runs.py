@@ -263,7 +263,7 @@ def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
             problems.append(f"{path.name}, line {at}: {cut_short}")
         else:
             if _is_row(row):
-                rows.append({key: value for key, value in row.items() if key == "kind" or number(value) is not None})
+                rows.append({key: value for key, value in row.items() if key == "kind" or _is_figure(value)})
             elif not _is_other(row):
                 problems.append(f"{path.name}, line {at}: no step, kind and loss in it")
         if len(problems) > _MOST_DAMAGED_LINES:
@@ -271,6 +271,10 @@ def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     if len(problems) > 3:
         problems[3:] = [f"{path.name}: {len(problems) - 3} more lines that cannot be read"]
     return sorted(rows, key=lambda row: row["step"])
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, bool) or number(value) is not None
 
 
 def _is_row(row: object) -> bool:
