@@ -90,6 +90,7 @@ def test_figures_worked_by_hand() -> None:
         "bits_per_byte": found.bits_per_byte,
         "tokens": 8,
         "bytes": 4,
+        "lossy_tokenizer": None,
     }
     assert math.isfinite(Evaluation(nats=1e9, n_labels=1, n_bytes=1).perplexity)
 
