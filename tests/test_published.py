@@ -253,11 +253,17 @@ def test_published_keys_and_choices_are_taken(config: Any) -> None:
     assert n_keys >= 6
 
 
-def test_a_model_larger_than_memory_is_refused_in_fit(data: psannLMDataPrep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.api.build_model", lambda *args, **settings: pytest.fail("built"))
-    for huge in (psannLM(d_model=1 << 20, n_heads=64, n_layers=64), psannLM(n_layers=10**6, d_model=4096)):
+def test_a_model_larger_than_memory_is_refused(data: psannLMDataPrep, monkeypatch: pytest.MonkeyPatch) -> None:
+    for layers, width in ((64, 1 << 20), (10**6, 4096)):
         with pytest.raises(ConfigError, match="this machine has"):
-            huge.fit(data, **FIT)
-        assert huge.vocab_size is None
-    with pytest.raises(ConfigError, match="this machine has"):
-        _ = psannLM(d_model=1 << 20, n_heads=64, n_layers=64, vocab_size=300).model
+            psannLM(d_model=width, n_heads=64, n_layers=layers)
+    # Weights that fit, where gradients and the optimizer's state do not.
+    n_parameters = sum(
+        weight.numel() for weight in psannLM(d_model=64, n_heads=2, n_layers=2, vocab_size=300).model.parameters()
+    )
+    model = psannLM(d_model=64, n_heads=2, n_layers=2)
+    monkeypatch.setattr("psannlm.api.build_model", lambda *args, **settings: pytest.fail("built"))
+    monkeypatch.setattr("psannlm.models.accounting.machine_memory_bytes", lambda: 8 * n_parameters + 200_000)
+    with pytest.raises(ConfigError, match="gradients and optimizer state"):
+        model.fit(data, **FIT)
+    assert model.vocab_size is None
