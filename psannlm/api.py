@@ -153,6 +153,8 @@ class psannLMDataPrep:
             tokenizer=self.tokenizer,
             config=self.config,
             text_sha256=self.prepared.report.sha256,
+            lost_fraction=self.prepared.lost_fraction,
+            preparation=self.prepared.preparation,
         )
 
     def __len__(self) -> int:

@@ -29,6 +29,7 @@ class LMDataset(Windows, Dataset[tuple[Tensor, Tensor]]):
         pack: join documents into full windows; False never puts two into one window.
         tokenizer, config, text_sha256: where the tokens come from; a :class:`~psannlm.training.trainer.Trainer` needs
             them to write checkpoints that know their data.
+        lost_fraction, preparation: as in :class:`~psannlm.data.prepare.PreparedData`; None is unknown.
 
     Raises:
         ConfigError: ``seq_len`` is below 1.
@@ -44,11 +45,15 @@ class LMDataset(Windows, Dataset[tuple[Tensor, Tensor]]):
         tokenizer: Tokenizer | None = None,
         config: DataConfig | None = None,
         text_sha256: str = "",
+        lost_fraction: float | None = None,
+        preparation: int | None = None,
     ) -> None:
         super().__init__(store, seq_len, pad_id=pad_id, pack=pack)
         self.tokenizer = tokenizer
         self.config = config
         self.text_sha256 = text_sha256
+        self.lost_fraction = lost_fraction
+        self.preparation = preparation
 
     def __getitem__(self, index: SupportsIndex) -> tuple[Tensor, Tensor]:
         """Return (inputs, labels) of one window, both (T,) int64; a negative index counts from the end.

@@ -197,7 +197,14 @@ def _prepared(train_data: LMDataset | Corpus, val_data: LMDataset | Corpus | Non
     """Return the data as a run takes it."""
     if isinstance(train_data, LMDataset):
         tokenizer, config = train_data.origin()
-        data = PreparedData(tokenizer, train_data.store, None, ReadReport(known_sha256=train_data.text_sha256))
+        data = PreparedData(
+            tokenizer,
+            train_data.store,
+            None,
+            ReadReport(known_sha256=train_data.text_sha256),
+            preparation=train_data.preparation,
+            lost_fraction=train_data.lost_fraction,
+        )
     else:
         _refuse_no_corpus(train_data, "train_data")
         data, config = train_data.prepared, train_data.config
