@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The older ``python scripts/benchmark_kv_cache.py [options]`` to ``psannlm bench-kv [options]``."""
 
 from __future__ import annotations

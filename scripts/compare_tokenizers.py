@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Compare tokenizer backends on a corpus: ``compare_tokenizers.py [--corpus PATH] [--repeat N] [options]``.
 
 Other options are those of ``psannlm bench-tokenizers``. Two differ: ``--repeat N`` is how often the text of the corpus

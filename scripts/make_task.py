@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write the text of a counting task, a document a line, the same for the same seed and size.
 
 python scripts/make_task.py {modular_addition,parity,copying} --out FILE [--bytes N] [--seed N] [--if-missing]

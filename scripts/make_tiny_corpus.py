@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write datasets/lm/tiny_books.txt: little books in regular, made-up English, the same for the same seed and size.
 
 python scripts/make_tiny_corpus.py [--out FILE] [--bytes N] [--seed N] [--if-missing]

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The whole test suite with CUDA as its device: ``run_cuda_tests.py [--out DIR] [options of pytest]``.
 
 Tests of training train on the GPU, with kernels that repeat themselves, and those marked ``gpu`` are run; what forks,

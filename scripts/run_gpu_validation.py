@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Run ``psannlm gpu-validate [options]``; ``--out DIR`` is the parent of the dated folder, ``DIR/<time>/``."""
 
 from __future__ import annotations

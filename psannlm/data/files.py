@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from psannlm.data.formats import HEAD_BYTES, compression, is_binary, unicode_encoding, why_not_text
+from psannlm.display import shell_argument
 from psannlm.errors import CorpusError, nearest
 from psannlm.limits import MAX_LINE_BYTES, max_document_bytes
 from psannlm.pointers import pointer_at, pointer_in, refuse_pointer
@@ -416,7 +417,7 @@ def shown_name(path: str) -> str:
 
 def _unpacked(path: str, stored: _Stored, file: BinaryIO, waits: bool) -> BinaryIO:
     """Return the text of a file whose beginning was looked at, decompressed; refuse what is not text."""
-    name, file_name = shown_name(path), "FILE" if path == STDIN else os.path.basename(path)
+    name, file_name = shown_name(path), _as_argument(path)
     head = stored.head(waits)
     packing = compression(head)
     # A server of a Git repository gives the pointer of a file that is in Git LFS.
@@ -520,13 +521,18 @@ def decoded(content: bytes | bytearray, path: str, offset: int, advice: str = ""
     )
 
 
+def _as_argument(path: str) -> str:
+    """Return a file as a printed command names it, quoted for a shell."""
+    return "FILE" if path == STDIN or is_remote(path) else shell_argument(path)
+
+
 def _other_encoding(content: bytes | bytearray, path: str, offset: int) -> str:
     """Return what bytes may be that are not UTF-8, and what to do about them."""
     head = bytes(content[:HEAD_BYTES])
     encoding = (unicode_encoding(head) if offset == 0 else None) or "latin1"
     if encoding == "latin1" and is_binary(head):
         return "which is not UTF-8; control characters are among its bytes, so this is binary data: leave the file out"
-    file_name = "FILE" if path == STDIN else os.path.basename(path)
+    file_name = _as_argument(path)
     return (
         "which is not UTF-8. If the file is in another encoding, convert it: "
         f"iconv -f {encoding} -t utf-8 {file_name} > converted.txt"

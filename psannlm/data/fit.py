@@ -12,6 +12,7 @@ from typing import Any
 from psannlm.config.data import Source
 from psannlm.data.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import split_documents
+from psannlm.data.split import cut_place
 from psannlm.display import json_text
 from psannlm.errors import ConfigError, TokenizerError
 from psannlm.storage import read_small, refuse_foreign, require_writable, write_text
@@ -20,6 +21,8 @@ from psannlm.tokenizers.resolve import MODEL_TYPES, check_fit, fit_passages, loa
 from psannlm.tokenizers.sample import SAMPLE_CHARS, PassageSample
 
 _HELD_OUT = 0.1
+# The end of a longer document (or part) is held out: drawn as a whole, a few of them would miss a tenth by far.
+_LONG_CHARACTERS = 1 << 16
 # Bytes per token settle long before this.
 HELD_OUT_CHARS = 2_000_000
 # Longer documents come in parts, each of which is held out or fitted on as if it were one.
@@ -136,7 +139,8 @@ def sample_corpus(
 
     A document (or part) is held out when the hash of ``seed`` and its text falls into the lowest tenth, so equal
     documents fall on one side. The lowest of all is always held out and the highest never is: neither side is empty,
-    and few documents are split as well as many. A single document is cut in two.
+    and few documents are split as well as many. A single document, and each of 65,536 characters or more, is cut in
+    two, and its last tenth is held out.
 
     Raises:
         CorpusError: a single document is too short to be cut.
@@ -147,12 +151,22 @@ def sample_corpus(
     def place(share: float, document: Document) -> None:
         (held_out if share < _HELD_OUT else fit).add(document.text)
 
+    has_cut = False
     for document in documents:
+        halves = _halves(document.text) if len(document.text) >= _LONG_CHARACTERS else None
+        if halves is not None:
+            fit.add(halves[0])
+            held_out.add(halves[1])
+            has_cut = True
+            continue
         edges.append((_share(document.text, seed), document))
         edges.sort(key=lambda edge: edge[0])
         if len(edges) > 2:
             place(*edges.pop(1))
-    if len(edges) == 1:
+    if has_cut:
+        for edge in edges:
+            place(*edge)
+    elif len(edges) == 1:
         first, last = split_documents([edges[0][1]], _HELD_OUT, seed)
         fit.add(first[0].text)
         held_out.add(last[0].text)
@@ -162,6 +176,14 @@ def sample_corpus(
     if said := fit.notice():
         notice(said)
     return Sampled(fit.passages(), held_out.passages())
+
+
+def _halves(text: str) -> tuple[str, str] | None:
+    """Return a text without its last tenth, and that tenth; None where one of them would be blank."""
+    content = text.encode("utf-8")
+    at = cut_place(content, _HELD_OUT)
+    first, last = content[:at].decode("utf-8"), content[at:].decode("utf-8")
+    return (first, last) if first.strip() and last.strip() else None
 
 
 def _share(text: str, seed: int) -> float:

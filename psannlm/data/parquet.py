@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, BinaryIO
 
 from psannlm.data.files import is_remote, opened, replaced
 from psannlm.data.formats import HEAD_BYTES, compression, why_not_text
+from psannlm.display import shell_argument
 from psannlm.errors import CorpusError, nearest
 from psannlm.filenames import utf8_path
 from psannlm.limits import MAX_LINE_BYTES, max_document_bytes
@@ -71,7 +71,7 @@ def _refuse_other_formats(file: BinaryIO, path: str) -> None:
         return
     if packing := compression(head):
         raise CorpusError(f"{path} is compressed ({packing}), not Parquet; unpack it, Parquet is compressed inside")
-    if head and (problem := why_not_text(head, os.path.basename(path))):
+    if head and (problem := why_not_text(head, shell_argument(path))):
         raise CorpusError(f"{path} {problem}")
 
 

@@ -381,6 +381,6 @@ def test_standard_input_is_read_like_a_file(
         else:
             with pytest.raises(CorpusError, match=said) as raised:
                 list(read_lines(name))
-            outcomes.append(str(raised.value).replace(str(path), "stdin"))
+            outcomes.append(str(raised.value).replace(f"utf-8 {path}", "utf-8 FILE").replace(str(path), "stdin"))
     assert outcomes[0] == outcomes[1]
     assert said is not None or outcomes[0] == ["one\r\n", "two"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from psannlm.config.data import PathSource
-from psannlm.data.documents import Document
-from psannlm.data.fit import fit_with_card, held_out_figures, longest_pieces, sample_corpus
+from psannlm.data.documents import Document, read_documents
+from psannlm.data.fit import PART_BYTES, fit_with_card, held_out_figures, longest_pieces, sample_corpus
 from psannlm.errors import CorpusError, StorageError
 from psannlm.tokenizers.char import CharTokenizer
 
@@ -130,3 +130,15 @@ def test_longest_pieces_come_first() -> None:
     found = longest_pieces(tokenizer, 3)
     assert found[0] == " wonderful"
     assert [len(piece) for piece in found] == sorted(map(len, found), reverse=True)
+
+
+@pytest.mark.parametrize("n_bytes", [2_000, 70_000, 300_000, 1_100_000, 2_100_000, 4_000_000])
+def test_about_a_tenth_of_one_file_is_held_out(tmp_path: Path, n_bytes: int) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"line {number} of waves that rise and fall\n" for number in range(n_bytes // 38)))
+    for seed in (1, 2, 3):
+        documents = read_documents([PathSource(path=str(path))], part_bytes=PART_BYTES)
+        sampled = sample_corpus(documents, seed=seed)
+        sizes = [sum(map(len, passages)) for passages in (sampled.fitted_on, sampled.held_out)]
+        assert 0.08 < sizes[1] / path.stat().st_size < 0.2
+        assert sum(sizes) == len(path.read_text())
