@@ -24,7 +24,7 @@ from psannlm.data.prepare import PreparedData, prepare, prepare_documents
 from psannlm.data.shards import encode_documents
 from psannlm.data.stream import Stream
 from psannlm.device import gpu_memory_bytes, pick_device
-from psannlm.errors import CorpusError, GenerationError
+from psannlm.errors import CorpusError, GenerationError, Interrupted
 from psannlm.generation.decoding import ContextRule
 from psannlm.generation.engine import Engine
 from psannlm.generation.samples import draw_samples
@@ -334,9 +334,14 @@ class psannLM:
                     sampler=draw_samples if is_read else None,
                 )
                 trainer.train()
-            except BaseException:
+            except BaseException as error:
                 # A model that never finished a fit is still open to data of another vocabulary.
                 self._model = former
+                if isinstance(error, Interrupted) and "checkpoint_dir" not in overrides:
+                    raise Interrupted(
+                        "fit was stopped, and nothing was kept: give it checkpoint_dir=..., and it saves when it is "
+                        "stopped, and the same call resumes"
+                    ) from error
                 raise
         return self
 

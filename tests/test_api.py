@@ -18,7 +18,7 @@ import psann.lm
 import psannlm
 from psannlm import psannLM, psannLMDataPrep
 from psannlm.data.dataset import LMDataset
-from psannlm.errors import ArtifactError, ConfigError, CorpusError, GenerationError, TokenizerError
+from psannlm.errors import ArtifactError, ConfigError, CorpusError, GenerationError, Interrupted, TokenizerError
 
 FIT = {"batch_tokens": 64, "lr": 1e-2, "amp": "fp32", "device": "cpu", "verbose": False}
 
@@ -350,3 +350,15 @@ def test_a_model_too_large_is_named_when_it_is_made(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigError, match="weights, gradients and optimizer state"):
         model.fit(data, verbose=False, device="cpu", amp="fp32")
     assert model.result is None
+
+
+def test_a_stopped_fit_names_no_folder_that_is_gone(data: psannLMDataPrep, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(trainer: object) -> None:
+        raise Interrupted("saved in /tmp/scratch")
+
+    monkeypatch.setattr("psannlm.api.Trainer.train", stopped)
+    model = psannLM(d_model=16, n_heads=2, n_layers=1)
+    with pytest.raises(Interrupted, match="nothing was kept: give it checkpoint_dir"):
+        model.fit(data, verbose=False)
+    with pytest.raises(Interrupted, match="saved in /tmp/scratch"):
+        model.fit(data, verbose=False, checkpoint_dir="run")
