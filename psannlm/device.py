@@ -149,6 +149,9 @@ def missing_to_compile(device: torch.device) -> str | None:
     return None
 
 
+_BROKEN = "a compiler that works"
+
+
 @lru_cache(maxsize=2)
 def trial_failure(kind: str) -> str | None:
     """Compile a tiny function on a device of ``kind``, once per process; return what is wrong in a line, or None.
@@ -165,7 +168,7 @@ def trial_failure(kind: str) -> str | None:
         with torch.no_grad():
             torch.compile(tiny, fullgraph=True, dynamic=False)(torch.zeros(8, device=kind))
     except _TRIAL_ERRORS as error:
-        return f"a compiler that works; a trial failed: {_cause(error):.200} ({_remedy(kind)})"
+        return f"{_BROKEN}; a trial failed: {_cause(error):.200} ({_remedy(kind)})"
     return None
 
 
@@ -225,7 +228,8 @@ def require_compiler(device: torch.device, asked: str = "compile: true", instead
     """Raise DeviceError if torch.compile does not work on ``device``; names what was ``asked`` and what else to do."""
     fault = compiler_fault(device)
     if fault is not None:
-        raise DeviceError(f"{asked} needs {fault}, which is not here; get it, or {instead}")
+        remedy = "repair it" if fault.startswith(_BROKEN) else "which is not here; get it"
+        raise DeviceError(f"{asked} needs {fault}{';' if remedy == 'repair it' else ','} {remedy}, or {instead}")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from psannlm.config.files import prepared_manifest
 from psannlm.config.run import RunConfig, to_yaml
 from psannlm.errors import ConfigError, StorageError
 from psannlm.lock import LOCK_FILE
@@ -79,6 +80,8 @@ def refuse_foreign_files(folder: Path, config: RunConfig, n_steps: int | None = 
     Raises:
         StorageError: something foreign is in the way; the message names it.
     """
+    if prepared_manifest(str(folder)) is not None:
+        raise StorageError(f"{folder} is a folder that psannlm prep made, whose records a run would replace; {_REMEDY}")
     for name, is_ours in _OWN.items():
         if name == CONFIG_FILE and says_the_same(folder / name, config):
             continue
