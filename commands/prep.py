@@ -21,10 +21,13 @@ from psannlm.commands.options import (
     progress,
     results,
 )
-from psannlm.display import shell_argument, yaml_scalar
+from psannlm.display import shell_command, yaml_scalar
 
 if TYPE_CHECKING:
     from psannlm.prep.run import PrepResult
+
+
+_SHIPPED_CONFIG = "configs/waveresnet_cpu.yaml"
 
 
 def prep(
@@ -182,5 +185,10 @@ def _show(result: PrepResult) -> None:
     results().print(_splits(result))
     results().print(figures_table("corpus", _corpus_rows(result)))
     if result.manifest.part == "1/1":
-        sources = shell_argument(f"data.sources=[{yaml_scalar(result.folder)}]")
-        print_path(f"next: psannlm train CONFIG --set {sources} --set data.val_split=0", style="bold")
+        # In a clone the line can be pasted as it is; elsewhere only its reader knows the configuration.
+        config = _SHIPPED_CONFIG if Path(_SHIPPED_CONFIG).is_file() else "CONFIG"
+        sources = f"data.sources=[{yaml_scalar(result.folder)}]"
+        out = f"runs/{Path(result.folder).resolve().name}"
+        command = shell_command("psannlm", "train", config, "--set", sources, "--set", "data.val_split=0", "--out", out)
+        note = "" if config != "CONFIG" else ", with your configuration file for CONFIG"
+        print_path(f"next{note}: {command}", style="bold")

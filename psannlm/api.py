@@ -321,6 +321,7 @@ class psannLM:
             settings = {**named, "checkpoint_dir": scratch, **overrides}
             config = section_from_kwargs(TrainConfig, "train", settings)
             is_read = verbose or "checkpoint_dir" in overrides
+            is_done = False
             try:
                 self._model = former or self._built_for(tokenizer, data_config.max_length, config)
                 trainer = Trainer(
@@ -334,15 +335,18 @@ class psannLM:
                     sampler=draw_samples if is_read else None,
                 )
                 trainer.train()
-            except BaseException as error:
+                is_done = True
+            except Interrupted as error:
+                if "checkpoint_dir" in overrides:
+                    raise
+                raise Interrupted(
+                    "fit was stopped, and nothing was kept; with checkpoint_dir=... it saves when it is stopped, and "
+                    "the same call resumes"
+                ) from error
+            finally:
                 # A model that never finished a fit is still open to data of another vocabulary.
-                self._model = former
-                if isinstance(error, Interrupted) and "checkpoint_dir" not in overrides:
-                    raise Interrupted(
-                        "fit was stopped, and nothing was kept: give it checkpoint_dir=..., and it saves when it is "
-                        "stopped, and the same call resumes"
-                    ) from error
-                raise
+                if not is_done:
+                    self._model = former
         return self
 
     def _built_for(self, tokenizer: Tokenizer, max_length: int, config: TrainConfig) -> Transformer:

@@ -358,7 +358,7 @@ def test_a_stopped_fit_names_no_folder_that_is_gone(data: psannLMDataPrep, monke
 
     monkeypatch.setattr("psannlm.api.Trainer.train", stopped)
     model = psannLM(d_model=16, n_heads=2, n_layers=1)
-    with pytest.raises(Interrupted, match="nothing was kept: give it checkpoint_dir"):
+    with pytest.raises(Interrupted, match="nothing was kept; with checkpoint_dir"):
         model.fit(data, verbose=False)
     with pytest.raises(Interrupted, match="saved in /tmp/scratch"):
         model.fit(data, verbose=False, checkpoint_dir="run")

@@ -12,7 +12,7 @@ from typing import Any
 from psannlm.config.data import Source
 from psannlm.data.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import split_documents
-from psannlm.data.split import cut_place
+from psannlm.data.split import cut_text
 from psannlm.display import json_text
 from psannlm.errors import ConfigError, TokenizerError
 from psannlm.storage import read_small, refuse_foreign, require_writable, write_text
@@ -138,9 +138,9 @@ def sample_corpus(
     """Return passages to fit on and passages to measure on, drawn in one pass.
 
     A document (or part) is held out when the hash of ``seed`` and its text falls into the lowest tenth, so equal
-    documents fall on one side. The lowest of all is always held out and the highest never is: neither side is empty,
-    and few documents are split as well as many. A single document, and each of 65,536 characters or more, is cut in
-    two, and its last tenth is held out.
+    documents fall on one side. A single document, and each document or part of 65,536 characters or more, is cut in
+    two, and its last tenth is held out. Where none was cut, the lowest of all is held out and the highest is not, so
+    that neither side is empty.
 
     Raises:
         CorpusError: a single document is too short to be cut.
@@ -153,7 +153,7 @@ def sample_corpus(
 
     has_cut = False
     for document in documents:
-        halves = _halves(document.text) if len(document.text) >= _LONG_CHARACTERS else None
+        halves = cut_text(document.text, _HELD_OUT) if len(document.text) >= _LONG_CHARACTERS else None
         if halves is not None:
             fit.add(halves[0])
             held_out.add(halves[1])
@@ -176,14 +176,6 @@ def sample_corpus(
     if said := fit.notice():
         notice(said)
     return Sampled(fit.passages(), held_out.passages())
-
-
-def _halves(text: str) -> tuple[str, str] | None:
-    """Return a text without its last tenth, and that tenth; None where one of them would be blank."""
-    content = text.encode("utf-8")
-    at = cut_place(content, _HELD_OUT)
-    first, last = content[:at].decode("utf-8"), content[at:].decode("utf-8")
-    return (first, last) if first.strip() and last.strip() else None
 
 
 def _share(text: str, seed: int) -> float:

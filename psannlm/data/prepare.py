@@ -21,7 +21,7 @@ from psannlm.data.parts import HASH_BYTES, text_hash
 from psannlm.data.prepared import find_prepared, open_folder, refuse_other_wishes
 from psannlm.data.segments import SEGMENT_BYTES
 from psannlm.data.shards import encode_documents
-from psannlm.data.split import cut_place, held_out, held_out_by_number
+from psannlm.data.split import cut_text, held_out, held_out_by_number
 from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError, CorpusError, Problem
 from psannlm.tokenizers.base import Tokenizer
@@ -217,18 +217,14 @@ def split_documents(
 
 
 def _cut(document: Document, val_split: float) -> tuple[list[Document], list[Document]]:
-    content = document.text.encode("utf-8")
-    at = cut_place(content, val_split)
-    parts = content[:at].decode("utf-8"), content[at:].decode("utf-8")
-    if not all(part.strip() for part in parts):
+    parts = cut_text(document.text, val_split)
+    if parts is None:
         raise CorpusError(
             f"{document.name}: {len(document.text):,} characters are too few to hold out {val_split:g} of them; "
             "add text, or set data.val_split to 0"
         )
-    named = [
-        Document(part, f"{document.name} [{half} part]") for part, half in zip(parts, ("first", "last"), strict=True)
-    ]
-    return named[:1], named[1:]
+    first, last = parts
+    return [Document(first, f"{document.name} [first part]")], [Document(last, f"{document.name} [last part]")]
 
 
 def shared_text(held_out: Iterable[Document], train: Iterable[Document]) -> float:

@@ -76,6 +76,14 @@ def cut_place(text: bytes, val_split: float) -> int:
     return where.place(text[where.start : where.high])
 
 
+def cut_text(text: str, val_split: float) -> tuple[str, str] | None:
+    """Return a text in two parts, the last about ``val_split`` of it; None where one of them would be blank."""
+    content = text.encode("utf-8")
+    at = cut_place(content, val_split)
+    first, last = content[:at].decode("utf-8"), content[at:].decode("utf-8")
+    return (first, last) if first.strip() and last.strip() else None
+
+
 def cut_blocks(blocks: Iterable[bytes], n_bytes: int, val_split: float) -> Iterator[Iterator[bytes]]:
     """Yield the blocks before and then the blocks after the :func:`cut_place` of a text that comes in ``blocks``.
 

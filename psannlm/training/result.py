@@ -11,14 +11,14 @@ from psannlm.models.transformer import Transformer
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """The result of a training run.
 
     ``model`` holds the weights of the last step, in evaluation mode: after ``fsdp: full`` on rank 0 and
     where they were given, shapes alone elsewhere. ``steps`` of ``total_steps`` were made, fewer
     where a time budget was spent; ``epochs`` is how many passes over the training windows they are, in fractions.
     ``best`` holds ``step``, ``loss`` (nats per token), ``perplexity`` and
     ``bits_per_byte`` of the best validation, or is None without one. ``checkpoint`` is the best checkpoint, or without
-    validation the last. ``val_overlap`` is the share of the held-out text that stands word for word in the training
+    validation the last. ``val_overlap`` is the fraction of the held-out text that stands word for word in the training
     text. ``lossy_tokenizer`` says that the tokenizer loses text, which makes bits per byte too low; None is unknown.
     """
 

@@ -68,7 +68,7 @@ def identity(data: PreparedData) -> dict[str, Any]:
 
 
 def preparation(found: tuple[Path, TrainerState] | None) -> int:
-    """Return the version by which a run that goes on from ``found`` prepares its corpus: the one it began with."""
+    """Return the version of the preparation of a run that resumes from ``found``: the one that it began with."""
     return PREPARATION if found is None else found[1].preparation or 1
 
 

@@ -81,7 +81,10 @@ def refuse_foreign_files(folder: Path, config: RunConfig, n_steps: int | None = 
         StorageError: something foreign is in the way; the message names it.
     """
     if prepared_manifest(str(folder)) is not None:
-        raise StorageError(f"{folder} is a folder that psannlm prep made, whose records a run would replace; {_REMEDY}")
+        raise StorageError(
+            f"{folder} is a folder that psannlm prep made, and a run would replace its records; choose another "
+            "train.checkpoint_dir (--out)"
+        )
     for name, is_ours in _OWN.items():
         if name == CONFIG_FILE and says_the_same(folder / name, config):
             continue

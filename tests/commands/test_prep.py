@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,20 +43,27 @@ def test_prep_and_again(psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_pa
 
 
 def test_the_printed_next_command_can_be_pasted(
-    psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_path: Path
+    psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "o:100:x" / "- it's [red], {b}: #c & ~ *d"
     made = psannlm("prep", str(tiny_corpus), "--per-line", "--tokenizer", str(tokenizer), "--out", str(out))
     assert made.code == 0, made.err
     assert any(f" {out} " in line for line in made.out.splitlines()), "printed as it is, in one line"
-    printed = made.out.splitlines()[-1].removeprefix("next: ")
+    printed = made.out.splitlines()[-1].removeprefix("next, with your configuration file for CONFIG: ")
     words = shlex.split(printed)
     assert words[:3] == ["psannlm", "train", "CONFIG"]
+    assert words[-2:] == ["--out", f"runs/{out.name}"]
     overrides = [word for word, option in zip(words[4::2], words[3::2], strict=True) if option == "--set"]
     (tmp_path / "config.yaml").write_text("data: {sources: [x.txt]}\n", encoding="utf-8")
     data = load_config(tmp_path / "config.yaml", overrides).data
     assert data.val_split == 0
     assert [source.path for source in data.sources if isinstance(source, PathSource)] == [str(out)]
+    # In a clone the line is whole.
+    shutil.copytree(Path(__file__).parents[2] / "configs", tmp_path / "configs")
+    again = psannlm("prep", str(tiny_corpus), "--per-line", "--tokenizer", str(tokenizer), "--out", str(out))
+    pasted = psannlm(*shlex.split(again.out.splitlines()[-1].removeprefix("next: "))[1:], "--dry-run")
+    assert pasted.code == 0, pasted.err
 
 
 def test_parts_and_merge(psannlm: Run, tiny_texts: list[str], tokenizer: Path, tmp_path: Path) -> None:
