@@ -84,17 +84,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     return tmp_path_factory.mktemp("corpora")
 
 
-@pytest.mark.slow
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    texts=st.lists(documents(), min_size=1, max_size=12, unique=True),
-    kind=st.sampled_from([".txt", ".jsonl", ".parquet"]),
-    packing=st.sampled_from(["", ".gz", ".zst"]),
-    ends=st.booleans(),
-    val_split=st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.9]),
-    chunk_bytes=st.sampled_from([5_000, SEGMENT_BYTES, 1 << 22]),
-)
-def test_prep_and_train_agree_on_every_corpus(
+def agree(
     texts: list[str],
     kind: str,
     packing: str,
@@ -104,6 +94,7 @@ def test_prep_and_train_agree_on_every_corpus(
     tokenizer_path: Path,
     folders: Path,
 ) -> None:
+    """Hold what ``prep`` makes of a corpus against what training makes of it alone."""
     folder = Path(tempfile.mkdtemp(dir=folders))
     (folder / "corpus").mkdir()
     write(folder / "corpus", texts, kind, packing, ends=ends)
@@ -131,3 +122,33 @@ def test_prep_and_train_agree_on_every_corpus(
     kept = [text for text in texts if text.strip()]
     n_val = 0 if alone.val is None else alone.val.n_bytes
     assert alone.train.n_bytes + n_val == sum(len(text.encode()) for text in kept)
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(documents(), min_size=1, max_size=12, unique=True),
+    kind=st.sampled_from([".txt", ".jsonl", ".parquet"]),
+    packing=st.sampled_from(["", ".gz", ".zst"]),
+    ends=st.booleans(),
+    val_split=st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.9]),
+    chunk_bytes=st.sampled_from([5_000, SEGMENT_BYTES, 1 << 22]),
+)
+def test_prep_and_train_agree_on_every_corpus(
+    texts: list[str],
+    kind: str,
+    packing: str,
+    ends: bool,
+    val_split: float,
+    chunk_bytes: int,
+    tokenizer_path: Path,
+    folders: Path,
+) -> None:
+    agree(texts, kind, packing, ends, val_split, chunk_bytes, tokenizer_path, folders)
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+@pytest.mark.parametrize("texts", [["waves" * 60_000], ["waves" * 60_000, "日本語" * 60_000, "short"]], ids=len)
+def test_prep_and_train_cut_words_alike(texts: list[str], kind: str, tokenizer_path: Path, folders: Path) -> None:
+    """Without white space segments are cut within words, and have other ids than the whole."""
+    agree(texts, kind, "", True, 0.5, 5_000, tokenizer_path, folders)
