@@ -87,7 +87,9 @@ def draw_curves(
             x, y = _thinned(curve.x, curve.y)
             colour, style = look.colour(at), _STYLES[at // len(_MARKERS) % len(_STYLES)]
             if curve.is_faint:
-                axes.plot(x, y, color=colour, linewidth=0.9, alpha=0.45, linestyle=style, zorder=1)
+                # A line through one point is not seen.
+                marker = "." if len(x) == 1 else None
+                axes.plot(x, y, color=colour, linewidth=0.9, alpha=0.45, linestyle=style, marker=marker, zorder=1)
                 continue
             axes.plot(
                 x,

@@ -89,7 +89,11 @@ def _curve(title: str, rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if train:
-        axes.plot(*zip(*train, strict=True), color=_TRAIN_COLOUR, linewidth=1.5, label="training (one step)")
+        # A line through one point is not seen.
+        marker = "o" if len(train) == 1 else None
+        axes.plot(
+            *zip(*train, strict=True), color=_TRAIN_COLOUR, linewidth=1.5, marker=marker, label="training (one step)"
+        )
     if evals:
         steps, losses, bits = zip(*evals, strict=True)
         axes.plot(steps, losses, color=_VAL_COLOUR, linewidth=2, marker="o", markersize=4, label="validation")

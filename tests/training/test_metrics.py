@@ -142,3 +142,13 @@ def test_drawing_leaves_the_callers_plots_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("title", ["a$b_{$", "$^$", "中文 🌊", "\\frac{"])
 def test_a_folder_of_any_name_gets_its_picture(title: str, tmp_path: Path) -> None:
     assert draw_curve(tmp_path, title, [train_row(1), eval_row(1, 2.0)]).stat().st_size > 1000
+
+
+def test_a_single_logged_step_is_seen_in_the_picture(tmp_path: Path) -> None:
+    """Pixels of the curve's colour lie within the axes, and not in the legend alone."""
+    from matplotlib.image import imread
+
+    pixels = imread(draw_curve(tmp_path, "one", [train_row(1)]))
+    inside = pixels[int(0.3 * len(pixels)) : int(0.8 * len(pixels)), :, :3]
+    coloured = inside.max(axis=2) - inside.min(axis=2) > 0.3
+    assert coloured.sum() > 20
