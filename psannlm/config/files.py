@@ -35,12 +35,16 @@ def prepared_manifest(path: str | Path) -> Path | None:
     manifest = whole / MANIFEST_FILE if _is_folder(whole) else whole
     if manifest.name != MANIFEST_FILE or not _is_file(manifest):
         return None
+    return manifest if is_own_manifest(manifest) or any(manifest.parent.glob(_SHARDS)) else None
+
+
+def is_own_manifest(path: Path) -> bool:
+    """Tell whether a file begins as the manifests of psannlm prep do."""
     try:
-        with open(manifest, "rb") as file:
-            head = file.read(_HEAD_BYTES)
+        with open(path, "rb") as file:
+            return MANIFEST_MARK.encode() in file.read(_HEAD_BYTES)
     except OSError:
-        head = b""
-    return manifest if MANIFEST_MARK.encode() in head or any(manifest.parent.glob(_SHARDS)) else None
+        return False
 
 
 def is_prepared(source: PathSource) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from psannlm.config.files import prepared_manifest
+from psannlm.config.files import MANIFEST_FILE, is_own_manifest
 from psannlm.config.run import RunConfig, to_yaml
 from psannlm.errors import ConfigError, StorageError
 from psannlm.lock import LOCK_FILE
@@ -80,7 +80,8 @@ def refuse_foreign_files(folder: Path, config: RunConfig, n_steps: int | None = 
     Raises:
         StorageError: something foreign is in the way; the message names it.
     """
-    if prepared_manifest(str(folder)) is not None:
+    manifest = folder / MANIFEST_FILE
+    if manifest.is_file() and is_own_manifest(manifest):
         raise StorageError(
             f"{folder} is a folder that psannlm prep made, and a run would replace its records; choose another "
             "train.checkpoint_dir (--out)"

@@ -18,7 +18,7 @@ from psannlm.data.documents import read_documents
 from psannlm.data.manifest import read_manifest, write_manifest
 from psannlm.data.prepare import split_documents
 from psannlm.device import Precision
-from psannlm.errors import ConfigError
+from psannlm.errors import ConfigError, StorageError
 from psannlm.evaluation import evaluate_sources
 from psannlm.models.artifact import load_model
 from psannlm.prep.plan import Plan, write_plan
@@ -149,3 +149,21 @@ def test_a_validation_is_asked_of_a_folder_that_can_give_one(
     prepare_folder(Path(shards.data.sources[0].path), CharTokenizer("éü"), tiny_texts)
     with pytest.raises(ConfigError, match=r"every 2 steps, but .*folder was prepared with nothing held out"):
         config_from_mapping(shards.model_dump(mode="json"))
+
+
+def test_a_prepared_folder_is_no_run_folder(runs: Callable[..., Any], tmp_path: Path) -> None:
+    """The folder's own records would be replaced by those of the run; somebody else's manifest.json is no reason."""
+    _, config = runs()
+    prepared = tmp_path / "folder"
+    before = {path: path.read_bytes() for path in prepared.iterdir()}
+    into_it = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_dir": str(prepared)})})
+    with pytest.raises(StorageError, match="a folder that psannlm prep made"):
+        train(into_it)
+    assert {path: path.read_bytes() for path in prepared.iterdir()} == before
+
+    foreign = Path(config.train.checkpoint_dir)
+    foreign.mkdir(parents=True)
+    (foreign / "manifest.json").write_text('{"name": "a web app"}', encoding="utf-8")
+    (foreign / "train_00000.safetensors").write_bytes(b"mine")
+    train(config)
+    assert (foreign / "manifest.json").read_text(encoding="utf-8") == '{"name": "a web app"}'
