@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from psannlm.errors import ArtifactError
 from psannlm.models.transformer import Transformer
+from psannlm.training import optim
 from psannlm.training.optim import OptimizerSet, group_parameters
 
 Build = Callable[..., Transformer]
@@ -146,3 +148,44 @@ def test_state_of_other_parameters_is_refused(
 def test_state_of_the_other_optimizer_is_refused(build_tiny: Build, saved: str, wanted: str) -> None:
     with pytest.raises(ArtifactError, match="another optimiser"):
         OptimizerSet(build_tiny(), wanted, 0.1).load_tensors(saved_state(build_tiny, saved))
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (64, 24), (24, 64)])
+def test_muon_steps_as_torchs_where_bfloat16_is_hardware(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "computes_in_bf16", lambda device: True)
+    ours, theirs = (nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in range(2))
+    settings: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = (optim.Muon([ours], **settings), torch.optim.Muon([theirs], **settings))
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(5):
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (64, 24), (24, 64)])
+def test_orthogonalize_maps_singular_values_by_the_quintic(shape: tuple[int, int]) -> None:
+    """The singular vectors stay; of each value the polynomial is taken, five times, here on the values themselves."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm()
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        values = a * values + b * values**3 + c * values**5
+    expected = left @ torch.diag(values) @ right
+    torch.testing.assert_close(optim.orthogonalize(matrix, torch.float32).double(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(optim.orthogonalize(matrix, torch.bfloat16).double(), expected, atol=0.06, rtol=0)
+
+
+def test_muon_computes_in_float32_where_bfloat16_is_software(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr(optim, "computes_in_bf16", lambda device: False)
+    monkeypatch.setattr(optim, "orthogonalize", lambda matrix, dtype: used.append(dtype) or matrix.to(dtype))
+    parameter = nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    optim.Muon([parameter]).step()
+    assert used == [torch.float32]
