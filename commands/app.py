@@ -53,10 +53,27 @@ def _showing_escapes() -> Iterator[None]:
     try:
         yield
     except _WrongUsage as error:
-        message = getattr(error, "message", None)
+        message = _refused_number(error) or getattr(error, "message", None)
         if isinstance(message, str):
             error.message = printable(message, keep="\n")  # type: ignore[attr-defined]
         raise
+
+
+def _refused_number(error: Exception) -> str | None:
+    """Say in our own words what Typer says in pydantic's of an option that takes a number; None of anything else."""
+    from pydantic import ValidationError
+
+    if not isinstance(error.__cause__, ValidationError):
+        return None
+    problem = error.__cause__.errors()[0]
+    if problem["type"] not in ("float_parsing", "int_parsing", "int_from_float"):
+        return None
+    from psannlm.config.advice import advice
+
+    is_whole = problem["type"] != "float_parsing"
+    kind, types = ("a whole number", (int,)) if is_whole else ("a number", (int, float))
+    meant = advice(problem["input"], lambda value: type(value) in types, "whole number" if is_whole else "value")
+    return f"{problem['input']!r} is not {kind}{meant}"
 
 
 app = typer.Typer(

@@ -228,7 +228,7 @@ def _cases_table(report: KvReport) -> Table:
         f"decoding: {model.base}, {report.parameters / 1e6:,.1f}M parameters ({report.weights} weights), "
         f"{settings.dtype}, {report.device}; {settings.batch_size} prompt{'' if settings.batch_size == 1 else 's'} of "
         f"{settings.prompt_length:,} tokens, "
-        f"{settings.max_new_tokens:,} new; medians of {_runs_made(report)}, under them the lowest and highest",
+        f"{settings.max_new_tokens:,} new; {_runs_made(report)}",
         *("case", "prefill\nms", "first token\nms", "decode\ntokens/s", "whole\ntokens/s"),
     )
     for case, runs in report.runs.items():
@@ -249,7 +249,10 @@ def _cases_table(report: KvReport) -> Table:
 
 def _runs_made(report: KvReport) -> str:
     counts = sorted({len(runs) for runs in report.runs.values()})
-    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs"
+    if counts[-1] == 1:
+        return "one run of each case"
+    of = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs"
+    return f"medians of {of}, under them the lowest and highest"
 
 
 def _add_runs(table: Table, name: str, runs: list[DecodeRun]) -> None:

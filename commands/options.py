@@ -116,13 +116,17 @@ def find_model_file(checkpoint: Path | None, runs: Path) -> Path:
     """Return the checkpoint asked for (of a run folder, its best), or the newest run's best.
 
     Raises:
-        ArtifactError: none was given and none is there; the message says how to make one.
+        ArtifactError: nothing is where ``checkpoint`` points, or none was given and none is there; the message says
+            how to make one.
     """
     from psannlm.errors import ArtifactError
     from psannlm.training.checkpoint import find_checkpoint
 
     if checkpoint is not None:
-        return find_checkpoint(checkpoint) or checkpoint
+        path = find_checkpoint(checkpoint) or checkpoint
+        if not os.path.lexists(path):
+            raise ArtifactError(f"no model file, checkpoint folder or run at {checkpoint} (looked from {Path.cwd()})")
+        return path
     found = find_checkpoint(runs)
     if found is None:
         raise ArtifactError(

@@ -39,7 +39,7 @@ def report(
         list[Path] | None,
         typer.Option("--compare", metavar="RUN", help="A run folder to set beside others; give two or more."),
     ] = None,
-    also: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="More runs for --compare.")] = None,
+    also: Annotated[list[Path] | None, typer.Argument(metavar="RUN", help="More runs for --compare.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -198,7 +198,7 @@ class _Bench:
         fewer = [f"{len(taken[name])} of {name}" for name in candidates if len(taken[name]) < repeats]
         if fewer:
             self.notices.append(
-                f"fewer runs than {repeats} fit into the time limit of {self._settings.time_limit_s:,.0f} s: "
+                f"of {repeats} runs of each case, the time limit of {self._settings.time_limit_s:,.0f} s left room for "
                 f"{', '.join(fewer)}; raise --time-limit for all of them"
             )
         return (

@@ -16,8 +16,10 @@ from psannlm.config.findings import SECTIONS, Finding, dotted, examine, show, to
 from psannlm.config.model import ModelConfig
 from psannlm.config.overrides import Origin, apply_override
 from psannlm.config.train import TrainConfig
-from psannlm.config.yaml_tree import dump_yaml, read_yaml
+from psannlm.config.yaml_tree import dump_yaml, flow_yaml, read_yaml
 from psannlm.errors import ConfigError, Problem, UnknownKeyError
+
+_LONGEST_SHOWN = 300
 
 S = TypeVar("S", bound=Section)
 
@@ -112,12 +114,23 @@ def differences(a: RunConfig, b: RunConfig) -> list[str]:
 def _differences(at: tuple[str, ...], a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for key, left in a.items():
-        right = b[key]
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
+        right = b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping) and left.keys() == right.keys():
             lines += _differences((*at, key), left, right)
+        elif isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+            by_place = [{str(index): item for index, item in enumerate(items)} for items in (left, right)]
+            lines += _differences((*at, key), *by_place)
         elif left != right:
-            lines.append(f"{'.'.join((*at, key))}: {show(left)} -> {show(right)}")
+            lines.append(f"{'.'.join((*at, key))}: {_as_written(left)} -> {_as_written(right)}")
     return lines
+
+
+def _as_written(value: object) -> str:
+    """Return a value on one line: lists and mappings as YAML, cut where they would fill the screen."""
+    if not isinstance(value, (list, Mapping)):
+        return show(value)
+    text = flow_yaml(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _assemble(

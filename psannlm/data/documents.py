@@ -239,7 +239,7 @@ def keep_text(documents: Iterable[Document], report: ReadReport) -> Iterator[Doc
             yield document
     if not report.documents:
         left_out = "".join(f"\n  {line}" for line in report.lines()[1:])
-        raise CorpusError(f"the corpus holds no text; name files with text in data.sources{left_out}")
+        raise CorpusError(f"the corpus holds no text; name files that hold some{left_out}")
 
 
 def _read(plan: Sequence[tuple[Source, list[str]]], reading: _Reading) -> Iterator[Document]:

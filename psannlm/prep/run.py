@@ -266,7 +266,7 @@ class _Preparation:
 
     def _go_on(self) -> None:
         if self._stop.is_set():
-            raise Interrupted("interrupted")
+            raise Interrupted("interrupted; the same command goes on from what is done")
 
     def _encode(self) -> tuple[list[Path], Walk, Drops]:
         plan = self._plan

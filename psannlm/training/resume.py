@@ -109,9 +109,11 @@ def find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter)
         changed = [line for line in changed if not line.startswith("train.")]
     if changed:
         what = "\n  ".join(changed)
-        remedy = "Go on with the old values, choose another train.checkpoint_dir, or start anew with --resume never"
+        remedy = (
+            "Restore the old values, choose another train.checkpoint_dir (--out), or start over with --resume never"
+        )
         if resume == "auto":
-            remedy += f" (moves the old run aside); to change train settings in mid-run, --resume {found[0]}"
+            remedy += f" (it moves the old run aside); to change train settings in mid-run, --resume {found[0]}"
         raise ConfigError(f"{found[0]} was trained with other settings:\n  {what}\n{remedy}.")
     return found
 

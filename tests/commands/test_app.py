@@ -180,3 +180,25 @@ def test_threads_wait_but_shortly_unless_the_user_says_otherwise(
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--temperature", "0,7", "'0,7' is not a number; write 0.7"),
+        ("--temperature", "warm", "'warm' is not a number"),
+        ("--top-k", "1,000", "'1,000' is not a whole number; write 1000"),
+        ("--top-k", "1.5", "'1.5' is not a whole number"),
+    ],
+)
+def test_a_refused_number_is_named_with_what_was_meant(psannlm, option: str, value: str, expected: str) -> None:
+    done = psannlm("generate", "--prompt", "x", option, value)
+    assert done.code == 2
+    assert done.err.strip().endswith(f"Invalid value for '{option}': {expected}")
+
+
+@pytest.mark.parametrize("arguments", [["generate", "--prompt", "x"], ["eval", "a.txt"], ["bench-kv"]])
+def test_a_checkpoint_that_is_not_there_is_named(psannlm, project: Path, arguments: list[str]) -> None:
+    done = psannlm(*arguments, "--checkpoint", "runs/nope")
+    assert done.code == 1
+    assert f"no model file, checkpoint folder or run at runs/nope (looked from {project})" in done.err

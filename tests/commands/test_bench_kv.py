@@ -153,7 +153,7 @@ def test_a_time_limit_leaves_out_what_it_states(psannlm, project: Path) -> None:
     assert [case["passes_timed"] for case in metrics["cases"]] == [40, 40, 3, 3]
     assert metrics["context_growth"] == []
     told = " ".join(metrics["notices"])
-    assert "fewer runs than 3 fit into the time limit" in told
+    assert "of 3 runs of each case, the time limit of" in told
     assert "no step at growing contexts was timed" in told
 
 
