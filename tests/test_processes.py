@@ -133,3 +133,21 @@ def test_a_child_has_the_path_and_arguments_it_is_given(tmp_path: Path) -> None:
 def test_a_module_runs_as_python_m_runs_it(tmp_path: Path) -> None:
     done = subprocess.run(python_command("psannlm", "--version"), cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("psannlm "), done.stderr
+
+
+@pytest.mark.slow
+def test_training_needs_no_home_no_temporary_folder_and_no_sane_thread_count(hostile: Path) -> None:
+    """What cannot be used is done without: no folder of these is the user's wish for this command."""
+    for name in NAMES:
+        (hostile / f"{name}.py").unlink()
+    nowhere = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR"), "/proc/nowhere")
+    done = subprocess.run(
+        [str(SCRIPT), "train", "config.yaml"],
+        cwd=hostile,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **nowhere, "OMP_NUM_THREADS": "many"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (hostile / "runs" / "tiny" / "loss_curve.png").is_file()
