@@ -130,25 +130,6 @@ def test_scripts_can_be_run_and_stop_at_the_first_error(tracked: list[Path]) -> 
         assert "\nset -euo pipefail\n" in script.read_text(encoding="utf-8"), script
 
 
-def test_the_map_names_every_module() -> None:
-    """docs/architecture.md lists the library file by file; a file that it does not know has no place yet."""
-    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
-    room, listed = "", set()
-    for line in text.splitlines():
-        if heading := re.fullmatch(r"((?:psannlm|psann|commands)/[\w/]*)(?: {2,}.*)?", line):
-            room = heading[1]
-        elif entry := re.match(r" {2}(\w+\.py) {2,}\S", line):
-            listed.add(room + entry[1])
-    built = {
-        str(file.relative_to(REPOSITORY))
-        for top in ("psannlm", "commands", "psann")
-        for file in (REPOSITORY / top).rglob("*.py")
-        if file.name != "__init__.py"
-    }
-    assert sorted(built - listed) == [], "missing from the map"
-    assert sorted(listed - built) == [], "in the map only"
-
-
 def test_links_between_documents_lead_somewhere(tracked: list[Path]) -> None:
     broken = []
     for path in tracked:
