@@ -102,9 +102,9 @@ def bench_kv(
     from psannlm.config.run import section_from_kwargs
     from psannlm.device import pick_device, require_compiler
     from psannlm.errors import LimitMissed
+    from psannlm.io.atomic import write_text
+    from psannlm.io.run_metadata import require_folder, write_json
     from psannlm.models.artifact import load_model
-    from psannlm.reports.store import require_folder, write_json
-    from psannlm.storage import write_text
 
     settings = KvSettings(
         batch_size=batch_size,
@@ -176,7 +176,7 @@ class _Kept:
     @cached_property
     def folder(self) -> Path:
         """The folder, made when there is something to write."""
-        from psannlm.reports.store import new_folder, system_info, write_json
+        from psannlm.io.run_metadata import new_folder, system_info, write_json
 
         folder = new_folder("kv_cache", self._out)
         write_json(folder / "system.json", system_info())
@@ -184,14 +184,14 @@ class _Kept:
 
     def keep(self, figures: dict[str, Any]) -> None:
         """Write the figures so far."""
-        from psannlm.reports.store import write_json
+        from psannlm.io.run_metadata import write_json
 
         self._figures = figures
         write_json(self.folder / "metrics.json", figures)
 
     def end(self) -> None:
         """Write what was under way as well, and a table, and print where they are."""
-        from psannlm.storage import write_text
+        from psannlm.io.atomic import write_text
 
         rows = [
             (case["name"], f"{_number(case['tokens_per_s']['median'])} tokens/s{', a warm-up' * case['is_warm_up']}")

@@ -68,8 +68,8 @@ def bench_tokenizers(
     from psannlm.benchmarks.tokenizer_plot import draw_tokenizers
     from psannlm.benchmarks.tokenizers import bench_tokenizers as measure
     from psannlm.config.data import BuiltinSource, PathSource
-    from psannlm.reports.store import new_folder, require_folder, system_info, write_json
-    from psannlm.storage import write_text
+    from psannlm.io.atomic import write_text
+    from psannlm.io.run_metadata import new_folder, require_folder, system_info, write_json
     from psannlm.tokenizers.sample import SAMPLE_CHARS
 
     def source(path: str) -> PathSource:

@@ -87,10 +87,10 @@ def bench_train(
     from psannlm.config.run import section_from_kwargs
     from psannlm.device import pick_device
     from psannlm.errors import LimitMissed
+    from psannlm.io.atomic import write_text
+    from psannlm.io.run_metadata import new_folder, require_folder, system_info, timestamp, write_json
     from psannlm.memory import keep_freed_memory
     from psannlm.models.registry import resolve
-    from psannlm.reports.store import new_folder, require_folder, system_info, timestamp, write_json
-    from psannlm.storage import write_text
 
     sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
     with naming_options("model"):

@@ -59,9 +59,9 @@ def compare(
     from psannlm.benchmarks.study_runs import size_study
     from psannlm.benchmarks.study_work import work
     from psannlm.benchmarks.task_answers import score_runs
-    from psannlm.reports.store import new_folder, require_folder, system_info, write_json
+    from psannlm.io.atomic import write_bytes, write_text
+    from psannlm.io.run_metadata import new_folder, require_folder, system_info, write_json
     from psannlm.reports.studies import study_pictures, study_tables
-    from psannlm.storage import write_bytes, write_text
 
     if no_train and only:
         raise typer.BadParameter("--no-train trains no variant at all; leave one of them out", param_hint="--only")

@@ -50,11 +50,11 @@ def evaluate(
     from psannlm.config.train import TrainConfig
     from psannlm.device import pick_device, pick_precision
     from psannlm.evaluation import evaluate_sources
+    from psannlm.io.atomic import write_text
+    from psannlm.io.run_metadata import new_folder, require_folder, system_info, write_json
     from psannlm.models.artifact import load_model
     from psannlm.models.packed import pack_model
-    from psannlm.reports.document import LOSSY
-    from psannlm.reports.store import new_folder, require_folder, system_info, write_json
-    from psannlm.storage import write_text
+    from psannlm.tokenizers.roundtrip import LOSSY
 
     with naming_options("train"):
         settings = section_from_kwargs(TrainConfig, "train", {"amp": amp, "device": device})

@@ -139,7 +139,7 @@ def _read_prompts(path: Path) -> list[str]:
     """The lines of a file, or of stdin for ``-``; blank ones are no prompts."""
     from psannlm.data.files import read_lines
     from psannlm.errors import CorpusError
-    from psannlm.limits import MAX_PROMPTS_BYTES
+    from psannlm.io.limits import MAX_PROMPTS_BYTES
 
     prompts = []
     n_bytes = 0

@@ -44,8 +44,8 @@ def gpu_validate(
     from psannlm.benchmarks.gpu_log import BatteryLog
     from psannlm.benchmarks.gpu_plots import draw_battery
     from psannlm.errors import LimitMissed
-    from psannlm.reports.store import new_folder, system_info, write_json
-    from psannlm.storage import write_text
+    from psannlm.io.atomic import write_text
+    from psannlm.io.run_metadata import new_folder, system_info, write_json
 
     require_device(device, only or (), baseline, any_machine=baseline_any_machine)
     folder = new_folder("gpu", out)

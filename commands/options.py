@@ -172,7 +172,7 @@ def table_text(*tables: Table) -> str:
 
 def keep_record(folder: Path, kind: str, figures: dict[str, Any], *tables: Table) -> None:
     """Leave a record of what a command did beside its result; print a note where other files stand in its way."""
-    from psannlm.reports.records import write_record
+    from psannlm.io.records import write_record
 
     if not write_record(folder, kind, figures, table_text(*tables)):
         note(f"note: no record was written: {folder} holds metrics.json, system.json or table.txt of something else")

@@ -45,8 +45,8 @@ def report(
 ) -> None:
     """Gather benchmarks and runs into tables, plots, Markdown and one HTML page."""
     from psannlm.errors import ConfigError
+    from psannlm.io.run_metadata import system_info
     from psannlm.reports.gather import parse_since
-    from psannlm.reports.store import system_info
     from psannlm.reports.summary import write_comparison, write_report
 
     moment = None if since is None else parse_since(since)

@@ -151,7 +151,7 @@ def _passes(epochs: float) -> str:
 
 
 def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
-    from psannlm.reports.document import LOSSY
+    from psannlm.tokenizers.roundtrip import LOSSY
 
     spent = "" if result.steps == result.total_steps else f" of {result.total_steps:,}: the time budget is spent"
     rows = [

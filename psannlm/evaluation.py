@@ -12,7 +12,6 @@ from torch import nn
 from psannlm.config.data import Source
 from psannlm.config.model import ModelConfig
 from psannlm.data.documents import ReadReport, read_documents
-from psannlm.data.lossless import LossMeter, folder_warning, is_lossy, watch_for_loss
 from psannlm.data.prepared import find_prepared, open_folder
 from psannlm.data.shards import encode_documents
 from psannlm.data.stream import Stream
@@ -20,9 +19,10 @@ from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.device import Precision, gpu_memory_bytes
 from psannlm.distributed import World
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, TokenizerError
-from psannlm.limits import describe_memory, machine_memory_bytes
+from psannlm.io.limits import describe_memory, machine_memory_bytes
 from psannlm.models.artifact import LoadedModel
 from psannlm.tokenizers.base import Tokenizer
+from psannlm.tokenizers.roundtrip import LossMeter, folder_warning, is_lossy, watch_for_loss
 
 
 @dataclass(frozen=True)

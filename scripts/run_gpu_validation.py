@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from psannlm.__main__ import main
-from psannlm.reports.store import timestamp
+from psannlm.io.run_metadata import timestamp
 
 
 def translate(arguments: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from psannlm.reports.store import new_folder, system_info, timestamp, write_json
+from psannlm.io.run_metadata import new_folder, system_info, timestamp, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OUTPUTS = "outputs"

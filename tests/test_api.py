@@ -346,7 +346,7 @@ def test_a_model_too_large_is_named_when_it_is_made(monkeypatch: pytest.MonkeyPa
     model = psannLM(d_model=16, n_layers=1, n_heads=2)
     data = psannLMDataPrep(["some words to learn from, and more of them"] * 20, max_length=8, tokenizer="simple")
     # Room for the weights, and none for what training adds.
-    monkeypatch.setattr("psannlm.limits._physical_bytes", lambda: 100_000)
+    monkeypatch.setattr("psannlm.io.limits._physical_bytes", lambda: 100_000)
     with pytest.raises(ConfigError, match="weights, gradients and optimizer state"):
         model.fit(data, verbose=False, device="cpu", amp="fp32")
     assert model.result is None

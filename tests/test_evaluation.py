@@ -158,7 +158,7 @@ def test_a_text_without_tokens_is_an_error(lengths: list[int]) -> None:
 
 def test_windows_that_cannot_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(d_model=1000, n_heads=1, d_mlp=2000)
-    monkeypatch.setattr("psannlm.limits._physical_bytes", lambda: 10**9)
+    monkeypatch.setattr("psannlm.io.limits._physical_bytes", lambda: 10**9)
 
     class Many:
         seq_len = 1000

@@ -25,12 +25,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # A new room needs a place here and in docs/architecture.md.
 ORDER = (
     ("display",),
-    ("errors", "limits", "filenames"),
-    ("storage", "pointers", "urls"),
-    ("folderstore", "memory", "processes", "tensorheader", "terminal"),
+    ("errors",),
+    ("io",),
+    ("folderstore", "memory", "processes", "terminal"),
     ("consoles",),
-    ("lock", "signals"),
-    ("reports",),
+    ("signals",),
     ("config",),
     ("device",),
     ("lifeline",),
@@ -42,6 +41,7 @@ ORDER = (
     ("evaluation",),
     ("generation", "training"),
     ("api",),
+    ("reports",),
     ("benchmarks",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
@@ -49,13 +49,9 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 NEVER_TORCH = (
     "display",
     "errors",
-    "limits",
-    "storage",
-    "urls",
-    "lock",
+    "io",
     "memory",
     "signals",
-    "tensorheader",
     "folderstore",
     "processes",
     "terminal",
@@ -204,9 +200,9 @@ def test_imports_point_one_way(graph: dict[str, list[Import]]) -> None:
         ("psannlm.models.x", "def late():\n    from psannlm.evaluation import evaluate"),
         ("psannlm.models.x", "from psannlm import evaluation"),
         ("psannlm.tokenizers.x", "from ..data import documents"),
-        ("psannlm.reports.x", "from psannlm.config.run import RunConfig"),
+        ("psannlm.io.x", "from psannlm.config.run import RunConfig"),
         ("psannlm.api", "from psannlm.commands.options import print_json"),
-        ("psannlm.errors", "from psannlm.storage import write_text"),
+        ("psannlm.errors", "from psannlm.io.atomic import write_text"),
         ("psannlm.commands.train", "from psannlm.commands.generate import generate"),
         ("psannlm.commands.train", "import psann.lm"),
         ("psannlm.data.x", "if True:\n    try:\n        import psann.lm\n    finally:\n        pass"),
@@ -244,7 +240,7 @@ def test_tokenizers_and_config_name_torch_nowhere(graph: dict[str, list[Import]]
 
 def test_the_torch_check_sees_torch(graph: dict[str, list[Import]]) -> None:
     assert "torch" in loaded_by("psannlm.models.transformer", graph)
-    assert "torch" not in loaded_by("psannlm.reports.store", graph), "imported in a function: late"
+    assert "torch" not in loaded_by("psannlm.io.run_metadata", graph), "imported in a function: late"
 
 
 def test_modules_need_only_declared_dependencies(graph: dict[str, list[Import]]) -> None:

@@ -18,11 +18,11 @@ from psannlm.data.documents import ReadReport, read_documents
 from psannlm.data.mapping import map_bytes
 from psannlm.data.prepared import open_folder
 from psannlm.errors import CorpusError, describe
+from psannlm.io.records import write_record
 from psannlm.prep.duplicates import DuplicateFinder
 from psannlm.prep.merge import merge_parts
 from psannlm.prep.run import PrepSettings, prepare_corpus
 from psannlm.reports.gather import gather
-from psannlm.reports.records import write_record
 from psannlm.tokenizers.char import CharTokenizer
 
 resource = pytest.importorskip("resource", reason="a limit of open files is a thing of POSIX systems")

@@ -24,8 +24,8 @@ from psannlm.commands.app import app, main
 from psannlm.config.run import load_config
 from psannlm.data.files import find_files
 from psannlm.errors import PsannlmError
+from psannlm.io.records import write_record
 from psannlm.prep.run import PrepSettings, prepare_corpus
-from psannlm.reports.records import write_record
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.training.run import train
 

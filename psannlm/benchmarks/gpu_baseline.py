@@ -9,7 +9,7 @@ from typing import Any
 
 from psannlm.benchmarks.gpu_report import CheckResult, Measure
 from psannlm.errors import ArtifactError, ConfigError
-from psannlm.pointers import refuse_pointer
+from psannlm.io.lfs_pointers import refuse_pointer
 
 # What must be the same for two sets of figures to be comparable.
 _IDENTITY = ("device", "name", "n_devices", "threads")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from psannlm.filenames import utf8
-from psannlm.storage import explain_write_errors
+from psannlm.io.atomic import explain_write_errors
+from psannlm.io.filenames import utf8
 
 
 class BatteryLog:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult
-from psannlm.reports.canvas import render_figure
-from psannlm.storage import write_bytes
+from psannlm.io.atomic import write_bytes
+from psannlm.io.figures import render_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

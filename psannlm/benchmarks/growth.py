@@ -15,9 +15,9 @@ from torch import Tensor
 from psannlm.benchmarks.bandwidth import FloorShare, memory_reader, step_bytes
 from psannlm.benchmarks.timing import Clock, Count, Standing, shared_turns, take_turns
 from psannlm.generation.engine import Engine
+from psannlm.io.atomic import write_bytes
+from psannlm.io.figures import render_figure
 from psannlm.models.cache import DecodeState
-from psannlm.reports.canvas import render_figure
-from psannlm.storage import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

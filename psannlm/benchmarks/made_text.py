@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from psannlm.errors import PsannlmError
-from psannlm.storage import replacing
+from psannlm.io.atomic import replacing
 
 
 def add_text_options(parser: argparse.ArgumentParser, n_bytes: int) -> None:

@@ -11,7 +11,7 @@ from psannlm.config.data import DataConfig
 from psannlm.config.run import differences, load_config
 from psannlm.data.prepare import PreparedData
 from psannlm.errors import ConfigError, Problem
-from psannlm.reports.plain import Unreadable
+from psannlm.io.readers import Unreadable
 from psannlm.reports.runs import CONFIG_FILE, HOUSEKEEPING, METRICS_FILE, read_run
 from psannlm.tokenizers.resolve import load_tokenizer
 

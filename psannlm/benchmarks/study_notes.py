@@ -9,7 +9,7 @@ from psannlm.benchmarks.study import Study
 from psannlm.benchmarks.study_choice import Choice
 from psannlm.benchmarks.study_runs import TOLERANCE
 from psannlm.benchmarks.study_work import RunState
-from psannlm.reports.plain import flatten
+from psannlm.io.readers import flatten
 
 # What of a run's system.json may explain a difference that is none of the models.
 _CONDITIONS = ("commit", "processor", "threads", "packages.torch")

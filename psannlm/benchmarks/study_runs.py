@@ -17,9 +17,9 @@ from psannlm.config.run import RunConfig, config_from_mapping, differences, to_y
 from psannlm.data.prepare import PreparedData, prepare
 from psannlm.distributed import World
 from psannlm.errors import ConfigError, Problem
+from psannlm.io.atomic import write_text
 from psannlm.models.accounting import count_parameters, flops_per_token
 from psannlm.models.registry import resolve
-from psannlm.storage import write_text
 from psannlm.training.run import build_loader
 from psannlm.training.run_folder import says_the_same
 

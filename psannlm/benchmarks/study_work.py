@@ -16,13 +16,13 @@ from typing import Protocol
 from psannlm.benchmarks.study import Study, StudyRun, fits_tokenizer, tokenizer_path
 from psannlm.benchmarks.study_runs import write_configs
 from psannlm.errors import EXIT_INTERRUPTED, ConfigError, Interrupted
-from psannlm.lock import RunLock
+from psannlm.io.atomic import explain_write_errors, read_small, refuse_foreign, remove_leftovers
+from psannlm.io.lock import RunLock
+from psannlm.io.readers import Unreadable
+from psannlm.io.run_metadata import write_json
 from psannlm.processes import python_command
-from psannlm.reports.plain import Unreadable
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
-from psannlm.reports.store import write_json
 from psannlm.signals import stopping_on_signals
-from psannlm.storage import explain_write_errors, read_small, refuse_foreign, remove_leftovers
 from psannlm.training.mishaps import NOT_FINITE
 from psannlm.training.run_folder import is_own_config, says_the_same
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from psannlm.benchmarks.timing import Spread, paired_ratio
 from psannlm.benchmarks.trainees import ThroughputSettings, Trainee, config_of
-from psannlm.reports.canvas import render_figure
-from psannlm.storage import write_bytes
+from psannlm.io.atomic import write_bytes
+from psannlm.io.figures import render_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

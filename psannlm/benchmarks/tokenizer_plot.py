@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psannlm.benchmarks.tokenizers import TokenizerFigures
-from psannlm.reports.canvas import render_figure
-from psannlm.storage import write_bytes
+from psannlm.io.atomic import write_bytes
+from psannlm.io.figures import render_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from psannlm.errors import ConfigError, Problem
-from psannlm.filenames import can_be_in_name
+from psannlm.io.filenames import can_be_in_name
 
 _LARGEST_WHOLE = 2**63 - 1
 

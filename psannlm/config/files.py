@@ -11,8 +11,8 @@ from pathlib import Path
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.findings import Finding
 from psannlm.config.yaml_tree import nearest_sibling
-from psannlm.pointers import pointer_at
-from psannlm.urls import literal_beginning, local_path, protocol_of, refusal
+from psannlm.io.lfs_pointers import pointer_at
+from psannlm.io.urls import literal_beginning, local_path, protocol_of, refusal
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_MARK = "psannlm-shards-"

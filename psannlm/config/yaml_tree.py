@@ -14,8 +14,8 @@ from pathlib import Path
 import yaml
 
 from psannlm.errors import ConfigError, nearest
-from psannlm.filenames import UNDECODABLE
-from psannlm.pointers import refuse_pointer
+from psannlm.io.filenames import UNDECODABLE
+from psannlm.io.lfs_pointers import refuse_pointer
 
 KeyPath = tuple[str | int, ...]
 

@@ -27,7 +27,7 @@ from psannlm.data.files import (
 )
 from psannlm.data.parquet import parquet_texts
 from psannlm.errors import CorpusError, nearest
-from psannlm.limits import max_held_bytes
+from psannlm.io.limits import max_held_bytes
 
 PYTHON_REFERENCE = "python-reference"
 _NAMES_KEPT = 5

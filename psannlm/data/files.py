@@ -22,10 +22,10 @@ from typing import Any, BinaryIO
 from psannlm.data.formats import HEAD_BYTES, compression, is_binary, unicode_encoding, why_not_text
 from psannlm.display import shell_argument
 from psannlm.errors import CorpusError, nearest
-from psannlm.limits import MAX_LINE_BYTES, max_document_bytes
-from psannlm.pointers import pointer_at, pointer_in, refuse_pointer
-from psannlm.reports.records import is_own_output
-from psannlm.urls import file_system, literal_beginning, local_path, protocol_of, refusal
+from psannlm.io.lfs_pointers import pointer_at, pointer_in, refuse_pointer
+from psannlm.io.limits import MAX_LINE_BYTES, max_document_bytes
+from psannlm.io.records import is_own_output
+from psannlm.io.urls import file_system, literal_beginning, local_path, protocol_of, refusal
 
 STDIN = "-"
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")

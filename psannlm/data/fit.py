@@ -15,7 +15,7 @@ from psannlm.data.prepare import split_documents
 from psannlm.data.split import cut_text
 from psannlm.display import json_text
 from psannlm.errors import ConfigError, TokenizerError
-from psannlm.storage import read_small, refuse_foreign, require_writable, write_text
+from psannlm.io.atomic import read_small, refuse_foreign, require_writable, write_text
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import MODEL_TYPES, check_fit, fit_passages, load_tokenizer
 from psannlm.tokenizers.sample import SAMPLE_CHARS, PassageSample

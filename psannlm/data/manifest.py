@@ -19,9 +19,9 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from psannlm.config import files
 from psannlm.data.shardfile import TOKEN_TYPES, ShardEntry
 from psannlm.errors import ArtifactError
-from psannlm.limits import MAX_PARTS
-from psannlm.pointers import refuse_pointer
-from psannlm.storage import write_text
+from psannlm.io.atomic import write_text
+from psannlm.io.lfs_pointers import refuse_pointer
+from psannlm.io.limits import MAX_PARTS
 
 MANIFEST_FILE = files.MANIFEST_FILE
 FORMAT = f"{files.MANIFEST_MARK}1"

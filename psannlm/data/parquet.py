@@ -13,8 +13,8 @@ from psannlm.data.files import is_remote, opened, replaced
 from psannlm.data.formats import HEAD_BYTES, compression, why_not_text
 from psannlm.display import shell_argument
 from psannlm.errors import CorpusError, nearest
-from psannlm.filenames import utf8_path
-from psannlm.limits import MAX_LINE_BYTES, max_document_bytes
+from psannlm.io.filenames import utf8_path
+from psannlm.io.limits import MAX_LINE_BYTES, max_document_bytes
 
 _ROWS = 64
 _BATCH_BYTES = 256 << 20

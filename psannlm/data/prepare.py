@@ -16,7 +16,6 @@ import numpy as np
 
 from psannlm.config.data import DataConfig
 from psannlm.data.documents import Document, ReadReport, keep_text, read_documents
-from psannlm.data.lossless import LossMeter, folder_warning, watch_for_loss
 from psannlm.data.parts import HASH_BYTES, text_hash
 from psannlm.data.prepared import find_prepared, open_folder, refuse_other_wishes
 from psannlm.data.segments import SEGMENT_BYTES
@@ -26,6 +25,7 @@ from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError, CorpusError, Problem
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, load_tokenizer
+from psannlm.tokenizers.roundtrip import LossMeter, folder_warning, watch_for_loss
 
 Notice = Callable[[str], None]
 

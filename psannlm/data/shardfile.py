@@ -27,9 +27,9 @@ from numpy.typing import DTypeLike, NDArray
 from psannlm.data.mapping import map_bytes
 from psannlm.data.parts import HASH_BYTES, DocumentPart
 from psannlm.errors import ArtifactError
-from psannlm.pointers import refuse_pointer
-from psannlm.storage import replacing
-from psannlm.tensorheader import build_header, parse_header, parse_metadata, read_header, refuse_wrong_length
+from psannlm.io.atomic import replacing
+from psannlm.io.lfs_pointers import refuse_pointer
+from psannlm.io.safetensors_header import build_header, parse_header, parse_metadata, read_header, refuse_wrong_length
 
 FORMAT = "psannlm-shard-1"
 # Of 64 KiB to 1 MiB the smallest: cold random windows cost least, and the sums are still 0.05 % of the file.

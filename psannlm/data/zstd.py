@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from psannlm.errors import CorpusError
-from psannlm.limits import MAX_ZSTD_WINDOW_BYTES, machine_memory_bytes
+from psannlm.io.limits import MAX_ZSTD_WINDOW_BYTES, machine_memory_bytes
 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _LARGEST_BLOCK_BYTES = 128 << 10

@@ -17,7 +17,7 @@ from psannlm.errors import GenerationError, nearest
 from psannlm.generation.engine import Engine
 from psannlm.generation.lookup import PromptLookup
 from psannlm.generation.sampling import SamplingConfig, next_tokens, require_number
-from psannlm.limits import describe_memory, machine_memory_bytes
+from psannlm.io.limits import describe_memory, machine_memory_bytes
 from psannlm.models.accounting import cache_bytes
 from psannlm.models.cache import DecodeState
 from psannlm.models.packed import FEW_TOKENS

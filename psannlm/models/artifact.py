@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ArtifactError, ConfigError, TokenizerError
-from psannlm.limits import HASHED_FIRST_BYTES, describe_memory, machine_memory_bytes
+from psannlm.io.limits import HASHED_FIRST_BYTES, describe_memory, machine_memory_bytes
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.tensorfile import read_head, read_tensors, same_shapes, write_tensors
 from psannlm.models.transformer import Transformer

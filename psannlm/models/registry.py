@@ -9,7 +9,7 @@ import torch
 
 from psannlm.config.model import BaseName, MlpKind, ModelConfig
 from psannlm.errors import ConfigError, Problem
-from psannlm.limits import MAX_CONV_REACH, MAX_DILATION
+from psannlm.io.limits import MAX_CONV_REACH, MAX_DILATION
 from psannlm.models.mlp import default_d_mlp
 from psannlm.models.transformer import Transformer
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from psannlm.distributed import whole
 from psannlm.errors import ArtifactError
-from psannlm.filenames import utf8_path
-from psannlm.pointers import refuse_pointer
-from psannlm.storage import replacing
-from psannlm.tensorheader import LENGTH_BYTES, parse_header, parse_metadata, read_header, refuse_wrong_length
+from psannlm.io.atomic import replacing
+from psannlm.io.filenames import utf8_path
+from psannlm.io.lfs_pointers import refuse_pointer
+from psannlm.io.safetensors_header import LENGTH_BYTES, parse_header, parse_metadata, read_header, refuse_wrong_length
 
 _HASH_KEY = "sha256"
 _BLANK = "0" * 64

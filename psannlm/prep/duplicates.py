@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psannlm.storage import explain_write_errors, temporary_beside
+from psannlm.io.atomic import explain_write_errors, temporary_beside
 
 _ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u8")])
 # A bucket is sorted in memory, which takes about three times its size.

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from psannlm.data.documents import json_text, without_surrogates
 from psannlm.data.files import decoded, replaced
-from psannlm.data.lossless import LossMeter
 from psannlm.data.parts import HASH_BYTES, pack_origin, text_hash, unpack_origin
 from psannlm.data.segments import SEGMENT_BYTES, cut
 from psannlm.data.shards import token_dtype
@@ -23,6 +22,7 @@ from psannlm.prep.piece import UNIT, Piece
 from psannlm.prep.settings import REPLACE_ADVICE, REPLACE_OPTION, PrepSettings
 from psannlm.prep.walk import Cut
 from psannlm.tokenizers.base import Tokenizer
+from psannlm.tokenizers.roundtrip import LossMeter
 
 # Libraries hold about a hundred bytes a token while they encode: groups are small, and leave as arrays.
 _GROUP_BYTES = 1 << 18

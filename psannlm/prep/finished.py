@@ -9,10 +9,10 @@ from psannlm.data.files import is_remote
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, TokenizerEntry, read_manifest
 from psannlm.data.prepared import open_folder
 from psannlm.errors import ArtifactError, ConfigError
+from psannlm.io.atomic import explain_write_errors, refuse_foreign, sha256_file
 from psannlm.prep.folder import is_own_shard, remove_files
 from psannlm.prep.plan import Plan, source_differences
 from psannlm.prep.settings import STDIN
-from psannlm.storage import explain_write_errors, refuse_foreign, sha256_file
 from psannlm.tokenizers.base import Tokenizer
 
 _SUFFIXES = {"sentencepiece": ".model"}

@@ -17,20 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psannlm.config.files import WORK_FOLDER
-from psannlm.data.lossless import SMALLEST_FRACTION, folder_warning
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, read_manifest, write_manifest
 from psannlm.data.parts import DocumentPart, unpack_origin
 from psannlm.data.shardfile import Shard, ShardEntry, open_shard, write_shard
 from psannlm.data.split import draws
 from psannlm.errors import ConfigError, CorpusError, Interrupted
-from psannlm.lock import RunLock
+from psannlm.io.atomic import explain_write_errors, remove_leftovers, replacing, write_bytes
+from psannlm.io.lock import RunLock
 from psannlm.prep.duplicates import Bits, DuplicateFinder
 from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remove_work
 from psannlm.prep.plan import is_merge, source_differences, write_merge_plan
 from psannlm.prep.run import PrepReporter, PrepResult, SilentPrepReporter, shard_name
 from psannlm.prep.survey import SPLITS, TRAIN, VALIDATION
 from psannlm.signals import stopping_on_signals
-from psannlm.storage import explain_write_errors, remove_leftovers, replacing, write_bytes
+from psannlm.tokenizers.roundtrip import SMALLEST_FRACTION, folder_warning
 
 # Documents and tokens that are held at once; a longer document goes in several parts.
 _DOCUMENTS_AT_ONCE = 1 << 16

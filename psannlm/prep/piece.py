@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from psannlm.data.parts import HASH_BYTES
 from psannlm.errors import ArtifactError
+from psannlm.io.atomic import explain_write_errors, read_head, temporary_beside
 from psannlm.prep.chunks import BEGINS, ENDS
-from psannlm.storage import explain_write_errors, read_head, temporary_beside
 
 _MAGIC = b"psannpc1"
 _HEADER_START = b'{"payload":'

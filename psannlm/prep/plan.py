@@ -11,10 +11,10 @@ from typing import Any
 from psannlm.config.files import PLAN_FILE
 from psannlm.data.manifest import Manifest
 from psannlm.errors import ArtifactError, ConfigError
+from psannlm.io.atomic import write_text
 from psannlm.prep.settings import PrepSettings
 from psannlm.prep.sources import SourceFile
 from psannlm.prep.walk import Cut
-from psannlm.storage import write_text
 
 _VERSION = 3
 _SHOWN = 5

@@ -21,14 +21,14 @@ import numpy as np
 from psannlm.config.files import WORK_FOLDER
 from psannlm.data.documents import replaced_line
 from psannlm.data.files import JSON_LINES_SUFFIXES
-from psannlm.data.lossless import folder_warning, is_lossy, loss_warning
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, write_manifest
 from psannlm.data.parts import unpack_origin
 from psannlm.data.shardfile import ShardEntry, write_shard
 from psannlm.data.shards import token_dtype
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, Interrupted, StorageError
-from psannlm.limits import MAX_PARTS
-from psannlm.lock import RunLock
+from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_bytes
+from psannlm.io.limits import MAX_PARTS
+from psannlm.io.lock import RunLock
 from psannlm.memory import return_large_blocks
 from psannlm.prep.assemble import DocumentStream, select_units
 from psannlm.prep.chunks import Chunk, chunk_bytes_for, gather
@@ -43,9 +43,9 @@ from psannlm.prep.survey import SPLITS, OnlyOne, Selection, Surveyor
 from psannlm.prep.walk import Cut, Walk
 from psannlm.prep.worker import setup_message
 from psannlm.signals import stopping_on_signals
-from psannlm.storage import explain_write_errors, remove_leftovers, write_bytes
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import load_tokenizer
+from psannlm.tokenizers.roundtrip import folder_warning, is_lossy, loss_warning
 
 
 class PrepReporter(Protocol):

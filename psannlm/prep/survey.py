@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psannlm.data.lossless import LossMeter
 from psannlm.data.parts import RECORD_BITS, unpack_origin
 from psannlm.data.split import draws
 from psannlm.errors import CorpusError
@@ -24,6 +23,7 @@ from psannlm.prep.encoding import too_long, too_short
 from psannlm.prep.piece import read_piece
 from psannlm.prep.settings import PrepSettings
 from psannlm.prep.sources import Drops
+from psannlm.tokenizers.roundtrip import LossMeter
 
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)

@@ -19,7 +19,7 @@ from psannlm.data.parts import HASH_BYTES
 from psannlm.data.segments import SEGMENT_BYTES, cut_stream
 from psannlm.data.split import cut_blocks
 from psannlm.errors import CorpusError
-from psannlm.limits import MAX_LINE_BYTES
+from psannlm.io.limits import MAX_LINE_BYTES
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, JSON_LINES, LINES, TEXT, Section
 from psannlm.prep.settings import REPLACE_ADVICE, REPLACE_OPTION, PrepSettings
 from psannlm.prep.sources import Drops, SourceFile, refuse_changed

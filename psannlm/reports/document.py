@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from psannlm.display import shortened
-from psannlm.reports.plain import is_spread, number
+from psannlm.io.readers import is_spread, number
+from psannlm.tokenizers.roundtrip import LOSSY
 
-LOSSY = " (too low: lossy tokenizer)"
-LOSSY_NOTE = " A lossy tokenizer does not give all of the text back: bits per byte come out too low."
 _LONGEST_CELL, _LONGEST_COMMAND = 500, 1000
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.errors import ConfigError, nearest
-from psannlm.reports.plain import Unreadable, read_json, read_text
-from psannlm.reports.records import find_records
+from psannlm.io.readers import Unreadable, read_json, read_text
+from psannlm.io.records import find_records
 from psannlm.reports.runs import SYSTEM_FILE, RunRecord, find_runs, read_run
 
 FIGURES_FILES = ("metrics.json", "summary.json")

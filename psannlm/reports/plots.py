@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from psannlm.display import printable
-from psannlm.reports.canvas import render_figure
+from psannlm.io.figures import render_figure
 from psannlm.reports.document import Picture, tell_float
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from psannlm.limits import MAX_HEADER_VALUES, json_values
-from psannlm.reports.plain import Unreadable, flatten, number, read_json, read_text, read_yaml
-from psannlm.reports.records import read_record
-from psannlm.storage import is_plain_folder, read_head
+from psannlm.io.atomic import is_plain_folder, read_head
+from psannlm.io.limits import MAX_HEADER_VALUES, json_values
+from psannlm.io.readers import Unreadable, flatten, number, read_json, read_text, read_yaml
+from psannlm.io.records import read_record
 
 METRICS_FILE, CONFIG_FILE, SYSTEM_FILE = "metrics.jsonl", "config.yaml", "system.json"
 # Settings that say where and how a run was made, not what it is.

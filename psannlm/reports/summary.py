@@ -12,6 +12,9 @@ from typing import Any
 
 from psannlm.display import csv_cell
 from psannlm.errors import ArtifactError, ConfigError
+from psannlm.io.atomic import write_bytes, write_text
+from psannlm.io.readers import Unreadable
+from psannlm.io.run_metadata import new_folder, write_json
 from psannlm.reports.batteries import battery_memory, battery_rates
 from psannlm.reports.document import Document, Origin, Picture
 from psannlm.reports.gather import OWN_KIND, PUBLISHED_FOLDER, Artifact, Gathered, Unread, gather
@@ -24,13 +27,10 @@ from psannlm.reports.pages import (
     drawn,
     loss_picture,
 )
-from psannlm.reports.plain import Unreadable
 from psannlm.reports.render import to_html, to_markdown
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
-from psannlm.reports.store import new_folder, write_json
 from psannlm.reports.tables import memory_rows, rate_rows
 from psannlm.reports.versus import compare_runs, deltas, differing_settings
-from psannlm.storage import write_bytes, write_text
 
 PAGE_FILE, MARKDOWN_FILE = "report.html", "report.md"
 THROUGHPUT_FILE, MEMORY_FILE = "throughput.csv", "memory.json"

@@ -9,8 +9,8 @@ from itertools import islice
 from typing import Any
 
 from psannlm.display import shortened
+from psannlm.io.readers import is_spread, number
 from psannlm.reports.document import Table, tell
-from psannlm.reports.plain import is_spread, number
 
 _MOST_ROWS = 200
 _MOST_TABLES = 50

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from psannlm.io.readers import number
 from psannlm.reports.document import (
-    LOSSY_NOTE,
     Block,
     Document,
     Headline,
@@ -21,9 +21,9 @@ from psannlm.reports.document import (
 )
 from psannlm.reports.gather import Unread
 from psannlm.reports.pages import CURVE_FILE, drawn, loss_picture, origins_table, runs_table
-from psannlm.reports.plain import number
 from psannlm.reports.plots import Curve, draw_curves
 from psannlm.reports.runs import RunRecord
+from psannlm.tokenizers.roundtrip import LOSSY_NOTE
 
 
 def compare_runs(runs: Sequence[RunRecord], origin: Origin, unread: list[Unread]) -> Document:

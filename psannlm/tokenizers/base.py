@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psannlm.errors import TokenizerError
-from psannlm.storage import write_bytes
+from psannlm.io.atomic import write_bytes
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 SPECIALS = (PAD, BOS, EOS, UNK)

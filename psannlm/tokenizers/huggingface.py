@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from psannlm.errors import TokenizerError
-from psannlm.limits import MAX_VOCAB_SIZE
+from psannlm.io.limits import MAX_VOCAB_SIZE
 from psannlm.tokenizers.base import (
     SPECIALS,
     Tokenizer,

@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 
 from psannlm.errors import ConfigError, TokenizerError, nearest
-from psannlm.limits import MAX_TOKENIZER_BYTES
-from psannlm.pointers import refuse_pointer
+from psannlm.io.lfs_pointers import refuse_pointer
+from psannlm.io.limits import MAX_TOKENIZER_BYTES
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, N_BYTES, SPECIALS, Tokenizer
 from psannlm.tokenizers.char import FORMAT as CHAR_FORMAT
 from psannlm.tokenizers.char import CharTokenizer

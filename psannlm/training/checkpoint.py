@@ -20,12 +20,7 @@ from torch import Tensor
 
 from psannlm.data.loader import Position
 from psannlm.errors import ArtifactError, StorageError
-from psannlm.limits import HASHED_FIRST_BYTES
-from psannlm.models.artifact import MODEL_FILE, refuse_oversize_file, save_model
-from psannlm.models.tensorfile import read_head, read_tensors, send_tensors, verify_tensors, write_tensors
-from psannlm.models.transformer import Transformer
-from psannlm.pointers import refuse_pointer
-from psannlm.storage import (
+from psannlm.io.atomic import (
     explain_write_errors,
     is_plain_file,
     is_plain_folder,
@@ -35,7 +30,12 @@ from psannlm.storage import (
     temporary_beside,
     write_text,
 )
-from psannlm.tensorheader import file_metadata
+from psannlm.io.lfs_pointers import refuse_pointer
+from psannlm.io.limits import HASHED_FIRST_BYTES
+from psannlm.io.safetensors_header import file_metadata
+from psannlm.models.artifact import MODEL_FILE, refuse_oversize_file, save_model
+from psannlm.models.tensorfile import read_head, read_tensors, send_tensors, verify_tensors, write_tensors
+from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psannlm.reports.canvas import render_figure
-from psannlm.storage import explain_write_errors, write_bytes, write_text
+from psannlm.io.atomic import explain_write_errors, write_bytes, write_text
+from psannlm.io.figures import render_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from rich.text import Text
 from psannlm.device import memory_in_use
 from psannlm.display import printable
 from psannlm.evaluation import Evaluation
-from psannlm.reports.document import LOSSY
+from psannlm.tokenizers.roundtrip import LOSSY
 from psannlm.training.dashboard import Dashboard
 
 

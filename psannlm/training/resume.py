@@ -13,10 +13,10 @@ from psannlm.config.run import RunConfig, differences
 from psannlm.data.order import ORDER_VERSION
 from psannlm.data.prepare import PREPARATION, PreparedData
 from psannlm.errors import ArtifactError, ConfigError, Problem, StorageError
-from psannlm.lock import RunLock
+from psannlm.io.atomic import explain_write_errors
+from psannlm.io.lock import RunLock
+from psannlm.io.run_metadata import timestamp
 from psannlm.models.transformer import Transformer
-from psannlm.reports.store import timestamp
-from psannlm.storage import explain_write_errors
 from psannlm.training.checkpoint import (
     BEST,
     LATEST,

@@ -17,7 +17,6 @@ from torch import nn
 from psannlm.config.run import RunConfig, plan_batches, to_yaml
 from psannlm.data.dataset import LMDataset
 from psannlm.data.loader import Loader
-from psannlm.data.lossless import is_lossy
 from psannlm.data.prepare import PreparedData, prepare
 from psannlm.data.stream import Stream
 from psannlm.device import (
@@ -31,16 +30,17 @@ from psannlm.device import (
 )
 from psannlm.distributed import World, joined, launched_world, local_ranks
 from psannlm.errors import Interrupted, PictureError, StorageError, TrainingError
-from psannlm.lock import RunLock
+from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_text
+from psannlm.io.lock import RunLock
+from psannlm.io.run_metadata import system_info, write_json
 from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.artifact import load_model
 from psannlm.models.compiled import compiled
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
-from psannlm.reports.store import system_info, write_json
 from psannlm.signals import stopping_on_signals
-from psannlm.storage import explain_write_errors, remove_leftovers, write_text
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
+from psannlm.tokenizers.roundtrip import is_lossy
 from psannlm.training.callbacks import Callback
 from psannlm.training.checkpoint import BEST, TrainerState, pointed, step_folder
 from psannlm.training.compiling import decide_compiling, run_flops

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from psannlm.config.files import MANIFEST_FILE, is_own_manifest
 from psannlm.config.run import RunConfig, to_yaml
 from psannlm.errors import ConfigError, StorageError
-from psannlm.lock import LOCK_FILE
-from psannlm.reports.records import FIGURES_FILE, TABLE_FILE, is_own_file, is_own_log
-from psannlm.storage import is_plain_folder, read_small, refuse_foreign
+from psannlm.io.atomic import is_plain_folder, read_small, refuse_foreign
+from psannlm.io.lock import LOCK_FILE
+from psannlm.io.records import FIGURES_FILE, TABLE_FILE, is_own_file, is_own_log
 from psannlm.training.checkpoint import BEST, LATEST, is_own_checkpoint, is_pointer, list_checkpoints, step_folder
 from psannlm.training.metrics import CURVE_FILE, METRICS_FILE
 from psannlm.training.tensorboard import BOARD_FOLDER

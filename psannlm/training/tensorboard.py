@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.errors import ConfigError, Problem
-from psannlm.storage import explain_write_errors
+from psannlm.io.atomic import explain_write_errors
 
 BOARD_FOLDER = "tensorboard"
 

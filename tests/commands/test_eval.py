@@ -72,7 +72,7 @@ def test_figures_are_shown_where_the_disk_became_full(
     def fail(path: Path, content: object) -> None:
         raise StorageError(f"no room to write {path}")
 
-    monkeypatch.setattr("psannlm.reports.store.write_json", fail)
+    monkeypatch.setattr("psannlm.io.run_metadata.write_json", fail)
     options = ["--device", "cpu", "--out", str(tmp_path / "out"), *(["--json"] if as_json else [])]
     done = psannlm("eval", "corpus.txt", *options)
     assert done.code == 1

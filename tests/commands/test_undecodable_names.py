@@ -17,8 +17,8 @@ from psannlm.config.run import config_from_mapping, load_config
 from psannlm.data.documents import parquet_texts
 from psannlm.data.manifest import read_manifest
 from psannlm.errors import ConfigError
+from psannlm.io.figures import render_figure
 from psannlm.models.artifact import load_model, save_model
-from psannlm.reports.canvas import render_figure
 
 NAME = os.fsdecode(b"caf\351")
 ESCAPED = "caf\\udce9"  # in JSON and YAML

@@ -17,7 +17,7 @@ import pytest
 
 from psannlm.data.files import decoded, find_files, is_remote, opened, read_lines, read_text, split_suffix
 from psannlm.errors import CorpusError
-from psannlm.urls import PROTOCOLS
+from psannlm.io.urls import PROTOCOLS
 
 
 def found(pattern: Path | str) -> tuple[list[str], list[str], Counter[str]]:

@@ -294,7 +294,7 @@ def test_what_cannot_fit_into_memory_is_refused_before_work(
 ) -> None:
     model = build_for(byte_tokenizer, build_tiny)
     model.config = model.config.model_copy(update={"max_seq_len": None if n_new > 10 else 64})
-    monkeypatch.setattr("psannlm.limits._physical_bytes", lambda: 10**8)
+    monkeypatch.setattr("psannlm.io.limits._physical_bytes", lambda: 10**8)
     monkeypatch.setattr(Engine, "prefill", lambda *arguments: pytest.fail("work was done"))
     with pytest.raises(GenerationError, match=r"need [\d,.]+ GB, and this machine has 0\.1 GB; lower max_new_tokens"):
         generate(model, byte_tokenizer, ["ab"] * n_prompts, max_new_tokens=n_new, compile=False)

@@ -218,8 +218,8 @@ def test_the_memory_of_a_model_depends_on_where_it_is(
 ) -> None:
     """A billion parameters take 4 GB, and 16 GB with gradients and the optimizer's two moments."""
     monkeypatch.setattr(accounting, "count_parameters", lambda config: {"all": GB})
-    monkeypatch.setattr("psannlm.limits._physical_bytes", lambda: memory_gb * GB)
-    monkeypatch.setattr("psannlm.limits.cgroup_limit_bytes", lambda: None)
+    monkeypatch.setattr("psannlm.io.limits._physical_bytes", lambda: memory_gb * GB)
+    monkeypatch.setattr("psannlm.io.limits.cgroup_limit_bytes", lambda: None)
     found = describe_oversize(ModelConfig(n_layers=1), place)
     assert (found is None) is (fault is None)
     assert (fault or "") in (found or "")

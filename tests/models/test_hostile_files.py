@@ -295,7 +295,7 @@ def test_tokenizer_files_out_of_all_bounds_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_header_of_640_bytes_is_not_taken_for_a_pickle(tmp_path: Path) -> None:
-    from psannlm.tensorheader import read_header
+    from psannlm.io.safetensors_header import read_header
 
     path = tmp_path / "a.safetensors"
     content = struct.pack("<Q", 640) + b"{}".ljust(640)

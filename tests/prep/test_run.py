@@ -20,9 +20,9 @@ import pytest
 from psannlm.data.manifest import read_manifest
 from psannlm.data.parts import unpack_origin
 from psannlm.errors import ConfigError, CorpusError, StorageError
-from psannlm.lock import RunLock
+from psannlm.io.atomic import sha256_file
+from psannlm.io.lock import RunLock
 from psannlm.prep.run import PrepResult
-from psannlm.storage import sha256_file
 from psannlm.tokenizers.resolve import fit_tokenizer
 
 Prepare = Callable[..., PrepResult]

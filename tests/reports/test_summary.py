@@ -16,8 +16,8 @@ import pytest
 
 from psannlm.display import printable
 from psannlm.errors import ArtifactError, ConfigError, PictureError
-from psannlm.reports.document import LOSSY, LOSSY_NOTE
 from psannlm.reports.summary import Report, write_comparison, write_report
+from psannlm.tokenizers.roundtrip import LOSSY, LOSSY_NOTE
 
 HOSTILE = "<script>alert(1)</script>'\"><img src=//evil.example/x> $\\frac$ \u202e |`*[x](y)"
 SPREAD = {"median": 73.50903428886672, "lowest": 69.1591280660641, "highest": 78.7839220767535}

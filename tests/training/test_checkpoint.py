@@ -19,9 +19,9 @@ import torch
 
 from psannlm.data.loader import Position
 from psannlm.errors import ArtifactError, StorageError
+from psannlm.io.atomic import temporary_beside
 from psannlm.models.artifact import load_model
 from psannlm.models.transformer import Transformer
-from psannlm.storage import temporary_beside
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.training.checkpoint import (
@@ -252,7 +252,7 @@ def test_a_removal_cut_short_leaves_no_half_checkpoint(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("psannlm.storage.shutil.rmtree", die)
+        patch.setattr("psannlm.io.atomic.shutil.rmtree", die)
         with pytest.raises(KeyboardInterrupt):
             prune(run, 2, None)
     assert [read_state(folder).step for folder in list_checkpoints(run)] == [2, 3]
@@ -352,7 +352,7 @@ def test_leftovers_of_a_kill_are_never_chosen_and_go_at_the_next_save(save: Call
     run = save(2).parent
     with temporary_beside(step_folder(run, 4)) as temporary, pytest.MonkeyPatch.context() as patch:
         shutil.copytree(step_folder(run, 2), temporary)
-        patch.setattr("psannlm.storage.shutil.rmtree", lambda path, **kwargs: None)
+        patch.setattr("psannlm.io.atomic.shutil.rmtree", lambda path, **kwargs: None)
     (run / ".gitignore").write_text("*", encoding="utf-8")
     found = newest_whole(run, pytest.fail)
     assert found is not None

@@ -23,8 +23,8 @@ from psannlm.evaluation import evaluate_sources
 from psannlm.models.artifact import load_model
 from psannlm.prep.plan import Plan, write_plan
 from psannlm.prep.settings import PrepSettings
-from psannlm.reports.document import LOSSY
 from psannlm.tokenizers.char import CharTokenizer
+from psannlm.tokenizers.roundtrip import LOSSY
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
 from psannlm.training.metrics import read_metrics
 from psannlm.training.plan import plan_training

@@ -502,8 +502,8 @@ def test_a_curve_that_cannot_be_drawn_ends_no_training(tiny_run: TinyRun, monkey
 
 
 def _with_memory(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
-    monkeypatch.setattr("psannlm.limits._physical_bytes", lambda: n_bytes)
-    monkeypatch.setattr("psannlm.limits.cgroup_limit_bytes", lambda: n_bytes)
+    monkeypatch.setattr("psannlm.io.limits._physical_bytes", lambda: n_bytes)
+    monkeypatch.setattr("psannlm.io.limits.cgroup_limit_bytes", lambda: n_bytes)
 
 
 @pytest.mark.parametrize("asked", ["off", "full"])

@@ -13,7 +13,6 @@ import torch
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.model import ModelConfig
 from psannlm.data.documents import Document
-from psannlm.data.lossless import LossMeter, find_loss, is_lossy, watch_for_loss
 from psannlm.data.manifest import SplitEntry, read_manifest
 from psannlm.data.prepare import prepare
 from psannlm.device import pick_precision
@@ -24,6 +23,7 @@ from psannlm.prep.merge import _lost_fraction, merge_parts
 from psannlm.prep.run import SilentPrepReporter, prepare_corpus
 from psannlm.prep.settings import PrepSettings
 from psannlm.tokenizers.char import CharTokenizer
+from psannlm.tokenizers.roundtrip import LossMeter, find_loss, is_lossy, watch_for_loss
 
 
 class Lowering(CharTokenizer):

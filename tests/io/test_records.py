@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from psannlm.io.records import find_records, read_record, write_record
 from psannlm.reports.gather import gather
-from psannlm.reports.records import find_records, read_record, write_record
 
 
 def test_a_record_is_written_found_and_replaced(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from psannlm.errors import StorageError
-from psannlm.storage import (
+from psannlm.io.atomic import (
     explain_write_errors,
     remove_leftovers,
     replacing,
@@ -103,8 +103,10 @@ def test_the_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: p
     """Otherwise a power cut may leave the new name with none of the new bytes."""
     events: list[str] = []
     original = Path.__fspath__
-    monkeypatch.setattr("psannlm.storage.sync_file", lambda path: events.append(f"sync {Path(path).name}"))
-    monkeypatch.setattr("psannlm.storage.os.replace", lambda a, b: events.append(f"rename to {Path(original(b)).name}"))
+    monkeypatch.setattr("psannlm.io.atomic.sync_file", lambda path: events.append(f"sync {Path(path).name}"))
+    monkeypatch.setattr(
+        "psannlm.io.atomic.os.replace", lambda a, b: events.append(f"rename to {Path(original(b)).name}")
+    )
     write_text(tmp_path / "file", "x")
     assert events == ["sync file", "rename to file", f"sync {tmp_path.name}"]
 

@@ -13,7 +13,7 @@ import matplotlib as mpl
 import pytest
 
 from psannlm.errors import PictureError
-from psannlm.reports.canvas import render_figure
+from psannlm.io.figures import render_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Draws a curve in a fresh process, prints what the user's settings are afterwards, and compares the pixels.
 _DRAW = """
 import sys
-from psannlm.reports.canvas import render_figure
+from psannlm.io.figures import render_figure
 
 def draw():
     from matplotlib.figure import Figure

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from psannlm import limits
-from psannlm.limits import cgroup_limit_bytes, describe_memory, machine_memory_bytes
+from psannlm.io import limits
+from psannlm.io.limits import cgroup_limit_bytes, describe_memory, machine_memory_bytes
 
 UNLIMITED = str((1 << 63) - 4096)  # what version 1 says
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from psannlm.limits import json_values
-from psannlm.pointers import pointer_in
-from psannlm.storage import read_head
+from psannlm.io.atomic import read_head
+from psannlm.io.lfs_pointers import pointer_in
+from psannlm.io.limits import json_values
 
 _LARGEST_BYTES = 32 << 20
 # Of settings and of figures; each value costs some 60 bytes once it is parsed.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.display import json_text
-from psannlm.storage import explain_write_errors, require_writable, write_text
+from psannlm.io.atomic import explain_write_errors, require_writable, write_text
 
 _PACKAGES = ("torch", "numpy", "sentencepiece", "tokenizers", "safetensors", "pydantic")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from psannlm.display import shortened
 from psannlm.errors import StorageError
-from psannlm.filenames import utf8
+from psannlm.io.filenames import utf8
 
 _CHUNK_BYTES = 1 << 20
 _TEMPORARY = re.compile(r"\.psannlm-[0-9a-f]{16}\.tmp")

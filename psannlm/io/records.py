@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from psannlm.filenames import utf8
-from psannlm.reports.plain import Unreadable, read_json
-from psannlm.reports.store import system_info, write_json
-from psannlm.storage import explain_write_errors, is_plain_file, read_small, write_text
+from psannlm.io.atomic import explain_write_errors, is_plain_file, read_small, write_text
+from psannlm.io.filenames import utf8
+from psannlm.io.readers import Unreadable, read_json
+from psannlm.io.run_metadata import system_info, write_json
 
 FIGURES_FILE, SYSTEM_FILE, TABLE_FILE = "metrics.json", "system.json", "table.txt"
 LOG_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from psannlm.errors import StorageError
-from psannlm.storage import explain_write_errors
+from psannlm.io.atomic import explain_write_errors
 
 LOCK_FILE = ".lock"
 # A lock file holds the number of the process that took it last; nothing is written over anything else.

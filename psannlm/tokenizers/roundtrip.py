@@ -5,15 +5,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from psannlm.data.documents import Document
 from psannlm.tokenizers.base import Tokenizer
+
+LOSSY = " (too low: lossy tokenizer)"
+LOSSY_NOTE = " A lossy tokenizer does not give all of the text back: bits per byte come out too low."
 
 # Of a text only its beginning is looked at, and of many texts only the first: to look at all would double the work.
 _CHARACTERS = 4096
 _DOCUMENTS = 64
 _SHOWN = 24
 SMALLEST_FRACTION = 1e-6
+
+
+class NamedText(Protocol):
+    """Anything with a name and a text, such as a document of a corpus."""
+
+    @property
+    def name(self) -> str:
+        """What a warning calls it."""
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+
+
+N = TypeVar("N", bound=NamedText)
 
 
 @dataclass
@@ -66,10 +84,10 @@ def _describe(beginning: str, back: str) -> str:
 
 def watch_for_loss(
     tokenizer: Tokenizer,
-    documents: Iterable[Document],
+    documents: Iterable[N],
     tell: Callable[[str], None],
     meter: LossMeter | None = None,
-) -> Iterator[Document]:
+) -> Iterator[N]:
     """Yield ``documents`` as they are, and tell once if the beginning of one of the first 64 does not come back.
 
     ``meter`` counts what was checked and lost.

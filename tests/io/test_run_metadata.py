@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from psannlm.errors import StorageError
-from psannlm.reports import store
-from psannlm.reports.store import new_folder, system_info, timestamp, write_json
+from psannlm.io import run_metadata
+from psannlm.io.run_metadata import new_folder, system_info, timestamp, write_json
 
 
 def test_the_time_is_utc_and_sorts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,13 +24,13 @@ def test_the_time_is_utc_and_sorts(monkeypatch: pytest.MonkeyPatch) -> None:
             assert tz is timezone.utc
             return datetime(2026, 3, 4, 5, 6, 7, tzinfo=tz)
 
-    monkeypatch.setattr(store, "datetime", Fixed)
+    monkeypatch.setattr(run_metadata, "datetime", Fixed)
     assert timestamp() == "20260304_050607"
 
 
 def test_two_in_one_second_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(store, "timestamp", lambda: "20260304_050607")
+    monkeypatch.setattr(run_metadata, "timestamp", lambda: "20260304_050607")
     names = [str(new_folder("kv_cache")) for _ in range(3)]
     stem = "reports/kv_cache/20260304_050607"
     assert names == [stem, f"{stem}_2", f"{stem}_3"]
@@ -38,7 +38,7 @@ def test_two_in_one_second_do_not_meet(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_existing_out_gets_dated_folder_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "timestamp", lambda: "20260304_050607")
+    monkeypatch.setattr(run_metadata, "timestamp", lambda: "20260304_050607")
     out = tmp_path / "a" / "b"
     assert [new_folder("x", out) for _ in range(3)] == [out, out / "20260304_050607", out / "20260304_050607_2"]
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
@@ -77,7 +77,7 @@ def test_no_git_is_no_commit_and_no_error(monkeypatch: pytest.MonkeyPatch, failu
             raise subprocess.TimeoutExpired(command, 5)
         return subprocess.CompletedProcess(command, 128, "", "fatal: not a git repository")
 
-    monkeypatch.setattr("psannlm.reports.store.subprocess.run", run)
+    monkeypatch.setattr("psannlm.io.run_metadata.subprocess.run", run)
     assert system_info()["commit"] is None
 
 
@@ -85,7 +85,7 @@ def test_a_checkout_with_changes_is_marked(monkeypatch: pytest.MonkeyPatch) -> N
     def run(command: list[str], **settings: Any) -> Any:
         return subprocess.CompletedProcess(command, 0, "a" * 40 + "\n" if "rev-parse" in command else changes, "")
 
-    monkeypatch.setattr("psannlm.reports.store.subprocess.run", run)
+    monkeypatch.setattr("psannlm.io.run_metadata.subprocess.run", run)
     changes = ""
     assert system_info()["commit"] == "a" * 40
     changes = " M file\n"

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from psannlm.errors import StorageError
-from psannlm.lock import LOCK_FILE, RunLock
+from psannlm.io.lock import LOCK_FILE, RunLock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from psannlm.lock import RunLock
+from psannlm.io.lock import RunLock
 RunLock(Path(sys.argv[1])).__enter__()
 print("held", flush=True)
 time.sleep(60)

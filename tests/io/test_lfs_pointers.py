@@ -15,10 +15,10 @@ from psannlm.data.documents import read_documents
 from psannlm.data.files import KNOWN_SUFFIXES, read_text
 from psannlm.data.prepared import open_folder
 from psannlm.errors import PsannlmError
+from psannlm.io.lfs_pointers import pointer_at, pointer_in
+from psannlm.io.readers import Unreadable, read_json
 from psannlm.models.artifact import load_model
-from psannlm.pointers import pointer_at, pointer_in
 from psannlm.prep.run import PrepSettings, prepare_corpus
-from psannlm.reports.plain import Unreadable, read_json
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.tokenizers.resolve import load_tokenizer
 from psannlm.training.checkpoint import newest_whole, read_state

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from psannlm.errors import ArtifactError
-from psannlm.limits import MAX_HEADER_VALUES, json_values
-from psannlm.pointers import POINTER_BYTES, pointer_in
+from psannlm.io.lfs_pointers import POINTER_BYTES, pointer_in
+from psannlm.io.limits import MAX_HEADER_VALUES, json_values
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 64 << 20
