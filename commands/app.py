@@ -28,7 +28,7 @@ from psannlm.commands import train as train_command
 from psannlm.display import printable
 from psannlm.errors import EXIT_FAILED, EXIT_INTERRUPTED, AlreadyTold, ConfigError, PsannlmError, RankError, describe
 from psannlm.io.limits import raise_open_files
-from psannlm.terminal import flush_output, guarding_streams, say
+from psannlm.runtime.streams import flush_output, guarding_streams, say
 
 _ALONE_S = 10.0
 

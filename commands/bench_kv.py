@@ -100,11 +100,11 @@ def bench_kv(
     from psannlm.benchmarks.kv_report import KvSettings
     from psannlm.config.model import ModelConfig
     from psannlm.config.run import section_from_kwargs
-    from psannlm.device import pick_device, require_compiler
     from psannlm.errors import LimitMissed
     from psannlm.io.atomic import write_text
     from psannlm.io.run_metadata import require_folder, write_json
     from psannlm.models.artifact import load_model
+    from psannlm.runtime.device import pick_device, require_compiler
 
     settings = KvSettings(
         batch_size=batch_size,

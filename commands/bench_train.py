@@ -85,12 +85,12 @@ def bench_train(
     from psannlm.benchmarks.trainees import ThroughputSettings
     from psannlm.config.model import ModelConfig
     from psannlm.config.run import section_from_kwargs
-    from psannlm.device import pick_device
     from psannlm.errors import LimitMissed
     from psannlm.io.atomic import write_text
     from psannlm.io.run_metadata import new_folder, require_folder, system_info, timestamp, write_json
-    from psannlm.memory import keep_freed_memory
     from psannlm.models.registry import resolve
+    from psannlm.runtime.device import pick_device
+    from psannlm.runtime.malloc import keep_freed_memory
 
     sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
     with naming_options("model"):

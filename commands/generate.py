@@ -27,7 +27,7 @@ from psannlm.commands.options import (
     text_argument,
 )
 from psannlm.display import printable
-from psannlm.terminal import write_output
+from psannlm.runtime.streams import write_output
 
 
 def generate(
@@ -71,11 +71,11 @@ def generate(
     if not prompts:
         raise typer.BadParameter("give --prompt TEXT or --prompts-file FILE", param_hint="--prompt")
 
-    from psannlm.device import pick_device, require_compiler
     from psannlm.errors import ArtifactError
     from psannlm.generation.sampling import SamplingConfig
     from psannlm.generation.text import generate as complete
     from psannlm.models.artifact import load_model
+    from psannlm.runtime.device import pick_device, require_compiler
 
     sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
     if compile:

@@ -19,8 +19,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from psannlm.consoles import FiguresTable, make_console
 from psannlm.display import json_text, printable
+from psannlm.runtime.consoles import FiguresTable, make_console
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else; progress goes to stderr.")

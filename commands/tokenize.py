@@ -25,7 +25,7 @@ from psannlm.commands.options import (
     text_argument,
 )
 from psannlm.display import printable
-from psannlm.terminal import is_terminal
+from psannlm.runtime.streams import is_terminal
 
 if TYPE_CHECKING:
     from psannlm.tokenizers.base import Tokenizer

@@ -23,7 +23,7 @@ from psannlm.commands.options import (
 )
 from psannlm.display import shell_argument
 from psannlm.errors import EXIT_OK, AlreadyTold
-from psannlm.terminal import write_output
+from psannlm.runtime.streams import write_output
 
 if TYPE_CHECKING:
     from psannlm.training.plan import TrainingPlan
@@ -100,9 +100,9 @@ def train(
             raise AlreadyTold("a rank has said why", code)
         return
 
-    from psannlm.distributed import launched_world
     from psannlm.generation.samples import draw_samples
-    from psannlm.memory import keep_freed_memory
+    from psannlm.runtime.distributed import launched_world
+    from psannlm.runtime.malloc import keep_freed_memory
     from psannlm.training.progress import ConsoleReporter
     from psannlm.training.run import train as run_training
 

@@ -13,7 +13,7 @@ if __name__ == "__main__":
         main()
     except SystemExit as end:
         # Ranks are started this way. Not imported here: it would bring torch along for every other command.
-        distributed = sys.modules.get("psannlm.distributed")
+        distributed = sys.modules.get("psannlm.runtime.distributed")
         if distributed is not None and (end.code is None or isinstance(end.code, int)):
             distributed.leave_group(end.code or 0)
         raise

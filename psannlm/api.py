@@ -16,14 +16,12 @@ from psannlm.config.files import prepared_manifest
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import section_from_kwargs
 from psannlm.config.train import Amp, TrainConfig
-from psannlm.consoles import make_console
 from psannlm.data.dataset import LMDataset
 from psannlm.data.documents import Document, read_documents
 from psannlm.data.files import KNOWN_SUFFIXES, split_suffix
 from psannlm.data.prepare import PreparedData, prepare, prepare_documents
 from psannlm.data.shards import encode_documents
 from psannlm.data.stream import Stream
-from psannlm.device import gpu_memory_bytes, pick_device
 from psannlm.errors import CorpusError, GenerationError, Interrupted
 from psannlm.generation.decoding import ContextRule
 from psannlm.generation.engine import Engine
@@ -35,6 +33,8 @@ from psannlm.models.artifact import load_model, model_file, save_model
 from psannlm.models.packed import WeightDtype
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.consoles import make_console
+from psannlm.runtime.device import gpu_memory_bytes, pick_device
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
 from psannlm.training.callbacks import Callback
 from psannlm.training.checkpoint import find_checkpoint

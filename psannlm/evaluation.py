@@ -16,11 +16,11 @@ from psannlm.data.prepared import find_prepared, open_folder
 from psannlm.data.shards import encode_documents
 from psannlm.data.stream import Stream
 from psannlm.data.windows import IGNORE_INDEX, Windows
-from psannlm.device import Precision, gpu_memory_bytes
-from psannlm.distributed import World
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, TokenizerError
 from psannlm.io.limits import describe_memory, machine_memory_bytes
 from psannlm.models.artifact import LoadedModel
+from psannlm.runtime.device import Precision, gpu_memory_bytes
+from psannlm.runtime.distributed import World
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.roundtrip import LossMeter, folder_warning, is_lossy, watch_for_loss
 

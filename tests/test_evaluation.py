@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from psannlm.config.model import ModelConfig
 from psannlm.data.shards import store_from_ids
 from psannlm.data.windows import IGNORE_INDEX, Windows
-from psannlm.device import Precision
-from psannlm.distributed import World
 from psannlm.errors import ConfigError, CorpusError
 from psannlm.evaluation import Evaluation, _refuse_oversize, evaluate
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import Precision
+from psannlm.runtime.distributed import World
 
 FP32 = Precision(torch.device("cpu"), torch.float32, "fp32 as asked")
 BOS, EOS, PAD = 1, 2, 0
@@ -101,7 +101,7 @@ def test_ranks_split_the_windows_and_sum_to_one_process(size: int, monkeypatch: 
     alone = Scribe()
     whole = evaluate(alone, windows, precision=FP32)
     # Each rank's own share; then what the sum over ranks would hand back to every one of them.
-    monkeypatch.setattr("psannlm.distributed.dist.all_reduce", lambda tensor: None)
+    monkeypatch.setattr("psannlm.runtime.distributed.dist.all_reduce", lambda tensor: None)
     scribes = [Scribe() for _ in range(size)]
     shares = [
         evaluate(scribe, windows, precision=FP32, batch_size=2, world=World(rank, rank, size)).nats
@@ -109,7 +109,7 @@ def test_ranks_split_the_windows_and_sum_to_one_process(size: int, monkeypatch: 
     ]
     assert sum(shares) == whole.nats
     assert sorted(label for scribe in scribes for label in scribe.labels) == sorted(alone.labels)
-    monkeypatch.setattr("psannlm.distributed.dist.all_reduce", lambda tensor: tensor.fill_(sum(shares)))
+    monkeypatch.setattr("psannlm.runtime.distributed.dist.all_reduce", lambda tensor: tensor.fill_(sum(shares)))
     for rank in range(size):
         assert evaluate(Scribe(), windows, precision=FP32, world=World(rank, rank, size)) == whole
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from psannlm.errors import PsannlmError, WorkerError
-from psannlm.processes import end_with, python_program
+from psannlm.runtime.processes import end_with, python_program
 
 _STATUS = Path("/proc/self/status")
 _JOIN_S = 10.0

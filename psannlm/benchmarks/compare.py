@@ -16,11 +16,11 @@ from psannlm.benchmarks.study_choice import Choice, choose, score_of
 from psannlm.benchmarks.study_notes import conditions, notes_of
 from psannlm.benchmarks.study_work import RunState, look
 from psannlm.benchmarks.task_answers import AnswerScore
-from psannlm.device import pick_device, pick_precision
-from psannlm.distributed import World
 from psannlm.errors import TrainingError
 from psannlm.models.registry import build_model
 from psannlm.reports.document import Table, tell
+from psannlm.runtime.device import pick_device, pick_precision
+from psannlm.runtime.distributed import World
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.run import build_loader
 from psannlm.training.step import seed_step, train_step

@@ -17,11 +17,11 @@ from psannlm.benchmarks.gpu_report import Measure, at_least
 from psannlm.benchmarks.gpu_stage import Shape, Stage
 from psannlm.benchmarks.timing import Count, Spread, take_turns
 from psannlm.config.model import BaseName, ModelConfig
-from psannlm.device import describe_device, has_compiler
 from psannlm.generation.engine import Engine
 from psannlm.models.accounting import count_parameters
 from psannlm.models.packed import WeightDtype
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import describe_device, has_compiler
 
 # Shares of a step in which it only reads, of compiled decoding and of plain: with weights of several GB, and of half a
 # GB, which are read in a tenth of a millisecond.

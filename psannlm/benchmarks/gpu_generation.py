@@ -27,12 +27,12 @@ from psannlm.benchmarks.kv_cache import bench_kv, build_random_model
 from psannlm.benchmarks.kv_report import KvReport, KvSettings
 from psannlm.benchmarks.timing import Spread
 from psannlm.config.model import BaseName
-from psannlm.device import has_compiler, missing_to_compile
 from psannlm.generation.decoding import Decoding
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.packed import WeightDtype
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import has_compiler, missing_to_compile
 
 _WARM_UP_REGRESSION = 1.0
 _COMPILED_LOSS_LIMIT = 1e-3

@@ -14,7 +14,7 @@ from typing import Literal
 from psannlm.benchmarks.gpu_report import Measure, at_least, at_most, none_of
 from psannlm.benchmarks.gpu_stage import Stage
 from psannlm.benchmarks.timing import Spread
-from psannlm.device import describe_device
+from psannlm.runtime.device import describe_device
 
 # A rehearsal holds rates against nothing; a published card against figures of its generation, any other against its
 # own matrix peak alone.

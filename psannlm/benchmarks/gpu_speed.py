@@ -25,8 +25,8 @@ from psannlm.benchmarks.timing import Count, Spread, take_turns
 from psannlm.benchmarks.trainees import ThroughputSettings
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.config.train import Amp
-from psannlm.device import describe_device, has_compiler
 from psannlm.models.accounting import training_memory
+from psannlm.runtime.device import describe_device, has_compiler
 
 _PASSES_PER_TURN = 10
 _SHARE_OF_MEMORY = 0.8

@@ -17,10 +17,10 @@ from psannlm.benchmarks.decoding import finish
 from psannlm.benchmarks.timing import Clock
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.data.loader import MicroBatch
-from psannlm.device import Precision, computes_in_bf16
 from psannlm.models.compiled import compiled
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import Precision, computes_in_bf16
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.step import StepResult, train_step
 

@@ -20,12 +20,12 @@ from psannlm.benchmarks.random_weights import show_every_part
 from psannlm.benchmarks.rivals import Rival, RivalRuns, build_rival, decode_with
 from psannlm.benchmarks.timing import Clock, Count, Standing, take_turns
 from psannlm.config.model import ModelConfig
-from psannlm.device import describe_device
 from psannlm.errors import ConfigError
 from psannlm.generation.engine import Engine
 from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import describe_device
 
 OnStanding = Callable[[Standing], None]
 OnPartial = Callable[[dict[str, Any]], None]

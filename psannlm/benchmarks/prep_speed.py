@@ -24,7 +24,7 @@ from psannlm.config.data import PathSource, Source
 from psannlm.data.documents import read_documents
 from psannlm.errors import ConfigError, WorkerError
 from psannlm.prep.pool import usable_cores
-from psannlm.processes import python_command
+from psannlm.runtime.processes import python_command
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import tokenizer_from_bytes
 

@@ -18,8 +18,8 @@ import torch
 from psannlm.benchmarks.trainees import ThroughputSettings, Trainee, TrainingRun
 from psannlm.config.model import ModelConfig
 from psannlm.errors import PsannlmError
-from psannlm.memory import keep_freed_memory
-from psannlm.processes import python_command
+from psannlm.runtime.malloc import keep_freed_memory
+from psannlm.runtime.processes import python_command
 
 _STEPS = 3
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -15,11 +15,11 @@ from psannlm.config.data import DataConfig
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import RunConfig, config_from_mapping, differences, to_yaml
 from psannlm.data.prepare import PreparedData, prepare
-from psannlm.distributed import World
 from psannlm.errors import ConfigError, Problem
 from psannlm.io.atomic import write_text
 from psannlm.models.accounting import count_parameters, flops_per_token
 from psannlm.models.registry import resolve
+from psannlm.runtime.distributed import World
 from psannlm.training.run import build_loader
 from psannlm.training.run_folder import says_the_same
 

@@ -20,9 +20,9 @@ from psannlm.io.atomic import explain_write_errors, read_small, refuse_foreign, 
 from psannlm.io.lock import RunLock
 from psannlm.io.readers import Unreadable
 from psannlm.io.run_metadata import write_json
-from psannlm.processes import python_command
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
-from psannlm.signals import stopping_on_signals
+from psannlm.runtime.processes import python_command
+from psannlm.runtime.signals import stopping_on_signals
 from psannlm.training.mishaps import NOT_FINITE
 from psannlm.training.run_folder import is_own_config, says_the_same
 

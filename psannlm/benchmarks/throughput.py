@@ -19,7 +19,7 @@ from psannlm.benchmarks.trainees import (
     TrainingRun,
     size_of,
 )
-from psannlm.device import describe_device, pick_precision, require_compiler
+from psannlm.runtime.device import describe_device, pick_precision, require_compiler
 
 OnStanding = Callable[[Standing], None]
 MemoryProbe = Callable[[Trainee, ThroughputSettings, torch.device], int | None]

@@ -12,7 +12,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from psannlm.device import gpu_memory_bytes
 from psannlm.errors import GenerationError, nearest
 from psannlm.generation.engine import Engine
 from psannlm.generation.lookup import PromptLookup
@@ -22,6 +21,7 @@ from psannlm.models.accounting import cache_bytes
 from psannlm.models.cache import DecodeState
 from psannlm.models.packed import FEW_TOKENS
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import gpu_memory_bytes
 
 StopReason = Literal["end_of_text", "length", "context"]
 ContextRule = Literal["stop", "slide"]

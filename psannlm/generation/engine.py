@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from psannlm.device import compiler_fault, computes_in_bf16, require_compiler
 from psannlm.errors import GenerationError
 from psannlm.models.attention import PREFILL_QUERIES, continue_layout
 from psannlm.models.cache import DecodeState, LayerState, move_tails, whole_blocks
 from psannlm.models.compiled import compiled
 from psannlm.models.packed import FEW_TOKENS, WeightDtype, pack_model, weight_bytes
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import compiler_fault, computes_in_bf16, require_compiler
 
 # Tokens to come that a new state has room for at most; it grows when there are more.
 _FIRST_ROOM = 256

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from psannlm.device import has_compiler, trial_failure
+from psannlm.runtime.device import has_compiler, trial_failure
 
 _Compiled = TypeVar("_Compiled", bound=Callable[..., Any])
 

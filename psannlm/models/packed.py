@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psannlm.device import computes_in_bf16
 from psannlm.errors import GenerationError, nearest
 from psannlm.models.compiled import stored
 from psannlm.models.mlp import GatedMlp
 from psannlm.models.sine import SineActivation
 from psannlm.models.transformer import Block, Transformer
 from psannlm.models.wave import Wave
+from psannlm.runtime.device import computes_in_bf16
 
 WeightDtype = Literal["float32", "bfloat16", "int8"]
 STORED: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}

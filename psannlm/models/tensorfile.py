@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from psannlm.distributed import whole
 from psannlm.errors import ArtifactError
 from psannlm.io.atomic import replacing
 from psannlm.io.filenames import utf8_path
 from psannlm.io.lfs_pointers import refuse_pointer
 from psannlm.io.safetensors_header import LENGTH_BYTES, parse_header, parse_metadata, read_header, refuse_wrong_length
+from psannlm.runtime.distributed import whole
 
 _HASH_KEY = "sha256"
 _BLANK = "0" * 64

@@ -29,7 +29,7 @@ from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remov
 from psannlm.prep.plan import is_merge, source_differences, write_merge_plan
 from psannlm.prep.run import PrepReporter, PrepResult, SilentPrepReporter, shard_name
 from psannlm.prep.survey import SPLITS, TRAIN, VALIDATION
-from psannlm.signals import stopping_on_signals
+from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.roundtrip import SMALLEST_FRACTION, folder_warning
 
 # Documents and tokens that are held at once; a longer document goes in several parts.

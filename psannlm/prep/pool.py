@@ -17,7 +17,7 @@ from typing import Any
 from psannlm.errors import Interrupted, PsannlmError, WorkerError
 from psannlm.prep.chunks import Chunk
 from psannlm.prep.worker import ERRORS
-from psannlm.processes import python_program
+from psannlm.runtime.processes import python_program
 
 _PROGRAM = "from psannlm.prep.worker import main; sys.exit(main())"
 _WAIT_S = 0.1

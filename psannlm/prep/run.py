@@ -29,7 +29,6 @@ from psannlm.errors import ArtifactError, ConfigError, CorpusError, Interrupted,
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_bytes
 from psannlm.io.limits import MAX_PARTS
 from psannlm.io.lock import RunLock
-from psannlm.memory import return_large_blocks
 from psannlm.prep.assemble import DocumentStream, select_units
 from psannlm.prep.chunks import Chunk, chunk_bytes_for, gather
 from psannlm.prep.finished import damage_of, refuse_other, remove_finished, tokenizer_entry
@@ -42,7 +41,8 @@ from psannlm.prep.sources import Drops, SourceFile, deal, find_sources
 from psannlm.prep.survey import SPLITS, OnlyOne, Selection, Surveyor
 from psannlm.prep.walk import Cut, Walk
 from psannlm.prep.worker import setup_message
-from psannlm.signals import stopping_on_signals
+from psannlm.runtime.malloc import return_large_blocks
+from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import load_tokenizer
 from psannlm.tokenizers.roundtrip import folder_warning, is_lossy, loss_warning

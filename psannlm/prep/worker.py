@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.errors import CorpusError, PsannlmError, StorageError, TokenizerError
-from psannlm.memory import return_large_blocks
 from psannlm.prep.chunks import Chunk
 from psannlm.prep.encoding import ChunkEncoder
 from psannlm.prep.piece import piece_path, write_piece
 from psannlm.prep.settings import PrepSettings
 from psannlm.prep.walk import Cut
-from psannlm.processes import end_with
+from psannlm.runtime.malloc import return_large_blocks
+from psannlm.runtime.processes import end_with
 from psannlm.tokenizers.resolve import tokenizer_from_bytes
 
 # What a worker may answer besides its figures; by name, since nothing else goes over the connection.

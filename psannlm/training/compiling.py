@@ -8,8 +8,8 @@ import torch
 
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import RunConfig, plan_batches
-from psannlm.device import compiler_fault, require_compiler
 from psannlm.models.accounting import flops_per_token
+from psannlm.runtime.device import compiler_fault, require_compiler
 
 # Operations of one rank from which torch.compile repays its start: on two cores it took half a minute, and saved 7 % of
 # a step in float32 and 23 to 30 % in bf16 (docs/experiments.md). A GPU computes a thousand times as much in that time.

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from psannlm.device import MemoryUse
+from psannlm.runtime.device import MemoryUse
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 # Points of the curve at which each two become one; even.

@@ -21,11 +21,11 @@ from types import FrameType
 from typing import IO
 
 from psannlm.config.run import RunConfig, to_yaml
-from psannlm.distributed import STORE_FOLDER
 from psannlm.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, ConfigError, DeviceError
-from psannlm.lifeline import LAUNCHED
-from psannlm.processes import python_command
-from psannlm.signals import stop_signals
+from psannlm.runtime.distributed import STORE_FOLDER
+from psannlm.runtime.processes import python_command
+from psannlm.runtime.signals import stop_signals
+from psannlm.runtime.watchdog import LAUNCHED
 
 # After a signal ranks may take their time: a large checkpoint takes long. After a failure there is nothing to save.
 _STOP_S = 3600.0

@@ -17,11 +17,11 @@ from torch import nn
 from psannlm.config.run import RunConfig
 from psannlm.data.loader import Loader, Position, StepBatch
 from psannlm.data.windows import Windows
-from psannlm.device import Precision, Unread, peak_memory_bytes
-from psannlm.distributed import World
 from psannlm.errors import Interrupted, TrainingError
 from psannlm.evaluation import evaluate
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import Precision, Unread, peak_memory_bytes
+from psannlm.runtime.distributed import World
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.callbacks import Callback, SaveEvent, StepEvent, ValidationEvent
 from psannlm.training.checkpoint import BEST, TrainerState, assist_save, point, prune, save_checkpoint

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from psannlm.device import computes_in_bf16
-from psannlm.distributed import part_of, whole
 from psannlm.errors import ArtifactError
+from psannlm.runtime.device import computes_in_bf16
+from psannlm.runtime.distributed import part_of, whole
 
 ADAMW_BETAS = (0.9, 0.95)
 ADAMW_EPS = 1e-8

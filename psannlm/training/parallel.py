@@ -14,9 +14,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from psannlm.device import Precision
-from psannlm.distributed import World, part_of, whole
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import Precision
+from psannlm.runtime.distributed import World, part_of, whole
 from psannlm.training.optim import group_parameters
 
 

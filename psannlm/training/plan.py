@@ -9,8 +9,6 @@ from typing import Any
 
 from psannlm.config.run import BatchPlan, RunConfig, plan_batches, total_steps
 from psannlm.data.prepare import prepare
-from psannlm.device import pick_device, pick_precision, require_compiler
-from psannlm.distributed import World, launched_world
 from psannlm.io.atomic import free_bytes
 from psannlm.models.accounting import (
     count_parameters,
@@ -21,6 +19,8 @@ from psannlm.models.accounting import (
 )
 from psannlm.models.registry import resolve
 from psannlm.models.scaling import sharded_memory
+from psannlm.runtime.device import pick_device, pick_precision, require_compiler
+from psannlm.runtime.distributed import World, launched_world
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE
 from psannlm.training.compiling import decide_compiling, run_flops
 from psannlm.training.run import build_loader, doubts, place_of

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from psannlm.device import memory_in_use
 from psannlm.display import printable
 from psannlm.evaluation import Evaluation
+from psannlm.runtime.device import memory_in_use
 from psannlm.tokenizers.roundtrip import LOSSY
 from psannlm.training.dashboard import Dashboard
 

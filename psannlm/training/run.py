@@ -19,16 +19,6 @@ from psannlm.data.dataset import LMDataset
 from psannlm.data.loader import Loader
 from psannlm.data.prepare import PreparedData, prepare
 from psannlm.data.stream import Stream
-from psannlm.device import (
-    Precision,
-    describe_device,
-    gpu_memory_bytes,
-    missing_to_compile,
-    pick_device,
-    pick_precision,
-    require_compiler,
-)
-from psannlm.distributed import World, joined, launched_world, local_ranks
 from psannlm.errors import Interrupted, PictureError, StorageError, TrainingError
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_text
 from psannlm.io.lock import RunLock
@@ -38,7 +28,17 @@ from psannlm.models.artifact import load_model
 from psannlm.models.compiled import compiled
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
-from psannlm.signals import stopping_on_signals
+from psannlm.runtime.device import (
+    Precision,
+    describe_device,
+    gpu_memory_bytes,
+    missing_to_compile,
+    pick_device,
+    pick_precision,
+    require_compiler,
+)
+from psannlm.runtime.distributed import World, joined, launched_world, local_ranks
+from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
 from psannlm.tokenizers.roundtrip import is_lossy
 from psannlm.training.callbacks import Callback

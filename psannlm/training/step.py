@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from psannlm.data.loader import MicroBatch
-from psannlm.device import Precision, Unread
-from psannlm.distributed import World
+from psannlm.runtime.device import Precision, Unread
+from psannlm.runtime.distributed import World
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import clip_gradients, gradient_sync, settle_gradients
 

@@ -16,12 +16,12 @@ from psannlm.data.dataset import LMDataset
 from psannlm.data.documents import ReadReport
 from psannlm.data.prepare import PreparedData
 from psannlm.data.stream import Stream
-from psannlm.device import pick_device, pick_precision
 from psannlm.errors import ConfigError, TokenizerError
 from psannlm.evaluation import Evaluation, evaluate
 from psannlm.models.artifact import model_file, save_model
 from psannlm.models.registry import resolve
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import pick_device, pick_precision
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.callbacks import Callback
 from psannlm.training.loop import Sampler

@@ -131,8 +131,8 @@ def test_one_compiled_loss_that_is_no_number_is_seen(place: int) -> None:
 
 
 def test_without_a_compiler_the_check_is_skipped(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.device.shutil.which", lambda name: None)
+    monkeypatch.setattr("psannlm.runtime.device.shutil.which", lambda name: None)
     assert check_compiled(stage).skipped == "torch.compile needs a C++ compiler (install g++)"
-    monkeypatch.setattr("psannlm.device.find_spec", lambda name: None)
+    monkeypatch.setattr("psannlm.runtime.device.find_spec", lambda name: None)
     skipped = check_compiled(replace(stage, device=torch.device("cuda"))).skipped
     assert skipped == "torch.compile needs Triton (pip install triton)"

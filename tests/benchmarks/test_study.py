@@ -24,13 +24,13 @@ from psannlm.benchmarks.study_work import Process, RunState, launch, look, work
 from psannlm.benchmarks.task_answers import score_runs
 from psannlm.config.run import load_config
 from psannlm.data.loader import Loader
-from psannlm.distributed import World
 from psannlm.errors import ConfigError, Interrupted, TrainingError
 from psannlm.models.artifact import load_model
 from psannlm.reports.document import signed
 from psannlm.reports.gather import gather
 from psannlm.reports.runs import RunRecord
 from psannlm.reports.studies import study_headline, study_pictures, study_tables
+from psannlm.runtime.distributed import World
 from psannlm.training.run import build_loader, train
 
 BASE = """\

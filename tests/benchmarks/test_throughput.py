@@ -218,6 +218,6 @@ def test_a_missing_compiler_is_named_before_anything_is_measured(
     def measure(*arguments: object) -> int:
         raise AssertionError("measured")
 
-    monkeypatch.setattr("psannlm.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
+    monkeypatch.setattr("psannlm.runtime.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
     with pytest.raises(DeviceError, match=r"--compile or --also compile needs a C\+\+ compiler.*or leave it out"):
         bench_train(replace(SETTINGS, **changes), CPU, build=measure, measure_memory=measure)  # type: ignore[arg-type]

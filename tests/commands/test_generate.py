@@ -43,7 +43,7 @@ def test_streamed_text_is_prompt_and_completion(psannlm, in_trained: Path) -> No
 def test_a_terminal_is_shown_what_it_would_obey(psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["generate", "-p", "a\x1b[2Jb", "--max-new-tokens", "1", "--device", "cpu", "--seed", "1"]
     assert psannlm(*arguments).out.startswith("a\x1b[2Jb"), "a file or pipe gets the text itself"
-    monkeypatch.setattr("psannlm.terminal.is_terminal", lambda stream: True)
+    monkeypatch.setattr("psannlm.runtime.streams.is_terminal", lambda stream: True)
     assert psannlm(*arguments).out.startswith("a\\x1b[2Jb")
 
 
@@ -203,7 +203,7 @@ def test_a_context_that_slides_never_fills(psannlm, in_trained: Path) -> None:
 def test_compiling_without_a_compiler_is_refused_before_work(
     psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("psannlm.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
+    monkeypatch.setattr("psannlm.runtime.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
     refused = psannlm("generate", "--prompt", "The tide", *GREEDY, "--compile")
     assert (refused.code, refused.out) == (2, "")
     assert "--compile needs a C++ compiler (install g++), which is not here; get it, or leave it out" in refused.err

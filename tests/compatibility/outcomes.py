@@ -94,7 +94,7 @@ def arithmetic() -> dict[str, str]:
     """Name what floating-point results depend on to the last digit: processor capabilities and torch."""
     import torch
 
-    from psannlm.device import computes_in_bf16
+    from psannlm.runtime.device import computes_in_bf16
 
     is_hardware = computes_in_bf16(torch.device("cpu"))
     return {

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from psannlm.config.model import BaseName, PositionKind
-from psannlm.device import computes_in_bf16, has_compiler
 from psannlm.errors import DeviceError, GenerationError
 from psannlm.generation.decoding import Decoding
 from psannlm.generation.engine import Engine
@@ -20,6 +19,7 @@ from psannlm.models.accounting import cache_bytes
 from psannlm.models.cache import BLOCK, DecodeState
 from psannlm.models.packed import FEW_TOKENS, WeightDtype
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import computes_in_bf16, has_compiler
 
 Build = Callable[..., Transformer]
 Decode = Callable[..., Decoding]
@@ -175,7 +175,7 @@ def test_without_a_compiler_steps_are_plain_and_a_notice_says_so(
 def test_compiling_that_is_asked_for_is_refused_without_a_compiler(
     build_tiny: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("psannlm.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
+    monkeypatch.setattr("psannlm.runtime.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
     with pytest.raises(
         DeviceError, match=r"compiled decoding needs a C\+\+ compiler .install g\+\+., which is not here"
     ):
@@ -186,7 +186,7 @@ def test_what_a_compiled_step_writes_into_is_marked_as_staying(
     build_tiny: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The compiler refuses CUDA graphs for a pass that writes into any other input, and says so to nobody."""
-    monkeypatch.setattr("psannlm.device.compiler_fault", lambda device: None)
+    monkeypatch.setattr("psannlm.runtime.device.compiler_fault", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     engine = Engine(build_tiny(base="waveresnet"), compile=True)
     logits, state = engine.prefill([[1, 5], [2]], 8)

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psannlm.data.windows import IGNORE_INDEX
-from psannlm.device import has_compiler
 from psannlm.models import loss as loss_module
 from psannlm.models.loss import linear_cross_entropy
+from psannlm.runtime.device import has_compiler
 
 D, V = 6, 11
 SMALLEST_CHUNK = 64

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from psannlm.config.model import BaseName, PositionKind
-from psannlm.device import computes_in_bf16
 from psannlm.errors import GenerationError
 from psannlm.models import packed
 from psannlm.models.packed import FEW_TOKENS, PackedLinear, WeightDtype, by_tiles, pack_model, quantize, weight_bytes
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import computes_in_bf16
 
 Build = Callable[..., Transformer]
 BASES, POSITIONS, DTYPES = get_args(BaseName), get_args(PositionKind), get_args(WeightDtype)

@@ -25,10 +25,10 @@ from psannlm.commands.app import main
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import load_config
 from psannlm.data.loader import MicroBatch
-from psannlm.device import Precision
-from psannlm.distributed import World, joined
 from psannlm.errors import AlreadyTold, Interrupted, StorageError
 from psannlm.models.registry import build_model, resolve
+from psannlm.runtime.device import Precision
+from psannlm.runtime.distributed import World, joined
 from psannlm.training import loop, run
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import clip_gradients, replicate, shard

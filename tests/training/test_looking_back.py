@@ -17,11 +17,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psannlm.config.run import RunConfig
-from psannlm.device import Precision, Unread
 from psannlm.errors import Interrupted, TrainingError
 from psannlm.models.lean import left_out
 from psannlm.models.matmul import prefers_onednn
 from psannlm.models.tensorfile import read_tensors
+from psannlm.runtime.device import Precision, Unread
 from psannlm.training import loop
 from psannlm.training.checkpoint import list_checkpoints, step_folder
 from psannlm.training.mishaps import find_not_finite
@@ -140,7 +140,7 @@ def test_a_step_waits_for_nothing_unless_it_is_logged_validated_or_saved(
 ) -> None:
     """Every read of a step between those comes after the next one was given to the device."""
     model = {"base": base, "dropout": 0.1}
-    monkeypatch.setattr("psannlm.device.computes_in_bf16", lambda device: True)
+    monkeypatch.setattr("psannlm.runtime.device.computes_in_bf16", lambda device: True)
     config = tiny_run(model=model, optimizer=optimizer, amp=amp, grad_checkpoint=grad_checkpoint, **SETTINGS)
     expected: list[tuple[str, int]] = []
     for step in range(1, 14):

@@ -21,7 +21,7 @@ from psannlm.errors import EXIT_INTERRUPTED, Interrupted, StorageError, Training
 from psannlm.evaluation import Evaluation
 from psannlm.models.tensorfile import read_tensors
 from psannlm.models.transformer import Transformer
-from psannlm.signals import stopping_on_signals
+from psannlm.runtime.signals import stopping_on_signals
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
 from psannlm.training.metrics import read_metrics
 from psannlm.training.progress import SilentReporter, TimeBudget
@@ -195,7 +195,7 @@ def test_a_time_budget_ends_the_run_saved_and_the_same_call_goes_on(
 
 def test_a_second_ctrl_c_ends_at_once_and_an_echo_of_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr("psannlm.signals.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("psannlm.runtime.signals.time.monotonic", lambda: clock[0])
     stop = threading.Event()
     with stopping_on_signals(stop):
         signal.raise_signal(signal.SIGINT)

@@ -17,12 +17,12 @@ from psannlm.config.run import RunConfig, config_from_mapping
 from psannlm.data.documents import read_documents
 from psannlm.data.manifest import read_manifest, write_manifest
 from psannlm.data.prepare import split_documents
-from psannlm.device import Precision
 from psannlm.errors import ConfigError, StorageError
 from psannlm.evaluation import evaluate_sources
 from psannlm.models.artifact import load_model
 from psannlm.prep.plan import Plan, write_plan
 from psannlm.prep.settings import PrepSettings
+from psannlm.runtime.device import Precision
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.tokenizers.roundtrip import LOSSY
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder

@@ -20,10 +20,10 @@ from psannlm.config.data import DataConfig
 from psannlm.config.model import ModelConfig, SineConfig, WaveConfig
 from psannlm.config.run import RunConfig, load_config, to_yaml
 from psannlm.config.train import TrainConfig
-from psannlm.distributed import World
 from psannlm.errors import ConfigError, DeviceError, Interrupted, PictureError, TrainingError
 from psannlm.models.artifact import load_model
 from psannlm.models.registry import build_model, resolve
+from psannlm.runtime.distributed import World
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.training.checkpoint import list_checkpoints, read_state
 from psannlm.training.metrics import read_metrics
@@ -223,7 +223,7 @@ def test_a_train_key_changes_the_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("psannlm.device.computes_in_bf16", lambda device: True)
+    monkeypatch.setattr("psannlm.runtime.device.computes_in_bf16", lambda device: True)
     before, after, differing, equal = TRAIN_KEYS[key]
     if key == "checkpoint_dir":
         after = {"checkpoint_dir": str(tmp_path / "b" / "other")}
@@ -275,9 +275,9 @@ def test_compile_compiles_the_model_that_is_trained(tiny_run: TinyRun, monkeypat
         return model
 
     # The trial compile has tests of its own.
-    monkeypatch.setattr("psannlm.device.trial_failure", lambda kind: None)
+    monkeypatch.setattr("psannlm.runtime.device.trial_failure", lambda kind: None)
     monkeypatch.setattr("psannlm.training.run.torch.compile", note)
-    monkeypatch.setattr("psannlm.device.shutil.which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr("psannlm.runtime.device.shutil.which", lambda name: "/usr/bin/g++")
     train(tiny_run(max_steps=1, checkpoint_dir=tiny_run().train.checkpoint_dir + "_plain"))
     assert compiled == []
     result = train(tiny_run(max_steps=1, compile=True, device="cpu"))
@@ -288,7 +288,7 @@ def test_compile_compiles_the_model_that_is_trained(tiny_run: TinyRun, monkeypat
 def test_compile_without_a_compiler_is_refused_before_anything_is_written(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("psannlm.device.shutil.which", lambda name: None)
+    monkeypatch.setattr("psannlm.runtime.device.shutil.which", lambda name: None)
     config = tiny_run(compile=True, device="cpu")
     with pytest.raises(DeviceError, match="compile: false"):
         train(config)

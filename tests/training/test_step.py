@@ -11,8 +11,8 @@ from torch import nn
 
 from psannlm.data.loader import MicroBatch
 from psannlm.data.windows import IGNORE_INDEX
-from psannlm.device import Precision
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import Precision
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.step import StepResult, train_step
 

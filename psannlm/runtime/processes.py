@@ -42,7 +42,7 @@ def python_command(module: str, *arguments: str, end_with_parent: bool = False) 
         arguments: of the module, its ``sys.argv[1:]``.
         end_with_parent: also have the system send it SIGTERM when this process ends, however it ends (Linux).
     """
-    watch = f"from psannlm.processes import end_with; end_with({os.getpid()}); " if end_with_parent else ""
+    watch = f"from psannlm.runtime.processes import end_with; end_with({os.getpid()}); " if end_with_parent else ""
     run = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     return python_program(watch + run, *arguments)
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from psannlm.display import printable
-from psannlm.terminal import is_terminal
+from psannlm.runtime.streams import is_terminal
 
 # Narrower than the first, a table has no room for its values; of a file, nobody knows how wide it will be looked at.
 _LEAST_WIDTH, _FILE_WIDTH, _MOST_WIDTH, _FILE_HEIGHT = 40, 80, 1000, 25

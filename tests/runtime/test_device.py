@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from psannlm import device
-from psannlm.device import describe_device, pick_device, pick_precision, require_compiler
 from psannlm.errors import DeviceError
+from psannlm.runtime import device
+from psannlm.runtime.device import describe_device, pick_device, pick_precision, require_compiler
 from psannlm.training.compiling import decide_compiling
 
 CPU = torch.device("cpu")
@@ -124,8 +124,8 @@ def test_bf16_is_told_from_what_the_processor_says(
 
 
 def programs(monkeypatch: pytest.MonkeyPatch, *there: str) -> None:
-    monkeypatch.setattr("psannlm.device.shutil.which", lambda name: f"/bin/{name}" if name in there else None)
-    monkeypatch.setattr("psannlm.device.trial_failure", lambda kind: None)
+    monkeypatch.setattr("psannlm.runtime.device.shutil.which", lambda name: f"/bin/{name}" if name in there else None)
+    monkeypatch.setattr("psannlm.runtime.device.trial_failure", lambda kind: None)
 
 
 def test_compiling_on_a_cpu_needs_a_cpp_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,13 +140,13 @@ def test_compiling_on_a_gpu_needs_triton_and_what_triton_builds_with(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     gpu = torch.device("cuda", 0)
-    monkeypatch.setattr("psannlm.device.find_spec", lambda name: None)
+    monkeypatch.setattr("psannlm.runtime.device.find_spec", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     programs(monkeypatch, "gcc")
     with pytest.raises(DeviceError, match="pip install triton"):
         require_compiler(gpu)
-    monkeypatch.setattr("psannlm.device.find_spec", lambda name: object())
-    monkeypatch.setattr("psannlm.device.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr("psannlm.runtime.device.find_spec", lambda name: object())
+    monkeypatch.setattr("psannlm.runtime.device.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(DeviceError, match="python3-dev"):
         require_compiler(gpu)
     (tmp_path / "Python.h").touch()
@@ -170,7 +170,7 @@ def test_a_broken_compiler_is_found_by_one_trial(tmp_path: Path) -> None:
         fake.chmod(0o755)
     program = """
 import torch
-from psannlm.device import require_compiler
+from psannlm.runtime.device import require_compiler
 from psannlm.errors import DeviceError
 from psannlm.training.compiling import decide_compiling
 from psannlm.training.compiling import decide_compiling
@@ -207,7 +207,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Exception],
             raise error
 
         monkeypatch.setattr(torch, "compile", fail)
-        monkeypatch.setattr("psannlm.device.missing_to_compile", lambda device: None)
+        monkeypatch.setattr("psannlm.runtime.device.missing_to_compile", lambda device: None)
         device.trial_failure.cache_clear()
 
     yield set_error
@@ -234,7 +234,7 @@ def test_a_failed_trial_names_cause_and_remedy(
     """A cache that may not be written to, or not be run from, fails as these exceptions say."""
     for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR"):
         monkeypatch.setenv(name, "/tmp")
-    monkeypatch.setattr("psannlm.device.tempfile.gettempdir", lambda: "/tmp")
+    monkeypatch.setattr("psannlm.runtime.device.tempfile.gettempdir", lambda: "/tmp")
     fail_with(error)
     with pytest.raises(DeviceError) as refused:
         require_compiler(CPU)
@@ -255,7 +255,7 @@ def test_a_space_in_a_path_of_the_compiler_is_named(
 ) -> None:
     path = "/home/ada/My Projects/x"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", path if place.isupper() else "/tmp/cache")
-    monkeypatch.setattr("psannlm.device.tempfile.gettempdir", lambda: path if "temporary" in place else "/tmp")
+    monkeypatch.setattr("psannlm.runtime.device.tempfile.gettempdir", lambda: path if "temporary" in place else "/tmp")
     monkeypatch.setattr(torch, "__path__", [path if "Python" in place else "/usr/lib/torch"])
     fail_with(_CompileError("CppCompileError: C++ compile error"))
     with pytest.raises(DeviceError, match=place) as refused:

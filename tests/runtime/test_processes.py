@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.processes import import_path, python_command, python_program
+from psannlm.runtime.processes import import_path, python_command, python_program
 
 # Libraries, ours and the standard one's, that a command or a process of its own imports late.
 NAMES = (

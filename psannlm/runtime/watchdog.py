@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 import torch.distributed as dist
 
 from psannlm.errors import EXIT_FAILED, AlreadyTold, Interrupted, PsannlmError, RankError, describe
-from psannlm.terminal import is_terminal, say
+from psannlm.runtime.streams import is_terminal, say
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from psannlm.terminal import bearing_loss
+from psannlm.runtime.streams import bearing_loss
 
 # One Ctrl-C comes twice where it reaches a whole group of processes and one of them passes it on.
 _ECHO_S = 1.0

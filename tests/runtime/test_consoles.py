@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from psannlm.consoles import FiguresTable, make_console
 from psannlm.display import printable
+from psannlm.runtime.consoles import FiguresTable, make_console
 
 WANTED = "o:100:[red]x/" + "a long folder name " * 12
 VARIABLES = {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from psannlm.distributed import World, joined, launched_world
 from psannlm.errors import DeviceError
+from psannlm.runtime.distributed import World, joined, launched_world
 
 CPU = torch.device("cpu")
 
@@ -97,9 +97,9 @@ def _group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(backend: str, **place: Any) -> None:
         original(backend, **{**place, "world_size": 1})
 
-    monkeypatch.setattr("psannlm.lifeline._GRACE_S", 0.0)
+    monkeypatch.setattr("psannlm.runtime.watchdog._GRACE_S", 0.0)
     monkeypatch.setattr(dist, "init_process_group", init)
-    monkeypatch.setattr("psannlm.distributed._stores", lambda world: (dist.HashStore(), store))
+    monkeypatch.setattr("psannlm.runtime.distributed._stores", lambda world: (dist.HashStore(), store))
 
 
 @pytest.mark.usefixtures("_group_of_one")

@@ -10,11 +10,11 @@ import threading
 
 import pytest
 
-from psannlm.signals import stopping_on_signals
+from psannlm.runtime.signals import stopping_on_signals
 
 WORK = """
 import sys, threading, time
-from psannlm.signals import stopping_on_signals
+from psannlm.runtime.signals import stopping_on_signals
 stop = threading.Event()
 with stopping_on_signals(stop):
     while not stop.is_set():

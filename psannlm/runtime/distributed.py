@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from psannlm.device import Unread
 from psannlm.errors import DeviceError, Interrupted
-from psannlm.folderstore import FolderStore
-from psannlm.lifeline import Lifeline
-from psannlm.lifeline import Store as WatchdogStore
+from psannlm.runtime.device import Unread
+from psannlm.runtime.folder_store import FolderStore
+from psannlm.runtime.watchdog import Lifeline
+from psannlm.runtime.watchdog import Store as WatchdogStore
 
 _HOW = "psannlm train --nproc N CONFIG, or torchrun --nproc-per-node N -m psannlm train CONFIG"
 # The longest that ranks which live may wait for each other: while rank 0 writes a checkpoint, say.

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from psannlm.errors import StreamError
-from psannlm.terminal import flush_output, guarding_streams, say, write_output
+from psannlm.runtime.streams import flush_output, guarding_streams, say, write_output
 
 
 class Full(io.StringIO):
@@ -110,7 +110,7 @@ def test_a_command_names_the_stream(tmp_path: Path, redirection: str, code: int,
 
 def test_a_closed_descriptor_is_taken_by_no_file(tmp_path: Path) -> None:
     program = (
-        "import os, sys\nfrom psannlm.terminal import guarding_streams\n"
+        "import os, sys\nfrom psannlm.runtime.streams import guarding_streams\n"
         "with guarding_streams():\n"
         f"    file = open({str(tmp_path / 'data')!r}, 'w')\n"
         "    assert file.fileno() > 2, file.fileno()\n"
