@@ -32,6 +32,7 @@ ORDER = (
     ("tokenizers",),
     ("data",),
     ("prep",),
+    ("kernels",),
     ("models",),
     ("evaluation",),
     ("generation", "training"),

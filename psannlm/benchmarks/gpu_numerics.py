@@ -15,8 +15,8 @@ from psannlm.benchmarks.gpu_report import CheckResult, Measure, at_least, at_mos
 from psannlm.benchmarks.gpu_stage import BASE_NAMES, Stage, Trainer, draw_tokens, dtype_name
 from psannlm.benchmarks.random_weights import show_every_part
 from psannlm.config.model import PositionKind
+from psannlm.models.activations import SineActivation
 from psannlm.models.registry import build_model
-from psannlm.models.sine import SineActivation
 from psannlm.models.transformer import Transformer
 
 POSITIONS: tuple[PositionKind, ...] = ("rope", "alibi", "sinusoidal")

@@ -17,7 +17,7 @@ from psannlm.benchmarks.decoding import finish
 from psannlm.benchmarks.timing import Clock
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.data.loader import MicroBatch
-from psannlm.models.compiled import compiled
+from psannlm.kernels.compile import compiled
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import Precision, computes_in_bf16

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from psannlm.benchmarks.timing import Clock, Count
-from psannlm.models.matmul import has_onednn, onednn_matmul
+from psannlm.kernels.onednn import has_onednn, onednn_matmul
 
 # Edge of the square matrices: large enough for full speed, and done in a fraction of a second.
 _EDGE = {"cpu": 1536, "cuda": 8192}

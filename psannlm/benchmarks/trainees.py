@@ -23,10 +23,10 @@ from psannlm.config.model import ModelConfig
 from psannlm.config.train import Amp
 from psannlm.data.loader import MicroBatch
 from psannlm.errors import ConfigError, nearest
+from psannlm.kernels.compile import compiled
 from psannlm.models.accounting import count_parameters, flops_per_token, refuse_oversize
-from psannlm.models.compiled import compiled
+from psannlm.models.activations import SineActivation
 from psannlm.models.registry import build_model, resolve
-from psannlm.models.sine import SineActivation
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import pick_precision, require_compiler
 from psannlm.training.optim import OptimizerSet

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, Problem
 from psannlm.io.limits import describe_memory, machine_memory_bytes
-from psannlm.models.lean import left_out
+from psannlm.kernels.recompute import left_out
 from psannlm.models.mlp import GATED_KINDS
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer

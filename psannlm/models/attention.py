@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.config.model import ModelConfig
-from psannlm.models.blocked import blocked_attention, is_blocked
+from psannlm.kernels.compile import stored
+from psannlm.kernels.cpu_attention import blocked_attention, is_blocked
+from psannlm.kernels.onednn import Linear
 from psannlm.models.cache import DecodeState, LayerState, whole_blocks
-from psannlm.models.compiled import stored
-from psannlm.models.matmul import Linear
 from psannlm.models.positions import alibi_bias, alibi_slopes, rope_tables, rotate
 
 # New tokens of a row up to which a compiled pass writes attention out as sums, instead of calling the kernel.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from psannlm.config.model import MlpKind, ModelConfig
-from psannlm.models.lean import is_lean, plain_down, sine_down
-from psannlm.models.matmul import Linear
-from psannlm.models.sine import SineActivation
+from psannlm.kernels.onednn import Linear
+from psannlm.kernels.recompute import is_lean, plain_down, sine_down
+from psannlm.models.activations import SineActivation, SquaredReLU
 
 GATED_KINDS: frozenset[MlpKind] = frozenset(("sineglu", "geglu", "swiglu"))
 
@@ -16,14 +15,6 @@ GATED_KINDS: frozenset[MlpKind] = frozenset(("sineglu", "geglu", "swiglu"))
 def default_d_mlp(kind: MlpKind, d_model: int) -> int:
     """Return F: 4 D, for the gated kinds 8/3 D rounded up to a multiple of 64, so that parameters are about equal."""
     return -(-8 * d_model // (3 * 64)) * 64 if kind in GATED_KINDS else 4 * d_model
-
-
-class SquaredReLU(nn.Module):
-    """max(z, 0) squared (So et al. 2021, arXiv 2109.08668)."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Map a tensor of any shape to one of the same shape."""
-        return F.relu(z).square()
 
 
 def _activation(config: ModelConfig, d_mlp: int) -> nn.Module:

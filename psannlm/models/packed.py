@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.errors import GenerationError, nearest
-from psannlm.models.compiled import stored
+from psannlm.kernels.compile import stored
+from psannlm.models.activations import SineActivation
 from psannlm.models.mlp import GatedMlp
-from psannlm.models.sine import SineActivation
 from psannlm.models.transformer import Block, Transformer
 from psannlm.models.wave import Wave
 from psannlm.runtime.device import computes_in_bf16

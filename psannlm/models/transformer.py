@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from psannlm.config.model import ModelConfig
+from psannlm.kernels.cross_entropy import head_cross_entropy, linear_cross_entropy
+from psannlm.kernels.onednn import Linear
+from psannlm.kernels.recompute import is_lean, norm_wave
 from psannlm.models.attention import Attention, Layout, plan_layout
 from psannlm.models.cache import DecodeState, LayerState, whole_blocks
-from psannlm.models.lean import is_lean, norm_wave
-from psannlm.models.loss import head_cross_entropy, linear_cross_entropy
-from psannlm.models.matmul import Linear
 from psannlm.models.mlp import GatedMlp, Mlp, build_mlp
 from psannlm.models.positions import sinusoids
 from psannlm.models.wave import Wave

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.config.model import ModelConfig
-from psannlm.models.sine import SineActivation
+from psannlm.models.activations import SineActivation
 
 _FEW_TOKENS = 16
 

@@ -23,9 +23,9 @@ from psannlm.errors import Interrupted, PictureError, StorageError, TrainingErro
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_text
 from psannlm.io.lock import RunLock
 from psannlm.io.run_metadata import system_info, write_json
+from psannlm.kernels.compile import compiled
 from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.artifact import load_model
-from psannlm.models.compiled import compiled
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import (

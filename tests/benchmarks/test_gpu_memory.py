@@ -1,4 +1,4 @@
-"""GPU-04 sees memory that is not as predicted, and a recomputation that saves nothing or changes the loss."""
+"""GPU-04 sees memory that is not as predicted, and a recomputation that saves nothing or changes the cross_entropy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from psannlm.benchmarks import gpu_memory
 from psannlm.benchmarks.gpu_memory import Peak, check_memory, memory_measures
 from psannlm.benchmarks.gpu_stage import Shape, Stage
-from psannlm.models import loss
-from psannlm.models.lean import left_out
+from psannlm.kernels import cross_entropy
+from psannlm.kernels.recompute import left_out
 
 PREDICTED = {False: 1000, True: 400}
 
@@ -61,7 +61,7 @@ def test_the_prediction_for_a_gpu_is_that_of_its_own_passes(
     """Rehearsed on a CPU with the plain algebra that a GPU gets, in bfloat16, by every allocation of a step."""
     shape = Shape(d_model=64, n_layers=4, n_heads=2, vocab_size=256, seq_len=128, n_rows=24)
     # As large beside the batch as a GPU's chunks are at full size.
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1 << 18)
     config = shape.config(base)
     small = replace(stage, sizes=replace(stage.sizes, memory=shape))
     with left_out(), norms_of_a_gpu():

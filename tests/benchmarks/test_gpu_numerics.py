@@ -18,7 +18,7 @@ from psannlm.benchmarks.gpu_numerics import (
     scale_measure,
 )
 from psannlm.benchmarks.gpu_stage import REHEARSAL, Stage
-from psannlm.models import lean
+from psannlm.kernels import recompute
 
 
 def test_gradients_are_those_of_float64(stage: Stage) -> None:
@@ -29,13 +29,13 @@ def test_gradients_are_those_of_float64(stage: Stage) -> None:
 
 
 def test_a_gradient_that_is_off_by_a_thousandth_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = lean.gated_gradients
+    original = recompute.gated_gradients
 
     def perturbed(*arguments: Any) -> Any:
         value, grad_up, (amplitude, frequency, decay) = original(*arguments)
         return value, grad_up, (amplitude, frequency * 1.001, decay)
 
-    monkeypatch.setattr(lean, "gated_gradients", perturbed)
+    monkeypatch.setattr(recompute, "gated_gradients", perturbed)
     missed = {measure.name for measure in check_gradients(stage).missed}
     assert missed == {
         f"{base}, {positions}, float32: gradient"
@@ -45,14 +45,14 @@ def test_a_gradient_that_is_off_by_a_thousandth_is_seen(stage: Stage, monkeypatc
 
 
 def test_a_gradient_that_is_no_number_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = lean.gated_gradients
+    original = recompute.gated_gradients
 
     def broken(grad: torch.Tensor, *arguments: Any) -> Any:
         found = original(grad, *arguments)
         grad.fill_(float("nan"))
         return found
 
-    monkeypatch.setattr(lean, "gated_gradients", broken)
+    monkeypatch.setattr(recompute, "gated_gradients", broken)
     result = check_gradients(stage)
     assert result.measures[0].value == 12, "two bases with a sine, three schemes, two precisions"
     assert not result.measures[0].is_met

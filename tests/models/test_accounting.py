@@ -12,6 +12,7 @@ from torch import Tensor
 
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.errors import ConfigError
+from psannlm.kernels.recompute import left_out
 from psannlm.models import accounting
 from psannlm.models.accounting import (
     Place,
@@ -21,7 +22,6 @@ from psannlm.models.accounting import (
     refuse_oversize,
     training_memory,
 )
-from psannlm.models.lean import left_out
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.training.optim import OptimizerSet

@@ -10,10 +10,10 @@ import torch
 
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.errors import ConfigError
+from psannlm.models.activations import SineActivation
 from psannlm.models.artifact import load_model, save_model
 from psannlm.models.mlp import GatedMlp, Mlp
 from psannlm.models.registry import BASES, build_model, resolve
-from psannlm.models.sine import SineActivation
 
 TINY: dict[str, Any] = {"d_model": 8, "n_layers": 2, "n_heads": 2, "vocab_size": 11}
 

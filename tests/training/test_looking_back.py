@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from psannlm.config.run import RunConfig
 from psannlm.errors import Interrupted, TrainingError
-from psannlm.models.lean import left_out
-from psannlm.models.matmul import prefers_onednn
+from psannlm.kernels.onednn import prefers_onednn
+from psannlm.kernels.recompute import left_out
 from psannlm.models.tensorfile import read_tensors
 from psannlm.runtime.device import Precision, Unread
 from psannlm.training import loop

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from psannlm.config.model import SineConfig
-from psannlm.models import sine
-from psannlm.models.sine import SineActivation, damped_sine, inverse_softplus
+from psannlm.kernels import damped_sine as damped_sine_module
+from psannlm.kernels.damped_sine import damped_sine
+from psannlm.models.activations import SineActivation, inverse_softplus
 
 MODES = ("abs", "relu", "none")
 N_FEATURES = 5
@@ -64,7 +65,7 @@ def test_value_and_gradients_equal_float64(
     mode: str, dtype: torch.dtype, n_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Three rows to a block and thread, so that the last block is ragged.
-    monkeypatch.setattr(sine, "_BLOCK_ELEMENTS", 3 * N_FEATURES + 1)
+    monkeypatch.setattr(damped_sine_module, "_BLOCK_ELEMENTS", 3 * N_FEATURES + 1)
     *tensors, grad = inputs(n_rows, dtype)
     found = value_and_gradients(damped_sine, tensors, grad, mode)
     assert [t.dtype for t in found] == [dtype, dtype, torch.float32, torch.float32, torch.float32]
@@ -77,7 +78,7 @@ def test_value_and_gradients_equal_float64(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_plain_path_equals_float64(mode: str, dtype: torch.dtype) -> None:
     *tensors, grad = inputs(23, dtype)
-    found = [sine._value(*tensors, mode), *sine._gradients(grad, *tensors, mode)]
+    found = [damped_sine_module.damped_sine_formula(*tensors, mode), *damped_sine_module._gradients(grad, *tensors, mode)]
     assert_matches_reference(found, tensors, grad, mode)
 
 
@@ -88,8 +89,8 @@ def test_plain_path_equals_float64(mode: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_path_equals_float64(mode: str, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
-    value, gradients = sine._compiled()
-    for n_rows in (23, 3 * sine._ROWS_SUMMED):
+    value, gradients = damped_sine_module._compiled()
+    for n_rows in (23, 3 * damped_sine_module._ROWS_SUMMED):
         *tensors, grad = inputs(n_rows, dtype)
         assert_matches_reference([value(*tensors, mode), *gradients(grad, *tensors, mode)], tensors, grad, mode)
 
@@ -100,9 +101,9 @@ def test_compiled_path_equals_float64(mode: str, dtype: torch.dtype) -> None:
 def test_compiled_backward_works_out_no_sine_twice() -> None:
     from torch._inductor.utils import run_and_get_code
 
-    *tensors, grad = inputs(3 * sine._ROWS_SUMMED, torch.float32)
+    *tensors, grad = inputs(3 * damped_sine_module._ROWS_SUMMED, torch.float32)
     torch._dynamo.reset()
-    _, code = run_and_get_code(sine._compiled()[1], grad, *tensors, "abs")
+    _, code = run_and_get_code(damped_sine_module._compiled()[1], grad, *tensors, "abs")
     (source,) = code
     for function in ("sin", "cos", "exp"):
         # Once for whole vectors, once for what is left of a row.
@@ -113,7 +114,7 @@ def test_compiled_backward_works_out_no_sine_twice() -> None:
 def test_size_of_a_block_changes_no_value(block_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     *tensors, grad = inputs(29, torch.float32)
     whole = value_and_gradients(damped_sine, tensors, grad, "abs")
-    monkeypatch.setattr(sine, "_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(damped_sine_module, "_BLOCK_ELEMENTS", block_elements)
     blocked = value_and_gradients(damped_sine, tensors, grad, "abs")
     assert torch.equal(whole[0], blocked[0])
     assert torch.equal(whole[1], blocked[1])

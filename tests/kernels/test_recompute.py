@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from psannlm.models import lean
+from psannlm.kernels import recompute
 from psannlm.models.transformer import Transformer
 
 SETTINGS: list[dict[str, Any]] = [
@@ -75,7 +75,7 @@ def test_less_is_kept_for_the_backward_pass(
 
 def test_compilers_inference_and_double_precision_take_the_plain_algebra() -> None:
     x = torch.ones(2, 3)
-    assert lean.is_lean(x)
-    assert not lean.is_lean(x.double())
+    assert recompute.is_lean(x)
+    assert not recompute.is_lean(x.double())
     with torch.no_grad():
-        assert not lean.is_lean(x)
+        assert not recompute.is_lean(x)

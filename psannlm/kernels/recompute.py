@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from psannlm.models.matmul import product, product_of_transposed
-from psannlm.models.sine import DecayMode, gated_gradients, gated_value
+from psannlm.kernels.damped_sine import DecayMode, gated_gradients, gated_value
+from psannlm.kernels.onednn import product, product_of_transposed
 
 _is_left_out = ContextVar("_is_left_out", default=False)
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from psannlm.models import matmul
-from psannlm.models.matmul import has_onednn, linear, onednn_matmul
+from psannlm.kernels import onednn
+from psannlm.kernels.onednn import has_onednn, linear, onednn_matmul
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this torch offers no product of oneDNN's")
 
 
 @pytest.fixture
 def detour(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(onednn, "prefers_onednn", lambda: True)
 
 
 def leaves(n_rows: int, has_bias: bool) -> list[Tensor]:
@@ -58,7 +58,7 @@ def test_matrices_of_any_strides() -> None:
 
 
 def test_other_precisions_take_no_detour(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "prefers_onednn", lambda: pytest.fail("asked for"))
+    monkeypatch.setattr(onednn, "prefers_onednn", lambda: pytest.fail("asked for"))
     x, weight = leaves(100, has_bias=False)
     assert linear(x.double(), weight.double()).dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psannlm.data.windows import IGNORE_INDEX
-from psannlm.models import loss as loss_module
-from psannlm.models.loss import linear_cross_entropy
+from psannlm.kernels import cross_entropy as loss_module
+from psannlm.kernels.cross_entropy import linear_cross_entropy
 from psannlm.runtime.device import has_compiler
 
 D, V = 6, 11

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.data.windows import IGNORE_INDEX
-from psannlm.models.compiled import compiled, fuses_by_compiler
-from psannlm.models.matmul import product, product_of_transposed
+from psannlm.kernels.compile import compiled, fuses_by_compiler
+from psannlm.kernels.onednn import product, product_of_transposed
 
 # Bytes of float32 logits worked on at a time; larger chunks gain nothing, smaller ones lose to the call overhead. On a
 # GPU a chunk of 8 MiB is done before the next one could be launched.

@@ -11,12 +11,10 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn import functional as F
 
-from psannlm.config.model import SineConfig
-from psannlm.models.compiled import compiled, fuses_by_compiler, stored
+from psannlm.kernels.compile import compiled, fuses_by_compiler, stored
 
 DecayMode = Literal["abs", "relu", "none"]
 
@@ -26,16 +24,11 @@ _ROWS_SUMMED = 16
 _BLOCK_ELEMENTS = 65_536
 
 
-def inverse_softplus(value: Tensor) -> Tensor:
-    """Return x such that softplus(x) = ``value``, for positive ``value`` of any shape."""
-    return value + torch.log(-torch.expm1(-value))
-
-
 def _envelope_argument(z: Tensor, mode: DecayMode) -> Tensor:
     return z.abs() if mode == "abs" else z.clamp(min=0.0)
 
 
-def _value(z: Tensor, amplitude: Tensor, frequency: Tensor, decay: Tensor, mode: DecayMode) -> Tensor:
+def damped_sine_formula(z: Tensor, amplitude: Tensor, frequency: Tensor, decay: Tensor, mode: DecayMode) -> Tensor:
     """The activation as plain tensor algebra on (N, F); what torch.compile fuses into one kernel."""
     wide = z.float()
     y = amplitude * torch.sin(frequency * wide)
@@ -81,7 +74,7 @@ def _sum_of_rows(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _compiled() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    return compiled(_value, dynamic=True), compiled(_gradients, dynamic=True)
+    return compiled(damped_sine_formula, dynamic=True), compiled(_gradients, dynamic=True)
 
 
 def _runs_in_blocks(z: Tensor) -> bool:
@@ -95,7 +88,7 @@ def _blocks(n_rows: int, n_features: int) -> range:
 
 
 def _value_in_blocks(z: Tensor, amplitude: Tensor, frequency: Tensor, decay: Tensor, mode: DecayMode) -> Tensor:
-    """``_value`` for a CPU: every intermediate lives in a buffer that stays in cache."""
+    """``damped_sine_formula`` for a CPU: every intermediate lives in a buffer that stays in cache."""
     return gated_value(z, None, amplitude, frequency, decay, mode)
 
 
@@ -221,10 +214,10 @@ class _DampedSine(torch.autograd.Function):
         ctx.save_for_backward(z, amplitude, frequency, decay)
         ctx.mode = mode
         if torch.compiler.is_compiling():
-            return _value(z, amplitude, frequency, decay, mode)
+            return damped_sine_formula(z, amplitude, frequency, decay, mode)
         if fuses_by_compiler(z):
             return _compiled()[0](z, amplitude, frequency, decay, mode)
-        kernel = _value_in_blocks if _runs_in_blocks(z) else _value
+        kernel = _value_in_blocks if _runs_in_blocks(z) else damped_sine_formula
         return kernel(z, amplitude, frequency, decay, mode)
 
     @staticmethod
@@ -252,68 +245,3 @@ def damped_sine(z: Tensor, amplitude: Tensor, frequency: Tensor, decay: Tensor, 
     flat = z.reshape(-1, z.shape[-1])
     y: Tensor = _DampedSine.apply(flat, amplitude, frequency, decay, mode)  # type: ignore[no-untyped-call]
     return y.view(z.shape)
-
-
-class SineActivation(nn.Module):
-    """Damped sine with an amplitude, frequency and decay per feature, each positive: softplus of a raw parameter.
-
-    Args:
-        n_features: size F of the last dimension.
-        config: initial values, spread, bounds, and which of the three learn; the others are buffers.
-    """
-
-    def __init__(self, n_features: int, config: SineConfig) -> None:
-        super().__init__()
-        self.mode: DecayMode = config.decay_mode
-        self.bounds = {"amplitude": config.amp_bounds, "frequency": config.freq_bounds, "decay": config.damp_bounds}
-        starts = {
-            "amplitude": (config.amp_init, config.amp_std),
-            "frequency": (config.freq_init, config.freq_std),
-            "decay": (config.damp_init, config.damp_std),
-        }
-        learnable = config.learnable_parameters()
-        self._frozen: dict[str, Tensor] = {}
-        for name, (mean, spread) in starts.items():
-            value = torch.full((n_features,), mean)
-            if spread:
-                # Kept positive, where the raw parameter exists; a spread that reaches zero is cut off near it.
-                value = (value + spread * torch.randn(n_features)).clamp(min=mean / 1000)
-            raw = inverse_softplus(value.double()).float()
-            if name in learnable:
-                self.register_parameter(f"raw_{name}", nn.Parameter(raw))
-            else:
-                self.register_buffer(f"raw_{name}", raw)
-
-    def value_of(self, name: str) -> Tensor:
-        """Return the (F,) float32 values of ``amplitude``, ``frequency`` or ``decay``, within their bounds."""
-        if name in self._frozen:
-            return self._frozen[name]
-        value = F.softplus(getattr(self, f"raw_{name}").float())
-        bounds = self.bounds[name]
-        return value if bounds is None else value.clamp(*bounds)
-
-    def values(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return amplitude, frequency and decay as :meth:`value_of` does, whatever the autocast."""
-        raw: Tensor = getattr(self, "raw_amplitude")  # noqa: B009
-        with torch.autocast(raw.device.type, enabled=False):
-            return self.value_of("amplitude"), self.value_of("frequency"), self.value_of("decay")
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether :meth:`freeze` was called."""
-        return bool(self._frozen)
-
-    def freeze(self) -> None:
-        """Work the parameters out once, for inference: from now on neither training nor loading changes them."""
-        self._frozen = {name: self.value_of(name).detach() for name in ("amplitude", "frequency", "decay")}
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Map (..., F) to (..., F), same dtype."""
-        if self._frozen:
-            frozen = self._frozen
-            return _value(z, frozen["amplitude"], frozen["frequency"], frozen["decay"], self.mode)
-        with torch.autocast(z.device.type, enabled=False):
-            return damped_sine(z, *self.values(), self.mode)
-
-    def extra_repr(self) -> str:
-        return f"n_features={len(self.value_of('amplitude'))}, decay_mode={self.mode}"

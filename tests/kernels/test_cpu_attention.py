@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from psannlm.models import blocked
-from psannlm.models.blocked import blocked_attention, is_blocked
+from psannlm.kernels import cpu_attention
+from psannlm.kernels.cpu_attention import blocked_attention, is_blocked
 from psannlm.models.positions import alibi_bias, alibi_slopes
 from psannlm.models.transformer import Transformer
 
@@ -160,6 +160,6 @@ def _as_one(gradients: list[Tensor]) -> Tensor:
 def test_blocks_of_queries_do_not_change_what_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = tensors(300)
     whole = value_and_gradients(blocked_attention, drawn, None, torch.bfloat16)
-    monkeypatch.setattr(blocked, "_QUERIES", 50)
+    monkeypatch.setattr(cpu_attention, "_QUERIES", 50)
     for mine, other in zip(value_and_gradients(blocked_attention, drawn, None, torch.bfloat16), whole, strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-2)
