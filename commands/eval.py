@@ -48,11 +48,11 @@ def evaluate(
     from psannlm.config.data import PathSource
     from psannlm.config.run import section_from_kwargs
     from psannlm.config.train import TrainConfig
-    from psannlm.evaluation import evaluate_sources
+    from psannlm.evaluation.loss import evaluate_sources
+    from psannlm.generation.quantize import pack_model
     from psannlm.io.atomic import write_text
     from psannlm.io.run_metadata import new_folder, require_folder, system_info, write_json
     from psannlm.models.artifact import load_model
-    from psannlm.models.packed import pack_model
     from psannlm.runtime.device import pick_device, pick_precision
     from psannlm.tokenizers.roundtrip import LOSSY
 

@@ -72,8 +72,8 @@ def generate(
         raise typer.BadParameter("give --prompt TEXT or --prompts-file FILE", param_hint="--prompt")
 
     from psannlm.errors import ArtifactError
+    from psannlm.generation.generate import generate as complete
     from psannlm.generation.sampling import SamplingConfig
-    from psannlm.generation.text import generate as complete
     from psannlm.models.artifact import load_model
     from psannlm.runtime.device import pick_device, require_compiler
 

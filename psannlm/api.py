@@ -23,14 +23,14 @@ from psannlm.data.prepare import PreparedData, prepare, prepare_documents
 from psannlm.data.shards import encode_documents
 from psannlm.data.stream import Stream
 from psannlm.errors import CorpusError, GenerationError, Interrupted
-from psannlm.generation.decoding import ContextRule
+from psannlm.generation.batch_decode import ContextRule
 from psannlm.generation.engine import Engine
+from psannlm.generation.generate import Completion, choose_compiling, generate
+from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.samples import draw_samples
 from psannlm.generation.sampling import SamplingConfig
-from psannlm.generation.text import Completion, choose_compiling, generate
 from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.artifact import load_model, model_file, save_model
-from psannlm.models.packed import WeightDtype
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.consoles import make_console

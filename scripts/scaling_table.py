@@ -13,8 +13,8 @@ import torch
 
 from psannlm.config.model import ModelConfig
 from psannlm.models.accounting import TrainingMemory, count_parameters, training_memory
+from psannlm.models.parallel_estimates import Device, sharded_memory, tokens_per_s
 from psannlm.models.registry import resolve
-from psannlm.models.scaling import Device, sharded_memory, tokens_per_s
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 # Memory, dense bfloat16 peak and links as its maker states them; 40 % of the peak is what good training code reaches.

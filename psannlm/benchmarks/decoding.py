@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from psannlm.benchmarks.timing import Clock, Count
-from psannlm.generation.decoding import Decoding
+from psannlm.generation.batch_decode import Decoding
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig, next_tokens
 

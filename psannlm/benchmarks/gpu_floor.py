@@ -18,8 +18,8 @@ from psannlm.benchmarks.gpu_stage import Shape, Stage
 from psannlm.benchmarks.timing import Count, Spread, take_turns
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.generation.engine import Engine
+from psannlm.generation.quantize import WeightDtype
 from psannlm.models.accounting import count_parameters
-from psannlm.models.packed import WeightDtype
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import describe_device, has_compiler
 

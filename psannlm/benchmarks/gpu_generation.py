@@ -27,10 +27,10 @@ from psannlm.benchmarks.kv_cache import bench_kv, build_random_model
 from psannlm.benchmarks.kv_report import KvReport, KvSettings
 from psannlm.benchmarks.timing import Spread
 from psannlm.config.model import BaseName
-from psannlm.generation.decoding import Decoding
+from psannlm.generation.batch_decode import Decoding
 from psannlm.generation.engine import Engine
+from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
-from psannlm.models.packed import WeightDtype
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import has_compiler, missing_to_compile
 

@@ -17,7 +17,7 @@ from psannlm.benchmarks.timing import Clock, Count, Standing, shared_turns, take
 from psannlm.generation.engine import Engine
 from psannlm.io.atomic import write_bytes
 from psannlm.io.figures import render_figure
-from psannlm.models.cache import DecodeState
+from psannlm.models.kv_cache import DecodeState
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,8 +16,8 @@ from psannlm.benchmarks.rivals import RivalRuns, require_rival
 from psannlm.benchmarks.timing import Spread, paired_ratio, shared_turns
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, nearest
+from psannlm.generation.quantize import WeightDtype
 from psannlm.models.accounting import cache_bytes
-from psannlm.models.packed import WeightDtype
 
 Cases = Literal["all", "batch", "cached"]
 _FIGURES = ("prefill_s", "first_token_s", "decode_s", "total_s", "decode_tokens_per_s", "tokens_per_s")

@@ -14,10 +14,10 @@ from psannlm.benchmarks.counting_tasks import TaskName
 from psannlm.config.base import FileName, Flag, Real, Section, Text, Whole
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.files import is_prepared
-from psannlm.config.findings import SECTIONS, Finding, dotted, examine, show
 from psannlm.config.overrides import Origin
 from psannlm.config.run import RunConfig, config_from_mapping
-from psannlm.config.yaml_tree import KeyPath, YamlTree, read_yaml
+from psannlm.config.validation import SECTIONS, Finding, dotted, examine, show
+from psannlm.config.yaml_loader import KeyPath, YamlTree, read_yaml
 from psannlm.errors import ConfigError, Problem, nearest
 
 PositiveReal = Annotated[Real, Field(gt=0)]

@@ -23,7 +23,7 @@ from psannlm.io.run_metadata import write_json
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
 from psannlm.runtime.processes import python_command
 from psannlm.runtime.signals import stopping_on_signals
-from psannlm.training.mishaps import NOT_FINITE
+from psannlm.training.failures import NOT_FINITE
 from psannlm.training.run_folder import is_own_config, says_the_same
 
 STUDY_FILE = "study.json"

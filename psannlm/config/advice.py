@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Literal
 
 from psannlm.config.base import word_to_bool
-from psannlm.config.yaml_tree import flow_yaml, parse_yaml, read_number
+from psannlm.config.yaml_loader import flow_yaml, parse_yaml, read_number
 from psannlm.errors import ConfigError
 
 Due = Literal["value", "whole number", "list", "group"]

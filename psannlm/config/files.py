@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from psannlm.config.data import DataConfig, PathSource
-from psannlm.config.findings import Finding
-from psannlm.config.yaml_tree import nearest_sibling
+from psannlm.config.validation import Finding
+from psannlm.config.yaml_loader import nearest_sibling
 from psannlm.io.lfs_pointers import pointer_at
 from psannlm.io.urls import literal_beginning, local_path, protocol_of, refusal
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from psannlm.config.findings import SECTIONS, Finding, dotted, unknown_section
-from psannlm.config.yaml_tree import KeyPath, parse_yaml
+from psannlm.config.validation import SECTIONS, Finding, dotted, unknown_section
+from psannlm.config.yaml_loader import KeyPath, parse_yaml
 from psannlm.errors import ConfigError, Problem
 
 

@@ -13,8 +13,8 @@ from pydantic_core import PydanticUndefined
 
 from psannlm.config.base import Section
 from psannlm.config.data import BuiltinSource, PathSource
-from psannlm.config.findings import SECTIONS
-from psannlm.config.yaml_tree import dump_yaml
+from psannlm.config.validation import SECTIONS
+from psannlm.config.yaml_loader import dump_yaml
 
 _PLAIN = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 _SIGNS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}

@@ -12,11 +12,11 @@ from pydantic import Field
 from psannlm.config.base import Check, Section
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.files import holds_out, is_prepared, missing_files
-from psannlm.config.findings import SECTIONS, Finding, dotted, examine, show, touches, unknown_section
 from psannlm.config.model import ModelConfig
 from psannlm.config.overrides import Origin, apply_override
 from psannlm.config.train import TrainConfig
-from psannlm.config.yaml_tree import dump_yaml, flow_yaml, read_yaml
+from psannlm.config.validation import SECTIONS, Finding, dotted, examine, show, touches, unknown_section
+from psannlm.config.yaml_loader import dump_yaml, flow_yaml, read_yaml
 from psannlm.errors import ConfigError, Problem, UnknownKeyError
 
 _LONGEST_SHOWN = 300

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from psannlm.errors import GenerationError
+from psannlm.generation.quantize import FEW_TOKENS, WeightDtype, pack_model, weight_bytes
 from psannlm.kernels.compile import compiled
 from psannlm.models.attention import PREFILL_QUERIES, continue_layout
-from psannlm.models.cache import DecodeState, LayerState, move_tails, whole_blocks
-from psannlm.models.packed import FEW_TOKENS, WeightDtype, pack_model, weight_bytes
+from psannlm.models.kv_cache import DecodeState, LayerState, move_tails, whole_blocks
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import compiler_fault, computes_in_bf16, require_compiler
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from psannlm.generation.decoding import context_limit
+from psannlm.generation.batch_decode import context_limit
+from psannlm.generation.generate import generate
 from psannlm.generation.sampling import SamplingConfig
-from psannlm.generation.text import generate
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 

@@ -15,7 +15,7 @@ from psannlm.config.model import ModelConfig
 from psannlm.kernels.compile import stored
 from psannlm.kernels.cpu_attention import blocked_attention, is_blocked
 from psannlm.kernels.onednn import Linear
-from psannlm.models.cache import DecodeState, LayerState, whole_blocks
+from psannlm.models.kv_cache import DecodeState, LayerState, whole_blocks
 from psannlm.models.positions import alibi_bias, alibi_slopes, rope_tables, rotate
 
 # New tokens of a row up to which a compiled pass writes attention out as sums, instead of calling the kernel.

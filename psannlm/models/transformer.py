@@ -18,10 +18,10 @@ from psannlm.kernels.cross_entropy import head_cross_entropy, linear_cross_entro
 from psannlm.kernels.onednn import Linear
 from psannlm.kernels.recompute import is_lean, norm_wave
 from psannlm.models.attention import Attention, Layout, plan_layout
-from psannlm.models.cache import DecodeState, LayerState, whole_blocks
+from psannlm.models.kv_cache import DecodeState, LayerState, whole_blocks
 from psannlm.models.mlp import GatedMlp, Mlp, build_mlp
 from psannlm.models.positions import sinusoids
-from psannlm.models.wave import Wave
+from psannlm.models.short_conv import Wave
 
 _EMBEDDING_STD = 0.02
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from psannlm.evaluation import Evaluation
+from psannlm.evaluation.loss import Evaluation
 from psannlm.training.result import TrainResult
 
 

@@ -18,15 +18,14 @@ from psannlm.config.run import RunConfig
 from psannlm.data.loader import Loader, Position, StepBatch
 from psannlm.data.windows import Windows
 from psannlm.errors import Interrupted, TrainingError
-from psannlm.evaluation import evaluate
+from psannlm.evaluation.loss import evaluate
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import Precision, Unread, peak_memory_bytes
 from psannlm.runtime.distributed import World
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.callbacks import Callback, SaveEvent, StepEvent, ValidationEvent
 from psannlm.training.checkpoint import BEST, TrainerState, assist_save, point, prune, save_checkpoint
-from psannlm.training.metrics import MetricsLog
-from psannlm.training.mishaps import (
+from psannlm.training.failures import (
     NOT_FINITE,
     TOO_MANY_IN_A_ROW,
     describe_not_finite,
@@ -34,6 +33,7 @@ from psannlm.training.mishaps import (
     find_not_finite,
     last_saved,
 )
+from psannlm.training.metrics import MetricsLog
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import is_sharded
 from psannlm.training.progress import Rate, Reporter, TimeBudget

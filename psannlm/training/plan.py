@@ -17,8 +17,8 @@ from psannlm.models.accounting import (
     refuse_oversize,
     training_memory,
 )
+from psannlm.models.parallel_estimates import sharded_memory
 from psannlm.models.registry import resolve
-from psannlm.models.scaling import sharded_memory
 from psannlm.runtime.device import pick_device, pick_precision, require_compiler
 from psannlm.runtime.distributed import World, launched_world
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from psannlm.display import printable
-from psannlm.evaluation import Evaluation
+from psannlm.evaluation.loss import Evaluation
 from psannlm.runtime.device import memory_in_use
 from psannlm.tokenizers.roundtrip import LOSSY
 from psannlm.training.dashboard import Dashboard

@@ -17,7 +17,7 @@ from psannlm.data.documents import ReadReport
 from psannlm.data.prepare import PreparedData
 from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError, TokenizerError
-from psannlm.evaluation import Evaluation, evaluate
+from psannlm.evaluation.loss import Evaluation, evaluate
 from psannlm.models.artifact import model_file, save_model
 from psannlm.models.registry import resolve
 from psannlm.models.transformer import Transformer

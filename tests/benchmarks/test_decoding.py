@@ -12,7 +12,7 @@ from torch import Tensor
 
 from psannlm.benchmarks.decoding import Case, DecodeRun, decode, decode_uncached, spread_places
 from psannlm.generation.engine import Engine
-from psannlm.models.cache import DecodeState
+from psannlm.models.kv_cache import DecodeState
 from psannlm.models.transformer import Transformer
 
 PROMPTS = [[3, 1, 4], [1, 5, 9]]

@@ -14,7 +14,7 @@ from psannlm.benchmarks.growth import GrowthPoint, draw_growth, longest_state, m
 from psannlm.benchmarks.timing import Standing
 from psannlm.generation.engine import Engine
 from psannlm.models.accounting import cache_bytes
-from psannlm.models.cache import DecodeState
+from psannlm.models.kv_cache import DecodeState
 from psannlm.models.transformer import Transformer
 
 

@@ -80,7 +80,7 @@ def test_a_wrong_token_is_exit_3_and_leaves_the_evidence(
     dtype: str, psannlm, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cache that forgets how long it is: every token after the prompt is decoded at the place of the first."""
-    from psannlm.models.cache import DecodeState
+    from psannlm.models.kv_cache import DecodeState
 
     advance = DecodeState.advance
 

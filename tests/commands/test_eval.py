@@ -57,7 +57,7 @@ def test_the_validation_of_training_is_found_again(psannlm, in_trained: Path, tm
 def test_a_folder_that_cannot_be_written_is_refused_first(
     psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:
-    monkeypatch.setattr("psannlm.evaluation.evaluate_sources", lambda *arguments, **options: pytest.fail("worked"))
+    monkeypatch.setattr("psannlm.evaluation.loss.evaluate_sources", lambda *arguments, **options: pytest.fail("worked"))
     done = psannlm("eval", "corpus.txt", "--device", "cpu", "--out", out)
     assert done.code == 1
     assert done.err.startswith(("error: could not write", "error: not allowed to write"))

@@ -214,7 +214,7 @@ def test_without_a_compiler_it_says_so_and_writes_the_same(
 ) -> None:
     plain = psannlm("generate", "--prompt", "The tide", *GREEDY)
     monkeypatch.setattr("psannlm.generation.engine.compiler_fault", lambda device: "a C++ compiler (install g++)")
-    monkeypatch.setattr("psannlm.generation.text.REPAYING_PASSES", 1)
+    monkeypatch.setattr("psannlm.generation.generate.REPAYING_PASSES", 1)
     done = psannlm("generate", "--prompt", "The tide", *GREEDY)
     assert done.out == plain.out
     assert "needs a C++ compiler" in done.err

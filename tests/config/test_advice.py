@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from psannlm.config.findings import SECTIONS, examine
 from psannlm.config.reference import keys
 from psannlm.config.run import RunConfig, config_from_mapping, load_config
-from psannlm.config.yaml_tree import parse_yaml
+from psannlm.config.validation import SECTIONS, examine
+from psannlm.config.yaml_loader import parse_yaml
 from psannlm.errors import ConfigError
 
 DEFAULTS = {key.path: key.default for key in keys()}

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from psannlm.config.findings import SECTIONS
 from psannlm.config.reference import keys
 from psannlm.config.run import RunConfig, config_from_mapping, load_config, section_from_kwargs, to_yaml
+from psannlm.config.validation import SECTIONS
 from psannlm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from psannlm.config.findings import SECTIONS
 from psannlm.config.reference import keys, markdown_table
+from psannlm.config.validation import SECTIONS
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BEGIN, END = "<!-- config keys: begin -->", "<!-- config keys: end -->"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from psannlm.generation.decoding import Decoding
+from psannlm.generation.batch_decode import Decoding
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig, next_tokens
-from psannlm.models.cache import DecodeState
+from psannlm.models.kv_cache import DecodeState
 from psannlm.models.transformer import Transformer
 
 GREEDY = SamplingConfig(temperature=0.0)

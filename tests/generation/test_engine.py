@@ -12,12 +12,12 @@ from torch import Tensor
 
 from psannlm.config.model import BaseName, PositionKind
 from psannlm.errors import DeviceError, GenerationError
-from psannlm.generation.decoding import Decoding
+from psannlm.generation.batch_decode import Decoding
 from psannlm.generation.engine import Engine
+from psannlm.generation.quantize import FEW_TOKENS, WeightDtype
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.accounting import cache_bytes
-from psannlm.models.cache import BLOCK, DecodeState
-from psannlm.models.packed import FEW_TOKENS, WeightDtype
+from psannlm.models.kv_cache import BLOCK, DecodeState
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import computes_in_bf16, has_compiler
 
@@ -198,7 +198,7 @@ def test_what_a_compiled_step_writes_into_is_marked_as_staying(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_what_is_emulated_is_told(dtype: WeightDtype, build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("psannlm.generation.engine", "psannlm.models.packed"):
+    for module in ("psannlm.generation.engine", "psannlm.generation.quantize"):
         monkeypatch.setattr(f"{module}.computes_in_bf16", lambda device: False)
     model = build_tiny(max_seq_len=100)
     engine = Engine(model, dtype=dtype)

@@ -78,7 +78,10 @@ def test_value_and_gradients_equal_float64(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_plain_path_equals_float64(mode: str, dtype: torch.dtype) -> None:
     *tensors, grad = inputs(23, dtype)
-    found = [damped_sine_module.damped_sine_formula(*tensors, mode), *damped_sine_module._gradients(grad, *tensors, mode)]
+    found = [
+        damped_sine_module.damped_sine_formula(*tensors, mode),
+        *damped_sine_module._gradients(grad, *tensors, mode),
+    ]
     assert_matches_reference(found, tensors, grad, mode)
 
 

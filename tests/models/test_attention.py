@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from psannlm.config.model import ModelConfig, PositionKind
 from psannlm.errors import GenerationError
 from psannlm.models.attention import Attention, continue_layout, plan_layout
-from psannlm.models.cache import DecodeState
+from psannlm.models.kv_cache import DecodeState
 from psannlm.models.positions import alibi_slopes, rope_tables, rotate
 from psannlm.models.transformer import Transformer
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from psannlm.config.model import ModelConfig
-from psannlm.generation.decoding import Decoding
+from psannlm.generation.batch_decode import Decoding
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.registry import resolve
+from psannlm.models.short_conv import Wave
 from psannlm.models.transformer import Transformer
-from psannlm.models.wave import Wave
 
 pytestmark = [
     pytest.mark.gpu,

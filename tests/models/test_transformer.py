@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from psannlm.config.model import BaseName, MlpKind, ModelConfig, PositionKind
 from psannlm.data.windows import IGNORE_INDEX
-from psannlm.models.cache import DecodeState
+from psannlm.models.kv_cache import DecodeState
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 

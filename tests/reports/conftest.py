@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from psannlm.config.yaml_tree import dump_yaml
+from psannlm.config.yaml_loader import dump_yaml
 
 SYSTEM = {
     "time_utc": "2026-11-20T08:00:00+00:00",

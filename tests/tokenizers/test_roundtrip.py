@@ -15,7 +15,7 @@ from psannlm.config.model import ModelConfig
 from psannlm.data.documents import Document
 from psannlm.data.manifest import SplitEntry, read_manifest
 from psannlm.data.prepare import prepare
-from psannlm.evaluation import evaluate_sources
+from psannlm.evaluation.loss import evaluate_sources
 from psannlm.models.artifact import LoadedModel
 from psannlm.models.registry import build_model, resolve
 from psannlm.prep.merge import _lost_fraction, merge_parts

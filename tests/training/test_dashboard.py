@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from psannlm.evaluation import Evaluation
+from psannlm.evaluation.loss import Evaluation
 from psannlm.runtime.device import MemoryUse, memory_in_use
 from psannlm.training.dashboard import Dashboard, sparkline
 from psannlm.training.progress import ConsoleReporter

@@ -24,7 +24,7 @@ from psannlm.models.tensorfile import read_tensors
 from psannlm.runtime.device import Precision, Unread
 from psannlm.training import loop
 from psannlm.training.checkpoint import list_checkpoints, step_folder
-from psannlm.training.mishaps import find_not_finite
+from psannlm.training.failures import find_not_finite
 from psannlm.training.progress import SilentReporter
 from psannlm.training.run import train
 

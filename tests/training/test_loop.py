@@ -18,7 +18,7 @@ from psannlm.config.run import RunConfig, load_config, to_yaml
 from psannlm.data.documents import Document
 from psannlm.data.prepare import prepare_documents
 from psannlm.errors import EXIT_INTERRUPTED, Interrupted, StorageError, TrainingError
-from psannlm.evaluation import Evaluation
+from psannlm.evaluation.loss import Evaluation
 from psannlm.models.tensorfile import read_tensors
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.signals import stopping_on_signals

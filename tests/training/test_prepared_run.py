@@ -18,7 +18,7 @@ from psannlm.data.documents import read_documents
 from psannlm.data.manifest import read_manifest, write_manifest
 from psannlm.data.prepare import split_documents
 from psannlm.errors import ConfigError, StorageError
-from psannlm.evaluation import evaluate_sources
+from psannlm.evaluation.loss import evaluate_sources
 from psannlm.models.artifact import load_model
 from psannlm.prep.plan import Plan, write_plan
 from psannlm.prep.settings import PrepSettings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from psannlm.evaluation import Evaluation
+from psannlm.evaluation.loss import Evaluation
 from psannlm.training.progress import ConsoleReporter, Rate, SilentReporter
 
 

@@ -15,7 +15,7 @@ import torch
 from psannlm.config.run import RunConfig
 from psannlm.data.prepare import prepare
 from psannlm.errors import ArtifactError, ConfigError, PsannlmError
-from psannlm.evaluation import Evaluation
+from psannlm.evaluation.loss import Evaluation
 from psannlm.models.tensorfile import read_tensors
 from psannlm.runtime.device import has_compiler
 from psannlm.training.checkpoint import _sealed, find_checkpoint, list_checkpoints, read_state, step_folder

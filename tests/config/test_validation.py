@@ -4,9 +4,9 @@ import pytest
 from pydantic import Field
 
 from psannlm.config.base import Check, Section, Whole
-from psannlm.config.findings import _NAMES_ELSEWHERE, SECTIONS, dotted, examine, show, touches
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import config_from_mapping
+from psannlm.config.validation import _NAMES_ELSEWHERE, SECTIONS, dotted, examine, show, touches
 from psannlm.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ import torch
 
 from psannlm.config.model import ModelConfig
 from psannlm.models.accounting import count_parameters, training_memory
+from psannlm.models.parallel_estimates import Device, bytes_sent, sharded_elements, sharded_memory, tokens_per_s
 from psannlm.models.registry import build_model, resolve
-from psannlm.models.scaling import Device, bytes_sent, sharded_elements, sharded_memory, tokens_per_s
 from psannlm.training.optim import group_parameters
 
 CONFIG = resolve(

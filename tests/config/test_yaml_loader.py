@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psannlm.config.yaml_tree import dump_yaml, parse_yaml, read_number, read_yaml
+from psannlm.config.yaml_loader import dump_yaml, parse_yaml, read_number, read_yaml
 from psannlm.errors import ConfigError
 
 

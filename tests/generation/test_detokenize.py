@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import pytest
 import sentencepiece
 
-from psannlm.generation.stream import TextStream
-from psannlm.generation.text import continuation_text
+from psannlm.generation.detokenize import TextStream
+from psannlm.generation.generate import continuation_text
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, tokenizer_from_bytes
 

@@ -20,8 +20,8 @@ from psannlm.errors import GenerationError, nearest
 from psannlm.kernels.compile import stored
 from psannlm.models.activations import SineActivation
 from psannlm.models.mlp import GatedMlp
+from psannlm.models.short_conv import Wave
 from psannlm.models.transformer import Block, Transformer
-from psannlm.models.wave import Wave
 from psannlm.runtime.device import computes_in_bf16
 
 WeightDtype = Literal["float32", "bfloat16", "int8"]

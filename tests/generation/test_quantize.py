@@ -15,8 +15,16 @@ from torch import Tensor, nn
 
 from psannlm.config.model import BaseName, PositionKind
 from psannlm.errors import GenerationError
-from psannlm.models import packed
-from psannlm.models.packed import FEW_TOKENS, PackedLinear, WeightDtype, by_tiles, pack_model, quantize, weight_bytes
+from psannlm.generation import quantize as quantize_module
+from psannlm.generation.quantize import (
+    FEW_TOKENS,
+    PackedLinear,
+    WeightDtype,
+    by_tiles,
+    pack_model,
+    quantize,
+    weight_bytes,
+)
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import computes_in_bf16
 
@@ -87,7 +95,9 @@ def test_fewer_bits_are_the_model_with_rounded_matrices(
     base: str, dtype: WeightDtype, is_compiled: bool, build_tiny: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variant, has_bf16 in product(VARIANTS, (True, False)):
-        monkeypatch.setattr(packed, "computes_in_bf16", lambda device, has=has_bf16: has and computes_in_bf16(device))
+        monkeypatch.setattr(
+            quantize_module, "computes_in_bf16", lambda device, has=has_bf16: has and computes_in_bf16(device)
+        )
         model = build_tiny(base=base, d_model=32, d_mlp=48, **variant)
         twin, wanted = pack_model(model, dtype, is_compiled=is_compiled), rounded(model, dtype)
         for n_tokens in (1, 9, 20):

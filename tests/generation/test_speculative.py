@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psannlm.generation.lookup import PromptLookup
+from psannlm.generation.speculative import PromptLookup
 
 ids = st.lists(st.integers(0, 3), max_size=30)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from psannlm.config.model import BaseName, ModelConfig, PositionKind
 from psannlm.errors import GenerationError
 from psannlm.models.accounting import cache_bytes, count_parameters
-from psannlm.models.cache import BLOCK, DecodeState, LayerState, move_tails
+from psannlm.models.kv_cache import BLOCK, DecodeState, LayerState, move_tails
 from psannlm.models.registry import resolve
 from psannlm.models.transformer import Transformer
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from psannlm.errors import GenerationError, nearest
 from psannlm.generation.engine import Engine
-from psannlm.generation.lookup import PromptLookup
+from psannlm.generation.quantize import FEW_TOKENS
 from psannlm.generation.sampling import SamplingConfig, next_tokens, require_number
+from psannlm.generation.speculative import PromptLookup
 from psannlm.io.limits import describe_memory, machine_memory_bytes
 from psannlm.models.accounting import cache_bytes
-from psannlm.models.cache import DecodeState
-from psannlm.models.packed import FEW_TOKENS
+from psannlm.models.kv_cache import DecodeState
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import gpu_memory_bytes
 

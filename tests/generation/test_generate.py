@@ -12,8 +12,8 @@ import torch
 
 from psannlm.errors import GenerationError
 from psannlm.generation.engine import Engine
+from psannlm.generation.generate import REPAYING_PASSES, Completion, choose_compiling, encode_prompt, generate
 from psannlm.generation.sampling import SamplingConfig
-from psannlm.generation.text import REPAYING_PASSES, Completion, choose_compiling, encode_prompt, generate
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 
@@ -257,7 +257,7 @@ def test_what_is_had_in_another_way_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("psannlm.generation.engine.compiler_fault", lambda device: "a C++ compiler (install g++)")
-    monkeypatch.setattr("psannlm.generation.text.REPAYING_PASSES", least)
+    monkeypatch.setattr("psannlm.generation.generate.REPAYING_PASSES", least)
     n = 5
     model = build_for(byte_tokenizer, build_tiny)
     told: list[str] = []

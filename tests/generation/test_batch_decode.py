@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from psannlm.config.model import BaseName, PositionKind
 from psannlm.errors import GenerationError
-from psannlm.generation import decoding as decoding_module
-from psannlm.generation.decoding import Decoding, context_limit
+from psannlm.generation import batch_decode as decoding_module
+from psannlm.generation.batch_decode import Decoding, context_limit
 from psannlm.generation.engine import Engine
+from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
-from psannlm.models.packed import WeightDtype
 from psannlm.models.transformer import Transformer
 
 Build = Callable[..., Transformer]

@@ -15,7 +15,7 @@ from psannlm.config.model import ModelConfig
 from psannlm.data.shards import store_from_ids
 from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ConfigError, CorpusError
-from psannlm.evaluation import Evaluation, _refuse_oversize, evaluate
+from psannlm.evaluation.loss import Evaluation, _refuse_oversize, evaluate
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import Precision
 from psannlm.runtime.distributed import World

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psannlm.config.model import ModelConfig
-from psannlm.models.wave import Wave
+from psannlm.models.short_conv import Wave
 
 D = 3
 

@@ -8,11 +8,11 @@ from numbers import Integral
 from typing import Literal
 
 from psannlm.errors import GenerationError
-from psannlm.generation.decoding import ContextRule, Decoding, StopReason
+from psannlm.generation.batch_decode import ContextRule, Decoding, StopReason
+from psannlm.generation.detokenize import TextStream
 from psannlm.generation.engine import Engine
+from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
-from psannlm.generation.stream import TextStream
-from psannlm.models.packed import WeightDtype
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 
@@ -99,7 +99,7 @@ def generate(
         sampling: None uses the defaults of :class:`SamplingConfig`.
         dtype: of the weights: ``float32``, ``bfloat16`` or ``int8``.
         compile: put decoding through torch.compile; ``auto`` does so from ``REPAYING_PASSES`` new tokens on.
-        speculate, context: see :class:`~psannlm.generation.decoding.Decoding`.
+        speculate, context: see :class:`~psannlm.generation.batch_decode.Decoding`.
         on_text: called with (row, text) as text becomes certain: never a part of a character. The parts of a row
             join to its completion's text.
         on_progress: called after each step but the last with (tokens so far, steps so far, steps at most); a step adds

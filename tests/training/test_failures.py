@@ -19,8 +19,8 @@ from psannlm.errors import TrainingError
 from psannlm.models.tensorfile import read_tensors
 from psannlm.training import loop
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
+from psannlm.training.failures import explaining_memory, find_not_finite
 from psannlm.training.metrics import draw_curve, read_metrics
-from psannlm.training.mishaps import explaining_memory, find_not_finite
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.progress import SilentReporter
 from psannlm.training.run import train

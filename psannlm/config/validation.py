@@ -18,7 +18,7 @@ from psannlm.config.base import Check, Section
 from psannlm.config.data import BuiltinSource, DataConfig, PathSource
 from psannlm.config.model import ModelConfig
 from psannlm.config.train import DEEPSPEED_KEYS, NO_DEEPSPEED, TrainConfig
-from psannlm.config.yaml_tree import KeyPath
+from psannlm.config.yaml_loader import KeyPath
 from psannlm.errors import nearest
 
 SECTIONS: dict[str, type[Section]] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
