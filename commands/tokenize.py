@@ -166,7 +166,7 @@ def _fit(
     corpus: list[str], per_line: bool, text_key: str, errors: ErrorModes, as_json: bool, **options: Any
 ) -> dict[str, Any]:
     from psannlm.config.data import PathSource
-    from psannlm.data.fit import fit_with_card
+    from psannlm.data.tokenizer_training import fit_with_card
 
     if options["sample_chars"] is None:
         del options["sample_chars"]

@@ -19,8 +19,8 @@ from psannlm.config.train import Amp, TrainConfig
 from psannlm.data.dataset import LMDataset
 from psannlm.data.documents import Document, read_documents
 from psannlm.data.files import KNOWN_SUFFIXES, split_suffix
+from psannlm.data.memory_store import encode_documents
 from psannlm.data.prepare import PreparedData, prepare, prepare_documents
-from psannlm.data.shards import encode_documents
 from psannlm.data.stream import Stream
 from psannlm.errors import CorpusError, GenerationError, Interrupted
 from psannlm.generation.batch_decode import ContextRule

@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from psannlm.benchmarks.counting_tasks import TASKS, write_task
-from psannlm.benchmarks.made_text import add_text_options, write_made_text
+from psannlm.data.synthetic.algorithmic import TASKS, write_task
+from psannlm.data.synthetic.writer import add_text_options, write_made_text
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from psannlm.benchmarks.made_text import add_text_options, write_made_text
-from psannlm.benchmarks.tiny_books import write_books
+from psannlm.data.synthetic.stories import write_books
+from psannlm.data.synthetic.writer import add_text_options, write_made_text
 
 DEFAULT_PATH = Path("datasets/lm/tiny_books.txt")
 

@@ -153,10 +153,10 @@ def norms_of_a_gpu() -> Callable[[], AbstractContextManager[None]]:
 @pytest.fixture(scope="session")
 def prepare_folder() -> Callable[..., Path]:
     """Return a writer of prepared folders: ``write(folder, tokenizer, train texts, held-out texts, shard sizes)``."""
+    from psannlm.data.framing import DocumentPart, frame, pack_origin, text_hash
     from psannlm.data.manifest import Manifest, PrepSettings, SourceEntry, SplitEntry, TokenizerEntry, write_manifest
-    from psannlm.data.parts import DocumentPart, frame, pack_origin, text_hash
-    from psannlm.data.shardfile import ShardEntry, write_shard
-    from psannlm.data.shards import token_dtype
+    from psannlm.data.memory_store import token_dtype
+    from psannlm.data.shard_file import ShardEntry, write_shard
 
     def split(folder: Path, kind: str, tokenizer: Tokenizer, texts: Sequence[str], size: int) -> SplitEntry:
         entries: list[ShardEntry] = []

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from psannlm.benchmarks.gpu_report import CheckResult, Measure, none_of
 from psannlm.benchmarks.gpu_stage import Shape, Stage, Trainer
-from psannlm.benchmarks.tiny_books import write_books
 from psannlm.config.run import RunConfig, config_from_mapping
 from psannlm.data.loader import Position
+from psannlm.data.synthetic.stories import write_books
 from psannlm.errors import ArtifactError
 from psannlm.models.artifact import load_model
 from psannlm.training.checkpoint import TrainerState, read_optimizer, read_state, save_checkpoint, step_folder

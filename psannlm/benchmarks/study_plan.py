@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from psannlm.benchmarks.counting_tasks import TaskName
 from psannlm.config.base import FileName, Flag, Real, Section, Text, Whole
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.files import is_prepared
@@ -18,6 +17,7 @@ from psannlm.config.overrides import Origin
 from psannlm.config.run import RunConfig, config_from_mapping
 from psannlm.config.validation import SECTIONS, Finding, dotted, examine, show
 from psannlm.config.yaml_loader import KeyPath, YamlTree, read_yaml
+from psannlm.data.synthetic.algorithmic import TaskName
 from psannlm.errors import ConfigError, Problem, nearest
 
 PositiveReal = Annotated[Real, Field(gt=0)]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from psannlm.benchmarks.counting_tasks import TASKS
 from psannlm.benchmarks.study import Study
 from psannlm.benchmarks.study_work import look
 from psannlm.data.stream import Stream
+from psannlm.data.synthetic.algorithmic import TASKS
 from psannlm.data.windows import Windows
 from psannlm.errors import CorpusError
 from psannlm.models.artifact import load_model

@@ -20,8 +20,8 @@ from psannlm.benchmarks.prep_speed import PrepFigures, bench_prep, check_prepara
 from psannlm.benchmarks.timing import Clock, Count, Spread, Standing, paired_ratio, passes_for, take_turns
 from psannlm.config.data import Source
 from psannlm.data.documents import Document, ReadReport, read_documents
-from psannlm.data.fit import PART_BYTES, sample_corpus
 from psannlm.data.prepare import shared_text
+from psannlm.data.tokenizer_training import PART_BYTES, sample_corpus
 from psannlm.errors import ConfigError
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import (

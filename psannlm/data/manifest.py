@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from psannlm.config import files
-from psannlm.data.shardfile import TOKEN_TYPES, ShardEntry
+from psannlm.data.shard_file import TOKEN_TYPES, ShardEntry
 from psannlm.errors import ArtifactError
 from psannlm.io.atomic import write_text
 from psannlm.io.lfs_pointers import refuse_pointer

@@ -16,10 +16,10 @@ import numpy as np
 
 from psannlm.config.data import DataConfig
 from psannlm.data.documents import Document, ReadReport, keep_text, read_documents
-from psannlm.data.parts import HASH_BYTES, text_hash
+from psannlm.data.framing import HASH_BYTES, text_hash
+from psannlm.data.memory_store import encode_documents
 from psannlm.data.prepared import find_prepared, open_folder, refuse_other_wishes
 from psannlm.data.segments import SEGMENT_BYTES
-from psannlm.data.shards import encode_documents
 from psannlm.data.split import cut_text, held_out, held_out_by_number
 from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError, CorpusError, Problem

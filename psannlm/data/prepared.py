@@ -12,8 +12,8 @@ from psannlm.config.data import DataConfig, PathSource, Source
 from psannlm.config.files import prepared_manifest
 from psannlm.data.documents import ReadReport
 from psannlm.data.manifest import Manifest, SplitEntry, TokenizerEntry, read_manifest
-from psannlm.data.sharded import ShardedStore
-from psannlm.data.shardfile import open_shard
+from psannlm.data.shard_file import open_shard
+from psannlm.data.sharded_store import ShardedStore
 from psannlm.errors import ArtifactError, ConfigError, Problem, TokenizerError
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import load_tokenizer

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from psannlm.data.apart import WindowsApart
 from psannlm.data.stream import Stream
+from psannlm.data.unpacked import WindowsApart
 from psannlm.errors import ConfigError
 
 IGNORE_INDEX = -100

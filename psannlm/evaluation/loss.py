@@ -12,8 +12,8 @@ from torch import nn
 from psannlm.config.data import Source
 from psannlm.config.model import ModelConfig
 from psannlm.data.documents import ReadReport, read_documents
+from psannlm.data.memory_store import encode_documents
 from psannlm.data.prepared import find_prepared, open_folder
-from psannlm.data.shards import encode_documents
 from psannlm.data.stream import Stream
 from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, TokenizerError

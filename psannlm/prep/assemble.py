@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from psannlm.data.parts import DocumentPart
+from psannlm.data.framing import DocumentPart
 from psannlm.prep.chunks import ENDS
 from psannlm.prep.piece import read_piece
 from psannlm.prep.survey import Selection

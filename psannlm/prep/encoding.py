@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from psannlm.data.documents import json_text, without_surrogates
 from psannlm.data.files import decoded, replaced
-from psannlm.data.parts import HASH_BYTES, pack_origin, text_hash, unpack_origin
+from psannlm.data.framing import HASH_BYTES, pack_origin, text_hash, unpack_origin
+from psannlm.data.memory_store import token_dtype
 from psannlm.data.segments import SEGMENT_BYTES, cut
-from psannlm.data.shards import token_dtype
 from psannlm.data.split import cut_place
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, HAS_TEXT, JSON_LINES, TEXT, WHOLE, Chunk, Section
 from psannlm.prep.piece import UNIT, Piece

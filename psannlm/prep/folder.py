@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from psannlm.config.files import MANIFEST_FILE, PLAN_FILE
-from psannlm.data.shardfile import FORMAT
+from psannlm.data.shard_file import FORMAT
 from psannlm.errors import StorageError
 from psannlm.io.atomic import explain_write_errors, is_plain_file, is_plain_folder, read_small, refuse_foreign
 from psannlm.io.atomic import remove_leftovers as remove_temporaries

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psannlm.config.files import WORK_FOLDER
+from psannlm.data.framing import DocumentPart, unpack_origin
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, read_manifest, write_manifest
-from psannlm.data.parts import DocumentPart, unpack_origin
-from psannlm.data.shardfile import Shard, ShardEntry, open_shard, write_shard
+from psannlm.data.shard_file import Shard, ShardEntry, open_shard, write_shard
 from psannlm.data.split import draws
 from psannlm.errors import ConfigError, CorpusError, Interrupted
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, replacing, write_bytes

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psannlm.data.parts import HASH_BYTES
+from psannlm.data.framing import HASH_BYTES
 from psannlm.errors import ArtifactError
 from psannlm.io.atomic import explain_write_errors, read_head, temporary_beside
 from psannlm.prep.chunks import BEGINS, ENDS

@@ -21,10 +21,10 @@ import numpy as np
 from psannlm.config.files import WORK_FOLDER
 from psannlm.data.documents import replaced_line
 from psannlm.data.files import JSON_LINES_SUFFIXES
+from psannlm.data.framing import unpack_origin
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, write_manifest
-from psannlm.data.parts import unpack_origin
-from psannlm.data.shardfile import ShardEntry, write_shard
-from psannlm.data.shards import token_dtype
+from psannlm.data.memory_store import token_dtype
+from psannlm.data.shard_file import ShardEntry, write_shard
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, Interrupted, StorageError
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_bytes
 from psannlm.io.limits import MAX_PARTS

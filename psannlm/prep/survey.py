@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psannlm.data.parts import RECORD_BITS, unpack_origin
+from psannlm.data.framing import RECORD_BITS, unpack_origin
 from psannlm.data.split import draws
 from psannlm.errors import CorpusError
 from psannlm.prep.chunks import HALF, HAS_TEXT

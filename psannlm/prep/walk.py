@@ -14,8 +14,8 @@ from itertools import chain
 from typing import Any, BinaryIO
 
 from psannlm.data.files import JSON_LINES_SUFFIXES, REPLACEMENT, STDIN, decoded, opened, replaced
+from psannlm.data.framing import HASH_BYTES
 from psannlm.data.parquet import parquet_texts
-from psannlm.data.parts import HASH_BYTES
 from psannlm.data.segments import SEGMENT_BYTES, cut_stream
 from psannlm.data.split import cut_blocks
 from psannlm.errors import CorpusError

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from psannlm.benchmarks.compare import plan_tables, seconds_per_step, study_figures
-from psannlm.benchmarks.counting_tasks import write_task
 from psannlm.benchmarks.study import Study, StudyRun
 from psannlm.benchmarks.study_choice import choose, with_found_rates
 from psannlm.benchmarks.study_notes import notes_of
@@ -24,6 +23,7 @@ from psannlm.benchmarks.study_work import Process, RunState, launch, look, work
 from psannlm.benchmarks.task_answers import score_runs
 from psannlm.config.run import load_config
 from psannlm.data.loader import Loader
+from psannlm.data.synthetic.algorithmic import write_task
 from psannlm.errors import ConfigError, Interrupted, TrainingError
 from psannlm.models.artifact import load_model
 from psannlm.reports.document import signed

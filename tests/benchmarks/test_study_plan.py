@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.benchmarks.counting_tasks import TASKS, write_task
 from psannlm.benchmarks.study_plan import load_plan, merge
 from psannlm.benchmarks.study_runs import size_study
+from psannlm.data.synthetic.algorithmic import TASKS, write_task
 from psannlm.errors import ConfigError
 from psannlm.tokenizers.resolve import fit_tokenizer
 

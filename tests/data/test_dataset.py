@@ -15,8 +15,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.data.dataset import LMDataset
+from psannlm.data.memory_store import store_from_ids
 from psannlm.data.prepare import prepare
-from psannlm.data.shards import store_from_ids
 from psannlm.errors import ConfigError
 from psannlm.tokenizers.char import CharTokenizer
 

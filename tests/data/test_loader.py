@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psannlm.data.loader import Loader, Position, StepBatch
-from psannlm.data.shards import store_from_ids
+from psannlm.data.memory_store import store_from_ids
 from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, TrainingError
 

@@ -21,7 +21,7 @@ from psannlm.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from psannlm.data.shardfile import ShardEntry
+from psannlm.data.shard_file import ShardEntry
 from psannlm.errors import ArtifactError
 
 SHARDS = tuple(ShardEntry(f"train_0000{i}.safetensors", 10, 2, 30, 900, f"{i}" * 64) for i in range(2))

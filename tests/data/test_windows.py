@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psannlm.data.dataset import LMDataset
-from psannlm.data.shards import TokenStore, store_from_ids
+from psannlm.data.memory_store import TokenStore, store_from_ids
 from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ConfigError
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.config.model import ModelConfig
-from psannlm.data.shards import store_from_ids
+from psannlm.data.memory_store import store_from_ids
 from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ConfigError, CorpusError
 from psannlm.evaluation.loss import Evaluation, _refuse_oversize, evaluate

@@ -14,7 +14,7 @@ import pytest
 
 from psannlm.data.documents import builtin_documents
 from psannlm.data.manifest import read_manifest
-from psannlm.data.shardfile import open_shard
+from psannlm.data.shard_file import open_shard
 from psannlm.prep.run import PrepResult, prepare_corpus
 from psannlm.prep.settings import PrepSettings
 from psannlm.tokenizers.base import Tokenizer

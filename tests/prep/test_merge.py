@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from psannlm.data.manifest import read_manifest
-from psannlm.data.shardfile import BLOCK_BYTES, open_shard
+from psannlm.data.shard_file import BLOCK_BYTES, open_shard
 from psannlm.errors import ArtifactError, ConfigError, CorpusError
 from psannlm.prep import merge
 from psannlm.prep.merge import merge_parts

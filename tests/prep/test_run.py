@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from psannlm.data.framing import unpack_origin
 from psannlm.data.manifest import read_manifest
-from psannlm.data.parts import unpack_origin
 from psannlm.errors import ConfigError, CorpusError, StorageError
 from psannlm.io.atomic import sha256_file
 from psannlm.io.lock import RunLock

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from psannlm.benchmarks.counting_tasks import MODULUS, TASKS, TaskName, write_task
 from psannlm.benchmarks.task_answers import score_answers
 from psannlm.config.model import ModelConfig
 from psannlm.data.documents import Document
-from psannlm.data.shards import encode_documents
+from psannlm.data.memory_store import encode_documents
+from psannlm.data.synthetic.algorithmic import MODULUS, TASKS, TaskName, write_task
 from psannlm.errors import CorpusError
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer

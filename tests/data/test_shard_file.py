@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from psannlm.data import shardfile
-from psannlm.data.parts import DocumentPart, frame, pack_origin, text_hash, unpack_origin
-from psannlm.data.shardfile import BLOCK_BYTES, Shard, ShardEntry, open_shard, write_shard
+from psannlm.data import shard_file
+from psannlm.data.framing import DocumentPart, frame, pack_origin, text_hash, unpack_origin
+from psannlm.data.shard_file import BLOCK_BYTES, Shard, ShardEntry, open_shard, write_shard
 from psannlm.errors import ArtifactError
 
 BOS, EOS = 1, 2
@@ -134,7 +134,7 @@ def test_a_document_may_come_in_several_parts(tmp_path: Path) -> None:
 
 
 def test_every_size_has_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shardfile, "BLOCK_BYTES", 96)
+    monkeypatch.setattr(shard_file, "BLOCK_BYTES", 96)
     for n in range(1, 2000, 17):
         entry = write(tmp_path / "s", [range(n)])
         open_shard(tmp_path / "s", entry, PRINT).verify()
@@ -158,7 +158,7 @@ def test_parts_that_do_not_come_to_the_promised_sizes_leave_no_file(tmp_path: Pa
 def test_a_thousand_flipped_bits_are_noticed_before_they_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shardfile, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(shard_file, "BLOCK_BYTES", 1 << 14)
     path = tmp_path / "s"
     entry = write(path, some_documents(1500, 250), batch=500)
     content = bytearray(path.read_bytes())

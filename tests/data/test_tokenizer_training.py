@@ -10,7 +10,7 @@ import pytest
 
 from psannlm.config.data import PathSource
 from psannlm.data.documents import Document, read_documents
-from psannlm.data.fit import PART_BYTES, fit_with_card, held_out_figures, longest_pieces, sample_corpus
+from psannlm.data.tokenizer_training import PART_BYTES, fit_with_card, held_out_figures, longest_pieces, sample_corpus
 from psannlm.errors import CorpusError, StorageError
 from psannlm.tokenizers.char import CharTokenizer
 
@@ -68,7 +68,7 @@ def test_the_sample_is_bounded_even_and_a_matter_of_the_seed() -> None:
 
 
 def test_a_long_file_is_fitted_on_in_parts_and_named_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.data.fit.PART_BYTES", 2000)
+    monkeypatch.setattr("psannlm.data.tokenizer_training.PART_BYTES", 2000)
     path = tmp_path / "long.txt"
     path.write_text("".join(f"Zeile {i}: Übermaß an Wörtern, immer wieder.\n" for i in range(2000)), encoding="utf-8")
     read: list[tuple[int, int]] = []

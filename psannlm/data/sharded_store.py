@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psannlm.data.parts import unpack_origin
-from psannlm.data.shardfile import Shard
+from psannlm.data.framing import unpack_origin
+from psannlm.data.shard_file import Shard
 
 
 class ShardedStore:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psannlm.data.documents import Document
-from psannlm.data.parts import frame
+from psannlm.data.framing import frame
 from psannlm.data.segments import SEGMENT_BYTES, cut
 from psannlm.tokenizers.base import Tokenizer
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from psannlm.benchmarks.tiny_books import write_books
+from psannlm.data.synthetic.stories import write_books
 
 
 @pytest.mark.parametrize("n_bytes", [1, 300, 5_000, 20_000, 20_001])

@@ -9,16 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psannlm.data import shards
+from psannlm.data import memory_store
 from psannlm.data.documents import Document
-from psannlm.data.shards import encode_documents, store_from_ids, token_dtype
+from psannlm.data.memory_store import encode_documents, store_from_ids, token_dtype
 from psannlm.tokenizers.base import Tokenizer
 
 
 @given(texts=st.lists(st.text(max_size=12), max_size=9), group=st.integers(1, 5))
 def test_documents_come_back_whatever_the_groups(texts: list[str], group: int, byte_tokenizer: Tokenizer) -> None:
     documents = [Document(text, f"d{i}") for i, text in enumerate(texts)]
-    with patch.object(shards, "_GROUP_DOCUMENTS", group), patch.object(shards, "_GROUP_CHARACTERS", 3 * group):
+    with (
+        patch.object(memory_store, "_GROUP_DOCUMENTS", group),
+        patch.object(memory_store, "_GROUP_CHARACTERS", 3 * group),
+    ):
         store = encode_documents(iter(documents), byte_tokenizer)
     assert [byte_tokenizer.decode(store.document(i).tolist()) for i in range(store.n_documents)] == texts
     assert store.names == tuple(document.name for document in documents)
@@ -38,7 +41,7 @@ def test_groups_are_bounded_by_characters_and_by_documents(byte_tokenizer: Token
             return found
 
     documents = [Document("x" * n, "d") for n in (1, 1, 1, 1, 9, 9, 1, 30, 1)]
-    with patch.object(shards, "_GROUP_DOCUMENTS", 3), patch.object(shards, "_GROUP_CHARACTERS", 10):
+    with patch.object(memory_store, "_GROUP_DOCUMENTS", 3), patch.object(memory_store, "_GROUP_CHARACTERS", 10):
         encode_documents(documents, Watched())
     assert sizes == [[1, 1, 1], [1, 9], [9, 1], [30], [1]]
 

@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psannlm.data import apart, shardfile
+from psannlm.data import shard_file, unpacked
+from psannlm.data.framing import DocumentPart, frame, pack_origin
 from psannlm.data.loader import Loader, Position
-from psannlm.data.parts import DocumentPart, frame, pack_origin
-from psannlm.data.sharded import ShardedStore
-from psannlm.data.shardfile import open_shard, write_shard
-from psannlm.data.shards import TokenStore, store_from_ids
+from psannlm.data.memory_store import TokenStore, store_from_ids
+from psannlm.data.shard_file import open_shard, write_shard
+from psannlm.data.sharded_store import ShardedStore
 from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ArtifactError
 
@@ -72,7 +72,7 @@ def test_windows_over_shards_are_windows_over_memory(
     pack: bool, lengths: list[int], sizes: list[int], seq_len: int, data: st.DataObject
 ) -> None:
     store = in_memory(lengths)
-    with tempfile.TemporaryDirectory() as folder, patch.object(apart, "_BLOCK_DOCUMENTS", 3):
+    with tempfile.TemporaryDirectory() as folder, patch.object(unpacked, "_BLOCK_DOCUMENTS", 3):
         shards = in_shards(Path(folder), store, sizes)
         assert (shards.n_tokens, shards.n_bytes, shards.n_documents) == (
             store.n_tokens,
@@ -144,7 +144,9 @@ def test_no_token_is_lost_or_repeated_on_any_way_through_an_epoch(
 
 def test_many_documents_are_found_through_their_blocks(tmp_path: Path) -> None:
     """With the real sizes of blocks: more documents than are summed up at a time."""
-    lengths = np.random.default_rng(1).integers(0, 6, apart._BLOCK_DOCUMENTS * apart._BLOCKS_AT_ONCE + 700).tolist()
+    lengths = (
+        np.random.default_rng(1).integers(0, 6, unpacked._BLOCK_DOCUMENTS * unpacked._BLOCKS_AT_ONCE + 700).tolist()
+    )
     store = in_memory(lengths)
     shards = in_shards(tmp_path, store, [1000, len(lengths)])
     one, other = (Windows(s, 3, pad_id=PAD, pack=False) for s in (store, shards))
@@ -169,7 +171,7 @@ def test_windows_say_which_line_they_come_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pack", [True, False])
 def test_no_flipped_bit_becomes_a_token(tmp_path: Path, pack: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is flipped behind the header, a window is right or it raises."""
-    monkeypatch.setattr(shardfile, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(shard_file, "BLOCK_BYTES", 512)
     store = in_memory([int(n) for n in np.random.default_rng(0).integers(0, 40, 120)])
     shards = in_shards(tmp_path, store, [50])
     right = Windows(store, 16, pad_id=PAD, pack=pack)

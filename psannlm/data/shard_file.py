@@ -24,8 +24,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from psannlm.data.framing import HASH_BYTES, DocumentPart
 from psannlm.data.mapping import map_bytes
-from psannlm.data.parts import HASH_BYTES, DocumentPart
 from psannlm.errors import ArtifactError
 from psannlm.io.atomic import replacing
 from psannlm.io.lfs_pointers import refuse_pointer
