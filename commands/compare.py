@@ -26,7 +26,7 @@ from psannlm.commands.options import (
 
 if TYPE_CHECKING:
     from psannlm.benchmarks.study import Study
-    from psannlm.reports.document import Table
+    from psannlm.reports.page_model import Table
 
 
 # Variant, loss, difference, interval, bits per byte, learning rate: what 80 columns have room for.
@@ -61,7 +61,7 @@ def compare(
     from psannlm.benchmarks.task_answers import score_runs
     from psannlm.io.atomic import write_bytes, write_text
     from psannlm.io.run_metadata import new_folder, require_folder, system_info, write_json
-    from psannlm.reports.studies import study_pictures, study_tables
+    from psannlm.reports.study_tables import study_pictures, study_tables
 
     if no_train and only:
         raise typer.BadParameter("--no-train trains no variant at all; leave one of them out", param_hint="--only")

@@ -24,7 +24,7 @@ from psannlm.commands.options import (
 from psannlm.display import shell_command, yaml_scalar
 
 if TYPE_CHECKING:
-    from psannlm.prep.run import PrepResult
+    from psannlm.prep.pipeline import PrepResult
 
 
 _SHIPPED_CONFIG = "configs/waveresnet_cpu.yaml"
@@ -74,8 +74,8 @@ def prep(
             if tokenizer is None:
                 raise typer.BadParameter("name a tokenizer; psannlm tokenize makes one", param_hint="--tokenizer")
             from psannlm.commands.options import naming_options
-            from psannlm.prep.run import prepare_corpus
-            from psannlm.prep.settings import PrepSettings
+            from psannlm.prep.job import PrepSettings
+            from psannlm.prep.pipeline import prepare_corpus
 
             with naming_options(""):
                 settings = PrepSettings(

@@ -10,7 +10,7 @@ import typer
 from psannlm.commands.options import DEFAULT_RUNS, JsonOption, figures_table, live_line, print_json, progress, results
 
 if TYPE_CHECKING:
-    from psannlm.reports.summary import Report
+    from psannlm.reports.build import Report
 
 
 def report(
@@ -46,8 +46,8 @@ def report(
     """Gather benchmarks and runs into tables, plots, Markdown and one HTML page."""
     from psannlm.errors import ConfigError
     from psannlm.io.run_metadata import system_info
+    from psannlm.reports.build import write_comparison, write_report
     from psannlm.reports.gather import parse_since
-    from psannlm.reports.summary import write_comparison, write_report
 
     moment = None if since is None else parse_since(since)
     if also and not compare:

@@ -19,9 +19,9 @@ from psannlm.data.mapping import map_bytes
 from psannlm.data.prepared import open_folder
 from psannlm.errors import CorpusError, describe
 from psannlm.io.records import write_record
-from psannlm.prep.duplicates import DuplicateFinder
+from psannlm.prep.dedup import DuplicateFinder
 from psannlm.prep.merge import merge_parts
-from psannlm.prep.run import PrepSettings, prepare_corpus
+from psannlm.prep.pipeline import PrepSettings, prepare_corpus
 from psannlm.reports.gather import gather
 from psannlm.tokenizers.char import CharTokenizer
 

@@ -25,7 +25,7 @@ from psannlm.config.run import load_config
 from psannlm.data.files import find_files
 from psannlm.errors import PsannlmError
 from psannlm.io.records import write_record
-from psannlm.prep.run import PrepSettings, prepare_corpus
+from psannlm.prep.pipeline import PrepSettings, prepare_corpus
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.training.run import train
 

@@ -18,7 +18,7 @@ from psannlm.benchmarks.study_work import RunState, look
 from psannlm.benchmarks.task_answers import AnswerScore
 from psannlm.errors import TrainingError
 from psannlm.models.registry import build_model
-from psannlm.reports.document import Table, tell
+from psannlm.reports.page_model import Table, tell
 from psannlm.runtime.device import pick_device, pick_precision
 from psannlm.runtime.distributed import World
 from psannlm.training.optim import OptimizerSet

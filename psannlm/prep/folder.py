@@ -14,7 +14,7 @@ from psannlm.errors import StorageError
 from psannlm.io.atomic import explain_write_errors, is_plain_file, is_plain_folder, read_small, refuse_foreign
 from psannlm.io.atomic import remove_leftovers as remove_temporaries
 from psannlm.io.safetensors_header import file_metadata
-from psannlm.prep.piece import is_piece
+from psannlm.prep.encoded_chunk import is_piece
 
 _PLAN_BYTES = 1 << 30
 _PIECE = re.compile(r"piece_[0-9]{8,}")

@@ -24,11 +24,11 @@ from psannlm.data.split import draws
 from psannlm.errors import ConfigError, CorpusError, Interrupted
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, replacing, write_bytes
 from psannlm.io.lock import RunLock
-from psannlm.prep.duplicates import Bits, DuplicateFinder
+from psannlm.prep.dedup import Bits, DuplicateFinder
 from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remove_work
+from psannlm.prep.pipeline import PrepReporter, PrepResult, SilentPrepReporter, shard_name
 from psannlm.prep.plan import is_merge, source_differences, write_merge_plan
-from psannlm.prep.run import PrepReporter, PrepResult, SilentPrepReporter, shard_name
-from psannlm.prep.survey import SPLITS, TRAIN, VALIDATION
+from psannlm.prep.selection import SPLITS, TRAIN, VALIDATION
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.roundtrip import SMALLEST_FRACTION, folder_warning
 

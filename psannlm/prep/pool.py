@@ -16,10 +16,10 @@ from typing import Any
 
 from psannlm.errors import Interrupted, PsannlmError, WorkerError
 from psannlm.prep.chunks import Chunk
-from psannlm.prep.worker import ERRORS
+from psannlm.prep.encode_worker import ERRORS
 from psannlm.runtime.processes import python_program
 
-_PROGRAM = "from psannlm.prep.worker import main; sys.exit(main())"
+_PROGRAM = "from psannlm.prep.encode_worker import main; sys.exit(main())"
 _WAIT_S = 0.1
 _END_S = 5.0
 _ONE_THREAD = {

@@ -13,8 +13,9 @@ from typing import Any
 from psannlm.display import shortened
 from psannlm.errors import PictureError
 from psannlm.io.readers import Unreadable, read_bytes
-from psannlm.reports.batteries import battery_headlines, battery_tables
-from psannlm.reports.document import (
+from psannlm.reports.gather import Artifact, Gathered, Unread
+from psannlm.reports.gpu_tables import battery_headlines, battery_tables
+from psannlm.reports.page_model import (
     Block,
     Document,
     Headline,
@@ -27,12 +28,11 @@ from psannlm.reports.document import (
     tell,
     tell_float,
 )
-from psannlm.reports.gather import Artifact, Gathered, Unread
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
-from psannlm.reports.rates import rates_tables
 from psannlm.reports.runs import RunRecord
-from psannlm.reports.studies import study_headline, study_pictures, study_tables
+from psannlm.reports.study_tables import study_headline, study_pictures, study_tables
 from psannlm.reports.tables import tables_of
+from psannlm.reports.throughput_tables import rates_tables
 from psannlm.tokenizers.roundtrip import LOSSY_NOTE
 
 STUDY_KIND, THROUGHPUT_KIND, BATTERY_KIND = "ablations", "throughput", "gpu"

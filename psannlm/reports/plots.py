@@ -15,7 +15,7 @@ import numpy as np
 
 from psannlm.display import printable
 from psannlm.io.figures import render_figure
-from psannlm.reports.document import Picture, tell_float
+from psannlm.reports.page_model import Picture, tell_float
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

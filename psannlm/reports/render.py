@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from psannlm.display import html_text, markdown_code, markdown_text
-from psannlm.reports.document import Block, Document, Headline, Origin, Picture, Printed, Section, Table
+from psannlm.reports.page_model import Block, Document, Headline, Origin, Picture, Printed, Section, Table
 from psannlm.reports.stylesheet import STYLE
 
 _PHONE = "(max-width: 40rem)"

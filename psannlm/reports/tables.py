@@ -10,7 +10,7 @@ from typing import Any
 
 from psannlm.display import shortened
 from psannlm.io.readers import is_spread, number
-from psannlm.reports.document import Table, tell
+from psannlm.reports.page_model import Table, tell
 
 _MOST_ROWS = 200
 _MOST_TABLES = 50

@@ -26,10 +26,10 @@ from psannlm.data.loader import Loader
 from psannlm.data.synthetic.algorithmic import write_task
 from psannlm.errors import ConfigError, Interrupted, TrainingError
 from psannlm.models.artifact import load_model
-from psannlm.reports.document import signed
 from psannlm.reports.gather import gather
+from psannlm.reports.page_model import signed
 from psannlm.reports.runs import RunRecord
-from psannlm.reports.studies import study_headline, study_pictures, study_tables
+from psannlm.reports.study_tables import study_headline, study_pictures, study_tables
 from psannlm.runtime.distributed import World
 from psannlm.training.run import build_loader, train
 

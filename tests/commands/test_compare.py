@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from psannlm.commands.compare import _rich
-from psannlm.reports.document import Table
+from psannlm.reports.page_model import Table
 
 PLAN = """\
 base: config.yaml

@@ -13,7 +13,7 @@ import torch
 from psannlm.benchmarks import gpu_checks
 from psannlm.benchmarks.gpu_report import CheckResult, at_least, at_most
 from psannlm.errors import Interrupted
-from psannlm.reports.batteries import battery_headlines, battery_tables
+from psannlm.reports.gpu_tables import battery_headlines, battery_tables
 
 Run = Callable[..., Any]
 

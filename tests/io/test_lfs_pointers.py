@@ -18,7 +18,7 @@ from psannlm.errors import PsannlmError
 from psannlm.io.lfs_pointers import pointer_at, pointer_in
 from psannlm.io.readers import Unreadable, read_json
 from psannlm.models.artifact import load_model
-from psannlm.prep.run import PrepSettings, prepare_corpus
+from psannlm.prep.pipeline import PrepSettings, prepare_corpus
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.tokenizers.resolve import load_tokenizer
 from psannlm.training.checkpoint import newest_whole, read_state

@@ -15,8 +15,8 @@ import pytest
 from psannlm.data.documents import builtin_documents
 from psannlm.data.manifest import read_manifest
 from psannlm.data.shard_file import open_shard
-from psannlm.prep.run import PrepResult, prepare_corpus
-from psannlm.prep.settings import PrepSettings
+from psannlm.prep.job import PrepSettings
+from psannlm.prep.pipeline import PrepResult, prepare_corpus
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, load_tokenizer
 

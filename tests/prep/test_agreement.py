@@ -19,8 +19,8 @@ from psannlm.data.prepare import PreparedData, prepare
 from psannlm.data.segments import SEGMENT_BYTES
 from psannlm.data.stream import Stream
 from psannlm.errors import CorpusError
-from psannlm.prep.run import prepare_corpus
-from psannlm.prep.settings import PrepSettings
+from psannlm.prep.job import PrepSettings
+from psannlm.prep.pipeline import prepare_corpus
 
 WORDS = ["wave", " ", "\n", "\n\n", "日本語", "🌊", "é", "\r\n", "\u2028", "a", "sine rises,\nand falls "]
 # Around the sizes at which chunks, segments and halves of segments end.

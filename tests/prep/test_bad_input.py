@@ -19,8 +19,8 @@ import pytest
 from psannlm.data.manifest import MANIFEST_FILE
 from psannlm.data.segments import SEGMENT_BYTES
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, PsannlmError, StorageError
-from psannlm.prep import run as prep_run
-from psannlm.prep.run import PrepResult
+from psannlm.prep import pipeline as prep_run
+from psannlm.prep.pipeline import PrepResult
 
 Prepare = Callable[..., PrepResult]
 FolderBytes = Callable[[Path], dict[str, str]]
@@ -202,8 +202,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from psannlm.errors import PsannlmError
-from psannlm.prep.run import prepare_corpus
-from psannlm.prep.settings import PrepSettings
+from psannlm.prep.pipeline import prepare_corpus
+from psannlm.prep.job import PrepSettings
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 try:
     prepare_corpus([sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]), PrepSettings(), n_workers=2, chunk_bytes=5000)
@@ -266,7 +266,7 @@ def test_damaged_files_are_told(prepare: Prepare, corpus: Path, tmp_path: Path) 
 def test_a_line_of_json_without_end_is_refused_before_memory_is_full(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("psannlm.prep.walk.LONGEST_JSON_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr("psannlm.prep.reader.LONGEST_JSON_LINE_BYTES", 1 << 16)
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "' + "x" * (1 << 18))
     with pytest.raises(CorpusError, match=r"a\.jsonl:2: a line of more than"):
         prepare(tmp_path / "a.jsonl")

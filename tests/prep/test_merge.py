@@ -15,8 +15,8 @@ from psannlm.data.shard_file import BLOCK_BYTES, open_shard
 from psannlm.errors import ArtifactError, ConfigError, CorpusError
 from psannlm.prep import merge
 from psannlm.prep.merge import merge_parts
-from psannlm.prep.run import PrepResult
-from psannlm.prep.sources import SourceFile, deal
+from psannlm.prep.pipeline import PrepResult
+from psannlm.prep.reader import SourceFile, deal
 
 Prepare = Callable[..., PrepResult]
 DocumentsIn = Callable[..., list[tuple[str, int, int]]]

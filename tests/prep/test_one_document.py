@@ -12,7 +12,7 @@ import pytest
 from psannlm.config.data import PathSource
 from psannlm.data.documents import read_documents
 from psannlm.data.prepare import split_documents
-from psannlm.prep.run import PrepResult
+from psannlm.prep.pipeline import PrepResult
 
 Prepare = Callable[..., PrepResult]
 DocumentsIn = Callable[..., list[tuple[str, int, int]]]

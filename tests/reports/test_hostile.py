@@ -17,10 +17,10 @@ import pytest
 from psannlm.display import printable
 from psannlm.io.readers import Unreadable, number, read_bytes, read_json, read_yaml
 from psannlm.io.run_metadata import write_json
-from psannlm.reports.document import Table, tell
+from psannlm.reports.build import Report, write_comparison, write_report
 from psannlm.reports.gather import gather
+from psannlm.reports.page_model import Table, tell
 from psannlm.reports.runs import read_run
-from psannlm.reports.summary import Report, write_comparison, write_report
 from psannlm.reports.tables import memory_rows, rate_rows, tables_of
 
 MANY_NINES = "9" * 400

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from psannlm.reports.document import signed, tell, tell_float
+from psannlm.reports.page_model import signed, tell, tell_float
 from psannlm.reports.tables import heading, rate_rows, tables_of
 
 

@@ -18,9 +18,9 @@ from psannlm.data.prepare import prepare
 from psannlm.evaluation.loss import evaluate_sources
 from psannlm.models.artifact import LoadedModel
 from psannlm.models.registry import build_model, resolve
+from psannlm.prep.job import PrepSettings
 from psannlm.prep.merge import _lost_fraction, merge_parts
-from psannlm.prep.run import SilentPrepReporter, prepare_corpus
-from psannlm.prep.settings import PrepSettings
+from psannlm.prep.pipeline import SilentPrepReporter, prepare_corpus
 from psannlm.runtime.device import pick_precision
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.tokenizers.roundtrip import LossMeter, find_loss, is_lossy, watch_for_loss

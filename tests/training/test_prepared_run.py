@@ -20,8 +20,8 @@ from psannlm.data.prepare import split_documents
 from psannlm.errors import ConfigError, StorageError
 from psannlm.evaluation.loss import evaluate_sources
 from psannlm.models.artifact import load_model
+from psannlm.prep.job import PrepSettings
 from psannlm.prep.plan import Plan, write_plan
-from psannlm.prep.settings import PrepSettings
 from psannlm.runtime.device import Precision
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.tokenizers.roundtrip import LOSSY

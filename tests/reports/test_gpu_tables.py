@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult, at_least, at_most
-from psannlm.reports.batteries import battery_headlines, battery_memory, battery_rates, battery_tables
-from psannlm.reports.document import Origin, Table
+from psannlm.reports.build import write_report
 from psannlm.reports.gather import gather
+from psannlm.reports.gpu_tables import battery_headlines, battery_memory, battery_rates, battery_tables
+from psannlm.reports.page_model import Origin, Table
 from psannlm.reports.pages import build_document
-from psannlm.reports.summary import write_report
 
 FORWARD = "respsann, 131,072 tokens: forward"
 MACHINE = {"device": "cuda", "name": "NVIDIA H200", "n_devices": 1, "threads": None, "torch": "2.11.0"}

@@ -22,7 +22,7 @@ from psannlm.data.manifest import read_manifest
 from psannlm.errors import ConfigError, CorpusError, StorageError
 from psannlm.io.atomic import sha256_file
 from psannlm.io.lock import RunLock
-from psannlm.prep.run import PrepResult
+from psannlm.prep.pipeline import PrepResult
 from psannlm.tokenizers.resolve import fit_tokenizer
 
 Prepare = Callable[..., PrepResult]
@@ -268,8 +268,8 @@ def test_two_preparations_of_one_folder_are_one_too_many(prepare: Prepare, corpu
 KILLABLE = """
 import sys
 from pathlib import Path
-from psannlm.prep.run import prepare_corpus
-from psannlm.prep.settings import PrepSettings
+from psannlm.prep.pipeline import prepare_corpus
+from psannlm.prep.job import PrepSettings
 settings = PrepSettings(val_split=0.1, shard_tokens=3000)
 prepare_corpus([sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]), settings, n_workers=2, chunk_bytes=2000)
 """
@@ -389,7 +389,7 @@ def test_a_damaged_piece_is_made_again(
 
     prepare(corpus, name="straight")
     with monkeypatch.context() as patch:
-        patch.setattr("psannlm.prep.run.write_manifest", lambda *_: (_ for _ in ()).throw(PsannlmError("stopped")))
+        patch.setattr("psannlm.prep.pipeline.write_manifest", lambda *_: (_ for _ in ()).throw(PsannlmError("stopped")))
         with pytest.raises(PsannlmError, match="stopped"):
             prepare(corpus)
     pieces = sorted((tmp_path / "out" / ".work").glob("piece_*"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from psannlm.reports.document import Headline, Picture, Table, lossy_mark, signed, tell, tell_float
+from psannlm.reports.page_model import Headline, Picture, Table, lossy_mark, signed, tell, tell_float
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
 
 NATS = "nats per token"

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import signal
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +22,15 @@ from psannlm.data.framing import HASH_BYTES, pack_origin, text_hash, unpack_orig
 from psannlm.data.memory_store import token_dtype
 from psannlm.data.segments import SEGMENT_BYTES, cut
 from psannlm.data.split import cut_place
+from psannlm.errors import CorpusError, PsannlmError, StorageError, TokenizerError
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, HAS_TEXT, JSON_LINES, TEXT, WHOLE, Chunk, Section
-from psannlm.prep.piece import UNIT, Piece
-from psannlm.prep.settings import REPLACE_ADVICE, REPLACE_OPTION, PrepSettings
-from psannlm.prep.walk import Cut
+from psannlm.prep.encoded_chunk import UNIT, Piece, piece_path, write_piece
+from psannlm.prep.job import REPLACE_ADVICE, REPLACE_OPTION, PrepSettings
+from psannlm.prep.reader import Cut
+from psannlm.runtime.malloc import return_large_blocks
+from psannlm.runtime.processes import end_with
 from psannlm.tokenizers.base import Tokenizer
+from psannlm.tokenizers.resolve import tokenizer_from_bytes
 from psannlm.tokenizers.roundtrip import LossMeter
 
 # Libraries hold about a hundred bytes a token while they encode: groups are small, and leave as arrays.
@@ -233,3 +242,47 @@ def _table(rows: list[Row]) -> NDArray[Any]:
         table["origin"] = origins
         table["hash"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BYTES)
     return table
+
+
+# What a worker may answer besides its figures; by name, since nothing else goes over the connection.
+ERRORS: dict[str, type[PsannlmError]] = {kind.__name__: kind for kind in (CorpusError, StorageError, TokenizerError)}
+
+
+def setup_message(folder: Path, settings: PrepSettings, cut: Cut | None) -> bytes:
+    """Return the first message to a worker; the tokenizer's bytes are the second."""
+    return json.dumps(
+        {"folder": str(folder), "settings": settings.as_dict(), "cut": None if cut is None else vars(cut)}
+    ).encode("utf-8")
+
+
+def main() -> None:
+    """Serve until the connection ends; ``sys.argv`` holds its file descriptor and the parent's process id."""
+    handle, parent = int(sys.argv[1]), int(sys.argv[2])
+    _end_when_gone(parent)
+    return_large_blocks()
+    with Connection(handle) as connection:
+        try:
+            setup = json.loads(connection.recv_bytes())
+            cut = None if setup["cut"] is None else Cut(**setup["cut"])
+            tokenizer = tokenizer_from_bytes(connection.recv_bytes())
+            encoder = ChunkEncoder(tokenizer, PrepSettings(**setup["settings"]), cut)
+            while True:
+                chunk = Chunk.from_message(connection.recv_bytes(), connection.recv_bytes())
+                connection.send_bytes(json.dumps(_answer(encoder, chunk, Path(setup["folder"]))).encode("utf-8"))
+        except (EOFError, ConnectionError):
+            return
+
+
+def _answer(encoder: ChunkEncoder, chunk: Chunk, folder: Path) -> dict[str, Any]:
+    try:
+        piece = encoder.encode(chunk)
+        n_bytes = write_piece(piece_path(folder, chunk.index), piece)
+    except tuple(ERRORS.values()) as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"tokens": len(piece.tokens), "bytes": n_bytes}
+
+
+def _end_when_gone(parent: int) -> None:
+    """End when the parent does, however it ends: a worker must not write into a folder that nobody holds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with(parent, signal.SIGKILL)

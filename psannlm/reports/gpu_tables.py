@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from psannlm.io.readers import number
-from psannlm.reports.document import Headline, Table, tell
+from psannlm.reports.page_model import Headline, Table, tell
 
 # Rates that were published for this model size stand among the headlines where they were measured.
 _PUBLISHED_FOR = ("respsann, 131,072 tokens: forward", "waveresnet, 131,072 tokens: forward")

@@ -29,18 +29,16 @@ from psannlm.errors import ArtifactError, ConfigError, CorpusError, Interrupted,
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_bytes
 from psannlm.io.limits import MAX_PARTS
 from psannlm.io.lock import RunLock
-from psannlm.prep.assemble import DocumentStream, select_units
 from psannlm.prep.chunks import Chunk, chunk_bytes_for, gather
-from psannlm.prep.finished import damage_of, refuse_other, remove_finished, tokenizer_entry
+from psannlm.prep.encode_worker import setup_message
+from psannlm.prep.encoded_chunk import piece_path, read_piece
 from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remove_work
-from psannlm.prep.piece import piece_path, read_piece
-from psannlm.prep.plan import Plan, go_on, write_plan
+from psannlm.prep.job import STDIN, PrepSettings
+from psannlm.prep.plan import Plan, damage_of, go_on, refuse_other, remove_finished, tokenizer_entry, write_plan
 from psannlm.prep.pool import WorkerPool, usable_cores
-from psannlm.prep.settings import STDIN, PrepSettings
-from psannlm.prep.sources import Drops, SourceFile, deal, find_sources
-from psannlm.prep.survey import SPLITS, OnlyOne, Selection, Surveyor
-from psannlm.prep.walk import Cut, Walk
-from psannlm.prep.worker import setup_message
+from psannlm.prep.reader import Cut, Drops, SourceFile, Walk, deal, find_sources
+from psannlm.prep.selection import SPLITS, OnlyOne, Selection, Surveyor
+from psannlm.prep.shard_writer import DocumentStream, select_units
 from psannlm.runtime.malloc import return_large_blocks
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.base import Tokenizer

@@ -15,9 +15,9 @@ from psannlm.errors import ArtifactError, ConfigError
 from psannlm.io.atomic import write_bytes, write_text
 from psannlm.io.readers import Unreadable
 from psannlm.io.run_metadata import new_folder, write_json
-from psannlm.reports.batteries import battery_memory, battery_rates
-from psannlm.reports.document import Document, Origin, Picture
 from psannlm.reports.gather import OWN_KIND, PUBLISHED_FOLDER, Artifact, Gathered, Unread, gather
+from psannlm.reports.gpu_tables import battery_memory, battery_rates
+from psannlm.reports.page_model import Document, Origin, Picture
 from psannlm.reports.pages import (
     BATTERY_KIND,
     CURVE_FILE,
@@ -28,9 +28,9 @@ from psannlm.reports.pages import (
     loss_picture,
 )
 from psannlm.reports.render import to_html, to_markdown
+from psannlm.reports.run_comparison import compare_runs, deltas, differing_settings
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
 from psannlm.reports.tables import memory_rows, rate_rows
-from psannlm.reports.versus import compare_runs, deltas, differing_settings
 
 PAGE_FILE, MARKDOWN_FILE = "report.html", "report.md"
 THROUGHPUT_FILE, MEMORY_FILE = "throughput.csv", "memory.json"

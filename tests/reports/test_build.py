@@ -16,7 +16,7 @@ import pytest
 
 from psannlm.display import printable
 from psannlm.errors import ArtifactError, ConfigError, PictureError
-from psannlm.reports.summary import Report, write_comparison, write_report
+from psannlm.reports.build import Report, write_comparison, write_report
 from psannlm.tokenizers.roundtrip import LOSSY, LOSSY_NOTE
 
 HOSTILE = "<script>alert(1)</script>'\"><img src=//evil.example/x> $\\frac$ \u202e |`*[x](y)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from psannlm.reports.document import Table, tell
+from psannlm.reports.page_model import Table, tell
 from psannlm.reports.tables import tables_of
 
 _HEADINGS = (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.reports.rates import rates_tables
+from psannlm.reports.throughput_tables import rates_tables
 
 KEPT = sorted((Path(__file__).resolve().parents[2] / "reports" / "published" / "throughput").glob("*/metrics.json"))
 

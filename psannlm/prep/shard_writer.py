@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from psannlm.data.framing import DocumentPart
 from psannlm.prep.chunks import ENDS
-from psannlm.prep.piece import read_piece
-from psannlm.prep.survey import Selection
+from psannlm.prep.encoded_chunk import read_piece
+from psannlm.prep.selection import Selection
 
 
 class Units(NamedTuple):

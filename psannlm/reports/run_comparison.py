@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from psannlm.io.readers import number
-from psannlm.reports.document import (
+from psannlm.reports.gather import Unread
+from psannlm.reports.page_model import (
     Block,
     Document,
     Headline,
@@ -19,7 +20,6 @@ from psannlm.reports.document import (
     signed,
     tell,
 )
-from psannlm.reports.gather import Unread
 from psannlm.reports.pages import CURVE_FILE, drawn, loss_picture, origins_table, runs_table
 from psannlm.reports.plots import Curve, draw_curves
 from psannlm.reports.runs import RunRecord

@@ -18,11 +18,11 @@ from psannlm.data.framing import RECORD_BITS, unpack_origin
 from psannlm.data.split import draws
 from psannlm.errors import CorpusError
 from psannlm.prep.chunks import HALF, HAS_TEXT
-from psannlm.prep.duplicates import Bits, DuplicateFinder
-from psannlm.prep.encoding import too_long, too_short
-from psannlm.prep.piece import read_piece
-from psannlm.prep.settings import PrepSettings
-from psannlm.prep.sources import Drops
+from psannlm.prep.dedup import Bits, DuplicateFinder
+from psannlm.prep.encode_worker import too_long, too_short
+from psannlm.prep.encoded_chunk import read_piece
+from psannlm.prep.job import PrepSettings
+from psannlm.prep.reader import Drops
 from psannlm.tokenizers.roundtrip import LossMeter
 
 TRAIN, VALIDATION = "train", "validation"
