@@ -31,9 +31,9 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from psannlm.benchmarks.decoding import Case, DecodeRun
-    from psannlm.benchmarks.kv_report import KvReport
-    from psannlm.benchmarks.timing import Spread, Standing
+    from psannlm.benchmarks.decoding.modes import Case, DecodeRun
+    from psannlm.benchmarks.decoding.report import KvReport
+    from psannlm.benchmarks.harness.interleaved import Spread, Standing
 
 PLOT_FILE = "decode.png"
 _TIME_LIMIT_S = 100.0
@@ -94,10 +94,10 @@ def bench_kv(
         raise typer.BadParameter(f"the checkpoint has sizes of its own; leave out {options}", param_hint="--checkpoint")
 
     given_work = [name for name in ("repeats", "uncached_steps") if _is_given(context, name)]
-    from psannlm.benchmarks.growth import CONTEXTS, draw_growth
-    from psannlm.benchmarks.kv_cache import bench_kv as measure
-    from psannlm.benchmarks.kv_cache import build_random_model
-    from psannlm.benchmarks.kv_report import KvSettings
+    from psannlm.benchmarks.decoding.bench import bench_kv as measure
+    from psannlm.benchmarks.decoding.bench import build_random_model
+    from psannlm.benchmarks.decoding.context_length import CONTEXTS, draw_growth
+    from psannlm.benchmarks.decoding.report import KvSettings
     from psannlm.config.model import ModelConfig
     from psannlm.config.run import section_from_kwargs
     from psannlm.errors import LimitMissed
@@ -256,7 +256,7 @@ def _runs_made(report: KvReport) -> str:
 
 
 def _add_runs(table: Table, name: str, runs: list[DecodeRun]) -> None:
-    from psannlm.benchmarks.timing import Spread
+    from psannlm.benchmarks.harness.interleaved import Spread
 
     figures = (
         [1e3 * run.prefill_s for run in runs],
@@ -310,8 +310,8 @@ def _rows(report: KvReport) -> list[tuple[str, str]]:
 
 def _headline(report: KvReport) -> list[tuple[str, str]]:
     """The rate of the cached batch, that of the naive loop, and their quotient."""
-    from psannlm.benchmarks.decoding import Case
-    from psannlm.benchmarks.timing import Spread
+    from psannlm.benchmarks.decoding.modes import Case
+    from psannlm.benchmarks.harness.interleaved import Spread
 
     def rate(case: Case) -> str:
         return f"{_spread(Spread.of([run.tokens_per_s for run in report.runs[case]]))} tokens/s"

@@ -24,9 +24,9 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from psannlm.benchmarks.prep_speed import PrepFigures
-    from psannlm.benchmarks.timing import Spread
-    from psannlm.benchmarks.tokenizers import Speed, TokenizerFigures, TokenizerReport
+    from psannlm.benchmarks.harness.interleaved import Spread
+    from psannlm.benchmarks.tokenization.bench import Speed, TokenizerFigures, TokenizerReport
+    from psannlm.benchmarks.tokenization.prep import PrepFigures
 
 
 def bench_tokenizers(
@@ -65,8 +65,8 @@ def bench_tokenizers(
     as_json: JsonOption = False,
 ) -> None:
     """Compare tokenizer backends: time and memory to fit, speed, bytes per token on held-out text, losses."""
-    from psannlm.benchmarks.tokenizer_plot import draw_tokenizers
-    from psannlm.benchmarks.tokenizers import bench_tokenizers as measure
+    from psannlm.benchmarks.tokenization.bench import bench_tokenizers as measure
+    from psannlm.benchmarks.tokenization.plot import draw_tokenizers
     from psannlm.config.data import BuiltinSource, PathSource
     from psannlm.io.atomic import write_text
     from psannlm.io.run_metadata import new_folder, require_folder, system_info, write_json

@@ -24,8 +24,8 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from psannlm.benchmarks.throughput_report import ThroughputReport
-    from psannlm.benchmarks.timing import Spread
+    from psannlm.benchmarks.harness.interleaved import Spread
+    from psannlm.benchmarks.training.report import ThroughputReport
 
 PLOT_FILE = "throughput.png"
 
@@ -79,10 +79,10 @@ def bench_train(
     """Time training steps, in turns with variants and a rival, and measure how much memory they take."""
     import time
 
-    from psannlm.benchmarks.step_memory import peak_step_bytes
-    from psannlm.benchmarks.throughput import bench_train as measure
-    from psannlm.benchmarks.throughput_report import draw_throughput
-    from psannlm.benchmarks.trainees import ThroughputSettings
+    from psannlm.benchmarks.training.bench import bench_train as measure
+    from psannlm.benchmarks.training.candidates import ThroughputSettings
+    from psannlm.benchmarks.training.peak_memory import peak_step_bytes
+    from psannlm.benchmarks.training.report import draw_throughput
     from psannlm.config.model import ModelConfig
     from psannlm.config.run import section_from_kwargs
     from psannlm.errors import LimitMissed
@@ -181,7 +181,7 @@ def _rates_table(report: ThroughputReport, clock: str) -> Table:
             "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",
             f"{ratio.median:.2f}\n{ratio.lowest:.2f}–{ratio.highest:.2f}",
         )
-    from psannlm.benchmarks.timing import Spread
+    from psannlm.benchmarks.harness.interleaved import Spread
 
     peak = Spread.of(report.matrix_flops_per_s)
     table.caption = (

@@ -177,9 +177,9 @@ def cheap(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made)
     monkeypatch.setattr("gc.collect", lambda *generation: 0)
     monkeypatch.setattr("psannlm.benchmarks.gpu_checks.CHECKS", {"GPU-03": check})
-    monkeypatch.setattr("psannlm.benchmarks.throughput.matrix_peak", lambda *_, **__: lambda count: 1e9)
-    monkeypatch.setattr("psannlm.benchmarks.kv_cache.memory_reader", lambda *_, **__: lambda count: 1e9)
-    monkeypatch.setattr("psannlm.benchmarks.tokenizers.KINDS", {"characters": ("simple", None)})
+    monkeypatch.setattr("psannlm.benchmarks.training.bench.matrix_peak", lambda *_, **__: lambda count: 1e9)
+    monkeypatch.setattr("psannlm.benchmarks.decoding.bench.memory_reader", lambda *_, **__: lambda count: 1e9)
+    monkeypatch.setattr("psannlm.benchmarks.tokenization.bench.KINDS", {"characters": ("simple", None)})
     # The runs of a study end at once and fail: the files that the study itself writes are the subject.
     monkeypatch.setattr("psannlm.benchmarks.study_work.python_command", lambda *words: ["true"])
 

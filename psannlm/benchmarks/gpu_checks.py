@@ -23,7 +23,7 @@ from psannlm.benchmarks.gpu_parallel import check_ddp, check_fsdp
 from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult
 from psannlm.benchmarks.gpu_speed import check_speed
 from psannlm.benchmarks.gpu_stage import FULL, REHEARSAL, Sizes, Stage
-from psannlm.benchmarks.timing import Clock
+from psannlm.benchmarks.harness.interleaved import Clock
 from psannlm.errors import ConfigError, Interrupted, PsannlmError, nearest
 from psannlm.runtime.device import describe_device, pick_device
 

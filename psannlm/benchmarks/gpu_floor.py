@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from psannlm.benchmarks.bandwidth import FloorShare, memory_reader, step_bytes
-from psannlm.benchmarks.decoding import DecodeRun, decode
+from psannlm.benchmarks.decoding.modes import DecodeRun, decode
 from psannlm.benchmarks.gpu_report import Measure, at_least
 from psannlm.benchmarks.gpu_stage import Shape, Stage
-from psannlm.benchmarks.timing import Count, Spread, take_turns
+from psannlm.benchmarks.harness.interleaved import Count, Spread, take_turns
+from psannlm.benchmarks.harness.roofline import FloorShare, memory_reader, step_bytes
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype

@@ -10,8 +10,10 @@ from dataclasses import replace
 import torch
 from torch._dynamo.utils import counters
 
-from psannlm.benchmarks.agreement import Rounding, compare
-from psannlm.benchmarks.decoding import Case, DecodeRun, Prompts
+from psannlm.benchmarks.decoding.bench import bench_kv, build_random_model
+from psannlm.benchmarks.decoding.modes import Case, DecodeRun, Prompts
+from psannlm.benchmarks.decoding.report import KvReport, KvSettings
+from psannlm.benchmarks.decoding.token_parity import Rounding, compare
 from psannlm.benchmarks.gpu_floor import RATE_REGRESSION, Floor, large_floor_measures, small_floor_measures
 from psannlm.benchmarks.gpu_report import (
     CheckResult,
@@ -23,9 +25,7 @@ from psannlm.benchmarks.gpu_report import (
     none_of,
 )
 from psannlm.benchmarks.gpu_stage import BASE_NAMES, Shape, Stage, Trainer
-from psannlm.benchmarks.kv_cache import bench_kv, build_random_model
-from psannlm.benchmarks.kv_report import KvReport, KvSettings
-from psannlm.benchmarks.timing import Spread
+from psannlm.benchmarks.harness.interleaved import Spread
 from psannlm.config.model import BaseName
 from psannlm.generation.batch_decode import Decoding
 from psannlm.generation.engine import Engine

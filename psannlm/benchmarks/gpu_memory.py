@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from psannlm.benchmarks.gpu_report import CheckResult, Measure, at_most
 from psannlm.benchmarks.gpu_stage import BASE_NAMES, Stage, Trainer, draw_tokens, micro_batch
-from psannlm.benchmarks.step_memory import measure_here
-from psannlm.benchmarks.trainees import ThroughputSettings, Trainee
+from psannlm.benchmarks.training.candidates import ThroughputSettings, Trainee
+from psannlm.benchmarks.training.peak_memory import measure_here
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.config.train import Amp
 from psannlm.models.accounting import training_memory

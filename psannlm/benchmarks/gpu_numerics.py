@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from psannlm.benchmarks.decoding.random_weights import show_every_part
 from psannlm.benchmarks.gpu_report import CheckResult, Measure, at_least, at_most, largest, largest_distance, none_of
 from psannlm.benchmarks.gpu_stage import BASE_NAMES, Stage, Trainer, draw_tokens, dtype_name
-from psannlm.benchmarks.random_weights import show_every_part
 from psannlm.config.model import PositionKind
 from psannlm.models.activations import SineActivation
 from psannlm.models.registry import build_model

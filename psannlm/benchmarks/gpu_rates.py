@@ -13,7 +13,7 @@ from typing import Literal
 
 from psannlm.benchmarks.gpu_report import Measure, at_least, at_most, none_of
 from psannlm.benchmarks.gpu_stage import Stage
-from psannlm.benchmarks.timing import Spread
+from psannlm.benchmarks.harness.interleaved import Spread
 from psannlm.runtime.device import describe_device
 
 # A rehearsal holds rates against nothing; a published card against figures of its generation, any other against its

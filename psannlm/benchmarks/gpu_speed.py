@@ -19,10 +19,10 @@ from psannlm.benchmarks.gpu_rates import (
 )
 from psannlm.benchmarks.gpu_report import CheckResult, Measure
 from psannlm.benchmarks.gpu_stage import BASE_NAMES, Shape, Stage, Trainer, draw_tokens, dtype_name, micro_batch
-from psannlm.benchmarks.throughput import bench_train
-from psannlm.benchmarks.throughput_report import ThroughputReport
-from psannlm.benchmarks.timing import Count, Spread, take_turns
-from psannlm.benchmarks.trainees import ThroughputSettings
+from psannlm.benchmarks.harness.interleaved import Count, Spread, take_turns
+from psannlm.benchmarks.training.bench import bench_train
+from psannlm.benchmarks.training.candidates import ThroughputSettings
+from psannlm.benchmarks.training.report import ThroughputReport
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.config.train import Amp
 from psannlm.models.accounting import training_memory

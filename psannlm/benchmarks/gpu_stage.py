@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psannlm.benchmarks.decoding import finish
-from psannlm.benchmarks.timing import Clock
+from psannlm.benchmarks.decoding.modes import finish
+from psannlm.benchmarks.harness.interleaved import Clock
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.data.loader import MicroBatch
 from psannlm.kernels.compile import compiled

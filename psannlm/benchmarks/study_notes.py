@@ -7,9 +7,9 @@ from typing import Any
 
 from psannlm.benchmarks.study import Study
 from psannlm.benchmarks.study_choice import Choice
-from psannlm.benchmarks.study_runs import TOLERANCE
 from psannlm.benchmarks.study_work import RunState
 from psannlm.io.readers import flatten
+from psannlm.models.accounting import WIDTH_TOLERANCE
 
 # What of a run's system.json may explain a difference that is none of the models.
 _CONDITIONS = ("commit", "processor", "threads", "packages.torch")
@@ -59,7 +59,7 @@ def _of_losses(study: Study, chosen: Mapping[str, Choice]) -> Iterator[str]:
 def _of_variants(study: Study) -> Iterator[str]:
     for sized in study.variants:
         share = sized.n_parameters / study.baseline.n_parameters - 1
-        if abs(share) > TOLERANCE:
+        if abs(share) > WIDTH_TOLERANCE:
             yield f"{sized.variant.name} has {share:+.1%} parameters.".replace("-", "−")
         if sized.variant.budget_share < 1:
             yield f"{sized.variant.name} was trained for {sized.variant.budget_share:.0%} of the others' budget."

@@ -17,14 +17,12 @@ from psannlm.config.run import RunConfig, config_from_mapping, differences, to_y
 from psannlm.data.prepare import PreparedData, prepare
 from psannlm.errors import ConfigError, Problem
 from psannlm.io.atomic import write_text
-from psannlm.models.accounting import count_parameters, flops_per_token
+from psannlm.models.accounting import WIDTH_TOLERANCE, count_parameters, flops_per_token, match_mlp_width
 from psannlm.models.registry import resolve
 from psannlm.runtime.distributed import World
 from psannlm.training.run import build_loader
 from psannlm.training.run_folder import says_the_same
 
-TOLERANCE = 0.01
-_ROUND_WIDTH = 8
 # What a study sets unless its plan says otherwise: fewer files, and no time spent on samples that nobody reads.
 _QUIETER: dict[str, Any] = {"keep_checkpoints": 1, "sample_prompts": []}
 
@@ -89,10 +87,10 @@ def _resolved(variant: Variant, data: Mapping[DataConfig, PreparedData], d_mlp: 
 
 def _sized(plan: StudyPlan, variant: Variant, data: Mapping[DataConfig, PreparedData], target: int) -> SizedVariant:
     model = _resolved(variant, data)
-    is_off = abs(_count(model) / target - 1) > TOLERANCE
+    is_off = abs(_count(model) / target - 1) > WIDTH_TOLERANCE
     was_solved = is_off and plan.settings.solve_d_mlp and variant.config.model.d_mlp is None
     if was_solved:
-        model = _resolved(variant, data, solve_width(lambda width: _count(_resolved(variant, data, width)), target))
+        model = _resolved(variant, data, match_mlp_width(lambda width: _count(_resolved(variant, data, width)), target))
     per_token = flops_per_token(model, variant.config.data.max_length)
     loader = build_loader(variant.config, data[variant.config.data], World())
     # The mean over an epoch: its last step may be smaller than the others.
@@ -114,20 +112,6 @@ def _sized(plan: StudyPlan, variant: Variant, data: Mapping[DataConfig, Prepared
 
 def _count(model: ModelConfig) -> int:
     return sum(count_parameters(model).values())
-
-
-def solve_width(count: Callable[[int], int], target: int) -> int:
-    """Return the feed-forward width whose parameters, ``count(width)``, come nearest to ``target``.
-
-    Parameters grow in a line with the width. A multiple of 8, which matrices of all machines like, is taken where it
-    comes within a quarter of the tolerance.
-    """
-    at_least = count(_ROUND_WIDTH)
-    slope = (count(2 * _ROUND_WIDTH) - at_least) / _ROUND_WIDTH
-    exact = _ROUND_WIDTH + (target - at_least) / slope if slope else float(_ROUND_WIDTH)
-    width = max(1, round(exact))
-    rounded = max(_ROUND_WIDTH, _ROUND_WIDTH * round(exact / _ROUND_WIDTH))
-    return rounded if abs(count(rounded) / target - 1) <= TOLERANCE / 4 else width
 
 
 def _order_differences(base: RunConfig, ours: RunConfig) -> tuple[str, ...]:
@@ -167,7 +151,7 @@ def _refuse_unequal(plan: StudyPlan, variants: tuple[SizedVariant, ...], target:
     problems = []
     for sized in variants:
         excess = sized.n_parameters / target - 1
-        if abs(excess) > TOLERANCE:
+        if abs(excess) > WIDTH_TOLERANCE:
             message = (
                 f"{sized.n_parameters:,} parameters, {excess:+.1%} of {plan.settings.baseline}'s {target:,}; leave its "
                 "d_mlp null and solve_d_mlp true, set model.d_mlp, or write parameters: shown"

@@ -5,6 +5,7 @@ Letters: D width, L layers, T window.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
@@ -22,6 +23,8 @@ from psannlm.models.mlp import GATED_KINDS
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 
+WIDTH_TOLERANCE = 0.01
+_ROUND_WIDTH = 8
 # Python's own objects for the modules and tensors of a block.
 _MODULE_BYTES = 30_000
 # More layers are not built to find what they save.
@@ -37,6 +40,20 @@ _GROUP_OF = {
     "attention_scale": "residual scales",
     "mlp_scale": "residual scales",
 }
+
+
+def match_mlp_width(count: Callable[[int], int], target: int) -> int:
+    """Return the feed-forward width whose parameters, ``count(width)``, come nearest to ``target``.
+
+    Parameters grow in a line with the width. A multiple of 8, which matrices of all machines like, is taken where it
+    comes within a quarter of the tolerance.
+    """
+    at_least = count(_ROUND_WIDTH)
+    slope = (count(2 * _ROUND_WIDTH) - at_least) / _ROUND_WIDTH
+    exact = _ROUND_WIDTH + (target - at_least) / slope if slope else float(_ROUND_WIDTH)
+    width = max(1, round(exact))
+    rounded = max(_ROUND_WIDTH, _ROUND_WIDTH * round(exact / _ROUND_WIDTH))
+    return rounded if abs(count(rounded) / target - 1) <= WIDTH_TOLERANCE / 4 else width
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from psannlm.benchmarks import gpu_floor
-from psannlm.benchmarks.bandwidth import FloorShare
 from psannlm.benchmarks.gpu_floor import (
     Floor,
     fitting_layers,
@@ -18,7 +17,8 @@ from psannlm.benchmarks.gpu_floor import (
     small_floor_measures,
 )
 from psannlm.benchmarks.gpu_stage import FULL, Stage
-from psannlm.benchmarks.timing import Spread
+from psannlm.benchmarks.harness.interleaved import Spread
+from psannlm.benchmarks.harness.roofline import FloorShare
 from psannlm.models.accounting import count_parameters
 
 

@@ -10,7 +10,7 @@ import torch
 from psannlm.benchmarks import gpu_rates
 from psannlm.benchmarks.gpu_rates import Card, Rates, card_of, large_measures, rate_measures
 from psannlm.benchmarks.gpu_stage import Stage
-from psannlm.benchmarks.timing import Spread
+from psannlm.benchmarks.harness.interleaved import Spread
 
 PEAK = 700e12
 # Of the model and the peak here 5 % are 437,500 tokens/s of training and 1,312,500 of forward passes.

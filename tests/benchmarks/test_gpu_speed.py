@@ -12,7 +12,7 @@ from psannlm.benchmarks import gpu_speed
 from psannlm.benchmarks.gpu_rates import Rates, large_measures
 from psannlm.benchmarks.gpu_speed import check_speed, fitting_rows
 from psannlm.benchmarks.gpu_stage import Shape, Stage
-from psannlm.benchmarks.timing import Spread
+from psannlm.benchmarks.harness.interleaved import Spread
 
 
 def test_a_training_that_comes_to_no_number_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ def test_impossible_sizes_are_usage_errors(psannlm, project: Path) -> None:
 
 
 def test_a_missing_rival_is_said_before_any_work(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.benchmarks.rivals.util.find_spec", lambda name: None)
+    monkeypatch.setattr("psannlm.benchmarks.harness.reference_llama.util.find_spec", lambda name: None)
     done = psannlm("bench-kv", *TINY, "--against", "transformers")
     assert done.code == 2
     assert "install the extra hf" in done.err

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.benchmarks import tokenizers as bench
+from psannlm.benchmarks.tokenization import bench as bench
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = ("--corpus", "corpus.txt", "--per-line", "--vocab-size", "300", "--repeat", "1")

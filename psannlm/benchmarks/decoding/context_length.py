@@ -1,0 +1,187 @@
+"""An engine and lengths of context in; seconds of a step at each, beside the bandwidth floor, and a plot out."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from psannlm.benchmarks.harness.interleaved import Clock, Count, Standing, shared_turns, take_turns
+from psannlm.benchmarks.harness.roofline import FloorShare, memory_reader, step_bytes
+from psannlm.generation.engine import Engine
+from psannlm.io.atomic import write_bytes
+from psannlm.io.figures import render_figure
+from psannlm.models.kv_cache import DecodeState
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CONTEXTS = (256, 512, 1024, 2048, 4096)
+STEPS = 32
+_MEASURED_COLOUR, _FLOOR_COLOUR = "#1f77b4", "#7f7f7f"
+
+
+@dataclass(frozen=True)
+class GrowthPoint:
+    """A decoding step of all rows at one length of context; ``cache_bytes`` is the state that was held."""
+
+    context: int
+    cache_bytes: int
+    share: FloorShare
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as plain data."""
+        return {"context": self.context, "cache_bytes": self.cache_bytes, **self.share.as_dict()}
+
+
+def longest_state(contexts: Sequence[int], n_steps: int = STEPS) -> int:
+    """Return the tokens that a row holds when the longest of ``contexts`` has been measured; 0 for none."""
+    return max(contexts) + n_steps if contexts else 0
+
+
+def measure_growth(
+    engine: Engine,
+    n_rows: int,
+    contexts: Sequence[int],
+    *,
+    n_steps: int = STEPS,
+    repeats: int,
+    seed: int,
+    clock: Clock = time.perf_counter,
+    on_standing: Callable[[Standing], None] = lambda standing: None,
+    deadline: float | None = None,
+) -> list[GrowthPoint]:
+    """Time ``n_steps`` cached steps of ``n_rows`` rows around each of ``contexts``, in turns with reading as much.
+
+    A turn's figure is the median of its steps. Each turn starts from the same tokens: n_steps / 2 short of the context.
+    All rows hold the same ones, so that only one of them must be prefilled. ``deadline`` as for ``take_turns``.
+    """
+    device = engine.model.embedding.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    if not contexts:
+        return []
+
+    def fill(context: int) -> Callable[[Count], _Held]:
+        size = (max(1, context - n_steps // 2),)
+        prompt = torch.randint(engine.model.config.vocab_size or 0, size, generator=generator).tolist()
+        return lambda count: _Held.prefill(engine, prompt, n_rows, n_steps)
+
+    filled = take_turns(
+        {f"filling the cache up to {context:,}": fill(context) for context in contexts},
+        1,
+        warm_ups=0,
+        clock=clock,
+        on_standing=on_standing,
+    )
+    states = {context: held for context, [held] in zip(contexts, filled.values(), strict=True)}
+
+    def steps(context: int) -> Callable[[Count], float]:
+        return lambda count: states[context].time_steps(engine, n_steps, clock, count)
+
+    candidates: dict[str, Callable[[Count], float]] = {}
+    for context in contexts:
+        candidates[f"context {context:,}"] = steps(context)
+        reader = memory_reader(step_bytes(engine, n_rows, context), device, clock=clock)
+        candidates[f"reading as much as context {context:,}"] = reader
+    taken = take_turns(candidates, repeats, unit="steps", clock=clock, on_standing=on_standing, deadline=deadline)
+    return [
+        GrowthPoint(
+            context,
+            states[context].state.n_bytes,
+            FloorShare.of(
+                step_bytes(engine, n_rows, context),
+                *shared_turns(taken[f"reading as much as context {context:,}"], taken[f"context {context:,}"]),
+            ),
+        )
+        for context in contexts
+    ]
+
+
+@dataclass
+class _Held:
+    """A state that stands at one length, and the tokens that come next."""
+
+    state: DecodeState
+    tokens: Tensor
+    length: int
+
+    @classmethod
+    @torch.inference_mode()
+    def prefill(cls, engine: Engine, prompt: Sequence[int], n_rows: int, n_steps: int) -> _Held:
+        logits, state = engine.prefill([prompt], n_steps)
+        return cls(state.select([0] * n_rows), logits.argmax(dim=-1).repeat(n_rows), len(prompt))
+
+    @torch.inference_mode()
+    def time_steps(self, engine: Engine, n_steps: int, clock: Clock, count: Count) -> float:
+        """Return the median seconds of a greedy step, its token on the host; begins at ``length`` every time."""
+        self.state.lengths = [self.length] * len(self.state.lengths)
+        self.state.offsets.fill_(self.length)
+        tokens = self.tokens
+        seconds = []
+        for done in range(1, n_steps + 1):
+            began = clock()
+            tokens = engine.decode(tokens, self.state).argmax(dim=-1)
+            tokens.tolist()
+            seconds.append(clock() - began)
+            count(done, n_steps)
+        return statistics.median(seconds)
+
+
+def draw_growth(path: Path, title: str, points: Sequence[GrowthPoint]) -> None:
+    """Draw milliseconds per step against the context, with the bandwidth floor under them.
+
+    Raises:
+        PictureError: the picture cannot be drawn.
+        StorageError: the picture cannot be written.
+    """
+    write_bytes(path, render_figure(lambda: _growth_figure(title, points)))
+
+
+def _growth_figure(title: str, points: Sequence[GrowthPoint]) -> Figure:
+    from matplotlib.figure import Figure
+
+    contexts = [point.context for point in points]
+    steps = [point.share.step_s for point in points]
+    medians = [1e3 * step.median for step in steps]
+    edges = [
+        [1e3 * (step.median - step.lowest) for step in steps],
+        [1e3 * (step.highest - step.median) for step in steps],
+    ]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(
+        contexts,
+        medians,
+        yerr=edges,
+        color=_MEASURED_COLOUR,
+        linewidth=2,
+        marker="o",
+        capsize=4,
+        label="measured, lowest to highest turn",
+    )
+    floors = [1e3 * point.share.floor_s for point in points]
+    label = "floor: reading weights and cache once"
+    axes.plot(contexts, floors, color=_FLOOR_COLOUR, linewidth=2, linestyle="--", marker="s", label=label)
+    for context, median, point in zip(contexts, medians, points, strict=True):
+        text = f"{median:.3g} ms\n{point.share.fraction.median:.0%} of bandwidth"
+        # The line rises: what stands to the left of a point is clear of it.
+        side, shift = ("center", 0) if context == contexts[0] else ("right", 8)
+        axes.annotate(text, (context, median), (shift, 9), textcoords="offset points", ha=side, fontsize=9)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.minorticks_off()
+    axes.margins(x=0.12)
+    axes.set_ylim(0, 1.25 * max(1e3 * step.highest for step in steps))
+    axes.set_title(title)
+    axes.set_xlabel("context (tokens of each row)")
+    axes.set_ylabel("time of one decoding step (ms)")
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False, loc="upper left")
+    return figure

@@ -1,0 +1,336 @@
+"""What the runs of ``kv_cache`` came to in; rates, ratios between what differs in one thing only, and problems, out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from psannlm.benchmarks.decoding.context_length import CONTEXTS, GrowthPoint
+from psannlm.benchmarks.decoding.modes import CASES, Case, DecodeRun
+from psannlm.benchmarks.decoding.quantization_quality import PackingCost
+from psannlm.benchmarks.decoding.token_parity import Agreement
+from psannlm.benchmarks.harness.interleaved import Spread, paired_ratio, shared_turns
+from psannlm.benchmarks.harness.reference_llama import RivalRuns, require_rival
+from psannlm.benchmarks.harness.roofline import FloorShare
+from psannlm.config.model import ModelConfig
+from psannlm.errors import ConfigError, nearest
+from psannlm.generation.quantize import WeightDtype
+from psannlm.models.accounting import cache_bytes
+
+Cases = Literal["all", "batch", "cached"]
+_FIGURES = ("prefill_s", "first_token_s", "decode_s", "total_s", "decode_tokens_per_s", "tokens_per_s")
+
+
+@dataclass(frozen=True)
+class KvSettings:
+    """What is decoded, and how: ``batch_size`` prompts of ``prompt_length`` random tokens, each
+    continued by ``max_new_tokens``.
+
+    Attributes:
+        dtype: of the packed weights.
+        is_compiled: decode with the cache through torch.compile too, beside the engine without it.
+        cases: ``all``; ``batch`` leaves out rows one by one, ``cached`` full forward passes.
+        uncached_steps: full forward passes after a row's first that are really run, evenly over the tokens; None: all.
+        contexts: lengths at which a cached step is timed.
+        against: a library whose model of equal size decodes the same prompts, or None.
+        time_limit_s: seconds that the measurement should take at most, on a machine of any speed: passes without the
+            cache, repeats and contexts are left out for it, each of which the report states. None: nothing is.
+
+    Raises:
+        ConfigError: a number is too small to measure anything, a name is unknown, or a package is missing.
+    """
+
+    batch_size: int = 8
+    prompt_length: int = 96
+    max_new_tokens: int = 64
+    repeats: int = 3
+    seed: int = 1337
+    dtype: WeightDtype = "float32"
+    is_compiled: bool = False
+    cases: Cases = "all"
+    uncached_steps: int | None = None
+    contexts: tuple[int, ...] = CONTEXTS
+    against: str | None = None
+    time_limit_s: float | None = None
+
+    def __post_init__(self) -> None:
+        lowest = {"batch_size": 1, "prompt_length": 1, "max_new_tokens": 2, "repeats": 1, "seed": 0}
+        if self.uncached_steps is not None:
+            lowest["uncached_steps"] = 2
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} {getattr(self, name)} is too small; use {least} or more")
+        known = get_args(Cases)
+        if self.cases not in known:
+            raise ConfigError(f"cases {self.cases!r:.40} is not one of {', '.join(known)}{nearest(self.cases, known)}")
+        if self.time_limit_s is not None and not self.time_limit_s > 0:
+            raise ConfigError(f"time_limit_s {self.time_limit_s} is not a time; use more than 0")
+        if self.against is not None:
+            require_rival(self.against)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a row at its end."""
+        return self.prompt_length + self.max_new_tokens
+
+    @property
+    def mean_context(self) -> int:
+        """Tokens that a row sees in its mean decoding step: from one more than the prompt to all but the last."""
+        return self.prompt_length + self.max_new_tokens // 2
+
+    def chosen_cases(self, is_compiled: bool) -> tuple[Case, ...]:
+        """Return the ways to decode; with one prompt, a batch and row by row are the same."""
+        chosen = [
+            case
+            for case in CASES
+            if (case.is_batched or (self.batch_size > 1 and self.cases != "batch"))
+            and (case.use_cache or self.cases != "cached")
+        ]
+        if is_compiled:
+            chosen += [Case(True, case.is_batched, True) for case in chosen if case.use_cache]
+        return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class KvReport:
+    """The benchmark's outcome; ``problems`` names each promise that was broken.
+
+    Attributes:
+        weights: where they come from.
+        notices: what was asked for and is had in another way.
+        first_s: seconds of the first run of each compiled case, compilation included.
+        reads: bytes per second of reading what a step reads, of each turn, for a batch (True) and for one row (False).
+        left_out: contexts that the model has no room for.
+    """
+
+    settings: KvSettings
+    model: ModelConfig
+    weights: str
+    device: str
+    threads: int
+    parameters: int
+    weight_bytes: int
+    cache_element_bytes: int
+    runs: dict[Case, list[DecodeRun]]
+    agreement: Agreement
+    n_bytes: dict[bool, int]
+    reads: dict[bool, list[float]]
+    first_s: dict[Case, float] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    growth: list[GrowthPoint] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+    packing: PackingCost | None = None
+    rival: RivalRuns | None = None
+
+    def rate(self, case: Case) -> Spread:
+        """Return the decode rate of a case in tokens per second, after the first token."""
+        return Spread.of(_decode_rates(self.runs[case]))
+
+    def from_cache(self, is_batched: bool) -> Spread | None:
+        """Return how many times faster the cache alone makes decoding: same rows at a time, nothing compiled."""
+        return self._ratio(Case(True, is_batched), Case(False, is_batched))
+
+    def from_batching(self, use_cache: bool, is_compiled: bool = False) -> Spread | None:
+        """Return how many times faster batching alone makes decoding: same use of the cache, same engine."""
+        return self._ratio(Case(use_cache, True, is_compiled), Case(use_cache, False, is_compiled))
+
+    def from_compiling(self, is_batched: bool) -> Spread | None:
+        """Return how many times faster compiling alone makes cached decoding."""
+        return self._ratio(Case(True, is_batched, True), Case(True, is_batched))
+
+    def _ratio(self, above: Case, below: Case) -> Spread | None:
+        """Decode rates turn by turn; None where a case was not run."""
+        if above not in self.runs or below not in self.runs:
+            return None
+        return paired_ratio(*shared_turns(_decode_rates(self.runs[above]), _decode_rates(self.runs[below])))
+
+    @property
+    def naive(self) -> Case | None:
+        """The naive loop, which replays the whole prompt for each token of one row at a time; None if not run."""
+        case = Case(False, self.settings.batch_size == 1)
+        return case if case in self.runs else None
+
+    def cached_over_naive(self) -> Spread | None:
+        """Return how many times the naive loop's rate the cached batch has, of all new tokens, prefill included."""
+        return None if self.naive is None else _whole_ratio(self.runs[Case(True, True)], self.runs[self.naive])
+
+    @property
+    def n_generated(self) -> int:
+        """New tokens of all rows in one run."""
+        return self.settings.batch_size * self.settings.max_new_tokens
+
+    @property
+    def ours(self) -> Case:
+        """The case that stands against a rival: the whole batch with the cache, compiled if that was asked for."""
+        compiled = Case(True, True, True)
+        return compiled if compiled in self.runs else Case(True, True)
+
+    def against_rival(self) -> dict[str, Spread]:
+        """Return how many times the rival's rate ours is, turn by turn: of all tokens, and of those after the first."""
+        if self.rival is None:
+            return {}
+        mine, theirs = self.runs[self.ours], self.rival.runs
+        return {
+            "whole": _whole_ratio(mine, theirs),
+            "decode": paired_ratio(*shared_turns(_decode_rates(mine), _decode_rates(theirs))),
+        }
+
+    def compile_s(self) -> dict[Case, float]:
+        """Return what the first run of each compiled case took beyond its median run."""
+        return {
+            case: first - statistics.median([run.total_s for run in self.runs[case]])
+            for case, first in self.first_s.items()
+        }
+
+    def floors(self) -> dict[Case, FloorShare]:
+        """Return the mean decoding step of each cached case beside the time to read what it reads, turn by turn."""
+        found = {}
+        for case, runs in self.runs.items():
+            if case.use_cache:
+                n_steps = (self.settings.max_new_tokens - 1) * (1 if case.is_batched else self.settings.batch_size)
+                steps = [run.decode_s / n_steps for run in runs]
+                rates = self.reads[case.is_batched]
+                found[case] = FloorShare.of(self.n_bytes[case.is_batched], *shared_turns(rates, steps))
+        return found
+
+    def measured_cache_bytes(self) -> dict[Case, int]:
+        """Return the largest state that was held, of each case that has one."""
+        return {case: max(run.cache_bytes for run in runs) for case, runs in self.runs.items() if case.use_cache}
+
+    def cache_slots(self) -> dict[Case, int]:
+        """Return how many tokens of a row that state had room for."""
+        return {case: max(run.cache_slots for run in runs) for case, runs in self.runs.items() if case.use_cache}
+
+    def predicted_cache_bytes(self) -> dict[Case, int]:
+        """Return what ``models.accounting`` says of a state with so much room."""
+        return {
+            case: cache_bytes(
+                self.model, self.settings.batch_size if case.is_batched else 1, slots, self.cache_element_bytes
+            )
+            for case, slots in self.cache_slots().items()
+        }
+
+    @property
+    def n_uncached_passes(self) -> int:
+        """Full forward passes of a row that were timed where there is no cache; 0 where that was left out."""
+        return max((len(runs[0].places or ()) for runs in self.runs.values()), default=0)
+
+    @property
+    def distinct_tokens(self) -> int:
+        """How many different ids the outputs hold: if there are few, their equality says little."""
+        return len({token for row in self.runs[Case(True, True)][0].ids for token in row})
+
+    @property
+    def problems(self) -> list[str]:
+        """Return what did not hold, in words: outputs that differ, a cache of another size than predicted."""
+        found = [] if self.agreement.difference is None else [str(self.agreement.difference)]
+        predictions, slots = self.predicted_cache_bytes(), self.cache_slots()
+        # The last token of a row is chosen, and never looked at.
+        needed = self.settings.n_tokens - 1
+        for case, measured in self.measured_cache_bytes().items():
+            if measured != predictions[case]:
+                message = (
+                    f"{case}: the cache takes {measured:,} bytes, models.accounting predicts {predictions[case]:,}"
+                )
+                found.append(message)
+            if slots[case] < needed:
+                found.append(f"{case}: the cache has room for {slots[case]:,} tokens of a row, which has {needed:,}")
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return settings, figures and ratios as plain data."""
+        speedups = {
+            "cache_alone_in_batch": self.from_cache(True),
+            "cache_alone_one_row": self.from_cache(False),
+            "batching_alone_with_cache": self.from_batching(True),
+            "batching_alone_with_cache_compiled": self.from_batching(True, True),
+            "batching_alone_without_cache": self.from_batching(False),
+            "compiling_alone_in_batch": self.from_compiling(True),
+            "compiling_alone_one_row": self.from_compiling(False),
+        }
+        measured, predicted = self.measured_cache_bytes(), self.predicted_cache_bytes()
+        compiling = self.compile_s()
+        return {
+            "is_complete": True,
+            **asdict(self.settings),
+            **headline(self.settings, self.runs),
+            "device": self.device,
+            "threads": self.threads,
+            "weights": self.weights,
+            "model": self.model.model_dump(mode="json"),
+            "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
+            "notices": self.notices,
+            "cases": [case_figures(case, runs) for case, runs in self.runs.items()],
+            "speedup_of_decoding": {name: ratio.as_dict() for name, ratio in speedups.items() if ratio is not None},
+            "compile_s": {str(case): seconds for case, seconds in compiling.items()},
+            "cache_bytes": {
+                str(case): {"measured": n, "predicted": predicted[case], "slots": self.cache_slots()[case]}
+                for case, n in measured.items()
+            },
+            "bandwidth_floor": {str(case): share.as_dict() for case, share in self.floors().items()},
+            "context_growth": [point.as_dict() for point in self.growth],
+            "contexts_left_out": self.left_out,
+            "packing_cost": None if self.packing is None else self.packing.as_dict(),
+            "rival": None if self.rival is None else self._rival(self.rival),
+            "agreement": self.agreement.as_dict(),
+            "outputs_are_equal": self.agreement.difference is None,
+            "distinct_tokens": self.distinct_tokens,
+            "problems": self.problems,
+        }
+
+    def _rival(self, rival: RivalRuns) -> dict[str, Any]:
+        return {
+            "name": rival.name,
+            "description": rival.description,
+            "parameters": rival.parameters,
+            "first_s": rival.first_s,
+            **figures(rival.runs),
+            "ours": str(self.ours),
+            "our_rate_over_its": {name: ratio.as_dict() for name, ratio in self.against_rival().items()},
+        }
+
+
+def case_figures(case: Case, runs: list[DecodeRun]) -> dict[str, Any]:
+    """Return what a case is, how many runs it had, how many passes of a row were timed, and every time and rate."""
+    places = runs[0].places
+    return {
+        "name": str(case),
+        "cache": case.use_cache,
+        "batched": case.is_batched,
+        "compiled": case.is_compiled,
+        "n_runs": len(runs),
+        "passes_timed": runs[0].n_new if places is None else len(places),
+        **figures(runs),
+    }
+
+
+def headline(settings: KvSettings, runs: Mapping[Case, list[DecodeRun]]) -> dict[str, Any]:
+    """Return the tokens that one run generates, the rate of the cached batch, that of the naive loop, and their
+    quotient; of a benchmark that was interrupted, those that there are."""
+    found: dict[str, Any] = {"generated_tokens": settings.batch_size * settings.max_new_tokens}
+    cached = runs.get(Case(True, True))
+    naive = runs.get(Case(False, settings.batch_size == 1))
+    if cached:
+        found["cached_tokens_per_s"] = Spread.of([run.tokens_per_s for run in cached]).as_dict()
+    if naive:
+        found["naive_tokens_per_s"] = Spread.of([run.tokens_per_s for run in naive]).as_dict()
+    if cached and naive:
+        found["cached_over_naive"] = _whole_ratio(cached, naive).as_dict()
+    return found
+
+
+def _whole_ratio(above: Sequence[DecodeRun], below: Sequence[DecodeRun]) -> Spread:
+    """Return the quotient of the rates of all new tokens, prefill included, turn by turn."""
+    return paired_ratio(*shared_turns([run.tokens_per_s for run in above], [run.tokens_per_s for run in below]))
+
+
+def figures(runs: list[DecodeRun]) -> dict[str, dict[str, float]]:
+    """Return the spread of every time and rate of these runs."""
+    return {name: Spread.of([getattr(run, name) for run in runs]).as_dict() for name in _FIGURES}
+
+
+def _decode_rates(runs: list[DecodeRun]) -> list[float]:
+    return [run.decode_tokens_per_s for run in runs]

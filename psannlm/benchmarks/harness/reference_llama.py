@@ -1,0 +1,232 @@
+"""The name of another library and our model's sizes in; its model of equal size, to decode or to be trained, out."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import util
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from psannlm.benchmarks.decoding.modes import DecodeRun, Prompts
+from psannlm.benchmarks.harness.interleaved import Clock, Count
+from psannlm.config.model import ModelConfig
+from psannlm.errors import ConfigError, PsannlmError, nearest
+
+RIVALS = ("transformers",)
+# Widths that are no multiple of it would slow the rival's products down.
+_WIDTH_STEP = 16
+
+
+class Rival(Protocol):
+    """Another library's decoder of random weights."""
+
+    name: str
+    description: str
+    parameters: int
+
+    def generate(self, prompts: Prompts, max_new_tokens: int) -> Prompts:
+        """Return the greedy continuation of each prompt, all of ``max_new_tokens``."""
+        ...
+
+
+def require_rival(name: str) -> None:
+    """Raise ConfigError if there is no rival of that name, or its package is not installed."""
+    if name not in RIVALS:
+        raise ConfigError(f"--against {name!r:.40} is not one of {', '.join(RIVALS)}{nearest(name, RIVALS)}")
+    if util.find_spec(name) is None:
+        raise ConfigError(
+            f"--against {name} needs the package {name}, which is not installed; install the extra hf, in the clone "
+            "with: pip install -c constraints.txt '.[hf]'"
+        )
+
+
+def build_rival(name: str, config: ModelConfig, parameters: int, seq_len: int, device: torch.device) -> Rival:
+    """Return the rival of that name, as large as our model.
+
+    Args:
+        config: our model's resolved configuration.
+        parameters: of our model, which the rival's come as near to as its sizes allow.
+        seq_len: the most tokens that a row will have.
+
+    Raises:
+        ConfigError: there is no rival of that name, or its package is not installed.
+    """
+    require_rival(name)
+    return Llama(config, parameters, seq_len, device)
+
+
+@dataclass(frozen=True)
+class RivalRuns:
+    """What a rival came to; ``first_s`` are the seconds of its first run, compilation included."""
+
+    name: str
+    description: str
+    parameters: int
+    first_s: float
+    runs: list[DecodeRun]
+
+
+def decode_with(rival: Rival, prompts: Prompts, max_new_tokens: int, clock: Clock = time.perf_counter) -> DecodeRun:
+    """Let ``rival`` continue the prompts; its prefill is what continuing them by one token takes.
+
+    Raises:
+        PsannlmError: it made fewer tokens than asked for, or one token took it longer than all.
+    """
+    began = clock()
+    rival.generate(prompts, 1)
+    between = clock()
+    ids = rival.generate(prompts, max_new_tokens)
+    ended = clock()
+    if any(len(row) != max_new_tokens for row in ids) or len(ids) != len(prompts):
+        raise PsannlmError(
+            f"{rival.name} made {[len(row) for row in ids]} tokens where {max_new_tokens} were asked for"
+        )
+    prefill_s, total_s = between - began, ended - between
+    if prefill_s >= total_s:
+        raise PsannlmError(
+            f"{rival.name} took {total_s:.4f} s for {max_new_tokens} tokens and {prefill_s:.4f} s for one: too few "
+            "to tell its decoding from its prefill; raise --max-new-tokens"
+        )
+    return DecodeRun(ids, max_new_tokens, prefill_s, prefill_s, total_s - prefill_s, total_s)
+
+
+def rival_candidate(rival: Rival, prompts: Prompts, max_new_tokens: int, clock: Clock) -> Callable[[Count], DecodeRun]:
+    """Return the candidate that decodes with ``rival``."""
+    return lambda count: decode_with(rival, prompts, max_new_tokens, clock)
+
+
+def llama_parameters(config: ModelConfig, width: int) -> int:
+    """Return the parameters of a Llama of our sizes with feed-forwards (gated, no bias) of ``width``."""
+    d_model, vocab = config.d_model, config.vocab_size or 0
+    head_dim = d_model // config.n_heads
+    attention = 2 * d_model * d_model + 2 * d_model * head_dim * (config.n_kv_heads or config.n_heads)
+    block = attention + 3 * d_model * width + 2 * d_model
+    return (1 if config.tie_embeddings else 2) * vocab * d_model + config.n_layers * block + d_model
+
+
+def llama_width(config: ModelConfig, parameters: int) -> int:
+    """Return the feed-forward width, a multiple of 16, that brings a Llama of our sizes nearest to ``parameters``."""
+    for_width = parameters - llama_parameters(config, 0)
+    width = for_width / (3 * config.d_model * config.n_layers)
+    return max(1, round(width / _WIDTH_STEP)) * _WIDTH_STEP
+
+
+def llama_flops_per_token(config: ModelConfig, width: int, seq_len: int) -> int:
+    """Return the operations of one training token of that Llama, counted as ``accounting.flops_per_token`` counts."""
+    lookup = 0 if config.tie_embeddings else (config.vocab_size or 0) * config.d_model
+    norms = (2 * config.n_layers + 1) * config.d_model
+    matrices = llama_parameters(config, width) - lookup - norms
+    return 6 * matrices + 12 * config.n_layers * config.d_model * seq_len
+
+
+def _transformers() -> Any:
+    # Only ever loaded for this: it takes seconds and is an optional extra.
+    return importlib.import_module("transformers")
+
+
+def _build_llama(config: ModelConfig, width: int, seq_len: int, seed: int) -> Any:
+    """Return a ``LlamaForCausalLM`` of our sizes with feed-forwards of ``width``, in float32 on the CPU."""
+    transformers = _transformers()
+    sizes = transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=width,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads or config.n_heads,
+        max_position_embeddings=seq_len,
+        tie_word_embeddings=config.tie_embeddings,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.LlamaForCausalLM(sizes).float()
+
+
+class TrainableLlama(nn.Module):
+    """The same ``LlamaForCausalLM`` as something to train: its own attention (sdpa), logits and loss.
+
+    The names of its parameters are ours where optimisers sort by them, so that Muon takes the same matrices.
+    """
+
+    def __init__(self, config: ModelConfig, parameters: int, seq_len: int, seed: int, grad_checkpoint: bool) -> None:
+        super().__init__()
+        self.width = llama_width(config, parameters)
+        llama = _build_llama(config, self.width, seq_len, seed)
+        llama.config.use_cache = False
+        if grad_checkpoint:
+            llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.embedding = llama.model.embed_tokens
+        self.blocks = llama.model.layers
+        self.llama = llama
+        self.parameter_count = sum(parameter.numel() for parameter in llama.parameters())
+        self.description = (
+            f"transformers {_transformers().__version__}, LlamaForCausalLM, sdpa, {self.parameter_count:,} parameters "
+            f"(feed-forward width {self.width:,})"
+        )
+
+    def forward(self, input_ids: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Return the summed cross-entropy in nats; ``labels`` (B, T) stand where their inputs do.
+
+        Raises:
+            PsannlmError: it has no label smoothing of its own.
+        """
+        if label_smoothing:
+            raise PsannlmError("the Llama of transformers has no label smoothing")
+        # Told that there is one item, it divides the sum by one.
+        out = self.llama(input_ids=input_ids, labels=labels, shift_labels=labels, num_items_in_batch=1)
+        loss: Tensor = out.loss
+        return loss
+
+
+class Llama:
+    """``LlamaForCausalLM`` of Hugging Face transformers in float32: a static cache and compiled decoding."""
+
+    name = "transformers"
+
+    def __init__(self, config: ModelConfig, parameters: int, seq_len: int, device: torch.device) -> None:
+        self._transformers = _transformers()
+        width = llama_width(config, parameters)
+        self._model = _build_llama(config, width, seq_len, seed=0).eval().to(device)
+        # On a CPU, transformers compiles only when told to by this attribute.
+        compile_config = self._transformers.CompileConfig()
+        compile_config._compile_all_devices = True
+        self._model.generation_config.compile_config = compile_config
+        self.parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        self.description = (
+            f"transformers {self._transformers.__version__}, LlamaForCausalLM, {self.parameters:,} parameters "
+            f"(feed-forward width {width:,}), float32, static cache, compiled"
+        )
+
+    def generate(self, prompts: Prompts, max_new_tokens: int) -> Prompts:
+        """Return the greedy continuation of each prompt, all of ``max_new_tokens``."""
+        input_ids = torch.tensor(prompts, device=self._model.device)
+        with self._quiet():
+            output = self._model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=max_new_tokens,
+                do_sample=False,
+                cache_implementation="static",
+                pad_token_id=0,
+            )
+        continuations: Prompts = output[:, input_ids.shape[1] :].tolist()
+        return continuations
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Keep its advice on settings off the screen, where progress is shown."""
+        logging = self._transformers.logging
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(before)

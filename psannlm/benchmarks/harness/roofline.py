@@ -1,0 +1,136 @@
+"""Bytes of a decoding step in; how fast this machine reads so many, and what share of that a step reaches, out.
+
+A step reads every packed weight and the cache of every row once, and does little else: the time to read them is the
+floor under its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psannlm.benchmarks.decoding.modes import finish
+from psannlm.benchmarks.harness.interleaved import Clock, Count, Spread
+from psannlm.generation.engine import Engine
+from psannlm.kernels.onednn import has_onednn, onednn_matmul
+from psannlm.models.accounting import cache_bytes
+
+_BYTES_PER_RUN = 2_000_000_000
+# Reads given to a GPU before waiting for it: launching one and waiting takes as long as reading some 50 MB.
+_READS_AT_ONCE_ON_GPU = 16
+
+
+def step_bytes(engine: Engine, n_rows: int, length: int) -> int:
+    """Return the bytes that one decoding step must read when each row sees ``length`` tokens, its own included."""
+    return engine.weight_bytes + cache_bytes(engine.model.config, n_rows, length, engine.cache_dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class FloorShare:
+    """Seconds of a step beside the seconds in which memory could deliver what it reads.
+
+    ``fraction`` is floor / step: 1 is a step that does nothing but read at the measured rate.
+    """
+
+    n_bytes: int
+    bytes_per_s: Spread
+    step_s: Spread
+    fraction: Spread
+
+    @property
+    def floor_s(self) -> float:
+        """Seconds to read ``n_bytes`` at the median rate."""
+        return self.n_bytes / self.bytes_per_s.median
+
+    @classmethod
+    def of(cls, n_bytes: int, rates: Sequence[float], steps_s: Sequence[float]) -> FloorShare:
+        """Set steps of so many seconds against reading rates in bytes per second of the same turns."""
+        fractions = [n_bytes / rate / step for rate, step in zip(rates, steps_s, strict=True)]
+        return cls(n_bytes, Spread.of(rates), Spread.of(steps_s), Spread.of(fractions))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as plain data."""
+        return {
+            "n_bytes": self.n_bytes,
+            "bytes_per_s": self.bytes_per_s.as_dict(),
+            "floor_s": self.floor_s,
+            "step_s": self.step_s.as_dict(),
+            "fraction_of_floor": self.fraction.as_dict(),
+        }
+
+
+def memory_reader(n_bytes: int, device: torch.device, *, clock: Clock = time.perf_counter) -> Callable[[Count], float]:
+    """Return a candidate that reads a tensor of ``n_bytes`` over and over and gives the bytes per second.
+
+    Of the size that a step reads, and read as often in a row: what of it stays in the processor's cache does so for
+    both.
+    """
+    numbers = torch.ones(max(1, n_bytes // 4), device=device)
+    # Rows, because some libraries split a sum of one long vector less well than many short ones.
+    rows = numbers[: numbers.numel() // 1024 * 1024].view(-1, 1024) if numbers.numel() >= 1024 else numbers[None]
+    at_once = _READS_AT_ONCE_ON_GPU if device.type == "cuda" else 1
+
+    def several(read: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        return lambda: finish([read() for _ in range(at_once)][-1])
+
+    ways = [several(way) for way in (numbers.sum, lambda: torch.dot(numbers, numbers), lambda: rows.sum(1))]
+    passes = min(50, max(3, _BYTES_PER_RUN // n_bytes))
+    return lambda count: read_rate(ways, n_bytes * at_once, passes, clock)
+
+
+@torch.inference_mode()
+def read_rate(ways: Sequence[Callable[[], object]], n_bytes: int, passes: int, clock: Clock) -> float:
+    """Return bytes per second of the fastest of several ways to read ``n_bytes``, each by its median pass."""
+    rates = []
+    for read in ways:
+        seconds = []
+        for _ in range(passes):
+            began = clock()
+            read()
+            seconds.append(clock() - began)
+        rates.append(n_bytes / statistics.median(seconds))
+    return max(rates)
+
+
+# Edge of the square matrices: large enough for full speed, and done in a fraction of a second.
+_EDGE = {"cpu": 1536, "cuda": 8192}
+_PASSES = 4
+
+
+def matrix_peak(
+    device: torch.device, dtype: torch.dtype, *, edge: int | None = None, clock: Clock = time.perf_counter
+) -> Callable[[Count], float]:
+    """Return a candidate that multiplies square matrices over and over and gives operations per second.
+
+    It gives the fastest pass of the fastest way there is: torch's own product, and oneDNN's where torch has another.
+
+    Args:
+        edge: rows of the matrices; None: what suits the device.
+    """
+    edge = edge or _EDGE[device.type]
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(edge, edge, generator=generator).to(device, dtype)
+    ways: list[Callable[[], Tensor]] = [lambda: matrix @ matrix]
+    if device.type == "cpu" and dtype == torch.float32 and has_onednn():
+        ways.append(lambda: onednn_matmul(matrix, matrix))
+    return lambda count: peak_rate(ways, 2 * edge**3, device, clock)
+
+
+@torch.inference_mode()
+def peak_rate(ways: list[Callable[[], Tensor]], n_operations: int, device: torch.device, clock: Clock) -> float:
+    """Return operations per second of the fastest pass of several ways to make ``n_operations``."""
+    seconds = []
+    for multiply in ways:
+        for _ in range(_PASSES):
+            began = clock()
+            multiply()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(clock() - began)
+    return n_operations / min(seconds)

@@ -1,0 +1,306 @@
+"""A corpus and a tokenizer in; how fast ``psannlm prep`` makes shards of it, beside the bare library's encoding, out.
+
+Prep runs as a person runs it, a command that starts, reads, hashes, encodes and writes. The library's side reads the
+same texts from memory, a few at a time, with as many threads, and writes nothing: only its encoding is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from psannlm.benchmarks.harness.interleaved import Count, Spread, Standing, paired_ratio, take_turns
+from psannlm.benchmarks.harness.isolated_process import Apart
+from psannlm.benchmarks.tokenization.raw_libraries import raw_arrays, raw_encode
+from psannlm.config.data import PathSource, Source
+from psannlm.data.documents import read_documents
+from psannlm.errors import ConfigError, WorkerError
+from psannlm.prep.pool import usable_cores
+from psannlm.runtime.processes import python_command
+from psannlm.tokenizers.base import Tokenizer
+from psannlm.tokenizers.resolve import tokenizer_from_bytes
+
+# The library gets this much text in a call: enough to keep all of its threads busy, little beside a corpus.
+_BATCH_CHARS = 8_000_000
+_LOOK_S = 0.1
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class RawRun:
+    """One pass of the bare library: seconds and processor seconds of its encoding, and the ids it gave."""
+
+    seconds: float
+    cpu_s: float
+    n_tokens: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class PrepRun:
+    """One run of the command: seconds and processor seconds of all of its processes, and what it made.
+
+    ``n_tokens`` leaves begins and ends of text out; ``peak_bytes`` is the most that the processes held together, each
+    shared page counted once, or None where the system does not tell.
+    """
+
+    seconds: float
+    cpu_s: float
+    n_tokens: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class PrepFigures:
+    """What preparing a corpus with one tokenizer came to.
+
+    Attributes:
+        n_bytes: UTF-8 bytes of all texts.
+        raw_s, raw_arrays_s: seconds of the bare library, ending in lists of ids as its callers get them, and in arrays
+            where it can (SentencePiece; None elsewhere).
+        ratio_to_raw, ratio_to_raw_arrays: prep's rate over theirs, turn by turn.
+        extra_tokens: ids of prep beyond those of the library: a document of many segments is encoded in parts.
+    """
+
+    name: str
+    workers: int
+    n_bytes: int
+    n_tokens: int
+    extra_tokens: int
+    prep_s: Spread
+    prep_cpu_s: Spread
+    peak_bytes: int | None
+    raw_s: Spread
+    raw_cpu_s: Spread
+    ratio_to_raw: Spread
+    raw_arrays_s: Spread | None
+    raw_arrays_cpu_s: Spread | None
+    ratio_to_raw_arrays: Spread | None
+
+    def mb_per_s(self, seconds: Spread) -> float:
+        """Return a rate in millions of bytes of text per second, from a median time."""
+        return self.n_bytes / seconds.median / 1e6
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return figures and rates as plain data."""
+        return {
+            **asdict(self),
+            "prep_mb_per_s": self.mb_per_s(self.prep_s),
+            "raw_mb_per_s": self.mb_per_s(self.raw_s),
+        }
+
+
+class RawBench:
+    """The bare library on a corpus; made in a process of its own."""
+
+    def __init__(self, sources: Sequence[PathSource], content: bytes, threads: int) -> None:
+        self._sources, self._threads = sources, threads
+        self._tokenizer = tokenizer_from_bytes(content)
+
+    def has_arrays(self) -> bool:
+        """Whether the library can give arrays instead of lists."""
+        return raw_arrays(self._tokenizer) is not None
+
+    def run(self, as_arrays: bool) -> RawRun:
+        """Encode the corpus once."""
+        encode = (raw_arrays if as_arrays else raw_encode)(self._tokenizer, self._threads)
+        if encode is None:
+            raise ConfigError(f"the library under a {self._tokenizer.backend} tokenizer cannot do that")
+        seconds = cpu_s = 0.0
+        n_tokens = n_bytes = 0
+        for texts in self._batches():
+            began, cpu_began = time.perf_counter(), time.process_time()
+            rows = encode(texts)
+            seconds += time.perf_counter() - began
+            cpu_s += time.process_time() - cpu_began
+            n_tokens += sum(map(len, rows))
+            n_bytes += sum(len(text.encode("utf-8")) for text in texts)
+        return RawRun(seconds, cpu_s, n_tokens, n_bytes)
+
+    def _batches(self) -> Iterator[list[str]]:
+        held: list[str] = []
+        n_chars = 0
+        for document in read_documents(self._sources):
+            held.append(document.text)
+            n_chars += len(document.text)
+            if n_chars >= _BATCH_CHARS:
+                yield held
+                held, n_chars = [], 0
+        if held:
+            yield held
+
+
+def check_preparable(sources: Sequence[Source]) -> list[PathSource]:
+    """Return ``sources`` as files that one call of ``psannlm prep`` can read.
+
+    Raises:
+        ConfigError: one of them is built in, or they differ in how they are read.
+    """
+    paths = [source for source in sources if isinstance(source, PathSource)]
+    if len(paths) < len(sources):
+        raise ConfigError("prep reads files, and no built-in corpus; name a --corpus")
+    if len({(source.per_line, source.text_key) for source in paths}) > 1:
+        raise ConfigError("prep reads all of its files alike: per_line and text_key must be the same for all of them")
+    return paths
+
+
+def bench_prep(
+    tokenizers: Mapping[str, Tokenizer],
+    sources: Sequence[PathSource],
+    *,
+    repeats: int,
+    on_standing: Callable[[Standing], None] = lambda standing: None,
+) -> list[PrepFigures]:
+    """Prepare ``sources`` with each tokenizer that has a library underneath, in turns with that library.
+
+    Nothing is held out and equal documents stay, so that both sides encode the same text. Shards go to a temporary
+    folder, which has to have room for them.
+
+    Args:
+        sources: as :func:`check_preparable` returns them.
+
+    Raises:
+        WorkerError: a preparation failed, or a process that measures ended early.
+    """
+    threads = usable_cores()
+    figures = []
+    for name, tokenizer in tokenizers.items():
+        if raw_encode(tokenizer) is None:
+            continue
+        content = tokenizer.to_bytes()
+        environment = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
+        with Apart(RawBench, sources, content, threads, environment=environment) as raw:
+            ways = ["raw", "raw arrays"] if raw.call("has_arrays") else ["raw"]
+            candidates: dict[str, Callable[[Count], RawRun | PrepRun]] = {
+                f"{way} {name}": _raw_candidate(raw, way == "raw arrays") for way in ways
+            }
+            candidates[f"prep {name}"] = lambda _, content=content: run_prep(sources, content, threads)  # type: ignore[misc]
+            runs: dict[str, list[Any]] = take_turns(candidates, repeats, warm_ups=0, on_standing=on_standing)
+        figures.append(
+            _figures(name, threads, runs[f"prep {name}"], runs[f"raw {name}"], runs.get(f"raw arrays {name}"))
+        )
+    return figures
+
+
+def _raw_candidate(raw: Apart, as_arrays: bool) -> Callable[[Count], RawRun]:
+    def run(_: Count) -> RawRun:
+        made: RawRun = raw.call("run", as_arrays)
+        return made
+
+    return run
+
+
+def _figures(
+    name: str, workers: int, prep: Sequence[PrepRun], raw: Sequence[RawRun], arrays: Sequence[RawRun] | None
+) -> PrepFigures:
+    def spread(runs: Sequence[RawRun] | Sequence[PrepRun], what: str) -> Spread:
+        return Spread.of([getattr(run, what) for run in runs])
+
+    def ratio(others: Sequence[RawRun]) -> Spread:
+        return paired_ratio([run.seconds for run in others], [run.seconds for run in prep])
+
+    peaks = [run.peak_bytes for run in prep if run.peak_bytes is not None]
+    return PrepFigures(
+        name=name,
+        workers=workers,
+        n_bytes=raw[0].n_bytes,
+        n_tokens=prep[0].n_tokens,
+        extra_tokens=prep[0].n_tokens - raw[0].n_tokens,
+        prep_s=spread(prep, "seconds"),
+        prep_cpu_s=spread(prep, "cpu_s"),
+        peak_bytes=max(peaks, default=None),
+        raw_s=spread(raw, "seconds"),
+        raw_cpu_s=spread(raw, "cpu_s"),
+        ratio_to_raw=ratio(raw),
+        raw_arrays_s=None if arrays is None else spread(arrays, "seconds"),
+        raw_arrays_cpu_s=None if arrays is None else spread(arrays, "cpu_s"),
+        ratio_to_raw_arrays=None if arrays is None else ratio(arrays),
+    )
+
+
+def run_prep(sources: Sequence[PathSource], tokenizer: bytes, workers: int) -> PrepRun:
+    """Run ``psannlm prep`` on ``sources`` into a temporary folder, and measure it from its start to its end.
+
+    Raises:
+        WorkerError: it failed; says why.
+    """
+    with tempfile.TemporaryDirectory(prefix="psannlm-prep-") as name:
+        folder = Path(name)
+        (folder / "tokenizer").write_bytes(tokenizer)
+        command = python_command("psannlm", "prep", *(source.path for source in sources))
+        command += ["--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "shards"), "--json"]
+        command += ["--val-split", "0", "--keep-duplicates", "--workers", str(workers)]
+        command += ["--text-key", sources[0].text_key, *(["--per-line"] if sources[0].per_line else [])]
+        cpu_before = _children_cpu_s()
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        with _Watch(process.pid) as watch:
+            out, said = process.communicate()
+        seconds = time.perf_counter() - began
+        if process.returncode != 0:
+            reason = next((line for line in reversed(said.splitlines()) if line.strip()), "no word of why")
+            raise WorkerError(f"psannlm prep ended with exit code {process.returncode}: {reason}")
+        train = json.loads(out)["train"]
+    n_text_tokens = train["tokens"] - 2 * train["documents"]
+    return PrepRun(seconds, _children_cpu_s() - cpu_before, n_text_tokens, watch.peak_bytes)
+
+
+def _children_cpu_s() -> float:
+    """Return the processor seconds of all processes that this one, or one of them, waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+class _Watch:
+    """Looks every tenth of a second how much memory a process and its children hold, within its context."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self.peak_bytes: int | None = None
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(_LOOK_S):
+            held = held_bytes(self._pid)
+            if held is not None:
+                self.peak_bytes = max(held, self.peak_bytes or 0)
+
+
+def held_bytes(pid: int) -> int | None:
+    """Return the memory of a process and all below it, a page that n of them share counted as an n-th for each.
+
+    None where the system does not tell; a process that has ended meanwhile counts nothing.
+    """
+    if not (_PROC / "self" / "smaps_rollup").is_file():
+        return None
+    total, waiting = 0, [pid]
+    while waiting:
+        folder = _PROC / str(waiting.pop())
+        try:
+            lines = (folder / "smaps_rollup").read_text(encoding="ascii").splitlines()
+            waiting += [
+                int(child) for task in (folder / "task").iterdir() for child in (task / "children").read_text().split()
+            ]
+        except OSError:
+            continue
+        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total

@@ -1,0 +1,118 @@
+"""Sizes of a model and a batch in; how fast it trains, beside its variants and a rival, in turns in one run, out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from psannlm.benchmarks.harness.interleaved import Clock, Count, Standing, take_turns
+from psannlm.benchmarks.harness.roofline import matrix_peak
+from psannlm.benchmarks.training.candidates import (
+    ThroughputSettings,
+    Trainee,
+    TraineeBuilder,
+    TrainingRun,
+    size_of,
+)
+from psannlm.benchmarks.training.peak_memory import peak_step_bytes
+from psannlm.benchmarks.training.report import ThroughputReport, Trained
+from psannlm.runtime.device import describe_device, pick_precision, require_compiler
+
+OnStanding = Callable[[Standing], None]
+MemoryProbe = Callable[[Trainee, ThroughputSettings, torch.device], int | None]
+
+_PEAK = "multiplying matrices"
+_TURN_S = 1.0
+_MOST_STEPS = 50
+
+
+def bench_train(
+    settings: ThroughputSettings,
+    device: torch.device,
+    *,
+    build: TraineeBuilder = TrainingRun,
+    measure_memory: MemoryProbe | None = peak_step_bytes,
+    clock: Clock = time.perf_counter,
+    on_standing: OnStanding = lambda standing: None,
+) -> ThroughputReport:
+    """Train every candidate of ``settings`` on the same batch over and over, in turns, and return what it came to.
+
+    The first step of each, compilation included, is timed by itself; warm-up steps are thrown away. Memory is
+    measured before, in processes of their own.
+
+    Args:
+        measure_memory: None leaves the memory out.
+
+    Raises:
+        DeviceError: the precision or the compiler that is asked for is not there.
+    """
+    trainees = {trainee.name: trainee for trainee in settings.trainees()}
+    precision = pick_precision(settings.amp, device)
+    if any(trainee.is_compiled for trainee in trainees.values()):
+        # Before anything is measured that would be lost.
+        require_compiler(device, "--compile or --also compile", "leave it out")
+
+    def turns(
+        candidates: dict[str, Callable[[Count], float]], repeats: int, unit: str = "steps"
+    ) -> dict[str, list[float]]:
+        return take_turns(candidates, repeats, warm_ups=0, unit=unit, clock=clock, on_standing=on_standing)
+
+    peaks: dict[str, int | None] = dict.fromkeys(trainees)
+    if measure_memory is not None:
+        probe = measure_memory
+        probes = {f"memory of {n}": _probe(probe, t, settings, device) for n, t in trainees.items()}
+        taken = take_turns(probes, 1, warm_ups=0, clock=clock, on_standing=on_standing)
+        peaks = {name: taken[f"memory of {name}"][0] for name in trainees}
+    runs = {name: build(trainee, settings, device) for name, trainee in trainees.items()}
+    firsts = turns({f"first step of {name}": _timed(run, 1, clock) for name, run in runs.items()}, 1)
+    warm = turns({name: _timed(run, 1, clock) for name, run in runs.items()}, settings.warmup)
+    n_steps = settings.steps or _steps_of_a_turn(min(min(seconds) for seconds in warm.values()))
+    candidates = {name: _timed(run, n_steps, clock) for name, run in runs.items()}
+    candidates[_PEAK] = matrix_peak(device, precision.dtype, clock=clock)
+    counted = turns(candidates, settings.repeats)
+    rows = []
+    for name, trainee in trainees.items():
+        parameters, flops = size_of(trainee, settings)
+        rows.append(
+            Trained(
+                trainee=trainee,
+                description=runs[name].description,
+                parameters=parameters,
+                flops_per_token=flops,
+                first_step_s=firsts[f"first step of {name}"][0],
+                step_s=[seconds / n_steps for seconds in counted[name]],
+                peak_bytes=peaks[name],
+                losses=runs[name].losses,
+            )
+        )
+    return ThroughputReport(
+        settings=settings,
+        device=describe_device(device),
+        threads=torch.get_num_threads(),
+        precision=precision.reason,
+        steps_per_turn=n_steps,
+        matrix_flops_per_s=counted[_PEAK],
+        rows=rows,
+    )
+
+
+def _timed(run: TrainingRun, n_steps: int, clock: Clock) -> Callable[[Count], float]:
+    def turn(count: Count) -> float:
+        began = clock()
+        run.steps(n_steps, count)
+        return clock() - began
+
+    return turn
+
+
+def _probe(
+    measure: MemoryProbe, trainee: Trainee, settings: ThroughputSettings, device: torch.device
+) -> Callable[[Count], int | None]:
+    return lambda count: measure(trainee, settings, device)
+
+
+def _steps_of_a_turn(step_s: float) -> int:
+    return min(_MOST_STEPS, max(1, math.ceil(_TURN_S / step_s))) if step_s > 0 else 1

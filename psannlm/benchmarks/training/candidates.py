@@ -1,0 +1,241 @@
+"""Settings in; models that are trained alike out: ours, its twins, a plain transformer of its size, a rival's Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from psannlm.benchmarks.harness.interleaved import Count
+from psannlm.benchmarks.harness.reference_llama import (
+    TrainableLlama,
+    llama_flops_per_token,
+    llama_parameters,
+    llama_width,
+    require_rival,
+)
+from psannlm.config.model import ModelConfig
+from psannlm.config.train import Amp
+from psannlm.data.loader import MicroBatch
+from psannlm.errors import ConfigError, nearest
+from psannlm.kernels.compile import compiled
+from psannlm.models.accounting import count_parameters, flops_per_token, match_mlp_width, refuse_oversize
+from psannlm.models.activations import SineActivation
+from psannlm.models.registry import build_model, resolve
+from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import pick_precision, require_compiler
+from psannlm.training.optim import OptimizerSet
+from psannlm.training.step import train_step
+
+Also = Literal["grad-checkpoint", "gelu", "silu", "transformer", "compile"]
+# What may stand in the sine's place, by its name in ``also``.
+_ACTIVATIONS = {"gelu": "GELU", "silu": "SiLU"}
+# Any rate will do for a measurement; this one keeps the loss finite at every size.
+_LEARNING_RATE = 3e-4
+_WEIGHT_DECAY = 0.1
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """One candidate: who made the model, and how it differs from ours as the settings have it.
+
+    ``activation`` stands in the sine's place: ``GELU``, ``SiLU``, or "" for the sine itself. ``is_yardstick``: the base
+    ``transformer`` of equal size, with its own feed-forward and without waves.
+    """
+
+    name: str
+    maker: Literal["psannlm", "transformers"] = "psannlm"
+    activation: str = ""
+    is_yardstick: bool = False
+    is_compiled: bool = False
+    grad_checkpoint: bool = False
+
+
+@dataclass(frozen=True)
+class ThroughputSettings:
+    """What is trained, and how: windows of ``seq_len`` random tokens, ``batch_tokens`` of them in a step.
+
+    Attributes:
+        model: resolved.
+        steps: of each counted turn; None: as many as take the fastest candidate about a second.
+        also: what stands beside ours besides the rival: with gradient checkpointing (or, where the settings have it,
+            without), with GELU or SiLU in place of the sine, the base ``transformer`` of equal size, or compiled (as
+            all others but that with checkpointing then are).
+        against: a library whose model of equal size is trained in the same run, or None.
+
+    Raises:
+        ConfigError: a number is too small to measure anything, a name is unknown, or a package is missing.
+    """
+
+    model: ModelConfig
+    seq_len: int = 256
+    batch_tokens: int = 4096
+    amp: Amp = "auto"
+    is_compiled: bool = False
+    grad_checkpoint: bool = False
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    steps: int | None = None
+    repeats: int = 5
+    warmup: int = 2
+    seed: int = 1337
+    also: tuple[Also, ...] = ()
+    against: str | None = None
+    tokens_per_step: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        lowest = {"seq_len": 1, "repeats": 1, "warmup": 1, "seed": 0, "steps": 1, "batch_tokens": self.seq_len}
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                reason = " (one window of seq_len)" if name == "batch_tokens" else ""
+                raise ConfigError(f"{name} {value} is too small; use {least}{reason} or more")
+        for name in self.also:
+            if name not in get_args(Also):
+                known = get_args(Also)
+                raise ConfigError(f"--also {name!r:.40} is not one of {', '.join(known)}{nearest(name, known)}")
+        for name in _ACTIVATIONS.keys() & set(self.also):
+            if self.model.mlp not in ("sine", "sineglu"):
+                raise ConfigError(
+                    f"--also {name} puts {_ACTIVATIONS[name]} in the place of the sine, and {self.model.base} has "
+                    f"{self.model.mlp}: use --base respsann or waveresnet"
+                )
+        if "transformer" in self.also and self.model.base == "transformer":
+            raise ConfigError("--also transformer puts that base beside ours, and ours is it already")
+        if self.against is not None:
+            require_rival(self.against)
+        object.__setattr__(self, "tokens_per_step", self.batch_tokens // self.seq_len * self.seq_len)
+
+    def trainees(self) -> list[Trainee]:
+        """Return the candidates, ours first."""
+        base = self.model.base
+        plain = Trainee(base, is_compiled=self.is_compiled, grad_checkpoint=self.grad_checkpoint)
+        others = [
+            self._like(plain, f"{base} with {activation}", activation=activation)
+            for name, activation in _ACTIVATIONS.items()
+            if name in self.also
+        ]
+        if "transformer" in self.also:
+            others.append(self._like(plain, "transformer", is_yardstick=True))
+        if self.against is not None:
+            others.append(self._like(plain, self.against, maker="transformers"))
+        found = [plain, *others]
+        if "grad-checkpoint" in self.also:
+            word = "without" if self.grad_checkpoint else "with"
+            name = f"{base} {word} checkpointing"
+            found.append(self._like(plain, name, grad_checkpoint=not self.grad_checkpoint))
+        if "compile" in self.also and not self.is_compiled:
+            found += [self._like(like, f"{like.name}, compiled", is_compiled=True) for like in (plain, *others)]
+        return found
+
+    def _like(self, plain: Trainee, name: str, **changes: Any) -> Trainee:
+        return Trainee(**{**vars(plain), "name": name, **changes})
+
+
+class TrainingRun:
+    """A trainee with all that a training step takes, on the device: the project's own step, clipping and optimiser."""
+
+    def __init__(self, trainee: Trainee, settings: ThroughputSettings, device: torch.device) -> None:
+        self.trainee, self._device = trainee, device
+        self._precision = pick_precision(settings.amp, device)
+        model, self.description = _build(trainee, settings)
+        model.to(device).train()
+        if trainee.is_compiled:
+            require_compiler(device)
+        self._module: nn.Module = compiled(model) if trainee.is_compiled else model
+        self._optimizers = OptimizerSet(model, settings.optimizer, _WEIGHT_DECAY)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self._precision.needs_scaler)
+        self._batch = random_batch(settings, device)
+        self.losses: list[float] = []
+
+    @property
+    def precision(self) -> str:
+        """The dtype of matrix products, and why."""
+        return self._precision.reason
+
+    def step(self) -> None:
+        """Make one optimiser step, and wait until the device has made it."""
+        result = train_step(
+            self._module,
+            [self._batch],
+            self._optimizers,
+            precision=self._precision,
+            scaler=self._scaler,
+            lr=_LEARNING_RATE,
+        )
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.losses.append(result.loss)
+
+    def steps(self, n_steps: int, count: Count) -> None:
+        """Make ``n_steps`` steps, telling each."""
+        for done in range(1, n_steps + 1):
+            self.step()
+            count(done, n_steps)
+
+
+TraineeBuilder = Callable[[Trainee, ThroughputSettings, torch.device], TrainingRun]
+
+
+def size_of(trainee: Trainee, settings: ThroughputSettings) -> tuple[int, int]:
+    """Return a trainee's parameters and operations per training token (see ``accounting.flops_per_token``)."""
+    config = settings.model
+    ours = sum(count_parameters(config).values())
+    if trainee.maker == "transformers":
+        width = llama_width(config, ours)
+        return llama_parameters(config, width), llama_flops_per_token(config, width, settings.seq_len)
+    config = config_of(trainee, settings)
+    sine = count_parameters(config).get("sine", 0) if trainee.activation else 0
+    return sum(count_parameters(config).values()) - sine, flops_per_token(config, settings.seq_len)
+
+
+def config_of(trainee: Trainee, settings: ThroughputSettings) -> ModelConfig:
+    """Return the configuration of a model of our own making."""
+    ours = settings.model
+    if not trainee.is_yardstick:
+        return ours
+    wave = ours.wave.model_copy(update={"enabled": None})
+    changes = {"base": "transformer", "mlp": None, "d_mlp": None, "wave": wave, "residual_scale": None}
+    plain = resolve(ours.model_copy(update=changes))
+
+    def count(width: int) -> int:
+        return sum(count_parameters(plain.model_copy(update={"d_mlp": width})).values())
+
+    return plain.model_copy(update={"d_mlp": match_mlp_width(count, sum(count_parameters(ours).values()))})
+
+
+def random_batch(settings: ThroughputSettings, device: torch.device) -> MicroBatch:
+    """Return windows of ids drawn evenly from the vocabulary, from the seed alone."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    size = (settings.batch_tokens // settings.seq_len, settings.seq_len + 1)
+    ids = torch.randint(settings.model.vocab_size or 0, size, generator=generator).to(device)
+    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return MicroBatch(inputs, labels, labels.numel(), np.arange(size[0]))
+
+
+def _build(trainee: Trainee, settings: ThroughputSettings) -> tuple[nn.Module, str]:
+    """Return a trainee's model on the CPU, and what it is in words."""
+    config = settings.model
+    if trainee.maker == "transformers":
+        parameters = sum(count_parameters(config).values())
+        llama = TrainableLlama(config, parameters, settings.seq_len, settings.seed, trainee.grad_checkpoint)
+        return llama, llama.description
+    config = config_of(trainee, settings)
+    refuse_oversize(config, config.vocab_size or 1)
+    model = build_model(config, seed=settings.seed)
+    model.grad_checkpoint = trainee.grad_checkpoint
+    if not trainee.activation:
+        return model, f"psannlm, {config.base}, {config.mlp}"
+    replace_sine(model, trainee.activation)
+    return model, f"psannlm, {config.base}, {config.mlp} with {trainee.activation} for the sine"
+
+
+def replace_sine(model: Transformer, activation: str) -> None:
+    """Put ``GELU`` or ``SiLU`` in the sine's place in every feed-forward; all else, biases included, stays."""
+    for block in model.blocks:
+        mlp: Any = block.mlp
+        if isinstance(mlp.activation, SineActivation):
+            mlp.activation = getattr(nn, activation)()

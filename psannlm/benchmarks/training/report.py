@@ -1,0 +1,200 @@
+"""What the turns of ``throughput`` came to in; rates, shares of the matrix peak, ratios, rows and a plot out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from psannlm.benchmarks.harness.interleaved import Spread, paired_ratio
+from psannlm.benchmarks.training.candidates import ThroughputSettings, Trainee, config_of
+from psannlm.io.atomic import write_bytes
+from psannlm.io.figures import render_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# A rival further from our size than this is not the same size.
+_SAME_SIZE = 0.01
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One candidate's figures: ``step_s`` are mean seconds of a step, one for each turn; ``losses`` of all steps.
+
+    ``first_step_s`` holds what is done once: compilation, and memory asked for the first time.
+    """
+
+    trainee: Trainee
+    description: str
+    parameters: int
+    flops_per_token: int
+    first_step_s: float
+    step_s: list[float]
+    peak_bytes: int | None
+    losses: list[float]
+
+    @property
+    def name(self) -> str:
+        """What the candidate is called in tables."""
+        return self.trainee.name
+
+
+@dataclass(frozen=True)
+class ThroughputReport:
+    """The benchmark's outcome; the first of ``rows`` is ours as the settings have it.
+
+    Attributes:
+        matrix_flops_per_s: the matrix peak of each turn, in the precision of the run.
+    """
+
+    settings: ThroughputSettings
+    device: str
+    threads: int
+    precision: str
+    steps_per_turn: int
+    matrix_flops_per_s: list[float]
+    rows: list[Trained]
+
+    @property
+    def ours(self) -> Trained:
+        """The row of our model as the settings have it."""
+        return self.rows[0]
+
+    def tokens_per_s(self, row: Trained) -> Spread:
+        """Return labels trained on per second."""
+        return Spread.of([self.settings.tokens_per_step / seconds for seconds in row.step_s])
+
+    def utilisation(self, row: Trained) -> Spread:
+        """Return model FLOPs utilisation: operations of the model per second over the matrix peak of the same turn."""
+        needed = row.flops_per_token * self.settings.tokens_per_step
+        return Spread.of([needed / s / peak for s, peak in zip(row.step_s, self.matrix_flops_per_s, strict=True)])
+
+    def speed_of_ours_over(self, row: Trained) -> Spread:
+        """Return our tokens/s over another row's, turn by turn."""
+        return paired_ratio(row.step_s, self.ours.step_s)
+
+    def memory_of_ours_over(self, row: Trained) -> float | None:
+        """Return our peak memory over another row's, or None where one is not known."""
+        if self.ours.peak_bytes is None or not row.peak_bytes:
+            return None
+        return self.ours.peak_bytes / row.peak_bytes
+
+    def sine_cost(self, is_compiled: bool) -> Spread | None:
+        """Return seconds of a step with the sine over seconds of the same with GELU, less one; None if not measured."""
+        same = [row for row in self.rows if row.trainee.maker == "psannlm" and row.trainee.is_compiled == is_compiled]
+        same = [row for row in same if row.trainee.grad_checkpoint == self.settings.grad_checkpoint]
+        same = [row for row in same if not row.trainee.is_yardstick]
+        with_gelu = [row for row in same if row.trainee.activation == "GELU"]
+        with_sine = [row for row in same if not row.trainee.activation]
+        if not with_gelu or not with_sine:
+            return None
+        ratio = paired_ratio(with_sine[0].step_s, with_gelu[0].step_s)
+        return Spread(ratio.median - 1, ratio.lowest - 1, ratio.highest - 1)
+
+    @property
+    def problems(self) -> list[str]:
+        """Return what makes the figures worth less: a loss that is not finite, or a rival of another size."""
+        found = [f"{row.name}: a loss is not finite" for row in self.rows if not all(map(math.isfinite, row.losses))]
+        for row in self.rows:
+            apart = abs(row.parameters / self.ours.parameters - 1)
+            if (row.trainee.maker != "psannlm" or row.trainee.is_yardstick) and apart > _SAME_SIZE:
+                found.append(
+                    f"{row.name} has {row.parameters:,} parameters, ours {self.ours.parameters:,}: {apart:.1%} apart, "
+                    "for its feed-forward grows by steps; use a larger model"
+                )
+        return found
+
+    def as_dict(self, timestamp: str) -> dict[str, Any]:
+        """Return every figure as plain data; ``rows`` are flat, so that reports can gather them."""
+        sine = {"plain": self.sine_cost(False), "compiled": self.sine_cost(True)}
+        settings = asdict(self.settings)
+        return {
+            **settings,
+            "model": self.settings.model.model_dump(mode="json"),
+            "device": self.device,
+            "threads": self.threads,
+            "precision": self.precision,
+            "steps_per_turn": self.steps_per_turn,
+            "matrix_flops_per_s": Spread.of(self.matrix_flops_per_s).as_dict(),
+            "rows": [self._row(row, timestamp) for row in self.rows],
+            "sine_cost": {name: None if cost is None else cost.as_dict() for name, cost in sine.items()},
+            "problems": self.problems,
+        }
+
+    def _row(self, row: Trained, timestamp: str) -> dict[str, Any]:
+        model, settings = config_of(row.trainee, self.settings), self.settings
+        rate, share = self.tokens_per_s(row), self.utilisation(row)
+        return {
+            "timestamp": timestamp,
+            "name": row.name,
+            "maker": row.trainee.maker,
+            "description": row.description,
+            "base": model.base,
+            "mlp": model.mlp,
+            "activation": row.trainee.activation,
+            "is_yardstick": row.trainee.is_yardstick,
+            "positional_encoding": model.positional_encoding,
+            "d_model": model.d_model,
+            "n_layers": model.n_layers,
+            "n_heads": model.n_heads,
+            "vocab_size": model.vocab_size,
+            "parameters": row.parameters,
+            "seq_len": settings.seq_len,
+            "batch_tokens": settings.tokens_per_step,
+            "amp": settings.amp,
+            "precision": self.precision.split()[0].rstrip(":"),
+            "optimizer": settings.optimizer,
+            "compile": row.trainee.is_compiled,
+            "grad_checkpoint": row.trainee.grad_checkpoint,
+            "device": self.device,
+            "threads": self.threads,
+            "tokens_per_s": rate.median,
+            "tokens_per_s_lowest": rate.lowest,
+            "tokens_per_s_highest": rate.highest,
+            "step_s": statistics.median(row.step_s),
+            "first_step_s": row.first_step_s,
+            "flops_per_token": row.flops_per_token,
+            "utilisation": share.median,
+            "peak_bytes": row.peak_bytes,
+            "ours_over_it": self.speed_of_ours_over(row).as_dict(),
+            "our_memory_over_its": self.memory_of_ours_over(row),
+            "first_loss": row.losses[0],
+            "last_loss": row.losses[-1],
+            "losses": row.losses,
+        }
+
+
+def draw_throughput(path: Path, title: str, report: ThroughputReport) -> None:
+    """Draw tokens per second, and peak memory where it is known, as bars with the lowest and highest turn.
+
+    Raises:
+        PictureError: the picture cannot be drawn.
+        StorageError: the picture cannot be written.
+    """
+    write_bytes(path, render_figure(lambda: _throughput_figure(title, report), dpi=120))
+
+
+def _throughput_figure(title: str, report: ThroughputReport) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = report.rows[::-1]
+    has_memory = any(row.peak_bytes for row in rows)
+    figure = Figure(figsize=(9, 1.4 + 0.5 * len(rows)), layout="constrained")
+    speed, *others = figure.subplots(1, 2 if has_memory else 1, sharey=True, squeeze=False)[0]
+    rates = [report.tokens_per_s(row) for row in rows]
+    edges = [[r.median - r.lowest for r in rates], [r.highest - r.median for r in rates]]
+    names = [row.name for row in rows]
+    colours = ["tab:blue" if row.trainee.maker == "psannlm" else "tab:gray" for row in rows]
+    speed.barh(names, [rate.median for rate in rates], xerr=edges, color=colours)
+    speed.set_xlabel("tokens/s")
+    for memory in others:
+        memory.barh(names, [(row.peak_bytes or 0) / 1e6 for row in rows], color=colours)
+        memory.set_xlabel("peak memory, MB")
+    for axes in (speed, *others):
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    figure.suptitle(title)
+    return figure

@@ -1,0 +1,158 @@
+"""Turns are taken in order, warm-ups leave no trace, and the figures are those of the counted runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from psannlm.benchmarks.harness.interleaved import (
+    Count,
+    Spread,
+    Standing,
+    paired_ratio,
+    passes_for,
+    shared_turns,
+    take_turns,
+    timed,
+)
+from psannlm.errors import ConfigError
+
+
+class FakeClock:
+    """Time that passes only where a test lets it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def spender(clock: FakeClock, *seconds: float) -> Callable[[], None]:
+    """Return work whose calls take these times in turn."""
+    pending = list(seconds)
+
+    def work() -> None:
+        clock.now += pending.pop(0)
+
+    return work
+
+
+def test_candidates_alternate_and_warm_ups_are_thrown_away() -> None:
+    order: list[str] = []
+
+    def candidate(name: str) -> Callable[[Count], int]:
+        def run(count: Count) -> int:
+            order.append(name)
+            return len(order)
+
+        return run
+
+    results = take_turns({"A": candidate("A"), "B": candidate("B")}, 2, warm_ups=1, clock=FakeClock())
+    assert order == ["A", "B"] * 3
+    assert results == {"A": [3, 5], "B": [4, 6]}
+
+
+def test_no_repeat_is_refused() -> None:
+    with pytest.raises(ConfigError, match="0 repeats measure nothing"):
+        take_turns({"A": lambda count: 1}, 0)
+
+
+def test_only_counted_runs_make_the_spread() -> None:
+    clock = FakeClock()
+    candidates = {
+        "slow start": timed(spender(clock, 50.0, 2.0, 1.0, 9.0), clock=clock),
+        "steady": timed(spender(clock, 4.0, 4.0, 4.0, 4.0), clock=clock),
+    }
+    runs = take_turns(candidates, 3, clock=clock)
+    assert Spread.of(runs["slow start"]) == Spread(median=2.0, lowest=1.0, highest=9.0)
+    assert Spread.of(runs["steady"]) == Spread(4.0, 4.0, 4.0)
+
+
+def test_the_median_of_an_even_number_lies_between() -> None:
+    assert Spread.of([1.0, 10.0, 2.0, 4.0]) == Spread(3.0, 1.0, 10.0)
+
+
+def test_a_ratio_pairs_the_runs_of_one_turn() -> None:
+    """The machine ran at half speed in the second turn: the ratio does not see it, that of the medians would."""
+    assert paired_ratio([2.0, 4.0, 2.0], [1.0, 2.0, 0.5]) == Spread(2.0, 2.0, 4.0)
+    with pytest.raises(ValueError, match="zip"):
+        paired_ratio([1.0], [1.0, 2.0])
+
+
+def test_seconds_are_those_of_one_pass() -> None:
+    clock = FakeClock()
+    told: list[tuple[int, int]] = []
+    seconds = timed(spender(clock, 1.0, 2.0, 6.0), passes=3, clock=clock)(
+        lambda done, total: told.append((done, total))
+    )
+    assert seconds == 3.0
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_passes_fill_the_time_and_the_first_is_not_measured() -> None:
+    clock = FakeClock()
+    assert passes_for(spender(clock, 5.0, 0.03), 0.1, clock=clock) == 4
+    assert passes_for(spender(clock, 5.0, 0.2), 0.1, clock=clock) == 1
+
+
+def test_time_left_is_that_of_the_runs_to_come() -> None:
+    clock = FakeClock()
+    standings: list[Standing] = []
+
+    def halves(seconds: float) -> Callable[[Count], None]:
+        def run(count: Count) -> None:
+            clock.now += seconds / 2
+            count(1, 2)
+            clock.now += seconds / 2
+
+        return run
+
+    take_turns({"A": halves(2.0), "B": halves(10.0)}, 1, clock=clock, on_standing=standings.append, unit="tokens")
+    assert [(s.candidate, s.run, s.is_warm_up, s.done) for s in standings] == [
+        ("A", 1, True, 0),
+        ("A", 1, True, 1),
+        ("B", 2, True, 0),
+        ("B", 2, True, 1),
+        ("A", 3, False, 0),
+        ("A", 3, False, 1),
+        ("B", 4, False, 0),
+        ("B", 4, False, 1),
+    ]
+    # Nothing is known at first; then A takes 2 and B is guessed to; half way through B it is known to take 10.
+    assert [s.left_s for s in standings] == [None, 1 + 2 + 2 + 2, None, 5 + 2 + 10, 12, 11, 10, 5]
+    assert str(standings[3]) == "run 2 of 4 (warm-up, B), 1 of 2 tokens, 0.2 tokens/s, about 0:00:17 left"
+
+
+def test_a_deadline_ends_candidates_after_one_counted_run() -> None:
+    clock = FakeClock()
+    made: list[tuple[str, bool, float]] = []
+
+    def takes(seconds: float) -> Callable[[Count], float]:
+        def run(count: Count) -> float:
+            clock.now += seconds
+            return seconds
+
+        return run
+
+    candidates = {"short": takes(1.0), "long": takes(30.0)}
+    results = take_turns(
+        candidates,
+        5,
+        clock=clock,
+        deadline=clock.now + 35.0,
+        cold=["long"],
+        on_result=lambda *made_now: made.append(made_now),
+    )
+    # 1 s of warm-up, then 31 s of the first turn: three seconds are left for the short one.
+    assert results == {"short": [1.0, 1.0, 1.0, 1.0], "long": [30.0]}
+    assert [(name, is_warm_up) for name, is_warm_up, _ in made[:3]] == [
+        ("short", True),
+        ("short", False),
+        ("long", False),
+    ]
+
+
+def test_shared_turns_are_the_earliest_of_both() -> None:
+    assert shared_turns([1.0, 2.0, 3.0], [4.0]) == ([1.0], [4.0])

@@ -1,0 +1,67 @@
+"""A process of its own answers, fails and dies in plain sight, and its memory is its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from psannlm.benchmarks.harness.isolated_process import Apart, peak_bytes
+from psannlm.errors import TokenizerError, WorkerError
+
+
+@pytest.fixture(autouse=True)
+def _tests_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process is not given the working folder, and the class that it makes is of this file."""
+    root = str(Path(__file__).resolve().parents[2])
+    monkeypatch.setenv("PYTHONPATH", root)
+    monkeypatch.syspath_prepend(root)
+
+
+class Target:
+    """Does what a test asks for, in the other process."""
+
+    def __init__(self, start: int) -> None:
+        self.value = start
+
+    def add(self, more: int) -> int:
+        self.value += more
+        return self.value
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def variable(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+    def peak(self) -> int:
+        return peak_bytes()
+
+    def refuse(self) -> None:
+        raise TokenizerError("no such piece")
+
+    def fail(self) -> None:
+        raise ZeroDivisionError("unforeseen")
+
+    def die(self) -> None:
+        os._exit(7)
+
+
+def test_an_object_lives_in_another_process_with_its_own_memory_and_variables() -> None:
+    ballast = bytearray(os.urandom(1 << 20) * 300)
+    with Apart(Target, 1, environment={"PSANNLM_TEST": "yes"}) as process:
+        assert [process.call("add", 2), process.call("add", 3)] == [3, 6]
+        assert process.call("pid") != os.getpid()
+        assert process.call("variable", "PSANNLM_TEST") == "yes"
+        assert process.call("peak") < len(ballast) < peak_bytes()
+    assert "PSANNLM_TEST" not in os.environ
+
+
+def test_errors_come_back_as_they_are() -> None:
+    with Apart(Target, 1) as process, pytest.raises(TokenizerError, match="no such piece"):
+        process.call("refuse")
+    with Apart(Target, 1) as process, pytest.raises(WorkerError, match="unforeseen"):
+        process.call("fail")
+    with Apart(Target, 1) as process, pytest.raises(WorkerError, match=r"ended early \(exit code 7\)"):
+        process.call("die")

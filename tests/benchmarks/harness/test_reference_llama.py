@@ -1,0 +1,112 @@
+"""A rival is of our size, its times are cut as ours are, and a missing package is said before any work."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from psannlm.benchmarks.decoding.modes import Prompts
+from psannlm.benchmarks.harness import reference_llama
+from psannlm.benchmarks.harness.reference_llama import (
+    build_rival,
+    decode_with,
+    llama_parameters,
+    llama_width,
+    require_rival,
+)
+from psannlm.config.model import ModelConfig
+from psannlm.errors import ConfigError, PsannlmError
+from psannlm.models.accounting import count_parameters
+from psannlm.models.registry import resolve
+
+TINY = resolve(ModelConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=80, max_seq_len=32))
+
+
+class FakeRival:
+    """Needs 5 s for the prompts and 2 s for every token after the first."""
+
+    name, description, parameters = "fake", "a fake", 7
+
+    def __init__(self, missing: int = 0, prefill_s: float = 5.0, step_s: float = 2.0) -> None:
+        self.now, self.missing, self.prefill_s, self.step_s = 0.0, missing, prefill_s, step_s
+        self.asked: list[int] = []
+
+    def generate(self, prompts: Prompts, max_new_tokens: int) -> Prompts:
+        self.asked.append(max_new_tokens)
+        self.now += self.prefill_s + self.step_s * (max_new_tokens - 1)
+        return [[1] * (max_new_tokens - self.missing * (max_new_tokens > 1)) for _ in prompts]
+
+
+def test_prefill_is_taken_off_by_a_call_for_one_token() -> None:
+    rival = FakeRival()
+    run = decode_with(rival, [[1, 2], [3, 4]], 11, lambda: rival.now)
+    assert rival.asked == [1, 11]
+    assert (run.prefill_s, run.decode_s, run.total_s) == (5.0, 20.0, 25.0)
+    assert run.decode_tokens_per_s == 2 * 10 / 20.0
+    assert run.tokens_per_s == 2 * 11 / 25.0
+
+
+def test_a_rival_that_stops_early_is_no_rival() -> None:
+    rival = FakeRival(missing=1)
+    with pytest.raises(PsannlmError, match=r"fake made \[10\] tokens where 11"):
+        decode_with(rival, [[1, 2]], 11, lambda: rival.now)
+
+
+def test_a_decode_time_below_the_clock_is_refused() -> None:
+    rival = FakeRival(step_s=0.0)
+    with pytest.raises(PsannlmError, match="raise --max-new-tokens"):
+        decode_with(rival, [[1, 2]], 4, lambda: rival.now)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("n_kv_heads", [None, 2])
+@pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
+def test_the_width_brings_it_nearest(base: str, n_kv_heads: int | None, tie: bool) -> None:
+    config = resolve(
+        ModelConfig(
+            base=base,
+            d_model=64,
+            n_layers=3,
+            n_heads=4,
+            n_kv_heads=n_kv_heads,
+            vocab_size=500,
+            tie_embeddings=tie,
+        )
+    )
+    ours = sum(count_parameters(config).values())
+    width = llama_width(config, ours)
+    assert width % 16 == 0
+    apart = abs(llama_parameters(config, width) - ours)
+    assert apart <= min(abs(llama_parameters(config, width + step) - ours) for step in (-16, 16))
+    assert apart < 0.05 * ours
+
+
+def test_our_own_transformer_has_the_same_count() -> None:
+    """The yardstick is a Llama but for nothing: same norms, no biases, a gated feed-forward."""
+    config = resolve(ModelConfig(base="transformer", d_model=64, n_layers=3, n_heads=4, d_mlp=160, vocab_size=500))
+    assert llama_parameters(config, 160) == sum(count_parameters(config).values())
+
+
+def test_an_unknown_rival_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'transformers'"):
+        require_rival("transformer")
+    monkeypatch.setattr(reference_llama.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="extra hf"):
+        build_rival("transformers", TINY, 1000, 32, torch.device("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="the extra hf is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_decodes_greedily_and_whole() -> None:
+    parameters = sum(count_parameters(TINY).values())
+    rival = build_rival("transformers", TINY, parameters, 32, torch.device("cpu"))
+    assert rival.parameters == llama_parameters(TINY, llama_width(TINY, parameters))
+    assert f"{rival.parameters:,} parameters" in rival.description
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]
+    ids = rival.generate(prompts, 6)
+    assert [len(row) for row in ids] == [6, 6]
+    assert rival.generate(prompts, 1) == [row[:1] for row in ids]
+    assert rival.generate(prompts, 6) == ids

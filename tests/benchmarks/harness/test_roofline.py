@@ -1,0 +1,53 @@
+"""The floor counts each byte of weights and cache once, and the rate is that of the fastest way to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from psannlm.benchmarks.harness.roofline import FloorShare, memory_reader, read_rate, step_bytes
+from psannlm.generation.engine import Engine
+from psannlm.models.transformer import Transformer
+
+
+@pytest.mark.parametrize(("dtype", "element"), [("float32", 4), ("bfloat16", 2), ("int8", 2)])
+def test_a_step_reads_weights_once_and_the_cache_of_every_row(
+    dtype: str, element: int, build_tiny: Callable[..., Transformer]
+) -> None:
+    engine = Engine(build_tiny(base="transformer"), dtype=dtype)
+    # 2 layers of keys and values, 12 wide.
+    assert step_bytes(engine, 3, 10) == engine.weight_bytes + 3 * 10 * 2 * 2 * 12 * element
+    assert step_bytes(engine, 1, 11) - step_bytes(engine, 1, 10) == 2 * 2 * 12 * element
+
+
+def test_fraction_of_the_floor_is_taken_turn_by_turn() -> None:
+    share = FloorShare.of(100, rates=[1000.0, 500.0, 2000.0], steps_s=[0.2, 0.4, 0.1])
+    assert share.floor_s == pytest.approx(0.1)
+    # 0.1 s of 0.2 s, 0.2 s of 0.4 s, 0.05 s of 0.1 s: the machine slowed down for both alike.
+    assert (share.fraction.lowest, share.fraction.highest) == (pytest.approx(0.5), pytest.approx(0.5))
+    plain = share.as_dict()
+    assert plain["fraction_of_floor"]["median"] == pytest.approx(0.5)
+    assert plain["bytes_per_s"]["median"] == 1000.0
+
+
+def test_the_fastest_way_counts_by_its_median() -> None:
+    now = 0.0
+
+    def spend(*seconds: float) -> Callable[[], None]:
+        pending = list(seconds)
+
+        def work() -> None:
+            nonlocal now
+            now += pending.pop(0)
+
+        return work
+
+    ways = [spend(4.0, 4.0, 1.0), spend(2.0, 9.0, 2.0), spend(3.0, 3.0, 3.0)]
+    assert read_rate(ways, 12, 3, lambda: now) == 12 / 2.0
+
+
+@pytest.mark.parametrize("n_bytes", [4, 4096, 5_000_003])
+def test_any_size_can_be_read(n_bytes: int) -> None:
+    assert memory_reader(n_bytes, torch.device("cpu"))(lambda done, total: None) > 0
