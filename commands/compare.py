@@ -25,7 +25,7 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from psannlm.benchmarks.study import Study
+    from psannlm.experiments.model import Study
     from psannlm.reports.page_model import Table
 
 
@@ -53,12 +53,12 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Train variants of one configuration at equal size, and tell which is better and how sure that is."""
-    from psannlm.benchmarks.compare import study_figures
-    from psannlm.benchmarks.study_choice import with_found_rates
-    from psannlm.benchmarks.study_plan import load_plan
-    from psannlm.benchmarks.study_runs import size_study
-    from psannlm.benchmarks.study_work import work
-    from psannlm.benchmarks.task_answers import score_runs
+    from psannlm.experiments.lr_selection import with_found_rates
+    from psannlm.experiments.plan import load_plan
+    from psannlm.experiments.results import study_figures
+    from psannlm.experiments.runner import work
+    from psannlm.experiments.sizing import size_study
+    from psannlm.experiments.task_accuracy import score_runs
     from psannlm.io.atomic import write_bytes, write_text
     from psannlm.io.run_metadata import new_folder, require_folder, system_info, write_json
     from psannlm.reports.study_tables import study_pictures, study_tables
@@ -138,7 +138,7 @@ def _refuse_failures(figures: dict[str, Any]) -> None:
 
 
 def _show_plan(study: Study, jobs: int, as_json: bool) -> None:
-    from psannlm.benchmarks.compare import plan_tables, seconds_per_step
+    from psannlm.experiments.results import plan_tables, seconds_per_step
 
     with live_line(progress()) as line:
         seconds = {}

@@ -22,7 +22,7 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult
+    from psannlm.gpu_suite.report import BatteryReport, CheckResult
 
 _STYLES = {"ok": "green", "failed": "red", "error": "red", "skipped": "yellow"}
 
@@ -40,10 +40,10 @@ def gpu_validate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure what a GPU does with every part of psannlm, each value against a limit; ends with 3 if one is missed."""
-    from psannlm.benchmarks.gpu_checks import require_device, validate
-    from psannlm.benchmarks.gpu_log import BatteryLog
-    from psannlm.benchmarks.gpu_plots import draw_battery
     from psannlm.errors import LimitMissed
+    from psannlm.gpu_suite.log import BatteryLog
+    from psannlm.gpu_suite.plots import draw_battery
+    from psannlm.gpu_suite.suite import require_device, validate
     from psannlm.io.atomic import write_text
     from psannlm.io.run_metadata import new_folder, system_info, write_json
 

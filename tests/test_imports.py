@@ -39,6 +39,8 @@ ORDER = (
     ("api",),
     ("reports",),
     ("benchmarks",),
+    ("gpu_suite",),
+    ("experiments",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Rooms and modules that do their work without torch, and must load without it.

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import typer
 
-from psannlm.benchmarks.gpu_report import CheckResult, at_most
-from psannlm.benchmarks.study_plan import load_plan
-from psannlm.benchmarks.study_runs import StudyRun, size_study
-from psannlm.benchmarks.study_work import work
 from psannlm.commands.app import app, main
 from psannlm.config.run import load_config
 from psannlm.data.files import find_files
 from psannlm.errors import PsannlmError
+from psannlm.experiments.plan import load_plan
+from psannlm.experiments.runner import work
+from psannlm.experiments.sizing import StudyRun, size_study
+from psannlm.gpu_suite.report import CheckResult, at_most
 from psannlm.io.records import write_record
 from psannlm.prep.pipeline import PrepSettings, prepare_corpus
 from psannlm.tokenizers.char import CharTokenizer
@@ -176,12 +176,12 @@ def cheap(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.chdir(made)
     monkeypatch.setattr("gc.collect", lambda *generation: 0)
-    monkeypatch.setattr("psannlm.benchmarks.gpu_checks.CHECKS", {"GPU-03": check})
+    monkeypatch.setattr("psannlm.gpu_suite.suite.CHECKS", {"GPU-03": check})
     monkeypatch.setattr("psannlm.benchmarks.training.bench.matrix_peak", lambda *_, **__: lambda count: 1e9)
     monkeypatch.setattr("psannlm.benchmarks.decoding.bench.memory_reader", lambda *_, **__: lambda count: 1e9)
     monkeypatch.setattr("psannlm.benchmarks.tokenization.bench.KINDS", {"characters": ("simple", None)})
     # The runs of a study end at once and fail: the files that the study itself writes are the subject.
-    monkeypatch.setattr("psannlm.benchmarks.study_work.python_command", lambda *words: ["true"])
+    monkeypatch.setattr("psannlm.experiments.runner.python_command", lambda *words: ["true"])
 
 
 KV = "--batch-size 2 --prompt-length 4 --max-new-tokens 5 --repeats 1 --no-context-growth"

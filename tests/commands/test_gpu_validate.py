@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from psannlm.benchmarks import gpu_checks
-from psannlm.benchmarks.gpu_report import CheckResult, at_least, at_most
 from psannlm.errors import Interrupted
+from psannlm.gpu_suite import suite
+from psannlm.gpu_suite.report import CheckResult, at_least, at_most
 from psannlm.reports.gpu_tables import battery_headlines, battery_tables
 
 Run = Callable[..., Any]
@@ -33,7 +33,7 @@ def rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[float], N
         series = {"batch tokens": [512.0, 1024.0], "respsann: training": [1e5, 2e5]}
         return CheckResult("GPU-03", "throughput", measures, series=series)
 
-    monkeypatch.setattr(gpu_checks, "CHECKS", {"GPU-03": check})
+    monkeypatch.setattr(suite, "CHECKS", {"GPU-03": check})
     return lambda value: now.__setitem__(0, value)
 
 
@@ -103,7 +103,7 @@ def test_a_battery_that_is_stopped_leaves_the_checks_it_was_through_with(
         raise how
 
     checks = {"GPU-01": good("GPU-01"), "GPU-02": good("GPU-02"), "GPU-03": stopped, "GPU-04": good("GPU-04")}
-    monkeypatch.setattr(gpu_checks, "CHECKS", checks)
+    monkeypatch.setattr(suite, "CHECKS", checks)
     assert psannlm("gpu-validate", "--device", "cpu", "--out", "here").code == 130
     summary = json.loads(Path("here/summary.json").read_text(encoding="utf-8"))
     assert summary["verdict"] == "unfinished"

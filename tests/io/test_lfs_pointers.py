@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.benchmarks.gpu_baseline import read_baseline
 from psannlm.config.data import PathSource
 from psannlm.config.run import load_config
 from psannlm.data.documents import read_documents
 from psannlm.data.files import KNOWN_SUFFIXES, read_text
 from psannlm.data.prepared import open_folder
 from psannlm.errors import PsannlmError
+from psannlm.gpu_suite.baseline import read_baseline
 from psannlm.io.lfs_pointers import pointer_at, pointer_in
 from psannlm.io.readers import Unreadable, read_json
 from psannlm.models.artifact import load_model

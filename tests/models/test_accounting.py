@@ -247,3 +247,8 @@ def test_parameters_of_equal_layers_are_those_of_the_built_model(build_tiny: Any
     for base in ("waveresnet", "respsann", "transformer"):
         model = build_tiny(base=base, n_layers=3)
         assert sum(count_parameters(model.config).values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_match_mlp_width_solves_lines_of_any_slope() -> None:
+    assert accounting.match_mlp_width(lambda width: 1000 + 37 * width, 1000 + 37 * 802) == 800
+    assert accounting.match_mlp_width(lambda width: 10 * width, 1230) == 123

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from psannlm.benchmarks.gpu_report import BatteryReport, CheckResult, at_least, at_most
+from psannlm.gpu_suite.report import BatteryReport, CheckResult, at_least, at_most
 from psannlm.reports.build import write_report
 from psannlm.reports.gather import gather
 from psannlm.reports.gpu_tables import battery_headlines, battery_memory, battery_rates, battery_tables

@@ -1,0 +1,99 @@
+"""What a study is: a plan, its variants at their size, and its runs with the files that are theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from psannlm.config.data import DataConfig
+from psannlm.config.model import ModelConfig
+from psannlm.config.run import RunConfig
+from psannlm.data.prepare import PreparedData
+from psannlm.experiments.plan import StudyPlan, Variant, reads_folder
+
+_TOKENIZER_SUFFIXES = {"sentencepiece": ".model"}
+
+
+@dataclass(frozen=True)
+class SizedVariant:
+    """A variant whose width is settled, with its parameters by group and what each run of it will do."""
+
+    variant: Variant
+    model: ModelConfig
+    was_solved: bool
+    parameters: dict[str, int]
+    n_steps: int
+    n_tokens: int
+    flops_per_token: int
+    order_differs: tuple[str, ...]
+
+    @property
+    def n_parameters(self) -> int:
+        """Learnable parameters in all."""
+        return sum(self.parameters.values())
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run: a configuration file ``<name>.yaml`` in the study's folder, and the run folder ``<name>`` beside it."""
+
+    name: str
+    variant: SizedVariant
+    lr: float
+    seed: int
+    config: RunConfig
+    study: Path
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.study / self.name
+
+    @property
+    def config_path(self) -> Path:
+        """The configuration to train."""
+        return self.study / f"{self.name}.yaml"
+
+    @property
+    def log_path(self) -> Path:
+        """What the run said."""
+        return self.study / f"{self.name}.log"
+
+    @property
+    def flops(self) -> int:
+        """Operations of the whole run."""
+        return self.variant.flops_per_token * self.variant.n_tokens
+
+
+@dataclass(frozen=True)
+class Study:
+    """A plan with its runs, in the order in which they are made.
+
+    Where only some seeds look for the learning rate, the others are no runs before :func:`with_best_rates`.
+    """
+
+    plan: StudyPlan
+    folder: Path
+    variants: tuple[SizedVariant, ...]
+    runs: tuple[StudyRun, ...]
+    data: dict[DataConfig, PreparedData]
+
+    @property
+    def baseline(self) -> SizedVariant:
+        """The variant that the others are held against."""
+        return next(variant for variant in self.variants if variant.variant.name == self.plan.settings.baseline)
+
+
+def fits_tokenizer(config: DataConfig) -> bool:
+    """Whether the study fits the tokenizer of this text itself, and keeps it in its folder."""
+    return config.tokenizer_model_path is None and not reads_folder(config)
+
+
+def tokenizer_path(plan: StudyPlan, config: DataConfig, data: Mapping[DataConfig, PreparedData], folder: Path) -> Path:
+    """Return the file in the study's folder that holds the tokenizer of ``config``."""
+    backend = data[config].tokenizer.backend
+    known = list(dict.fromkeys(variant.config.data for variant in plan.variants))
+    number = known.index(config) + 1
+    stem = "tokenizer" if number == 1 else f"tokenizer_{number}"
+    return folder / f"{stem}{_TOKENIZER_SUFFIXES.get(backend, '.json')}"

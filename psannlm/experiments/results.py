@@ -1,0 +1,273 @@
+"""The runs of a study become its figures: loss by variant, paired differences with intervals, best learning rates."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from psannlm.errors import TrainingError
+from psannlm.experiments.caveats import conditions, notes_of
+from psannlm.experiments.lr_selection import Choice, choose, score_of
+from psannlm.experiments.model import SizedVariant, Study, StudyRun
+from psannlm.experiments.runner import RunState, look
+from psannlm.experiments.statistics import Mean, PairedDifference, paired_difference
+from psannlm.experiments.task_accuracy import AnswerScore
+from psannlm.models.registry import build_model
+from psannlm.reports.page_model import Table, tell
+from psannlm.runtime.device import pick_device, pick_precision
+from psannlm.runtime.distributed import World
+from psannlm.training.optim import OptimizerSet
+from psannlm.training.run import build_loader
+from psannlm.training.step import seed_step, train_step
+
+
+def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None) -> dict[str, Any]:
+    """Return everything that a study came to, as plain data; it depends on the run folders alone.
+
+    ``answers`` are the scores of runs by name, where the text is that of a counting task (``score_runs``).
+
+    Each variant stands at its best learning rate (``study_choice.choose``). Differences are paired by seed.
+
+    Raises:
+        TrainingError: not one run came to its end.
+    """
+    states = [look(run) for run in study.runs]
+    if not any(state.state == "done" for state in states):
+        raise TrainingError(f"no run of the study came to its end; the logs are in {study.folder}")
+    chosen = {sized.variant.name: choose(sized, states, study.plan) for sized in study.variants}
+    base = chosen[study.plan.settings.baseline]
+    settings = study.plan.settings
+    return {
+        "study": study.plan.name,
+        "plan": str(study.plan.path),
+        "folder": str(study.folder),
+        "baseline": settings.baseline,
+        "measure": settings.measure,
+        "task": settings.answers,
+        "budget": settings.budget.model_dump(mode="json"),
+        "seeds": list(settings.seeds),
+        "rate_seeds": list(study.plan.rate_seeds),
+        "corpus": _corpus(study),
+        "conditions": conditions(states),
+        "notes": notes_of(study, chosen, states),
+        "variants": [
+            {
+                **_variant_figures(study, sized, chosen[sized.variant.name], base.losses),
+                "answers": _answers(chosen[sized.variant.name], base, answers or {}),
+            }
+            for sized in study.variants
+        ],
+        "runs": [
+            {**_run_figures(state, settings.measure), "answers": _score_as_dict(state.run.name, answers or {})}
+            for state in states
+        ],
+        "rivals": {rival: _against(rival, chosen) for rival in settings.rivals},
+        "curves": [curve for sized in study.variants for curve in _curves(chosen[sized.variant.name])],
+    }
+
+
+def _against(rival: str, chosen: Mapping[str, Choice]) -> dict[str, dict[str, float | int | None] | None]:
+    """The differences of all variants but the rival to it, each at its own best learning rate."""
+    theirs = chosen[rival].losses
+    differences = {name: paired_difference(choice.losses, theirs) for name, choice in chosen.items() if name != rival}
+    return {name: None if each is None else each.as_dict() for name, each in differences.items()}
+
+
+def _variant_figures(
+    study: Study, sized: SizedVariant, choice: Choice, base_losses: Mapping[int, float]
+) -> dict[str, Any]:
+    is_baseline = sized.variant.name == study.plan.settings.baseline
+    difference: PairedDifference | None = None if is_baseline else paired_difference(choice.losses, base_losses)
+    records = list(choice.done.values())
+    rates = [record.tokens_per_s["median"] for record in records if record.tokens_per_s is not None]
+    peaks = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
+    losses, bits = list(choice.losses.values()), [score["bits_per_byte"] for score in choice.scores.values()]
+    return {
+        "name": sized.variant.name,
+        "settings": sized.variant.changes,
+        "learning_rate": choice.lr,
+        "edge": choice.edge,
+        "provisional": choice.is_provisional,
+        "learning_rates": choice.rates,
+        "parameters": sized.n_parameters,
+        "parameters_over_baseline": sized.n_parameters / study.baseline.n_parameters,
+        "parameters_by_group": sized.parameters,
+        "d_mlp": sized.model.d_mlp,
+        "d_mlp_was_solved": sized.was_solved,
+        "steps": sized.n_steps,
+        "tokens": sized.n_tokens,
+        "flops_per_token": sized.flops_per_token,
+        "val_loss": Mean.of(losses).as_dict() if losses else None,
+        "val_loss_by_seed": {str(seed): loss for seed, loss in sorted(choice.losses.items())},
+        "bits_per_byte": Mean.of(bits).as_dict() if bits else None,
+        "lossy_tokenizer": any(score.get("lossy_tokenizer") for score in choice.scores.values()),
+        "difference": None if difference is None else difference.as_dict(),
+        "tokens_per_s": max(rates) if rates else None,
+        "training_s": sized.n_tokens / max(rates) if rates else None,
+        "peak_memory_bytes": max(peaks, default=None),
+    }
+
+
+def _run_figures(state: RunState, measure: str) -> dict[str, Any]:
+    record = state.record
+    score = score_of(record, measure) if record is not None and state.state == "done" else {}
+    return {
+        "run": state.run.name,
+        "variant": state.run.variant.variant.name,
+        "lr": state.run.lr,
+        "seed": state.run.seed,
+        "state": "diverged" if state.is_diverged else state.state,
+        "reason": state.reason,
+        "val_loss": score.get("loss"),
+        "bits_per_byte": score.get("bits_per_byte"),
+        "lossy_tokenizer": score.get("lossy_tokenizer"),
+        "tokens": record.train_rows[-1].get("tokens") if record is not None and record.train_rows else None,
+        "tokens_per_s": record.tokens_per_s["median"] if record is not None and record.tokens_per_s else None,
+        "training_s": record.points("train")[-1][1] if record is not None and record.train_rows else None,
+        "peak_memory_bytes": None if record is None else record.peak_memory_bytes,
+        "folder": str(state.run.folder),
+    }
+
+
+def _answers(choice: Choice, base: Choice, answers: Mapping[str, AnswerScore]) -> dict[str, Any] | None:
+    """The answers given by the runs at a variant's best learning rate, and their difference to the baseline's."""
+    mine, theirs = (
+        {seed: answers[record.name] for seed, record in sorted(each.done.items()) if record.name in answers}
+        for each in (choice, base)
+    )
+    if not mine:
+        return None
+    right, theirs_right = ({seed: score.right for seed, score in each.items()} for each in (mine, theirs))
+    difference = None if choice is base else paired_difference(right, theirs_right)
+    return {
+        "right": Mean.of(list(right.values())).as_dict(),
+        "right_by_seed": {str(seed): share for seed, share in right.items()},
+        "difference": None if difference is None else difference.as_dict(),
+        "documents_right": statistics.fmean(score.documents_right for score in mine.values()),
+        "nats_per_answer": statistics.fmean(score.nats_per_answer for score in mine.values()),
+    }
+
+
+def _score_as_dict(name: str, answers: Mapping[str, AnswerScore]) -> dict[str, Any] | None:
+    return asdict(answers[name]) if name in answers else None
+
+
+def _curves(choice: Choice) -> list[dict[str, Any]]:
+    """The validations of each run. Seconds are tokens over the rate of the fastest of them, as in the table."""
+    found = []
+    rates = [record.tokens_per_s["median"] for record in choice.done.values() if record.tokens_per_s is not None]
+    for seed, record in sorted(choice.done.items()):
+        points = record.points()
+        name = record.name.rpartition("_lr")[0]
+        tokens, losses = [point[0] for point in points], [point[2] for point in points]
+        seconds = [point[0] / max(rates) for point in points] if rates else [point[1] for point in points]
+        found.append({"variant": name, "seed": seed, "tokens": tokens, "seconds": seconds, "loss": losses})
+    return found
+
+
+def _corpus(study: Study) -> dict[str, Any]:
+    prepared = study.data[study.plan.baseline.config.data]
+    return {
+        "sha256": prepared.report.sha256,
+        "tokenizer_fingerprint": prepared.tokenizer.fingerprint,
+        "train_tokens": prepared.train.n_tokens,
+        "val_tokens": None if prepared.val is None else prepared.val.n_tokens,
+        "val_overlap": prepared.val_overlap,
+    }
+
+
+def seconds_per_step(run: StudyRun, study: Study, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the time of one training step of ``run``, measured on two after one to warm up; nothing is kept."""
+    config = run.config
+    device = pick_device(config.train.device)
+    precision = pick_precision(config.train.amp, device)
+    model = build_model(run.variant.model, seed=run.seed).to(device).train()
+    model.grad_checkpoint = config.train.grad_checkpoint
+    optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.needs_scaler)
+    loader = build_loader(config, study.data[run.variant.variant.config.data], World())
+    times = []
+    for step, batch in zip(range(1, 4), loader.steps(), strict=False):
+        began = clock()
+        seed_step(run.seed, step, 0)
+        train_step(model, batch.micro_batches, optimizers, precision=precision, scaler=scaler, lr=run.lr)
+        times.append(clock() - began)
+    return min(times[1:] or times)
+
+
+def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> list[Table]:
+    """Return the table of variants and that of runs, with the time that steps of ``seconds`` by variant would take.
+
+    Validations, start-up and what runs take from each other are not in it.
+    """
+    states = [look(run) for run in study.runs]
+    left = [seconds[s.run.variant.variant.name] * (s.run.variant.n_steps - s.step) for s in states if s.state != "done"]
+    variants = [
+        [
+            sized.variant.name,
+            tell(sized.n_parameters),
+            f"{sized.n_parameters / study.baseline.n_parameters - 1:+.2%}".replace("-", "−"),
+            f"{tell(sized.model.d_mlp)}{' (solved)' if sized.was_solved else ''}",
+            tell(sized.n_steps),
+            tell(sized.n_tokens),
+            f"{1e3 * seconds[sized.variant.name]:,.0f}",
+        ]
+        for sized in study.variants
+        if sized.variant.name in seconds
+    ]
+    headings = (
+        "variant",
+        "parameters",
+        f"against {study.plan.settings.baseline}",
+        "d_mlp",
+        "steps",
+        "tokens",
+        "step, ms",
+    )
+    orders = [
+        f"{sized.variant.name} sees other text or another order: {'; '.join(sized.order_differs)}"
+        for sized in study.variants
+        if sized.order_differs
+    ]
+    runs = [
+        [
+            state.run.name,
+            f"{state.run.lr:g}",
+            tell(state.run.seed),
+            tell(state.run.variant.n_tokens),
+            f"{seconds[state.run.variant.variant.name] * (state.run.variant.n_steps - state.step):,.0f}",
+            state.state,
+        ]
+        for state in states
+    ]
+    is_compiled = any(run.config.train.compile is True for run in study.runs)
+    others = set(study.plan.settings.seeds) - set(study.plan.rate_seeds)
+    variants_here = {run.variant.variant.name for run in study.runs}
+    n_others = len(others) * len(variants_here) - sum(run.seed in others for run in study.runs)
+    note = (
+        f"{len(left)} of {len(states)} runs to make: about {sum(left) / 60:,.1f} minutes of training, one at a time"
+        f"{f', if {jobs} at a time do not slow each other: {sum(left) / 60 / jobs:,.1f}' if jobs > 1 else ''}"
+        f"{'; timed uncompiled: compiling takes its time at the start, and saves more' if is_compiled else ''}"
+        f"{f'; then {n_others} more, of the other seeds at the best rates' if n_others else ''}"
+    )
+    return [
+        Table(
+            f"{study.plan.name}: variants",
+            headings,
+            variants,
+            frozenset(range(1, 7)),
+            "\n".join(orders) or "all see the same text in the same order",
+        ),
+        Table(
+            "runs",
+            ("run", "learning rate", "seed", "tokens", "time left, s", "state"),
+            runs,
+            frozenset((1, 2, 3, 4)),
+            note,
+        ),
+    ]

@@ -1,0 +1,290 @@
+"""The runs of a study, each a process of its own, some at a time; they go on where they stopped, in any order."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
+
+from psannlm.errors import EXIT_INTERRUPTED, ConfigError, Interrupted
+from psannlm.experiments.model import Study, StudyRun, fits_tokenizer, tokenizer_path
+from psannlm.experiments.sizing import write_configs
+from psannlm.io.atomic import explain_write_errors, read_small, refuse_foreign, remove_leftovers
+from psannlm.io.lock import RunLock
+from psannlm.io.readers import Unreadable
+from psannlm.io.run_metadata import write_json
+from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
+from psannlm.runtime.processes import python_command
+from psannlm.runtime.signals import stopping_on_signals
+from psannlm.training.failures import NOT_FINITE
+from psannlm.training.run_folder import is_own_config, says_the_same
+
+STUDY_FILE = "study.json"
+_LOOK_S = 0.2
+_TELL_S = 2.0
+_ERROR = "error: "
+_START = "psannlm compare starts "
+_LIST_BYTES = 16 << 20
+_REMEDY = "or choose another folder with --study"
+
+Tell = Callable[[str], None]
+
+
+class Process(Protocol):
+    """A run at work."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it works."""
+
+    def terminate(self) -> None:
+        """Ask it to save and end."""
+
+
+Launcher = Callable[[StudyRun, Mapping[str, str]], Process]
+
+
+def launch(run: StudyRun, environment: Mapping[str, str]) -> Process:
+    """Start ``psannlm train`` on a run's configuration; what it says goes to the run's log."""
+    with explain_write_errors(run.log_path):
+        handle = os.open(run.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    with open(handle, "a", encoding="utf-8") as log:
+        log.write(f"{_START}{run.name}\n")
+        log.flush()
+        return subprocess.Popen(
+            python_command("psannlm", "train", str(run.config_path)),
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **environment},
+        )
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What the files say of a run: ``done``, ``failed`` (with the reason), ``stopped`` part way, or ``new``."""
+
+    run: StudyRun
+    state: str
+    step: int = 0
+    reason: str = ""
+    record: RunRecord | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether there is nothing left to make of it."""
+        return self.state == "done" or self.is_diverged
+
+    @property
+    def is_diverged(self) -> bool:
+        """Whether it failed because its numbers were not finite, and would again; not for want of room or memory."""
+        return self.state == "failed" and NOT_FINITE in self.reason
+
+
+def look(run: StudyRun) -> RunState:
+    """Return the state of a run, from its files alone."""
+    record = None
+    if (run.folder / METRICS_FILE).is_file():
+        try:
+            record = read_run(run.folder, run.name)
+        except Unreadable:
+            record = None  # stopped before its first line was whole
+    if record is not None:
+        last = run.variant.n_steps
+        if record.eval_rows and record.eval_rows[-1]["step"] >= last:
+            return RunState(run, "done", last, record=record)
+    step = record.train_rows[-1]["step"] if record is not None and record.train_rows else 0
+    if reason := _last_error(run.log_path):
+        return RunState(run, "failed", step, reason, record)
+    return RunState(run, "stopped" if step else "new", step, record=record)
+
+
+def _last_error(path: Path) -> str:
+    """What the log of a run ends with, when that is an error."""
+    if not path.is_file():
+        return ""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    starts = [at for at, line in enumerate(lines) if line.startswith(_ERROR)]
+    # The lines after an error belong to it; a run that was taken up again since then says other things.
+    if not starts or any(line.startswith(_START) for line in lines[starts[-1] :]):
+        return ""
+    return " ".join(line.strip() for line in lines[starts[-1] :]).removeprefix(_ERROR)[:400]
+
+
+def work(
+    study: Study,
+    *,
+    jobs: int = 1,
+    only: Collection[str] | None = None,
+    tell: Tell = lambda text: None,
+    keep: Tell = lambda text: None,
+    launcher: Launcher = launch,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Make every run that is not done; one that fails is told of and leaves the others alone.
+
+    A run whose numbers were not finite is not made again: it would come to the same.
+
+    Args:
+        jobs: runs at a time; the machine's cores are shared out among them.
+        only: names of the runs to make; None for all.
+        tell, keep: get the standing, and lines that stay.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the runs at work have saved, and the same call goes on with them.
+        ConfigError: ``jobs`` is below 1.
+        StorageError: the study's folder cannot be written, or another process works in it.
+    """
+    if jobs < 1:
+        raise ConfigError(f"--jobs {jobs}: at least one run at a time")
+    with RunLock(study.folder, "--study"):
+        refuse_foreign_files(study)
+        write_configs(study)
+        plan = study.plan
+        names = [run.name for run in study.runs]
+        write_json(study.folder / STUDY_FILE, {"study": plan.name, "plan": str(plan.path), "runs": names})
+        wanted = [run for run in study.runs if only is None or run.name in only]
+        waiting = [run for run in wanted if not look(run).is_settled]
+        crew = _Crew(len(wanted), waiting, launcher, _threads(jobs), clock)
+        stop = threading.Event()
+        next_tell = clock()
+        with explain_write_errors(study.folder), stopping_on_signals(stop):
+            while crew.is_busy:
+                if stop.is_set():
+                    crew.dismiss(sleep)
+                    raise Interrupted(
+                        f"stopped with {crew.n_done} of {len(wanted)} runs done; the same command goes on"
+                    )
+                crew.fill(jobs)
+                for line in crew.collect():
+                    keep(line)
+                if crew.was_interrupted:
+                    stop.set()
+                if clock() >= next_tell:
+                    tell(crew.standing())
+                    next_tell = clock() + _TELL_S
+                if crew.is_busy:
+                    sleep(_LOOK_S)
+
+
+def refuse_foreign_files(study: Study) -> None:
+    """Make sure that a study writes over nothing in its folder but what an earlier call wrote there.
+
+    A tokenizer that is there is read and compared, and never written over.
+
+    Raises:
+        StorageError: something foreign is in the way; the message names it.
+    """
+    with explain_write_errors(study.folder):
+        remove_leftovers(study.folder)
+    refuse_foreign(study.folder / STUDY_FILE, lambda path: _listed_runs(path) is not None, _REMEDY)
+    listed = _listed_runs(study.folder / STUDY_FILE) or []
+    for config in study.data:
+        if fits_tokenizer(config):
+            path = tokenizer_path(study.plan, config, study.data, study.folder)
+            refuse_foreign(path, lambda path: True, _REMEDY)
+    for run in study.runs:
+        if not says_the_same(run.config_path, run.config):
+            refuse_foreign(run.config_path, is_own_config, _REMEDY)
+        is_ours = (lambda path: True) if run.name in listed else _is_own_log
+        refuse_foreign(run.log_path, is_ours, _REMEDY)
+
+
+def _listed_runs(path: Path) -> list[str] | None:
+    """Return the runs that a study's list names, or None where the file is not such a list."""
+    try:
+        content = json.loads(read_small(path, _LIST_BYTES) or b"")
+    except (ValueError, RecursionError):
+        return None
+    is_list = isinstance(content, dict) and content.keys() == {"study", "plan", "runs"}
+    return content["runs"] if is_list and isinstance(content["runs"], list) else None
+
+
+def _is_own_log(path: Path) -> bool:
+    """Whether a log begins as :func:`launch` begins it."""
+    with open(path, "rb") as file:
+        return file.read(len(_START)) == _START.encode("ascii")
+
+
+def _threads(jobs: int) -> dict[str, str]:
+    """Threads for each of the runs at a time, unless the environment has a say."""
+    if "OMP_NUM_THREADS" in os.environ or jobs == 1:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+
+
+class _Crew:
+    """The processes at work, the runs that wait, and what is known of the time they take."""
+
+    def __init__(
+        self,
+        n_runs: int,
+        waiting: list[StudyRun],
+        launcher: Launcher,
+        environment: Mapping[str, str],
+        clock: Callable[[], float],
+    ) -> None:
+        self._waiting, self._launcher, self._environment, self._clock = waiting, launcher, environment, clock
+        self._at_work: dict[str, tuple[StudyRun, Process]] = {}
+        self._n_runs = n_runs
+        self.n_done = self._n_runs - len(waiting)
+        self.was_interrupted = False
+        self._began = clock()
+        self._first = {run.name: look(run).step for run in waiting}
+        self._all_flops = sum(self._left(run, self._first[run.name]) for run in waiting)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._waiting or self._at_work)
+
+    def fill(self, jobs: int) -> None:
+        while self._waiting and len(self._at_work) < jobs and not self.was_interrupted:
+            run = self._waiting.pop(0)
+            self._at_work[run.name] = run, self._launcher(run, self._environment)
+
+    def collect(self) -> list[str]:
+        """Take note of the processes that ended; return a line for each."""
+        lines = []
+        for run, process in list(self._at_work.values()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self._at_work[run.name]
+            self.was_interrupted |= code == EXIT_INTERRUPTED
+            state = look(run)
+            self.n_done += state.state == "done"
+            if state.state == "done" and state.record is not None:
+                loss = state.record.eval_rows[-1]["loss"]
+                lines.append(f"{run.name}: validation loss {loss:.4f} ({self.n_done} of {self._n_runs} done)")
+            elif code != EXIT_INTERRUPTED:
+                lines.append(f"{run.name}: {state.reason or f'ended with exit code {code}'}; see {run.log_path}")
+        return lines
+
+    def dismiss(self, sleep: Callable[[float], None]) -> None:
+        """Ask all to save and end, and wait until they have."""
+        for _, process in self._at_work.values():
+            process.terminate()
+        while any(process.poll() is None for _, process in self._at_work.values()):
+            sleep(_LOOK_S)
+
+    def _left(self, run: StudyRun, step: int) -> float:
+        return run.flops * (1 - step / run.variant.n_steps)
+
+    def standing(self) -> str:
+        """Say what is at work, and guess the time left from the operations done since the start."""
+        at_work = [run for run, _ in self._at_work.values()]
+        steps = [look(run).step for run in at_work]
+        left = sum(self._left(run, self._first[run.name]) for run in self._waiting)
+        left += sum(self._left(run, step) for run, step in zip(at_work, steps, strict=True))
+        done, elapsed = self._all_flops - left, self._clock() - self._began
+        time_left = f", about {timedelta(seconds=round(elapsed * left / done))} left" if done > 0 else ""
+        pairs = zip(at_work, steps, strict=True)
+        now = ", ".join(f"{run.name} step {step} of {run.variant.n_steps}" for run, step in pairs)
+        return f"{self.n_done} of {self._n_runs} runs done; {now}{time_left}"

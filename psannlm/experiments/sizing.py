@@ -1,0 +1,216 @@
+"""A checked plan and its corpus become runs of equal size: a configuration each, with steps, tokens and parameters."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from psannlm.config.data import DataConfig
+from psannlm.config.model import ModelConfig
+from psannlm.config.run import RunConfig, config_from_mapping, differences, to_yaml
+from psannlm.data.prepare import PreparedData, prepare
+from psannlm.errors import ConfigError, Problem
+from psannlm.experiments.existing_runs import refuse_former
+from psannlm.experiments.model import SizedVariant, Study, StudyRun, fits_tokenizer, tokenizer_path
+from psannlm.experiments.plan import StudyPlan, Variant, merge
+from psannlm.io.atomic import write_text
+from psannlm.models.accounting import WIDTH_TOLERANCE, count_parameters, flops_per_token, match_mlp_width
+from psannlm.models.registry import resolve
+from psannlm.runtime.distributed import World
+from psannlm.training.run import build_loader
+from psannlm.training.run_folder import says_the_same
+
+# What a study sets unless its plan says otherwise: fewer files, and no time spent on samples that nobody reads.
+_QUIETER: dict[str, Any] = {"keep_checkpoints": 1, "sample_prompts": []}
+
+Notice = Callable[[str], None]
+
+
+def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
+    """Read the corpus, settle widths and steps, and check the configuration of every run; nothing is written.
+
+    Raises:
+        ConfigError: parameters are to be equal and are not, a run's configuration is refused, or ``folder`` holds runs
+            of another plan.
+        PsannlmError: the corpus cannot be read.
+    """
+    data: dict[DataConfig, PreparedData] = {}
+    for variant in plan.variants:
+        if variant.config.data not in data:
+            data[variant.config.data] = prepare(variant.config.data, notice)
+        if data[variant.config.data].val is None:
+            message = (
+                "nothing is held out, and there would be nothing to compare; prepare a corpus with a validation part"
+            )
+            raise ConfigError(Problem(f"variants.{variant.name}", message), str(plan.path))
+    _refuse_other_yardsticks(plan, data)
+    base = plan.baseline
+    target = sum(count_parameters(_resolved(base, data)).values())
+    variants = tuple(_sized(plan, variant, data, target) for variant in plan.variants)
+    _refuse_unequal(plan, variants, target)
+    wanted = [
+        (sized, lr, seed) for seed in plan.rate_seeds for sized in variants for lr in sized.variant.learning_rates
+    ]
+    runs = _runs(plan, wanted, folder, data)
+    refuse_former(plan, folder, runs, data)
+    return Study(plan, folder, variants, runs, data)
+
+
+def with_best_rates(study: Study, best: Mapping[str, float]) -> Study:
+    """Return the study with the runs of the seeds that did not look for a rate, at the ``best`` of each variant.
+
+    A variant whose best rate is not known yet gets none.
+
+    Raises:
+        ConfigError: the folder holds such runs of another plan.
+    """
+    seeds = [seed for seed in study.plan.settings.seeds if seed not in study.plan.rate_seeds]
+    wanted = [
+        (sized, best[sized.variant.name], seed)
+        for seed in seeds
+        for sized in study.variants
+        if sized.variant.name in best
+    ]
+    runs = _runs(study.plan, wanted, study.folder, study.data)
+    refuse_former(study.plan, study.folder, runs, study.data)
+    return replace(study, runs=study.runs + runs)
+
+
+def _resolved(variant: Variant, data: Mapping[DataConfig, PreparedData], d_mlp: int | None = None) -> ModelConfig:
+    model = variant.config.model if d_mlp is None else variant.config.model.model_copy(update={"d_mlp": d_mlp})
+    vocab_size = data[variant.config.data].tokenizer.vocab_size
+    return resolve(model, vocab_size=vocab_size, max_seq_len=variant.config.data.max_length)
+
+
+def _sized(plan: StudyPlan, variant: Variant, data: Mapping[DataConfig, PreparedData], target: int) -> SizedVariant:
+    model = _resolved(variant, data)
+    is_off = abs(_count(model) / target - 1) > WIDTH_TOLERANCE
+    was_solved = is_off and plan.settings.solve_d_mlp and variant.config.model.d_mlp is None
+    if was_solved:
+        model = _resolved(variant, data, match_mlp_width(lambda width: _count(_resolved(variant, data, width)), target))
+    per_token = flops_per_token(model, variant.config.data.max_length)
+    loader = build_loader(variant.config, data[variant.config.data], World())
+    # The mean over an epoch: its last step may be smaller than the others.
+    step_tokens = loader.windows.n_labels / loader.steps_per_epoch
+    budget = plan.settings.budget
+    tokens = budget.tokens if budget.tokens is not None else (budget.flops or 0.0) / per_token
+    n_steps = max(1, round(tokens * variant.budget_share / step_tokens))
+    return SizedVariant(
+        variant=variant,
+        model=model,
+        was_solved=was_solved,
+        parameters=count_parameters(model),
+        n_steps=n_steps,
+        n_tokens=round(n_steps * step_tokens),
+        flops_per_token=per_token,
+        order_differs=_order_differences(plan.baseline.config, variant.config),
+    )
+
+
+def _count(model: ModelConfig) -> int:
+    return sum(count_parameters(model).values())
+
+
+def _order_differences(base: RunConfig, ours: RunConfig) -> tuple[str, ...]:
+    """The settings by which a variant sees other text, or the same text in another order, than the baseline."""
+    named = ("data.", "train.batch_tokens:", "train.grad_accum_steps:")
+    return tuple(line for line in differences(base, ours) if line.startswith(named))
+
+
+def _refuse_other_yardsticks(plan: StudyPlan, data: Mapping[DataConfig, PreparedData]) -> None:
+    """Losses per token of other tokens, or of other held-out text, are no figures that a difference can be taken of."""
+    base = data[plan.baseline.config.data]
+    problems = []
+    for variant in plan.variants:
+        mine = data[variant.config.data]
+        if mine.tokenizer.fingerprint != base.tokenizer.fingerprint:
+            found = "its tokenizer is not"
+        elif mine.val is not base.val and _held_out(mine) != _held_out(base):
+            found = "its held-out text is not"
+        else:
+            continue
+        message = f"{found} {plan.settings.baseline}'s, and losses per token would not compare; give it another plan"
+        problems.append(Problem(f"variants.{variant.name}", f"{message}, and put bits per byte side by side"))
+    if problems:
+        raise ConfigError(problems, str(plan.path))
+
+
+def _held_out(data: PreparedData) -> str:
+    """A hash of the tokens that validation reads."""
+    if data.val is None:
+        return ""
+    return hashlib.sha256(data.val.tokens(0, data.val.n_framed_tokens).tobytes()).hexdigest()
+
+
+def _refuse_unequal(plan: StudyPlan, variants: tuple[SizedVariant, ...], target: int) -> None:
+    if plan.settings.parameters != "equal":
+        return
+    problems = []
+    for sized in variants:
+        excess = sized.n_parameters / target - 1
+        if abs(excess) > WIDTH_TOLERANCE:
+            message = (
+                f"{sized.n_parameters:,} parameters, {excess:+.1%} of {plan.settings.baseline}'s {target:,}; leave its "
+                "d_mlp null and solve_d_mlp true, set model.d_mlp, or write parameters: shown"
+            )
+            problems.append(Problem(f"variants.{sized.variant.name}", message))
+    if problems:
+        raise ConfigError(problems, str(plan.path))
+
+
+def _runs(
+    plan: StudyPlan,
+    wanted: Sequence[tuple[SizedVariant, float, int]],
+    folder: Path,
+    data: Mapping[DataConfig, PreparedData],
+) -> tuple[StudyRun, ...]:
+    """The runs of (variant, learning rate, seed), each with its checked configuration."""
+    problems: dict[Problem, None] = {}
+    runs = []
+    for sized, lr, seed in wanted:
+        name = f"{sized.variant.name}_lr{lr:g}_seed{seed}"
+        try:
+            config = _run_config(plan, sized, lr, seed, folder / name, data)
+        except ConfigError as error:
+            for problem in error.problems:
+                problems[Problem(f"variants.{sized.variant.name}.{problem.path}", problem.message)] = None
+            continue
+        runs.append(StudyRun(name, sized, lr, seed, config, folder))
+    if problems:
+        raise ConfigError(list(problems), str(plan.path))
+    return tuple(runs)
+
+
+def _run_config(
+    plan: StudyPlan,
+    sized: SizedVariant,
+    lr: float,
+    seed: int,
+    folder: Path,
+    data: Mapping[DataConfig, PreparedData],
+) -> RunConfig:
+    variant = sized.variant
+    decided = {"lr": lr, "seed": seed, "max_steps": sized.n_steps, "checkpoint_dir": str(folder)}
+    settings = merge({"train": _QUIETER}, variant.settings)
+    settings = merge(settings, {"train": decided, "model": {"d_mlp": sized.model.d_mlp}})
+    if fits_tokenizer(variant.config.data):
+        path = tokenizer_path(plan, variant.config.data, data, folder.parent)
+        settings = merge(settings, {"data": {"tokenizer_model_path": str(path)}})
+    # The tokenizer is written before the first run, so that none of them has to fit it again.
+    return config_from_mapping(settings, check_files=False)
+
+
+def write_configs(study: Study) -> None:
+    """Put tokenizers and the configuration of every run into the study's folder. Raises StorageError if it cannot."""
+    for config, prepared in study.data.items():
+        if fits_tokenizer(config):
+            path = tokenizer_path(study.plan, config, study.data, study.folder)
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                prepared.tokenizer.save(path)
+    for run in study.runs:
+        if not says_the_same(run.config_path, run.config):
+            write_text(run.config_path, to_yaml(run.config))

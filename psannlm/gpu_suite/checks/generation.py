@@ -1,0 +1,296 @@
+"""GPU-07 and GPU-09: decoded text held against full forward passes, and what compiling and CUDA graphs are worth."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch._dynamo.utils import counters
+
+from psannlm.benchmarks.decoding.bench import bench_kv, build_random_model
+from psannlm.benchmarks.decoding.modes import Case, DecodeRun, Prompts
+from psannlm.benchmarks.decoding.report import KvReport, KvSettings
+from psannlm.benchmarks.decoding.token_parity import Rounding, compare
+from psannlm.benchmarks.harness.interleaved import Spread
+from psannlm.config.model import BaseName
+from psannlm.generation.batch_decode import Decoding
+from psannlm.generation.engine import Engine
+from psannlm.generation.quantize import WeightDtype
+from psannlm.generation.sampling import SamplingConfig
+from psannlm.gpu_suite.checks.roofline import RATE_REGRESSION, Floor, large_floor_measures, small_floor_measures
+from psannlm.gpu_suite.context import BASE_NAMES, Shape, Stage, Trainer
+from psannlm.gpu_suite.report import (
+    CheckResult,
+    Measure,
+    at_least,
+    at_most,
+    largest,
+    largest_distance,
+    none_of,
+)
+from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import has_compiler, missing_to_compile
+
+_WARM_UP_REGRESSION = 1.0
+_COMPILED_LOSS_LIMIT = 1e-3
+_WARM_UP_LIMIT_S = 300.0
+
+
+def check_generation(stage: Stage) -> CheckResult:
+    """GPU-07: with the cache as without it, in a ragged batch as alone; rate beside the floor of memory."""
+    measures: list[Measure] = []
+    notes: list[str] = []
+    for base in BASE_NAMES:
+        stage.say(f"GPU-07: {base}, with the cache and without")
+        report = _bench(stage, base, batch_size=stage.sizes.decoding.n_rows, cases="batch")
+        measures += token_measures(base, report)
+        stage.say(f"GPU-07: {base}, prompts of many lengths")
+        measures.append(ragged_measure(base, _model(stage, base), _ragged_prompts(stage), stage.sizes.new_tokens))
+        stage.release()
+    for base in BASE_NAMES:
+        stage.say(f"GPU-07: {base}, the rate of one row")
+        report, is_compiled = _one_row(stage, base)
+        notes += [f"{base}: {notice}" for notice in report.notices]
+        measures += rate_measures(base, report, is_compiled=is_compiled, is_rehearsal=stage.is_rehearsal)
+        stage.release()
+        measures += large_floor_measures(stage, base, notes)
+    return CheckResult("GPU-07", "generation", tuple(measures), notes=tuple(notes))
+
+
+def _settings(
+    stage: Stage, batch_size: int, *, dtype: WeightDtype = "float32", is_compiled: bool = False, cases: str = "cached"
+) -> KvSettings:
+    return KvSettings(
+        batch_size=batch_size,
+        prompt_length=stage.sizes.prompt_length,
+        max_new_tokens=stage.sizes.new_tokens,
+        repeats=stage.sizes.repeats,
+        dtype=dtype,
+        is_compiled=is_compiled,
+        cases=cases,  # type: ignore[arg-type]  # it says itself what it takes
+        contexts=(),
+    )
+
+
+def _bench(
+    stage: Stage,
+    base: BaseName,
+    *,
+    batch_size: int,
+    cases: str,
+    dtype: WeightDtype = "float32",
+    is_compiled: bool = False,
+) -> KvReport:
+    settings = _settings(stage, batch_size, dtype=dtype, is_compiled=is_compiled, cases=cases)
+    model = build_random_model(stage.sizes.decoding.config(base), settings, stage.device)
+    return bench_kv(model, settings, clock=stage.clock)
+
+
+def _model(stage: Stage, base: BaseName) -> Transformer:
+    settings = _settings(stage, 1)
+    return build_random_model(stage.sizes.decoding.config(base), settings, stage.device)
+
+
+def _one_row(stage: Stage, base: BaseName) -> tuple[KvReport, bool]:
+    """Decode one row as fast as the device can: compiled bfloat16 on a GPU, and as it comes in a rehearsal."""
+    is_compiled = stage.is_gpu and has_compiler(stage.device)
+    dtype: WeightDtype = "bfloat16" if stage.is_gpu else "float32"
+    report = _bench(stage, base, batch_size=1, cases="cached", dtype=dtype, is_compiled=is_compiled)
+    return report, is_compiled
+
+
+def _ragged_prompts(stage: Stage) -> Prompts:
+    generator = torch.Generator().manual_seed(5)
+    n_rows, longest = stage.sizes.decoding.n_rows, stage.sizes.prompt_length
+    lengths = [max(1, longest * (row + 1) // n_rows - row) for row in range(n_rows)]
+    vocab_size = stage.sizes.decoding.vocab_size
+    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def token_measures(base: str, report: KvReport) -> list[Measure]:
+    """Return how many tokens the cache changed, and how far its size is from the one predicted."""
+    difference = report.agreement.difference
+    name, where = f"{base}: tokens that the cache changes", "" if difference is None else str(difference)
+    reason = "greedy text depends on the weights alone; ties within the rounding of float32 are counted as equal"
+    predicted, measured = report.predicted_cache_bytes(), report.measured_cache_bytes()
+    off = largest(abs(measured[case] - predicted[case]) for case in measured)
+    exact = "keys, values and tails are all that there is to hold: their number is known to the byte"
+    return [
+        none_of(name, 0 if difference is None else 1, "tokens", reason, detail=where),
+        at_least(
+            f"{base}: different tokens", report.distinct_tokens, 2, "ids", "one id repeated would be the same anyhow"
+        ),
+        at_most(f"{base}: size of the cache beside its prediction", off, 0, "bytes", exact),
+    ]
+
+
+def ragged_measure(base: str, model: Transformer, prompts: Prompts, n_new: int) -> Measure:
+    """Return how many rows of a batch of mixed lengths come out otherwise than alone; ties of rounding are equal."""
+    engine = Engine(model)
+    together = _decode(engine, prompts, n_new)
+    rounding = Rounding(copy.deepcopy(model).double(), engine.model)
+    wrong = []
+    for row, prompt in enumerate(prompts):
+        [alone] = _decode(engine, [prompt], n_new)
+        runs = {"alone": [_as_run(alone)], "in the batch": [_as_run(together[row])]}
+        if compare(engine.model, [prompt], runs, rounding).difference is not None:
+            wrong.append(row)
+    where = f"rows {wrong}" if wrong else ""
+    reason = "a row depends on nothing but its own tokens"
+    return none_of(f"{base}: rows that their company changes", wrong, "rows", reason, detail=where)
+
+
+def _decode(engine: Engine, prompts: Sequence[Sequence[int]], n_new: int) -> Prompts:
+    greedy = SamplingConfig(temperature=0.0)
+    decoding = Decoding(engine, prompts, max_new_tokens=n_new, sampling=greedy, eos_id=None)
+    for _ in decoding:
+        pass
+    return decoding.generated
+
+
+def _as_run(ids: list[int]) -> DecodeRun:
+    return DecodeRun([ids], len(ids), 0.0, 0.0, 0.0, 0.0)
+
+
+def rate_measures(base: str, report: KvReport, *, is_compiled: bool, is_rehearsal: bool) -> list[Measure]:
+    """Return the decode rate of one row, and the share of its steps in which memory delivers what they read."""
+    case = Case(True, True, is_compiled)
+    how = f"{report.settings.dtype}, {'compiled' if is_compiled else 'plain'}"
+    found = Floor.of(report.rate(case), report.floors()[case])
+    return small_floor_measures(base, found, how, is_compiled=is_compiled, is_rehearsal=is_rehearsal)
+
+
+def _rate(name: str, spread: Spread, limit: float, unit: str, reason: str) -> Measure:
+    edges = (spread.lowest, spread.highest)
+    return at_least(name, spread.median, limit, unit, reason, regression=RATE_REGRESSION, spread=edges)
+
+
+def check_compiled(stage: Stage) -> CheckResult:
+    """GPU-09: compiled training and decoding beside plain ones: the same, how much faster, and after how long."""
+    missing = missing_to_compile(stage.device)
+    if missing is not None:
+        return CheckResult("GPU-09", "compile and CUDA graphs", skipped=f"torch.compile needs {missing}")
+    bases: Sequence[BaseName] = ("waveresnet",) if stage.is_rehearsal else BASE_NAMES
+    measures: list[Measure] = []
+    notes: list[str] = []
+    for base in bases:
+        stage.say(f"GPU-09: {base}, compiling decoding")
+        skips = _graph_skips()
+        batch_size = 2 if stage.is_rehearsal else stage.sizes.decoding.n_rows
+        report = _bench(stage, base, batch_size=batch_size, cases="batch", is_compiled=True)
+        measures += compiled_decoding_measures(base, report, is_rehearsal=stage.is_rehearsal)
+        if stage.is_gpu:
+            measures += graph_measures(base, _graph_skips() - skips, _recorded_graphs(stage.device))
+        notes += [f"{base}: {notice}" for notice in report.notices]
+        stage.say(f"GPU-09: {base}, compiling training")
+        stage.release()
+        measures += _compiled_training(stage, base)
+        stage.release()
+    return CheckResult("GPU-09", "compile and CUDA graphs", tuple(measures), notes=tuple(notes))
+
+
+def _graph_skips() -> int:
+    """How often the compiler has given up on CUDA graphs so far in this process."""
+    return int(counters["inductor"]["cudagraph_skips"])
+
+
+def _recorded_graphs(device: torch.device) -> int:
+    """How many CUDA graphs stand at the root of what was recorded on a GPU."""
+    from torch._inductor.cudagraph_trees import get_manager
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    manager = get_manager(index, create_if_none_exists=False)
+    return 0 if manager is None else len(list(manager.get_roots()))
+
+
+def graph_measures(base: str, n_skips: int, n_recorded: int) -> list[Measure]:
+    """Return whether decoding really ran as CUDA graphs."""
+    reason = "the compiler leaves graphs out silently, and decoding is then bound by launches"
+    return [
+        at_most(f"{base}: passes left out of CUDA graphs", n_skips, 0, "passes", reason),
+        at_least(f"{base}: CUDA graphs recorded", n_recorded, 1, "graphs", reason),
+    ]
+
+
+def compiled_decoding_measures(base: str, report: KvReport, *, is_rehearsal: bool) -> list[Measure]:
+    """Return whether compiling changes a token, what it gains, and what its first run costs."""
+    difference, gain = report.agreement.difference, report.from_compiling(True)
+    name, where = f"{base}: tokens that compiling changes", "" if difference is None else str(difference)
+    ties = "ties within the rounding of float32 count as equal"
+    seconds = largest(report.compile_s().values())
+    edges = gain or Spread.of([math.nan])
+    return [
+        none_of(name, 0 if difference is None else 1, "tokens", ties, detail=where),
+        _rate(
+            f"{base}: decode rate, compiled / plain",
+            edges,
+            0.0 if is_rehearsal else 1.0,
+            "x",
+            "a rehearsal holds rates against nothing" if is_rehearsal else "compiling takes long and must pay",
+        ),
+        at_most(
+            f"{base}: warm-up of decoding",
+            seconds,
+            _WARM_UP_LIMIT_S,
+            "s",
+            "beyond minutes no text is long enough to earn it back",
+            regression=_WARM_UP_REGRESSION,
+        ),
+    ]
+
+
+def _compiled_training(stage: Stage, base: BaseName) -> list[Measure]:
+    n_steps = stage.sizes.n_steps
+    # One block in a rehearsal: each more is a compiler's work over again.
+    shape = replace(stage.sizes.training, n_layers=1) if stage.is_rehearsal else stage.sizes.training
+    config = shape.config(base)
+    plain = Trainer.build(stage, config, torch.float32)
+    plain_curve, plain_s = _timed_curve(stage, plain, shape, 0, n_steps)
+    compiled = Trainer.build(stage, config, torch.float32, is_compiled=True)
+    began = stage.clock()
+    first = compiled.curve(shape, 1)
+    warm_up_s = stage.clock() - began
+    rest, compiled_s = _timed_curve(stage, compiled, shape, 1, n_steps)
+    return compiled_training_measures(
+        base, plain_curve, [*first, *rest], plain_s / compiled_s, warm_up_s, is_rehearsal=stage.is_rehearsal
+    )
+
+
+def _timed_curve(
+    stage: Stage, trainer: Trainer, shape: Shape, first_step: int, n_steps: int
+) -> tuple[list[float], float]:
+    """Return the losses from ``first_step`` on, and the seconds of the median step, its loss on the host included."""
+    losses, seconds = [], []
+    for step in range(first_step, n_steps):
+        stage.wait()
+        began = stage.clock()
+        losses += trainer.curve(shape, 1, seed=7 + step)
+        stage.wait()
+        seconds.append(stage.clock() - began)
+    return losses, Spread.of(seconds).median
+
+
+def compiled_training_measures(
+    base: str, plain: Sequence[float], compiled: Sequence[float], gain: float, warm_up_s: float, *, is_rehearsal: bool
+) -> list[Measure]:
+    """Return how far compiled training is from plain training, what it gains, and what its first step costs."""
+    distance = largest_distance(plain, compiled)
+    reason = f"other sums of float32 come to about 1e-5 nats over {len(plain)} steps"
+    limit = 0.0 if is_rehearsal else 0.9
+    pays = "a rehearsal holds rates against nothing" if is_rehearsal else "compiling must not slow a step down"
+    long = "beyond minutes no short run earns it back"
+    return [
+        at_most(f"{base}: loss, compiled against plain", distance, _COMPILED_LOSS_LIMIT, "nats", reason),
+        at_least(f"{base}: training rate, compiled / plain", gain, limit, "x", pays, regression=RATE_REGRESSION),
+        at_most(
+            f"{base}: warm-up of training",
+            warm_up_s,
+            _WARM_UP_LIMIT_S,
+            "s",
+            long,
+            regression=_WARM_UP_REGRESSION,
+        ),
+    ]

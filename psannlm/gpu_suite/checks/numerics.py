@@ -1,0 +1,212 @@
+"""GPU-01 and GPU-02: gradients against float64 on the CPU, and the losses of low precision against those of float32."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from psannlm.benchmarks.decoding.random_weights import show_every_part
+from psannlm.config.model import PositionKind
+from psannlm.gpu_suite.context import BASE_NAMES, Stage, Trainer, draw_tokens, dtype_name
+from psannlm.gpu_suite.report import CheckResult, Measure, at_least, at_most, largest, largest_distance, none_of
+from psannlm.models.activations import SineActivation
+from psannlm.models.registry import build_model
+from psannlm.models.transformer import Transformer
+
+POSITIONS: tuple[PositionKind, ...] = ("rope", "alibi", "sinusoidal")
+# A gradient this small beside the largest of the model is held against the latter: its own rounding says nothing.
+_SMALL_GRADIENT = 1e-3
+GRADIENT_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+CURVE_LIMITS = {torch.bfloat16: (0.02, 0.05), torch.float16: (0.005, 0.02)}
+_MIN_DROP_NATS = 0.1
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The mean loss in nats, and the gradient of each parameter on the CPU in float64."""
+
+    loss: float
+    by_name: dict[str, Tensor]
+
+    def is_finite(self) -> bool:
+        """Whether loss and every gradient are numbers."""
+        return math.isfinite(self.loss) and all(bool(g.isfinite().all()) for g in self.by_name.values())
+
+    def worst_error(self, reference: Gradients) -> float:
+        """Return the largest distance of one parameter's gradient from that of ``reference``, beside its length.
+
+        A parameter that only one of the two has a gradient for, or a value that is no number, is an infinite distance.
+        """
+        if not self._is_comparable(reference):
+            return math.inf
+        longest = largest(float(g.norm()) for g in reference.by_name.values())
+        return largest(
+            float((self.by_name[name] - g).norm()) / max(float(g.norm()), _SMALL_GRADIENT * longest)
+            for name, g in reference.by_name.items()
+        )
+
+    def whole_error(self, reference: Gradients) -> float:
+        """Return the distance of the gradient of all parameters together from that of ``reference``, likewise."""
+        if not self._is_comparable(reference):
+            return math.inf
+        distance = sum(float((self.by_name[name] - g).square().sum()) for name, g in reference.by_name.items())
+        return math.sqrt(distance / sum(float(g.square().sum()) for g in reference.by_name.values()))
+
+    def _is_comparable(self, reference: Gradients) -> bool:
+        return self.by_name.keys() == reference.by_name.keys() and self.is_finite() and reference.is_finite()
+
+
+class _ExactSine(nn.Module):
+    """A exp(-d g(z)) sin(f z) as plain algebra in the dtype of z, differentiated by autograd."""
+
+    def __init__(self, activation: SineActivation) -> None:
+        super().__init__()
+        self.mode, self.bounds = activation.mode, activation.bounds
+        for name in ("amplitude", "frequency", "decay"):
+            # The very parameters, under their own names, so that gradients are found where the model has them.
+            setattr(self, f"raw_{name}", getattr(activation, f"raw_{name}"))
+
+    def forward(self, z: Tensor) -> Tensor:
+        values = []
+        for name in ("amplitude", "frequency", "decay"):
+            value, bounds = F.softplus(getattr(self, f"raw_{name}")), self.bounds[name]
+            values.append(value if bounds is None else value.clamp(*bounds))
+        amplitude, frequency, decay = values
+        envelope = {"abs": z.abs(), "relu": z.relu(), "none": torch.zeros_like(z)}[self.mode]
+        return amplitude * torch.exp(-decay * envelope) * torch.sin(frequency * z)
+
+
+def exact_twin(model: Transformer) -> Transformer:
+    """Return the model on the CPU in float64, without any of our own kernels.
+
+    Rotary and linear-bias tables stay float32, as they are defined.
+    """
+    twin = copy.deepcopy(model).to("cpu", torch.float64)
+    for module in list(twin.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, SineActivation):
+                setattr(module, name, _ExactSine(child))
+    return twin
+
+
+def exact_gradients(model: Transformer, tokens: Tensor) -> Gradients:
+    """Return loss and gradients of ``tokens`` (B, T + 1) by :func:`exact_twin`, full logits and torch's own loss."""
+    twin = exact_twin(model)
+    logits = twin.logits(twin.hidden_states(tokens[:, :-1])).flatten(0, 1)
+    return _gradients(twin, F.cross_entropy(logits, tokens[:, 1:].flatten()))
+
+
+def device_gradients(model: Transformer, tokens: Tensor, stage: Stage, dtype: torch.dtype) -> Gradients:
+    """Return loss and gradients of the same as training works them out on the device."""
+    here = tokens.to(stage.device)
+    with stage.precision(dtype).autocast():
+        loss = model(here[:, :-1], here[:, 1:].contiguous()) / tokens[:, 1:].numel()
+    return _gradients(model, loss)
+
+
+def _gradients(model: nn.Module, loss: Tensor) -> Gradients:
+    model.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    found = {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return Gradients(float(loss.detach()), found)
+
+
+def check_gradients(stage: Stage) -> CheckResult:
+    """GPU-01: forward and backward of each base with each position scheme."""
+    shape, measures, broken = stage.sizes.gradients, [], []
+    for base in BASE_NAMES:
+        for positions in POSITIONS:
+            model = build_model(shape.config(base, positional_encoding=positions), seed=1)
+            show_every_part(model, seed=2)
+            model.to(stage.device)
+            tokens = draw_tokens(shape, seed=3)
+            reference = exact_gradients(model, tokens)
+            stage.say(f"GPU-01: {base}, {positions}")
+            for dtype in GRADIENT_LIMITS:
+                found = device_gradients(model, tokens, stage, dtype)
+                if not found.is_finite():
+                    broken.append(f"{base}, {positions}, {dtype_name(dtype)}")
+                measures += gradient_measures(f"{base}, {positions}", dtype, found, reference)
+    finite = none_of("losses or gradients that are no numbers", broken, "cases", "one would end a training run")
+    return CheckResult(
+        "GPU-01",
+        "forward and backward",
+        (finite, *measures),
+        notes=(
+            "distance from float64 on the CPU, beside the length of the gradient: in float32 of the parameter that is "
+            "furthest off, in bfloat16 of all together",
+            *(f"not finite: {case}" for case in broken),
+        ),
+    )
+
+
+def gradient_measures(case: str, dtype: torch.dtype, found: Gradients, reference: Gradients) -> list[Measure]:
+    """Return how far loss and gradients of one case are from the reference."""
+    limit = GRADIENT_LIMITS[dtype]
+    name = dtype_name(dtype)
+    if dtype == torch.float32:
+        error = found.worst_error(reference)
+        reason = "sums of float32 stay below 1e-5; TF32, a wrong kernel or a lost term do not stay below 1e-4"
+    else:
+        error = found.whole_error(reference)
+        reason = "products rounded to 8 bits move a gradient by a few percent; a wrong one by much of its length"
+    loss_error = abs(found.loss - reference.loss) / abs(reference.loss)
+    loss_reason = "a mean over tokens: the errors of single products cancel, a tenth of the gradient's limit remains"
+    return [
+        at_most(f"{case}, {name}: gradient", error, limit, "of its length", reason),
+        at_most(f"{case}, {name}: loss", loss_error, limit / 10, "of the loss", loss_reason),
+    ]
+
+
+def check_precision(stage: Stage) -> CheckResult:
+    """GPU-02: training in bfloat16 and float16 beside float32, each step of each base."""
+    shape, n_steps = stage.sizes.training, stage.sizes.n_steps
+    measures: list[Measure] = []
+    series: dict[str, list[float]] = {}
+    for base in BASE_NAMES:
+        curves = {}
+        for dtype in (torch.float32, *CURVE_LIMITS):
+            stage.say(f"GPU-02: {base}, {dtype_name(dtype)}, {n_steps} steps")
+            trainer = Trainer.build(stage, shape.config(base), dtype)
+            curves[dtype] = trainer.curve(shape, n_steps)
+            if trainer.precision.needs_scaler:
+                measures.append(scale_measure(base, trainer.n_skipped))
+            series[f"{base}, {dtype_name(dtype)}"] = curves[dtype]
+        measures += curve_measures(base, curves)
+    return CheckResult(
+        "GPU-02",
+        "precision parity",
+        tuple(measures),
+        notes=(f"{n_steps} steps of {shape.n_tokens:,} tokens from the same weights; distances in nats per token",),
+        series=series,
+    )
+
+
+def scale_measure(base: str, n_skipped: int) -> Measure:
+    """Return how often float16 gradients overflowed until the scaler had found its scale."""
+    reason = "the scale starts at 65,536 and is halved at each overflow: more than eight would leave it below 256"
+    return at_most(f"{base}, float16: steps made again after an overflow", n_skipped, 8, "steps", reason)
+
+
+def curve_measures(base: str, curves: Mapping[torch.dtype, list[float]]) -> list[Measure]:
+    """Return the distances between the loss curves, and how far float32 itself came down."""
+    exact = curves[torch.float32]
+    drop = largest(exact[0] - loss for loss in exact)
+    reason = "curves that do not move are equal in any precision"
+    measures = [at_least(f"{base}: fall of the float32 loss", drop, _MIN_DROP_NATS, "nats", reason)]
+    for dtype, (mean_limit, most_limit) in CURVE_LIMITS.items():
+        distances = [abs(a - b) for a, b in zip(curves[dtype], exact, strict=True)]
+        name = f"{base}, {dtype_name(dtype)}"
+        bits = 8 if dtype == torch.bfloat16 else 11
+        reason = f"{bits} bits of mantissa; several times what rounding alone comes to"
+        measures += [
+            at_most(f"{name}: mean distance", sum(distances) / len(distances), mean_limit, "nats", reason),
+            at_most(f"{name}: largest distance", largest_distance(curves[dtype], exact), most_limit, "nats", reason),
+        ]
+    return measures

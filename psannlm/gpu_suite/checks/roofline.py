@@ -1,0 +1,144 @@
+"""GPU-07's rate: one row of a model of several GB, decoded beside the time in which memory delivers those bytes.
+
+A small model's step ends before some hundred kernels have been launched, whatever the memory does: only one whose
+weights take longer to read than its kernels to start can be held close to the floor.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+
+from psannlm.benchmarks.decoding.modes import DecodeRun, decode
+from psannlm.benchmarks.harness.interleaved import Count, Spread, take_turns
+from psannlm.benchmarks.harness.roofline import FloorShare, memory_reader, step_bytes
+from psannlm.config.model import BaseName, ModelConfig
+from psannlm.generation.engine import Engine
+from psannlm.generation.quantize import WeightDtype
+from psannlm.gpu_suite.context import Shape, Stage
+from psannlm.gpu_suite.report import Measure, at_least
+from psannlm.models.accounting import count_parameters
+from psannlm.models.transformer import Transformer
+from psannlm.runtime.device import describe_device, has_compiler
+
+# Shares of a step in which it only reads, of compiled decoding and of plain: with weights of several GB, and of half a
+# GB, which are read in a tenth of a millisecond.
+LARGE_LIMITS = {True: 0.7, False: 0.2}
+SMALL_LIMITS = {True: 0.1, False: 0.02}
+RATE_REGRESSION = 0.1
+# Less is no model of several GB.
+_LEAST_BYTES = 1.5e9
+# Float32 weights, the same in bfloat16, and what is read to time memory, which the first make room for.
+_BYTES_PER_PARAMETER = 8
+_SHARE_OF_MEMORY = 0.8
+_NOTHING = "a rehearsal holds rates against nothing"
+_ONLY_READS = "a step of one row does little but read the weights; the rest is attention and the way between kernels"
+_LAUNCHES = "without a compiler each of some hundred kernels is launched by itself"
+_SMALL = "half a GB is read in less time than the kernels of a step take to start; less than this is one that waits"
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Tokens per second of one row, the share of a step in which it only reads, and the rate of nothing but reading."""
+
+    rate: Spread
+    share: Spread
+    reading_tokens_per_s: float
+
+    @classmethod
+    def of(cls, rate: Spread, share: FloorShare) -> Floor:
+        """Return the same from a step's share of its floor."""
+        return cls(rate, share.fraction, 1.0 / share.floor_s)
+
+
+def large_floor_measures(stage: Stage, base: BaseName, notes: list[str]) -> list[Measure]:
+    """Decode a model of ``base`` as large as memory allows; what it was, or why there is none, goes to ``notes``."""
+    shape, case = stage.sizes.floor, f"{base}, several GB"
+    least = 0.0 if stage.is_rehearsal else _LEAST_BYTES
+    free = torch.cuda.mem_get_info(stage.device)[0] if stage.is_gpu else 1 << 40
+    fitting = fitting_layers(shape, base, free, least)
+    if fitting is None:
+        notes.append(f"{case}: left out, for {free / 1e9:,.1f} GB are free on {describe_device(stage.device)}")
+        return []
+    is_compiled = stage.is_gpu and has_compiler(stage.device)
+    dtype: WeightDtype = "bfloat16" if stage.is_gpu else "float32"
+    stage.say(f"GPU-07: {case}, {fitting.d_model} wide, {fitting.n_layers} layers")
+    notes.append(f"{case}: {fitting.d_model} wide, {fitting.n_layers} layers, of {free / 1e9:,.1f} GB free")
+    nothing = Spread.of([0.0])
+    found, detail = Floor(nothing, nothing, 1.0), "torch.OutOfMemoryError"
+    with suppress(torch.OutOfMemoryError):
+        found, detail = _decode_row(stage, fitting.config(base), dtype, is_compiled), ""
+    stage.release()
+    how = f"{dtype}, {'compiled' if is_compiled else 'plain'}"
+    limit, reason = LARGE_LIMITS[is_compiled], _ONLY_READS if is_compiled else _LAUNCHES
+    return floor_measures(case, how, found, limit, reason, is_rehearsal=stage.is_rehearsal, detail=detail)
+
+
+def fitting_layers(shape: Shape, base: BaseName, free_bytes: int, least_bytes: float) -> Shape | None:
+    """Return ``shape`` with its layers halved until it leaves a fifth free; None: its bfloat16 weights are too few."""
+    n_layers = shape.n_layers
+    while n_layers:
+        fitting = replace(shape, n_layers=n_layers)
+        parameters = sum(count_parameters(fitting.config(base)).values())
+        if 2 * parameters < least_bytes:
+            return None
+        if _BYTES_PER_PARAMETER * parameters <= _SHARE_OF_MEMORY * free_bytes:
+            return fitting
+        n_layers //= 2
+    return None
+
+
+def _decode_row(stage: Stage, config: ModelConfig, dtype: WeightDtype, is_compiled: bool) -> Floor:
+    """Decode one row and read as many bytes as it does, in turns."""
+    engine = Engine(_random_model(config, stage.device), dtype=dtype, compile=is_compiled)
+    length, n_new = stage.sizes.prompt_length, stage.sizes.new_tokens
+    generator = torch.Generator().manual_seed(13)
+    prompts: list[list[int]] = torch.randint(config.vocab_size or 0, (1, length), generator=generator).tolist()
+    n_bytes = step_bytes(engine, 1, length + n_new // 2)
+    read = memory_reader(n_bytes, stage.device, clock=stage.clock)
+
+    def decoded(count: Count) -> DecodeRun | float:
+        return decode(engine, prompts, n_new, is_batched=True, clock=stage.clock, count=count)
+
+    taken = take_turns({"decode": decoded, "read": read}, stage.sizes.repeats, warm_ups=2, clock=stage.clock)
+    runs = [run for run in taken["decode"] if isinstance(run, DecodeRun)]
+    rates = [rate for rate in taken["read"] if isinstance(rate, float)]
+    share = FloorShare.of(n_bytes, rates, [run.decode_s / (n_new - 1) for run in runs])
+    return Floor.of(Spread.of([run.decode_tokens_per_s for run in runs]), share)
+
+
+def _random_model(config: ModelConfig, device: torch.device) -> Transformer:
+    """Build a model on the device itself: drawing billions of weights on the host takes longer than all the rest."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.device(device), torch.no_grad():
+        model = Transformer(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                # Branches start at zero, and what only multiplies zeros draws less power than a model in use.
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return model
+
+
+def small_floor_measures(base: str, found: Floor, how: str, *, is_compiled: bool, is_rehearsal: bool) -> list[Measure]:
+    """Return the same of the model whose tokens are compared, which is too small to come near the floor."""
+    return floor_measures(base, how, found, SMALL_LIMITS[is_compiled], _SMALL, is_rehearsal=is_rehearsal)
+
+
+def floor_measures(
+    case: str, how: str, found: Floor, limit: float, reason: str, *, is_rehearsal: bool, detail: str = ""
+) -> list[Measure]:
+    """Return the decode rate of one row and its share of the floor, against ``limit`` of the latter."""
+    limit, reason = (0.0, _NOTHING) if is_rehearsal else (limit, reason)
+    so_much = _NOTHING if is_rehearsal else f"{limit:.0%} of the rate of a step that did nothing but read"
+    least = limit * found.reading_tokens_per_s
+    return [
+        _measure(f"{case}: one row, {how}", found.rate, least, "tokens/s", so_much, detail),
+        _measure(f"{case}: floor of memory / step, {how}", found.share, limit, "of the step", reason, detail),
+    ]
+
+
+def _measure(name: str, spread: Spread, limit: float, unit: str, reason: str, detail: str) -> Measure:
+    edges = (spread.lowest, spread.highest)
+    return at_least(name, spread.median, limit, unit, reason, regression=RATE_REGRESSION, spread=edges, detail=detail)

@@ -1,0 +1,455 @@
+"""A study: equal parameters, one order of the text, runs in any order and after any stop, and honest figures."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from psannlm.config.run import load_config
+from psannlm.data.loader import Loader
+from psannlm.data.synthetic.algorithmic import write_task
+from psannlm.errors import ConfigError, Interrupted, TrainingError
+from psannlm.experiments.caveats import notes_of
+from psannlm.experiments.lr_selection import choose, with_found_rates
+from psannlm.experiments.model import Study, StudyRun
+from psannlm.experiments.plan import load_plan
+from psannlm.experiments.results import plan_tables, seconds_per_step, study_figures
+from psannlm.experiments.runner import Process, RunState, launch, look, work
+from psannlm.experiments.sizing import size_study, write_configs
+from psannlm.experiments.task_accuracy import score_runs
+from psannlm.models.artifact import load_model
+from psannlm.reports.gather import gather
+from psannlm.reports.page_model import signed
+from psannlm.reports.runs import RunRecord
+from psannlm.reports.study_tables import study_headline, study_pictures, study_tables
+from psannlm.runtime.distributed import World
+from psannlm.training.run import build_loader, train
+
+BASE = """\
+model: {{base: transformer, d_model: 16, n_layers: 1, n_heads: 2, mlp: swiglu}}
+data:
+  sources: [{{path: {corpus}, per_line: true}}]
+  tokenizer: simple
+  vocab_size: 512
+  max_length: 16
+  val_split: 0.2
+train: {{batch_tokens: 128, amp: fp32, device: cpu, log_interval_steps: 1, eval_interval_steps: 3}}
+"""
+PLAN = """\
+base: base.yaml
+budget: {tokens: 750}
+seeds: [1, 2]
+learning_rates: [1e-3, 1e-2]
+baseline: swiglu
+variants:
+  swiglu:
+  sine: {model: {mlp: sine}, learning_rates: [1e-2]}
+"""
+
+
+class Ended:
+    """A process that is over."""
+
+    def __init__(self, code: int) -> None:
+        self._code = code
+
+    def poll(self) -> int | None:
+        return self._code
+
+    def terminate(self) -> None:
+        raise AssertionError("nothing is at work")
+
+
+def train_here(run: StudyRun, environment: Mapping[str, str]) -> Process:
+    train(load_config(run.config_path))
+    return Ended(0)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psannlm.training.run.draw_curve", lambda folder, title, rows: folder / "loss_curve.png")
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_corpus: Path) -> Callable[..., Study]:
+    """Return a maker of studies: the plan with one text replaced by another, and the name of the study's folder."""
+
+    def build(old: str = "", new: str = "", folder: str = "study", base: tuple[str, str] = ("", "")) -> Study:
+        text = BASE.format(corpus=json.dumps(str(tiny_corpus)))
+        (tmp_path / "base.yaml").write_text(text.replace(*base) if base[0] else text)
+        plan = PLAN.replace(old, new) if old else PLAN
+        (tmp_path / "plan.yaml").write_text(plan)
+        return size_study(load_plan(tmp_path / "plan.yaml"), tmp_path / folder, lambda text: None)
+
+    return build
+
+
+def timeless(figures: Any) -> Any:
+    """Figures without those that another run of the same would not repeat."""
+    moving = {"tokens_per_s", "training_s", "peak_memory_bytes", "seconds", "folder", "notes"}
+    if isinstance(figures, dict):
+        return {key: timeless(value) for key, value in figures.items() if key not in moving}
+    return [timeless(value) for value in figures] if isinstance(figures, list) else figures
+
+
+def test_parameters_are_made_equal_and_the_budget_is_kept(make: Callable[..., Study]) -> None:
+    study = make()
+    swiglu, sine = study.variants
+    assert (swiglu.was_solved, sine.was_solved) == (False, True)
+    assert abs(sine.n_parameters / swiglu.n_parameters - 1) <= 0.01
+    assert [run.name for run in study.runs][:3] == ["swiglu_lr0.001_seed1", "swiglu_lr0.01_seed1", "sine_lr0.01_seed1"]
+    assert {run.config.train.max_steps for run in study.runs} == {swiglu.n_steps}
+    loader = build_loader(study.runs[0].config, next(iter(study.data.values())), World())
+    assert swiglu.n_tokens / 750 == pytest.approx(1, abs=0.5 * loader.windows.n_labels / loader.steps_per_epoch / 750)
+
+
+def test_operations_as_budget_give_fewer_steps_to_the_dearer_model(make: Callable[..., Study]) -> None:
+    study = make("tokens: 750}", "flops: 2e9}\nparameters: shown\nsolve_d_mlp: false")
+    swiglu, sine = study.variants
+    assert sine.flops_per_token != swiglu.flops_per_token
+    dear, cheap = sorted(study.variants, key=lambda sized: -sized.flops_per_token)
+    assert dear.n_steps < cheap.n_steps
+    for sized in study.variants:
+        assert sized.n_tokens * sized.flops_per_token == pytest.approx(2e9, rel=0.05)
+
+
+def test_a_share_of_the_budget_gives_fewer_steps_and_is_told(make: Callable[..., Study]) -> None:
+    study = make()
+    shorter = make("learning_rates: [1e-2]}", "learning_rates: [1e-2], budget_share: 0.5}")
+    whole, part = study.variants[1], shorter.variants[1]
+    assert 0.4 < part.n_steps / whole.n_steps < 0.6
+    assert {run.config.train.max_steps for run in shorter.runs if run.variant is part} == {part.n_steps}
+    assert shorter.variants[0].n_steps == whole.n_steps
+    notes = [note for note in notes_of(shorter, {}, []) if "budget" in note]
+    assert notes == ["sine was trained for 50% of the others' budget."]
+
+
+def test_unequal_parameters_are_refused_or_shown(make: Callable[..., Study]) -> None:
+    with pytest.raises(ConfigError, match=r"variants\.sine: .* parameters, .* of swiglu's"):
+        make("baseline:", "solve_d_mlp: false\nbaseline:")
+    with pytest.raises(ConfigError, match=r"variants\.sine"):
+        make("{mlp: sine}", "{mlp: sine, d_mlp: 500}")
+    study = make("baseline:", "parameters: shown\nsolve_d_mlp: false\nbaseline:")
+    assert abs(study.variants[1].n_parameters / study.variants[0].n_parameters - 1) > 0.01
+
+
+def test_all_variants_of_a_seed_see_the_text_in_one_order(make: Callable[..., Study]) -> None:
+    study = make()
+    orders = {}
+    for run in study.runs:
+        loader: Loader = build_loader(run.config, study.data[run.variant.variant.config.data], World())
+        windows = [
+            batch.micro_batches[0].input_ids.tolist() for batch, _ in zip(loader.steps(), range(4), strict=False)
+        ]
+        orders.setdefault(run.seed, []).append(windows)
+    assert all(order == of_seed[0] for of_seed in orders.values() for order in of_seed)
+    assert orders[1][0] != orders[2][0]
+    assert [sized.order_differs for sized in study.variants] == [(), ()]
+    other = make("{mlp: sine}", "{mlp: sine}, data: {max_length: 8}")
+    assert other.variants[1].order_differs == ("data.max_length: 16 -> 8",)
+
+
+def test_stops_and_any_order_give_the_same_table(
+    make: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = make("baseline: swiglu", "baseline: swiglu\nrivals: [sine]", folder="straight")
+    work(straight, launcher=train_here)
+    wanted = study_figures(straight)
+
+    study = make(folder="stopped")
+    n_started = 0
+
+    def stop_third(run: StudyRun, environment: Mapping[str, str]) -> Process:
+        nonlocal n_started
+        n_started += 1
+        if n_started == 3:  # a run that ends part way, as after Ctrl-C
+            train(load_config(run.config_path), time_budget_s=0.0)
+            return Ended(130)
+        return train_here(run, environment)
+
+    with pytest.raises(Interrupted, match="2 of 6 runs done"):
+        work(study, launcher=stop_third)
+    assert look(study.runs[2]).state == "stopped"
+    again = make(folder="stopped")
+    backwards = Study(again.plan, again.folder, again.variants, tuple(reversed(again.runs)), again.data)
+    made: list[str] = []
+
+    def note(run: StudyRun, environment: Mapping[str, str]) -> Process:
+        made.append(run.name)
+        return train_here(run, environment)
+
+    work(backwards, jobs=3, launcher=note)
+    assert made == [run.name for run in reversed(again.runs)][:4], "what was done is not done again"
+    rivals = wanted.pop("rivals")
+    assert timeless(study_figures(make(folder="stopped"))) == timeless({**wanted, "rivals": {}})
+    work(again, launcher=lambda run, environment: pytest.fail("all is done"))
+
+    # Each figure is that of the run's own log.
+    best = wanted["variants"][0]
+    lines = (straight.folder / f"swiglu_lr{best['learning_rate']:g}_seed2" / "metrics.jsonl").read_text().splitlines()
+    evaluations = [row for row in map(json.loads, lines) if row["kind"] == "eval"]
+    assert best["val_loss_by_seed"]["2"] == evaluations[-1]["loss"]
+    assert best["edge"] in ("lowest", "highest")
+    assert "edge" in " ".join(wanted["notes"])
+    sine = wanted["variants"][1]
+    pairs = [sine["val_loss_by_seed"][seed] - best["val_loss_by_seed"][seed] for seed in ("1", "2")]
+    assert sine["difference"]["mean"] == pytest.approx(sum(pairs) / 2)
+    assert sine["difference"]["low"] < sine["difference"]["mean"] < sine["difference"]["high"]
+    # Held against the other one, everything changes its sign and the share its base.
+    mirrored = rivals["sine"]["swiglu"]
+    assert list(rivals["sine"]) == ["swiglu"]
+    assert (mirrored["mean"], mirrored["high"]) == (-sine["difference"]["mean"], -sine["difference"]["low"])
+    tables = study_tables(json.loads(json.dumps({**wanted, "rivals": rivals})))
+    assert [row[0] for row in tables[0].rows] == ["swiglu", "sine"]
+    share = -100 * sine["difference"]["mean"] / sine["val_loss"]["mean"]
+    assert (tables[1].title, tables[1].rows[0][3]) == ("Held against sine", signed(share, 2))
+    assert {picture.file for picture in study_pictures(wanted)} == {
+        "differences.png",
+        "loss_by_tokens.png",
+        "loss_by_time.png",
+    }
+    headline = study_headline(wanted)
+    assert headline is not None
+    assert "sine against swiglu" in headline.label
+    assert len(gather(tmp_path / "reports", [straight.folder]).runs) == 6
+    assert all(run.peak_memory_bytes for run in gather(tmp_path / "reports", [straight.folder]).runs)
+
+
+def test_answers_to_a_task_are_those_of_each_runs_last_model(tmp_path: Path) -> None:
+    """Counted over all held-out documents by another way than the benchmark's: one by one, without windows."""
+    (tmp_path / "task.txt").write_text("".join(write_task("copying", 1, 4_000)))
+    (tmp_path / "base.yaml").write_text(BASE.format(corpus=json.dumps(str(tmp_path / "task.txt"))))
+    (tmp_path / "plan.yaml").write_text(PLAN + "answers: copying\n")
+    study = size_study(load_plan(tmp_path / "plan.yaml"), tmp_path / "study", lambda text: None)
+    work(study, launcher=train_here)
+    for run in study.runs:
+        (run.folder / "best").unlink()  # the plan measures the last step
+    answers = score_runs(study)
+    assert sorted(answers) == sorted(run.name for run in study.runs)
+
+    for run in study.runs[:2]:
+        data = study.data[run.variant.variant.config.data]
+        assert data.val is not None
+        model = load_model(next(path for path in run.folder.glob("step_*"))).model.eval()
+        right, n_answers = 0, 0
+        starts = data.val.starts(0, data.val.n_documents + 1).tolist()
+        for start, end in pairwise(starts):
+            ids = torch.tensor(data.val.tokens(start, end).astype("int64"))
+            mark = ids.tolist().index(data.tokenizer.encode("|")[0])
+            guesses = model.logits(model.hidden_states(ids[None, :-1]))[0].argmax(-1)
+            right += int((guesses[mark:-1] == ids[mark + 1 : -1]).sum())
+            n_answers += len(ids) - 2 - mark
+        score = answers[run.name]
+        assert (score.right, score.n_answers) == (pytest.approx(right / n_answers), n_answers)
+        assert score.n_documents == data.val.n_documents
+
+    figures = json.loads(json.dumps(study_figures(study, answers)))
+    swiglu, sine = figures["variants"]
+    rate = swiglu["learning_rate"]
+    shares = [answers[f"swiglu_lr{rate:g}_seed{seed}"].right for seed in (1, 2)]
+    assert list(swiglu["answers"]["right_by_seed"].values()) == shares
+    pairs = [sine["answers"]["right_by_seed"][seed] - swiglu["answers"]["right_by_seed"][seed] for seed in ("1", "2")]
+    assert sine["answers"]["difference"]["mean"] == pytest.approx(sum(pairs) / 2)
+    table = study_tables(figures)[1]
+    assert table.rows[1][3] == signed(100 * sum(pairs) / 2, 3)
+    assert [row[0] for row in table.rows] == ["swiglu", "sine"]
+    by_rate = study_tables(figures)[2]
+    assert by_rate.headings == ["variant", "0.001", "0.01"]
+    at_high = [f"{answers[f'sine_lr0.01_seed{seed}'].right:.1%}" for seed in (1, 2)]
+    assert by_rate.rows[1] == ["sine", "", " ".join(at_high)]
+
+
+def test_a_run_that_fails_is_told_and_leaves_the_others_alone(make: Callable[..., Study]) -> None:
+    study = make("learning_rates: [1e-3, 1e-2]\n", "learning_rates: [1e-3, 5e-2]\n")
+
+    def fail_high(run: StudyRun, environment: Mapping[str, str]) -> Process:
+        if run.lr < 0.05 or run.seed == 2:
+            return train_here(run, environment)
+        run.log_path.write_text("step 1\nerror: step 3: loss nan\n  is not finite\n")
+        return Ended(1)
+
+    lines: list[str] = []
+    work(study, launcher=fail_high, keep=lines.append)
+    assert any("swiglu_lr0.05_seed1: step 3: loss nan is not finite" in line for line in lines)
+    figures = study_figures(study)
+    swiglu = figures["variants"][0]
+    assert (swiglu["learning_rate"], swiglu["edge"]) == (0.001, "lowest")
+    assert [rate["failed"] for rate in swiglu["learning_rates"]] == [0, 1]
+    assert [run["state"] for run in figures["runs"]].count("diverged") == 1
+    assert any(note.startswith("Not finite, and out: swiglu_lr0.05_seed1") for note in figures["notes"])
+    work(study, launcher=lambda run, environment: pytest.fail(f"{run.name} would come to the same again"))
+
+
+def test_a_rate_is_out_for_what_it_did_and_not_for_what_befell_it(make: Callable[..., Study]) -> None:
+    """A run of NaN is the rate's own; a full disk is not, and leaves a run to be made."""
+    study = make("learning_rates: [1e-3, 1e-2]\n", "learning_rates: [1e-3, 1e25]\n")
+    no_room = study.runs[-2]
+    assert (no_room.name, no_room.lr) == ("swiglu_lr1e+25_seed2", 1e25)
+
+    def make_run(run: StudyRun, environment: Mapping[str, str]) -> Process:
+        try:
+            train(load_config(run.config_path))
+        except TrainingError as error:
+            run.log_path.write_text(f"error: {error}\n")
+        return Ended(0)
+
+    work(study, launcher=make_run)
+    state = next(look(run) for run in study.runs if run.name == "swiglu_lr1e+25_seed1")
+    assert (state.state, state.is_diverged) == ("failed", True)
+    assert study_figures(study)["variants"][0]["learning_rate"] == 0.001
+
+    other = make(folder="other")
+    for run in other.runs[:2]:
+        train_here_after_writing(other, run)
+    other.runs[3].log_path.write_text("error: no space left on device\n")
+    assert not look(other.runs[3]).is_diverged
+    swiglu = study_figures(other)["variants"][0]
+    assert swiglu["provisional"]
+    better = min(look(run).record.eval_rows[-1]["loss"] for run in other.runs[:2])  # type: ignore[union-attr]
+    assert swiglu["val_loss_by_seed"] == {"1": better}, "both rates have seed 1, and a full disk is nobody's fault"
+
+
+def train_here_after_writing(study: Study, run: StudyRun) -> None:
+    write_configs(study)
+    train(load_config(run.config_path))
+
+
+def test_rates_are_compared_over_the_seeds_that_all_of_them_have(make: Callable[..., Study]) -> None:
+    """A rate with one easy seed more is not the better for it."""
+    study = make(folder="shared")
+    sized = study.variants[0]
+    record = RunRecord(Path(), "run", {}, {}, [], [], None, None, None, ())
+
+    def state(lr: float, seed: int, loss: float | None) -> RunState:
+        run = next(run for run in study.runs if run.variant is sized and (run.lr, run.seed) == (lr, seed))
+        if loss is None:
+            return RunState(run, "new")
+        return RunState(run, "done", record=replace(record, eval_rows=[{"step": 9, "loss": loss}]))
+
+    half = [state(0.001, 1, 3.0), state(0.01, 1, 3.1), state(0.001, 2, 9.0), state(0.01, 2, None)]
+    choice = choose(sized, half, study.plan)
+    assert (choice.lr, choice.edge, choice.is_provisional) == (0.001, "lowest", True)
+    whole = choose(sized, [*half[:3], state(0.01, 2, 3.2)], study.plan)
+    assert (whole.lr, whole.edge, whole.is_provisional) == (0.01, "highest", False)
+    apart = choose(sized, [half[0], state(0.01, 1, None), state(0.001, 2, None), state(0.01, 2, 2.0)], study.plan)
+    assert (apart.lr, apart.is_provisional) == (0.01, True)
+
+
+def test_some_seeds_look_for_the_rate_and_the_others_are_made_at_it_alone(make: Callable[..., Study]) -> None:
+    looking = ("seeds: [1, 2]", "seeds: [1, 2, 3]\nrate_seeds: [2]")
+    study = make(*looking)
+    assert [run.name for run in study.runs] == ["swiglu_lr0.001_seed2", "swiglu_lr0.01_seed2", "sine_lr0.01_seed2"]
+    assert with_found_rates(study).runs == study.runs, "nothing is known of the rates yet"
+    assert "then 4 more" in plan_tables(study, {"swiglu": 2.0, "sine": 3.0})[1].note
+    work(study, launcher=train_here)
+    losses = {run.lr: look(run).record.eval_rows[-1]["loss"] for run in study.runs[:2]}  # type: ignore[union-attr]
+    best = min(losses, key=lambda lr: losses[lr])
+    whole = with_found_rates(make(*looking))
+    assert [run.name for run in whole.runs[3:]] == [
+        f"swiglu_lr{best:g}_seed1",
+        "sine_lr0.01_seed1",
+        f"swiglu_lr{best:g}_seed3",
+        "sine_lr0.01_seed3",
+    ]
+    work(whole, launcher=train_here)
+    figures = study_figures(with_found_rates(make(*looking)))
+    swiglu, sine = figures["variants"]
+    assert (swiglu["learning_rate"], swiglu["provisional"]) == (best, False)
+    assert [set(variant["val_loss_by_seed"]) for variant in (swiglu, sine)] == [{"1", "2", "3"}] * 2
+    assert sine["difference"]["n"] == 3
+    assert {rate["lr"]: rate["mean"] for rate in swiglu["learning_rates"]} == losses, "of the seed that looked"
+    assert any("those of seed 2 alone" in note for note in figures["notes"])
+
+
+def test_one_rate_is_told_as_the_only_one_and_wears_no_star(make: Callable[..., Study]) -> None:
+    study = make()
+    work(study, launcher=train_here, only=["sine_lr0.01_seed1", "sine_lr0.01_seed2"])
+    assert {state.run.variant.variant.name for state in map(look, study.runs) if state.state == "done"} == {"sine"}
+    figures = study_figures(study)
+    results, rates = study_tables(figures)[0], study_tables(figures)[1]
+    assert results.rows[1][6] == "0.01"
+    assert "*" not in " ".join(rates.rows[1])
+    assert any(note == "One learning rate was tried, which may not be the best: sine." for note in figures["notes"])
+
+
+def test_runs_on_a_text_that_has_changed_since_are_refused(
+    make: Callable[..., Study], tmp_path: Path, tiny_corpus: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_corpus.read_text())
+    elsewhere = (json.dumps(str(tiny_corpus)), json.dumps(str(text)))
+    work(make(base=elsewhere), launcher=train_here, only=["sine_lr0.01_seed1", "sine_lr0.01_seed2"])
+    assert len(make(base=elsewhere).runs) == 6
+    text.write_text(tiny_corpus.read_text() + "".join(f"a line more: {chr(0x2200 + at)}\n" for at in range(40)))
+    with pytest.raises(ConfigError, match=r"sine_lr0\.01_seed1: was made with another text: SHA-256") as caught:
+        make(base=elsewhere)
+    assert "tokenizer.json: another text gave it" in str(caught.value)
+    text.write_text(tiny_corpus.read_text())
+    assert len(make(base=elsewhere).runs) == 6
+
+
+def test_losses_of_other_tokens_or_other_held_out_text_are_not_compared(make: Callable[..., Study]) -> None:
+    with pytest.raises(ConfigError, match=r"variants\.sine: its tokenizer is not swiglu's"):
+        make("{mlp: sine}", "{mlp: sine}, data: {tokenizer: tokenizers}")
+    with pytest.raises(ConfigError, match=r"variants\.sine: its (held-out text|tokenizer) is not swiglu's"):
+        make("{mlp: sine}", "{mlp: sine}, data: {seed: 4}")
+
+
+def test_a_difference_that_shows_nothing_says_so_in_the_headline() -> None:
+    def variant(name: str, mean: float, half: float | None) -> dict[str, Any]:
+        low, high = (None, None) if half is None else (mean - half, mean + half)
+        difference = {"mean": mean, "low": low, "high": high, "n": 1 if half is None else 3, "baseline_mean": 2.0}
+        return {"name": name, "difference": difference}
+
+    def of(*variants: dict[str, Any]) -> str:
+        headline = study_headline({"baseline": "plain", "variants": [*variants]})
+        assert headline is not None
+        return headline.of
+
+    assert "no claim" in of(variant("sine", -0.1, None))
+    assert "not shown to differ" in of(variant("sine", -0.1, 0.2))
+    assert of(variant("sine", -0.1, 0.05)) == "5.0 % less; 95 %: −0.150 to −0.0500, 3 seeds"
+    assert "the lowest of 2 variants, not corrected" in of(variant("sine", -0.1, 0.05), variant("other", 0.1, 0.05))
+
+
+def test_a_run_that_is_taken_up_again_has_not_failed(make: Callable[..., Study]) -> None:
+    run = make().runs[0]
+    run.log_path.parent.mkdir(parents=True, exist_ok=True)
+    run.log_path.write_text("error: no space left\n")
+    assert look(run).state == "failed"
+    process = launch(run, {})
+    process.terminate()
+    while process.poll() is None:
+        time.sleep(0.02)
+    assert look(run).state == "new"
+
+
+def test_a_folder_of_another_study_is_refused_and_a_longer_grid_is_not(make: Callable[..., Study]) -> None:
+    study = make()
+    work(study, launcher=lambda run, environment: Ended(1))
+    with pytest.raises(TrainingError, match="no run of the study"):
+        study_figures(study)
+    with pytest.raises(ConfigError, match=r"swiglu_lr0.001_seed1: was made with other settings: train.weight_decay"):
+        make("variants:", "overrides: {train: {weight_decay: 0.5}}\nvariants:")
+    assert len(make("[1, 2]", "[1, 2, 3]").runs) == 9
+
+
+def test_the_plan_shows_every_run_and_writes_nothing(make: Callable[..., Study]) -> None:
+    study = make()
+    seconds = {run.variant.variant.name: seconds_per_step(run, study) for run in study.runs[:3]}
+    assert all(value > 0 for value in seconds.values())
+    variants, runs = plan_tables(study, {"swiglu": 2.0, "sine": 3.0})
+    n_steps = study.variants[0].n_steps
+    assert [row[4] for row in runs.rows[:3]] == [f"{n_steps * s:,.0f}" for s in (2, 2, 3)]
+    assert f"{(4 * 2 + 2 * 3) * n_steps / 60:,.1f} minutes" in runs.note
+    assert len(variants.rows) == 2
+    assert not study.folder.exists()

@@ -1,0 +1,146 @@
+"""A plan is checked whole before anything starts: every problem with its line, and the name that was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from psannlm.data.synthetic.algorithmic import TASKS, write_task
+from psannlm.errors import ConfigError
+from psannlm.experiments.plan import load_plan, merge
+from psannlm.experiments.sizing import size_study
+from psannlm.tokenizers.resolve import fit_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = """\
+model: {base: transformer, d_model: 16, n_layers: 1, n_heads: 2, mlp: swiglu}
+data: {tokenizer: simple, vocab_size: 512, max_length: 16, val_split: 0.2}
+train: {batch_tokens: 128, lr: 1e-2, max_steps: 999, amp: fp32, device: cpu}
+"""
+PLAN = """\
+base: base.yaml
+budget: {tokens: 1000}
+seeds: [1, 2]
+learning_rates: [1e-2, 2e-2]
+baseline: swiglu
+overrides:
+  train: {warmup_steps: 2}
+variants:
+  swiglu:
+  sine:
+    model: {mlp: sine}
+    learning_rates: [5e-3]
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text(BASE)
+    return tmp_path / "plan.yaml"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("study_*_*.yaml")))
+def test_the_plans_of_the_study_compare_one_size(
+    name: str, tmp_path: Path, prepare_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stand-ins for its corpora: every variant comes within 1 % of the baseline, in the same order of text."""
+    text = "the quick brown fox jumps over the lazy dog. " * 400
+    tokenizer = fit_tokenizer([text], "simple", vocab_size=512)
+    for corpus in ("docs-2048", "books-2048"):
+        prepare_folder(tmp_path / "psannlm-corpora" / corpus, tokenizer, [text, text[1:]], [text[2:]])
+    (tmp_path / "psannlm-corpora" / "tasks").mkdir()
+    for task in TASKS:
+        (tmp_path / "psannlm-corpora" / "tasks" / f"{task}.txt").write_text("".join(write_task(task, 1, 20_000)))
+    (tmp_path / "clone").mkdir()
+    monkeypatch.chdir(tmp_path / "clone")
+    study = size_study(load_plan(ROOT / "configs" / name), Path("runs/study"), lambda line: None)
+    counts = {variant.variant.name: variant.n_parameters for variant in study.variants}
+    baseline = counts[study.baseline.variant.name]
+    assert len(counts) > 1
+    assert "waveresnet" in counts
+    assert all(abs(count / baseline - 1) <= 0.01 for count in counts.values())
+    assert not any(variant.order_differs for variant in study.variants)
+
+
+def test_a_plan_is_read(write: Path) -> None:
+    write.write_text(PLAN)
+    plan = load_plan(write)
+    swiglu, sine = plan.variants
+    assert (plan.name, plan.baseline.name, plan.settings.seeds) == ("plan", "swiglu", (1, 2))
+    assert (swiglu.learning_rates, sine.learning_rates) == ((0.01, 0.02), (0.005,))
+    assert (sine.config.model.mlp, sine.config.model.d_model, sine.config.train.warmup_steps) == ("sine", 16, 2)
+    assert sine.changes == {"model": {"mlp": "sine"}}
+
+
+def test_the_shipped_example_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = load_plan(Path("configs/compare_example.yaml"))
+    assert plan.baseline.name == "swiglu"
+    assert len(plan.variants) * len(plan.settings.seeds) * 2 == 24
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds:", "seed:", ["seed (line 3): unknown key", "seeds"]),
+        ("{tokens: 1000}", "{tokens: 1000, flops: 1}", ["line 2", "either tokens or flops"]),
+        ("{tokens: 1000}", "{token: 1000}", ["budget.token (line 2)", "did you mean 'tokens'"]),
+        ("budget: {tokens: 1000}\n", "", ["budget: missing"]),
+        ("baseline: swiglu", "baseline: swigluu", ["baseline (line 5)", "did you mean 'swiglu'"]),
+        ("baseline: swiglu", "baseline: swiglu\nrivals: [sin]", ["rivals[0] (line 6)", "did you mean 'sine'"]),
+        ("baseline: swiglu", "baseline: swiglu\nrivals: [swiglu]", ["rivals[0] (line 6)", "is the baseline"]),
+        ("baseline: swiglu", "baseline: swiglu\nrivals: [sine, sine]", ["rivals (line 6)", "twice"]),
+        ("[1, 2]", "[1, 1]", ["seeds (line 3)", "twice"]),
+        ("[1, 2]", "[1, 2]\nrate_seeds: [1, 3]", ["rate_seeds[1] (line 4)", "none of the seeds"]),
+        ("[1, 2]", "[1, 2]\nrate_seeds: []", ["rate_seeds (line 4)", "empty"]),
+        ("[1e-2, 2e-2]", "[0]", ["learning_rates", "line 4", "greater than 0"]),
+        ("{mlp: sine}", "{mpl: sine}", ["variants.sine.model.mpl (line 11)", "did you mean 'mlp'"]),
+        ("{mlp: sine}", "{mlp: sime}", ["variants.sine.model.mlp (line 11)", "did you mean 'sine'"]),
+        ("    model: {mlp", "    modle: {mlp", ["variants.sine.modle (line 11)", "did you mean 'model'"]),
+        ("[5e-3]", "[fast]", ["variants.sine.learning_rates", "line 12"]),
+        ("[5e-3]", "[]", ["variants.sine.learning_rates", "line 12", "empty"]),
+        ("[5e-3]", "[5e-3]\n    budget_share: 0", ["variants.sine.budget_share (line 13)", "greater than 0"]),
+        (
+            "[5e-3]",
+            "[5e-3]\n    budget_share: 1.1",
+            ["variants.sine.budget_share (line 13)", "at most 1"],
+        ),
+        ("[5e-3]", "[5e-3]\n    budget_shar: 0.9", ["budget_shar (line 13)", "did you mean 'budget_share'"]),
+        ("{warmup_steps: 2}", "{warmup_stepz: 2}", ["overrides.train.warmup_stepz (line 7)", "warmup_steps"]),
+        ("{warmup_steps: 2}", "{seed: 2}", ["overrides.train.seed (line 7)", "decided by seeds"]),
+        ("{mlp: sine}", "{mlp: sine}\n    train: {lr: 1}", ["variants.sine.train.lr (line 12)", "learning_rates"]),
+        ("  sine:", "  si/ne:", ["names no folder"]),
+        ("base: base.yaml", "base: bse.yaml", ["did you mean 'base.yaml'"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(write: Path, old: str, new: str, words: list[str]) -> None:
+    assert old in PLAN
+    write.write_text(PLAN.replace(old, new))
+    with pytest.raises(ConfigError) as caught:
+        load_plan(write)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_fault_of_the_base_is_told_once_and_as_the_bases(write: Path) -> None:
+    (write.parent / "base.yaml").write_text(BASE.replace("n_heads: 2", "n_heads: 3"))
+    write.write_text(PLAN)
+    with pytest.raises(ConfigError) as caught:
+        load_plan(write)
+    assert str(caught.value).count("3 heads do not divide") == 1
+    assert "in the base" in str(caught.value)
+
+
+def test_nothing_held_out_is_nothing_to_compare(write: Path) -> None:
+    (write.parent / "base.yaml").write_text(BASE.replace(", val_split: 0.2", ""))
+    write.write_text(PLAN)
+    with pytest.raises(ConfigError, match="nothing is held out"):
+        load_plan(write)
+
+
+def test_groups_are_merged_and_lists_replaced() -> None:
+    base = {"a": {"b": 1, "c": [1, 2]}, "d": 1}
+    assert merge(base, {"a": {"c": [3]}, "e": {}}) == {"a": {"b": 1, "c": [3]}, "d": 1, "e": {}}
+    assert base == {"a": {"b": 1, "c": [1, 2]}, "d": 1}

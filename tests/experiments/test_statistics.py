@@ -1,0 +1,51 @@
+"""Student's t against its tables, and the paired interval against an example worked by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from psannlm.experiments.statistics import Mean, paired_difference, student_t_quantile
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    [
+        (1, 12.70620),
+        (2, 4.30265),
+        (3, 3.18245),
+        (4, 2.77645),
+        (5, 2.57058),
+        (9, 2.26216),
+        (30, 2.04227),
+        (200, 1.97190),
+    ],
+)
+def test_quantiles_are_those_of_the_tables(degrees: int, quantile: float) -> None:
+    assert student_t_quantile(0.975, degrees) == pytest.approx(quantile, abs=6e-6)
+
+
+def test_the_interval_of_an_example_worked_by_hand() -> None:
+    """Differences -0.10, -0.14, -0.06: mean -0.10, s = 0.04, half width 4.30265 * 0.04 / sqrt(3) = 0.099365."""
+    baseline = {1: 3.00, 2: 3.10, 3: 2.90, 9: 99.0}
+    found = paired_difference({1: 2.90, 2: 2.96, 3: 2.84, 8: 0.0}, baseline)
+    assert found is not None
+    assert (found.n, found.baseline_mean) == (3, pytest.approx(3.0))
+    assert found.mean == pytest.approx(-0.10)
+    assert found.std == pytest.approx(0.04)
+    assert (found.low, found.high) == (pytest.approx(-0.199365, abs=1e-6), pytest.approx(-0.000635, abs=1e-6))
+
+
+def test_one_pair_has_no_interval_and_no_pair_no_difference() -> None:
+    found = paired_difference({1: 2.5}, {1: 3.0})
+    assert found is not None
+    assert (found.mean, found.std, found.low, found.high, found.n) == (-0.5, None, None, None, 1)
+    assert paired_difference({1: 2.5}, {2: 3.0}) is None
+
+
+def test_pairing_takes_out_what_the_seeds_share() -> None:
+    """The seeds lie far apart and the difference does not: unpaired, nothing could be said."""
+    found = paired_difference({1: 1.9, 2: 5.9, 3: 9.9}, {1: 2.0, 2: 6.0, 3: 10.0})
+    assert found is not None
+    assert found.high is not None
+    assert found.high < -0.099
+    assert Mean.of([1.0, 3.0]).std == pytest.approx(2**0.5)

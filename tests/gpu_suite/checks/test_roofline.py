@@ -1,0 +1,92 @@
+"""A row's rate is held against memory with weights that memory binds, in as many layers as there is room for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from psannlm.benchmarks.harness.interleaved import Spread
+from psannlm.benchmarks.harness.roofline import FloorShare
+from psannlm.gpu_suite.checks import roofline
+from psannlm.gpu_suite.checks.roofline import (
+    Floor,
+    fitting_layers,
+    floor_measures,
+    large_floor_measures,
+    small_floor_measures,
+)
+from psannlm.gpu_suite.context import FULL, Stage
+from psannlm.models.accounting import count_parameters
+
+
+def floor(share: float) -> Floor:
+    """Steps that read for this share of their time: 6 GB at 3 TB/s are 2 ms."""
+    step_s = 2e-3 / share
+    return Floor.of(Spread.of([1 / step_s]), FloorShare.of(6_000_000_000, [3e12], [step_s]))
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_decoding_that_leaves_memory_idle_is_seen(is_compiled: bool) -> None:
+    limit = roofline.LARGE_LIMITS[is_compiled]
+
+    def missed(share: float, *, is_rehearsal: bool = False) -> list[str]:
+        measures = floor_measures("b, several GB", "how", floor(share), limit, "", is_rehearsal=is_rehearsal)
+        assert is_rehearsal or all(measure.limit > 0 for measure in measures)
+        return [measure.name for measure in measures if not measure.is_met]
+
+    assert missed(limit + 0.01) == []
+    assert missed(limit - 0.01) == ["b, several GB: one row, how", "b, several GB: floor of memory / step, how"]
+    assert missed(0.001, is_rehearsal=True) == []
+
+
+def test_a_small_model_is_held_against_what_launches_leave_it() -> None:
+    def missed(share: float, is_compiled: bool) -> int:
+        measures = small_floor_measures("b", floor(share), "how", is_compiled=is_compiled, is_rehearsal=False)
+        return sum(not measure.is_met for measure in measures)
+
+    assert missed(0.2, True) == missed(0.05, False) == 0, "healthy"
+    assert missed(0.09, True) == missed(0.019, False) == 2
+
+
+def test_the_path_runs_in_a_rehearsal(stage: Stage) -> None:
+    notes: list[str] = []
+    measures = large_floor_measures(stage, "waveresnet", notes)
+    assert [measure.name for measure in measures] == [
+        "waveresnet, several GB: one row, float32, plain",
+        "waveresnet, several GB: floor of memory / step, float32, plain",
+    ]
+    assert all(measure.value > 0 and measure.is_met for measure in measures)
+    assert notes[0].startswith("waveresnet, several GB: 64 wide, 2 layers, of ")
+
+
+def test_memory_that_is_not_there_after_all_is_no_rate(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*arguments: Any) -> Floor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    names = [measure.name for measure in large_floor_measures(stage, "waveresnet", [])]
+    monkeypatch.setattr(roofline, "_decode_row", short)
+    at_full_size = replace(stage, is_rehearsal=False)
+    monkeypatch.setattr(roofline, "_LEAST_BYTES", 0.0)
+    measures = large_floor_measures(at_full_size, "waveresnet", [])
+    assert [measure.name for measure in measures] == names
+    assert not any(measure.is_met for measure in measures)
+    assert str(measures[0]).endswith("torch.OutOfMemoryError")
+
+
+@pytest.mark.parametrize(("free_gb", "n_layers"), [(141, 14), (80, 14), (24, 7), (16, 3), (12, 3), (8, None)])
+def test_layers_are_halved_until_they_fit(free_gb: int, n_layers: int | None) -> None:
+    found = fitting_layers(FULL.floor, "waveresnet", free_gb * 10**9, roofline._LEAST_BYTES)
+    assert (None if found is None else found.n_layers) == n_layers
+    if found is not None:
+        parameters = sum(count_parameters(found.config("waveresnet")).values())
+        assert 2 * parameters >= 1.5e9, "several GB in bfloat16"
+        assert 8 * parameters <= 0.8 * free_gb * 1e9
+
+
+def test_too_little_memory_is_told(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    assert large_floor_measures(replace(stage, is_rehearsal=False), "waveresnet", notes) == []
+    assert "waveresnet, several GB: left out, for" in notes[0]

@@ -1,0 +1,27 @@
+"""What a check of the GPU validation suite needs; and the garbage collector kept out of measured time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from psannlm.gpu_suite.context import REHEARSAL, Stage
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _old_objects_are_left_alone() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    """What a check of a GPU gets in a rehearsal, with fewer steps."""
+    return Stage(torch.device("cpu"), replace(REHEARSAL, n_steps=4, repeats=1), True, tmp_path)

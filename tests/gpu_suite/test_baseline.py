@@ -1,0 +1,83 @@
+"""An earlier battery is compared only where that means something, and then each value that became worse is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psannlm.errors import ArtifactError, ConfigError
+from psannlm.gpu_suite.baseline import read_baseline, regressions
+from psannlm.gpu_suite.report import BatteryReport, CheckResult, at_least, at_most
+
+MACHINE = {"device": "cuda", "name": "H200", "n_devices": 1, "threads": None}
+
+
+def result(rate: float = 100.0, peak: float = 50.0, error: float = 1e-6) -> CheckResult:
+    return CheckResult(
+        "GPU-03",
+        "throughput",
+        (
+            at_least("rate", rate, 0.0, "tokens/s", "", regression=0.1),
+            at_most("peak", peak, 1e9, "MB", "", regression=0.05),
+            at_most("error", error, 1.0, "x", ""),
+        ),
+    )
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    summary = {**BatteryReport(MACHINE, False, (result(),)).as_dict(), **changes}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        (result(), []),
+        (result(rate=91.0, peak=52.0), []),
+        (result(rate=200.0, peak=1.0), []),
+        (result(rate=89.0), ["rate: 89 tokens/s now, 100 in the baseline (-11.0%); 10% worse is allowed"]),
+        (result(peak=53.0), ["peak: 53 MB now, 50 in the baseline (+6.0%); 5% worse is allowed"]),
+        (result(rate=float("nan")), ["rate: nan tokens/s now, 100 in the baseline (+nan%); 10% worse is allowed"]),
+        (result(error=0.5), []),  # its limit alone counts
+    ],
+    ids=["same", "within", "better", "slower", "larger", "no number", "no tolerance"],
+)
+def test_what_became_worse_is_told(tmp_path: Path, now: CheckResult, told: list[str]) -> None:
+    former = read_baseline(written(tmp_path), MACHINE, is_rehearsal=False, any_machine=False)
+    assert regressions([now], former) == [f"GPU-03: {line}" for line in told]
+
+
+def test_what_is_not_measured_any_more_is_told(tmp_path: Path) -> None:
+    former = read_baseline(written(tmp_path), MACHINE, is_rehearsal=False, any_machine=False)
+    less = CheckResult("GPU-03", "t", result().measures[1:])
+    assert regressions([less], former) == ["GPU-03: rate: measured in the baseline, and not now"]
+    skipped = CheckResult("GPU-03", "t", skipped="no time")
+    assert regressions([skipped], former) == ["GPU-03: ran in the baseline, and is skipped now: no time"]
+    assert regressions([CheckResult("GPU-04", "t", skipped="new")], former) == []
+
+
+@pytest.mark.parametrize("change", [{"name": "H100"}, {"n_devices": 2}, {"device": "cpu"}], ids=str)
+def test_another_machine_is_refused_unless_asked_for(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = written(tmp_path)
+    with pytest.raises(ConfigError, match="another machine"):
+        read_baseline(path, {**MACHINE, **change}, is_rehearsal=False, any_machine=False)
+    assert read_baseline(path, {**MACHINE, **change}, is_rehearsal=False, any_machine=True)["verdict"] == "ok"
+
+
+def test_a_rehearsal_is_no_baseline_for_a_battery(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a rehearsal and this is a battery at full size"):
+        read_baseline(written(tmp_path, is_rehearsal=True), MACHINE, is_rehearsal=False, any_machine=True)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"machine": {}, "is_rehearsal": false, "checks": [1]}'])
+def test_a_damaged_baseline_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"no summary\.json of psannlm gpu-validate"):
+        read_baseline(path, MACHINE, is_rehearsal=False, any_machine=False)
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_baseline(tmp_path / "absent.json", MACHINE, is_rehearsal=False, any_machine=False)

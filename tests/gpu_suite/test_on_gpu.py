@@ -1,0 +1,24 @@
+"""Every check of the battery at small sizes on a GPU: rates are held against nothing, all other limits are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from psannlm.gpu_suite.context import REHEARSAL, Stage
+from psannlm.gpu_suite.suite import CHECKS, run_check
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_check_runs(name: str, tmp_path: Path) -> None:
+    result = run_check(name, CHECKS[name], Stage(torch.device("cuda"), REHEARSAL, True, tmp_path / name))
+    assert result.status in ("ok", "skipped"), result.problems()

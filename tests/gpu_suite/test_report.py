@@ -1,0 +1,99 @@
+"""A value is ok only if it was measured, is a number, and keeps to its limit."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from psannlm.gpu_suite.report import (
+    BatteryReport,
+    CheckResult,
+    Measure,
+    at_least,
+    at_most,
+    largest,
+    largest_distance,
+    none_of,
+)
+
+GOOD = at_most("error", 0.5, 1.0, "x", "because")
+
+
+@pytest.mark.parametrize(
+    ("measure", "is_met"),
+    [
+        (at_most("a", 1.0, 1.0, "x", ""), True),
+        (at_most("a", 1.01, 1.0, "x", ""), False),
+        (at_least("a", 1.0, 1.0, "x", ""), True),
+        (at_least("a", 0.99, 1.0, "x", ""), False),
+        (at_most("a", math.nan, 1.0, "x", ""), False),
+        (at_least("a", math.nan, 0.0, "x", ""), False),
+        (at_least("a", math.inf, 0.0, "x", ""), False),
+        (at_most("a", -math.inf, 1.0, "x", ""), False),
+        (none_of("a", [], "x", ""), True),
+        (none_of("a", ["one"], "x", ""), False),
+        (none_of("a", 1, "x", ""), False),
+    ],
+    ids=str,
+)
+def test_a_value_keeps_to_its_limit_or_not(measure: Measure, is_met: bool) -> None:
+    assert measure.is_met is is_met
+
+
+def test_a_check_without_a_measure_and_without_a_reason_is_no_success() -> None:
+    nothing = CheckResult("GPU-01", "t")
+    assert nothing.status == "error"
+    assert nothing.problems() == ["GPU-01: nothing was measured"]
+
+
+def test_one_missed_limit_fails_the_check_and_the_battery() -> None:
+    bad = at_most("other error", 2.0, 1.0, "x", "because")
+    result = CheckResult("GPU-01", "t", (GOOD, bad))
+    assert (result.status, result.missed) == ("failed", (bad,))
+    report = BatteryReport({}, True, (CheckResult("GPU-02", "t", (GOOD,)), result))
+    assert report.verdict == "failed"
+    assert report.problems == ["GPU-01: other error: 2 x (at most 1)"]
+
+
+def test_what_was_found_is_told_beside_the_name() -> None:
+    measure = none_of("others", ["a"], "tensors", "", detail="a")
+    assert (measure.name, str(measure)) == ("others", "others: 1 tensors (at most 0): a")
+    assert measure.as_dict()["detail"] == "a"
+
+
+def test_an_error_outweighs_what_was_measured_before_it() -> None:
+    assert CheckResult("GPU-01", "t", (GOOD,), error="it broke").status == "error"
+
+
+def test_a_skipped_check_is_told_and_is_no_failure() -> None:
+    report = BatteryReport({}, True, (CheckResult("GPU-05", "t", skipped="one GPU"), CheckResult("1", "t", (GOOD,))))
+    assert report.verdict == "ok"
+    assert report.as_dict()["counts"] == {"ok": 1, "failed": 0, "error": 0, "skipped": 1}
+
+
+def test_what_is_no_number_is_still_json() -> None:
+    result = CheckResult("GPU-01", "t", (at_most("a", math.nan, 1.0, "x", ""),))
+    assert json.loads(json.dumps(result.as_dict(), allow_nan=False))["measures"][0]["value"] == "nan"
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_value_that_is_no_number_is_found_wherever_it_stands(place: int) -> None:
+    """``max([3.0, nan, 1.0])`` is 3."""
+    values = [3.0, 2.0, 1.0]
+    assert (largest(values), largest_distance(values, [3.0, 2.5, 1.0])) == (3.0, 0.5)
+    values[place] = math.nan
+    for found in (
+        largest(values),
+        largest_distance(values, [3.0, 2.0, 1.0]),
+        largest_distance([3.0, 2.0, 1.0], values),
+    ):
+        assert math.isnan(found)
+        assert not at_most("a", found, 1e9, "x", "").is_met
+
+
+def test_the_largest_of_nothing_misses_its_limit() -> None:
+    assert not at_most("a", largest([]), 1e9, "x", "").is_met
+    with pytest.raises(ValueError, match="shorter"):
+        largest_distance([1.0, 2.0], [1.0])

@@ -1,0 +1,111 @@
+"""The battery runs what was asked for, and nothing that breaks in it passes for ok."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from psannlm.errors import ConfigError, Interrupted, PsannlmError
+from psannlm.gpu_suite import suite
+from psannlm.gpu_suite.context import Stage
+from psannlm.gpu_suite.report import BatteryReport, CheckResult, at_most
+from psannlm.gpu_suite.suite import CHECKS, require_device, run_check, validate
+
+GOOD = (at_most("error", 0.0, 1.0, "x", ""),)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every check replaced by one that notes its name; GPU-04 breaks."""
+    ran: list[str] = []
+
+    def fake(name: str) -> Any:
+        def check(stage: Stage) -> CheckResult:
+            ran.append(name)
+            (stage.folder / "left behind").write_text("x", encoding="utf-8")
+            if name == "GPU-04":
+                raise RuntimeError("CUDA error: an illegal memory access\n  was encountered")
+            return CheckResult(name, name, GOOD)
+
+        return check
+
+    monkeypatch.setattr(suite, "CHECKS", {name: fake(name) for name in CHECKS})
+    return ran
+
+
+def test_there_are_nine() -> None:
+    assert list(CHECKS) == [f"GPU-0{number}" for number in range(1, 10)]
+
+
+def test_a_check_that_breaks_fails_and_the_others_run(checks: list[str]) -> None:
+    said: list[str] = []
+    report = validate("cpu", say=said.append)
+    assert checks == list(CHECKS)
+    assert report.verdict == "failed"
+    assert report.problems == ["GPU-04: RuntimeError: CUDA error: an illegal memory access was encountered"]
+    assert [r.status for r in report.results].count("ok") == 8
+    assert any("Traceback" in line for line in said), "the log says where"
+
+
+def test_only_what_was_asked_for_runs_in_its_order(checks: list[str]) -> None:
+    assert validate("cpu", only=("GPU-08", "GPU-01")).verdict == "ok"
+    assert checks == ["GPU-01", "GPU-08"]
+
+
+def test_an_unknown_check_is_refused(checks: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"no check is called 'gpu-1' \(did you mean 'GPU-01'\?\)"):
+        validate("cpu", only=("gpu-1",))
+    assert checks == []
+
+
+def test_no_gpu_is_one_line_and_exit_code_one(checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(PsannlmError, match="sees no GPU") as refused:
+        require_device("cuda")
+    assert refused.value.exit_code == 1
+    assert "\n" not in str(refused.value)
+
+
+def test_the_users_own_interrupt_ends_the_battery(stage: Stage) -> None:
+    def interrupted(stage: Stage) -> CheckResult:
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        run_check("GPU-08", interrupted, stage)
+
+
+def test_a_device_that_does_not_come_free_is_told_and_the_others_run(
+    checks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an illegal access: every call on the device fails from then on, freeing memory among them."""
+
+    def release(stage: Stage) -> None:
+        if len(checks) >= 3:
+            raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+
+    monkeypatch.setattr(Stage, "release", release)
+    report = validate("cpu", only=[f"GPU-0{number}" for number in range(1, 6)])
+    assert checks == [f"GPU-0{number}" for number in range(1, 6)]
+    assert [r.status for r in report.results] == ["ok", "ok", "error", "error", "error"]
+    told = "the device did not come free after the check: RuntimeError: CUDA error: an illegal memory access was encou"
+    third, fourth, _ = (str(r.error) for r in report.results[2:])
+    assert third.startswith(told)
+    assert fourth.startswith("RuntimeError: CUDA error: an illegal memory access was encountered; " + told)
+    assert report.results[2].measures == GOOD, "what was measured is kept"
+
+
+def test_each_check_is_handed_out_as_soon_as_it_is_done(checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[BatteryReport] = []
+    report = validate("cpu", only=("GPU-01", "GPU-02", "GPU-03"), on_report=kept.append)
+    assert [len(r.results) for r in kept] == [1, 2, 3]
+    assert [r.verdict for r in kept] == ["unfinished", "unfinished", "ok"]
+    assert [r.to_come for r in kept] == [("GPU-02", "GPU-03"), ("GPU-03",), ()]
+    assert kept[-1] == report
+
+
+def test_threads_are_given_back(checks: list[str]) -> None:
+    before = torch.get_num_threads()
+    validate("cpu", only=("GPU-01",))
+    assert torch.get_num_threads() == before
