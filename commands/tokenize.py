@@ -119,7 +119,7 @@ def tokenize(
 
 def _lines(file: Path | None, text: str | None) -> Iterator[bytes]:
     """Yield lines of bytes, cut at newlines alone: text as Python reads it would change the ends of lines."""
-    from psannlm.data.files import STDIN, bounded_lines, opened, shown_name
+    from psannlm.data.corpus.files import STDIN, bounded_lines, opened, shown_name
     from psannlm.errors import TokenizerError
 
     if text is not None:

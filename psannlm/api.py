@@ -16,9 +16,9 @@ from psannlm.config.files import prepared_manifest
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import section_from_kwargs
 from psannlm.config.train import Amp, TrainConfig
+from psannlm.data.corpus.documents import Document, read_documents
+from psannlm.data.corpus.files import KNOWN_SUFFIXES, split_suffix
 from psannlm.data.dataset import LMDataset
-from psannlm.data.documents import Document, read_documents
-from psannlm.data.files import KNOWN_SUFFIXES, split_suffix
 from psannlm.data.memory_store import encode_documents
 from psannlm.data.prepare import PreparedData, prepare, prepare_documents
 from psannlm.data.stream import Stream

@@ -57,8 +57,8 @@ NEVER_TORCH = (
     "config",
     "tokenizers",
     "data.unpacked",
-    "data.documents",
-    "data.files",
+    "data.corpus.documents",
+    "data.corpus.files",
     "data.manifest",
     "data.order",
     "data.framing",
@@ -129,7 +129,7 @@ def read_graph(sources: Mapping[str, str]) -> dict[str, list[Import]]:
 
 
 def room_of(module: str) -> str:
-    """``psannlm.data.files`` is in ``data``; the package itself is ``psannlm``; the forwarding path is ``psann``."""
+    """``psannlm.data.order`` is in ``data``; the package itself is ``psannlm``; the forwarding path is ``psann``."""
     parts = module.split(".")
     return parts[1] if parts[0] == "psannlm" and len(parts) > 1 else parts[0]
 

@@ -14,7 +14,7 @@ import pytest
 
 from psannlm.commands.app import main
 from psannlm.config.data import PathSource
-from psannlm.data.documents import ReadReport, read_documents
+from psannlm.data.corpus.documents import ReadReport, read_documents
 from psannlm.data.mapping import map_bytes
 from psannlm.data.prepared import open_folder
 from psannlm.errors import CorpusError, describe

@@ -18,7 +18,7 @@ import typer
 
 from psannlm.commands.app import app, main
 from psannlm.config.run import load_config
-from psannlm.data.files import find_files
+from psannlm.data.corpus.files import find_files
 from psannlm.errors import PsannlmError
 from psannlm.experiments.plan import load_plan
 from psannlm.experiments.runner import work

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psannlm.data.documents import Document
+from psannlm.data.corpus.documents import Document
 from psannlm.data.framing import frame
 from psannlm.data.segments import SEGMENT_BYTES, cut
 from psannlm.tokenizers.base import Tokenizer

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from psannlm.config.data import DataConfig
-from psannlm.data.documents import Document, ReadReport, keep_text, read_documents
+from psannlm.data.corpus.documents import Document, ReadReport, keep_text, read_documents
 from psannlm.data.framing import HASH_BYTES, text_hash
 from psannlm.data.memory_store import encode_documents
 from psannlm.data.prepared import find_prepared, open_folder, refuse_other_wishes

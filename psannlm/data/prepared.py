@@ -10,7 +10,7 @@ from pathlib import Path
 
 from psannlm.config.data import DataConfig, PathSource, Source
 from psannlm.config.files import prepared_manifest
-from psannlm.data.documents import ReadReport
+from psannlm.data.corpus.documents import ReadReport
 from psannlm.data.manifest import Manifest, SplitEntry, TokenizerEntry, read_manifest
 from psannlm.data.shard_file import open_shard
 from psannlm.data.sharded_store import ShardedStore

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.config.data import Source
-from psannlm.data.documents import Document, ReadReport, read_documents
+from psannlm.data.corpus.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import split_documents
 from psannlm.data.split import cut_text
 from psannlm.display import json_text

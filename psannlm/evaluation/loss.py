@@ -11,7 +11,7 @@ from torch import nn
 
 from psannlm.config.data import Source
 from psannlm.config.model import ModelConfig
-from psannlm.data.documents import ReadReport, read_documents
+from psannlm.data.corpus.documents import ReadReport, read_documents
 from psannlm.data.memory_store import encode_documents
 from psannlm.data.prepared import find_prepared, open_folder
 from psannlm.data.stream import Stream

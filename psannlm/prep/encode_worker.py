@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psannlm.data.documents import json_text, without_surrogates
-from psannlm.data.files import decoded, replaced
+from psannlm.data.corpus.documents import json_text, without_surrogates
+from psannlm.data.corpus.files import decoded, replaced
 from psannlm.data.framing import HASH_BYTES, pack_origin, text_hash, unpack_origin
 from psannlm.data.memory_store import token_dtype
 from psannlm.data.segments import SEGMENT_BYTES, cut

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from psannlm.data.files import STDIN
+from psannlm.data.corpus.files import STDIN
 from psannlm.data.manifest import PrepSettings as ManifestSettings
 from psannlm.errors import ConfigError, Problem, nearest
 

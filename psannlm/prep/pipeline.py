@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from psannlm.config.files import WORK_FOLDER
-from psannlm.data.documents import replaced_line
-from psannlm.data.files import JSON_LINES_SUFFIXES
+from psannlm.data.corpus.documents import replaced_line
+from psannlm.data.corpus.files import JSON_LINES_SUFFIXES
 from psannlm.data.framing import unpack_origin
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, write_manifest
 from psannlm.data.memory_store import token_dtype

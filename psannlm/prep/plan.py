@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.config.files import PLAN_FILE
-from psannlm.data.files import is_remote
+from psannlm.data.corpus.files import is_remote
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, TokenizerEntry, read_manifest
 from psannlm.data.prepared import open_folder
 from psannlm.errors import ArtifactError, ConfigError

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, BinaryIO
 
-from psannlm.data.files import (
+from psannlm.data.corpus.files import (
     JSON_LINES_SUFFIXES,
     REPLACEMENT,
     STDIN,
@@ -26,8 +26,8 @@ from psannlm.data.files import (
     replaced,
     split_suffix,
 )
+from psannlm.data.corpus.parquet import parquet_texts
 from psannlm.data.framing import HASH_BYTES
-from psannlm.data.parquet import parquet_texts
 from psannlm.data.segments import SEGMENT_BYTES, cut_stream
 from psannlm.data.split import cut_blocks
 from psannlm.errors import ConfigError, CorpusError

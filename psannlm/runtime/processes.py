@@ -30,7 +30,7 @@ def import_path() -> list[str]:
         is_here = entry == "" or os.path.realpath(entry) == here
         if not is_here or (entry != "" and (is_installed or here in named)):
             path.append(entry)
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     # A checkout that is used without being installed; as the last of all, it hides no library.
     return path if _is_found(path) else [*path, root]
 

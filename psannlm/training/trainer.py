@@ -12,8 +12,8 @@ from psannlm.config.data import DataConfig
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import RunConfig, plan_batches
 from psannlm.config.train import TrainConfig
+from psannlm.data.corpus.documents import ReadReport
 from psannlm.data.dataset import LMDataset
-from psannlm.data.documents import ReadReport
 from psannlm.data.prepare import PreparedData
 from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError, TokenizerError

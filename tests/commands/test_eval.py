@@ -39,7 +39,7 @@ def test_figures_agree_with_each_other_and_with_the_text(psannlm, in_trained: Pa
 
 def test_the_validation_of_training_is_found_again(psannlm, in_trained: Path, tmp_path: Path) -> None:
     from psannlm.config.run import load_config
-    from psannlm.data.documents import read_documents
+    from psannlm.data.corpus.documents import read_documents
     from psannlm.data.prepare import split_documents
 
     config = load_config("config.yaml").data

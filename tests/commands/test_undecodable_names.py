@@ -14,7 +14,7 @@ import pytest
 
 from psannlm.commands.app import app, main
 from psannlm.config.run import config_from_mapping, load_config
-from psannlm.data.documents import parquet_texts
+from psannlm.data.corpus.documents import parquet_texts
 from psannlm.data.manifest import read_manifest
 from psannlm.errors import ConfigError
 from psannlm.io.figures import render_figure

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psannlm.data import memory_store
-from psannlm.data.documents import Document
+from psannlm.data.corpus.documents import Document
 from psannlm.data.memory_store import encode_documents, store_from_ids, token_dtype
 from psannlm.tokenizers.base import Tokenizer
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from psannlm.config.data import DataConfig
 from psannlm.data import prepare as prepare_module
-from psannlm.data.documents import Document
+from psannlm.data.corpus.documents import Document
 from psannlm.data.order import shuffled
 from psannlm.data.prepare import prepare, prepare_documents, shared_text, split_documents
 from psannlm.data.windows import IGNORE_INDEX, Windows

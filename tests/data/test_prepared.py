@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from psannlm.config.data import BuiltinSource, DataConfig, PathSource
-from psannlm.data.documents import Document
+from psannlm.data.corpus.documents import Document
 from psannlm.data.prepare import prepare, prepare_documents
 from psannlm.data.prepared import find_prepared, open_folder
 from psannlm.data.windows import Windows

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from psannlm.config.data import PathSource
-from psannlm.data.documents import Document, read_documents
+from psannlm.data.corpus.documents import Document, read_documents
 from psannlm.data.tokenizer_training import PART_BYTES, fit_with_card, held_out_figures, longest_pieces, sample_corpus
 from psannlm.errors import CorpusError, StorageError
 from psannlm.tokenizers.char import CharTokenizer

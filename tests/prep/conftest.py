@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from psannlm.data.documents import builtin_documents
+from psannlm.data.corpus.documents import builtin_documents
 from psannlm.data.manifest import read_manifest
 from psannlm.data.shard_file import open_shard
 from psannlm.prep.job import PrepSettings

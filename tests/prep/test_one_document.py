@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from psannlm.config.data import PathSource
-from psannlm.data.documents import read_documents
+from psannlm.data.corpus.documents import read_documents
 from psannlm.data.prepare import split_documents
 from psannlm.prep.pipeline import PrepResult
 

@@ -12,7 +12,7 @@ import torch
 
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.model import ModelConfig
-from psannlm.data.documents import Document
+from psannlm.data.corpus.documents import Document
 from psannlm.data.manifest import SplitEntry, read_manifest
 from psannlm.data.prepare import prepare
 from psannlm.evaluation.loss import evaluate_sources

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from psannlm.config.run import RunConfig, load_config, to_yaml
-from psannlm.data.documents import Document
+from psannlm.data.corpus.documents import Document
 from psannlm.data.prepare import prepare_documents
 from psannlm.errors import EXIT_INTERRUPTED, Interrupted, StorageError, TrainingError
 from psannlm.evaluation.loss import Evaluation

@@ -14,7 +14,7 @@ from psannlm.commands.train import _result_rows
 from psannlm.config.data import PathSource
 from psannlm.config.files import WORK_FOLDER
 from psannlm.config.run import RunConfig, config_from_mapping
-from psannlm.data.documents import read_documents
+from psannlm.data.corpus.documents import read_documents
 from psannlm.data.manifest import read_manifest, write_manifest
 from psannlm.data.prepare import split_documents
 from psannlm.errors import ConfigError, StorageError

@@ -19,7 +19,7 @@ from psannlm.benchmarks.harness.isolated_process import Apart, peak_bytes
 from psannlm.benchmarks.tokenization.prep import PrepFigures, bench_prep, check_preparable
 from psannlm.benchmarks.tokenization.raw_libraries import raw_encode
 from psannlm.config.data import Source
-from psannlm.data.documents import Document, ReadReport, read_documents
+from psannlm.data.corpus.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import shared_text
 from psannlm.data.tokenizer_training import PART_BYTES, sample_corpus
 from psannlm.errors import ConfigError

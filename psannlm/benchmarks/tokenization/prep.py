@@ -21,7 +21,7 @@ from psannlm.benchmarks.harness.interleaved import Count, Spread, Standing, pair
 from psannlm.benchmarks.harness.isolated_process import Apart
 from psannlm.benchmarks.tokenization.raw_libraries import raw_arrays, raw_encode
 from psannlm.config.data import PathSource, Source
-from psannlm.data.documents import read_documents
+from psannlm.data.corpus.documents import read_documents
 from psannlm.errors import ConfigError, WorkerError
 from psannlm.prep.pool import usable_cores
 from psannlm.runtime.processes import python_command

@@ -14,7 +14,7 @@ from psannlm.errors import TokenizerError, WorkerError
 @pytest.fixture(autouse=True)
 def _tests_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other process is not given the working folder, and the class that it makes is of this file."""
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     monkeypatch.setenv("PYTHONPATH", root)
     monkeypatch.syspath_prepend(root)
 

@@ -14,7 +14,7 @@ from psannlm.errors import ConfigError
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, load_tokenizer
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 SAMPLE = REPOSITORY / "examples" / "lm" / "sample_texts.txt"
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from psannlm.config.model import ModelConfig
-from psannlm.data.documents import Document
+from psannlm.data.corpus.documents import Document
 from psannlm.data.memory_store import encode_documents
 from psannlm.data.synthetic.algorithmic import MODULUS, TASKS, TaskName, write_task
 from psannlm.errors import CorpusError

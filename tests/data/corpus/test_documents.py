@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psannlm.config.data import BuiltinSource, PathSource
-from psannlm.data.documents import Document, ReadReport, builtin_documents, keep_text, read_documents
+from psannlm.data.corpus.documents import Document, ReadReport, builtin_documents, keep_text, read_documents
 from psannlm.errors import CorpusError
 
 
@@ -314,14 +314,14 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
 def test_a_line_without_end_is_refused_by_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, object]
 ) -> None:
-    monkeypatch.setattr("psannlm.data.files.MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr("psannlm.data.corpus.files.MAX_LINE_BYTES", 1 << 16)
     (tmp_path / name).write_bytes(gzip.compress(b'{"text": "fine"}\n{"text": "' + b"x" * (1 << 22), 1))
     with pytest.raises(CorpusError, match=rf"{name}:2: a line of more than"):
         read(tmp_path / name, **settings)
 
 
 def test_a_corpus_that_memory_cannot_hold_is_sent_to_prep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.data.documents.max_held_bytes", lambda: 1000)
+    monkeypatch.setattr("psannlm.data.corpus.documents.max_held_bytes", lambda: 1000)
     (tmp_path / "a.txt").write_text("0123456789\n" * 1000)
     sources = [PathSource(path=str(tmp_path / "a.txt"), per_line=True)]
     with pytest.raises(CorpusError, match=r"a\.txt:101: .*more than 1,000 bytes.*psannlm prep"):

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import pytest
 
-from psannlm.data.files import decoded, find_files, is_remote, opened, read_lines, read_text, split_suffix
+from psannlm.data.corpus.files import decoded, find_files, is_remote, opened, read_lines, read_text, split_suffix
 from psannlm.errors import CorpusError
 from psannlm.io.urls import PROTOCOLS
 
@@ -247,7 +247,7 @@ def test_every_stored_byte_is_shown_once_in_order(tmp_path: Path) -> None:
 
 
 def test_a_line_longer_than_may_be_held_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.data.files.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("psannlm.data.corpus.files.MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"fine\n" + b"x" * (1 << 20) + b"\n"))
     with pytest.raises(CorpusError, match=r"a\.txt\.gz:2: a line of more than 1 MiB"):
@@ -257,7 +257,7 @@ def test_a_line_longer_than_may_be_held_is_named(tmp_path: Path, monkeypatch: py
 
 
 def test_a_text_longer_than_may_be_held_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.data.files.max_document_bytes", lambda: 3 << 20)
+    monkeypatch.setattr("psannlm.data.corpus.files.max_document_bytes", lambda: 3 << 20)
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"waves\n" * (10 << 20), 1))
     tracemalloc.start()
@@ -350,7 +350,7 @@ def test_paths_that_look_like_urls_are_read(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_protocols_are_those_that_are_documented() -> None:
-    text = Path(__file__).parents[2].joinpath("SECURITY.md").read_text(encoding="utf-8")
+    text = Path(__file__).parents[3].joinpath("SECURITY.md").read_text(encoding="utf-8")
     listed = text.partition("of no others: ")[2].partition("(")[0]
     assert re.findall(r"`(\w+)`", listed) == list(PROTOCOLS)
     assert split_suffix("https://host/a.txt.gz?download=1#x") == (".txt", ".gz")

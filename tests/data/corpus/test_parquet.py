@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from psannlm.data import parquet
-from psannlm.data.parquet import parquet_texts
+from psannlm.data.corpus import parquet
+from psannlm.data.corpus.parquet import parquet_texts
 from psannlm.errors import CorpusError
 
 pa = pytest.importorskip("pyarrow")

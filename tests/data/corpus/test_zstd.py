@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.data import zstd
-from psannlm.data.files import opened, read_text
-from psannlm.data.zstd import ZstandardReader
+from psannlm.data.corpus import zstd
+from psannlm.data.corpus.files import opened, read_text
+from psannlm.data.corpus.zstd import ZstandardReader
 from psannlm.errors import CorpusError
 
 zstandard = pytest.importorskip("zstandard")

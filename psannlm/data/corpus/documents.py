@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from psannlm.config.data import BuiltinSource, PathSource, Source
-from psannlm.data.files import (
+from psannlm.data.corpus.files import (
     JSON_LINES_SUFFIXES,
     REPLACEMENT,
     Seen,
@@ -25,7 +25,7 @@ from psannlm.data.files import (
     replaced,
     split_suffix,
 )
-from psannlm.data.parquet import parquet_texts
+from psannlm.data.corpus.parquet import parquet_texts
 from psannlm.errors import CorpusError, nearest
 from psannlm.io.limits import max_held_bytes
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from psannlm.data.formats import HEAD_BYTES, compression, is_binary, unicode_encoding, why_not_text
+from psannlm.data.corpus.formats import HEAD_BYTES, compression, is_binary, unicode_encoding, why_not_text
 from psannlm.display import shell_argument
 from psannlm.errors import CorpusError, nearest
 from psannlm.io.lfs_pointers import pointer_at, pointer_in, refuse_pointer
@@ -435,7 +435,7 @@ def _unpacked(path: str, stored: _Stored, file: BinaryIO, waits: bool) -> Binary
     else:
         if problem := _missing_module("zstandard"):
             raise CorpusError(f"{name}: {problem}")
-        inner = importlib.import_module("psannlm.data.zstd").ZstandardReader(file, name)
+        inner = importlib.import_module("psannlm.data.corpus.zstd").ZstandardReader(file, name)
     unpacked = _Stored(inner, None)
     head = unpacked.head(waits)
     if compression(head):
