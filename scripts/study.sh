@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The study of docs/quality.md: text, tokenizer and shards outside the repository, then the plans, one after another.
 #
-#   scripts/study.sh [PLAN.yaml ...]         default: every configs/study_*_[125]m.yaml and configs/study_task_*.yaml
+#   scripts/study.sh [PLAN.yaml ...]         default: study_*_[125]m.yaml and study_task_*.yaml of configs/studies/
 #
 # Everything that is there already is used as it is, and runs go on where they stopped. JOBS runs are made at a time
 # (default: one for each core).
@@ -15,7 +15,7 @@ psannlm="${PSANNLM:-.venv/bin/psannlm}"
   exit 1
 }
 plans=("$@")
-[[ ${#plans[@]} -gt 0 ]] || plans=(configs/study_*_[125]m.yaml configs/study_task_*.yaml)
+[[ ${#plans[@]} -gt 0 ]] || plans=(configs/studies/study_*_[125]m.yaml configs/studies/study_task_*.yaml)
 for plan in "${plans[@]}"; do
   [[ -f "$plan" ]] || { echo "study: there is no plan $plan" >&2; exit 2; }
 done

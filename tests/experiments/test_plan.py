@@ -41,7 +41,7 @@ def write(tmp_path: Path) -> Path:
     return tmp_path / "plan.yaml"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("study_*_*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs" / "studies").glob("study_*_*.yaml")))
 def test_the_plans_of_the_study_compare_one_size(
     name: str, tmp_path: Path, prepare_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,7 +55,7 @@ def test_the_plans_of_the_study_compare_one_size(
         (tmp_path / "psannlm-corpora" / "tasks" / f"{task}.txt").write_text("".join(write_task(task, 1, 20_000)))
     (tmp_path / "clone").mkdir()
     monkeypatch.chdir(tmp_path / "clone")
-    study = size_study(load_plan(ROOT / "configs" / name), Path("runs/study"), lambda line: None)
+    study = size_study(load_plan(ROOT / "configs" / "studies" / name), Path("runs/study"), lambda line: None)
     counts = {variant.variant.name: variant.n_parameters for variant in study.variants}
     baseline = counts[study.baseline.variant.name]
     assert len(counts) > 1
