@@ -17,17 +17,20 @@ export PIP_USER := 0
 unexport PIP_TARGET PIP_PREFIX PIP_ROOT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check wheel clean
+.PHONY: help demo test test-all lint check wheel clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ': .*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' Makefile
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-10s%s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## install, train a small model on English prose, let it write (a few minutes)
 	$(BIN)/psannlm train configs/waveresnet_cpu.yaml
 	$(BIN)/psannlm generate --prompt="$$PROMPT"
 
-test: $(VENV)/.installed-dev ## run the whole test suite, a process on each core
+test: $(VENV)/.installed-dev ## run the quick tests, a process on each core (a few minutes)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+
+test-all: $(VENV)/.installed-dev ## run all tests (half an hour on two cores)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed-dev ## check format, style and types
@@ -35,8 +38,7 @@ lint: $(VENV)/.installed-dev ## check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint ## what to run before a commit: lint, and the tests that are quick
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu"
+check: lint test ## what to run before a commit: lint and the quick tests
 
 # What an earlier build left in build/ would be packed again, files that are gone since included.
 wheel: | $(BIN)/python ## build dist/*.whl
