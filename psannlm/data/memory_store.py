@@ -25,7 +25,7 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
 
 
 @dataclass(frozen=True)
-class TokenStore:
+class InMemoryTokens:
     """Documents as ids in memory, end to end, each between a begin and an end of text: a ``stream.Stream``.
 
     ``framed``: (n_framed_tokens,) uint16 or uint32; document ``d`` is ``framed[offsets[d]:offsets[d + 1]]``.
@@ -39,7 +39,7 @@ class TokenStore:
     doc_bytes: NDArray[np.int64]
 
     @property
-    def segments(self) -> tuple[TokenStore, ...]:
+    def segments(self) -> tuple[InMemoryTokens, ...]:
         """Itself: a store in memory is one piece."""
         return (self,)
 
@@ -96,7 +96,7 @@ def store_from_ids(
     eos_id: int,
     names: Sequence[str] | None = None,
     doc_bytes: Sequence[int] | None = None,
-) -> TokenStore:
+) -> InMemoryTokens:
     """Return a store of documents that are ids already; bytes default to zero, names to ``text 1`` and on."""
     dtype = token_dtype(vocab_size)
     ids = [np.asarray(document, dtype=dtype) for document in documents]
@@ -108,7 +108,9 @@ def store_from_ids(
     return _assemble([chunk], dtype, named, [0] * len(ids) if doc_bytes is None else doc_bytes)
 
 
-def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer, *, in_segments: bool = True) -> TokenStore:
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Tokenizer, *, in_segments: bool = True
+) -> InMemoryTokens:
     """Encode documents a group at a time and return them as one store; two bytes a token are held, not two objects.
 
     A long document is encoded in the :mod:`psannlm.data.segments` that ``psannlm prep`` makes of it, which gives the
@@ -162,8 +164,8 @@ def _assemble(
     dtype: type[np.uint16] | type[np.uint32],
     names: Sequence[str],
     doc_bytes: Sequence[int],
-) -> TokenStore:
-    return TokenStore(
+) -> InMemoryTokens:
+    return InMemoryTokens(
         framed=np.concatenate([np.zeros(0, dtype=dtype), *(tokens for tokens, _ in chunks)]),
         offsets=np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *(lengths for _, lengths in chunks)])),
         names=tuple(names),

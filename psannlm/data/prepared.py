@@ -13,7 +13,7 @@ from psannlm.config.files import prepared_manifest
 from psannlm.data.corpus.documents import ReadReport
 from psannlm.data.manifest import Manifest, SplitEntry, TokenizerEntry, read_manifest
 from psannlm.data.shard_file import open_shard
-from psannlm.data.sharded_store import ShardedStore
+from psannlm.data.sharded_store import ShardedTokens
 from psannlm.errors import ArtifactError, ConfigError, Problem, TokenizerError
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import load_tokenizer
@@ -26,8 +26,8 @@ class PreparedFolder:
     path: Path
     manifest: Manifest
     tokenizer: Tokenizer
-    train: ShardedStore
-    validation: ShardedStore | None
+    train: ShardedTokens
+    validation: ShardedTokens | None
 
     def report(self) -> ReadReport:
         """Return what reading the corpus came to when the folder was made."""
@@ -147,7 +147,7 @@ def _load_tokenizer(path: Path, entry: TokenizerEntry) -> Tokenizer:
     return tokenizer
 
 
-def _open_split(folder: Path, manifest: Manifest, split: SplitEntry) -> ShardedStore:
+def _open_split(folder: Path, manifest: Manifest, split: SplitEntry) -> ShardedTokens:
     made_with = manifest.tokenizer
     shards = [
         open_shard(folder / entry.file, entry, made_with.fingerprint, made_with.vocab_size) for entry in split.shards
@@ -155,4 +155,4 @@ def _open_split(folder: Path, manifest: Manifest, split: SplitEntry) -> ShardedS
     for shard in shards:
         if shard.dtype.name != manifest.dtype:
             raise ArtifactError(f"{shard.path} holds {shard.dtype.name}, the manifest says {manifest.dtype}")
-    return ShardedStore(shards, [source.path for source in manifest.sources])
+    return ShardedTokens(shards, [source.path for source in manifest.sources])

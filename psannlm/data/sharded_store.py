@@ -14,7 +14,7 @@ from psannlm.data.framing import unpack_origin
 from psannlm.data.shard_file import Shard
 
 
-class ShardedStore:
+class ShardedTokens:
     """A ``stream.Stream`` over shards in their order. ``source_paths`` names what the origins count.
 
     Every method raises ArtifactError if it meets damage.

@@ -21,7 +21,7 @@ _BLOCK_DOCUMENTS = 128
 _BLOCKS_AT_ONCE = 1024
 
 
-class WindowsApart:
+class UnpackedWindowIndex:
     """Windows of ``seq_len`` labels over the documents of ``segments``, each document by itself, in their order."""
 
     def __init__(self, segments: Sequence[Segment], seq_len: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from psannlm.data.stream import Stream
-from psannlm.data.unpacked import WindowsApart
+from psannlm.data.unpacked import UnpackedWindowIndex
 from psannlm.errors import ConfigError
 
 IGNORE_INDEX = -100
@@ -34,9 +34,9 @@ class Windows:
         self.store = store
         self.seq_len = seq_len
         self.pad_id = pad_id
-        self._apart = None if pack else WindowsApart(store.segments, seq_len)
+        self._unpacked_index = None if pack else UnpackedWindowIndex(store.segments, seq_len)
         packed = -(-max(0, store.n_framed_tokens - 1) // seq_len)
-        self._n_windows = packed if self._apart is None else len(self._apart)
+        self._n_windows = packed if self._unpacked_index is None else len(self._unpacked_index)
 
     def __len__(self) -> int:
         return self._n_windows
@@ -44,7 +44,7 @@ class Windows:
     @property
     def is_packed(self) -> bool:
         """Whether documents are joined into full windows."""
-        return self._apart is None
+        return self._unpacked_index is None
 
     @property
     def n_labels(self) -> int:
@@ -80,11 +80,11 @@ class Windows:
 
     def _spans(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return where each window starts in the stream, and where what it shows stops (exclusive)."""
-        if self._apart is None:
+        if self._unpacked_index is None:
             start = indices * self.seq_len
             end = np.full_like(start, self.store.n_framed_tokens)
         else:
-            start, end = self._apart.spans(indices)
+            start, end = self._unpacked_index.spans(indices)
         return start, np.minimum(end, start + self.seq_len + 1)
 
     def _rows(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from psannlm.data import shard_file, unpacked
 from psannlm.data.framing import DocumentPart, frame, pack_origin
 from psannlm.data.loader import Loader, Position
-from psannlm.data.memory_store import TokenStore, store_from_ids
+from psannlm.data.memory_store import InMemoryTokens, store_from_ids
 from psannlm.data.shard_file import open_shard, write_shard
-from psannlm.data.sharded_store import ShardedStore
+from psannlm.data.sharded_store import ShardedTokens
 from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ArtifactError
 
@@ -27,14 +27,14 @@ PAD, BOS, EOS = 0, 1, 2
 PRINT = "ab" * 32
 
 
-def in_memory(lengths: Sequence[int]) -> TokenStore:
+def in_memory(lengths: Sequence[int]) -> InMemoryTokens:
     chance = np.random.default_rng(len(lengths))
     # Specials among the ids: a tokenizer made elsewhere may use them as words.
     documents = [chance.integers(0, 50, n).tolist() for n in lengths]
     return store_from_ids(documents, 300, bos_id=BOS, eos_id=EOS, doc_bytes=[3 * n for n in lengths])
 
 
-def in_shards(folder: Path, store: TokenStore, sizes: Sequence[int]) -> ShardedStore:
+def in_shards(folder: Path, store: InMemoryTokens, sizes: Sequence[int]) -> ShardedTokens:
     """The same documents in shards of ``sizes`` documents, in turn."""
     shards, first = [], 0
     while first < store.n_documents or not shards:
@@ -54,7 +54,7 @@ def in_shards(folder: Path, store: TokenStore, sizes: Sequence[int]) -> ShardedS
         entry = write_shard(path, dtype=np.uint16, fingerprint=PRINT, n_tokens=len(tokens), n_documents=n, parts=[part])
         shards.append(open_shard(path, entry, PRINT))
         first = last
-    return ShardedStore(shards, ["a.txt", "b.jsonl"])
+    return ShardedTokens(shards, ["a.txt", "b.jsonl"])
 
 
 ragged = st.lists(st.integers(0, 30) | st.sampled_from([0, 1, 200]), max_size=14)
@@ -185,7 +185,7 @@ def test_no_flipped_bit_becomes_a_token(tmp_path: Path, pack: bool, monkeypatch:
         path.write_bytes(content)
         content[at] ^= 1 << at % 8
         middle = open_shard(path, shards.segments[1].entry, PRINT)
-        damaged = ShardedStore([shards.segments[0], middle, shards.segments[2]], ["a", "b"])
+        damaged = ShardedTokens([shards.segments[0], middle, shards.segments[2]], ["a", "b"])
         try:
             windows = Windows(damaged, 16, pad_id=PAD, pack=pack)
             assert len(windows) == len(right)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psannlm.data.dataset import LMDataset
-from psannlm.data.memory_store import TokenStore, store_from_ids
+from psannlm.data.memory_store import InMemoryTokens, store_from_ids
 from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ConfigError
 
@@ -19,7 +19,7 @@ PAD, BOS, EOS = 0, 1, 2
 FIRST_ID = 4
 
 
-def numbered(lengths: list[int]) -> TokenStore:
+def numbered(lengths: list[int]) -> InMemoryTokens:
     """Documents of these lengths in which no id stands twice, so that a label tells where it comes from."""
     ends = np.cumsum([FIRST_ID, *lengths])
     return store_from_ids([range(a, b) for a, b in pairwise(ends)], 1 << 20, bos_id=BOS, eos_id=EOS)
@@ -123,7 +123,7 @@ def test_windows_read_a_memory_map_without_loading_it(tmp_path) -> None:  # type
     store = numbered([9, 0, 14])
     store.framed.tofile(tmp_path / "tokens.bin")
     mapped = np.memmap(tmp_path / "tokens.bin", dtype=store.framed.dtype, mode="r")
-    on_disk = TokenStore(mapped, store.offsets, store.names, store.doc_bytes)
+    on_disk = InMemoryTokens(mapped, store.offsets, store.names, store.doc_bytes)
     for pack in (True, False):
         one, other = (Windows(s, 4, pad_id=PAD, pack=pack) for s in (store, on_disk))
         assert torch.equal(one.batch(range(len(one)))[0], other.batch(range(len(other)))[0])
