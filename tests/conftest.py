@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from psannlm.tokenizers.base import BOS, EOS, PAD, SPECIALS, UNK, Tokenizer, refuse_surrogates
 
 if TYPE_CHECKING:
     from psannlm.models.transformer import Transformer
+
+# How long an example takes depends on what else the machine does: no test fails for it.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # One thread: sums repeat bit for bit, and suites that run beside each other do not fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
