@@ -158,7 +158,7 @@ def norms_of_a_gpu() -> Callable[[], AbstractContextManager[None]]:
 @pytest.fixture(scope="session")
 def prepare_folder() -> Callable[..., Path]:
     """Return a writer of prepared folders: ``write(folder, tokenizer, train texts, held-out texts, shard sizes)``."""
-    from psannlm.data.framing import DocumentPart, frame, pack_origin, text_hash
+    from psannlm.data.framing import DocumentBatch, frame, pack_origin, text_hash
     from psannlm.data.manifest import Manifest, PrepSettings, SourceEntry, SplitEntry, TokenizerEntry, write_manifest
     from psannlm.data.memory_store import token_dtype
     from psannlm.data.shard_file import ShardEntry, write_shard
@@ -167,16 +167,16 @@ def prepare_folder() -> Callable[..., Path]:
         entries: list[ShardEntry] = []
         dtype = token_dtype(tokenizer.vocab_size)
         for first in range(0, len(texts), size):
-            batch = texts[first : first + size]
-            ids, lengths = tokenizer.encode_flat(batch)
+            chosen = texts[first : first + size]
+            ids, lengths = tokenizer.encode_flat(chosen)
             tokens, framed = frame(ids, lengths, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, dtype=dtype)
-            content = [text.encode("utf-8") for text in batch]
-            part = DocumentPart(
+            content = [text.encode("utf-8") for text in chosen]
+            batch = DocumentBatch(
                 tokens,
                 framed,
                 np.array([len(c) for c in content], dtype=np.int64),
                 np.frombuffer(b"".join(map(text_hash, content)), dtype=np.uint8).reshape(-1, 16),
-                np.array([pack_origin(0, first + i + 1) for i in range(len(batch))], dtype=np.int64),
+                np.array([pack_origin(0, first + i + 1) for i in range(len(chosen))], dtype=np.int64),
             )
             entries.append(
                 write_shard(
@@ -184,8 +184,8 @@ def prepare_folder() -> Callable[..., Path]:
                     dtype=dtype,
                     fingerprint=tokenizer.fingerprint,
                     n_tokens=len(tokens),
-                    n_documents=len(batch),
-                    parts=[part],
+                    n_documents=len(chosen),
+                    batches=[batch],
                 )
             )
         return SplitEntry.of(tuple(entries))

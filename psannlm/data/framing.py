@@ -19,11 +19,12 @@ _SOURCE_BITS = 23
 
 
 @dataclass(frozen=True)
-class DocumentPart:
-    """Some documents in a row, framed.
+class DocumentBatch:
+    """Consecutive framed documents.
 
     ``tokens``: (n_tokens,) uint16 or uint32, the documents end to end; a document longer than memory may begin in one
-    part and end in a later one. Of the documents that end here, ``lengths``: (n,) int64, tokens of each with its frame;
+    batch and end in a later one. The other arrays describe the documents that end in this batch: ``lengths``: (n,)
+    int64, tokens of each with BOS and EOS;
     ``n_bytes``: (n,) int64, UTF-8 bytes of each text; ``hashes``: (n, 16) uint8, :func:`text_hash` of each;
     ``origins``: (n,) int64, :func:`pack_origin` of each.
     """
@@ -34,8 +35,8 @@ class DocumentPart:
     hashes: NDArray[np.uint8]
     origins: NDArray[np.int64]
 
-    def refuse_disagreement(self) -> None:
-        """Raise ValueError unless the four arrays of documents speak of the same ones, each with a frame."""
+    def check_arrays(self) -> None:
+        """Raise ValueError unless the four arrays describe the same number of documents, each with a frame."""
         n = len(self.lengths)
         shapes = (self.n_bytes.shape, self.hashes.shape, self.origins.shape)
         if shapes != ((n,), (n, HASH_BYTES), (n,)):

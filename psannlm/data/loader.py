@@ -1,7 +1,7 @@
-"""Windows enter; optimiser steps leave, in an order that is a pure function of (seed, epoch), resumable anywhere.
+"""Data loader: batches of windows for optimiser steps, in an order that is a pure function of (seed, epoch).
 
-The loader holds no state of its own: a :class:`Position` goes in and each step carries the position after it. It
-counts windows that all ranks together have seen, so it means the same to a run with another number of ranks.
+The loader has no state of its own: it starts at a :class:`Position`, and each step carries the position after it, from
+which a run resumes. A position counts the windows that all ranks have seen, so it is valid for any number of ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from psannlm.errors import ConfigError, CorpusError, TrainingError
 
 @dataclass(frozen=True)
 class Position:
-    """Where in the data a run stands: ``window`` windows of this epoch's order are behind all ranks together."""
+    """A position in the data: all ranks together have seen the first ``window`` windows of this epoch's order."""
 
     epoch: int = 0
     window: int = 0
@@ -29,9 +29,9 @@ class Position:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes: ``input_ids`` and ``labels`` (B, T) int64, and how many labels count.
+    """Input of one forward pass: ``input_ids`` and ``labels`` (B, T) int64, and the number of valid labels.
 
-    ``window_ids`` (B,) int64 names the windows; it is empty for the filler that keeps ranks in step.
+    ``window_ids`` (B,) int64 are the indices of the windows; empty for a filler batch, which keeps ranks in step.
     """
 
     input_ids: torch.Tensor
@@ -42,7 +42,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One rank's part of an optimiser step, the position after it, and how many windows all ranks see in it."""
+    """One rank's batches of an optimiser step, the position after it, and the windows that all ranks see in it."""
 
     micro_batches: tuple[MicroBatch, ...]
     after: Position
@@ -50,12 +50,12 @@ class StepBatch:
 
 
 class Loader:
-    """Deals windows out to steps, ranks and micro-batches.
+    """Distributes windows over steps, ranks and micro-batches.
 
-    A step is ``micro_batch_size * grad_accum_steps * world_size`` windows; the last of an epoch is smaller rather than
-    dropped, and never reaches into the next epoch. In each step all ranks have the same number of micro-batches, at
-    least one, because collective operations wait for every rank; a rank with no window left gets a filler without
-    any label that counts.
+    A step is ``micro_batch_size * grad_accum_steps * world_size`` windows. The last step of an epoch is smaller rather
+    than dropped, and holds no window of the next epoch. In each step all ranks have the same number of micro-batches,
+    at least one, because collective operations wait for every rank; a rank with no window left gets a filler batch
+    without any valid label.
     """
 
     def __init__(
@@ -68,24 +68,26 @@ class Loader:
         world_size: int = 1,
         seed: int = 1337,
         shuffle: bool = True,
-        ahead: int = 2,
-        workers: int = 1,
-        pins: bool = False,
+        prefetch_factor: int = 2,
+        num_workers: int = 1,
+        pin_memory: bool = False,
     ) -> None:
-        """``workers`` threads keep ``ahead`` steps ready before they are asked for; 0 makes each when it is asked for.
+        """Set up a loader; nothing is read before :meth:`steps`.
 
-        Neither changes what the steps hold, nor a position: that of a step is where it stands in the order. With
-        ``pins`` they lie in memory that a GPU reads by itself: sending them there waits for nothing.
+        Args:
+            prefetch_factor: steps prepared in advance (default 2); 0 prepares each step when it is asked for.
+            num_workers: threads that prepare steps (default 1). Steps do not depend on it, nor on ``prefetch_factor``.
+            pin_memory: put batches into page-locked memory, from which copies to a GPU are asynchronous.
 
         Raises:
-            ConfigError: a size is below 1, or the rank lies outside the world.
+            ConfigError: a size is below 1, or the rank is outside the world.
             CorpusError: there is no window.
         """
         for name, value in (
             ("micro_batch_size", micro_batch_size),
             ("grad_accum_steps", grad_accum_steps),
             ("world_size", world_size),
-            ("workers", workers),
+            ("num_workers", num_workers),
         ):
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be 1 or more")
@@ -98,41 +100,41 @@ class Loader:
         self.grad_accum_steps = grad_accum_steps
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle = seed, shuffle
-        self.ahead, self.workers, self.pins = ahead, workers, pins
+        self.prefetch_factor, self.num_workers, self.pin_memory = prefetch_factor, num_workers, pin_memory
 
     @property
     def windows_per_step(self) -> int:
-        """Windows that all ranks together see in a full step."""
+        """Number of windows that all ranks together see in a full step."""
         return self.micro_batch_size * self.grad_accum_steps * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps from the start of an epoch to its end, the smaller last one included."""
+        """Number of steps in an epoch, the smaller last one included."""
         return -(-len(self.windows) // self.windows_per_step)
 
     def order(self, epoch: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        """Return places ``start`` to ``stop`` (by default all) of the order of ``epoch``; the same on every rank."""
+        """Return positions ``start`` to ``stop`` (by default all) of the order of ``epoch``; the same on every rank."""
         stop = len(self.windows) if stop is None else stop
         if not self.shuffle:
             return np.arange(start, stop, dtype=np.int64)
         return permuted(len(self.windows), start, stop, self.seed, "epoch", epoch)
 
     def steps(self, position: Position | None = None) -> Iterator[StepBatch]:
-        """Return this rank's steps from ``position`` (by default the very start) on, epoch after epoch, endlessly.
+        """Return an endless iterator of this rank's steps from ``position`` on (by default the start of epoch 0).
 
         Raises:
-            TrainingError: no run over these windows can have been at ``position``.
+            TrainingError: ``position`` is outside these windows.
         """
         position = position or Position()
         if position.epoch < 0 or not 0 <= position.window <= len(self.windows):
             raise TrainingError(
-                f"cannot go on at window {position.window} of epoch {position.epoch}: the corpus has "
+                f"cannot resume at window {position.window} of epoch {position.epoch}: the corpus has "
                 f"{len(self.windows)} windows. Resume with the data, tokenizer and max_length the run was started with."
             )
-        return prefetched(self._step, self._walk(position), ahead=self.ahead, threads=self.workers)
+        return prefetched(self._step, self._walk(position), ahead=self.prefetch_factor, threads=self.num_workers)
 
     def _walk(self, position: Position) -> Iterator[tuple[Position, int]]:
-        """Yield where each step starts and the place in its epoch where it ends."""
+        """Yield the start of each step and the position in its epoch where it ends."""
         n = len(self.windows)
         epoch, start = (position.epoch, position.window) if position.window < n else (position.epoch + 1, 0)
         while True:
@@ -140,14 +142,14 @@ class Loader:
             yield Position(epoch, start), stop
             epoch, start = (epoch, stop) if stop < n else (epoch + 1, 0)
 
-    def _step(self, piece: tuple[Position, int]) -> StepBatch:
-        at, stop = piece
+    def _step(self, span: tuple[Position, int]) -> StepBatch:
+        at, stop = span
         dealt = self.order(at.epoch, at.window, stop)
         after = Position(at.epoch, stop) if stop < len(self.windows) else Position(at.epoch + 1, 0)
         return StepBatch(self._micro_batches(dealt), after, len(dealt))
 
     def _micro_batches(self, dealt: NDArray[np.int64]) -> tuple[MicroBatch, ...]:
-        # Dealt like cards, so that in a small step no rank has two windows more than another.
+        # Round-robin, so that in a small step no rank has two windows more than another.
         mine = dealt[self.rank :: self.world_size]
         most = -(-len(dealt) // self.world_size)
         return tuple(
@@ -163,6 +165,6 @@ class Loader:
         else:
             input_ids, labels = self.windows.batch(window_ids)
         n_labels = int((labels != IGNORE_INDEX).sum())
-        if self.pins:
+        if self.pin_memory:
             input_ids, labels = input_ids.pin_memory(), labels.pin_memory()
         return MicroBatch(input_ids, labels, n_labels, window_ids)

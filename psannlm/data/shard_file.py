@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from psannlm.data.framing import HASH_BYTES, DocumentPart
+from psannlm.data.framing import HASH_BYTES, DocumentBatch
 from psannlm.data.mapping import map_bytes
 from psannlm.errors import ArtifactError
 from psannlm.io.atomic import replacing
@@ -95,19 +95,19 @@ def write_shard(
     fingerprint: str,
     n_tokens: int,
     n_documents: int,
-    parts: Iterable[DocumentPart],
+    batches: Iterable[DocumentBatch],
 ) -> ShardEntry:
-    """Write the documents of ``parts`` to ``path`` atomically, and return what the manifest is to say of the file.
+    """Write the documents of ``batches`` to ``path`` atomically, and return what the manifest is to say of the file.
 
-    ``n_tokens`` counts framed tokens. No more than one part is held at a time; equal content gives equal bytes.
+    ``n_tokens`` counts framed tokens. No more than one batch is held at a time; equal content gives equal bytes.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; ``path`` keeps its former content.
-        ValueError: the parts do not come to ``n_tokens`` and ``n_documents``, or are no parts.
+        ValueError: the batches do not hold ``n_tokens`` and ``n_documents``, or contradict themselves.
     """
     path, dtype = Path(path), np.dtype(dtype)
     with replacing(path) as temporary, open(temporary, "w+b") as file:
-        layout, text_bytes = _write_parts(file, fingerprint, dtype, n_tokens, n_documents, parts)
+        layout, text_bytes = _write_batches(file, fingerprint, dtype, n_tokens, n_documents, batches)
         file.seek(0)
         sums = b"".join(_block_sums(file, layout.sums))
         file.seek(layout.sums)
@@ -116,40 +116,40 @@ def write_shard(
     return ShardEntry(path.name, n_tokens, n_documents, text_bytes, layout.size, digest)
 
 
-def _write_parts(
+def _write_batches(
     file: BinaryIO,
     fingerprint: str,
     dtype: np.dtype[Any],
     n_tokens: int,
     n_documents: int,
-    parts: Iterable[DocumentPart],
+    batches: Iterable[DocumentBatch],
 ) -> tuple[_Layout, int]:
     """Write all but the sums; return where it lies, and the UTF-8 bytes of all texts."""
     document = token = ended = text_bytes = 0
     counts: Counter[int] = Counter()
     layout = _Layout(TOKEN_TYPES[dtype.name], fingerprint, n_tokens, n_documents, 0)
     _write_at(file, layout.starts, np.zeros(1, dtype="<i8"))
-    for part in parts:
-        part.refuse_disagreement()
-        if part.tokens.dtype != dtype:
-            raise ValueError(f"tokens are {part.tokens.dtype}, the shard is {dtype}")
-        if document + len(part.lengths) > n_documents or token + len(part.tokens) > n_tokens:
-            raise ValueError(f"the parts come to more than {n_documents} documents of {n_tokens} tokens in all")
-        ends = ended + np.cumsum(part.lengths)
+    for batch in batches:
+        batch.check_arrays()
+        if batch.tokens.dtype != dtype:
+            raise ValueError(f"tokens are {batch.tokens.dtype}, the shard is {dtype}")
+        if document + len(batch.lengths) > n_documents or token + len(batch.tokens) > n_tokens:
+            raise ValueError(f"the batches hold more than {n_documents} documents or {n_tokens} tokens")
+        ends = ended + np.cumsum(batch.lengths)
         ended = int(ends[-1]) if len(ends) else ended
-        if ended > token + len(part.tokens):
-            raise ValueError(f"documents end at token {ended}, and {token + len(part.tokens)} are there")
+        if ended > token + len(batch.tokens):
+            raise ValueError(f"documents end at token {ended}, and {token + len(batch.tokens)} are there")
         _write_at(file, layout.starts + 8 * (document + 1), ends.astype("<i8"))
-        _write_at(file, layout.n_bytes + 8 * document, part.n_bytes.astype("<i8"))
-        _write_at(file, layout.origins + 8 * document, part.origins.astype("<i8"))
-        _write_at(file, layout.hashes + HASH_BYTES * document, part.hashes.astype("u1"))
-        _write_at(file, layout.tokens + dtype.itemsize * token, part.tokens.astype(dtype.newbyteorder("<")))
-        document, token = document + len(part.lengths), token + len(part.tokens)
-        text_bytes += int(part.n_bytes.sum())
-        for length, count in zip(*np.unique(part.lengths, return_counts=True), strict=True):
+        _write_at(file, layout.n_bytes + 8 * document, batch.n_bytes.astype("<i8"))
+        _write_at(file, layout.origins + 8 * document, batch.origins.astype("<i8"))
+        _write_at(file, layout.hashes + HASH_BYTES * document, batch.hashes.astype("u1"))
+        _write_at(file, layout.tokens + dtype.itemsize * token, batch.tokens.astype(dtype.newbyteorder("<")))
+        document, token = document + len(batch.lengths), token + len(batch.tokens)
+        text_bytes += int(batch.n_bytes.sum())
+        for length, count in zip(*np.unique(batch.lengths, return_counts=True), strict=True):
             counts[int(length)] += int(count)
     if (document, token, ended) != (n_documents, n_tokens, n_tokens):
-        raise ValueError(f"the parts do not come to {n_documents} documents of {n_tokens} tokens in all")
+        raise ValueError(f"the batches do not hold {n_documents} documents and {n_tokens} tokens in total")
     # Few even in a large shard: k distinct lengths take at least k * (k + 1) / 2 tokens.
     table = np.array(sorted(counts.items()), dtype="<i8").reshape(-1, 2)
     layout = _Layout(TOKEN_TYPES[dtype.name], fingerprint, n_tokens, n_documents, len(table))
@@ -242,12 +242,12 @@ class Shard:
         return self._n_bytes[start:stop]
 
     def origins(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return where some documents come from, each as ``parts.pack_origin`` writes it."""
+        """Return where some documents come from, each as ``framing.pack_origin`` writes it."""
         self._check(self._layout.origins, 8, start, stop)
         return self._origins[start:stop]
 
     def hashes(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Return (stop - start, 16) uint8: ``parts.text_hash`` of some documents."""
+        """Return (stop - start, 16) uint8: ``framing.text_hash`` of some documents."""
         self._check(self._layout.hashes, HASH_BYTES, start, stop)
         return self._hashes[start:stop]
 

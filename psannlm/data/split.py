@@ -121,7 +121,7 @@ def cut_blocks(blocks: Iterable[bytes], n_bytes: int, val_split: float) -> Itera
 def draws(hashes: NDArray[np.uint8], seed: int) -> NDArray[np.float64]:
     """Return a number in [0, 1) for each document, (n,), that depends on its text and ``seed`` alone.
 
-    ``hashes`` are those of ``parts.text_hash``, (n, 16). The finaliser of SplitMix64 spreads their first halves:
+    ``hashes`` are those of ``framing.text_hash``, (n, 16). The finaliser of SplitMix64 spreads their first halves:
     documents that are equal draw the same number.
     """
     words = np.ascontiguousarray(hashes).view("<u8")[:, 0]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psannlm.config.files import WORK_FOLDER
-from psannlm.data.framing import DocumentPart, unpack_origin
+from psannlm.data.framing import DocumentBatch, unpack_origin
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, read_manifest, write_manifest
 from psannlm.data.shard_file import Shard, ShardEntry, open_shard, write_shard
 from psannlm.data.split import draws
@@ -286,11 +286,11 @@ def _rewrite(shard: Shard, wanted: NDArray[np.bool_], path: Path, fingerprint: s
         fingerprint=fingerprint,
         n_tokens=n_tokens,
         n_documents=int(wanted.sum()),
-        parts=_chosen(shard, wanted),
+        batches=_chosen(shard, wanted),
     )
 
 
-def _chosen(shard: Shard, wanted: NDArray[np.bool_]) -> Iterator[DocumentPart]:
+def _chosen(shard: Shard, wanted: NDArray[np.bool_]) -> Iterator[DocumentBatch]:
     """Yield the wanted documents of a shard, in runs that stand side by side and are not too long."""
     numbers = np.flatnonzero(wanted)
     at = 0
@@ -306,14 +306,14 @@ def _chosen(shard: Shard, wanted: NDArray[np.bool_]) -> Iterator[DocumentPart]:
         at += n
 
 
-def _run(shard: Shard, first: int, n: int, starts: NDArray[np.int64]) -> Iterator[DocumentPart]:
+def _run(shard: Shard, first: int, n: int, starts: NDArray[np.int64]) -> Iterator[DocumentBatch]:
     begin, end = int(starts[0]), int(starts[-1])
     none = np.zeros(0, np.int64)
     while end - begin > _TOKENS_AT_ONCE:
         tokens = shard.tokens(begin, begin + _TOKENS_AT_ONCE)
-        yield DocumentPart(tokens, none, none, np.zeros((0, 16), np.uint8), none)
+        yield DocumentBatch(tokens, none, none, np.zeros((0, 16), np.uint8), none)
         begin += _TOKENS_AT_ONCE
-    yield DocumentPart(
+    yield DocumentBatch(
         shard.tokens(begin, end),
         np.diff(starts),
         shard.n_bytes(first, first + n),

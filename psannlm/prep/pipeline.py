@@ -372,7 +372,7 @@ class _Preparation:
                     fingerprint=self._plan.fingerprint,
                     n_tokens=size.n_tokens,
                     n_documents=size.n_documents,
-                    parts=stream.take(size.n_documents),
+                    batches=stream.take(size.n_documents),
                 )
             )
             done += size.n_tokens

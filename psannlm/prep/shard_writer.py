@@ -1,4 +1,4 @@
-"""Pieces and a selection enter; documents leave in reading order, as the parts that shards are written from."""
+"""Pieces and a selection enter; documents leave in reading order, as the batches that shards are written from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from psannlm.data.framing import DocumentPart
+from psannlm.data.framing import DocumentBatch
 from psannlm.prep.chunks import ENDS
 from psannlm.prep.encoded_chunk import read_piece
 from psannlm.prep.selection import Selection
@@ -52,7 +52,7 @@ class DocumentStream:
         self._rest: Units | None = None
         self._n_tokens = self._n_bytes = 0  # so far, of a document that later units end
 
-    def take(self, n_documents: int) -> Iterator[DocumentPart]:
+    def take(self, n_documents: int) -> Iterator[DocumentBatch]:
         """Yield the next ``n_documents``; the iterator must be used up before the next one is asked for."""
         while n_documents:
             units = self._rest if self._rest is not None else next(self._units)
@@ -64,16 +64,16 @@ class DocumentStream:
                 if stop < len(units.table):
                     self._rest = Units(units.table[stop:], units.tokens[at:])
                 units = Units(units.table[:stop], units.tokens[:at])
-            part = self._part(units)
-            n_documents -= len(part.lengths)
-            yield part
+            batch = self._batch(units)
+            n_documents -= len(batch.lengths)
+            yield batch
 
-    def _part(self, units: Units) -> DocumentPart:
+    def _batch(self, units: Units) -> DocumentBatch:
         table = units.table
         last = np.flatnonzero(table["flags"] & ENDS)
         tokens = np.cumsum(table["n_tokens"], dtype=np.int64)
         n_bytes = np.cumsum(table["n_bytes"], dtype=np.int64)
-        part = DocumentPart(
+        batch = DocumentBatch(
             units.tokens,
             np.diff(tokens[last], prepend=-self._n_tokens),
             np.diff(n_bytes[last], prepend=-self._n_bytes),
@@ -82,4 +82,4 @@ class DocumentStream:
         )
         before = (tokens[last[-1]], n_bytes[last[-1]]) if len(last) else (-self._n_tokens, -self._n_bytes)
         self._n_tokens, self._n_bytes = int(tokens[-1] - before[0]), int(n_bytes[-1] - before[1])
-        return part
+        return batch

@@ -239,7 +239,7 @@ def _build(
     data, model = start.data, start.model
     model = shard(model, world, precision) if config.train.fsdp == "full" else model.to(precision.device)
     model.train().grad_checkpoint = config.train.grad_checkpoint
-    loader = build_loader(config, data, world, pins=precision.device.type == "cuda")
+    loader = build_loader(config, data, world, pin_memory=precision.device.type == "cuda")
     optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
     scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.needs_scaler)
     progress = Progress() if start.found is None else restore(start.found, folder, optimizers, scaler)
@@ -318,8 +318,8 @@ def cut_windows(config: RunConfig, store: Stream, tokenizer: Tokenizer) -> LMDat
     return LMDataset(store, config.data.max_length, pad_id=tokenizer.pad_id, pack=config.data.pack_sequences)
 
 
-def build_loader(config: RunConfig, data: PreparedData, world: World, *, pins: bool = False) -> Loader:
-    """Return the loader of this rank's training windows; ``pins`` as for ``Loader``."""
+def build_loader(config: RunConfig, data: PreparedData, world: World, *, pin_memory: bool = False) -> Loader:
+    """Return the loader of this rank's training windows; ``pin_memory`` as in ``Loader``."""
     plan = plan_batches(config, world.size)
     return Loader(
         cut_windows(config, data.train, data.tokenizer),
@@ -328,7 +328,7 @@ def build_loader(config: RunConfig, data: PreparedData, world: World, *, pins: b
         rank=world.rank,
         world_size=world.size,
         seed=config.train.seed,
-        pins=pins,
+        pin_memory=pin_memory,
     )
 
 

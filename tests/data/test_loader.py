@@ -156,7 +156,7 @@ def test_without_shuffling_windows_come_in_reading_order() -> None:
     assert [seen(step) for step in steps] == [[0, 1], [2, 3], [4]]
 
 
-@given(**sizes, ahead=st.integers(0, 4), workers=st.integers(1, 4), done=st.integers(0, 12))
+@given(**sizes, prefetch_factor=st.integers(0, 4), num_workers=st.integers(1, 4), done=st.integers(0, 12))
 @settings(deadline=None, max_examples=40)
 def test_steps_made_ahead_are_the_steps(
     n: int,
@@ -164,17 +164,17 @@ def test_steps_made_ahead_are_the_steps(
     grad_accum_steps: int,
     world_size: int,
     seed: int,
-    ahead: int,
-    workers: int,
+    prefetch_factor: int,
+    num_workers: int,
     done: int,
 ) -> None:
     def loader(**way: int) -> Loader:
         rank = {"rank": world_size - 1, "world_size": world_size, "seed": seed}
         return Loader(make_windows(n), micro_batch_size, grad_accum_steps, **rank, **way)
 
-    plain = list(islice(loader(ahead=0).steps(), done + 3))
+    plain = list(islice(loader(prefetch_factor=0).steps(), done + 3))
     position = plain[done - 1].after if done else Position()
-    made = list(islice(loader(ahead=ahead, workers=workers).steps(position), 3))
+    made = list(islice(loader(prefetch_factor=prefetch_factor, num_workers=num_workers).steps(position), 3))
     for one, other in zip(plain[done:], made, strict=True):
         assert (one.after, one.n_windows) == (other.after, other.n_windows)
         for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
@@ -277,7 +277,7 @@ def test_pinned_batches_are_those_that_were_pinned(monkeypatch: pytest.MonkeyPat
     steps = [epoch_of(loader, Position()) for loader in plain]
     assert pinned == []
     for rank in range(2):
-        found = epoch_of(Loader(windows, 2, rank=rank, world_size=2, pins=True), Position())
+        found = epoch_of(Loader(windows, 2, rank=rank, world_size=2, pin_memory=True), Position())
         for step, expected in zip(found, steps[rank], strict=True):
             for batch, other in zip(step.micro_batches, expected.micro_batches, strict=True):
                 assert any(batch.input_ids is tensor for tensor in pinned)

@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from psannlm.data import shard_file
-from psannlm.data.framing import DocumentPart, frame, pack_origin, text_hash, unpack_origin
+from psannlm.data.framing import DocumentBatch, frame, pack_origin, text_hash, unpack_origin
 from psannlm.data.shard_file import BLOCK_BYTES, Shard, ShardEntry, open_shard, write_shard
 from psannlm.errors import ArtifactError
 
@@ -24,11 +24,11 @@ PRINT = "ab" * 32
 FIELDS = ("lengths", "n_bytes", "hashes", "origins")
 
 
-def part_of(documents: Sequence[Sequence[int]], first: int = 0, dtype: type = np.uint16) -> DocumentPart:
+def batch_of(documents: Sequence[Sequence[int]], first: int = 0, dtype: type = np.uint16) -> DocumentBatch:
     ids = np.concatenate([np.asarray(d, dtype=np.int64) for d in documents] or [np.zeros(0, np.int64)])
     lengths = np.asarray([len(d) for d in documents], dtype=np.int64)
     tokens, framed = frame(ids, lengths, bos_id=BOS, eos_id=EOS, dtype=dtype)
-    return DocumentPart(
+    return DocumentBatch(
         tokens,
         framed,
         lengths * 3,
@@ -38,13 +38,13 @@ def part_of(documents: Sequence[Sequence[int]], first: int = 0, dtype: type = np
 
 
 def write(path: Path, documents: Sequence[Sequence[int]], batch: int = 7, dtype: type = np.uint16) -> ShardEntry:
-    def parts() -> Iterator[DocumentPart]:
+    def batches() -> Iterator[DocumentBatch]:
         for start in range(0, len(documents), batch):
-            yield part_of(documents[start : start + batch], start, dtype)
+            yield batch_of(documents[start : start + batch], start, dtype)
 
     n_tokens = sum(len(d) + 2 for d in documents)
     return write_shard(
-        path, dtype=dtype, fingerprint=PRINT, n_tokens=n_tokens, n_documents=len(documents), parts=parts()
+        path, dtype=dtype, fingerprint=PRINT, n_tokens=n_tokens, n_documents=len(documents), batches=batches()
     )
 
 
@@ -69,7 +69,7 @@ def test_what_is_written_comes_back(tmp_path: Path, dtype: type, n: int) -> None
     path = tmp_path / "train_00000.safetensors"
     entry = write(path, documents, dtype=dtype)
     shard = open_shard(path, entry, PRINT)
-    whole = part_of(documents, dtype=dtype)
+    whole = batch_of(documents, dtype=dtype)
     assert shard.dtype == dtype
     assert shard.tokens(0, shard.n_framed_tokens).tolist() == whole.tokens.tolist()
     assert np.diff(shard.starts(0, n + 1)).tolist() == whole.lengths.tolist()
@@ -110,27 +110,27 @@ def test_how_documents_are_batched_leaves_no_trace(tmp_path: Path) -> None:
     assert len({(tmp_path / str(n)).read_bytes() for n in (1, 7, 40)}) == 1
 
 
-def test_a_document_may_come_in_several_parts(tmp_path: Path) -> None:
-    """One that is longer than memory ends in a later part than it begins in."""
+def test_a_document_may_come_in_several_batches(tmp_path: Path) -> None:
+    """One that is longer than memory ends in a later batch than it begins in."""
     documents = some_documents(9, 30, seed=1)
     write(tmp_path / "whole", documents)
-    whole = part_of(documents)
+    whole = batch_of(documents)
     ends = np.cumsum(whole.lengths)
 
-    def parts() -> Iterator[DocumentPart]:
+    def batches() -> Iterator[DocumentBatch]:
         for start in range(0, len(whole.tokens), 11):
             stop = min(start + 11, len(whole.tokens))
             here = (ends > start) & (ends <= stop)
             fields = (getattr(whole, name)[here] for name in FIELDS)
-            yield DocumentPart(whole.tokens[start:stop], *fields)
+            yield DocumentBatch(whole.tokens[start:stop], *fields)
 
     sizes = {"n_tokens": len(whole.tokens), "n_documents": len(documents)}
-    write_shard(tmp_path / "cut", dtype=np.uint16, fingerprint=PRINT, parts=parts(), **sizes)
+    write_shard(tmp_path / "cut", dtype=np.uint16, fingerprint=PRINT, batches=batches(), **sizes)
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
     early = dataclasses.replace(whole, tokens=whole.tokens[: len(whole.tokens) // 2])
-    rest = DocumentPart(whole.tokens[len(early.tokens) :], *(getattr(part_of([]), n) for n in FIELDS))
+    rest = DocumentBatch(whole.tokens[len(early.tokens) :], *(getattr(batch_of([]), n) for n in FIELDS))
     with pytest.raises(ValueError, match="documents end at token"):
-        write_shard(tmp_path / "bad", dtype=np.uint16, fingerprint=PRINT, parts=[early, rest], **sizes)
+        write_shard(tmp_path / "bad", dtype=np.uint16, fingerprint=PRINT, batches=[early, rest], **sizes)
 
 
 def test_every_size_has_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +140,8 @@ def test_every_size_has_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         open_shard(tmp_path / "s", entry, PRINT).verify()
 
 
-def test_parts_that_do_not_come_to_the_promised_sizes_leave_no_file(tmp_path: Path) -> None:
-    part = part_of([[5, 6], [7]])
+def test_batches_that_do_not_come_to_the_promised_sizes_leave_no_file(tmp_path: Path) -> None:
+    batch = batch_of([[5, 6], [7]])
     for n_tokens, n_documents in ((7, 1), (6, 2), (8, 2), (7, 3)):
         with pytest.raises(ValueError, match="come to"):
             write_shard(
@@ -150,7 +150,7 @@ def test_parts_that_do_not_come_to_the_promised_sizes_leave_no_file(tmp_path: Pa
                 fingerprint=PRINT,
                 n_tokens=n_tokens,
                 n_documents=n_documents,
-                parts=[part],
+                batches=[batch],
             )
     assert list(tmp_path.iterdir()) == []
 
@@ -282,7 +282,7 @@ def test_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "train_00000.safetensors"
     documents = some_documents(3, 30)
     entry = write(path, documents, dtype=np.uint32)
-    largest = int(part_of(documents, dtype=np.uint32).tokens.max())
+    largest = int(batch_of(documents, dtype=np.uint32).tokens.max())
     read_all(open_shard(path, entry, PRINT, largest + 1))
     with pytest.raises(ArtifactError, match=f"token id {largest:,}"):
         read_all(open_shard(path, entry, PRINT, largest))
@@ -290,16 +290,16 @@ def test_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("largest", [1 << 31, (1 << 32) - 1])
 def test_token_ids_near_the_end_of_the_type_are_refused(tmp_path: Path, largest: int) -> None:
-    part = part_of(some_documents(3, 30), dtype=np.uint32)
-    part.tokens[7] = largest
+    batch = batch_of(some_documents(3, 30), dtype=np.uint32)
+    batch.tokens[7] = largest
     path = tmp_path / "train_00000.safetensors"
     entry = write_shard(
         path,
         dtype=np.uint32,
         fingerprint=PRINT,
-        n_tokens=len(part.tokens),
-        n_documents=len(part.lengths),
-        parts=[part],
+        n_tokens=len(batch.tokens),
+        n_documents=len(batch.lengths),
+        batches=[batch],
     )
     with pytest.raises(ArtifactError, match=f"token id {largest:,}, and its tokenizer has 300 ids"):
         read_all(open_shard(path, entry, PRINT, 300))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psannlm.data import shard_file, unpacked
-from psannlm.data.framing import DocumentPart, frame, pack_origin
+from psannlm.data.framing import DocumentBatch, frame, pack_origin
 from psannlm.data.loader import Loader, Position
 from psannlm.data.memory_store import InMemoryTokens, store_from_ids
 from psannlm.data.shard_file import open_shard, write_shard
@@ -49,9 +49,11 @@ def in_shards(folder: Path, store: InMemoryTokens, sizes: Sequence[int]) -> Shar
         )
         origins = np.array([pack_origin(d % 2, d // 2) for d in range(first, last)], dtype=np.int64)
         n = last - first
-        part = DocumentPart(tokens, lengths, store.doc_bytes[first:last], np.zeros((n, 16), np.uint8), origins)
+        batch = DocumentBatch(tokens, lengths, store.doc_bytes[first:last], np.zeros((n, 16), np.uint8), origins)
         path = folder / f"train_{len(shards):05d}.safetensors"
-        entry = write_shard(path, dtype=np.uint16, fingerprint=PRINT, n_tokens=len(tokens), n_documents=n, parts=[part])
+        entry = write_shard(
+            path, dtype=np.uint16, fingerprint=PRINT, n_tokens=len(tokens), n_documents=n, batches=[batch]
+        )
         shards.append(open_shard(path, entry, PRINT))
         first = last
     return ShardedTokens(shards, ["a.txt", "b.jsonl"])

@@ -38,12 +38,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Document:
     """One source text and where it came from: ``path``, ``path:line``, ``python-reference/topic`` or ``text 3``.
 
-    ``goes_on``: this is a later part of the text before it, which was too long to be held whole.
+    ``is_continuation``: this is a later part of the text before it, which was too long to be held whole.
     """
 
     text: str
     name: str
-    goes_on: bool = False
+    is_continuation: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -89,8 +89,8 @@ class ReadReport:
                 f"{document.name}: lone surrogate U+{ord(document.text[error.start]):04X} at character {error.start}, "
                 "which is not Unicode text; remove it"
             ) from error
-        self._digest.update(b"\0" + content if self.documents and not document.goes_on else content)
-        self.documents += not document.goes_on
+        self._digest.update(b"\0" + content if self.documents and not document.is_continuation else content)
+        self.documents += not document.is_continuation
         self.bytes += len(content)
 
     def replace(self, name: str, n_bytes: int, n_surrogates: int = 0) -> None:
@@ -232,7 +232,7 @@ def keep_text(documents: Iterable[Document], report: ReadReport) -> Iterator[Doc
         CorpusError: a document is not Unicode text, or, at the end, none held any text.
     """
     for document in documents:
-        if not document.goes_on and (not document.text or document.text.isspace()):
+        if not document.is_continuation and (not document.text or document.text.isspace()):
             report.drop("blank document", document.name)
         else:
             report.add(document)
@@ -290,7 +290,7 @@ def _whole(path: str, source: PathSource, reading: _Reading) -> Iterator[Documen
             is_last = len(chunk) < part_bytes
             cut = len(chunk) if is_last else _line_cut(chunk)
             text = reading.text(chunk[:cut], path, offset, source.errors)
-            yield Document(text, path, goes_on=has_begun)
+            yield Document(text, path, is_continuation=has_begun)
             has_begun = has_begun or bool(text and not text.isspace())
             carry, offset = chunk[cut:], offset + cut
         if not offset:

@@ -229,7 +229,7 @@ def test_parts_of_a_file_are_its_text(text: str, part_bytes: int, has_mark: bool
     parts = list(read_documents([PathSource(path=str(path))], parted, part_bytes=part_bytes))
     assert "".join(part.text for part in parts) == document.text == "x" + text
     assert all(len(part.text.encode()) <= part_bytes for part in parts)
-    assert [part.goes_on for part in parts] == [False] + [True] * (len(parts) - 1)
+    assert [part.is_continuation for part in parts] == [False] + [True] * (len(parts) - 1)
     assert whole == parted
     assert whole.sha256 == parted.sha256
 
