@@ -99,6 +99,6 @@ def test_a_preparation_whose_terminal_closes_goes_on(project: Path) -> None:
     command += ["--keep-duplicates"]
     done = hang_up(command, lambda: any((project / "p" / ".work").glob("piece_*")))
     assert done.returncode == 130, done.stderr
-    assert "the same command goes on" in done.stderr
+    assert "run the same command to resume" in done.stderr
     assert any((project / "p" / ".work").glob("piece_*"))
     assert not (project / "p" / "manifest.json").exists()

@@ -18,14 +18,14 @@ from psannlm.config.data import DataConfig
 from psannlm.data.corpus.documents import Document, ReadReport, keep_text, read_documents
 from psannlm.data.framing import HASH_BYTES, text_hash
 from psannlm.data.memory_store import encode_documents
-from psannlm.data.prepared import find_prepared, open_folder, refuse_other_wishes
+from psannlm.data.prepared import check_compatible, find_prepared, open_folder
 from psannlm.data.segments import SEGMENT_BYTES
 from psannlm.data.split import cut_text, held_out, held_out_by_number
 from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError, CorpusError, Problem
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, load_tokenizer
-from psannlm.tokenizers.roundtrip import LossMeter, folder_warning, watch_for_loss
+from psannlm.tokenizers.roundtrip import RoundTripMeter, check_roundtrip, folder_warning
 
 Notice = Callable[[str], None]
 
@@ -106,8 +106,8 @@ def _prepare(
     notice(_describe(tokenizer))
     in_segments = preparation > 1
     is_long = any(document.n_bytes > SEGMENT_BYTES for document in (*train_documents, *val_documents))
-    meter = LossMeter()
-    watched = watch_for_loss(tokenizer, train_documents, notice, meter)
+    meter = RoundTripMeter()
+    watched = check_roundtrip(tokenizer, train_documents, notice, meter)
     train = encode_documents(watched, tokenizer, in_segments=in_segments)
     notice(f"train: {_size(train)}")
     _check_length(train, config.max_length, notice)
@@ -123,7 +123,7 @@ def _prepare(
 
 def _from_folder(manifest: Path, config: DataConfig, notice: Notice) -> PreparedData:
     folder = open_folder(manifest)
-    refuse_other_wishes(config, folder)
+    check_compatible(config, folder)
     report, made = folder.report(), folder.manifest
     part = "" if made.part == "1/1" else f", part {made.part} of a corpus"
     notice(f"prepared folder: {folder.path}{part}")

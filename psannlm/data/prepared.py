@@ -96,7 +96,7 @@ def open_folder(manifest_path: Path) -> PreparedFolder:
     return PreparedFolder(folder, manifest, tokenizer, train, validation)
 
 
-def refuse_other_wishes(config: DataConfig, folder: PreparedFolder) -> None:
+def check_compatible(config: DataConfig, folder: PreparedFolder) -> None:
     """Raise ConfigError, with every problem, where a configuration asks a folder for something it was not made with."""
     made = folder.manifest.tokenizer
     problems = []

@@ -118,7 +118,7 @@ def cut_blocks(blocks: Iterable[bytes], n_bytes: int, val_split: float) -> Itera
     yield after()
 
 
-def draws(hashes: NDArray[np.uint8], seed: int) -> NDArray[np.float64]:
+def uniform_from_hash(hashes: NDArray[np.uint8], seed: int) -> NDArray[np.float64]:
     """Return a number in [0, 1) for each document, (n,), that depends on its text and ``seed`` alone.
 
     ``hashes`` are those of ``framing.text_hash``, (n, 16). The finaliser of SplitMix64 spreads their first halves:
@@ -136,9 +136,9 @@ def held_out(hashes: NDArray[np.uint8], val_split: float, seed: int) -> NDArray[
     """Return which of two or more documents are held out, (n,): those that draw less than ``val_split``.
 
     Neither side is empty: where it would be, the first document that drew the lowest number is held out, or the first
-    that drew the highest is not. ``hashes``: as for :func:`draws`.
+    that drew the highest is not. ``hashes``: as for :func:`uniform_from_hash`.
     """
-    drawn = draws(hashes, seed)
+    drawn = uniform_from_hash(hashes, seed)
     is_out = drawn < val_split
     if not is_out.any():
         is_out[np.argmin(drawn)] = True

@@ -26,7 +26,7 @@ _LONG_CHARACTERS = 1 << 16
 # Bytes per token settle long before this.
 HELD_OUT_CHARS = 2_000_000
 # Longer documents come in parts, each of which is held out or fitted on as if it were one.
-PART_BYTES = 1 << 20
+SAMPLE_SEGMENT_BYTES = 1 << 20
 _LONGEST_SHOWN = 12
 _SUFFIXES = {"sentencepiece": ".model", "tokenizers": ".json", "simple": ".json"}
 
@@ -78,7 +78,9 @@ def fit_with_card(
     refuse_foreign(card_path, _is_own_card, remedy)
     refuse_foreign(path, _is_tokenizer, remedy)
     report = ReadReport()
-    documents = read_documents(sources, report, part_bytes=PART_BYTES, on_bytes=on_bytes, replace_option=replace_option)
+    documents = read_documents(
+        sources, report, segment_bytes=SAMPLE_SEGMENT_BYTES, on_bytes=on_bytes, replace_option=replace_option
+    )
     sampled = sample_corpus(documents, seed=seed, sample_chars=sample_chars, notice=notice)
     for line in report.lines():
         notice(line)

@@ -22,7 +22,7 @@ from psannlm.models.artifact import LoadedModel
 from psannlm.runtime.device import Precision, gpu_memory_bytes
 from psannlm.runtime.distributed import World
 from psannlm.tokenizers.base import Tokenizer
-from psannlm.tokenizers.roundtrip import LossMeter, folder_warning, is_lossy, watch_for_loss
+from psannlm.tokenizers.roundtrip import RoundTripMeter, check_roundtrip, folder_warning, is_lossy
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,9 @@ def _read(
     manifest = find_prepared(sources)
     if manifest is None:
         report = ReadReport()
-        meter = LossMeter()
+        meter = RoundTripMeter()
         documents = read_documents(sources, report, replace_option=replace_option)
-        watched = watch_for_loss(tokenizer, documents, report.warnings.append, meter)
+        watched = check_roundtrip(tokenizer, documents, report.warnings.append, meter)
         return encode_documents(watched, tokenizer), report, meter.fraction
     folder = open_folder(manifest)
     if folder.tokenizer.fingerprint != tokenizer.fingerprint:

@@ -1,4 +1,4 @@
-"""What is handed to a worker: sections of a corpus as bytes, and what is needed to make documents of them."""
+"""Chunks of a corpus, as sent to a worker: sections of bytes and the names of their sources."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# What a section holds: a whole file of text; text that is known to be UTF-8, whole or a part of a document; lines of
-# text; lines of JSON.
+# Kinds of sections: a whole text file; a document or segment that is known to be UTF-8; lines of text; lines of JSON.
 FILE, TEXT, LINES, JSON_LINES = "file", "text", "lines", "jsonl"
-# Of a section of text, and of the unit of tokens it becomes: a document begins in it, ends in it, is not all blank; the
-# document is one half of a corpus that was a single document, and is kept as it is.
+# Flags of a TEXT section and of its unit of tokens: a document begins in it; ends in it; it is not blank; the document
+# is one half of the single document of a corpus, to which filters do not apply.
 BEGINS, ENDS, HAS_TEXT, HALF = 1, 2, 4, 8
 WHOLE = BEGINS | ENDS
 
@@ -21,17 +20,17 @@ _CHUNKS_WANTED = 256
 
 
 def chunk_bytes_for(corpus_bytes: int | None) -> int:
-    """Return how large chunks are: enough of them to keep every core busy to the end, and not a million files."""
+    """Return the size of chunks: small enough to keep every core busy, large enough to limit the number of files."""
     if corpus_bytes is None:
         return LARGEST_CHUNK_BYTES
     return min(LARGEST_CHUNK_BYTES, max(SMALLEST_CHUNK_BYTES, corpus_bytes // _CHUNKS_WANTED))
 
 
 class Section(NamedTuple):
-    """``n_bytes`` of a chunk's payload.
+    """Consecutive bytes of one source in the payload of a chunk.
 
-    ``record``: line or row of its first document, from 1; 0 for a whole file. ``offset``: where it begins in its file,
-    or, for a part of a document, in that document. ``digest``: of the part that ends a document, the hash of it all.
+    ``record``: line or row of its first document, from 1; 0 for a whole file. ``offset``: its position in the file, or,
+    for a segment, in the document. ``digest``: hash of the whole document, in its last segment.
     """
 
     kind: str
@@ -45,7 +44,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Sections in reading order, and the names of the sources they are from."""
+    """Sections in reading order, and the names of their sources."""
 
     index: int
     sections: tuple[Section, ...]
@@ -53,13 +52,13 @@ class Chunk:
     payload: bytes
 
     def header(self) -> bytes:
-        """Return everything but the payload, for :meth:`from_message`."""
+        """Return everything except the payload as bytes, for :meth:`from_message`."""
         names = {str(source): name for source, name in self.names.items()}
         return json.dumps([self.index, self.sections, names]).encode("utf-8")
 
     @classmethod
     def from_message(cls, header: bytes, payload: bytes) -> Chunk:
-        """Return the chunk that was sent as these two."""
+        """Return the chunk with this header and payload."""
         index, sections, names = json.loads(header)
         return cls(
             index,
@@ -69,7 +68,7 @@ class Chunk:
         )
 
     def contents(self) -> Iterator[tuple[Section, memoryview]]:
-        """Yield each section with its bytes."""
+        """Yield each section and its bytes."""
         view = memoryview(self.payload)
         at = 0
         for section in self.sections:
@@ -78,7 +77,7 @@ class Chunk:
 
 
 def gather(sections: Iterable[tuple[Section, bytes]], names: list[str], chunk_bytes: int) -> Iterator[Chunk]:
-    """Put sections together to chunks of at least ``chunk_bytes``, but for the last."""
+    """Group sections into chunks of at least ``chunk_bytes``; the last chunk may be smaller."""
     held: list[tuple[Section, bytes]] = []
     n_bytes = index = 0
     for section, content in sections:

@@ -1,7 +1,7 @@
-"""Hashes of documents enter in reading order; which of them stood there before leaves, in bounded memory.
+"""Exact deduplication of documents by their hashes, in bounded memory.
 
-Hashes go to buckets on disk by their own bits, so that equal ones meet in one bucket, and one bucket is looked through
-at a time. Two texts are taken for the same when 128 bits of BLAKE2 are.
+Hashes are partitioned into buckets on disk by their value, so that equal hashes are in one bucket, and one bucket is
+sorted at a time. Two texts count as equal if their 128-bit BLAKE2 hashes are.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ _MOST_BUCKETS = 512
 
 
 class Bits:
-    """A set of document numbers below ``n``, an eighth of a byte for each of them."""
+    """A set of document numbers below ``n``, stored as one bit per document."""
 
     def __init__(self, n: int) -> None:
         self._bytes = np.zeros((n + 7) // 8, np.uint8)
 
     def add(self, numbers: NDArray[Any]) -> None:
-        """Put document numbers into the set."""
+        """Add document numbers to the set."""
         numbers = numbers.astype(np.int64, copy=False)
         np.bitwise_or.at(self._bytes, numbers >> 3, (128 >> (numbers & 7)).astype(np.uint8))
 
     def among(self, first: int, stop: int) -> NDArray[np.bool_]:
-        """Return which of the numbers from ``first`` to ``stop`` are in the set, (stop - first,) bool."""
+        """Return which numbers from ``first`` to ``stop`` (exclusive) are in the set, (stop - first,) bool."""
         start = first >> 3
         bits = np.unpackbits(self._bytes[start : (stop + 7) >> 3])
         return bits[first - 8 * start : stop - 8 * start].astype(np.bool_)
 
 
 class DuplicateFinder:
-    """Takes the hashes of ``n`` documents in reading order and finds those that another had before.
+    """Takes the hashes of ``n`` documents in reading order and finds those that repeat an earlier one.
 
-    ``folder`` is where buckets are kept meanwhile; it must be there.
+    ``folder``: an existing folder for the temporary buckets.
     """
 
     def __init__(self, folder: Path, n: int, bucket_bytes: int = _BUCKET_BYTES) -> None:
@@ -63,10 +63,10 @@ class DuplicateFinder:
         self._open.close()
 
     def add(self, numbers: NDArray[np.int64], hashes: NDArray[np.uint8]) -> None:
-        """Take documents by ``numbers``, (k,) rising, with their ``hashes``, (k, 16).
+        """Add documents: ``numbers``, (k,) ascending, and ``hashes``, (k, 16).
 
         Raises:
-            StorageError: there is no room for the buckets.
+            StorageError: the buckets cannot be written.
         """
         rows = np.empty(len(numbers), _ROW)
         words = np.ascontiguousarray(hashes).view("<u8")
@@ -79,10 +79,10 @@ class DuplicateFinder:
                     file.write(rows[bucket == index].tobytes())
 
     def repeated(self) -> Bits:
-        """Return the numbers of all documents whose hash an earlier one has.
+        """Return the numbers of all documents whose hash equals that of an earlier document.
 
         Raises:
-            StorageError: there is no room for the buckets.
+            StorageError: the buckets cannot be written.
         """
         found = Bits(self._n)
         for path in self._paths:

@@ -1,4 +1,4 @@
-"""A chunk enters, its piece leaves: bytes decoded, records parsed, filtered, hashed and encoded, in one thread."""
+"""Worker process of ``prep``: decodes, parses, filters, hashes and tokenizes one chunk at a time, in one thread."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from psannlm.data.segments import SEGMENT_BYTES, cut
 from psannlm.data.split import cut_place
 from psannlm.errors import CorpusError, PsannlmError, StorageError, TokenizerError
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, HAS_TEXT, JSON_LINES, TEXT, WHOLE, Chunk, Section
-from psannlm.prep.encoded_chunk import UNIT, Piece, piece_path, write_piece
+from psannlm.prep.encoded_chunk import UNIT, EncodedChunk, encoded_chunk_path, write_encoded_chunk
 from psannlm.prep.job import REPLACE_ADVICE, REPLACE_OPTION, PrepSettings
 from psannlm.prep.reader import Cut
 from psannlm.runtime.malloc import return_large_blocks
 from psannlm.runtime.processes import end_with
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import tokenizer_from_bytes
-from psannlm.tokenizers.roundtrip import LossMeter
+from psannlm.tokenizers.roundtrip import RoundTripMeter
 
-# Libraries hold about a hundred bytes a token while they encode: groups are small, and leave as arrays.
+# Tokenizer libraries use about 100 bytes per token while they encode: groups are small, and results are arrays.
 _GROUP_BYTES = 1 << 18
 _NAMES_KEPT = 5
-# Of the units of a chunk the first, and one in so many others, are decoded again to see whether text was lost.
+# The first unit of a chunk, and one in 64 of the others, is checked for its round trip.
 _CHECKED_ONE_IN = 64
 _DRAWN_CHARACTERS = 64
 _NO_HASH = bytes(HASH_BYTES)
-# Of a unit: tokens (0 until it is encoded), bytes, characters, flags, origin, hash.
+# Columns of a unit: tokens (0 until it is encoded), bytes, characters, flags, origin, hash.
 Row = tuple[int, int, int, int, int, bytes]
 
 
 @dataclass
 class Facts:
-    """What a chunk came to, beside tokens; records are named as (source, record)."""
+    """Counts and examples of one chunk; records are (source, record). The names are keys in encoded chunks on disk."""
 
     drops: dict[str, list[Any]] = field(default_factory=dict)
     byte_order_marks: int = 0
@@ -58,7 +58,7 @@ class Facts:
     lost_bytes: int = 0
 
     def drop(self, reason: str, source: int, record: int) -> None:
-        """Count something that was left out, and name the first few."""
+        """Count an omitted record, and keep the first few as examples."""
         entry = self.drops.setdefault(reason, [0, []])
         entry[0] += 1
         if len(entry[1]) < _NAMES_KEPT:
@@ -66,39 +66,39 @@ class Facts:
 
 
 def too_short(settings: PrepSettings) -> str:
-    """Return the reason under which short documents are counted."""
+    """Return the reason for which short documents are left out."""
     return f"fewer than {settings.min_chars:,} characters"
 
 
 def too_long(settings: PrepSettings) -> str:
-    """Return the reason under which long documents are counted."""
+    """Return the reason for which long documents are left out."""
     return f"more than {settings.max_chars:,} characters"
 
 
 class ChunkEncoder:
-    """Makes pieces of chunks; the same chunk gives the same piece in every process."""
+    """Encodes chunks; a pure function of the chunk, in every process."""
 
     def __init__(self, tokenizer: Tokenizer, settings: PrepSettings, cut_at: Cut | None = None) -> None:
         self._tokenizer, self._settings, self._cut = tokenizer, settings, cut_at
         self._dtype = token_dtype(tokenizer.vocab_size)
 
-    def encode(self, chunk: Chunk) -> Piece:
-        """Return the piece of a chunk.
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        """Return a chunk's units and tokens.
 
         Raises:
-            CorpusError: a section is not UTF-8, or holds a line that is no record; names file and place.
+            CorpusError: a section is not UTF-8, or a line is not a valid record; names file and position.
         """
         facts = Facts()
         rows: list[Row] = []
         arrays: list[NDArray[Any]] = [np.zeros(0, self._dtype)]
         group: list[str] = []
         group_bytes = 0
-        meter = LossMeter()
+        meter = RoundTripMeter()
         for text, row in self._units(chunk, facts):
             is_checked = not rows or zlib.crc32(text[:_DRAWN_CHARACTERS].encode("utf-8")) % _CHECKED_ONE_IN == 0
-            loss = meter.check(self._tokenizer, text) if is_checked else None
-            if loss is not None and not facts.lost:
-                facts.lost.append((*unpack_origin(row[4]), loss))
+            roundtrip_error = meter.check(self._tokenizer, text) if is_checked else None
+            if roundtrip_error is not None and not facts.lost:
+                facts.lost.append((*unpack_origin(row[4]), roundtrip_error))
             group.append(text)
             rows.append(row)
             group_bytes += row[1]
@@ -109,7 +109,7 @@ class ChunkEncoder:
             arrays.append(self._framed(group, rows))
         facts.checked_bytes, facts.lost_bytes = meter.checked_bytes, meter.lost_bytes
         payload = hashlib.sha256(chunk.payload).hexdigest()
-        return Piece(_table(rows), np.concatenate(arrays), payload, vars(facts))
+        return EncodedChunk(_table(rows), np.concatenate(arrays), payload, vars(facts))
 
     def _framed(self, texts: list[str], rows: list[Row]) -> NDArray[Any]:
         """Encode ``texts``, the last of ``rows``, put begins and ends of text between them, and note their lengths."""
@@ -208,7 +208,7 @@ class ChunkEncoder:
 
 
 def _segments(content: bytes, text: str | None, where: Section, half: int = 0) -> Iterator[tuple[str, Row]]:
-    """Yield the units of a document at hand; ``text`` is its text, where it is one already."""
+    """Yield the units of a whole document; ``text`` is the decoded ``content``, if available."""
     digest = text_hash(content)
     if len(content) <= SEGMENT_BYTES:
         yield _unit(text if text is not None else content.decode("utf-8"), len(content), WHOLE | half, where, digest)
@@ -244,19 +244,19 @@ def _table(rows: list[Row]) -> NDArray[Any]:
     return table
 
 
-# What a worker may answer besides its figures; by name, since nothing else goes over the connection.
+# Errors that a worker may report; sent by name, because the connection carries JSON and not pickled objects.
 ERRORS: dict[str, type[PsannlmError]] = {kind.__name__: kind for kind in (CorpusError, StorageError, TokenizerError)}
 
 
 def setup_message(folder: Path, settings: PrepSettings, cut: Cut | None) -> bytes:
-    """Return the first message to a worker; the tokenizer's bytes are the second."""
+    """Return the first message to a worker; the second is the tokenizer file."""
     return json.dumps(
         {"folder": str(folder), "settings": settings.as_dict(), "cut": None if cut is None else vars(cut)}
     ).encode("utf-8")
 
 
 def main() -> None:
-    """Serve until the connection ends; ``sys.argv`` holds its file descriptor and the parent's process id."""
+    """Encode chunks until the connection ends; ``sys.argv``: its file descriptor and the parent's process id."""
     handle, parent = int(sys.argv[1]), int(sys.argv[2])
     _end_when_gone(parent)
     return_large_blocks()
@@ -275,14 +275,14 @@ def main() -> None:
 
 def _answer(encoder: ChunkEncoder, chunk: Chunk, folder: Path) -> dict[str, Any]:
     try:
-        piece = encoder.encode(chunk)
-        n_bytes = write_piece(piece_path(folder, chunk.index), piece)
+        encoded = encoder.encode(chunk)
+        n_bytes = write_encoded_chunk(encoded_chunk_path(folder, chunk.index), encoded)
     except tuple(ERRORS.values()) as error:
         return {"error": type(error).__name__, "message": str(error)}
-    return {"tokens": len(piece.tokens), "bytes": n_bytes}
+    return {"tokens": len(encoded.tokens), "bytes": n_bytes}
 
 
 def _end_when_gone(parent: int) -> None:
-    """End when the parent does, however it ends: a worker must not write into a folder that nobody holds."""
+    """Exit when the parent exits for any reason: a worker must not write into a folder without a lock."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with(parent, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""The tokens of one chunk on disk: what a worker leaves, whole or absent, and damage noticed when it is read.
+"""File of the tokens of one chunk: written atomically by a worker, checked by hashes when it is read.
 
-A piece is a list of units. A unit is a document, or one segment of a long one; its tokens carry the begin of text where
-the document begins and the end of text where it ends, so that units laid end to end are framed documents.
+An encoded chunk is a list of units. A unit is a document, or one segment of a long document. Its tokens include BOS
+where the document begins and EOS where it ends, so that concatenated units are framed documents.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from psannlm.prep.chunks import BEGINS, ENDS
 _MAGIC = b"psannpc1"
 _HEADER_START = b'{"payload":'
 _PREFIX = struct.Struct("<8s16sI")
-# One row a unit. A unit is at most a segment, so four bytes count its tokens, bytes and characters.
+# One row per unit. A unit is at most a segment, so four bytes are enough for its tokens, bytes and characters.
 UNIT = np.dtype(
     [
         ("n_tokens", "<u4"),
@@ -40,10 +40,10 @@ UNIT = np.dtype(
 
 
 @dataclass(frozen=True)
-class Piece:
-    """``units``: (n_units,) of ``UNIT``. ``tokens``: (n_tokens,) in the shards' type. ``facts``: what was counted.
+class EncodedChunk:
+    """``units``: (n_units,) of ``UNIT``. ``tokens``: (n_tokens,) in the shards' dtype. ``facts``: counts and examples.
 
-    ``payload`` is the SHA-256 of the chunk's bytes that this was made of.
+    ``payload`` is the SHA-256 of the bytes of the chunk.
     """
 
     units: NDArray[Any]
@@ -62,28 +62,28 @@ class Piece:
         return (self.units["flags"] & ENDS) > 0
 
 
-def piece_path(folder: Path, index: int) -> Path:
-    """Return where the piece of chunk ``index`` lies."""
+def encoded_chunk_path(folder: Path, index: int) -> Path:
+    """Return the path of encoded chunk ``index``."""
     return folder / f"piece_{index:08d}"
 
 
-def write_piece(path: Path, piece: Piece) -> int:
-    """Write a piece under a hidden name, then give it its own; return the bytes written.
+def write_encoded_chunk(path: Path, encoded: EncodedChunk) -> int:
+    """Write an encoded chunk to a temporary file and rename it; return the bytes written.
 
-    It is not flushed to the disk: a piece that a power cut leaves behind half-written does not match its hashes, and is
-    made again. Its folder must be there: a worker that outlives its run must not bring it back.
+    It is not flushed to the disk: a file that a power cut leaves half-written does not match its hashes, and its
+    chunk is encoded again. The folder must exist: a worker that outlives its run must not create it again.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    units, tokens = piece.units.tobytes(), piece.tokens.tobytes()
+    units, tokens = encoded.units.tobytes(), encoded.tokens.tobytes()
     head = {
-        "payload": piece.payload,
-        "dtype": piece.tokens.dtype.name,
-        "n_units": len(piece.units),
-        "n_tokens": len(piece.tokens),
+        "payload": encoded.payload,
+        "dtype": encoded.tokens.dtype.name,
+        "n_units": len(encoded.units),
+        "n_tokens": len(encoded.tokens),
         "tokens_digest": _digest(tokens),
-        "facts": dict(piece.facts),
+        "facts": dict(encoded.facts),
     }
     header = json.dumps(head, separators=(",", ":")).encode("ascii")
     prefix = _PREFIX.pack(_MAGIC, bytes.fromhex(_digest(header, units)), len(header))
@@ -95,24 +95,24 @@ def write_piece(path: Path, piece: Piece) -> int:
     return len(prefix) + len(header) + len(units) + len(tokens)
 
 
-def is_piece(path: Path) -> bool:
-    """Whether the file at ``path`` begins as every piece does, even if one of its first bytes is damaged."""
+def is_encoded_chunk(path: Path) -> bool:
+    """Return whether the file begins as an encoded chunk does; one damaged part of its head is tolerated."""
     head = read_head(path, _PREFIX.size + len(_HEADER_START))
     return head.startswith(_MAGIC) or head[_PREFIX.size :] == _HEADER_START
 
 
-def read_piece(path: Path, *, with_tokens: bool = True) -> Piece:
-    """Read a piece and check its hashes; without tokens, only its head is read, and ``tokens`` is empty.
+def read_encoded_chunk(path: Path, *, with_tokens: bool = True) -> EncodedChunk:
+    """Read an encoded chunk and check its hashes; without ``with_tokens`` only its head is read.
 
     Raises:
-        ArtifactError: the piece is missing, cut short or damaged.
+        ArtifactError: the file is missing, truncated or damaged.
     """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             magic, digest, header_bytes = _PREFIX.unpack(file.read(_PREFIX.size))
             if magic != _MAGIC or header_bytes > size:
-                raise ArtifactError(f"{path} is damaged: it is no piece of a corpus")
+                raise ArtifactError(f"{path} is damaged: it is not an encoded chunk")
             header = file.read(header_bytes)
             head = _head(path, header)
             units = file.read(min(size, head["n_units"] * UNIT.itemsize))
@@ -120,17 +120,17 @@ def read_piece(path: Path, *, with_tokens: bool = True) -> Piece:
                 raise ArtifactError(f"{path} is damaged: its head does not match its hash")
             dtype = np.dtype(head["dtype"])
             if size != file.tell() + head["n_tokens"] * dtype.itemsize:
-                raise ArtifactError(f"{path} is damaged: {size:,} bytes are not what its head promises")
+                raise ArtifactError(f"{path} is damaged: its size, {size:,} bytes, does not match its head")
             content = file.read() if with_tokens else b""
     except (OSError, struct.error) as error:
         raise ArtifactError(f"cannot read {path}: {error}") from error
     if with_tokens and _digest(content) != head["tokens_digest"]:
         raise ArtifactError(f"{path} is damaged: its tokens do not match their hash")
-    return Piece(np.frombuffer(units, UNIT), np.frombuffer(content, dtype), head["payload"], head["facts"])
+    return EncodedChunk(np.frombuffer(units, UNIT), np.frombuffer(content, dtype), head["payload"], head["facts"])
 
 
 def _head(path: Path, header: bytes) -> dict[str, Any]:
-    """Return the fields of a header whose hash is still to be checked, if it looks like one at all."""
+    """Return the fields of a header whose hash is not yet checked. Raises ArtifactError if it cannot be parsed."""
     try:
         head = json.loads(header)
         if isinstance(head, dict) and 0 <= head["n_units"] < 1 << 40 and 0 <= head["n_tokens"] < 1 << 40:

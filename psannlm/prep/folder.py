@@ -1,4 +1,4 @@
-"""What ``prep`` and ``prep --merge`` write into a folder, told by content from what is somebody else's."""
+"""Ownership of the files in a prepared folder: which were written by psannlm, by content, and may be replaced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psannlm.errors import StorageError
 from psannlm.io.atomic import explain_write_errors, is_plain_file, is_plain_folder, read_small, refuse_foreign
 from psannlm.io.atomic import remove_leftovers as remove_temporaries
 from psannlm.io.safetensors_header import file_metadata
-from psannlm.prep.encoded_chunk import is_piece
+from psannlm.prep.encoded_chunk import is_encoded_chunk
 
 _PLAN_BYTES = 1 << 30
 _PIECE = re.compile(r"piece_[0-9]{8,}")
@@ -22,19 +22,19 @@ _REMEDY = "or choose another folder with --out"
 
 
 def is_own_shard(path: Path) -> bool:
-    """Whether the header of the file says that it is a token shard of psannlm."""
+    """Return whether the header of the file is that of a token shard of psannlm."""
     return file_metadata(path, 1 << 20).get("format") == FORMAT
 
 
 def refuse_foreign_files(out: Path, tokenizer_file: str, tokenizer: bytes, *, has_work: bool) -> None:
-    """Make sure that preparing into ``out`` writes over nothing that psannlm did not make.
+    """Check that preparing into ``out`` overwrites no file that psannlm did not write.
 
     Args:
-        tokenizer_file: the name that the tokenizer will have in ``out``; ``tokenizer``: its bytes.
-        has_work: unfinished work of the same plan lies in ``out``, so that shards of ours may too.
+        tokenizer_file: file name of the tokenizer in ``out``; ``tokenizer``: its bytes.
+        has_work: ``out`` has unfinished work of the same plan, and may have shards of it.
 
     Raises:
-        StorageError: something foreign is in the way; the message names it.
+        StorageError: another file has one of these names; the message names it.
     """
     refuse_foreign(out / MANIFEST_FILE, _nothing_is_ours, _REMEDY)
     refuse_foreign(out / tokenizer_file, lambda path: path.read_bytes() == tokenizer, _REMEDY)
@@ -47,7 +47,7 @@ def _nothing_is_ours(path: Path) -> bool:
 
 
 def refuse_foreign_work(work: Path) -> None:
-    """Raise StorageError where ``.work`` is not a folder, or holds something that is not a part of unfinished work."""
+    """Raise StorageError if ``.work`` is not a folder, or holds a file that is not unfinished work."""
     if not os.path.lexists(work):
         return
     if not is_plain_folder(work):
@@ -65,7 +65,7 @@ def refuse_foreign_work(work: Path) -> None:
 
 
 def remove_work(work: Path) -> None:
-    """Remove the parts of unfinished work, and their folder unless something else is in it.
+    """Remove unfinished work, and its folder unless another file is in it.
 
     Raises:
         StorageError: they cannot be removed.
@@ -79,7 +79,7 @@ def remove_work(work: Path) -> None:
             if not paths:
                 work.rmdir()
             return
-        # The plan last: without it the pieces that a kill leaves behind would pass for somebody else's.
+        # The plan last: without it, encoded chunks that a kill leaves behind would count as foreign files.
         for path in sorted(paths, key=lambda path: path.name == PLAN_FILE):
             if path.name != PLAN_FILE and _is_work(path):
                 path.unlink()
@@ -93,11 +93,11 @@ def _is_work(path: Path) -> bool:
         return False
     if path.name == PLAN_FILE:
         return _is_own_plan(path)
-    return _PIECE.fullmatch(path.name) is not None and is_piece(path)
+    return _PIECE.fullmatch(path.name) is not None and is_encoded_chunk(path)
 
 
 def _is_own_plan(path: Path) -> bool:
-    """Whether the file is the record of a preparation or a merge that psannlm began."""
+    """Return whether the file is the plan of a preparation or a merge."""
     try:
         content = json.loads(read_small(path, _PLAN_BYTES) or b"")
     except (ValueError, RecursionError):
@@ -106,10 +106,10 @@ def _is_own_plan(path: Path) -> bool:
 
 
 def remove_files(out: Path, names: Collection[str], is_ours: Callable[[Path], bool]) -> None:
-    """Remove files of a finished folder, after making sure that every one of them is ours.
+    """Remove files of a finished folder, after checking that psannlm wrote all of them.
 
     Raises:
-        StorageError: one is not, or cannot be removed; then none has been.
+        StorageError: a file is foreign or cannot be removed; nothing has been removed.
     """
     for name in names:
         refuse_foreign(out / name, is_ours, _REMEDY)

@@ -1,4 +1,4 @@
-"""What decides the content of a prepared folder, besides the corpus and the tokenizer."""
+"""Settings of ``psannlm prep``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from psannlm.errors import ConfigError, Problem, nearest
 ERROR_MODES = ("strict", "replace")
 FORMATS = ("txt", "jsonl")
 SHARD_TOKENS = 100_000_000
-# What errors recommend for bytes that are not UTF-8.
+# The remedy in errors about bytes that are not UTF-8.
 REPLACE_OPTION = "--errors replace"
-REPLACE_ADVICE = f"; {REPLACE_OPTION} puts U+FFFD in their place"
+REPLACE_ADVICE = f"; {REPLACE_OPTION} replaces them by U+FFFD"
 
 __all__ = ["ERROR_MODES", "FORMATS", "REPLACE_ADVICE", "REPLACE_OPTION", "SHARD_TOKENS", "STDIN", "PrepSettings"]
 
@@ -23,12 +23,12 @@ __all__ = ["ERROR_MODES", "FORMATS", "REPLACE_ADVICE", "REPLACE_OPTION", "SHARD_
 class PrepSettings:
     """How a corpus is read, filtered, split and cut into shards.
 
-    ``errors``: what happens at bytes that are not UTF-8: ``strict`` stops, ``replace`` puts U+FFFD and counts.
+    ``errors``: handling of bytes that are not UTF-8: ``strict`` stops, ``replace`` replaces them by U+FFFD and counts.
     ``min_chars``, ``max_chars``: shorter and longer documents are left out and counted; None sets no upper limit.
-    ``val_split``: share of the documents held out, drawn by their text and ``seed``. ``stdin_format``: of ``-``.
+    ``val_split``: fraction of the documents held out, chosen by their text and ``seed``. ``stdin_format``: of ``-``.
 
     Raises:
-        ConfigError: names every value that is out of its range.
+        ConfigError: a value is out of its range; names every such value.
     """
 
     text_key: str = "text"
@@ -76,5 +76,5 @@ class PrepSettings:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings by name, as they stand in a manifest."""
+        """Return the settings by name, as they are stored in a plan."""
         return asdict(self)

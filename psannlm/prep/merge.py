@@ -1,6 +1,6 @@
-"""The folders of all parts of a corpus enter; one folder leaves that holds the documents of one whole preparation.
+"""``prep --merge``: join the prepared parts of a corpus into one folder.
 
-Shards are linked, not copied. Only a shard with a document that an earlier part holds too is written again, without it.
+Shards are hard-linked, not copied. A shard is rewritten only if it holds a document that an earlier part holds too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from psannlm.config.files import WORK_FOLDER
 from psannlm.data.framing import DocumentBatch, unpack_origin
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, read_manifest, write_manifest
 from psannlm.data.shard_file import Shard, ShardEntry, open_shard, write_shard
-from psannlm.data.split import draws
+from psannlm.data.split import uniform_from_hash
 from psannlm.errors import ConfigError, CorpusError, Interrupted
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, replacing, write_bytes
 from psannlm.io.lock import RunLock
@@ -32,7 +32,7 @@ from psannlm.prep.selection import SPLITS, TRAIN, VALIDATION
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.roundtrip import SMALLEST_FRACTION, folder_warning
 
-# Documents and tokens that are held at once; a longer document goes in several parts.
+# Documents and tokens held at once; a longer document is written in several batches.
 _DOCUMENTS_AT_ONCE = 1 << 16
 _TOKENS_AT_ONCE = 1 << 22
 _MISSING_SHOWN = 10
@@ -43,19 +43,19 @@ class _PartShard:
     """A shard of a part, and the number of its first document in the merged corpus."""
 
     shard: Shard
-    side: str
+    split: str
     first: int
 
 
 def merge_parts(folders: Sequence[Path], out: Path, *, reporter: PrepReporter | None = None) -> PrepResult:
-    """Join the prepared parts of one corpus, which may come in any order, in the folder ``out``.
+    """Join the prepared parts of one corpus, given in any order, in the folder ``out``.
 
-    The documents, and which are held out, are those of one preparation of the whole corpus; their order is that of the
-    parts. A merge that is stopped begins anew: most of it is links.
+    The documents, and those that are held out, are the same as in one preparation of the whole corpus; their order is
+    that of the parts. An interrupted merge starts again from the beginning: most of its work is linking files.
 
     Raises:
-        ConfigError: a part is missing or named twice, or they were not prepared alike; names what differs. Or ``out``
-            holds something else already.
+        ConfigError: a part is missing or named twice, the parts were prepared with different settings (all differences
+            are named), or ``out`` is prepared already.
         ArtifactError: a manifest or a shard is damaged.
         CorpusError: the parts hold a single document, or none.
         StorageError: the folder cannot be written.
@@ -75,7 +75,7 @@ def merge_parts(folders: Sequence[Path], out: Path, *, reporter: PrepReporter | 
 
 
 def _in_order(folders: Sequence[Path]) -> list[tuple[Path, Manifest]]:
-    """Return the parts by number, each with its manifest, after making sure that they make one corpus."""
+    """Return the parts by number, each with its manifest, after checking that they belong to one preparation."""
     found: dict[int, tuple[Path, Manifest]] = {}
     first: tuple[Path, Manifest] | None = None
     for folder in folders:
@@ -110,11 +110,14 @@ def _refuse_unlike(first: tuple[Path, Manifest], other: tuple[Path, Manifest]) -
     differing += source_differences(files[0], files[1])
     if differing:
         lines = "\n  ".join(differing)
-        raise ConfigError(f"{folder} and {path} are not parts of one preparation:\n  {lines}\nPrepare them alike.")
+        raise ConfigError(
+            f"{folder} and {path} are not parts of one preparation:\n  {lines}\n"
+            "Prepare all parts with the same settings, tokenizer and files."
+        )
 
 
 class _Merge:
-    """The steps of one merge; documents are numbered part by part, training before validation."""
+    """One merge. Documents are numbered part by part, training before validation."""
 
     def __init__(
         self, parts: list[tuple[Path, Manifest]], out: Path, reporter: PrepReporter, stop: threading.Event
@@ -124,10 +127,10 @@ class _Merge:
         self._shards: list[_PartShard] = []
         number = 0
         for folder, manifest in parts:
-            for side, split in ((TRAIN, manifest.train), (VALIDATION, manifest.validation)):
-                for entry in split.shards:
+            for split, split_entry in ((TRAIN, manifest.train), (VALIDATION, manifest.validation)):
+                for entry in split_entry.shards:
                     shard = open_shard(folder / entry.file, entry, manifest.tokenizer.fingerprint)
-                    self._shards.append(_PartShard(shard, side, number))
+                    self._shards.append(_PartShard(shard, split, number))
                     number += entry.documents
         self._n = number
 
@@ -143,7 +146,7 @@ class _Merge:
         dropped = self._repeated(work) if self._like.settings.dedupe else Bits(self._n)
         moved = self._moved(dropped)
         self._documents_of = np.zeros(len(self._like.sources), np.int64)
-        splits = {side: self._write_side(side, dropped, moved) for side in SPLITS}
+        splits = {split: self._write_split(split, dropped, moved) for split in SPLITS}
         write_bytes(self._out / self._like.tokenizer.file, content)
         manifest = self._manifest(splits)
         write_manifest(self._out, manifest)
@@ -152,15 +155,15 @@ class _Merge:
         remove_work(work)
         return manifest
 
-    def _go_on(self) -> None:
+    def _raise_if_stopped(self) -> None:
         if self._stop.is_set():
-            raise Interrupted("interrupted; the same command begins the merge anew")
+            raise Interrupted("interrupted; run the same command to merge from the beginning")
 
     def _hashes(self) -> Iterator[tuple[_PartShard, int, NDArray[np.uint8]]]:
-        """Yield (shard, number of the first, hashes) of some documents at a time."""
+        """Yield (shard, number of the first document, hashes) in groups of documents."""
         for part_shard in self._shards:
             for start in range(0, part_shard.shard.n_documents, _DOCUMENTS_AT_ONCE):
-                self._go_on()
+                self._raise_if_stopped()
                 stop = min(start + _DOCUMENTS_AT_ONCE, part_shard.shard.n_documents)
                 yield part_shard, part_shard.first + start, part_shard.shard.hashes(start, stop)
 
@@ -171,16 +174,16 @@ class _Merge:
             return finder.repeated()
 
     def _moved(self, dropped: Bits) -> int | None:
-        """Return the document that must change sides so that neither is empty; parts alone could not know."""
+        """Return the number of the document to move so that neither split is empty, or None; only a merge can know."""
         settings = self._like.settings
         kept = dict.fromkeys(SPLITS, 0)
         lowest, highest = (2.0, -1), (-1.0, -1)
         for part_shard, first, hashes in self._hashes():
             is_kept = ~dropped.among(first, first + len(hashes))
-            kept[part_shard.side] += int(is_kept.sum())
+            kept[part_shard.split] += int(is_kept.sum())
             at = np.flatnonzero(is_kept)
             if len(at):
-                drawn = draws(hashes[at], settings.seed)
+                drawn = uniform_from_hash(hashes[at], settings.seed)
                 low, high = int(np.argmin(drawn)), int(np.argmax(drawn))
                 lowest = min(lowest, (float(drawn[low]), first + int(at[low])))
                 if drawn[high] > highest[0]:
@@ -191,25 +194,27 @@ class _Merge:
         if settings.val_split == 0 or all(kept.values()):
             return None
         if n_kept == 1:
-            raise CorpusError("the parts hold a single document; prepare the corpus as a whole, which cuts it in two")
+            raise CorpusError(
+                "the parts hold a single document; prepare the corpus without --part, which cuts it in two"
+            )
         return lowest[1] if not kept[VALIDATION] else highest[1]
 
-    def _write_side(self, side: str, dropped: Bits, moved: int | None) -> SplitEntry:
+    def _write_split(self, split: str, dropped: Bits, moved: int | None) -> SplitEntry:
         entries: list[ShardEntry] = []
         for part_shard in self._shards:
-            self._go_on()
+            self._raise_if_stopped()
             shard, first = part_shard.shard, part_shard.first
             wanted = np.zeros(shard.n_documents, np.bool_)
-            if part_shard.side == side:
+            if part_shard.split == split:
                 wanted = ~dropped.among(first, first + shard.n_documents)
             if moved is not None and first <= moved < first + shard.n_documents:
                 wanted[moved - first] ^= True
             if wanted.any():
-                path = self._out / shard_name(side, len(entries))
+                path = self._out / shard_name(split, len(entries))
                 if wanted.all():
                     entries.append(_link(shard, path))
                 else:
-                    self._reporter.notice(f"writing {shard.path} again without {int((~wanted).sum()):,} documents")
+                    self._reporter.notice(f"rewriting {shard.path} without {int((~wanted).sum()):,} documents")
                     entries.append(_rewrite(shard, wanted, path, self._like.tokenizer.fingerprint))
                 self._count_origins(shard, wanted)
                 self._reporter.writing(
@@ -249,7 +254,7 @@ class _Merge:
 
 
 def _lost_fraction(manifests: Sequence[Manifest]) -> float | None:
-    """Return the mean over the text of the parts; a part of which it is unknown leaves a loss elsewhere standing."""
+    """Return the mean over the text of the parts whose fraction is known; None if nothing is known to be lost."""
     known = [
         (manifest.lost_fraction, manifest.train.text_bytes + manifest.validation.text_bytes)
         for manifest in manifests
@@ -263,9 +268,9 @@ def _lost_fraction(manifests: Sequence[Manifest]) -> float | None:
 
 
 def _link(shard: Shard, path: Path) -> ShardEntry:
-    """Give a shard, once all of it is checked, another name in another folder; where file systems differ, copy it."""
+    """Verify a shard and hard-link it at ``path``; copy it if that is another file system."""
     shard.verify()
-    # The file itself: a link to a symbolic link would lead nowhere from another folder.
+    # A hard link to a symbolic link would point nowhere from another folder.
     source = shard.path.resolve()
     with replacing(path) as temporary:
         try:
@@ -291,7 +296,7 @@ def _rewrite(shard: Shard, wanted: NDArray[np.bool_], path: Path, fingerprint: s
 
 
 def _chosen(shard: Shard, wanted: NDArray[np.bool_]) -> Iterator[DocumentBatch]:
-    """Yield the wanted documents of a shard, in runs that stand side by side and are not too long."""
+    """Yield the wanted documents of a shard in batches of consecutive documents, bounded in size."""
     numbers = np.flatnonzero(wanted)
     at = 0
     while at < len(numbers):

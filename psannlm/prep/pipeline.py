@@ -1,8 +1,8 @@
-"""A corpus of any size enters; a folder of token shards and its manifest leaves, the same bytes however it was made.
+"""``psannlm prep``: a corpus of any size to a folder of token shards and its manifest.
 
-Chunks of the corpus become pieces in ``.work``, by as many processes as there are cores; then duplicates are found and
-sides drawn, from hashes alone; then pieces become shards. Each step leaves files that are whole or absent, and none
-depends on how many workers there are or how often they were stopped.
+Worker processes encode chunks of the corpus into files in ``.work``. Then duplicates and the train/validation split are
+decided from hashes alone, and the selected documents are written to shards. Every file is written atomically, and the
+result does not depend on the number of workers or on interruptions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,36 +31,36 @@ from psannlm.io.limits import MAX_PARTS
 from psannlm.io.lock import RunLock
 from psannlm.prep.chunks import Chunk, chunk_bytes_for, gather
 from psannlm.prep.encode_worker import setup_message
-from psannlm.prep.encoded_chunk import piece_path, read_piece
+from psannlm.prep.encoded_chunk import encoded_chunk_path, read_encoded_chunk
 from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remove_work
 from psannlm.prep.job import STDIN, PrepSettings
-from psannlm.prep.plan import Plan, damage_of, go_on, refuse_other, remove_finished, tokenizer_entry, write_plan
+from psannlm.prep.plan import Plan, check_finished, damage_of, remove_finished, resume_plan, tokenizer_entry, write_plan
 from psannlm.prep.pool import WorkerPool, usable_cores
-from psannlm.prep.reader import Cut, Drops, SourceFile, Walk, deal, find_sources
-from psannlm.prep.selection import SPLITS, OnlyOne, Selection, Surveyor
+from psannlm.prep.reader import CorpusReader, Cut, Drops, SourceFile, deal, find_sources
+from psannlm.prep.selection import SPLITS, DocumentSelector, Selection, SingleDocument
 from psannlm.prep.shard_writer import DocumentStream, select_units
 from psannlm.runtime.malloc import return_large_blocks
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import load_tokenizer
-from psannlm.tokenizers.roundtrip import folder_warning, is_lossy, loss_warning
+from psannlm.tokenizers.roundtrip import folder_warning, is_lossy, roundtrip_warning
 
 
 class PrepReporter(Protocol):
-    """Hears how far a preparation has come."""
+    """Receives the progress of a preparation."""
 
     def notice(self, text: str) -> None:
-        """Say something once."""
+        """Receive a one-line message."""
 
     def encoding(self, n_bytes: int, total_bytes: int | None, n_tokens: int) -> None:
-        """So many of the corpus's stored bytes (None: unknown) are read, and gave so many tokens."""
+        """Receive the stored bytes read, their total (None: unknown), and the tokens encoded so far."""
 
     def writing(self, n_tokens: int, total_tokens: int) -> None:
-        """So many tokens are in shards."""
+        """Receive the tokens written to shards so far, and their total."""
 
 
 class SilentPrepReporter:
-    """Hears everything and says nothing."""
+    """Ignores all progress."""
 
     def notice(self, text: str) -> None: ...
     def encoding(self, n_bytes: int, total_bytes: int | None, n_tokens: int) -> None: ...
@@ -69,7 +69,7 @@ class SilentPrepReporter:
 
 @dataclass(frozen=True)
 class PrepResult:
-    """What a preparation came to: ``n_corpus_bytes`` as stored were read; ``was_done`` if there was nothing to do."""
+    """Result of a preparation. ``n_corpus_bytes``: stored bytes read; ``was_done``: the folder was finished before."""
 
     folder: Path
     manifest: Manifest
@@ -78,7 +78,7 @@ class PrepResult:
     was_done: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result for a JSON document."""
+        """Return the result as JSON values."""
         manifest = self.manifest
         return {
             "folder": str(self.folder),
@@ -110,33 +110,33 @@ def prepare_corpus(
     reporter: PrepReporter | None = None,
     chunk_bytes: int | None = None,
 ) -> PrepResult:
-    """Prepare the files that ``patterns`` name into the folder ``out``; go on where an earlier call was stopped.
+    """Prepare the files that ``patterns`` match into the folder ``out``; resume an interrupted call.
 
-    A folder that is finished is checked whole, and made anew where something of it is missing or damaged.
+    A finished folder is verified, and rebuilt if a file is missing or damaged.
 
     Args:
-        n_workers: processes that encode; None takes one for each core that may be used.
+        n_workers: number of encoding processes; None takes one per usable core.
         part: (i, n): prepare the i-th of n parts of the corpus, to be merged later.
-        chunk_bytes: how much text a worker takes at a time; None chooses by the size of the corpus.
+        chunk_bytes: bytes of text per chunk; None depends on the size of the corpus.
 
     Raises:
-        ArtifactError: ``out`` is finished and damaged, and what it was made of came on standard input.
-        CorpusError: a file is missing, damaged, not UTF-8, changed meanwhile, or there is no text.
-        ConfigError: ``out`` holds other work, or an argument makes no sense.
+        ArtifactError: ``out`` is finished and damaged, and its corpus came from standard input.
+        CorpusError: a file is missing, damaged, not UTF-8 or changed while it was read, or there is no text.
+        ConfigError: ``out`` holds other work, or an argument is out of range.
         TokenizerError: the tokenizer cannot be read.
-        StorageError: there is no room, no permission, or another process works in ``out``.
-        WorkerError: a worker process ended.
-        Interrupted: Ctrl-C or SIGTERM; the same call goes on.
+        StorageError: the disk is full, permission is missing, or another process works in ``out``.
+        WorkerError: a worker process died.
+        Interrupted: Ctrl-C or SIGTERM; the same call resumes.
     """
     began = time.monotonic()
     return_large_blocks()
     reporter = reporter or SilentPrepReporter()
     if n_workers is not None and n_workers < 1:
-        raise ConfigError(f"{n_workers} workers cannot do anything; give 1 or more")
+        raise ConfigError(f"n_workers is {n_workers}; it must be 1 or more")
     if part is not None and not 1 <= part[0] <= part[1]:
-        raise ConfigError(f"there is no part {part[0]}/{part[1]}; parts are 1/{part[1]} to {part[1]}/{part[1]}")
+        raise ConfigError(f"part {part[0]}/{part[1]} does not exist; parts are 1/{part[1]} to {part[1]}/{part[1]}")
     if part is not None and part[1] > MAX_PARTS:
-        raise ConfigError(f"{part[1]:,} parts are more than {MAX_PARTS:,}; name fewer")
+        raise ConfigError(f"{part[1]:,} parts are more than the maximum of {MAX_PARTS:,}; use fewer")
     tokenizer = load_tokenizer(tokenizer_path)
     drops = Drops()
     sources = find_sources(patterns, drops)
@@ -146,7 +146,7 @@ def prepare_corpus(
     with RunLock(out, "--out"), stopping_on_signals(stop):
         work = out / WORK_FOLDER
         if (out / MANIFEST_FILE).is_file():
-            manifest = refuse_other(out, plan)
+            manifest = check_finished(out, plan)
             damage = damage_of(out)
             if damage is None:
                 remove_work(work)
@@ -155,9 +155,9 @@ def prepare_corpus(
                     reporter.notice(warning)
                 return PrepResult(out, manifest, time.monotonic() - began, n_bytes, was_done=True)
             if any(source.path == STDIN for source in sources):
-                # What comes in now may be another text, and nobody could tell.
-                raise ArtifactError(f"{damage} To prepare standard input anew, remove {out} first.")
-            reporter.notice(f"{damage} Preparing it anew.")
+                # Standard input may hold another text now, which could not be noticed.
+                raise ArtifactError(f"{damage} To prepare standard input again, remove {out} first.")
+            reporter.notice(f"{damage} Preparing it again.")
             remove_finished(out, manifest)
         preparation = _Preparation(out, plan, indices, tokenizer, n_workers or usable_cores(), reporter, stop, drops)
         manifest = preparation.run()
@@ -174,8 +174,8 @@ def _plan(
     cut = None
     if settings.val_split > 0 and part is None and len(sources) == 1 and not settings.per_line:
         only = sources[0]
-        # Whether a corpus is a single document, and how long its text is, is known at its end, but for the commonest
-        # one: a plain file of text of which nothing is left out or replaced.
+        # A corpus is known to be a single document only at its end. The exception is the most common corpus: one plain
+        # text file of which nothing is left out or replaced; its length is known beforehand too.
         is_text = only.kind not in (*JSON_LINES_SUFFIXES, ".parquet")
         keeps_all = settings.errors == "strict" and settings.min_chars <= 1 and settings.max_chars is None
         if only.n_bytes and is_text and keeps_all and not only.is_compressed:
@@ -190,7 +190,7 @@ def _known_bytes(sources: Sequence[SourceFile], indices: Sequence[int]) -> int:
 
 
 class _Preparation:
-    """One run of the steps in one folder."""
+    """One preparation of one folder."""
 
     def __init__(
         self,
@@ -213,10 +213,10 @@ class _Preparation:
 
     def run(self) -> Manifest:
         self._begin()
-        paths, walk, drops = self._encode()
-        surveyor, selection = self._survey(paths, drops)
-        if isinstance(selection, OnlyOne):
-            self._reporter.notice("the corpus is one document: cutting it in two, to hold out its end")
+        paths, reader, drops = self._encode()
+        selector, selection = self._select(paths, drops)
+        if isinstance(selection, SingleDocument):
+            self._reporter.notice("the corpus is a single document: cutting it in two, to hold out its end")
             source, record = unpack_origin(selection.origin)
             if self._names[source] == STDIN:
                 remove_work(self._work)
@@ -225,20 +225,22 @@ class _Preparation:
                     "file, or give --val-split 0"
                 )
             self._begin_with_cut(paths, Cut(source, record, selection.n_bytes))
-            paths, walk, drops = self._encode()
-            surveyor, selection = self._survey(paths, drops)
-            if isinstance(selection, OnlyOne):
-                raise CorpusError("the corpus changed between two readings; prepare it anew when it is at rest")
-        self._tell(surveyor, walk)
-        splits = {side: self._write_side(paths, selection, side) for side in SPLITS}
-        manifest = self._manifest(walk, surveyor, selection, splits)
+            paths, reader, drops = self._encode()
+            selector, selection = self._select(paths, drops)
+            if isinstance(selection, SingleDocument):
+                raise CorpusError(
+                    "the corpus changed between two readings; run prep again once its files no longer change"
+                )
+        self._report_text_issues(selector, reader)
+        splits = {split: self._write_split(paths, selection, split) for split in SPLITS}
+        manifest = self._manifest(reader, selector, selection, splits)
         write_manifest(self._out, manifest)
         remove_work(self._work)
         return manifest
 
     def _begin(self) -> None:
         refuse_foreign_work(self._work)
-        plan = go_on(self._work, self._plan) if self._has_pieces() else None
+        plan = resume_plan(self._work, self._plan) if self._has_encoded_chunks() else None
         entry = tokenizer_entry(self._tokenizer)
         refuse_foreign_files(self._out, entry.file, self._tokenizer.to_bytes(), has_work=plan is not None)
         if plan is None:
@@ -246,13 +248,13 @@ class _Preparation:
             write_plan(self._work, self._plan)
         else:
             self._plan = plan
-            self._reporter.notice(f"going on with the work in {self._out}")
+            self._reporter.notice(f"resuming the preparation in {self._out}")
         with explain_write_errors(self._work):
             remove_leftovers(self._work)
             remove_leftovers(self._out)
 
-    def _has_pieces(self) -> bool:
-        """Tell whether there is work to keep: a plan without a piece is one that failed at once, and forgotten."""
+    def _has_encoded_chunks(self) -> bool:
+        """Return whether there is work to resume; a plan without an encoded chunk is discarded."""
         return self._work.is_dir() and next(self._work.glob("piece_*"), None) is not None
 
     def _begin_with_cut(self, paths: Sequence[Path], cut: Cut) -> None:
@@ -262,76 +264,76 @@ class _Preparation:
             for path in paths:
                 path.unlink()
 
-    def _go_on(self) -> None:
+    def _raise_if_stopped(self) -> None:
         if self._stop.is_set():
-            raise Interrupted("interrupted; the same command goes on from what is done")
+            raise Interrupted("interrupted; run the same command to resume")
 
-    def _encode(self) -> tuple[list[Path], Walk, Drops]:
+    def _encode(self) -> tuple[list[Path], CorpusReader, Drops]:
         plan = self._plan
         drops = Drops()
         for reason, count in self._found_drops.counts.items():
             drops.merge(reason, count, self._found_drops.examples[reason])
-        walk = Walk(plan.sources, self._indices, plan.settings, plan.chunk_bytes, drops, plan.cut)
-        gauge = _Gauge(self._out, self._total)
+        reader = CorpusReader(plan.sources, self._indices, plan.settings, plan.chunk_bytes, drops, plan.cut)
+        disk_space = _DiskSpaceCheck(self._out, self._total)
         n_chunks = n_tokens = 0
 
         def missing() -> Iterator[Chunk]:
             nonlocal n_chunks, n_tokens
-            for chunk in gather(walk.sections(), self._names, plan.chunk_bytes):
-                self._go_on()
+            for chunk in gather(reader.sections(), self._names, plan.chunk_bytes):
+                self._raise_if_stopped()
                 n_chunks += 1
-                former = self._former(chunk)
-                if former is None:
-                    gauge.sent(chunk.index, len(chunk.payload), walk.n_bytes)
+                n_former = self._former_tokens(chunk)
+                if n_former is None:
+                    disk_space.chunk_sent(chunk.index, len(chunk.payload), reader.n_bytes)
                     yield chunk
                 else:
-                    n_tokens += former
-                    self._reporter.encoding(walk.n_bytes, self._total, n_tokens)
+                    n_tokens += n_former
+                    self._reporter.encoding(reader.n_bytes, self._total, n_tokens)
 
         def done(index: int, answer: dict[str, Any]) -> None:
             nonlocal n_tokens
             n_tokens += answer["tokens"]
-            gauge.written(index, answer["bytes"])
-            self._reporter.encoding(walk.n_bytes, self._total, n_tokens)
+            disk_space.chunk_encoded(index, answer["bytes"])
+            self._reporter.encoding(reader.n_bytes, self._total, n_tokens)
 
         setup = setup_message(self._work, plan.settings, plan.cut)
         try:
             with WorkerPool(self._n_workers, setup, self._tokenizer.to_bytes()) as pool:
                 pool.encode(missing(), done, self._stop.is_set)
         except Interrupted:
-            raise Interrupted(self._where_it_stopped(walk)) from None
-        self.n_bytes = walk.n_bytes
-        return [piece_path(self._work, index) for index in range(n_chunks)], walk, drops
+            raise Interrupted(self._interruption(reader)) from None
+        self.n_bytes = reader.n_bytes
+        return [encoded_chunk_path(self._work, index) for index in range(n_chunks)], reader, drops
 
-    def _where_it_stopped(self, walk: Walk) -> str:
+    def _interruption(self, reader: CorpusReader) -> str:
         of = "" if self._total is None else f" of {self._total / 1e6:,.1f}"
-        return f"interrupted after {walk.n_bytes / 1e6:,.1f}{of} MB; the same command goes on from there"
+        return f"interrupted after {reader.n_bytes / 1e6:,.1f}{of} MB; run the same command to resume"
 
-    def _former(self, chunk: Chunk) -> int | None:
-        """Return the tokens of the whole piece that an earlier run made of this chunk, or None.
+    def _former_tokens(self, chunk: Chunk) -> int | None:
+        """Return the number of tokens of this chunk if an earlier run encoded it, or None.
 
         Raises:
-            CorpusError: the piece was made of other bytes.
+            CorpusError: the earlier run encoded other bytes.
         """
-        path = piece_path(self._work, chunk.index)
+        path = encoded_chunk_path(self._work, chunk.index)
         if not path.exists():
             return None
         try:
-            piece = read_piece(path)
+            encoded = read_encoded_chunk(path)
         except ArtifactError:
             return None
-        if piece.payload != hashlib.sha256(chunk.payload).hexdigest():
+        if encoded.payload != hashlib.sha256(chunk.payload).hexdigest():
             names = list(chunk.names.values())
             more = f" or one of the {len(names) - 1:,} files after it" if len(names) > 1 else ""
             raise CorpusError(
-                f"{names[0]}{more} changed since the work in {self._out} began; bring the former content back, or "
-                f"remove {self._work} to begin anew"
+                f"{names[0]}{more} changed since the preparation in {self._out} began; restore the former content, "
+                f"or remove {self._work} to start from scratch"
             )
-        return len(piece.tokens)
+        return len(encoded.tokens)
 
-    def _survey(self, paths: list[Path], drops: Drops) -> tuple[Surveyor, Selection | OnlyOne]:
-        surveyor = Surveyor(
-            _Stoppable(paths, self._go_on),
+    def _select(self, paths: list[Path], drops: Drops) -> tuple[DocumentSelector, Selection | SingleDocument]:
+        selector = DocumentSelector(
+            _Interruptible(paths, self._raise_if_stopped),
             self._work,
             self._plan.settings,
             len(self._plan.sources),
@@ -340,34 +342,34 @@ class _Preparation:
             is_cut=self._plan.cut is not None,
             is_part=self._plan.part is not None,
         )
-        selection = surveyor.select()
+        selection = selector.select()
         if isinstance(selection, Selection) and not selection.documents_of.any() and self._plan.part is None:
             left_out = "".join(f"\n  {line}" for line in drops.lines())
-            raise CorpusError(f"the corpus holds no text to keep; name files with text{left_out}")
-        return surveyor, selection
+            raise CorpusError(f"no document of the corpus is kept; name files with text{left_out}")
+        return selector, selection
 
-    def _tell(self, surveyor: Surveyor, walk: Walk) -> None:
-        for line in surveyor.drops.lines():
+    def _report_text_issues(self, selector: DocumentSelector, reader: CorpusReader) -> None:
+        for omitted in selector.drops.lines():
+            self._reporter.notice(omitted)
+        if n_marks := selector.byte_order_marks + reader.byte_order_marks:
+            self._reporter.notice(f"removed {n_marks:,} byte order marks")
+        n_bytes = selector.replaced_bytes + reader.replaced.n_bytes
+        names = [*selector.replaced_in, *reader.replaced.names]
+        if line := replaced_line(n_bytes, selector.replaced_surrogates, names):
             self._reporter.notice(line)
-        if n_marks := surveyor.byte_order_marks + walk.byte_order_marks:
-            self._reporter.notice(f"took off {n_marks:,} byte order marks")
-        n_bytes = surveyor.replaced_bytes + walk.replaced.n_bytes
-        names = [*surveyor.replaced_in, *walk.replaced.names]
-        if said := replaced_line(n_bytes, surveyor.replaced_surrogates, names):
-            self._reporter.notice(said)
-        if surveyor.lost is not None:
-            self._reporter.notice(loss_warning(*surveyor.lost))
+        if selector.roundtrip_error is not None:
+            self._reporter.notice(roundtrip_warning(*selector.roundtrip_error))
 
-    def _write_side(self, paths: list[Path], selection: Selection, side: str) -> SplitEntry:
-        plan = selection.plans[side]
+    def _write_split(self, paths: list[Path], selection: Selection, split: str) -> SplitEntry:
+        plan = selection.plans[split]
         total = sum(each.total.n_tokens for each in selection.plans.values())
-        done = 0 if side == SPLITS[0] else selection.plans[SPLITS[0]].total.n_tokens
-        stream = DocumentStream(select_units(_Stoppable(paths, self._go_on), selection, side))
+        done = 0 if split == SPLITS[0] else selection.plans[SPLITS[0]].total.n_tokens
+        stream = DocumentStream(select_units(_Interruptible(paths, self._raise_if_stopped), selection, split))
         entries: list[ShardEntry] = []
         for number, size in enumerate(plan.shards):
             entries.append(
                 write_shard(
-                    self._out / shard_name(side, number),
+                    self._out / shard_name(split, number),
                     dtype=token_dtype(self._tokenizer.vocab_size),
                     fingerprint=self._plan.fingerprint,
                     n_tokens=size.n_tokens,
@@ -380,7 +382,7 @@ class _Preparation:
         return SplitEntry.of(tuple(entries))
 
     def _manifest(
-        self, walk: Walk, surveyor: Surveyor, selection: Selection, splits: dict[str, SplitEntry]
+        self, reader: CorpusReader, selector: DocumentSelector, selection: Selection, splits: dict[str, SplitEntry]
     ) -> Manifest:
         content = self._tokenizer.to_bytes()
         entry = tokenizer_entry(self._tokenizer)
@@ -394,54 +396,54 @@ class _Preparation:
             sources=tuple(
                 SourceEntry(
                     source.path,
-                    walk.n_bytes if source.path == STDIN and len(self._names) == 1 else source.n_bytes or 0,
-                    walk.digests.get(index, ""),
+                    reader.n_bytes if source.path == STDIN and len(self._names) == 1 else source.n_bytes or 0,
+                    reader.digests.get(index, ""),
                     int(selection.documents_of[index]),
                 )
                 for index, source in enumerate(self._plan.sources)
             ),
             train=splits[SPLITS[0]],
             validation=splits[SPLITS[1]],
-            drops=dict(sorted(surveyor.drops.counts.items())),
+            drops=dict(sorted(selector.drops.counts.items())),
             duplicates=selection.n_duplicates,
-            lost_fraction=surveyor.meter.fraction,
+            lost_fraction=selector.meter.fraction,
         )
 
 
-def shard_name(side: str, number: int) -> str:
-    """Return the name of a shard's file."""
-    return f"{side}_{number:05d}.safetensors"
+def shard_name(split: str, number: int) -> str:
+    """Return the file name of a shard."""
+    return f"{split}_{number:05d}.safetensors"
 
 
-class _Stoppable(Sequence[Path]):
+class _Interruptible(Sequence[Path]):
     """Paths that can be gone through as long as nobody wants to stop."""
 
-    def __init__(self, paths: list[Path], go_on: Any) -> None:
-        self._paths, self._go_on = paths, go_on
+    def __init__(self, paths: list[Path], raise_if_stopped: Callable[[], None]) -> None:
+        self._paths, self._raise_if_stopped = paths, raise_if_stopped
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: Any) -> Any:
-        self._go_on()
+        self._raise_if_stopped()
         return self._paths[index]
 
 
-class _Gauge:
-    """Tells from the first pieces how much room all of them and the shards will take, and whether it is there."""
+class _DiskSpaceCheck:
+    """Estimates from the first encoded chunk the disk space of the whole preparation, and checks that it is free."""
 
     def __init__(self, out: Path, total: int | None) -> None:
         self._out, self._total = out, total
         self._sent: dict[int, tuple[int, int]] = {}
         self._is_done = total is None
 
-    def sent(self, index: int, n_bytes: int, stored_bytes: int) -> None:
-        """A chunk of ``n_bytes`` goes to a worker, after ``stored_bytes`` of the corpus in all."""
+    def chunk_sent(self, index: int, n_bytes: int, stored_bytes: int) -> None:
+        """Note that a chunk of ``n_bytes`` was sent to a worker, ``stored_bytes`` of the corpus being read so far."""
         if not self._is_done:
             self._sent[index] = (n_bytes, stored_bytes)
 
-    def written(self, index: int, n_bytes: int) -> None:
-        """Its piece takes ``n_bytes``. Raises StorageError if the rest will not fit."""
+    def chunk_encoded(self, index: int, n_bytes: int) -> None:
+        """Note that a chunk takes ``n_bytes`` encoded. Raises StorageError if the disk is too small for the rest."""
         if self._is_done or self._total is None:
             return
         self._is_done = True
@@ -449,11 +451,12 @@ class _Gauge:
         read = max(stored for _, stored in self._sent.values())
         unpacked = sum(content for content, _ in self._sent.values())
         left = max(0, self._total - read) * max(1.0, unpacked / max(1, read))
-        # Every token is in a piece first, and then in a shard beside it.
+        # Twice: every token is stored in an encoded chunk and in a shard before encoded chunks are removed.
         needed = int(2 * (left + unpacked) * n_bytes / max(1, content))
         free = shutil.disk_usage(self._out).free
         if needed > free:
             raise StorageError(
-                f"{self._out} needs about {needed / 1e6:,.0f} MB for pieces and shards, and {free / 1e6:,.0f} MB are "
-                "free. Free some space, choose another --out, or prepare the corpus in parts on several disks"
+                f"{self._out} needs about {needed / 1e6:,.0f} MB for encoded chunks and shards, and "
+                f"{free / 1e6:,.0f} MB are free. Free some space, choose another --out, or prepare "
+                "the corpus in parts on several disks"
             )

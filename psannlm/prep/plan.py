@@ -1,4 +1,4 @@
-"""What a preparation set out to do, on disk before its first piece: another plan in the same folder is refused."""
+"""The plan of a preparation, stored in the work folder: resuming with another plan is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides the bytes of a prepared folder. ``part`` is (index from 1, of how many) or None."""
+    """Everything that determines the bytes of a prepared folder. ``part``: (index from 1, number of parts) or None."""
 
     sources: tuple[SourceFile, ...]
     settings: PrepSettings
@@ -36,7 +36,7 @@ class Plan:
     cut: Cut | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan for its file."""
+        """Return the plan as JSON values."""
         return {
             "version": _VERSION,
             "settings": self.settings.as_dict(),
@@ -48,17 +48,17 @@ class Plan:
         }
 
     def with_cut(self, cut: Cut) -> Plan:
-        """Return the plan for a corpus that turned out to be one document."""
+        """Return the plan for a corpus that is a single document."""
         return replace(self, cut=cut)
 
 
 def write_plan(work: Path, plan: Plan) -> None:
-    """Record a plan. Raises StorageError if it cannot be written."""
+    """Write a plan. Raises StorageError if it cannot be written."""
     write_text(work / PLAN_FILE, json.dumps(plan.as_dict(), indent=1) + "\n")
 
 
 def write_merge_plan(work: Path, manifest: Manifest) -> None:
-    """Record that parts like that of ``manifest`` are being merged, so that what a kill leaves is known as ours.
+    """Write the plan of a merge of parts like ``manifest``, which marks the work folder as psannlm's.
 
     Raises:
         StorageError: it cannot be written.
@@ -74,18 +74,18 @@ def write_merge_plan(work: Path, manifest: Manifest) -> None:
 
 
 def is_merge(work: Path) -> bool:
-    """Whether the folder of unfinished work is that of a merge."""
+    """Return whether the work folder belongs to a merge."""
     try:
         return "merge" in json.loads((work / PLAN_FILE).read_bytes())
     except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
-def go_on(work: Path, plan: Plan) -> Plan | None:
-    """Return the plan to go on with: ``plan``, with the cut that the work so far found; None if none is recorded.
+def resume_plan(work: Path, plan: Plan) -> Plan | None:
+    """Return the plan to resume: ``plan`` with the cut of the unfinished work; None if there is no unfinished work.
 
     Raises:
-        ConfigError: the work in the folder is that of another plan; names what differs.
+        ConfigError: the unfinished work belongs to another plan; names every difference.
         ArtifactError: the recorded plan is damaged.
     """
     path = work / PLAN_FILE
@@ -96,18 +96,18 @@ def go_on(work: Path, plan: Plan) -> Plan | None:
         cut = Cut(**former["cut"]) if former["cut"] and former["version"] == _VERSION else None
         changed = differences(former, plan.as_dict())
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); remove {work} to begin anew") from error
+        raise ArtifactError(f"{path} is damaged ({error}); remove {work} to start from scratch") from error
     if changed:
         raise ConfigError(
             f"{work.parent} holds unfinished work of another plan:\n  "
             + "\n  ".join(changed)
-            + f"\nGo on with the same command, choose another --out, or remove {work} to begin anew."
+            + f"\nResume with the same command, choose another --out, or remove {work} to start from scratch."
         )
     return plan.with_cut(cut) if cut is not None else plan
 
 
 def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two plans, in lines for people; how large chunks are follows from the sources."""
+    """Return the differences of two plans as lines of text; ``chunk_bytes`` is ignored, it follows from the sources."""
     lines = []
     for name in ("version", "tokenizer_fingerprint", "part"):
         if name in former and name in now and former[name] != now[name]:
@@ -120,7 +120,7 @@ def differences(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def source_differences(former: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return which files of a corpus are gone, new or changed, in lines for people."""
+    """Return the files of a corpus that are missing, new or changed, as lines of text."""
     before, after = ({source["path"]: source for source in sources} for sources in (former, now))
     lines = [f"{path}: no longer part of the corpus" for path in before if path not in after]
     lines += [f"{path}: not part of the corpus then" for path in after if path not in before]
@@ -132,7 +132,7 @@ def source_differences(former: Sequence[Mapping[str, Any]], now: Sequence[Mappin
             elif then.get("stamp") != source.get("stamp"):
                 lines.append(f"{path}: written to since")
     if not lines and list(before) != list(after):
-        lines.append("the files come in another order")
+        lines.append("the order of the files changed")
     if len(lines) > _SHOWN:
         lines[_SHOWN:] = [f"and {len(lines) - _SHOWN:,} files more"]
     return lines
@@ -148,7 +148,7 @@ _SUFFIXES = {"sentencepiece": ".model"}
 
 
 def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
-    """Return what a manifest says of a tokenizer, under the file name it has in the folder."""
+    """Return the manifest entry of a tokenizer, with its file name in the prepared folder."""
     return TokenizerEntry(
         file="tokenizer" + _SUFFIXES.get(tokenizer.backend, ".json"),
         backend=tokenizer.backend,
@@ -160,13 +160,13 @@ def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
     )
 
 
-def refuse_other(out: Path, plan: Plan) -> Manifest:
-    """Return the manifest of a finished folder if ``plan`` is what it was made by.
+def check_finished(out: Path, plan: Plan) -> Manifest:
+    """Return the manifest of a finished folder, after checking that it was prepared by ``plan``.
 
-    A file that was written to after the manifest is hashed again; the others are known by their size.
+    A source modified after the manifest is hashed again; the others are compared by size.
 
     Raises:
-        ConfigError: the folder was made with other settings, another tokenizer or another corpus; names what differs.
+        ConfigError: the folder was made with other settings, tokenizer or corpus; names every difference.
         ArtifactError: the manifest is damaged.
     """
     manifest = read_manifest(out)
@@ -189,15 +189,15 @@ def refuse_other(out: Path, plan: Plan) -> Manifest:
                 changed.append(f"{source.path}: its content changed")
     if changed:
         raise ConfigError(
-            f"{out} was prepared in another way:\n  "
+            f"{out} was prepared with other settings:\n  "
             + "\n  ".join(changed)
-            + "\nGive the former settings, or choose another folder with --out."
+            + "\nUse the former settings, or choose another folder with --out."
         )
     return manifest
 
 
 def damage_of(out: Path) -> ArtifactError | None:
-    """Return what is missing or damaged of a finished folder, every byte of its shards checked, or None."""
+    """Check every byte of a finished folder; return the first error, or None."""
     try:
         folder = open_folder(out / MANIFEST_FILE)
         for split in (folder.train, folder.validation):
@@ -209,17 +209,17 @@ def damage_of(out: Path) -> ArtifactError | None:
 
 
 def remove_finished(out: Path, manifest: Manifest) -> None:
-    """Remove what the manifest of a finished folder names, and last the manifest, which proves that it is ours.
+    """Remove the files named in the manifest of a finished folder, and the manifest last: it proves who wrote them.
 
     Raises:
-        StorageError: a file is not what psannlm wrote there; then none has been removed.
+        StorageError: psannlm did not write one of the files; nothing has been removed.
     """
     sizes = {entry.file: entry.file_bytes for split in (manifest.train, manifest.validation) for entry in split.shards}
 
     def is_ours(path: Path) -> bool:
         if path.name not in sizes:
             return path.stat().st_size == 0 or sha256_file(path) == manifest.tokenizer.fingerprint
-        # A shard that is damaged in its header still has the size that the manifest records.
+        # A shard with a damaged header still has the size in the manifest.
         return is_own_shard(path) or path.stat().st_size in (0, sizes[path.name])
 
     refuse_foreign(out / MANIFEST_FILE, lambda path: True, "or choose another folder with --out")

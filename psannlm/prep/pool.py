@@ -1,4 +1,4 @@
-"""Chunks enter, pieces lie in the work folder: worker processes kept busy, and what ends one told in one line."""
+"""Pool of worker processes that encode chunks, with a one-line error when a process dies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ONE_THREAD = {
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -44,7 +44,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             command = python_program(_PROGRAM, str(theirs.fileno()), str(os.getpid()))
-            # Apart from the terminal: Ctrl-C on the terminal is for the parent, which lets a piece in hand be finished.
+            # A session of its own: Ctrl-C reaches only the parent, which lets workers finish their chunks.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -56,7 +56,7 @@ class _Worker:
         self._first = [setup, tokenizer]
 
     def ask(self, chunk: Chunk) -> dict[str, Any]:
-        """Hand over a chunk and wait for the answer. Raises EOFError or OSError if the process has ended."""
+        """Send a chunk and wait for the answer. Raises EOFError or OSError if the process has ended."""
         while self._first:
             self.connection.send_bytes(self._first.pop(0))
         self.connection.send_bytes(chunk.header())
@@ -65,7 +65,7 @@ class _Worker:
         return answer
 
     def death(self) -> WorkerError:
-        """Return what is known of why the process ended."""
+        """Return an error with the exit status or signal of the process."""
         try:
             code = self.process.wait(_END_S)
         except subprocess.TimeoutExpired:
@@ -77,13 +77,13 @@ class _Worker:
             if -code == signal.SIGKILL:
                 how += ", as the system does when memory runs out"
         return WorkerError(
-            f"a worker process {how}. Everything done so far is kept: the same command goes on from there; with fewer "
-            "--workers it needs less memory"
+            f"a worker process {how}. Finished chunks are kept: run the same command to resume; fewer --workers need "
+            "less memory"
         )
 
 
 class WorkerPool:
-    """``n_workers`` processes within its context. Raises WorkerError if none can be started."""
+    """Context manager of ``n_workers`` processes. Raises WorkerError if one cannot be started."""
 
     def __init__(self, n_workers: int, setup: bytes, tokenizer: bytes) -> None:
         self._workers: list[_Worker] = []
@@ -114,31 +114,31 @@ class WorkerPool:
     def encode(
         self, chunks: Iterable[Chunk], done: Callable[[int, dict[str, Any]], None], stop: Callable[[], bool]
     ) -> None:
-        """Make a piece of every chunk; ``done`` hears of each, with the worker's figures, in any order.
+        """Encode every chunk; ``done(index, figures)`` is called for each, in any order.
 
         Raises:
-            PsannlmError: the first error in the order of the chunks, wherever it came up; those before it are done.
-            Interrupted: ``stop`` said so; the pieces in hand are done.
+            PsannlmError: the first error in the order of the chunks; earlier chunks are encoded.
+            Interrupted: ``stop()`` is true; chunks that were being encoded are finished.
         """
         try:
             for chunk in chunks:
-                while not self._offered(chunk):
-                    self._listen(done)
-                    self._go_on(stop)
-                self._listen(done)
-                self._go_on(stop)
+                while not self._put(chunk):
+                    self._collect(done)
+                    self._raise_if_stopped(stop)
+                self._collect(done)
+                self._raise_if_stopped(stop)
             while self._n_open:
-                self._listen(done, wait=True)
-                self._go_on(stop)
+                self._collect(done, wait=True)
+                self._raise_if_stopped(stop)
         except PsannlmError:
-            self._forget_tasks()
+            self._drop_tasks()
             while self._n_open:
-                self._listen(done, wait=True)
+                self._collect(done, wait=True)
             if self._failures:
                 raise min(self._failures, key=lambda failure: failure[0])[1] from None
             raise
 
-    def _offered(self, chunk: Chunk) -> bool:
+    def _put(self, chunk: Chunk) -> bool:
         try:
             self._tasks.put(chunk, timeout=_WAIT_S)
         except queue.Full:
@@ -146,14 +146,14 @@ class WorkerPool:
         self._n_open += 1
         return True
 
-    def _go_on(self, stop: Callable[[], bool]) -> None:
+    def _raise_if_stopped(self, stop: Callable[[], bool]) -> None:
         if self._failures:
             raise self._failures[0][1]
         if stop():
             raise Interrupted("interrupted")
 
-    def _listen(self, done: Callable[[int, dict[str, Any]], None], wait: bool = False) -> None:
-        """Take in the answers that are there; with ``wait``, wait a moment for one."""
+    def _collect(self, done: Callable[[int, dict[str, Any]], None], wait: bool = False) -> None:
+        """Process the answers that are available; with ``wait``, wait up to 0.1 s for the first."""
         while True:
             try:
                 index, answer = self._answers.get(wait, _WAIT_S)
@@ -168,7 +168,7 @@ class WorkerPool:
             else:
                 done(index, answer)
 
-    def _forget_tasks(self) -> None:
+    def _drop_tasks(self) -> None:
         while True:
             try:
                 self._tasks.get_nowait()
@@ -186,10 +186,10 @@ class WorkerPool:
         self._tasks.put(None)  # for the next thread
 
     def _end(self) -> None:
-        """Let every worker go; one that is busy still is killed, and its piece is made again some other time."""
+        """Kill every worker; an unfinished chunk is encoded again when the preparation is resumed."""
         for worker in self._workers:
             worker.process.kill()
-        self._forget_tasks()
+        self._drop_tasks()
         self._tasks.put(None)
         for worker in self._workers:
             worker.process.wait()

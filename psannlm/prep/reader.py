@@ -1,7 +1,7 @@
-"""The files of a corpus enter; sections of bytes leave in reading order, every stored byte hashed in passing.
+"""Reader of corpus files for ``prep``: sections of bytes in reading order, and the SHA-256 of each file.
 
-Where sections are cut depends on the files alone. Nothing is decoded here that a worker can decode: only a document
-that is longer than a segment is, for its parts go to different workers and its hash covers them all.
+Section boundaries depend on the files alone. Workers decode the text, except for a document that is longer than a
+segment: its segments go to different workers and its hash covers all of them, so it is decoded here.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _MARK = codecs.BOM_UTF8
 
 @dataclass(frozen=True)
 class Cut:
-    """The single document of a corpus, which is cut in two: this record of this source, ``n_bytes`` of UTF-8.
+    """Cut of the single document of a corpus: its source, record, and ``n_bytes`` of UTF-8.
 
-    ``n_bytes`` None: all that is stored of the file, but for a byte order mark.
+    ``n_bytes`` None: the size of the file, without a byte order mark.
     """
 
     source: int
@@ -53,17 +53,17 @@ class Cut:
 
 @dataclass
 class Replaced:
-    """Bytes that were not UTF-8, where each run of them became U+FFFD."""
+    """Bytes that were not UTF-8 and were replaced by U+FFFD, and where."""
 
     n_bytes: int = 0
     names: list[str] = field(default_factory=list)
 
 
-class Walk:
-    """Reads ``indices`` of ``sources`` in order; ``digests`` fills with the SHA-256 of each file's stored bytes.
+class CorpusReader:
+    """Reads the sources ``indices`` in order; ``digests`` collects the SHA-256 of the stored bytes of each.
 
-    ``n_bytes`` is how much of what is stored was read so far, ``byte_order_marks`` how many long documents began
-    with one; what workers find in their sections they count themselves.
+    ``n_bytes``: stored bytes read so far; ``byte_order_marks``: number of long documents that began with one. Workers
+    count those of their own sections.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Walk:
         self._digest: Any = None
 
     def sections(self) -> Iterator[tuple[Section, bytes]]:
-        """Yield sections with their bytes.
+        """Yield sections and their bytes.
 
         Raises:
-            CorpusError: a file cannot be read, is damaged, not text, or changed since it was planned.
+            CorpusError: a file cannot be read, is damaged, is not text, or changed since the preparation began.
         """
         for index in self._indices:
             source = self._sources[index]
@@ -109,7 +109,9 @@ class Walk:
                     else:
                         yield from self._whole(index, file)
             if source.n_bytes is not None and self.n_bytes - before != source.n_bytes:
-                raise CorpusError(f"{source.path} changed while it was read; prepare it anew when it is at rest")
+                raise CorpusError(
+                    f"{source.path} changed while it was read; run prep again once its files no longer change"
+                )
             refuse_changed(source)
             self.digests[index] = self._digest.hexdigest()
 
@@ -118,7 +120,7 @@ class Walk:
         self.n_bytes += len(content)
 
     def _rows(self, index: int, path: str) -> Iterator[tuple[Section, bytes]]:
-        """A column is read from here and there in the file, so its bytes are hashed in a reading of their own."""
+        """Yield the rows of a Parquet file; a column is not contiguous, so the file is hashed in a pass of its own."""
         with opened(path, self._seen):
             pass
         for row, text, n_replaced in parquet_texts(
@@ -162,14 +164,14 @@ class Walk:
                 record, offset, held = record + 1, offset + line.n_bytes, bytearray(line.rest)
             elif len(held) > LONGEST_JSON_LINE_BYTES:
                 raise CorpusError(
-                    f"{self._sources[index].path}:{record}: a line of more than {LONGEST_JSON_LINE_BYTES >> 20} MiB; "
-                    "JSON is read a whole line at a time: save so long a text as a .txt file"
+                    f"{self._sources[index].path}:{record}: a line of more than {LONGEST_JSON_LINE_BYTES >> 20} MiB, "
+                    "the maximum for JSON; save so long a text as a .txt file"
                 )
         if held:
             yield Section(kind, index, record, offset, len(held)), bytes(held)
 
     def _checked(self, index: int, record: int, blocks: Iterable[bytes], offset: int) -> Iterator[bytes]:
-        """Yield the bytes as valid UTF-8, broken between characters; ``offset`` is where they begin in their file."""
+        """Yield the bytes as valid UTF-8, cut between characters; ``offset`` is their position in the file."""
         path = self._sources[index].path
         decoder = codecs.getincrementaldecoder("utf-8")(self._settings.errors)
         for block in chain(filter(None, blocks), [b""]):
@@ -196,9 +198,9 @@ class Walk:
     def _long(
         self, index: int, record: int, blocks: Iterable[bytes], n_stored: int | None = None
     ) -> Iterator[tuple[Section, bytes]]:
-        """Yield a document that takes several segments, or, where the corpus is cut, both halves of it.
+        """Yield the segments of a long document, or of both halves of it where the corpus is cut.
 
-        ``n_stored``: its length, where that of the cut is not known.
+        ``n_stored``: its length, used if the cut has none.
         """
         cut = self._cut
         if cut is None or (cut.source, cut.record) != (index, record):
@@ -211,7 +213,7 @@ class Walk:
 
 
 def _document(index: int, record: int, blocks: Iterable[bytes], half: int) -> Iterator[tuple[Section, bytes]]:
-    """Yield the segments of one document that comes in blocks."""
+    """Yield the segments of one document that is read in blocks."""
     digest = hashlib.blake2b(digest_size=HASH_BYTES)
     flags, offset = BEGINS | half, 0
     for content, is_last in cut_stream(blocks):
@@ -224,7 +226,7 @@ def _document(index: int, record: int, blocks: Iterable[bytes], half: int) -> It
 
 
 class _Line:
-    """The bytes of one long line, without its end; ``rest`` is what was read beyond it, ``n_bytes`` the whole."""
+    """The bytes of one long line without its newline; ``rest``: bytes read after it; ``n_bytes``: its length."""
 
     def __init__(self, begin: bytes, file: BinaryIO) -> None:
         self._begin, self._file = begin, file
@@ -234,7 +236,7 @@ class _Line:
     def __iter__(self) -> Iterator[bytes]:
         held = self._begin
         while True:
-            # A return that ends what was read so far may belong to the newline that comes next.
+            # A carriage return at the end of the block may belong to the newline that follows.
             at = len(held) - held.endswith(b"\r")
             self.n_bytes += at
             yield held[:at]
@@ -253,7 +255,7 @@ class _Line:
 
 
 def _read_full(file: BinaryIO, n_bytes: int) -> bytes:
-    """Read as much, or to the end: a pipe and a decompressor give less at a time."""
+    """Read ``n_bytes``, or up to the end: pipes and decompressors return less per call."""
     content = b""
     while len(content) < n_bytes and (block := file.read(n_bytes - len(content))):
         content += block
@@ -265,7 +267,7 @@ _NAMES_KEPT = 5
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of the corpus: ``n_bytes`` as stored (None for standard input), ``stamp`` when it was last changed."""
+    """A file of the corpus: ``n_bytes`` as stored (None for standard input) and ``stamp``, its modification time."""
 
     path: str
     n_bytes: int | None
@@ -273,22 +275,22 @@ class SourceFile:
 
     @property
     def kind(self) -> str:
-        """``.txt``, ``.jsonl``, ``.ndjson``, ``.parquet``, or any other ending, which is read as plain text."""
+        """``.txt``, ``.jsonl``, ``.ndjson``, ``.parquet``, or any other suffix, which is read as plain text."""
         return split_suffix(self.path)[0]
 
     @property
     def is_compressed(self) -> bool:
-        """Whether the bytes of its text are others than those that are stored, whatever the file is called."""
+        """Whether the content is compressed, whatever the name of the file."""
         return is_compressed(self.path)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the file as it stands in a plan."""
+        """Return the file as it is stored in a plan."""
         return {"path": self.path, "bytes": self.n_bytes, "stamp": self.stamp}
 
 
 @dataclass
 class Drops:
-    """Counts what was left out, by reason, and names the first few."""
+    """Number of omitted files and documents per reason, with the names of the first few."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -304,24 +306,24 @@ class Drops:
         kept += names[: _NAMES_KEPT - len(kept)]
 
     def lines(self) -> list[str]:
-        """Return a line for each reason, for people."""
-        said = []
+        """Return one line of text per reason."""
+        lines = []
         for reason, count in sorted(self.counts.items()):
             names = self.examples[reason]
             more = ", ..." if count > len(names) else ""
-            said.append(f"left out: {reason} x {count:,} ({', '.join(names)}{more})")
-        return said
+            lines.append(f"left out: {reason} x {count:,} ({', '.join(names)}{more})")
+        return lines
 
 
 def find_sources(patterns: Sequence[str], drops: Drops) -> list[SourceFile]:
-    """Return the files that ``patterns`` name, in reading order; ``-`` is standard input.
+    """Return the files that ``patterns`` match, in reading order; ``-`` is standard input.
 
     Raises:
         CorpusError: names every path that is missing or cannot be read.
         ConfigError: standard input is named more than once.
     """
     if patterns.count(STDIN) > 1:
-        raise ConfigError("'-' names standard input, which can be read once only; give it once")
+        raise ConfigError("'-' is standard input, which can be read only once; give it once")
     found = iter(find_all([pattern for pattern in patterns if pattern != STDIN], drops.add))
     sources: list[SourceFile] = []
     for pattern in patterns:
@@ -333,32 +335,32 @@ def find_sources(patterns: Sequence[str], drops: Drops) -> list[SourceFile]:
 
 
 def refuse_changed(source: SourceFile) -> None:
-    """Raise CorpusError if a file is not as it was when its corpus was planned."""
+    """Raise CorpusError if a file changed since the preparation began."""
     if source.n_bytes is None:
         return
     n_bytes, stamp = file_stamp(source.path)
     if (n_bytes, stamp) != (source.n_bytes, source.stamp):
         what = f"{source.n_bytes:,} bytes then, {n_bytes:,} now" if n_bytes != source.n_bytes else "written to since"
         raise CorpusError(
-            f"{source.path} changed while the corpus was prepared ({what}); what was made of it is of two minds. "
-            "Remove the folder and prepare it anew when the corpus is at rest"
+            f"{source.path} changed while the corpus was prepared ({what}). Remove the folder and run prep again "
+            "once the files no longer change"
         )
 
 
 def deal(sources: Sequence[SourceFile], n_parts: int) -> list[list[int]]:
-    """Return for each part the indices of its files, in reading order; parts are as equal in bytes as files allow.
+    """Return for each part the indices of its files, in reading order; parts are balanced by bytes.
 
-    The largest file goes first, each to the part that has least: the same files give the same parts everywhere.
+    Files are assigned from the largest on, each to the smallest part: the same files always give the same parts.
 
     Raises:
-        ConfigError: standard input is among the sources, or there are fewer files than parts.
+        ConfigError: a source is standard input, or there are fewer files than parts.
     """
     if n_parts > 1 and any(source.n_bytes is None for source in sources):
-        raise ConfigError("standard input cannot be dealt to parts; save it to files first")
+        raise ConfigError("standard input cannot be split into parts; save it to files first")
     if n_parts > len(sources):
         raise ConfigError(
-            f"{n_parts} parts of {len(sources)} files leave some with none: whole files are dealt to parts. "
-            "Split the files, or name fewer parts"
+            f"{n_parts} parts are more than the {len(sources)} files, and a part holds whole files. "
+            "Split the files, or use fewer parts"
         )
     parts: list[list[int]] = [[] for _ in range(n_parts)]
     sizes = [0] * n_parts

@@ -1,7 +1,6 @@
-"""The pieces of a corpus enter; which documents stay, which are held out, and how they fill shards leaves.
+"""Selection of documents: filters, duplicates, the train/validation split, and the sizes of shards.
 
-Only the heads of pieces are read, and one at a time: nothing held here but a bit for each document grows with the
-corpus.
+Only the heads of encoded chunks are read, one at a time: memory grows with the corpus by one bit per document.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psannlm.data.framing import RECORD_BITS, unpack_origin
-from psannlm.data.split import draws
+from psannlm.data.split import uniform_from_hash
 from psannlm.errors import CorpusError
 from psannlm.prep.chunks import HALF, HAS_TEXT
 from psannlm.prep.dedup import Bits, DuplicateFinder
 from psannlm.prep.encode_worker import too_long, too_short
-from psannlm.prep.encoded_chunk import read_piece
+from psannlm.prep.encoded_chunk import read_encoded_chunk
 from psannlm.prep.job import PrepSettings
 from psannlm.prep.reader import Drops
-from psannlm.tokenizers.roundtrip import LossMeter
+from psannlm.tokenizers.roundtrip import RoundTripMeter
 
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
@@ -31,11 +30,11 @@ SPLITS = (TRAIN, VALIDATION)
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents that end in one piece; ``first`` is the number of the first of them in the whole corpus.
+    """The documents that end in one encoded chunk; ``first`` is the number of the first one in the whole corpus.
 
-    ``spans``: the first of them begins in an earlier piece.
+    ``spans``: the first of them begins in an earlier encoded chunk.
     ``n_tokens``, ``n_bytes``, ``n_chars``, ``origins``: (n,) int64. ``has_text``: (n,) bool. ``hashes``: (n, 16) uint8.
-    ``is_half``: (n,) bool, halves of the document that a corpus of one was cut in.
+    ``is_half``: (n,) bool, the two halves of the only document of a corpus.
     """
 
     first: int
@@ -53,31 +52,31 @@ class Documents:
 
     @property
     def numbers(self) -> NDArray[np.int64]:
-        """Their numbers in the whole corpus, (n,)."""
+        """Numbers of the documents in the whole corpus, (n,)."""
         return np.arange(self.first, self.first + len(self), dtype=np.int64)
 
 
 def read_documents(paths: Sequence[Path], facts: Callable[[Any], None] | None = None) -> Iterator[Documents]:
-    """Yield the documents of pieces in order; ``facts`` gets what each piece counted.
+    """Yield the documents of encoded chunks in order; ``facts`` is called with the counts of each encoded chunk.
 
     Raises:
-        ArtifactError: a piece is missing or damaged.
+        ArtifactError: an encoded chunk is missing or damaged.
     """
-    open_so_far = np.zeros(4, np.int64)  # of a document that a later piece ends
+    open_so_far = np.zeros(4, np.int64)  # of a document that ends in a later encoded chunk
     first = 0
     for path in paths:
-        piece = read_piece(path, with_tokens=False)
+        encoded = read_encoded_chunk(path, with_tokens=False)
         if facts is not None:
-            facts(piece.facts)
-        units = piece.units
+            facts(encoded.facts)
+        units = encoded.units
         sums = np.cumsum(
             np.stack(
                 [units["n_tokens"], units["n_bytes"], units["n_chars"], (units["flags"] & HAS_TEXT) > 0], axis=1
             ).astype(np.int64),
             axis=0,
         )
-        last = np.flatnonzero(piece.ends)
-        spans = len(last) > 0 and not piece.begins[0]
+        last = np.flatnonzero(encoded.ends)
+        spans = len(last) > 0 and not encoded.begins[0]
         each = np.diff(sums[last], axis=0, prepend=-open_so_far[None])
         if len(last):
             open_so_far = sums[-1] - sums[last[-1]]
@@ -99,7 +98,7 @@ def read_documents(paths: Sequence[Path], facts: Callable[[Any], None] | None = 
 
 @dataclass
 class ShardSize:
-    """What one shard will hold."""
+    """Planned content of one shard."""
 
     n_documents: int = 0
     n_tokens: int = 0
@@ -107,21 +106,21 @@ class ShardSize:
 
 
 class ShardPlan:
-    """Documents in order fill shards of at most ``limit`` tokens; one that is larger has a shard of its own."""
+    """Distribution of documents over shards of at most ``limit`` tokens; a longer document has a shard of its own."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.shards: list[ShardSize] = []
 
     def add(self, n_tokens: NDArray[np.int64], n_bytes: NDArray[np.int64]) -> None:
-        """Place the next documents."""
+        """Assign the next documents to shards."""
         tokens = np.concatenate([[0], np.cumsum(n_tokens)])
         n_bytes_before = np.concatenate([[0], np.cumsum(n_bytes)])
         at = 0
         while at < len(n_tokens):
             shard = self.shards[-1] if self.shards else None
-            room = self._limit - shard.n_tokens if shard else -1
-            stop = int(np.searchsorted(tokens, tokens[at] + room, side="right")) - 1
+            free = self._limit - shard.n_tokens if shard else -1
+            stop = int(np.searchsorted(tokens, tokens[at] + free, side="right")) - 1
             if shard is None or stop <= at:
                 shard = ShardSize()
                 self.shards.append(shard)
@@ -134,7 +133,7 @@ class ShardPlan:
 
     @property
     def total(self) -> ShardSize:
-        """All shards together."""
+        """Sum over all shards."""
         return ShardSize(
             sum(shard.n_documents for shard in self.shards),
             sum(shard.n_tokens for shard in self.shards),
@@ -144,11 +143,11 @@ class ShardPlan:
 
 @dataclass
 class Selection:
-    """Which documents stay, and where.
+    """The documents that are kept, and the split of each.
 
-    ``moved`` are numbers whose side is another than the one they drew; ``spanning`` holds the sides (None: left out) of
-    those that begin in one piece and end in another, since a hash comes with the end. ``documents_of``: how many stay
-    of each source, (n_sources,) int64.
+    ``moved``: numbers of documents that are moved to the other split. ``spanning``: split (None: left out) of the
+    documents that begin in one encoded chunk and end in another, because the hash is stored with the end.
+    ``documents_of``: number of documents kept from each source, (n_sources,) int64.
     """
 
     settings: PrepSettings
@@ -159,10 +158,10 @@ class Selection:
     moved: set[int] = field(default_factory=set)
     spanning: dict[int, str | None] = field(default_factory=dict)
 
-    def sides(self, first: int, hashes: NDArray[np.uint8]) -> dict[str, NDArray[np.bool_]]:
-        """Return which of the documents from number ``first`` on, (n, 16) hashes, stay on either side, each (n,)."""
+    def masks(self, first: int, hashes: NDArray[np.uint8]) -> dict[str, NDArray[np.bool_]]:
+        """Return the (n,) mask of each split, for the documents from number ``first`` on with ``hashes``, (n, 16)."""
         is_kept = ~self.dropped.among(first, first + len(hashes))
-        is_held_out = draws(hashes, self.settings.seed) < self.settings.val_split
+        is_held_out = uniform_from_hash(hashes, self.settings.seed) < self.settings.val_split
         for number in self.moved:
             if 0 <= number - first < len(hashes):
                 is_held_out[number - first] ^= True
@@ -170,18 +169,18 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class OnlyOne:
-    """The corpus is a single document, to be cut in two: where it came from and how long it is."""
+class SingleDocument:
+    """The corpus is a single document, which must be cut in two: its origin and length."""
 
     origin: int
     n_bytes: int
 
 
-class Surveyor:
-    """Looks through the pieces of a corpus of ``n_sources`` files; ``name(source, record)`` names a record.
+class DocumentSelector:
+    """Selects documents from the encoded chunks of ``n_sources`` files; ``name(source, record)`` names a record.
 
-    ``is_cut``: the corpus is one document in two halves; ``is_part``: others prepare the rest, so that nothing is
-    decided here that takes all documents to decide.
+    ``is_cut``: the corpus is one document in two halves. ``is_part``: this is one of several parts, so that decisions
+    that need all documents are left to the merge.
     """
 
     def __init__(
@@ -201,18 +200,18 @@ class Surveyor:
         self.replaced_bytes = 0
         self.replaced_surrogates = 0
         self.replaced_in: list[str] = []
-        self.meter = LossMeter()
-        self.lost: tuple[str, str] | None = None  # of the first document that the tokenizer does not give back
+        self.meter = RoundTripMeter()
+        self.roundtrip_error: tuple[str, str] | None = None  # name of the first such document, and the difference
         self._paths, self._folder, self._settings, self._n_sources = paths, folder, settings, n_sources
         self._name, self._is_cut, self._is_part = name, is_cut, is_part
 
-    def select(self) -> Selection | OnlyOne:
-        """Return what becomes of every document; counts what is left out on the way.
+    def select(self) -> Selection | SingleDocument:
+        """Select documents, and count those that are left out.
 
         Raises:
-            ArtifactError: a piece is damaged.
-            StorageError: there is no room to look for duplicates.
-            CorpusError: the corpus is one document that is too short to be cut in two.
+            ArtifactError: an encoded chunk is damaged.
+            StorageError: the disk is full.
+            CorpusError: the corpus is a single document that is too short to be cut in two.
         """
         n, unwanted, repeated = self._count()
         dropped = Bits(n)
@@ -223,14 +222,14 @@ class Surveyor:
                 dropped = finder.repeated()
         dropped.add(np.array(unwanted + repeated, np.int64))
         selection, extremes = self._plan(dropped, set())
-        kept = {side: plan.total.n_documents for side, plan in selection.plans.items()}
+        kept = {split: plan.total.n_documents for split, plan in selection.plans.items()}
         n_kept = sum(kept.values())
         n_duplicates = n - len(unwanted) - n_kept
         if self._settings.val_split > 0 and not self._is_part and n_kept:
             if self._is_cut:
                 selection, _ = self._plan(dropped, self._halves())
             elif n_kept == 1:
-                return OnlyOne(extremes.origin, kept_bytes(selection))
+                return SingleDocument(extremes.origin, kept_bytes(selection))
             elif not kept[VALIDATION] or not kept[TRAIN]:
                 moved = extremes.lowest if not kept[VALIDATION] else extremes.highest
                 selection, _ = self._plan(dropped, {moved})
@@ -238,9 +237,9 @@ class Surveyor:
         return selection
 
     def _count(self) -> tuple[int, list[int], list[int]]:
-        """Return how many documents there are, and the numbers of long ones that the filters leave out.
+        """Return the number of documents, the numbers of long documents that filters leave out, and of repetitions.
 
-        And where the single document of the corpus is cut, the numbers of its repetitions: nothing else was left.
+        Repetitions are listed only where the single document of the corpus is cut: all other documents repeat it.
         """
         unwanted: list[int] = []
         repeated: list[int] = []
@@ -249,7 +248,7 @@ class Surveyor:
         for documents in read_documents(self._paths, self._note):
             n += len(documents)
             self._refuse_blank_half(documents)
-            # What a worker saw whole it has filtered; these are the documents whose parts went to several.
+            # Workers filter the documents that they see whole; here are those whose segments went to several workers.
             limit = np.inf if settings.max_chars is None else settings.max_chars
             has_text = documents.has_text & ~documents.is_half
             reasons = (
@@ -279,53 +278,53 @@ class Surveyor:
             self.drops.merge(reason, count, [self._name(source, record) for source, record in where])
         self.byte_order_marks += facts["byte_order_marks"]
         self.replaced_bytes += facts["replaced_bytes"]
-        self.replaced_surrogates += facts.get("replaced_surrogates", 0)  # a piece of an earlier version has none
+        self.replaced_surrogates += facts.get("replaced_surrogates", 0)  # absent in earlier versions
         self.replaced_in += [self._name(source, record) for source, record in facts["replaced_in"]]
         del self.replaced_in[6:]
-        # Pieces of an earlier version did not count what they checked.
+        # Encoded chunks of earlier versions lack the number of checked bytes.
         self.meter.checked_bytes += facts.get("checked_bytes", 0)
         self.meter.lost_bytes += facts.get("lost_bytes", len(facts["lost"]))
-        if self.lost is None and facts["lost"]:
-            source, record, loss = facts["lost"][0]
-            self.lost = self._name(source, record), loss
+        if self.roundtrip_error is None and facts["lost"]:
+            source, record, error = facts["lost"][0]
+            self.roundtrip_error = self._name(source, record), error
 
     def _plan(self, dropped: Bits, moved: set[int]) -> tuple[Selection, _Extremes]:
-        plans = {side: ShardPlan(self._settings.shard_tokens) for side in SPLITS}
+        plans = {split: ShardPlan(self._settings.shard_tokens) for split in SPLITS}
         documents_of = np.zeros(self._n_sources, np.int64)
         selection = Selection(self._settings, dropped, plans, documents_of, 0, moved)
         extremes = _Extremes()
         for documents in read_documents(self._paths):
-            sides = selection.sides(documents.first, documents.hashes)
+            masks = selection.masks(documents.first, documents.hashes)
             if documents.spans:
-                there = [side for side in SPLITS if sides[side][0]]
+                there = [split for split in SPLITS if masks[split][0]]
                 selection.spanning[documents.first] = there[0] if there else None
-            for side, is_there in sides.items():
-                plans[side].add(documents.n_tokens[is_there], documents.n_bytes[is_there])
-            is_kept = sides[TRAIN] | sides[VALIDATION]
+            for split, is_there in masks.items():
+                plans[split].add(documents.n_tokens[is_there], documents.n_bytes[is_there])
+            is_kept = masks[TRAIN] | masks[VALIDATION]
             documents_of += np.bincount(documents.origins[is_kept] >> RECORD_BITS, minlength=self._n_sources)
-            extremes.look(documents, is_kept, self._settings.seed)
+            extremes.update(documents, is_kept, self._settings.seed)
         return selection, extremes
 
     def _halves(self) -> set[int]:
-        """Return the numbers to move so that the first half is for training and the second is held out."""
+        """Return the numbers to move so that the first half is training text and the second is held out."""
         halves = [
             (documents.first + at, bool(is_out[at]))
             for documents in read_documents(self._paths)
-            for is_out in [draws(documents.hashes, self._settings.seed) < self._settings.val_split]
+            for is_out in [uniform_from_hash(documents.hashes, self._settings.seed) < self._settings.val_split]
             for at in np.flatnonzero(documents.is_half).tolist()
         ]
-        return {number for place, (number, is_out) in enumerate(halves) if is_out != (place > 0)}
+        return {number for index, (number, is_out) in enumerate(halves) if is_out != (index > 0)}
 
 
 class _Extremes:
-    """The documents that drew the lowest and the highest number, the first of equals; for corpora of few documents."""
+    """The documents with the lowest and the highest hash number, the first of equals; for corpora of few documents."""
 
     def __init__(self) -> None:
         self.lowest = self.highest = self.origin = -1
         self._low, self._high = 2.0, -1.0
 
-    def look(self, documents: Documents, is_kept: NDArray[np.bool_], seed: int) -> None:
-        drawn = draws(documents.hashes, seed)
+    def update(self, documents: Documents, is_kept: NDArray[np.bool_], seed: int) -> None:
+        drawn = uniform_from_hash(documents.hashes, seed)
         at = np.flatnonzero(is_kept)
         if not len(at):
             return
@@ -338,5 +337,5 @@ class _Extremes:
 
 
 def kept_bytes(selection: Selection) -> int:
-    """Return the bytes of all documents that stay."""
+    """Return the bytes of all documents that are kept."""
     return sum(plan.total.n_bytes for plan in selection.plans.values())

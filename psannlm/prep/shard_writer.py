@@ -1,4 +1,4 @@
-"""Pieces and a selection enter; documents leave in reading order, as the batches that shards are written from."""
+"""Batches of selected documents, in reading order, from which shards are written."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from numpy.typing import NDArray
 
 from psannlm.data.framing import DocumentBatch
 from psannlm.prep.chunks import ENDS
-from psannlm.prep.encoded_chunk import read_piece
+from psannlm.prep.encoded_chunk import read_encoded_chunk
 from psannlm.prep.selection import Selection
 
 
 class Units(NamedTuple):
-    """Some units in a row, (n,) of ``piece.UNIT``, and their tokens."""
+    """Consecutive units, (n,) of ``encoded_chunk.UNIT``, and their tokens."""
 
     table: NDArray[Any]
     tokens: NDArray[Any]
 
 
-def select_units(paths: Iterable[Path], selection: Selection, side: str) -> Iterator[Units]:
-    """Yield the units of all documents on one side, piece by piece.
+def select_units(paths: Iterable[Path], selection: Selection, split: str) -> Iterator[Units]:
+    """Yield the units of all documents of one split, chunk by chunk.
 
     Raises:
-        ArtifactError: a piece is missing or damaged.
+        ArtifactError: an encoded chunk is missing or damaged.
     """
     number = 0  # of the document that the next unit belongs to
     for path in paths:
-        piece = read_piece(path)
-        ends = piece.ends
+        encoded = read_encoded_chunk(path)
+        ends = encoded.ends
         n_ended = int(ends.sum())
-        is_there = selection.sides(number, piece.units["hash"][ends])[side]
-        # The document that goes on in the next piece shows its hash there.
-        is_there = np.append(is_there, selection.spanning.get(number + n_ended) == side)
+        is_there = selection.masks(number, encoded.units["hash"][ends])[split]
+        # The hash of a document that continues in the next encoded chunk is stored there.
+        is_there = np.append(is_there, selection.spanning.get(number + n_ended) == split)
         wanted = is_there[np.cumsum(ends) - ends]
         if wanted.all():
-            yield Units(piece.units, piece.tokens)
+            yield Units(encoded.units, encoded.tokens)
         elif wanted.any():
-            yield Units(piece.units[wanted], piece.tokens[np.repeat(wanted, piece.units["n_tokens"])])
+            yield Units(encoded.units[wanted], encoded.tokens[np.repeat(wanted, encoded.units["n_tokens"])])
         number += n_ended
 
 
 class DocumentStream:
-    """Cuts a stream of units where documents end."""
+    """Cuts a stream of units at the ends of documents."""
 
     def __init__(self, units: Iterator[Units]) -> None:
         self._units = units
         self._rest: Units | None = None
-        self._n_tokens = self._n_bytes = 0  # so far, of a document that later units end
+        self._n_tokens = self._n_bytes = 0  # so far, of a document that ends in later units
 
     def take(self, n_documents: int) -> Iterator[DocumentBatch]:
-        """Yield the next ``n_documents``; the iterator must be used up before the next one is asked for."""
+        """Yield the next ``n_documents`` in batches; exhaust the iterator before calling this again."""
         while n_documents:
             units = self._rest if self._rest is not None else next(self._units)
             self._rest = None

@@ -1,4 +1,7 @@
-"""Text and a tokenizer to what of it does not come back: a foreign tokenizer may lose text, and nobody would see it."""
+"""Round-trip check of a tokenizer: does decoding the ids of a text give the text back?
+
+A third-party tokenizer may lose text, which no later figure would show.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from psannlm.tokenizers.base import Tokenizer
 LOSSY = " (too low: lossy tokenizer)"
 LOSSY_NOTE = " A lossy tokenizer does not give all of the text back: bits per byte come out too low."
 
-# Of a text only its beginning is looked at, and of many texts only the first: to look at all would double the work.
+# Only the beginning of a text is checked, and only the first of many texts: checking everything would double the work.
 _CHARACTERS = 4096
 _DOCUMENTS = 64
 _SHOWN = 24
@@ -24,27 +27,27 @@ class NamedText(Protocol):
 
     @property
     def name(self) -> str:
-        """What a warning calls it."""
+        """Its name in warnings."""
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole text."""
 
 
 N = TypeVar("N", bound=NamedText)
 
 
 @dataclass
-class LossMeter:
-    """Counts the bytes of text that was checked, and those that did not come back from the tokenizer."""
+class RoundTripMeter:
+    """Counts the bytes of checked text and the bytes that the tokenizer does not give back."""
 
     checked_bytes: int = 0
     lost_bytes: int = 0
 
     def check(self, tokenizer: Tokenizer, text: str) -> str | None:
-        """Count the first 4,096 characters of ``text``; return where they first come back as others, or None.
+        """Check the first 4,096 characters of ``text``; return a description of the first difference, or None.
 
-        A character is lost where fewer of it come back; text whose order alone changes loses one byte.
+        A character is lost where fewer of it are decoded; if only the order changes, one byte counts as lost.
 
         Raises:
             TokenizerError: ``text`` holds a lone surrogate.
@@ -60,19 +63,19 @@ class LossMeter:
 
     @property
     def fraction(self) -> float | None:
-        """The fraction of the checked bytes that was lost, more than 0 if any was; None where nothing was checked."""
+        """Fraction of the checked bytes that was lost, above 0 if any was; None if nothing was checked."""
         if self.lost_bytes == 0:
             return 0.0 if self.checked_bytes else None
         return min(1.0, max(SMALLEST_FRACTION, round(self.lost_bytes / max(1, self.checked_bytes), 6)))
 
 
-def find_loss(tokenizer: Tokenizer, text: str) -> str | None:
-    """Return where the first 4,096 characters of ``text`` first come back as others, in words, or None.
+def find_roundtrip_error(tokenizer: Tokenizer, text: str) -> str | None:
+    """Return a description of the first round-trip error in the first 4,096 characters of ``text``, or None.
 
     Raises:
         TokenizerError: ``text`` holds a lone surrogate.
     """
-    return LossMeter().check(tokenizer, text)
+    return RoundTripMeter().check(tokenizer, text)
 
 
 def _describe(beginning: str, back: str) -> str:
@@ -82,31 +85,31 @@ def _describe(beginning: str, back: str) -> str:
     return f"{beginning[start : start + _SHOWN]!r} comes back as {back[start : start + _SHOWN]!r}"
 
 
-def watch_for_loss(
+def check_roundtrip(
     tokenizer: Tokenizer,
     documents: Iterable[N],
-    tell: Callable[[str], None],
-    meter: LossMeter | None = None,
+    warn: Callable[[str], None],
+    meter: RoundTripMeter | None = None,
 ) -> Iterator[N]:
-    """Yield ``documents`` as they are, and tell once if the beginning of one of the first 64 does not come back.
+    """Yield ``documents`` unchanged; call ``warn`` once if the beginning of one of the first 64 is not given back.
 
-    ``meter`` counts what was checked and lost.
+    ``meter`` counts the checked and the lost bytes.
 
     Raises:
         TokenizerError: a text holds a lone surrogate.
     """
-    is_told = False
-    meter = meter or LossMeter()
+    has_warned = False
+    meter = meter or RoundTripMeter()
     for number, document in enumerate(documents):
-        loss = meter.check(tokenizer, document.text) if number < _DOCUMENTS else None
-        if loss is not None and not is_told:
-            tell(loss_warning(document.name, loss))
-            is_told = True
+        error = meter.check(tokenizer, document.text) if number < _DOCUMENTS else None
+        if error is not None and not has_warned:
+            warn(roundtrip_warning(document.name, error))
+            has_warned = True
         yield document
 
 
 def folder_warning(folder: str, fraction: float | None) -> str | None:
-    """Return the warning for a prepared folder whose manifest records ``fraction`` as lost; None where nothing was."""
+    """Return the warning for a prepared folder of which ``fraction`` of the text is lost; None if nothing is."""
     if not fraction:
         return None
     return (
@@ -116,13 +119,13 @@ def folder_warning(folder: str, fraction: float | None) -> str | None:
 
 
 def is_lossy(fraction: float | None) -> bool | None:
-    """Return whether a tokenizer loses text, by the fraction that it was seen to lose; None where nobody looked."""
+    """Return whether a tokenizer loses text, given the lost fraction; None if unknown."""
     return None if fraction is None else fraction > 0
 
 
-def loss_warning(name: str, loss: str) -> str:
-    """Return the warning for a document and what :func:`find_loss` said of it."""
+def roundtrip_warning(name: str, error: str) -> str:
+    """Return the warning for a document and its :func:`find_roundtrip_error`."""
     return (
-        f"warning: this tokenizer loses text: in {name}, {loss}; a model cannot learn what is lost, and bits per byte "
+        f"warning: this tokenizer loses text: in {name}, {error}; a model cannot learn what is lost, and bits per byte "
         "come out too low"
     )

@@ -10,7 +10,13 @@ import pytest
 
 from psannlm.config.data import PathSource
 from psannlm.data.corpus.documents import Document, read_documents
-from psannlm.data.tokenizer_training import PART_BYTES, fit_with_card, held_out_figures, longest_pieces, sample_corpus
+from psannlm.data.tokenizer_training import (
+    SAMPLE_SEGMENT_BYTES,
+    fit_with_card,
+    held_out_figures,
+    longest_pieces,
+    sample_corpus,
+)
 from psannlm.errors import CorpusError, StorageError
 from psannlm.tokenizers.char import CharTokenizer
 
@@ -68,7 +74,7 @@ def test_the_sample_is_bounded_even_and_a_matter_of_the_seed() -> None:
 
 
 def test_a_long_file_is_fitted_on_in_parts_and_named_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.data.tokenizer_training.PART_BYTES", 2000)
+    monkeypatch.setattr("psannlm.data.tokenizer_training.SAMPLE_SEGMENT_BYTES", 2000)
     path = tmp_path / "long.txt"
     path.write_text("".join(f"Zeile {i}: Übermaß an Wörtern, immer wieder.\n" for i in range(2000)), encoding="utf-8")
     read: list[tuple[int, int]] = []
@@ -137,7 +143,7 @@ def test_about_a_tenth_of_one_file_is_held_out(tmp_path: Path, n_bytes: int) -> 
     path = tmp_path / "book.txt"
     path.write_text("".join(f"line {number} of waves that rise and fall\n" for number in range(n_bytes // 38)))
     for seed in (1, 2, 3):
-        documents = read_documents([PathSource(path=str(path))], part_bytes=PART_BYTES)
+        documents = read_documents([PathSource(path=str(path))], segment_bytes=SAMPLE_SEGMENT_BYTES)
         sampled = sample_corpus(documents, seed=seed)
         sizes = [sum(map(len, passages)) for passages in (sampled.fitted_on, sampled.held_out)]
         assert 0.08 < sizes[1] / path.stat().st_size < 0.2

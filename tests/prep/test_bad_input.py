@@ -44,8 +44,8 @@ DocumentsIn = Callable[..., list[tuple[str, int, int]]]
         ("a.txt.gz", gzip.compress(b"some text" * 999, mtime=0)[:-9], r"a\.txt\.gz: damaged or cut short"),
         ("a.parquet", b"PAR1 and no more", r"a\.parquet: not a whole Parquet file"),
         ("a.csv", b"a,b", r"a\.csv: \.csv cannot be read"),
-        ("blank.txt", b" \n \n", "the corpus holds no text to keep[^@]*blank line x 2"),
-        ("empty.txt", b"", "the corpus holds no text to keep[^@]*empty file x 1"),
+        ("blank.txt", b" \n \n", "no document of the corpus is kept[^@]*blank line x 2"),
+        ("empty.txt", b"", "no document of the corpus is kept[^@]*empty file x 1"),
     ],
 )
 def test_a_file_that_is_no_text_is_named(
@@ -99,7 +99,7 @@ def test_surrogates_and_bytes_of_tables_are_replaced_and_counted(
     texts = [text for text, *_ in documents_in(tmp_path / "out")]
     assert texts == ["fine", "a \ufffd b\ufffd", "one", "caf\ufffd"]
     (said,) = (line for line in notices if "U+FFFD" in line)
-    assert "for 1 bytes that are not UTF-8 and 2 lone surrogates" in said
+    assert "replaced 1 bytes that are not UTF-8 and 2 lone surrogates" in said
     assert "a.ndjson:2, " in said
     assert "b.parquet:2" in said
     for source, place in (("a.ndjson", r"a\.ndjson:2: lone"), ("b.parquet", r"b\.parquet: row 2: byte 3")):
@@ -159,7 +159,7 @@ def test_bytes_that_are_not_text_are_replaced_on_request_and_counted(
         contents["c.txt"].decode("utf-8", "replace"),
     ]
     (said,) = (line for line in notices if "U+FFFD" in line)
-    assert "for 6 bytes" in said
+    assert "replaced 6 bytes" in said
     for name in ("a.txt", "b.jsonl:2", "c.txt"):
         assert str(tmp_path / name) in said
 
@@ -194,7 +194,7 @@ def test_a_file_that_changes_meanwhile_is_named(
     stamp = files[0].stat()
     files[0].write_bytes(files[0].read_bytes()[:-1] + b"!")
     os.utime(files[0], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    with pytest.raises(CorpusError, match=rf"{files[0].name}.* changed since the work in .* began"):
+    with pytest.raises(CorpusError, match=rf"{files[0].name}.* changed since the preparation in .* began"):
         prepare(folder)
 
 
@@ -237,7 +237,7 @@ def test_a_disk_that_will_not_do_is_refused_at_the_start(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=40_000))
-    with pytest.raises(StorageError, match=r"needs about \d+ MB for pieces and shards, and 0 MB are free"):
+    with pytest.raises(StorageError, match=r"needs about \d+ MB for encoded chunks and shards, and 0 MB are free"):
         prepare(corpus, n_workers=2)
     assert len(list((tmp_path / "out" / ".work").glob("piece_*"))) < 12
 

@@ -334,12 +334,12 @@ def test_a_signal_stops_and_the_same_command_goes_on(tmp_path: Path, signal_numb
     said = process.communicate(content, timeout=60)[1].decode()
     assert process.returncode == 130
     assert "interrupted after" in said
-    assert "the same command goes on from there" in said
+    assert "run the same command to resume" in said
     assert "Traceback" not in said
     if signal_number == signal.SIGTERM:
         return  # once is enough
     again = subprocess.run(arguments, input=begin + content, capture_output=True, check=True)
-    assert b"going on with the work" in again.stderr
+    assert b"resuming the preparation" in again.stderr
     assert json.loads(again.stdout)["train"]["documents"] > 100_000
 
 
@@ -359,7 +359,7 @@ def test_a_worker_that_is_killed_is_told_in_one_line(
         return original(self, chunk)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pool._Worker, "ask", ask)
-    with pytest.raises(WorkerError, match=r"signal 9 \(SIGKILL\).*memory runs out.*the same command goes on") as caught:
+    with pytest.raises(WorkerError, match=r"SIGKILL.*memory runs out.*run the same command to resume") as caught:
         prepare(corpus, n_workers=2)
     assert "\n" not in str(caught.value)
     assert len(list((tmp_path / "out" / ".work").glob("piece_*"))) >= 3
@@ -378,7 +378,7 @@ def test_the_work_of_other_settings_is_refused(prepare: Prepare, corpus: Path, t
     with pytest.raises(ConfigError, match=r"--min-chars: 1 then, 2 now"):
         prepare(tmp_path / "c", chunk_bytes=300, min_chars=2)
     (tmp_path / "c" / "b.jsonl").write_text('{"text": "repaired"}\n')
-    with pytest.raises(ConfigError, match=r"b\.jsonl: 9 bytes then, 21 bytes now[\s\S]*to begin anew"):
+    with pytest.raises(ConfigError, match=r"b\.jsonl: 9 bytes then, 21 bytes now[\s\S]*to start from scratch"):
         prepare(tmp_path / "c", chunk_bytes=300)
 
 

@@ -23,7 +23,7 @@ from psannlm.prep.merge import _lost_fraction, merge_parts
 from psannlm.prep.pipeline import SilentPrepReporter, prepare_corpus
 from psannlm.runtime.device import pick_precision
 from psannlm.tokenizers.char import CharTokenizer
-from psannlm.tokenizers.roundtrip import LossMeter, find_loss, is_lossy, watch_for_loss
+from psannlm.tokenizers.roundtrip import RoundTripMeter, check_roundtrip, find_roundtrip_error, is_lossy
 
 
 class Lowering(CharTokenizer):
@@ -35,26 +35,27 @@ class Lowering(CharTokenizer):
 
 def test_what_is_lost_is_shown_where_it_is() -> None:
     text = "a" * 30 + "BCD" + "e" * 30
-    assert find_loss(CharTokenizer("ä"), text + " ä 漢\0\r\n") is None
+    assert find_roundtrip_error(CharTokenizer("ä"), text + " ä 漢\0\r\n") is None
     assert (
-        find_loss(Lowering(""), text) == f"{'a' * 12 + 'BCD' + 'e' * 9!r} comes back as {'a' * 12 + 'bcd' + 'e' * 9!r}"
+        find_roundtrip_error(Lowering(""), text)
+        == f"{'a' * 12 + 'BCD' + 'e' * 9!r} comes back as {'a' * 12 + 'bcd' + 'e' * 9!r}"
     )
 
 
 @pytest.mark.parametrize(("kept", "lost"), [("abc", "abcd"), ("", "x")])
 def test_an_end_that_is_missing_is_lost_too(kept: str, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CharTokenizer, "decode", lambda self, ids: kept)
-    assert find_loss(CharTokenizer(""), lost) == f"{lost!r} comes back as {kept!r}"
+    assert find_roundtrip_error(CharTokenizer(""), lost) == f"{lost!r} comes back as {kept!r}"
 
 
 def test_documents_pass_and_one_warning_is_enough() -> None:
     documents = [Document(text, f"d{number}") for number, text in enumerate(["low", "High", "Higher"])]
     told: list[str] = []
-    assert list(watch_for_loss(Lowering(""), documents, told.append)) == documents
+    assert list(check_roundtrip(Lowering(""), documents, told.append)) == documents
     assert len(told) == 1
     assert "in d1, 'High' comes back as 'high'" in told[0]
     told.clear()
-    assert list(watch_for_loss(CharTokenizer(""), documents, told.append)) == documents
+    assert list(check_roundtrip(CharTokenizer(""), documents, told.append)) == documents
     assert told == []
 
 
@@ -85,15 +86,15 @@ def test_lost_bytes_are_those_that_do_not_come_back(
     text: str, back: str, lost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CharTokenizer, "decode", lambda self, ids: back)
-    meter = LossMeter()
+    meter = RoundTripMeter()
     assert (meter.check(CharTokenizer(""), text) is None) is (lost == 0)
     assert (meter.checked_bytes, meter.lost_bytes) == (len(text.encode()), lost)
     assert meter.fraction == pytest.approx(lost / len(text.encode()), abs=1e-6)
 
 
 def test_the_smallest_loss_is_no_zero() -> None:
-    assert LossMeter().fraction is None
-    assert LossMeter(checked_bytes=10**12, lost_bytes=1).fraction == 1e-6
+    assert RoundTripMeter().fraction is None
+    assert RoundTripMeter(checked_bytes=10**12, lost_bytes=1).fraction == 1e-6
     assert [is_lossy(each) for each in (None, 0.0, 1e-6)] == [None, False, True]
 
 

@@ -21,7 +21,7 @@ from psannlm.benchmarks.tokenization.raw_libraries import raw_encode
 from psannlm.config.data import Source
 from psannlm.data.corpus.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import shared_text
-from psannlm.data.tokenizer_training import PART_BYTES, sample_corpus
+from psannlm.data.tokenizer_training import SAMPLE_SEGMENT_BYTES, sample_corpus
 from psannlm.errors import ConfigError
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import (
@@ -260,10 +260,10 @@ def bench_tokenizers(
     preparable = check_preparable(sources) if with_prep else []
     loaded = load_named(models)
     report = ReadReport()
-    documents = read_documents(sources, report, part_bytes=PART_BYTES, on_bytes=on_bytes)
+    documents = read_documents(sources, report, segment_bytes=SAMPLE_SEGMENT_BYTES, on_bytes=on_bytes)
     if held_out:
         fitted_on = sample_passages((d.text for d in documents), seed, budget=sample_chars, notice=notice)
-        others = (document.text for document in read_documents(held_out, part_bytes=PART_BYTES))
+        others = (document.text for document in read_documents(held_out, segment_bytes=SAMPLE_SEGMENT_BYTES))
         measured_on = sample_passages(others, seed, budget=HELD_OUT_CHARS)
     else:
         sampled = sample_corpus(

@@ -1,4 +1,4 @@
-"""Sources as configured enter; documents of text leave one at a time, with a count of everything read or left out."""
+"""Reader of corpora: documents of the configured sources, one at a time, and a report of what was read and omitted."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Document:
     """One source text and where it came from: ``path``, ``path:line``, ``python-reference/topic`` or ``text 3``.
 
-    ``is_continuation``: this is a later part of the text before it, which was too long to be held whole.
+    ``is_continuation``: this text continues the document before it, which is too long to be held whole.
     """
 
     text: str
@@ -53,7 +53,7 @@ class Document:
 
 @dataclass
 class ReadReport:
-    """What reading a corpus came to. ``drops`` counts what was left out by reason, ``examples`` names the first few."""
+    """Result of reading a corpus. ``drops``: omitted documents by reason; ``examples``: names of the first few."""
 
     files: int = 0
     documents: int = 0
@@ -71,9 +71,9 @@ class ReadReport:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of all text so far in UTF-8, documents joined by a NUL; of one plain file, the file's own.
+        """SHA-256 of all text so far in UTF-8, documents joined by NUL; for one plain file, that of the file.
 
-        Of a prepared folder, whose text is not read again, its ``content_sha256``.
+        For a prepared folder, whose text is not read again, its ``content_sha256``.
         """
         if self.known_sha256 is not None:
             return self.known_sha256
@@ -94,45 +94,45 @@ class ReadReport:
         self.bytes += len(content)
 
     def replace(self, name: str, n_bytes: int, n_surrogates: int = 0) -> None:
-        """Count bytes that are not UTF-8, and lone surrogates, in whose place U+FFFD was put."""
+        """Count bytes that are not UTF-8, and lone surrogates, that were replaced by U+FFFD."""
         self.replaced_bytes += n_bytes
         self.replaced_surrogates += n_surrogates
         if len(self.replaced_in) <= _NAMES_KEPT and name not in self.replaced_in:
             self.replaced_in.append(name)
 
     def drop(self, reason: str, name: str) -> None:
-        """Count something that was left out."""
+        """Count an omitted document or file."""
         self.drops[reason] += 1
         names = self.examples.setdefault(reason, [])
         if len(names) < _NAMES_KEPT:
             names.append(name)
 
     def lines(self) -> list[str]:
-        """Return the report in lines for people."""
+        """Return the report as lines of text."""
         figures = f"{_count(self.documents, 'document')}, {self.bytes:,} bytes, sha256 {self.sha256}"
         if self.files:
-            said = [f"corpus: {figures}, from {_count(self.files, 'file')}", *self.builtin.values()]
+            lines = [f"corpus: {figures}, from {_count(self.files, 'file')}", *self.builtin.values()]
         else:
-            said = [f"corpus: {line}" for line in self.builtin.values()] or [f"corpus: {figures}"]
+            lines = [f"corpus: {line}" for line in self.builtin.values()] or [f"corpus: {figures}"]
         if self.byte_order_marks:
-            said.append(f"took off {_count(self.byte_order_marks, 'byte order mark')}")
+            lines.append(f"removed {_count(self.byte_order_marks, 'byte order mark')}")
         if line := replaced_line(self.replaced_bytes, self.replaced_surrogates, self.replaced_in):
-            said.append(line)
+            lines.append(line)
         for reason, count in sorted(self.drops.items()):
             more = ", ..." if count > len(self.examples[reason]) else ""
-            said.append(f"left out: {reason} x {count:,} ({', '.join(self.examples[reason])}{more})")
-        return said + self.warnings
+            lines.append(f"left out: {reason} x {count:,} ({', '.join(self.examples[reason])}{more})")
+        return lines + self.warnings
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
 
 def replaced_line(n_bytes: int, n_surrogates: int, names: Sequence[str]) -> str | None:
-    """Return one line about what U+FFFD was put for, or None if it was for nothing."""
+    """Return one line about what was replaced by U+FFFD, or None if nothing was."""
     counted = [f"{n_bytes:,} bytes that are not UTF-8"] if n_bytes else []
     counted += [f"{n_surrogates:,} lone surrogates"] if n_surrogates else []
     more = ", ..." if len(names) > _NAMES_KEPT else ""
-    return f"put U+FFFD for {' and '.join(counted)} ({', '.join(names[:_NAMES_KEPT])}{more})" if counted else None
+    return f"replaced {' and '.join(counted)} by U+FFFD ({', '.join(names[:_NAMES_KEPT])}{more})" if counted else None
 
 
 def _count(n: int, noun: str) -> str:
@@ -143,37 +143,37 @@ def read_documents(
     sources: Sequence[Source],
     report: ReadReport | None = None,
     *,
-    part_bytes: int | None = None,
+    segment_bytes: int | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
     replace_option: str = "",
 ) -> Iterator[Document]:
-    """Return the documents of all sources in order, read as they are asked for; ``report`` is kept up to date.
+    """Return an iterator of the documents of all sources, in order; ``report`` is updated as they are read.
 
-    No more than one document (for .txt one file) is in memory, and Parquet comes a few rows at a time. Without
-    ``part_bytes`` the caller is taken to hold all of it, and half of the machine's memory is the most that is read.
-    Blank documents are left out and counted. Paths are looked up now, contents are checked when reached.
+    At most one document (of .txt one file) is in memory, and Parquet is read a few rows at a time. Without
+    ``segment_bytes`` the caller is assumed to hold all documents, and at most half of the machine's memory is read.
+    Blank documents are left out and counted. Paths are checked now, contents when they are read.
 
     Args:
-        part_bytes: files of one document come in parts of at most so many bytes, cut where a line ends if they can be.
-        on_bytes: told the bytes read so far and the bytes of all files, as they are stored.
-        replace_option: what errors recommend for bytes that are not UTF-8, in the words of the command.
+        segment_bytes: maximum size of a document; a longer file is cut, at the end of a line if possible.
+        on_bytes: called with the stored bytes read so far and the stored bytes of all files.
+        replace_option: the remedy in errors about bytes that are not UTF-8, as the command calls it.
 
     Raises:
-        CorpusError: now, naming every path that is missing or cannot be read; later, for damaged or undecodable files,
-            malformed records, and, at the end, when there was no text at all.
+        CorpusError: at once, for paths that are missing or cannot be read (all are named); later, for damaged or
+            undecodable files and malformed records, and, at the end, if there was no text.
     """
     report = ReadReport() if report is None else report
     patterns = [source.path for source in sources if isinstance(source, PathSource)]
     found = iter(find_all(patterns, report.drop))
     plan = [(source, next(found) if isinstance(source, PathSource) else []) for source in sources]
     meter = None if on_bytes is None else _Meter(sum(file_bytes(path) for _, files in plan for path in files), on_bytes)
-    reading = _Reading(report, part_bytes, None if meter is None else meter.add, replace_option)
+    reading = _Reading(report, segment_bytes, None if meter is None else meter.add, replace_option)
     kept = keep_text(_read(plan, reading), report)
-    return kept if part_bytes is not None else _held(kept, report)
+    return kept if segment_bytes is not None else _held(kept, report)
 
 
 def _held(documents: Iterable[Document], report: ReadReport) -> Iterator[Document]:
-    """Yield documents that are held all at once, of as many bytes as the machine can hold. Raises CorpusError."""
+    """Yield documents that the caller holds at once. Raises CorpusError above half of the machine's memory."""
     limit = max_held_bytes()
     for document in documents:
         if report.bytes > limit:
@@ -186,16 +186,16 @@ def _held(documents: Iterable[Document], report: ReadReport) -> Iterator[Documen
 
 @dataclass(frozen=True)
 class _Reading:
-    """How files are read, and what is told of it."""
+    """How files are read, and the report to update."""
 
     report: ReadReport
-    part_bytes: int | None
+    segment_bytes: int | None
     on_read: Callable[[int], None] | None
     replace_option: str
 
     @property
     def seen(self) -> Seen | None:
-        """What is shown the stored bytes of a file."""
+        """Callback for the stored bytes of a file."""
         on_read = self.on_read
         return None if on_read is None else lambda content: on_read(len(content))
 
@@ -208,14 +208,14 @@ class _Reading:
             if REPLACEMENT in text and (n_bytes := replaced(body, text)):
                 self.report.replace(f"{path}:{number}" if number else path, n_bytes)
         else:
-            advice = f"; {self.replace_option} puts U+FFFD in their place" if self.replace_option else ""
+            advice = f"; {self.replace_option} replaces them by U+FFFD" if self.replace_option else ""
             text, has_mark = decoded(content, path, offset, advice)
         self.report.byte_order_marks += has_mark
         return text
 
 
 class _Meter:
-    """Counts bytes that were read, and tells them."""
+    """Counts the bytes that were read, and reports them."""
 
     def __init__(self, total: int, on_bytes: Callable[[int, int], None]) -> None:
         self._done, self._total, self._on_bytes = 0, total, on_bytes
@@ -226,10 +226,10 @@ class _Meter:
 
 
 def keep_text(documents: Iterable[Document], report: ReadReport) -> Iterator[Document]:
-    """Yield the documents that hold text and count all of them in ``report``.
+    """Yield the documents that are not blank, and count all documents in ``report``.
 
     Raises:
-        CorpusError: a document is not Unicode text, or, at the end, none held any text.
+        CorpusError: a document is not Unicode text, or, at the end, all documents were blank.
     """
     for document in documents:
         if not document.is_continuation and (not document.text or document.text.isspace()):
@@ -239,7 +239,7 @@ def keep_text(documents: Iterable[Document], report: ReadReport) -> Iterator[Doc
             yield document
     if not report.documents:
         left_out = "".join(f"\n  {line}" for line in report.lines()[1:])
-        raise CorpusError(f"the corpus holds no text; name files that hold some{left_out}")
+        raise CorpusError(f"the corpus holds no text; name files with text{left_out}")
 
 
 def _read(plan: Sequence[tuple[Source, list[str]]], reading: _Reading) -> Iterator[Document]:
@@ -272,22 +272,22 @@ def _rows(path: str, source: PathSource, reading: _Reading) -> Iterator[Document
             reading.report.replace(f"{path}:{row}", n_bytes)
         yield Document(text, f"{path}:{row}")
     if reading.on_read is not None:
-        # A column is read from here and there.
+        # Columns are not contiguous: progress is reported per file.
         reading.on_read(file_bytes(path))
 
 
 def _whole(path: str, source: PathSource, reading: _Reading) -> Iterator[Document]:
-    """Yield a file as one document, in parts of ``part_bytes`` or less; white space at its start is no beginning."""
-    part_bytes = reading.part_bytes
+    """Yield a file as one document, cut to ``segment_bytes``; leading white space is not a document to continue."""
+    segment_bytes = reading.segment_bytes
     with opened(path, reading.seen) as file:
-        if part_bytes is None:
+        if segment_bytes is None:
             yield Document(reading.text(read_whole(file, path), path, 0, source.errors), path)
             return
         offset = 0
         has_begun = False
         carry = b""
-        while chunk := carry + file.read(part_bytes - len(carry)):
-            is_last = len(chunk) < part_bytes
+        while chunk := carry + file.read(segment_bytes - len(carry)):
+            is_last = len(chunk) < segment_bytes
             cut = len(chunk) if is_last else _line_cut(chunk)
             text = reading.text(chunk[:cut], path, offset, source.errors)
             yield Document(text, path, is_continuation=has_begun)
@@ -298,7 +298,7 @@ def _whole(path: str, source: PathSource, reading: _Reading) -> Iterator[Documen
 
 
 def _line_cut(chunk: bytes) -> int:
-    """Return where to cut: before the last newline of the second half, else its last space, else between characters."""
+    """Return the cut: before the last newline of the second half, else its last space, else between characters."""
     half = len(chunk) // 2
     for boundary in (b"\n", b" "):
         if (cut := chunk.rfind(boundary, half)) > 0:
@@ -306,15 +306,15 @@ def _line_cut(chunk: bytes) -> int:
     cut = len(chunk)
     while cut > len(chunk) - 4 and chunk[cut - 1] & 0xC0 == 0x80:
         cut -= 1
-    # The first byte of a character that may go on stays with what follows.
+    # The first byte of a character that may be incomplete belongs to the next segment.
     return cut - 1 if chunk[cut - 1] >= 0xC0 else len(chunk)
 
 
 def builtin_documents() -> list[Document]:
-    """Return the topics of Python's language reference (``pydoc_data.topics``), a document each, sorted by name.
+    """Return the topics of Python's language reference (``pydoc_data.topics``), one document each, sorted by name.
 
     Raises:
-        CorpusError: this Python was installed without them.
+        CorpusError: this Python installation lacks them.
     """
     try:
         topics: Mapping[str, str] = importlib.import_module("pydoc_data.topics").topics
@@ -338,7 +338,7 @@ def _describe_builtin(documents: Sequence[Document]) -> str:
 
 
 def _lines(path: str, source: PathSource, reading: _Reading) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text without the line's end) of lines that are not blank."""
+    """Yield (line number from 1, text without its newline) of lines that are not blank."""
     offset = 0
     with opened(path, reading.seen) as file:
         # Bytes are split, so that only \n ends a line; str.splitlines would break at U+2028 and a dozen others.
@@ -363,15 +363,15 @@ def _json_lines(path: str, source: PathSource, reading: _Reading) -> Iterator[Do
 
 
 def without_surrogates(text: str, errors: str, where: str, option: str) -> tuple[str, int]:
-    """Return ``text`` with U+FFFD for each lone surrogate, which a JSON string can hold, and how many there were.
+    """Replace lone surrogates, which a JSON string can hold, by U+FFFD; return the text and their number.
 
     Raises:
-        CorpusError: there is one, and ``errors`` is ``strict``; recommends ``option``.
+        CorpusError: there is one and ``errors`` is ``strict``; recommends ``option``.
     """
     if text.isascii() or (found := _SURROGATE.search(text)) is None:
         return text, 0
     if errors == "strict":
-        advice = f", or use {option}, which puts U+FFFD in its place" if option else ""
+        advice = f", or use {option}, which replaces it by U+FFFD" if option else ""
         raise CorpusError(
             f"{where}: lone surrogate U+{ord(found[0]):04X} at character {found.start()}, which is not Unicode text; "
             f"remove it{advice}"
@@ -380,7 +380,7 @@ def without_surrogates(text: str, errors: str, where: str, option: str) -> tuple
 
 
 def json_text(line: str, text_key: str, where: str) -> str:
-    """Return the text of one line of a .jsonl file. Raises CorpusError, beginning with ``where``, if it holds none."""
+    """Return the text of one line of a .jsonl file. Raises CorpusError, which names ``where``, if it has none."""
     repeated: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -401,7 +401,7 @@ def json_text(line: str, text_key: str, where: str) -> str:
         hint = nearest(text_key, record) or "; name the key that holds the text (text_key)"
         raise CorpusError(f"{where}: no key '{text_key}' among {keys}{hint}")
     if text_key in repeated:
-        raise CorpusError(f"{where}: the key '{text_key}' occurs more than once; which one counts? Rename the others")
+        raise CorpusError(f"{where}: the key '{text_key}' occurs more than once; rename or remove the others")
     text = record[text_key]
     if not isinstance(text, str):
         raise CorpusError(f"{where}: '{text_key}' must hold a string, not {_kind(text)}")

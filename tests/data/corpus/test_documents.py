@@ -56,7 +56,7 @@ def test_a_byte_order_mark_is_taken_off_and_counted(tmp_path: Path) -> None:
     documents, report = read(tmp_path)
     assert texts(documents) == ["waves", "tides"]
     assert report.byte_order_marks == 2
-    assert "took off 2 byte order marks" in str(report)
+    assert "removed 2 byte order marks" in str(report)
 
 
 def test_undecodable_bytes_in_later_lines_are_placed_in_the_whole_file(tmp_path: Path) -> None:
@@ -218,28 +218,28 @@ def test_a_python_without_the_reference_says_what_to_do(
 
 @given(
     text=st.lists(st.sampled_from(["a", " ", "\n", "é", "日", "😀", "wort "]), max_size=60).map("".join),
-    part_bytes=st.integers(8, 40),
+    segment_bytes=st.integers(8, 40),
     has_mark=st.booleans(),
 )
-def test_parts_of_a_file_are_its_text(text: str, part_bytes: int, has_mark: bool, tmp_path_factory) -> None:
+def test_parts_of_a_file_are_its_text(text: str, segment_bytes: int, has_mark: bool, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("parts") / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf" * has_mark + ("x" + text).encode())
     whole, parted = ReadReport(), ReadReport()
     (document,) = read_documents([PathSource(path=str(path))], whole)
-    parts = list(read_documents([PathSource(path=str(path))], parted, part_bytes=part_bytes))
+    parts = list(read_documents([PathSource(path=str(path))], parted, segment_bytes=segment_bytes))
     assert "".join(part.text for part in parts) == document.text == "x" + text
-    assert all(len(part.text.encode()) <= part_bytes for part in parts)
+    assert all(len(part.text.encode()) <= segment_bytes for part in parts)
     assert [part.is_continuation for part in parts] == [False] + [True] * (len(parts) - 1)
     assert whole == parted
     assert whole.sha256 == parted.sha256
 
 
-@pytest.mark.parametrize("part_bytes", range(8, 16))
-def test_no_character_is_cut_where_nothing_else_can_be(part_bytes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("segment_bytes", range(8, 16))
+def test_no_character_is_cut_where_nothing_else_can_be(segment_bytes: int, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     for letter in "é日😀":
         path.write_text(letter * 50, encoding="utf-8")
-        parts = list(read_documents([PathSource(path=str(path))], part_bytes=part_bytes))
+        parts = list(read_documents([PathSource(path=str(path))], segment_bytes=segment_bytes))
         assert "".join(part.text for part in parts) == letter * 50
         assert len(parts) > 1
 
@@ -248,14 +248,14 @@ def test_a_byte_that_is_not_utf8_is_found_in_any_part(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"word " * 20 + b"\xff" + b" word" * 20)
     with pytest.raises(CorpusError, match="byte 100 is 0xFF"):
-        list(read_documents([PathSource(path=str(path))], part_bytes=16))
+        list(read_documents([PathSource(path=str(path))], segment_bytes=16))
 
 
 def test_white_space_before_a_text_is_left_out_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("\n" * 64 + "word" + "\n" * 64)
     report = ReadReport()
-    parts = list(read_documents([PathSource(path=str(path))], report, part_bytes=16))
+    parts = list(read_documents([PathSource(path=str(path))], report, segment_bytes=16))
     assert "".join(part.text for part in parts).strip() == "word"
     assert report.documents == 1
     assert report.drops["blank document"] > 0
@@ -286,7 +286,7 @@ def test_a_lone_surrogate_is_replaced_on_request_and_counted(tmp_path: Path) -> 
     documents, report = read(path, errors="replace")
     assert texts(documents) == ["fine 😀", "a \ufffd b \ufffd\ufffd"]
     assert report.replaced_surrogates == 3
-    assert f"put U+FFFD for 3 lone surrogates ({path}:2)" in report.lines()
+    assert f"replaced 3 lone surrogates by U+FFFD ({path}:2)" in report.lines()
     option = "errors: replace in that entry"
     with pytest.raises(CorpusError, match=rf"a\.jsonl:2: lone surrogate U\+D83D at character 2.* {option}"):
         list(read_documents([PathSource(path=str(path))], replace_option=option))
@@ -298,7 +298,7 @@ def test_bytes_that_are_not_utf8_are_replaced_on_request(tmp_path: Path, per_lin
     documents, report = read(tmp_path / "a.txt", per_line=per_line, errors="replace")
     assert "".join(texts(documents)).replace("\n", "") == "maréecaf\ufffd \ufffd\ufffd"
     assert (report.replaced_bytes, report.byte_order_marks) == (3, 1)
-    assert f"put U+FFFD for 3 bytes that are not UTF-8 ({tmp_path / name})" in report.lines()
+    assert f"replaced 3 bytes that are not UTF-8 by U+FFFD ({tmp_path / name})" in report.lines()
     with pytest.raises(CorpusError, match=r"0xE9, which is not UTF-8.*; this option puts U\+FFFD in their place"):
         list(read_documents([PathSource(path=str(tmp_path / "a.txt"))], replace_option="this option"))
 
@@ -326,4 +326,4 @@ def test_a_corpus_that_memory_cannot_hold_is_sent_to_prep(tmp_path: Path, monkey
     sources = [PathSource(path=str(tmp_path / "a.txt"), per_line=True)]
     with pytest.raises(CorpusError, match=r"a\.txt:101: .*more than 1,000 bytes.*psannlm prep"):
         list(read_documents(sources))
-    assert len(list(read_documents(sources, part_bytes=1 << 10))) == 1000
+    assert len(list(read_documents(sources, segment_bytes=1 << 10))) == 1000
