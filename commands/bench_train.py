@@ -202,7 +202,7 @@ def _rows(report: ThroughputReport) -> list[tuple[str, str]]:
         if memory is not None:
             text += f", {memory:.2f} x the peak memory"
         rows.append((f"ours over {row.name}", text))
-        if row.trainee.maker != "psannlm" and not row.trainee.is_compiled:
+        if row.candidate.maker != "psannlm" and not row.candidate.is_compiled:
             rows.append(("rival", row.description))
     for is_compiled, words in ((False, "plain"), (True, "compiled")):
         cost = report.sine_cost(is_compiled)

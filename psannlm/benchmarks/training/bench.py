@@ -11,10 +11,10 @@ import torch
 from psannlm.benchmarks.harness.interleaved import Clock, Count, Standing, take_turns
 from psannlm.benchmarks.harness.roofline import matrix_peak
 from psannlm.benchmarks.training.candidates import (
+    Candidate,
     ThroughputSettings,
-    Trainee,
-    TraineeBuilder,
     TrainingRun,
+    TrainingRunBuilder,
     size_of,
 )
 from psannlm.benchmarks.training.peak_memory import peak_step_bytes
@@ -22,7 +22,7 @@ from psannlm.benchmarks.training.report import ThroughputReport, Trained
 from psannlm.runtime.device import describe_device, pick_precision, require_compiler
 
 OnStanding = Callable[[Standing], None]
-MemoryProbe = Callable[[Trainee, ThroughputSettings, torch.device], int | None]
+MemoryProbe = Callable[[Candidate, ThroughputSettings, torch.device], int | None]
 
 _PEAK = "multiplying matrices"
 _TURN_S = 1.0
@@ -33,7 +33,7 @@ def bench_train(
     settings: ThroughputSettings,
     device: torch.device,
     *,
-    build: TraineeBuilder = TrainingRun,
+    build: TrainingRunBuilder = TrainingRun,
     measure_memory: MemoryProbe | None = peak_step_bytes,
     clock: Clock = time.perf_counter,
     on_standing: OnStanding = lambda standing: None,
@@ -49,36 +49,34 @@ def bench_train(
     Raises:
         DeviceError: the precision or the compiler that is asked for is not there.
     """
-    trainees = {trainee.name: trainee for trainee in settings.trainees()}
+    candidates = {candidate.name: candidate for candidate in settings.candidates()}
     precision = pick_precision(settings.amp, device)
-    if any(trainee.is_compiled for trainee in trainees.values()):
+    if any(candidate.is_compiled for candidate in candidates.values()):
         # Before anything is measured that would be lost.
         require_compiler(device, "--compile or --also compile", "leave it out")
 
-    def turns(
-        candidates: dict[str, Callable[[Count], float]], repeats: int, unit: str = "steps"
-    ) -> dict[str, list[float]]:
-        return take_turns(candidates, repeats, warm_ups=0, unit=unit, clock=clock, on_standing=on_standing)
+    def turns(work: dict[str, Callable[[Count], float]], repeats: int, unit: str = "steps") -> dict[str, list[float]]:
+        return take_turns(work, repeats, warm_ups=0, unit=unit, clock=clock, on_standing=on_standing)
 
-    peaks: dict[str, int | None] = dict.fromkeys(trainees)
+    peaks: dict[str, int | None] = dict.fromkeys(candidates)
     if measure_memory is not None:
         probe = measure_memory
-        probes = {f"memory of {n}": _probe(probe, t, settings, device) for n, t in trainees.items()}
+        probes = {f"memory of {n}": _probe(probe, t, settings, device) for n, t in candidates.items()}
         taken = take_turns(probes, 1, warm_ups=0, clock=clock, on_standing=on_standing)
-        peaks = {name: taken[f"memory of {name}"][0] for name in trainees}
-    runs = {name: build(trainee, settings, device) for name, trainee in trainees.items()}
+        peaks = {name: taken[f"memory of {name}"][0] for name in candidates}
+    runs = {name: build(candidate, settings, device) for name, candidate in candidates.items()}
     firsts = turns({f"first step of {name}": _timed(run, 1, clock) for name, run in runs.items()}, 1)
     warm = turns({name: _timed(run, 1, clock) for name, run in runs.items()}, settings.warmup)
     n_steps = settings.steps or _steps_of_a_turn(min(min(seconds) for seconds in warm.values()))
-    candidates = {name: _timed(run, n_steps, clock) for name, run in runs.items()}
-    candidates[_PEAK] = matrix_peak(device, precision.dtype, clock=clock)
-    counted = turns(candidates, settings.repeats)
+    counted_work = {name: _timed(run, n_steps, clock) for name, run in runs.items()}
+    counted_work[_PEAK] = matrix_peak(device, precision.dtype, clock=clock)
+    counted = turns(counted_work, settings.repeats)
     rows = []
-    for name, trainee in trainees.items():
-        parameters, flops = size_of(trainee, settings)
+    for name, candidate in candidates.items():
+        parameters, flops = size_of(candidate, settings)
         rows.append(
             Trained(
-                trainee=trainee,
+                candidate=candidate,
                 description=runs[name].description,
                 parameters=parameters,
                 flops_per_token=flops,
@@ -109,9 +107,9 @@ def _timed(run: TrainingRun, n_steps: int, clock: Clock) -> Callable[[Count], fl
 
 
 def _probe(
-    measure: MemoryProbe, trainee: Trainee, settings: ThroughputSettings, device: torch.device
+    measure: MemoryProbe, candidate: Candidate, settings: ThroughputSettings, device: torch.device
 ) -> Callable[[Count], int | None]:
-    return lambda count: measure(trainee, settings, device)
+    return lambda count: measure(candidate, settings, device)
 
 
 def _steps_of_a_turn(step_s: float) -> int:

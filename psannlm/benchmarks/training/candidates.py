@@ -40,17 +40,17 @@ _WEIGHT_DECAY = 0.1
 
 
 @dataclass(frozen=True)
-class Trainee:
+class Candidate:
     """One candidate: who made the model, and how it differs from ours as the settings have it.
 
-    ``activation`` stands in the sine's place: ``GELU``, ``SiLU``, or "" for the sine itself. ``is_yardstick``: the base
+    ``activation`` stands in the sine's place: ``GELU``, ``SiLU``, or "" for the sine itself. ``is_baseline``: the base
     ``transformer`` of equal size, with its own feed-forward and without waves.
     """
 
     name: str
     maker: Literal["psannlm", "transformers"] = "psannlm"
     activation: str = ""
-    is_yardstick: bool = False
+    is_baseline: bool = False
     is_compiled: bool = False
     grad_checkpoint: bool = False
 
@@ -109,17 +109,17 @@ class ThroughputSettings:
             require_rival(self.against)
         object.__setattr__(self, "tokens_per_step", self.batch_tokens // self.seq_len * self.seq_len)
 
-    def trainees(self) -> list[Trainee]:
+    def candidates(self) -> list[Candidate]:
         """Return the candidates, ours first."""
         base = self.model.base
-        plain = Trainee(base, is_compiled=self.is_compiled, grad_checkpoint=self.grad_checkpoint)
+        plain = Candidate(base, is_compiled=self.is_compiled, grad_checkpoint=self.grad_checkpoint)
         others = [
             self._like(plain, f"{base} with {activation}", activation=activation)
             for name, activation in _ACTIVATIONS.items()
             if name in self.also
         ]
         if "transformer" in self.also:
-            others.append(self._like(plain, "transformer", is_yardstick=True))
+            others.append(self._like(plain, "transformer", is_baseline=True))
         if self.against is not None:
             others.append(self._like(plain, self.against, maker="transformers"))
         found = [plain, *others]
@@ -131,21 +131,21 @@ class ThroughputSettings:
             found += [self._like(like, f"{like.name}, compiled", is_compiled=True) for like in (plain, *others)]
         return found
 
-    def _like(self, plain: Trainee, name: str, **changes: Any) -> Trainee:
-        return Trainee(**{**vars(plain), "name": name, **changes})
+    def _like(self, plain: Candidate, name: str, **changes: Any) -> Candidate:
+        return Candidate(**{**vars(plain), "name": name, **changes})
 
 
 class TrainingRun:
-    """A trainee with all that a training step takes, on the device: the project's own step, clipping and optimiser."""
+    """A candidate on the device with the batch, optimizer and scaler of the project's own training step."""
 
-    def __init__(self, trainee: Trainee, settings: ThroughputSettings, device: torch.device) -> None:
-        self.trainee, self._device = trainee, device
+    def __init__(self, candidate: Candidate, settings: ThroughputSettings, device: torch.device) -> None:
+        self.candidate, self._device = candidate, device
         self._precision = pick_precision(settings.amp, device)
-        model, self.description = _build(trainee, settings)
+        model, self.description = _build(candidate, settings)
         model.to(device).train()
-        if trainee.is_compiled:
+        if candidate.is_compiled:
             require_compiler(device)
-        self._module: nn.Module = compiled(model) if trainee.is_compiled else model
+        self._module: nn.Module = compiled(model) if candidate.is_compiled else model
         self._optimizers = OptimizerSet(model, settings.optimizer, _WEIGHT_DECAY)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._precision.needs_scaler)
         self._batch = random_batch(settings, device)
@@ -177,25 +177,25 @@ class TrainingRun:
             count(done, n_steps)
 
 
-TraineeBuilder = Callable[[Trainee, ThroughputSettings, torch.device], TrainingRun]
+TrainingRunBuilder = Callable[[Candidate, ThroughputSettings, torch.device], TrainingRun]
 
 
-def size_of(trainee: Trainee, settings: ThroughputSettings) -> tuple[int, int]:
-    """Return a trainee's parameters and operations per training token (see ``accounting.flops_per_token``)."""
+def size_of(candidate: Candidate, settings: ThroughputSettings) -> tuple[int, int]:
+    """Return a candidate's parameters and operations per training token (see ``accounting.flops_per_token``)."""
     config = settings.model
     ours = sum(count_parameters(config).values())
-    if trainee.maker == "transformers":
+    if candidate.maker == "transformers":
         width = llama_width(config, ours)
         return llama_parameters(config, width), llama_flops_per_token(config, width, settings.seq_len)
-    config = config_of(trainee, settings)
-    sine = count_parameters(config).get("sine", 0) if trainee.activation else 0
+    config = config_of(candidate, settings)
+    sine = count_parameters(config).get("sine", 0) if candidate.activation else 0
     return sum(count_parameters(config).values()) - sine, flops_per_token(config, settings.seq_len)
 
 
-def config_of(trainee: Trainee, settings: ThroughputSettings) -> ModelConfig:
+def config_of(candidate: Candidate, settings: ThroughputSettings) -> ModelConfig:
     """Return the configuration of a model of our own making."""
     ours = settings.model
-    if not trainee.is_yardstick:
+    if not candidate.is_baseline:
         return ours
     wave = ours.wave.model_copy(update={"enabled": None})
     changes = {"base": "transformer", "mlp": None, "d_mlp": None, "wave": wave, "residual_scale": None}
@@ -216,21 +216,21 @@ def random_batch(settings: ThroughputSettings, device: torch.device) -> MicroBat
     return MicroBatch(inputs, labels, labels.numel(), np.arange(size[0]))
 
 
-def _build(trainee: Trainee, settings: ThroughputSettings) -> tuple[nn.Module, str]:
-    """Return a trainee's model on the CPU, and what it is in words."""
+def _build(candidate: Candidate, settings: ThroughputSettings) -> tuple[nn.Module, str]:
+    """Return a candidate's model on the CPU, and what it is in words."""
     config = settings.model
-    if trainee.maker == "transformers":
+    if candidate.maker == "transformers":
         parameters = sum(count_parameters(config).values())
-        llama = TrainableLlama(config, parameters, settings.seq_len, settings.seed, trainee.grad_checkpoint)
+        llama = TrainableLlama(config, parameters, settings.seq_len, settings.seed, candidate.grad_checkpoint)
         return llama, llama.description
-    config = config_of(trainee, settings)
+    config = config_of(candidate, settings)
     refuse_oversize(config, config.vocab_size or 1)
     model = build_model(config, seed=settings.seed)
-    model.grad_checkpoint = trainee.grad_checkpoint
-    if not trainee.activation:
+    model.grad_checkpoint = candidate.grad_checkpoint
+    if not candidate.activation:
         return model, f"psannlm, {config.base}, {config.mlp}"
-    replace_sine(model, trainee.activation)
-    return model, f"psannlm, {config.base}, {config.mlp} with {trainee.activation} for the sine"
+    replace_sine(model, candidate.activation)
+    return model, f"psannlm, {config.base}, {config.mlp} with {candidate.activation} for the sine"
 
 
 def replace_sine(model: Transformer, activation: str) -> None:

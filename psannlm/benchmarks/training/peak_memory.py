@@ -1,4 +1,4 @@
-"""A trainee and its settings in; the bytes at the peak of its training, found in a process of its own, out.
+"""A candidate and its settings in; the bytes at the peak of its training, found in a process of its own, out.
 
 Run as a module, it is that process: a description on stdin, one number on stdout.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from psannlm.benchmarks.training.candidates import ThroughputSettings, Trainee, TrainingRun
+from psannlm.benchmarks.training.candidates import Candidate, ThroughputSettings, TrainingRun
 from psannlm.config.model import ModelConfig
 from psannlm.errors import PsannlmError
 from psannlm.runtime.malloc import keep_freed_memory
@@ -27,7 +27,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _SMALL = {"d_model": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "d_mlp": 64, "vocab_size": 64}
 
 
-def peak_step_bytes(trainee: Trainee, settings: ThroughputSettings, device: torch.device) -> int | None:
+def peak_step_bytes(candidate: Candidate, settings: ThroughputSettings, device: torch.device) -> int | None:
     """Return the most memory that weights, gradients, optimiser state, activations and scratch take together.
 
     On a GPU, what torch had allocated at the peak; on a CPU, the largest resident size of a process that only trains
@@ -40,7 +40,7 @@ def peak_step_bytes(trainee: Trainee, settings: ThroughputSettings, device: torc
     if device.type == "cpu" and not _CLEAR.exists():
         return None
     description = {
-        "trainee": asdict(trainee),
+        "candidate": asdict(candidate),
         "model": settings.model.model_dump(mode="json"),
         "settings": {k: v for k, v in asdict(settings).items() if k not in ("model", "tokens_per_step")},
         "device": str(device),
@@ -54,13 +54,13 @@ def peak_step_bytes(trainee: Trainee, settings: ThroughputSettings, device: torc
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise PsannlmError(f"the process that measures the memory of {trainee.name} failed: {last}")
+        raise PsannlmError(f"the process that measures the memory of {candidate.name} failed: {last}")
     return int(done.stdout.split()[-1])
 
 
-def measure_here(trainee: Trainee, settings: ThroughputSettings, device: torch.device) -> int:
+def measure_here(candidate: Candidate, settings: ThroughputSettings, device: torch.device) -> int:
     """Return the same for this process, which must have trained nothing of size before."""
-    _rehearse(trainee, settings, device)
+    _rehearse(candidate, settings, device)
     gc.collect()
     is_cuda = device.type == "cuda"
     if is_cuda:
@@ -68,7 +68,7 @@ def measure_here(trainee: Trainee, settings: ThroughputSettings, device: torch.d
         before = torch.cuda.memory_allocated(device)
     else:
         before = _resident("VmRSS")
-    run = TrainingRun(trainee, settings, device)
+    run = TrainingRun(candidate, settings, device)
     run.step()
     # What a compiler needs for a while is no part of training; what it leaves behind is.
     gc.collect()
@@ -78,10 +78,10 @@ def measure_here(trainee: Trainee, settings: ThroughputSettings, device: torch.d
     return (torch.cuda.max_memory_allocated(device) if is_cuda else _resident("VmHWM")) - before
 
 
-def _rehearse(trainee: Trainee, settings: ThroughputSettings, device: torch.device) -> None:
+def _rehearse(candidate: Candidate, settings: ThroughputSettings, device: torch.device) -> None:
     """Train a tiny model of the same kind, so that all code is loaded."""
     small = settings.model.model_copy(update=_SMALL)
-    run = TrainingRun(trainee, replace(settings, model=small, seq_len=16, batch_tokens=32), device)
+    run = TrainingRun(candidate, replace(settings, model=small, seq_len=16, batch_tokens=32), device)
     run.step()
     run.step()
 
@@ -104,7 +104,7 @@ def _main() -> None:
     keep_freed_memory()
     rest = {**given["settings"], "also": tuple(given["settings"]["also"])}
     settings = ThroughputSettings(ModelConfig.model_validate(given["model"]), **rest)
-    peak = measure_here(Trainee(**given["trainee"]), settings, torch.device(given["device"]))
+    peak = measure_here(Candidate(**given["candidate"]), settings, torch.device(given["device"]))
     sys.stdout.write(f"{peak}\n")
 
 

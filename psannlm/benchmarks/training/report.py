@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psannlm.benchmarks.harness.interleaved import Spread, paired_ratio
-from psannlm.benchmarks.training.candidates import ThroughputSettings, Trainee, config_of
+from psannlm.benchmarks.training.candidates import Candidate, ThroughputSettings, config_of
 from psannlm.io.atomic import write_bytes
 from psannlm.io.figures import render_figure
 
@@ -27,7 +27,7 @@ class Trained:
     ``first_step_s`` holds what is done once: compilation, and memory asked for the first time.
     """
 
-    trainee: Trainee
+    candidate: Candidate
     description: str
     parameters: int
     flops_per_token: int
@@ -39,7 +39,7 @@ class Trained:
     @property
     def name(self) -> str:
         """What the candidate is called in tables."""
-        return self.trainee.name
+        return self.candidate.name
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,13 @@ class ThroughputReport:
 
     def sine_cost(self, is_compiled: bool) -> Spread | None:
         """Return seconds of a step with the sine over seconds of the same with GELU, less one; None if not measured."""
-        same = [row for row in self.rows if row.trainee.maker == "psannlm" and row.trainee.is_compiled == is_compiled]
-        same = [row for row in same if row.trainee.grad_checkpoint == self.settings.grad_checkpoint]
-        same = [row for row in same if not row.trainee.is_yardstick]
-        with_gelu = [row for row in same if row.trainee.activation == "GELU"]
-        with_sine = [row for row in same if not row.trainee.activation]
+        same = [
+            row for row in self.rows if row.candidate.maker == "psannlm" and row.candidate.is_compiled == is_compiled
+        ]
+        same = [row for row in same if row.candidate.grad_checkpoint == self.settings.grad_checkpoint]
+        same = [row for row in same if not row.candidate.is_baseline]
+        with_gelu = [row for row in same if row.candidate.activation == "GELU"]
+        with_sine = [row for row in same if not row.candidate.activation]
         if not with_gelu or not with_sine:
             return None
         ratio = paired_ratio(with_sine[0].step_s, with_gelu[0].step_s)
@@ -100,7 +102,7 @@ class ThroughputReport:
         found = [f"{row.name}: a loss is not finite" for row in self.rows if not all(map(math.isfinite, row.losses))]
         for row in self.rows:
             apart = abs(row.parameters / self.ours.parameters - 1)
-            if (row.trainee.maker != "psannlm" or row.trainee.is_yardstick) and apart > _SAME_SIZE:
+            if (row.candidate.maker != "psannlm" or row.candidate.is_baseline) and apart > _SAME_SIZE:
                 found.append(
                     f"{row.name} has {row.parameters:,} parameters, ours {self.ours.parameters:,}: {apart:.1%} apart, "
                     "for its feed-forward grows by steps; use a larger model"
@@ -125,17 +127,19 @@ class ThroughputReport:
         }
 
     def _row(self, row: Trained, timestamp: str) -> dict[str, Any]:
-        model, settings = config_of(row.trainee, self.settings), self.settings
+        model, settings = config_of(row.candidate, self.settings), self.settings
         rate, share = self.tokens_per_s(row), self.utilisation(row)
         return {
             "timestamp": timestamp,
             "name": row.name,
-            "maker": row.trainee.maker,
+            "maker": row.candidate.maker,
             "description": row.description,
             "base": model.base,
             "mlp": model.mlp,
-            "activation": row.trainee.activation,
-            "is_yardstick": row.trainee.is_yardstick,
+            "activation": row.candidate.activation,
+            "is_baseline": row.candidate.is_baseline,
+            # The key's name before 3.0, kept for readers of older figures.
+            "is_yardstick": row.candidate.is_baseline,
             "positional_encoding": model.positional_encoding,
             "d_model": model.d_model,
             "n_layers": model.n_layers,
@@ -147,8 +151,8 @@ class ThroughputReport:
             "amp": settings.amp,
             "precision": self.precision.split()[0].rstrip(":"),
             "optimizer": settings.optimizer,
-            "compile": row.trainee.is_compiled,
-            "grad_checkpoint": row.trainee.grad_checkpoint,
+            "compile": row.candidate.is_compiled,
+            "grad_checkpoint": row.candidate.grad_checkpoint,
             "device": self.device,
             "threads": self.threads,
             "tokens_per_s": rate.median,
@@ -188,7 +192,7 @@ def _throughput_figure(title: str, report: ThroughputReport) -> Figure:
     rates = [report.tokens_per_s(row) for row in rows]
     edges = [[r.median - r.lowest for r in rates], [r.highest - r.median for r in rates]]
     names = [row.name for row in rows]
-    colours = ["tab:blue" if row.trainee.maker == "psannlm" else "tab:gray" for row in rows]
+    colours = ["tab:blue" if row.candidate.maker == "psannlm" else "tab:gray" for row in rows]
     speed.barh(names, [rate.median for rate in rates], xerr=edges, color=colours)
     speed.set_xlabel("tokens/s")
     for memory in others:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from psannlm.benchmarks.training.candidates import ThroughputSettings, Trainee
+from psannlm.benchmarks.training.candidates import Candidate, ThroughputSettings
 from psannlm.benchmarks.training.peak_memory import measure_here
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.config.train import Amp
@@ -65,7 +65,7 @@ def _peak(stage: Stage, base: BaseName, dtype: torch.dtype, is_checkpointed: boo
     if stage.is_gpu:
         amp: Amp = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")  # type: ignore[assignment]
         settings = ThroughputSettings(model=config, seq_len=shape.seq_len, batch_tokens=shape.n_tokens, amp=amp)
-        n_bytes = measure_here(Trainee(base, grad_checkpoint=is_checkpointed), settings, stage.device)
+        n_bytes = measure_here(Candidate(base, grad_checkpoint=is_checkpointed), settings, stage.device)
         stage.release()
         trainer = Trainer.build(stage, config, dtype, grad_checkpoint=is_checkpointed)
         return Peak(n_bytes, trainer.step([micro_batch(draw_tokens(shape, seed=3))]).loss)

@@ -20,7 +20,7 @@ from psannlm.benchmarks.harness.reference_llama import (
 )
 from psannlm.benchmarks.training import bench
 from psannlm.benchmarks.training.bench import bench_train
-from psannlm.benchmarks.training.candidates import ThroughputSettings, Trainee, TrainingRun, config_of, size_of
+from psannlm.benchmarks.training.candidates import Candidate, ThroughputSettings, TrainingRun, config_of, size_of
 from psannlm.benchmarks.training.peak_memory import peak_step_bytes
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, DeviceError, PsannlmError
@@ -33,19 +33,19 @@ SETTINGS = ThroughputSettings(MODEL, seq_len=8, batch_tokens=37, amp="fp32", rep
 
 
 class FakeRun:
-    """A trainee whose steps take a known time: the first one ``first_s`` more."""
+    """A candidate whose steps take a known time: the first one ``first_s`` more."""
 
     seconds: ClassVar = {"waveresnet": 2.0, "waveresnet with GELU": 1.6, "waveresnet with checkpointing": 4.0}
     first_s = 30.0
     now = 0.0
 
-    def __init__(self, trainee: Trainee, settings: ThroughputSettings, device: torch.device) -> None:
-        self.trainee, self.description = trainee, "fake"
+    def __init__(self, candidate: Candidate, settings: ThroughputSettings, device: torch.device) -> None:
+        self.candidate, self.description = candidate, "fake"
         self.losses: list[float] = []
 
     def steps(self, n_steps: int, count: Count) -> None:
         for done in range(1, n_steps + 1):
-            FakeRun.now += self.seconds[self.trainee.name] + (0 if self.losses else self.first_s)
+            FakeRun.now += self.seconds[self.candidate.name] + (0 if self.losses else self.first_s)
             self.losses.append(5.0)
             count(done, n_steps)
 
@@ -67,7 +67,7 @@ def test_figures_follow_from_the_clock() -> None:
         settings,
         CPU,
         build=FakeRun,  # type: ignore[arg-type]
-        measure_memory=lambda trainee, settings, device: memory[trainee.name],
+        measure_memory=lambda candidate, settings, device: memory[candidate.name],
         clock=fake_clock,
     )
     ours, gelu, checkpointed = report.rows
@@ -115,7 +115,7 @@ def test_candidates_train_and_differ_in_one_thing() -> None:
     assert gelu.losses[-1] != ours.losses[-1]
     assert ours.parameters - gelu.parameters == count_parameters(MODEL)["sine"]
     for row in report.rows:
-        run = TrainingRun(row.trainee, settings, CPU)
+        run = TrainingRun(row.candidate, settings, CPU)
         assert sum(p.numel() for p in run._module.parameters()) == row.parameters
 
 
@@ -123,24 +123,24 @@ def test_a_plain_transformer_of_our_size_trains_beside_ours() -> None:
     """SwiGLU without waves, of the nearest width; SiLU in the sine's place leaves the waves."""
     model = resolve(ModelConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=50), max_seq_len=8)
     settings = replace(SETTINGS, model=model, also=("silu", "transformer", "compile"), steps=1, repeats=1)
-    names = [trainee.name for trainee in settings.trainees()]
+    names = [candidate.name for candidate in settings.candidates()]
     assert names == [
         *(plain := ["waveresnet", "waveresnet with SiLU", "transformer"]),
         *(f"{n}, compiled" for n in plain),
     ]
-    for trainee in settings.trainees()[1:3]:
-        parameters, operations = size_of(trainee, settings)
-        run = TrainingRun(trainee, settings, CPU)
+    for candidate in settings.candidates()[1:3]:
+        parameters, operations = size_of(candidate, settings)
+        run = TrainingRun(candidate, settings, CPU)
         assert sum(p.numel() for p in run._module.parameters()) == parameters
         ours = sum(count_parameters(model).values())
-        least = ours if trainee.is_yardstick else ours - count_parameters(model)["sine"]
-        assert abs(parameters / least - 1) < (0.01 if trainee.is_yardstick else 1e-9)
-        assert operations == flops_per_token(config_of(trainee, settings), 8)
+        least = ours if candidate.is_baseline else ours - count_parameters(model)["sine"]
+        assert abs(parameters / least - 1) < (0.01 if candidate.is_baseline else 1e-9)
+        assert operations == flops_per_token(config_of(candidate, settings), 8)
         run.steps(3, lambda done, all_steps: None)
         assert run.losses[-1] < run.losses[0]
-    yardstick = config_of(settings.trainees()[2], settings)
+    yardstick = config_of(settings.candidates()[2], settings)
     assert (yardstick.mlp, yardstick.wave.enabled, yardstick.base) == ("swiglu", False, "transformer")
-    assert config_of(settings.trainees()[1], settings) == model
+    assert config_of(settings.candidates()[1], settings) == model
     report = bench_train(replace(settings, also=("transformer",)), CPU, measure_memory=None)
     assert [row["mlp"] for row in report.as_dict("now")["rows"]] == ["sineglu", "swiglu"]
     assert report.sine_cost(is_compiled=False) is None
@@ -175,8 +175,8 @@ def test_peak_is_the_fastest_pass() -> None:
 def test_memory_holds_at_least_weights_gradients_and_state() -> None:
     model = resolve(ModelConfig(base="transformer", d_model=256, n_layers=2, n_heads=4, vocab_size=8192))
     settings = ThroughputSettings(model, seq_len=8, batch_tokens=8, amp="fp32")
-    needed = 16 * size_of(settings.trainees()[0], settings)[0]
-    peak = peak_step_bytes(settings.trainees()[0], settings, CPU)
+    needed = 16 * size_of(settings.candidates()[0], settings)[0]
+    peak = peak_step_bytes(settings.candidates()[0], settings, CPU)
     assert peak is not None
     assert 0.9 * needed < peak < 2 * needed
 
@@ -192,14 +192,14 @@ needs_transformers = pytest.mark.skipif(
 def test_the_rival_is_of_our_size_and_trains() -> None:
     model = resolve(ModelConfig(d_model=64, n_layers=2, n_heads=2, vocab_size=500), max_seq_len=16)
     settings = ThroughputSettings(model, seq_len=16, batch_tokens=64, amp="fp32", against="transformers")
-    rival = settings.trainees()[1]
+    rival = settings.candidates()[1]
     run = TrainingRun(rival, settings, CPU)
     for _ in range(4):
         run.step()
     assert run.losses[-1] < run.losses[0]
     parameters, flops = size_of(rival, settings)
     assert sum(p.numel() for p in run._module.parameters()) == parameters
-    assert flops == llama_flops_per_token(model, llama_width(model, size_of(settings.trainees()[0], settings)[0]), 16)
+    assert flops == llama_flops_per_token(model, llama_width(model, size_of(settings.candidates()[0], settings)[0]), 16)
     assert str(parameters)[:3] in run.description.replace(",", "")
 
 
