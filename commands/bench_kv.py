@@ -233,8 +233,8 @@ def _cases_table(report: KvReport) -> Table:
     )
     for case, runs in report.runs.items():
         _add_runs(table, _name(case), runs)
-    if report.rival is not None:
-        _add_runs(table, report.rival.name, report.rival.runs)
+    if report.reference_model is not None:
+        _add_runs(table, report.reference_model.name, report.reference_model.runs)
     notes = []
     if any(not case.is_batched for case in report.runs):
         notes.append("row by row: prefill of all rows, first token each from its own start")
@@ -281,14 +281,14 @@ def _rows(report: KvReport) -> list[tuple[str, str]]:
     rows += [(name, f"{_spread(ratio)} x the decode rate") for name, ratio in ratios if ratio is not None]
     for case, seconds in report.compile_s().items():
         rows.append((f"compilation, {_rows_of(case.is_batched)}", f"{seconds:,.1f} s, once"))
-    if report.rival is not None:
-        ratio = report.against_rival()
+    if report.reference_model is not None:
+        ratio = report.over_reference_model()
         rows += [
-            ("rival", report.rival.description),
+            ("reference model", report.reference_model.description),
             ("our parameters", f"{report.parameters:,}; {report.settings.dtype}; {report.ours}"),
-            ("ours over the rival, whole", f"{_spread(ratio['whole'])} x the tokens/s"),
-            ("ours over the rival, decode", f"{_spread(ratio['decode'])} x the tokens/s after the first"),
-            ("the rival's first run", f"{report.rival.first_s:,.1f} s, compilation included"),
+            ("ours over the reference_model, whole", f"{_spread(ratio['whole'])} x the tokens/s"),
+            ("ours over the reference_model, decode", f"{_spread(ratio['decode'])} x the tokens/s after the first"),
+            ("the reference model's first run", f"{report.reference_model.first_s:,.1f} s, compilation included"),
         ]
     if report.packing is not None:
         cost = report.packing

@@ -1,4 +1,4 @@
-"""psannlm bench-train: sizes of a model and a batch to how fast it trains, beside a rival of equal size."""
+"""psannlm bench-train: sizes of a model and a batch to how fast it trains, beside a reference model of equal size."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def bench_train(
         Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Precision of matrix products; auto probes.")
     ] = "auto",
     is_compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="torch.compile every candidate, the rival too.")
+        bool, typer.Option("--compile/--no-compile", help="torch.compile every candidate, the reference model too.")
     ] = False,
     grad_checkpoint: Annotated[
         bool, typer.Option("--grad-checkpoint/--no-grad-checkpoint", help="Recompute activations, in every candidate.")
@@ -76,7 +76,7 @@ def bench_train(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time training steps, in turns with variants and a rival, and measure how much memory they take."""
+    """Time training steps, in turns with variants and a reference model, and measure how much memory they take."""
     import time
 
     from psannlm.benchmarks.training.bench import bench_train as measure
@@ -203,7 +203,7 @@ def _rows(report: ThroughputReport) -> list[tuple[str, str]]:
             text += f", {memory:.2f} x the peak memory"
         rows.append((f"ours over {row.name}", text))
         if row.candidate.maker != "psannlm" and not row.candidate.is_compiled:
-            rows.append(("rival", row.description))
+            rows.append(("reference model", row.description))
     for is_compiled, words in ((False, "plain"), (True, "compiled")):
         cost = report.sine_cost(is_compiled)
         if cost is not None:

@@ -129,7 +129,7 @@ def test_impossible_sizes_are_usage_errors(psannlm, project: Path) -> None:
     assert not Path("reports").exists()
 
 
-def test_a_missing_rival_is_said_before_any_work(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_kv_missing_reference_model_fails_early(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.benchmarks.harness.reference_llama.util.find_spec", lambda name: None)
     done = psannlm("bench-kv", *TINY, "--against", "transformers")
     assert done.code == 2
@@ -137,7 +137,9 @@ def test_a_missing_rival_is_said_before_any_work(psannlm, project: Path, monkeyp
     assert not Path("reports").exists()
 
 
-def test_the_rival_is_loaded_only_when_asked_for(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_kv_loads_reference_model_only_on_request(
+    psannlm, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)  # to import it is an error now
     done = psannlm("bench-kv", *QUICK)
     assert done.code == 0, done.err

@@ -17,7 +17,7 @@ from psannlm.benchmarks.decoding.random_weights import show_every_part
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings, case_figures, headline
 from psannlm.benchmarks.decoding.token_parity import Agreement, Rounding, compare
 from psannlm.benchmarks.harness.interleaved import Clock, Count, Standing, take_turns
-from psannlm.benchmarks.harness.reference_llama import Rival, RivalRuns, build_rival, decode_with
+from psannlm.benchmarks.harness.reference_llama import ReferenceModel, ReferenceRuns, build_reference_model, decode_with
 from psannlm.benchmarks.harness.roofline import memory_reader, step_bytes
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError
@@ -39,10 +39,12 @@ _FIRST = "first run, "
 _READING = {True: "reading as many bytes", False: "reading as many bytes, one row"}
 
 
-class RivalBuilder(Protocol):
-    """What makes the rival of a name, such as ``rivals.build_rival``."""
+class ReferenceModelBuilder(Protocol):
+    """What makes the reference model of a name, such as ``reference_llama.build_reference_model``."""
 
-    def __call__(self, name: str, config: ModelConfig, parameters: int, seq_len: int, device: torch.device) -> Rival:
+    def __call__(
+        self, name: str, config: ModelConfig, parameters: int, seq_len: int, device: torch.device
+    ) -> ReferenceModel:
         """Return it, for rows of at most ``seq_len`` tokens."""
         ...
 
@@ -52,7 +54,7 @@ def bench_kv(
     settings: KvSettings,
     *,
     weights: str = "random",
-    make_rival: RivalBuilder = build_rival,
+    make_reference: ReferenceModelBuilder = build_reference_model,
     clock: Clock = time.perf_counter,
     on_standing: OnStanding = lambda standing: None,
     on_partial: OnPartial = lambda figures: None,
@@ -86,12 +88,12 @@ def bench_kv(
         "parameters": parameters,
     }
     bench = _Bench(model, settings, clock, on_standing, lambda figures: on_partial({**figures, **described}), began)
-    rival = None
+    reference_model = None
     if settings.against is not None:
-        rival = make_rival(settings.against, config, parameters, settings.n_tokens, device)
-    firsts = bench.run_first(rival)
+        reference_model = make_reference(settings.against, config, parameters, settings.n_tokens, device)
+    firsts = bench.run_first(reference_model)
     reference = firsts[str(REFERENCE)]
-    runs, rival_runs, reads = bench.take_turns(reference.ids, rival)
+    runs, reference_runs, reads = bench.take_turns(reference.ids, reference_model)
     contexts = [context for context in settings.contexts if limit is None or longest_state([context]) <= limit]
     left_out = [context for context in settings.contexts if context not in contexts]
     if contexts and settings.time_limit_s is not None and clock() - began > _CASES_FRACTION * settings.time_limit_s:
@@ -129,9 +131,15 @@ def bench_kv(
         packing=None
         if settings.dtype == "float32"
         else measure_packing_cost(model, bench.engine, seed=settings.seed, clock=clock, on_standing=on_standing),
-        rival=None
-        if rival is None
-        else RivalRuns(rival.name, rival.description, rival.parameters, firsts[rival.name].total_s, rival_runs),
+        reference_model=None
+        if reference_model is None
+        else ReferenceRuns(
+            reference_model.name,
+            reference_model.description,
+            reference_model.parameters,
+            firsts[reference_model.name].total_s,
+            reference_runs,
+        ),
     )
 
 
@@ -167,28 +175,28 @@ class _Bench:
         limit = self._settings.time_limit_s
         return None if limit is None else self._began + fraction * limit
 
-    def run_first(self, rival: Rival | None) -> dict[str, DecodeRun]:
+    def run_first(self, reference_model: ReferenceModel | None) -> dict[str, DecodeRun]:
         """Return the very first run of every candidate that has something to prepare, compilation above all."""
         cases = [case for case in self.cases if case.is_compiled or case == REFERENCE]
         candidates = {str(case): self._cached(case) for case in cases}
-        if rival is not None:
-            candidates[rival.name] = self._rival(rival)
+        if reference_model is not None:
+            candidates[reference_model.name] = self._reference_model(reference_model)
         # Without a count: the first tokens wait for a compiler, and say nothing of the time that is left.
         silent = {f"{_FIRST}{name}": _silent(candidate) for name, candidate in candidates.items()}
         taken = self._in_turns(silent, repeats=1, warm_ups=0)
         return {name.removeprefix(_FIRST): _runs_of(results)[0] for name, results in taken.items()}
 
     def take_turns(
-        self, given: Prompts, rival: Rival | None
+        self, given: Prompts, reference_model: ReferenceModel | None
     ) -> tuple[dict[Case, list[DecodeRun]], list[DecodeRun], dict[bool, list[float]]]:
-        """Return the runs of every case, those of the rival, and the rates of reading, all made in turns."""
+        """Return the runs of every case, those of the reference model, and the rates of reading, all made in turns."""
         steps = self._uncached_steps(given)
         candidates: dict[str, Candidate] = {
             str(case): self._cached(case) if case.use_cache else self._uncached(case, given, steps)
             for case in self.cases
         }
-        if rival is not None:
-            candidates[rival.name] = self._rival(rival)
+        if reference_model is not None:
+            candidates[reference_model.name] = self._reference_model(reference_model)
         for is_batched, n_bytes in self.n_bytes.items():
             candidates[_READING[is_batched]] = memory_reader(n_bytes, self._device, clock=self._clock)
         # Under a time limit a long run is not made twice: the first runs of all cases have warmed up the kernels.
@@ -203,7 +211,7 @@ class _Bench:
             )
         return (
             {case: _runs_of(taken[str(case)]) for case in self.cases},
-            [] if rival is None else _runs_of(taken[rival.name]),
+            [] if reference_model is None else _runs_of(taken[reference_model.name]),
             {is_batched: _rates_of(taken[_READING[is_batched]]) for is_batched in self.n_bytes},
         )
 
@@ -299,8 +307,8 @@ class _Bench:
             count=count,
         )
 
-    def _rival(self, rival: Rival) -> Candidate:
-        return lambda count: decode_with(rival, self.prompts, self._settings.max_new_tokens, self._clock)
+    def _reference_model(self, reference_model: ReferenceModel) -> Candidate:
+        return lambda count: decode_with(reference_model, self.prompts, self._settings.max_new_tokens, self._clock)
 
 
 def _silent(candidate: Candidate) -> Candidate:

@@ -12,7 +12,7 @@ from psannlm.benchmarks.decoding.modes import CASES, Case, DecodeRun
 from psannlm.benchmarks.decoding.quantization_quality import PackingCost
 from psannlm.benchmarks.decoding.token_parity import Agreement
 from psannlm.benchmarks.harness.interleaved import Spread, paired_ratio, shared_turns
-from psannlm.benchmarks.harness.reference_llama import RivalRuns, require_rival
+from psannlm.benchmarks.harness.reference_llama import ReferenceRuns, require_reference_model
 from psannlm.benchmarks.harness.roofline import FloorShare
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, nearest
@@ -68,7 +68,7 @@ class KvSettings:
         if self.time_limit_s is not None and not self.time_limit_s > 0:
             raise ConfigError(f"time_limit_s {self.time_limit_s} is not a time; use more than 0")
         if self.against is not None:
-            require_rival(self.against)
+            require_reference_model(self.against)
 
     @property
     def n_tokens(self) -> int:
@@ -122,7 +122,7 @@ class KvReport:
     growth: list[GrowthPoint] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
     packing: PackingCost | None = None
-    rival: RivalRuns | None = None
+    reference_model: ReferenceRuns | None = None
 
     def rate(self, case: Case) -> Spread:
         """Return the decode rate of a case in tokens per second, after the first token."""
@@ -163,15 +163,15 @@ class KvReport:
 
     @property
     def ours(self) -> Case:
-        """The case that stands against a rival: the whole batch with the cache, compiled if that was asked for."""
+        """The case that stands against a reference model: the whole batch with the cache, compiled if that was asked for."""
         compiled = Case(True, True, True)
         return compiled if compiled in self.runs else Case(True, True)
 
-    def against_rival(self) -> dict[str, Spread]:
-        """Return how many times the rival's rate ours is, turn by turn: of all tokens, and of those after the first."""
-        if self.rival is None:
+    def over_reference_model(self) -> dict[str, Spread]:
+        """Return how many times the reference model's rate ours is, turn by turn: of all tokens, and of those after the first."""
+        if self.reference_model is None:
             return {}
-        mine, theirs = self.runs[self.ours], self.rival.runs
+        mine, theirs = self.runs[self.ours], self.reference_model.runs
         return {
             "whole": _whole_ratio(mine, theirs),
             "decode": paired_ratio(*shared_turns(_decode_rates(mine), _decode_rates(theirs))),
@@ -252,6 +252,7 @@ class KvReport:
         }
         measured, predicted = self.measured_cache_bytes(), self.predicted_cache_bytes()
         compiling = self.compile_s()
+        reference_model = None if self.reference_model is None else self._reference_model(self.reference_model)
         return {
             "is_complete": True,
             **asdict(self.settings),
@@ -274,22 +275,24 @@ class KvReport:
             "context_growth": [point.as_dict() for point in self.growth],
             "contexts_left_out": self.left_out,
             "packing_cost": None if self.packing is None else self.packing.as_dict(),
-            "rival": None if self.rival is None else self._rival(self.rival),
+            "reference_model": reference_model,
+            # The key's name before 3.0, kept for readers of older figures.
+            "rival": reference_model,
             "agreement": self.agreement.as_dict(),
             "outputs_are_equal": self.agreement.difference is None,
             "distinct_tokens": self.distinct_tokens,
             "problems": self.problems,
         }
 
-    def _rival(self, rival: RivalRuns) -> dict[str, Any]:
+    def _reference_model(self, reference_model: ReferenceRuns) -> dict[str, Any]:
         return {
-            "name": rival.name,
-            "description": rival.description,
-            "parameters": rival.parameters,
-            "first_s": rival.first_s,
-            **figures(rival.runs),
+            "name": reference_model.name,
+            "description": reference_model.description,
+            "parameters": reference_model.parameters,
+            "first_s": reference_model.first_s,
+            **figures(reference_model.runs),
             "ours": str(self.ours),
-            "our_rate_over_its": {name: ratio.as_dict() for name, ratio in self.against_rival().items()},
+            "our_rate_over_its": {name: ratio.as_dict() for name, ratio in self.over_reference_model().items()},
         }
 
 

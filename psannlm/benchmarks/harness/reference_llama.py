@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import util
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from psannlm.benchmarks.decoding.modes import DecodeRun, Prompts
-from psannlm.benchmarks.harness.interleaved import Clock, Count
+from psannlm.benchmarks.harness.interleaved import Clock
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, PsannlmError, nearest
 
-RIVALS = ("transformers",)
-# Widths that are no multiple of it would slow the rival's products down.
+REFERENCE_MODELS = ("transformers",)
+# Widths that are no multiple of it would slow the reference model's products down.
 _WIDTH_STEP = 16
 
 
-class Rival(Protocol):
+class ReferenceModel(Protocol):
     """Another library's decoder of random weights."""
 
     name: str
@@ -35,10 +35,12 @@ class Rival(Protocol):
         ...
 
 
-def require_rival(name: str) -> None:
-    """Raise ConfigError if there is no rival of that name, or its package is not installed."""
-    if name not in RIVALS:
-        raise ConfigError(f"--against {name!r:.40} is not one of {', '.join(RIVALS)}{nearest(name, RIVALS)}")
+def require_reference_model(name: str) -> None:
+    """Raise ConfigError if there is no reference model of that name, or its package is not installed."""
+    if name not in REFERENCE_MODELS:
+        raise ConfigError(
+            f"--against {name!r:.40} is not one of {', '.join(REFERENCE_MODELS)}{nearest(name, REFERENCE_MODELS)}"
+        )
     if util.find_spec(name) is None:
         raise ConfigError(
             f"--against {name} needs the package {name}, which is not installed; install the extra hf, in the clone "
@@ -46,24 +48,26 @@ def require_rival(name: str) -> None:
         )
 
 
-def build_rival(name: str, config: ModelConfig, parameters: int, seq_len: int, device: torch.device) -> Rival:
-    """Return the rival of that name, as large as our model.
+def build_reference_model(
+    name: str, config: ModelConfig, parameters: int, seq_len: int, device: torch.device
+) -> ReferenceModel:
+    """Return the reference model of that name, as large as our model.
 
     Args:
         config: our model's resolved configuration.
-        parameters: of our model, which the rival's come as near to as its sizes allow.
+        parameters: of our model, which the reference model's come as near to as its sizes allow.
         seq_len: the most tokens that a row will have.
 
     Raises:
-        ConfigError: there is no rival of that name, or its package is not installed.
+        ConfigError: there is no reference model of that name, or its package is not installed.
     """
-    require_rival(name)
+    require_reference_model(name)
     return Llama(config, parameters, seq_len, device)
 
 
 @dataclass(frozen=True)
-class RivalRuns:
-    """What a rival came to; ``first_s`` are the seconds of its first run, compilation included."""
+class ReferenceRuns:
+    """What a reference model came to; ``first_s`` are the seconds of its first run, compilation included."""
 
     name: str
     description: str
@@ -72,33 +76,30 @@ class RivalRuns:
     runs: list[DecodeRun]
 
 
-def decode_with(rival: Rival, prompts: Prompts, max_new_tokens: int, clock: Clock = time.perf_counter) -> DecodeRun:
-    """Let ``rival`` continue the prompts; its prefill is what continuing them by one token takes.
+def decode_with(
+    reference_model: ReferenceModel, prompts: Prompts, max_new_tokens: int, clock: Clock = time.perf_counter
+) -> DecodeRun:
+    """Let ``reference_model`` continue the prompts; its prefill is what continuing them by one token takes.
 
     Raises:
         PsannlmError: it made fewer tokens than asked for, or one token took it longer than all.
     """
     began = clock()
-    rival.generate(prompts, 1)
+    reference_model.generate(prompts, 1)
     between = clock()
-    ids = rival.generate(prompts, max_new_tokens)
+    ids = reference_model.generate(prompts, max_new_tokens)
     ended = clock()
     if any(len(row) != max_new_tokens for row in ids) or len(ids) != len(prompts):
         raise PsannlmError(
-            f"{rival.name} made {[len(row) for row in ids]} tokens where {max_new_tokens} were asked for"
+            f"{reference_model.name} made {[len(row) for row in ids]} tokens where {max_new_tokens} were asked for"
         )
     prefill_s, total_s = between - began, ended - between
     if prefill_s >= total_s:
         raise PsannlmError(
-            f"{rival.name} took {total_s:.4f} s for {max_new_tokens} tokens and {prefill_s:.4f} s for one: too few "
+            f"{reference_model.name} took {total_s:.4f} s for {max_new_tokens} tokens and {prefill_s:.4f} s for one: too few "
             "to tell its decoding from its prefill; raise --max-new-tokens"
         )
     return DecodeRun(ids, max_new_tokens, prefill_s, prefill_s, total_s - prefill_s, total_s)
-
-
-def rival_candidate(rival: Rival, prompts: Prompts, max_new_tokens: int, clock: Clock) -> Callable[[Count], DecodeRun]:
-    """Return the candidate that decodes with ``rival``."""
-    return lambda count: decode_with(rival, prompts, max_new_tokens, clock)
 
 
 def llama_parameters(config: ModelConfig, width: int) -> int:

@@ -1,4 +1,4 @@
-"""Sizes of a model and a batch in; how fast it trains, beside its variants and a rival, in turns in one run, out."""
+"""Sizes of a model and a batch in; how fast it trains, beside its variants and a reference model, in turns in one run, out."""
 
 from __future__ import annotations
 

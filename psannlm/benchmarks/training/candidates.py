@@ -1,4 +1,4 @@
-"""Settings in; models that are trained alike out: ours, its twins, a plain transformer of its size, a rival's Llama."""
+"""Settings in; models that are trained alike out: ours, its twins, a plain transformer of its size, a reference model's Llama."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from psannlm.benchmarks.harness.reference_llama import (
     llama_flops_per_token,
     llama_parameters,
     llama_width,
-    require_rival,
+    require_reference_model,
 )
 from psannlm.config.model import ModelConfig
 from psannlm.config.train import Amp
@@ -62,7 +62,7 @@ class ThroughputSettings:
     Attributes:
         model: resolved.
         steps: of each counted turn; None: as many as take the fastest candidate about a second.
-        also: what stands beside ours besides the rival: with gradient checkpointing (or, where the settings have it,
+        also: what stands beside ours besides the reference model: with gradient checkpointing (or, where the settings have it,
             without), with GELU or SiLU in place of the sine, the base ``transformer`` of equal size, or compiled (as
             all others but that with checkpointing then are).
         against: a library whose model of equal size is trained in the same run, or None.
@@ -106,7 +106,7 @@ class ThroughputSettings:
         if "transformer" in self.also and self.model.base == "transformer":
             raise ConfigError("--also transformer puts that base beside ours, and ours is it already")
         if self.against is not None:
-            require_rival(self.against)
+            require_reference_model(self.against)
         object.__setattr__(self, "tokens_per_step", self.batch_tokens // self.seq_len * self.seq_len)
 
     def candidates(self) -> list[Candidate]:

@@ -16,7 +16,7 @@ from psannlm.io.figures import render_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# A rival further from our size than this is not the same size.
+# A reference model further from our size than this is not the same size.
 _SAME_SIZE = 0.01
 
 
@@ -98,7 +98,7 @@ class ThroughputReport:
 
     @property
     def problems(self) -> list[str]:
-        """Return what makes the figures worth less: a loss that is not finite, or a rival of another size."""
+        """Return what makes the figures worth less: a loss that is not finite, or a reference model of another size."""
         found = [f"{row.name}: a loss is not finite" for row in self.rows if not all(map(math.isfinite, row.losses))]
         for row in self.rows:
             apart = abs(row.parameters / self.ours.parameters - 1)

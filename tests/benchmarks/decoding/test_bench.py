@@ -164,7 +164,7 @@ def test_another_cache_size_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "predicts 12" in problems[0]
 
 
-class FakeRival:
+class FakeReferenceModel:
     """Decodes at once, and remembers what it was asked."""
 
     name, description, parameters = "fake", "a fake of 7 parameters", 7
@@ -180,37 +180,37 @@ class FakeRival:
         return [[0] * max_new_tokens for _ in prompts]
 
 
-def test_a_rival_takes_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.benchmarks.decoding.report.require_rival", lambda name: None)
-    rival = FakeRival()
+def test_bench_kv_interleaves_the_reference_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psannlm.benchmarks.decoding.report.require_reference_model", lambda name: None)
+    reference_model = FakeReferenceModel()
     built: list[tuple[Any, ...]] = []
 
-    def make(*arguments: Any) -> FakeRival:
+    def make(*arguments: Any) -> FakeReferenceModel:
         built.append(arguments)
-        return rival
+        return reference_model
 
     order: list[str] = []
     report = measure(
         replace(SETTINGS, against="fake", cases="batch"),
-        make_rival=make,
+        make_reference=make,
         on_standing=lambda standing: None if order[-1:] == [standing.candidate] else order.append(standing.candidate),
     )
     [(name, config, parameters, seq_len, device)] = built
     assert (name, config, seq_len, device) == ("fake", report.model, 9, CPU)
     assert parameters == report.parameters
     # Its first call, a warm-up and two counted runs; each of them for one token and for all.
-    assert rival.asked == [(2, 1), (2, 5)] * 4
+    assert reference_model.asked == [(2, 1), (2, 5)] * 4
     assert order == [
         "first run, cache on, batch",
         "first run, fake",
         *["cache on, batch", "cache off, batch", "fake", "reading as many bytes"] * 3,
     ]
-    assert report.rival is not None
-    assert report.rival.parameters == 7
-    assert len(report.rival.runs) == 2
-    assert report.rival.first_s > 0
-    assert set(report.against_rival()) == {"whole", "decode"}
-    # What a rival of other weights writes is not compared.
+    assert report.reference_model is not None
+    assert report.reference_model.parameters == 7
+    assert len(report.reference_model.runs) == 2
+    assert report.reference_model.first_s > 0
+    assert set(report.over_reference_model()) == {"whole", "decode"}
+    # What a reference model of other weights writes is not compared.
     assert report.problems == []
 
 

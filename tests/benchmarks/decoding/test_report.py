@@ -8,7 +8,7 @@ from psannlm.benchmarks.decoding.modes import CASES, Case, DecodeRun
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings
 from psannlm.benchmarks.decoding.token_parity import Agreement
 from psannlm.benchmarks.harness.interleaved import Spread
-from psannlm.benchmarks.harness.reference_llama import RivalRuns
+from psannlm.benchmarks.harness.reference_llama import ReferenceRuns
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError
 from psannlm.models.accounting import cache_bytes
@@ -79,18 +79,19 @@ def test_what_was_not_run_has_no_ratio() -> None:
     assert report.n_uncached_passes == 0
 
 
-def test_a_rival_is_met_turn_by_turn_by_the_fastest_engine() -> None:
+def test_reference_model_is_paired_with_fastest_engine() -> None:
     theirs = [run_at(rate) for rate in (200.0, 100.0, 200.0)]
-    rival = RivalRuns("fake", "a fake", 7, 12.5, theirs)
-    plain = report_of(FOUR, rival=rival)
+    reference_model = ReferenceRuns("fake", "a fake", 7, 12.5, theirs)
+    plain = report_of(FOUR, reference_model=reference_model)
     assert plain.ours == Case(True, True)
-    assert plain.against_rival()["decode"] == Spread(*[pytest.approx(4)] * 3)
+    assert plain.over_reference_model()["decode"] == Spread(*[pytest.approx(4)] * 3)
     # A second of prefill on both sides: 20 tokens at 800 and at 200 a second.
-    assert plain.against_rival()["whole"] == Spread(*map(pytest.approx, (1.1 / 1.025, 1.1 / 1.025, 1.2 / 1.05)))
-    compiled = report_of({**FOUR, COMPILED: [1600.0] * 3}, rival=rival)
+    assert plain.over_reference_model()["whole"] == Spread(*map(pytest.approx, (1.1 / 1.025, 1.1 / 1.025, 1.2 / 1.05)))
+    compiled = report_of({**FOUR, COMPILED: [1600.0] * 3}, reference_model=reference_model)
     assert compiled.ours == COMPILED
-    assert compiled.against_rival()["decode"].median == pytest.approx(8)
-    told = compiled.as_dict()["rival"]
+    assert compiled.over_reference_model()["decode"].median == pytest.approx(8)
+    told = compiled.as_dict()["reference_model"]
+    assert compiled.as_dict()["rival"] == told
     assert told["our_rate_over_its"]["decode"]["median"] == pytest.approx(8)
     assert (told["parameters"], told["first_s"]) == (7, 12.5)
 

@@ -1,4 +1,4 @@
-"""A rival is of our size, its times are cut as ours are, and a missing package is said before any work."""
+"""A reference model is of our size, its times are cut as ours are, and a missing package is said before any work."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from psannlm.benchmarks.decoding.modes import Prompts
 from psannlm.benchmarks.harness import reference_llama
 from psannlm.benchmarks.harness.reference_llama import (
-    build_rival,
+    build_reference_model,
     decode_with,
     llama_parameters,
     llama_width,
-    require_rival,
+    require_reference_model,
 )
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, PsannlmError
@@ -24,7 +24,7 @@ from psannlm.models.registry import resolve
 TINY = resolve(ModelConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=80, max_seq_len=32))
 
 
-class FakeRival:
+class FakeReferenceModel:
     """Needs 5 s for the prompts and 2 s for every token after the first."""
 
     name, description, parameters = "fake", "a fake", 7
@@ -40,24 +40,24 @@ class FakeRival:
 
 
 def test_prefill_is_taken_off_by_a_call_for_one_token() -> None:
-    rival = FakeRival()
-    run = decode_with(rival, [[1, 2], [3, 4]], 11, lambda: rival.now)
-    assert rival.asked == [1, 11]
+    reference_model = FakeReferenceModel()
+    run = decode_with(reference_model, [[1, 2], [3, 4]], 11, lambda: reference_model.now)
+    assert reference_model.asked == [1, 11]
     assert (run.prefill_s, run.decode_s, run.total_s) == (5.0, 20.0, 25.0)
     assert run.decode_tokens_per_s == 2 * 10 / 20.0
     assert run.tokens_per_s == 2 * 11 / 25.0
 
 
-def test_a_rival_that_stops_early_is_no_rival() -> None:
-    rival = FakeRival(missing=1)
+def test_reference_model_early_stop_raises() -> None:
+    reference_model = FakeReferenceModel(missing=1)
     with pytest.raises(PsannlmError, match=r"fake made \[10\] tokens where 11"):
-        decode_with(rival, [[1, 2]], 11, lambda: rival.now)
+        decode_with(reference_model, [[1, 2]], 11, lambda: reference_model.now)
 
 
 def test_a_decode_time_below_the_clock_is_refused() -> None:
-    rival = FakeRival(step_s=0.0)
+    reference_model = FakeReferenceModel(step_s=0.0)
     with pytest.raises(PsannlmError, match="raise --max-new-tokens"):
-        decode_with(rival, [[1, 2]], 4, lambda: rival.now)
+        decode_with(reference_model, [[1, 2]], 4, lambda: reference_model.now)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -89,12 +89,12 @@ def test_our_own_transformer_has_the_same_count() -> None:
     assert llama_parameters(config, 160) == sum(count_parameters(config).values())
 
 
-def test_an_unknown_rival_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_or_missing_reference_model_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="did you mean 'transformers'"):
-        require_rival("transformer")
+        require_reference_model("transformer")
     monkeypatch.setattr(reference_llama.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="extra hf"):
-        build_rival("transformers", TINY, 1000, 32, torch.device("cpu"))
+        build_reference_model("transformers", TINY, 1000, 32, torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -102,11 +102,11 @@ def test_an_unknown_rival_and_a_missing_package(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_decodes_greedily_and_whole() -> None:
     parameters = sum(count_parameters(TINY).values())
-    rival = build_rival("transformers", TINY, parameters, 32, torch.device("cpu"))
-    assert rival.parameters == llama_parameters(TINY, llama_width(TINY, parameters))
-    assert f"{rival.parameters:,} parameters" in rival.description
+    reference_model = build_reference_model("transformers", TINY, parameters, 32, torch.device("cpu"))
+    assert reference_model.parameters == llama_parameters(TINY, llama_width(TINY, parameters))
+    assert f"{reference_model.parameters:,} parameters" in reference_model.description
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]
-    ids = rival.generate(prompts, 6)
+    ids = reference_model.generate(prompts, 6)
     assert [len(row) for row in ids] == [6, 6]
-    assert rival.generate(prompts, 1) == [row[:1] for row in ids]
-    assert rival.generate(prompts, 6) == ids
+    assert reference_model.generate(prompts, 1) == [row[:1] for row in ids]
+    assert reference_model.generate(prompts, 6) == ids

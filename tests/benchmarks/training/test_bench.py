@@ -1,4 +1,4 @@
-"""Rates, shares and ratios follow from the clock alone, a rival is of our size, and every candidate really trains."""
+"""Rates, shares and ratios follow from the clock alone, a reference model is of our size, and every candidate really trains."""
 
 from __future__ import annotations
 
@@ -189,15 +189,15 @@ needs_transformers = pytest.mark.skipif(
 @needs_transformers
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_rival_is_of_our_size_and_trains() -> None:
+def test_trainable_reference_model_has_our_size_and_learns() -> None:
     model = resolve(ModelConfig(d_model=64, n_layers=2, n_heads=2, vocab_size=500), max_seq_len=16)
     settings = ThroughputSettings(model, seq_len=16, batch_tokens=64, amp="fp32", against="transformers")
-    rival = settings.candidates()[1]
-    run = TrainingRun(rival, settings, CPU)
+    reference_model = settings.candidates()[1]
+    run = TrainingRun(reference_model, settings, CPU)
     for _ in range(4):
         run.step()
     assert run.losses[-1] < run.losses[0]
-    parameters, flops = size_of(rival, settings)
+    parameters, flops = size_of(reference_model, settings)
     assert sum(p.numel() for p in run._module.parameters()) == parameters
     assert flops == llama_flops_per_token(model, llama_width(model, size_of(settings.candidates()[0], settings)[0]), 16)
     assert str(parameters)[:3] in run.description.replace(",", "")
@@ -206,7 +206,7 @@ def test_the_rival_is_of_our_size_and_trains() -> None:
 @needs_transformers
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_rivals_loss_is_a_sum_over_all_labels() -> None:
+def test_trainable_reference_model_sums_loss_over_labels() -> None:
     llama = TrainableLlama(MODEL, llama_parameters(MODEL, 32), 8, 0, False)
     ids = torch.arange(16).view(2, 8)
     logits = llama.llama(input_ids=ids).logits
