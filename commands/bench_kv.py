@@ -33,7 +33,7 @@ from psannlm.commands.options import (
 if TYPE_CHECKING:
     from psannlm.benchmarks.decoding.modes import Case, DecodeRun
     from psannlm.benchmarks.decoding.report import KvReport
-    from psannlm.benchmarks.harness.interleaved import Spread, Standing
+    from psannlm.benchmarks.harness.interleaved import Progress, Spread
 
 PLOT_FILE = "decode.png"
 _TIME_LIMIT_S = 100.0
@@ -138,11 +138,11 @@ def bench_kv(
     try:
         with live_line(progress()) as line:
 
-            def show(standing: Standing) -> None:
-                kept.standing = standing
-                line.show(str(standing))
+            def show(event: Progress) -> None:
+                kept.progress = event
+                line.show(str(event))
 
-            report = measure(model, settings, weights=weights, on_standing=show, on_partial=kept.keep)
+            report = measure(model, settings, weights=weights, on_progress=show, on_partial=kept.keep)
     except KeyboardInterrupt:
         kept.end()
         raise
@@ -171,7 +171,7 @@ class _Kept:
     def __init__(self, out: Path | None) -> None:
         self._out = out
         self._figures: dict[str, Any] = {"is_complete": False}
-        self.standing: Standing | None = None
+        self.progress: Progress | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -201,9 +201,9 @@ class _Kept:
             rows.append(
                 ("cached over naive", f"{_number(self._figures['cached_over_naive']['median'])} x the tokens/s")
             )
-        if self.standing is not None:
-            rows.append(("interrupted in", str(self.standing)))
-            self._figures["interrupted_in"] = asdict(self.standing)
+        if self.progress is not None:
+            rows.append(("interrupted in", str(self.progress)))
+            self._figures["interrupted_in"] = asdict(self.progress)
         self.keep(self._figures)
         table = figures_table("decoding, interrupted: what was measured until then", rows)
         write_text(self.folder / "table.txt", table_text(table))

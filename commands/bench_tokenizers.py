@@ -90,7 +90,7 @@ def bench_tokenizers(
             with_prep=prep,
             notice=line.keep,
             on_bytes=lambda done, total: line.show(reading(done, total, time.monotonic() - began)),
-            on_standing=lambda standing: line.show(str(standing)),
+            on_progress=lambda event: line.show(str(event)),
         )
     tables = [_table(report), *([_prep_table(report)] if report.prep else [])]
     folder = new_folder("tokenizers", out)

@@ -121,7 +121,7 @@ def bench_train(
             chosen,
             measure_memory=peak_step_bytes if measures_memory else None,
             clock=time.process_time if clock == "cpu" else time.perf_counter,
-            on_standing=lambda standing: line.show(str(standing)),
+            on_progress=lambda event: line.show(str(event)),
         )
     tables = [_rates_table(report, clock), figures_table("what it comes to", _rows(report))]
     folder = new_folder("throughput", out)

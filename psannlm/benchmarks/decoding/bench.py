@@ -16,7 +16,7 @@ from psannlm.benchmarks.decoding.quantization_quality import TOKENS_PER_ROW, mea
 from psannlm.benchmarks.decoding.random_weights import show_every_part
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings, case_figures, headline
 from psannlm.benchmarks.decoding.token_parity import Agreement, Rounding, compare
-from psannlm.benchmarks.harness.interleaved import Clock, Count, Standing, take_turns
+from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved
 from psannlm.benchmarks.harness.reference_llama import ReferenceModel, ReferenceRuns, build_reference_model, decode_with
 from psannlm.benchmarks.harness.roofline import memory_reader, step_bytes
 from psannlm.config.model import ModelConfig
@@ -27,7 +27,7 @@ from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import describe_device
 
-OnStanding = Callable[[Standing], None]
+OnProgress = Callable[[Progress], None]
 OnPartial = Callable[[dict[str, Any]], None]
 # Of a time limit: what passes without the cache may take, and after which part no context is measured any more.
 _UNCACHED_FRACTION, _CASES_FRACTION = 0.5, 0.7
@@ -56,7 +56,7 @@ def bench_kv(
     weights: str = "random",
     make_reference: ReferenceModelBuilder = build_reference_model,
     clock: Clock = time.perf_counter,
-    on_standing: OnStanding = lambda standing: None,
+    on_progress: OnProgress = lambda progress: None,
     on_partial: OnPartial = lambda figures: None,
 ) -> KvReport:
     """Measure all cases in turns on ``model``, on the device that it is on; no row ends early.
@@ -87,13 +87,13 @@ def bench_kv(
         "model": config.model_dump(mode="json"),
         "parameters": parameters,
     }
-    bench = _Bench(model, settings, clock, on_standing, lambda figures: on_partial({**figures, **described}), began)
+    bench = _Bench(model, settings, clock, on_progress, lambda figures: on_partial({**figures, **described}), began)
     reference_model = None
     if settings.against is not None:
         reference_model = make_reference(settings.against, config, parameters, settings.n_tokens, device)
     firsts = bench.run_first(reference_model)
     reference = firsts[str(REFERENCE)]
-    runs, reference_runs, reads = bench.take_turns(reference.ids, reference_model)
+    runs, reference_runs, reads = bench.run_cases(reference.ids, reference_model)
     contexts = [context for context in settings.contexts if limit is None or longest_state([context]) <= limit]
     left_out = [context for context in settings.contexts if context not in contexts]
     if contexts and settings.time_limit_s is not None and clock() - began > _CASES_FRACTION * settings.time_limit_s:
@@ -124,13 +124,13 @@ def bench_kv(
             repeats=settings.repeats,
             seed=settings.seed,
             clock=clock,
-            on_standing=on_standing,
+            on_progress=on_progress,
             deadline=bench.deadline(1.0),
         ),
         left_out=left_out,
         packing=None
         if settings.dtype == "float32"
-        else measure_packing_cost(model, bench.engine, seed=settings.seed, clock=clock, on_standing=on_standing),
+        else measure_packing_cost(model, bench.engine, seed=settings.seed, clock=clock, on_progress=on_progress),
         reference_model=None
         if reference_model is None
         else ReferenceRuns(
@@ -151,7 +151,7 @@ class _Bench:
         model: Transformer,
         settings: KvSettings,
         clock: Clock,
-        on_standing: OnStanding,
+        on_progress: OnProgress,
         on_partial: OnPartial,
         began: float,
     ) -> None:
@@ -165,7 +165,7 @@ class _Bench:
             if any(case.is_batched == is_batched for case in self.cases)
         }
         self._model, self._device = model, model.embedding.weight.device
-        self._settings, self._clock, self._on_standing = settings, clock, on_standing
+        self._settings, self._clock, self._on_progress = settings, clock, on_progress
         self._on_partial, self._began = on_partial, began
         self._made: dict[tuple[str, bool], list[DecodeRun]] = {}
         self.notices: list[str] = []
@@ -186,7 +186,7 @@ class _Bench:
         taken = self._in_turns(silent, repeats=1, warm_ups=0)
         return {name.removeprefix(_FIRST): _runs_of(results)[0] for name, results in taken.items()}
 
-    def take_turns(
+    def run_cases(
         self, given: Prompts, reference_model: ReferenceModel | None
     ) -> tuple[dict[Case, list[DecodeRun]], list[DecodeRun], dict[bool, list[float]]]:
         """Return the runs of every case, those of the reference model, and the rates of reading, all made in turns."""
@@ -254,13 +254,13 @@ class _Bench:
     def _in_turns(
         self, candidates: Mapping[str, Candidate], *, repeats: int, warm_ups: int, cold: Collection[str] = ()
     ) -> dict[str, list[DecodeRun | float]]:
-        return take_turns(
+        return run_interleaved(
             candidates,
             repeats,
             warm_ups=warm_ups,
             unit="tokens",
             clock=self._clock,
-            on_standing=self._on_standing,
+            on_progress=self._on_progress,
             deadline=self.deadline(_CASES_FRACTION),
             cold=cold,
             on_result=self._keep,

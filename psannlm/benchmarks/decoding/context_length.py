@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from psannlm.benchmarks.harness.interleaved import Clock, Count, Standing, shared_turns, take_turns
+from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved, shared_turns
 from psannlm.benchmarks.harness.roofline import FloorShare, memory_reader, step_bytes
 from psannlm.generation.engine import Engine
 from psannlm.io.atomic import write_bytes
@@ -54,13 +54,13 @@ def measure_growth(
     repeats: int,
     seed: int,
     clock: Clock = time.perf_counter,
-    on_standing: Callable[[Standing], None] = lambda standing: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
     deadline: float | None = None,
 ) -> list[GrowthPoint]:
     """Time ``n_steps`` cached steps of ``n_rows`` rows around each of ``contexts``, in turns with reading as much.
 
     A turn's figure is the median of its steps. Each turn starts from the same tokens: n_steps / 2 short of the context.
-    All rows hold the same ones, so that only one of them must be prefilled. ``deadline`` as for ``take_turns``.
+    All rows hold the same ones, so that only one of them must be prefilled. ``deadline`` as for ``run_interleaved``.
     """
     device = engine.model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
@@ -72,12 +72,12 @@ def measure_growth(
         prompt = torch.randint(engine.model.config.vocab_size or 0, size, generator=generator).tolist()
         return lambda count: _Held.prefill(engine, prompt, n_rows, n_steps)
 
-    filled = take_turns(
+    filled = run_interleaved(
         {f"filling the cache up to {context:,}": fill(context) for context in contexts},
         1,
         warm_ups=0,
         clock=clock,
-        on_standing=on_standing,
+        on_progress=on_progress,
     )
     states = {context: held for context, [held] in zip(contexts, filled.values(), strict=True)}
 
@@ -89,7 +89,7 @@ def measure_growth(
         candidates[f"context {context:,}"] = steps(context)
         reader = memory_reader(step_bytes(engine, n_rows, context), device, clock=clock)
         candidates[f"reading as much as context {context:,}"] = reader
-    taken = take_turns(candidates, repeats, unit="steps", clock=clock, on_standing=on_standing, deadline=deadline)
+    taken = run_interleaved(candidates, repeats, unit="steps", clock=clock, on_progress=on_progress, deadline=deadline)
     return [
         GrowthPoint(
             context,

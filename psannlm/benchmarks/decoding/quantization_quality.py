@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psannlm.benchmarks.harness.interleaved import Clock, Count, Standing, take_turns
+from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved
 from psannlm.generation.engine import Engine
 from psannlm.models.transformer import Transformer
 
@@ -56,7 +56,7 @@ def measure_packing_cost(
     n_rows: int = ROWS,
     n_tokens: int = TOKENS_PER_ROW,
     clock: Clock = time.perf_counter,
-    on_standing: Callable[[Standing], None] = lambda standing: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> PackingCost:
     """Sample ``n_rows`` texts from the float32 ``model`` and score them with it and with the packed weights.
 
@@ -76,7 +76,7 @@ def measure_packing_cost(
 
         return run
 
-    take_turns(
+    run_interleaved(
         {
             "text of the model's own": write,
             "perplexity of the weights as given": score("float32", model),
@@ -86,7 +86,7 @@ def measure_packing_cost(
         warm_ups=0,
         unit="tokens",
         clock=clock,
-        on_standing=on_standing,
+        on_progress=on_progress,
     )
     return PackingCost.of(losses["float32"], losses["packed"])
 

@@ -163,12 +163,12 @@ class KvReport:
 
     @property
     def ours(self) -> Case:
-        """The case that stands against a reference model: the whole batch with the cache, compiled if that was asked for."""
+        """The case compared with a reference model: the whole batch with the cache, compiled if that was asked for."""
         compiled = Case(True, True, True)
         return compiled if compiled in self.runs else Case(True, True)
 
     def over_reference_model(self) -> dict[str, Spread]:
-        """Return how many times the reference model's rate ours is, turn by turn: of all tokens, and of those after the first."""
+        """Return our throughput over the reference model's, run by run: of all tokens, and of those after the first."""
         if self.reference_model is None:
             return {}
         mine, theirs = self.runs[self.ours], self.reference_model.runs

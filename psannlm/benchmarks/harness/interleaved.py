@@ -38,7 +38,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Standing:
+class Progress:
     """Where a benchmark stands: in ``run`` of ``n_runs`` (from 1), with ``done`` of ``total`` units (0: not told).
 
     ``left_s`` is a guess for all that is to come, or None while there is nothing to guess from.
@@ -65,18 +65,18 @@ class Standing:
         return ", ".join(parts)
 
 
-def _ignore(standing: Standing) -> None:
+def _ignore(progress: Progress) -> None:
     pass
 
 
-def take_turns(
+def run_interleaved(
     candidates: Mapping[str, Callable[[Count], T]],
     repeats: int,
     *,
     warm_ups: int = 1,
     unit: str = "passes",
     clock: Clock = time.perf_counter,
-    on_standing: Callable[[Standing], None] = _ignore,
+    on_progress: Callable[[Progress], None] = _ignore,
     deadline: float | None = None,
     cold: Collection[str] = (),
     on_result: Callable[[str, bool, T], None] = lambda name, is_warm_up, result: None,
@@ -91,7 +91,7 @@ def take_turns(
         repeats: counted runs of each.
         warm_ups: runs of each before them, thrown away.
         unit: what the candidates count.
-        on_standing: told at the start of every run and whenever a candidate counts; inside the measured time, so it
+        on_progress: told at the start of every run and whenever a candidate counts; inside the measured time, so it
             must be quick.
         deadline: a time of ``clock``. Each candidate has one counted run; a further one that would end later, by how
             long the last one took, is left out, and with it all later ones of that candidate.
@@ -118,7 +118,7 @@ def take_turns(
             left_out.add(name)
             continue
         gc.collect()
-        run = _Run(plan, index, took, unit, clock, on_standing)
+        run = _Run(plan, index, took, unit, clock, on_progress)
         run.count(0, 0)
         result = candidates[name](run.count)
         took[name] = clock() - run.began
@@ -129,7 +129,7 @@ def take_turns(
 
 
 class _Run:
-    """One run of one candidate; turns its counts into a :class:`Standing`."""
+    """One run of one candidate; turns its counts into a :class:`Progress`."""
 
     def __init__(
         self,
@@ -138,10 +138,10 @@ class _Run:
         took: Mapping[str, float],
         unit: str,
         clock: Clock,
-        on_standing: Callable[[Standing], None],
+        on_progress: Callable[[Progress], None],
     ) -> None:
         self._plan, self._index, self._took, self._unit = plan, index, took, unit
-        self._clock, self._on_standing = clock, on_standing
+        self._clock, self._on_progress = clock, on_progress
         self.began = clock()
 
     def count(self, done: int, total: int) -> None:
@@ -149,7 +149,7 @@ class _Run:
         elapsed = self._clock() - self.began
         left = self._left(name, elapsed, done, total)
         number, n_runs = self._index + 1, len(self._plan)
-        self._on_standing(Standing(name, is_warm_up, number, n_runs, done, total, self._unit, elapsed, left))
+        self._on_progress(Progress(name, is_warm_up, number, n_runs, done, total, self._unit, elapsed, left))
 
     def _left(self, name: str, elapsed: float, done: int, total: int) -> float | None:
         """Each candidate takes what it took last; one that has not run yet, what the slowest of the others took."""

@@ -14,7 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from psannlm.benchmarks.harness.interleaved import Clock, Count, Spread, Standing, paired_ratio, passes_for, take_turns
+from psannlm.benchmarks.harness.interleaved import (
+    Clock,
+    Count,
+    Progress,
+    Spread,
+    paired_ratio,
+    passes_for,
+    run_interleaved,
+)
 from psannlm.benchmarks.harness.isolated_process import Apart, peak_bytes
 from psannlm.benchmarks.tokenization.prep import PrepFigures, bench_prep, check_preparable
 from psannlm.benchmarks.tokenization.raw_libraries import raw_encode
@@ -229,7 +237,7 @@ def bench_tokenizers(
     with_prep: bool = False,
     notice: Callable[[str], None] = lambda text: None,
     on_bytes: Callable[[int, int], None] | None = None,
-    on_standing: Callable[[Standing], None] = lambda standing: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> TokenizerReport:
     """Fit every kind that can be imported on ``sources`` and measure it, and ``models`` beside it, on other text.
 
@@ -284,15 +292,15 @@ def bench_tokenizers(
         vocab_size=vocab_size,
         repeats=repeats,
         notice=notice,
-        on_standing=on_standing,
+        on_progress=on_progress,
     )
     fitted = {name: tokenizer_from_bytes(made[-1].content) for name, made in fits.items()}
     figures = measure_tokenizers(
-        {**fitted, **loaded}, measured_on, fits=fits, repeats=repeats, min_run_s=min_run_s, on_standing=on_standing
+        {**fitted, **loaded}, measured_on, fits=fits, repeats=repeats, min_run_s=min_run_s, on_progress=on_progress
     )
     prepared = []
     if with_prep:
-        prepared = bench_prep({**fitted, **loaded}, preparable, repeats=repeats, on_standing=on_standing)
+        prepared = bench_prep({**fitted, **loaded}, preparable, repeats=repeats, on_progress=on_progress)
     return TokenizerReport(
         corpus_documents=report.documents,
         corpus_bytes=report.bytes,
@@ -338,7 +346,7 @@ def fit_in_turns(
     vocab_size: int,
     repeats: int,
     notice: Callable[[str], None] = lambda text: None,
-    on_standing: Callable[[Standing], None] = lambda standing: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, list[Fitted]]:
     """Fit each of ``kinds`` ``repeats`` times, each time in a new process; return the fits by kind."""
 
@@ -351,7 +359,9 @@ def fit_in_turns(
         return fit
 
     candidates = {f"fit {kind}": candidate(kind) for kind in kinds}
-    fits = dict(zip(kinds, take_turns(candidates, repeats, warm_ups=0, on_standing=on_standing).values(), strict=True))
+    fits = dict(
+        zip(kinds, run_interleaved(candidates, repeats, warm_ups=0, on_progress=on_progress).values(), strict=True)
+    )
     for kind, made in fits.items():
         for line in made[0].notices:
             notice(f"{kind}: {line}")
@@ -423,7 +433,7 @@ def measure_tokenizers(
     repeats: int,
     min_run_s: float = MIN_RUN_S,
     start: Start = start_apart,
-    on_standing: Callable[[Standing], None] = lambda standing: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> list[TokenizerFigures]:
     """Measure each tokenizer on ``texts``, on one thread and on all: ours, the raw library and decoding, in turns.
 
@@ -440,7 +450,7 @@ def measure_tokenizers(
                     stack.callback(caller.close)
                 for work in ("encode", "raw", "decode") if caller.call("has_raw") else ("encode", "decode"):
                     candidates[f"{work} {name}, {words}"] = _timed(caller, work, caller.call("passes", work, min_run_s))
-        runs = take_turns(candidates, repeats, on_standing=on_standing)
+        runs = run_interleaved(candidates, repeats, on_progress=on_progress)
         facts: dict[tuple[str, int], Facts] = {key: caller.call("facts") for key, caller in callers.items()}
 
     def speed(name: str, threads: int, words: str) -> Speed:

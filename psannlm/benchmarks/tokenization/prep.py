@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from psannlm.benchmarks.harness.interleaved import Count, Spread, Standing, paired_ratio, take_turns
+from psannlm.benchmarks.harness.interleaved import Count, Progress, Spread, paired_ratio, run_interleaved
 from psannlm.benchmarks.harness.isolated_process import Apart
 from psannlm.benchmarks.tokenization.raw_libraries import raw_arrays, raw_encode
 from psannlm.config.data import PathSource, Source
@@ -157,7 +157,7 @@ def bench_prep(
     sources: Sequence[PathSource],
     *,
     repeats: int,
-    on_standing: Callable[[Standing], None] = lambda standing: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> list[PrepFigures]:
     """Prepare ``sources`` with each tokenizer that has a library underneath, in turns with that library.
 
@@ -183,7 +183,7 @@ def bench_prep(
                 f"{way} {name}": _raw_candidate(raw, way == "raw arrays") for way in ways
             }
             candidates[f"prep {name}"] = lambda _, content=content: run_prep(sources, content, threads)  # type: ignore[misc]
-            runs: dict[str, list[Any]] = take_turns(candidates, repeats, warm_ups=0, on_standing=on_standing)
+            runs: dict[str, list[Any]] = run_interleaved(candidates, repeats, warm_ups=0, on_progress=on_progress)
         figures.append(
             _figures(name, threads, runs[f"prep {name}"], runs[f"raw {name}"], runs.get(f"raw arrays {name}"))
         )

@@ -1,4 +1,4 @@
-"""Sizes of a model and a batch in; how fast it trains, beside its variants and a reference model, in turns in one run, out."""
+"""Training throughput benchmark: our model, its variants and a reference model, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from psannlm.benchmarks.harness.interleaved import Clock, Count, Standing, take_turns
+from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved
 from psannlm.benchmarks.harness.roofline import matrix_peak
 from psannlm.benchmarks.training.candidates import (
     Candidate,
@@ -21,7 +21,7 @@ from psannlm.benchmarks.training.peak_memory import peak_step_bytes
 from psannlm.benchmarks.training.report import ThroughputReport, Trained
 from psannlm.runtime.device import describe_device, pick_precision, require_compiler
 
-OnStanding = Callable[[Standing], None]
+OnProgress = Callable[[Progress], None]
 MemoryProbe = Callable[[Candidate, ThroughputSettings, torch.device], int | None]
 
 _PEAK = "multiplying matrices"
@@ -36,7 +36,7 @@ def bench_train(
     build: TrainingRunBuilder = TrainingRun,
     measure_memory: MemoryProbe | None = peak_step_bytes,
     clock: Clock = time.perf_counter,
-    on_standing: OnStanding = lambda standing: None,
+    on_progress: OnProgress = lambda progress: None,
 ) -> ThroughputReport:
     """Train every candidate of ``settings`` on the same batch over and over, in turns, and return what it came to.
 
@@ -56,13 +56,13 @@ def bench_train(
         require_compiler(device, "--compile or --also compile", "leave it out")
 
     def turns(work: dict[str, Callable[[Count], float]], repeats: int, unit: str = "steps") -> dict[str, list[float]]:
-        return take_turns(work, repeats, warm_ups=0, unit=unit, clock=clock, on_standing=on_standing)
+        return run_interleaved(work, repeats, warm_ups=0, unit=unit, clock=clock, on_progress=on_progress)
 
     peaks: dict[str, int | None] = dict.fromkeys(candidates)
     if measure_memory is not None:
         probe = measure_memory
         probes = {f"memory of {n}": _probe(probe, t, settings, device) for n, t in candidates.items()}
-        taken = take_turns(probes, 1, warm_ups=0, clock=clock, on_standing=on_standing)
+        taken = run_interleaved(probes, 1, warm_ups=0, clock=clock, on_progress=on_progress)
         peaks = {name: taken[f"memory of {name}"][0] for name in candidates}
     runs = {name: build(candidate, settings, device) for name, candidate in candidates.items()}
     firsts = turns({f"first step of {name}": _timed(run, 1, clock) for name, run in runs.items()}, 1)

@@ -1,4 +1,4 @@
-"""Settings in; models that are trained alike out: ours, its twins, a plain transformer of its size, a reference model's Llama."""
+"""Candidate models of the training benchmark: ours, its variants, the baseline, and a Llama of transformers."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class ThroughputSettings:
     Attributes:
         model: resolved.
         steps: of each counted turn; None: as many as take the fastest candidate about a second.
-        also: what stands beside ours besides the reference model: with gradient checkpointing (or, where the settings have it,
-            without), with GELU or SiLU in place of the sine, the base ``transformer`` of equal size, or compiled (as
-            all others but that with checkpointing then are).
+        also: further candidates: ours with gradient checkpointing (without it, where the settings have it), with GELU
+            or SiLU instead of the sine, the base ``transformer`` of equal size, or ``compile``: ours and all of these
+            but the one with checkpointing once more, compiled.
         against: a library whose model of equal size is trained in the same run, or None.
 
     Raises:

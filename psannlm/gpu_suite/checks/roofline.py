@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from psannlm.benchmarks.decoding.modes import DecodeRun, decode
-from psannlm.benchmarks.harness.interleaved import Count, Spread, take_turns
+from psannlm.benchmarks.harness.interleaved import Count, Spread, run_interleaved
 from psannlm.benchmarks.harness.roofline import FloorShare, memory_reader, step_bytes
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.generation.engine import Engine
@@ -102,7 +102,7 @@ def _decode_row(stage: Stage, config: ModelConfig, dtype: WeightDtype, is_compil
     def decoded(count: Count) -> DecodeRun | float:
         return decode(engine, prompts, n_new, is_batched=True, clock=stage.clock, count=count)
 
-    taken = take_turns({"decode": decoded, "read": read}, stage.sizes.repeats, warm_ups=2, clock=stage.clock)
+    taken = run_interleaved({"decode": decoded, "read": read}, stage.sizes.repeats, warm_ups=2, clock=stage.clock)
     runs = [run for run in taken["decode"] if isinstance(run, DecodeRun)]
     rates = [rate for rate in taken["read"] if isinstance(rate, float)]
     share = FloorShare.of(n_bytes, rates, [run.decode_s / (n_new - 1) for run in runs])

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from psannlm.benchmarks.harness.interleaved import Count, Spread, take_turns
+from psannlm.benchmarks.harness.interleaved import Count, Spread, run_interleaved
 from psannlm.benchmarks.training.bench import bench_train
 from psannlm.benchmarks.training.candidates import ThroughputSettings
 from psannlm.benchmarks.training.report import ThroughputReport
@@ -125,7 +125,7 @@ def _forward(stage: Stage, config: ModelConfig, shape: Shape, is_compiled: bool)
         stage.wait()
         return n_passes * shape.n_tokens / (stage.clock() - began)
 
-    return Spread.of(take_turns({"forward": turn}, stage.sizes.repeats, warm_ups=1, clock=stage.clock)["forward"])
+    return Spread.of(run_interleaved({"forward": turn}, stage.sizes.repeats, warm_ups=1, clock=stage.clock)["forward"])
 
 
 def _utilisation(stage: Stage, is_compiled: bool, notes: list[str]) -> list[Measure]:

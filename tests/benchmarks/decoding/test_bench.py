@@ -13,7 +13,7 @@ import torch
 from psannlm.benchmarks.decoding.bench import bench_kv, build_random_model
 from psannlm.benchmarks.decoding.modes import CASES, Case, DecodeRun, Prompts, bench, modes
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings
-from psannlm.benchmarks.harness.interleaved import Standing
+from psannlm.benchmarks.harness.interleaved import Progress
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, GenerationError
 
@@ -34,8 +34,8 @@ def measure(settings: KvSettings, config: ModelConfig = TINY, **named: Any) -> K
 
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
 def test_an_honest_run_has_no_problem(base: str) -> None:
-    standings: list[Standing] = []
-    report = measure(SETTINGS, TINY.model_copy(update={"base": base}), on_standing=standings.append)
+    events: list[Progress] = []
+    report = measure(SETTINGS, TINY.model_copy(update={"base": base}), on_progress=events.append)
     assert report.problems == []
     assert {case: len(runs) for case, runs in report.runs.items()} == dict.fromkeys(CASES, 2)
     assert all([len(row) for row in run.ids] == [5, 5] for runs in report.runs.values() for run in runs)
@@ -45,7 +45,7 @@ def test_an_honest_run_has_no_problem(base: str) -> None:
     assert measured == report.predicted_cache_bytes()
     assert measured[batch] == 2 * measured[row]
     # Four cases and two ways to read, once to warm up and twice to count.
-    assert standings[-1].run == standings[-1].n_runs == 6 * (1 + 2)
+    assert events[-1].run == events[-1].n_runs == 6 * (1 + 2)
     # Two runs of each case and the one before the turns, 10 tokens each.
     assert report.agreement.n_checked == 10 * (4 * 2 + 1)
     plain = report.as_dict()
@@ -193,7 +193,7 @@ def test_bench_kv_interleaves_the_reference_model(monkeypatch: pytest.MonkeyPatc
     report = measure(
         replace(SETTINGS, against="fake", cases="batch"),
         make_reference=make,
-        on_standing=lambda standing: None if order[-1:] == [standing.candidate] else order.append(standing.candidate),
+        on_progress=lambda progress: None if order[-1:] == [progress.candidate] else order.append(progress.candidate),
     )
     [(name, config, parameters, seq_len, device)] = built
     assert (name, config, seq_len, device) == ("fake", report.model, 9, CPU)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from psannlm.benchmarks.decoding.context_length import GrowthPoint, draw_growth, longest_state, measure_growth
-from psannlm.benchmarks.harness.interleaved import Standing
+from psannlm.benchmarks.harness.interleaved import Progress
 from psannlm.benchmarks.harness.roofline import FloorShare, step_bytes
 from psannlm.generation.engine import Engine
 from psannlm.models.accounting import cache_bytes
@@ -44,9 +44,9 @@ def test_a_step_costs_what_its_context_costs(
     monkeypatch.setattr(
         "psannlm.benchmarks.decoding.context_length.memory_reader", lambda *given, **named: lambda count: 1000.0
     )
-    told: list[Standing] = []
+    told: list[Progress] = []
     points = measure_growth(
-        engine, 2, (16, 32), n_steps=8, repeats=3, seed=1, clock=lambda: now, on_standing=told.append
+        engine, 2, (16, 32), n_steps=8, repeats=3, seed=1, clock=lambda: now, on_progress=told.append
     )
     assert [point.context for point in points] == [16, 32]
     for point in points:

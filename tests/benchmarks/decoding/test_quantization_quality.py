@@ -14,7 +14,7 @@ from psannlm.benchmarks.decoding.quantization_quality import (
     sample_texts,
     token_losses,
 )
-from psannlm.benchmarks.harness.interleaved import Standing
+from psannlm.benchmarks.harness.interleaved import Progress
 from psannlm.generation.engine import Engine
 from psannlm.models.transformer import Transformer
 
@@ -60,9 +60,9 @@ def test_text_is_drawn_from_the_model(build_tiny: Callable[..., Transformer]) ->
 
 def test_coarser_weights_cost_more(build_tiny: Callable[..., Transformer]) -> None:
     model = build_tiny(seed=2, max_seq_len=64)
-    told: list[Standing] = []
+    told: list[Progress] = []
     same, int8 = (
-        measure_packing_cost(model, Engine(model, dtype=dtype), seed=3, n_rows=4, on_standing=told.append)
+        measure_packing_cost(model, Engine(model, dtype=dtype), seed=3, n_rows=4, on_progress=told.append)
         for dtype in ("float32", "int8")
     )
     assert same.ratio == pytest.approx(1.0, abs=1e-5)

@@ -8,12 +8,12 @@ import pytest
 
 from psannlm.benchmarks.harness.interleaved import (
     Count,
+    Progress,
     Spread,
-    Standing,
     paired_ratio,
     passes_for,
+    run_interleaved,
     shared_turns,
-    take_turns,
     timed,
 )
 from psannlm.errors import ConfigError
@@ -49,14 +49,14 @@ def test_candidates_alternate_and_warm_ups_are_thrown_away() -> None:
 
         return run
 
-    results = take_turns({"A": candidate("A"), "B": candidate("B")}, 2, warm_ups=1, clock=FakeClock())
+    results = run_interleaved({"A": candidate("A"), "B": candidate("B")}, 2, warm_ups=1, clock=FakeClock())
     assert order == ["A", "B"] * 3
     assert results == {"A": [3, 5], "B": [4, 6]}
 
 
 def test_no_repeat_is_refused() -> None:
     with pytest.raises(ConfigError, match="0 repeats measure nothing"):
-        take_turns({"A": lambda count: 1}, 0)
+        run_interleaved({"A": lambda count: 1}, 0)
 
 
 def test_only_counted_runs_make_the_spread() -> None:
@@ -65,7 +65,7 @@ def test_only_counted_runs_make_the_spread() -> None:
         "slow start": timed(spender(clock, 50.0, 2.0, 1.0, 9.0), clock=clock),
         "steady": timed(spender(clock, 4.0, 4.0, 4.0, 4.0), clock=clock),
     }
-    runs = take_turns(candidates, 3, clock=clock)
+    runs = run_interleaved(candidates, 3, clock=clock)
     assert Spread.of(runs["slow start"]) == Spread(median=2.0, lowest=1.0, highest=9.0)
     assert Spread.of(runs["steady"]) == Spread(4.0, 4.0, 4.0)
 
@@ -99,7 +99,7 @@ def test_passes_fill_the_time_and_the_first_is_not_measured() -> None:
 
 def test_time_left_is_that_of_the_runs_to_come() -> None:
     clock = FakeClock()
-    standings: list[Standing] = []
+    events: list[Progress] = []
 
     def halves(seconds: float) -> Callable[[Count], None]:
         def run(count: Count) -> None:
@@ -109,8 +109,8 @@ def test_time_left_is_that_of_the_runs_to_come() -> None:
 
         return run
 
-    take_turns({"A": halves(2.0), "B": halves(10.0)}, 1, clock=clock, on_standing=standings.append, unit="tokens")
-    assert [(s.candidate, s.run, s.is_warm_up, s.done) for s in standings] == [
+    run_interleaved({"A": halves(2.0), "B": halves(10.0)}, 1, clock=clock, on_progress=events.append, unit="tokens")
+    assert [(s.candidate, s.run, s.is_warm_up, s.done) for s in events] == [
         ("A", 1, True, 0),
         ("A", 1, True, 1),
         ("B", 2, True, 0),
@@ -121,8 +121,8 @@ def test_time_left_is_that_of_the_runs_to_come() -> None:
         ("B", 4, False, 1),
     ]
     # Nothing is known at first; then A takes 2 and B is guessed to; half way through B it is known to take 10.
-    assert [s.left_s for s in standings] == [None, 1 + 2 + 2 + 2, None, 5 + 2 + 10, 12, 11, 10, 5]
-    assert str(standings[3]) == "run 2 of 4 (warm-up, B), 1 of 2 tokens, 0.2 tokens/s, about 0:00:17 left"
+    assert [s.left_s for s in events] == [None, 1 + 2 + 2 + 2, None, 5 + 2 + 10, 12, 11, 10, 5]
+    assert str(events[3]) == "run 2 of 4 (warm-up, B), 1 of 2 tokens, 0.2 tokens/s, about 0:00:17 left"
 
 
 def test_a_deadline_ends_candidates_after_one_counted_run() -> None:
@@ -137,7 +137,7 @@ def test_a_deadline_ends_candidates_after_one_counted_run() -> None:
         return run
 
     candidates = {"short": takes(1.0), "long": takes(30.0)}
-    results = take_turns(
+    results = run_interleaved(
         candidates,
         5,
         clock=clock,

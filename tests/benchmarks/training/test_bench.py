@@ -1,4 +1,4 @@
-"""Rates, shares and ratios follow from the clock alone, a reference model is of our size, and every candidate really trains."""
+"""Training benchmark: figures follow from the clock, reference models have our size, every candidate trains."""
 
 from __future__ import annotations
 
