@@ -28,7 +28,7 @@ _PROGRAM = (
 )
 
 
-class Apart:
+class IsolatedProcess:
     """``build(*arguments)``, made in a new process; leave the context to end it.
 
     Args:
@@ -70,7 +70,7 @@ class Apart:
             self._process.kill()
             self._process.wait()
 
-    def __enter__(self) -> Apart:
+    def __enter__(self) -> IsolatedProcess:
         return self
 
     def __exit__(

@@ -96,8 +96,8 @@ def decode_with(
     prefill_s, total_s = between - began, ended - between
     if prefill_s >= total_s:
         raise PsannlmError(
-            f"{reference_model.name} took {total_s:.4f} s for {max_new_tokens} tokens and {prefill_s:.4f} s for one: too "
-            "few to tell its decoding from its prefill; raise --max-new-tokens"
+            f"{reference_model.name} took {total_s:.4f} s for {max_new_tokens} tokens and {prefill_s:.4f} s for one: "
+            "too few to tell its decoding from its prefill; raise --max-new-tokens"
         )
     return DecodeRun(ids, max_new_tokens, prefill_s, prefill_s, total_s - prefill_s, total_s)
 

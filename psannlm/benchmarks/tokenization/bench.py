@@ -23,7 +23,7 @@ from psannlm.benchmarks.harness.interleaved import (
     passes_for,
     run_interleaved,
 )
-from psannlm.benchmarks.harness.isolated_process import Apart, peak_bytes
+from psannlm.benchmarks.harness.isolated_process import IsolatedProcess, peak_bytes
 from psannlm.benchmarks.tokenization.prep import PrepFigures, bench_prep, check_preparable
 from psannlm.benchmarks.tokenization.raw_libraries import raw_encode
 from psannlm.config.data import Source
@@ -352,7 +352,7 @@ def fit_in_turns(
 
     def candidate(kind: str) -> Callable[[Count], Fitted]:
         def fit(_: Count) -> Fitted:
-            with Apart(Fit, passages) as process:
+            with IsolatedProcess(Fit, passages) as process:
                 made: Fitted = process.call("fit", kind, vocab_size)
             return made
 
@@ -420,9 +420,9 @@ class Bench:
         return None
 
 
-def start_apart(content: bytes, texts: Texts, threads: int) -> Apart:
+def start_apart(content: bytes, texts: Texts, threads: int) -> IsolatedProcess:
     """Return a :class:`Bench` in a process of its own."""
-    return Apart(Bench, content, texts, threads, environment=_ONE_THREAD if threads == 1 else _ALL_THREADS)
+    return IsolatedProcess(Bench, content, texts, threads, environment=_ONE_THREAD if threads == 1 else _ALL_THREADS)
 
 
 def measure_tokenizers(
@@ -446,7 +446,7 @@ def measure_tokenizers(
         for threads, words in ((1, "one thread"), (0, "all threads")):
             for name, tokenizer in tokenizers.items():
                 caller = callers[name, threads] = start(tokenizer.to_bytes(), texts, threads)
-                if isinstance(caller, Apart):
+                if isinstance(caller, IsolatedProcess):
                     stack.callback(caller.close)
                 for work in ("encode", "raw", "decode") if caller.call("has_raw") else ("encode", "decode"):
                     candidates[f"{work} {name}, {words}"] = _timed(caller, work, caller.call("passes", work, min_run_s))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.benchmarks.harness.interleaved import Count, Progress, Spread, paired_ratio, run_interleaved
-from psannlm.benchmarks.harness.isolated_process import Apart
+from psannlm.benchmarks.harness.isolated_process import IsolatedProcess
 from psannlm.benchmarks.tokenization.raw_libraries import raw_arrays, raw_encode
 from psannlm.config.data import PathSource, Source
 from psannlm.data.corpus.documents import read_documents
@@ -177,7 +177,7 @@ def bench_prep(
             continue
         content = tokenizer.to_bytes()
         environment = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
-        with Apart(RawBench, sources, content, threads, environment=environment) as raw:
+        with IsolatedProcess(RawBench, sources, content, threads, environment=environment) as raw:
             ways = ["raw", "raw arrays"] if raw.call("has_arrays") else ["raw"]
             candidates: dict[str, Callable[[Count], RawRun | PrepRun]] = {
                 f"{way} {name}": _raw_candidate(raw, way == "raw arrays") for way in ways
@@ -190,7 +190,7 @@ def bench_prep(
     return figures
 
 
-def _raw_candidate(raw: Apart, as_arrays: bool) -> Callable[[Count], RawRun]:
+def _raw_candidate(raw: IsolatedProcess, as_arrays: bool) -> Callable[[Count], RawRun]:
     def run(_: Count) -> RawRun:
         made: RawRun = raw.call("run", as_arrays)
         return made

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.benchmarks.harness.isolated_process import Apart, peak_bytes
+from psannlm.benchmarks.harness.isolated_process import IsolatedProcess, peak_bytes
 from psannlm.errors import TokenizerError, WorkerError
 
 
@@ -50,7 +50,7 @@ class Target:
 
 def test_an_object_lives_in_another_process_with_its_own_memory_and_variables() -> None:
     ballast = bytearray(os.urandom(1 << 20) * 300)
-    with Apart(Target, 1, environment={"PSANNLM_TEST": "yes"}) as process:
+    with IsolatedProcess(Target, 1, environment={"PSANNLM_TEST": "yes"}) as process:
         assert [process.call("add", 2), process.call("add", 3)] == [3, 6]
         assert process.call("pid") != os.getpid()
         assert process.call("variable", "PSANNLM_TEST") == "yes"
@@ -59,9 +59,9 @@ def test_an_object_lives_in_another_process_with_its_own_memory_and_variables() 
 
 
 def test_errors_come_back_as_they_are() -> None:
-    with Apart(Target, 1) as process, pytest.raises(TokenizerError, match="no such piece"):
+    with IsolatedProcess(Target, 1) as process, pytest.raises(TokenizerError, match="no such piece"):
         process.call("refuse")
-    with Apart(Target, 1) as process, pytest.raises(WorkerError, match="unforeseen"):
+    with IsolatedProcess(Target, 1) as process, pytest.raises(WorkerError, match="unforeseen"):
         process.call("fail")
-    with Apart(Target, 1) as process, pytest.raises(WorkerError, match=r"ended early \(exit code 7\)"):
+    with IsolatedProcess(Target, 1) as process, pytest.raises(WorkerError, match=r"ended early \(exit code 7\)"):
         process.call("die")
