@@ -171,7 +171,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cheap(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work in ``made``, with the measured work replaced where it is not the subject."""
 
-    def check(stage: Any) -> CheckResult:
+    def check(context: Any) -> CheckResult:
         return CheckResult("GPU-03", "throughput", (at_most("error", 0.0, 1.0, "x", "because"),))
 
     monkeypatch.chdir(made)

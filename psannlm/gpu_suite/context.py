@@ -116,7 +116,7 @@ REHEARSAL = Sizes(
 
 
 @dataclass(frozen=True)
-class Stage:
+class CheckContext:
     """What a check gets.
 
     Attributes:
@@ -207,7 +207,7 @@ class Trainer:
     @classmethod
     def build(
         cls,
-        stage: Stage,
+        context: CheckContext,
         config: ModelConfig,
         dtype: torch.dtype,
         *,
@@ -216,11 +216,11 @@ class Trainer:
         grad_checkpoint: bool = False,
     ) -> Trainer:
         """Return a trainer of a model whose weights depend on ``seed`` alone."""
-        model = build_model(config, seed=seed, device=stage.device).train()
+        model = build_model(config, seed=seed, device=context.device).train()
         model.grad_checkpoint = grad_checkpoint
         module: nn.Module = compiled(model) if is_compiled else model
-        precision = stage.precision(dtype)
-        scaler = torch.amp.GradScaler(stage.device.type, enabled=precision.needs_scaler)
+        precision = context.precision(dtype)
+        scaler = torch.amp.GradScaler(context.device.type, enabled=precision.needs_scaler)
         return cls(model, module, precision, OptimizerSet(model, "adamw", 0.1), scaler)
 
     def step(self, batches: Sequence[MicroBatch]) -> StepResult:

@@ -23,11 +23,11 @@ from psannlm.gpu_suite.checks.memory import check_memory
 from psannlm.gpu_suite.checks.numerics import check_gradients, check_precision
 from psannlm.gpu_suite.checks.parallel import check_ddp, check_fsdp
 from psannlm.gpu_suite.checks.speed import check_speed
-from psannlm.gpu_suite.context import FULL, REHEARSAL, Sizes, Stage
+from psannlm.gpu_suite.context import FULL, REHEARSAL, CheckContext, Sizes
 from psannlm.gpu_suite.report import BatteryReport, CheckResult
 from psannlm.runtime.device import describe_device, pick_device
 
-Check = Callable[[Stage], CheckResult]
+Check = Callable[[CheckContext], CheckResult]
 
 CHECKS: dict[str, Check] = {
     "GPU-01": check_gradients,
@@ -81,8 +81,8 @@ def validate(
     report = BatteryReport(machine, is_rehearsal, (), None if baseline is None else str(baseline), to_come=tuple(names))
     with _settings(is_rehearsal), tempfile.TemporaryDirectory(prefix="psannlm-gpu-") as folder:
         for name in names:
-            stage = Stage(chosen, sizes, is_rehearsal, Path(folder) / name, say, clock)
-            results.append(run_check(name, CHECKS[name], stage))
+            context = CheckContext(chosen, sizes, is_rehearsal, Path(folder) / name, say, clock)
+            results.append(run_check(name, CHECKS[name], context))
             say(f"{name}: {results[-1].status} after {results[-1].seconds:,.1f} s")
             report = replace(
                 report,
@@ -115,40 +115,40 @@ def require_device(
     return chosen
 
 
-def run_check(name: str, check: Check, stage: Stage) -> CheckResult:
+def run_check(name: str, check: Check, context: CheckContext) -> CheckResult:
     """Return what ``check`` came to; whatever breaks in it is its ``error``, and never passes for ok.
 
     So is what keeps the device from coming free behind it.
     """
-    stage.folder.mkdir(parents=True, exist_ok=True)
+    context.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     try:
-        result = check(stage)
+        result = check(context)
     except Interrupted:
         # The user's own Ctrl-C, which a training run turns into this: the battery ends.
         raise
     except Exception as error:  # noqa: BLE001 - a check may break in any way, and must not hide the others
         for line in traceback.format_exc().splitlines():
-            stage.say(f"{name}: {line}")
+            context.say(f"{name}: {line}")
         result = CheckResult(name, "", error=_told(error))
     finally:
-        shutil.rmtree(stage.folder, ignore_errors=True)
-    failure = _release(stage)
+        shutil.rmtree(context.folder, ignore_errors=True)
+    failure = _release(context)
     if failure is not None:
-        stage.say(f"{name}: {failure}")
+        context.say(f"{name}: {failure}")
         result = replace(result, error=failure if result.error is None else f"{result.error}; {failure}")
     return replace(result, seconds=time.monotonic() - began)
 
 
-def _release(stage: Stage) -> str | None:
+def _release(context: CheckContext) -> str | None:
     """Wait for the device and free it for the next check; return in words what kept it from that, or None.
 
     A GPU that ran out of memory has work that failed still in its queue, and one whose kernel broke answers every later
     call with the same error: that is told of each check from then on, and takes none of what was measured before.
     """
     try:
-        stage.wait()
-        stage.release()
+        context.wait()
+        context.release()
     except RuntimeError as error:
         return f"the device did not come free after the check: {_told(error)}"
     return None

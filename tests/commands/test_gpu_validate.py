@@ -24,8 +24,8 @@ def rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[float], N
     monkeypatch.chdir(tmp_path)
     now = [100.0]
 
-    def check(stage: Any) -> CheckResult:
-        stage.say("GPU-03: measuring")
+    def check(context: Any) -> CheckResult:
+        context.say("GPU-03: measuring")
         measures = (
             at_least("rate", now[0], 50.0, "tokens/s", "because", regression=0.1),
             at_most("error", 0.0, 1.0, "x", "because"),
@@ -97,9 +97,9 @@ def test_a_battery_that_is_stopped_leaves_the_checks_it_was_through_with(
     monkeypatch.chdir(tmp_path)
 
     def good(name: str) -> Callable[[Any], CheckResult]:
-        return lambda stage: CheckResult(name, "a check", (at_most("error", 0.0, 1.0, "x", "because"),))
+        return lambda context: CheckResult(name, "a check", (at_most("error", 0.0, 1.0, "x", "because"),))
 
-    def stopped(stage: Any) -> CheckResult:
+    def stopped(context: Any) -> CheckResult:
         raise how
 
     checks = {"GPU-01": good("GPU-01"), "GPU-02": good("GPU-02"), "GPU-03": stopped, "GPU-04": good("GPU-04")}

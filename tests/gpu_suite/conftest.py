@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from psannlm.gpu_suite.context import REHEARSAL, Stage
+from psannlm.gpu_suite.context import REHEARSAL, CheckContext
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -22,6 +22,6 @@ def _old_objects_are_left_alone() -> Iterator[None]:
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Stage:
+def context(tmp_path: Path) -> CheckContext:
     """What a check of a GPU gets in a rehearsal, with fewer steps."""
-    return Stage(torch.device("cpu"), replace(REHEARSAL, n_steps=4, repeats=1), True, tmp_path)
+    return CheckContext(torch.device("cpu"), replace(REHEARSAL, n_steps=4, repeats=1), True, tmp_path)

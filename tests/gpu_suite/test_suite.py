@@ -9,7 +9,7 @@ import torch
 
 from psannlm.errors import ConfigError, Interrupted, PsannlmError
 from psannlm.gpu_suite import suite
-from psannlm.gpu_suite.context import Stage
+from psannlm.gpu_suite.context import CheckContext
 from psannlm.gpu_suite.report import BatteryReport, CheckResult, at_most
 from psannlm.gpu_suite.suite import CHECKS, require_device, run_check, validate
 
@@ -22,9 +22,9 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
 
     def fake(name: str) -> Any:
-        def check(stage: Stage) -> CheckResult:
+        def check(context: CheckContext) -> CheckResult:
             ran.append(name)
-            (stage.folder / "left behind").write_text("x", encoding="utf-8")
+            (context.folder / "left behind").write_text("x", encoding="utf-8")
             if name == "GPU-04":
                 raise RuntimeError("CUDA error: an illegal memory access\n  was encountered")
             return CheckResult(name, name, GOOD)
@@ -68,12 +68,12 @@ def test_no_gpu_is_one_line_and_exit_code_one(checks: list[str], monkeypatch: py
     assert "\n" not in str(refused.value)
 
 
-def test_the_users_own_interrupt_ends_the_battery(stage: Stage) -> None:
-    def interrupted(stage: Stage) -> CheckResult:
+def test_the_users_own_interrupt_ends_the_battery(context: CheckContext) -> None:
+    def interrupted(context: CheckContext) -> CheckResult:
         raise Interrupted("stopped")
 
     with pytest.raises(Interrupted):
-        run_check("GPU-08", interrupted, stage)
+        run_check("GPU-08", interrupted, context)
 
 
 def test_a_device_that_does_not_come_free_is_told_and_the_others_run(
@@ -81,11 +81,11 @@ def test_a_device_that_does_not_come_free_is_told_and_the_others_run(
 ) -> None:
     """As after an illegal access: every call on the device fails from then on, freeing memory among them."""
 
-    def release(stage: Stage) -> None:
+    def release(context: CheckContext) -> None:
         if len(checks) >= 3:
             raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
 
-    monkeypatch.setattr(Stage, "release", release)
+    monkeypatch.setattr(CheckContext, "release", release)
     report = validate("cpu", only=[f"GPU-0{number}" for number in range(1, 6)])
     assert checks == [f"GPU-0{number}" for number in range(1, 6)]
     assert [r.status for r in report.results] == ["ok", "ok", "error", "error", "error"]

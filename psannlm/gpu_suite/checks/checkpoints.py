@@ -14,7 +14,7 @@ from psannlm.config.run import RunConfig, config_from_mapping
 from psannlm.data.loader import Position
 from psannlm.data.synthetic.stories import write_books
 from psannlm.errors import ArtifactError
-from psannlm.gpu_suite.context import Shape, Stage, Trainer
+from psannlm.gpu_suite.context import CheckContext, Shape, Trainer
 from psannlm.gpu_suite.report import CheckResult, Measure, none_of
 from psannlm.models.artifact import load_model
 from psannlm.training.checkpoint import TrainerState, read_optimizer, read_state, save_checkpoint, step_folder
@@ -26,15 +26,15 @@ _CORPUS_BYTES = 60_000
 _EXACT = "a copy is a copy, on any device"
 
 
-def check_checkpoints(stage: Stage) -> CheckResult:
+def check_checkpoints(context: CheckContext) -> CheckResult:
     """GPU-08: save on the device, load on the CPU and back, bit for bit; damage; exact resume."""
-    stage.say("GPU-08: saving and loading")
-    trainer = Trainer.build(stage, stage.sizes.training.config("waveresnet"), torch.float32)
-    trainer.curve(stage.sizes.training, 3)
-    folder = _save(stage.folder / "saved", trainer)
-    measures = [*round_trip_measures(trainer, folder, stage.device), damage_measure(folder)]
-    stage.say("GPU-08: a run in one go, and one that goes on")
-    resume, notes = _resume_measures(stage)
+    context.say("GPU-08: saving and loading")
+    trainer = Trainer.build(context, context.sizes.training.config("waveresnet"), torch.float32)
+    trainer.curve(context.sizes.training, 3)
+    folder = _save(context.folder / "saved", trainer)
+    measures = [*round_trip_measures(trainer, folder, context.device), damage_measure(folder)]
+    context.say("GPU-08: a run in one go, and one that goes on")
+    resume, notes = _resume_measures(context)
     return CheckResult("GPU-08", "checkpoints", (*measures, *resume), notes=tuple(notes))
 
 
@@ -120,25 +120,30 @@ def _corpus(folder: Path, n_bytes: int) -> Path:
 
 
 def run_config(
-    stage: Stage, name: str, *, shape: Shape | None = None, corpus_bytes: int = _CORPUS_BYTES, **train_settings: Any
+    context: CheckContext,
+    name: str,
+    *,
+    shape: Shape | None = None,
+    corpus_bytes: int = _CORPUS_BYTES,
+    **train_settings: Any,
 ) -> RunConfig:
     """Return the configuration of a run of ``sizes.n_steps`` steps under ``folder / name``.
 
     It is of ``sizes.training`` and in float32 unless ``shape`` and the settings say otherwise.
     """
-    shape = shape or stage.sizes.training
-    corpus = _corpus(stage.folder, corpus_bytes)
+    shape = shape or context.sizes.training
+    corpus = _corpus(context.folder, corpus_bytes)
     sizes = {"d_model": shape.d_model, "n_layers": shape.n_layers, "n_heads": shape.n_heads}
     settings = {
-        "max_steps": stage.sizes.n_steps,
+        "max_steps": context.sizes.n_steps,
         "epochs": 1000,
         "batch_tokens": shape.n_tokens,
         "lr": 1e-3,
         "amp": "fp32",
-        "device": stage.device.type,
+        "device": context.device.type,
         "log_interval_steps": 1,
         "keep_checkpoints": 100,
-        "checkpoint_dir": str(stage.folder / name),
+        "checkpoint_dir": str(context.folder / name),
     }
     return config_from_mapping(
         {
@@ -154,18 +159,18 @@ def run_config(
     )
 
 
-def _resume_measures(stage: Stage) -> tuple[list[Measure], list[str]]:
-    n_steps = stage.sizes.n_steps
+def _resume_measures(context: CheckContext) -> tuple[list[Measure], list[str]]:
+    n_steps = context.sizes.n_steps
     half = n_steps // 2
-    train(run_config(stage, "in_one_go", save_interval_steps=half), resume="never")
+    train(run_config(context, "in_one_go", save_interval_steps=half), resume="never")
     again = None
-    if stage.is_gpu:
-        train(run_config(stage, "once_more"), resume="never")
-        again = _weights(stage.folder / "once_more", n_steps)
-    middle = step_folder(stage.folder / "in_one_go", half)
-    train(run_config(stage, "gone_on"), resume=str(middle))
+    if context.is_gpu:
+        train(run_config(context, "once_more"), resume="never")
+        again = _weights(context.folder / "once_more", n_steps)
+    middle = step_folder(context.folder / "in_one_go", half)
+    train(run_config(context, "gone_on"), resume=str(middle))
     return resume_measures(
-        _weights(stage.folder / "in_one_go", n_steps), _weights(stage.folder / "gone_on", n_steps), again
+        _weights(context.folder / "in_one_go", n_steps), _weights(context.folder / "gone_on", n_steps), again
     )
 
 

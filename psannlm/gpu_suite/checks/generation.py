@@ -21,7 +21,7 @@ from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.gpu_suite.checks.roofline import RATE_REGRESSION, Floor, large_floor_measures, small_floor_measures
-from psannlm.gpu_suite.context import BASE_NAMES, Shape, Stage, Trainer
+from psannlm.gpu_suite.context import BASE_NAMES, CheckContext, Shape, Trainer
 from psannlm.gpu_suite.report import (
     CheckResult,
     Measure,
@@ -39,35 +39,40 @@ _COMPILED_LOSS_LIMIT = 1e-3
 _WARM_UP_LIMIT_S = 300.0
 
 
-def check_generation(stage: Stage) -> CheckResult:
+def check_generation(context: CheckContext) -> CheckResult:
     """GPU-07: with the cache as without it, in a ragged batch as alone; rate beside the floor of memory."""
     measures: list[Measure] = []
     notes: list[str] = []
     for base in BASE_NAMES:
-        stage.say(f"GPU-07: {base}, with the cache and without")
-        report = _bench(stage, base, batch_size=stage.sizes.decoding.n_rows, cases="batch")
+        context.say(f"GPU-07: {base}, with the cache and without")
+        report = _bench(context, base, batch_size=context.sizes.decoding.n_rows, cases="batch")
         measures += token_measures(base, report)
-        stage.say(f"GPU-07: {base}, prompts of many lengths")
-        measures.append(ragged_measure(base, _model(stage, base), _ragged_prompts(stage), stage.sizes.new_tokens))
-        stage.release()
+        context.say(f"GPU-07: {base}, prompts of many lengths")
+        measures.append(ragged_measure(base, _model(context, base), _ragged_prompts(context), context.sizes.new_tokens))
+        context.release()
     for base in BASE_NAMES:
-        stage.say(f"GPU-07: {base}, the rate of one row")
-        report, is_compiled = _one_row(stage, base)
+        context.say(f"GPU-07: {base}, the rate of one row")
+        report, is_compiled = _one_row(context, base)
         notes += [f"{base}: {notice}" for notice in report.notices]
-        measures += rate_measures(base, report, is_compiled=is_compiled, is_rehearsal=stage.is_rehearsal)
-        stage.release()
-        measures += large_floor_measures(stage, base, notes)
+        measures += rate_measures(base, report, is_compiled=is_compiled, is_rehearsal=context.is_rehearsal)
+        context.release()
+        measures += large_floor_measures(context, base, notes)
     return CheckResult("GPU-07", "generation", tuple(measures), notes=tuple(notes))
 
 
 def _settings(
-    stage: Stage, batch_size: int, *, dtype: WeightDtype = "float32", is_compiled: bool = False, cases: str = "cached"
+    context: CheckContext,
+    batch_size: int,
+    *,
+    dtype: WeightDtype = "float32",
+    is_compiled: bool = False,
+    cases: str = "cached",
 ) -> KvSettings:
     return KvSettings(
         batch_size=batch_size,
-        prompt_length=stage.sizes.prompt_length,
-        max_new_tokens=stage.sizes.new_tokens,
-        repeats=stage.sizes.repeats,
+        prompt_length=context.sizes.prompt_length,
+        max_new_tokens=context.sizes.new_tokens,
+        repeats=context.sizes.repeats,
         dtype=dtype,
         is_compiled=is_compiled,
         cases=cases,  # type: ignore[arg-type]  # it says itself what it takes
@@ -76,7 +81,7 @@ def _settings(
 
 
 def _bench(
-    stage: Stage,
+    context: CheckContext,
     base: BaseName,
     *,
     batch_size: int,
@@ -84,29 +89,29 @@ def _bench(
     dtype: WeightDtype = "float32",
     is_compiled: bool = False,
 ) -> KvReport:
-    settings = _settings(stage, batch_size, dtype=dtype, is_compiled=is_compiled, cases=cases)
-    model = build_random_model(stage.sizes.decoding.config(base), settings, stage.device)
-    return bench_kv(model, settings, clock=stage.clock)
+    settings = _settings(context, batch_size, dtype=dtype, is_compiled=is_compiled, cases=cases)
+    model = build_random_model(context.sizes.decoding.config(base), settings, context.device)
+    return bench_kv(model, settings, clock=context.clock)
 
 
-def _model(stage: Stage, base: BaseName) -> Transformer:
-    settings = _settings(stage, 1)
-    return build_random_model(stage.sizes.decoding.config(base), settings, stage.device)
+def _model(context: CheckContext, base: BaseName) -> Transformer:
+    settings = _settings(context, 1)
+    return build_random_model(context.sizes.decoding.config(base), settings, context.device)
 
 
-def _one_row(stage: Stage, base: BaseName) -> tuple[KvReport, bool]:
+def _one_row(context: CheckContext, base: BaseName) -> tuple[KvReport, bool]:
     """Decode one row as fast as the device can: compiled bfloat16 on a GPU, and as it comes in a rehearsal."""
-    is_compiled = stage.is_gpu and has_compiler(stage.device)
-    dtype: WeightDtype = "bfloat16" if stage.is_gpu else "float32"
-    report = _bench(stage, base, batch_size=1, cases="cached", dtype=dtype, is_compiled=is_compiled)
+    is_compiled = context.is_gpu and has_compiler(context.device)
+    dtype: WeightDtype = "bfloat16" if context.is_gpu else "float32"
+    report = _bench(context, base, batch_size=1, cases="cached", dtype=dtype, is_compiled=is_compiled)
     return report, is_compiled
 
 
-def _ragged_prompts(stage: Stage) -> Prompts:
+def _ragged_prompts(context: CheckContext) -> Prompts:
     generator = torch.Generator().manual_seed(5)
-    n_rows, longest = stage.sizes.decoding.n_rows, stage.sizes.prompt_length
+    n_rows, longest = context.sizes.decoding.n_rows, context.sizes.prompt_length
     lengths = [max(1, longest * (row + 1) // n_rows - row) for row in range(n_rows)]
-    vocab_size = stage.sizes.decoding.vocab_size
+    vocab_size = context.sizes.decoding.vocab_size
     return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
@@ -168,27 +173,27 @@ def _rate(name: str, spread: Spread, limit: float, unit: str, reason: str) -> Me
     return at_least(name, spread.median, limit, unit, reason, regression=RATE_REGRESSION, spread=edges)
 
 
-def check_compiled(stage: Stage) -> CheckResult:
+def check_compiled(context: CheckContext) -> CheckResult:
     """GPU-09: compiled training and decoding beside plain ones: the same, how much faster, and after how long."""
-    missing = missing_to_compile(stage.device)
+    missing = missing_to_compile(context.device)
     if missing is not None:
         return CheckResult("GPU-09", "compile and CUDA graphs", skipped=f"torch.compile needs {missing}")
-    bases: Sequence[BaseName] = ("waveresnet",) if stage.is_rehearsal else BASE_NAMES
+    bases: Sequence[BaseName] = ("waveresnet",) if context.is_rehearsal else BASE_NAMES
     measures: list[Measure] = []
     notes: list[str] = []
     for base in bases:
-        stage.say(f"GPU-09: {base}, compiling decoding")
+        context.say(f"GPU-09: {base}, compiling decoding")
         skips = _graph_skips()
-        batch_size = 2 if stage.is_rehearsal else stage.sizes.decoding.n_rows
-        report = _bench(stage, base, batch_size=batch_size, cases="batch", is_compiled=True)
-        measures += compiled_decoding_measures(base, report, is_rehearsal=stage.is_rehearsal)
-        if stage.is_gpu:
-            measures += graph_measures(base, _graph_skips() - skips, _recorded_graphs(stage.device))
+        batch_size = 2 if context.is_rehearsal else context.sizes.decoding.n_rows
+        report = _bench(context, base, batch_size=batch_size, cases="batch", is_compiled=True)
+        measures += compiled_decoding_measures(base, report, is_rehearsal=context.is_rehearsal)
+        if context.is_gpu:
+            measures += graph_measures(base, _graph_skips() - skips, _recorded_graphs(context.device))
         notes += [f"{base}: {notice}" for notice in report.notices]
-        stage.say(f"GPU-09: {base}, compiling training")
-        stage.release()
-        measures += _compiled_training(stage, base)
-        stage.release()
+        context.say(f"GPU-09: {base}, compiling training")
+        context.release()
+        measures += _compiled_training(context, base)
+        context.release()
     return CheckResult("GPU-09", "compile and CUDA graphs", tuple(measures), notes=tuple(notes))
 
 
@@ -242,34 +247,34 @@ def compiled_decoding_measures(base: str, report: KvReport, *, is_rehearsal: boo
     ]
 
 
-def _compiled_training(stage: Stage, base: BaseName) -> list[Measure]:
-    n_steps = stage.sizes.n_steps
+def _compiled_training(context: CheckContext, base: BaseName) -> list[Measure]:
+    n_steps = context.sizes.n_steps
     # One block in a rehearsal: each more is a compiler's work over again.
-    shape = replace(stage.sizes.training, n_layers=1) if stage.is_rehearsal else stage.sizes.training
+    shape = replace(context.sizes.training, n_layers=1) if context.is_rehearsal else context.sizes.training
     config = shape.config(base)
-    plain = Trainer.build(stage, config, torch.float32)
-    plain_curve, plain_s = _timed_curve(stage, plain, shape, 0, n_steps)
-    compiled = Trainer.build(stage, config, torch.float32, is_compiled=True)
-    began = stage.clock()
+    plain = Trainer.build(context, config, torch.float32)
+    plain_curve, plain_s = _timed_curve(context, plain, shape, 0, n_steps)
+    compiled = Trainer.build(context, config, torch.float32, is_compiled=True)
+    began = context.clock()
     first = compiled.curve(shape, 1)
-    warm_up_s = stage.clock() - began
-    rest, compiled_s = _timed_curve(stage, compiled, shape, 1, n_steps)
+    warm_up_s = context.clock() - began
+    rest, compiled_s = _timed_curve(context, compiled, shape, 1, n_steps)
     return compiled_training_measures(
-        base, plain_curve, [*first, *rest], plain_s / compiled_s, warm_up_s, is_rehearsal=stage.is_rehearsal
+        base, plain_curve, [*first, *rest], plain_s / compiled_s, warm_up_s, is_rehearsal=context.is_rehearsal
     )
 
 
 def _timed_curve(
-    stage: Stage, trainer: Trainer, shape: Shape, first_step: int, n_steps: int
+    context: CheckContext, trainer: Trainer, shape: Shape, first_step: int, n_steps: int
 ) -> tuple[list[float], float]:
     """Return the losses from ``first_step`` on, and the seconds of the median step, its loss on the host included."""
     losses, seconds = [], []
     for step in range(first_step, n_steps):
-        stage.wait()
-        began = stage.clock()
+        context.wait()
+        began = context.clock()
         losses += trainer.curve(shape, 1, seed=7 + step)
-        stage.wait()
-        seconds.append(stage.clock() - began)
+        context.wait()
+        seconds.append(context.clock() - began)
     return losses, Spread.of(seconds).median
 
 

@@ -11,7 +11,7 @@ from psannlm.benchmarks.training.candidates import Candidate, ThroughputSettings
 from psannlm.benchmarks.training.peak_memory import measure_here
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.config.train import Amp
-from psannlm.gpu_suite.context import BASE_NAMES, Stage, Trainer, draw_tokens, micro_batch
+from psannlm.gpu_suite.context import BASE_NAMES, CheckContext, Trainer, draw_tokens, micro_batch
 from psannlm.gpu_suite.report import CheckResult, Measure, at_most
 from psannlm.models.accounting import training_memory
 
@@ -28,24 +28,24 @@ class Peak:
     loss: float
 
 
-def check_memory(stage: Stage) -> CheckResult:
+def check_memory(context: CheckContext) -> CheckResult:
     """GPU-04: peak memory with and without gradient checkpointing at the same work."""
-    shape = stage.sizes.memory
-    dtype = stage.low_precision() if stage.is_gpu else torch.float32
+    shape = context.sizes.memory
+    dtype = context.low_precision() if context.is_gpu else torch.float32
     measures: list[Measure] = []
     for base in BASE_NAMES:
         config = shape.config(base)
         peaks, predicted = {}, {}
         for is_checkpointed in (False, True):
-            stage.say(f"GPU-04: {base}, {'recomputing' if is_checkpointed else 'keeping'} activations")
-            peaks[is_checkpointed] = _peak(stage, base, dtype, is_checkpointed)
+            context.say(f"GPU-04: {base}, {'recomputing' if is_checkpointed else 'keeping'} activations")
+            peaks[is_checkpointed] = _peak(context, base, dtype, is_checkpointed)
             predicted[is_checkpointed] = training_memory(
                 config,
                 shape.n_rows,
                 shape.seq_len,
                 dtype=dtype,
                 grad_checkpoint=is_checkpointed,
-                device_type=stage.device.type,
+                device_type=context.device.type,
             ).total
         measures += memory_measures(base, peaks, predicted)
     return CheckResult(
@@ -54,32 +54,32 @@ def check_memory(stage: Stage) -> CheckResult:
         tuple(measures),
         notes=(
             f"{shape.n_tokens:,} tokens a step, {shape.n_layers} layers of {shape.d_model}, "
-            + ("as the CUDA allocator counts" if stage.is_gpu else "as the profiler counts the CPU's allocations"),
+            + ("as the CUDA allocator counts" if context.is_gpu else "as the profiler counts the CPU's allocations"),
         ),
     )
 
 
-def _peak(stage: Stage, base: BaseName, dtype: torch.dtype, is_checkpointed: bool) -> Peak:
-    shape = stage.sizes.memory
+def _peak(context: CheckContext, base: BaseName, dtype: torch.dtype, is_checkpointed: bool) -> Peak:
+    shape = context.sizes.memory
     config = shape.config(base)
-    if stage.is_gpu:
+    if context.is_gpu:
         amp: Amp = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")  # type: ignore[assignment]
         settings = ThroughputSettings(model=config, seq_len=shape.seq_len, batch_tokens=shape.n_tokens, amp=amp)
-        n_bytes = measure_here(Candidate(base, grad_checkpoint=is_checkpointed), settings, stage.device)
-        stage.release()
-        trainer = Trainer.build(stage, config, dtype, grad_checkpoint=is_checkpointed)
+        n_bytes = measure_here(Candidate(base, grad_checkpoint=is_checkpointed), settings, context.device)
+        context.release()
+        trainer = Trainer.build(context, config, dtype, grad_checkpoint=is_checkpointed)
         return Peak(n_bytes, trainer.step([micro_batch(draw_tokens(shape, seed=3))]).loss)
-    return _peak_on_cpu(stage, config, dtype, is_checkpointed)
+    return _peak_on_cpu(context, config, dtype, is_checkpointed)
 
 
-def _peak_on_cpu(stage: Stage, config: ModelConfig, dtype: torch.dtype, is_checkpointed: bool) -> Peak:
+def _peak_on_cpu(context: CheckContext, config: ModelConfig, dtype: torch.dtype, is_checkpointed: bool) -> Peak:
     """The same as the profiler tells it: every allocation and release, in their order.
 
     At the sizes of a rehearsal the size of a process says little: it grows by what the system hands out at a time.
     """
-    batches = [micro_batch(draw_tokens(stage.sizes.memory, seed=3))]
+    batches = [micro_batch(draw_tokens(context.sizes.memory, seed=3))]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        trainer = Trainer.build(stage, config, dtype, grad_checkpoint=is_checkpointed)
+        trainer = Trainer.build(context, config, dtype, grad_checkpoint=is_checkpointed)
         loss = trainer.step(batches).loss
         with torch.profiler.record_function(_STEP):
             trainer.step(batches)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from psannlm.benchmarks.decoding.random_weights import show_every_part
 from psannlm.config.model import PositionKind
-from psannlm.gpu_suite.context import BASE_NAMES, Stage, Trainer, draw_tokens, dtype_name
+from psannlm.gpu_suite.context import BASE_NAMES, CheckContext, Trainer, draw_tokens, dtype_name
 from psannlm.gpu_suite.report import CheckResult, Measure, at_least, at_most, largest, largest_distance, none_of
 from psannlm.models.activations import SineActivation
 from psannlm.models.registry import build_model
@@ -102,10 +102,10 @@ def exact_gradients(model: Transformer, tokens: Tensor) -> Gradients:
     return _gradients(twin, F.cross_entropy(logits, tokens[:, 1:].flatten()))
 
 
-def device_gradients(model: Transformer, tokens: Tensor, stage: Stage, dtype: torch.dtype) -> Gradients:
+def device_gradients(model: Transformer, tokens: Tensor, context: CheckContext, dtype: torch.dtype) -> Gradients:
     """Return loss and gradients of the same as training works them out on the device."""
-    here = tokens.to(stage.device)
-    with stage.precision(dtype).autocast():
+    here = tokens.to(context.device)
+    with context.precision(dtype).autocast():
         loss = model(here[:, :-1], here[:, 1:].contiguous()) / tokens[:, 1:].numel()
     return _gradients(model, loss)
 
@@ -117,19 +117,19 @@ def _gradients(model: nn.Module, loss: Tensor) -> Gradients:
     return Gradients(float(loss.detach()), found)
 
 
-def check_gradients(stage: Stage) -> CheckResult:
+def check_gradients(context: CheckContext) -> CheckResult:
     """GPU-01: forward and backward of each base with each position scheme."""
-    shape, measures, broken = stage.sizes.gradients, [], []
+    shape, measures, broken = context.sizes.gradients, [], []
     for base in BASE_NAMES:
         for positions in POSITIONS:
             model = build_model(shape.config(base, positional_encoding=positions), seed=1)
             show_every_part(model, seed=2)
-            model.to(stage.device)
+            model.to(context.device)
             tokens = draw_tokens(shape, seed=3)
             reference = exact_gradients(model, tokens)
-            stage.say(f"GPU-01: {base}, {positions}")
+            context.say(f"GPU-01: {base}, {positions}")
             for dtype in GRADIENT_LIMITS:
-                found = device_gradients(model, tokens, stage, dtype)
+                found = device_gradients(model, tokens, context, dtype)
                 if not found.is_finite():
                     broken.append(f"{base}, {positions}, {dtype_name(dtype)}")
                 measures += gradient_measures(f"{base}, {positions}", dtype, found, reference)
@@ -164,16 +164,16 @@ def gradient_measures(case: str, dtype: torch.dtype, found: Gradients, reference
     ]
 
 
-def check_precision(stage: Stage) -> CheckResult:
+def check_precision(context: CheckContext) -> CheckResult:
     """GPU-02: training in bfloat16 and float16 beside float32, each step of each base."""
-    shape, n_steps = stage.sizes.training, stage.sizes.n_steps
+    shape, n_steps = context.sizes.training, context.sizes.n_steps
     measures: list[Measure] = []
     series: dict[str, list[float]] = {}
     for base in BASE_NAMES:
         curves = {}
         for dtype in (torch.float32, *CURVE_LIMITS):
-            stage.say(f"GPU-02: {base}, {dtype_name(dtype)}, {n_steps} steps")
-            trainer = Trainer.build(stage, shape.config(base), dtype)
+            context.say(f"GPU-02: {base}, {dtype_name(dtype)}, {n_steps} steps")
+            trainer = Trainer.build(context, shape.config(base), dtype)
             curves[dtype] = trainer.curve(shape, n_steps)
             if trainer.precision.needs_scaler:
                 measures.append(scale_measure(base, trainer.n_skipped))

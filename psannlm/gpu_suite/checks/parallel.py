@@ -18,7 +18,7 @@ from psannlm.config.train import TrainConfig
 from psannlm.errors import TrainingError
 from psannlm.gpu_suite.checks.checkpoints import run_config
 from psannlm.gpu_suite.checks.speed import fitting_rows
-from psannlm.gpu_suite.context import Stage
+from psannlm.gpu_suite.context import CheckContext
 from psannlm.gpu_suite.report import CheckResult, Measure, at_least, at_most, largest_distance
 from psannlm.models.artifact import load_model
 from psannlm.training.checkpoint import step_folder
@@ -36,36 +36,36 @@ WEIGHTS_LIMIT = 1e-3
 EFFICIENCY_LIMIT = 0.5
 
 
-def check_ddp(stage: Stage) -> CheckResult:
+def check_ddp(context: CheckContext) -> CheckResult:
     """GPU-05: data parallelism."""
-    return _check(stage, "GPU-05", "data parallel", {})
+    return _check(context, "GPU-05", "data parallel", {})
 
 
-def check_fsdp(stage: Stage) -> CheckResult:
+def check_fsdp(context: CheckContext) -> CheckResult:
     """GPU-06: parameters, gradients and optimiser state shared out over the ranks."""
     title = "fully sharded"
     if "fsdp" not in TrainConfig.model_fields:
         return CheckResult("GPU-06", title, skipped="this version of psannlm has no train.fsdp")
-    return _check(stage, "GPU-06", title, {"fsdp": "full"})
+    return _check(context, "GPU-06", title, {"fsdp": "full"})
 
 
-def _check(stage: Stage, check: str, title: str, settings: dict[str, Any]) -> CheckResult:
-    n_ranks = torch.cuda.device_count() if stage.is_gpu else _REHEARSAL_RANKS
+def _check(context: CheckContext, check: str, title: str, settings: dict[str, Any]) -> CheckResult:
+    n_ranks = torch.cuda.device_count() if context.is_gpu else _REHEARSAL_RANKS
     if n_ranks < 2:
         return CheckResult(check, title, skipped="there is one GPU, and parallel training needs two")
-    n_steps = stage.sizes.n_steps
+    n_steps = context.sizes.n_steps
     # The same sums on both sides: the one process accumulates what the many share out.
-    pair = _Pair(stage, f"{check}_parity", n_ranks)
+    pair = _Pair(context, f"{check}_parity", n_ranks)
     rows = pair.train({"grad_accum_steps": n_ranks}, settings)
     losses = {name: [row["loss"] for row in found] for name, found in rows.items()}
     weights = {name: load_model(step_folder(pair.folder(name), n_steps)).model.state_dict() for name in rows}
-    scaling, note = _scaling(stage, check, n_ranks, settings)
+    scaling, note = _scaling(context, check, n_ranks, settings)
     return CheckResult(
         check,
         title,
         (*parity_measures(losses["one"], losses["many"], weights), *scaling),
         notes=(
-            f"{n_ranks} {'GPUs over NCCL' if stage.is_gpu else 'processes over gloo'}; parity in float32, where "
+            f"{n_ranks} {'GPUs over NCCL' if context.is_gpu else 'processes over gloo'}; parity in float32, where "
             f"the one process accumulates {n_ranks} micro-batches",
             note,
         ),
@@ -77,54 +77,54 @@ def _check(stage: Stage, check: str, title: str, settings: dict[str, Any]) -> Ch
 class _Pair:
     """Two runs of the same training, in one process and on ``n_ranks``."""
 
-    stage: Stage
+    context: CheckContext
     title: str
     n_ranks: int
 
     def folder(self, name: str) -> Path:
-        return self.stage.folder / f"{self.title}_{name}"
+        return self.context.folder / f"{self.title}_{name}"
 
     def train(self, of_one: dict[str, Any], of_many: dict[str, Any], **of_both: Any) -> dict[str, list[dict[str, Any]]]:
         """Make both runs and return the logged training rows of each."""
-        self.stage.say(f"{self.title}: {self.stage.sizes.n_steps} steps in one process")
+        self.context.say(f"{self.title}: {self.context.sizes.n_steps} steps in one process")
         # One process, or the launcher's own variables would make it a rank of something.
-        train(run_config(self.stage, self.folder("one").name, ddp="off", **of_one, **of_both), resume="never")
-        self.stage.release()
-        self.stage.say(f"{self.title}: {self.stage.sizes.n_steps} steps on {self.n_ranks} ranks")
-        many = run_config(self.stage, self.folder("many").name, ddp="on", **of_many, **of_both)
-        launch(many, self.folder("ranks"), self.n_ranks, self.stage.device)
+        train(run_config(self.context, self.folder("one").name, ddp="off", **of_one, **of_both), resume="never")
+        self.context.release()
+        self.context.say(f"{self.title}: {self.context.sizes.n_steps} steps on {self.n_ranks} ranks")
+        many = run_config(self.context, self.folder("many").name, ddp="on", **of_many, **of_both)
+        launch(many, self.folder("ranks"), self.n_ranks, self.context.device)
         return {
             name: [row for row in read_metrics(self.folder(name)) if row["kind"] == "train"] for name in ("one", "many")
         }
 
 
-def _scaling(stage: Stage, check: str, n_ranks: int, settings: dict[str, Any]) -> tuple[list[Measure], str]:
+def _scaling(context: CheckContext, check: str, n_ranks: int, settings: dict[str, Any]) -> tuple[list[Measure], str]:
     """Return the scaling efficiency of a step that is long beside what every step does once, and what it was of.
 
     Each process has as much to do, and the optimiser as often, in one as in many; few steps are logged, and each
     process has a fresh window in all of them.
     """
-    shape = stage.sizes.scaling
-    free = torch.cuda.mem_get_info(stage.device)[0] if stage.is_gpu else 1 << 40
-    fitting = fitting_rows(shape.config("waveresnet"), shape, stage.low_precision(), free)
+    shape = context.sizes.scaling
+    free = torch.cuda.mem_get_info(context.device)[0] if context.is_gpu else 1 << 40
+    fitting = fitting_rows(shape.config("waveresnet"), shape, context.low_precision(), free)
     if fitting is None:
         return [], f"scaling efficiency is left out: a window of it does not fit into {free / 1e9:,.1f} GB"
-    rows = _Pair(stage, f"{check}_scaling", n_ranks).train(
+    rows = _Pair(context, f"{check}_scaling", n_ranks).train(
         {},
         settings,
         shape=fitting,
         # A character is a token, and a line takes a few more.
-        corpus_bytes=fitting.n_tokens * n_ranks * stage.sizes.n_steps,
-        amp="auto" if stage.is_gpu else "fp32",
+        corpus_bytes=fitting.n_tokens * n_ranks * context.sizes.n_steps,
+        amp="auto" if context.is_gpu else "fp32",
         compile=False,
-        log_interval_steps=max(1, stage.sizes.n_steps // _ROWS_OF_RATES),
+        log_interval_steps=max(1, context.sizes.n_steps // _ROWS_OF_RATES),
     )
     rates = {name: [float(row["tokens_per_s"]) for row in found] for name, found in rows.items()}
     note = (
         f"scaling efficiency of {fitting.n_layers} layers of {fitting.d_model}, {fitting.n_tokens:,} tokens a step and "
         "process, one micro-batch each"
     )
-    return [efficiency_measure(rates["one"], rates["many"], n_ranks, is_rehearsal=stage.is_rehearsal)], note
+    return [efficiency_measure(rates["one"], rates["many"], n_ranks, is_rehearsal=context.is_rehearsal)], note
 
 
 def parity_measures(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from psannlm.benchmarks.harness.interleaved import Spread
-from psannlm.gpu_suite.context import Stage
+from psannlm.gpu_suite.context import CheckContext
 from psannlm.gpu_suite.report import Measure, at_least, at_most, none_of
 from psannlm.runtime.device import describe_device
 
@@ -67,11 +67,11 @@ class Rates:
         return rate if math.isfinite(rate) else 1.0
 
 
-def card_of(stage: Stage) -> Card:
+def card_of(context: CheckContext) -> Card:
     """Return what there is to hold a rate against."""
-    if stage.is_rehearsal:
+    if context.is_rehearsal:
         return "rehearsal"
-    is_published = stage.is_gpu and any(name in describe_device(stage.device) for name in _PUBLISHED_GPUS)
+    is_published = context.is_gpu and any(name in describe_device(context.device) for name in _PUBLISHED_GPUS)
     return "published" if is_published else "other"
 
 

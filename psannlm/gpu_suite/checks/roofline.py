@@ -17,7 +17,7 @@ from psannlm.benchmarks.harness.roofline import FloorShare, memory_reader, step_
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
-from psannlm.gpu_suite.context import Shape, Stage
+from psannlm.gpu_suite.context import CheckContext, Shape
 from psannlm.gpu_suite.report import Measure, at_least
 from psannlm.models.accounting import count_parameters
 from psannlm.models.transformer import Transformer
@@ -53,27 +53,27 @@ class Floor:
         return cls(rate, share.fraction, 1.0 / share.floor_s)
 
 
-def large_floor_measures(stage: Stage, base: BaseName, notes: list[str]) -> list[Measure]:
+def large_floor_measures(context: CheckContext, base: BaseName, notes: list[str]) -> list[Measure]:
     """Decode a model of ``base`` as large as memory allows; what it was, or why there is none, goes to ``notes``."""
-    shape, case = stage.sizes.floor, f"{base}, several GB"
-    least = 0.0 if stage.is_rehearsal else _LEAST_BYTES
-    free = torch.cuda.mem_get_info(stage.device)[0] if stage.is_gpu else 1 << 40
+    shape, case = context.sizes.floor, f"{base}, several GB"
+    least = 0.0 if context.is_rehearsal else _LEAST_BYTES
+    free = torch.cuda.mem_get_info(context.device)[0] if context.is_gpu else 1 << 40
     fitting = fitting_layers(shape, base, free, least)
     if fitting is None:
-        notes.append(f"{case}: left out, for {free / 1e9:,.1f} GB are free on {describe_device(stage.device)}")
+        notes.append(f"{case}: left out, for {free / 1e9:,.1f} GB are free on {describe_device(context.device)}")
         return []
-    is_compiled = stage.is_gpu and has_compiler(stage.device)
-    dtype: WeightDtype = "bfloat16" if stage.is_gpu else "float32"
-    stage.say(f"GPU-07: {case}, {fitting.d_model} wide, {fitting.n_layers} layers")
+    is_compiled = context.is_gpu and has_compiler(context.device)
+    dtype: WeightDtype = "bfloat16" if context.is_gpu else "float32"
+    context.say(f"GPU-07: {case}, {fitting.d_model} wide, {fitting.n_layers} layers")
     notes.append(f"{case}: {fitting.d_model} wide, {fitting.n_layers} layers, of {free / 1e9:,.1f} GB free")
     nothing = Spread.of([0.0])
     found, detail = Floor(nothing, nothing, 1.0), "torch.OutOfMemoryError"
     with suppress(torch.OutOfMemoryError):
-        found, detail = _decode_row(stage, fitting.config(base), dtype, is_compiled), ""
-    stage.release()
+        found, detail = _decode_row(context, fitting.config(base), dtype, is_compiled), ""
+    context.release()
     how = f"{dtype}, {'compiled' if is_compiled else 'plain'}"
     limit, reason = LARGE_LIMITS[is_compiled], _ONLY_READS if is_compiled else _LAUNCHES
-    return floor_measures(case, how, found, limit, reason, is_rehearsal=stage.is_rehearsal, detail=detail)
+    return floor_measures(case, how, found, limit, reason, is_rehearsal=context.is_rehearsal, detail=detail)
 
 
 def fitting_layers(shape: Shape, base: BaseName, free_bytes: int, least_bytes: float) -> Shape | None:
@@ -90,19 +90,19 @@ def fitting_layers(shape: Shape, base: BaseName, free_bytes: int, least_bytes: f
     return None
 
 
-def _decode_row(stage: Stage, config: ModelConfig, dtype: WeightDtype, is_compiled: bool) -> Floor:
+def _decode_row(context: CheckContext, config: ModelConfig, dtype: WeightDtype, is_compiled: bool) -> Floor:
     """Decode one row and read as many bytes as it does, in turns."""
-    engine = Engine(_random_model(config, stage.device), dtype=dtype, compile=is_compiled)
-    length, n_new = stage.sizes.prompt_length, stage.sizes.new_tokens
+    engine = Engine(_random_model(config, context.device), dtype=dtype, compile=is_compiled)
+    length, n_new = context.sizes.prompt_length, context.sizes.new_tokens
     generator = torch.Generator().manual_seed(13)
     prompts: list[list[int]] = torch.randint(config.vocab_size or 0, (1, length), generator=generator).tolist()
     n_bytes = step_bytes(engine, 1, length + n_new // 2)
-    read = memory_reader(n_bytes, stage.device, clock=stage.clock)
+    read = memory_reader(n_bytes, context.device, clock=context.clock)
 
     def decoded(count: Count) -> DecodeRun | float:
-        return decode(engine, prompts, n_new, is_batched=True, clock=stage.clock, count=count)
+        return decode(engine, prompts, n_new, is_batched=True, clock=context.clock, count=count)
 
-    taken = run_interleaved({"decode": decoded, "read": read}, stage.sizes.repeats, warm_ups=2, clock=stage.clock)
+    taken = run_interleaved({"decode": decoded, "read": read}, context.sizes.repeats, warm_ups=2, clock=context.clock)
     runs = [run for run in taken["decode"] if isinstance(run, DecodeRun)]
     rates = [rate for rate in taken["read"] if isinstance(rate, float)]
     share = FloorShare.of(n_bytes, rates, [run.decode_s / (n_new - 1) for run in runs])

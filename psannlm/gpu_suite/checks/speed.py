@@ -23,7 +23,7 @@ from psannlm.gpu_suite.checks.rates import (
     large_measures,
     rate_measures,
 )
-from psannlm.gpu_suite.context import BASE_NAMES, Shape, Stage, Trainer, draw_tokens, dtype_name, micro_batch
+from psannlm.gpu_suite.context import BASE_NAMES, CheckContext, Shape, Trainer, draw_tokens, dtype_name, micro_batch
 from psannlm.gpu_suite.report import CheckResult, Measure
 from psannlm.models.accounting import training_memory
 from psannlm.runtime.device import describe_device, has_compiler
@@ -33,25 +33,27 @@ _SHARE_OF_MEMORY = 0.8
 _OUT_OF_MEMORY = "torch.OutOfMemoryError in a batch for which there was to be room: see GPU-04"
 
 
-def check_speed(stage: Stage) -> CheckResult:
+def check_speed(context: CheckContext) -> CheckResult:
     """GPU-03: training and forward throughput of every base at every batch size."""
-    is_compiled = stage.is_gpu and has_compiler(stage.device)
+    is_compiled = context.is_gpu and has_compiler(context.device)
     measures: list[Measure] = []
     notes = [
-        f"{dtype_name(stage.low_precision())}, {'compiled' if is_compiled else 'plain'}; utilisation: 6 operations per "
-        "matrix weight and token, and attention, beside the rate at which large matrices are multiplied here",
+        f"{dtype_name(context.low_precision())}, {'compiled' if is_compiled else 'plain'}; utilisation: 6 operations per "
+        "matrix weight and token, and attention, beside the measured rate of large matrix products",
         f"{PUBLISHED_BY}: {', '.join(f'{base} {rate:,.0f}' for base, rate in PUBLISHED_FORWARD.items())} tokens/s",
     ]
     series: dict[str, list[float]] = {"batch tokens": []}
-    for batch_tokens in stage.sizes.batch_tokens:
-        shape = replace(stage.sizes.speed, n_rows=batch_tokens // stage.sizes.speed.seq_len)
+    for batch_tokens in context.sizes.batch_tokens:
+        shape = replace(context.sizes.speed, n_rows=batch_tokens // context.sizes.speed.seq_len)
         measured = None
         # What an error that is being handled holds cannot be released: what follows from it stands behind it.
         with suppress(torch.OutOfMemoryError):
-            measured = _measure_bases(stage, shape, is_compiled)
+            measured = _measure_bases(context, shape, is_compiled)
         if measured is None:
-            stage.release()
-            notes.append(f"{batch_tokens:,} batch tokens do not fit into the memory of {describe_device(stage.device)}")
+            context.release()
+            notes.append(
+                f"{batch_tokens:,} batch tokens do not fit into the memory of {describe_device(context.device)}"
+            )
             continue
         rates, sine_cost = measured
         series["batch tokens"].append(float(batch_tokens))
@@ -60,40 +62,42 @@ def check_speed(stage: Stage) -> CheckResult:
             series.setdefault(f"{name}: training", []).append(found.training.median)
             if found.forward is not None:
                 series.setdefault(f"{name}: forward", []).append(found.forward.median)
-        measures += rate_measures(rates, sine_cost, batch_tokens, card_of(stage))
-    measures += _utilisation(stage, is_compiled, notes)
+        measures += rate_measures(rates, sine_cost, batch_tokens, card_of(context))
+    measures += _utilisation(context, is_compiled, notes)
     return CheckResult("GPU-03", "throughput", tuple(measures), notes=tuple(notes), series=series)
 
 
-def _train(stage: Stage, config: ModelConfig, shape: Shape, is_compiled: bool, *, with_gelu: bool) -> ThroughputReport:
+def _train(
+    context: CheckContext, config: ModelConfig, shape: Shape, is_compiled: bool, *, with_gelu: bool
+) -> ThroughputReport:
     """Measure training as ``psannlm bench-train`` does, beside the same network with GELU for the sine."""
     amp: dict[torch.dtype, Amp] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     settings = ThroughputSettings(
         model=config,
         seq_len=shape.seq_len,
         batch_tokens=shape.n_tokens,
-        amp=amp[stage.low_precision()],
+        amp=amp[context.low_precision()],
         is_compiled=is_compiled,
-        steps=1 if stage.is_rehearsal else None,
-        repeats=stage.sizes.repeats,
-        warmup=1 if stage.is_rehearsal else 5,
+        steps=1 if context.is_rehearsal else None,
+        repeats=context.sizes.repeats,
+        warmup=1 if context.is_rehearsal else 5,
         also=("gelu",) if with_gelu else (),
     )
-    return bench_train(settings, stage.device, measure_memory=None, clock=stage.clock)
+    return bench_train(settings, context.device, measure_memory=None, clock=context.clock)
 
 
-def _measure_bases(stage: Stage, shape: Shape, is_compiled: bool) -> tuple[dict[str, Rates], float]:
+def _measure_bases(context: CheckContext, shape: Shape, is_compiled: bool) -> tuple[dict[str, Rates], float]:
     """Return the rates of every base, and the seconds of a step of respsann beside those with GELU for its sine."""
     rates, sine_cost = {}, float("nan")
     for base in BASE_NAMES:
-        stage.say(f"GPU-03: {base}, {shape.n_tokens:,} batch tokens")
+        context.say(f"GPU-03: {base}, {shape.n_tokens:,} batch tokens")
         config = shape.config(base)
-        report = _train(stage, config, shape, is_compiled, with_gelu=base == "respsann")
+        report = _train(context, config, shape, is_compiled, with_gelu=base == "respsann")
         cost = report.sine_cost(is_compiled)
         sine_cost = sine_cost if cost is None else 1.0 + cost.median
-        forward = _forward(stage, config, shape, is_compiled)
+        forward = _forward(context, config, shape, is_compiled)
         rates[str(base)] = _rates(report, forward)
-        stage.release()
+        context.release()
     return rates, sine_cost
 
 
@@ -108,52 +112,54 @@ def _rates(report: ThroughputReport, forward: Spread | None) -> Rates:
     )
 
 
-def _forward(stage: Stage, config: ModelConfig, shape: Shape, is_compiled: bool) -> Spread:
+def _forward(context: CheckContext, config: ModelConfig, shape: Shape, is_compiled: bool) -> Spread:
     """Measure passes from ids to the loss: the output matrix and its softmax are part of them, no logits are kept."""
-    trainer = Trainer.build(stage, config, stage.low_precision(), is_compiled=is_compiled)
+    trainer = Trainer.build(context, config, context.low_precision(), is_compiled=is_compiled)
     trainer.model.eval()
-    batch = micro_batch(draw_tokens(shape, seed=4).to(stage.device))
-    n_passes = 1 if stage.is_rehearsal else _PASSES_PER_TURN
+    batch = micro_batch(draw_tokens(shape, seed=4).to(context.device))
+    n_passes = 1 if context.is_rehearsal else _PASSES_PER_TURN
 
     @torch.no_grad()
     def turn(count: Count) -> float:
-        stage.wait()
-        began = stage.clock()
+        context.wait()
+        began = context.clock()
         for _ in range(n_passes):
             with trainer.precision.autocast():
                 trainer.module(batch.input_ids, batch.labels)
-        stage.wait()
-        return n_passes * shape.n_tokens / (stage.clock() - began)
+        context.wait()
+        return n_passes * shape.n_tokens / (context.clock() - began)
 
-    return Spread.of(run_interleaved({"forward": turn}, stage.sizes.repeats, warm_ups=1, clock=stage.clock)["forward"])
+    return Spread.of(
+        run_interleaved({"forward": turn}, context.sizes.repeats, warm_ups=1, clock=context.clock)["forward"]
+    )
 
 
-def _utilisation(stage: Stage, is_compiled: bool, notes: list[str]) -> list[Measure]:
+def _utilisation(context: CheckContext, is_compiled: bool, notes: list[str]) -> list[Measure]:
     """Measure training of a model large enough to be bound by arithmetic, in the largest batch that fits."""
-    shape = stage.sizes.utilisation
+    shape = context.sizes.utilisation
     measures = []
     bases: tuple[BaseName, ...] = ("waveresnet", "transformer")
     for base in bases:
         config, case = shape.config(base), f"{base}, the large model"
-        fitting = fitting_rows(config, shape, stage.low_precision(), _free_bytes(stage))
+        fitting = fitting_rows(config, shape, context.low_precision(), _free_bytes(context))
         if fitting is None:
-            notes.append(f"{case}: does not fit into the memory of {describe_device(stage.device)}")
+            notes.append(f"{case}: does not fit into the memory of {describe_device(context.device)}")
             continue
-        stage.say(f"GPU-03: {case}, {fitting.d_model} wide, {fitting.n_layers} layers")
+        context.say(f"GPU-03: {case}, {fitting.d_model} wide, {fitting.n_layers} layers")
         notes.append(f"{case}: {fitting.n_tokens:,} batch tokens")
         found = Rates(Spread.of([0.0]), None, 0.0, 1, math.nan, (_OUT_OF_MEMORY,))
         with suppress(torch.OutOfMemoryError):
-            report = _train(stage, config, fitting, is_compiled, with_gelu=False)
+            report = _train(context, config, fitting, is_compiled, with_gelu=False)
             notes[-1] += f", {report.ours.parameters / 1e6:,.1f}M parameters"
             found = _rates(report, None)
-        stage.release()
+        context.release()
         notes += [f"{case}: {problem}" for problem in found.problems]
-        measures += large_measures(case, found, card_of(stage))
+        measures += large_measures(case, found, card_of(context))
     return measures
 
 
-def _free_bytes(stage: Stage) -> int:
-    return torch.cuda.mem_get_info(stage.device)[0] if stage.is_gpu else 1 << 40
+def _free_bytes(context: CheckContext) -> int:
+    return torch.cuda.mem_get_info(context.device)[0] if context.is_gpu else 1 << 40
 
 
 def fitting_rows(config: ModelConfig, shape: Shape, dtype: torch.dtype, free_bytes: int) -> Shape | None:

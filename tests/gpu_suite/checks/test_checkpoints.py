@@ -10,7 +10,7 @@ import torch
 
 from psannlm.gpu_suite.checks import checkpoints
 from psannlm.gpu_suite.checks.checkpoints import check_checkpoints, differing, resume_measures
-from psannlm.gpu_suite.context import Stage
+from psannlm.gpu_suite.context import CheckContext
 from psannlm.gpu_suite.suite import run_check
 
 pytestmark = pytest.mark.usefixtures("_no_curve")
@@ -21,14 +21,16 @@ def _no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.training.run.draw_curve", lambda folder, title, rows: folder / "loss_curve.png")
 
 
-def test_checkpoints_come_back_bit_for_bit(stage: Stage) -> None:
-    result = check_checkpoints(stage)
+def test_checkpoints_come_back_bit_for_bit(context: CheckContext) -> None:
+    result = check_checkpoints(context)
     assert result.status == "ok", result.problems()
     assert len(result.measures) == 5
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json"])
-def test_a_flipped_byte_of_a_checkpoint_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_flipped_byte_of_a_checkpoint_is_seen(
+    context: CheckContext, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     original = checkpoints.save_checkpoint
 
     def damaged(*arguments: Any) -> Path:
@@ -39,20 +41,20 @@ def test_a_flipped_byte_of_a_checkpoint_is_seen(stage: Stage, monkeypatch: pytes
         return folder
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", damaged)
-    result = run_check("GPU-08", check_checkpoints, stage)
+    result = run_check("GPU-08", check_checkpoints, context)
     assert result.status == "error"
     assert name in str(result.error)
 
 
-def test_damage_that_reading_passes_over_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_that_reading_passes_over_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "read_state", lambda folder: None)
-    monkeypatch.setattr(checkpoints, "_resume_measures", lambda stage: ([], []))
-    [missed] = check_checkpoints(stage).missed
+    monkeypatch.setattr(checkpoints, "_resume_measures", lambda context: ([], []))
+    [missed] = check_checkpoints(context).missed
     assert (missed.name, missed.value) == ("flipped bits that reading did not notice", 24)
     assert missed.detail.startswith("of 24: model.safetensors, byte ")
 
 
-def test_weights_that_come_back_changed_are_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_come_back_changed_are_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = checkpoints.load_model
 
     def rounded(folder: Path) -> Any:
@@ -62,14 +64,14 @@ def test_weights_that_come_back_changed_are_seen(stage: Stage, monkeypatch: pyte
         return loaded
 
     monkeypatch.setattr(checkpoints, "load_model", rounded)
-    monkeypatch.setattr(checkpoints, "_resume_measures", lambda stage: ([], []))
-    assert [(measure.name, measure.detail) for measure in check_checkpoints(stage).missed] == [
+    monkeypatch.setattr(checkpoints, "_resume_measures", lambda context: ([], []))
+    assert [(measure.name, measure.detail) for measure in check_checkpoints(context).missed] == [
         ("weights that are others on the CPU", "embedding.weight"),
         ("weights that are others back on the device", "embedding.weight"),
     ]
 
 
-def test_an_optimiser_that_comes_back_changed_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optimiser_that_comes_back_changed_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = checkpoints.read_optimizer
 
     def rounded(folder: Path) -> Any:
@@ -79,8 +81,8 @@ def test_an_optimiser_that_comes_back_changed_is_seen(stage: Stage, monkeypatch:
         return tensors
 
     monkeypatch.setattr(checkpoints, "read_optimizer", rounded)
-    monkeypatch.setattr(checkpoints, "_resume_measures", lambda stage: ([], []))
-    [missed] = check_checkpoints(stage).missed
+    monkeypatch.setattr(checkpoints, "_resume_measures", lambda context: ([], []))
+    [missed] = check_checkpoints(context).missed
     assert (missed.name, missed.value) == ("optimiser state that is another", 1)
 
 

@@ -19,7 +19,7 @@ from psannlm.gpu_suite.checks.generation import (
     rate_measures,
     token_measures,
 )
-from psannlm.gpu_suite.context import Stage
+from psannlm.gpu_suite.context import CheckContext
 
 
 @pytest.fixture
@@ -27,13 +27,13 @@ def one_base(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "BASE_NAMES", ("waveresnet",))
 
 
-def test_cached_text_is_that_of_full_passes(stage: Stage) -> None:
-    result = check_generation(stage)
+def test_cached_text_is_that_of_full_passes(context: CheckContext) -> None:
+    result = check_generation(context)
     assert result.status == "ok", result.problems()
 
 
 @pytest.mark.usefixtures("one_base")
-def test_a_wrong_row_of_the_cache_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_row_of_the_cache_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Engine.prefill
 
     def mixed_up(self: Engine, prompts: Any, max_new_tokens: int) -> Any:
@@ -41,9 +41,9 @@ def test_a_wrong_row_of_the_cache_is_seen(stage: Stage, monkeypatch: pytest.Monk
         state.layers[0].values = state.layers[0].values.roll(1, dims=0)
         return logits, state
 
-    names = [measure.name for measure in check_generation(stage).measures]
+    names = [measure.name for measure in check_generation(context).measures]
     monkeypatch.setattr(Engine, "prefill", mixed_up)
-    result = check_generation(stage)
+    result = check_generation(context)
     assert [measure.name for measure in result.measures] == names, "a name depends on nothing that was measured"
     missed = {measure.name: measure.detail for measure in result.missed}
     assert missed["waveresnet: tokens that the cache changes"].startswith("outputs differ first at row")
@@ -51,15 +51,15 @@ def test_a_wrong_row_of_the_cache_is_seen(stage: Stage, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("one_base")
-def test_slow_decoding_is_seen_at_full_size_only(stage: Stage) -> None:
-    report, _ = generation._one_row(stage, "waveresnet")
+def test_slow_decoding_is_seen_at_full_size_only(context: CheckContext) -> None:
+    report, _ = generation._one_row(context, "waveresnet")
     slow = rate_measures("b", report, is_compiled=False, is_rehearsal=False)
     assert [measure.is_met for measure in slow] == [False, False], "a row of a tiny model reads next to nothing"
     assert all(measure.is_met for measure in rate_measures("b", report, is_compiled=False, is_rehearsal=True))
 
 
-def test_one_id_repeated_and_a_cache_of_another_size_are_seen(stage: Stage) -> None:
-    report = generation._bench(stage, "waveresnet", batch_size=2, cases="batch")
+def test_one_id_repeated_and_a_cache_of_another_size_are_seen(context: CheckContext) -> None:
+    report = generation._bench(context, "waveresnet", batch_size=2, cases="batch")
     assert all(measure.is_met for measure in token_measures("b", report))
 
     def missed(**changes: Any) -> list[tuple[str, float]]:
@@ -130,9 +130,9 @@ def test_one_compiled_loss_that_is_no_number_is_seen(place: int) -> None:
     assert [m.name for m in measures if not m.is_met] == ["b: loss, compiled against plain"]
 
 
-def test_without_a_compiler_the_check_is_skipped(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_check_is_skipped(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.runtime.device.shutil.which", lambda name: None)
-    assert check_compiled(stage).skipped == "torch.compile needs a C++ compiler (install g++)"
+    assert check_compiled(context).skipped == "torch.compile needs a C++ compiler (install g++)"
     monkeypatch.setattr("psannlm.runtime.device.find_spec", lambda name: None)
-    skipped = check_compiled(replace(stage, device=torch.device("cuda"))).skipped
+    skipped = check_compiled(replace(context, device=torch.device("cuda"))).skipped
     assert skipped == "torch.compile needs Triton (pip install triton)"

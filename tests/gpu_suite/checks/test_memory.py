@@ -10,7 +10,7 @@ import torch
 
 from psannlm.gpu_suite.checks import memory as memory_module
 from psannlm.gpu_suite.checks.memory import Peak, check_memory, memory_measures
-from psannlm.gpu_suite.context import Shape, Stage
+from psannlm.gpu_suite.context import CheckContext, Shape
 from psannlm.kernels import cross_entropy
 from psannlm.kernels.recompute import left_out
 
@@ -34,10 +34,10 @@ def test_limits_of_memory() -> None:
     assert missed(Peak(1000, 2.0), Peak(400, 2.001)) == ["b: change of the loss by recomputing"]
 
 
-def test_a_prediction_that_is_off_by_a_third_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prediction_that_is_off_by_a_third_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the true one is within the limit: what the profiler counts is what was predicted."""
     monkeypatch.setattr(memory_module, "BASE_NAMES", ("waveresnet",))
-    result = check_memory(stage)
+    result = check_memory(context)
     assert result.status == "ok", result.problems()
     original = memory_module.training_memory
 
@@ -46,7 +46,7 @@ def test_a_prediction_that_is_off_by_a_third_is_seen(stage: Stage, monkeypatch: 
         return replace(found, activations=int(found.activations * 1.35))
 
     monkeypatch.setattr(memory_module, "training_memory", too_much)
-    off = [measure.name for measure in check_memory(stage).missed]
+    off = [measure.name for measure in check_memory(context).missed]
     assert off == [
         "waveresnet, keeping activations: off its prediction",
         "waveresnet, recomputing activations: off its prediction",
@@ -56,14 +56,14 @@ def test_a_prediction_that_is_off_by_a_third_is_seen(stage: Stage, monkeypatch: 
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 def test_the_prediction_for_a_gpu_is_that_of_its_own_passes(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, base: Any, grad_checkpoint: bool, norms_of_a_gpu: Any
+    context: CheckContext, monkeypatch: pytest.MonkeyPatch, base: Any, grad_checkpoint: bool, norms_of_a_gpu: Any
 ) -> None:
     """Rehearsed on a CPU with the plain algebra that a GPU gets, in bfloat16, by every allocation of a step."""
     shape = Shape(d_model=64, n_layers=4, n_heads=2, vocab_size=256, seq_len=128, n_rows=24)
     # As large beside the batch as a GPU's chunks are at full size.
     monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1 << 18)
     config = shape.config(base)
-    small = replace(stage, sizes=replace(stage.sizes, memory=shape))
+    small = replace(context, sizes=replace(context.sizes, memory=shape))
     with left_out(), norms_of_a_gpu():
         peak = memory_module._peak_on_cpu(small, config, torch.bfloat16, grad_checkpoint)
     predicted = memory_module.training_memory(

@@ -17,18 +17,18 @@ from psannlm.gpu_suite.checks.numerics import (
     gradient_measures,
     scale_measure,
 )
-from psannlm.gpu_suite.context import REHEARSAL, Stage
+from psannlm.gpu_suite.context import REHEARSAL, CheckContext
 from psannlm.kernels import recompute
 
 
-def test_gradients_are_those_of_float64(stage: Stage) -> None:
-    result = check_gradients(stage)
+def test_gradients_are_those_of_float64(context: CheckContext) -> None:
+    result = check_gradients(context)
     assert result.status == "ok", result.problems()
     # Loss and gradient in two precisions, of three bases with three position schemes; and that all are numbers.
     assert len(result.measures) == 1 + 2 * 2 * 3 * 3
 
 
-def test_a_gradient_that_is_off_by_a_thousandth_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_off_by_a_thousandth_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = recompute.gated_gradients
 
     def perturbed(*arguments: Any) -> Any:
@@ -36,7 +36,7 @@ def test_a_gradient_that_is_off_by_a_thousandth_is_seen(stage: Stage, monkeypatc
         return value, grad_up, (amplitude, frequency * 1.001, decay)
 
     monkeypatch.setattr(recompute, "gated_gradients", perturbed)
-    missed = {measure.name for measure in check_gradients(stage).missed}
+    missed = {measure.name for measure in check_gradients(context).missed}
     assert missed == {
         f"{base}, {positions}, float32: gradient"
         for base in ("respsann", "waveresnet")
@@ -44,7 +44,7 @@ def test_a_gradient_that_is_off_by_a_thousandth_is_seen(stage: Stage, monkeypatc
     }
 
 
-def test_a_gradient_that_is_no_number_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_no_number_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = recompute.gated_gradients
 
     def broken(grad: torch.Tensor, *arguments: Any) -> Any:
@@ -53,7 +53,7 @@ def test_a_gradient_that_is_no_number_is_seen(stage: Stage, monkeypatch: pytest.
         return found
 
     monkeypatch.setattr(recompute, "gated_gradients", broken)
-    result = check_gradients(stage)
+    result = check_gradients(context)
     assert result.measures[0].value == 12, "two bases with a sine, three schemes, two precisions"
     assert not result.measures[0].is_met
 
@@ -77,7 +77,7 @@ def test_limits_of_loss_and_gradient(dtype: torch.dtype, loss: float, gradient: 
     assert [m.name for m in gradient_measures("b", dtype, found, reference) if not m.is_met] == missed
 
 
-def test_a_gradient_that_is_missing_is_infinitely_far(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_missing_is_infinitely_far(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = numerics.device_gradients
 
     def without(*arguments: Any) -> Any:
@@ -85,13 +85,13 @@ def test_a_gradient_that_is_missing_is_infinitely_far(stage: Stage, monkeypatch:
         return replace(found, by_name={n: g for n, g in found.by_name.items() if n != "embedding.weight"})
 
     monkeypatch.setattr(numerics, "device_gradients", without)
-    result = check_gradients(stage)
+    result = check_gradients(context)
     names = [measure.name for measure in result.measures]
     assert {measure.name for measure in result.missed} == {name for name in names if name.endswith(": gradient")}
 
 
-def test_low_precision_trains_as_float32_does(stage: Stage) -> None:
-    short = replace(stage, sizes=replace(REHEARSAL, n_steps=8))
+def test_low_precision_trains_as_float32_does(context: CheckContext) -> None:
+    short = replace(context, sizes=replace(REHEARSAL, n_steps=8))
     result = check_precision(short)
     assert result.status == "ok", result.problems()
     assert len(result.series["waveresnet, float16"]) == 8

@@ -12,7 +12,7 @@ import torch
 from psannlm.config.train import TrainConfig
 from psannlm.gpu_suite.checks import parallel as parallel_module
 from psannlm.gpu_suite.checks.parallel import check_ddp, check_fsdp, efficiency_measure, parity_measures
-from psannlm.gpu_suite.context import FULL, Stage
+from psannlm.gpu_suite.context import FULL, CheckContext
 from psannlm.gpu_suite.suite import run_check
 from psannlm.models.accounting import flops_per_token
 
@@ -25,33 +25,35 @@ def _no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_model_of_one(stage: Stage) -> None:
-    result = check_ddp(stage)
+def test_two_processes_train_the_model_of_one(context: CheckContext) -> None:
+    result = check_ddp(context)
     assert result.status == "ok", result.problems()
     assert len(result.series["many"]) == 4
 
 
-def test_ranks_that_train_otherwise_are_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_train_otherwise_are_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """With another learning rate the first loss is the same, and no later one."""
     original = parallel_module.run_config
 
-    def config(stage: Stage, name: str, **settings: Any) -> Any:
+    def config(context: CheckContext, name: str, **settings: Any) -> Any:
         if name.endswith("many"):
             settings.update(lr=2e-3, ddp="off", grad_accum_steps=2)
-        return original(stage, name, **settings)
+        return original(context, name, **settings)
 
     monkeypatch.setattr(parallel_module, "run_config", config)
     # In this process, which is quicker to start than two others.
     monkeypatch.setattr(
         parallel_module, "launch", lambda config, *others: parallel_module.train(config, resume="never")
     )
-    assert [measure.name for measure in check_ddp(stage).missed] == [
+    assert [measure.name for measure in check_ddp(context).missed] == [
         "loss, one process against many",
         "weights at the end",
     ]
 
 
-def test_scaling_is_of_a_larger_step_that_is_alike_on_both_sides(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_is_of_a_larger_step_that_is_alike_on_both_sides(
+    context: CheckContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The optimiser as often per token in one process as in many, and few rows, each of which waits for the device."""
     configs: dict[str, Any] = {}
     original = parallel_module.train
@@ -67,10 +69,10 @@ def test_scaling_is_of_a_larger_step_that_is_alike_on_both_sides(stage: Stage, m
         original(config.model_copy(update={"train": config.train.model_copy(update={"ddp": "off"})}), resume="never")
 
     monkeypatch.setattr(parallel_module, "launch", launch)
-    result = check_ddp(replace(stage, sizes=replace(stage.sizes, n_steps=8)))
+    result = check_ddp(replace(context, sizes=replace(context.sizes, n_steps=8)))
     assert [measure.name for measure in result.measures][-1] == "scaling efficiency"
     one, many = configs["GPU-05_scaling_one"], configs["GPU-05_scaling_many"]
-    scaling, training = stage.sizes.scaling, stage.sizes.training
+    scaling, training = context.sizes.scaling, context.sizes.training
     assert one.train.grad_accum_steps == many.train.grad_accum_steps == 1
     assert one.train.batch_tokens == many.train.batch_tokens == scaling.n_tokens > training.n_tokens
     assert one.model == many.model
@@ -80,9 +82,11 @@ def test_scaling_is_of_a_larger_step_that_is_alike_on_both_sides(stage: Stage, m
     assert configs["GPU-05_parity_many"].train.batch_tokens == training.n_tokens
 
 
-def test_a_gpu_without_room_for_a_window_has_no_efficiency(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_room_for_a_window_has_no_efficiency(
+    context: CheckContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parallel_module, "fitting_rows", lambda *arguments: None)
-    measures, note = parallel_module._scaling(stage, "GPU-05", 2, {})
+    measures, note = parallel_module._scaling(context, "GPU-05", 2, {})
     assert measures == []
     assert note.startswith("scaling efficiency is left out")
 
@@ -93,27 +97,27 @@ def test_at_full_size_scaling_is_of_a_step_several_times_as_long() -> None:
     assert large > 10 * small
 
 
-def test_a_rank_that_fails_is_the_checks_error(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_fails_is_the_checks_error(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_module, "train", lambda config, resume: None)
     monkeypatch.setattr(parallel_module, "to_yaml", lambda config: "train: {lr: fast}")
-    result = run_check("GPU-05", check_ddp, stage)
+    result = run_check("GPU-05", check_ddp, context)
     assert result.status == "error"
     assert "ended with 2" in str(result.error)
 
 
-def test_one_gpu_is_a_reason_to_skip(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_gpu_is_a_reason_to_skip(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    result = check_ddp(replace(stage, device=torch.device("cuda")))
+    result = check_ddp(replace(context, device=torch.device("cuda")))
     assert (result.status, result.skipped) == ("skipped", "there is one GPU, and parallel training needs two")
 
 
-def test_sharding_is_skipped_only_where_there_is_none(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharding_is_skipped_only_where_there_is_none(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(parallel_module, "_check", lambda stage, check, title, settings: asked.append(settings))
+    monkeypatch.setattr(parallel_module, "_check", lambda context, check, title, settings: asked.append(settings))
     monkeypatch.setattr(TrainConfig, "model_fields", {"lr": None})
-    assert check_fsdp(stage).status == "skipped"
+    assert check_fsdp(context).status == "skipped"
     monkeypatch.setattr(TrainConfig, "model_fields", {"lr": None, "fsdp": None})
-    check_fsdp(stage)
+    check_fsdp(context)
     assert asked == [{"fsdp": "full"}]
 
 

@@ -10,7 +10,7 @@ import torch
 from psannlm.benchmarks.harness.interleaved import Spread
 from psannlm.gpu_suite.checks import rates as rates_module
 from psannlm.gpu_suite.checks.rates import Card, Rates, card_of, large_measures, rate_measures
-from psannlm.gpu_suite.context import Stage
+from psannlm.gpu_suite.context import CheckContext
 
 PEAK = 700e12
 # Of the model and the peak here 5 % are 437,500 tokens/s of training and 1,312,500 of forward passes.
@@ -82,10 +82,12 @@ def test_a_peak_that_was_not_measured_lets_no_rate_of_nothing_pass() -> None:
 @pytest.mark.parametrize(
     ("name", "card"), [("NVIDIA H200", "published"), ("NVIDIA A100-SXM4-80GB", "other"), ("Tesla T4", "other")]
 )
-def test_a_card_is_told_by_its_name(stage: Stage, monkeypatch: pytest.MonkeyPatch, name: str, card: Card) -> None:
-    assert card_of(stage) == "rehearsal"
+def test_a_card_is_told_by_its_name(
+    context: CheckContext, monkeypatch: pytest.MonkeyPatch, name: str, card: Card
+) -> None:
+    assert card_of(context) == "rehearsal"
     monkeypatch.setattr(rates_module, "describe_device", lambda device: name)
-    assert card_of(replace(stage, device=torch.device("cuda"), is_rehearsal=False)) == card
+    assert card_of(replace(context, device=torch.device("cuda"), is_rehearsal=False)) == card
 
 
 def test_a_step_that_waits_is_seen() -> None:

@@ -18,7 +18,7 @@ from psannlm.gpu_suite.checks.roofline import (
     large_floor_measures,
     small_floor_measures,
 )
-from psannlm.gpu_suite.context import FULL, Stage
+from psannlm.gpu_suite.context import FULL, CheckContext
 from psannlm.models.accounting import count_parameters
 
 
@@ -51,9 +51,9 @@ def test_a_small_model_is_held_against_what_launches_leave_it() -> None:
     assert missed(0.09, True) == missed(0.019, False) == 2
 
 
-def test_the_path_runs_in_a_rehearsal(stage: Stage) -> None:
+def test_the_path_runs_in_a_rehearsal(context: CheckContext) -> None:
     notes: list[str] = []
-    measures = large_floor_measures(stage, "waveresnet", notes)
+    measures = large_floor_measures(context, "waveresnet", notes)
     assert [measure.name for measure in measures] == [
         "waveresnet, several GB: one row, float32, plain",
         "waveresnet, several GB: floor of memory / step, float32, plain",
@@ -62,13 +62,13 @@ def test_the_path_runs_in_a_rehearsal(stage: Stage) -> None:
     assert notes[0].startswith("waveresnet, several GB: 64 wide, 2 layers, of ")
 
 
-def test_memory_that_is_not_there_after_all_is_no_rate(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_not_there_after_all_is_no_rate(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(*arguments: Any) -> Floor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    names = [measure.name for measure in large_floor_measures(stage, "waveresnet", [])]
+    names = [measure.name for measure in large_floor_measures(context, "waveresnet", [])]
     monkeypatch.setattr(roofline, "_decode_row", short)
-    at_full_size = replace(stage, is_rehearsal=False)
+    at_full_size = replace(context, is_rehearsal=False)
     monkeypatch.setattr(roofline, "_LEAST_BYTES", 0.0)
     measures = large_floor_measures(at_full_size, "waveresnet", [])
     assert [measure.name for measure in measures] == names
@@ -86,7 +86,7 @@ def test_layers_are_halved_until_they_fit(free_gb: int, n_layers: int | None) ->
         assert 8 * parameters <= 0.8 * free_gb * 1e9
 
 
-def test_too_little_memory_is_told(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_told(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    assert large_floor_measures(replace(stage, is_rehearsal=False), "waveresnet", notes) == []
+    assert large_floor_measures(replace(context, is_rehearsal=False), "waveresnet", notes) == []
     assert "waveresnet, several GB: left out, for" in notes[0]

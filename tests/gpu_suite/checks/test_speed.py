@@ -12,10 +12,10 @@ from psannlm.benchmarks.harness.interleaved import Spread
 from psannlm.gpu_suite.checks import speed
 from psannlm.gpu_suite.checks.rates import Rates, large_measures
 from psannlm.gpu_suite.checks.speed import check_speed, fitting_rows
-from psannlm.gpu_suite.context import Shape, Stage
+from psannlm.gpu_suite.context import CheckContext, Shape
 
 
-def test_a_training_that_comes_to_no_number_is_seen(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_comes_to_no_number_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = speed.bench_train
 
     def lost(*arguments: Any, **settings: Any) -> Any:
@@ -24,17 +24,17 @@ def test_a_training_that_comes_to_no_number_is_seen(stage: Stage, monkeypatch: p
         return report
 
     monkeypatch.setattr(speed, "bench_train", lost)
-    result = check_speed(stage)
+    result = check_speed(context)
     assert all(measure.name.endswith("problems of the training that is timed") for measure in result.missed)
-    assert len(result.missed) == 3 * len(stage.sizes.batch_tokens) + 2
+    assert len(result.missed) == 3 * len(context.sizes.batch_tokens) + 2
     assert any(note.endswith("respsann with GELU: a loss is not finite") for note in result.notes)
 
 
-def test_every_base_and_batch_is_measured(stage: Stage) -> None:
-    result = check_speed(stage)
+def test_every_base_and_batch_is_measured(context: CheckContext) -> None:
+    result = check_speed(context)
     assert result.status == "ok", result.problems()
     for base in ("respsann", "waveresnet", "transformer"):
-        assert len(result.series[f"{base}: training"]) == len(stage.sizes.batch_tokens)
+        assert len(result.series[f"{base}: training"]) == len(context.sizes.batch_tokens)
     assert all(rate > 0 for name, values in result.series.items() for rate in values)
     large = {m.name: m.value for m in result.measures if "the large model" in m.name}
     assert len(large) == 2 * 3, "problems, rate and utilisation of two bases"
@@ -42,18 +42,18 @@ def test_every_base_and_batch_is_measured(stage: Stage) -> None:
 
 
 def test_memory_that_the_large_model_does_not_get_is_seen_and_the_rates_stay(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    context: CheckContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [measure.name for measure in check_speed(stage).measures]
+    names = [measure.name for measure in check_speed(context).measures]
     original = speed.bench_train
 
     def short(settings: Any, *arguments: Any, **more: Any) -> Any:
-        if settings.model.d_model == stage.sizes.utilisation.d_model and settings.model.base == "waveresnet":
+        if settings.model.d_model == context.sizes.utilisation.d_model and settings.model.base == "waveresnet":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return original(settings, *arguments, **more)
 
     monkeypatch.setattr(speed, "bench_train", short)
-    result = check_speed(stage)
+    result = check_speed(context)
     assert [measure.name for measure in result.measures] == names
     assert [measure.name for measure in result.missed] == [
         "waveresnet, the large model: problems of the training that is timed"
@@ -62,12 +62,12 @@ def test_memory_that_the_large_model_does_not_get_is_seen_and_the_rates_stay(
     values = {measure.name: measure.value for measure in result.measures}
     assert values["waveresnet, the large model: utilisation"] == 0.0
     assert values["transformer, the large model: utilisation"] > 0.0
-    assert len(result.series["waveresnet: training"]) == len(stage.sizes.batch_tokens)
+    assert len(result.series["waveresnet: training"]) == len(context.sizes.batch_tokens)
     nothing = Rates(Spread.of([0.0]), None, 0.0, 1, float("nan"), ("out of memory",))
     assert not any(measure.is_met for measure in large_measures("waveresnet", nothing, "other"))
 
 
-def test_a_batch_that_does_not_fit_leaves_the_others(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_fit_leaves_the_others(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = speed.bench_train
 
     def short(settings: Any, *arguments: Any, **more: Any) -> Any:
@@ -76,18 +76,18 @@ def test_a_batch_that_does_not_fit_leaves_the_others(stage: Stage, monkeypatch: 
         return original(settings, *arguments, **more)
 
     monkeypatch.setattr(speed, "bench_train", short)
-    result = check_speed(stage)
+    result = check_speed(context)
     assert result.series["batch tokens"] == [512.0]
     assert any(note.startswith("1,024 batch tokens do not fit") for note in result.notes)
 
 
-def test_the_names_are_those_of_a_card_with_less_memory(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = stage.sizes.utilisation
+def test_the_names_are_those_of_a_card_with_less_memory(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = context.sizes.utilisation
 
     def names_and_notes(n_rows: int) -> tuple[list[str], str]:
         monkeypatch.setattr(speed, "fitting_rows", lambda *arguments: replace(shape, n_rows=n_rows))
         notes: list[str] = []
-        measures = speed._utilisation(stage, False, notes)
+        measures = speed._utilisation(context, False, notes)
         return [measure.name for measure in measures], notes[0]
 
     (names, note), (fewer_names, fewer_note) = names_and_notes(8), names_and_notes(4)
@@ -96,9 +96,9 @@ def test_the_names_are_those_of_a_card_with_less_memory(stage: Stage, monkeypatc
     assert "128 batch tokens" in fewer_note
 
 
-def test_a_clock_that_stands_still_is_no_infinite_rate(stage: Stage) -> None:
+def test_a_clock_that_stands_still_is_no_infinite_rate(context: CheckContext) -> None:
     with pytest.raises(ZeroDivisionError):
-        check_speed(replace(stage, clock=lambda: 1.0))
+        check_speed(replace(context, clock=lambda: 1.0))
 
 
 def test_rows_are_halved_until_they_fit() -> None:
