@@ -22,7 +22,7 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from psannlm.gpu_suite.report import BatteryReport, CheckResult
+    from psannlm.gpu_suite.report import CheckResult, SuiteReport
 
 _STYLES = {"ok": "green", "failed": "red", "error": "red", "skipped": "yellow"}
 
@@ -41,15 +41,15 @@ def gpu_validate(
 ) -> None:
     """Measure what a GPU does with every part of psannlm, each value against a limit; ends with 3 if one is missed."""
     from psannlm.errors import LimitMissed
-    from psannlm.gpu_suite.log import BatteryLog
-    from psannlm.gpu_suite.plots import draw_battery
+    from psannlm.gpu_suite.log import SuiteLog
+    from psannlm.gpu_suite.plots import draw_suite
     from psannlm.gpu_suite.suite import require_device, validate
     from psannlm.io.atomic import write_text
     from psannlm.io.run_metadata import new_folder, system_info, write_json
 
     require_device(device, only or (), baseline, any_machine=baseline_any_machine)
     folder = new_folder("gpu", out)
-    log = BatteryLog(folder / "stdout.log")
+    log = SuiteLog(folder / "stdout.log")
     write_json(folder / "system.json", system_info())
     with live_line(progress()) as line:
 
@@ -57,7 +57,7 @@ def gpu_validate(
             log.say(text)
             line.show(text)
 
-        def keep(report: BatteryReport) -> None:
+        def keep(report: SuiteReport) -> None:
             # After every check: a battery that is killed leaves those behind that it was through with.
             write_json(folder / "summary.json", report.as_dict())
             write_text(folder / "table.txt", _tables(report))
@@ -67,7 +67,7 @@ def gpu_validate(
         )
     log.add(_tables(report))
     with drawing_a_picture():
-        draw_battery(folder, report)
+        draw_suite(folder, report)
     if as_json:
         print_json({**report.as_dict(), "folder": str(folder)})
     else:
@@ -77,14 +77,14 @@ def gpu_validate(
         raise LimitMissed("; ".join(report.problems))
 
 
-def _tables(report: BatteryReport) -> str:
+def _tables(report: SuiteReport) -> str:
     text: str = table_text(_overview(report), *(_check_table(result) for result in report.results if result.measures))
     return text
 
 
-def _overview(report: BatteryReport) -> Table:
+def _overview(report: SuiteReport) -> Table:
     machine = report.machine
-    kind = "rehearsal on " if report.is_rehearsal else ""
+    kind = "dry run on " if report.is_dry_run else ""
     table = Table(
         title=f"gpu-validate: {kind}{machine['n_devices']} x {machine['name']}, torch {machine['torch']}: "
         f"{report.verdict}",

@@ -10,12 +10,13 @@ from typing import Any
 from psannlm.errors import ArtifactError, ConfigError
 from psannlm.gpu_suite.report import CheckResult, Measure
 from psannlm.io.lfs_pointers import refuse_pointer
+from psannlm.reports.gpu_tables import is_dry_run_summary
 
 # What must be the same for two sets of figures to be comparable.
 _IDENTITY = ("device", "name", "n_devices", "threads")
 
 
-def read_baseline(path: Path, machine: dict[str, Any], *, is_rehearsal: bool, any_machine: bool) -> dict[str, Any]:
+def read_baseline(path: Path, machine: dict[str, Any], *, is_dry_run: bool, any_machine: bool) -> dict[str, Any]:
     """Return the content of an earlier ``summary.json`` (or of the folder that holds one).
 
     Raises:
@@ -28,7 +29,7 @@ def read_baseline(path: Path, machine: dict[str, Any], *, is_rehearsal: bool, an
     refuse_pointer(path, ArtifactError)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        former, was_rehearsal = content["machine"], content["is_rehearsal"]
+        former, was_dry_run = content["machine"], is_dry_run_summary(content)
         for check in content["checks"]:
             for measure in check["measures"]:
                 measure["name"], measure["value"], check["check"], check["status"]
@@ -36,9 +37,9 @@ def read_baseline(path: Path, machine: dict[str, Any], *, is_rehearsal: bool, an
         raise ArtifactError(f"the baseline {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is no summary.json of psannlm gpu-validate") from error
-    if was_rehearsal != is_rehearsal:
-        kinds = ("a rehearsal", "a battery at full size")
-        mine, theirs = (kinds[0 if flag else 1] for flag in (is_rehearsal, was_rehearsal))
+    if was_dry_run != is_dry_run:
+        kinds = ("a dry run", "a run at full size")
+        mine, theirs = (kinds[0 if flag else 1] for flag in (is_dry_run, was_dry_run))
         raise ConfigError(f"the baseline {path} is {theirs} and this is {mine}: their figures mean different things")
     differing = [
         f"{key} {former.get(key)} then, {machine[key]} now" for key in _IDENTITY if former.get(key) != machine[key]

@@ -98,7 +98,7 @@ FULL = Sizes(
     new_tokens=128,
     repeats=5,
 )
-REHEARSAL = Sizes(
+DRY_RUN = Sizes(
     gradients=Shape(d_model=16, n_layers=2, n_heads=2, vocab_size=61, seq_len=24, n_rows=2),
     training=Shape(d_model=32, n_layers=2, n_heads=2, vocab_size=300, seq_len=32, n_rows=8),
     scaling=Shape(d_model=48, n_layers=2, n_heads=2, vocab_size=300, seq_len=64, n_rows=8),
@@ -121,14 +121,14 @@ class CheckContext:
 
     Attributes:
         device: a GPU, or the CPU for a rehearsal.
-        is_rehearsal: rates are measured and held against nothing but zero.
+        is_dry_run: rates are measured and held against nothing but zero.
         folder: an empty folder for what a check writes; it is removed afterwards.
         say: takes lines for people and for the log.
     """
 
     device: torch.device
     sizes: Sizes
-    is_rehearsal: bool
+    is_dry_run: bool
     folder: Path
     say: Callable[[str], None] = lambda line: None
     clock: Clock = time.perf_counter

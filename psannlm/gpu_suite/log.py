@@ -9,7 +9,7 @@ from psannlm.io.atomic import explain_write_errors
 from psannlm.io.filenames import utf8
 
 
-class BatteryLog:
+class SuiteLog:
     """What a battery said, line by line: whole up to the last one even if the process is killed.
 
     Raises:

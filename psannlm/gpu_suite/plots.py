@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psannlm.gpu_suite.report import BatteryReport, CheckResult
+from psannlm.gpu_suite.report import CheckResult, SuiteReport
 from psannlm.io.atomic import write_bytes
 from psannlm.io.figures import render_figure
 
@@ -21,7 +21,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("-", "--", ":")
 
 
-def draw_battery(folder: Path, report: BatteryReport) -> list[Path]:
+def draw_suite(folder: Path, report: SuiteReport) -> list[Path]:
     """Draw what was measured into ``folder`` and return the pictures; a check without curves has none.
 
     Raises:

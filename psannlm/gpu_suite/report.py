@@ -117,19 +117,19 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
-class BatteryReport:
+class SuiteReport:
     """All checks that ran, on what, and how they compare with an earlier battery.
 
     Attributes:
         machine: what decides the figures: device, its name, how many, versions, precision settings.
-        is_rehearsal: whether sizes were small and rates held against nothing.
+        is_dry_run: whether sizes were small and rates held against nothing.
         baseline: path of the earlier summary, or None.
         regressions: one line for each value that is worse than there by more than its tolerance.
         to_come: the checks that have not run yet; none at the end of a battery.
     """
 
     machine: dict[str, Any]
-    is_rehearsal: bool
+    is_dry_run: bool
     results: tuple[CheckResult, ...]
     baseline: str | None = None
     regressions: tuple[str, ...] = ()
@@ -153,7 +153,7 @@ class BatteryReport:
         return {
             "verdict": self.verdict,
             "counts": {**counts, "skipped": sum(r.status == "skipped" for r in self.results)},
-            "is_rehearsal": self.is_rehearsal,
+            "is_dry_run": self.is_dry_run,
             "machine": self.machine,
             "problems": self.problems,
             "to_come": list(self.to_come),

@@ -23,8 +23,8 @@ from psannlm.gpu_suite.checks.memory import check_memory
 from psannlm.gpu_suite.checks.numerics import check_gradients, check_precision
 from psannlm.gpu_suite.checks.parallel import check_ddp, check_fsdp
 from psannlm.gpu_suite.checks.speed import check_speed
-from psannlm.gpu_suite.context import FULL, REHEARSAL, CheckContext, Sizes
-from psannlm.gpu_suite.report import BatteryReport, CheckResult
+from psannlm.gpu_suite.context import DRY_RUN, FULL, CheckContext, Sizes
+from psannlm.gpu_suite.report import CheckResult, SuiteReport
 from psannlm.runtime.device import describe_device, pick_device
 
 Check = Callable[[CheckContext], CheckResult]
@@ -50,9 +50,9 @@ def validate(
     any_machine: bool = False,
     sizes: Sizes | None = None,
     say: Callable[[str], None] = lambda line: None,
-    on_report: Callable[[BatteryReport], None] = lambda report: None,
+    on_report: Callable[[SuiteReport], None] = lambda report: None,
     clock: Clock = time.perf_counter,
-) -> BatteryReport:
+) -> SuiteReport:
     """Run the checks (all, or ``only`` those named) and return what they came to.
 
     A check that breaks is a failed check with its message, and the others run all the same. On the CPU the sizes are
@@ -71,17 +71,17 @@ def validate(
     """
     names = _chosen(only)
     chosen = require_device(device)
-    is_rehearsal = chosen.type == "cpu"
+    is_dry_run = chosen.type == "cpu"
     machine = describe_machine(chosen)
     former = None
     if baseline is not None:
-        former = read_baseline(baseline, machine, is_rehearsal=is_rehearsal, any_machine=any_machine)
-    sizes = sizes or (REHEARSAL if is_rehearsal else FULL)
+        former = read_baseline(baseline, machine, is_dry_run=is_dry_run, any_machine=any_machine)
+    sizes = sizes or (DRY_RUN if is_dry_run else FULL)
     results: list[CheckResult] = []
-    report = BatteryReport(machine, is_rehearsal, (), None if baseline is None else str(baseline), to_come=tuple(names))
-    with _settings(is_rehearsal), tempfile.TemporaryDirectory(prefix="psannlm-gpu-") as folder:
+    report = SuiteReport(machine, is_dry_run, (), None if baseline is None else str(baseline), to_come=tuple(names))
+    with _settings(is_dry_run), tempfile.TemporaryDirectory(prefix="psannlm-gpu-") as folder:
         for name in names:
-            context = CheckContext(chosen, sizes, is_rehearsal, Path(folder) / name, say, clock)
+            context = CheckContext(chosen, sizes, is_dry_run, Path(folder) / name, say, clock)
             results.append(run_check(name, CHECKS[name], context))
             say(f"{name}: {results[-1].status} after {results[-1].seconds:,.1f} s")
             report = replace(
@@ -110,8 +110,8 @@ def require_device(
         )
     chosen = pick_device(device)
     if baseline is not None:
-        machine, is_rehearsal = describe_machine(chosen), chosen.type == "cpu"
-        read_baseline(baseline, machine, is_rehearsal=is_rehearsal, any_machine=any_machine)
+        machine, is_dry_run = describe_machine(chosen), chosen.type == "cpu"
+        read_baseline(baseline, machine, is_dry_run=is_dry_run, any_machine=any_machine)
     return chosen
 
 
@@ -187,10 +187,10 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def _settings(is_rehearsal: bool) -> Iterator[None]:
+def _settings(is_dry_run: bool) -> Iterator[None]:
     """One thread for a rehearsal, whose matrices are smaller than what handing them over costs."""
     threads = torch.get_num_threads()
-    if is_rehearsal:
+    if is_dry_run:
         torch.set_num_threads(1)
     try:
         yield

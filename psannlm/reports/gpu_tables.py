@@ -29,6 +29,11 @@ def battery_tables(figures: dict[str, Any]) -> list[Table]:
     return [_checks(figures), *_regressions(figures), *(_measures(check) for check in figures["checks"] if _has(check))]
 
 
+def is_dry_run_summary(figures: dict[str, Any]) -> bool:
+    """Whether a ``summary.json`` is of a dry run on a CPU; earlier versions wrote ``is_rehearsal``."""
+    return bool(figures["is_dry_run"] if "is_dry_run" in figures else figures["is_rehearsal"])
+
+
 def _has(check: dict[str, Any]) -> bool:
     return bool(check["measures"] or check["notes"])
 
@@ -40,11 +45,11 @@ def _checks(figures: dict[str, Any]) -> Table:
         for check in figures["checks"]
     ]
     name = f"{machine['n_devices']} × {machine['name']}, torch {machine['torch']}"
-    rehearsal = "A rehearsal at small sizes: rates are held against nothing. " if figures["is_rehearsal"] else ""
+    dry_run = "A dry run at small sizes: no throughput limit applies. " if is_dry_run_summary(figures) else ""
     baseline = f" Compared with {figures['baseline']}." if figures["baseline"] else ""
     headings = ("check", "what", "verdict", "seconds", "what it says")
     title = f"{name}: {figures['verdict']}"
-    return Table(title, headings, rows, frozenset({3}), f"{rehearsal}Each value and its limit stand below.{baseline}")
+    return Table(title, headings, rows, frozenset({3}), f"{dry_run}Each value and its limit stand below.{baseline}")
 
 
 def _says(check: dict[str, Any]) -> str:
@@ -95,7 +100,7 @@ def battery_headlines(figures: dict[str, Any]) -> list[Headline]:
     checks = figures["checks"]
     ran = [check for check in checks if check["status"] != "skipped"]
     well = sum(check["status"] == "ok" for check in ran)
-    kind = "rehearsal on " if figures["is_rehearsal"] else ""
+    kind = "dry run on " if is_dry_run_summary(figures) else ""
     skipped = f"; {len(checks) - len(ran)} skipped" if len(ran) < len(checks) else ""
     machine = figures["machine"]
     of = f"{kind}{machine['n_devices']} × {machine['name']}: {figures['verdict']}{skipped}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from psannlm.gpu_suite.context import REHEARSAL, CheckContext
+from psannlm.gpu_suite.context import DRY_RUN, CheckContext
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -24,4 +24,4 @@ def _old_objects_are_left_alone() -> Iterator[None]:
 @pytest.fixture
 def context(tmp_path: Path) -> CheckContext:
     """What a check of a GPU gets in a rehearsal, with fewer steps."""
-    return CheckContext(torch.device("cpu"), replace(REHEARSAL, n_steps=4, repeats=1), True, tmp_path)
+    return CheckContext(torch.device("cpu"), replace(DRY_RUN, n_steps=4, repeats=1), True, tmp_path)

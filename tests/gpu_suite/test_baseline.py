@@ -10,7 +10,7 @@ import pytest
 
 from psannlm.errors import ArtifactError, ConfigError
 from psannlm.gpu_suite.baseline import read_baseline, regressions
-from psannlm.gpu_suite.report import BatteryReport, CheckResult, at_least, at_most
+from psannlm.gpu_suite.report import CheckResult, SuiteReport, at_least, at_most
 
 MACHINE = {"device": "cuda", "name": "H200", "n_devices": 1, "threads": None}
 
@@ -28,7 +28,7 @@ def result(rate: float = 100.0, peak: float = 50.0, error: float = 1e-6) -> Chec
 
 
 def written(folder: Path, **changes: Any) -> Path:
-    summary = {**BatteryReport(MACHINE, False, (result(),)).as_dict(), **changes}
+    summary = {**SuiteReport(MACHINE, False, (result(),)).as_dict(), **changes}
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder
 
@@ -47,12 +47,12 @@ def written(folder: Path, **changes: Any) -> Path:
     ids=["same", "within", "better", "slower", "larger", "no number", "no tolerance"],
 )
 def test_what_became_worse_is_told(tmp_path: Path, now: CheckResult, told: list[str]) -> None:
-    former = read_baseline(written(tmp_path), MACHINE, is_rehearsal=False, any_machine=False)
+    former = read_baseline(written(tmp_path), MACHINE, is_dry_run=False, any_machine=False)
     assert regressions([now], former) == [f"GPU-03: {line}" for line in told]
 
 
 def test_what_is_not_measured_any_more_is_told(tmp_path: Path) -> None:
-    former = read_baseline(written(tmp_path), MACHINE, is_rehearsal=False, any_machine=False)
+    former = read_baseline(written(tmp_path), MACHINE, is_dry_run=False, any_machine=False)
     less = CheckResult("GPU-03", "t", result().measures[1:])
     assert regressions([less], former) == ["GPU-03: rate: measured in the baseline, and not now"]
     skipped = CheckResult("GPU-03", "t", skipped="no time")
@@ -64,20 +64,20 @@ def test_what_is_not_measured_any_more_is_told(tmp_path: Path) -> None:
 def test_another_machine_is_refused_unless_asked_for(tmp_path: Path, change: dict[str, Any]) -> None:
     path = written(tmp_path)
     with pytest.raises(ConfigError, match="another machine"):
-        read_baseline(path, {**MACHINE, **change}, is_rehearsal=False, any_machine=False)
-    assert read_baseline(path, {**MACHINE, **change}, is_rehearsal=False, any_machine=True)["verdict"] == "ok"
+        read_baseline(path, {**MACHINE, **change}, is_dry_run=False, any_machine=False)
+    assert read_baseline(path, {**MACHINE, **change}, is_dry_run=False, any_machine=True)["verdict"] == "ok"
 
 
 def test_a_rehearsal_is_no_baseline_for_a_battery(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a rehearsal and this is a battery at full size"):
-        read_baseline(written(tmp_path, is_rehearsal=True), MACHINE, is_rehearsal=False, any_machine=True)
+    with pytest.raises(ConfigError, match="a dry run and this is a run at full size"):
+        read_baseline(written(tmp_path, is_dry_run=True), MACHINE, is_dry_run=False, any_machine=True)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"machine": {}, "is_rehearsal": false, "checks": [1]}'])
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"machine": {}, "is_dry_run": false, "checks": [1]}'])
 def test_a_damaged_baseline_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "summary.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"no summary\.json of psannlm gpu-validate"):
-        read_baseline(path, MACHINE, is_rehearsal=False, any_machine=False)
+        read_baseline(path, MACHINE, is_dry_run=False, any_machine=False)
     with pytest.raises(ArtifactError, match="cannot be read"):
-        read_baseline(tmp_path / "absent.json", MACHINE, is_rehearsal=False, any_machine=False)
+        read_baseline(tmp_path / "absent.json", MACHINE, is_dry_run=False, any_machine=False)

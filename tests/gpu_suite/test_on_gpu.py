@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from psannlm.gpu_suite.context import REHEARSAL, CheckContext
+from psannlm.gpu_suite.context import DRY_RUN, CheckContext
 from psannlm.gpu_suite.suite import CHECKS, run_check
 
 pytestmark = [
@@ -20,5 +20,5 @@ pytestmark = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_check_runs(name: str, tmp_path: Path) -> None:
-    result = run_check(name, CHECKS[name], CheckContext(torch.device("cuda"), REHEARSAL, True, tmp_path / name))
+    result = run_check(name, CHECKS[name], CheckContext(torch.device("cuda"), DRY_RUN, True, tmp_path / name))
     assert result.status in ("ok", "skipped"), result.problems()

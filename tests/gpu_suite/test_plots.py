@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.gpu_suite.plots import draw_battery
-from psannlm.gpu_suite.report import BatteryReport, CheckResult
+from psannlm.gpu_suite.plots import draw_suite
+from psannlm.gpu_suite.report import CheckResult, SuiteReport
 
 LOSSES = {"respsann, float32": [3.0, 2.0, 1.0], "respsann, bfloat16": [3.0, 2.1, 1.1], "respsann, float16": [3.0]}
 RATES = {"batch tokens": [512.0, 1024.0], "respsann: training": [1e5, 2e5], "respsann: forward": [1e6]}
@@ -23,13 +23,13 @@ RATES = {"batch tokens": [512.0, 1024.0], "respsann: training": [1e5, 2e5], "res
     ids=["precisions", "one step, no number", "rates"],
 )
 def test_curves_are_drawn(tmp_path: Path, check: str, series: dict[str, list[float]], file: str) -> None:
-    report = BatteryReport({"name": "H200"}, False, (CheckResult(check, "t", series=series),))
-    [path] = draw_battery(tmp_path, report)
+    report = SuiteReport({"name": "H200"}, False, (CheckResult(check, "t", series=series),))
+    [path] = draw_suite(tmp_path, report)
     assert path == tmp_path / file
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_check_without_curves_has_no_picture(tmp_path: Path) -> None:
     results = (CheckResult("GPU-02", "t", error="it broke"), CheckResult("GPU-03", "t", series={"batch tokens": []}))
-    assert draw_battery(tmp_path, BatteryReport({"name": "H200"}, False, results)) == []
+    assert draw_suite(tmp_path, SuiteReport({"name": "H200"}, False, results)) == []
     assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,9 @@ import math
 import pytest
 
 from psannlm.gpu_suite.report import (
-    BatteryReport,
     CheckResult,
     Measure,
+    SuiteReport,
     at_least,
     at_most,
     largest,
@@ -52,7 +52,7 @@ def test_one_missed_limit_fails_the_check_and_the_battery() -> None:
     bad = at_most("other error", 2.0, 1.0, "x", "because")
     result = CheckResult("GPU-01", "t", (GOOD, bad))
     assert (result.status, result.missed) == ("failed", (bad,))
-    report = BatteryReport({}, True, (CheckResult("GPU-02", "t", (GOOD,)), result))
+    report = SuiteReport({}, True, (CheckResult("GPU-02", "t", (GOOD,)), result))
     assert report.verdict == "failed"
     assert report.problems == ["GPU-01: other error: 2 x (at most 1)"]
 
@@ -68,7 +68,7 @@ def test_an_error_outweighs_what_was_measured_before_it() -> None:
 
 
 def test_a_skipped_check_is_told_and_is_no_failure() -> None:
-    report = BatteryReport({}, True, (CheckResult("GPU-05", "t", skipped="one GPU"), CheckResult("1", "t", (GOOD,))))
+    report = SuiteReport({}, True, (CheckResult("GPU-05", "t", skipped="one GPU"), CheckResult("1", "t", (GOOD,))))
     assert report.verdict == "ok"
     assert report.as_dict()["counts"] == {"ok": 1, "failed": 0, "error": 0, "skipped": 1}
 

@@ -10,7 +10,7 @@ import torch
 from psannlm.errors import ConfigError, Interrupted, PsannlmError
 from psannlm.gpu_suite import suite
 from psannlm.gpu_suite.context import CheckContext
-from psannlm.gpu_suite.report import BatteryReport, CheckResult, at_most
+from psannlm.gpu_suite.report import CheckResult, SuiteReport, at_most
 from psannlm.gpu_suite.suite import CHECKS, require_device, run_check, validate
 
 GOOD = (at_most("error", 0.0, 1.0, "x", ""),)
@@ -97,7 +97,7 @@ def test_a_device_that_does_not_come_free_is_told_and_the_others_run(
 
 
 def test_each_check_is_handed_out_as_soon_as_it_is_done(checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[BatteryReport] = []
+    kept: list[SuiteReport] = []
     report = validate("cpu", only=("GPU-01", "GPU-02", "GPU-03"), on_report=kept.append)
     assert [len(r.results) for r in kept] == [1, 2, 3]
     assert [r.verdict for r in kept] == ["unfinished", "unfinished", "ok"]

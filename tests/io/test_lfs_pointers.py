@@ -124,7 +124,7 @@ def test_tokenizer_prompts_and_configuration_pointers_are_named(
     with pytest.raises(PsannlmError, match=remedy):
         load_config("config.yaml")
     with pytest.raises(PsannlmError, match=remedy):
-        read_baseline(Path("summary.json"), {}, is_rehearsal=False, any_machine=False)
+        read_baseline(Path("summary.json"), {}, is_dry_run=False, any_machine=False)
     with pytest.raises(Unreadable, match="symbolic link" if Path("t.json").is_symlink() else remedy):
         read_json(Path("t.json"))
     Path("a.txt").write_text("a text that is here\n", encoding="utf-8")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from psannlm.gpu_suite.report import BatteryReport, CheckResult, at_least, at_most
+from psannlm.gpu_suite.report import CheckResult, SuiteReport, at_least, at_most
 from psannlm.reports.build import write_report
 from psannlm.reports.gather import gather
 from psannlm.reports.gpu_tables import battery_headlines, battery_memory, battery_rates, battery_tables
@@ -28,7 +28,7 @@ def figures(**changes: Any) -> dict[str, Any]:
         CheckResult("GPU-05", "data parallel", skipped="there is one GPU"),
         CheckResult("GPU-08", "checkpoints", error="RuntimeError: out of luck"),
     )
-    plain = BatteryReport(MACHINE, False, results, "earlier", ("GPU-03: rate: 1 now, 2 in the baseline",)).as_dict()
+    plain = SuiteReport(MACHINE, False, results, "earlier", ("GPU-03: rate: 1 now, 2 in the baseline",)).as_dict()
     return {**json.loads(json.dumps(plain)), **changes}
 
 
@@ -90,7 +90,7 @@ def test_a_gathered_battery_is_in_the_files_of_rates_and_memory(tmp_path: Path) 
 
 def test_what_was_found_stands_beside_the_name_in_later_batteries() -> None:
     broken = CheckResult("GPU-08", "t", (at_most("others", 1.0, 0.0, "tensors", "", detail="embedding.weight"),))
-    plain = BatteryReport(MACHINE, True, (broken,)).as_dict()
+    plain = SuiteReport(MACHINE, True, (broken,)).as_dict()
     assert battery_tables(plain)[1].rows[0][0] == "others (embedding.weight)"
     del plain["checks"][0]["measures"][0]["detail"]
     assert battery_tables(plain)[1].rows[0][0] == "others"
@@ -98,7 +98,7 @@ def test_what_was_found_stands_beside_the_name_in_later_batteries() -> None:
 
 def test_a_value_that_is_no_number_is_shown() -> None:
     broken = CheckResult("GPU-01", "t", (at_most("error", float("nan"), 1.0, "x", ""),))
-    plain = BatteryReport(MACHINE, True, (broken,)).as_dict()
+    plain = SuiteReport(MACHINE, True, (broken,)).as_dict()
     overview, values = battery_tables(plain)
     assert overview.rows[0][4] == "error: nan x (≤ 1.000)"
     assert values.rows[0][1] == "nan"

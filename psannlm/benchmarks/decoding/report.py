@@ -276,7 +276,7 @@ class KvReport:
             "contexts_left_out": self.left_out,
             "packing_cost": None if self.packing is None else self.packing.as_dict(),
             "reference_model": reference_model,
-            # The key's name before 3.0, kept for readers of older figures.
+            # The key's former name, for those who read it.
             "rival": reference_model,
             "agreement": self.agreement.as_dict(),
             "outputs_are_equal": self.agreement.difference is None,

@@ -138,7 +138,7 @@ class ThroughputReport:
             "mlp": model.mlp,
             "activation": row.candidate.activation,
             "is_baseline": row.candidate.is_baseline,
-            # The key's name before 3.0, kept for readers of older figures.
+            # The key's former name, for those who read it.
             "is_yardstick": row.candidate.is_baseline,
             "positional_encoding": model.positional_encoding,
             "d_model": model.d_model,

@@ -54,7 +54,7 @@ def check_generation(context: CheckContext) -> CheckResult:
         context.say(f"GPU-07: {base}, the rate of one row")
         report, is_compiled = _one_row(context, base)
         notes += [f"{base}: {notice}" for notice in report.notices]
-        measures += rate_measures(base, report, is_compiled=is_compiled, is_rehearsal=context.is_rehearsal)
+        measures += rate_measures(base, report, is_compiled=is_compiled, is_dry_run=context.is_dry_run)
         context.release()
         measures += large_floor_measures(context, base, notes)
     return CheckResult("GPU-07", "generation", tuple(measures), notes=tuple(notes))
@@ -160,12 +160,12 @@ def _as_run(ids: list[int]) -> DecodeRun:
     return DecodeRun([ids], len(ids), 0.0, 0.0, 0.0, 0.0)
 
 
-def rate_measures(base: str, report: KvReport, *, is_compiled: bool, is_rehearsal: bool) -> list[Measure]:
+def rate_measures(base: str, report: KvReport, *, is_compiled: bool, is_dry_run: bool) -> list[Measure]:
     """Return the decode rate of one row, and the share of its steps in which memory delivers what they read."""
     case = Case(True, True, is_compiled)
     how = f"{report.settings.dtype}, {'compiled' if is_compiled else 'plain'}"
     found = Floor.of(report.rate(case), report.floors()[case])
-    return small_floor_measures(base, found, how, is_compiled=is_compiled, is_rehearsal=is_rehearsal)
+    return small_floor_measures(base, found, how, is_compiled=is_compiled, is_dry_run=is_dry_run)
 
 
 def _rate(name: str, spread: Spread, limit: float, unit: str, reason: str) -> Measure:
@@ -178,15 +178,15 @@ def check_compiled(context: CheckContext) -> CheckResult:
     missing = missing_to_compile(context.device)
     if missing is not None:
         return CheckResult("GPU-09", "compile and CUDA graphs", skipped=f"torch.compile needs {missing}")
-    bases: Sequence[BaseName] = ("waveresnet",) if context.is_rehearsal else BASE_NAMES
+    bases: Sequence[BaseName] = ("waveresnet",) if context.is_dry_run else BASE_NAMES
     measures: list[Measure] = []
     notes: list[str] = []
     for base in bases:
         context.say(f"GPU-09: {base}, compiling decoding")
         skips = _graph_skips()
-        batch_size = 2 if context.is_rehearsal else context.sizes.decoding.n_rows
+        batch_size = 2 if context.is_dry_run else context.sizes.decoding.n_rows
         report = _bench(context, base, batch_size=batch_size, cases="batch", is_compiled=True)
-        measures += compiled_decoding_measures(base, report, is_rehearsal=context.is_rehearsal)
+        measures += compiled_decoding_measures(base, report, is_dry_run=context.is_dry_run)
         if context.is_gpu:
             measures += graph_measures(base, _graph_skips() - skips, _recorded_graphs(context.device))
         notes += [f"{base}: {notice}" for notice in report.notices]
@@ -220,7 +220,7 @@ def graph_measures(base: str, n_skips: int, n_recorded: int) -> list[Measure]:
     ]
 
 
-def compiled_decoding_measures(base: str, report: KvReport, *, is_rehearsal: bool) -> list[Measure]:
+def compiled_decoding_measures(base: str, report: KvReport, *, is_dry_run: bool) -> list[Measure]:
     """Return whether compiling changes a token, what it gains, and what its first run costs."""
     difference, gain = report.agreement.difference, report.from_compiling(True)
     name, where = f"{base}: tokens that compiling changes", "" if difference is None else str(difference)
@@ -232,9 +232,9 @@ def compiled_decoding_measures(base: str, report: KvReport, *, is_rehearsal: boo
         _rate(
             f"{base}: decode rate, compiled / plain",
             edges,
-            0.0 if is_rehearsal else 1.0,
+            0.0 if is_dry_run else 1.0,
             "x",
-            "a rehearsal holds rates against nothing" if is_rehearsal else "compiling takes long and must pay",
+            "no throughput limit applies in a dry run" if is_dry_run else "compiling takes long and must pay",
         ),
         at_most(
             f"{base}: warm-up of decoding",
@@ -250,7 +250,7 @@ def compiled_decoding_measures(base: str, report: KvReport, *, is_rehearsal: boo
 def _compiled_training(context: CheckContext, base: BaseName) -> list[Measure]:
     n_steps = context.sizes.n_steps
     # One block in a rehearsal: each more is a compiler's work over again.
-    shape = replace(context.sizes.training, n_layers=1) if context.is_rehearsal else context.sizes.training
+    shape = replace(context.sizes.training, n_layers=1) if context.is_dry_run else context.sizes.training
     config = shape.config(base)
     plain = Trainer.build(context, config, torch.float32)
     plain_curve, plain_s = _timed_curve(context, plain, shape, 0, n_steps)
@@ -260,7 +260,7 @@ def _compiled_training(context: CheckContext, base: BaseName) -> list[Measure]:
     warm_up_s = context.clock() - began
     rest, compiled_s = _timed_curve(context, compiled, shape, 1, n_steps)
     return compiled_training_measures(
-        base, plain_curve, [*first, *rest], plain_s / compiled_s, warm_up_s, is_rehearsal=context.is_rehearsal
+        base, plain_curve, [*first, *rest], plain_s / compiled_s, warm_up_s, is_dry_run=context.is_dry_run
     )
 
 
@@ -279,13 +279,13 @@ def _timed_curve(
 
 
 def compiled_training_measures(
-    base: str, plain: Sequence[float], compiled: Sequence[float], gain: float, warm_up_s: float, *, is_rehearsal: bool
+    base: str, plain: Sequence[float], compiled: Sequence[float], gain: float, warm_up_s: float, *, is_dry_run: bool
 ) -> list[Measure]:
     """Return how far compiled training is from plain training, what it gains, and what its first step costs."""
     distance = largest_distance(plain, compiled)
     reason = f"other sums of float32 come to about 1e-5 nats over {len(plain)} steps"
-    limit = 0.0 if is_rehearsal else 0.9
-    pays = "a rehearsal holds rates against nothing" if is_rehearsal else "compiling must not slow a step down"
+    limit = 0.0 if is_dry_run else 0.9
+    pays = "no throughput limit applies in a dry run" if is_dry_run else "compiling must not slow a step down"
     long = "beyond minutes no short run earns it back"
     return [
         at_most(f"{base}: loss, compiled against plain", distance, _COMPILED_LOSS_LIMIT, "nats", reason),

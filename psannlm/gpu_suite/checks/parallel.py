@@ -26,7 +26,7 @@ from psannlm.training.launch import meeting_place, start_rank
 from psannlm.training.metrics import read_metrics
 from psannlm.training.run import train
 
-_REHEARSAL_RANKS = 2
+_DRY_RUN_RANKS = 2
 _TIMEOUT_S = 600.0
 _POLL_S = 0.1
 # Logged intervals of a run whose rate counts: each waits for the device once.
@@ -50,7 +50,7 @@ def check_fsdp(context: CheckContext) -> CheckResult:
 
 
 def _check(context: CheckContext, check: str, title: str, settings: dict[str, Any]) -> CheckResult:
-    n_ranks = torch.cuda.device_count() if context.is_gpu else _REHEARSAL_RANKS
+    n_ranks = torch.cuda.device_count() if context.is_gpu else _DRY_RUN_RANKS
     if n_ranks < 2:
         return CheckResult(check, title, skipped="there is one GPU, and parallel training needs two")
     n_steps = context.sizes.n_steps
@@ -124,7 +124,7 @@ def _scaling(context: CheckContext, check: str, n_ranks: int, settings: dict[str
         f"scaling efficiency of {fitting.n_layers} layers of {fitting.d_model}, {fitting.n_tokens:,} tokens a step and "
         "process, one micro-batch each"
     )
-    return [efficiency_measure(rates["one"], rates["many"], n_ranks, is_rehearsal=context.is_rehearsal)], note
+    return [efficiency_measure(rates["one"], rates["many"], n_ranks, is_dry_run=context.is_dry_run)], note
 
 
 def parity_measures(
@@ -143,14 +143,14 @@ def parity_measures(
     ]
 
 
-def efficiency_measure(one: Sequence[float], many: Sequence[float], n_ranks: int, *, is_rehearsal: bool) -> Measure:
+def efficiency_measure(one: Sequence[float], many: Sequence[float], n_ranks: int, *, is_dry_run: bool) -> Measure:
     """Return the rate of all ranks beside as many times that of one; the first half, which warms up, is left out."""
     half = len(one) // 2
     ratio = statistics.median(many[half:]) / (n_ranks * statistics.median(one[half:]))
-    limit = 0.0 if is_rehearsal else EFFICIENCY_LIMIT
+    limit = 0.0 if is_dry_run else EFFICIENCY_LIMIT
     reason = "a step of this size takes several times the exchange of its gradients; less is one that waits for it"
-    if is_rehearsal:
-        reason = "a rehearsal holds rates against nothing"
+    if is_dry_run:
+        reason = "no throughput limit applies in a dry run"
     return at_least("scaling efficiency", ratio, limit, "x", reason, regression=0.15)
 
 

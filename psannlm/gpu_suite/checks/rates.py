@@ -18,7 +18,7 @@ from psannlm.runtime.device import describe_device
 
 # A rehearsal holds rates against nothing; a published card against figures of its generation, any other against its
 # own matrix peak alone.
-Card = Literal["rehearsal", "published", "other"]
+Card = Literal["dry run", "published", "other"]
 
 # What the project that these models come from published in November 2025: forward passes of two H200s at 131,072 batch
 # tokens, 4 layers of 256, float32, in tokens per second.
@@ -36,7 +36,7 @@ _SINE_COST_LIMIT = 1.05
 _RATE_REGRESSION = 0.05
 # What a rehearsal allows of a ratio: more than any.
 _ANY = 1e3
-_NOTHING = "a rehearsal holds rates against nothing"
+_NOTHING = "no throughput limit applies in a dry run"
 _SMALL_WHY = "matrices this narrow are bound by memory, not by arithmetic; less is a step that waits"
 # Of the operations of a training token, those of the forward pass.
 _FORWARD_SHARE = 1 / 3
@@ -69,8 +69,8 @@ class Rates:
 
 def card_of(context: CheckContext) -> Card:
     """Return what there is to hold a rate against."""
-    if context.is_rehearsal:
-        return "rehearsal"
+    if context.is_dry_run:
+        return "dry run"
     is_published = context.is_gpu and any(name in describe_device(context.device) for name in _PUBLISHED_GPUS)
     return "published" if is_published else "other"
 
@@ -78,7 +78,7 @@ def card_of(context: CheckContext) -> Card:
 def rate_measures(rates: Mapping[str, Rates], sine_cost: float, batch_tokens: int, card: Card) -> list[Measure]:
     """Return rates, utilisation and spread of every base at one batch size, and what the sine costs."""
     measures = []
-    is_rehearsal = card == "rehearsal"
+    is_dry_run = card == "dry run"
     for name, found in rates.items():
         case, training = f"{name}, {batch_tokens:,} tokens", found.training
         uneven = "turns that differ by more come from a machine that does something else, or runs hot"
@@ -92,18 +92,18 @@ def rate_measures(rates: Mapping[str, Rates], sine_cost: float, batch_tokens: in
             at_most(
                 f"{case}: spread of training",
                 (training.highest - training.lowest) / training.median,
-                _ANY if is_rehearsal else _SPREAD_LIMIT,
+                _ANY if is_dry_run else _SPREAD_LIMIT,
                 "of the median",
-                _NOTHING if is_rehearsal else uneven,
+                _NOTHING if is_dry_run else uneven,
             ),
         ]
     measures.append(
         at_most(
             f"{batch_tokens:,} tokens: a step with the sine / with GELU",
             sine_cost,
-            _ANY if is_rehearsal else _SINE_COST_LIMIT,
+            _ANY if is_dry_run else _SINE_COST_LIMIT,
             "x",
-            _NOTHING if is_rehearsal else "the sine is one pass over memory each way, as GELU is",
+            _NOTHING if is_dry_run else "the sine is one pass over memory each way, as GELU is",
         )
     )
     return measures
@@ -124,7 +124,7 @@ def large_measures(case: str, found: Rates, card: Card) -> list[Measure]:
 
 def _floor(found: Rates, card: Card, share: float, why: str, *, is_forward: bool = False) -> tuple[float, str]:
     """Return the lowest rate that passes, and why it does."""
-    if card == "rehearsal":
+    if card == "dry run":
         return 0.0, _NOTHING
     reason = f"{share:.0%} of the rate at which large matrices were multiplied in the same turns: {why}"
     return found.floor(share, is_forward=is_forward), reason
@@ -132,7 +132,7 @@ def _floor(found: Rates, card: Card, share: float, why: str, *, is_forward: bool
 
 def _forward(name: str, found: Rates, batch_tokens: int, card: Card) -> tuple[float, str]:
     limit, reason = _floor(found, card, SMALL_SHARE, _SMALL_WHY, is_forward=True)
-    if name not in PUBLISHED_FORWARD or batch_tokens != _PUBLISHED_TOKENS or card == "rehearsal":
+    if name not in PUBLISHED_FORWARD or batch_tokens != _PUBLISHED_TOKENS or card == "dry run":
         return limit, reason
     if card == "other":
         return limit, f"{reason}; what was published for H200s says nothing of this card"
@@ -151,7 +151,7 @@ def _rate(name: str, spread: Spread, limit: float, reason: str) -> Measure:
 
 
 def _utilisation(case: str, found: Rates, card: Card, share: float, why: str) -> Measure:
-    limit, reason = (0.0, _NOTHING) if card == "rehearsal" else (share, why)
+    limit, reason = (0.0, _NOTHING) if card == "dry run" else (share, why)
     return at_least(
         f"{case}: utilisation", found.utilisation, limit, "of the peak", reason, regression=_RATE_REGRESSION
     )

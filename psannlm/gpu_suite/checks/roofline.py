@@ -33,7 +33,7 @@ _LEAST_BYTES = 1.5e9
 # Float32 weights, the same in bfloat16, and what is read to time memory, which the first make room for.
 _BYTES_PER_PARAMETER = 8
 _SHARE_OF_MEMORY = 0.8
-_NOTHING = "a rehearsal holds rates against nothing"
+_NOTHING = "no throughput limit applies in a dry run"
 _ONLY_READS = "a step of one row does little but read the weights; the rest is attention and the way between kernels"
 _LAUNCHES = "without a compiler each of some hundred kernels is launched by itself"
 _SMALL = "half a GB is read in less time than the kernels of a step take to start; less than this is one that waits"
@@ -56,7 +56,7 @@ class Floor:
 def large_floor_measures(context: CheckContext, base: BaseName, notes: list[str]) -> list[Measure]:
     """Decode a model of ``base`` as large as memory allows; what it was, or why there is none, goes to ``notes``."""
     shape, case = context.sizes.floor, f"{base}, several GB"
-    least = 0.0 if context.is_rehearsal else _LEAST_BYTES
+    least = 0.0 if context.is_dry_run else _LEAST_BYTES
     free = torch.cuda.mem_get_info(context.device)[0] if context.is_gpu else 1 << 40
     fitting = fitting_layers(shape, base, free, least)
     if fitting is None:
@@ -73,7 +73,7 @@ def large_floor_measures(context: CheckContext, base: BaseName, notes: list[str]
     context.release()
     how = f"{dtype}, {'compiled' if is_compiled else 'plain'}"
     limit, reason = LARGE_LIMITS[is_compiled], _ONLY_READS if is_compiled else _LAUNCHES
-    return floor_measures(case, how, found, limit, reason, is_rehearsal=context.is_rehearsal, detail=detail)
+    return floor_measures(case, how, found, limit, reason, is_dry_run=context.is_dry_run, detail=detail)
 
 
 def fitting_layers(shape: Shape, base: BaseName, free_bytes: int, least_bytes: float) -> Shape | None:
@@ -121,17 +121,17 @@ def _random_model(config: ModelConfig, device: torch.device) -> Transformer:
     return model
 
 
-def small_floor_measures(base: str, found: Floor, how: str, *, is_compiled: bool, is_rehearsal: bool) -> list[Measure]:
+def small_floor_measures(base: str, found: Floor, how: str, *, is_compiled: bool, is_dry_run: bool) -> list[Measure]:
     """Return the same of the model whose tokens are compared, which is too small to come near the floor."""
-    return floor_measures(base, how, found, SMALL_LIMITS[is_compiled], _SMALL, is_rehearsal=is_rehearsal)
+    return floor_measures(base, how, found, SMALL_LIMITS[is_compiled], _SMALL, is_dry_run=is_dry_run)
 
 
 def floor_measures(
-    case: str, how: str, found: Floor, limit: float, reason: str, *, is_rehearsal: bool, detail: str = ""
+    case: str, how: str, found: Floor, limit: float, reason: str, *, is_dry_run: bool, detail: str = ""
 ) -> list[Measure]:
     """Return the decode rate of one row and its share of the floor, against ``limit`` of the latter."""
-    limit, reason = (0.0, _NOTHING) if is_rehearsal else (limit, reason)
-    so_much = _NOTHING if is_rehearsal else f"{limit:.0%} of the rate of a step that did nothing but read"
+    limit, reason = (0.0, _NOTHING) if is_dry_run else (limit, reason)
+    so_much = _NOTHING if is_dry_run else f"{limit:.0%} of the rate of a step that did nothing but read"
     least = limit * found.reading_tokens_per_s
     return [
         _measure(f"{case}: one row, {how}", found.rate, least, "tokens/s", so_much, detail),

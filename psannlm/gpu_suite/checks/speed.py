@@ -38,8 +38,8 @@ def check_speed(context: CheckContext) -> CheckResult:
     is_compiled = context.is_gpu and has_compiler(context.device)
     measures: list[Measure] = []
     notes = [
-        f"{dtype_name(context.low_precision())}, {'compiled' if is_compiled else 'plain'}; utilisation: 6 operations per "
-        "matrix weight and token, and attention, beside the measured rate of large matrix products",
+        f"{dtype_name(context.low_precision())}, {'compiled' if is_compiled else 'plain'}; utilisation: 6 operations "
+        "per matrix weight and token, and attention, beside the measured rate of large matrix products",
         f"{PUBLISHED_BY}: {', '.join(f'{base} {rate:,.0f}' for base, rate in PUBLISHED_FORWARD.items())} tokens/s",
     ]
     series: dict[str, list[float]] = {"batch tokens": []}
@@ -78,9 +78,9 @@ def _train(
         batch_tokens=shape.n_tokens,
         amp=amp[context.low_precision()],
         is_compiled=is_compiled,
-        steps=1 if context.is_rehearsal else None,
+        steps=1 if context.is_dry_run else None,
         repeats=context.sizes.repeats,
-        warmup=1 if context.is_rehearsal else 5,
+        warmup=1 if context.is_dry_run else 5,
         also=("gelu",) if with_gelu else (),
     )
     return bench_train(settings, context.device, measure_memory=None, clock=context.clock)
@@ -117,7 +117,7 @@ def _forward(context: CheckContext, config: ModelConfig, shape: Shape, is_compil
     trainer = Trainer.build(context, config, context.low_precision(), is_compiled=is_compiled)
     trainer.model.eval()
     batch = micro_batch(draw_tokens(shape, seed=4).to(context.device))
-    n_passes = 1 if context.is_rehearsal else _PASSES_PER_TURN
+    n_passes = 1 if context.is_dry_run else _PASSES_PER_TURN
 
     @torch.no_grad()
     def turn(count: Count) -> float:

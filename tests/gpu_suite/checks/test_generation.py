@@ -53,9 +53,9 @@ def test_a_wrong_row_of_the_cache_is_seen(context: CheckContext, monkeypatch: py
 @pytest.mark.usefixtures("one_base")
 def test_slow_decoding_is_seen_at_full_size_only(context: CheckContext) -> None:
     report, _ = generation._one_row(context, "waveresnet")
-    slow = rate_measures("b", report, is_compiled=False, is_rehearsal=False)
+    slow = rate_measures("b", report, is_compiled=False, is_dry_run=False)
     assert [measure.is_met for measure in slow] == [False, False], "a row of a tiny model reads next to nothing"
-    assert all(measure.is_met for measure in rate_measures("b", report, is_compiled=False, is_rehearsal=True))
+    assert all(measure.is_met for measure in rate_measures("b", report, is_compiled=False, is_dry_run=True))
 
 
 def test_one_id_repeated_and_a_cache_of_another_size_are_seen(context: CheckContext) -> None:
@@ -98,7 +98,7 @@ class Report:
     ids=["good", "slower", "not compiled", "long warm-up", "another token"],
 )
 def test_limits_of_compiled_decoding(report: Any, missed: list[str]) -> None:
-    measures = compiled_decoding_measures("b", report, is_rehearsal=False)
+    measures = compiled_decoding_measures("b", report, is_dry_run=False)
     assert [m.name for m in measures if not m.is_met] == missed
     assert measures[0].detail == (report.agreement.difference or "")
 
@@ -111,7 +111,7 @@ def test_decoding_without_cuda_graphs_is_seen() -> None:
 
 def test_limits_of_compiled_training() -> None:
     def missed(compiled: list[float], gain: float, seconds: float) -> list[str]:
-        measures = compiled_training_measures("b", [2.0, 1.0], compiled, gain, seconds, is_rehearsal=False)
+        measures = compiled_training_measures("b", [2.0, 1.0], compiled, gain, seconds, is_dry_run=False)
         return [m.name for m in measures if not m.is_met]
 
     assert missed([2.0, 1.0], 1.5, 30.0) == []
@@ -126,7 +126,7 @@ def test_limits_of_compiled_training() -> None:
 def test_one_compiled_loss_that_is_no_number_is_seen(place: int) -> None:
     losses = [3.0, 2.0, 1.0]
     losses[place] = float("nan")
-    measures = compiled_training_measures("b", [3.0, 2.0, 1.0], losses, 1.5, 30.0, is_rehearsal=True)
+    measures = compiled_training_measures("b", [3.0, 2.0, 1.0], losses, 1.5, 30.0, is_dry_run=True)
     assert [m.name for m in measures if not m.is_met] == ["b: loss, compiled against plain"]
 
 

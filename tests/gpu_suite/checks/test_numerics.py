@@ -17,7 +17,7 @@ from psannlm.gpu_suite.checks.numerics import (
     gradient_measures,
     scale_measure,
 )
-from psannlm.gpu_suite.context import REHEARSAL, CheckContext
+from psannlm.gpu_suite.context import DRY_RUN, CheckContext
 from psannlm.kernels import recompute
 
 
@@ -91,7 +91,7 @@ def test_a_gradient_that_is_missing_is_infinitely_far(context: CheckContext, mon
 
 
 def test_low_precision_trains_as_float32_does(context: CheckContext) -> None:
-    short = replace(context, sizes=replace(REHEARSAL, n_steps=8))
+    short = replace(context, sizes=replace(DRY_RUN, n_steps=8))
     result = check_precision(short)
     assert result.status == "ok", result.problems()
     assert len(result.series["waveresnet, float16"]) == 8

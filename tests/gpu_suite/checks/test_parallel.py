@@ -133,5 +133,5 @@ def test_limits_of_parity_and_scaling() -> None:
         losses = [3.0, 2.0, 1.0]
         losses[place] = float("nan")
         assert not parity_measures([3.0, 2.0, 1.0], losses, weights)[0].is_met, "no number is no parity either"
-    assert not efficiency_measure([100.0] * 4, [90.0] * 4, 2, is_rehearsal=False).is_met
-    assert efficiency_measure([100.0] * 4, [190.0] * 4, 2, is_rehearsal=False).is_met
+    assert not efficiency_measure([100.0] * 4, [90.0] * 4, 2, is_dry_run=False).is_met
+    assert efficiency_measure([100.0] * 4, [190.0] * 4, 2, is_dry_run=False).is_met

@@ -29,7 +29,7 @@ def missed(found: dict[str, Rates], sine_cost: float = 1.0, *, card: Card = "pub
     return [measure.name for measure in measures if not measure.is_met]
 
 
-@pytest.mark.parametrize("card", ["published", "other", "rehearsal"])
+@pytest.mark.parametrize("card", ["published", "other", "dry run"])
 def test_fast_and_even_rates_pass(card: Card) -> None:
     assert missed(rates(), card=card) == []
 
@@ -38,7 +38,7 @@ def test_a_slow_forward_pass_is_seen_on_the_gpus_it_was_published_for() -> None:
     slow = rates(forward=6e6)
     assert missed(slow) == ["respsann, 131,072 tokens: forward", "waveresnet, 131,072 tokens: forward"]
     assert missed(slow, card="other") == []
-    assert missed(slow, card="rehearsal") == []
+    assert missed(slow, card="dry run") == []
 
 
 @pytest.mark.parametrize("card", ["published", "other"])
@@ -47,7 +47,7 @@ def test_a_rate_far_below_the_peak_is_seen_on_every_card(card: Card) -> None:
     assert missed(rates(training=430_000.0), card=card) == [f"{base}, 131,072 tokens: training" for base in bases]
     assert missed(rates(training=440_000.0), card=card) == []
     assert missed(rates(forward=1_300_000.0), card=card) == [f"{base}, 131,072 tokens: forward" for base in bases]
-    assert missed(rates(training=1.0, forward=1.0), card="rehearsal") == []
+    assert missed(rates(training=1.0, forward=1.0), card="dry run") == []
 
 
 @pytest.mark.parametrize("card", ["published", "other"])
@@ -57,8 +57,8 @@ def test_no_limit_of_a_real_gpu_judges_nothing(card: Card, batch_tokens: int) ->
     lowest = [measure for measure in measures if measure.side == "at least"]
     assert len(lowest) == 3 * 3 + 2
     assert all(measure.limit > 0 for measure in lowest)
-    rehearsed = rate_measures(rates(), 1.0, batch_tokens, "rehearsal")
-    assert all(m.reason == "a rehearsal holds rates against nothing" for m in rehearsed if "problems" not in m.name)
+    dry = rate_measures(rates(), 1.0, batch_tokens, "dry run")
+    assert all(m.reason == "no throughput limit applies in a dry run" for m in dry if "problems" not in m.name)
 
 
 @pytest.mark.parametrize(("card", "least"), [("published", 0.5), ("other", 0.25)])
@@ -85,9 +85,9 @@ def test_a_peak_that_was_not_measured_lets_no_rate_of_nothing_pass() -> None:
 def test_a_card_is_told_by_its_name(
     context: CheckContext, monkeypatch: pytest.MonkeyPatch, name: str, card: Card
 ) -> None:
-    assert card_of(context) == "rehearsal"
+    assert card_of(context) == "dry run"
     monkeypatch.setattr(rates_module, "describe_device", lambda device: name)
-    assert card_of(replace(context, device=torch.device("cuda"), is_rehearsal=False)) == card
+    assert card_of(replace(context, device=torch.device("cuda"), is_dry_run=False)) == card
 
 
 def test_a_step_that_waits_is_seen() -> None:
@@ -107,4 +107,4 @@ def test_a_loss_that_is_no_number_is_seen_even_in_a_rehearsal() -> None:
     found = rates()
     found["waveresnet"] = replace(found["waveresnet"], problems=("waveresnet: a loss is not finite",))
     name = "waveresnet, 131,072 tokens: problems of the training that is timed"
-    assert missed(found) == missed(found, card="rehearsal") == [name]
+    assert missed(found) == missed(found, card="dry run") == [name]

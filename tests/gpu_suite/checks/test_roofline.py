@@ -32,19 +32,19 @@ def floor(share: float) -> Floor:
 def test_decoding_that_leaves_memory_idle_is_seen(is_compiled: bool) -> None:
     limit = roofline.LARGE_LIMITS[is_compiled]
 
-    def missed(share: float, *, is_rehearsal: bool = False) -> list[str]:
-        measures = floor_measures("b, several GB", "how", floor(share), limit, "", is_rehearsal=is_rehearsal)
-        assert is_rehearsal or all(measure.limit > 0 for measure in measures)
+    def missed(share: float, *, is_dry_run: bool = False) -> list[str]:
+        measures = floor_measures("b, several GB", "how", floor(share), limit, "", is_dry_run=is_dry_run)
+        assert is_dry_run or all(measure.limit > 0 for measure in measures)
         return [measure.name for measure in measures if not measure.is_met]
 
     assert missed(limit + 0.01) == []
     assert missed(limit - 0.01) == ["b, several GB: one row, how", "b, several GB: floor of memory / step, how"]
-    assert missed(0.001, is_rehearsal=True) == []
+    assert missed(0.001, is_dry_run=True) == []
 
 
 def test_a_small_model_is_held_against_what_launches_leave_it() -> None:
     def missed(share: float, is_compiled: bool) -> int:
-        measures = small_floor_measures("b", floor(share), "how", is_compiled=is_compiled, is_rehearsal=False)
+        measures = small_floor_measures("b", floor(share), "how", is_compiled=is_compiled, is_dry_run=False)
         return sum(not measure.is_met for measure in measures)
 
     assert missed(0.2, True) == missed(0.05, False) == 0, "healthy"
@@ -68,7 +68,7 @@ def test_memory_that_is_not_there_after_all_is_no_rate(context: CheckContext, mo
 
     names = [measure.name for measure in large_floor_measures(context, "waveresnet", [])]
     monkeypatch.setattr(roofline, "_decode_row", short)
-    at_full_size = replace(context, is_rehearsal=False)
+    at_full_size = replace(context, is_dry_run=False)
     monkeypatch.setattr(roofline, "_LEAST_BYTES", 0.0)
     measures = large_floor_measures(at_full_size, "waveresnet", [])
     assert [measure.name for measure in measures] == names
@@ -88,5 +88,5 @@ def test_layers_are_halved_until_they_fit(free_gb: int, n_layers: int | None) ->
 
 def test_too_little_memory_is_told(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    assert large_floor_measures(replace(context, is_rehearsal=False), "waveresnet", notes) == []
+    assert large_floor_measures(replace(context, is_dry_run=False), "waveresnet", notes) == []
     assert "waveresnet, several GB: left out, for" in notes[0]
