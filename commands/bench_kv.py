@@ -218,7 +218,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _tables(report: KvReport) -> list[Table]:
-    tables = [_cases_table(report), figures_table("what it comes to", _rows(report)), _floor_table(report)]
+    tables = [_cases_table(report), figures_table("what it comes to", _rows(report)), _roofline_table(report)]
     return [*tables, _growth_table(report)] if report.growth else tables
 
 
@@ -330,20 +330,20 @@ def _headline(report: KvReport) -> list[tuple[str, str]]:
     return rows
 
 
-def _floor_table(report: KvReport) -> Table:
+def _roofline_table(report: KvReport) -> Table:
     table = _open_table(
         "a decoding step beside its floor: the time in which memory delivers the weights and the cache that it reads, "
         "at the rate measured here",
         *("case", "step\nms", "reads\nMB", "memory\nGB/s", "floor\nms", "floor\n/ step"),
     )
-    for case, share in report.floors().items():
+    for case, roofline in report.rooflines().items():
         table.add_row(
             _name(case),
-            _spread(share.step_s, scale=1e3, is_cell=True),
-            f"{share.n_bytes / 1e6:,.1f}",
-            _spread(share.bytes_per_s, scale=1e-9, is_cell=True),
-            f"{1e3 * share.floor_s:,.2f}",
-            _spread(share.fraction, is_cell=True, is_percent=True),
+            _spread(roofline.step_s, scale=1e3, is_cell=True),
+            f"{roofline.n_bytes / 1e6:,.1f}",
+            _spread(roofline.bytes_per_s, scale=1e-9, is_cell=True),
+            f"{1e3 * roofline.roofline_s:,.2f}",
+            _spread(roofline.fraction, is_cell=True, is_percent=True),
         )
     return table
 
@@ -371,13 +371,13 @@ def _growth_table(report: KvReport) -> Table:
         *("context", "step\nms", "floor\nms", "floor\n/ step", "tokens/s", "cache\nMB"),
     )
     for point in report.growth:
-        share = point.share
+        roofline = point.roofline
         table.add_row(
             f"{point.context:,}",
-            _spread(share.step_s, scale=1e3, is_cell=True),
-            f"{1e3 * share.floor_s:,.2f}",
-            _spread(share.fraction, is_cell=True, is_percent=True),
-            f"{settings.batch_size / share.step_s.median:,.0f}",
+            _spread(roofline.step_s, scale=1e3, is_cell=True),
+            f"{1e3 * roofline.roofline_s:,.2f}",
+            _spread(roofline.fraction, is_cell=True, is_percent=True),
+            f"{settings.batch_size / roofline.step_s.median:,.0f}",
             f"{point.cache_bytes / 1e6:,.1f}",
         )
     if report.left_out:

@@ -162,7 +162,7 @@ def _rates_table(report: ThroughputReport, clock: str) -> Table:
     table.add_column("", min_width=14)
     for heading in (
         "tokens/s",
-        "share of\nmatrix peak",
+        "fraction of\nmatrix peak",
         "step\nms",
         "first step\ns",
         "peak\nMB",
@@ -170,12 +170,12 @@ def _rates_table(report: ThroughputReport, clock: str) -> Table:
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
-        rate, share, ratio = report.tokens_per_s(row), report.utilisation(row), report.speed_of_ours_over(row)
+        rate, utilisation, ratio = report.tokens_per_s(row), report.utilisation(row), report.speed_of_ours_over(row)
         step_ms = 1e3 * report.settings.tokens_per_step / rate.median
         table.add_row(
             row.name,
             f"{rate.median:,.0f}\n{rate.lowest:,.0f}–{rate.highest:,.0f}",
-            f"{share.median:.0%}",
+            f"{utilisation.median:.0%}",
             f"{step_ms:,.1f}",
             f"{row.first_step_s:,.2f}",
             "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",

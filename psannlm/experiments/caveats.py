@@ -58,9 +58,9 @@ def _of_losses(study: Study, chosen: Mapping[str, Choice]) -> Iterator[str]:
 
 def _of_variants(study: Study) -> Iterator[str]:
     for sized in study.variants:
-        share = sized.n_parameters / study.baseline.n_parameters - 1
-        if abs(share) > WIDTH_TOLERANCE:
-            yield f"{sized.variant.name} has {share:+.1%} parameters.".replace("-", "−")
+        excess = sized.n_parameters / study.baseline.n_parameters - 1
+        if abs(excess) > WIDTH_TOLERANCE:
+            yield f"{sized.variant.name} has {excess:+.1%} parameters.".replace("-", "−")
         if sized.variant.budget_share < 1:
             yield f"{sized.variant.name} was trained for {sized.variant.budget_share:.0%} of the others' budget."
         if sized.order_differs:

@@ -62,7 +62,7 @@ class Sizes:
         scaling: a step of GPU-05 and 06 that takes long beside what is done once a step.
         speed: GPU-03; its rows follow from ``batch_tokens``.
         memory: GPU-04. utilisation: the large model of GPU-03. decoding: GPU-07 and 09.
-        floor: the model of GPU-07 that is held against the rate of memory, with as many layers as fit.
+        roofline: the model of GPU-07 that is held against the rate of memory, with as many layers as fit.
         batch_tokens: of GPU-03.
         n_steps: of the runs that are compared.
         repeats: counted runs of what is timed.
@@ -75,7 +75,7 @@ class Sizes:
     memory: Shape
     utilisation: Shape
     decoding: Shape
-    floor: Shape
+    roofline: Shape
     batch_tokens: tuple[int, ...]
     n_steps: int
     prompt_length: int
@@ -91,7 +91,7 @@ FULL = Sizes(
     memory=Shape(d_model=256, n_layers=4, n_heads=4, vocab_size=32_000, seq_len=1024, n_rows=64),
     utilisation=Shape(d_model=1024, n_layers=24, n_heads=16, vocab_size=32_000, seq_len=1024, n_rows=32),
     decoding=Shape(d_model=1024, n_layers=16, n_heads=16, vocab_size=32_000, seq_len=2048, n_rows=8),
-    floor=Shape(d_model=4096, n_layers=14, n_heads=32, vocab_size=32_000, seq_len=2048, n_rows=1),
+    roofline=Shape(d_model=4096, n_layers=14, n_heads=32, vocab_size=32_000, seq_len=2048, n_rows=1),
     batch_tokens=(65_536, 131_072, 262_144),
     n_steps=20,
     prompt_length=256,
@@ -106,7 +106,7 @@ DRY_RUN = Sizes(
     memory=Shape(d_model=64, n_layers=6, n_heads=2, vocab_size=64, seq_len=64, n_rows=32),
     utilisation=Shape(d_model=48, n_layers=2, n_heads=2, vocab_size=64, seq_len=32, n_rows=4),
     decoding=Shape(d_model=32, n_layers=1, n_heads=2, vocab_size=128, seq_len=128, n_rows=3),
-    floor=Shape(d_model=64, n_layers=2, n_heads=2, vocab_size=128, seq_len=128, n_rows=1),
+    roofline=Shape(d_model=64, n_layers=2, n_heads=2, vocab_size=128, seq_len=128, n_rows=1),
     batch_tokens=(512, 1024),
     n_steps=20,
     prompt_length=12,

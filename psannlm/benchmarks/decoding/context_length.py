@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved, shared_turns
-from psannlm.benchmarks.harness.roofline import FloorShare, memory_reader, step_bytes
+from psannlm.benchmarks.harness.roofline import RooflineFraction, memory_reader, step_bytes
 from psannlm.generation.engine import Engine
 from psannlm.io.atomic import write_bytes
 from psannlm.io.figures import render_figure
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CONTEXTS = (256, 512, 1024, 2048, 4096)
 STEPS = 32
-_MEASURED_COLOUR, _FLOOR_COLOUR = "#1f77b4", "#7f7f7f"
+_MEASURED_COLOUR, _ROOFLINE_COLOUR = "#1f77b4", "#7f7f7f"
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class GrowthPoint:
 
     context: int
     cache_bytes: int
-    share: FloorShare
+    roofline: RooflineFraction
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain data."""
-        return {"context": self.context, "cache_bytes": self.cache_bytes, **self.share.as_dict()}
+        return {"context": self.context, "cache_bytes": self.cache_bytes, **self.roofline.as_dict()}
 
 
 def longest_state(contexts: Sequence[int], n_steps: int = STEPS) -> int:
@@ -94,7 +94,7 @@ def measure_growth(
         GrowthPoint(
             context,
             states[context].state.n_bytes,
-            FloorShare.of(
+            RooflineFraction.of(
                 step_bytes(engine, n_rows, context),
                 *shared_turns(taken[f"reading as much as context {context:,}"], taken[f"context {context:,}"]),
             ),
@@ -147,7 +147,7 @@ def _growth_figure(title: str, points: Sequence[GrowthPoint]) -> Figure:
     from matplotlib.figure import Figure
 
     contexts = [point.context for point in points]
-    steps = [point.share.step_s for point in points]
+    steps = [point.roofline.step_s for point in points]
     medians = [1e3 * step.median for step in steps]
     edges = [
         [1e3 * (step.median - step.lowest) for step in steps],
@@ -165,11 +165,11 @@ def _growth_figure(title: str, points: Sequence[GrowthPoint]) -> Figure:
         capsize=4,
         label="measured, lowest to highest turn",
     )
-    floors = [1e3 * point.share.floor_s for point in points]
+    rooflines = [1e3 * point.roofline.roofline_s for point in points]
     label = "floor: reading weights and cache once"
-    axes.plot(contexts, floors, color=_FLOOR_COLOUR, linewidth=2, linestyle="--", marker="s", label=label)
+    axes.plot(contexts, rooflines, color=_ROOFLINE_COLOUR, linewidth=2, linestyle="--", marker="s", label=label)
     for context, median, point in zip(contexts, medians, points, strict=True):
-        text = f"{median:.3g} ms\n{point.share.fraction.median:.0%} of bandwidth"
+        text = f"{median:.3g} ms\n{point.roofline.fraction.median:.0%} of bandwidth"
         # The line rises: what stands to the left of a point is clear of it.
         side, shift = ("center", 0) if context == contexts[0] else ("right", 8)
         axes.annotate(text, (context, median), (shift, 9), textcoords="offset points", ha=side, fontsize=9)

@@ -13,7 +13,7 @@ from psannlm.benchmarks.decoding.quantization_quality import PackingCost
 from psannlm.benchmarks.decoding.token_parity import Agreement
 from psannlm.benchmarks.harness.interleaved import Spread, paired_ratio, shared_turns
 from psannlm.benchmarks.harness.reference_llama import ReferenceRuns, require_reference_model
-from psannlm.benchmarks.harness.roofline import FloorShare
+from psannlm.benchmarks.harness.roofline import RooflineFraction
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, nearest
 from psannlm.generation.quantize import WeightDtype
@@ -184,7 +184,7 @@ class KvReport:
             for case, first in self.first_s.items()
         }
 
-    def floors(self) -> dict[Case, FloorShare]:
+    def rooflines(self) -> dict[Case, RooflineFraction]:
         """Return the mean decoding step of each cached case beside the time to read what it reads, turn by turn."""
         found = {}
         for case, runs in self.runs.items():
@@ -192,7 +192,7 @@ class KvReport:
                 n_steps = (self.settings.max_new_tokens - 1) * (1 if case.is_batched else self.settings.batch_size)
                 steps = [run.decode_s / n_steps for run in runs]
                 rates = self.reads[case.is_batched]
-                found[case] = FloorShare.of(self.n_bytes[case.is_batched], *shared_turns(rates, steps))
+                found[case] = RooflineFraction.of(self.n_bytes[case.is_batched], *shared_turns(rates, steps))
         return found
 
     def measured_cache_bytes(self) -> dict[Case, int]:
@@ -271,7 +271,7 @@ class KvReport:
                 str(case): {"measured": n, "predicted": predicted[case], "slots": self.cache_slots()[case]}
                 for case, n in measured.items()
             },
-            "bandwidth_floor": {str(case): share.as_dict() for case, share in self.floors().items()},
+            "bandwidth_floor": {str(case): roofline.as_dict() for case, roofline in self.rooflines().items()},
             "context_growth": [point.as_dict() for point in self.growth],
             "contexts_left_out": self.left_out,
             "packing_cost": None if self.packing is None else self.packing.as_dict(),

@@ -32,7 +32,7 @@ def step_bytes(engine: Engine, n_rows: int, length: int) -> int:
 
 
 @dataclass(frozen=True)
-class FloorShare:
+class RooflineFraction:
     """Seconds of a step beside the seconds in which memory could deliver what it reads.
 
     ``fraction`` is floor / step: 1 is a step that does nothing but read at the measured rate.
@@ -44,12 +44,12 @@ class FloorShare:
     fraction: Spread
 
     @property
-    def floor_s(self) -> float:
+    def roofline_s(self) -> float:
         """Seconds to read ``n_bytes`` at the median rate."""
         return self.n_bytes / self.bytes_per_s.median
 
     @classmethod
-    def of(cls, n_bytes: int, rates: Sequence[float], steps_s: Sequence[float]) -> FloorShare:
+    def of(cls, n_bytes: int, rates: Sequence[float], steps_s: Sequence[float]) -> RooflineFraction:
         """Set steps of so many seconds against reading rates in bytes per second of the same turns."""
         fractions = [n_bytes / rate / step for rate, step in zip(rates, steps_s, strict=True)]
         return cls(n_bytes, Spread.of(rates), Spread.of(steps_s), Spread.of(fractions))
@@ -59,7 +59,7 @@ class FloorShare:
         return {
             "n_bytes": self.n_bytes,
             "bytes_per_s": self.bytes_per_s.as_dict(),
-            "floor_s": self.floor_s,
+            "floor_s": self.roofline_s,
             "step_s": self.step_s.as_dict(),
             "fraction_of_floor": self.fraction.as_dict(),
         }

@@ -128,7 +128,7 @@ class ThroughputReport:
 
     def _row(self, row: Trained, timestamp: str) -> dict[str, Any]:
         model, settings = config_of(row.candidate, self.settings), self.settings
-        rate, share = self.tokens_per_s(row), self.utilisation(row)
+        rate, utilisation = self.tokens_per_s(row), self.utilisation(row)
         return {
             "timestamp": timestamp,
             "name": row.name,
@@ -161,7 +161,7 @@ class ThroughputReport:
             "step_s": statistics.median(row.step_s),
             "first_step_s": row.first_step_s,
             "flops_per_token": row.flops_per_token,
-            "utilisation": share.median,
+            "utilisation": utilisation.median,
             "peak_bytes": row.peak_bytes,
             "ours_over_it": self.speed_of_ours_over(row).as_dict(),
             "our_memory_over_its": self.memory_of_ours_over(row),

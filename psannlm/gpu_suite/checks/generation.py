@@ -20,7 +20,12 @@ from psannlm.generation.batch_decode import Decoding
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
-from psannlm.gpu_suite.checks.roofline import RATE_REGRESSION, Floor, large_floor_measures, small_floor_measures
+from psannlm.gpu_suite.checks.roofline import (
+    RATE_REGRESSION,
+    Roofline,
+    large_roofline_measures,
+    small_roofline_measures,
+)
 from psannlm.gpu_suite.context import BASE_NAMES, CheckContext, Shape, Trainer
 from psannlm.gpu_suite.report import (
     CheckResult,
@@ -56,7 +61,7 @@ def check_generation(context: CheckContext) -> CheckResult:
         notes += [f"{base}: {notice}" for notice in report.notices]
         measures += rate_measures(base, report, is_compiled=is_compiled, is_dry_run=context.is_dry_run)
         context.release()
-        measures += large_floor_measures(context, base, notes)
+        measures += large_roofline_measures(context, base, notes)
     return CheckResult("GPU-07", "generation", tuple(measures), notes=tuple(notes))
 
 
@@ -164,8 +169,8 @@ def rate_measures(base: str, report: KvReport, *, is_compiled: bool, is_dry_run:
     """Return the decode rate of one row, and the share of its steps in which memory delivers what they read."""
     case = Case(True, True, is_compiled)
     how = f"{report.settings.dtype}, {'compiled' if is_compiled else 'plain'}"
-    found = Floor.of(report.rate(case), report.floors()[case])
-    return small_floor_measures(base, found, how, is_compiled=is_compiled, is_dry_run=is_dry_run)
+    found = Roofline.of(report.rate(case), report.rooflines()[case])
+    return small_roofline_measures(base, found, how, is_compiled=is_compiled, is_dry_run=is_dry_run)
 
 
 def _rate(name: str, spread: Spread, limit: float, unit: str, reason: str) -> Measure:

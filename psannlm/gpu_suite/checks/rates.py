@@ -1,7 +1,7 @@
-"""What GPU-03 timed in; each rate beside the floor that its operations and the matrix peak set, out.
+"""Limits of GPU-03: measured throughput against the matrix peak and against published figures.
 
-How large a model is decides what share of the peak its products can reach; which card it ran on decides whether there
-is a published figure to hold it against. The two are asked apart.
+A model's size decides which fraction of the matrix peak its products can reach. The card decides whether there is a
+published figure to compare with. The two limits are independent.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _OVER_PUBLISHED = 10.0
 # GPUs of the published generation and later, by parts of their names: only these are held against figures of H200s.
 _PUBLISHED_GPUS = ("H100", "H200", "GH200", "B100", "B200", "B300")
 # Shares of the measured matrix peak: of a model that memory binds, on any card, and of one that products bind.
-SMALL_SHARE = 0.05
-LARGE_SHARES: dict[Card, float] = {"published": 0.5, "other": 0.25}
+SMALL_FRACTION = 0.05
+LARGE_FRACTIONS: dict[Card, float] = {"published": 0.5, "other": 0.25}
 _SPREAD_LIMIT = 0.2
 _SINE_COST_LIMIT = 1.05
 _RATE_REGRESSION = 0.05
@@ -39,7 +39,7 @@ _ANY = 1e3
 _NOTHING = "no throughput limit applies in a dry run"
 _SMALL_WHY = "matrices this narrow are bound by memory, not by arithmetic; less is a step that waits"
 # Of the operations of a training token, those of the forward pass.
-_FORWARD_SHARE = 1 / 3
+_FORWARD_FRACTION = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Rates:
 
     Attributes:
         forward: of forward passes, or None where they were not timed.
-        utilisation: share of the matrix peak that training reaches.
+        utilisation: fraction of the matrix peak that training reaches.
         flops_per_token: of training.
         peak_flops_per_s: at which large matrices were multiplied in the same turns.
         problems: what makes these worth less, a loss that is no number above all.
@@ -61,9 +61,9 @@ class Rates:
     peak_flops_per_s: float
     problems: tuple[str, ...] = ()
 
-    def floor(self, share: float, *, is_forward: bool = False) -> float:
-        """Return the tokens per second at ``share`` of the peak; one token where no peak was measured."""
-        rate = share * self.peak_flops_per_s / (self.flops_per_token * (_FORWARD_SHARE if is_forward else 1.0))
+    def rate_at(self, fraction: float, *, is_forward: bool = False) -> float:
+        """Return the tokens per second at ``fraction`` of the peak; one token where no peak was measured."""
+        rate = fraction * self.peak_flops_per_s / (self.flops_per_token * (_FORWARD_FRACTION if is_forward else 1.0))
         return rate if math.isfinite(rate) else 1.0
 
 
@@ -84,11 +84,11 @@ def rate_measures(rates: Mapping[str, Rates], sine_cost: float, batch_tokens: in
         uneven = "turns that differ by more come from a machine that does something else, or runs hot"
         measures += [
             _problems(case, found.problems),
-            _rate(f"{case}: training", training, *_floor(found, card, SMALL_SHARE, _SMALL_WHY)),
+            _rate(f"{case}: training", training, *_least_rate(found, card, SMALL_FRACTION, _SMALL_WHY)),
             _rate(
                 f"{case}: forward", found.forward or Spread.of([math.nan]), *_forward(name, found, batch_tokens, card)
             ),
-            _utilisation(case, found, card, SMALL_SHARE, _SMALL_WHY),
+            _utilisation(case, found, card, SMALL_FRACTION, _SMALL_WHY),
             at_most(
                 f"{case}: spread of training",
                 (training.highest - training.lowest) / training.median,
@@ -111,27 +111,27 @@ def rate_measures(rates: Mapping[str, Rates], sine_cost: float, batch_tokens: in
 
 def large_measures(case: str, found: Rates, card: Card) -> list[Measure]:
     """Return rate and utilisation of a model that is large enough for its products to be most of the work."""
-    share = LARGE_SHARES.get(card, 0.0)
+    fraction = LARGE_FRACTIONS.get(card, 0.0)
     why = "products are most of the work at this size, and half of the measured peak is what good code reaches"
     if card == "other":
         why = "products are most of the work at this size; how much of the peak good code reaches is not known here"
     return [
         _problems(case, found.problems),
-        _rate(f"{case}: training", found.training, *_floor(found, card, share, why)),
-        _utilisation(case, found, card, share, why),
+        _rate(f"{case}: training", found.training, *_least_rate(found, card, fraction, why)),
+        _utilisation(case, found, card, fraction, why),
     ]
 
 
-def _floor(found: Rates, card: Card, share: float, why: str, *, is_forward: bool = False) -> tuple[float, str]:
+def _least_rate(found: Rates, card: Card, fraction: float, why: str, *, is_forward: bool = False) -> tuple[float, str]:
     """Return the lowest rate that passes, and why it does."""
     if card == "dry run":
         return 0.0, _NOTHING
-    reason = f"{share:.0%} of the rate at which large matrices were multiplied in the same turns: {why}"
-    return found.floor(share, is_forward=is_forward), reason
+    reason = f"{fraction:.0%} of the rate at which large matrices were multiplied in the same turns: {why}"
+    return found.rate_at(fraction, is_forward=is_forward), reason
 
 
 def _forward(name: str, found: Rates, batch_tokens: int, card: Card) -> tuple[float, str]:
-    limit, reason = _floor(found, card, SMALL_SHARE, _SMALL_WHY, is_forward=True)
+    limit, reason = _least_rate(found, card, SMALL_FRACTION, _SMALL_WHY, is_forward=True)
     if name not in PUBLISHED_FORWARD or batch_tokens != _PUBLISHED_TOKENS or card == "dry run":
         return limit, reason
     if card == "other":
@@ -150,8 +150,8 @@ def _rate(name: str, spread: Spread, limit: float, reason: str) -> Measure:
     return at_least(name, spread.median, limit, "tokens/s", reason, regression=_RATE_REGRESSION, spread=edges)
 
 
-def _utilisation(case: str, found: Rates, card: Card, share: float, why: str) -> Measure:
-    limit, reason = (0.0, _NOTHING) if card == "dry run" else (share, why)
+def _utilisation(case: str, found: Rates, card: Card, fraction: float, why: str) -> Measure:
+    limit, reason = (0.0, _NOTHING) if card == "dry run" else (fraction, why)
     return at_least(
         f"{case}: utilisation", found.utilisation, limit, "of the peak", reason, regression=_RATE_REGRESSION
     )

@@ -13,7 +13,7 @@ import torch
 
 from psannlm.benchmarks.decoding.modes import DecodeRun, decode
 from psannlm.benchmarks.harness.interleaved import Count, Spread, run_interleaved
-from psannlm.benchmarks.harness.roofline import FloorShare, memory_reader, step_bytes
+from psannlm.benchmarks.harness.roofline import RooflineFraction, memory_reader, step_bytes
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
@@ -32,7 +32,7 @@ RATE_REGRESSION = 0.1
 _LEAST_BYTES = 1.5e9
 # Float32 weights, the same in bfloat16, and what is read to time memory, which the first make room for.
 _BYTES_PER_PARAMETER = 8
-_SHARE_OF_MEMORY = 0.8
+_MEMORY_FRACTION = 0.8
 _NOTHING = "no throughput limit applies in a dry run"
 _ONLY_READS = "a step of one row does little but read the weights; the rest is attention and the way between kernels"
 _LAUNCHES = "without a compiler each of some hundred kernels is launched by itself"
@@ -40,22 +40,22 @@ _SMALL = "half a GB is read in less time than the kernels of a step take to star
 
 
 @dataclass(frozen=True)
-class Floor:
+class Roofline:
     """Tokens per second of one row, the share of a step in which it only reads, and the rate of nothing but reading."""
 
     rate: Spread
-    share: Spread
+    fraction: Spread
     reading_tokens_per_s: float
 
     @classmethod
-    def of(cls, rate: Spread, share: FloorShare) -> Floor:
+    def of(cls, rate: Spread, roofline: RooflineFraction) -> Roofline:
         """Return the same from a step's share of its floor."""
-        return cls(rate, share.fraction, 1.0 / share.floor_s)
+        return cls(rate, roofline.fraction, 1.0 / roofline.roofline_s)
 
 
-def large_floor_measures(context: CheckContext, base: BaseName, notes: list[str]) -> list[Measure]:
+def large_roofline_measures(context: CheckContext, base: BaseName, notes: list[str]) -> list[Measure]:
     """Decode a model of ``base`` as large as memory allows; what it was, or why there is none, goes to ``notes``."""
-    shape, case = context.sizes.floor, f"{base}, several GB"
+    shape, case = context.sizes.roofline, f"{base}, several GB"
     least = 0.0 if context.is_dry_run else _LEAST_BYTES
     free = torch.cuda.mem_get_info(context.device)[0] if context.is_gpu else 1 << 40
     fitting = fitting_layers(shape, base, free, least)
@@ -67,13 +67,13 @@ def large_floor_measures(context: CheckContext, base: BaseName, notes: list[str]
     context.say(f"GPU-07: {case}, {fitting.d_model} wide, {fitting.n_layers} layers")
     notes.append(f"{case}: {fitting.d_model} wide, {fitting.n_layers} layers, of {free / 1e9:,.1f} GB free")
     nothing = Spread.of([0.0])
-    found, detail = Floor(nothing, nothing, 1.0), "torch.OutOfMemoryError"
+    found, detail = Roofline(nothing, nothing, 1.0), "torch.OutOfMemoryError"
     with suppress(torch.OutOfMemoryError):
         found, detail = _decode_row(context, fitting.config(base), dtype, is_compiled), ""
     context.release()
     how = f"{dtype}, {'compiled' if is_compiled else 'plain'}"
     limit, reason = LARGE_LIMITS[is_compiled], _ONLY_READS if is_compiled else _LAUNCHES
-    return floor_measures(case, how, found, limit, reason, is_dry_run=context.is_dry_run, detail=detail)
+    return roofline_measures(case, how, found, limit, reason, is_dry_run=context.is_dry_run, detail=detail)
 
 
 def fitting_layers(shape: Shape, base: BaseName, free_bytes: int, least_bytes: float) -> Shape | None:
@@ -84,13 +84,13 @@ def fitting_layers(shape: Shape, base: BaseName, free_bytes: int, least_bytes: f
         parameters = sum(count_parameters(fitting.config(base)).values())
         if 2 * parameters < least_bytes:
             return None
-        if _BYTES_PER_PARAMETER * parameters <= _SHARE_OF_MEMORY * free_bytes:
+        if _BYTES_PER_PARAMETER * parameters <= _MEMORY_FRACTION * free_bytes:
             return fitting
         n_layers //= 2
     return None
 
 
-def _decode_row(context: CheckContext, config: ModelConfig, dtype: WeightDtype, is_compiled: bool) -> Floor:
+def _decode_row(context: CheckContext, config: ModelConfig, dtype: WeightDtype, is_compiled: bool) -> Roofline:
     """Decode one row and read as many bytes as it does, in turns."""
     engine = Engine(_random_model(config, context.device), dtype=dtype, compile=is_compiled)
     length, n_new = context.sizes.prompt_length, context.sizes.new_tokens
@@ -105,8 +105,8 @@ def _decode_row(context: CheckContext, config: ModelConfig, dtype: WeightDtype, 
     taken = run_interleaved({"decode": decoded, "read": read}, context.sizes.repeats, warm_ups=2, clock=context.clock)
     runs = [run for run in taken["decode"] if isinstance(run, DecodeRun)]
     rates = [rate for rate in taken["read"] if isinstance(rate, float)]
-    share = FloorShare.of(n_bytes, rates, [run.decode_s / (n_new - 1) for run in runs])
-    return Floor.of(Spread.of([run.decode_tokens_per_s for run in runs]), share)
+    roofline = RooflineFraction.of(n_bytes, rates, [run.decode_s / (n_new - 1) for run in runs])
+    return Roofline.of(Spread.of([run.decode_tokens_per_s for run in runs]), roofline)
 
 
 def _random_model(config: ModelConfig, device: torch.device) -> Transformer:
@@ -121,13 +121,15 @@ def _random_model(config: ModelConfig, device: torch.device) -> Transformer:
     return model
 
 
-def small_floor_measures(base: str, found: Floor, how: str, *, is_compiled: bool, is_dry_run: bool) -> list[Measure]:
+def small_roofline_measures(
+    base: str, found: Roofline, how: str, *, is_compiled: bool, is_dry_run: bool
+) -> list[Measure]:
     """Return the same of the model whose tokens are compared, which is too small to come near the floor."""
-    return floor_measures(base, how, found, SMALL_LIMITS[is_compiled], _SMALL, is_dry_run=is_dry_run)
+    return roofline_measures(base, how, found, SMALL_LIMITS[is_compiled], _SMALL, is_dry_run=is_dry_run)
 
 
-def floor_measures(
-    case: str, how: str, found: Floor, limit: float, reason: str, *, is_dry_run: bool, detail: str = ""
+def roofline_measures(
+    case: str, how: str, found: Roofline, limit: float, reason: str, *, is_dry_run: bool, detail: str = ""
 ) -> list[Measure]:
     """Return the decode rate of one row and its share of the floor, against ``limit`` of the latter."""
     limit, reason = (0.0, _NOTHING) if is_dry_run else (limit, reason)
@@ -135,7 +137,7 @@ def floor_measures(
     least = limit * found.reading_tokens_per_s
     return [
         _measure(f"{case}: one row, {how}", found.rate, least, "tokens/s", so_much, detail),
-        _measure(f"{case}: floor of memory / step, {how}", found.share, limit, "of the step", reason, detail),
+        _measure(f"{case}: floor of memory / step, {how}", found.fraction, limit, "of the step", reason, detail),
     ]
 
 

@@ -29,7 +29,7 @@ from psannlm.models.accounting import training_memory
 from psannlm.runtime.device import describe_device, has_compiler
 
 _PASSES_PER_TURN = 10
-_SHARE_OF_MEMORY = 0.8
+_MEMORY_FRACTION = 0.8
 _OUT_OF_MEMORY = "torch.OutOfMemoryError in a batch for which there was to be room: see GPU-04"
 
 
@@ -168,7 +168,7 @@ def fitting_rows(config: ModelConfig, shape: Shape, dtype: torch.dtype, free_byt
     while n_rows:
         if (
             training_memory(config, n_rows, shape.seq_len, dtype=dtype, device_type="cuda").total
-            <= _SHARE_OF_MEMORY * free_bytes
+            <= _MEMORY_FRACTION * free_bytes
         ):
             return replace(shape, n_rows=n_rows)
         n_rows //= 2

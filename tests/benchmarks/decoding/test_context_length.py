@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psannlm.benchmarks.decoding.context_length import GrowthPoint, draw_growth, longest_state, measure_growth
 from psannlm.benchmarks.harness.interleaved import Progress
-from psannlm.benchmarks.harness.roofline import FloorShare, step_bytes
+from psannlm.benchmarks.harness.roofline import RooflineFraction, step_bytes
 from psannlm.generation.engine import Engine
 from psannlm.models.accounting import cache_bytes
 from psannlm.models.kv_cache import DecodeState
@@ -51,8 +51,8 @@ def test_a_step_costs_what_its_context_costs(
     assert [point.context for point in points] == [16, 32]
     for point in points:
         # 4 short of the context, the 8 steps see 3 fewer to 4 more.
-        assert point.share.step_s.lowest == point.share.step_s.highest == point.context + 0.5
-        assert point.share.n_bytes == step_bytes(engine, 2, point.context)
+        assert point.roofline.step_s.lowest == point.roofline.step_s.highest == point.context + 0.5
+        assert point.roofline.n_bytes == step_bytes(engine, 2, point.context)
         assert point.cache_bytes >= cache_bytes(engine.model.config, 2, point.context + 4)
     assert len(seen) == 2 * 4 * 8
     assert {len(lengths) for lengths in seen} == {2}
@@ -92,7 +92,7 @@ def test_the_picture_says_what_it_shows(tmp_path: Path, monkeypatch: pytest.Monk
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
     points = [
-        GrowthPoint(context, 10, FloorShare.of(100, [1e4, 1e4], [0.02 * number, 0.04 * number]))
+        GrowthPoint(context, 10, RooflineFraction.of(100, [1e4, 1e4], [0.02 * number, 0.04 * number]))
         for number, context in enumerate((256, 512), start=1)
     ]
     draw_growth(tmp_path / "decode.png", "a $title", points)

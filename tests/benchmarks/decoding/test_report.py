@@ -97,13 +97,13 @@ def test_reference_model_is_paired_with_fastest_engine() -> None:
 
 
 def test_a_step_is_set_against_reading_its_own_bytes() -> None:
-    floors = report_of(FOUR).floors()
-    assert set(floors) == {Case(True, True), Case(True, False)}
+    rooflines = report_of(FOUR).rooflines()
+    assert set(rooflines) == {Case(True, True), Case(True, False)}
     # 2 rows at 800 tokens a second are 400 steps a second; row by row each token is a step.
-    assert floors[Case(True, True)].step_s.lowest == pytest.approx(1 / 400)
-    assert floors[Case(True, False)].step_s.lowest == pytest.approx(1 / 200)
-    assert floors[Case(True, True)].fraction.median == pytest.approx(100 / 1000 * 400)
-    assert floors[Case(True, False)].fraction.median == pytest.approx(50 / 1000 * 200)
+    assert rooflines[Case(True, True)].step_s.lowest == pytest.approx(1 / 400)
+    assert rooflines[Case(True, False)].step_s.lowest == pytest.approx(1 / 200)
+    assert rooflines[Case(True, True)].fraction.median == pytest.approx(100 / 1000 * 400)
+    assert rooflines[Case(True, False)].fraction.median == pytest.approx(50 / 1000 * 200)
 
 
 def test_compilation_is_what_the_first_run_took_longer() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from psannlm.benchmarks.harness.roofline import FloorShare, memory_reader, read_rate, step_bytes
+from psannlm.benchmarks.harness.roofline import RooflineFraction, memory_reader, read_rate, step_bytes
 from psannlm.generation.engine import Engine
 from psannlm.models.transformer import Transformer
 
@@ -23,11 +23,11 @@ def test_a_step_reads_weights_once_and_the_cache_of_every_row(
 
 
 def test_fraction_of_the_floor_is_taken_turn_by_turn() -> None:
-    share = FloorShare.of(100, rates=[1000.0, 500.0, 2000.0], steps_s=[0.2, 0.4, 0.1])
-    assert share.floor_s == pytest.approx(0.1)
+    roofline = RooflineFraction.of(100, rates=[1000.0, 500.0, 2000.0], steps_s=[0.2, 0.4, 0.1])
+    assert roofline.roofline_s == pytest.approx(0.1)
     # 0.1 s of 0.2 s, 0.2 s of 0.4 s, 0.05 s of 0.1 s: the machine slowed down for both alike.
-    assert (share.fraction.lowest, share.fraction.highest) == (pytest.approx(0.5), pytest.approx(0.5))
-    plain = share.as_dict()
+    assert (roofline.fraction.lowest, roofline.fraction.highest) == (pytest.approx(0.5), pytest.approx(0.5))
+    plain = roofline.as_dict()
     assert plain["fraction_of_floor"]["median"] == pytest.approx(0.5)
     assert plain["bytes_per_s"]["median"] == 1000.0
 

@@ -65,8 +65,8 @@ def test_no_limit_of_a_real_gpu_judges_nothing(card: Card, batch_tokens: int) ->
 def test_a_large_model_is_held_against_its_size_on_every_card(card: Card, least: float) -> None:
     """An older card is no reason to expect of a large model what memory leaves to a small one."""
 
-    def names(share: float) -> list[str]:
-        found = Rates(Spread.of([share * PEAK / FLOPS]), None, share, FLOPS, PEAK)
+    def names(fraction: float) -> list[str]:
+        found = Rates(Spread.of([fraction * PEAK / FLOPS]), None, fraction, FLOPS, PEAK)
         return [m.name for m in large_measures("large", found, card) if not m.is_met]
 
     assert names(least + 0.01) == []

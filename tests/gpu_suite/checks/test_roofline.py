@@ -9,31 +9,31 @@ import pytest
 import torch
 
 from psannlm.benchmarks.harness.interleaved import Spread
-from psannlm.benchmarks.harness.roofline import FloorShare
+from psannlm.benchmarks.harness.roofline import RooflineFraction
 from psannlm.gpu_suite.checks import roofline
 from psannlm.gpu_suite.checks.roofline import (
-    Floor,
+    Roofline,
     fitting_layers,
-    floor_measures,
-    large_floor_measures,
-    small_floor_measures,
+    large_roofline_measures,
+    roofline_measures,
+    small_roofline_measures,
 )
 from psannlm.gpu_suite.context import FULL, CheckContext
 from psannlm.models.accounting import count_parameters
 
 
-def floor(share: float) -> Floor:
-    """Steps that read for this share of their time: 6 GB at 3 TB/s are 2 ms."""
-    step_s = 2e-3 / share
-    return Floor.of(Spread.of([1 / step_s]), FloorShare.of(6_000_000_000, [3e12], [step_s]))
+def roofline_at(fraction: float) -> Roofline:
+    """Steps that read for this fraction of their time: 6 GB at 3 TB/s are 2 ms."""
+    step_s = 2e-3 / fraction
+    return Roofline.of(Spread.of([1 / step_s]), RooflineFraction.of(6_000_000_000, [3e12], [step_s]))
 
 
 @pytest.mark.parametrize("is_compiled", [True, False])
 def test_decoding_that_leaves_memory_idle_is_seen(is_compiled: bool) -> None:
     limit = roofline.LARGE_LIMITS[is_compiled]
 
-    def missed(share: float, *, is_dry_run: bool = False) -> list[str]:
-        measures = floor_measures("b, several GB", "how", floor(share), limit, "", is_dry_run=is_dry_run)
+    def missed(fraction: float, *, is_dry_run: bool = False) -> list[str]:
+        measures = roofline_measures("b, several GB", "how", roofline_at(fraction), limit, "", is_dry_run=is_dry_run)
         assert is_dry_run or all(measure.limit > 0 for measure in measures)
         return [measure.name for measure in measures if not measure.is_met]
 
@@ -43,8 +43,8 @@ def test_decoding_that_leaves_memory_idle_is_seen(is_compiled: bool) -> None:
 
 
 def test_a_small_model_is_held_against_what_launches_leave_it() -> None:
-    def missed(share: float, is_compiled: bool) -> int:
-        measures = small_floor_measures("b", floor(share), "how", is_compiled=is_compiled, is_dry_run=False)
+    def missed(fraction: float, is_compiled: bool) -> int:
+        measures = small_roofline_measures("b", roofline_at(fraction), "how", is_compiled=is_compiled, is_dry_run=False)
         return sum(not measure.is_met for measure in measures)
 
     assert missed(0.2, True) == missed(0.05, False) == 0, "healthy"
@@ -53,7 +53,7 @@ def test_a_small_model_is_held_against_what_launches_leave_it() -> None:
 
 def test_the_path_runs_in_a_rehearsal(context: CheckContext) -> None:
     notes: list[str] = []
-    measures = large_floor_measures(context, "waveresnet", notes)
+    measures = large_roofline_measures(context, "waveresnet", notes)
     assert [measure.name for measure in measures] == [
         "waveresnet, several GB: one row, float32, plain",
         "waveresnet, several GB: floor of memory / step, float32, plain",
@@ -63,14 +63,14 @@ def test_the_path_runs_in_a_rehearsal(context: CheckContext) -> None:
 
 
 def test_memory_that_is_not_there_after_all_is_no_rate(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    def short(*arguments: Any) -> Floor:
+    def short(*arguments: Any) -> Roofline:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    names = [measure.name for measure in large_floor_measures(context, "waveresnet", [])]
+    names = [measure.name for measure in large_roofline_measures(context, "waveresnet", [])]
     monkeypatch.setattr(roofline, "_decode_row", short)
     at_full_size = replace(context, is_dry_run=False)
     monkeypatch.setattr(roofline, "_LEAST_BYTES", 0.0)
-    measures = large_floor_measures(at_full_size, "waveresnet", [])
+    measures = large_roofline_measures(at_full_size, "waveresnet", [])
     assert [measure.name for measure in measures] == names
     assert not any(measure.is_met for measure in measures)
     assert str(measures[0]).endswith("torch.OutOfMemoryError")
@@ -78,7 +78,7 @@ def test_memory_that_is_not_there_after_all_is_no_rate(context: CheckContext, mo
 
 @pytest.mark.parametrize(("free_gb", "n_layers"), [(141, 14), (80, 14), (24, 7), (16, 3), (12, 3), (8, None)])
 def test_layers_are_halved_until_they_fit(free_gb: int, n_layers: int | None) -> None:
-    found = fitting_layers(FULL.floor, "waveresnet", free_gb * 10**9, roofline._LEAST_BYTES)
+    found = fitting_layers(FULL.roofline, "waveresnet", free_gb * 10**9, roofline._LEAST_BYTES)
     assert (None if found is None else found.n_layers) == n_layers
     if found is not None:
         parameters = sum(count_parameters(found.config("waveresnet")).values())
@@ -88,5 +88,5 @@ def test_layers_are_halved_until_they_fit(free_gb: int, n_layers: int | None) ->
 
 def test_too_little_memory_is_told(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    assert large_floor_measures(replace(context, is_dry_run=False), "waveresnet", notes) == []
+    assert large_roofline_measures(replace(context, is_dry_run=False), "waveresnet", notes) == []
     assert "waveresnet, several GB: left out, for" in notes[0]
