@@ -53,10 +53,10 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Train variants of one configuration at equal size, and tell which is better and how sure that is."""
-    from psannlm.experiments.lr_selection import with_found_rates
+    from psannlm.experiments.lr_selection import with_selected_lrs
     from psannlm.experiments.plan import load_plan
     from psannlm.experiments.results import study_figures
-    from psannlm.experiments.runner import work
+    from psannlm.experiments.runner import run_all
     from psannlm.experiments.sizing import size_study
     from psannlm.experiments.task_accuracy import score_runs
     from psannlm.io.atomic import write_bytes, write_text
@@ -82,14 +82,14 @@ def compare(
         if not dry_run:
             looking = names(sized)
             if not no_train:
-                work(sized, jobs=jobs, only=looking, tell=line.show, keep=line.keep)
-            sized = with_found_rates(sized)
+                run_all(sized, jobs=jobs, only=looking, tell=line.show, keep=line.keep)
+            sized = with_selected_lrs(sized)
             others = names(sized, but=looking)
             if not no_train and others:
-                work(sized, jobs=jobs, only=others, tell=line.show, keep=line.keep)
+                run_all(sized, jobs=jobs, only=others, tell=line.show, keep=line.keep)
             answers = score_runs(sized, line.show)
     if dry_run:
-        sized = with_found_rates(sized)
+        sized = with_selected_lrs(sized)
         shown = names(sized)
         _show_plan(replace(sized, runs=tuple(run for run in sized.runs if run.name in shown)), jobs, as_json)
         return

@@ -21,7 +21,7 @@ from psannlm.config.run import load_config
 from psannlm.data.corpus.files import find_files
 from psannlm.errors import PsannlmError
 from psannlm.experiments.plan import load_plan
-from psannlm.experiments.runner import work
+from psannlm.experiments.runner import run_all
 from psannlm.experiments.sizing import StudyRun, size_study
 from psannlm.gpu_suite.report import CheckResult, at_most
 from psannlm.io.records import write_record
@@ -159,7 +159,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         CharTokenizer.fit(["a line of text"], 300).save("t.json")
         train(load_config("config.yaml", ["train.checkpoint_dir=run"]))
         study = size_study(load_plan(Path("plan.yaml")), Path("study"), lambda line: None)
-        work(study, launcher=Done, sleep=lambda seconds: None)
+        run_all(study, launcher=Done, sleep=lambda seconds: None)
         for number in (1, 2):
             settings = PrepSettings(per_line=True)
             corpus, part = ["corpus.txt", "more.txt"], Path(f"part{number}")

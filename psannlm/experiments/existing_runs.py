@@ -20,7 +20,7 @@ _ASIDE = HOUSEKEEPING | {"train.device", "train.sample_prompts"}
 _MOST_TOLD = 12
 
 
-def refuse_former(
+def check_existing_runs(
     plan: StudyPlan, folder: Path, runs: Sequence[StudyRun], data: Mapping[DataConfig, PreparedData]
 ) -> None:
     """Let nothing be counted, or gone on with, that was made by another plan or on a text that has changed since.

@@ -9,8 +9,8 @@ from typing import Any
 
 from psannlm.experiments.model import SizedVariant, Study
 from psannlm.experiments.plan import StudyPlan
-from psannlm.experiments.runner import RunState, look
-from psannlm.experiments.sizing import with_best_rates
+from psannlm.experiments.runner import RunState, read_status
+from psannlm.experiments.sizing import with_best_lrs
 from psannlm.reports.runs import RunRecord
 
 
@@ -48,7 +48,7 @@ def score_of(record: RunRecord, measure: str) -> dict[str, Any]:
     return (record.best or {}) if measure == "best" else record.eval_rows[-1]
 
 
-def with_found_rates(study: Study) -> Study:
+def with_selected_lrs(study: Study) -> Study:
     """Return the study with the runs of its other seeds, for the variants whose learning rate has been looked for.
 
     That is once no run of the seeds that look for it is left to be made; see ``rate_seeds`` of a plan.
@@ -56,10 +56,10 @@ def with_found_rates(study: Study) -> Study:
     Raises:
         ConfigError: the folder holds such runs of another plan.
     """
-    states = [look(run) for run in study.runs]
+    states = [read_status(run) for run in study.runs]
     found = {sized.variant.name: choose(sized, states, study.plan) for sized in study.variants}
     best = {name: choice.lr for name, choice in found.items() if choice.lr is not None and not choice.is_provisional}
-    return with_best_rates(study, best)
+    return with_best_lrs(study, best)
 
 
 def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan) -> Choice:

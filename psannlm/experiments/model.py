@@ -70,7 +70,7 @@ class StudyRun:
 class Study:
     """A plan with its runs, in the order in which they are made.
 
-    Where only some seeds look for the learning rate, the others are no runs before :func:`with_best_rates`.
+    Where only some seeds look for the learning rate, the others are no runs before :func:`with_best_lrs`.
     """
 
     plan: StudyPlan

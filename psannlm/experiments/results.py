@@ -14,7 +14,7 @@ from psannlm.errors import TrainingError
 from psannlm.experiments.caveats import conditions, notes_of
 from psannlm.experiments.lr_selection import Choice, choose, score_of
 from psannlm.experiments.model import SizedVariant, Study, StudyRun
-from psannlm.experiments.runner import RunState, look
+from psannlm.experiments.runner import RunState, read_status
 from psannlm.experiments.statistics import Mean, PairedDifference, paired_difference
 from psannlm.experiments.task_accuracy import AnswerScore
 from psannlm.models.registry import build_model
@@ -36,7 +36,7 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
     Raises:
         TrainingError: not one run came to its end.
     """
-    states = [look(run) for run in study.runs]
+    states = [read_status(run) for run in study.runs]
     if not any(state.state == "done" for state in states):
         raise TrainingError(f"no run of the study came to its end; the logs are in {study.folder}")
     chosen = {sized.variant.name: choose(sized, states, study.plan) for sized in study.variants}
@@ -205,7 +205,7 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
 
     Validations, start-up and what runs take from each other are not in it.
     """
-    states = [look(run) for run in study.runs]
+    states = [read_status(run) for run in study.runs]
     left = [seconds[s.run.variant.variant.name] * (s.run.variant.n_steps - s.step) for s in states if s.state != "done"]
     variants = [
         [

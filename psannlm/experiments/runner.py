@@ -87,7 +87,7 @@ class RunState:
         return self.state == "failed" and NOT_FINITE in self.reason
 
 
-def look(run: StudyRun) -> RunState:
+def read_status(run: StudyRun) -> RunState:
     """Return the state of a run, from its files alone."""
     record = None
     if (run.folder / METRICS_FILE).is_file():
@@ -117,7 +117,7 @@ def _last_error(path: Path) -> str:
     return " ".join(line.strip() for line in lines[starts[-1] :]).removeprefix(_ERROR)[:400]
 
 
-def work(
+def run_all(
     study: Study,
     *,
     jobs: int = 1,
@@ -151,8 +151,8 @@ def work(
         names = [run.name for run in study.runs]
         write_json(study.folder / STUDY_FILE, {"study": plan.name, "plan": str(plan.path), "runs": names})
         wanted = [run for run in study.runs if only is None or run.name in only]
-        waiting = [run for run in wanted if not look(run).is_settled]
-        crew = _Crew(len(wanted), waiting, launcher, _threads(jobs), clock)
+        waiting = [run for run in wanted if not read_status(run).is_settled]
+        crew = _Scheduler(len(wanted), waiting, launcher, _threads(jobs), clock)
         stop = threading.Event()
         next_tell = clock()
         with explain_write_errors(study.folder), stopping_on_signals(stop):
@@ -220,7 +220,7 @@ def _threads(jobs: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
 
-class _Crew:
+class _Scheduler:
     """The processes at work, the runs that wait, and what is known of the time they take."""
 
     def __init__(
@@ -237,7 +237,7 @@ class _Crew:
         self.n_done = self._n_runs - len(waiting)
         self.was_interrupted = False
         self._began = clock()
-        self._first = {run.name: look(run).step for run in waiting}
+        self._first = {run.name: read_status(run).step for run in waiting}
         self._all_flops = sum(self._left(run, self._first[run.name]) for run in waiting)
 
     @property
@@ -258,7 +258,7 @@ class _Crew:
                 continue
             del self._at_work[run.name]
             self.was_interrupted |= code == EXIT_INTERRUPTED
-            state = look(run)
+            state = read_status(run)
             self.n_done += state.state == "done"
             if state.state == "done" and state.record is not None:
                 loss = state.record.eval_rows[-1]["loss"]
@@ -280,7 +280,7 @@ class _Crew:
     def standing(self) -> str:
         """Say what is at work, and guess the time left from the operations done since the start."""
         at_work = [run for run, _ in self._at_work.values()]
-        steps = [look(run).step for run in at_work]
+        steps = [read_status(run).step for run in at_work]
         left = sum(self._left(run, self._first[run.name]) for run in self._waiting)
         left += sum(self._left(run, step) for run, step in zip(at_work, steps, strict=True))
         done, elapsed = self._all_flops - left, self._clock() - self._began

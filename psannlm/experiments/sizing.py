@@ -13,7 +13,7 @@ from psannlm.config.model import ModelConfig
 from psannlm.config.run import RunConfig, config_from_mapping, differences, to_yaml
 from psannlm.data.prepare import PreparedData, prepare
 from psannlm.errors import ConfigError, Problem
-from psannlm.experiments.existing_runs import refuse_former
+from psannlm.experiments.existing_runs import check_existing_runs
 from psannlm.experiments.model import SizedVariant, Study, StudyRun, fits_tokenizer, tokenizer_path
 from psannlm.experiments.plan import StudyPlan, Variant, merge
 from psannlm.io.atomic import write_text
@@ -46,7 +46,7 @@ def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
                 "nothing is held out, and there would be nothing to compare; prepare a corpus with a validation part"
             )
             raise ConfigError(Problem(f"variants.{variant.name}", message), str(plan.path))
-    _refuse_other_yardsticks(plan, data)
+    _check_comparable_losses(plan, data)
     base = plan.baseline
     target = sum(count_parameters(_resolved(base, data)).values())
     variants = tuple(_sized(plan, variant, data, target) for variant in plan.variants)
@@ -55,11 +55,11 @@ def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
         (sized, lr, seed) for seed in plan.rate_seeds for sized in variants for lr in sized.variant.learning_rates
     ]
     runs = _runs(plan, wanted, folder, data)
-    refuse_former(plan, folder, runs, data)
+    check_existing_runs(plan, folder, runs, data)
     return Study(plan, folder, variants, runs, data)
 
 
-def with_best_rates(study: Study, best: Mapping[str, float]) -> Study:
+def with_best_lrs(study: Study, best: Mapping[str, float]) -> Study:
     """Return the study with the runs of the seeds that did not look for a rate, at the ``best`` of each variant.
 
     A variant whose best rate is not known yet gets none.
@@ -75,7 +75,7 @@ def with_best_rates(study: Study, best: Mapping[str, float]) -> Study:
         if sized.variant.name in best
     ]
     runs = _runs(study.plan, wanted, study.folder, study.data)
-    refuse_former(study.plan, study.folder, runs, study.data)
+    check_existing_runs(study.plan, study.folder, runs, study.data)
     return replace(study, runs=study.runs + runs)
 
 
@@ -120,7 +120,7 @@ def _order_differences(base: RunConfig, ours: RunConfig) -> tuple[str, ...]:
     return tuple(line for line in differences(base, ours) if line.startswith(named))
 
 
-def _refuse_other_yardsticks(plan: StudyPlan, data: Mapping[DataConfig, PreparedData]) -> None:
+def _check_comparable_losses(plan: StudyPlan, data: Mapping[DataConfig, PreparedData]) -> None:
     """Losses per token of other tokens, or of other held-out text, are no figures that a difference can be taken of."""
     base = data[plan.baseline.config.data]
     problems = []

@@ -12,7 +12,7 @@ from psannlm.data.synthetic.algorithmic import TASKS
 from psannlm.data.windows import Windows
 from psannlm.errors import CorpusError
 from psannlm.experiments.model import Study
-from psannlm.experiments.runner import look
+from psannlm.experiments.runner import read_status
 from psannlm.models.artifact import load_model
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
@@ -97,7 +97,7 @@ def score_runs(study: Study, tell: Callable[[str], None] = lambda text: None) ->
     for run in study.runs:
         data = study.data[run.variant.variant.config.data]
         folder = pointed(run.folder, BEST if study.plan.settings.measure == "best" else LATEST)
-        if data.val is None or folder is None or look(run).state != "done":
+        if data.val is None or folder is None or read_status(run).state != "done":
             continue
         tell(f"counting answers: {run.name}")
         model = load_model(folder).model.eval()

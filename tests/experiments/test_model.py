@@ -18,11 +18,11 @@ from psannlm.data.loader import Loader
 from psannlm.data.synthetic.algorithmic import write_task
 from psannlm.errors import ConfigError, Interrupted, TrainingError
 from psannlm.experiments.caveats import notes_of
-from psannlm.experiments.lr_selection import choose, with_found_rates
+from psannlm.experiments.lr_selection import choose, with_selected_lrs
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.plan import load_plan
 from psannlm.experiments.results import plan_tables, seconds_per_step, study_figures
-from psannlm.experiments.runner import Process, RunState, launch, look, work
+from psannlm.experiments.runner import Process, RunState, launch, read_status, run_all
 from psannlm.experiments.sizing import size_study, write_configs
 from psannlm.experiments.task_accuracy import score_runs
 from psannlm.models.artifact import load_model
@@ -162,7 +162,7 @@ def test_stops_and_any_order_give_the_same_table(
     make: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = make("baseline: swiglu", "baseline: swiglu\nrivals: [sine]", folder="straight")
-    work(straight, launcher=train_here)
+    run_all(straight, launcher=train_here)
     wanted = study_figures(straight)
 
     study = make(folder="stopped")
@@ -177,8 +177,8 @@ def test_stops_and_any_order_give_the_same_table(
         return train_here(run, environment)
 
     with pytest.raises(Interrupted, match="2 of 6 runs done"):
-        work(study, launcher=stop_third)
-    assert look(study.runs[2]).state == "stopped"
+        run_all(study, launcher=stop_third)
+    assert read_status(study.runs[2]).state == "stopped"
     again = make(folder="stopped")
     backwards = Study(again.plan, again.folder, again.variants, tuple(reversed(again.runs)), again.data)
     made: list[str] = []
@@ -187,11 +187,11 @@ def test_stops_and_any_order_give_the_same_table(
         made.append(run.name)
         return train_here(run, environment)
 
-    work(backwards, jobs=3, launcher=note)
+    run_all(backwards, jobs=3, launcher=note)
     assert made == [run.name for run in reversed(again.runs)][:4], "what was done is not done again"
     rivals = wanted.pop("rivals")
     assert timeless(study_figures(make(folder="stopped"))) == timeless({**wanted, "rivals": {}})
-    work(again, launcher=lambda run, environment: pytest.fail("all is done"))
+    run_all(again, launcher=lambda run, environment: pytest.fail("all is done"))
 
     # Each figure is that of the run's own log.
     best = wanted["variants"][0]
@@ -230,7 +230,7 @@ def test_answers_to_a_task_are_those_of_each_runs_last_model(tmp_path: Path) -> 
     (tmp_path / "base.yaml").write_text(BASE.format(corpus=json.dumps(str(tmp_path / "task.txt"))))
     (tmp_path / "plan.yaml").write_text(PLAN + "answers: copying\n")
     study = size_study(load_plan(tmp_path / "plan.yaml"), tmp_path / "study", lambda text: None)
-    work(study, launcher=train_here)
+    run_all(study, launcher=train_here)
     for run in study.runs:
         (run.folder / "best").unlink()  # the plan measures the last step
     answers = score_runs(study)
@@ -278,7 +278,7 @@ def test_a_run_that_fails_is_told_and_leaves_the_others_alone(make: Callable[...
         return Ended(1)
 
     lines: list[str] = []
-    work(study, launcher=fail_high, keep=lines.append)
+    run_all(study, launcher=fail_high, keep=lines.append)
     assert any("swiglu_lr0.05_seed1: step 3: loss nan is not finite" in line for line in lines)
     figures = study_figures(study)
     swiglu = figures["variants"][0]
@@ -286,7 +286,7 @@ def test_a_run_that_fails_is_told_and_leaves_the_others_alone(make: Callable[...
     assert [rate["failed"] for rate in swiglu["learning_rates"]] == [0, 1]
     assert [run["state"] for run in figures["runs"]].count("diverged") == 1
     assert any(note.startswith("Not finite, and out: swiglu_lr0.05_seed1") for note in figures["notes"])
-    work(study, launcher=lambda run, environment: pytest.fail(f"{run.name} would come to the same again"))
+    run_all(study, launcher=lambda run, environment: pytest.fail(f"{run.name} would come to the same again"))
 
 
 def test_a_rate_is_out_for_what_it_did_and_not_for_what_befell_it(make: Callable[..., Study]) -> None:
@@ -302,8 +302,8 @@ def test_a_rate_is_out_for_what_it_did_and_not_for_what_befell_it(make: Callable
             run.log_path.write_text(f"error: {error}\n")
         return Ended(0)
 
-    work(study, launcher=make_run)
-    state = next(look(run) for run in study.runs if run.name == "swiglu_lr1e+25_seed1")
+    run_all(study, launcher=make_run)
+    state = next(read_status(run) for run in study.runs if run.name == "swiglu_lr1e+25_seed1")
     assert (state.state, state.is_diverged) == ("failed", True)
     assert study_figures(study)["variants"][0]["learning_rate"] == 0.001
 
@@ -311,10 +311,10 @@ def test_a_rate_is_out_for_what_it_did_and_not_for_what_befell_it(make: Callable
     for run in other.runs[:2]:
         train_here_after_writing(other, run)
     other.runs[3].log_path.write_text("error: no space left on device\n")
-    assert not look(other.runs[3]).is_diverged
+    assert not read_status(other.runs[3]).is_diverged
     swiglu = study_figures(other)["variants"][0]
     assert swiglu["provisional"]
-    better = min(look(run).record.eval_rows[-1]["loss"] for run in other.runs[:2])  # type: ignore[union-attr]
+    better = min(read_status(run).record.eval_rows[-1]["loss"] for run in other.runs[:2])  # type: ignore[union-attr]
     assert swiglu["val_loss_by_seed"] == {"1": better}, "both rates have seed 1, and a full disk is nobody's fault"
 
 
@@ -348,20 +348,20 @@ def test_some_seeds_look_for_the_rate_and_the_others_are_made_at_it_alone(make: 
     looking = ("seeds: [1, 2]", "seeds: [1, 2, 3]\nrate_seeds: [2]")
     study = make(*looking)
     assert [run.name for run in study.runs] == ["swiglu_lr0.001_seed2", "swiglu_lr0.01_seed2", "sine_lr0.01_seed2"]
-    assert with_found_rates(study).runs == study.runs, "nothing is known of the rates yet"
+    assert with_selected_lrs(study).runs == study.runs, "nothing is known of the rates yet"
     assert "then 4 more" in plan_tables(study, {"swiglu": 2.0, "sine": 3.0})[1].note
-    work(study, launcher=train_here)
-    losses = {run.lr: look(run).record.eval_rows[-1]["loss"] for run in study.runs[:2]}  # type: ignore[union-attr]
+    run_all(study, launcher=train_here)
+    losses = {run.lr: read_status(run).record.eval_rows[-1]["loss"] for run in study.runs[:2]}  # type: ignore[union-attr]
     best = min(losses, key=lambda lr: losses[lr])
-    whole = with_found_rates(make(*looking))
+    whole = with_selected_lrs(make(*looking))
     assert [run.name for run in whole.runs[3:]] == [
         f"swiglu_lr{best:g}_seed1",
         "sine_lr0.01_seed1",
         f"swiglu_lr{best:g}_seed3",
         "sine_lr0.01_seed3",
     ]
-    work(whole, launcher=train_here)
-    figures = study_figures(with_found_rates(make(*looking)))
+    run_all(whole, launcher=train_here)
+    figures = study_figures(with_selected_lrs(make(*looking)))
     swiglu, sine = figures["variants"]
     assert (swiglu["learning_rate"], swiglu["provisional"]) == (best, False)
     assert [set(variant["val_loss_by_seed"]) for variant in (swiglu, sine)] == [{"1", "2", "3"}] * 2
@@ -372,8 +372,10 @@ def test_some_seeds_look_for_the_rate_and_the_others_are_made_at_it_alone(make: 
 
 def test_one_rate_is_told_as_the_only_one_and_wears_no_star(make: Callable[..., Study]) -> None:
     study = make()
-    work(study, launcher=train_here, only=["sine_lr0.01_seed1", "sine_lr0.01_seed2"])
-    assert {state.run.variant.variant.name for state in map(look, study.runs) if state.state == "done"} == {"sine"}
+    run_all(study, launcher=train_here, only=["sine_lr0.01_seed1", "sine_lr0.01_seed2"])
+    assert {state.run.variant.variant.name for state in map(read_status, study.runs) if state.state == "done"} == {
+        "sine"
+    }
     figures = study_figures(study)
     results, rates = study_tables(figures)[0], study_tables(figures)[1]
     assert results.rows[1][6] == "0.01"
@@ -387,7 +389,7 @@ def test_runs_on_a_text_that_has_changed_since_are_refused(
     text = tmp_path / "text.txt"
     text.write_text(tiny_corpus.read_text())
     elsewhere = (json.dumps(str(tiny_corpus)), json.dumps(str(text)))
-    work(make(base=elsewhere), launcher=train_here, only=["sine_lr0.01_seed1", "sine_lr0.01_seed2"])
+    run_all(make(base=elsewhere), launcher=train_here, only=["sine_lr0.01_seed1", "sine_lr0.01_seed2"])
     assert len(make(base=elsewhere).runs) == 6
     text.write_text(tiny_corpus.read_text() + "".join(f"a line more: {chr(0x2200 + at)}\n" for at in range(40)))
     with pytest.raises(ConfigError, match=r"sine_lr0\.01_seed1: was made with another text: SHA-256") as caught:
@@ -425,17 +427,17 @@ def test_a_run_that_is_taken_up_again_has_not_failed(make: Callable[..., Study])
     run = make().runs[0]
     run.log_path.parent.mkdir(parents=True, exist_ok=True)
     run.log_path.write_text("error: no space left\n")
-    assert look(run).state == "failed"
+    assert read_status(run).state == "failed"
     process = launch(run, {})
     process.terminate()
     while process.poll() is None:
         time.sleep(0.02)
-    assert look(run).state == "new"
+    assert read_status(run).state == "new"
 
 
 def test_a_folder_of_another_study_is_refused_and_a_longer_grid_is_not(make: Callable[..., Study]) -> None:
     study = make()
-    work(study, launcher=lambda run, environment: Ended(1))
+    run_all(study, launcher=lambda run, environment: Ended(1))
     with pytest.raises(TrainingError, match="no run of the study"):
         study_figures(study)
     with pytest.raises(ConfigError, match=r"swiglu_lr0.001_seed1: was made with other settings: train.weight_decay"):

@@ -13,7 +13,7 @@ import torch
 from psannlm.benchmarks.decoding.context_length import longest_state, measure_growth
 from psannlm.benchmarks.decoding.modes import Case, DecodeRun, Prompts, decode, decode_uncached, spread_places
 from psannlm.benchmarks.decoding.quantization_quality import TOKENS_PER_ROW, measure_packing_cost
-from psannlm.benchmarks.decoding.random_weights import show_every_part
+from psannlm.benchmarks.decoding.random_weights import randomize_parameters
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings, case_figures, headline
 from psannlm.benchmarks.decoding.token_parity import Agreement, Rounding, compare
 from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved
@@ -338,7 +338,7 @@ def build_random_model(config: ModelConfig, settings: KvSettings, device: torch.
     resolved = resolve(config.model_copy(update={"max_seq_len": room}))
     refuse_oversize(resolved, config.vocab_size or 1, Place(for_training=False))
     model = build_model(resolved, seed=settings.seed).eval()
-    show_every_part(model, settings.seed)
+    randomize_parameters(model, settings.seed)
     return model.to(device)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def show_every_part(model: nn.Module, seed: int) -> None:
+def randomize_parameters(model: nn.Module, seed: int) -> None:
     """Give ``model`` weights that depend on ``seed`` alone, and in which every part shows in its output.
 
     As they are drawn for training, branches and waves start at zero: any cache and any kernel would do.

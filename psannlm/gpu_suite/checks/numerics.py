@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psannlm.benchmarks.decoding.random_weights import show_every_part
+from psannlm.benchmarks.decoding.random_weights import randomize_parameters
 from psannlm.config.model import PositionKind
 from psannlm.gpu_suite.context import BASE_NAMES, CheckContext, Trainer, draw_tokens, dtype_name
 from psannlm.gpu_suite.report import CheckResult, Measure, at_least, at_most, largest, largest_distance, none_of
@@ -123,7 +123,7 @@ def check_gradients(context: CheckContext) -> CheckResult:
     for base in BASE_NAMES:
         for positions in POSITIONS:
             model = build_model(shape.config(base, positional_encoding=positions), seed=1)
-            show_every_part(model, seed=2)
+            randomize_parameters(model, seed=2)
             model.to(context.device)
             tokens = draw_tokens(shape, seed=3)
             reference = exact_gradients(model, tokens)
