@@ -23,6 +23,7 @@ from psannlm.commands import generate as generate_command
 from psannlm.commands import gpu_validate as gpu_validate_command
 from psannlm.commands import prep as prep_command
 from psannlm.commands import report as report_command
+from psannlm.commands import schema as schema_command
 from psannlm.commands import tokenize as tokenize_command
 from psannlm.commands import train as train_command
 from psannlm.display import printable
@@ -85,6 +86,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("schema")(schema_command.schema)
 app.command("train")(train_command.train)
 app.command("generate")(generate_command.generate)
 app.command("eval")(eval_command.evaluate)

@@ -68,6 +68,8 @@ NEVER_TORCH = (
     "data.memory_store",
     "data.stream",
     "prep",
+    "experiments.plan",
+    "experiments.plan_schema",
     "commands",
 )
 # Modules of other distributions that come with a declared one and belong to its public face.
@@ -295,7 +297,9 @@ def test_every_module_can_be_imported_first(graph: dict[str, list[Import]]) -> N
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"], ["generate", "--help"], ["schema", "--help"]]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     """What a person sees first must not wait for libraries that only the work needs."""
     code = (

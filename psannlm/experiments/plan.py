@@ -22,11 +22,12 @@ from psannlm.errors import ConfigError, Problem, nearest
 
 PositiveReal = Annotated[Real, Field(gt=0)]
 Share = Annotated[Real, Field(gt=0, le=1)]
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}\Z")
+NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"
+_NAME = re.compile(rf"{NAME_PATTERN}\Z")
 _RATES, _SHARE = "learning_rates", "budget_share"
-_REQUIRED = ("base", "variants", "baseline", "budget")
+REQUIRED_KEYS = ("base", "variants", "baseline", "budget")
 # Keys that the plan decides for every run, and what decides them.
-_OWNED = {
+OWNED_KEYS = {
     ("train", "lr"): _RATES,
     ("train", "seed"): "seeds",
     ("train", "max_steps"): "budget",
@@ -123,7 +124,7 @@ def load_plan(path: Path) -> StudyPlan:
     settings = examined.section
     findings = [Finding(place, message) for place, message in tree.faults]
     findings += [_as_the_plans(finding) for finding in examined.findings]
-    findings += [Finding((key,), "missing; it must be given") for key in _REQUIRED if tree.value.get(key) is None]
+    findings += [Finding((key,), "missing; it must be given") for key in REQUIRED_KEYS if tree.value.get(key) is None]
     refused = {finding.path[:1] for finding in findings}
     findings += [finding for finding in _plan_findings(settings) if finding.path[:1] not in refused]
     if findings:
@@ -188,7 +189,7 @@ def _owned(sections: object, at: KeyPath) -> Iterator[Finding]:
     """Keys in ``sections`` that are the plan's own to decide, and sections that nobody knows."""
     if not isinstance(sections, Mapping):
         return
-    for (section, key), decider in _OWNED.items():
+    for (section, key), decider in OWNED_KEYS.items():
         group = sections.get(section)
         if isinstance(group, Mapping) and key in group:
             yield Finding((*at, section, key), f"decided by {decider}, the same way for all variants; drop it here")
@@ -216,7 +217,7 @@ class _Builder:
         for name, given in self._settings.variants.items():
             at: KeyPath = ("variants", name)
             findings = list(self._variant_findings(name, given, at))
-            beside = _Beside() if findings else self._beside(given, at, findings)
+            beside = VariantKeys() if findings else self._beside(given, at, findings)
             if findings:
                 self.problems += origin.problems(findings)
                 continue
@@ -249,10 +250,10 @@ class _Builder:
                 yield Finding((*at, key), f"unknown key{nearest(key, known)}; known here: {', '.join(known)}", True)
         yield from _owned(given, at)
 
-    def _beside(self, given: object, at: KeyPath, findings: list[Finding]) -> _Beside:
+    def _beside(self, given: object, at: KeyPath, findings: list[Finding]) -> VariantKeys:
         """Return the keys of a variant that are no sections; what is wrong with them is added to ``findings``."""
         own = given if isinstance(given, Mapping) else {}
-        examined = examine(_Beside, at, {key: own[key] for key in (_RATES, _SHARE) if own.get(key) is not None})
+        examined = examine(VariantKeys, at, {key: own[key] for key in (_RATES, _SHARE) if own.get(key) is not None})
         findings += examined.findings
         rates = examined.section.learning_rates
         if not examined.findings and rates is not None and (not rates or len(set(rates)) < len(rates)):
@@ -274,7 +275,7 @@ class _Builder:
         return Problem(problem.path, f"{problem.message} (in the base, {self._base_name})")
 
 
-class _Beside(Section):
+class VariantKeys(Section):
     """The keys of a variant that are no sections."""
 
     learning_rates: tuple[PositiveReal, ...] | None = Field(None, description="to try; null: those of the plan")
