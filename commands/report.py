@@ -55,7 +55,7 @@ def report(
     if compare and (runs or kind or since or published):
         raise ConfigError("--compare takes run folders and --out, and no --runs, --kind or --since, nor --published")
     with live_line(progress()) as line:
-        line.show("reading and drawing")
+        line.show("reading")
         if compare:
             written = write_comparison([*compare, *(also or [])], system_info(), out=out)
         else:
@@ -70,6 +70,7 @@ def report(
                 # Prepared folders and tokenizers have no folder of their own to stand in, as runs have.
                 records=runs or [Path()],
                 out=out,
+                on_progress=line.show,
             )
     if as_json:
         print_json(written.as_dict())

@@ -102,17 +102,25 @@ def write_report(
     published: bool = False,
     records: Sequence[Path] = (),
     out: Path | None = None,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Gather what is under ``reports`` and ``runs`` and write the report; ``system`` tells who makes it, and where.
+    """Gather the artifacts under ``reports`` and the runs under ``runs``, and write the report.
 
-    ``published`` includes the results kept in ``reports/published``; ``records`` are folders at or below which records
-    of ``psannlm tokenize`` and ``prep`` are looked for.
+    Args:
+        system: the ``system.json`` of the report: command, machine and versions.
+        since: leave out what is older.
+        kinds: the kinds of artifacts to include (``runs`` is one); all of them when empty.
+        published: include the results kept in ``reports/published``.
+        records: folders at or below which records of ``psannlm tokenize`` and ``prep`` are searched.
+        out: folder to write to, instead of ``reports/benchmarks/<ts>``.
+        on_progress: called with a line of text before each part of the work.
 
     Raises:
         ConfigError: ``kinds`` names one that is not there.
         ArtifactError: there is nothing to report.
         StorageError: the report cannot be written.
     """
+    on_progress(f"reading {reports}")
     found = gather(reports, runs, since=since, kinds=kinds, published=published, records=records)
     if found.is_empty:
         where = ", ".join(f"{path}/" for path in (reports, *runs))
@@ -122,7 +130,7 @@ def write_report(
             f"--runs, or an earlier --since){kept if (reports / PUBLISHED_FOLDER).is_dir() and not published else ''}"
         )
     rates, memory = _rates(found), _memory(found)
-    document = build_document(found, Origin.of(system), rates)
+    document = build_document(found, Origin.of(system), rates, on_progress)
     folder = new_folder(OWN_KIND, out)
     write_text(folder / THROUGHPUT_FILE, _csv(rates, _RATE_COLUMNS))
     write_json(folder / MEMORY_FILE, memory)

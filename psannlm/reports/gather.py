@@ -108,12 +108,13 @@ def gather(
     Raises:
         ConfigError: a kind is asked for that is nowhere, or there are no published results.
     """
+    found = Gathered()
     there = [path for path in _folders(reports) if path.name not in (OWN_KIND, PUBLISHED_FOLDER)]
     if published:
         kept = reports / PUBLISHED_FOLDER
         if not kept.is_dir():
             raise ConfigError(f"there is no {kept}; leave out --published, or name its parent folder with --reports")
-        there += _folders(kept)
+        there += [kept] if kept.is_symlink() else _folders(kept)
     recorded = {folder.resolve(): (folder, name) for root in records for folder, name in find_records(root)}
     inner = [path.resolve() for path in (reports, *there)]
     recorded = {path: found for path, found in recorded.items() if not any(path.is_relative_to(each) for each in inner)}
@@ -123,10 +124,9 @@ def gather(
             raise ConfigError(
                 f"there is no {reports}/{name}{nearest(name, known)}; what is there: {', '.join(sorted(known))}"
             )
-    found = Gathered()
     for kind in there:
         if not kinds or kind.name in kinds:
-            for folder in _folders(kind, found.unread):
+            for folder in [kind] if kind.is_symlink() else _folders(kind, found.unread):
                 _add_artifact(found, folder, since)
     for folder, name in recorded.values():
         if not kinds or name in kinds:
@@ -140,7 +140,7 @@ def gather(
 
 
 def _folders(path: Path, unread: list[Unread] | None = None) -> list[Path]:
-    """The folders in a folder; one that cannot be listed is added to ``unread``."""
+    """Return the folders and links to folders in ``path``; one that cannot be listed is added to ``unread``."""
     try:
         return sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
     except OSError as error:
@@ -161,6 +161,10 @@ def _run_folders(roots: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _add_artifact(found: Gathered, folder: Path, since: datetime | None, kind: str | None = None) -> None:
+    if folder.is_symlink():
+        # What it points to may belong to somebody else, or be counted already where it is.
+        found.unread.append(Unread(folder, "a symbolic link, which a report does not follow"))
+        return
     try:
         artifact = _read_artifact(folder, found.unread, kind or folder.parent.name)
     except (Unreadable, OSError) as error:

@@ -61,21 +61,35 @@ _TITLES = {
 }
 
 
-def build_document(found: Gathered, origin: Origin, rates: Sequence[dict[str, Any]]) -> Document:
+def build_document(
+    found: Gathered,
+    origin: Origin,
+    rates: Sequence[dict[str, Any]],
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Document:
     """Return the page; what turns out damaged only here is added to ``found.unread``.
 
     Args:
         origin: the command and the machine that make the page.
         rates: the rows of ``throughput.csv``.
+        on_progress: called before each section, which takes up to two seconds for each of its pictures.
     """
     runs = _runs_outside_studies(found.runs)
-    sections = []
+    n_sections = bool(runs) + len(found.artifacts)
+    sections: list[Section] = []
+
+    def show(title: str) -> None:
+        on_progress(f"drawing section {len(sections) + 1:,} of {n_sections:,}: {title}")
+
     if runs:
+        show("training runs")
         sections.append(_runs_section(runs, len(found.runs) - len(runs), found.unread))
     headlines = _run_headlines(runs)
     for artifact in sorted(found.artifacts, key=lambda artifact: artifact.kind != STUDY_KIND):
+        title = _title(artifact)
+        show(title)
         blocks, artifact_headlines = _artifact_blocks(artifact, found.unread)
-        sections.append(Section(_title(artifact), blocks, Origin.of(artifact.system, str(artifact.folder))))
+        sections.append(Section(title, blocks, Origin.of(artifact.system, str(artifact.folder))))
         headlines += artifact_headlines
     if bars := _rate_bars(rates):
         caption = f"Medians with the lowest and highest; at most {_MOST_BARS}, the newest first to be shown."

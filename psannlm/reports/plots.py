@@ -7,6 +7,7 @@ markers tell the curves apart in print as well.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,21 +15,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from psannlm.display import printable
-from psannlm.io.figures import render_figure
+from psannlm.io.figures import render_formats
 from psannlm.reports.page_model import Picture, tell_float
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {
-    False: ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4d4d4d"),
-    True: ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#d0d0d0"),
+# Of curves and bars, of text, and of axes and grid: each as it is on a light page, and as it is on a dark one.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
+_DARK_COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#f0e442", "#d0d0d0")
+_INK = ("#22272b", "#dfe3e6")
+_RULE = ("#c9ced2", "#454c52")
+# How Matplotlib writes colours in SVG: "fill: #0072b2", in lower case.
+_SVG_COLOUR = re.compile(rb"((?:fill|stroke): )(#[0-9a-f]{6})\b")
+_DARK_COLOUR = {
+    light.encode(): dark.encode() for light, dark in (*zip(_COLOURS, _DARK_COLOURS, strict=True), _INK, _RULE)
 }
 _MARKERS = "osD^vPX"
 _STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-_INK = {False: "#22272b", True: "#dfe3e6"}
-_RULE = {False: "#c9ced2", True: "#454c52"}
 # Inches at which text of the sizes below reads well in a column of 720, and on a phone of 390 pixels.
 _WIDE, _NARROW = (7.2, 3.9), (3.7, 3.5)
 # Below it: the size of text in points, what a line's mark and the room around it take of that, a line's height in
@@ -85,7 +90,7 @@ def draw_curves(
         for curve in curves:
             at = groups.index(curve.group)
             x, y = _thinned(curve.x, curve.y)
-            colour, style = look.colour(at), _STYLES[at // len(_MARKERS) % len(_STYLES)]
+            colour, style = _COLOURS[at % len(_COLOURS)], _STYLES[at // len(_MARKERS) % len(_STYLES)]
             if curve.is_faint:
                 # A line through one point is not seen.
                 marker = "." if len(x) == 1 else None
@@ -124,11 +129,11 @@ def draw_bars(file: str, bars: Sequence[Bar], label: str, caption: str, *, zero_
 
     def draw(axes: Axes, look: _Look) -> None:
         for at, bar in enumerate(bars):
-            colour = look.colour(0)
+            colour = _COLOURS[0]
             edges = None
             if bar.lowest is not None and bar.highest is not None:
                 edges = [[max(0.0, bar.value - bar.lowest)], [max(0.0, bar.highest - bar.value)]]
-            whiskers: dict[str, Any] = {"ecolor": look.ink, "capsize": 3, "elinewidth": 1.1}
+            whiskers: dict[str, Any] = {"ecolor": _INK[0], "capsize": 3, "elinewidth": 1.1}
             if zero_line:
                 axes.errorbar(bar.value, at, xerr=edges, fmt="o", color=colour, markersize=6, **whiskers)
             else:
@@ -141,7 +146,7 @@ def draw_bars(file: str, bars: Sequence[Bar], label: str, caption: str, *, zero_
         axes.set_xlabel(label)
         axes.grid(visible=False, axis="y")
         if zero_line:
-            axes.axvline(0.0, color=look.ink, linewidth=1)
+            axes.axvline(0.0, color=_INK[0], linewidth=1)
             axes.margins(y=0.15)
 
     values = "; ".join(f"{bar.name} {tell_float(float(bar.value))}" for bar in bars[:12])
@@ -153,15 +158,6 @@ class _Look:
     """One form of a picture: where it will be looked at."""
 
     is_narrow: bool
-    is_dark: bool
-
-    @property
-    def ink(self) -> str:
-        return _INK[self.is_dark]
-
-    def colour(self, at: int) -> str:
-        colours = _COLOURS[self.is_dark]
-        return colours[at % len(colours)]
 
     def columns(self, names: Sequence[str]) -> int:
         """Columns of a legend: as many as there is room for, and no more than fill their lines."""
@@ -202,7 +198,7 @@ class _Look:
         )
         for text, name in zip(legend.get_texts(), names, strict=True):
             text.set_text(self.short(name))
-            text.set_color(self.ink)
+            text.set_color(_INK[0])
 
 
 def _picture(
@@ -214,31 +210,35 @@ def _picture(
     n_rows: int = 0,
     names: Sequence[str] = (),
 ) -> Picture:
+    wide, png = _render(draw, _Look(is_narrow=False), ("svg", "png"), n_rows, names)
+    (narrow,) = _render(draw, _Look(is_narrow=True), ("svg",), n_rows, names)
     forms = {
-        (is_narrow, is_dark): _render(draw, _Look(is_narrow, is_dark), "svg", n_rows, names)
-        for is_narrow in (False, True)
+        (is_narrow, is_dark): _darkened(svg) if is_dark else svg
+        for is_narrow, svg in ((False, wide), (True, narrow))
         for is_dark in (False, True)
     }
-    return Picture(file, alternative, caption, _render(draw, _Look(False, False), "png", n_rows, names), forms)
+    return Picture(file, alternative, caption, png, forms)
 
 
-def _render(draw: Callable[[Axes, _Look], None], look: _Look, form: str, n_rows: int, names: Sequence[str]) -> bytes:
+def _render(
+    draw: Callable[[Axes, _Look], None], look: _Look, formats: Sequence[str], n_rows: int, names: Sequence[str]
+) -> list[bytes]:
     settings: Any = {
         "font.family": _FONT,
         "font.size": _TEXT,
         "axes.facecolor": "none",
-        "axes.edgecolor": _RULE[look.is_dark],
-        "axes.labelcolor": look.ink,
+        "axes.edgecolor": _RULE[0],
+        "axes.labelcolor": _INK[0],
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
         "axes.axisbelow": True,
-        "grid.color": _RULE[look.is_dark],
+        "grid.color": _RULE[0],
         "grid.alpha": 0.5,
         "grid.linewidth": 0.6,
-        "text.color": look.ink,
-        "xtick.color": look.ink,
-        "ytick.color": look.ink,
+        "text.color": _INK[0],
+        "xtick.color": _INK[0],
+        "ytick.color": _INK[0],
         "svg.hashsalt": "psannlm",
     }
 
@@ -251,9 +251,16 @@ def _render(draw: Callable[[Axes, _Look], None], look: _Look, form: str, n_rows:
         draw(figure.subplots(), look)
         return figure
 
-    metadata: Any = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
-    colour = "none" if form == "svg" else "white"
-    return render_figure(fill, form=form, settings=settings, facecolor=colour, metadata=metadata)
+    options: dict[str, dict[str, Any]] = {
+        "svg": {"facecolor": "none", "metadata": {"Date": None, "Creator": None}},
+        "png": {"facecolor": "white", "metadata": {"Software": None}},
+    }
+    return render_formats(fill, {form: options[form] for form in formats}, settings=settings)
+
+
+def _darkened(svg: bytes) -> bytes:
+    """Return a drawing for a light page in the colours for a dark one, which saves drawing it a second time."""
+    return _SVG_COLOUR.sub(lambda match: match[1] + _DARK_COLOUR.get(match[2], match[2]), svg)
 
 
 def _drawable(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

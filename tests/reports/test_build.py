@@ -251,7 +251,7 @@ def test_pictures_that_cannot_be_drawn_are_left_out(
     def fail(*arguments: object, **options: object) -> bytes:
         raise PictureError("no Matplotlib here")
 
-    monkeypatch.setattr("psannlm.reports.plots.render_figure", fail)
+    monkeypatch.setattr("psannlm.reports.plots.render_formats", fail)
     runs = [make_run(tmp_path / "runs" / name) for name in ("a", "b")]
     report = write_report(tmp_path / "reports", [tmp_path / "runs"], {}, out=tmp_path / "one")
     compared = write_comparison(runs, {}, out=tmp_path / "two")

@@ -112,3 +112,18 @@ def test_numbers_that_json_has_no_word_for_are_absent(tmp_path: Path, make_artif
     (artifact,) = gather(tmp_path, []).artifacts
     assert artifact.figures == {"loss": None, "rate": None, "ok": 1.5}
     assert json.dumps(artifact.figures, allow_nan=False)
+
+
+def test_linked_folders_are_listed_and_not_followed(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
+    reports, elsewhere = tmp_path / "reports", tmp_path / "elsewhere"
+    kept = make_artifact(reports / "kv_cache" / "20261120_080000", {"x": 1})
+    make_artifact(elsewhere / "20261120_080001", {"secret": 1})
+    (reports / "kv_cache" / "20261120_080001").symlink_to(elsewhere / "20261120_080001")
+    (reports / "throughput").symlink_to(elsewhere)
+    (reports / "published").symlink_to(elsewhere)
+    found = gather(reports, [], published=True)
+    assert [artifact.folder for artifact in found.artifacts] == [kept]
+    links = [reports / "kv_cache" / "20261120_080001", reports / "throughput", reports / "published"]
+    assert [item.path for item in found.unread] == links
+    assert {item.reason for item in found.unread} == {"a symbolic link, which a report does not follow"}
+    assert len(gather(reports, [], kinds=["throughput"]).unread) == 1

@@ -68,7 +68,7 @@ def reasons(written: Report) -> dict[str, str]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the drawing, which takes most of a report's time."""
-    monkeypatch.setattr("psannlm.reports.plots.render_figure", lambda *arguments, **options: png())
+    monkeypatch.setattr("psannlm.reports.plots.render_formats", lambda draw, formats, **options: [png()] * len(formats))
 
 
 @pytest.mark.usefixtures("no_pictures")
