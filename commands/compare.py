@@ -105,7 +105,7 @@ def compare(
     if as_json:
         print_json({**figures, "folder": str(folder)})
     else:
-        n_more = len(settled.settings.rivals) + (2 if settled.settings.answers else 1)
+        n_more = len(settled.settings.also_compare_to) + (2 if settled.settings.answers else 1)
         drawn = [_rich(tables[0], _MAIN_COLUMNS), *map(_rich, tables[1 : 1 + n_more])]
         results().print(*drawn, sep="\n")
         words = f"written to {folder}: all columns and runs in table.txt, and on the page of psannlm report"

@@ -44,8 +44,8 @@ def _of_losses(study: Study, chosen: Mapping[str, Choice]) -> Iterator[str]:
         yield "One seed: no interval, and no claim."
     if any(len(sized.variant.learning_rates) > 1 for sized in study.variants):
         seeds = ""
-        if settings.rate_seeds is not None and len(settings.rate_seeds) < len(settings.seeds):
-            seeds = f", those of seed {', '.join(map(str, settings.rate_seeds))} alone"
+        if settings.lr_seeds is not None and len(settings.lr_seeds) < len(settings.seeds):
+            seeds = f", those of seed {', '.join(map(str, settings.lr_seeds))} alone"
         yield f"Learning rates were chosen by these same losses{seeds}, which favours whoever tried more of them."
     if edges := [name for name, choice in chosen.items() if choice.edge in ("lowest", "highest")]:
         yield f"Best learning rate at the edge of its grid: {', '.join(edges)}; try more beyond it."
@@ -61,8 +61,8 @@ def _of_variants(study: Study) -> Iterator[str]:
         excess = sized.n_parameters / study.baseline.n_parameters - 1
         if abs(excess) > WIDTH_TOLERANCE:
             yield f"{sized.variant.name} has {excess:+.1%} parameters.".replace("-", "−")
-        if sized.variant.budget_share < 1:
-            yield f"{sized.variant.name} was trained for {sized.variant.budget_share:.0%} of the others' budget."
+        if sized.variant.budget_fraction < 1:
+            yield f"{sized.variant.name} was trained for {sized.variant.budget_fraction:.0%} of the others' budget."
         if sized.order_differs:
             yield f"{sized.variant.name} sees other text or another order: {'; '.join(sized.order_differs)}."
     overlap = study.data[study.plan.baseline.config.data].val_overlap

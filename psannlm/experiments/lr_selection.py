@@ -51,7 +51,7 @@ def score_of(record: RunRecord, measure: str) -> dict[str, Any]:
 def with_selected_lrs(study: Study) -> Study:
     """Return the study with the runs of its other seeds, for the variants whose learning rate has been looked for.
 
-    That is once no run of the seeds that look for it is left to be made; see ``rate_seeds`` of a plan.
+    That is once no run of the seeds that look for it is left to be made; see ``lr_seeds`` of a plan.
 
     Raises:
         ConfigError: the folder holds such runs of another plan.
@@ -65,14 +65,14 @@ def with_selected_lrs(study: Study) -> Study:
 def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan) -> Choice:
     """Return the choice among the rates of a variant: the lowest mean loss over the seeds that all of them have done.
 
-    Only seeds that look for the rate take part (``rate_seeds`` of the plan); the runs of the others are done at it.
+    Only seeds that look for the rate take part (``lr_seeds`` of the plan); the runs of the others are done at it.
     A rate at which a seed came to numbers that are not finite is out, however well the others did, unless there is no
     other; a run that failed for another reason is one still to be made. Where the rates share no seed, those with the
     most are compared.
     """
     measure = plan.settings.measure
     mine = [state for state in states if state.run.variant is sized]
-    looking = [state for state in mine if state.run.seed in plan.rate_seeds]
+    looking = [state for state in mine if state.run.seed in plan.lr_seeds]
     by_rate = {lr: [state for state in looking if state.run.lr == lr] for lr in sized.variant.learning_rates}
     losses = {lr: _losses(here, measure) for lr, here in by_rate.items()}
     diverged = {lr for lr, here in by_rate.items() if any(state.is_diverged for state in here)}

@@ -21,10 +21,13 @@ from psannlm.data.synthetic.algorithmic import TaskName
 from psannlm.errors import ConfigError, Problem, nearest
 
 PositiveReal = Annotated[Real, Field(gt=0)]
-Share = Annotated[Real, Field(gt=0, le=1)]
+Fraction = Annotated[Real, Field(gt=0, le=1)]
+# Keys of earlier versions, by their present names.
+_FORMER_KEYS = {"rivals": "also_compare_to", "rate_seeds": "lr_seeds"}
+_FORMER_VARIANT_KEYS = {"budget_share": "budget_fraction"}
 NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"
 _NAME = re.compile(rf"{NAME_PATTERN}\Z")
-_RATES, _SHARE = "learning_rates", "budget_share"
+_RATES, _FRACTION = "learning_rates", "budget_fraction"
 REQUIRED_KEYS = ("base", "variants", "baseline", "budget")
 # Keys that the plan decides for every run, and what decides them.
 OWNED_KEYS = {
@@ -54,13 +57,15 @@ class PlanSettings(Section):
     name: FileName | None = Field(None, description="of the study; null: the plan's file name")
     overrides: dict[str, Any] = Field(default_factory=dict, description="changes of the base for every variant")
     variants: dict[str, Any] = Field(
-        default_factory=dict, description="by name: the sections model, data, train; learning_rates and budget_share"
+        default_factory=dict, description="by name: the sections model, data, train; learning_rates and budget_fraction"
     )
     baseline: Text = Field("", description="the variant that the others are held against")
-    rivals: tuple[Text, ...] = Field((), description="further variants that each one is held against, in loss alone")
+    also_compare_to: tuple[Text, ...] = Field(
+        (), description="further variants that every variant is compared to, by validation loss only"
+    )
     seeds: tuple[Whole, ...] = Field((1337,), description="one run of each variant and learning rate for each")
     learning_rates: tuple[PositiveReal, ...] | None = Field(None, description="to try; null: the configuration's own")
-    rate_seeds: tuple[Whole, ...] | None = Field(
+    lr_seeds: tuple[Whole, ...] | None = Field(
         None, description="seeds made at every learning rate; the others at the best one alone; null: all of them"
     )
     budget: Budget = Field(default_factory=Budget, description="tokens or flops of each run")
@@ -80,7 +85,7 @@ class PlanSettings(Section):
 class Variant:
     """One thing to compare: its settings as a mapping, as a checked configuration, and its learning rates.
 
-    ``budget_share`` is how much of the plan's budget it trains for, for a slower model what it gets done in equal time.
+    ``budget_fraction`` is the fraction of the plan's budget it trains for, so that a slower model takes the same time.
     """
 
     name: str
@@ -88,7 +93,7 @@ class Variant:
     config: RunConfig
     learning_rates: tuple[float, ...]
     changes: dict[str, Any] = field(default_factory=dict)
-    budget_share: float = 1.0
+    budget_fraction: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,9 @@ class StudyPlan:
     variants: tuple[Variant, ...]
 
     @property
-    def rate_seeds(self) -> tuple[int, ...]:
+    def lr_seeds(self) -> tuple[int, ...]:
         """The seeds that are made at every learning rate."""
-        return self.settings.rate_seeds or self.settings.seeds
+        return self.settings.lr_seeds or self.settings.seeds
 
     @property
     def baseline(self) -> Variant:
@@ -117,12 +122,12 @@ def load_plan(path: Path) -> StudyPlan:
     Raises:
         ConfigError: anything is wrong; every problem is in the one message, with its line in the plan.
     """
-    tree = read_yaml(path)
+    tree, twice = _with_present_keys(read_yaml(path))
     if not isinstance(tree.value, Mapping):
         raise ConfigError(f"{path}: {show(tree.value)} where the keys of a plan are expected: {', '.join(_keys())}")
     examined = examine(PlanSettings, (), tree.value)
     settings = examined.section
-    findings = [Finding(place, message) for place, message in tree.faults]
+    findings = [Finding(place, message) for place, message in tree.faults] + twice
     findings += [_as_the_plans(finding) for finding in examined.findings]
     findings += [Finding((key,), "missing; it must be given") for key in REQUIRED_KEYS if tree.value.get(key) is None]
     refused = {finding.path[:1] for finding in findings}
@@ -145,6 +150,37 @@ def load_plan(path: Path) -> StudyPlan:
     return StudyPlan(path, settings.name or path.stem, settings, variants)
 
 
+def _with_present_keys(tree: YamlTree) -> tuple[YamlTree, list[Finding]]:
+    """Return a plan with the keys of earlier versions under their present names, and those given under both names."""
+    twice: list[Finding] = []
+    moved: dict[KeyPath, KeyPath] = {}
+
+    def renamed(keys: Mapping[str, Any], former: Mapping[str, str], at: KeyPath) -> dict[str, Any]:
+        for old, new in former.items():
+            if old in keys and new in keys:
+                twice.append(Finding((*at, old), f"former name of {new}, which is given too; remove one of them"))
+            elif old in keys:
+                moved[(*at, old)] = (*at, new)
+        both = {finding.path[-1] for finding in twice if finding.path[:-1] == at}
+        return {former.get(key, key): value for key, value in keys.items() if key not in both}
+
+    if not isinstance(tree.value, Mapping):
+        return tree, twice
+    value = renamed(tree.value, _FORMER_KEYS, ())
+    if isinstance(value.get("variants"), Mapping):
+        value["variants"] = {
+            name: renamed(keys, _FORMER_VARIANT_KEYS, ("variants", name)) if isinstance(keys, Mapping) else keys
+            for name, keys in value["variants"].items()
+        }
+
+    def present(path: KeyPath) -> KeyPath:
+        starts = [end for end in range(1, len(path) + 1) if path[:end] in moved]
+        return (*moved[path[: starts[0]]], *path[starts[0] :]) if starts else path
+
+    lines = {present(path): line for path, line in tree.lines.items()}
+    return YamlTree(value, lines, [(present(path), message) for path, message in tree.faults]), twice
+
+
 def _as_the_plans(finding: Finding) -> Finding:
     """Let an unknown key at the top be near to the keys of a plan, not to those of a configuration."""
     if not finding.is_unknown_key or len(finding.path) != 1:
@@ -160,13 +196,13 @@ def _keys() -> list[str]:
 
 
 def _plan_findings(settings: PlanSettings) -> Iterator[Finding]:
-    for key in ("seeds", "rate_seeds", _RATES, "rivals"):
+    for key in ("seeds", "lr_seeds", _RATES, "also_compare_to"):
         values = getattr(settings, key)
-        if values is not None and ((not values and key != "rivals") or len(set(values)) < len(values)):
+        if values is not None and ((not values and key != "also_compare_to") or len(set(values)) < len(values)):
             yield Finding((key,), "empty; name at least one" if not values else "one of them stands there twice")
-    for at, seed in enumerate(settings.rate_seeds or ()):
+    for at, seed in enumerate(settings.lr_seeds or ()):
         if seed not in settings.seeds:
-            yield Finding(("rate_seeds", at), f"{seed} is none of the seeds: {', '.join(map(str, settings.seeds))}")
+            yield Finding(("lr_seeds", at), f"{seed} is none of the seeds: {', '.join(map(str, settings.seeds))}")
     if (settings.budget.tokens is None) == (settings.budget.flops is None):
         yield Finding(("budget",), "give either tokens or flops, and not both")
     if not settings.variants:
@@ -174,12 +210,12 @@ def _plan_findings(settings: PlanSettings) -> Iterator[Finding]:
     elif settings.baseline not in settings.variants:
         message = f"{settings.baseline!r} is none of the variants{nearest(settings.baseline, settings.variants)}"
         yield Finding(("baseline",), f"{message}: {', '.join(settings.variants)}")
-    for at, rival in enumerate(settings.rivals):
-        if rival == settings.baseline:
-            yield Finding(("rivals", at), f"{rival!r} is the baseline, which all are held against as it is")
-        elif settings.variants and rival not in settings.variants:
-            message = f"{rival!r} is none of the variants{nearest(rival, settings.variants)}"
-            yield Finding(("rivals", at), f"{message}: {', '.join(settings.variants)}")
+    for at, other in enumerate(settings.also_compare_to):
+        if other == settings.baseline:
+            yield Finding(("also_compare_to", at), f"{other!r} is the baseline, which all are compared to anyway")
+        elif settings.variants and other not in settings.variants:
+            message = f"{other!r} is not one of the variants{nearest(other, settings.variants)}"
+            yield Finding(("also_compare_to", at), f"{message}: {', '.join(settings.variants)}")
     if settings.name is not None and not _NAME.match(settings.name):
         yield Finding(("name",), f"{show(settings.name)} names no folder; use letters, digits and . _ + -")
     yield from _owned(settings.overrides, ("overrides",))
@@ -234,7 +270,7 @@ class _Builder:
                 message = "nothing is held out, and there would be nothing to compare; set data.val_split"
                 self.problems += origin.problems([Finding(at, message)])
             rates = beside.learning_rates or self._settings.learning_rates or (config.train.lr,)
-            yield Variant(name, {**merged, "train": train}, config, rates, own, beside.budget_share)
+            yield Variant(name, {**merged, "train": train}, config, rates, own, beside.budget_fraction)
 
     def _variant_findings(self, name: str, given: object, at: KeyPath) -> Iterator[Finding]:
         if not _NAME.match(name):
@@ -244,7 +280,7 @@ class _Builder:
         if not isinstance(given, Mapping):
             yield Finding(at, f"{show(given)} is not a group of keys; write model:, data: or train: below it")
             return
-        known = [*SECTIONS, _RATES, _SHARE]
+        known = [*SECTIONS, _RATES, _FRACTION]
         for key in given:
             if key not in known:
                 yield Finding((*at, key), f"unknown key{nearest(key, known)}; known here: {', '.join(known)}", True)
@@ -253,7 +289,7 @@ class _Builder:
     def _beside(self, given: object, at: KeyPath, findings: list[Finding]) -> VariantKeys:
         """Return the keys of a variant that are no sections; what is wrong with them is added to ``findings``."""
         own = given if isinstance(given, Mapping) else {}
-        examined = examine(VariantKeys, at, {key: own[key] for key in (_RATES, _SHARE) if own.get(key) is not None})
+        examined = examine(VariantKeys, at, {key: own[key] for key in (_RATES, _FRACTION) if own.get(key) is not None})
         findings += examined.findings
         rates = examined.section.learning_rates
         if not examined.findings and rates is not None and (not rates or len(set(rates)) < len(rates)):
@@ -279,7 +315,7 @@ class VariantKeys(Section):
     """The keys of a variant that are no sections."""
 
     learning_rates: tuple[PositiveReal, ...] | None = Field(None, description="to try; null: those of the plan")
-    budget_share: Share = Field(1.0, description="of the plan's budget, what this one trains for")
+    budget_fraction: Fraction = Field(1.0, description="of the plan's budget, what this one trains for")
 
 
 def reads_folder(data: DataConfig) -> bool:

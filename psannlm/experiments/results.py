@@ -51,7 +51,7 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
         "task": settings.answers,
         "budget": settings.budget.model_dump(mode="json"),
         "seeds": list(settings.seeds),
-        "rate_seeds": list(study.plan.rate_seeds),
+        "lr_seeds": list(study.plan.lr_seeds),
         "corpus": _corpus(study),
         "conditions": conditions(states),
         "notes": notes_of(study, chosen, states),
@@ -66,15 +66,15 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
             {**_run_figures(state, settings.measure), "answers": _score_as_dict(state.run.name, answers or {})}
             for state in states
         ],
-        "rivals": {rival: _against(rival, chosen) for rival in settings.rivals},
+        "also_compare_to": {name: _differences_to(name, chosen) for name in settings.also_compare_to},
         "curves": [curve for sized in study.variants for curve in _curves(chosen[sized.variant.name])],
     }
 
 
-def _against(rival: str, chosen: Mapping[str, Choice]) -> dict[str, dict[str, float | int | None] | None]:
-    """The differences of all variants but the rival to it, each at its own best learning rate."""
-    theirs = chosen[rival].losses
-    differences = {name: paired_difference(choice.losses, theirs) for name, choice in chosen.items() if name != rival}
+def _differences_to(other: str, chosen: Mapping[str, Choice]) -> dict[str, dict[str, float | int | None] | None]:
+    """Return the differences of all variants to ``other``, each at its own best learning rate."""
+    theirs = chosen[other].losses
+    differences = {name: paired_difference(choice.losses, theirs) for name, choice in chosen.items() if name != other}
     return {name: None if each is None else each.as_dict() for name, each in differences.items()}
 
 
@@ -246,7 +246,7 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
         for state in states
     ]
     is_compiled = any(run.config.train.compile is True for run in study.runs)
-    others = set(study.plan.settings.seeds) - set(study.plan.rate_seeds)
+    others = set(study.plan.settings.seeds) - set(study.plan.lr_seeds)
     variants_here = {run.variant.variant.name for run in study.runs}
     n_others = len(others) * len(variants_here) - sum(run.seed in others for run in study.runs)
     note = (

@@ -51,9 +51,7 @@ def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
     target = sum(count_parameters(_resolved(base, data)).values())
     variants = tuple(_sized(plan, variant, data, target) for variant in plan.variants)
     _refuse_unequal(plan, variants, target)
-    wanted = [
-        (sized, lr, seed) for seed in plan.rate_seeds for sized in variants for lr in sized.variant.learning_rates
-    ]
+    wanted = [(sized, lr, seed) for seed in plan.lr_seeds for sized in variants for lr in sized.variant.learning_rates]
     runs = _runs(plan, wanted, folder, data)
     check_existing_runs(plan, folder, runs, data)
     return Study(plan, folder, variants, runs, data)
@@ -67,7 +65,7 @@ def with_best_lrs(study: Study, best: Mapping[str, float]) -> Study:
     Raises:
         ConfigError: the folder holds such runs of another plan.
     """
-    seeds = [seed for seed in study.plan.settings.seeds if seed not in study.plan.rate_seeds]
+    seeds = [seed for seed in study.plan.settings.seeds if seed not in study.plan.lr_seeds]
     wanted = [
         (sized, best[sized.variant.name], seed)
         for seed in seeds
@@ -97,7 +95,7 @@ def _sized(plan: StudyPlan, variant: Variant, data: Mapping[DataConfig, Prepared
     step_tokens = loader.windows.n_labels / loader.steps_per_epoch
     budget = plan.settings.budget
     tokens = budget.tokens if budget.tokens is not None else (budget.flops or 0.0) / per_token
-    n_steps = max(1, round(tokens * variant.budget_share / step_tokens))
+    n_steps = max(1, round(tokens * variant.budget_fraction / step_tokens))
     return SizedVariant(
         variant=variant,
         model=model,

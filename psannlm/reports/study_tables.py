@@ -12,14 +12,16 @@ NATS = "nats per token"
 
 
 def study_tables(figures: dict[str, Any]) -> list[Table]:
-    """Return the results, the differences to rivals, answers to a counting task, learning rates, parameters and runs.
+    """Return the tables of results, differences, answers to a counting task, learning rates, parameters and runs.
 
     Raises:
         KeyError, TypeError, AttributeError, ValueError: the figures are not those of a study.
     """
     answers = [_answers(figures), _answers_by_rate(figures)] if figures.get("task") else []
-    rivals = [_against(rival, found) for rival, found in figures.get("rivals", {}).items()]
-    return [_results(figures), *rivals, *answers, _learning_rates(figures), _parameters(figures), _runs(figures)]
+    # Earlier versions wrote "rivals" and "rate_seeds".
+    others = figures.get("also_compare_to", figures.get("rivals", {}))
+    differences = [_against(name, found) for name, found in others.items()]
+    return [_results(figures), *differences, *answers, _learning_rates(figures), _parameters(figures), _runs(figures)]
 
 
 def _results(figures: dict[str, Any]) -> Table:
@@ -66,7 +68,7 @@ def _results(figures: dict[str, Any]) -> Table:
     )
 
 
-def _against(rival: str, differences: dict[str, Any]) -> Table:
+def _against(other: str, differences: dict[str, Any]) -> Table:
     rows = []
     for name, difference in differences.items():
         if difference is None:
@@ -77,8 +79,8 @@ def _against(rival: str, differences: dict[str, Any]) -> Table:
             [name, signed(difference["mean"], 3), _interval(difference), signed(share, 2), tell(difference["n"])]
         )
     return Table(
-        f"Held against {rival}",
-        ("variant", f"minus {rival}, {NATS}", "95 % interval", "in % of its loss", "seeds"),
+        f"Compared to {other}",
+        ("variant", f"minus {other}, {NATS}", "95 % interval", "in % of its loss", "seeds"),
         rows,
         frozenset(range(1, 5)),
         "Paired over the seeds that both have, each at its best learning rate.",
@@ -189,7 +191,7 @@ def _learning_rates(figures: dict[str, Any]) -> Table:
 
 
 def _looking(figures: dict[str, Any]) -> str:
-    seeds = figures.get("rate_seeds", figures["seeds"])
+    seeds = figures.get("lr_seeds", figures.get("rate_seeds", figures["seeds"]))
     return "the seeds" if len(seeds) == len(figures["seeds"]) else f"the seeds, of {', '.join(map(str, seeds))},"
 
 

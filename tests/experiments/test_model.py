@@ -124,7 +124,7 @@ def test_operations_as_budget_give_fewer_steps_to_the_dearer_model(make: Callabl
 
 def test_a_share_of_the_budget_gives_fewer_steps_and_is_told(make: Callable[..., Study]) -> None:
     study = make()
-    shorter = make("learning_rates: [1e-2]}", "learning_rates: [1e-2], budget_share: 0.5}")
+    shorter = make("learning_rates: [1e-2]}", "learning_rates: [1e-2], budget_fraction: 0.5}")
     whole, part = study.variants[1], shorter.variants[1]
     assert 0.4 < part.n_steps / whole.n_steps < 0.6
     assert {run.config.train.max_steps for run in shorter.runs if run.variant is part} == {part.n_steps}
@@ -161,7 +161,7 @@ def test_all_variants_of_a_seed_see_the_text_in_one_order(make: Callable[..., St
 def test_stops_and_any_order_give_the_same_table(
     make: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = make("baseline: swiglu", "baseline: swiglu\nrivals: [sine]", folder="straight")
+    straight = make("baseline: swiglu", "baseline: swiglu\nalso_compare_to: [sine]", folder="straight")
     run_all(straight, launcher=train_here)
     wanted = study_figures(straight)
 
@@ -189,8 +189,8 @@ def test_stops_and_any_order_give_the_same_table(
 
     run_all(backwards, jobs=3, launcher=note)
     assert made == [run.name for run in reversed(again.runs)][:4], "what was done is not done again"
-    rivals = wanted.pop("rivals")
-    assert timeless(study_figures(make(folder="stopped"))) == timeless({**wanted, "rivals": {}})
+    rivals = wanted.pop("also_compare_to")
+    assert timeless(study_figures(make(folder="stopped"))) == timeless({**wanted, "also_compare_to": {}})
     run_all(again, launcher=lambda run, environment: pytest.fail("all is done"))
 
     # Each figure is that of the run's own log.
@@ -208,10 +208,10 @@ def test_stops_and_any_order_give_the_same_table(
     mirrored = rivals["sine"]["swiglu"]
     assert list(rivals["sine"]) == ["swiglu"]
     assert (mirrored["mean"], mirrored["high"]) == (-sine["difference"]["mean"], -sine["difference"]["low"])
-    tables = study_tables(json.loads(json.dumps({**wanted, "rivals": rivals})))
+    tables = study_tables(json.loads(json.dumps({**wanted, "also_compare_to": rivals})))
     assert [row[0] for row in tables[0].rows] == ["swiglu", "sine"]
     share = -100 * sine["difference"]["mean"] / sine["val_loss"]["mean"]
-    assert (tables[1].title, tables[1].rows[0][3]) == ("Held against sine", signed(share, 2))
+    assert (tables[1].title, tables[1].rows[0][3]) == ("Compared to sine", signed(share, 2))
     assert {picture.file for picture in study_pictures(wanted)} == {
         "differences.png",
         "loss_by_tokens.png",

@@ -81,6 +81,20 @@ def test_the_shipped_example_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(plan.variants) * len(plan.settings.seeds) * 2 == 24
 
 
+FORMER_KEYS = "rivals: [sine]\nrate_seeds: [2]"
+PRESENT_KEYS = "also_compare_to: [sine]\nlr_seeds: [2]"
+
+
+def test_plan_former_keys_equal_present_keys(write: Path) -> None:
+    write.write_text(PLAN.replace("baseline:", f"{FORMER_KEYS}\nbaseline:") + "    budget_share: 0.5\n")
+    former = load_plan(write)
+    write.write_text(PLAN.replace("baseline:", f"{PRESENT_KEYS}\nbaseline:") + "    budget_fraction: 0.5\n")
+    assert former == load_plan(write)
+    assert former.settings.also_compare_to == ("sine",)
+    assert former.lr_seeds == (2,)
+    assert [variant.budget_fraction for variant in former.variants] == [1.0, 0.5]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -89,25 +103,36 @@ def test_the_shipped_example_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         ("{tokens: 1000}", "{token: 1000}", ["budget.token (line 2)", "did you mean 'tokens'"]),
         ("budget: {tokens: 1000}\n", "", ["budget: missing"]),
         ("baseline: swiglu", "baseline: swigluu", ["baseline (line 5)", "did you mean 'swiglu'"]),
-        ("baseline: swiglu", "baseline: swiglu\nrivals: [sin]", ["rivals[0] (line 6)", "did you mean 'sine'"]),
-        ("baseline: swiglu", "baseline: swiglu\nrivals: [swiglu]", ["rivals[0] (line 6)", "is the baseline"]),
-        ("baseline: swiglu", "baseline: swiglu\nrivals: [sine, sine]", ["rivals (line 6)", "twice"]),
+        (
+            "baseline: swiglu",
+            "baseline: swiglu\nalso_compare_to: [sin]",
+            ["also_compare_to[0] (line 6)", "did you mean 'sine'"],
+        ),
+        (
+            "baseline: swiglu",
+            "baseline: swiglu\nalso_compare_to: [swiglu]",
+            ["also_compare_to[0] (line 6)", "is the baseline"],
+        ),
+        ("baseline: swiglu", "baseline: swiglu\nalso_compare_to: [sine, sine]", ["also_compare_to (line 6)", "twice"]),
         ("[1, 2]", "[1, 1]", ["seeds (line 3)", "twice"]),
-        ("[1, 2]", "[1, 2]\nrate_seeds: [1, 3]", ["rate_seeds[1] (line 4)", "none of the seeds"]),
-        ("[1, 2]", "[1, 2]\nrate_seeds: []", ["rate_seeds (line 4)", "empty"]),
+        ("[1, 2]", "[1, 2]\nrate_seeds: [1, 3]", ["lr_seeds[1] (line 4)", "none of the seeds"]),
+        ("[1, 2]", "[1, 2]\nrate_seeds: []", ["lr_seeds (line 4)", "empty"]),
+        ("[1, 2]", "[1, 2]\nlr_seeds: [1]\nrate_seeds: [1]", ["rate_seeds (line 5): former name of lr_seeds"]),
+        ("[1, 2]", "[1, 2]\nrate_seeds: [3]", ["lr_seeds[0] (line 4)", "none of the seeds"]),
+        ("[5e-3]", "[5e-3]\n    budget_share: 2", ["variants.sine.budget_fraction (line 13)", "at most 1"]),
         ("[1e-2, 2e-2]", "[0]", ["learning_rates", "line 4", "greater than 0"]),
         ("{mlp: sine}", "{mpl: sine}", ["variants.sine.model.mpl (line 11)", "did you mean 'mlp'"]),
         ("{mlp: sine}", "{mlp: sime}", ["variants.sine.model.mlp (line 11)", "did you mean 'sine'"]),
         ("    model: {mlp", "    modle: {mlp", ["variants.sine.modle (line 11)", "did you mean 'model'"]),
         ("[5e-3]", "[fast]", ["variants.sine.learning_rates", "line 12"]),
         ("[5e-3]", "[]", ["variants.sine.learning_rates", "line 12", "empty"]),
-        ("[5e-3]", "[5e-3]\n    budget_share: 0", ["variants.sine.budget_share (line 13)", "greater than 0"]),
+        ("[5e-3]", "[5e-3]\n    budget_fraction: 0", ["variants.sine.budget_fraction (line 13)", "greater than 0"]),
         (
             "[5e-3]",
-            "[5e-3]\n    budget_share: 1.1",
-            ["variants.sine.budget_share (line 13)", "at most 1"],
+            "[5e-3]\n    budget_fraction: 1.1",
+            ["variants.sine.budget_fraction (line 13)", "at most 1"],
         ),
-        ("[5e-3]", "[5e-3]\n    budget_shar: 0.9", ["budget_shar (line 13)", "did you mean 'budget_share'"]),
+        ("[5e-3]", "[5e-3]\n    budget_fractio: 0.9", ["budget_fractio (line 13)", "did you mean 'budget_fraction'"]),
         ("{warmup_steps: 2}", "{warmup_stepz: 2}", ["overrides.train.warmup_stepz (line 7)", "warmup_steps"]),
         ("{warmup_steps: 2}", "{seed: 2}", ["overrides.train.seed (line 7)", "decided by seeds"]),
         ("{mlp: sine}", "{mlp: sine}\n    train: {lr: 1}", ["variants.sine.train.lr (line 12)", "learning_rates"]),

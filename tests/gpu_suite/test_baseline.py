@@ -68,7 +68,16 @@ def test_another_machine_is_refused_unless_asked_for(tmp_path: Path, change: dic
     assert read_baseline(path, {**MACHINE, **change}, is_dry_run=False, any_machine=True)["verdict"] == "ok"
 
 
-def test_a_rehearsal_is_no_baseline_for_a_battery(tmp_path: Path) -> None:
+def test_baseline_reads_former_key_is_rehearsal(tmp_path: Path) -> None:
+    summary = json.loads((written(tmp_path) / "summary.json").read_text(encoding="utf-8"))
+    summary["is_rehearsal"] = summary.pop("is_dry_run")
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    assert read_baseline(tmp_path, MACHINE, is_dry_run=False, any_machine=False)["verdict"] == "ok"
+    with pytest.raises(ConfigError, match="a run at full size and this is a dry run"):
+        read_baseline(tmp_path, MACHINE, is_dry_run=True, any_machine=False)
+
+
+def test_baseline_of_a_dry_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a dry run and this is a run at full size"):
         read_baseline(written(tmp_path, is_dry_run=True), MACHINE, is_dry_run=False, any_machine=True)
 
