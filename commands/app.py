@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Annotated, Any
@@ -38,7 +39,18 @@ _WrongUsage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ 
 
 
 class _Group(TyperGroup):
-    """Shows the escapes in refused arguments: a glob puts file names of others among them."""
+    """Lists the commands in panels, and shows the escapes in refused arguments: a glob adds file names of others."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands by panel, each with its first sentence; Typer's own list cuts sentences to one line."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        widest = max(map(len, self.commands))
+        for name, command in self.commands.items():
+            panel = str(getattr(command, "rich_help_panel", None) or "Commands")
+            panels.setdefault(panel, []).append((name.ljust(widest), _first_sentence(command.help or "")))
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with _showing_escapes():
@@ -47,6 +59,11 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with _showing_escapes():
             return super().invoke(ctx)
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.strip().split("\n\n")[0].split())
+    return re.split(r"(?<=\.) ", paragraph, maxsplit=1)[0]
 
 
 @contextmanager
@@ -77,6 +94,27 @@ def _refused_number(error: Exception) -> str | None:
     return f"{problem['input']!r} is not {kind}{meant}"
 
 
+_PANELS: dict[str, dict[str, Callable[..., None]]] = {
+    "Data": {
+        "schema": schema_command.schema,
+        "tokenize": tokenize_command.tokenize,
+        "prep": prep_command.prep,
+    },
+    "Models": {
+        "train": train_command.train,
+        "generate": generate_command.generate,
+        "eval": eval_command.evaluate,
+    },
+    "Measure": {
+        "compare": compare_command.compare,
+        "report": report_command.report,
+        "bench-tokenizers": bench_tokenizers_command.bench_tokenizers,
+        "bench-train": bench_train_command.bench_train,
+        "bench-kv": bench_kv_command.bench_kv,
+        "gpu-validate": gpu_validate_command.gpu_validate,
+    },
+}
+
 app = typer.Typer(
     name="psannlm",
     cls=_Group,
@@ -86,18 +124,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("schema")(schema_command.schema)
-app.command("train")(train_command.train)
-app.command("generate")(generate_command.generate)
-app.command("eval")(eval_command.evaluate)
-app.command("tokenize")(tokenize_command.tokenize)
-app.command("prep")(prep_command.prep)
-app.command("bench-tokenizers")(bench_tokenizers_command.bench_tokenizers)
-app.command("bench-kv")(bench_kv_command.bench_kv)
-app.command("compare")(compare_command.compare)
-app.command("report")(report_command.report)
-app.command("bench-train")(bench_train_command.bench_train)
-app.command("gpu-validate")(gpu_validate_command.gpu_validate)
+for _panel, _commands in _PANELS.items():
+    for _name, _function in _commands.items():
+        app.command(_name, rich_help_panel=_panel)(_function)
 
 
 def _show_version(wanted: bool) -> None:

@@ -148,6 +148,29 @@ def test_every_command_has_a_help_text() -> None:
         assert len(shown.output) > 200
 
 
+def test_help_groups_commands_and_cuts_no_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(root.app, ["--help"], prog_name="psannlm").output
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "..." not in shown.partition("Options:")[2]
+    panels: dict[str, list[str]] = {}
+    for line in shown.partition("Options:")[2].splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            panels[line[:-1]] = []
+        elif panels and (name := line[2:].split(" ")[0]):
+            [*_, commands] = panels.values()
+            commands.append(name)
+    assert list(panels) == ["Data", "Models", "Measure"]
+    assert panels["Models"] == ["train", "generate", "eval"]
+    assert sorted(name for names in panels.values() for name in names) == sorted(
+        str(command.name) for command in root.app.registered_commands
+    )
+    flat = " ".join(shown.split())
+    for command in root.app.registered_commands:
+        sentence = " ".join((command.callback.__doc__ or "").split("\n\n")[0].split())  # type: ignore[union-attr]
+        assert sentence.partition(". ")[0].rstrip(".") + "." in flat
+
+
 def test_forwarding_import_path_trains(psannlm, project: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "psann.lm.train.cli", "--config", "config.yaml", "--set", "train.max_steps=2"],
