@@ -23,8 +23,8 @@ from psannlm.errors import ConfigError, Problem, nearest
 PositiveReal = Annotated[Real, Field(gt=0)]
 Fraction = Annotated[Real, Field(gt=0, le=1)]
 # Keys of earlier versions, by their present names.
-_FORMER_KEYS = {"rivals": "also_compare_to", "rate_seeds": "lr_seeds"}
-_FORMER_VARIANT_KEYS = {"budget_share": "budget_fraction"}
+FORMER_KEYS = {"rivals": "also_compare_to", "rate_seeds": "lr_seeds"}
+FORMER_VARIANT_KEYS = {"budget_share": "budget_fraction"}
 NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"
 _NAME = re.compile(rf"{NAME_PATTERN}\Z")
 _RATES, _FRACTION = "learning_rates", "budget_fraction"
@@ -166,10 +166,10 @@ def _with_present_keys(tree: YamlTree) -> tuple[YamlTree, list[Finding]]:
 
     if not isinstance(tree.value, Mapping):
         return tree, twice
-    value = renamed(tree.value, _FORMER_KEYS, ())
+    value = renamed(tree.value, FORMER_KEYS, ())
     if isinstance(value.get("variants"), Mapping):
         value["variants"] = {
-            name: renamed(keys, _FORMER_VARIANT_KEYS, ("variants", name)) if isinstance(keys, Mapping) else keys
+            name: renamed(keys, FORMER_VARIANT_KEYS, ("variants", name)) if isinstance(keys, Mapping) else keys
             for name, keys in value["variants"].items()
         }
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from psannlm.config.run import RunConfig
 from psannlm.config.schema import DIALECT, Schema, any_of, or_null, section_schema
 from psannlm.config.validation import SECTIONS
-from psannlm.experiments.plan import NAME_PATTERN, OWNED_KEYS, REQUIRED_KEYS, PlanSettings, VariantKeys
+from psannlm.experiments.plan import (
+    FORMER_KEYS,
+    FORMER_VARIANT_KEYS,
+    NAME_PATTERN,
+    OWNED_KEYS,
+    REQUIRED_KEYS,
+    PlanSettings,
+    VariantKeys,
+)
 
 PLAN_TITLE = "psannlm study plan"
 # Lists that say something by what is in them: empty or with one item twice they are refused.
-_LISTS = {"seeds": 1, "rate_seeds": 1, "learning_rates": 1, "rivals": 0}
+_LISTS = {"seeds": 1, "lr_seeds": 1, "learning_rates": 1, "also_compare_to": 0}
 
 
 def plan_schema() -> Schema:
@@ -35,6 +45,7 @@ def plan_schema() -> Schema:
     properties["budget"] = {"description": budget["description"], **group, "oneOf": either}
     for name in REQUIRED_KEYS:
         properties[name].pop("default", None)
+    properties |= _former(properties, FORMER_KEYS)
     # What must be given has an empty default in the code, so that every problem can be reported in one message.
     properties["base"]["minLength"] = properties["baseline"]["minLength"] = 1
     return {
@@ -62,10 +73,19 @@ def _changed_sections() -> Schema:
 def _variant(sections: Schema) -> Schema:
     own = section_schema(VariantKeys)["properties"]
     own["learning_rates"] = _as_set(own["learning_rates"], 1)
-    share = own["budget_share"]
-    notes = {key: share.pop(key) for key in ("description", "default")}
-    own["budget_share"] = {**notes, **or_null(share)}
+    fraction = own["budget_fraction"]
+    notes = {key: fraction.pop(key) for key in ("description", "default")}
+    own["budget_fraction"] = {**notes, **or_null(fraction)}
+    own |= _former(own, FORMER_VARIANT_KEYS)
     return or_null({"type": "object", "properties": {**sections, **own}, "additionalProperties": False})
+
+
+def _former(properties: Schema, names: Mapping[str, str]) -> Schema:
+    """Return the properties under the names of earlier versions, marked as deprecated."""
+    return {
+        former: {**properties[name], "description": f"the former name of {name}", "deprecated": True}
+        for former, name in names.items()
+    }
 
 
 def _as_set(schema: Schema, least: int) -> Schema:
