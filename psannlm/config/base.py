@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real as AnyReal
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
@@ -29,6 +30,35 @@ class Section(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, validate_default=False)
+
+    # Former names of keys, which are still read, and the present name of each. The present names alone are written.
+    former_keys: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_former_keys(cls, given: Any) -> Any:
+        if not cls.former_keys or not isinstance(given, Mapping):
+            return given
+        if doubled := cls.doubled_keys(given):
+            raise ConfigError([Problem(key, message) for key, message in doubled.items()])
+        return cls.with_present_keys(given)
+
+    @classmethod
+    def doubled_keys(cls, given: Mapping[Any, Any]) -> dict[str, str]:
+        """Return a message for each former key in ``given`` whose present name is there too."""
+        return {
+            former: f"is the former name of {key}, and both are given; keep {key}"
+            for former, key in cls.former_keys.items()
+            if former in given and key in given
+        }
+
+    @classmethod
+    def with_present_keys(cls, given: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Return ``given`` with its former keys under their present names, except where both are there."""
+        return {
+            key if cls.former_keys.get(key, key) in given else cls.former_keys.get(key, key): value
+            for key, value in given.items()
+        }
 
     def checks(self) -> list[Check]:
         """Return the rules across fields that this section breaks."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,7 +13,7 @@ BaseName = Literal["respsann", "waveresnet", "transformer"]
 MlpKind = Literal["sine", "sineglu", "gelu", "geglu", "swiglu", "relu2"]
 PositionKind = Literal["rope", "alibi", "sinusoidal"]
 SineParameter = Literal["amplitude", "frequency", "decay"]
-WavePlace = Literal["attention", "mlp"]
+ConvPlace = Literal["attention", "mlp"]
 
 
 class SineConfig(Section):
@@ -59,23 +60,25 @@ class SineConfig(Section):
         return ("amplitude", "frequency", "decay") if self.learnable is None else self.learnable
 
 
-class WaveConfig(Section):
+class ShortConvConfig(Section):
     """The short causal depthwise convolution over time. Null takes the base's own setting."""
 
     enabled: Flag | None = Field(None, description="null: on for waveresnet, off for the other bases")
     kernel_size: Whole = Field(4, ge=1, description="taps: how many positions, the present one included, are mixed")
     dilation_growth: Whole = Field(1, ge=1, description="dilation of layer i is growth ** i")
-    places: tuple[WavePlace, ...] = Field(("attention", "mlp"), description="whose normalised input is mixed")
+    places: tuple[ConvPlace, ...] = Field(("attention", "mlp"), description="whose normalised input is mixed")
     activation: Literal["none", "sine"] = Field("none", description="what the convolution's output passes through")
 
     def checks(self) -> list[Check]:
         if self.enabled and not self.places:
-            return [Check(("places", "enabled"), "empty while wave.enabled is true; name attention, mlp or both")]
+            return [Check(("places", "enabled"), "empty while short_conv.enabled is true; name attention, mlp or both")]
         return []
 
 
 class ModelConfig(Section):
     """A decoder-only language model. Null fields are filled in by the base (``models/registry.py``)."""
+
+    former_keys: ClassVar[Mapping[str, str]] = {"wave": "short_conv"}
 
     base: BaseName = Field(
         "waveresnet", description="set of defaults: respsann, waveresnet, or the yardstick transformer"
@@ -94,7 +97,9 @@ class ModelConfig(Section):
     )
     positional_encoding: PositionKind = Field("rope", description="rope (even head size), alibi or sinusoidal")
     sine_params: SineConfig = Field(default_factory=SineConfig, description="the sine activation")
-    wave: WaveConfig = Field(default_factory=WaveConfig, description="the causal wave convolution")
+    short_conv: ShortConvConfig = Field(
+        default_factory=ShortConvConfig, description="the short causal depthwise convolution"
+    )
     residual_scale: Flag | None = Field(
         None, description="scale each residual branch by a learnable factor; null: the base's own"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from psannlm.config.validation import SECTIONS, Finding, dotted, unknown_section
+from psannlm.config.validation import SECTIONS, Finding, dotted, present_path, unknown_section
 from psannlm.config.yaml_loader import KeyPath, parse_yaml
 from psannlm.errors import ConfigError, Problem
 
@@ -13,7 +13,8 @@ class Origin:
     """Where each value was written: in a line of the file, or in an override."""
 
     def __init__(self, lines: dict[KeyPath, int]) -> None:
-        self._lines = dict(lines)
+        # A value under a former key is reported under the present one.
+        self._lines = {present_path(path): line for path, line in lines.items()} | lines
         self._overrides: dict[KeyPath, str] = {}
 
     def override(self, path: KeyPath, text: str) -> None:
@@ -59,8 +60,9 @@ def apply_override(tree: dict[str, object], text: str, origin: Origin) -> list[F
         return [Finding((), f"override {text!r}: {error}; quote the value if it is meant as text")]
     if parsed.faults:
         return [Finding((), f"override {text!r}: {dotted((*parts, *place))}: {why}") for place, why in parsed.faults]
+    path = present_path(parts)
     group = tree
-    for part in parts[:-1]:
+    for part in map(str, path[:-1]):
         inner = group.get(part)
         if inner is not None and not isinstance(inner, dict) and group is tree:
             # A section that is not a group is reported as such; the override has nowhere to go.
@@ -68,6 +70,6 @@ def apply_override(tree: dict[str, object], text: str, origin: Origin) -> list[F
         if not isinstance(inner, dict):
             inner = group[part] = {}
         group = inner
-    group[parts[-1]] = parsed.value
-    origin.override(parts, text)
+    group[str(path[-1])] = parsed.value
+    origin.override(path, text)
     return []

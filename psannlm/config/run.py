@@ -15,7 +15,16 @@ from psannlm.config.files import holds_out, is_prepared, missing_files
 from psannlm.config.model import ModelConfig
 from psannlm.config.overrides import Origin, apply_override
 from psannlm.config.train import TrainConfig
-from psannlm.config.validation import SECTIONS, Finding, dotted, examine, show, touches, unknown_section
+from psannlm.config.validation import (
+    SECTIONS,
+    Finding,
+    dotted,
+    examine,
+    show,
+    touches,
+    unknown_section,
+    with_present_keys,
+)
 from psannlm.config.yaml_loader import dump_yaml, flow_yaml, read_yaml
 from psannlm.errors import ConfigError, Problem, UnknownKeyError
 
@@ -65,6 +74,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, check_files:
     findings = [Finding(place, message) for place, message in tree.faults]
     value = tree.value
     if isinstance(value, dict):
+        value = with_present_keys(value)
         for text in overrides:
             findings += apply_override(value, text, origin)
     return _assemble(value, findings, origin, str(path), check_files)

@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
@@ -98,7 +99,7 @@ def examine(cls: type[S], at: KeyPath, value: object) -> Examined[S]:
         value = {}
     if not isinstance(value, Mapping):
         return Examined(cls(), (Finding(at, f"{show(value)} is not a group of keys; put its keys below it"),))
-    findings: list[Finding] = []
+    findings = [Finding((*at, *place), message) for place, message in _doubled(cls, value)]
     given = _tidied(cls, value)
     try:
         section = cls.model_validate(given, context={"collect": True})
@@ -173,10 +174,39 @@ def unknown_section(key: str) -> Finding:
     return Finding((key,), f"unknown section{nearest(key, SECTIONS)}; {hint}", True)
 
 
+def _doubled(cls: type[Section], given: Mapping[object, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Yield the path and a message for each key that ``given`` holds under its former and its present name."""
+    for former, message in cls.doubled_keys(given).items():
+        yield (former,), message
+    for name, value in given.items():
+        group = _group_class(cls, str(name))
+        if group is not None and isinstance(value, Mapping):
+            yield from (((str(name), *place), message) for place, message in _doubled(group, value))
+
+
+def present_path(path: KeyPath) -> KeyPath:
+    """Return ``path``, at whatever depth its section is, with former keys replaced by their present names."""
+    renamed = list(path)
+    for at, (section, key) in enumerate(pairwise(path), 1):
+        if isinstance(key, str) and section in SECTIONS:
+            renamed[at] = SECTIONS[str(section)].former_keys.get(key, key)
+    return tuple(renamed)
+
+
+def with_present_keys(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sections with former keys under their present names, so that they merge with later changes."""
+    return {
+        name: SECTIONS[name].with_present_keys(value) if name in SECTIONS and isinstance(value, Mapping) else value
+        for name, value in sections.items()
+    }
+
+
 def _tidied(cls: type[Section], given: Mapping[object, Any]) -> dict[str, Any]:
     """Return ``given`` with text for every key, and without groups whose keys are all commented out (null in YAML)."""
     tidied: dict[str, Any] = {}
-    for key, value in given.items():
+    for key, value in cls.with_present_keys(given).items():
+        if key in cls.former_keys:
+            continue  # reported by `_doubled`; the present key counts
         name = key if isinstance(key, str) else show(key)
         group = _group_class(cls, name)
         if group is None or not (value is None or isinstance(value, Mapping)):

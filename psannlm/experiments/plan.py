@@ -15,7 +15,7 @@ from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.files import is_prepared
 from psannlm.config.overrides import Origin
 from psannlm.config.run import RunConfig, config_from_mapping
-from psannlm.config.validation import SECTIONS, Finding, dotted, examine, show
+from psannlm.config.validation import SECTIONS, Finding, dotted, examine, present_path, show, with_present_keys
 from psannlm.config.yaml_loader import KeyPath, YamlTree, read_yaml
 from psannlm.data.synthetic.algorithmic import TaskName
 from psannlm.errors import ConfigError, Problem, nearest
@@ -138,7 +138,7 @@ def load_plan(path: Path) -> StudyPlan:
     base_path = Path(settings.base).expanduser()
     base_path = base_path if base_path.is_absolute() else path.parent / base_path
     base = read_yaml(base_path)
-    base_value = base.value if isinstance(base.value, Mapping) else {}
+    base_value = with_present_keys(base.value) if isinstance(base.value, Mapping) else {}
     if base.faults or not base_value:
         faults = [Finding(place, message) for place, message in base.faults]
         raise ConfigError(Origin(base.lines).problems(faults) or "no sections in it", str(base_path))
@@ -236,7 +236,9 @@ class _Builder:
 
     def __init__(self, settings: PlanSettings, base: Mapping[str, Any], tree: YamlTree, base_name: str) -> None:
         self.problems: list[Problem] = []
-        self._settings, self._base, self._tree, self._base_name = settings, base, tree, base_name
+        self._base, self._base_name = base, base_name
+        self._settings = settings.model_copy(update={"overrides": with_present_keys(settings.overrides)})
+        self._lines = {present_path(path): line for path, line in tree.lines.items()} | tree.lines
         self._shared = self._problems_of_all()
 
     def _problems_of_all(self) -> frozenset[Problem]:
@@ -249,7 +251,7 @@ class _Builder:
 
     def build(self) -> Iterator[Variant]:
         """Yield each variant that is whole; what is wrong with the others is in ``problems``."""
-        origin = Origin(self._tree.lines)
+        origin = Origin(self._lines)
         for name, given in self._settings.variants.items():
             at: KeyPath = ("variants", name)
             findings = list(self._variant_findings(name, given, at))
@@ -257,7 +259,7 @@ class _Builder:
             if findings:
                 self.problems += origin.problems(findings)
                 continue
-            own = {key: value for key, value in (given or {}).items() if key != _RATES}
+            own = {key: value for key, value in with_present_keys(given or {}).items() if key != _RATES}
             sections = {key: value for key, value in own.items() if key in SECTIONS}
             merged = merge(merge(self._base, self._settings.overrides), sections)
             train = {key: value for key, value in (merged.get("train") or {}).items() if key not in ("max_steps",)}
@@ -306,7 +308,7 @@ class _Builder:
         # Down to one part: a rule across fields of which only another was changed here.
         for end in range(len(parts), 1 if problem in self._shared else 0, -1):
             for at in places:
-                if line := self._tree.lines.get((*at, *parts[:end])):
+                if line := self._lines.get((*at, *parts[:end])):
                     return Problem(f"{dotted(at)}.{problem.path}", problem.message, line)
         return Problem(problem.path, f"{problem.message} (in the base, {self._base_name})")
 

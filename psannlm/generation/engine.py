@@ -35,7 +35,7 @@ class Engine:
 
     Args:
         model: is left as it is; the engine keeps a packed twin on the same device. Matrices are those of now; norms and
-            waves are shared, so that a model that learns on needs a new engine.
+            short convolutions are shared, so that a model that learns on needs a new engine.
         dtype: of the weights: ``float32``, ``bfloat16``, or ``int8`` (weights only, a scale per output).
         compile: put the decoding step through torch.compile: it takes up to a minute at the first step of each batch
             size and capacity of the cache (a fraction of it the next time, from the compiler's own cache on disk), and

@@ -20,7 +20,7 @@ from psannlm.errors import GenerationError, nearest
 from psannlm.kernels.compile import stored
 from psannlm.models.activations import SineActivation
 from psannlm.models.mlp import GatedMlp
-from psannlm.models.short_conv import Wave
+from psannlm.models.short_conv import ShortConv
 from psannlm.models.transformer import Block, Transformer
 from psannlm.runtime.device import computes_in_bf16
 
@@ -160,7 +160,7 @@ def pack_model(model: Transformer, dtype: WeightDtype, *, is_compiled: bool = Fa
 
     Queries, keys and values become one product, gate and up projection another, the residual scales part of the
     weights they multiply, and the sine's parameters numbers instead of their raw form. The embedding is kept in
-    bfloat16 unless ``dtype`` is float32. Norms, waves and sines stay float32.
+    bfloat16 unless ``dtype`` is float32. Norms, short convolutions and sines stay float32.
 
     Raises:
         GenerationError: ``dtype`` is not known.
@@ -197,7 +197,7 @@ def pack_model(model: Transformer, dtype: WeightDtype, *, is_compiled: bool = Fa
     for module in twin.modules():
         if isinstance(module, SineActivation):
             module.freeze()
-        elif isinstance(module, Wave):
+        elif isinstance(module, ShortConv):
             module.taps = module.weight.detach().t().contiguous()
     twin.head = PackedLinear(model.output_weight.detach(), None, dtype, is_compiled=is_compiled)
     if dtype != "float32":

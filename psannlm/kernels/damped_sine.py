@@ -106,16 +106,16 @@ def gated_value(
     against_decay = -decay
     for start in blocks:
         block, result = z[start : start + blocks.step], out[start : start + blocks.step]
-        wide, wave, envelope, factor = buffers[:, : len(block)]
+        wide, sine, envelope, factor = buffers[:, : len(block)]
         if is_narrow:
             block = wide.copy_(block)
-        torch.mul(block, frequency, out=wave).sin_().mul_(amplitude)
+        torch.mul(block, frequency, out=sine).sin_().mul_(amplitude)
         if up is not None:
             by = up[start : start + blocks.step]
-            wave.mul_(factor.copy_(by) if is_narrow else by)
+            sine.mul_(factor.copy_(by) if is_narrow else by)
         if mode != "none":
-            wave.mul_(_envelope_into(envelope, block, against_decay, mode))
-        result.copy_(wave)
+            sine.mul_(_envelope_into(envelope, block, against_decay, mode))
+        result.copy_(sine)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Training passes on a CPU that keep little and touch memory seldom: norm with wave, gate with projection.
+"""Training passes on a CPU that keep little and touch memory seldom: norm with short convolution, gate with projection.
 
 Each is an autograd function that saves its inputs and works out again, in the backward pass, what costs less to work
 out than to keep. Compilers and GPUs get the plain algebra instead, which they fuse themselves. Letters: B rows, T
@@ -56,8 +56,8 @@ def _no_autocast() -> torch.autocast:
     return torch.autocast("cpu", enabled=False)
 
 
-class _NormWave(torch.autograd.Function):
-    """wave(norm(x)) of float32 (B, T, D): keeps x and a number per token, and normalises again in the backward."""
+class _NormConv(torch.autograd.Function):
+    """conv(norm(x)) of float32 (B, T, D): keeps x and a number per token, and normalises again in the backward."""
 
     @staticmethod
     def forward(
@@ -68,7 +68,7 @@ class _NormWave(torch.autograd.Function):
         ctx.dilation = dilation
         y = _normed(x, weight, scale)
         if taps is not None:
-            y = _waved(y, taps, dilation)
+            y = _add_conv(y, taps, dilation)
         return y.to(dtype)
 
     @staticmethod
@@ -79,7 +79,7 @@ class _NormWave(torch.autograd.Function):
             grad_taps = None
             if taps is not None:
                 grad_taps = _taps_gradient(grad, _normed(x, weight, scale), taps.shape[1], ctx.dilation)
-                grad = _waved(grad, taps, ctx.dilation, is_backwards=True)
+                grad = _add_conv(grad, taps, ctx.dilation, is_backwards=True)
             by_input = grad * x
             along = (by_input @ weight).unsqueeze(-1).mul_(scale**3).div_(-x.shape[-1])
             grad_weight = scale.flatten() @ by_input.flatten(0, -2)
@@ -91,7 +91,7 @@ def _normed(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return (x * scale).mul_(weight)
 
 
-def _waved(h: Tensor, taps: Tensor, dilation: int, *, is_backwards: bool = False) -> Tensor:
+def _add_conv(h: Tensor, taps: Tensor, dilation: int, *, is_backwards: bool = False) -> Tensor:
     """h plus its causal convolution over time; backwards, over the time that follows."""
     n_taps = taps.shape[1]
     y = h * (1.0 + taps[:, -1])
@@ -114,13 +114,13 @@ def _taps_gradient(grad: Tensor, h: Tensor, n_taps: int, dilation: int) -> Tenso
     return found.t()
 
 
-def norm_wave(x: Tensor, weight: Tensor, eps: float, taps: Tensor | None = None, dilation: int = 1) -> Tensor:
-    """Return RMS norm, and where there are ``taps`` (D, kernel) the wave of it, in the dtype of products.
+def fused_norm_conv(x: Tensor, weight: Tensor, eps: float, taps: Tensor | None = None, dilation: int = 1) -> Tensor:
+    """Return RMS norm, and where there are ``taps`` (D, kernel) x plus its short convolution, in the dtype of products.
 
     Args:
         x: (B, T, D) float32.
     """
-    y: Tensor = _NormWave.apply(x, weight, taps, eps, dilation, product_dtype())  # type: ignore[no-untyped-call]
+    y: Tensor = _NormConv.apply(x, weight, taps, eps, dilation, product_dtype())  # type: ignore[no-untyped-call]
     return y
 
 

@@ -35,8 +35,8 @@ _GROUP_OF = {
     "head": "output matrix",
     "attention": "attention",
     "mlp": "feed-forward",
-    "attention_wave": "wave",
-    "mlp_wave": "wave",
+    "attention_conv": "short convolution",
+    "mlp_conv": "short convolution",
     "attention_scale": "residual scales",
     "mlp_scale": "residual scales",
 }
@@ -156,7 +156,10 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     and backward, a multiplication and an addition as two, no discount for the causal mask, nothing for recomputation,
     element-wise work or the lookup of embeddings.
     """
-    matrices = matrix_elements(config, "attention", "feed-forward", "wave") + (config.vocab_size or 0) * config.d_model
+    matrices = (
+        matrix_elements(config, "attention", "feed-forward", "short convolution")
+        + (config.vocab_size or 0) * config.d_model
+    )
     return 6 * matrices + 12 * config.n_layers * config.d_model * seq_len
 
 
@@ -223,7 +226,9 @@ def _saved_in_passes(
     Blocks of one shape save the same: of a deep model two and three are built, and the rest follows.
     """
     depths = [config.n_layers]
-    if config.n_layers > _MOST_LAYERS_BUILT and (not config.wave.enabled or config.wave.dilation_growth == 1):
+    if config.n_layers > _MOST_LAYERS_BUILT and (
+        not config.short_conv.enabled or config.short_conv.dilation_growth == 1
+    ):
         depths = [2, 3]
     saved = []
     for depth in depths:
@@ -288,7 +293,9 @@ def cache_bytes(config: ModelConfig, batch_size: int, capacity: int, bytes_per_e
     head_dim = config.d_model // config.n_heads
     keys_and_values = 2 * config.n_layers * (config.n_kv_heads or config.n_heads) * head_dim * capacity
     tails = 0
-    if config.wave.enabled:
-        lengths = ((config.wave.kernel_size - 1) * config.wave.dilation_growth**i for i in range(config.n_layers))
-        tails = len(set(config.wave.places)) * config.d_model * sum(lengths)
+    if config.short_conv.enabled:
+        lengths = (
+            (config.short_conv.kernel_size - 1) * config.short_conv.dilation_growth**i for i in range(config.n_layers)
+        )
+        tails = len(set(config.short_conv.places)) * config.d_model * sum(lengths)
     return batch_size * bytes_per_element * (keys_and_values + tails)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -22,8 +23,12 @@ from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import tokenizer_from_bytes
 
 FORMAT = "psannlm-model"
-FORMAT_VERSION = 1
+# 2: the short convolutions of a block are `attention_conv` and `mlp_conv`; they were `attention_wave` and `mlp_wave`.
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = ("1", str(FORMAT_VERSION))
+_FORMER_PARTS = {"attention_wave": "attention_conv", "mlp_wave": "mlp_conv"}
 MODEL_FILE = "model.safetensors"
+T = TypeVar("T")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,6 +39,22 @@ class LoadedModel:
     model: Transformer
     tokenizer: Tokenizer | None
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+def present_names(path: Path, entries: Mapping[str, T], metadata: Mapping[str, str]) -> dict[str, T]:
+    """Return the entries of a model or optimizer file at ``path`` under the parameter names of this version.
+
+    A file of format version 1, or of no version, has the names of November 2026.
+
+    Raises:
+        ArtifactError: the file has a parameter under both of its names.
+    """
+    if metadata.get("format_version", "1") != "1":
+        return dict(entries)
+    renamed = {".".join(_FORMER_PARTS.get(part, part) for part in name.split(".")): e for name, e in entries.items()}
+    if len(renamed) < len(entries):
+        raise ArtifactError(f"{path} holds a parameter under its former and under its present name")
+    return renamed
 
 
 def model_file(path: Path) -> Path:
@@ -71,30 +92,31 @@ def load_model(path: Path | str) -> LoadedModel:
     refuse_oversize_file(path)
     content = read_tensors(path)
     _refuse_other_version(path, content.metadata)
+    tensors = present_names(path, content.tensors, content.metadata)
     try:
         config = ModelConfig.model_validate_json(content.metadata["config"])
         notes = json.loads(content.metadata["notes"])
         tokenizer = _read_tokenizer(path, content.metadata)
         if not isinstance(notes, dict) or resolve(config) != config:
-            raise ValueError("its notes are no table, or its configuration leaves something open")
+            raise ValueError("its notes are not a JSON object, or its configuration is not resolved")
     except (KeyError, ValidationError, ConfigError, ValueError, RecursionError, TokenizerError) as error:
         reason = " ".join(str(error).split())
         raise ArtifactError(f"{path} does not describe a model this version can build: {reason:.300}") from error
     # A hostile configuration could ask for any amount of memory: shapes are compared before anything is allocated.
-    if config.n_layers > len(content.tensors):
-        raise ArtifactError(f"{path} promises {config.n_layers} layers and holds {len(content.tensors)} tensors")
+    if config.n_layers > len(tensors):
+        raise ArtifactError(f"{path} promises {config.n_layers} layers and holds {len(tensors)} tensors")
     try:
         model = build_model(config, device="meta")
     except (RuntimeError, OverflowError, TypeError) as error:  # torch on sizes beyond 64 bits
         raise ArtifactError(f"{path} describes a model of impossible size") from error
-    if difference := same_shapes(content.tensors, {name: t.shape for name, t in model.state_dict().items()}):
+    if difference := same_shapes(tensors, {name: t.shape for name, t in model.state_dict().items()}):
         raise ArtifactError(f"{path} does not fit its own configuration: {difference}")
-    if odd := [name for name, t in content.tensors.items() if t.dtype not in _FLOATS]:
-        raise ArtifactError(f"{path}: {odd[0]} is {content.tensors[odd[0]].dtype}, not a floating-point tensor")
+    if odd := [name for name, t in tensors.items() if t.dtype not in _FLOATS]:
+        raise ArtifactError(f"{path}: {odd[0]} is {tensors[odd[0]].dtype}, not a floating-point tensor")
     if tokenizer is not None and tokenizer.vocab_size > (config.vocab_size or 0):
         message = f"its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}"
         raise ArtifactError(f"{path} does not fit together: {message}")
-    model.load_state_dict(content.tensors, assign=True)
+    model.load_state_dict(tensors, assign=True)
     return LoadedModel(model.eval(), tokenizer, notes)
 
 
@@ -113,17 +135,16 @@ def refuse_oversize_file(path: Path) -> None:
     except (KeyError, ValidationError, ConfigError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ArtifactError(f"{path} does not describe a model this version can build: {reason:.300}") from error
-    embedding = head.shapes.get("embedding.weight")
-    if embedding != (config.vocab_size, config.d_model) or config.n_layers > len(head.shapes):
+    shapes = present_names(path, head.shapes, head.metadata)
+    embedding = shapes.get("embedding.weight")
+    if embedding != (config.vocab_size, config.d_model) or config.n_layers > len(shapes):
         raise ArtifactError(f"{path} does not fit its own configuration: {embedding} is not the shape of its embedding")
     try:
         state = build_model(config, device="meta").state_dict()
     except (RuntimeError, OverflowError, TypeError) as error:  # torch on sizes beyond 64 bits
         raise ArtifactError(f"{path} describes a model of impossible size") from error
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if odd := sorted(
-        name for name in expected.keys() | head.shapes.keys() if expected.get(name) != head.shapes.get(name)
-    ):
+    if odd := sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)):
         raise ArtifactError(
             f"{path} does not fit its own configuration: {odd[0]!r:.80} is not what the model has there"
         )
@@ -136,8 +157,8 @@ def _refuse_other_version(path: Path, metadata: dict[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a model file of psannlm (format: {metadata.get('format', 'none')})")
     version = metadata.get("format_version")
-    if version != str(FORMAT_VERSION):
-        message = f"{path} has format version {version}, this psannlm reads {FORMAT_VERSION}"
+    if version not in _READABLE_VERSIONS:
+        message = f"{path} has format version {version}, this psannlm reads {' and '.join(_READABLE_VERSIONS)}"
         raise ArtifactError(f"{message}; install the psannlm that wrote it, or save the model again")
 
 

@@ -62,14 +62,14 @@ class DecodeState:
         head_dim = config.d_model // config.n_heads
 
         def tail(place: str, dilation: int) -> Tensor | None:
-            if not config.wave.enabled or place not in config.wave.places:
+            if not config.short_conv.enabled or place not in config.short_conv.places:
                 return None
-            length = (config.wave.kernel_size - 1) * dilation
+            length = (config.short_conv.kernel_size - 1) * dilation
             return torch.zeros(batch_size, length, config.d_model, device=device, dtype=dtype)
 
         layers = []
         for index in range(config.n_layers):
-            dilation = config.wave.dilation_growth**index
+            dilation = config.short_conv.dilation_growth**index
             keys = torch.zeros(batch_size, n_groups, capacity, head_dim, device=device, dtype=dtype)
             layers.append(LayerState(keys, torch.zeros_like(keys), tail("attention", dilation), tail("mlp", dilation)))
         return cls(layers, [0] * batch_size, torch.zeros(batch_size, dtype=torch.long, device=device))

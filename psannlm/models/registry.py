@@ -19,25 +19,25 @@ class BaseDefaults:
     """What a base sets where the configuration is silent."""
 
     mlp: MlpKind
-    wave: bool
+    short_conv: bool
     residual_scale: bool
 
 
 BASES: dict[BaseName, BaseDefaults] = {
-    "respsann": BaseDefaults(mlp="sine", wave=False, residual_scale=True),
-    "waveresnet": BaseDefaults(mlp="sineglu", wave=True, residual_scale=False),
-    "transformer": BaseDefaults(mlp="swiglu", wave=False, residual_scale=False),
+    "respsann": BaseDefaults(mlp="sine", short_conv=False, residual_scale=True),
+    "waveresnet": BaseDefaults(mlp="sineglu", short_conv=True, residual_scale=False),
+    "transformer": BaseDefaults(mlp="swiglu", short_conv=False, residual_scale=False),
 }
 
 
 def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: int | None = None) -> ModelConfig:
     """Return ``config`` with every null filled in by its base, the tokenizer's vocabulary and the training window.
 
-    A wave without a place is off, so that what is returned is itself a valid configuration.
+    A short convolution without a place is off, so that what is returned is itself a valid configuration.
 
     Raises:
         ConfigError: no vocabulary size is known, or the one asked for is smaller than the tokenizer's; or the taps of
-            a wave lie further apart than the context is long, or reach further than ``limits`` allows.
+            a short convolution lie further apart than the context is long, or reach further than ``limits`` allows.
     """
     defaults = BASES[config.base]
     if config.vocab_size is None and vocab_size is None:
@@ -48,10 +48,12 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
         )
         raise ConfigError(Problem("model.vocab_size", message))
     mlp = config.mlp or defaults.mlp
-    enabled = (defaults.wave if config.wave.enabled is None else config.wave.enabled) and bool(config.wave.places)
+    enabled = (defaults.short_conv if config.short_conv.enabled is None else config.short_conv.enabled) and bool(
+        config.short_conv.places
+    )
     context = config.max_seq_len or max_seq_len
     if enabled:
-        _refuse_idle_waves(config, context)
+        _refuse_unreachable_taps(config, context)
     return config.model_copy(
         update={
             "mlp": mlp,
@@ -59,18 +61,18 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
             "n_kv_heads": config.n_kv_heads or config.n_heads,
             "vocab_size": config.vocab_size or vocab_size,
             "max_seq_len": context,
-            "wave": config.wave.model_copy(update={"enabled": enabled}),
+            "short_conv": config.short_conv.model_copy(update={"enabled": enabled}),
             "residual_scale": defaults.residual_scale if config.residual_scale is None else config.residual_scale,
         }
     )
 
 
-def _refuse_idle_waves(config: ModelConfig, context: int | None) -> None:
+def _refuse_unreachable_taps(config: ModelConfig, context: int | None) -> None:
     """Raise ConfigError if a layer's taps lie beyond the context: they would mix zeros, and take memory without end.
 
     Where no context is known, or an absurd one, ``limits.MAX_DILATION`` stands in for it.
     """
-    growth, last = config.wave.dilation_growth, config.n_layers - 1
+    growth, last = config.short_conv.dilation_growth, config.n_layers - 1
     longest = MAX_DILATION if context is None else min(context, MAX_DILATION)
     # Not growth ** n_layers: a hostile file may ask for a number of more digits than there is memory.
     if last * math.log(growth) > math.log(longest):
@@ -78,11 +80,13 @@ def _refuse_idle_waves(config: ModelConfig, context: int | None) -> None:
         message = (
             f"{growth} makes the dilation of layer {last} (counted from 0) {growth} ** {last}, more than {of}; lower it"
         )
-        raise ConfigError(Problem("model.wave.dilation_growth", message))
-    reach = (config.wave.kernel_size - 1) * growth**last
+        raise ConfigError(Problem("model.short_conv.dilation_growth", message))
+    reach = (config.short_conv.kernel_size - 1) * growth**last
     if reach > MAX_CONV_REACH:
-        message = f"{config.wave.kernel_size} taps of layer {last} reach back {reach:,} positions, more than the limit "
-        raise ConfigError(Problem("model.wave.kernel_size", f"{message}of {MAX_CONV_REACH:,}; lower it"))
+        message = (
+            f"{config.short_conv.kernel_size} taps of layer {last} reach back {reach:,} positions, more than the limit "
+        )
+        raise ConfigError(Problem("model.short_conv.kernel_size", f"{message}of {MAX_CONV_REACH:,}; lower it"))
 
 
 def build_model(config: ModelConfig, *, seed: int | None = None, device: torch.device | str = "cpu") -> Transformer:

@@ -16,7 +16,7 @@ from psannlm.models.activations import SineActivation
 _FEW_TOKENS = 16
 
 
-class Wave(nn.Module):
+class ShortConv(nn.Module):
     """x + act(conv(x)), where output t sees inputs t, t - dilation, ... t - (kernel - 1) dilation, and none later.
 
     The kernel starts at zero, so the module starts as the identity.
@@ -25,11 +25,11 @@ class Wave(nn.Module):
     def __init__(self, config: ModelConfig, dilation: int) -> None:
         super().__init__()
         self.dilation = dilation
-        self.tail_length = (config.wave.kernel_size - 1) * dilation
-        self.weight = nn.Parameter(torch.zeros(config.d_model, config.wave.kernel_size))
+        self.tail_length = (config.short_conv.kernel_size - 1) * dilation
+        self.weight = nn.Parameter(torch.zeros(config.d_model, config.short_conv.kernel_size))
         # The kernel tap by tap, (kernel, D), in a model packed for inference.
         self.taps: Tensor | None = None
-        self.has_activation = config.wave.activation == "sine"
+        self.has_activation = config.short_conv.activation == "sine"
         self.activation: nn.Module = nn.Identity()
         if self.has_activation:
             self.activation = SineActivation(config.d_model, config.sine_params)

@@ -13,35 +13,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from psannlm.config.model import ModelConfig
+from psannlm.config.model import ConvPlace, ModelConfig
 from psannlm.kernels.cross_entropy import head_cross_entropy, linear_cross_entropy
 from psannlm.kernels.onednn import Linear
-from psannlm.kernels.recompute import is_lean, norm_wave
+from psannlm.kernels.recompute import fused_norm_conv, is_lean
 from psannlm.models.attention import Attention, Layout, plan_layout
 from psannlm.models.kv_cache import DecodeState, LayerState, whole_blocks
 from psannlm.models.mlp import GatedMlp, Mlp, build_mlp
 from psannlm.models.positions import sinusoids
-from psannlm.models.short_conv import Wave
+from psannlm.models.short_conv import ShortConv
 
 _EMBEDDING_STD = 0.02
 
 
 class Block(nn.Module):
-    """x + α·attention(wave(norm(x))), then x + α·mlp(wave(norm(x))); waves and α only where configured."""
+    """x + α·attention(conv(norm(x))), then x + α·mlp(conv(norm(x))); conv and α only where configured."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        dilation = config.wave.dilation_growth**index
+        dilation = config.short_conv.dilation_growth**index
 
-        def wave(place: str) -> Wave | None:
-            return Wave(config, dilation) if config.wave.enabled and place in config.wave.places else None
+        def short_conv(place: ConvPlace) -> ShortConv | None:
+            is_used = config.short_conv.enabled and place in config.short_conv.places
+            return ShortConv(config, dilation) if is_used else None
 
         # RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467.
         self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-6)
-        self.attention_wave = wave("attention")
+        self.attention_conv = short_conv("attention")
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=1e-6)
-        self.mlp_wave = wave("mlp")
+        self.mlp_conv = short_conv("mlp")
         self.mlp: Mlp | GatedMlp = build_mlp(config)
         self.dropout = nn.Dropout(config.dropout)
         self.attention_scale: Tensor | None = nn.Parameter(torch.ones(())) if config.residual_scale else None
@@ -50,18 +51,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D), writing into ``state`` when there is one (``DecodeState.advance`` counts it)."""
         if state is None:
-            h = _norm_and_wave(x, self.attention_norm, self.attention_wave)
+            h = _norm_and_conv(x, self.attention_norm, self.attention_conv)
         else:
             h = self.attention_norm(x)
-            if self.attention_wave is not None:
-                h, state.attention_history = self.attention_wave(h, state.attention_tail)
+            if self.attention_conv is not None:
+                h, state.attention_history = self.attention_conv(h, state.attention_tail)
         x = self._added(x, self.attention(h, layout, state), self.attention_scale)
         if state is None:
-            h = _norm_and_wave(x, self.mlp_norm, self.mlp_wave)
+            h = _norm_and_conv(x, self.mlp_norm, self.mlp_conv)
         else:
             h = self.mlp_norm(x)
-            if self.mlp_wave is not None:
-                h, state.mlp_history = self.mlp_wave(h, state.mlp_tail)
+            if self.mlp_conv is not None:
+                h, state.mlp_history = self.mlp_conv(h, state.mlp_tail)
         return self._added(x, self.mlp(h), self.mlp_scale)
 
     def _added(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -69,13 +70,15 @@ class Block(nn.Module):
         return x + (branch if scale is None else branch * scale)
 
 
-def _norm_and_wave(x: Tensor, norm: nn.RMSNorm, wave: Wave | None) -> Tensor:
-    """wave(norm(x)) of sequences from their beginning; where it can be, in one lean pass."""
-    if is_lean(x) and x.dtype == torch.float32 and (wave is None or not wave.has_activation):
+def _norm_and_conv(x: Tensor, norm: nn.RMSNorm, conv: ShortConv | None) -> Tensor:
+    """Return conv(norm(x)) of sequences from their beginning, in one fused pass where that is possible."""
+    if is_lean(x) and x.dtype == torch.float32 and (conv is None or not conv.has_activation):
         assert norm.eps is not None
-        return norm_wave(x, norm.weight, norm.eps, None if wave is None else wave.weight, wave.dilation if wave else 1)
+        return fused_norm_conv(
+            x, norm.weight, norm.eps, None if conv is None else conv.weight, conv.dilation if conv else 1
+        )
     h: Tensor = norm(x)
-    return h if wave is None else wave(h)[0]
+    return h if conv is None else conv(h)[0]
 
 
 class Transformer(nn.Module):

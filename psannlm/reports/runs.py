@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from psannlm.config.validation import with_present_keys
 from psannlm.io.atomic import is_plain_folder, read_head
 from psannlm.io.limits import MAX_HEADER_VALUES, json_values
 from psannlm.io.readers import Unreadable, flatten, number, read_json, read_text, read_yaml
@@ -220,7 +221,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
     config: dict[str, Any] = {}
     system: dict[str, Any] = {}
     try:
-        config = flatten(read_yaml(folder / CONFIG_FILE))
+        config = flatten(with_present_keys(read_yaml(folder / CONFIG_FILE)))
     except Unreadable as error:
         problems.append(str(error))
     try:

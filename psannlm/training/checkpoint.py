@@ -33,7 +33,7 @@ from psannlm.io.atomic import (
 from psannlm.io.lfs_pointers import refuse_pointer
 from psannlm.io.limits import HASHED_FIRST_BYTES
 from psannlm.io.safetensors_header import file_metadata
-from psannlm.models.artifact import MODEL_FILE, refuse_oversize_file, save_model
+from psannlm.models.artifact import MODEL_FILE, present_names, refuse_oversize_file, save_model
 from psannlm.models.tensorfile import read_head, read_tensors, send_tensors, verify_tensors, write_tensors
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
@@ -41,7 +41,10 @@ from psannlm.tokenizers.base import Tokenizer
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer.json"
 LATEST, BEST = "latest", "best"
-FORMAT_VERSION = 1
+# 2: parameter names as of `models.artifact.FORMAT_VERSION` 2.
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, FORMAT_VERSION)
+_OPTIMIZER_METADATA = {"format": "psannlm-optimizer", "format_version": str(FORMAT_VERSION)}
 _PREFIX = "step_"
 _FOLDER = re.compile(_PREFIX + "(?:[0-9]{8}|[1-9][0-9]{8,17})")
 _POINTER = re.compile(rb"step_(?:[0-9]{8}|[1-9][0-9]{8,17})\n")
@@ -135,7 +138,7 @@ def _write_checkpoint(
     notes = {"step": state.step, "tokens": state.tokens, **state.metrics}
     hashes = {
         MODEL_FILE: save_model(folder / MODEL_FILE, model, tokenizer, notes),
-        OPTIMIZER_FILE: write_tensors(folder / OPTIMIZER_FILE, optimizer_tensors, {"format": "psannlm-optimizer"}),
+        OPTIMIZER_FILE: write_tensors(folder / OPTIMIZER_FILE, optimizer_tensors, _OPTIMIZER_METADATA),
     }
     write_text(folder / STATE_FILE, _sealed({"files": hashes, "state": asdict(state)}))
 
@@ -196,9 +199,9 @@ def point(run: Path, name: str, step: int) -> None:
     write_text(run / name, step_folder(run, step).name + "\n")
 
 
-def _sealed(content: dict[str, Any]) -> str:
+def _sealed(content: dict[str, Any], format_version: int = FORMAT_VERSION) -> str:
     """JSON whose first entry is the SHA-256 of the rest in canonical form."""
-    body = {"format_version": FORMAT_VERSION, **content}
+    body = {"format_version": format_version, **content}
     return json.dumps({"sha256": _digest(body), **body}, indent=1) + "\n"
 
 
@@ -225,10 +228,12 @@ def read_state(folder: Path) -> TrainerState:
         raise ArtifactError(f"{path} is missing or cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: not the JSON it should be") from error
-    if version != FORMAT_VERSION:
-        raise ArtifactError(f"{path} has format version {version!r:.40}, this psannlm reads {FORMAT_VERSION}")
+    if type(version) is not int or version not in _READABLE_VERSIONS:
+        readable = " and ".join(map(str, _READABLE_VERSIONS))
+        raise ArtifactError(f"{path} has format version {version!r:.40}, this psannlm reads {readable}")
     # Bytes that JSON does not mind (a space for another) count as damage too: the text must be the one written.
-    if recorded != _digest(content) or text != _sealed({k: v for k, v in content.items() if k != "format_version"}):
+    rest = {key: value for key, value in content.items() if key != "format_version"}
+    if recorded != _digest(content) or text != _sealed(rest, version):
         raise ArtifactError(f"{path} is damaged: its content does not match its hash")
     try:
         hashes = {name: content["files"][name] for name in (MODEL_FILE, OPTIMIZER_FILE)}
@@ -264,7 +269,9 @@ def _refuse_oversize(folder: Path) -> None:
 
 def read_optimizer(folder: Path) -> dict[str, Tensor]:
     """Return the optimiser's tensors of a checkpoint. Raises ArtifactError if they are damaged or missing."""
-    return read_tensors(folder / OPTIMIZER_FILE).tensors
+    path = folder / OPTIMIZER_FILE
+    content = read_tensors(path)
+    return present_names(path, content.tensors, content.metadata)
 
 
 def list_checkpoints(run: Path) -> list[Path]:

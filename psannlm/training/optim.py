@@ -35,7 +35,8 @@ def group_parameters(model: nn.Module) -> ParameterGroups:
     """Sort the learnable parameters of a ``Transformer``.
 
     Decay pulls towards zero, which is neutral for a matrix. It is not for the raw parameters of a sine (softplus of
-    zero is 0.69, far from a decay of 0.01), for norms, biases and residual scales, nor for the few taps of a wave.
+    zero is 0.69, far from a decay of 0.01), for norms, biases and residual scales, nor for the few taps of a
+    short convolution.
     """
     groups = ParameterGroups({}, {}, {})
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}

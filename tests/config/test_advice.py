@@ -206,7 +206,7 @@ def test_advice_holds_for_any_short_text(path: str, text: str) -> None:
         ("train.max_steps", "none", "write null"),
         ("data.val_split", "10", "write 0.1"),
         ("data.val_split", "1/8", "write 0.125"),
-        ("model.wave", "on", "write {enabled: true}"),
+        ("model.short_conv", "on", "write {enabled: true}"),
         ("model.sine_params.amp_bounds", "'0.1,2'", "write [0.1,2]"),
         ("model.sine_params.learnable", "amplitude", "write [amplitude]"),
         ("data.sources", "[5]", "write '5'"),
@@ -237,8 +237,8 @@ def test_words_for_true_and_false_count_in_any_case(word: str, quote: str) -> No
     value = parse_yaml(f"{quote}{word}{quote}").value
     train = config_from_mapping({"train": {"compile": value, "ddp": value, "tensorboard": value}}).train
     assert (train.compile, train.ddp, train.tensorboard) == (is_true, "on" if is_true else "off", is_true)
-    model = config_from_mapping({"model": {"residual_scale": value, "wave": {"enabled": value}}}).model
-    assert (model.residual_scale, model.wave.enabled) == (is_true, is_true)
+    model = config_from_mapping({"model": {"residual_scale": value, "short_conv": {"enabled": value}}}).model
+    assert (model.residual_scale, model.short_conv.enabled) == (is_true, is_true)
     if not is_true:
         assert config_from_mapping({"train": {"fsdp": value}}).train == RunConfig().train
 

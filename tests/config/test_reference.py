@@ -20,7 +20,7 @@ def test_every_key_is_listed_once_and_described() -> None:
     assert listed["data.vocab_size"].kind == "whole number ≥ 261"
     assert listed["train.max_steps"].kind == "whole number ≥ 1 or null"
     assert listed["train.max_steps"].default == "null"
-    assert listed["model.wave.places"].default == "[attention, mlp]"
+    assert listed["model.short_conv.places"].default == "[attention, mlp]"
 
 
 def test_the_table_has_four_cells_in_every_row() -> None:

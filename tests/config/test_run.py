@@ -45,7 +45,9 @@ def problems(folder: Path, text: str, *overrides: str) -> dict[str, str]:
 
 def test_sections_are_optional_and_defaults_live_in_code(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "{}")) == RunConfig()
-    config = load_config(write(tmp_path, "train:\n  lr: 2e-4\n  ddp: on\ndata:\nmodel:\n  sine_params:\n  wave: {}\n"))
+    config = load_config(
+        write(tmp_path, "train:\n  lr: 2e-4\n  ddp: on\ndata:\nmodel:\n  sine_params:\n  short_conv: {}\n")
+    )
     assert config.train == TrainConfig(lr=2e-4, ddp="on")
     assert config.model == ModelConfig()
 
@@ -147,8 +149,8 @@ def test_a_rule_is_silent_where_one_of_its_fields_is_refused(tmp_path: Path) -> 
         ("model: {sine_params: {amp_bounds: [2]}}", "model.sine_params.amp_bounds[1]", "[lowest, highest]"),
         ("model: {sine_params: {amp_bounds: [1, 2, 3]}}", "model.sine_params.amp_bounds", "3 items; it takes 2"),
         ("model: {sine_params: 3}", "model.sine_params", "3 is not a group of keys"),
-        ("model: {wave: {enabled: true, places: []}}", "model.wave.places", "empty while"),
-        ("model: {wave: {places: mlp}}", "model.wave.places", "'mlp' is not a list; write [mlp]"),
+        ("model: {short_conv: {enabled: true, places: []}}", "model.short_conv.places", "empty while"),
+        ("model: {short_conv: {places: mlp}}", "model.short_conv.places", "'mlp' is not a list; write [mlp]"),
         (
             "model: {mlp: swiglo}",
             "model.mlp",
@@ -257,6 +259,40 @@ def test_keywords_become_a_section_or_an_error_that_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="3 heads do not divide") as caught:
         section_from_kwargs(ModelConfig, "model", {"n_heads": 3})
     assert not isinstance(caught.value, TypeError)
+
+
+def test_config_former_key_equals_the_present_one(tmp_path: Path) -> None:
+    """`model.wave` is the former name of `model.short_conv`; only the present one is written."""
+    former = load_config(write(tmp_path, "model: {wave: {kernel_size: 3}}"))
+    assert former == load_config(write(tmp_path, "model: {short_conv: {kernel_size: 3}}"))
+    assert former.model.short_conv.kernel_size == 3
+    assert "short_conv:" in to_yaml(former)
+    assert "wave:" not in to_yaml(former)
+    assert RunConfig.model_validate({"model": {"wave": {"kernel_size": 3}}}).model == former.model
+    assert section_from_kwargs(ModelConfig, "model", {"wave": {"kernel_size": 3}}) == former.model
+
+
+@pytest.mark.parametrize("written", ["wave", "short_conv"])
+@pytest.mark.parametrize("override", ["wave", "short_conv"])
+def test_config_override_reaches_former_and_present_key(tmp_path: Path, written: str, override: str) -> None:
+    path = write(tmp_path, f"model: {{{written}: {{kernel_size: 3, dilation_growth: 2}}}}")
+    conv = load_config(path, [f"model.{override}.kernel_size=5"]).model.short_conv
+    assert (conv.kernel_size, conv.dilation_growth) == (5, 2)
+
+
+def test_config_former_and_present_key_together_are_refused(tmp_path: Path) -> None:
+    both = {"wave": {"kernel_size": 3}, "short_conv": {"kernel_size": 3}}
+    found = problems(tmp_path, "model:\n  wave: {kernel_size: 3}\n  short_conv: {kernel_size: 4}\n")
+    assert found == {"model.wave": "2: is the former name of short_conv, and both are given; keep short_conv"}
+    for build in (ModelConfig.model_validate, lambda given: section_from_kwargs(ModelConfig, "model", given)):
+        with pytest.raises(ConfigError, match="both are given"):
+            build(both)
+
+
+def test_config_error_below_former_key_has_its_line(tmp_path: Path) -> None:
+    found = problems(tmp_path, "model:\n  wave:\n    kernel_size: 0\n    placs: [mlp]\n")
+    assert found["model.short_conv.kernel_size"].startswith("3: 0 is too small")
+    assert found["model.short_conv.placs"].startswith("4: unknown key (did you mean 'places'?)")
 
 
 def test_a_config_is_frozen() -> None:

@@ -15,7 +15,7 @@ from psannlm.errors import ConfigError
     [
         (("train", "lr"), ("train", "lr"), True),
         (("train",), ("train", "lr"), True),
-        (("model", "wave", "places", 0), ("model", "wave", "places"), True),
+        (("model", "short_conv", "places", 0), ("model", "short_conv", "places"), True),
         (("train", "lr"), ("train", "min_lr"), False),
         (("data", "sources", 1), ("data", "sources", 0), False),
     ],

@@ -64,6 +64,26 @@ def test_the_plans_of_the_study_compare_one_size(
     assert not any(variant.order_differs for variant in study.variants)
 
 
+def test_plan_former_key_merges_with_the_present_one(write: Path) -> None:
+    """Base, overrides and variants may each name the convolution by its former or present key."""
+    (write.parent / "base.yaml").write_text(BASE.replace("mlp: swiglu", "wave: {enabled: true, kernel_size: 3}"))
+    overrides = "overrides:\n  model: {short_conv: {dilation_growth: 2}}\n"
+    write.write_text(
+        PLAN.replace("overrides:\n", overrides).replace("model: {mlp: sine}", "model: {wave: {activation: sine}}")
+    )
+    found = [variant.config.model.short_conv for variant in load_plan(write).variants]
+    assert [(conv.enabled, conv.kernel_size, conv.dilation_growth) for conv in found] == [(True, 3, 2)] * 2
+    assert [conv.activation for conv in found] == ["none", "sine"]
+
+
+def test_plan_error_below_former_key_has_its_line(write: Path) -> None:
+    write.write_text(PLAN.replace("model: {mlp: sine}", "model: {wave: {kernel_size: 0}}"))
+    with pytest.raises(ConfigError) as caught:
+        load_plan(write)
+    (problem,) = caught.value.problems
+    assert (problem.path, problem.line) == ("variants.sine.model.short_conv.kernel_size", 11)
+
+
 def test_a_plan_is_read(write: Path) -> None:
     write.write_text(PLAN)
     plan = load_plan(write)

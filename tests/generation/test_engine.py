@@ -99,8 +99,8 @@ def test_tokens_at_once_are_the_same_bit_for_bit_as_one_by_one(
     base: str, position: str, dtype: WeightDtype, build_tiny: Build
 ) -> None:
     require_exact(dtype)
-    wave = {"enabled": True, "kernel_size": 3, "dilation_growth": 2} if base == "waveresnet" else {}
-    model = build_tiny(base=base, positional_encoding=position, n_kv_heads=1, max_seq_len=200, wave=wave)
+    conv = {"enabled": True, "kernel_size": 3, "dilation_growth": 2} if base == "waveresnet" else {}
+    model = build_tiny(base=base, positional_encoding=position, n_kv_heads=1, max_seq_len=200, short_conv=conv)
     engine = Engine(model, dtype=dtype)
     prompts = [tokens(n).tolist() for n in (50, 3)]
     following = tokens(2, 40, seed=1)

@@ -32,11 +32,11 @@ Build = Callable[..., Transformer]
 BASES, POSITIONS, DTYPES = get_args(BaseName), get_args(PositionKind), get_args(WeightDtype)
 CPU = torch.device("cpu")
 
-# Every part that packing touches: biases of the sine, residual scales, waves with a sine of their own, grouped queries.
+# Every part that preparation touches: biases, residual scales, short convolutions with a sine, grouped queries.
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"tie_embeddings": True, "n_kv_heads": 1},
-    {"residual_scale": True, "wave": {"enabled": True, "activation": "sine", "dilation_growth": 2}},
+    {"residual_scale": True, "short_conv": {"enabled": True, "activation": "sine", "dilation_growth": 2}},
     {"mlp": "sine", "residual_scale": True, "tie_embeddings": True, "sine_params": {"decay_mode": "relu"}},
     {"mlp": "geglu", "qk_norm": True, "n_kv_heads": 1},
     {"mlp": "relu2"},
@@ -172,7 +172,7 @@ def test_an_outlier_costs_its_own_output_alone() -> None:
 def test_the_original_stays_as_it_was(
     base: str, dtype: WeightDtype, tied: bool, training: bool, build_tiny: Build
 ) -> None:
-    settings = {"residual_scale": True, "wave": {"enabled": True, "activation": "sine"}, "tie_embeddings": tied}
+    settings = {"residual_scale": True, "short_conv": {"enabled": True, "activation": "sine"}, "tie_embeddings": tied}
     model, untouched = (build_tiny(base=base, **settings).train(training) for _ in range(2))
     modules = {id(module) for module in model.modules()}
     twin = pack_model(model, dtype)

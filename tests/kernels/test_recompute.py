@@ -14,8 +14,8 @@ from psannlm.models.transformer import Transformer
 
 SETTINGS: list[dict[str, Any]] = [
     {"base": "waveresnet"},
-    {"base": "waveresnet", "wave": {"dilation_growth": 3, "kernel_size": 5}, "tie_embeddings": True},
-    {"base": "waveresnet", "wave": {"activation": "sine"}, "sine_params": {"decay_mode": "relu"}},
+    {"base": "waveresnet", "short_conv": {"dilation_growth": 3, "kernel_size": 5}, "tie_embeddings": True},
+    {"base": "waveresnet", "short_conv": {"activation": "sine"}, "sine_params": {"decay_mode": "relu"}},
     {"base": "respsann", "sine_params": {"decay_mode": "none", "learnable": ["frequency"]}},
     {"base": "respsann", "positional_encoding": "alibi"},
     {"base": "transformer"},

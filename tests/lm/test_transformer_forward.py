@@ -116,8 +116,8 @@ def test_alibi_layout_of_shifted_rows_is_the_same(build_tiny: Build) -> None:
 def test_equal_tokens_have_equal_logits_under_alibi(build_tiny: Build) -> None:
     input_ids = torch.full((1, 40), 5)
     for position, is_absolute in (("alibi", False), ("sinusoidal", True)):
-        # Longer than max_seq_len 32, and without waves, which see the beginning.
-        logits = build_tiny(positional_encoding=position, wave={"enabled": False})(input_ids)[0]
+        # Longer than max_seq_len 32, and without short convolutions, which see the beginning.
+        logits = build_tiny(positional_encoding=position, short_conv={"enabled": False})(input_ids)[0]
         spread = (logits - logits[:1]).abs().max()
         assert (spread > 1e-3) == is_absolute
 

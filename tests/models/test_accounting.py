@@ -28,8 +28,10 @@ from psannlm.training.optim import OptimizerSet
 
 TINY: dict[str, Any] = {"d_model": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 50}
 CONFIGS = [
-    resolve(ModelConfig(base=base, mlp=mlp, tie_embeddings=tied, wave={"enabled": wave, "activation": "sine"}, **TINY))
-    for base, mlp, tied, wave in (
+    resolve(
+        ModelConfig(base=base, mlp=mlp, tie_embeddings=tied, short_conv={"enabled": conv, "activation": "sine"}, **TINY)
+    )
+    for base, mlp, tied, conv in (
         ("respsann", "sine", False, False),
         ("waveresnet", "sineglu", False, True),
         ("transformer", "swiglu", True, False),
@@ -47,8 +49,8 @@ def test_groups_sum_to_the_model(config: ModelConfig) -> None:
     assert counts["attention"] == 2 * (2 * 16 * 16 + 2 * 8 * 16)
     assert counts["norms"] == 5 * 16
     assert counts.get("residual scales", 0) == (4 if config.base == "respsann" else 0)
-    assert counts.get("wave", 0) == (2 * 2 * 16 * 4 if config.wave.enabled else 0)
-    n_sines = 2 * (config.d_mlp or 0) * (config.mlp in ("sine", "sineglu")) + 4 * 16 * bool(config.wave.enabled)
+    assert counts.get("short convolution", 0) == (2 * 2 * 16 * 4 if config.short_conv.enabled else 0)
+    n_sines = 2 * (config.d_mlp or 0) * (config.mlp in ("sine", "sineglu")) + 4 * 16 * bool(config.short_conv.enabled)
     assert counts.get("sine", 0) == 3 * n_sines
 
 
@@ -60,7 +62,7 @@ def test_groups_sum_to_the_model(config: ModelConfig) -> None:
         ({"mlp": "gelu"}, 2 * (48 + 2 * 24) + 40),
         ({"mlp": "sine"}, 2 * (48 + 2 * 24) + 40),  # the bias is added, not multiplied
         ({"mlp": "swiglu", "tie_embeddings": True}, 2 * (48 + 3 * 24) + 40),
-        ({"mlp": "gelu", "wave": {"enabled": True, "kernel_size": 3}}, 2 * (48 + 2 * 24 + 2 * 12) + 40),
+        ({"mlp": "gelu", "short_conv": {"enabled": True, "kernel_size": 3}}, 2 * (48 + 2 * 24 + 2 * 12) + 40),
     ],
     ids=str,
 )

@@ -150,9 +150,9 @@ HUGE = 10**9
         {"d_mlp": 2**62},
         {"vocab_size": 2**62, "d_model": 2**40},
         {"n_heads": HUGE, "d_model": HUGE},
-        {"wave": {"enabled": True, "kernel_size": HUGE}},
-        {"wave": {"enabled": True, "kernel_size": 2**62}},
-        {"n_layers": 20, "wave": {"enabled": True, "dilation_growth": 2**62}},
+        {"short_conv": {"enabled": True, "kernel_size": HUGE}},
+        {"short_conv": {"enabled": True, "kernel_size": 2**62}},
+        {"n_layers": 20, "short_conv": {"enabled": True, "dilation_growth": 2**62}},
         {"d_model": -1},
         {"d_model": "twelve"},
         {"d_model": 10**400},
@@ -209,10 +209,41 @@ def test_metadata_that_means_nothing_is_refused(
     refused(hostile(tmp_path / "m", build_tiny(), metadata=metadata))
 
 
-def test_another_format_version_is_named_with_the_remedy(build_tiny: Build, tmp_path: Path) -> None:
-    message = refused(hostile(tmp_path / "m", build_tiny(), metadata={"format_version": "2"}))
-    assert "format version 2, this psannlm reads 1" in message
+def test_artifact_unknown_format_version_is_refused(build_tiny: Build, tmp_path: Path) -> None:
+    message = refused(hostile(tmp_path / "m", build_tiny(), metadata={"format_version": "3"}))
+    assert "format version 3, this psannlm reads 1 and 2" in message
     assert "install" in message
+
+
+def write_version_1(path: Path, model: Transformer, *, keep_present_names: bool = False) -> None:
+    """A model file as November 2026 wrote it: another version, another key of the configuration, other names."""
+    save_model(path, model, None)
+    content = read_tensors(path)
+    config = json.loads(content.metadata["config"])
+    config["wave"] = config.pop("short_conv")
+    tensors = {name.replace("_conv.", "_wave."): tensor for name, tensor in content.tensors.items()}
+    if keep_present_names:
+        tensors |= content.tensors
+    write_tensors(path, tensors, {**content.metadata, "format_version": "1", "config": json.dumps(config)})
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_artifact_version_1_loads_under_present_names(
+    build_tiny: Build, tmp_path: Path, is_large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_tiny(base="waveresnet", short_conv={"activation": "sine"})
+    write_version_1(tmp_path / "m", model)
+    if is_large:
+        monkeypatch.setattr("psannlm.models.artifact.HASHED_FIRST_BYTES", 0)
+    loaded = load_model(tmp_path / "m").model
+    assert loaded.config == model.config
+    assert "blocks.0.attention_conv.activation.raw_decay" in loaded.state_dict()
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_artifact_version_1_with_doubled_names_is_refused(build_tiny: Build, tmp_path: Path) -> None:
+    write_version_1(tmp_path / "m", build_tiny(base="waveresnet"), keep_present_names=True)
+    assert "under its former and under its present name" in refused(tmp_path / "m")
 
 
 def test_a_tokenizer_with_another_fingerprint_is_refused(build_tiny: Build, tmp_path: Path) -> None:

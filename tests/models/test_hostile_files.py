@@ -229,7 +229,7 @@ def test_a_file_whose_convolution_reaches_back_without_end_is_refused(
     content = read_tensors(path)
     config = json.loads(content.metadata["config"])
     config["max_seq_len"] = max_seq_len
-    config["wave"]["dilation_growth"] = 10**9
+    config["short_conv"]["dilation_growth"] = 10**9
     write_tensors(path, content.tensors, {**content.metadata, "config": json.dumps(config)})
     with pytest.raises(ArtifactError, match="dilation"):
         load_model(path)

@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 @st.composite
 def model_settings(draw: st.DrawFn) -> dict[str, Any]:
-    """Every base, position scheme and wave; grouped queries; odd head sizes where rope does not forbid them."""
+    """Every base, position scheme and short convolution; grouped queries; odd head sizes where rope permits them."""
     position = draw(st.sampled_from(get_args(PositionKind)))
     n_heads = draw(st.sampled_from([1, 2, 3] if position == "rope" else [2, 4, 12]))
     return {
@@ -33,7 +33,7 @@ def model_settings(draw: st.DrawFn) -> dict[str, Any]:
         "positional_encoding": position,
         "n_heads": n_heads,
         "n_kv_heads": draw(st.sampled_from([n for n in range(1, n_heads + 1) if n_heads % n == 0])),
-        "wave": {
+        "short_conv": {
             "enabled": draw(st.booleans()),
             "kernel_size": draw(st.integers(1, 5)),
             "dilation_growth": draw(st.integers(1, 3)),
@@ -290,7 +290,7 @@ def test_bytes_worked_by_hand() -> None:
         n_heads=4,
         n_kv_heads=2,
         positional_encoding="alibi",
-        wave={"enabled": True, "kernel_size": 4, "dilation_growth": 2},
+        short_conv={"enabled": True, "kernel_size": 4, "dilation_growth": 2},
     )
     # Keys and values: 2 x 3 layers x 2 groups x head size 3 x 10 slots. Tails: 2 places x width 12 x 3 (1 + 2 + 4).
     assert cache_bytes(config, batch_size=5, capacity=10) == 5 * 4 * (2 * 3 * 2 * 3 * 10 + 2 * 12 * 21)
@@ -300,7 +300,7 @@ def test_bytes_worked_by_hand() -> None:
 def test_the_bytes_predicted_are_those_held_however_places_are_written(
     places: tuple[str, ...], build_tiny: Build
 ) -> None:
-    model = build_tiny(wave={"places": places})
+    model = build_tiny(short_conv={"places": places})
     state = DecodeState.allocate(model.config, 2, 5, CPU, torch.float32)
     assert state.n_bytes == cache_bytes(model.config, 2, 5)
 

@@ -12,7 +12,7 @@ from psannlm.generation.batch_decode import Decoding
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.registry import resolve
-from psannlm.models.short_conv import Wave
+from psannlm.models.short_conv import ShortConv
 from psannlm.models.transformer import Transformer
 
 pytestmark = [
@@ -42,21 +42,21 @@ def test_loss_and_gradients_are_those_of_the_cpu(
 
 
 @pytest.mark.parametrize("dilation", [1, 3])
-def test_a_wave_in_float32_is_not_rounded_to_fewer_bits(dilation: int) -> None:
+def test_short_conv_float32_on_gpu_keeps_full_precision(dilation: int) -> None:
     """cuDNN's way with a channels-last convolution keeps ten bits of a float32."""
     config = resolve(ModelConfig(base="waveresnet", d_model=64, n_heads=2, n_layers=1, vocab_size=17, max_seq_len=64))
-    wave = Wave(config, dilation)
-    torch.nn.init.normal_(wave.weight, generator=torch.Generator().manual_seed(0))
+    conv = ShortConv(config, dilation)
+    torch.nn.init.normal_(conv.weight, generator=torch.Generator().manual_seed(0))
     x = torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(1))
     found = {}
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
-        wave, here = wave.to(device, dtype), x.to(device, dtype).requires_grad_()
-        wave.zero_grad()
-        y, _ = wave(here)
+        conv, here = conv.to(device, dtype), x.to(device, dtype).requires_grad_()
+        conv.zero_grad()
+        y, _ = conv(here)
         y.square().sum().backward()
         assert here.grad is not None
-        assert wave.weight.grad is not None
-        found[device] = [t.detach().double().cpu() for t in (y, here.grad, wave.weight.grad)]
+        assert conv.weight.grad is not None
+        found[device] = [t.detach().double().cpu() for t in (y, here.grad, conv.weight.grad)]
     for ours, exact in zip(found["cuda"], found["cpu"], strict=True):
         assert (ours - exact).norm() < 2e-6 * exact.norm()
 

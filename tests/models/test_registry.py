@@ -25,14 +25,14 @@ def test_every_base_has_its_defaults() -> None:
         "waveresnet": ("sineglu", True, False, 64),
         "transformer": ("swiglu", False, False, 64),
     }
-    for base, (mlp, wave, scale, d_mlp) in wanted.items():
+    for base, (mlp, conv, scale, d_mlp) in wanted.items():
         found = resolve(ModelConfig(base=base, **TINY))
-        assert (found.mlp, found.wave.enabled, found.residual_scale, found.d_mlp) == (mlp, wave, scale, d_mlp)
+        assert (found.mlp, found.short_conv.enabled, found.residual_scale, found.d_mlp) == (mlp, conv, scale, d_mlp)
         assert found.n_kv_heads == 2
 
 
 @pytest.mark.parametrize("base", get_args(BaseName))
-@pytest.mark.parametrize("key", ["mlp", "d_mlp", "n_kv_heads", "residual_scale", "wave", "max_seq_len"])
+@pytest.mark.parametrize("key", ["mlp", "d_mlp", "n_kv_heads", "residual_scale", "short_conv", "max_seq_len"])
 def test_every_override_wins(base: BaseName, key: str) -> None:
     silent = resolve(ModelConfig(base=base, **TINY), max_seq_len=64)
     values: dict[str, Any] = {
@@ -40,40 +40,40 @@ def test_every_override_wins(base: BaseName, key: str) -> None:
         "d_mlp": 20,
         "n_kv_heads": 1,
         "residual_scale": not silent.residual_scale,
-        "wave": {"enabled": not silent.wave.enabled},
+        "short_conv": {"enabled": not silent.short_conv.enabled},
         "max_seq_len": 7,
     }
     loud = resolve(ModelConfig(base=base, **{**TINY, key: values[key]}), max_seq_len=64)
-    found = loud.wave.enabled if key == "wave" else getattr(loud, key)
-    assert found == (values[key]["enabled"] if key == "wave" else values[key])
-    assert found != (silent.wave.enabled if key == "wave" else getattr(silent, key))
+    found = loud.short_conv.enabled if key == "short_conv" else getattr(loud, key)
+    assert found == (values[key]["enabled"] if key == "short_conv" else values[key])
+    assert found != (silent.short_conv.enabled if key == "short_conv" else getattr(silent, key))
 
 
 def test_one_base_can_be_set_to_be_another() -> None:
-    like_wave = {"mlp": "sineglu", "wave": {"enabled": True}, "residual_scale": False}
-    one, other = ModelConfig(base="transformer", **TINY, **like_wave), ModelConfig(base="waveresnet", **TINY)
+    like_waveresnet = {"mlp": "sineglu", "short_conv": {"enabled": True}, "residual_scale": False}
+    one, other = ModelConfig(base="transformer", **TINY, **like_waveresnet), ModelConfig(base="waveresnet", **TINY)
     state, wanted = (build_model(resolve(config), seed=3).state_dict() for config in (one, other))
     assert state.keys() == wanted.keys()
     assert all(torch.equal(state[name], wanted[name]) for name in state)
 
 
 @pytest.mark.parametrize("enabled", [None, False])
-def test_a_wave_without_a_place_is_off_and_its_model_file_loads(enabled: bool | None, tmp_path: Path) -> None:
-    found = resolve(ModelConfig(**TINY, wave={"enabled": enabled, "places": ()}))
-    assert found.wave.enabled is False
+def test_short_conv_without_places_is_off_and_saves(enabled: bool | None, tmp_path: Path) -> None:
+    found = resolve(ModelConfig(**TINY, short_conv={"enabled": enabled, "places": ()}))
+    assert found.short_conv.enabled is False
     save_model(tmp_path / "m", build_model(found, seed=0), None)
     assert load_model(tmp_path / "m").model.config == found
 
 
 def test_taps_beyond_the_context_are_refused() -> None:
-    fits = {**TINY, "n_layers": 3, "wave": {"dilation_growth": 4}}
-    assert resolve(ModelConfig(**fits), max_seq_len=16).wave.dilation_growth == 4
+    fits = {**TINY, "n_layers": 3, "short_conv": {"dilation_growth": 4}}
+    assert resolve(ModelConfig(**fits), max_seq_len=16).short_conv.dilation_growth == 4
     with pytest.raises(ConfigError, match=r"dilation_growth.*4 \*\* 2.*context of 15"):
         resolve(ModelConfig(**fits), max_seq_len=15)
     huge = {"dilation_growth": 2**62}
     with pytest.raises(ConfigError, match="dilation_growth"):
-        resolve(ModelConfig(**{**TINY, "n_layers": 2**62}, wave=huge, max_seq_len=2**62))
-    assert resolve(ModelConfig(base="transformer", **TINY, wave=huge), max_seq_len=8).wave.enabled is False
+        resolve(ModelConfig(**{**TINY, "n_layers": 2**62}, short_conv=huge, max_seq_len=2**62))
+    assert resolve(ModelConfig(base="transformer", **TINY, short_conv=huge), max_seq_len=8).short_conv.enabled is False
 
 
 def test_what_is_resolved_stays_as_it_is() -> None:
@@ -101,13 +101,15 @@ def test_parts_are_those_of_the_config() -> None:
     assert isinstance(blocks["waveresnet"].mlp, GatedMlp)
     assert isinstance(blocks["waveresnet"].mlp.activation, SineActivation)
     for base, block in blocks.items():
-        assert (block.attention_wave is not None) == (block.mlp_wave is not None) == (base == "waveresnet")
+        assert (block.attention_conv is not None) == (block.mlp_conv is not None) == (base == "waveresnet")
         assert (block.attention_scale is not None) == (block.mlp_scale is not None) == (base == "respsann")
     assert not any(isinstance(module, SineActivation) for module in blocks["transformer"].modules())
-    placed = ModelConfig(base="transformer", wave={"enabled": True, "places": ("mlp",), "dilation_growth": 3}, **TINY)
+    placed = ModelConfig(
+        base="transformer", short_conv={"enabled": True, "places": ("mlp",), "dilation_growth": 3}, **TINY
+    )
     block = build_model(resolve(placed)).blocks[1]
-    assert block.attention_wave is None
-    assert block.mlp_wave.dilation == 3
+    assert block.attention_conv is None
+    assert block.mlp_conv.dilation == 3
 
 
 def test_weights_depend_on_the_seed_alone() -> None:

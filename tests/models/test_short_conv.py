@@ -8,31 +8,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psannlm.config.model import ModelConfig
-from psannlm.models.short_conv import Wave
+from psannlm.models.short_conv import ShortConv
 
 D = 3
 
 
-def build_wave(kernel_size: int, dilation: int, activation: str = "none") -> Wave:
+def build_conv(kernel_size: int, dilation: int, activation: str = "none") -> ShortConv:
     config = ModelConfig(d_model=D, n_heads=1, positional_encoding="alibi").model_copy(
-        update={"wave": ModelConfig().wave.model_copy(update={"kernel_size": kernel_size, "activation": activation})}
+        update={
+            "short_conv": ModelConfig().short_conv.model_copy(
+                update={"kernel_size": kernel_size, "activation": activation}
+            )
+        }
     )
-    wave = Wave(config, dilation)
+    conv = ShortConv(config, dilation)
     with torch.no_grad():
-        wave.weight.copy_(torch.randn(wave.weight.shape, generator=torch.Generator().manual_seed(kernel_size)))
-    return wave
+        conv.weight.copy_(torch.randn(conv.weight.shape, generator=torch.Generator().manual_seed(kernel_size)))
+    return conv
 
 
-def reference(wave: Wave, x: torch.Tensor) -> torch.Tensor:
+def reference(conv: ShortConv, x: torch.Tensor) -> torch.Tensor:
     """x[t] + act(sum over taps of weight[tap] x[t - (kernel - 1 - tap) dilation]), nothing before the start."""
     mixed = torch.zeros_like(x)
-    kernel_size = wave.weight.shape[1]
+    kernel_size = conv.weight.shape[1]
     for t in range(x.shape[1]):
         for tap in range(kernel_size):
-            source = t - (kernel_size - 1 - tap) * wave.dilation
+            source = t - (kernel_size - 1 - tap) * conv.dilation
             if source >= 0:
-                mixed[:, t] += wave.weight[:, tap] * x[:, source]
-    return x + wave.activation(mixed)
+                mixed[:, t] += conv.weight[:, tap] * x[:, source]
+    return x + conv.activation(mixed)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, 4, 7])
@@ -41,27 +45,27 @@ def reference(wave: Wave, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("is_packed", [False, True])
 @torch.no_grad()
 def test_is_the_causal_sum(kernel_size: int, dilation: int, activation: str, is_packed: bool) -> None:
-    wave = build_wave(kernel_size, dilation, activation)
+    conv = build_conv(kernel_size, dilation, activation)
     if is_packed:
-        wave.taps = wave.weight.t().contiguous()
+        conv.taps = conv.weight.t().contiguous()
     # Few tokens are summed tap by tap, and many by a convolution.
     for n_tokens in (1, 2, 9, 16, 17, 30):
         x = torch.randn(2, n_tokens, D)
-        found, history = wave(x)
-        torch.testing.assert_close(found, reference(wave, x), rtol=1e-5, atol=1e-5)
-        assert torch.equal(history[:, wave.tail_length :], x)
-        assert torch.equal(history[:, : wave.tail_length], torch.zeros(2, wave.tail_length, D))
+        found, history = conv(x)
+        torch.testing.assert_close(found, reference(conv, x), rtol=1e-5, atol=1e-5)
+        assert torch.equal(history[:, conv.tail_length :], x)
+        assert torch.equal(history[:, : conv.tail_length], torch.zeros(2, conv.tail_length, D))
 
 
 @pytest.mark.parametrize("n_tokens", [17, 30])
 @torch.no_grad()
 def test_a_compiler_gets_the_same_sum(n_tokens: int) -> None:
     """Many tokens are summed tap by tap then. Only tracing is tried here, which is what decides the way."""
-    wave = build_wave(4, 2)
+    conv = build_conv(4, 2)
     x = torch.randn(2, n_tokens, D)
-    found, history = torch.compile(wave, backend="eager", fullgraph=True)(x)
-    torch.testing.assert_close(found, reference(wave, x), rtol=1e-5, atol=1e-5)
-    assert torch.equal(history[:, wave.tail_length :], x)
+    found, history = torch.compile(conv, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, reference(conv, x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(history[:, conv.tail_length :], x)
 
 
 @given(
@@ -72,26 +76,26 @@ def test_a_compiler_gets_the_same_sum(n_tokens: int) -> None:
 @settings(deadline=None, max_examples=60)
 @torch.no_grad()
 def test_chunks_with_the_tail_carried_equal_the_whole(kernel_size: int, dilation: int, chunks: list[int]) -> None:
-    wave = build_wave(kernel_size, dilation)
+    conv = build_conv(kernel_size, dilation)
     x = torch.randn(2, sum(chunks), D, generator=torch.Generator().manual_seed(0))
-    tail = torch.zeros(2, wave.tail_length, D)
+    tail = torch.zeros(2, conv.tail_length, D)
     parts = []
     for chunk in x.split(chunks, dim=1):
-        part, history = wave(chunk, tail)
+        part, history = conv(chunk, tail)
         assert torch.equal(history, torch.cat((tail, chunk), dim=1))
-        tail = history[:, history.shape[1] - wave.tail_length :]
+        tail = history[:, history.shape[1] - conv.tail_length :]
         parts.append(part)
-    torch.testing.assert_close(torch.cat(parts, dim=1), reference(wave, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, dim=1), reference(conv, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ["none", "sine"])
 def test_starts_as_the_identity_and_can_leave_it(activation: str) -> None:
-    wave = build_wave(4, 1, activation)
+    conv = build_conv(4, 1, activation)
     with torch.no_grad():
-        wave.weight.zero_()
+        conv.weight.zero_()
     x = torch.randn(2, 5, D)
-    out, _ = wave(x)
+    out, _ = conv(x)
     assert torch.equal(out, x)
     out.pow(2).sum().backward()
-    assert wave.weight.grad is not None
-    assert wave.weight.grad.abs().min() > 0
+    assert conv.weight.grad is not None
+    assert conv.weight.grad.abs().min() > 0

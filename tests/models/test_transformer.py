@@ -1,4 +1,4 @@
-"""The decoder's laws for every base, position scheme and wave: no look at the future, a quiet start, one loss."""
+"""The decoder's laws for every base, position scheme and conv: no look at the future, a quiet start, one loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Build = Callable[..., Transformer]
 BASES, POSITIONS = get_args(BaseName), get_args(PositionKind)
 
 
-def every_wave() -> Iterator[dict[str, Any]]:
+def every_conv() -> Iterator[dict[str, Any]]:
     yield {"enabled": False}
     places = (("attention",), ("mlp",), ("attention", "mlp"))
     for kernel_size, growth, where, activation in product((1, 2, 3, 4, 6), (1, 2), places, ("none", "sine")):
@@ -52,31 +52,31 @@ def test_no_output_depends_on_a_later_token(base: str, position: str, build_tiny
     changed = original.clone()
     changed[range(n_tokens), range(n_tokens)] += 1  # row t differs at token t alone
     changed %= 17
-    for wave in every_wave():
-        model = build_tiny(base=base, positional_encoding=position, wave=wave)
+    for conv in every_conv():
+        model = build_tiny(base=base, positional_encoding=position, short_conv=conv)
         before, after = logits_of(model, original), logits_of(model, changed)
         for t in range(n_tokens):
-            assert torch.equal(before[t, :t], after[t, :t]), (wave, t)
+            assert torch.equal(before[t, :t], after[t, :t]), (conv, t)
             # The change does show where it may: at the token and to its right.
-            assert (before[t, t:] != after[t, t:]).any(-1).all(), (wave, t)
+            assert (before[t, t:] != after[t, t:]).any(-1).all(), (conv, t)
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("position", POSITIONS)
 @torch.no_grad()
 def test_the_order_of_earlier_tokens_shows(base: str, position: str, build_tiny: Build) -> None:
-    # Without waves only the position scheme can tell the orders apart; two layers would tell them by the causal mask.
-    model = build_tiny(base=base, positional_encoding=position, wave={"enabled": False}, n_layers=1)
+    # One layer and no convolution: two layers would distinguish the orders by the causal mask, without positions.
+    model = build_tiny(base=base, positional_encoding=position, short_conv={"enabled": False}, n_layers=1)
     one, other = logits_of(model, torch.tensor([[3, 5, 7, 2], [5, 3, 7, 2]]))[:, -1]
     assert (one - other).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("kind", get_args(MlpKind))
-@pytest.mark.parametrize("wave_activation", ["none", "sine"])
+@pytest.mark.parametrize("conv_activation", ["none", "sine"])
 @torch.no_grad()
-def test_starts_quiet_with_unit_variance_inside(kind: str, wave_activation: str) -> None:
-    wave = {"enabled": True, "activation": wave_activation}
-    config = ModelConfig(mlp=kind, d_model=256, n_layers=2, n_heads=4, vocab_size=500, wave=wave)
+def test_starts_quiet_with_unit_variance_inside(kind: str, conv_activation: str) -> None:
+    conv = {"enabled": True, "activation": conv_activation}
+    config = ModelConfig(mlp=kind, d_model=256, n_layers=2, n_heads=4, vocab_size=500, short_conv=conv)
     model = build_model(resolve(config), seed=0)
     input_ids = torch.randint(0, 500, (4, 50))
     inside: dict[str, Tensor] = {}
@@ -108,7 +108,7 @@ def test_forward_is_the_summed_cross_entropy_of_the_logits(base: str, tied: bool
 
 def test_every_parameter_receives_a_gradient(build_tiny: Build) -> None:
     for base in BASES:
-        model = build_tiny(base=base, wave={"enabled": True, "activation": "sine"}, residual_scale=True)
+        model = build_tiny(base=base, short_conv={"enabled": True, "activation": "sine"}, residual_scale=True)
         model(tokens(3, 8), tokens(3, 8, seed=1)).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
@@ -191,11 +191,11 @@ def test_compiled_model_agrees_with_eager(build_tiny: Build) -> None:
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("wave", [{}, {"enabled": True, "kernel_size": 3, "dilation_growth": 2}])
+@pytest.mark.parametrize("conv", [{}, {"enabled": True, "kernel_size": 3, "dilation_growth": 2}])
 def test_cached_logits_equal_the_full_forward(
-    base: str, position: str, wave: dict[str, Any], build_tiny: Build
+    base: str, position: str, conv: dict[str, Any], build_tiny: Build
 ) -> None:
-    model = build_tiny(base=base, positional_encoding=position, wave=wave, max_seq_len=80)
+    model = build_tiny(base=base, positional_encoding=position, short_conv=conv, max_seq_len=80)
     input_ids = tokens(2, 70)
     full = model(input_ids)
     assert full.shape == (2, 70, 17)

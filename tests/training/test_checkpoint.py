@@ -173,10 +173,10 @@ def test_what_is_no_state_is_an_error_in_one_line(save: Callable[..., Path], tex
     assert "\n" not in str(caught.value)
 
 
-def test_another_format_version_is_named(save: Callable[..., Path]) -> None:
+def test_checkpoint_unknown_format_version_is_refused(save: Callable[..., Path]) -> None:
     path = save(5) / "trainer.json"
-    path.write_text(path.read_text(encoding="utf-8").replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(ArtifactError, match="format version 2, this psannlm reads 1"):
+    path.write_text(path.read_text(encoding="utf-8").replace('"format_version": 2', '"format_version": 3'))
+    with pytest.raises(ArtifactError, match="format version 3, this psannlm reads 1 and 2"):
         read_state(path.parent)
 
 

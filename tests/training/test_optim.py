@@ -31,7 +31,7 @@ def train_a_little(model: Transformer, optimizers: OptimizerSet, n_steps: int, s
 
 
 def stays_put(name: str) -> bool:
-    return "norm" in name or "raw_" in name or "scale" in name or "bias" in name or "wave.weight" in name
+    return "norm" in name or "raw_" in name or "scale" in name or "bias" in name or "conv.weight" in name
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -39,7 +39,7 @@ def stays_put(name: str) -> bool:
 @pytest.mark.parametrize("tied", [False, True])
 def test_decay_shrinks_matrices_and_nothing_else(build_tiny: Build, base: str, optimizer: str, tied: bool) -> None:
     """Under gradients of zero, all that moves a parameter is weight decay."""
-    model = build_tiny(base=base, tie_embeddings=tied, wave={"activation": "sine"}, residual_scale=True)
+    model = build_tiny(base=base, tie_embeddings=tied, short_conv={"activation": "sine"}, residual_scale=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizers = OptimizerSet(model, optimizer, weight_decay=0.5)
     optimizers.set_lr(0.1)

@@ -17,7 +17,7 @@ import torch
 
 from psannlm.config.base import Section
 from psannlm.config.data import DataConfig
-from psannlm.config.model import ModelConfig, SineConfig, WaveConfig
+from psannlm.config.model import ModelConfig, ShortConvConfig, SineConfig
 from psannlm.config.run import RunConfig, load_config, to_yaml
 from psannlm.config.train import TrainConfig
 from psannlm.errors import ConfigError, DeviceError, Interrupted, PictureError, TrainingError
@@ -184,7 +184,7 @@ SINE_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "freq_bounds": (SINE, {"freq_bounds": [0.999, 1.001]}, "losses", "parameters"),
     "damp_bounds": (SINE, {"damp_bounds": [0.00999, 0.01001]}, "losses", "parameters"),
 }
-WAVE_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+SHORT_CONV_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "enabled": ({}, {"enabled": False}, "losses parameters", "tokens"),
     "kernel_size": ({}, {"kernel_size": 2}, "losses parameters", "tokens"),
     "dilation_growth": ({"n_layers": 2}, {"dilation_growth": 2}, "losses", "parameters"),
@@ -198,9 +198,9 @@ WAVE_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     [
         (TrainConfig, {*TRAIN_KEYS, *OTHER_TRAIN_KEYS}),
         (DataConfig, {*DATA_KEYS}),
-        (ModelConfig, {*MODEL_KEYS, "sine_params", "wave"}),
+        (ModelConfig, {*MODEL_KEYS, "sine_params", "short_conv"}),
         (SineConfig, {*SINE_KEYS}),
-        (WaveConfig, {*WAVE_KEYS}),
+        (ShortConvConfig, {*SHORT_CONV_KEYS}),
     ],
 )
 def test_no_key_is_without_a_test(section: type[Section], covered: set[str]) -> None:
@@ -260,10 +260,10 @@ def test_a_sine_key_changes_the_run(key: str, compare: Callable[..., tuple[Seen,
 
 
 @pytest.mark.usefixtures("_no_curve")
-@pytest.mark.parametrize("key", WAVE_KEYS)
-def test_a_wave_key_changes_the_run(key: str, compare: Callable[..., tuple[Seen, Seen]]) -> None:
-    before, after, differing, equal = WAVE_KEYS[key]
-    assert_differ(compare({"model": before}, {"model": {"wave": after}}), differing, equal)
+@pytest.mark.parametrize("key", SHORT_CONV_KEYS)
+def test_short_conv_key_changes_the_run(key: str, compare: Callable[..., tuple[Seen, Seen]]) -> None:
+    before, after, differing, equal = SHORT_CONV_KEYS[key]
+    assert_differ(compare({"model": before}, {"model": {"short_conv": after}}), differing, equal)
 
 
 @pytest.mark.usefixtures("_no_curve")

@@ -326,8 +326,8 @@ def _rates_of(results: Sequence[DecodeRun | float]) -> list[float]:
 def build_random_model(config: ModelConfig, settings: KvSettings, device: torch.device) -> Transformer:
     """Build a model of ``config`` with a context for all that ``settings`` ask, and with random float32 weights.
 
-    They are such that every part of the model shows in its output. As they are drawn for training, branches and waves
-    start at zero: any cache would do for such a model.
+    They are such that every part of the model shows in its output. As they are drawn for training, branches and short
+    convolutions start at zero: any cache would do for such a model.
 
     Raises:
         ConfigError: ``config`` has no vocabulary size.

@@ -9,7 +9,7 @@ from torch import nn
 def randomize_parameters(model: nn.Module, seed: int) -> None:
     """Give ``model`` weights that depend on ``seed`` alone, and in which every part shows in its output.
 
-    As they are drawn for training, branches and waves start at zero: any cache and any kernel would do.
+    As they are drawn for training, branches and short convolutions start at zero: any cache and any kernel would do.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

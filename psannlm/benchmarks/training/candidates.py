@@ -44,7 +44,7 @@ class Candidate:
     """One candidate: who made the model, and how it differs from ours as the settings have it.
 
     ``activation`` stands in the sine's place: ``GELU``, ``SiLU``, or "" for the sine itself. ``is_baseline``: the base
-    ``transformer`` of equal size, with its own feed-forward and without waves.
+    ``transformer`` of equal size, with its own feed-forward and without short convolutions.
     """
 
     name: str
@@ -197,8 +197,8 @@ def config_of(candidate: Candidate, settings: ThroughputSettings) -> ModelConfig
     ours = settings.model
     if not candidate.is_baseline:
         return ours
-    wave = ours.wave.model_copy(update={"enabled": None})
-    changes = {"base": "transformer", "mlp": None, "d_mlp": None, "wave": wave, "residual_scale": None}
+    short_conv = ours.short_conv.model_copy(update={"enabled": None})
+    changes = {"base": "transformer", "mlp": None, "d_mlp": None, "short_conv": short_conv, "residual_scale": None}
     plain = resolve(ours.model_copy(update=changes))
 
     def count(width: int) -> int:

@@ -63,7 +63,7 @@ def test_a_step_costs_what_its_context_costs(
 def test_every_turn_continues_the_same_tokens(
     build_tiny: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a wave, whose tail is not wound back, the logits of all turns are equal."""
+    """Without a short convolution, whose state is not wound back, the logits of all turns are equal."""
     engine = Engine(build_tiny(base="transformer", max_seq_len=64))
     step = engine.decode
     turns: list[Tensor] = []

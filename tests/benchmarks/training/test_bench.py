@@ -120,7 +120,7 @@ def test_candidates_train_and_differ_in_one_thing() -> None:
 
 
 def test_a_plain_transformer_of_our_size_trains_beside_ours() -> None:
-    """SwiGLU without waves, of the nearest width; SiLU in the sine's place leaves the waves."""
+    """SwiGLU without short convolutions, of the nearest width; SiLU in the sine's place leaves the convolutions."""
     model = resolve(ModelConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=50), max_seq_len=8)
     settings = replace(SETTINGS, model=model, also=("silu", "transformer", "compile"), steps=1, repeats=1)
     names = [candidate.name for candidate in settings.candidates()]
@@ -138,8 +138,8 @@ def test_a_plain_transformer_of_our_size_trains_beside_ours() -> None:
         assert operations == flops_per_token(config_of(candidate, settings), 8)
         run.steps(3, lambda done, all_steps: None)
         assert run.losses[-1] < run.losses[0]
-    yardstick = config_of(settings.candidates()[2], settings)
-    assert (yardstick.mlp, yardstick.wave.enabled, yardstick.base) == ("swiglu", False, "transformer")
+    baseline = config_of(settings.candidates()[2], settings)
+    assert (baseline.mlp, baseline.short_conv.enabled, baseline.base) == ("swiglu", False, "transformer")
     assert config_of(settings.candidates()[1], settings) == model
     report = bench_train(replace(settings, also=("transformer",)), CPU, measure_memory=None)
     assert [row["mlp"] for row in report.as_dict("now")["rows"]] == ["sineglu", "swiglu"]
