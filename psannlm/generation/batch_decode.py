@@ -14,12 +14,11 @@ from torch import Tensor
 
 from psannlm.errors import GenerationError, nearest
 from psannlm.generation.engine import Engine
-from psannlm.generation.quantize import FEW_TOKENS
 from psannlm.generation.sampling import SamplingConfig, next_tokens, require_number
 from psannlm.generation.speculative import PromptLookup
 from psannlm.io.limits import describe_memory, machine_memory_bytes
 from psannlm.models.accounting import cache_bytes
-from psannlm.models.kv_cache import DecodeState
+from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import gpu_memory_bytes
 
@@ -86,8 +85,8 @@ class Decoding:
         require_number("speculate", speculate, is_whole=True)
         if max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens {max_new_tokens} asks for nothing; use 1 or more")
-        if not 0 <= speculate < FEW_TOKENS:
-            raise GenerationError(f"speculate {speculate} is not in 0 .. {FEW_TOKENS - 1}; 0 guesses nothing")
+        if not 0 <= speculate < MAX_DECODE_TOKENS:
+            raise GenerationError(f"speculate {speculate} is not in 0 .. {MAX_DECODE_TOKENS - 1}; 0 guesses nothing")
         if context not in get_args(ContextRule):
             known = get_args(ContextRule)
             message = f"context {context!r:.40} is not one of {', '.join(known)}{nearest(str(context), known)}"
@@ -142,7 +141,7 @@ class Decoding:
         return self.decode(*self.prefill())
 
     @torch.inference_mode()
-    def prefill(self) -> tuple[Tensor, DecodeState, Tensor | None]:
+    def prefill(self) -> tuple[Tensor, KVCache, Tensor | None]:
         """Run every prompt at once; return the logits (B, V) after each, the cache, and the tokens seen (B, V)."""
         logits, state = self.engine.prefill(self.prompts, max(self.room))
         if self.sampling.repetition_penalty is None:
@@ -153,7 +152,7 @@ class Decoding:
         return logits, state, seen.to(self.engine.device)
 
     @torch.inference_mode()
-    def decode(self, logits: Tensor, state: DecodeState, seen: Tensor | None) -> Iterator[TokenEvent]:
+    def decode(self, logits: Tensor, state: KVCache, seen: Tensor | None) -> Iterator[TokenEvent]:
         """Yield the tokens that follow what :meth:`prefill` returned, and keep them in ``generated``."""
         rows = list(range(len(self.prompts)))
         drafts: list[list[int]] = [[] for _ in rows]
@@ -185,8 +184,8 @@ class Decoding:
                         self._texts[row].extend(tokens)
                 if seen is not None and tokens:
                     seen[place, tokens] = True
-            if state.n_offered:
-                state.advance(kept)
+            if state.n_uncommitted:
+                state.commit(kept)
             if not alive:
                 return
             if len(alive) < len(rows) and not self.engine.compiles:
@@ -246,7 +245,7 @@ class Decoding:
             return ids
         return ids[-(self.limit // 2) :]
 
-    def _slide(self, rows: Sequence[int], state: DecodeState) -> None:
+    def _slide(self, rows: Sequence[int], state: KVCache) -> None:
         """Let rows whose context is full remember the end of their text only; its last token is still to be offered."""
         full = [
             place for place, row in enumerate(rows) if self._is_going_on(row) and self._is_full(state.lengths[place])
@@ -254,7 +253,7 @@ class Decoding:
         if full:
             ends = [self._cut([*self.prompts[rows[place]], *self.generated[rows[place]]]) for place in full]
             _, fresh = self.engine.prefill([end[:-1] for end in ends], 1)
-            state.put(full, fresh)
+            state.copy_rows_(full, fresh)
 
     def _is_full(self, length: int) -> bool:
         return self.limit is not None and length >= self.limit

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from psannlm.errors import GenerationError
-from psannlm.generation.quantize import FEW_TOKENS, WeightDtype, pack_model, weight_bytes
+from psannlm.generation.quantize import WeightDtype, pack_model, weight_bytes
 from psannlm.kernels.compile import compiled
 from psannlm.models.attention import PREFILL_QUERIES, continue_layout
-from psannlm.models.kv_cache import DecodeState, LayerState, move_tails, whole_blocks
+from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache, LayerCache, update_conv_states, whole_blocks
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import compiler_fault, computes_in_bf16, require_compiler
 
@@ -26,8 +26,8 @@ _FIRST_ROOM = 256
 
 _numbers = count()
 _Tensors = Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
-_Histories = list[tuple[Tensor | None, Tensor | None]]
-_Step = Callable[[Tensor, Tensor, Tensor, _Tensors], tuple[Tensor, _Histories]]
+_ConvInputs = list[tuple[Tensor | None, Tensor | None]]
+_Step = Callable[[Tensor, Tensor, Tensor, _Tensors], tuple[Tensor, _ConvInputs]]
 
 
 class Engine:
@@ -43,7 +43,7 @@ class Engine:
 
     Attributes:
         model: the packed twin.
-        cache_dtype: of keys, values and tails: float32 for float32 weights, else bfloat16.
+        cache_dtype: of keys, values and convolution states: float32 for float32 weights, else bfloat16.
         weight_bytes: of the matrices that each decoding step reads once.
         compiles: whether steps are compiled: asked for, and there is a compiler.
         notices: what was asked for and is had in another way, in words.
@@ -76,7 +76,7 @@ class Engine:
         self._numbers: Tensor | None = None
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, DecodeState]:
+    def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, KVCache]:
         """Run every prompt at once; return the logits (B, V), float32, after each, and the state to decode from.
 
         Args:
@@ -88,7 +88,7 @@ class Engine:
         # the same sums whatever the length of its company.
         padded = -(-max(lengths) // PREFILL_QUERIES) * PREFILL_QUERIES
         capacity = self._capacity(max(lengths), padded, max_new_tokens)
-        state = DecodeState.allocate(self.model.config, len(prompts), capacity, self.device, self.cache_dtype)
+        state = KVCache.allocate(self.model.config, len(prompts), capacity, self.device, self.cache_dtype)
         input_ids = torch.zeros(len(prompts), padded, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             input_ids[row, : len(prompt)] = torch.tensor(prompt)
@@ -102,45 +102,47 @@ class Engine:
         """Slots of a new state. A compiled step is made for one number of them: a power of two that need not grow."""
         if not self.compiles:
             return whole_blocks(max(length + min(max_new_tokens, _FIRST_ROOM), padded))
-        needed = max(length + max_new_tokens + FEW_TOKENS, padded, _FIRST_ROOM)
+        needed = max(length + max_new_tokens + MAX_DECODE_TOKENS, padded, _FIRST_ROOM)
         return 1 << (needed - 1).bit_length()
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
+    def decode(self, tokens: Tensor, state: KVCache) -> Tensor:
         """Return the logits (B, V), float32, after one more token (B,) int64 of each row; ``state`` counts it."""
         logits = self.verify(tokens[:, None], state)[:, 0]
-        state.advance()
+        state.commit()
         return logits
 
     @torch.inference_mode()
-    def verify(self, tokens: Tensor, state: DecodeState) -> Tensor:
+    def verify(self, tokens: Tensor, state: KVCache) -> Tensor:
         """Return the logits (B, T, V), float32, after each of T more tokens (B, T) int64; none is counted yet.
 
-        ``state.advance`` says how many of them each row keeps.
+        ``state.commit`` says how many of them each row keeps.
 
         Raises:
-            GenerationError: T is more than ``FEW_TOKENS``.
+            GenerationError: T is more than ``MAX_DECODE_TOKENS``.
         """
         n_rows, n_tokens = tokens.shape
-        if n_tokens > FEW_TOKENS:
-            raise GenerationError(f"{n_tokens} tokens at once are too many to decode; use {FEW_TOKENS} at most")
+        if n_tokens > MAX_DECODE_TOKENS:
+            raise GenerationError(f"{n_tokens} tokens at once are too many to decode; use {MAX_DECODE_TOKENS} at most")
         state.grow(max(state.lengths) + n_tokens)
         if not self.compiles:
-            return self.model.logits(self.model.offer(tokens, state)).float()
+            return self.model.logits(self.model.forward_uncommitted(tokens, state)).float()
         key = (n_rows, n_tokens, state.capacity)
         if key not in self._steps:
             self._steps[key] = self._compiled(n_tokens)
         tensors = [_in_place(s) for s in state.layers]
-        logits, histories = self._steps[key](tokens.contiguous(), state.offsets, self._slots(state, n_tokens), tensors)
+        logits, conv_inputs = self._steps[key](
+            tokens.contiguous(), state.offsets, self._slots(state, n_tokens), tensors
+        )
         if logits.is_cuda:
             # A CUDA graph hands out the same memory at every step, and a caller may still read the last one's.
             logits = logits.clone()
-        for layer, (attention_history, mlp_history) in zip(state.layers, histories, strict=False):
-            layer.attention_history, layer.mlp_history = attention_history, mlp_history
-        state.n_offered = n_tokens
+        for layer, (attn_conv_inputs, mlp_conv_inputs) in zip(state.layers, conv_inputs, strict=False):
+            layer.attn_conv_inputs, layer.mlp_conv_inputs = attn_conv_inputs, mlp_conv_inputs
+        state.n_uncommitted = n_tokens
         return logits
 
-    def _slots(self, state: DecodeState, n_tokens: int) -> Tensor:
+    def _slots(self, state: KVCache, n_tokens: int) -> Tensor:
         """Return the numbers of the slots to read; made anew when the longest row enters another block."""
         span = min(whole_blocks(max(state.lengths) + n_tokens), state.capacity)
         if self._numbers is None or len(self._numbers) != span:
@@ -152,15 +154,15 @@ class Engine:
         """Return a compiled pass for one batch size, number of tokens and capacity; how much it reads may change."""
         model = self.model
 
-        def step(tokens: Tensor, offsets: Tensor, slots: Tensor, tensors: _Tensors) -> tuple[Tensor, _Histories]:
-            layers = [LayerState(*parts) for parts in tensors]
+        def step(tokens: Tensor, offsets: Tensor, slots: Tensor, tensors: _Tensors) -> tuple[Tensor, _ConvInputs]:
+            layers = [LayerCache(*parts) for parts in tensors]
             layout = continue_layout(model.config, offsets, slots, n_tokens, torch.float32)
             logits = model.logits(model.run_blocks(tokens, layout, layers)).float()
             if n_tokens > 1:
-                return logits, [(layer.attention_history, layer.mlp_history) for layer in layers]
-            # A single token always stays, so that tails can move on here.
+                return logits, [(layer.attn_conv_inputs, layer.mlp_conv_inputs) for layer in layers]
+            # A single token always stays, so that the convolution states can be updated here.
             for layer in layers:
-                move_tails(layer)
+                update_conv_states(layer)
             return logits, []
 
         if self.device.type == "cpu":
@@ -176,13 +178,13 @@ class Engine:
         return compiled(own, fullgraph=True, options={**options, "guard_filter_fn": _no_guard})
 
 
-def _in_place(layer: LayerState) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _in_place(layer: LayerCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The tensors of a block's state, marked as ones that stay where they are.
 
     A compiled step writes into them, and the compiler refuses CUDA graphs for a pass that writes into inputs which may
     be others the next time. Should the state be another one after all, a graph is recorded anew.
     """
-    tensors = (layer.keys, layer.values, layer.attention_tail, layer.mlp_tail)
+    tensors = (layer.keys, layer.values, layer.attn_conv_state, layer.mlp_conv_state)
     for tensor in tensors:
         if tensor is not None:
             torch._dynamo.mark_static_address(tensor)

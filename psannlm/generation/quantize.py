@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from psannlm.errors import GenerationError, nearest
 from psannlm.kernels.compile import stored
 from psannlm.models.activations import SineActivation
+from psannlm.models.kv_cache import MAX_DECODE_TOKENS
 from psannlm.models.mlp import GatedMlp
 from psannlm.models.short_conv import ShortConv
 from psannlm.models.transformer import Block, Transformer
@@ -27,9 +28,6 @@ from psannlm.runtime.device import computes_in_bf16
 WeightDtype = Literal["float32", "bfloat16", "int8"]
 STORED: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
-# New tokens of a row up to which the products of a pass are those of decoding: made for few rows, and the same for a
-# row whatever its company. A prefill must be longer than this (``generation.engine`` pads it).
-FEW_TOKENS = 16
 # Rows of a compiled product that are summed side by side, so that a weight is read and widened once for all of them.
 _ROWS_AT_ONCE = 16
 # Rows of a product of a prefill, where products have to be of one shape: with twice as many a short prompt would take
@@ -62,7 +60,7 @@ def by_tiles(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     So every product is of one shape, and a row meets the same sums in any company. Sixteen rows are what a tile of AMX
     holds, and fewer would take as long; a prefill reads the weight once for more.
     """
-    n = FEW_TOKENS if x.shape[-2] <= FEW_TOKENS else _PREFILL_ROWS
+    n = MAX_DECODE_TOKENS if x.shape[-2] <= MAX_DECODE_TOKENS else _PREFILL_ROWS
     rows = x.flatten(0, -2)
     n_missing = -len(rows) % n
     if n_missing:
@@ -108,7 +106,7 @@ class PackedLinear(nn.Module):
             and torch._C._has_mkldnn
         )
         if self.uses_onednn and not is_compiled:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), FEW_TOKENS)
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MAX_DECODE_TOKENS)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
@@ -129,7 +127,7 @@ class PackedLinear(nn.Module):
                 y = _onednn_linear(pair, self.weight)[..., : x.shape[-2], :]
         elif self.scale is None:
             y = F.linear(x, self.weight.to(x.dtype))
-        elif self.in_bf16 and x.device.type == "cpu" and x.shape[-2] <= FEW_TOKENS and self.n_inputs % 16 == 0:
+        elif self.in_bf16 and x.device.type == "cpu" and x.shape[-2] <= MAX_DECODE_TOKENS and self.n_inputs % 16 == 0:
             # The kernel reads inputs by sixteens, beyond the end of a row if there are fewer.
             flat = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale.bfloat16())
             y = flat.view(*x.shape[:-1], self.n_outputs)

@@ -15,11 +15,9 @@ from psannlm.config.model import ModelConfig
 from psannlm.kernels.compile import stored
 from psannlm.kernels.cpu_attention import blocked_attention, is_blocked
 from psannlm.kernels.onednn import Linear
-from psannlm.models.kv_cache import DecodeState, LayerState, whole_blocks
+from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache, LayerCache, whole_blocks
 from psannlm.models.positions import alibi_bias, alibi_slopes, rope_tables, rotate
 
-# New tokens of a row up to which a compiled pass writes attention out as sums, instead of calling the kernel.
-_FEW_TOKENS = 16
 # Queries that a prefill on a CPU hands to the kernel at a time. It sums by blocks whose size depends on how many
 # queries and keys there are, and a row must meet the same sums whatever the length of its company.
 PREFILL_QUERIES = 32
@@ -44,14 +42,14 @@ class Layout:
     is_prefill: bool = False
 
 
-def plan_layout(config: ModelConfig, n_tokens: int, device: torch.device, state: DecodeState | None = None) -> Layout:
+def plan_layout(config: ModelConfig, n_tokens: int, device: torch.device, state: KVCache | None = None) -> Layout:
     """Work out the :class:`Layout` of a forward pass over ``n_tokens`` per row, after those that ``state`` has seen.
 
     Raises:
         GenerationError: the cache has no room for the new tokens.
     """
     if state is not None:
-        state.require_room(n_tokens)
+        state.check_capacity(n_tokens)
         if any(state.lengths):
             span = min(whole_blocks(max(state.lengths) + n_tokens), state.capacity)
             slots = torch.arange(span, device=device)
@@ -112,7 +110,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv_proj(x).split(sizes, dim=-1)
         return q, k, v
 
-    def forward(self, x: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, state: LayerCache | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D); with a ``state``, write the new keys and values into it first."""
         queries, keys, values = self.project(x)
         q = queries.view(*x.shape[:2], self.n_heads, self.head_dim).transpose(1, 2)
@@ -131,20 +129,20 @@ class Attention(nn.Module):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         """Softmax attention of q (B, H, T, K) over k and v (B, G, S, K), which may be narrower than q."""
-        if layout.span and q.shape[2] <= _FEW_TOKENS and torch.compiler.is_compiling():
+        if layout.span and q.shape[2] <= MAX_DECODE_TOKENS and torch.compiler.is_compiling():
             return self._mix_in_sums(q, k, v, layout)
         if layout.is_prefill and not q.is_cuda:
             return self._mix_in_blocks(q, k, v, layout.mask)
         if not layout.span and is_blocked(q):
             return blocked_attention(q, k, v, layout.mask)
         dtype = q.dtype
-        if layout.span and q.shape[2] <= _FEW_TOKENS and not q.is_cuda:
+        if layout.span and q.shape[2] <= MAX_DECODE_TOKENS and not q.is_cuda:
             # On a CPU the bfloat16 kernel is several times slower for few queries than widening what it would read.
             q, k, v = q.float(), k.float(), v.float()
         elif layout.span:
             q = q.to(k.dtype)
         mask = None if layout.mask is None else layout.mask.to(q.dtype)
-        if mask is not None and layout.span and 1 < q.shape[2] <= _FEW_TOKENS and not q.is_cuda:
+        if mask is not None and layout.span and 1 < q.shape[2] <= MAX_DECODE_TOKENS and not q.is_cuda:
             # Each query as a head of its own: with several the kernel sums in another order than with one, and a token
             # must find the same whether it is offered alone or among guesses.
             mask = mask.expand(-1, self.n_heads, -1, -1).flatten(1, 2).unsqueeze(2)
@@ -186,7 +184,7 @@ class Attention(nn.Module):
         return normed
 
 
-def _remember(state: LayerState, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def _remember(state: LayerCache, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Write new keys and values (B, G, T, K) into the cache; return what attention reads, of all tokens so far."""
     if not layout.span:
         state.keys[:, :, : k.shape[2]] = k

@@ -1,6 +1,8 @@
-"""The state of decoding: keys, values, wave tails, and how many tokens each row has seen. The caller holds it.
+"""KV cache of decoding: keys, values, convolution states and sequence lengths, passed to a forward pass as an argument.
 
-Letters: B rows, G key/value heads, S capacity in tokens, K head size, R tail length, T new tokens, D width.
+A forward pass writes into the cache but does not lengthen its rows: the new tokens are uncommitted until
+:meth:`KVCache.commit` says how many of them each row keeps. Padding of a ragged prefill and rejected draft tokens are
+the same case: they are never committed. Letters as in ``psannlm.models``; R is the length of a convolution state.
 """
 
 from __future__ import annotations
@@ -11,57 +13,63 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psannlm.config.model import ModelConfig
+from psannlm.config.model import ConvPlace, ModelConfig
 from psannlm.errors import GenerationError
 
-# Slots that a state grows by and attention reads at once: what depends on the span changes once in so many tokens.
-BLOCK = 64
+# New tokens per row of a decoding pass, at most. Up to this number convolution, attention and products use kernels for
+# few rows, which give a row the same numbers in any batch. A prefill must be longer (`generation.engine` pads it).
+MAX_DECODE_TOKENS = 16
+# Slots by which a cache grows and that attention reads at once, so that shapes change once in this many tokens.
+CACHE_BLOCK_TOKENS = 64
 
 
 def whole_blocks(n_tokens: int) -> int:
-    """Return the slots of the fewest blocks that hold ``n_tokens``."""
-    return -(-n_tokens // BLOCK) * BLOCK
+    """Return the number of slots of the fewest blocks that hold ``n_tokens``."""
+    return -(-n_tokens // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS
 
 
 @dataclass
-class LayerState:
-    """One block's part: keys and values (B, G, S, K), and per wave its tail (B, R, D), None where there is no wave.
+class LayerCache:
+    """Cache of one block: keys and values (B, G, S, K), and the state (B, R, D) of each short convolution, or None.
 
-    A *history* is a tail followed by the inputs of the last forward pass, (B, R + T, D); it is there from that pass
-    until :meth:`DecodeState.advance` cuts the next tail out of it.
+    A convolution state holds the last R inputs. ``*_conv_inputs``, (B, R + T, D), are a state followed by the inputs of
+    the last forward pass; they exist between that pass and :meth:`KVCache.commit`, which cuts the next state out of
+    them.
     """
 
     keys: Tensor
     values: Tensor
-    attention_tail: Tensor | None
-    mlp_tail: Tensor | None
-    attention_history: Tensor | None = None
-    mlp_history: Tensor | None = None
+    attn_conv_state: Tensor | None
+    mlp_conv_state: Tensor | None
+    attn_conv_inputs: Tensor | None = None
+    mlp_conv_inputs: Tensor | None = None
 
 
 @dataclass
-class DecodeState:
-    """What a model must remember of the tokens it has seen; given to a forward pass and advanced by it in place.
+class KVCache:
+    """Cache of all blocks for a batch of rows, held by the caller and updated in place.
 
-    ``lengths`` are kept on the host, where the engine knows them without asking the device; ``offsets``, (B,) int64,
-    are the same numbers on the device. ``n_offered`` are the tokens of a forward pass that :meth:`advance` has not
-    counted yet.
+    Attributes:
+        layers: one entry per block.
+        lengths: committed tokens of each row, on the host, where they are read without a device sync.
+        offsets: the same numbers on the device, (B,) int64.
+        n_uncommitted: tokens per row of the last forward pass, not yet committed.
     """
 
-    layers: list[LayerState]
+    layers: list[LayerCache]
     lengths: list[int]
     offsets: Tensor
-    n_offered: int = 0
+    n_uncommitted: int = 0
 
     @classmethod
     def allocate(
         cls, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ) -> DecodeState:
-        """Return an empty state for ``batch_size`` rows of at most ``capacity`` tokens, for a resolved ``config``."""
-        n_groups = config.n_kv_heads or config.n_heads
+    ) -> KVCache:
+        """Return an empty cache for ``batch_size`` rows of at most ``capacity`` tokens, for a resolved ``config``."""
+        n_kv_heads = config.n_kv_heads or config.n_heads
         head_dim = config.d_model // config.n_heads
 
-        def tail(place: str, dilation: int) -> Tensor | None:
+        def conv_state(place: ConvPlace, dilation: int) -> Tensor | None:
             if not config.short_conv.enabled or place not in config.short_conv.places:
                 return None
             length = (config.short_conv.kernel_size - 1) * dilation
@@ -70,109 +78,115 @@ class DecodeState:
         layers = []
         for index in range(config.n_layers):
             dilation = config.short_conv.dilation_growth**index
-            keys = torch.zeros(batch_size, n_groups, capacity, head_dim, device=device, dtype=dtype)
-            layers.append(LayerState(keys, torch.zeros_like(keys), tail("attention", dilation), tail("mlp", dilation)))
+            keys = torch.zeros(batch_size, n_kv_heads, capacity, head_dim, device=device, dtype=dtype)
+            conv_states = conv_state("attention", dilation), conv_state("mlp", dilation)
+            layers.append(LayerCache(keys, torch.zeros_like(keys), *conv_states))
         return cls(layers, [0] * batch_size, torch.zeros(batch_size, dtype=torch.long, device=device))
 
     @property
     def capacity(self) -> int:
-        """S, the slots of every row."""
+        """S, the number of slots of every row."""
         return self.layers[0].keys.shape[2]
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of keys, values and tails."""
-        tensors = (t for s in self.layers for t in (s.keys, s.values, s.attention_tail, s.mlp_tail) if t is not None)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Bytes of keys, values and convolution states."""
+        tensors = [t for c in self.layers for t in (c.keys, c.values, c.attn_conv_state, c.mlp_conv_state)]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-    def select(self, rows: Sequence[int]) -> DecodeState:
-        """Return a state of only these rows, in this order: how finished rows leave a batch."""
+    def select(self, rows: Sequence[int]) -> KVCache:
+        """Return a cache of only these rows, in this order; finished rows leave a batch this way."""
         index = torch.tensor(list(rows), device=self.offsets.device)
 
-        def pick(tail: Tensor | None) -> Tensor | None:
-            return None if tail is None else tail[index]
+        def pick(conv_state: Tensor | None) -> Tensor | None:
+            return None if conv_state is None else conv_state[index]
 
         layers = [
-            LayerState(s.keys[index], s.values[index], pick(s.attention_tail), pick(s.mlp_tail)) for s in self.layers
+            LayerCache(c.keys[index], c.values[index], pick(c.attn_conv_state), pick(c.mlp_conv_state))
+            for c in self.layers
         ]
-        return DecodeState(layers, [self.lengths[row] for row in rows], self.offsets[index])
+        return KVCache(layers, [self.lengths[row] for row in rows], self.offsets[index])
 
-    def copy(self, capacity: int) -> DecodeState:
-        """Return a state that has seen the same tokens and shares no tensor, with room for ``capacity`` or more."""
-        twin = self.select(range(len(self.lengths)))
-        twin.grow(capacity)
-        return twin
+    def copy(self, capacity: int) -> KVCache:
+        """Return a cache of the same tokens that shares no tensor, with ``capacity`` slots or more."""
+        copied = self.select(range(len(self.lengths)))
+        copied.grow(capacity)
+        return copied
 
-    def put(self, rows: Sequence[int], other: DecodeState) -> None:
-        """Let ``rows`` remember what the rows of ``other`` remember, in that order, and nothing else."""
+    def copy_rows_(self, rows: Sequence[int], other: KVCache) -> None:
+        """Replace ``rows`` of this cache by the rows of ``other``, in that order."""
         index = torch.tensor(list(rows), device=self.offsets.device)
-        self.grow(max(other.lengths))
-        span = max(other.lengths)
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine.keys[index, :, :span] = theirs.keys[:, :, :span]
-            mine.values[index, :, :span] = theirs.values[:, :, :span]
-            for tail, new in ((mine.attention_tail, theirs.attention_tail), (mine.mlp_tail, theirs.mlp_tail)):
-                if tail is not None and new is not None:
-                    tail[index] = new
+        longest = max(other.lengths)
+        self.grow(longest)
+        for ours, theirs in zip(self.layers, other.layers, strict=True):
+            ours.keys[index, :, :longest] = theirs.keys[:, :, :longest]
+            ours.values[index, :, :longest] = theirs.values[:, :, :longest]
+            for state, new in (
+                (ours.attn_conv_state, theirs.attn_conv_state),
+                (ours.mlp_conv_state, theirs.mlp_conv_state),
+            ):
+                if state is not None and new is not None:
+                    state[index] = new
         self.offsets[index] = other.offsets
         for row, length in zip(rows, other.lengths, strict=True):
             self.lengths[row] = length
 
     def grow(self, n_tokens: int) -> None:
-        """Make room for rows of ``n_tokens``, in whole blocks; half as much again at least, so that copies stay few."""
+        """Grow the capacity to ``n_tokens`` or more, in whole blocks and by half at least, so that copies stay few."""
         if n_tokens <= self.capacity:
             return
         capacity = whole_blocks(max(n_tokens, self.capacity * 3 // 2))
         for layer in self.layers:
-            layer.keys = _longer(layer.keys, capacity)
-            layer.values = _longer(layer.values, capacity)
+            layer.keys = _with_capacity(layer.keys, capacity)
+            layer.values = _with_capacity(layer.values, capacity)
 
-    def require_room(self, n_new: int) -> None:
-        """Raise GenerationError if a row would outgrow the capacity by ``n_new`` more tokens, padding included."""
+    def check_capacity(self, n_new: int) -> None:
+        """Raise GenerationError if ``n_new`` more tokens, padding included, exceed the capacity of a row."""
         for row, length in enumerate(self.lengths):
             if length + n_new > self.capacity:
                 message = f"row {row}: {length} + {n_new} tokens exceed the cache of {self.capacity}; grow it first"
                 raise GenerationError(message)
 
     @torch.inference_mode()
-    def advance(self, n_new: Sequence[int] | None = None) -> None:
-        """Count the tokens of the last forward pass as seen: the first ``n_new[b]`` of row b, or None for all of them.
+    def commit(self, n_new: Sequence[int] | None = None) -> None:
+        """Commit the first ``n_new[b]`` uncommitted tokens of row b, or all of them where ``n_new`` is None.
 
-        What a row was offered beyond them is forgotten: its slots are written anew, and tails end where the row does.
+        The other tokens are dropped: their slots are overwritten later, and convolution states end where the row ends.
         """
-        counts = None if n_new is None or all(n == self.n_offered for n in n_new) else list(n_new)
+        counts = None if n_new is None or all(n == self.n_uncommitted for n in n_new) else list(n_new)
         for layer in self.layers:
-            move_tails(layer, counts)
+            update_conv_states(layer, counts)
         if counts is None:
-            self.offsets += self.n_offered
-            self.lengths = [length + self.n_offered for length in self.lengths]
+            self.offsets += self.n_uncommitted
+            self.lengths = [length + self.n_uncommitted for length in self.lengths]
         else:
             self.offsets += torch.tensor(counts, device=self.offsets.device)
             self.lengths = [length + n for length, n in zip(self.lengths, counts, strict=True)]
-        self.n_offered = 0
+        self.n_uncommitted = 0
 
 
-def move_tails(layer: LayerState, n_new: Sequence[int] | None = None) -> None:
-    """Cut the next tails out of the histories of a pass, of which ``n_new[b]`` tokens of row b stay; None: all."""
-    if layer.attention_tail is not None and layer.attention_history is not None:
-        layer.attention_tail.copy_(_cut(layer.attention_tail, layer.attention_history, n_new))
-    if layer.mlp_tail is not None and layer.mlp_history is not None:
-        layer.mlp_tail.copy_(_cut(layer.mlp_tail, layer.mlp_history, n_new))
-    layer.attention_history = layer.mlp_history = None
+def update_conv_states(layer: LayerCache, n_new: Sequence[int] | None = None) -> None:
+    """Set the convolution states from the inputs of a pass of which row b keeps ``n_new[b]`` tokens; None: all."""
+    if layer.attn_conv_state is not None and layer.attn_conv_inputs is not None:
+        layer.attn_conv_state.copy_(_last_inputs(layer.attn_conv_state, layer.attn_conv_inputs, n_new))
+    if layer.mlp_conv_state is not None and layer.mlp_conv_inputs is not None:
+        layer.mlp_conv_state.copy_(_last_inputs(layer.mlp_conv_state, layer.mlp_conv_inputs, n_new))
+    layer.attn_conv_inputs = layer.mlp_conv_inputs = None
 
 
-def _longer(tensor: Tensor, capacity: int) -> Tensor:
-    """The same (B, G, S, K) with more slots."""
-    longer = tensor.new_zeros(*tensor.shape[:2], capacity, tensor.shape[3])
-    longer[:, :, : tensor.shape[2]] = tensor
-    return longer
+def _with_capacity(tensor: Tensor, capacity: int) -> Tensor:
+    """Return the same (B, G, S, K) with ``capacity`` slots, new ones zero."""
+    grown = tensor.new_zeros(*tensor.shape[:2], capacity, tensor.shape[3])
+    grown[:, :, : tensor.shape[2]] = tensor
+    return grown
 
 
-def _cut(tail: Tensor, history: Tensor, n_new: Sequence[int] | None) -> Tensor:
-    """The last R real inputs of each row of ``history`` (B, R + T, D)."""
-    length = tail.shape[1]
+def _last_inputs(state: Tensor, inputs: Tensor, n_new: Sequence[int] | None) -> Tensor:
+    """Return the last R committed inputs of each row of ``inputs`` (B, R + T, D)."""
+    length = state.shape[1]
     if n_new is None:
-        return history[:, history.shape[1] - length :]
-    first = torch.tensor(list(n_new), device=history.device)[:, None]
-    index = first + torch.arange(length, device=history.device)
-    return history.gather(1, index.unsqueeze(-1).expand(-1, -1, history.shape[-1]))
+        return inputs[:, inputs.shape[1] - length :]
+    # Row b keeps inputs n_new[b] .. n_new[b] + R - 1: those that end at its last committed token.
+    first = torch.tensor(list(n_new), device=inputs.device)[:, None]
+    index = first + torch.arange(length, device=inputs.device)
+    return inputs.gather(1, index.unsqueeze(-1).expand(-1, -1, inputs.shape[-1]))

@@ -1,7 +1,9 @@
-"""Wave mixing: a short causal depthwise convolution over time, added to its input; its tail is decoding state.
+"""Short causal depthwise convolution over time, added to its input, with a state for decoding.
 
-Causal dilated convolutions after WaveNet (van den Oord et al. 2016, arXiv 1609.03499); carrying the last inputs through
-decoding after Griffin (De et al. 2024, arXiv 2402.19427). Letters: B rows, T tokens, D width, R tail length.
+Applied to the normalised inputs of attention and feed-forward, as in Canon layers (arXiv 2512.17351); a block may have
+one at either place or both. Causal dilated convolutions after WaveNet (van den Oord et al. 2016, arXiv 1609.03499);
+carrying the last inputs through decoding after Griffin (De et al. 2024, arXiv 2402.19427). Letters as in
+``psannlm.models``; R is the length of the state.
 """
 
 from __future__ import annotations
@@ -12,66 +14,66 @@ from torch.nn import functional as F
 
 from psannlm.config.model import ModelConfig
 from psannlm.models.activations import SineActivation
-
-_FEW_TOKENS = 16
+from psannlm.models.kv_cache import MAX_DECODE_TOKENS
 
 
 class ShortConv(nn.Module):
-    """x + act(conv(x)), where output t sees inputs t, t - dilation, ... t - (kernel - 1) dilation, and none later.
+    """x + act(conv(x)), where output t depends on inputs t, t - dilation, ... t - (W - 1) dilation, and none later.
 
-    The kernel starts at zero, so the module starts as the identity.
+    The kernel starts at zero, so that the module starts as the identity.
     """
 
     def __init__(self, config: ModelConfig, dilation: int) -> None:
         super().__init__()
         self.dilation = dilation
-        self.tail_length = (config.short_conv.kernel_size - 1) * dilation
+        self.state_length = (config.short_conv.kernel_size - 1) * dilation
         self.weight = nn.Parameter(torch.zeros(config.d_model, config.short_conv.kernel_size))
-        # The kernel tap by tap, (kernel, D), in a model packed for inference.
+        # The kernel as (W, D), contiguous, in a model prepared for inference.
         self.taps: Tensor | None = None
         self.has_activation = config.short_conv.activation == "sine"
         self.activation: nn.Module = nn.Identity()
         if self.has_activation:
             self.activation = SineActivation(config.d_model, config.sine_params)
 
-    def forward(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mix (B, T, D) over time.
+    def forward(self, x: Tensor, conv_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Convolve (B, T, D) over time.
 
         Args:
             x: the new inputs.
-            tail: (B, R, D), the inputs before them; None means that x starts the sequence.
+            conv_state: (B, R, D), the inputs before them; None: x starts the sequence, and zeros precede it.
 
         Returns:
-            The mixed (B, T, D), and the history (B, R + T, D): the tail followed by x.
+            The output (B, T, D), and all inputs (B, R + T, D): the state followed by x.
         """
-        if tail is None:
-            history = F.pad(x, (0, 0, self.tail_length, 0))
+        if conv_state is None:
+            inputs = F.pad(x, (0, 0, self.state_length, 0))
         else:
-            # Rounded as in the tail, so that it is all one whether a token's past was seen before or comes with it.
-            history = torch.cat((tail, x.to(tail.dtype)), dim=1).to(x.dtype)
+            # Rounded to the state's dtype, so that results do not depend on how a sequence was split into passes.
+            inputs = torch.cat((conv_state, x.to(conv_state.dtype)), dim=1).to(x.dtype)
         taps = self.weight.t().to(x.dtype) if self.taps is None else self.taps
         if x.shape[1] == 1:
-            mixed = (history[:, :: self.dilation] * taps).sum(1, keepdim=True)
-        elif x.shape[1] <= _FEW_TOKENS or (tail is None and torch.compiler.is_compiling()):
-            # Tap by tap: to set up a convolution costs more than these sums, and a compiler fuses them with the norm.
-            reach = (self.dilation * tap for tap in range(len(taps)))
-            mixed = sum((history[:, at : at + x.shape[1]] * tap for at, tap in zip(reach, taps, strict=True)))
+            mixed = (inputs[:, :: self.dilation] * taps).sum(1, keepdim=True)
+        elif x.shape[1] <= MAX_DECODE_TOKENS or (conv_state is None and torch.compiler.is_compiling()):
+            # mixed[t] = sum over w of inputs[t + w * dilation] * taps[w]. For few tokens setting up a convolution costs
+            # more than these sums; a compiler fuses them with the norm before.
+            starts = (self.dilation * tap for tap in range(len(taps)))
+            mixed = sum((inputs[:, at : at + x.shape[1]] * tap for at, tap in zip(starts, taps, strict=True)))
         else:
             mixed = F.conv1d(
-                _by_feature(history),
+                _channels_first(inputs),
                 self.weight.unsqueeze(1).to(x.dtype),
                 dilation=self.dilation,
                 groups=self.weight.shape[0],
             ).transpose(1, 2)
-        return x + self.activation(mixed), history
+        return x + self.activation(mixed), inputs
 
 
-def _by_feature(history: Tensor) -> Tensor:
-    """(B, R + T, D) as the (B, D, R + T) that a convolution takes.
+def _channels_first(inputs: Tensor) -> Tensor:
+    """Return (B, R + T, D) as (B, D, R + T), the layout that ``F.conv1d`` takes.
 
-    A view of it counts as channels-last, which a GPU hands to cuDNN, and cuDNN multiplies float32 in TF32 unless told
-    otherwise: ten bits. Laid out anew, it meets torch's own depthwise kernel, which keeps to float32.
+    A transposed view counts as channels-last, which a GPU passes to cuDNN, and cuDNN multiplies float32 in TF32 (ten
+    bits) by default. A contiguous copy goes to torch's own depthwise kernel, which computes in float32.
     """
-    turned = history.transpose(1, 2)
-    is_float32 = turned.dtype == torch.float32 and not torch.is_autocast_enabled(turned.device.type)
-    return turned.contiguous() if turned.is_cuda and is_float32 else turned
+    transposed = inputs.transpose(1, 2)
+    is_float32 = transposed.dtype == torch.float32 and not torch.is_autocast_enabled(transposed.device.type)
+    return transposed.contiguous() if transposed.is_cuda and is_float32 else transposed

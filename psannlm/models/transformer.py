@@ -18,7 +18,7 @@ from psannlm.kernels.cross_entropy import head_cross_entropy, linear_cross_entro
 from psannlm.kernels.onednn import Linear
 from psannlm.kernels.recompute import fused_norm_conv, is_lean
 from psannlm.models.attention import Attention, Layout, plan_layout
-from psannlm.models.kv_cache import DecodeState, LayerState, whole_blocks
+from psannlm.models.kv_cache import KVCache, LayerCache, whole_blocks
 from psannlm.models.mlp import GatedMlp, Mlp, build_mlp
 from psannlm.models.positions import sinusoids
 from psannlm.models.short_conv import ShortConv
@@ -48,21 +48,21 @@ class Block(nn.Module):
         self.attention_scale: Tensor | None = nn.Parameter(torch.ones(())) if config.residual_scale else None
         self.mlp_scale: Tensor | None = nn.Parameter(torch.ones(())) if config.residual_scale else None
 
-    def forward(self, x: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
-        """Map (B, T, D) to (B, T, D), writing into ``state`` when there is one (``DecodeState.advance`` counts it)."""
+    def forward(self, x: Tensor, layout: Layout, state: LayerCache | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D), writing into ``state`` when there is one (``KVCache.commit`` counts it)."""
         if state is None:
             h = _norm_and_conv(x, self.attention_norm, self.attention_conv)
         else:
             h = self.attention_norm(x)
             if self.attention_conv is not None:
-                h, state.attention_history = self.attention_conv(h, state.attention_tail)
+                h, state.attn_conv_inputs = self.attention_conv(h, state.attn_conv_state)
         x = self._added(x, self.attention(h, layout, state), self.attention_scale)
         if state is None:
             h = _norm_and_conv(x, self.mlp_norm, self.mlp_conv)
         else:
             h = self.mlp_norm(x)
             if self.mlp_conv is not None:
-                h, state.mlp_history = self.mlp_conv(h, state.mlp_tail)
+                h, state.mlp_conv_inputs = self.mlp_conv(h, state.mlp_conv_state)
         return self._added(x, self.mlp(h), self.mlp_scale)
 
     def _added(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
         return weight
 
     def hidden_states(
-        self, input_ids: Tensor, state: DecodeState | None = None, n_new: Sequence[int] | None = None
+        self, input_ids: Tensor, state: KVCache | None = None, n_new: Sequence[int] | None = None
     ) -> Tensor:
         """Return the normalised states (B, T, D) before the output matrix.
 
@@ -134,20 +134,20 @@ class Transformer(nn.Module):
         Raises:
             GenerationError: the state has no room for the new tokens.
         """
-        hidden = self.offer(input_ids, state)
+        hidden = self.forward_uncommitted(input_ids, state)
         if state is not None:
-            state.advance(n_new)
+            state.commit(n_new)
         return hidden
 
-    def offer(self, input_ids: Tensor, state: DecodeState | None) -> Tensor:
-        """Return what :meth:`hidden_states` does, without counting the tokens: ``state.advance`` says how many stay."""
+    def forward_uncommitted(self, input_ids: Tensor, state: KVCache | None) -> Tensor:
+        """Return what :meth:`hidden_states` does, without counting the tokens: ``state.commit`` says how many stay."""
         layout = plan_layout(self.config, input_ids.shape[1], input_ids.device, state)
         hidden = self.run_blocks(input_ids, layout, None if state is None else state.layers)
         if state is not None:
-            state.n_offered = input_ids.shape[1]
+            state.n_uncommitted = input_ids.shape[1]
         return hidden
 
-    def run_blocks(self, input_ids: Tensor, layout: Layout, layers: Sequence[LayerState] | None) -> Tensor:
+    def run_blocks(self, input_ids: Tensor, layout: Layout, layers: Sequence[LayerCache] | None) -> Tensor:
         """Return the normalised states (B, T, D) of tokens that stand as ``layout`` says: tensors in, tensors out."""
         # The residual stream is as wide as the norms; a packed embedding is narrower.
         x = self.embedding(input_ids).to(self.final_norm.weight.dtype)
@@ -176,22 +176,22 @@ class Transformer(nn.Module):
         input_ids: Tensor,
         labels: None = None,
         *,
-        past_kvs: DecodeState | None = None,
+        past_kvs: KVCache | None = None,
         use_cache: Literal[False] = False,
     ) -> Tensor: ...
     @overload
     def forward(
-        self, input_ids: Tensor, labels: None = None, *, past_kvs: DecodeState | None = None, use_cache: Literal[True]
-    ) -> tuple[Tensor, DecodeState]: ...
+        self, input_ids: Tensor, labels: None = None, *, past_kvs: KVCache | None = None, use_cache: Literal[True]
+    ) -> tuple[Tensor, KVCache]: ...
     def forward(
         self,
         input_ids: Tensor,
         labels: Tensor | None = None,
         label_smoothing: float = 0.0,
         *,
-        past_kvs: DecodeState | None = None,
+        past_kvs: KVCache | None = None,
         use_cache: bool = False,
-    ) -> Tensor | tuple[Tensor, DecodeState]:
+    ) -> Tensor | tuple[Tensor, KVCache]:
         """Return the loss where there are ``labels``, else the logits of every position.
 
         Args:
@@ -224,8 +224,8 @@ class Transformer(nn.Module):
         return loss
 
     def _forward_logits(
-        self, input_ids: Tensor, past_kvs: DecodeState | None, use_cache: bool
-    ) -> Tensor | tuple[Tensor, DecodeState]:
+        self, input_ids: Tensor, past_kvs: KVCache | None, use_cache: bool
+    ) -> Tensor | tuple[Tensor, KVCache]:
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids has the shape {tuple(input_ids.shape)}; give (batch, time), time 1 or more")
         if past_kvs is None and not use_cache:
@@ -234,7 +234,7 @@ class Transformer(nn.Module):
         with torch.no_grad():
             if past_kvs is None:
                 weight = self.embedding.weight
-                cache = DecodeState.allocate(self.config, n_rows, whole_blocks(n_new), weight.device, weight.dtype)
+                cache = KVCache.allocate(self.config, n_rows, whole_blocks(n_new), weight.device, weight.dtype)
             elif len(past_kvs.lengths) != n_rows:
                 raise ValueError(f"past_kvs has {len(past_kvs.lengths)} rows, and input_ids has {n_rows}")
             else:

@@ -80,15 +80,15 @@ def test_a_wrong_token_is_exit_3_and_leaves_the_evidence(
     dtype: str, psannlm, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cache that forgets how long it is: every token after the prompt is decoded at the place of the first."""
-    from psannlm.models.kv_cache import DecodeState
+    from psannlm.models.kv_cache import KVCache
 
-    advance = DecodeState.advance
+    commit = KVCache.commit
 
-    def forgetful(state: DecodeState, *arguments, **named) -> None:
-        advance(state, *arguments, **named)
+    def forgetful(state: KVCache, *arguments, **named) -> None:
+        commit(state, *arguments, **named)
         state.offsets.clamp_(max=4)
 
-    monkeypatch.setattr(DecodeState, "advance", forgetful)
+    monkeypatch.setattr(KVCache, "commit", forgetful)
     lengths = ("--max-new-tokens", "12", "--d-model", "32", "--n-layers", "2")
     done = psannlm("bench-kv", *QUICK, *lengths, "--dtype", dtype, "--out", "here")
     assert done.code == 3

@@ -12,7 +12,7 @@ from torch import Tensor
 from psannlm.generation.batch_decode import Decoding
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig, next_tokens
-from psannlm.models.kv_cache import DecodeState
+from psannlm.models.kv_cache import KVCache
 from psannlm.models.transformer import Transformer
 
 GREEDY = SamplingConfig(temperature=0.0)
@@ -72,12 +72,12 @@ class Chain:
             wanted = [following(int(token)) for token in tokens.flatten()]
             return logits.scatter(-1, torch.tensor(wanted).view(*tokens.shape, 1), 100.0)
 
-        def prefill(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, DecodeState]:
+        def prefill(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, KVCache]:
             self.batch_sizes.append(len(prompts))
             _, state = real_prefill(prompts, max_new_tokens)
             return after(torch.tensor([prompt[-1] for prompt in prompts])), state
 
-        def verify(tokens: Tensor, state: DecodeState) -> Tensor:
+        def verify(tokens: Tensor, state: KVCache) -> Tensor:
             self.batch_sizes.append(len(tokens))
             real_verify(tokens, state)
             return after(tokens)

@@ -14,10 +14,10 @@ from psannlm.config.model import BaseName, PositionKind
 from psannlm.errors import DeviceError, GenerationError
 from psannlm.generation.batch_decode import Decoding
 from psannlm.generation.engine import Engine
-from psannlm.generation.quantize import FEW_TOKENS, WeightDtype
+from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.accounting import cache_bytes
-from psannlm.models.kv_cache import BLOCK, DecodeState
+from psannlm.models.kv_cache import CACHE_BLOCK_TOKENS, MAX_DECODE_TOKENS, KVCache
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import computes_in_bf16, has_compiler
 
@@ -110,7 +110,7 @@ def test_tokens_at_once_are_the_same_bit_for_bit_as_one_by_one(
     with torch.inference_mode():
         for chunk in following.split([2, 16, 1, 5, 9, 7], dim=1):
             parts.append(engine.verify(chunk, state))
-            state.advance()
+            state.commit()
     assert torch.equal(torch.cat(parts, dim=1), wanted)
 
 
@@ -124,7 +124,7 @@ def test_a_state_grows_by_blocks_and_changes_nothing(dtype: WeightDtype, build_t
     states = [engine.prefill(prompts, room)[1] for room in (1, 10_000)]
     grown, large = states
     capacities = [grown.capacity]
-    assert grown.capacity == BLOCK < large.capacity
+    assert grown.capacity == CACHE_BLOCK_TOKENS < large.capacity
     for t in range(330):
         assert torch.equal(engine.decode(following[:, t], grown), engine.decode(following[:, t], large))
         for state in states:
@@ -134,16 +134,18 @@ def test_a_state_grows_by_blocks_and_changes_nothing(dtype: WeightDtype, build_t
     # Several blocks, of which each is half as large again, so that little is copied and little is held for nothing.
     assert len(capacities) >= 4
     for before, after in pairwise(capacities):
-        assert after % BLOCK == 0
-        assert before < after <= before * 3 // 2 + BLOCK
+        assert after % CACHE_BLOCK_TOKENS == 0
+        assert before < after <= before * 3 // 2 + CACHE_BLOCK_TOKENS
     assert grown.lengths == [333, 370]
 
 
 def test_more_tokens_than_a_decoding_pass_takes_are_refused(build_tiny: Build) -> None:
     engine = Engine(build_tiny())
     _, state = engine.prefill([[1]], 1)
-    with pytest.raises(GenerationError, match=f"{FEW_TOKENS + 1} tokens at once .* use {FEW_TOKENS} at most"):
-        engine.verify(tokens(1, FEW_TOKENS + 1), state)
+    with pytest.raises(
+        GenerationError, match=f"{MAX_DECODE_TOKENS + 1} tokens at once .* use {MAX_DECODE_TOKENS} at most"
+    ):
+        engine.verify(tokens(1, MAX_DECODE_TOKENS + 1), state)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_what_a_compiled_step_writes_into_is_marked_as_staying(
     logits, state = engine.prefill([[1, 5], [2]], 8)
     engine.decode(logits.argmax(dim=-1), state)
     for layer in state.layers:
-        for tensor in (layer.keys, layer.values, layer.attention_tail, layer.mlp_tail):
+        for tensor in (layer.keys, layer.values, layer.attn_conv_state, layer.mlp_conv_state):
             assert getattr(tensor, "_dynamo_static_input_type", None) == "unguarded"
 
 
@@ -312,7 +314,7 @@ def test_two_compiled_models_do_not_mix(compiled_engines: dict[str, Engine], bui
         for engine, ids in zip(engines, wanted, strict=True):
             assert decode(engine, RAGGED, n=40).generated == ids
     # Two states of two engines by turns, and two of one.
-    states: list[tuple[Engine, DecodeState, list[int]]] = []
+    states: list[tuple[Engine, KVCache, list[int]]] = []
     found: list[list[int]] = []
     for engine in (*engines, engines[0]):
         logits, state = engine.prefill(RAGGED, 1)

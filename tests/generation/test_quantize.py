@@ -17,7 +17,6 @@ from psannlm.config.model import BaseName, PositionKind
 from psannlm.errors import GenerationError
 from psannlm.generation import quantize as quantize_module
 from psannlm.generation.quantize import (
-    FEW_TOKENS,
     PackedLinear,
     WeightDtype,
     by_tiles,
@@ -25,6 +24,7 @@ from psannlm.generation.quantize import (
     quantize,
     weight_bytes,
 )
+from psannlm.models.kv_cache import MAX_DECODE_TOKENS
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import computes_in_bf16
 
@@ -256,10 +256,10 @@ def test_a_row_of_a_product_is_the_same_bit_for_bit_in_any_company(dtype: Weight
             part = slice(first, first + n_together)
             assert torch.equal(linear(rows[part]), together[part]), n_together
     # Several tokens of one row, as when guesses are checked, meet the same products too.
-    assert torch.equal(linear(rows.transpose(0, 1)[:, :FEW_TOKENS]), together.transpose(0, 1))
+    assert torch.equal(linear(rows.transpose(0, 1)[:, :MAX_DECODE_TOKENS]), together.transpose(0, 1))
 
 
-@pytest.mark.parametrize("n_tokens", [1, 7, FEW_TOKENS, FEW_TOKENS + 1, 300])
+@pytest.mark.parametrize("n_tokens", [1, 7, MAX_DECODE_TOKENS, MAX_DECODE_TOKENS + 1, 300])
 def test_tiles_ask_for_products_of_one_shape_and_give_every_row_back(n_tokens: int) -> None:
     """With a product that tells how many rows it was made of: a row must find the same in any company."""
     x = torch.randn(5, n_tokens, 3, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from psannlm.config.model import ModelConfig, PositionKind
 from psannlm.errors import GenerationError
 from psannlm.models.attention import Attention, continue_layout, plan_layout
-from psannlm.models.kv_cache import DecodeState
+from psannlm.models.kv_cache import KVCache
 from psannlm.models.positions import alibi_slopes, rope_tables, rotate
 from psannlm.models.transformer import Transformer
 
@@ -67,7 +67,7 @@ def test_is_softmax_attention_with_grouped_queries(position: str, n_kv_heads: in
 @pytest.mark.parametrize("position", ["rope", "sinusoidal"])
 def test_what_starts_at_its_beginning_is_masked_by_the_kernel(position: str) -> None:
     config = ModelConfig(d_model=8, n_heads=2, n_layers=1, positional_encoding=position)
-    for state in (None, DecodeState.allocate(config, 3, 100, CPU, torch.float32)):
+    for state in (None, KVCache.allocate(config, 3, 100, CPU, torch.float32)):
         layout = plan_layout(config, 100, CPU, state)
         assert layout.mask is None
         assert layout.span == 0
@@ -77,7 +77,7 @@ def test_what_starts_at_its_beginning_is_masked_by_the_kernel(position: str) -> 
 @pytest.mark.parametrize("position", get_args(PositionKind))
 def test_rows_that_go_on_see_their_own_past_and_no_other(position: str) -> None:
     config = ModelConfig(d_model=8, n_heads=2, n_layers=1, positional_encoding=position)
-    state = DecodeState.allocate(config, 2, 200, CPU, torch.float32)
+    state = KVCache.allocate(config, 2, 200, CPU, torch.float32)
     state.lengths, state.offsets = [1, 70], torch.tensor([1, 70])
     layout = plan_layout(config, 2, CPU, state)
     assert layout.positions.tolist() == [[1, 2], [70, 71]]
@@ -96,7 +96,7 @@ def test_rows_that_go_on_see_their_own_past_and_no_other(position: str) -> None:
 
 def test_no_more_slots_are_read_than_there_are() -> None:
     config = ModelConfig(d_model=8, n_heads=2, n_layers=1)
-    state = DecodeState.allocate(config, 1, 20, CPU, torch.float32)
+    state = KVCache.allocate(config, 1, 20, CPU, torch.float32)
     state.lengths, state.offsets = [10], torch.tensor([10])
     assert plan_layout(config, 10, CPU, state).span == 20
     with pytest.raises(GenerationError, match=r"row 0: 10 \+ 11 tokens exceed the cache of 20"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from psannlm.config.model import BaseName, ModelConfig, PositionKind
 from psannlm.errors import GenerationError
 from psannlm.models.accounting import cache_bytes, count_parameters
-from psannlm.models.kv_cache import BLOCK, DecodeState, LayerState, move_tails
+from psannlm.models.kv_cache import CACHE_BLOCK_TOKENS, KVCache, LayerCache, update_conv_states
 from psannlm.models.registry import resolve
 from psannlm.models.transformer import Transformer
 
@@ -47,8 +47,8 @@ def tokens(n_rows: int, n_tokens: int) -> Tensor:
     return torch.randint(0, 17, (n_rows, n_tokens), generator=torch.Generator().manual_seed(n_tokens))
 
 
-def new_state(model: Transformer, n_rows: int, capacity: int) -> DecodeState:
-    return DecodeState.allocate(model.config, n_rows, capacity, CPU, torch.float32)
+def new_state(model: Transformer, n_rows: int, capacity: int) -> KVCache:
+    return KVCache.allocate(model.config, n_rows, capacity, CPU, torch.float32)
 
 
 def logits_of(model: Transformer, input_ids: Tensor, *state: Any) -> Tensor:
@@ -121,7 +121,7 @@ def test_selected_rows_go_on_as_before(build_tiny: Build, config: dict[str, Any]
     assert state.lengths == lengths
 
 
-def held(state: DecodeState) -> list[Tensor]:
+def held(state: KVCache) -> list[Tensor]:
     return [tensor for layer in state.layers for tensor in vars(layer).values() if tensor is not None]
 
 
@@ -143,27 +143,27 @@ def test_a_full_cache_raises_and_stays_as_it_was(build_tiny: Build, n_new: list[
 @given(
     config=model_settings(),
     n_seen=st.integers(0, 6),
-    n_offered=st.integers(1, 7),
+    n_uncommitted=st.integers(1, 7),
     kept=st.tuples(*[st.integers(0, 7)] * 3),
 )
 @settings(deadline=None, max_examples=150)
 @torch.no_grad()
 def test_tokens_that_were_offered_and_not_kept_leave_no_trace(
-    build_tiny: Build, config: dict[str, Any], n_seen: int, n_offered: int, kept: tuple[int, int, int]
+    build_tiny: Build, config: dict[str, Any], n_seen: int, n_uncommitted: int, kept: tuple[int, int, int]
 ) -> None:
     model = build_tiny(**config)
-    kept_by_row = [min(n, n_offered) for n in kept]
-    rows, following = tokens(3, n_seen + n_offered), tokens(3, 3)
+    kept_by_row = [min(n, n_uncommitted) for n in kept]
+    rows, following = tokens(3, n_seen + n_uncommitted), tokens(3, 3)
     state = new_state(model, 3, 20)
     if n_seen:
         model.hidden_states(rows[:, :n_seen], state)
-    before = [tail.clone() for layer in state.layers for tail in tails(layer)]
-    model.offer(rows[:, n_seen:], state)
-    # Nothing is counted, and no tail moves, until it is known what stays.
+    before = [conv_state.clone() for layer in state.layers for conv_state in conv_states(layer)]
+    model.forward_uncommitted(rows[:, n_seen:], state)
+    # Nothing is counted, and no conv_state moves, until it is known what stays.
     assert state.lengths == state.offsets.tolist() == [n_seen] * 3
-    now = [tail for layer in state.layers for tail in tails(layer)]
+    now = [conv_state for layer in state.layers for conv_state in conv_states(layer)]
     assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
-    state.advance(kept_by_row)
+    state.commit(kept_by_row)
     assert state.lengths == state.offsets.tolist() == [n_seen + n for n in kept_by_row]
     going_on = logits_of(model, following, state.select(range(3)))
     for row, n in enumerate(kept_by_row):
@@ -173,8 +173,8 @@ def test_tokens_that_were_offered_and_not_kept_leave_no_trace(
         if n:
             model.hidden_states(rows[row : row + 1, n_seen : n_seen + n], alone)
         for mine, its_own in zip(state.layers, alone.layers, strict=True):
-            for tail, wanted in zip(tails(mine), tails(its_own), strict=True):
-                torch.testing.assert_close(tail[row], wanted[0], rtol=0, atol=TOLERANCE)
+            for conv_state, wanted in zip(conv_states(mine), conv_states(its_own), strict=True):
+                torch.testing.assert_close(conv_state[row], wanted[0], rtol=0, atol=TOLERANCE)
             span = n_seen + n
             torch.testing.assert_close(mine.keys[row, :, :span], its_own.keys[0, :, :span], rtol=0, atol=TOLERANCE)
             torch.testing.assert_close(mine.values[row, :, :span], its_own.values[0, :, :span], rtol=0, atol=TOLERANCE)
@@ -182,8 +182,8 @@ def test_tokens_that_were_offered_and_not_kept_leave_no_trace(
         torch.testing.assert_close(going_on[row], wanted, rtol=0, atol=TOLERANCE)
 
 
-def tails(layer: LayerState) -> list[Tensor]:
-    return [tail for tail in (layer.attention_tail, layer.mlp_tail) if tail is not None]
+def conv_states(layer: LayerCache) -> list[Tensor]:
+    return [conv_state for conv_state in (layer.attn_conv_state, layer.mlp_conv_state) if conv_state is not None]
 
 
 @given(
@@ -194,17 +194,17 @@ def tails(layer: LayerState) -> list[Tensor]:
 @settings(deadline=None, max_examples=60)
 def test_a_tail_ends_where_its_row_does(n_new: list[int], length: int, keep_all: bool) -> None:
     n_rows = len(n_new)
-    history = torch.randn(n_rows, length + 6, 3, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(n_rows, length + 6, 3, generator=torch.Generator().manual_seed(0))
     keys = torch.zeros(n_rows, 1, 8, 3)
     for place in ("attention", "mlp"):
-        layer = LayerState(keys, keys, None, None)
-        setattr(layer, f"{place}_tail", history[:, :length].clone())
-        setattr(layer, f"{place}_history", history)
-        move_tails(layer, None if keep_all else n_new)
+        layer = LayerCache(keys, keys, None, None)
+        setattr(layer, f"{place}_conv_state", inputs[:, :length].clone())
+        setattr(layer, f"{place}_conv_inputs", inputs)
+        update_conv_states(layer, None if keep_all else n_new)
         for row, n in enumerate(n_new):
             end = length + (6 if keep_all else n)
-            assert torch.equal(getattr(layer, f"{place}_tail")[row], history[row, end - length : end])
-        assert layer.attention_history is layer.mlp_history is None
+            assert torch.equal(getattr(layer, f"{place}_conv_state")[row], inputs[row, end - length : end])
+        assert layer.attn_conv_inputs is layer.mlp_conv_inputs is None
 
 
 @given(
@@ -227,7 +227,7 @@ def test_rows_put_into_a_state_go_on_as_alone_and_the_others_as_before(
     state, other = new_state(model, 4, 12), new_state(model, 2, 45)
     model.hidden_states(rows[:, :6], state, lengths)
     model.hidden_states(newcomers[:, : max(new_lengths)], other, new_lengths)
-    state.put(places, other)
+    state.copy_rows_(places, other)
     texts = [rows[row, :n].tolist() for row, n in enumerate(lengths)]
     for place, text, n in zip(places, newcomers, new_lengths, strict=True):
         texts[place] = text[:n].tolist()
@@ -257,7 +257,7 @@ def test_a_state_that_grows_is_one_that_was_large_from_the_start(
         before = grown.capacity
         grown.grow(grown.lengths[0] + chunk.shape[1])
         if grown.capacity != before:
-            assert grown.capacity % BLOCK == 0
+            assert grown.capacity % CACHE_BLOCK_TOKENS == 0
             assert grown.capacity >= min(before * 3 // 2, grown.lengths[0] + chunk.shape[1])
         assert grown.n_bytes == cache_bytes(model.config, 2, grown.capacity)
         torch.testing.assert_close(
@@ -277,7 +277,7 @@ def test_bytes_held_are_the_bytes_foretold(
     model = build_tiny(**config)
     state = new_state(model, n_rows, capacity)
     assert state.n_bytes == cache_bytes(model.config, n_rows, capacity)
-    half = DecodeState.allocate(model.config, n_rows, capacity, CPU, torch.bfloat16)
+    half = KVCache.allocate(model.config, n_rows, capacity, CPU, torch.bfloat16)
     assert half.n_bytes == cache_bytes(model.config, n_rows, capacity, bytes_per_element=2)
     model.hidden_states(tokens(n_rows, capacity), state)
     assert state.n_bytes == cache_bytes(model.config, n_rows, capacity)
@@ -301,7 +301,7 @@ def test_the_bytes_predicted_are_those_held_however_places_are_written(
     places: tuple[str, ...], build_tiny: Build
 ) -> None:
     model = build_tiny(short_conv={"places": places})
-    state = DecodeState.allocate(model.config, 2, 5, CPU, torch.float32)
+    state = KVCache.allocate(model.config, 2, 5, CPU, torch.float32)
     assert state.n_bytes == cache_bytes(model.config, 2, 5)
 
 

@@ -51,10 +51,10 @@ def test_is_the_causal_sum(kernel_size: int, dilation: int, activation: str, is_
     # Few tokens are summed tap by tap, and many by a convolution.
     for n_tokens in (1, 2, 9, 16, 17, 30):
         x = torch.randn(2, n_tokens, D)
-        found, history = conv(x)
+        found, inputs = conv(x)
         torch.testing.assert_close(found, reference(conv, x), rtol=1e-5, atol=1e-5)
-        assert torch.equal(history[:, conv.tail_length :], x)
-        assert torch.equal(history[:, : conv.tail_length], torch.zeros(2, conv.tail_length, D))
+        assert torch.equal(inputs[:, conv.state_length :], x)
+        assert torch.equal(inputs[:, : conv.state_length], torch.zeros(2, conv.state_length, D))
 
 
 @pytest.mark.parametrize("n_tokens", [17, 30])
@@ -63,9 +63,9 @@ def test_a_compiler_gets_the_same_sum(n_tokens: int) -> None:
     """Many tokens are summed tap by tap then. Only tracing is tried here, which is what decides the way."""
     conv = build_conv(4, 2)
     x = torch.randn(2, n_tokens, D)
-    found, history = torch.compile(conv, backend="eager", fullgraph=True)(x)
+    found, inputs = torch.compile(conv, backend="eager", fullgraph=True)(x)
     torch.testing.assert_close(found, reference(conv, x), rtol=1e-5, atol=1e-5)
-    assert torch.equal(history[:, conv.tail_length :], x)
+    assert torch.equal(inputs[:, conv.state_length :], x)
 
 
 @given(
@@ -78,12 +78,12 @@ def test_a_compiler_gets_the_same_sum(n_tokens: int) -> None:
 def test_chunks_with_the_tail_carried_equal_the_whole(kernel_size: int, dilation: int, chunks: list[int]) -> None:
     conv = build_conv(kernel_size, dilation)
     x = torch.randn(2, sum(chunks), D, generator=torch.Generator().manual_seed(0))
-    tail = torch.zeros(2, conv.tail_length, D)
+    conv_state = torch.zeros(2, conv.state_length, D)
     parts = []
     for chunk in x.split(chunks, dim=1):
-        part, history = conv(chunk, tail)
-        assert torch.equal(history, torch.cat((tail, chunk), dim=1))
-        tail = history[:, history.shape[1] - conv.tail_length :]
+        part, inputs = conv(chunk, conv_state)
+        assert torch.equal(inputs, torch.cat((conv_state, chunk), dim=1))
+        conv_state = inputs[:, inputs.shape[1] - conv.state_length :]
         parts.append(part)
     torch.testing.assert_close(torch.cat(parts, dim=1), reference(conv, x), rtol=1e-5, atol=1e-5)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from psannlm.config.model import BaseName, MlpKind, ModelConfig, PositionKind
 from psannlm.data.windows import IGNORE_INDEX
-from psannlm.models.kv_cache import DecodeState
+from psannlm.models.kv_cache import KVCache
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 
@@ -163,7 +163,7 @@ def test_a_cache_works_in_a_model_that_trains_with_checkpoints(build_tiny: Build
     model = build_tiny().train()
     model.grad_checkpoint = True
     input_ids = tokens(1, 6)
-    state = DecodeState.allocate(model.config, 1, 6, torch.device("cpu"), torch.float32)
+    state = KVCache.allocate(model.config, 1, 6, torch.device("cpu"), torch.float32)
     parts = [model.hidden_states(chunk, state) for chunk in input_ids.split(2, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden_states(input_ids), rtol=1e-4, atol=1e-4)
 

@@ -17,7 +17,7 @@ from psannlm.benchmarks.harness.roofline import RooflineFraction, memory_reader,
 from psannlm.generation.engine import Engine
 from psannlm.io.atomic import write_bytes
 from psannlm.io.figures import render_figure
-from psannlm.models.kv_cache import DecodeState
+from psannlm.models.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +107,7 @@ def measure_growth(
 class _Held:
     """A state that stands at one length, and the tokens that come next."""
 
-    state: DecodeState
+    state: KVCache
     tokens: Tensor
     length: int
 

@@ -14,7 +14,7 @@ from psannlm.benchmarks.harness.interleaved import Progress
 from psannlm.benchmarks.harness.roofline import RooflineFraction, step_bytes
 from psannlm.generation.engine import Engine
 from psannlm.models.accounting import cache_bytes
-from psannlm.models.kv_cache import DecodeState
+from psannlm.models.kv_cache import KVCache
 from psannlm.models.transformer import Transformer
 
 
@@ -33,7 +33,7 @@ def test_a_step_costs_what_its_context_costs(
     step = engine.decode
     seen: list[list[int]] = []
 
-    def slow_step(tokens: Tensor, state: DecodeState) -> Tensor:
+    def slow_step(tokens: Tensor, state: KVCache) -> Tensor:
         nonlocal now
         logits = step(tokens, state)
         seen.append(list(state.lengths))
@@ -68,7 +68,7 @@ def test_every_turn_continues_the_same_tokens(
     step = engine.decode
     turns: list[Tensor] = []
 
-    def record(tokens: Tensor, state: DecodeState) -> Tensor:
+    def record(tokens: Tensor, state: KVCache) -> Tensor:
         logits = step(tokens, state)
         turns.append(logits)
         return logits

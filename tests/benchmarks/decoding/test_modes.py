@@ -12,7 +12,7 @@ from torch import Tensor
 
 from psannlm.benchmarks.decoding.modes import Case, DecodeRun, decode, decode_uncached, spread_places
 from psannlm.generation.engine import Engine
-from psannlm.models.kv_cache import DecodeState
+from psannlm.models.kv_cache import KVCache
 from psannlm.models.transformer import Transformer
 
 PROMPTS = [[3, 1, 4], [1, 5, 9]]
@@ -31,7 +31,7 @@ class FakeClock:
             self.now = now + input_ids.numel()
             return computed
 
-        def slow_prefill(prompts: Sequence[Sequence[int]], *rest: Any, **named: Any) -> tuple[Tensor, DecodeState]:
+        def slow_prefill(prompts: Sequence[Sequence[int]], *rest: Any, **named: Any) -> tuple[Tensor, KVCache]:
             now = self.now
             computed = prefill(prompts, *rest, **named)
             self.now = now + sum(map(len, prompts))
