@@ -16,7 +16,7 @@ from torch import Tensor
 from psannlm.errors import GenerationError
 from psannlm.generation.quantize import WeightDtype, pack_model, weight_bytes
 from psannlm.kernels.compile import compiled
-from psannlm.models.attention import PREFILL_QUERIES, continue_layout
+from psannlm.models.attention import PREFILL_QUERIES, cached_attention_context
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache, LayerCache, update_conv_states, whole_blocks
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import compiler_fault, computes_in_bf16, require_compiler
@@ -144,9 +144,9 @@ class Engine:
 
     def _slots(self, state: KVCache, n_tokens: int) -> Tensor:
         """Return the numbers of the slots to read; made anew when the longest row enters another block."""
-        span = min(whole_blocks(max(state.lengths) + n_tokens), state.capacity)
-        if self._numbers is None or len(self._numbers) != span:
-            self._numbers = torch.arange(span, device=self.device)
+        kv_len = min(whole_blocks(max(state.lengths) + n_tokens), state.capacity)
+        if self._numbers is None or len(self._numbers) != kv_len:
+            self._numbers = torch.arange(kv_len, device=self.device)
             torch._dynamo.maybe_mark_dynamic(self._numbers, 0)
         return self._numbers
 
@@ -156,8 +156,8 @@ class Engine:
 
         def step(tokens: Tensor, offsets: Tensor, slots: Tensor, tensors: _Tensors) -> tuple[Tensor, _ConvInputs]:
             layers = [LayerCache(*parts) for parts in tensors]
-            layout = continue_layout(model.config, offsets, slots, n_tokens, torch.float32)
-            logits = model.logits(model.run_blocks(tokens, layout, layers)).float()
+            context = cached_attention_context(model.config, offsets, slots, n_tokens, torch.float32)
+            logits = model.logits(model.run_blocks(tokens, context, layers)).float()
             if n_tokens > 1:
                 return logits, [(layer.attn_conv_inputs, layer.mlp_conv_inputs) for layer in layers]
             # A single token always stays, so that the convolution states can be updated here.
@@ -169,7 +169,7 @@ class Engine:
             # One call into C++ per step, and products summed in one rounding.
             options: dict[str, Any] = {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
         else:
-            # A graph is recorded for every span that is read, which is one in so many tokens and no reason to warn.
+            # A graph is recorded for every kv_len that is read, which is one in so many tokens and no reason to warn.
             options = {"triton.cudagraphs": True, "triton.cudagraph_dynamic_shape_warn_limit": None}
         # Guards would check in every step what the engine knows. Without them, a function must have code of its own, by
         # which the compiler finds what it has compiled.

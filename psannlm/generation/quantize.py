@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.errors import GenerationError, nearest
-from psannlm.kernels.compile import stored
+from psannlm.kernels.compile import realize
 from psannlm.models.activations import SineActivation
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS
 from psannlm.models.mlp import GatedMlp
@@ -140,7 +140,7 @@ class PackedLinear(nn.Module):
 
     def _in_sums(self, x: Tensor) -> Tensor:
         """A product as one sum per row: a compiler fuses them into a single pass over the weight."""
-        rows = stored(x.float()).flatten(0, -2).unbind(0)
+        rows = realize(x.float()).flatten(0, -2).unbind(0)
         n_parts = _OUTPUTS_AT_ONCE if len(rows) > 1 and self.n_outputs % _OUTPUTS_AT_ONCE == 0 else 1
         parts = self.weight.float().view(n_parts, -1, self.n_inputs).unbind(0)
         # One flat list of sums: the compiler lets each write its place in the whole, and copies what is joined twice.

@@ -15,14 +15,14 @@ _Compiled = TypeVar("_Compiled", bound=Callable[..., Any])
 
 
 def compiled(function: _Compiled, **settings: Any) -> _Compiled:
-    """Return ``function`` or module put through torch.compile with ``settings``, by which :func:`stored` is obeyed."""
-    # Takes a second to import, and holds the operator that `stored` puts there.
+    """Return ``function`` or module put through torch.compile with ``settings``, by which :func:`realize` is obeyed."""
+    # Takes a second to import, and holds the operator that `realize` puts there.
     import torch._inductor.test_operators
 
     return cast(_Compiled, torch.compile(function, **settings))
 
 
-def fuses_by_compiler(x: Tensor) -> bool:
+def use_compiled_kernels(x: Tensor) -> bool:
     """Whether algebra on ``x`` that reads and writes much is to be compiled also where the model is not: on a GPU."""
     return x.is_cuda and _gpus_compile()
 
@@ -32,7 +32,7 @@ def _gpus_compile() -> bool:
     return has_compiler(torch.device("cuda")) and trial_failure("cuda") is None
 
 
-def stored(x: Tensor) -> Tensor:
+def realize(x: Tensor) -> Tensor:
     """Return ``x`` as a compiled pass finds it in memory: worked out once, and not anew wherever it is read.
 
     Outside a compiler that is ``x`` itself. The operator is the compiler's own, made to test just that; it has no

@@ -24,7 +24,7 @@ _MOST_KEPT = 4
 _MOST_COMPILED = 1024
 
 
-def is_blocked(q: Tensor) -> bool:
+def use_blocked_attention(q: Tensor) -> bool:
     """Whether to take this way for queries (B, H, T, K): bfloat16 on a CPU, gradients wanted."""
     is_training = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if not is_training or torch.is_inference_mode_enabled():
@@ -42,7 +42,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
     """
     with torch.autocast("cpu", enabled=False):
         if torch.compiler.is_compiling():
-            return _attention_as_algebra(q, k, v, bias)
+            return _blocked_attention_compilable(q, k, v, bias)
         y: Tensor = _BlockedAttention.apply(q, k, v, bias)  # type: ignore[no-untyped-call]
     return y
 
@@ -61,7 +61,7 @@ def _mask(bias: Tensor | None, start: int, end: int) -> Tensor:
     return F.pad(ahead, (start, 0))
 
 
-def _attention_as_algebra(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def _blocked_attention_compilable(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """What a compiler fuses around the products."""
     k, v = _for_each_head(k, q.shape[1]), _for_each_head(v, q.shape[1])
     wide_q, wide_k = q.float() * q.shape[-1] ** -0.5, k.float()

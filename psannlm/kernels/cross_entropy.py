@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.data.windows import IGNORE_INDEX
-from psannlm.kernels.compile import compiled, fuses_by_compiler
-from psannlm.kernels.onednn import product, product_of_transposed
+from psannlm.kernels.compile import compiled, use_compiled_kernels
+from psannlm.kernels.onednn import matmul_nt, matmul_tn
 
 # Bytes of float32 logits worked on at a time; larger chunks gain nothing, smaller ones lose to the call overhead. On a
 # GPU a chunk of 8 MiB is done before the next one could be launched.
@@ -25,7 +25,7 @@ _CHUNK_BYTES_ON_GPU = 128 << 20
 _HEAD_ROWS = 512
 
 
-def _loss_of_chunk(
+def _chunk_loss_in_place(
     logits: Tensor, labels: Tensor, label_smoothing: float, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the summed loss of logits (n, V) and its gradient in their dtype, with few passes over memory of its own.
@@ -52,7 +52,7 @@ def _loss_of_chunk(
     return total, grad.to(logits.dtype)
 
 
-def _loss_as_algebra(
+def _chunk_loss_compilable(
     logits: Tensor, labels: Tensor, label_smoothing: float, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The same as plain tensor algebra, which a compiler fuses: logits are read, and their gradient is written."""
@@ -77,7 +77,7 @@ def _loss_as_algebra(
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]:
-    return compiled(_loss_as_algebra)
+    return compiled(_chunk_loss_compilable)
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -97,18 +97,18 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        work = _compiled() if fuses_by_compiler(hidden) else _loss_of_chunk
+        work = _compiled() if use_compiled_kernels(hidden) else _chunk_loss_in_place
         for start in range(0, n_tokens, chunk):
             rows = hidden_low[start : start + chunk]
             part = labels[start : start + chunk]
-            loss, grad = work(product(rows, weight_low), part, label_smoothing, wants_hidden or wants_weight)
+            loss, grad = work(matmul_nt(rows, weight_low), part, label_smoothing, wants_hidden or wants_weight)
             total += loss
             if grad is None:
                 continue
             if grad_hidden is not None:
-                grad_hidden[start : start + chunk] = product(grad, weight_low.t())
+                grad_hidden[start : start + chunk] = matmul_nt(grad, weight_low.t())
             if grad_weight is not None:
-                grad_weight += product_of_transposed(grad, rows)
+                grad_weight += matmul_tn(grad, rows)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -150,7 +150,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, label_s
     return total
 
 
-def head_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return what :func:`linear_cross_entropy` does for an output layer of any kind, such as one packed for inference.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from psannlm.kernels.compile import compiled, fuses_by_compiler, stored
+from psannlm.kernels.compile import compiled, realize, use_compiled_kernels
 
 DecayMode = Literal["abs", "relu", "none"]
 
@@ -43,7 +43,7 @@ def _gradients(
     """Gradients with respect to z, A, f and d, as plain tensor algebra on (N, F).
 
     On a CPU the compiler would work out sine, cosine and envelope once for the gradient of z and once more for the
-    sums: there the two products that all four are made of are stored, since reading them is cheaper.
+    sums: there the two products that all four are made of are realize, since reading them is cheaper.
     """
     wide = z.float()
     damped = grad.float()
@@ -53,7 +53,7 @@ def _gradients(
     by_amplitude = damped * torch.sin(phase)
     by_phase = amplitude * damped * torch.cos(phase)
     if z.device.type == "cpu":
-        by_amplitude, by_phase = stored(by_amplitude), stored(by_phase)
+        by_amplitude, by_phase = realize(by_amplitude), realize(by_phase)
     grad_z = frequency * by_phase
     if mode == "none":
         grad_decay = torch.zeros_like(decay)
@@ -215,7 +215,7 @@ class _DampedSine(torch.autograd.Function):
         ctx.mode = mode
         if torch.compiler.is_compiling():
             return damped_sine_formula(z, amplitude, frequency, decay, mode)
-        if fuses_by_compiler(z):
+        if use_compiled_kernels(z):
             return _compiled()[0](z, amplitude, frequency, decay, mode)
         kernel = _value_in_blocks if _runs_in_blocks(z) else damped_sine_formula
         return kernel(z, amplitude, frequency, decay, mode)
@@ -225,7 +225,7 @@ class _DampedSine(torch.autograd.Function):
         z, amplitude, frequency, decay = ctx.saved_tensors
         if torch.compiler.is_compiling():
             kernel = _gradients
-        elif fuses_by_compiler(z):
+        elif use_compiled_kernels(z):
             kernel = _compiled()[1]
         else:
             kernel = _gradients_in_blocks if _runs_in_blocks(z) else _gradients

@@ -54,16 +54,16 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
+def matmul_nt(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x @ weight.T`` of (M, K) and (N, K) in their dtype, by the faster way; for use inside a function."""
-    if x.dtype == torch.float32 and len(x) >= _MANY_ROWS and is_plain(x) and prefers_onednn():
+    if x.dtype == torch.float32 and len(x) >= _MANY_ROWS and is_dense_tensor(x) and prefers_onednn():
         return _product(x, weight)
     return x @ weight.t()
 
 
-def product_of_transposed(left: Tensor, right: Tensor) -> Tensor:
+def matmul_tn(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left.T @ right`` of (M, N) and (M, K): the gradient of a weight."""
-    if left.dtype == torch.float32 and len(left) >= _MANY_ROWS and is_plain(left) and prefers_onednn():
+    if left.dtype == torch.float32 and len(left) >= _MANY_ROWS and is_dense_tensor(left) and prefers_onednn():
         # The first argument is copied to lie the other way round: let that be the smaller one.
         if left.shape[1] <= right.shape[1]:
             return _product(left.t(), right.t())
@@ -71,7 +71,7 @@ def product_of_transposed(left: Tensor, right: Tensor) -> Tensor:
     return left.t() @ right
 
 
-def is_plain(x: Tensor) -> bool:
+def is_dense_tensor(x: Tensor) -> bool:
     """Whether ``x`` holds numbers, on this device alone, rather than stands for others."""
     return type(x) in (Tensor, nn.Parameter)
 
@@ -91,17 +91,17 @@ class _OneDnnLinear(torch.autograd.Function):
         grad = grads[0].contiguous()
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            product(grad, weight.t()) if needs_x else None,
-            product_of_transposed(grad, x) if needs_weight else None,
+            matmul_nt(grad, weight.t()) if needs_x else None,
+            matmul_tn(grad, x) if needs_weight else None,
             grad.sum(0) if ctx.has_bias and needs_bias else None,
         )
 
 
-def _takes_detour(x: Tensor, weight: Tensor) -> bool:
+def _use_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and is_plain(x)
+        and is_dense_tensor(x)
         and x.numel() >= _MANY_ROWS * x.shape[-1]
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
@@ -112,7 +112,7 @@ def _takes_detour(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return what ``F.linear`` does, of (..., K), (N, K) and (N,), by the faster way where gradients are wanted."""
-    if not _takes_detour(x, weight):
+    if not _use_onednn(x, weight):
         return F.linear(x, weight, bias)
     y: Tensor = _OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)

@@ -17,27 +17,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from psannlm.kernels.damped_sine import DecayMode, gated_gradients, gated_value
-from psannlm.kernels.onednn import product, product_of_transposed
+from psannlm.kernels.onednn import matmul_nt, matmul_tn
 
-_is_left_out = ContextVar("_is_left_out", default=False)
+_is_disabled = ContextVar("_is_disabled", default=False)
 
 
 @contextmanager
-def left_out() -> Iterator[None]:
+def recompute_disabled() -> Iterator[None]:
     """Take none of these passes within the context: what is worked out on shapes is meant for another device."""
-    token = _is_left_out.set(True)
+    token = _is_disabled.set(True)
     try:
         yield
     finally:
-        _is_left_out.reset(token)
+        _is_disabled.reset(token)
 
 
-def is_lean(x: Tensor) -> bool:
+def use_recompute(x: Tensor) -> bool:
     """Whether to take these passes for ``x``: on a CPU, where gradients are wanted and no compiler is at work."""
     # A compiler is asked about first: it cannot trace the rest.
     return (
         not torch.compiler.is_compiling()
-        and not _is_left_out.get()
+        and not _is_disabled.get()
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and torch.is_grad_enabled()
@@ -45,7 +45,7 @@ def is_lean(x: Tensor) -> bool:
     )
 
 
-def product_dtype() -> torch.dtype:
+def matmul_dtype() -> torch.dtype:
     """Return the dtype in which matrix products run now: bfloat16 under such an autocast, else float32."""
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
         return torch.bfloat16
@@ -120,7 +120,7 @@ def fused_norm_conv(x: Tensor, weight: Tensor, eps: float, taps: Tensor | None =
     Args:
         x: (B, T, D) float32.
     """
-    y: Tensor = _NormConv.apply(x, weight, taps, eps, dilation, product_dtype())  # type: ignore[no-untyped-call]
+    y: Tensor = _NormConv.apply(x, weight, taps, eps, dilation, matmul_dtype())  # type: ignore[no-untyped-call]
     return y
 
 
@@ -133,18 +133,18 @@ class _SineDown(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(z, up, weight, a, f, d)
         ctx.mode = mode
-        return product(gated_value(z, up, a, f, d, mode), weight)
+        return matmul_nt(gated_value(z, up, a, f, d, mode), weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, up, weight, a, f, d = ctx.saved_tensors
         with _no_autocast():
             grad = grads[0].contiguous()
-            grad_hidden = product(grad, weight.t())
+            grad_hidden = matmul_nt(grad, weight.t())
             # From here on grad_hidden holds the gradient of z: it was needed for nothing else.
             hidden, grad_up, by_parameter = gated_gradients(grad_hidden, z, up, a, f, d, ctx.mode)
             assert hidden is not None
-            grad_weight = product_of_transposed(grad, hidden)
+            grad_weight = matmul_tn(grad, hidden)
         return grad_hidden, grad_up, grad_weight, *by_parameter, None
 
 
@@ -156,32 +156,32 @@ class _PlainDown(torch.autograd.Function):
         ctx.save_for_backward(z, up, weight)
         ctx.is_gelu = is_gelu
         hidden = F.gelu(z) if is_gelu else F.silu(z)
-        return product(hidden if up is None else hidden.mul_(up), weight)
+        return matmul_nt(hidden if up is None else hidden.mul_(up), weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, up, weight = ctx.saved_tensors
         with _no_autocast():
             grad = grads[0].contiguous()
-            grad_hidden = product(grad, weight.t())
+            grad_hidden = matmul_nt(grad, weight.t())
             hidden, grad_up = F.gelu(z) if ctx.is_gelu else F.silu(z), None
             if up is not None:
                 grad_up = grad_hidden * hidden
                 hidden.mul_(up)
                 grad_hidden.mul_(up)
-            grad_weight = product_of_transposed(grad, hidden)
+            grad_weight = matmul_tn(grad, hidden)
             backward = torch.ops.aten.gelu_backward if ctx.is_gelu else torch.ops.aten.silu_backward
             return backward(grad_hidden, z), grad_up, grad_weight, None
 
 
-def sine_down(
+def fused_sine_down_proj(
     z: Tensor, up: Tensor | None, weight: Tensor, parameters: tuple[Tensor, Tensor, Tensor], mode: DecayMode
 ) -> Tensor:
     """Return ``(damped_sine(z) * up) @ weight.T`` of (..., F) in the dtype of products; ``up`` None counts as one."""
     return _down(_SineDown, z, up, weight, *parameters, mode)
 
 
-def plain_down(z: Tensor, up: Tensor | None, weight: Tensor, *, is_gelu: bool) -> Tensor:
+def fused_act_down_proj(z: Tensor, up: Tensor | None, weight: Tensor, *, is_gelu: bool) -> Tensor:
     """Return the same with GELU, else SiLU, for the sine."""
     return _down(_PlainDown, z, up, weight, is_gelu)
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, Problem
 from psannlm.io.limits import describe_memory, machine_memory_bytes
-from psannlm.kernels.recompute import left_out
+from psannlm.kernels.recompute import recompute_disabled
 from psannlm.models.mlp import GATED_KINDS
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
@@ -204,7 +204,7 @@ def training_memory(
     """
     total = sum(count_parameters(config).values())
     hidden_matrices = matrix_elements(config, "attention", "feed-forward") if optimizer == "muon" else 0
-    with FakeTensorMode(), nullcontext() if device_type == "cpu" else left_out():
+    with FakeTensorMode(), nullcontext() if device_type == "cpu" else recompute_disabled():
         one, two = _saved_in_passes(config, seq_len, dtype, device_type, grad_checkpoint=False)
         if grad_checkpoint:
             kept_one, kept_two = _saved_in_passes(config, seq_len, dtype, device_type, grad_checkpoint=True)

@@ -1,6 +1,6 @@
-"""Causal self-attention on scaled_dot_product_attention, with or without a cache, rows of one length or many.
+"""Causal self-attention on ``scaled_dot_product_attention``, with or without a KV cache, for ragged batches.
 
-Letters: B rows, T new tokens, S cached and new tokens, H query heads, G key/value heads, K head size, D width.
+Letters as in ``psannlm.models``.
 """
 
 from __future__ import annotations
@@ -12,58 +12,62 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.config.model import ModelConfig
-from psannlm.kernels.compile import stored
-from psannlm.kernels.cpu_attention import blocked_attention, is_blocked
+from psannlm.kernels.compile import realize
+from psannlm.kernels.cpu_attention import blocked_attention, use_blocked_attention
 from psannlm.kernels.onednn import Linear
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache, LayerCache, whole_blocks
-from psannlm.models.positions import alibi_bias, alibi_slopes, rope_tables, rotate
+from psannlm.models.positions import alibi_bias, alibi_slopes, apply_rotary_emb, rope_tables
 
-# Queries that a prefill on a CPU hands to the kernel at a time. It sums by blocks whose size depends on how many
-# queries and keys there are, and a row must meet the same sums whatever the length of its company.
+# Queries per kernel call of a prefill on a CPU. The kernel sums by blocks whose size depends on the numbers of queries
+# and keys; with a fixed number of queries a row gets the same sums whatever the length of the other rows of its batch.
 PREFILL_QUERIES = 32
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What all blocks share in one forward pass: where the new tokens stand, and what each may look at.
+class AttentionContext:
+    """Positions, RoPE tables and mask of one forward pass, shared by all blocks.
 
     Attributes:
-        positions: (T,) when every row starts at its beginning, else (B, T); integers.
-        span: S, the cache slots that attention reads; 0 where the new tokens are all there is to see.
+        positions: of the new tokens: (T,) when every row starts at its beginning, else (B, T); integers.
+        kv_len: S, the cache slots that attention reads; 0 where the new tokens are the only keys.
         rope: cosines and sines, or None.
         mask: float (B or 1, H or 1, T, S), added to the scores, or None where the kernel's own causal mask is right.
-        is_prefill: whether T new tokens, a multiple of ``PREFILL_QUERIES``, start a state.
+        is_prefill: whether T new tokens, a multiple of ``PREFILL_QUERIES``, start an empty cache.
     """
 
     positions: Tensor
-    span: int
+    kv_len: int
     rope: tuple[Tensor, Tensor] | None
     mask: Tensor | None
     is_prefill: bool = False
 
 
-def plan_layout(config: ModelConfig, n_tokens: int, device: torch.device, state: KVCache | None = None) -> Layout:
-    """Work out the :class:`Layout` of a forward pass over ``n_tokens`` per row, after those that ``state`` has seen.
+def attention_context(
+    config: ModelConfig, n_tokens: int, device: torch.device, cache: KVCache | None = None
+) -> AttentionContext:
+    """Return the context of a forward pass over ``n_tokens`` per row that follow the committed tokens of ``cache``.
 
     Raises:
-        GenerationError: the cache has no room for the new tokens.
+        GenerationError: the new tokens exceed the capacity of the cache.
     """
-    if state is not None:
-        state.check_capacity(n_tokens)
-        if any(state.lengths):
-            span = min(whole_blocks(max(state.lengths) + n_tokens), state.capacity)
-            slots = torch.arange(span, device=device)
-            return continue_layout(config, state.offsets, slots, n_tokens, state.layers[0].keys.dtype)
+    if cache is not None:
+        cache.check_capacity(n_tokens)
+        if any(cache.lengths):
+            kv_len = min(whole_blocks(max(cache.lengths) + n_tokens), cache.capacity)
+            slots = torch.arange(kv_len, device=device)
+            return cached_attention_context(config, cache.offsets, slots, n_tokens, cache.layers[0].keys.dtype)
     positions = torch.arange(n_tokens, device=device)
     mask = None
     if config.positional_encoding == "alibi":
         mask = alibi_bias(alibi_slopes(config.n_heads, device), positions, positions).unsqueeze(0)
-    is_prefill = state is not None and n_tokens % PREFILL_QUERIES == 0
-    return Layout(positions, 0, _rope(config, positions), mask, is_prefill)
+    is_prefill = cache is not None and n_tokens % PREFILL_QUERIES == 0
+    return AttentionContext(positions, 0, _rope(config, positions), mask, is_prefill)
 
 
-def continue_layout(config: ModelConfig, offsets: Tensor, slots: Tensor, n_tokens: int, dtype: torch.dtype) -> Layout:
-    """Return the layout of rows that go on from ``offsets`` (B,), each from its own; worked out on the device.
+def cached_attention_context(
+    config: ModelConfig, offsets: Tensor, slots: Tensor, n_tokens: int, dtype: torch.dtype
+) -> AttentionContext:
+    """Return the context of rows that continue at ``offsets`` (B,), computed on the device without a host sync.
 
     Args:
         slots: (S,) the numbers 0 .. S-1 of the cache slots to read: at least the longest row with its new tokens.
@@ -73,9 +77,10 @@ def continue_layout(config: ModelConfig, offsets: Tensor, slots: Tensor, n_token
     if config.positional_encoding == "alibi":
         mask = alibi_bias(alibi_slopes(config.n_heads, offsets.device), positions, slots)
     else:
+        # (B, 1, T, S): query t sees the slots up to its own position.
         hidden = slots > positions[:, None, :, None]
         mask = torch.zeros(hidden.shape, device=offsets.device).masked_fill(hidden, float("-inf"))
-    return Layout(positions, slots.shape[0], _rope(config, positions.unsqueeze(1)), mask.to(dtype))
+    return AttentionContext(positions, slots.shape[0], _rope(config, positions.unsqueeze(1)), mask.to(dtype))
 
 
 def _rope(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -90,107 +95,114 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_heads = config.n_heads
-        self.n_groups = config.n_kv_heads or config.n_heads
+        self.n_kv_heads = config.n_kv_heads or config.n_heads
         self.head_dim = config.d_model // config.n_heads
         self.q_proj = Linear(config.d_model, self.n_heads * self.head_dim, bias=False)
-        self.k_proj = Linear(config.d_model, self.n_groups * self.head_dim, bias=False)
-        self.v_proj = Linear(config.d_model, self.n_groups * self.head_dim, bias=False)
+        self.k_proj = Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.out_proj: nn.Module = Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
         # Henry et al. 2020, arXiv 2010.04245, with RMSNorm and one scale per feature of a head.
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else None
-        # All three projections as one, in a model packed for inference.
+        # All three projections as one, in a model prepared for inference.
         self.qkv_proj: nn.Module | None = None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values (B, T, H K or G K) of (B, T, D)."""
         if self.qkv_proj is None:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        sizes = [self.n_heads * self.head_dim, self.n_groups * self.head_dim, self.n_groups * self.head_dim]
+        sizes = [self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, self.n_kv_heads * self.head_dim]
         q, k, v = self.qkv_proj(x).split(sizes, dim=-1)
         return q, k, v
 
-    def forward(self, x: Tensor, layout: Layout, state: LayerCache | None = None) -> Tensor:
-        """Map (B, T, D) to (B, T, D); with a ``state``, write the new keys and values into it first."""
+    def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D); with a ``cache``, write the new keys and values into it first."""
         queries, keys, values = self.project(x)
         q = queries.view(*x.shape[:2], self.n_heads, self.head_dim).transpose(1, 2)
-        k = keys.view(*x.shape[:2], self.n_groups, self.head_dim).transpose(1, 2)
-        v = values.view(*x.shape[:2], self.n_groups, self.head_dim).transpose(1, 2)
+        k = keys.view(*x.shape[:2], self.n_kv_heads, self.head_dim).transpose(1, 2)
+        v = values.view(*x.shape[:2], self.n_kv_heads, self.head_dim).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
-            # Means of squares in float32, as in every other norm, where the projections are narrower.
+            # Mean squares in float32, as in every other norm, where the projections are bfloat16.
             q, k = self.q_norm(q.float()).to(q.dtype), self.k_norm(k.float()).to(k.dtype)
-        if layout.rope is not None:
-            q, k = rotate(q, layout.rope), rotate(k, layout.rope)
-        if state is not None:
-            k, v = _remember(state, k, v, layout)
-        mixed = self._mix(q, k, v, layout)
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(-2))
+        if context.rope is not None:
+            q, k = apply_rotary_emb(q, context.rope), apply_rotary_emb(k, context.rope)
+        if cache is not None:
+            k, v = _update_cache(cache, k, v, context)
+        y = self._attend(q, k, v, context)
+        out: Tensor = self.out_proj(y.transpose(1, 2).flatten(-2))
         return out
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        """Softmax attention of q (B, H, T, K) over k and v (B, G, S, K), which may be narrower than q."""
-        if layout.span and q.shape[2] <= MAX_DECODE_TOKENS and torch.compiler.is_compiling():
-            return self._mix_in_sums(q, k, v, layout)
-        if layout.is_prefill and not q.is_cuda:
-            return self._mix_in_blocks(q, k, v, layout.mask)
-        if not layout.span and is_blocked(q):
-            return blocked_attention(q, k, v, layout.mask)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """Return softmax(q kᵀ / √K + mask) v for q (B, H, T, K), k and v (B, G, S, K), which may have another dtype.
+
+        Every branch computes this formula; the table in ``psannlm.kernels`` lists which one runs where.
+        """
+        is_decoding = context.kv_len > 0 and q.shape[2] <= MAX_DECODE_TOKENS
+        if is_decoding and torch.compiler.is_compiling():
+            return self._attend_reduction(q, k, v, context)
+        if context.is_prefill and not q.is_cuda:
+            return self._attend_prefill_blocks(q, k, v, context.mask)
+        if not context.kv_len and use_blocked_attention(q):
+            return blocked_attention(q, k, v, context.mask)
         dtype = q.dtype
-        if layout.span and q.shape[2] <= MAX_DECODE_TOKENS and not q.is_cuda:
+        if is_decoding and not q.is_cuda:
             # On a CPU the bfloat16 kernel is several times slower for few queries than widening what it would read.
             q, k, v = q.float(), k.float(), v.float()
-        elif layout.span:
+        elif context.kv_len:
             q = q.to(k.dtype)
-        mask = None if layout.mask is None else layout.mask.to(q.dtype)
-        if mask is not None and layout.span and 1 < q.shape[2] <= MAX_DECODE_TOKENS and not q.is_cuda:
-            # Each query as a head of its own: with several the kernel sums in another order than with one, and a token
-            # must find the same whether it is offered alone or among guesses.
+        mask = None if context.mask is None else context.mask.to(q.dtype)
+        if mask is not None and is_decoding and q.shape[2] > 1 and not q.is_cuda:
+            # Each query as a head of its own. With several queries the kernel sums in another order than with one, and
+            # a token must get the same result decoded alone or verified among draft tokens.
             mask = mask.expand(-1, self.n_heads, -1, -1).flatten(1, 2).unsqueeze(2)
             by_query = F.scaled_dot_product_attention(q.flatten(1, 2).unsqueeze(2), k, v, mask, enable_gqa=True)
             return by_query.view(q.shape).to(dtype)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=self.n_groups != self.n_heads
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=self.n_kv_heads != self.n_heads
         )
-        return mixed.to(dtype)
+        return y.to(dtype)
 
-    def _mix_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """The same for queries that start a sequence, a block at a time, each with the keys up to its own end."""
+    def _attend_prefill_blocks(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the same for queries that start a sequence: ``PREFILL_QUERIES`` at a time over the keys up to them."""
         wide_q, k, v = q.float(), k.float(), v.float()
         n = PREFILL_QUERIES
-        ahead = torch.full((n, n), float("-inf")).triu(1)
-        mixed = torch.empty_like(wide_q)
+        causal = torch.full((n, n), float("-inf")).triu(1)
+        y = torch.empty_like(wide_q)
         for start in range(0, q.shape[2], n):
             end = start + n
             if bias is None:
-                mask = F.pad(ahead, (start, 0))
+                mask = F.pad(causal, (start, 0))
             else:
                 mask = bias[:, :, start:end, :end].float()
-            mixed[:, :, start:end] = F.scaled_dot_product_attention(
-                wide_q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask, enable_gqa=self.n_groups != self.n_heads
+            y[:, :, start:end] = F.scaled_dot_product_attention(
+                wide_q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask, enable_gqa=self.n_kv_heads != self.n_heads
             )
-        return mixed.to(q.dtype)
+        return y.to(q.dtype)
 
-    def _mix_in_sums(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        """The same as sums in float32, which a compiler turns into one pass over keys and one over values."""
-        assert layout.mask is not None
-        shape = (q.shape[0], self.n_groups, self.n_heads // self.n_groups, q.shape[2])
-        # Stored, or the compiler would rotate a query anew for every key, and take an exponential anew for every value.
-        grouped = stored(q.float()).view(*shape, 1, self.head_dim)
+    def _attend_reduction(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """Return the same as float32 reductions, which a compiler fuses into one pass over keys and one over values."""
+        assert context.mask is not None
+        shape = (q.shape[0], self.n_kv_heads, self.n_heads // self.n_kv_heads, q.shape[2])
+        # Without `realize` the compiler would recompute the rotation of a query for every key, and an exponential for
+        # every value.
+        grouped = realize(q.float()).view(*shape, 1, self.head_dim)
+        # scores[h, t, s] = sum over K of q[h, t] k[s] / sqrt(K)
         scores = (grouped * k.float()[:, :, None, None]).sum(-1).flatten(1, 2) * self.head_dim**-0.5
-        scores = scores + layout.mask.float()
-        weights = stored((scores - scores.amax(-1, keepdim=True)).exp())
-        mixed = (weights.view(*shape, -1, 1) * v.float()[:, :, None, None]).sum(-2).flatten(1, 2)
-        normed: Tensor = (mixed / weights.sum(-1, keepdim=True)).to(q.dtype)
-        return normed
+        scores = scores + context.mask.float()
+        weights = realize((scores - scores.amax(-1, keepdim=True)).exp())
+        # y[h, t] = sum over S of weights[h, t, s] v[s], divided by the sum of the weights
+        y = (weights.view(*shape, -1, 1) * v.float()[:, :, None, None]).sum(-2).flatten(1, 2)
+        normalized: Tensor = (y / weights.sum(-1, keepdim=True)).to(q.dtype)
+        return normalized
 
 
-def _remember(state: LayerCache, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Write new keys and values (B, G, T, K) into the cache; return what attention reads, of all tokens so far."""
-    if not layout.span:
-        state.keys[:, :, : k.shape[2]] = k
-        state.values[:, :, : v.shape[2]] = v
+def _update_cache(cache: LayerCache, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    """Write new keys and values (B, G, T, K) into ``cache``; return those that attention reads, (B, G, S, K)."""
+    if not context.kv_len:
+        cache.keys[:, :, : k.shape[2]] = k
+        cache.values[:, :, : v.shape[2]] = v
         return k, v
     rows = torch.arange(k.shape[0], device=k.device)[:, None]
-    state.keys[rows, :, layout.positions] = k.transpose(1, 2).to(state.keys.dtype)
-    state.values[rows, :, layout.positions] = v.transpose(1, 2).to(state.values.dtype)
-    return state.keys[:, :, : layout.span], state.values[:, :, : layout.span]
+    cache.keys[rows, :, context.positions] = k.transpose(1, 2).to(cache.keys.dtype)
+    cache.values[rows, :, context.positions] = v.transpose(1, 2).to(cache.values.dtype)
+    return cache.keys[:, :, : context.kv_len], cache.values[:, :, : context.kv_len]

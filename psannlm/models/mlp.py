@@ -1,4 +1,4 @@
-"""Feed-forward kinds and their activations. Letters: B rows, T tokens, D width, F hidden features."""
+"""Feed-forward layers, plain and gated, and their activations. Letters as in ``psannlm.models``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from psannlm.config.model import MlpKind, ModelConfig
 from psannlm.kernels.onednn import Linear
-from psannlm.kernels.recompute import is_lean, plain_down, sine_down
+from psannlm.kernels.recompute import fused_act_down_proj, fused_sine_down_proj, use_recompute
 from psannlm.models.activations import SineActivation, SquaredReLU
 
 GATED_KINDS: frozenset[MlpKind] = frozenset(("sineglu", "geglu", "swiglu"))
@@ -30,19 +30,19 @@ def _activation(config: ModelConfig, d_mlp: int) -> nn.Module:
 
 
 def _project_down(activation: nn.Module, z: Tensor, up: Tensor | None, down: nn.Module) -> Tensor:
-    """``down(activation(z) * up)``; on a CPU, gradients wanted, without keeping what can be worked out again."""
-    if is_lean(z) and type(down) is Linear:
+    """Return ``down(activation(z) * up)``; training on a CPU recomputes the activation in the backward pass."""
+    if use_recompute(z) and type(down) is Linear:
         if type(activation) is SineActivation and not activation.is_frozen:
-            return sine_down(z, up, down.weight, activation.values(), activation.mode)
+            return fused_sine_down_proj(z, up, down.weight, activation.values(), activation.mode)
         if type(activation) in (nn.GELU, nn.SiLU):
-            return plain_down(z, up, down.weight, is_gelu=type(activation) is nn.GELU)
+            return fused_act_down_proj(z, up, down.weight, is_gelu=type(activation) is nn.GELU)
     hidden = activation(z)
     out: Tensor = down(hidden if up is None else hidden * up)
     return out
 
 
 class Mlp(nn.Module):
-    """``down(act(up(x)))``: the PSANN original ``sine`` (with a bias that is its phase), ``gelu`` or ``relu2``."""
+    """``down(act(up(x)))`` with ``gelu``, ``relu2`` or PSANN's ``sine``, whose bias is a phase."""
 
     def __init__(self, config: ModelConfig, d_mlp: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class GatedMlp(nn.Module):
         self.up_proj = Linear(config.d_model, d_mlp, bias=False)
         self.activation = _activation(config, d_mlp)
         self.down_proj: nn.Module = Linear(d_mlp, config.d_model, bias=False)
-        # Both projections as one, in a model packed for inference.
+        # Both projections as one, in a model prepared for inference.
         self.gate_up_proj: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Where a token stands: rotary pairs, linear attention biases, or absolute sinusoids. All take explicit positions.
+"""Position encodings: rotary embedding (RoPE), linear attention biases (ALiBi) and absolute sinusoids.
 
-Letters: B rows, T new tokens, S cached and new tokens, H heads, K head size, D width.
+All take explicit positions, so that cached rows may continue at different ones. Letters as in ``psannlm.models``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def rope_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate queries or keys (B, H, T, K) by ``tables`` of shape (T, K/2) or (B, 1, T, K/2); keeps x's dtype."""
+def apply_rotary_emb(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate queries or keys (B, H, T, K) by ``tables`` of (T, K/2) or (B, 1, T, K/2), in float32; keep x's dtype."""
     cos, sin = tables
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -38,8 +38,8 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 def alibi_slopes(n_heads: int, device: torch.device | None = None) -> Tensor:
     """Return the (H,) float32 slopes of attention with linear biases (Press et al. 2021, arXiv 2108.12409).
 
-    For a number of heads that is no power of two, the slopes of the next lower power are followed by every other slope
-    of the next higher one, as in the authors' code.
+    For a number of heads that is not a power of two, the slopes of the next lower power are followed by every other
+    slope of the next higher one, as in the authors' code.
     """
 
     def geometric(n: int) -> list[float]:
@@ -51,7 +51,7 @@ def alibi_slopes(n_heads: int, device: torch.device | None = None) -> Tensor:
 
 
 def alibi_bias(slopes: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-    """Return slopes x (key - query) distances, float32, minus infinity where the key lies after the query.
+    """Return slope * (key position - query position), float32, and minus infinity where the key is after the query.
 
     Args:
         slopes: (H,).
@@ -69,8 +69,8 @@ def alibi_bias(slopes: Tensor, query_positions: Tensor, key_positions: Tensor) -
 def sinusoids(positions: Tensor, d_model: int) -> Tensor:
     """Return the absolute encoding of Vaswani et al. 2017 (arXiv 1706.03762), (..., T, D) float32.
 
-    Even features are sines and odd ones cosines of the position at wavelengths from 2π to 10,000 x 2π. An odd D leaves
-    out the last cosine.
+    Even features are sines and odd ones cosines of the position at wavelengths from 2π to 10,000 x 2π. For odd D
+    the last cosine is omitted.
     """
     exponents = torch.arange(0, d_model, 2, device=positions.device, dtype=torch.float32) / d_model
     angles = positions.float().unsqueeze(-1) * ROPE_BASE**-exponents

@@ -1,6 +1,6 @@
-"""Token ids to logits or to a loss: the one pre-norm decoder that every base is a setting of.
+"""Pre-norm decoder-only transformer: token ids to logits or to a loss. Every base is a setting of it.
 
-Letters: B rows, T tokens, D width, V vocabulary.
+Letters as in ``psannlm.models``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from psannlm.config.model import ConvPlace, ModelConfig
-from psannlm.kernels.cross_entropy import head_cross_entropy, linear_cross_entropy
+from psannlm.kernels.cross_entropy import chunked_cross_entropy, linear_cross_entropy
 from psannlm.kernels.onednn import Linear
-from psannlm.kernels.recompute import fused_norm_conv, is_lean
-from psannlm.models.attention import Attention, Layout, plan_layout
+from psannlm.kernels.recompute import fused_norm_conv, use_recompute
+from psannlm.models.attention import Attention, AttentionContext, attention_context
 from psannlm.models.kv_cache import KVCache, LayerCache, whole_blocks
 from psannlm.models.mlp import GatedMlp, Mlp, build_mlp
 from psannlm.models.positions import sinusoids
@@ -48,21 +48,21 @@ class Block(nn.Module):
         self.attention_scale: Tensor | None = nn.Parameter(torch.ones(())) if config.residual_scale else None
         self.mlp_scale: Tensor | None = nn.Parameter(torch.ones(())) if config.residual_scale else None
 
-    def forward(self, x: Tensor, layout: Layout, state: LayerCache | None = None) -> Tensor:
-        """Map (B, T, D) to (B, T, D), writing into ``state`` when there is one (``KVCache.commit`` counts it)."""
-        if state is None:
+    def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D), writing into ``cache`` where there is one."""
+        if cache is None:
             h = _norm_and_conv(x, self.attention_norm, self.attention_conv)
         else:
             h = self.attention_norm(x)
             if self.attention_conv is not None:
-                h, state.attn_conv_inputs = self.attention_conv(h, state.attn_conv_state)
-        x = self._added(x, self.attention(h, layout, state), self.attention_scale)
-        if state is None:
+                h, cache.attn_conv_inputs = self.attention_conv(h, cache.attn_conv_state)
+        x = self._added(x, self.attention(h, context, cache), self.attention_scale)
+        if cache is None:
             h = _norm_and_conv(x, self.mlp_norm, self.mlp_conv)
         else:
             h = self.mlp_norm(x)
             if self.mlp_conv is not None:
-                h, state.mlp_conv_inputs = self.mlp_conv(h, state.mlp_conv_state)
+                h, cache.mlp_conv_inputs = self.mlp_conv(h, cache.mlp_conv_state)
         return self._added(x, self.mlp(h), self.mlp_scale)
 
     def _added(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 def _norm_and_conv(x: Tensor, norm: nn.RMSNorm, conv: ShortConv | None) -> Tensor:
     """Return conv(norm(x)) of sequences from their beginning, in one fused pass where that is possible."""
-    if is_lean(x) and x.dtype == torch.float32 and (conv is None or not conv.has_activation):
+    if use_recompute(x) and x.dtype == torch.float32 and (conv is None or not conv.has_activation):
         assert norm.eps is not None
         return fused_norm_conv(
             x, norm.weight, norm.eps, None if conv is None else conv.weight, conv.dilation if conv else 1
@@ -100,7 +100,7 @@ class Transformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Unit-variance pre-activations inside, and branches that start at zero: depth costs nothing at first."""
+        """Draw weights for unit-variance pre-activations; the branches' output matrices start at zero."""
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):
@@ -122,44 +122,47 @@ class Transformer(nn.Module):
         return weight
 
     def hidden_states(
-        self, input_ids: Tensor, state: KVCache | None = None, n_new: Sequence[int] | None = None
+        self, input_ids: Tensor, cache: KVCache | None = None, n_new: Sequence[int] | None = None
     ) -> Tensor:
-        """Return the normalised states (B, T, D) before the output matrix.
+        """Return the normalised hidden states (B, T, D) before the output matrix.
 
         Args:
-            input_ids: (B, T) int64; with a ``state``, the tokens that follow those it has seen.
-            state: decoding state, advanced in place: pass the same object to the next call.
+            input_ids: (B, T) int64; with a ``cache``, the tokens that follow its committed ones.
+            cache: KV cache, updated in place; pass the same object to the next call.
             n_new: how many of each row's T ids are real (the rest is padding on the right); None: all.
 
         Raises:
-            GenerationError: the state has no room for the new tokens.
+            GenerationError: the new tokens exceed the capacity of the cache.
         """
-        hidden = self.forward_uncommitted(input_ids, state)
-        if state is not None:
-            state.commit(n_new)
+        hidden = self.forward_uncommitted(input_ids, cache)
+        if cache is not None:
+            cache.commit(n_new)
         return hidden
 
-    def forward_uncommitted(self, input_ids: Tensor, state: KVCache | None) -> Tensor:
-        """Return what :meth:`hidden_states` does, without counting the tokens: ``state.commit`` says how many stay."""
-        layout = plan_layout(self.config, input_ids.shape[1], input_ids.device, state)
-        hidden = self.run_blocks(input_ids, layout, None if state is None else state.layers)
-        if state is not None:
-            state.n_uncommitted = input_ids.shape[1]
+    def forward_uncommitted(self, input_ids: Tensor, cache: KVCache | None) -> Tensor:
+        """Return the same without committing the tokens: ``cache.commit`` then keeps some or all of each row's."""
+        context = attention_context(self.config, input_ids.shape[1], input_ids.device, cache)
+        hidden = self.run_blocks(input_ids, context, None if cache is None else cache.layers)
+        if cache is not None:
+            cache.n_uncommitted = input_ids.shape[1]
         return hidden
 
-    def run_blocks(self, input_ids: Tensor, layout: Layout, layers: Sequence[LayerCache] | None) -> Tensor:
-        """Return the normalised states (B, T, D) of tokens that stand as ``layout`` says: tensors in, tensors out."""
-        # The residual stream is as wide as the norms; a packed embedding is narrower.
+    def run_blocks(self, input_ids: Tensor, context: AttentionContext, layers: Sequence[LayerCache] | None) -> Tensor:
+        """Return the normalised hidden states (B, T, D) of tokens at the positions of ``context``.
+
+        Tensors in, tensors out, so that it can be compiled on its own.
+        """
+        # The residual stream has the dtype of the norms; an embedding prepared for inference may be bfloat16.
         x = self.embedding(input_ids).to(self.final_norm.weight.dtype)
         if self.config.positional_encoding == "sinusoidal":
-            x = x + _EMBEDDING_STD * sinusoids(layout.positions, self.config.d_model).to(x.dtype)
+            x = x + _EMBEDDING_STD * sinusoids(context.positions, self.config.d_model).to(x.dtype)
         x = self.dropout(x)
         for index, block in enumerate(self.blocks):
-            # Never with a state: it would be advanced a second time when the block is run again.
+            # Never with a cache: recomputation would write into it a second time.
             if self.grad_checkpoint and self.training and layers is None:
-                x = checkpoint(block, x, layout, use_reentrant=False)
+                x = checkpoint(block, x, context, use_reentrant=False)
             else:
-                x = block(x, layout, None if layers is None else layers[index])
+                x = block(x, context, None if layers is None else layers[index])
         normed: Tensor = self.final_norm(x)
         return normed
 
@@ -196,16 +199,16 @@ class Transformer(nn.Module):
 
         Args:
             input_ids: (B, T) int64; with ``past_kvs``, the tokens that follow those it was computed from.
-            labels: (B, T) int64; each is the token after the input at its position, or IGNORE_INDEX.
+            labels: (B, T) int64; the token after the input at each position, or IGNORE_INDEX.
             label_smoothing: probability mass spread over the vocabulary, for the loss alone.
-            past_kvs: the KV cache that an earlier call returned: keys, values and conv states of all rows. It is left
-                as it is, so that several continuations can start from one.
+            past_kvs: the KV cache that an earlier call returned: keys, values and conv states of all rows. It is not
+                changed, so that several continuations can start from one.
             use_cache: return the KV cache too. Like any call with ``past_kvs``, such a call records no gradients.
 
         Returns:
-            With labels the cross-entropy in nats, () float, *summed* over the labels that count: the caller knows how
-            many there are. Without, the logits (B, T, V), in the dtype of the weights; with ``use_cache``, the pair
-            (logits, past_kvs).
+            With labels the cross-entropy in nats, () float, *summed* over the labels that are not IGNORE_INDEX: the
+            caller divides by their number. Without labels the logits (B, T, V), in the dtype of the weights; with
+            ``use_cache`` the pair (logits, past_kvs).
 
         Raises:
             ValueError: ``input_ids`` is not (B, T), has another number of rows than ``past_kvs``, or labels come with
@@ -220,7 +223,7 @@ class Transformer(nn.Module):
         if self.head is None or isinstance(self.head, nn.Linear):
             loss = linear_cross_entropy(flat, self.output_weight, labels.flatten(), label_smoothing)
         else:
-            loss = head_cross_entropy(flat, self.head, labels.flatten(), label_smoothing)
+            loss = chunked_cross_entropy(flat, self.head, labels.flatten(), label_smoothing)
         return loss
 
     def _forward_logits(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from psannlm.kernels import cpu_attention
-from psannlm.kernels.cpu_attention import blocked_attention, is_blocked
+from psannlm.kernels.cpu_attention import blocked_attention, use_blocked_attention
 from psannlm.models.positions import alibi_bias, alibi_slopes
 from psannlm.models.transformer import Transformer
 
@@ -114,13 +114,13 @@ def test_compiled_it_is_the_same_attention(bias: str) -> None:
 
 def test_only_bfloat16_training_on_a_cpu_takes_this_way() -> None:
     q = torch.ones(1, 1, 2, 4, dtype=torch.bfloat16)
-    assert is_blocked(q)
-    assert not is_blocked(q.float())
-    assert not is_blocked(q.to("meta"))
+    assert use_blocked_attention(q)
+    assert not use_blocked_attention(q.float())
+    assert not use_blocked_attention(q.to("meta"))
     with torch.no_grad():
-        assert not is_blocked(q)
+        assert not use_blocked_attention(q)
     with torch.inference_mode():
-        assert not is_blocked(q)
+        assert not use_blocked_attention(q)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_model_trains_through_it(
     monkeypatch.setattr("psannlm.models.attention.blocked_attention", counted)
     ours = gradients()
     assert len(calls) == len(model.blocks)
-    monkeypatch.setattr("psannlm.models.attention.is_blocked", lambda q: False)
+    monkeypatch.setattr("psannlm.models.attention.use_blocked_attention", lambda q: False)
     theirs, right = gradients(), gradients(torch.float32)
     assert len(calls) == len(model.blocks)
     assert max(errors([_as_one(ours)], [_as_one(right)])) <= 1.5 * max(errors([_as_one(theirs)], [_as_one(right)]))

@@ -61,8 +61,8 @@ def test_the_algebra_for_a_compiler_is_the_same(smoothing: float, dtype: torch.d
     logits = (30 * torch.randn(50, V, generator=generator)).to(dtype)
     labels = torch.randint(0, V, (50,), generator=generator)
     labels[::7] = IGNORE_INDEX
-    algebra = loss_module._loss_as_algebra(logits, labels, smoothing, wants_gradient)
-    in_place = loss_module._loss_of_chunk(logits.clone(), labels, smoothing, wants_gradient)
+    algebra = loss_module._chunk_loss_compilable(logits, labels, smoothing, wants_gradient)
+    in_place = loss_module._chunk_loss_in_place(logits.clone(), labels, smoothing, wants_gradient)
     torch.testing.assert_close(algebra, in_place, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
@@ -78,7 +78,7 @@ def test_a_gpu_compiles_it_also_within_a_compiled_model(monkeypatch: pytest.Monk
         return linear_cross_entropy(x * 2.0, weight, labels, 0.1)
 
     plain = torch.autograd.grad(linear_cross_entropy(hidden * 2.0, weight, labels, 0.1), (hidden, weight))
-    monkeypatch.setattr(loss_module, "fuses_by_compiler", lambda x: True)
+    monkeypatch.setattr(loss_module, "use_compiled_kernels", lambda x: True)
     before = counters["stats"]["unique_graphs"]
     total = model(hidden)
     fused = torch.autograd.grad(total, (hidden, weight))

@@ -38,7 +38,7 @@ def test_losses_and_gradients_are_those_of_the_plain_algebra(
     model = build_tiny(**settings).train()
     leanly = loss_and_gradients(model)
     for room in ("mlp", "transformer"):
-        monkeypatch.setattr(f"psannlm.models.{room}.is_lean", lambda x: False)
+        monkeypatch.setattr(f"psannlm.models.{room}.use_recompute", lambda x: False)
     plainly = loss_and_gradients(model)
     torch.testing.assert_close(leanly[0], plainly[0], rtol=1e-6, atol=1e-5)
     assert leanly[1].keys() == plainly[1].keys()
@@ -69,13 +69,13 @@ def test_less_is_kept_for_the_backward_pass(
 
     leanly = kept()
     for room in ("mlp", "transformer"):
-        monkeypatch.setattr(f"psannlm.models.{room}.is_lean", lambda x: False)
+        monkeypatch.setattr(f"psannlm.models.{room}.use_recompute", lambda x: False)
     assert leanly < 0.9 * kept()
 
 
 def test_compilers_inference_and_double_precision_take_the_plain_algebra() -> None:
     x = torch.ones(2, 3)
-    assert recompute.is_lean(x)
-    assert not recompute.is_lean(x.double())
+    assert recompute.use_recompute(x)
+    assert not recompute.use_recompute(x.double())
     with torch.no_grad():
-        assert not recompute.is_lean(x)
+        assert not recompute.use_recompute(x)

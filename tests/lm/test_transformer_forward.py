@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError
-from psannlm.models.attention import Attention, continue_layout, plan_layout
+from psannlm.models.attention import Attention, attention_context, cached_attention_context
 from psannlm.models.positions import alibi_bias, alibi_slopes
 from psannlm.models.transformer import Transformer
 
@@ -101,10 +101,10 @@ def test_alibi_bias_depends_on_distance_alone(shift: int) -> None:
 
 def test_alibi_layout_of_shifted_rows_is_the_same(build_tiny: Build) -> None:
     config = build_tiny(positional_encoding="alibi").config
-    started = plan_layout(config, 4, torch.device("cpu"))
+    started = attention_context(config, 4, torch.device("cpu"))
     assert started.rope is None
     assert started.mask is not None
-    moved = continue_layout(config, torch.tensor([0, 10]), torch.arange(14), 4, torch.float32)
+    moved = cached_attention_context(config, torch.tensor([0, 10]), torch.arange(14), 4, torch.float32)
     assert moved.rope is None
     assert moved.mask is not None
     # Row 0 stands at the beginning; row 1 ten tokens on: its own tokens see each other with the same biases.

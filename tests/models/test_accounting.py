@@ -12,7 +12,7 @@ from torch import Tensor
 
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.errors import ConfigError
-from psannlm.kernels.recompute import left_out
+from psannlm.kernels.recompute import recompute_disabled
 from psannlm.models import accounting
 from psannlm.models.accounting import (
     Place,
@@ -106,7 +106,7 @@ def test_activations_on_shapes_are_those_of_a_real_pass(
         # What a GPU keeps is what a CPU would without the passes that only it has, and with the norms of a GPU.
         with ExitStack() as stack:
             if device_type == "cuda":
-                stack.enter_context(left_out())
+                stack.enter_context(recompute_disabled())
                 stack.enter_context(norms_of_a_gpu())
             model.grad_checkpoint = False
             measured = measured_activations(model, n_rows, 32, dtype)

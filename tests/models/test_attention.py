@@ -1,4 +1,4 @@
-"""Attention against its formula in float64; the layout tells each pass the cheapest mask that is right."""
+"""Attention against its formula in float64; the context tells each pass the cheapest mask that is right."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from psannlm.config.model import ModelConfig, PositionKind
 from psannlm.errors import GenerationError
-from psannlm.models.attention import Attention, continue_layout, plan_layout
+from psannlm.models.attention import Attention, attention_context, cached_attention_context
 from psannlm.models.kv_cache import KVCache
-from psannlm.models.positions import alibi_slopes, rope_tables, rotate
+from psannlm.models.positions import alibi_slopes, apply_rotary_emb, rope_tables
 from psannlm.models.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def reference(attention: Attention, x: Tensor, position: str) -> Tensor:
     """softmax(q k / sqrt(K) + bias) v, head by head and query by query."""
     n_rows, n_tokens, _ = x.shape
     out = torch.zeros(n_rows, n_tokens, attention.n_heads, attention.head_dim, dtype=torch.float64)
-    per_group = attention.n_heads // attention.n_groups
+    per_group = attention.n_heads // attention.n_kv_heads
     for head in range(attention.n_heads):
         of_head = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
         group = head // per_group
@@ -37,7 +37,7 @@ def reference(attention: Attention, x: Tensor, position: str) -> Tensor:
             k = k / (k.square().mean(-1, keepdim=True) + 1e-6).sqrt() * attention.k_norm.weight
         if position == "rope":
             tables = rope_tables(torch.arange(n_tokens), attention.head_dim)
-            q, k = rotate(q, tables), rotate(k, tables)
+            q, k = apply_rotary_emb(q, tables), apply_rotary_emb(k, tables)
         for t in range(n_tokens):
             scores = (k[:, : t + 1] * q[:, t : t + 1]).sum(-1).double() / math.sqrt(attention.head_dim)
             if position == "alibi":
@@ -58,7 +58,7 @@ def test_is_softmax_attention_with_grouped_queries(position: str, n_kv_heads: in
         if norm is not None:
             norm.weight.copy_(torch.randn(4))
     x = torch.randn(2, 7, 16)
-    found = attention(x, plan_layout(config, 7, CPU))
+    found = attention(x, attention_context(config, 7, CPU))
     torch.testing.assert_close(found.double(), reference(attention, x, position), rtol=1e-4, atol=1e-5)
     assert attention.k_proj.weight.shape[0] == n_kv_heads * 4
     assert not any("bias" in name for name, _ in attention.named_parameters())
@@ -68,10 +68,10 @@ def test_is_softmax_attention_with_grouped_queries(position: str, n_kv_heads: in
 def test_what_starts_at_its_beginning_is_masked_by_the_kernel(position: str) -> None:
     config = ModelConfig(d_model=8, n_heads=2, n_layers=1, positional_encoding=position)
     for state in (None, KVCache.allocate(config, 3, 100, CPU, torch.float32)):
-        layout = plan_layout(config, 100, CPU, state)
-        assert layout.mask is None
-        assert layout.span == 0
-        assert layout.positions.tolist() == list(range(100))
+        context = attention_context(config, 100, CPU, state)
+        assert context.mask is None
+        assert context.kv_len == 0
+        assert context.positions.tolist() == list(range(100))
 
 
 @pytest.mark.parametrize("position", get_args(PositionKind))
@@ -79,15 +79,15 @@ def test_rows_that_go_on_see_their_own_past_and_no_other(position: str) -> None:
     config = ModelConfig(d_model=8, n_heads=2, n_layers=1, positional_encoding=position)
     state = KVCache.allocate(config, 2, 200, CPU, torch.float32)
     state.lengths, state.offsets = [1, 70], torch.tensor([1, 70])
-    layout = plan_layout(config, 2, CPU, state)
-    assert layout.positions.tolist() == [[1, 2], [70, 71]]
-    assert layout.span == 128  # whole blocks of 64, so that masks and kernels change seldom
-    assert layout.mask is not None
+    context = attention_context(config, 2, CPU, state)
+    assert context.positions.tolist() == [[1, 2], [70, 71]]
+    assert context.kv_len == 128  # whole blocks of 64, so that masks and kernels change seldom
+    assert context.mask is not None
     slots = torch.arange(128)
     for row, first in enumerate([1, 70]):
         for place in range(2):
-            for head in range(layout.mask.shape[1]):
-                scores = layout.mask[row, head, place]
+            for head in range(context.mask.shape[1]):
+                scores = context.mask[row, head, place]
                 assert torch.equal(scores.isneginf(), slots > first + place)
                 slope = float(alibi_slopes(2)[head]) if position == "alibi" else 0.0
                 seen = slots[: first + place + 1]
@@ -98,9 +98,9 @@ def test_no_more_slots_are_read_than_there_are() -> None:
     config = ModelConfig(d_model=8, n_heads=2, n_layers=1)
     state = KVCache.allocate(config, 1, 20, CPU, torch.float32)
     state.lengths, state.offsets = [10], torch.tensor([10])
-    assert plan_layout(config, 10, CPU, state).span == 20
+    assert attention_context(config, 10, CPU, state).kv_len == 20
     with pytest.raises(GenerationError, match=r"row 0: 10 \+ 11 tokens exceed the cache of 20"):
-        plan_layout(config, 11, CPU, state)
+        attention_context(config, 11, CPU, state)
 
 
 @pytest.mark.parametrize("position", get_args(PositionKind))
@@ -113,10 +113,10 @@ def test_the_sums_that_are_compiled_are_what_the_kernel_works_out(
     config = ModelConfig(d_model=24, n_heads=4, n_kv_heads=n_kv_heads, positional_encoding=position)
     attention = Attention(config)
     generator = torch.Generator().manual_seed(0)
-    layout = continue_layout(config, torch.tensor([0, 5, 61]), torch.arange(64), 3, torch.float32)
+    context = cached_attention_context(config, torch.tensor([0, 5, 61]), torch.arange(64), 3, torch.float32)
     q = torch.randn(3, 4, 3, 6, generator=generator).to(dtype)
     k, v = (torch.randn(3, n_kv_heads, 64, 6, generator=generator).to(dtype) for _ in range(2))
-    by_kernel, by_sums = attention._mix(q, k, v, layout), attention._mix_in_sums(q, k, v, layout)
+    by_kernel, by_sums = attention._attend(q, k, v, context), attention._attend_reduction(q, k, v, context)
     assert by_sums.dtype == by_kernel.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(by_sums.float(), by_kernel.float(), rtol=0, atol=tolerance)

@@ -175,9 +175,11 @@ def test_tokens_that_were_offered_and_not_kept_leave_no_trace(
         for mine, its_own in zip(state.layers, alone.layers, strict=True):
             for conv_state, wanted in zip(conv_states(mine), conv_states(its_own), strict=True):
                 torch.testing.assert_close(conv_state[row], wanted[0], rtol=0, atol=TOLERANCE)
-            span = n_seen + n
-            torch.testing.assert_close(mine.keys[row, :, :span], its_own.keys[0, :, :span], rtol=0, atol=TOLERANCE)
-            torch.testing.assert_close(mine.values[row, :, :span], its_own.values[0, :, :span], rtol=0, atol=TOLERANCE)
+            kv_len = n_seen + n
+            torch.testing.assert_close(mine.keys[row, :, :kv_len], its_own.keys[0, :, :kv_len], rtol=0, atol=TOLERANCE)
+            torch.testing.assert_close(
+                mine.values[row, :, :kv_len], its_own.values[0, :, :kv_len], rtol=0, atol=TOLERANCE
+            )
         wanted = logits_of(model, following[row : row + 1], alone)[0]
         torch.testing.assert_close(going_on[row], wanted, rtol=0, atol=TOLERANCE)
 

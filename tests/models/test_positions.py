@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from psannlm.models.positions import alibi_bias, alibi_slopes, rope_tables, rotate, sinusoids
+from psannlm.models.positions import alibi_bias, alibi_slopes, apply_rotary_emb, rope_tables, sinusoids
 
 
 def rotated(vector: torch.Tensor, position: int) -> torch.Tensor:
-    return rotate(vector.view(1, 1, 1, -1), rope_tables(torch.tensor([position]), vector.numel())).flatten()
+    return apply_rotary_emb(vector.view(1, 1, 1, -1), rope_tables(torch.tensor([position]), vector.numel())).flatten()
 
 
 @pytest.mark.parametrize("head_dim", [2, 6, 16])
@@ -38,13 +38,16 @@ def test_rope_by_row_equals_rope_of_that_row() -> None:
     x = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([[0, 1, 2, 3], [9, 10, 11, 12]])
     cos, sin = rope_tables(positions, 8)
-    together = rotate(x, (cos.unsqueeze(1), sin.unsqueeze(1)))
+    together = apply_rotary_emb(x, (cos.unsqueeze(1), sin.unsqueeze(1)))
     for row in range(2):
-        assert torch.equal(together[row : row + 1], rotate(x[row : row + 1], rope_tables(positions[row], 8)))
+        assert torch.equal(together[row : row + 1], apply_rotary_emb(x[row : row + 1], rope_tables(positions[row], 8)))
 
 
 def test_rope_keeps_the_dtype() -> None:
-    assert rotate(torch.ones(1, 1, 2, 4, dtype=torch.bfloat16), rope_tables(torch.arange(2), 4)).dtype == torch.bfloat16
+    assert (
+        apply_rotary_emb(torch.ones(1, 1, 2, 4, dtype=torch.bfloat16), rope_tables(torch.arange(2), 4)).dtype
+        == torch.bfloat16
+    )
 
 
 def test_alibi_slopes_worked_by_hand() -> None:

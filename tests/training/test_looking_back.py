@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from psannlm.config.run import RunConfig
 from psannlm.errors import Interrupted, TrainingError
 from psannlm.kernels.onednn import prefers_onednn
-from psannlm.kernels.recompute import left_out
+from psannlm.kernels.recompute import recompute_disabled
 from psannlm.models.tensorfile import read_tensors
 from psannlm.runtime.device import Precision, Unread
 from psannlm.training import loop
@@ -150,7 +150,7 @@ def test_a_step_waits_for_nothing_unless_it_is_logged_validated_or_saved(
         if step in DUE:
             expected.append(("read", step))
     prefers_onednn()  # asks a product of a CPU once in a process
-    with left_out():  # as on a GPU, which has no use for the passes made for CPUs
+    with recompute_disabled():  # as on a GPU, which has no use for the passes made for CPUs
         assert events_of(config, monkeypatch) == expected
 
 

@@ -12,7 +12,7 @@ from psannlm.gpu_suite.checks import memory as memory_module
 from psannlm.gpu_suite.checks.memory import Peak, check_memory, memory_measures
 from psannlm.gpu_suite.context import CheckContext, Shape
 from psannlm.kernels import cross_entropy
-from psannlm.kernels.recompute import left_out
+from psannlm.kernels.recompute import recompute_disabled
 
 PREDICTED = {False: 1000, True: 400}
 
@@ -64,7 +64,7 @@ def test_the_prediction_for_a_gpu_is_that_of_its_own_passes(
     monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1 << 18)
     config = shape.config(base)
     small = replace(context, sizes=replace(context.sizes, memory=shape))
-    with left_out(), norms_of_a_gpu():
+    with recompute_disabled(), norms_of_a_gpu():
         peak = memory_module._peak_on_cpu(small, config, torch.bfloat16, grad_checkpoint)
     predicted = memory_module.training_memory(
         config, 24, 128, dtype=torch.bfloat16, grad_checkpoint=grad_checkpoint, device_type="cuda"
