@@ -49,7 +49,7 @@ def evaluate(
     from psannlm.config.run import section_from_kwargs
     from psannlm.config.train import TrainConfig
     from psannlm.evaluation.loss import evaluate_sources
-    from psannlm.generation.quantize import pack_model
+    from psannlm.generation.quantize import prepare_for_inference
     from psannlm.io.atomic import write_text
     from psannlm.io.run_metadata import new_folder, require_folder, system_info, write_json
     from psannlm.models.artifact import load_model
@@ -68,7 +68,7 @@ def evaluate(
             raise typer.BadParameter(
                 f"{dtype} weights have their own arithmetic; leave out --amp", param_hint="--dtype"
             )
-        loaded = replace(loaded, model=pack_model(loaded.model, dtype))
+        loaded = replace(loaded, model=prepare_for_inference(loaded.model, dtype))
     began = time.monotonic()
 
     def standing(done: int, total: int) -> str:

@@ -121,7 +121,14 @@ def generate(
         )
     if as_json:
         rows = [
-            {"prompt": text, "completion": done.text, "tokens": len(done.ids), "stopped_by": done.stopped_by}
+            {
+                "prompt": text,
+                "completion": done.text,
+                "tokens": len(done.ids),
+                "finish_reason": done.finish_reason,
+                # Deprecated, with the value it had before `finish_reason`.
+                "stopped_by": "end_of_text" if done.finish_reason == "stop" else done.finish_reason,
+            }
             for text, done in zip(prompts, completions, strict=True)
         ]
         print_json({"checkpoint": str(path), "completions": rows})
@@ -130,7 +137,7 @@ def generate(
     else:
         for number, (text, done) in enumerate(zip(prompts, completions, strict=True), start=1):
             _write(f"--- {number} of {len(prompts)}\n{text}{done.text}\n")
-    if n_full := sum(done.stopped_by == "context" for done in completions):
+    if n_full := sum(done.finish_reason == "context" for done in completions):
         which = "" if len(prompts) == 1 else f" for {n_full} of {len(prompts)} prompts"
         _say(f"stopped early{which}: the model's context of {loaded.model.config.max_seq_len} tokens is full")
 

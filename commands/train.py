@@ -100,7 +100,7 @@ def train(
             raise AlreadyTold("a rank has said why", code)
         return
 
-    from psannlm.generation.samples import draw_samples
+    from psannlm.generation.generate import draw_samples
     from psannlm.runtime.distributed import launched_world
     from psannlm.runtime.malloc import keep_freed_memory
     from psannlm.training.progress import ConsoleReporter

@@ -25,9 +25,8 @@ from psannlm.data.stream import Stream
 from psannlm.errors import CorpusError, GenerationError, Interrupted
 from psannlm.generation.batch_decode import ContextRule
 from psannlm.generation.engine import Engine
-from psannlm.generation.generate import Completion, choose_compiling, generate
+from psannlm.generation.generate import Completion, choose_compiling, draw_samples, generate
 from psannlm.generation.quantize import WeightDtype
-from psannlm.generation.samples import draw_samples
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.artifact import load_model, model_file, save_model
@@ -451,7 +450,7 @@ class psannLM:
             context=context,
             on_text=on_text,
         )
-        full = [row for row, done in enumerate(completions) if done.stopped_by == "context"]
+        full = [row for row, done in enumerate(completions) if done.finish_reason == "context"]
         if full:
             row, which = full[0], f" {full[0] + 1}" if len(completions) > 1 else ""
             others = f" (and {len(full) - 1} more)" if len(full) > 1 else ""

@@ -1,6 +1,6 @@
-"""Prompts as ids in; their continuations out, token by token, while finished rows leave the batch.
+"""Batched decoding loop: sampling, prompt-lookup speculation, stopping rules and sliding contexts.
 
-Letters: B rows still alive, T tokens of a pass, V vocabulary.
+Finished rows leave the batch; B is the number of rows that remain. Other letters as in ``psannlm.models``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import gpu_memory_bytes
 
-StopReason = Literal["end_of_text", "length", "context"]
+FinishReason = Literal["stop", "length", "context"]
 ContextRule = Literal["stop", "slide"]
 
 # Random numbers drawn at a time for each row.
@@ -31,42 +31,42 @@ _DRAWN_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One decoded token of one row, as it comes."""
+    """One decoded token of one row, in the order of decoding."""
 
     row: int
     token: int
 
 
 def context_limit(model: Transformer) -> int | None:
-    """Return the most tokens a sequence may have: the trained length, or None with alibi, which goes past it."""
+    """Return the most tokens a sequence may have: the trained length, or None with alibi, which has no limit."""
     return None if model.config.positional_encoding == "alibi" else model.config.max_seq_len
 
 
-class Decoding:
-    """The state of one batch of prompts being continued; iterate it for tokens, then read ``generated``.
+class BatchDecoder:
+    """Decoder of one batch of prompts: iterate it for tokens, then read ``generated``.
 
     Args:
         engine: the model.
         prompts: ids of each row.
-        max_new_tokens: of each row, at most.
+        max_new_tokens: most new tokens of each row.
         sampling: how a token is chosen.
-        eos_id: the token that ends a row, left out of its text; None: no token does.
-        forbidden_ids: tokens that are never taken.
-        speculate: tokens per pass to guess from what the row holds already and let the model check, at most; 0: none.
-            A row's tokens are the same either way: what is chosen at a place depends on the tokens before it and on the
-            random number of that place, and a guess only decides how many places one pass settles.
-        context: what happens when a row has no room for another token in the model's context. ``stop``: it ends there,
-            and a prompt without room is refused. ``slide``: its oldest tokens are dropped until the context is half
-            full, and it goes on as if the rest had been its prompt, but for a repetition penalty, which remembers all.
+        eos_id: the token that ends a row, not part of its text; None: no token does.
+        forbidden_ids: tokens that are never chosen.
+        speculate: most draft tokens per pass, looked up in the row itself and verified by the model; 0: none. A row's
+            tokens are the same either way: the choice at a position depends on the tokens before it and on the random
+            number of that position, and a draft only decides how many positions one pass settles.
+        context: what happens when a row fills the model's context. ``stop``: the row ends, and a prompt that leaves no
+            space for a new token is refused. ``slide``: its oldest tokens are dropped until the context is half full,
+            and it continues as if the rest were its prompt; a repetition penalty still counts the dropped tokens.
 
     Attributes:
         generated: the new ids of each row.
-        stopped_by: why each row ended.
-        n_passes, n_drafted, n_accepted: decoding passes, guessed tokens, and those of them that were right.
+        finish_reasons: of each row: ``stop`` (end of text), ``length`` (``max_new_tokens``) or ``context`` (full).
+        n_passes, n_drafted, n_accepted: decoding passes, draft tokens, and accepted draft tokens.
 
     Raises:
-        GenerationError: there is no prompt, a prompt is empty or has an id outside the vocabulary, or it leaves no room
-            in the model's context; or a setting is refused.
+        GenerationError: there is no prompt, a prompt is empty, has an id outside the vocabulary or fills the model's
+            context; or a setting is refused.
     """
 
     def __init__(
@@ -84,9 +84,11 @@ class Decoding:
         require_number("max_new_tokens", max_new_tokens, is_whole=True)
         require_number("speculate", speculate, is_whole=True)
         if max_new_tokens < 1:
-            raise GenerationError(f"max_new_tokens {max_new_tokens} asks for nothing; use 1 or more")
+            raise GenerationError(f"max_new_tokens {max_new_tokens} is less than 1; give 1 or more")
         if not 0 <= speculate < MAX_DECODE_TOKENS:
-            raise GenerationError(f"speculate {speculate} is not in 0 .. {MAX_DECODE_TOKENS - 1}; 0 guesses nothing")
+            raise GenerationError(
+                f"speculate {speculate} is not in 0 .. {MAX_DECODE_TOKENS - 1}; 0 turns speculation off"
+            )
         if context not in get_args(ContextRule):
             known = get_args(ContextRule)
             message = f"context {context!r:.40} is not one of {', '.join(known)}{nearest(str(context), known)}"
@@ -104,13 +106,13 @@ class Decoding:
         self.speculate = int(speculate)
         self.forbidden = torch.tensor(list(forbidden_ids), dtype=torch.long, device=engine.device)
         self.max_new_tokens = int(max_new_tokens)
-        self.room = [
+        self.max_new = [
             self.max_new_tokens if self.limit is None or self.slides else min(max_new_tokens, self.limit - len(prompt))
             for prompt in self.prompts
         ]
         self._refuse_oversize()
         self.generated: list[list[int]] = [[] for _ in self.prompts]
-        self.stopped_by: list[StopReason] = ["length"] * len(self.prompts)
+        self.finish_reasons: list[FinishReason] = ["length"] * len(self.prompts)
         self.n_passes = self.n_drafted = self.n_accepted = 0
         self._texts = [PromptLookup(prompt) for prompt in self.prompts] if self.speculate else []
         seeds = [_fresh_seed() if sampling.seed is None else int(sampling.seed) for _ in self.prompts]
@@ -121,7 +123,7 @@ class Decoding:
         """Raise GenerationError where the cache, the logits or the pass over the prompts cannot fit into memory."""
         config, n_rows = self.engine.model.config, len(self.prompts)
         longest = max(map(len, self.prompts))
-        n_tokens = max(len(prompt) + room for prompt, room in zip(self.prompts, self.room, strict=True))
+        n_tokens = max(len(prompt) + new for prompt, new in zip(self.prompts, self.max_new, strict=True))
         if self.slides and self.limit is not None:
             n_tokens = min(n_tokens, self.limit)
         cache = cache_bytes(config, n_rows, n_tokens, self.engine.cache_dtype.itemsize)
@@ -133,7 +135,7 @@ class Decoding:
             noun = "prompt" if n_rows == 1 else "prompts"
             has = f"the GPU has {memory / 1e9:,.1f} GB" if is_gpu else describe_memory()
             raise GenerationError(
-                f"{n_rows:,} {noun} of up to {longest:,} tokens, {n_tokens:,} with what follows, need "
+                f"{n_rows:,} {noun} of up to {longest:,} tokens, {n_tokens:,} with the new ones, need "
                 f"{needed / 1e9:,.1f} GB, and {has}; lower max_new_tokens, or give fewer or shorter prompts at a time"
             )
 
@@ -142,87 +144,87 @@ class Decoding:
 
     @torch.inference_mode()
     def prefill(self) -> tuple[Tensor, KVCache, Tensor | None]:
-        """Run every prompt at once; return the logits (B, V) after each, the cache, and the tokens seen (B, V)."""
-        logits, state = self.engine.prefill(self.prompts, max(self.room))
+        """Run all prompts in one pass; return the next logits (B, V), the cache, and which tokens occurred (B, V)."""
+        logits, cache = self.engine.prefill(self.prompts, max(self.max_new))
         if self.sampling.repetition_penalty is None:
-            return logits, state, None
+            return logits, cache, None
         seen = torch.zeros(len(self.prompts), self.engine.model.config.vocab_size or 0, dtype=torch.bool)
         for row, prompt in enumerate(self.prompts):
             seen[row, prompt] = True
-        return logits, state, seen.to(self.engine.device)
+        return logits, cache, seen.to(self.engine.device)
 
     @torch.inference_mode()
-    def decode(self, logits: Tensor, state: KVCache, seen: Tensor | None) -> Iterator[TokenEvent]:
-        """Yield the tokens that follow what :meth:`prefill` returned, and keep them in ``generated``."""
+    def decode(self, logits: Tensor, cache: KVCache, seen: Tensor | None) -> Iterator[TokenEvent]:
+        """Yield the tokens that follow the result of :meth:`prefill`, and append them to ``generated``."""
         rows = list(range(len(self.prompts)))
         drafts: list[list[int]] = [[] for _ in rows]
-        offered = logits.unsqueeze(1)
+        verified = logits.unsqueeze(1)
         while True:
-            chosen = self._choose(offered, rows, seen, drafts)
+            chosen = self._choose(verified, rows, seen, drafts)
             alive, kept, last = [], [], []
-            for place, row in enumerate(rows):
-                # A row that has ended stays in its place while a compiled step needs the batch's size.
-                tokens = _agreed(chosen[place], drafts[place]) if self._is_going_on(row) else []
+            for slot, row in enumerate(rows):
+                # A finished row keeps its slot while compiled steps need the batch size they were compiled for.
+                tokens = _accepted_tokens(chosen[slot], drafts[slot]) if self._is_unfinished(row) else []
                 for token in tokens:
                     if token == self.eos_id:
-                        self.stopped_by[row] = "end_of_text"
-                        self.room[row] = len(self.generated[row])
+                        self.finish_reasons[row] = "stop"
+                        self.max_new[row] = len(self.generated[row])
                         break
                     self.generated[row].append(token)
                     yield TokenEvent(row, token)
-                    if not self._is_going_on(row):
-                        if self.room[row] < self.max_new_tokens:
-                            self.stopped_by[row] = "context"
+                    if not self._is_unfinished(row):
+                        if self.max_new[row] < self.max_new_tokens:
+                            self.finish_reasons[row] = "context"
                         break
-                self.n_drafted += len(drafts[place])
+                self.n_drafted += len(drafts[slot])
                 self.n_accepted += max(0, len(tokens) - 1)
                 kept.append(len(tokens))
                 last.append(tokens[-1] if tokens else 0)
-                if tokens and self._is_going_on(row):
-                    alive.append(place)
+                if tokens and self._is_unfinished(row):
+                    alive.append(slot)
                     if self.speculate:
                         self._texts[row].extend(tokens)
                 if seen is not None and tokens:
-                    seen[place, tokens] = True
-            if state.n_uncommitted:
-                state.commit(kept)
+                    seen[slot, tokens] = True
+            if cache.n_uncommitted:
+                cache.commit(kept)
             if not alive:
                 return
             if len(alive) < len(rows) and not self.engine.compiles:
-                rows = [rows[place] for place in alive]
-                last = [last[place] for place in alive]
-                state = state.select(alive)
+                rows = [rows[slot] for slot in alive]
+                last = [last[slot] for slot in alive]
+                cache = cache.select(alive)
                 seen = None if seen is None else seen[alive]
             if self.slides:
-                self._slide(rows, state)
-            drafts = [self._draft(row, length) for row, length in zip(rows, state.lengths, strict=True)]
+                self._slide(rows, cache)
+            drafts = [self._draft(row, length) for row, length in zip(rows, cache.lengths, strict=True)]
             n_tokens = 1 + (self.speculate if any(drafts) else 0)
             ids = [
                 [token, *draft, *[0] * (n_tokens - 1 - len(draft))] for token, draft in zip(last, drafts, strict=True)
             ]
-            offered = self.engine.verify(torch.tensor(ids, device=self.engine.device), state)
+            verified = self.engine.forward_tokens(torch.tensor(ids, device=self.engine.device), cache)
             self.n_passes += 1
 
     def _choose(
         self, logits: Tensor, rows: Sequence[int], seen: Tensor | None, drafts: Sequence[Sequence[int]]
     ) -> list[list[int]]:
-        """Choose the token after each of the T places of each row of ``logits`` (B, T, V)."""
+        """Return the token chosen after each of the T positions of each row of ``logits`` (B, T, V)."""
         n_rows, n_tokens, _ = logits.shape
         uniforms = None
         if self.sampling.temperature > 0.0:
             uniforms = self._uniforms_of(rows, n_tokens).flatten().to(logits.device)
         if seen is not None:
             seen = seen[:, None].repeat(1, n_tokens, 1)
-            for place, draft in enumerate(drafts):
+            for slot, draft in enumerate(drafts):
                 for at, token in enumerate(draft, start=1):
-                    seen[place, at:, token] = True
+                    seen[slot, at:, token] = True
             seen = seen.flatten(0, 1)
         tokens = next_tokens(logits.flatten(0, 1), self.sampling, uniforms, seen, self.forbidden)
         chosen: list[list[int]] = tokens.view(n_rows, n_tokens).tolist()
         return chosen
 
     def _uniforms_of(self, rows: Sequence[int], n_tokens: int) -> Tensor:
-        """Return the random numbers (B, T) of the next places of each row; each place of a row has its own."""
+        """Return the random numbers (B, T) of the next positions of each row; every position has its own."""
         needed = max(len(self.generated[row]) for row in rows) + n_tokens
         while self._uniforms.shape[1] < needed:
             drawn = [torch.rand(_DRAWN_AT_ONCE, generator=generator) for generator in self._generators]
@@ -231,60 +233,60 @@ class Decoding:
         return self._uniforms[torch.tensor(list(rows))[:, None], first + torch.arange(n_tokens)]
 
     def _draft(self, row: int, length: int) -> list[int]:
-        """Guess at what follows the last token of a row of ``length`` tokens, leaving room for one token after it."""
-        if not self.speculate or not self._is_going_on(row):
+        """Return draft tokens for a row of ``length`` tokens, so few that one more token still fits."""
+        if not self.speculate or not self._is_unfinished(row):
             return []
-        left = self.room[row] - len(self.generated[row]) - 1
+        left = self.max_new[row] - len(self.generated[row]) - 1
         if self.limit is not None:
             left = min(left, self.limit - length - 1)
         return self._texts[row].draft(min(self.speculate, left)) if left > 0 else []
 
     def _cut(self, ids: list[int]) -> list[int]:
-        """The end of ``ids`` that stays when they fill the context of a row that slides."""
+        """Return the end of ``ids`` that a sliding row keeps when they exceed the context; else all of them."""
         if not self.slides or self.limit is None or len(ids) <= self.limit:
             return ids
         return ids[-(self.limit // 2) :]
 
-    def _slide(self, rows: Sequence[int], state: KVCache) -> None:
-        """Let rows whose context is full remember the end of their text only; its last token is still to be offered."""
+    def _slide(self, rows: Sequence[int], cache: KVCache) -> None:
+        """Refill the cache of rows whose context is full with the end of their text, except its last token."""
         full = [
-            place for place, row in enumerate(rows) if self._is_going_on(row) and self._is_full(state.lengths[place])
+            slot for slot, row in enumerate(rows) if self._is_unfinished(row) and self._is_full(cache.lengths[slot])
         ]
         if full:
-            ends = [self._cut([*self.prompts[rows[place]], *self.generated[rows[place]]]) for place in full]
+            ends = [self._cut([*self.prompts[rows[slot]], *self.generated[rows[slot]]]) for slot in full]
             _, fresh = self.engine.prefill([end[:-1] for end in ends], 1)
-            state.copy_rows_(full, fresh)
+            cache.copy_rows_(full, fresh)
 
     def _is_full(self, length: int) -> bool:
         return self.limit is not None and length >= self.limit
 
-    def _is_going_on(self, row: int) -> bool:
-        return len(self.generated[row]) < self.room[row]
+    def _is_unfinished(self, row: int) -> bool:
+        return len(self.generated[row]) < self.max_new[row]
 
 
 def _fresh_seed() -> int:
-    """Draw a seed from torch's default generator, so that ``torch.manual_seed`` makes what follows repeatable."""
+    """Return a seed from torch's default generator, so that ``torch.manual_seed`` makes sampling repeatable."""
     return int(torch.randint(2**63 - 1, ()))
 
 
-def _agreed(chosen: Sequence[int], draft: Sequence[int]) -> list[int]:
-    """Return the chosen tokens up to the first that a draft did not foresee, that one included."""
-    agreed = 0
-    while agreed < len(draft) and draft[agreed] == chosen[agreed]:
-        agreed += 1
-    return list(chosen[: agreed + 1])
+def _accepted_tokens(chosen: Sequence[int], draft: Sequence[int]) -> list[int]:
+    """Return the chosen tokens up to and including the first that differs from the draft."""
+    n_accepted = 0
+    while n_accepted < len(draft) and draft[n_accepted] == chosen[n_accepted]:
+        n_accepted += 1
+    return list(chosen[: n_accepted + 1])
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, limit: int | None) -> None:
     if not prompts:
-        raise GenerationError("there is no prompt to continue")
+        raise GenerationError("there is no prompt; give one or more")
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise GenerationError(f"prompt {row} holds no token")
+            raise GenerationError(f"prompt {row} has no tokens")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise GenerationError(f"prompt {row} has an id outside the vocabulary of {vocab_size}")
         if limit is not None and len(prompt) >= limit:
             raise GenerationError(
-                f"prompt {row} has {len(prompt)} tokens, and the model's context is {limit} with room for an answer; "
+                f"prompt {row} has {len(prompt)} tokens, and the model's context is {limit}, new tokens included; "
                 "shorten the prompt, let the context slide, or train with a larger data.max_length"
             )

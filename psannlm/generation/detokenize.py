@@ -1,4 +1,4 @@
-"""Tokens of one row enter one at a time; the text that no later token can change leaves."""
+"""Incremental detokenization: the text of a growing list of tokens, in parts that later tokens cannot change."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from psannlm.tokenizers.base import Tokenizer
 
-# Half a character decodes to a replacement mark until its other bytes come, and the private-use character with which
-# the SentencePiece backend escapes its own mark for a space stands for itself or for that mark, as the next piece says.
+# A part of a character decodes to the replacement character until its other bytes follow. The private-use character
+# is SentencePiece's escape of its space mark; the next token decides whether it is the escape or a literal one.
 _MAY_CHANGE = "\ufffd\uf8f0"
 
 
-class TextStream:
-    """The text of a growing list of tokens, told in parts that join to it; each token costs the same.
+class IncrementalDetokenizer:
+    """Decoder of one row's tokens, in constant time per token; the returned parts join to the whole text.
 
-    Only the tokens since the last whole character are decoded again, after those that it ended with: many tokenizers
-    drop the space before the first token of all, so a token alone would lose the space before its word.
+    Only the tokens since the last complete character are decoded, after a context of the tokens before them: many
+    tokenizers drop a space before the first token, so that a token decoded alone would lose the space before its word.
 
     Args:
         tokenizer: of the ids.
@@ -26,25 +26,25 @@ class TextStream:
         self._tokenizer = tokenizer
         self._ids: list[int] = list(prompt_ids)
         self._n_context = len(self._ids)
-        self._n_told = len(tokenizer.decode(self._ids))
+        self._n_returned = len(tokenizer.decode(self._ids))
         self.length = 0
-        """Characters told so far."""
+        """Characters returned so far."""
 
     def add(self, token: int) -> str:
-        """Return the text that has become certain with ``token``, often none."""
+        """Append ``token`` and return the text that has become certain with it, often none."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         certain = text.rstrip(_MAY_CHANGE)
-        new = certain[self._n_told :]
-        self._n_told += len(new)
+        new = certain[self._n_returned :]
+        self._n_returned += len(new)
         self.length += len(new)
         if new and certain == text:
-            # A context that decodes to nothing would have its space dropped together with that of the next token.
+            # With a context that decodes to nothing, the space before the next token would be dropped too.
             newest = self._ids[self._n_context :]
             if self._tokenizer.decode(newest):
                 self._ids = newest
-            elif self._n_told > len(new):
+            elif self._n_returned > len(new):
                 self._ids = self._ids[: self._n_context]
             self._n_context = len(self._ids)
-            self._n_told = len(self._tokenizer.decode(self._ids))
+            self._n_returned = len(self._tokenizer.decode(self._ids))
         return new

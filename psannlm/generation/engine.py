@@ -1,6 +1,6 @@
-"""A model and a precision in; prefill and decode over a cache that the caller holds, plain or compiled, out.
+"""Inference engine: prefill, decode and verify passes over a KV cache that the caller holds, compiled or not.
 
-Letters: B rows, T new tokens of a row, V vocabulary.
+Letters as in ``psannlm.models``.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from psannlm.errors import GenerationError
-from psannlm.generation.quantize import WeightDtype, pack_model, weight_bytes
+from psannlm.generation.quantize import WeightDtype, prepare_for_inference, weight_bytes
 from psannlm.kernels.compile import compiled
 from psannlm.models.attention import PREFILL_QUERIES, cached_attention_context
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache, LayerCache, update_conv_states, whole_blocks
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import compiler_fault, computes_in_bf16, require_compiler
 
-# Tokens to come that a new state has room for at most; it grows when there are more.
-_FIRST_ROOM = 256
+# New tokens that a new cache has slots for, at most; it grows when a row gets longer.
+_FIRST_NEW_TOKENS = 256
 
 _numbers = count()
 _Tensors = Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
@@ -31,25 +31,25 @@ _Step = Callable[[Tensor, Tensor, Tensor, _Tensors], tuple[Tensor, _ConvInputs]]
 
 
 class Engine:
-    """A model packed for inference, with the three passes that text is made of.
+    """A model prepared for inference, with its passes: prefill, one token per row, several tokens per row.
 
     Args:
-        model: is left as it is; the engine keeps a packed twin on the same device. Matrices are those of now; norms and
-            short convolutions are shared, so that a model that learns on needs a new engine.
-        dtype: of the weights: ``float32``, ``bfloat16``, or ``int8`` (weights only, a scale per output).
-        compile: put the decoding step through torch.compile: it takes up to a minute at the first step of each batch
-            size and capacity of the cache (a fraction of it the next time, from the compiler's own cache on disk), and
-            makes the steps after it several times faster. ``auto`` does so where the compiler works.
+        model: not changed; the engine keeps a prepared copy on the same device. Matrices are copied; norms and short
+            convolutions are shared, so that a model that is trained further needs a new engine.
+        dtype: of the weights: ``float32``, ``bfloat16``, or ``int8`` (weights only, one scale per output).
+        compile: compile the decoding step with torch.compile. The first step of each batch size and cache capacity
+            takes up to a minute (less from the compiler's cache on disk), later steps are several times faster.
+            ``auto`` compiles where the compiler works.
 
     Attributes:
-        model: the packed twin.
+        model: the prepared copy.
         cache_dtype: of keys, values and convolution states: float32 for float32 weights, else bfloat16.
-        weight_bytes: of the matrices that each decoding step reads once.
-        compiles: whether steps are compiled: asked for, and there is a compiler.
-        notices: what was asked for and is had in another way, in words.
+        weight_bytes: bytes of the matrices, each of which a decoding step reads once.
+        compiles: whether steps are compiled.
+        notices: messages about settings that have no or another effect on this machine.
 
     Raises:
-        GenerationError: ``dtype`` is not known.
+        GenerationError: unknown ``dtype``.
         DeviceError: ``compile`` is true, and the compiler is missing or broken.
     """
 
@@ -65,7 +65,7 @@ class Engine:
         if missing is not None:
             self.notices.append(f"decoding is not compiled, which would be faster: it needs {missing}")
         self.dtype = dtype
-        self.model = pack_model(model, dtype, is_compiled=self.compiles)
+        self.model = prepare_for_inference(model, dtype, is_compiled=self.compiles)
         if dtype != "float32" and not computes_in_bf16(self.device):
             self.notices.append(
                 f"this {self.device.type} has no bf16 hardware: {dtype} weights are widened to float32 for each product"
@@ -77,46 +77,46 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, KVCache]:
-        """Run every prompt at once; return the logits (B, V), float32, after each, and the state to decode from.
+        """Run all prompts in one pass; return the next logits (B, V), float32, and the cache to decode from.
 
         Args:
             prompts: ids of each row, at least one.
-            max_new_tokens: a hint at how much the state will have to hold; it grows beyond.
+            max_new_tokens: expected number of new tokens, for the first capacity of the cache; it can grow.
         """
         lengths = [len(prompt) for prompt in prompts]
-        # Whole blocks of queries, which is more than a decoding pass ever has: a row must meet the same products and
-        # the same sums whatever the length of its company.
+        # Padded to whole blocks of queries, more than any decoding pass has: a row gets the same products and sums
+        # whatever the lengths of the other rows.
         padded = -(-max(lengths) // PREFILL_QUERIES) * PREFILL_QUERIES
         capacity = self._capacity(max(lengths), padded, max_new_tokens)
-        state = KVCache.allocate(self.model.config, len(prompts), capacity, self.device, self.cache_dtype)
+        cache = KVCache.allocate(self.model.config, len(prompts), capacity, self.device, self.cache_dtype)
         input_ids = torch.zeros(len(prompts), padded, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             input_ids[row, : len(prompt)] = torch.tensor(prompt)
-        hidden = self.model.hidden_states(input_ids.to(self.device), state, lengths)
+        hidden = self.model.hidden_states(input_ids.to(self.device), cache, lengths)
         last = torch.tensor([length - 1 for length in lengths], device=self.device)
         at_last = hidden[torch.arange(len(prompts), device=self.device), last]
         # As (B, 1, D): one token per row, as in decoding.
-        return self.model.logits(at_last.unsqueeze(1))[:, 0].float(), state
+        return self.model.logits(at_last.unsqueeze(1))[:, 0].float(), cache
 
     def _capacity(self, length: int, padded: int, max_new_tokens: int) -> int:
-        """Slots of a new state. A compiled step is made for one number of them: a power of two that need not grow."""
+        """Return the slots of a new cache. A compiled step is for one number of slots: a power of two that suffices."""
         if not self.compiles:
-            return whole_blocks(max(length + min(max_new_tokens, _FIRST_ROOM), padded))
-        needed = max(length + max_new_tokens + MAX_DECODE_TOKENS, padded, _FIRST_ROOM)
+            return whole_blocks(max(length + min(max_new_tokens, _FIRST_NEW_TOKENS), padded))
+        needed = max(length + max_new_tokens + MAX_DECODE_TOKENS, padded, _FIRST_NEW_TOKENS)
         return 1 << (needed - 1).bit_length()
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor, state: KVCache) -> Tensor:
-        """Return the logits (B, V), float32, after one more token (B,) int64 of each row; ``state`` counts it."""
-        logits = self.verify(tokens[:, None], state)[:, 0]
-        state.commit()
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Return the logits (B, V), float32, after one more token (B,) int64 of each row, and commit the token."""
+        logits = self.forward_tokens(tokens[:, None], cache)[:, 0]
+        cache.commit()
         return logits
 
     @torch.inference_mode()
-    def verify(self, tokens: Tensor, state: KVCache) -> Tensor:
-        """Return the logits (B, T, V), float32, after each of T more tokens (B, T) int64; none is counted yet.
+    def forward_tokens(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Return the logits (B, T, V), float32, after each of T more tokens (B, T) int64, and commit none of them.
 
-        ``state.commit`` says how many of them each row keeps.
+        ``cache.commit`` then keeps some or all of each row's.
 
         Raises:
             GenerationError: T is more than ``MAX_DECODE_TOKENS``.
@@ -124,34 +124,34 @@ class Engine:
         n_rows, n_tokens = tokens.shape
         if n_tokens > MAX_DECODE_TOKENS:
             raise GenerationError(f"{n_tokens} tokens at once are too many to decode; use {MAX_DECODE_TOKENS} at most")
-        state.grow(max(state.lengths) + n_tokens)
+        cache.grow(max(cache.lengths) + n_tokens)
         if not self.compiles:
-            return self.model.logits(self.model.forward_uncommitted(tokens, state)).float()
-        key = (n_rows, n_tokens, state.capacity)
+            return self.model.logits(self.model.forward_uncommitted(tokens, cache)).float()
+        key = (n_rows, n_tokens, cache.capacity)
         if key not in self._steps:
             self._steps[key] = self._compiled(n_tokens)
-        tensors = [_in_place(s) for s in state.layers]
+        tensors = [_in_place(s) for s in cache.layers]
         logits, conv_inputs = self._steps[key](
-            tokens.contiguous(), state.offsets, self._slots(state, n_tokens), tensors
+            tokens.contiguous(), cache.offsets, self._slots(cache, n_tokens), tensors
         )
         if logits.is_cuda:
-            # A CUDA graph hands out the same memory at every step, and a caller may still read the last one's.
+            # A CUDA graph returns the same memory at every step, and the caller may still read the last result.
             logits = logits.clone()
-        for layer, (attn_conv_inputs, mlp_conv_inputs) in zip(state.layers, conv_inputs, strict=False):
+        for layer, (attn_conv_inputs, mlp_conv_inputs) in zip(cache.layers, conv_inputs, strict=False):
             layer.attn_conv_inputs, layer.mlp_conv_inputs = attn_conv_inputs, mlp_conv_inputs
-        state.n_uncommitted = n_tokens
+        cache.n_uncommitted = n_tokens
         return logits
 
-    def _slots(self, state: KVCache, n_tokens: int) -> Tensor:
-        """Return the numbers of the slots to read; made anew when the longest row enters another block."""
-        kv_len = min(whole_blocks(max(state.lengths) + n_tokens), state.capacity)
+    def _slots(self, cache: KVCache, n_tokens: int) -> Tensor:
+        """Return the numbers of the slots to read; they change when the longest row enters another block."""
+        kv_len = min(whole_blocks(max(cache.lengths) + n_tokens), cache.capacity)
         if self._numbers is None or len(self._numbers) != kv_len:
             self._numbers = torch.arange(kv_len, device=self.device)
             torch._dynamo.maybe_mark_dynamic(self._numbers, 0)
         return self._numbers
 
     def _compiled(self, n_tokens: int) -> _Step:
-        """Return a compiled pass for one batch size, number of tokens and capacity; how much it reads may change."""
+        """Return a compiled pass for one batch size, number of tokens and capacity; the slots read may vary."""
         model = self.model
 
         def step(tokens: Tensor, offsets: Tensor, slots: Tensor, tensors: _Tensors) -> tuple[Tensor, _ConvInputs]:
@@ -160,26 +160,26 @@ class Engine:
             logits = model.logits(model.run_blocks(tokens, context, layers)).float()
             if n_tokens > 1:
                 return logits, [(layer.attn_conv_inputs, layer.mlp_conv_inputs) for layer in layers]
-            # A single token always stays, so that the convolution states can be updated here.
+            # A single token is always committed, so that the convolution states can be updated here.
             for layer in layers:
                 update_conv_states(layer)
             return logits, []
 
         if self.device.type == "cpu":
-            # One call into C++ per step, and products summed in one rounding.
+            # One call into C++ per step, and fused multiply-adds.
             options: dict[str, Any] = {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
         else:
-            # A graph is recorded for every kv_len that is read, which is one in so many tokens and no reason to warn.
+            # A graph is recorded for every kv_len, once in CACHE_BLOCK_TOKENS tokens; no reason to warn.
             options = {"triton.cudagraphs": True, "triton.cudagraph_dynamic_shape_warn_limit": None}
-        # Guards would check in every step what the engine knows. Without them, a function must have code of its own, by
-        # which the compiler finds what it has compiled.
+        # Guards would check at every step what the engine ensures. Without guards each compiled function needs a code
+        # object of its own, the key under which the compiler finds its result.
         code = step.__code__.replace(co_name=f"step_{next(_numbers)}")
         own = FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
         return compiled(own, fullgraph=True, options={**options, "guard_filter_fn": _no_guard})
 
 
 def _in_place(layer: LayerCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The tensors of a block's state, marked as ones that stay where they are.
+    """The tensors of a block's cache, marked as ones that stay where they are.
 
     A compiled step writes into them, and the compiler refuses CUDA graphs for a pass that writes into inputs which may
     be others the next time. Should the state be another one after all, a graph is recorded anew.

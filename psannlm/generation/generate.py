@@ -1,4 +1,4 @@
-"""Prompts as text in; their continuations as text out, streamed in whole characters."""
+"""Text generation: prompts in, completions out, streamed in whole characters; samples of a model in training."""
 
 from __future__ import annotations
 
@@ -8,51 +8,52 @@ from numbers import Integral
 from typing import Literal
 
 from psannlm.errors import GenerationError
-from psannlm.generation.batch_decode import ContextRule, Decoding, StopReason
-from psannlm.generation.detokenize import TextStream
+from psannlm.generation.batch_decode import BatchDecoder, ContextRule, FinishReason, context_limit
+from psannlm.generation.detokenize import IncrementalDetokenizer
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 
-# Passes from which compiling them repays itself on a CPU: half a minute, against some milliseconds of each pass.
-REPAYING_PASSES = 8192
+# Decoding steps from which compiling pays off on a CPU: half a minute once, against some milliseconds of each step.
+COMPILE_BREAK_EVEN_STEPS = 8192
+# Shorter contexts cannot slide.
+_MIN_SLIDING_CONTEXT = 4
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What followed a prompt: token ids (end of text left out), their text, and why it ends there.
+    """Continuation of a prompt: token ids without the end of text, their text, and the finish reason.
 
-    ``stopped_by`` is ``end_of_text``, ``length`` (max_new_tokens reached) or ``context`` (no room for more).
+    ``finish_reason`` is ``stop`` (end of text), ``length`` (``max_new_tokens``) or ``context`` (the context is full).
     """
 
     ids: list[int]
     text: str
-    stopped_by: StopReason
+    finish_reason: FinishReason
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return the ids of a prompt, led by the beginning-of-text that every training document starts with."""
+    """Return the ids of a prompt after the BOS token that every training document starts with."""
     return [tokenizer.bos_id, *tokenizer.encode(prompt)]
 
 
 def continuation_text(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
     """Return the text that ``new_ids`` add to that of ``prompt_ids``.
 
-    The two decoded as a whole are the text of the prompt followed by this. Decoded alone, the new ids would lose the
-    space before their first word with every tokenizer that drops the one before the first token (SentencePiece's
-    ``add_dummy_prefix``).
+    Prompt and new ids are decoded together. Decoded alone, the new ids would lose the space before their first word
+    with every tokenizer that drops a space before the first token (SentencePiece's ``add_dummy_prefix``).
     """
     before, whole = tokenizer.decode(prompt_ids), tokenizer.decode([*prompt_ids, *new_ids])
-    # A decoder that cleans up may alter the prompt's last characters: what follows the part that stays is new.
+    # A decoder that cleans up may alter the prompt's last characters; the text after the common prefix is new.
     if whole.startswith(before):
         return whole[len(before) :]
     return whole[next((i for i, (old, new) in enumerate(zip(before, whole, strict=False)) if old != new), len(whole)) :]
 
 
 def _texts(prompts: object) -> list[str]:
-    """Return the prompts as a list. Raises GenerationError for anything but strings; one alone is no list of them."""
+    """Return the prompts as a list. Raises GenerationError for anything but strings, and for one string alone."""
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
         raise GenerationError(f"prompts {prompts!r:.60} is not a list of strings")
     texts = list(prompts)
@@ -63,13 +64,17 @@ def _texts(prompts: object) -> list[str]:
 
 
 def choose_compiling(compile: bool | Literal["auto"], max_new_tokens: int) -> bool | Literal["auto"]:
-    """Return what an engine is to do about compiling; ``auto`` stays so from ``REPAYING_PASSES`` new tokens on.
+    """Return the engine's ``compile``: ``auto`` stays ``auto`` from ``COMPILE_BREAK_EVEN_STEPS`` new tokens on.
 
     Raises:
-        GenerationError: ``compile`` is none of true, false and auto.
+        GenerationError: ``compile`` is not true, false or auto.
     """
     if compile == "auto":
-        return "auto" if isinstance(max_new_tokens, Integral) and int(max_new_tokens) >= REPAYING_PASSES else False
+        return (
+            "auto"
+            if isinstance(max_new_tokens, Integral) and int(max_new_tokens) >= COMPILE_BREAK_EVEN_STEPS
+            else False
+        )
     if not isinstance(compile, bool):
         raise GenerationError(f"compile {compile!r:.40} is not true, false or auto")
     return compile
@@ -90,24 +95,24 @@ def generate(
     on_progress: Callable[[int, int, int], None] | None = None,
     on_notice: Callable[[str], None] = lambda notice: None,
 ) -> list[Completion]:
-    """Continue each prompt, all in one batch; with a seed, a row's text is the same alone and in company.
+    """Continue all prompts in one batch; with a seed, a row's text is the same in any batch (batch-invariant).
 
-    The model runs as in evaluation, without dropout, and is left as it was.
+    The model runs in evaluation mode, without dropout, and is not changed.
 
     Args:
-        model: or an engine that was made of it before; ``dtype`` and ``compile`` are the engine's then.
+        model: the model, or an :class:`Engine` of it, whose ``dtype`` and ``compile`` then apply.
         sampling: None uses the defaults of :class:`SamplingConfig`.
         dtype: of the weights: ``float32``, ``bfloat16`` or ``int8``.
-        compile: put decoding through torch.compile; ``auto`` does so from ``REPAYING_PASSES`` new tokens on.
-        speculate, context: see :class:`~psannlm.generation.batch_decode.Decoding`.
-        on_text: called with (row, text) as text becomes certain: never a part of a character. The parts of a row
-            join to its completion's text.
+        compile: compile decoding with torch.compile; ``auto``: from ``COMPILE_BREAK_EVEN_STEPS`` new tokens on.
+        speculate, context: see :class:`~psannlm.generation.batch_decode.BatchDecoder`.
+        on_text: called with (row, text) for text that later tokens cannot change, in whole characters. The parts of
+            a row join to its completion's text.
         on_progress: called after each step but the last with (tokens so far, steps so far, steps at most); a step adds
-            a token to every row that has not ended, or more where guesses were right.
-        on_notice: told what was asked for and is had in another way.
+            one token to every unfinished row, or more where draft tokens were accepted.
+        on_notice: called with messages about settings that have no or another effect on this machine.
 
     Raises:
-        GenerationError: a prompt or setting cannot be honoured.
+        GenerationError: a prompt or setting is refused.
         DeviceError: ``compile`` is true, and the compiler is missing or broken.
     """
     prompts = _texts(prompts)
@@ -120,7 +125,7 @@ def generate(
     special = tokenizer.special_ids - {tokenizer.eos_id}
     unused = range(tokenizer.vocab_size, engine.model.config.vocab_size or 0)
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    decoding = Decoding(
+    decoding = BatchDecoder(
         engine,
         prompt_ids,
         max_new_tokens=max_new_tokens,
@@ -130,19 +135,43 @@ def generate(
         speculate=speculate,
         context=context,
     )
-    streams = [TextStream(tokenizer, ids) for ids in prompt_ids] if on_text is not None else []
+    streams = [IncrementalDetokenizer(tokenizer, ids) for ids in prompt_ids] if on_text is not None else []
     n_tokens = n_steps = 0
     for event in decoding:
         if on_progress is not None and len(decoding.generated[event.row]) > n_steps + 1:
             n_steps += 1
-            on_progress(n_tokens, n_steps, max(decoding.room))
+            on_progress(n_tokens, n_steps, max(decoding.max_new))
         n_tokens += 1
         if on_text is not None and (part := streams[event.row].add(event.token)):
             on_text(event.row, part)
     completions = []
-    for row, (ids, reason) in enumerate(zip(decoding.generated, decoding.stopped_by, strict=True)):
+    for row, (ids, reason) in enumerate(zip(decoding.generated, decoding.finish_reasons, strict=True)):
         text = continuation_text(tokenizer, prompt_ids[row], ids)
         if on_text is not None and len(text) > streams[row].length:
             on_text(row, text[streams[row].length :])
         completions.append(Completion(ids, text, reason))
     return completions
+
+
+def draw_samples(
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, seed: int
+) -> list[str]:
+    """Return a sample after each prompt, without the prompt: the same for the same weights, prompts and seed.
+
+    Decoding uses the cache, uncompiled float32, and does not change the model or its training mode. A context too short
+    for a prompt slides; one of fewer than four tokens gives empty texts.
+    """
+    limit = context_limit(model)
+    if limit is not None and limit < _MIN_SLIDING_CONTEXT:
+        return ["" for _ in prompts]
+    sampling = SamplingConfig(seed=seed)
+    completions = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        compile=False,
+        context="slide",
+    )
+    return [completion.text for completion in completions]

@@ -108,7 +108,7 @@ class Lifeline:
         """
         self._leaving.set()
         if isinstance(error, Interrupted):
-            return self._agreed(error)
+            return self._accepted_tokens(error)
         own = Word(self.rank, describe(error), getattr(error, "exit_code", EXIT_FAILED), self.rank)
         fault = self._whose_fault() if _is_broken_connection(error) else None
         word = fault or self._publish(own)
@@ -126,7 +126,7 @@ class Lifeline:
             return AlreadyTold(str(word), word.exit_code)
         return error if word == own else RankError(str(word), word.exit_code)
 
-    def _agreed(self, error: PsannlmError) -> BaseException:
+    def _accepted_tokens(self, error: PsannlmError) -> BaseException:
         """All ranks end like this, and rank 0 says so when it is done."""
         if self.rank == 0:
             self._mark_heard()

@@ -196,8 +196,23 @@ def test_a_context_that_slides_never_fills(psannlm, in_trained: Path) -> None:
     assert "189 tokens, and the model's context is 16" in refused.err
     done = psannlm("generate", "--prompt", prompt, "--context", "slide", *long)
     (row,) = json.loads(done.out)["completions"]
-    assert (row["tokens"], row["stopped_by"]) == (40, "length") or row["stopped_by"] == "end_of_text"
-    assert row["tokens"] > 16 or row["stopped_by"] == "end_of_text"
+    assert (row["tokens"], row["finish_reason"]) == (40, "length") or row["finish_reason"] == "stop"
+    assert row["tokens"] > 16 or row["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(("reason", "former"), [("stop", "end_of_text"), ("length", "length"), ("context", "context")])
+def test_generate_json_keeps_the_deprecated_key(
+    psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch, reason: str, former: str
+) -> None:
+    from psannlm.generation.generate import Completion
+
+    monkeypatch.setattr(
+        "psannlm.generation.generate.generate",
+        lambda *_, **__: [Completion([5], "a", reason)],  # type: ignore[arg-type]
+    )
+    done = psannlm("generate", "-p", "The", "--device", "cpu", "--json")
+    (row,) = json.loads(done.out)["completions"]
+    assert (row["finish_reason"], row["stopped_by"]) == (reason, former)
 
 
 def test_compiling_without_a_compiler_is_refused_before_work(
@@ -214,7 +229,7 @@ def test_without_a_compiler_it_says_so_and_writes_the_same(
 ) -> None:
     plain = psannlm("generate", "--prompt", "The tide", *GREEDY)
     monkeypatch.setattr("psannlm.generation.engine.compiler_fault", lambda device: "a C++ compiler (install g++)")
-    monkeypatch.setattr("psannlm.generation.generate.REPAYING_PASSES", 1)
+    monkeypatch.setattr("psannlm.generation.generate.COMPILE_BREAK_EVEN_STEPS", 1)
     done = psannlm("generate", "--prompt", "The tide", *GREEDY)
     assert done.out == plain.out
     assert "needs a C++ compiler" in done.err

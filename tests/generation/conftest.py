@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from psannlm.generation.batch_decode import Decoding
+from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig, next_tokens
 from psannlm.models.kv_cache import KVCache
@@ -19,7 +19,7 @@ GREEDY = SamplingConfig(temperature=0.0)
 
 
 @pytest.fixture(scope="session")
-def decode() -> Callable[..., Decoding]:
+def decode() -> Callable[..., BatchDecoder]:
     """Return a function that gives back a decoding that has run to its end, of a model or an engine."""
 
     def run(
@@ -28,9 +28,9 @@ def decode() -> Callable[..., Decoding]:
         sampling: SamplingConfig = GREEDY,
         n: int = 10,
         **more: Any,
-    ) -> Decoding:
+    ) -> BatchDecoder:
         engine = model if isinstance(model, Engine) else Engine(model)
-        decoding = Decoding(engine, prompts, max_new_tokens=n, sampling=sampling, **{"eos_id": None, **more})
+        decoding = BatchDecoder(engine, prompts, max_new_tokens=n, sampling=sampling, **{"eos_id": None, **more})
         for _ in decoding:
             pass
         return decoding
@@ -65,7 +65,7 @@ class Chain:
 
     def __init__(self, engine: Engine, following: Callable[[int], int], monkeypatch: pytest.MonkeyPatch) -> None:
         self.batch_sizes: list[int] = []
-        real_prefill, real_verify = engine.prefill, engine.verify
+        real_prefill, real_verify = engine.prefill, engine.forward_tokens
 
         def after(tokens: Tensor) -> Tensor:
             logits = torch.zeros(*tokens.shape, engine.model.config.vocab_size or 0)
@@ -77,13 +77,13 @@ class Chain:
             _, state = real_prefill(prompts, max_new_tokens)
             return after(torch.tensor([prompt[-1] for prompt in prompts])), state
 
-        def verify(tokens: Tensor, state: KVCache) -> Tensor:
+        def forward_tokens(tokens: Tensor, state: KVCache) -> Tensor:
             self.batch_sizes.append(len(tokens))
             real_verify(tokens, state)
             return after(tokens)
 
         monkeypatch.setattr(engine, "prefill", prefill)
-        monkeypatch.setattr(engine, "verify", verify)
+        monkeypatch.setattr(engine, "forward_tokens", forward_tokens)
 
 
 @pytest.fixture

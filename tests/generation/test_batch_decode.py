@@ -1,5 +1,4 @@
-"""Decoding against repeated full forward passes: rows that keep to themselves, guesses that change nothing, contexts
-that end or slide."""
+"""Batched decoding against repeated full forward passes: batch invariance, speculation, full and sliding contexts."""
 
 from __future__ import annotations
 
@@ -16,14 +15,14 @@ from hypothesis import strategies as st
 from psannlm.config.model import BaseName, PositionKind
 from psannlm.errors import GenerationError
 from psannlm.generation import batch_decode as decoding_module
-from psannlm.generation.batch_decode import Decoding, context_limit
+from psannlm.generation.batch_decode import BatchDecoder, context_limit
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.transformer import Transformer
 
 Build = Callable[..., Transformer]
-Decode = Callable[..., Decoding]
+Decode = Callable[..., BatchDecoder]
 Naively = Callable[..., list[int]]
 Lead = Callable[[Engine, Callable[[int], int]], Any]
 GREEDY = SamplingConfig(temperature=0.0)
@@ -44,7 +43,7 @@ def test_ragged_batch_equals_each_row_alone_without_a_cache(
         assert together.generated[row] == naive
         assert decode(model, [prompt], sampling).generated == [naive]
     assert len({tuple(ids) for ids in together.generated}) > 1
-    assert together.stopped_by == ["length"] * 5
+    assert together.finish_reasons == ["length"] * 5
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(seed=1)], ids=["greedy", "sampled"])
@@ -53,10 +52,10 @@ def test_a_finished_row_stays_finished_and_leaves_the_batch(
 ) -> None:
     engine = Engine(build_tiny())
     chain = lead(engine, lambda token: token + 1)
-    decoding = Decoding(engine, [[1, 12], [1, 3, 9], [1, 15], [10]], max_new_tokens=5, sampling=sampling, eos_id=16)
+    decoding = BatchDecoder(engine, [[1, 12], [1, 3, 9], [1, 15], [10]], max_new_tokens=5, sampling=sampling, eos_id=16)
     events = [(event.row, event.token) for event in decoding]
     assert decoding.generated == [[13, 14, 15], [10, 11, 12, 13, 14], [], [11, 12, 13, 14, 15]]
-    assert decoding.stopped_by == ["end_of_text", "length", "end_of_text", "length"]
+    assert decoding.finish_reasons == ["stop", "length", "stop", "length"]
     # Row 2 never enters decoding, row 0 is left out once it has ended, and nothing is computed after the last token.
     assert chain.batch_sizes == [4, 3, 3, 3, 2]
     assert events == [
@@ -77,14 +76,14 @@ def test_rows_that_leave_do_not_disturb_the_others(build_tiny: Build, decode: De
     for row, ids in enumerate(alone):
         cut = ids.index(eos) if eos in ids else len(ids)
         assert together.generated[row] == ids[:cut]
-        assert together.stopped_by[row] == ("end_of_text" if eos in ids else "length")
+        assert together.finish_reasons[row] == ("stop" if eos in ids else "length")
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_length_is_what_was_asked(n: int, build_tiny: Build, decode: Decode) -> None:
     decoding = decode(build_tiny(), RAGGED, n=n)
     assert [len(ids) for ids in decoding.generated] == [n] * 5
-    assert decoding.stopped_by == ["length"] * 5
+    assert decoding.finish_reasons == ["length"] * 5
 
 
 @pytest.mark.parametrize("position", ["rope", "sinusoidal"])
@@ -93,7 +92,7 @@ def test_the_context_ends_a_row(position: str, build_tiny: Build, decode: Decode
     decoding = decode(model, RAGGED, n=6)
     # A context of nine: three leave room for the six asked for, seven for two.
     assert [len(ids) for ids in decoding.generated] == [6, 6, 2, 6, 4]
-    assert decoding.stopped_by == ["length", "length", "context", "length", "context"]
+    assert decoding.finish_reasons == ["length", "length", "context", "length", "context"]
     assert decoding.generated[2] == decode_naively(model, RAGGED[2], GREEDY, 2)
     assert context_limit(model) == 9
 
@@ -103,7 +102,7 @@ def test_alibi_goes_past_the_trained_length(build_tiny: Build, decode: Decode, d
     assert context_limit(model) is None
     prompt = [1, 2, 3, 4, 5, 6, 7]
     decoding = decode(model, [prompt], n=20)
-    assert decoding.stopped_by == ["length"]
+    assert decoding.finish_reasons == ["length"]
     assert decoding.generated == [decode_naively(model, prompt, GREEDY, 20)]
 
 
@@ -118,7 +117,7 @@ def test_a_prompt_that_fills_the_context_names_both_numbers(length: int, build_t
     ("prompts", "more", "message"),
     [
         ([], {}, "no prompt"),
-        ([[1], []], {}, "prompt 1 holds no token"),
+        ([[1], []], {}, "prompt 1 has no tokens"),
         ([[1], [17]], {}, "prompt 1 has an id outside the vocabulary of 17"),
         ([[-1]], {}, "prompt 0 has an id outside"),
         ([[1]], {"n": 0}, "max_new_tokens 0"),
@@ -237,13 +236,13 @@ def test_guesses_change_no_token_and_no_reason(
     plain = decode(engines[name], prompts, sampling, n, eos_id=eos)
     guessed = decode(engines[name], prompts, sampling, n, eos_id=eos, speculate=speculate)
     assert guessed.generated == plain.generated
-    assert guessed.stopped_by == plain.stopped_by
+    assert guessed.finish_reasons == plain.finish_reasons
     assert guessed.n_passes <= plain.n_passes
     assert 0 <= guessed.n_accepted <= guessed.n_drafted
     assert plain.n_drafted == 0
     if len(prompts) == 1:
         # Each pass settles one token, and one more for every guess that was right.
-        n_settled = len(plain.generated[0]) + (plain.stopped_by[0] == "end_of_text")
+        n_settled = len(plain.generated[0]) + (plain.finish_reasons[0] == "stop")
         assert guessed.n_passes >= n_settled - 1 - guessed.n_accepted
 
 
@@ -268,7 +267,7 @@ def test_a_text_that_is_foreseen_takes_as_few_passes_as_can_be(
     engine = Engine(build_tiny())
     passes = lead(engine, lambda token: (token + 1) % 4)
     prompt = [0, 1, 2, 3] * 4
-    decoding = Decoding(engine, [prompt], max_new_tokens=10, sampling=GREEDY, eos_id=None, speculate=speculate)
+    decoding = BatchDecoder(engine, [prompt], max_new_tokens=10, sampling=GREEDY, eos_id=None, speculate=speculate)
     events = [(event.row, event.token) for event in decoding]
     assert [token for _, token in events] == [0, 1, 2, 3] * 2 + [0, 1]
     # One token from the prefill; from each pass those that were guessed, of which none is beyond the end, and one more.
@@ -281,7 +280,7 @@ def test_wrong_guesses_cost_no_token(build_tiny: Build, lead: Lead) -> None:
     engine = Engine(build_tiny())
     lead(engine, lambda token: {0: 1, 1: 2, 2: 5, 5: 0}[token] if token in (0, 1, 2, 5) else 0)
     # The prompt promises that 3 follows 2, and the model says 5.
-    decoding = Decoding(
+    decoding = BatchDecoder(
         engine, [[0, 1, 2, 3, 0, 1, 2, 3, 0]], max_new_tokens=7, sampling=GREEDY, eos_id=None, speculate=3
     )
     list(decoding)
@@ -292,12 +291,12 @@ def test_wrong_guesses_cost_no_token(build_tiny: Build, lead: Lead) -> None:
 def test_an_end_of_text_within_a_guess_ends_the_row_there(build_tiny: Build, lead: Lead) -> None:
     engine = Engine(build_tiny())
     lead(engine, lambda token: (token + 1) % 6)
-    decoding = Decoding(
+    decoding = BatchDecoder(
         engine, [[0, 1, 2, 3, 4, 5] * 2, [8]], max_new_tokens=20, sampling=GREEDY, eos_id=4, speculate=6
     )
     events = [(event.row, event.token) for event in decoding]
     assert decoding.generated == [[0, 1, 2, 3], [3]]
-    assert decoding.stopped_by == ["end_of_text"] * 2
+    assert decoding.finish_reasons == ["stop"] * 2
     assert sorted(events) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 3)]
 
 
@@ -340,7 +339,7 @@ def expected_counts(model: Transformer) -> dict[tuple[int, ...], float]:
     return found
 
 
-def counts_of(decoding: Decoding) -> dict[tuple[int, ...], int]:
+def counts_of(decoding: BatchDecoder) -> dict[tuple[int, ...], int]:
     found: dict[tuple[int, ...], int] = {}
     for ids in decoding.generated:
         found[tuple(ids)] = found.get(tuple(ids), 0) + 1
@@ -366,7 +365,7 @@ def test_the_distribution_would_show_it_if_every_guess_were_taken(
     def take_all(chosen: Sequence[int], draft: Sequence[int]) -> list[int]:
         return [*draft, chosen[len(draft)]]
 
-    monkeypatch.setattr(decoding_module, "_agreed", take_all)
+    monkeypatch.setattr(decoding_module, "_accepted_tokens", take_all)
     model = build_tiny(vocab_size=4)
     decoding = decode(model, [PROMPT] * N_ROWS, SamplingConfig(temperature=1.0, top_p=None), 3, speculate=2)
     statistic, limit = chi_square(counts_of(decoding), expected_counts(model))
@@ -387,7 +386,7 @@ def test_a_row_that_slides_goes_on_as_if_the_rest_had_been_its_prompt(
     model = build_tiny(base=base, positional_encoding=position, max_seq_len=limit)
     prompt = [1, 5, 9][: limit - 1]
     decoding = decode(model, [prompt], n=3 * limit, context="slide")
-    assert decoding.stopped_by == ["length"]
+    assert decoding.finish_reasons == ["length"]
     text = [*prompt, *decoding.generated[0]]
     assert len(text) == len(prompt) + 3 * limit
     # The model never sees more than its context; whenever that is full, the older half is dropped.
@@ -400,7 +399,7 @@ def test_a_row_that_slides_goes_on_as_if_the_rest_had_been_its_prompt(
     assert n_slid >= 3
     # Up to the first of them it is what a context that stops says.
     stopped = decode(model, [prompt], n=3 * limit)
-    assert stopped.stopped_by == ["context"]
+    assert stopped.finish_reasons == ["context"]
     assert decoding.generated[0][: len(stopped.generated[0])] == stopped.generated[0]
 
 
@@ -423,7 +422,7 @@ def test_a_prompt_longer_than_the_context_is_its_end(
     prompt = torch.randint(0, 17, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     found = decode(model, [prompt, [3]], sampling, 30, context="slide")
     assert found.generated == decode(model, [prompt[-4:], [3]], sampling, 30, context="slide").generated
-    assert found.stopped_by == ["length"] * 2
+    assert found.finish_reasons == ["length"] * 2
     assert found.prompts[0] == prompt[-4:]
 
 
@@ -462,7 +461,7 @@ def test_a_context_too_short_to_slide_is_refused(limit: int, build_tiny: Build, 
     with pytest.raises(GenerationError, match=f"a context of {limit} tokens is too short to slide"):
         decode(model, [[1]], context="slide")
     if limit > 1:
-        assert decode(model, [[1]]).stopped_by == ["context"]
+        assert decode(model, [[1]]).finish_reasons == ["context"]
 
 
 def test_alibi_never_slides(build_tiny: Build, decode: Decode) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 import sentencepiece
 
-from psannlm.generation.detokenize import TextStream
+from psannlm.generation.detokenize import IncrementalDetokenizer
 from psannlm.generation.generate import continuation_text
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, tokenizer_from_bytes
@@ -38,8 +38,8 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return foreign() if request.param == "foreign" else fit_tokenizer([TEXT], request.param, 400)
 
 
-def parts_of(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[list[str], TextStream]:
-    stream = TextStream(tokenizer)
+def parts_of(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[list[str], IncrementalDetokenizer]:
+    stream = IncrementalDetokenizer(tokenizer)
     return [stream.add(token) for token in ids], stream
 
 
@@ -84,7 +84,7 @@ def test_prompt_and_parts_join_to_the_whole_text(tokenizer: Tokenizer, prompt: s
     for following in (" of a gate", "  runs", " ", "漢字"):
         whole_ids = tokenizer.encode(prompt + following)
         ids = [*whole_ids[len(before) - 1 :]] if whole_ids[: len(before) - 1] == before[1:] else whole_ids
-        stream = TextStream(tokenizer, before)
+        stream = IncrementalDetokenizer(tokenizer, before)
         streamed = "".join(map(stream.add, ids))
         whole = tokenizer.decode([*before, *ids])
         text = continuation_text(tokenizer, before, ids)

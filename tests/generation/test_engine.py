@@ -12,7 +12,7 @@ from torch import Tensor
 
 from psannlm.config.model import BaseName, PositionKind
 from psannlm.errors import DeviceError, GenerationError
-from psannlm.generation.batch_decode import Decoding
+from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
@@ -22,7 +22,7 @@ from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import computes_in_bf16, has_compiler
 
 Build = Callable[..., Transformer]
-Decode = Callable[..., Decoding]
+Decode = Callable[..., BatchDecoder]
 CPU = torch.device("cpu")
 BASES, POSITIONS, DTYPES = get_args(BaseName), get_args(PositionKind), get_args(WeightDtype)
 GREEDY = SamplingConfig(temperature=0.0)
@@ -109,7 +109,7 @@ def test_tokens_at_once_are_the_same_bit_for_bit_as_one_by_one(
     parts = []
     with torch.inference_mode():
         for chunk in following.split([2, 16, 1, 5, 9, 7], dim=1):
-            parts.append(engine.verify(chunk, state))
+            parts.append(engine.forward_tokens(chunk, state))
             state.commit()
     assert torch.equal(torch.cat(parts, dim=1), wanted)
 
@@ -145,7 +145,7 @@ def test_more_tokens_than_a_decoding_pass_takes_are_refused(build_tiny: Build) -
     with pytest.raises(
         GenerationError, match=f"{MAX_DECODE_TOKENS + 1} tokens at once .* use {MAX_DECODE_TOKENS} at most"
     ):
-        engine.verify(tokens(1, MAX_DECODE_TOKENS + 1), state)
+        engine.forward_tokens(tokens(1, MAX_DECODE_TOKENS + 1), state)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_compiled_tokens_are_those_of_plain_steps_and_of_each_row_alone(
         cut = [ids[:end] for ids, end in zip(alone, ends[eos], strict=True)]
         ended = decode(engine, RAGGED, sampling, 150, eos_id=eos)
         assert ended.generated == cut
-        assert ended.stopped_by == ["end_of_text" if eos in ids else "length" for ids in alone]
+        assert ended.finish_reasons == ["stop" if eos in ids else "length" for ids in alone]
 
 
 @in_compiled_tests

@@ -12,7 +12,7 @@ import torch
 
 from psannlm.errors import GenerationError
 from psannlm.generation.engine import Engine
-from psannlm.generation.generate import REPAYING_PASSES, Completion, choose_compiling, encode_prompt, generate
+from psannlm.generation.generate import COMPILE_BREAK_EVEN_STEPS, Completion, choose_compiling, encode_prompt, generate
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
@@ -72,7 +72,7 @@ def test_pieces_are_whole_characters_and_join_to_the_text(
     model = speller(byte_tokenizer, "a", text.encode(), build_tiny, lead)
     (completion,), (pieces,) = streamed(model, byte_tokenizer, ["a"], 50)
     assert pieces == list(text)
-    assert (completion.text, completion.stopped_by) == (text, "end_of_text")
+    assert (completion.text, completion.finish_reason) == (text, "stop")
 
 
 @pytest.mark.parametrize("n", range(1, 12))
@@ -227,9 +227,9 @@ def test_a_context_that_slides_goes_on_where_another_stops(byte_tokenizer: Token
     model = build_for(byte_tokenizer, build_tiny, max_seq_len=16)
     prompts = ["abc", "x" * 10]
     stopped = generate(model, byte_tokenizer, prompts, max_new_tokens=40, sampling=GREEDY)
-    assert [done.stopped_by for done in stopped] == ["context"] * 2
+    assert [done.finish_reason for done in stopped] == ["context"] * 2
     slid = generate(model, byte_tokenizer, [*prompts, "y" * 50], max_new_tokens=40, sampling=GREEDY, context="slide")
-    assert {done.stopped_by for done in slid} <= {"length", "end_of_text"}
+    assert {done.finish_reason for done in slid} <= {"length", "stop"}
     assert max(len(done.ids) for done in slid) == 40
     for short, long in zip(stopped, slid, strict=False):
         assert long.ids[: len(short.ids)] == short.ids
@@ -240,7 +240,12 @@ def test_a_context_that_slides_goes_on_where_another_stops(byte_tokenizer: Token
 def test_compiling_is_for_what_repays_it() -> None:
     assert choose_compiling(True, 1) is True
     assert choose_compiling(False, 10**9) is False
-    for n, wanted in ((1, False), (REPAYING_PASSES - 1, False), (REPAYING_PASSES, "auto"), (np.int64(10**6), "auto")):
+    for n, wanted in (
+        (1, False),
+        (COMPILE_BREAK_EVEN_STEPS - 1, False),
+        (COMPILE_BREAK_EVEN_STEPS, "auto"),
+        (np.int64(10**6), "auto"),
+    ):
         assert choose_compiling("auto", n) == wanted
     for wrong in ("yes", 1, 0, None, "AUTO"):
         with pytest.raises(GenerationError, match=f"compile {wrong!r} is not true, false or auto"):
@@ -257,7 +262,7 @@ def test_what_is_had_in_another_way_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("psannlm.generation.engine.compiler_fault", lambda device: "a C++ compiler (install g++)")
-    monkeypatch.setattr("psannlm.generation.generate.REPAYING_PASSES", least)
+    monkeypatch.setattr("psannlm.generation.generate.COMPILE_BREAK_EVEN_STEPS", least)
     n = 5
     model = build_for(byte_tokenizer, build_tiny)
     told: list[str] = []

@@ -17,10 +17,10 @@ from psannlm.config.model import BaseName, PositionKind
 from psannlm.errors import GenerationError
 from psannlm.generation import quantize as quantize_module
 from psannlm.generation.quantize import (
-    PackedLinear,
+    InferenceLinear,
     WeightDtype,
-    by_tiles,
-    pack_model,
+    in_fixed_row_blocks,
+    prepare_for_inference,
     quantize,
     weight_bytes,
 )
@@ -83,7 +83,7 @@ def rounded(model: Transformer, dtype: WeightDtype) -> Transformer:
 def test_float32_is_the_model_itself(base: str, position: str, is_compiled: bool, build_tiny: Build) -> None:
     for variant in VARIANTS:
         model = build_tiny(base=base, positional_encoding=position, **variant)
-        twin = pack_model(model, "float32", is_compiled=is_compiled)
+        twin = prepare_for_inference(model, "float32", is_compiled=is_compiled)
         for n_tokens in (1, 9, 20):
             torch.testing.assert_close(logits_of(twin, n_tokens), logits_of(model, n_tokens), rtol=0, atol=1e-4)
 
@@ -99,7 +99,7 @@ def test_fewer_bits_are_the_model_with_rounded_matrices(
             quantize_module, "computes_in_bf16", lambda device, has=has_bf16: has and computes_in_bf16(device)
         )
         model = build_tiny(base=base, d_model=32, d_mlp=48, **variant)
-        twin, wanted = pack_model(model, dtype, is_compiled=is_compiled), rounded(model, dtype)
+        twin, wanted = prepare_for_inference(model, dtype, is_compiled=is_compiled), rounded(model, dtype)
         for n_tokens in (1, 9, 20):
             found, reference = logits_of(twin, n_tokens), logits_of(wanted, n_tokens)
             # Widened to float32, products are those of the rounded matrices; in bf16, activations are rounded as well.
@@ -115,7 +115,7 @@ def test_a_product_is_as_exact_as_its_numbers(dtype: WeightDtype, is_compiled: b
     generator = torch.Generator().manual_seed(n_inputs)
     weight = torch.randn(37, n_inputs, generator=generator)
     bias = torch.randn(37, generator=generator)
-    linear = PackedLinear(weight, bias, dtype, is_compiled=is_compiled)
+    linear = InferenceLinear(weight, bias, dtype, is_compiled=is_compiled)
     stands_for = weight.double()
     if dtype != "float32":
         whole, scale = quantize(weight)
@@ -175,7 +175,7 @@ def test_the_original_stays_as_it_was(
     settings = {"residual_scale": True, "short_conv": {"enabled": True, "activation": "sine"}, "tie_embeddings": tied}
     model, untouched = (build_tiny(base=base, **settings).train(training) for _ in range(2))
     modules = {id(module) for module in model.modules()}
-    twin = pack_model(model, dtype)
+    twin = prepare_for_inference(model, dtype)
     logits_of(twin, 9)
     assert model.training is training
     assert not twin.training
@@ -223,7 +223,7 @@ def test_the_original_stays_as_it_was(
 def test_bytes_worked_by_hand(settings: dict[str, Any], elements: int, is_compiled: bool, build_tiny: Build) -> None:
     model = build_tiny(**settings)
     for dtype, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
-        assert weight_bytes(pack_model(model, dtype, is_compiled=is_compiled)) == size * elements  # type: ignore[arg-type]
+        assert weight_bytes(prepare_for_inference(model, dtype, is_compiled=is_compiled)) == size * elements  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_bytes_worked_by_hand(settings: dict[str, Any], elements: int, is_compil
 )
 def test_an_unknown_dtype_is_refused_by_name(dtype: Any, said: str, build_tiny: Build) -> None:
     with pytest.raises(GenerationError, match=said):
-        pack_model(build_tiny(), dtype)
+        prepare_for_inference(build_tiny(), dtype)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -248,7 +248,7 @@ def test_a_row_of_a_product_is_the_same_bit_for_bit_in_any_company(dtype: Weight
     if dtype != "float32" and not computes_in_bf16(CPU):
         pytest.skip(f"this CPU has no bf16 hardware, and {dtype} is widened for products that depend on the batch")
     generator = torch.Generator().manual_seed(0)
-    linear = PackedLinear(torch.randn(64, n_inputs, generator=generator), None, dtype, is_compiled=False)
+    linear = InferenceLinear(torch.randn(64, n_inputs, generator=generator), None, dtype, is_compiled=False)
     rows = torch.randn(12, 1, n_inputs, generator=generator)
     together = linear(rows)
     for n_together in (1, 2, 3, 5, 11):
@@ -263,8 +263,8 @@ def test_a_row_of_a_product_is_the_same_bit_for_bit_in_any_company(dtype: Weight
 def test_tiles_ask_for_products_of_one_shape_and_give_every_row_back(n_tokens: int) -> None:
     """With a product that tells how many rows it was made of: a row must find the same in any company."""
     x = torch.randn(5, n_tokens, 3, generator=torch.Generator().manual_seed(0))
-    together = by_tiles(lambda rows: rows * len(rows), x)
+    together = in_fixed_row_blocks(lambda rows: rows * len(rows), x)
     for rows in ([0], [3], [4, 1], [0, 1, 2, 3, 4]):
-        assert torch.equal(by_tiles(lambda part: part * len(part), x[rows]), together[rows])
+        assert torch.equal(in_fixed_row_blocks(lambda part: part * len(part), x[rows]), together[rows])
     factor = together / x
     torch.testing.assert_close(factor, factor[0, 0, 0].expand_as(factor))

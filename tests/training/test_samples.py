@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from psannlm.config.run import RunConfig
-from psannlm.generation.samples import draw_samples
+from psannlm.generation.generate import draw_samples
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.metrics import read_metrics

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from psannlm.benchmarks.harness.interleaved import Clock, Count
-from psannlm.generation.batch_decode import Decoding
+from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig, next_tokens
 
@@ -168,7 +168,7 @@ def _decode(
 ) -> DecodeRun:
     """Decode as ``psannlm generate`` does."""
     began = clock()
-    decoding = Decoding(engine, prompts, max_new_tokens=max_new_tokens, sampling=_GREEDY, eos_id=None)
+    decoding = BatchDecoder(engine, prompts, max_new_tokens=max_new_tokens, sampling=_GREEDY, eos_id=None)
     logits, state, seen = decoding.prefill()
     finish(logits)
     prefilled = first = clock()

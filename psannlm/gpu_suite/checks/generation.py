@@ -16,7 +16,7 @@ from psannlm.benchmarks.decoding.report import KvReport, KvSettings
 from psannlm.benchmarks.decoding.token_parity import Rounding, compare
 from psannlm.benchmarks.harness.interleaved import Spread
 from psannlm.config.model import BaseName
-from psannlm.generation.batch_decode import Decoding
+from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
@@ -155,7 +155,7 @@ def ragged_measure(base: str, model: Transformer, prompts: Prompts, n_new: int) 
 
 def _decode(engine: Engine, prompts: Sequence[Sequence[int]], n_new: int) -> Prompts:
     greedy = SamplingConfig(temperature=0.0)
-    decoding = Decoding(engine, prompts, max_new_tokens=n_new, sampling=greedy, eos_id=None)
+    decoding = BatchDecoder(engine, prompts, max_new_tokens=n_new, sampling=greedy, eos_id=None)
     for _ in decoding:
         pass
     return decoding.generated

@@ -224,7 +224,7 @@ def eager_compile(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         made.append(compile)
         built = engine(model, dtype=dtype)
         if compile:
-            built.compiles, built.verify = True, engine(model, dtype=dtype).verify
+            built.compiles, built.forward_tokens = True, engine(model, dtype=dtype).forward_tokens
         return built
 
     monkeypatch.setattr(bench, "Engine", build)

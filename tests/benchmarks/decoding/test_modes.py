@@ -23,7 +23,7 @@ class FakeClock:
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        hidden_states, prefill, step = engine.model.hidden_states, engine.prefill, engine.verify
+        hidden_states, prefill, step = engine.model.hidden_states, engine.prefill, engine.forward_tokens
 
         def slow_hidden_states(input_ids: Tensor, *rest: Any, **named: Any) -> Tensor:
             now = self.now
@@ -45,7 +45,7 @@ class FakeClock:
 
         monkeypatch.setattr(engine.model, "hidden_states", slow_hidden_states)
         monkeypatch.setattr(engine, "prefill", slow_prefill)
-        monkeypatch.setattr(engine, "verify", slow_step)
+        monkeypatch.setattr(engine, "forward_tokens", slow_step)
 
     def __call__(self) -> float:
         return self.now
