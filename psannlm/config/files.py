@@ -1,4 +1,4 @@
-"""The ``data`` section comes in; a finding for every file it names that does not exist goes out."""
+"""Files named in the ``data`` section: which are missing, and which folders are prepared ones."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from psannlm.config.data import DataConfig, PathSource
-from psannlm.config.validation import Finding
+from psannlm.config.validation import ConfigIssue
 from psannlm.config.yaml_loader import nearest_sibling
 from psannlm.io.lfs_pointers import pointer_at
 from psannlm.io.urls import literal_beginning, local_path, protocol_of, refusal
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_MARK = "psannlm-shards-"
-# Where psannlm prep works until a folder is finished.
+# Folder of unfinished work of psannlm prep, and the plan in it.
 WORK_FOLDER, PLAN_FILE = ".work", "plan.json"
 _SHARDS = "train_*.safetensors"
 _HEAD_BYTES = 4096
 _MISSING_SHOWN = 3
-# What reading a manifest may meet; what is wrong with it is said when it is opened.
+# Errors of reading a manifest here; they are reported when the folder is opened.
 _NOT_READ = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 def prepared_manifest(path: str | Path) -> Path | None:
-    """Return the manifest that ``path`` leads to: that of a folder that psannlm prep made, or itself; else None.
+    """Return the manifest of psannlm prep at ``path``, a prepared folder or the manifest itself; else None.
 
-    A folder of text may hold a ``manifest.json`` of another tool: only one that begins as ours does, or that stands
-    beside shards, is taken for one.
+    A folder of text may hold a ``manifest.json`` of another tool: a manifest counts only if it begins as those of
+    psannlm do, or if shards are beside it.
     """
     whole = Path(os.path.expanduser(path))
     manifest = whole / MANIFEST_FILE if _is_folder(whole) else whole
@@ -39,7 +39,7 @@ def prepared_manifest(path: str | Path) -> Path | None:
 
 
 def is_own_manifest(path: Path) -> bool:
-    """Tell whether a file begins as the manifests of psannlm prep do."""
+    """Return whether a file begins as the manifests of psannlm prep do."""
     try:
         with open(path, "rb") as file:
             return MANIFEST_MARK.encode() in file.read(_HEAD_BYTES)
@@ -48,12 +48,12 @@ def is_own_manifest(path: Path) -> bool:
 
 
 def is_prepared(source: PathSource) -> bool:
-    """Tell whether a source is a prepared folder."""
+    """Return whether a source is a prepared folder."""
     return prepared_manifest(source.path) is not None
 
 
 def holds_out(source: PathSource) -> bool:
-    """Tell whether a prepared folder has a validation part; one whose manifest cannot be read may have."""
+    """Return whether a prepared folder has a validation split; True if its manifest cannot be read."""
     manifest = prepared_manifest(source.path)
     try:
         return manifest is None or bool(json.loads(manifest.read_bytes())["validation"]["documents"])
@@ -61,17 +61,17 @@ def holds_out(source: PathSource) -> bool:
         return True
 
 
-def missing_files(data: DataConfig) -> Iterator[Finding]:
-    """Yield a finding for each source that leads to no file, and for a tokenizer file that is not there."""
+def missing_files(data: DataConfig) -> Iterator[ConfigIssue]:
+    """Yield an issue for each source and tokenizer file that does not exist."""
     for index, source in enumerate(data.sources):
-        if isinstance(source, PathSource) and (message := _missing_source(source.path) or _missing_part(source.path)):
-            yield Finding(("data", "sources", index, "path"), message)
+        if isinstance(source, PathSource) and (message := _missing_source(source.path) or _missing_shards(source.path)):
+            yield ConfigIssue(("data", "sources", index, "path"), message)
     tokenizer = data.tokenizer_model_path
     if tokenizer is not None and not _is_file(Path(os.path.expanduser(tokenizer))):
         remedy = "; write null to fit one on the corpus" if tokenizer.lower() in ("none", "no", "auto", "off") else ""
         problem = pointer_at(os.path.expanduser(tokenizer))
         message = f"{tokenizer!r} is {problem}" if problem else _missing(tokenizer, "file") + remedy
-        yield Finding(("data", "tokenizer_model_path"), message)
+        yield ConfigIssue(("data", "tokenizer_model_path"), message)
 
 
 def _missing_source(path: str) -> str | None:
@@ -85,7 +85,7 @@ def _missing_source(path: str) -> str | None:
         if problem := refusal(path):
             return problem
         if protocol != "file":
-            return None  # looked up when it is read
+            return None  # checked when it is read
         named = local_path(path)
         if named is None:
             return f"{path!r} names another machine; write file:///path, or the path alone"
@@ -93,26 +93,26 @@ def _missing_source(path: str) -> str | None:
             return None
         expanded = named
     if glob.has_magic(expanded):
-        # One match is enough; a pattern over a large folder is not walked to its end.
+        # One match is enough: a pattern over a large folder is not expanded completely.
         matches = any(True for _ in glob.iglob(literal_beginning(expanded)[1], recursive=True))
         return None if matches else f"no file matches {path!r} (looked from {Path.cwd()})"
     return _missing(path if protocol is None else expanded, "file or folder")
 
 
-def _missing_part(path: str) -> str | None:
-    """Return what a prepared folder lacks, looking at names alone; whether the rest is sound is told on opening it."""
+def _missing_shards(path: str) -> str | None:
+    """Return which files of a prepared folder are missing, or None; their content is checked when it is opened."""
     manifest = prepared_manifest(path)
     if manifest is None:
         folder = Path(os.path.expanduser(path))
         if _is_folder(folder):
             held = "shards" if any(folder.glob(_SHARDS)) else "the work of psannlm prep"
             if held == "shards" or _is_file(folder / WORK_FOLDER / PLAN_FILE):
-                return f"{path!r} holds {held} and no {MANIFEST_FILE}: it was not finished; run psannlm prep again"
+                return f"{path!r} holds {held} and no {MANIFEST_FILE}: it is unfinished; run psannlm prep again"
         return None
     try:
         fields = json.loads(manifest.read_bytes())
         names = [fields["tokenizer"]["file"]]
-        names += [shard["file"] for part in ("train", "validation") for shard in fields[part]["shards"]]
+        names += [shard["file"] for split in ("train", "validation") for shard in fields[split]["shards"]]
         missing = [name for name in names if not _is_file(manifest.parent / name)]
     except _NOT_READ:
         return None
@@ -120,7 +120,7 @@ def _missing_part(path: str) -> str | None:
         return None
     more = f" and {len(missing) - _MISSING_SHOWN} more" if len(missing) > _MISSING_SHOWN else ""
     shown = ", ".join(missing[:_MISSING_SHOWN])
-    return f"{path!r} lacks {shown}{more}, which its {MANIFEST_FILE} names; bring it back, or run psannlm prep again"
+    return f"{path!r} lacks {shown}{more}, listed in its {MANIFEST_FILE}; restore it, or run psannlm prep again"
 
 
 def _missing(text: str, kind: str) -> str:
@@ -132,15 +132,15 @@ def _missing(text: str, kind: str) -> str:
     while not _exists(path.parent):
         path = path.parent
     if path == whole:
-        return f"{text!r} is no {kind}{nearest_sibling(path)}{start}"
-    return f"{text!r} is no {kind}: {str(path)!r} does not exist{nearest_sibling(path)}{start}"
+        return f"{text!r} is not a {kind}{nearest_sibling(path)}{start}"
+    return f"{text!r} is not a {kind}: {str(path)!r} does not exist{nearest_sibling(path)}{start}"
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:
-        # A name the system cannot even look up (too long, no permission on the way) leads to no file.
+        # Too long, or no permission on the way: the name cannot be looked up.
         return False
 
 

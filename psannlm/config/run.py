@@ -17,7 +17,7 @@ from psannlm.config.overrides import Origin, apply_override
 from psannlm.config.train import TrainConfig
 from psannlm.config.validation import (
     SECTIONS,
-    Finding,
+    ConfigIssue,
     dotted,
     examine,
     show,
@@ -71,13 +71,13 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, check_files:
     if tree.value is None and not tree.faults:
         raise ConfigError(f"{path} is empty; write the sections {', '.join(SECTIONS)}")
     origin = Origin(tree.lines)
-    findings = [Finding(place, message) for place, message in tree.faults]
+    issues = [ConfigIssue(place, message) for place, message in tree.faults]
     value = tree.value
     if isinstance(value, dict):
         value = with_present_keys(value)
         for text in overrides:
-            findings += apply_override(value, text, origin)
-    return _assemble(value, findings, origin, str(path), check_files)
+            issues += apply_override(value, text, origin)
+    return _assemble(value, issues, origin, str(path), check_files)
 
 
 def config_from_mapping(
@@ -104,9 +104,9 @@ def section_from_kwargs(cls: type[S], section_name: str, kwargs: Mapping[str, An
         ConfigError: all keywords are known, but a value or a combination is refused.
     """
     examined = examine(cls, (section_name,), kwargs)
-    if examined.findings:
-        problems = [Problem(dotted(finding.path), finding.message) for finding in examined.findings]
-        is_unknown = any(finding.is_unknown_key for finding in examined.findings)
+    if examined.issues:
+        problems = [Problem(dotted(issue.path), issue.message) for issue in examined.issues]
+        is_unknown = any(issue.is_unknown_key for issue in examined.issues)
         raise (UnknownKeyError if is_unknown else ConfigError)(problems)
     return examined.section
 
@@ -144,28 +144,28 @@ def _as_written(value: object) -> str:
 
 
 def _assemble(
-    value: object, findings: list[Finding], origin: Origin, source: str | None, check_files: bool
+    value: object, issues: list[ConfigIssue], origin: Origin, source: str | None, check_files: bool
 ) -> RunConfig:
     if not isinstance(value, Mapping):
         message = f"{show(value)} where the sections {', '.join(SECTIONS)} are expected"
         raise ConfigError(f"{source}: {message}" if source else message)
-    unread = {finding.path for finding in findings}
-    findings = findings + [unknown_section(str(key)) for key in value if key not in SECTIONS]
+    unread = {issue.path for issue in issues}
+    issues = issues + [unknown_section(str(key)) for key in value if key not in SECTIONS]
     sections: dict[str, Section] = {}
     for name, cls in SECTIONS.items():
         examined = examine(cls, (name,), value.get(name))
         sections[name] = examined.section
         # What stands in for a value that could not be read is not to be judged as well.
-        findings += [finding for finding in examined.findings if finding.path not in unread]
+        issues += [issue for issue in examined.issues if issue.path not in unread]
     config = RunConfig.model_validate(sections, context={"collect": True})
-    refused = {finding.path for finding in findings}
+    refused = {issue.path for issue in issues}
     across = [*config.checks(), *_evaluation_without_data(config)]
     across = [check for check in across if not any(touches(refused, _path(name)) for name in check.fields)]
-    findings += [Finding(_path(check.fields[0]), check.message) for check in across]
+    issues += [ConfigIssue(_path(check.fields[0]), check.message) for check in across]
     if check_files:
-        findings += missing_files(config.data)
-    if findings:
-        raise ConfigError(origin.problems(findings), source)
+        issues += missing_files(config.data)
+    if issues:
+        raise ConfigError(origin.problems(issues), source)
     return config
 
 

@@ -23,7 +23,7 @@ from psannlm.errors import Problem, UnknownKeyError
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 
 
-# Names of another library's settings, which documents mention; see findings.py.
+# Names of another library's settings, which documents mention; see validation.py.
 NO_DEEPSPEED = (
     "psannlm does not use DeepSpeed; drop this key, and to shard weights, gradients and optimizer state over the ranks "
     "set train.fsdp: full (in Python fsdp='full') and start the run with torchrun or psannlm train --nproc N"

@@ -71,7 +71,7 @@ _reprlib = _YamlRepr()
 
 
 @dataclass(frozen=True)
-class Finding:
+class ConfigIssue:
     """One thing wrong at one place; ``is_unknown_key`` sets a name nobody knows apart from a value that is refused."""
 
     path: KeyPath
@@ -84,7 +84,7 @@ class Examined(Generic[S]):
     """A section with every refused value replaced by its default, and what was refused."""
 
     section: S
-    findings: tuple[Finding, ...]
+    issues: tuple[ConfigIssue, ...]
 
 
 def examine(cls: type[S], at: KeyPath, value: object) -> Examined[S]:
@@ -98,13 +98,13 @@ def examine(cls: type[S], at: KeyPath, value: object) -> Examined[S]:
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
-        return Examined(cls(), (Finding(at, f"{show(value)} is not a group of keys; put its keys below it"),))
-    findings = [Finding((*at, *place), message) for place, message in _doubled(cls, value)]
+        return Examined(cls(), (ConfigIssue(at, f"{show(value)} is not a group of keys; put its keys below it"),))
+    issues = [ConfigIssue((*at, *place), message) for place, message in _doubled(cls, value)]
     given = _tidied(cls, value)
     try:
         section = cls.model_validate(given, context={"collect": True})
     except ValidationError as error:
-        found: dict[KeyPath, Finding] = {}
+        found: dict[KeyPath, ConfigIssue] = {}
         errors = error.errors(include_url=False)
         misspelt = {details["loc"][:-1] for details in errors if details["type"] == "extra_forbidden"}
         for details in errors:
@@ -115,17 +115,17 @@ def examine(cls: type[S], at: KeyPath, value: object) -> Examined[S]:
             place = _Place.find(cls, details["loc"])
             # The branches of a union are refused one by one, and are one value to whoever wrote it.
             same = [other for other in errors if _Place.find(cls, other["loc"]).path == place.path]
-            finding = _translate(place, at, same, given)
-            found.setdefault(finding.path, finding)
-        findings += found.values()
-        for finding in found.values():
-            given = _pruned(cls, given, finding.path[len(at) :])
+            issue = _translate(place, at, same, given)
+            found.setdefault(issue.path, issue)
+        issues += found.values()
+        for issue in found.values():
+            given = _pruned(cls, given, issue.path[len(at) :])
         section = cls.model_validate(given, context={"collect": True})
-    refused = {finding.path for finding in findings}
+    refused = {issue.path for issue in issues}
     for path, check in section_checks(section, at):
         if not any(touches(refused, (*path, *name.split("."))) for name in check.fields):
-            findings.append(Finding((*path, *check.fields[0].split(".")), check.message))
-    return Examined(section, tuple(findings))
+            issues.append(ConfigIssue((*path, *check.fields[0].split(".")), check.message))
+    return Examined(section, tuple(issues))
 
 
 def section_checks(section: Section, at: KeyPath) -> Iterator[tuple[KeyPath, Check]]:
@@ -161,8 +161,8 @@ def show(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
 
 
-def unknown_section(key: str) -> Finding:
-    """Return the finding for a top-level key that is no section."""
+def unknown_section(key: str) -> ConfigIssue:
+    """Return the issue for a top-level key that is no section."""
     owners = _owners(key)
     if owners:
         hint = f"it belongs to {' or to '.join(owners)}"
@@ -171,7 +171,7 @@ def unknown_section(key: str) -> Finding:
         hint = f"write {tail} below {head}:" if head in SECTIONS else f"the sections are {', '.join(SECTIONS)}"
     else:
         hint = f"the sections are {', '.join(SECTIONS)}"
-    return Finding((key,), f"unknown section{nearest(key, SECTIONS)}; {hint}", True)
+    return ConfigIssue((key,), f"unknown section{nearest(key, SECTIONS)}; {hint}", True)
 
 
 def _doubled(cls: type[Section], given: Mapping[object, Any]) -> Iterator[tuple[KeyPath, str]]:
@@ -289,16 +289,16 @@ class _Place:
         return True
 
 
-def _translate(place: _Place, at: KeyPath, errors: Sequence[ErrorDetails], given: Mapping[str, Any]) -> Finding:
+def _translate(place: _Place, at: KeyPath, errors: Sequence[ErrorDetails], given: Mapping[str, Any]) -> ConfigIssue:
     where = (*at, *place.path)
     details = errors[0]
     if details["type"] == "extra_forbidden":
-        return Finding(where, _unknown_key(place.owners, at, str(place.path[-1])), True)
+        return ConfigIssue(where, _unknown_key(place.owners, at, str(place.path[-1])), True)
 
     def accepts(value: object) -> bool:
         return place.accepts(given, value)
 
-    return Finding(where, _sentence(errors, place.field, accepts))
+    return ConfigIssue(where, _sentence(errors, place.field, accepts))
 
 
 def _unknown_key(owner: tuple[type[Section], ...], at: KeyPath, key: str) -> str:

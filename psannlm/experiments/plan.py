@@ -15,7 +15,7 @@ from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.files import is_prepared
 from psannlm.config.overrides import Origin
 from psannlm.config.run import RunConfig, config_from_mapping
-from psannlm.config.validation import SECTIONS, Finding, dotted, examine, present_path, show, with_present_keys
+from psannlm.config.validation import SECTIONS, ConfigIssue, dotted, examine, present_path, show, with_present_keys
 from psannlm.config.yaml_loader import KeyPath, YamlTree, read_yaml
 from psannlm.data.synthetic.algorithmic import TaskName
 from psannlm.errors import ConfigError, Problem, nearest
@@ -127,20 +127,20 @@ def load_plan(path: Path) -> StudyPlan:
         raise ConfigError(f"{path}: {show(tree.value)} where the keys of a plan are expected: {', '.join(_keys())}")
     examined = examine(PlanSettings, (), tree.value)
     settings = examined.section
-    findings = [Finding(place, message) for place, message in tree.faults] + twice
-    findings += [_as_the_plans(finding) for finding in examined.findings]
-    findings += [Finding((key,), "missing; it must be given") for key in REQUIRED_KEYS if tree.value.get(key) is None]
-    refused = {finding.path[:1] for finding in findings}
-    findings += [finding for finding in _plan_findings(settings) if finding.path[:1] not in refused]
-    if findings:
+    issues = [ConfigIssue(place, message) for place, message in tree.faults] + twice
+    issues += [_as_the_plans(issue) for issue in examined.issues]
+    issues += [ConfigIssue((key,), "missing; it must be given") for key in REQUIRED_KEYS if tree.value.get(key) is None]
+    refused = {issue.path[:1] for issue in issues}
+    issues += [issue for issue in _plan_issues(settings) if issue.path[:1] not in refused]
+    if issues:
         # Variants are judged once what they are variants of is known.
-        raise ConfigError(Origin(tree.lines).problems(findings), str(path))
+        raise ConfigError(Origin(tree.lines).problems(issues), str(path))
     base_path = Path(settings.base).expanduser()
     base_path = base_path if base_path.is_absolute() else path.parent / base_path
     base = read_yaml(base_path)
     base_value = with_present_keys(base.value) if isinstance(base.value, Mapping) else {}
     if base.faults or not base_value:
-        faults = [Finding(place, message) for place, message in base.faults]
+        faults = [ConfigIssue(place, message) for place, message in base.faults]
         raise ConfigError(Origin(base.lines).problems(faults) or "no sections in it", str(base_path))
     builder = _Builder(settings, base_value, tree, str(base_path))
     variants = tuple(builder.build())
@@ -150,18 +150,18 @@ def load_plan(path: Path) -> StudyPlan:
     return StudyPlan(path, settings.name or path.stem, settings, variants)
 
 
-def _with_present_keys(tree: YamlTree) -> tuple[YamlTree, list[Finding]]:
+def _with_present_keys(tree: YamlTree) -> tuple[YamlTree, list[ConfigIssue]]:
     """Return a plan with the keys of earlier versions under their present names, and those given under both names."""
-    twice: list[Finding] = []
+    twice: list[ConfigIssue] = []
     moved: dict[KeyPath, KeyPath] = {}
 
     def renamed(keys: Mapping[str, Any], former: Mapping[str, str], at: KeyPath) -> dict[str, Any]:
         for old, new in former.items():
             if old in keys and new in keys:
-                twice.append(Finding((*at, old), f"former name of {new}, which is given too; remove one of them"))
+                twice.append(ConfigIssue((*at, old), f"former name of {new}, which is given too; remove one of them"))
             elif old in keys:
                 moved[(*at, old)] = (*at, new)
-        both = {finding.path[-1] for finding in twice if finding.path[:-1] == at}
+        both = {issue.path[-1] for issue in twice if issue.path[:-1] == at}
         return {former.get(key, key): value for key, value in keys.items() if key not in both}
 
     if not isinstance(tree.value, Mapping):
@@ -181,54 +181,54 @@ def _with_present_keys(tree: YamlTree) -> tuple[YamlTree, list[Finding]]:
     return YamlTree(value, lines, [(present(path), message) for path, message in tree.faults]), twice
 
 
-def _as_the_plans(finding: Finding) -> Finding:
+def _as_the_plans(issue: ConfigIssue) -> ConfigIssue:
     """Let an unknown key at the top be near to the keys of a plan, not to those of a configuration."""
-    if not finding.is_unknown_key or len(finding.path) != 1:
-        return finding
-    key = str(finding.path[0])
+    if not issue.is_unknown_key or len(issue.path) != 1:
+        return issue
+    key = str(issue.path[0])
     if key in SECTIONS:
-        return Finding(finding.path, "unknown key here; a section stands under overrides or under a variant", True)
-    return Finding(finding.path, f"unknown key{nearest(key, _keys())}; known here: {', '.join(_keys())}", True)
+        return ConfigIssue(issue.path, "unknown key here; a section stands under overrides or under a variant", True)
+    return ConfigIssue(issue.path, f"unknown key{nearest(key, _keys())}; known here: {', '.join(_keys())}", True)
 
 
 def _keys() -> list[str]:
     return list(PlanSettings.model_fields)
 
 
-def _plan_findings(settings: PlanSettings) -> Iterator[Finding]:
+def _plan_issues(settings: PlanSettings) -> Iterator[ConfigIssue]:
     for key in ("seeds", "lr_seeds", _RATES, "also_compare_to"):
         values = getattr(settings, key)
         if values is not None and ((not values and key != "also_compare_to") or len(set(values)) < len(values)):
-            yield Finding((key,), "empty; name at least one" if not values else "one of them stands there twice")
+            yield ConfigIssue((key,), "empty; name at least one" if not values else "one of them stands there twice")
     for at, seed in enumerate(settings.lr_seeds or ()):
         if seed not in settings.seeds:
-            yield Finding(("lr_seeds", at), f"{seed} is none of the seeds: {', '.join(map(str, settings.seeds))}")
+            yield ConfigIssue(("lr_seeds", at), f"{seed} is none of the seeds: {', '.join(map(str, settings.seeds))}")
     if (settings.budget.tokens is None) == (settings.budget.flops is None):
-        yield Finding(("budget",), "give either tokens or flops, and not both")
+        yield ConfigIssue(("budget",), "give either tokens or flops, and not both")
     if not settings.variants:
-        yield Finding(("variants",), "empty; name at least one")
+        yield ConfigIssue(("variants",), "empty; name at least one")
     elif settings.baseline not in settings.variants:
         message = f"{settings.baseline!r} is none of the variants{nearest(settings.baseline, settings.variants)}"
-        yield Finding(("baseline",), f"{message}: {', '.join(settings.variants)}")
+        yield ConfigIssue(("baseline",), f"{message}: {', '.join(settings.variants)}")
     for at, other in enumerate(settings.also_compare_to):
         if other == settings.baseline:
-            yield Finding(("also_compare_to", at), f"{other!r} is the baseline, which all are compared to anyway")
+            yield ConfigIssue(("also_compare_to", at), f"{other!r} is the baseline, which all are compared to anyway")
         elif settings.variants and other not in settings.variants:
             message = f"{other!r} is not one of the variants{nearest(other, settings.variants)}"
-            yield Finding(("also_compare_to", at), f"{message}: {', '.join(settings.variants)}")
+            yield ConfigIssue(("also_compare_to", at), f"{message}: {', '.join(settings.variants)}")
     if settings.name is not None and not _NAME.match(settings.name):
-        yield Finding(("name",), f"{show(settings.name)} names no folder; use letters, digits and . _ + -")
+        yield ConfigIssue(("name",), f"{show(settings.name)} names no folder; use letters, digits and . _ + -")
     yield from _owned(settings.overrides, ("overrides",))
 
 
-def _owned(sections: object, at: KeyPath) -> Iterator[Finding]:
+def _owned(sections: object, at: KeyPath) -> Iterator[ConfigIssue]:
     """Keys in ``sections`` that are the plan's own to decide, and sections that nobody knows."""
     if not isinstance(sections, Mapping):
         return
     for (section, key), decider in OWNED_KEYS.items():
         group = sections.get(section)
         if isinstance(group, Mapping) and key in group:
-            yield Finding((*at, section, key), f"decided by {decider}, the same way for all variants; drop it here")
+            yield ConfigIssue((*at, section, key), f"decided by {decider}, the same way for all variants; drop it here")
 
 
 class _Builder:
@@ -254,10 +254,10 @@ class _Builder:
         origin = Origin(self._lines)
         for name, given in self._settings.variants.items():
             at: KeyPath = ("variants", name)
-            findings = list(self._variant_findings(name, given, at))
-            beside = VariantKeys() if findings else self._beside(given, at, findings)
-            if findings:
-                self.problems += origin.problems(findings)
+            issues = list(self._variant_issues(name, given, at))
+            beside = VariantKeys() if issues else self._beside(given, at, issues)
+            if issues:
+                self.problems += origin.problems(issues)
                 continue
             own = {key: value for key, value in with_present_keys(given or {}).items() if key != _RATES}
             sections = {key: value for key, value in own.items() if key in SECTIONS}
@@ -270,32 +270,32 @@ class _Builder:
                 continue
             if config.data.val_split == 0 and not reads_folder(config.data):
                 message = "nothing is held out, and there would be nothing to compare; set data.val_split"
-                self.problems += origin.problems([Finding(at, message)])
+                self.problems += origin.problems([ConfigIssue(at, message)])
             rates = beside.learning_rates or self._settings.learning_rates or (config.train.lr,)
             yield Variant(name, {**merged, "train": train}, config, rates, own, beside.budget_fraction)
 
-    def _variant_findings(self, name: str, given: object, at: KeyPath) -> Iterator[Finding]:
+    def _variant_issues(self, name: str, given: object, at: KeyPath) -> Iterator[ConfigIssue]:
         if not _NAME.match(name):
-            yield Finding(at, f"{show(name)} names no folder; use letters, digits and . _ + -, up to 64")
+            yield ConfigIssue(at, f"{show(name)} names no folder; use letters, digits and . _ + -, up to 64")
         if given is None:
             return
         if not isinstance(given, Mapping):
-            yield Finding(at, f"{show(given)} is not a group of keys; write model:, data: or train: below it")
+            yield ConfigIssue(at, f"{show(given)} is not a group of keys; write model:, data: or train: below it")
             return
         known = [*SECTIONS, _RATES, _FRACTION]
         for key in given:
             if key not in known:
-                yield Finding((*at, key), f"unknown key{nearest(key, known)}; known here: {', '.join(known)}", True)
+                yield ConfigIssue((*at, key), f"unknown key{nearest(key, known)}; known here: {', '.join(known)}", True)
         yield from _owned(given, at)
 
-    def _beside(self, given: object, at: KeyPath, findings: list[Finding]) -> VariantKeys:
-        """Return the keys of a variant that are no sections; what is wrong with them is added to ``findings``."""
+    def _beside(self, given: object, at: KeyPath, issues: list[ConfigIssue]) -> VariantKeys:
+        """Return the keys of a variant that are no sections; what is wrong with them is added to ``issues``."""
         own = given if isinstance(given, Mapping) else {}
         examined = examine(VariantKeys, at, {key: own[key] for key in (_RATES, _FRACTION) if own.get(key) is not None})
-        findings += examined.findings
+        issues += examined.issues
         rates = examined.section.learning_rates
-        if not examined.findings and rates is not None and (not rates or len(set(rates)) < len(rates)):
-            findings.append(Finding((*at, _RATES), "empty, or one of them stands there twice"))
+        if not examined.issues and rates is not None and (not rates or len(set(rates)) < len(rates)):
+            issues.append(ConfigIssue((*at, _RATES), "empty, or one of them stands there twice"))
         return examined.section
 
     def _place(self, problem: Problem, name: str) -> Problem:

@@ -124,12 +124,12 @@ def put(path: str, value: object) -> dict[str, Any]:
     return whole
 
 
-def findings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def issues(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield place and message of what is wrong with single values, rules across fields left out."""
     for name, cls in SECTIONS.items():
         examined = examine(cls, (name,), config.get(name))
         checks = {check.message for check in _checks(examined.section)}
-        yield from ((str(f.path), f.message) for f in examined.findings if f.message not in checks)
+        yield from ((str(f.path), f.message) for f in examined.issues if f.message not in checks)
 
 
 def _checks(section: Any) -> Iterator[Any]:
@@ -152,7 +152,7 @@ def recommended(message: str, written: str) -> list[str]:
 def check_advice(path: str, written: str) -> int:
     value = parse_yaml(written).value
     n_followed = 0
-    for place, message in findings(put(path, value)):
+    for place, message in issues(put(path, value)):
         assert not _INTERNALS.search(message.replace(repr(value), "")), message
         assert not _INTERNALS.search(place), place
         assert "\n" not in message
@@ -163,7 +163,7 @@ def check_advice(path: str, written: str) -> int:
             follow: Any = tree.value
             if index and isinstance(value, list):
                 follow = [*value[: int(index[1])], follow, *value[int(index[1]) + 1 :]]
-            again = [(p, m) for p, m in findings(put(path, follow)) if p == place]
+            again = [(p, m) for p, m in issues(put(path, follow)) if p == place]
             assert not tree.faults
             assert not again, f"{path}: {written} -> {message} -> {again}"
             n_followed += 1
@@ -213,8 +213,8 @@ def test_advice_holds_for_any_short_text(path: str, text: str) -> None:
     ],
 )
 def test_advice_names_what_was_most_likely_meant(key: str, written: str, advice: str) -> None:
-    (finding,) = findings(put(key, parse_yaml(written).value))
-    assert finding[1].endswith(f"; {advice}")
+    (issue,) = issues(put(key, parse_yaml(written).value))
+    assert issue[1].endswith(f"; {advice}")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_words_for_true_and_false_count_in_any_case(word: str, quote: str) -> No
 
 
 def test_a_wrong_choice_is_one_problem_with_all_choices() -> None:
-    ((place, message),) = findings({"train": {"compile": "maybe"}})
+    ((place, message),) = issues({"train": {"compile": "maybe"}})
     assert place == str(("train", "compile"))
     assert message == "'maybe' is not one of auto, true, false"
 

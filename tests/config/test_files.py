@@ -11,7 +11,7 @@ from psannlm.config.run import config_from_mapping
 
 def check(*sources: str, tokenizer: str | None = None) -> list[str]:
     data = DataConfig(sources=tuple(PathSource(path=path) for path in sources), tokenizer_model_path=tokenizer)
-    return [finding.message for finding in missing_files(data)]
+    return [issue.message for issue in missing_files(data)]
 
 
 @pytest.fixture
@@ -32,13 +32,13 @@ def test_files_folders_and_globs_that_lead_somewhere_pass() -> None:
 @pytest.mark.usefixtures("_folder")
 def test_what_is_missing_is_named_with_its_neighbour(tmp_path: Path) -> None:
     first, second, third, fourth = check("corpus/leters.txt", "corpsu/letters.txt", "corpus/*.md", "/no/such/place")
-    assert first.startswith("'corpus/leters.txt' is no file or folder (did you mean 'letters.txt'?)")
+    assert first.startswith("'corpus/leters.txt' is not a file or folder (did you mean 'letters.txt'?)")
     assert second.startswith(
-        "'corpsu/letters.txt' is no file or folder: 'corpsu' does not exist (did you mean 'corpus'?)"
+        "'corpsu/letters.txt' is not a file or folder: 'corpsu' does not exist (did you mean 'corpus'?)"
     )
     assert str(tmp_path) in second
     assert third.startswith("no file matches 'corpus/*.md'")
-    assert fourth.startswith("'/no/such/place' is no file or folder: '/no' does not exist")
+    assert fourth.startswith("'/no/such/place' is not a file or folder: '/no' does not exist")
 
 
 @pytest.mark.usefixtures("_folder")
@@ -51,13 +51,13 @@ def test_urls_are_judged_as_they_are_when_read(tmp_path: Path) -> None:
     for url in ("reference://::file:///x", "memory:/x", "simplecache::https://host/x", "github://a:b@c/x", "ftp://h/x"):
         (refused,) = check(url)
         assert refused.startswith(url)
-    assert check("file:///no/such/place")[0].startswith("'/no/such/place' is no file or folder")
+    assert check("file:///no/such/place")[0].startswith("'/no/such/place' is not a file or folder")
     assert check("file://elsewhere/x")[0].startswith("'file://elsewhere/x' names another machine")
 
 
 @pytest.mark.usefixtures("_folder")
 def test_a_tokenizer_must_be_a_file() -> None:
-    assert check("corpus", tokenizer="corpus")[0].startswith("'corpus' is no file")
+    assert check("corpus", tokenizer="corpus")[0].startswith("'corpus' is not a file")
     assert check("corpus", tokenizer="x" * 5000)[0].endswith(str(Path.cwd()))
 
 
@@ -67,10 +67,10 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir("/")
     assert check("~/corpus", "~/corpus/*.txt", tokenizer="~/corpus/letters.txt") == []
     [missing] = check("~/corpsu/letters.txt")
-    assert missing.startswith(f"'~/corpsu/letters.txt' is no file or folder: '{tmp_path}/corpsu' does not exist")
+    assert missing.startswith(f"'~/corpsu/letters.txt' is not a file or folder: '{tmp_path}/corpsu' does not exist")
 
 
 @pytest.mark.parametrize("word", ["none", "None", "no", "auto"])
 def test_a_word_for_no_tokenizer_is_led_to_null(word: str) -> None:
-    (finding,) = missing_files(config_from_mapping({"data": {"tokenizer_model_path": word}}, check_files=False).data)
-    assert finding.message.endswith("; write null to fit one on the corpus")
+    (issue,) = missing_files(config_from_mapping({"data": {"tokenizer_model_path": word}}, check_files=False).data)
+    assert issue.message.endswith("; write null to fit one on the corpus")

@@ -67,22 +67,22 @@ class _Even(Section):
 
 
 def test_an_error_without_a_sentence_of_ours_falls_back_on_pydantics() -> None:
-    (finding,) = examine(_Even, ("x",), {"size": 3}).findings
-    assert finding.path == ("x", "size")
-    assert finding.message == "3: input should be a multiple of 2"
+    (issue,) = examine(_Even, ("x",), {"size": 3}).issues
+    assert issue.path == ("x", "size")
+    assert issue.message == "3: input should be a multiple of 2"
 
 
 def test_the_section_holds_defaults_where_values_were_refused() -> None:
     examined = examine(
         ModelConfig, ("model",), {"d_model": "x", "n_layers": 3, "sine_params": {"amp_init": 0, "freq_init": 5}}
     )
-    assert len(examined.findings) == 2
+    assert len(examined.issues) == 2
     assert examined.section.d_model == ModelConfig().d_model
     assert (examined.section.n_layers, examined.section.sine_params.freq_init) == (3, 5)
 
 
 def test_rules_of_a_section_are_collected_not_raised() -> None:
-    assert [finding.message for finding in examine(_Even, ("x",), {"size": 4}).findings] == ["too even"]
+    assert [issue.message for issue in examine(_Even, ("x",), {"size": 4}).issues] == ["too even"]
 
 
 @pytest.mark.parametrize("theirs", sorted(_NAMES_ELSEWHERE))
