@@ -20,7 +20,7 @@ from psannlm.data.corpus.documents import Document, read_documents
 from psannlm.data.corpus.files import KNOWN_SUFFIXES, split_suffix
 from psannlm.data.dataset import LMDataset
 from psannlm.data.memory_store import encode_documents
-from psannlm.data.prepare import PreparedData, prepare, prepare_documents
+from psannlm.data.prepare import PreparedData, load_corpus, load_documents
 from psannlm.data.stream import Stream
 from psannlm.errors import CorpusError, GenerationError, Interrupted
 from psannlm.generation.batch_decode import ContextRule
@@ -104,9 +104,9 @@ class psannLMDataPrep:
         self.tokenizer_model_path = self.config.tokenizer_model_path
         self.notices: list[str] = []
         self.prepared: PreparedData = (
-            prepare(self.config, self.notices.append)
+            load_corpus(self.config, self.notices.append)
             if folder
-            else prepare_documents(documents, self.config, self.notices.append)
+            else load_documents(documents, self.config, self.notices.append)
         )
         self._dataset: LMDataset | None = None
         self._val_dataset: LMDataset | None = None

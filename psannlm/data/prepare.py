@@ -58,7 +58,7 @@ class PreparedData:
     lost_fraction: float | None = None
 
 
-def prepare(
+def load_corpus(
     config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = None, preparation: int = PREPARATION
 ) -> PreparedData:
     """Read the configured sources, split them, fit or load the tokenizer and encode; ``notice`` gets lines for people.
@@ -79,18 +79,18 @@ def prepare(
     notice("reading and tokenizing the corpus")
     report = ReadReport()
     documents = read_documents(config.sources, report, replace_option=_REPLACE_OPTION)
-    return _prepare(documents, report, config, notice, tokenizer, preparation)
+    return _load(documents, report, config, notice, tokenizer, preparation)
 
 
-def prepare_documents(
+def load_documents(
     documents: Iterable[Document], config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = None
 ) -> PreparedData:
-    """Do what :func:`prepare` does with documents at hand; a ``tokenizer`` given here is used as it is."""
+    """Same as :func:`load_corpus` for given documents; a ``tokenizer`` given here is used as it is."""
     report = ReadReport()
-    return _prepare(keep_text(documents, report), report, config, notice, tokenizer)
+    return _load(keep_text(documents, report), report, config, notice, tokenizer)
 
 
-def _prepare(
+def _load(
     documents: Iterable[Document],
     report: ReadReport,
     config: DataConfig,

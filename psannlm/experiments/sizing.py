@@ -11,7 +11,7 @@ from typing import Any
 from psannlm.config.data import DataConfig
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import RunConfig, config_from_mapping, differences, to_yaml
-from psannlm.data.prepare import PreparedData, prepare
+from psannlm.data.prepare import PreparedData, load_corpus
 from psannlm.errors import ConfigError, Problem
 from psannlm.experiments.existing_runs import check_existing_runs
 from psannlm.experiments.model import SizedVariant, Study, StudyRun, fits_tokenizer, tokenizer_path
@@ -40,7 +40,7 @@ def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
     data: dict[DataConfig, PreparedData] = {}
     for variant in plan.variants:
         if variant.config.data not in data:
-            data[variant.config.data] = prepare(variant.config.data, notice)
+            data[variant.config.data] = load_corpus(variant.config.data, notice)
         if data[variant.config.data].val is None:
             message = (
                 "nothing is held out, and there would be nothing to compare; prepare a corpus with a validation part"

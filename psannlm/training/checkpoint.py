@@ -68,7 +68,7 @@ class TrainerState:
         skipped: steps left out so far because they were not finite; skipped_in_a_row: those just now.
         total_steps: at which the learning rate's schedule ends.
         data_order: which way the order of windows is drawn; None in checkpoints from before there was a second.
-        preparation: version of what ``data.prepare`` makes of a corpus; None likewise.
+        preparation: version of what ``data.prepare.load_corpus`` makes of a corpus; None likewise.
     """
 
     step: int

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.config.run import BatchPlan, RunConfig, plan_batches, total_steps
-from psannlm.data.prepare import prepare
+from psannlm.data.prepare import load_corpus
 from psannlm.io.atomic import free_bytes
 from psannlm.models.accounting import (
     count_parameters,
@@ -79,7 +79,7 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
     place = place_of(config, world, device, n_ranks)
     if config.model.n_layers > _MOST_LAYERS:
         refuse_oversize(config.model, MIN_VOCAB_SIZE, place)
-    data = prepare(config.data, notice)
+    data = load_corpus(config.data, notice)
     model = resolve(config.model, vocab_size=data.tokenizer.vocab_size, max_seq_len=config.data.max_length)
     if (oversize := describe_oversize(model, place)) is not None:
         notice(f"note: {oversize}")

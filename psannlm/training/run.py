@@ -17,7 +17,7 @@ from torch import nn
 from psannlm.config.run import RunConfig, plan_batches, to_yaml
 from psannlm.data.dataset import LMDataset
 from psannlm.data.loader import Loader
-from psannlm.data.prepare import PreparedData, prepare
+from psannlm.data.prepare import PreparedData, load_corpus
 from psannlm.data.stream import Stream
 from psannlm.errors import Interrupted, PictureError, StorageError, TrainingError
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_text
@@ -216,7 +216,7 @@ def _find_start(
     loaded = None if found is None else load_model(found[0])
     if data is None:
         tokenizer = None if loaded is None else loaded.tokenizer
-        data = prepare(config.data, reporter.notice, tokenizer, preparation(found))
+        data = load_corpus(config.data, reporter.notice, tokenizer, preparation(found))
     if found is not None:
         refuse_other_data(found, data)
     vocab_size = data.tokenizer.vocab_size

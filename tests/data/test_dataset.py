@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.data.dataset import LMDataset
 from psannlm.data.memory_store import store_from_ids
-from psannlm.data.prepare import prepare
+from psannlm.data.prepare import load_corpus
 from psannlm.errors import ConfigError
 from psannlm.tokenizers.char import CharTokenizer
 
@@ -85,7 +85,7 @@ def test_a_pickled_dataset_is_the_same(
     tokenizer = CharTokenizer.fit(tiny_texts, 300)
     folder = prepare_folder(tmp_path, tokenizer, tiny_texts)
     config = DataConfig(sources=(PathSource(path=str(folder)),), max_length=16)
-    on_disk = prepare(config, lambda line: None)
+    on_disk = load_corpus(config, lambda line: None)
     settings: dict[str, Any] = {"tokenizer": tokenizer, "config": config, "text_sha256": on_disk.report.sha256}
     sharded = LMDataset(on_disk.train, 16, pad_id=tokenizer.pad_id, **settings)
     for one in (dataset, sharded):

@@ -12,7 +12,7 @@ from psannlm.config.data import DataConfig
 from psannlm.data import prepare as prepare_module
 from psannlm.data.corpus.documents import Document
 from psannlm.data.order import shuffled
-from psannlm.data.prepare import prepare, prepare_documents, shared_text, split_documents
+from psannlm.data.prepare import load_corpus, load_documents, shared_text, split_documents
 from psannlm.data.windows import IGNORE_INDEX, Windows
 from psannlm.errors import ConfigError, CorpusError
 from psannlm.tokenizers.base import Tokenizer
@@ -122,7 +122,7 @@ def test_the_tokenizer_never_sees_held_out_text(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(prepare_module, "fit_tokenizer", fit)
     config = DataConfig(tokenizer="simple", vocab_size=300, val_split=0.25, seed=7, max_length=8)
-    data = prepare_documents(numbered(20), config, quiet)
+    data = load_documents(numbered(20), config, quiet)
     assert data.val is not None
     assert data.val.names == tuple(d.name for d in split_documents(numbered(20), 0.25, 7)[1])
     assert set(data.train.names).isdisjoint(data.val.names)
@@ -138,22 +138,22 @@ def test_a_tokenizer_made_elsewhere_is_used_and_none_is_fitted(
         prepare_module, "load_tokenizer", lambda path: byte_tokenizer if path.name == "t.json" else None
     )
     config = DataConfig(tokenizer_model_path=str(tmp_path / "t.json"), max_length=8)
-    assert prepare_documents(numbered(3), config, quiet).tokenizer is byte_tokenizer
+    assert load_documents(numbered(3), config, quiet).tokenizer is byte_tokenizer
 
 
 def test_a_file_of_another_backend_than_the_one_named_is_refused(tmp_path: Path) -> None:
     path = str(CharTokenizer("é").save(tmp_path / "t.json"))
     for named in ("auto", "simple"):
         config = DataConfig(tokenizer=named, tokenizer_model_path=path, max_length=8)
-        assert prepare_documents(numbered(3), config, quiet).tokenizer.backend == "simple"
+        assert load_documents(numbered(3), config, quiet).tokenizer.backend == "simple"
     with pytest.raises(ConfigError, match=r"sentencepiece was asked for.*t\.json is a file of simple"):
-        prepare_documents(numbered(3), DataConfig(tokenizer="sentencepiece", tokenizer_model_path=path), quiet)
+        load_documents(numbered(3), DataConfig(tokenizer="sentencepiece", tokenizer_model_path=path), quiet)
 
 
 def test_texts_come_through_with_nothing_lost_and_figures_for_people(byte_tokenizer: Tokenizer) -> None:
     said: list[str] = []
     documents = [*numbered(12), Document(" \n", "blank")]
-    data = prepare_documents(documents, DataConfig(val_split=0.25, max_length=8), said.append, byte_tokenizer)
+    data = load_documents(documents, DataConfig(val_split=0.25, max_length=8), said.append, byte_tokenizer)
     assert data.val is not None
     stores = (data.train, data.val)
     back = {
@@ -179,7 +179,7 @@ def test_texts_come_through_with_nothing_lost_and_figures_for_people(byte_tokeni
 def test_files_go_all_the_way(tiny_corpus: Path) -> None:
     source = {"path": str(tiny_corpus), "per_line": True}
     config = DataConfig.model_validate({"sources": [source], "tokenizer": "simple", "max_length": 32, "val_split": 0.1})
-    data = prepare(config, quiet)
+    data = load_corpus(config, quiet)
     assert data.val is not None
     assert data.train.n_documents + data.val.n_documents == 12
     lines = tiny_corpus.read_text(encoding="utf-8").splitlines()
@@ -192,18 +192,18 @@ def test_files_go_all_the_way(tiny_corpus: Path) -> None:
 
 def test_a_corpus_shorter_than_one_window_is_padded_with_a_notice(byte_tokenizer: Tokenizer) -> None:
     lines: list[str] = []
-    data = prepare_documents([Document("x" * 8, "d")], DataConfig(max_length=10), lines.append, byte_tokenizer)
+    data = load_documents([Document("x" * 8, "d")], DataConfig(max_length=10), lines.append, byte_tokenizer)
     assert [line for line in lines if "its 10 tokens" in line and "padded to data.max_length 10" in line]
     input_ids, labels = Windows(data.train, 10, pad_id=byte_tokenizer.pad_id).batch([0])
     assert labels[0].tolist() == [*input_ids[0, 1:9].tolist(), byte_tokenizer.eos_id, IGNORE_INDEX]
     lines.clear()
-    prepare_documents([Document("x" * 8, "d")], DataConfig(max_length=9), lines.append, byte_tokenizer)
+    load_documents([Document("x" * 8, "d")], DataConfig(max_length=9), lines.append, byte_tokenizer)
     assert not [line for line in lines if "padded" in line]
 
 
 def test_no_documents_are_an_error(byte_tokenizer: Tokenizer) -> None:
     with pytest.raises(CorpusError, match="no text"):
-        prepare_documents([], DataConfig(), quiet, byte_tokenizer)
+        load_documents([], DataConfig(), quiet, byte_tokenizer)
 
 
 LONG = "A paragraph that is long enough to say that it was seen before, word for word."
@@ -222,9 +222,9 @@ def test_shared_text_counts_bytes_of_long_paragraphs_found_in_training() -> None
 
 def test_the_share_is_reported_only_when_text_is_held_out(byte_tokenizer: Tokenizer) -> None:
     documents = [Document(LONG, f"d{i}") for i in range(4)]
-    apart = prepare_documents(documents, DataConfig(max_length=8), quiet, byte_tokenizer)
+    apart = load_documents(documents, DataConfig(max_length=8), quiet, byte_tokenizer)
     assert (apart.val, apart.val_overlap) == (None, None)
     said: list[str] = []
-    data = prepare_documents(documents, DataConfig(max_length=8, val_split=0.25), said.append, byte_tokenizer)
+    data = load_documents(documents, DataConfig(max_length=8, val_split=0.25), said.append, byte_tokenizer)
     assert data.val_overlap == 1
     assert "100.0% of its text stands word for word in the training text too" in said[-1]

@@ -14,7 +14,7 @@ import torch
 
 from psannlm.config.data import BuiltinSource, DataConfig, PathSource
 from psannlm.data.corpus.documents import Document
-from psannlm.data.prepare import prepare, prepare_documents
+from psannlm.data.prepare import load_corpus, load_documents
 from psannlm.data.prepared import find_prepared, open_folder
 from psannlm.data.windows import Windows
 from psannlm.errors import ArtifactError, ConfigError
@@ -47,8 +47,8 @@ def config(*sources: Path | str | dict[str, Any], **settings: Any) -> DataConfig
 @pytest.mark.parametrize("pack", [True, False])
 def test_it_gives_what_the_documents_give(folder: Path, tokenizer: CharTokenizer, pack: bool) -> None:
     said: list[str] = []
-    data = prepare(config(folder, max_length=16), said.append)
-    twin = prepare_documents([Document(t, "t") for t in TEXTS], config("x", max_length=16), print, tokenizer)
+    data = load_corpus(config(folder, max_length=16), said.append)
+    twin = load_documents([Document(t, "t") for t in TEXTS], config("x", max_length=16), print, tokenizer)
     assert data.tokenizer.fingerprint == tokenizer.fingerprint
     assert data.val is not None
     assert (data.val.n_documents, data.val.n_bytes) == (2, sum(map(len, HELD_OUT)))
@@ -63,7 +63,9 @@ def test_it_gives_what_the_documents_give(folder: Path, tokenizer: CharTokenizer
 
 
 def test_the_folder_and_its_manifest_name_the_same_data(folder: Path) -> None:
-    shas = {prepare(config(path, max_length=16), print).report.sha256 for path in (folder, folder / "manifest.json")}
+    shas = {
+        load_corpus(config(path, max_length=16), print).report.sha256 for path in (folder, folder / "manifest.json")
+    }
     assert shas == {open_folder(folder / "manifest.json").manifest.content_sha256}
 
 
@@ -95,18 +97,18 @@ def test_what_it_was_not_made_for_is_refused(
         said = said.replace("OTHERPRINT", other.fingerprint).replace("OWNPRINT", tokenizer.fingerprint)
     sources = [twin if source == "TWIN" else source for source in others]
     with pytest.raises(ConfigError, match=said):
-        prepare(config(folder, *sources, max_length=16, **settings), print)
+        load_corpus(config(folder, *sources, max_length=16, **settings), print)
 
 
 def test_a_split_is_not_made_from_a_folder_without_one(
     prepare_folder: Build, tokenizer: CharTokenizer, tmp_path: Path
 ) -> None:
     folder = prepare_folder(tmp_path, tokenizer, TEXTS)
-    assert prepare(config(folder, max_length=16), print).val is None
+    assert load_corpus(config(folder, max_length=16), print).val is None
     with pytest.raises(ConfigError, match=r"nothing held out; set it to 0, or .* psannlm prep --val-split 0.1"):
-        prepare(config(folder, max_length=16, val_split=0.1), print)
+        load_corpus(config(folder, max_length=16, val_split=0.1), print)
     lines: list[str] = []
-    prepare(config(folder, max_length=5000), lines.append)
+    load_corpus(config(folder, max_length=5000), lines.append)
     assert [line for line in lines if "padded to data.max_length 5,000" in line]
 
 
@@ -114,22 +116,22 @@ def test_settings_of_text_are_refused(folder: Path) -> None:
     for settings in ({"per_line": True}, {"text_key": "body"}):
         (key,) = settings
         with pytest.raises(ConfigError, match=rf"data.sources\[0\].{key}: .* decided by psannlm prep"):
-            prepare(config({"path": str(folder), **settings}), print)
+            load_corpus(config({"path": str(folder), **settings}), print)
 
 
 def test_the_tokenizer_that_agrees_may_be_named(folder: Path, tokenizer: CharTokenizer, tmp_path: Path) -> None:
     same = tokenizer.save(tmp_path / "same.json")
-    prepare(config(folder, max_length=16, tokenizer="simple", tokenizer_model_path=str(same)), print)
+    load_corpus(config(folder, max_length=16, tokenizer="simple", tokenizer_model_path=str(same)), print)
 
 
 def test_a_changed_tokenizer_is_refused(folder: Path, tokenizer: CharTokenizer) -> None:
     other = CharTokenizer("äö")
     other.save(folder / "tokenizer.json")
     with pytest.raises(ArtifactError, match=rf"tokenizer.json .*{other.fingerprint}.*{tokenizer.fingerprint}"):
-        prepare(config(folder), print)
+        load_corpus(config(folder), print)
     (folder / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"tokenizer.json"):
-        prepare(config(folder), print)
+        load_corpus(config(folder), print)
 
 
 @pytest.mark.parametrize("what", ["missing", "swapped", "cut", "foreign"])
@@ -148,7 +150,7 @@ def test_a_spoilt_shard_is_refused_by_name(
         shutil.copy(other / shard.name, shard)
     expected = {"missing": "is missing", "swapped": "another shard", "cut": "cut short", "foreign": "another tokenizer"}
     with pytest.raises(ArtifactError, match=rf"train_00002.safetensors .*{expected[what]}"):
-        prepare(config(folder, max_length=16), print)
+        load_corpus(config(folder, max_length=16), print)
 
 
 def test_a_thousand_flipped_bits_of_a_folder_are_noticed(folder: Path) -> None:

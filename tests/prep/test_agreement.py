@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from psannlm.config.data import DataConfig
-from psannlm.data.prepare import PreparedData, prepare
+from psannlm.data.prepare import PreparedData, load_corpus
 from psannlm.data.segments import SEGMENT_BYTES
 from psannlm.data.stream import Stream
 from psannlm.errors import CorpusError
@@ -76,7 +76,7 @@ def read(folder: Path, tokenizer: Path | None, val_split: float) -> PreparedData
         val_split=val_split,
         max_length=8,
     )
-    return prepare(data, lambda line: None)
+    return load_corpus(data, lambda line: None)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.model import ModelConfig
 from psannlm.data.corpus.documents import Document
 from psannlm.data.manifest import SplitEntry, read_manifest
-from psannlm.data.prepare import prepare
+from psannlm.data.prepare import load_corpus
 from psannlm.evaluation.loss import evaluate_sources
 from psannlm.models.artifact import LoadedModel
 from psannlm.models.registry import build_model, resolve
@@ -144,7 +144,7 @@ def test_training_preparing_and_evaluating_tell(foreign: Path, tmp_path: Path) -
 
     said: list[str] = []
     sources = (PathSource(path=str(corpus)),)
-    prepared = prepare(DataConfig(sources=sources, tokenizer_model_path=str(foreign), max_length=16), said.append)
+    prepared = load_corpus(DataConfig(sources=sources, tokenizer_model_path=str(foreign), max_length=16), said.append)
     assert len(warnings(said)) == 1
     assert wanted in warnings(said)[0]
 
@@ -168,7 +168,7 @@ def test_training_preparing_and_evaluating_tell(foreign: Path, tmp_path: Path) -
     folder = tmp_path / "out"
     shards = (PathSource(path=str(folder)),)
     said.clear()
-    made = prepare(DataConfig(sources=shards, max_length=16), said.append)
+    made = load_corpus(DataConfig(sources=shards, max_length=16), said.append)
     assert len(warnings(said)) == 1
     assert f"{folder} was prepared with a tokenizer that loses text, {2 / 30:.2%} of the bytes" in warnings(said)[0]
     assert made.lost_fraction == prepared.lost_fraction == pytest.approx(2 / 30, abs=0.002)

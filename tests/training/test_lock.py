@@ -45,7 +45,7 @@ def test_a_run_is_held_from_before_its_corpus_is_read_to_its_last_step(tiny_run:
 def test_a_folder_that_cannot_be_written_is_found_before_the_corpus_is_read(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("psannlm.training.run.prepare", lambda *a: pytest.fail("read the corpus"))
+    monkeypatch.setattr("psannlm.training.run.load_corpus", lambda *a: pytest.fail("read the corpus"))
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(StorageError, match="a file stands where a folder must be"):

@@ -16,7 +16,7 @@ import torch
 
 from psannlm.config.run import RunConfig, load_config, to_yaml
 from psannlm.data.corpus.documents import Document
-from psannlm.data.prepare import prepare_documents
+from psannlm.data.prepare import load_documents
 from psannlm.errors import EXIT_INTERRUPTED, Interrupted, StorageError, TrainingError
 from psannlm.evaluation.loss import Evaluation
 from psannlm.models.tensorfile import read_tensors
@@ -58,7 +58,7 @@ def test_one_batch_is_memorised(tiny_run: TinyRun, base: str, optimizer: str) ->
         weight_decay=0.0,
     )
     text = "The quick brown fox jumps over the lazy dog, and the dog sleeps on in the sun."
-    data = prepare_documents([Document(text, "text 1")], config.data, lambda line: None)
+    data = load_documents([Document(text, "text 1")], config.data, lambda line: None)
     result = train(config, data=data)
     losses = [row["loss"] for row in read_metrics(result.folder)]
     assert losses[0] == pytest.approx(math.log(260), rel=0.05)

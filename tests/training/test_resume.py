@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from psannlm.config.run import RunConfig
-from psannlm.data.prepare import prepare
+from psannlm.data.prepare import load_corpus
 from psannlm.errors import ArtifactError, ConfigError, PsannlmError
 from psannlm.evaluation.loss import Evaluation
 from psannlm.models.tensorfile import read_tensors
@@ -314,7 +314,9 @@ def test_other_data_is_refused(tiny_run: TinyRun, tmp_path: Path, tiny_texts: li
         corpus.write_text("\n".join([*tiny_texts[:-1], "Another last line, and a longer one."]), encoding="utf-8")
     else:
         other = {**config.data.model_dump(), "tokenizer": "tokenizers"}
-        given = replace(prepare(config.data, print), tokenizer=prepare(type(config.data)(**other), print).tokenizer)
+        given = replace(
+            load_corpus(config.data, print), tokenizer=load_corpus(type(config.data)(**other), print).tokenizer
+        )
     with pytest.raises(ConfigError, match=f"other data: {what}"):
         train(config, data=given)
 
@@ -350,7 +352,7 @@ def test_a_run_of_an_older_version_keeps_its_corpus(
     assert content["state"].pop("preparation") == 1
     path.write_text(_sealed({k: content[k] for k in ("files", "state")}), encoding="utf-8")
     with pytest.raises(ConfigError, match="older psannlm, which held out other documents"):
-        train(config, data=prepare(config.data, lambda text: None))
+        train(config, data=load_corpus(config.data, lambda text: None))
     resumed = train(config)
     assert resumed.best == whole.best
     for name, tensor in whole.model.state_dict().items():
@@ -368,7 +370,7 @@ def test_a_resume_uses_the_tokenizer_it_was_trained_with(tiny_run: TinyRun, monk
 def test_validation_data_of_ones_own_does_not_hinder_a_resume(tiny_run: TinyRun) -> None:
     """The Python API trains with val_split 0, an evaluation interval, and texts of its own to validate on."""
     split = tiny_run()
-    data = prepare(split.data, lambda text: None)
+    data = load_corpus(split.data, lambda text: None)
     train_config = split.train.model_copy(update={"eval_interval_steps": 2, "save_interval_steps": 2})
     config = split.model_copy(update={"data": split.data.model_copy(update={"val_split": 0.0}), "train": train_config})
     with pytest.raises(Halt):
