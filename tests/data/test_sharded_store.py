@@ -126,7 +126,7 @@ def test_no_token_is_lost_or_repeated_on_any_way_through_an_epoch(
             counted: list[int] = []
             after = position
             for rank in range(world):
-                loader = Loader(windows, batch, rank=rank, world_size=world, workers=workers)
+                loader = Loader(windows, batch, rank=rank, world_size=world, num_workers=workers)
                 for step in islice(loader.steps(position), n_steps):
                     after = step.after
                     for part in step.micro_batches:
