@@ -176,7 +176,7 @@ def test_every_base_and_position_goes_through_a_file(
     [
         (None, "does not exist or is not a file"),
         (b"", "cut short"),
-        (b"x" * 1000, "cut short or no safetensors file"),
+        (b"x" * 1000, "cut short or is not a safetensors file"),
         (b"PK\x03\x04" + b"x" * 100, "written by torch.save.*safetensors"),
         (b"\x80\x02\x8a\nl" + b"x" * 100, "written by torch.save.*safetensors"),
         (b"\x02\0\0\0\0\0\0\0{}", "not a psannlm file"),

@@ -1,7 +1,7 @@
-"""The head of a safetensors file: made from a table of tensors, and read back from a file that nobody vouches for.
+"""Header of safetensors files: building it, and parsing it from untrusted files.
 
-The format is eight bytes of length (little endian), that many bytes of JSON, then the tensors' bytes with no gap
-between them. Nothing here loads torch or safetensors, and nothing is allocated that the file does not hold.
+The format is the length of the header in 8 bytes (little endian), the header as JSON, then the bytes of the tensors
+without gaps. Nothing here imports torch or safetensors, or allocates more memory than the size of the file.
 """
 
 from __future__ import annotations
@@ -21,40 +21,44 @@ from psannlm.io.limits import MAX_HEADER_VALUES, json_values
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 64 << 20
-_ITEM_BYTES = {"U8": 1, "U16": 2, "U32": 4, "I64": 8}
+# The element types that psannlm writes, with their sizes.
+_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "I64": 8}
+_ITEM_BYTES |= {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 
 def build_header(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], n_bytes: int
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], n_bytes: int | None = None
 ) -> bytes:
-    """Return the head, ``n_bytes`` long, of a file that holds ``tensors`` (name: type and shape) in that order.
+    """Return the header of a file that holds ``tensors`` (name: element type and shape) in that order.
 
-    Types are U8, U16, U32 and I64. Equal arguments give equal bytes.
+    It is padded with spaces to ``n_bytes``, by default to a multiple of 8. Equal arguments give equal bytes.
 
     Raises:
-        ValueError: ``n_bytes`` are too few.
+        ValueError: the header is longer than ``n_bytes``.
     """
     fields: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + _ITEM_BYTES[dtype] * math.prod(shape)
         fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8").ljust(n_bytes - LENGTH_BYTES)
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    if n_bytes is None:
+        n_bytes = LENGTH_BYTES + -(-len(text) // LENGTH_BYTES) * LENGTH_BYTES
+    text = text.ljust(n_bytes - LENGTH_BYTES)
     if LENGTH_BYTES + len(text) > n_bytes:
         raise ValueError(f"a header of {LENGTH_BYTES + len(text)} bytes does not fit into {n_bytes}")
     return struct.pack("<Q", len(text)) + text
 
 
-# A zip archive, and a bare pickle of protocol 2 and later: what torch.save has written, now and formerly.
+# First bytes of files of torch.save: a zip archive, formerly a pickle of protocol 2 or later.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def read_header(path: Path, file: BinaryIO, size: int, limit: int = MAX_HEADER_BYTES) -> bytes:
-    """Return the head of a file of ``size`` bytes, its eight bytes of length included.
+    """Return the header of a file of ``size`` bytes, including the 8 bytes of its length.
 
     Raises:
-        ArtifactError: the file is a pointer (Git LFS) or cut short, or its head would be longer than the file or
-            ``limit``.
+        ArtifactError: the file is a Git LFS pointer or truncated, or its header is longer than the file or ``limit``.
     """
     if size <= POINTER_BYTES:
         file.seek(0)
@@ -66,56 +70,74 @@ def read_header(path: Path, file: BinaryIO, size: int, limit: int = MAX_HEADER_B
     prefix = file.read(LENGTH_BYTES)
     (length,) = struct.unpack("<Q", prefix)
     if length > limit or LENGTH_BYTES + length > size:
-        # Only here: a header of 640 bytes has the first two bytes of a pickle.
+        # Checked only now: a valid header of 640 bytes begins with the first two bytes of a pickle.
         if prefix.startswith(_PICKLES):
             raise ArtifactError(
-                f"{path} was written by torch.save; psannlm reads safetensors files alone, because a pickle can run "
+                f"{path} was written by torch.save; psannlm reads only safetensors files, because a pickle can run "
                 "code. Save the model with psannLM.save, or train it again"
             )
-        raise ArtifactError(f"{path} is cut short or no safetensors file: {size:,} bytes, header of {length:,}")
+        raise ArtifactError(f"{path} is cut short or is not a safetensors file: {size:,} bytes, header of {length:,}")
     return prefix + file.read(length)
 
 
 def parse_header(path: Path, header: bytes) -> dict[str, Any]:
-    """Return the JSON table of a head. Raises ArtifactError if it is none."""
+    """Return the fields of a header. Raises ArtifactError if it is not a JSON object."""
     if (n_values := json_values(header)) > MAX_HEADER_VALUES:
         raise ArtifactError(f"{path}: its header has up to {n_values:,} values, more than {MAX_HEADER_VALUES:,}")
     try:
         fields = json.loads(header[LENGTH_BYTES:])
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged or no safetensors file: its header is not JSON") from error
+        raise ArtifactError(f"{path} is damaged or is not a safetensors file: its header is not JSON") from error
     if not isinstance(fields, dict):
-        raise ArtifactError(f"{path} is damaged or no safetensors file: its header is not a table")
+        raise ArtifactError(f"{path} is damaged or is not a safetensors file: its header is not a JSON object")
     return fields
 
 
 def refuse_wrong_length(path: Path, size: int, header_bytes: int, fields: Mapping[str, Any]) -> None:
-    """Raise ArtifactError unless the tensors of a head end where the file of ``size`` bytes ends."""
+    """Raise ArtifactError unless the tensors end at the end of the file, ``size`` bytes."""
     try:
         ends = [entry["data_offsets"][1] for name, entry in fields.items() if name != "__metadata__"]
     except (TypeError, KeyError, IndexError) as error:
-        raise ArtifactError(f"{path} is damaged: its header does not say where the tensors are") from error
+        raise ArtifactError(f"{path} is damaged: its header does not give the positions of the tensors") from error
     if not all(isinstance(end, int) and 0 <= end < 1 << 63 for end in ends):
-        raise ArtifactError(f"{path} is damaged: its header does not say where the tensors end")
-    promised = header_bytes + max(ends, default=0)
-    if promised > size:
-        raise ArtifactError(f"{path} is cut short: {size:,} of {promised:,} bytes are there")
-    if promised < size:
-        raise ArtifactError(f"{path} is damaged: {size - promised:,} bytes too long")
+        raise ArtifactError(f"{path} is damaged: its header does not give the ends of the tensors")
+    expected = header_bytes + max(ends, default=0)
+    if expected > size:
+        raise ArtifactError(f"{path} is cut short: {size:,} of {expected:,} bytes are there")
+    if expected < size:
+        raise ArtifactError(f"{path} is damaged: {size - expected:,} bytes too long")
+
+
+def parse_shapes(path: Path, fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a header. Raises ArtifactError if a shape does not match its bytes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, entry in fields.items():
+        if name == "__metadata__":
+            continue
+        try:
+            shape = tuple(entry["shape"])
+            start, end = entry["data_offsets"]
+            is_right = math.prod(shape) * _ITEM_BYTES[entry["dtype"]] == end - start >= 0
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} is damaged: its header does not describe {name!r:.80}") from error
+        if not is_right or not all(type(n) is int and n >= 0 for n in shape):
+            raise ArtifactError(f"{path} is damaged: the shape of {name!r:.80} does not match its bytes")
+        shapes[name] = shape
+    return shapes
 
 
 def parse_metadata(path: Path, fields: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metadata of a head as a table of its own. Raises ArtifactError if there is none."""
+    """Return the metadata of a header. Raises ArtifactError if there is none."""
     metadata = fields.get("__metadata__")
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ArtifactError(f"{path} has no metadata of ours: it is not a psannlm file")
+        raise ArtifactError(f"{path} has no psannlm metadata: it is not a psannlm file")
     return dict(metadata)
 
 
 def file_metadata(path: Path, limit: int = MAX_HEADER_BYTES) -> dict[str, str]:
-    """Return the metadata in the header of a safetensors file, empty for any other file, link or folder.
+    """Return the metadata of a safetensors file; empty for any other file, link or folder.
 
-    For telling whose a file is: nothing but the header is read, and nothing of it is checked.
+    Used to find out who wrote a file: only the header is read, and nothing is verified.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

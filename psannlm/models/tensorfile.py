@@ -7,14 +7,10 @@ taken with the 64 digits of the hash themselves written as zeros; any other read
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +21,14 @@ from psannlm.errors import ArtifactError
 from psannlm.io.atomic import replacing
 from psannlm.io.filenames import utf8_path
 from psannlm.io.lfs_pointers import refuse_pointer
-from psannlm.io.safetensors_header import LENGTH_BYTES, parse_header, parse_metadata, read_header, refuse_wrong_length
+from psannlm.io.safetensors_header import (
+    build_header,
+    parse_header,
+    parse_metadata,
+    parse_shapes,
+    read_header,
+    refuse_wrong_length,
+)
 from psannlm.runtime.distributed import whole
 
 _HASH_KEY = "sha256"
@@ -71,7 +74,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     Raises:
         StorageError: the disk is full or the folder cannot be written; ``path`` keeps its former content.
     """
-    header = _header(tensors, {**metadata, _HASH_KEY: _BLANK})
+    layout = {name: (_DTYPES[tensors[name].dtype], tuple(tensors[name].shape)) for name in _file_order(tensors)}
+    header = build_header(layout, {**metadata, _HASH_KEY: _BLANK})
     digest = hashlib.sha256(header)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(header)
@@ -95,19 +99,6 @@ def send_tensors(tensors: Mapping[str, Tensor]) -> None:
 def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
     """Wide elements first, as safetensors writes them, so that every tensor is aligned; then by name."""
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-
-
-def _header(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The format's header: its length in 8 bytes, then JSON, padded to 8 bytes."""
-    fields: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    end = 0
-    for name in _file_order(tensors):
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        fields[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text = text.ljust(-(-len(text) // LENGTH_BYTES) * LENGTH_BYTES)
-    return struct.pack("<Q", len(text)) + text
 
 
 def read_tensors(path: Path) -> TensorFile:
@@ -149,21 +140,7 @@ def read_head(path: Path) -> Head:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
     fields = parse_header(path, header)
     refuse_wrong_length(path, size, len(header), fields)
-    item_bytes = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, entry in fields.items():
-        if name == "__metadata__":
-            continue
-        try:
-            shape = tuple(entry["shape"])
-            start, end = entry["data_offsets"]
-            is_right = math.prod(shape) * item_bytes[entry["dtype"]] == end - start >= 0
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path} is damaged: its header does not describe {name!r:.80}") from error
-        if not is_right or not all(type(n) is int and n >= 0 for n in shape):
-            raise ArtifactError(f"{path} is damaged: the shape of {name!r:.80} does not fill its bytes")
-        shapes[name] = shape
-    return Head(parse_metadata(path, fields), shapes, size - len(header))
+    return Head(parse_metadata(path, fields), parse_shapes(path, fields), size - len(header))
 
 
 def verify_tensors(path: Path) -> Verified:
