@@ -17,7 +17,7 @@ from psannlm.display import json_text
 from psannlm.errors import ConfigError, TokenizerError
 from psannlm.io.atomic import read_small, refuse_foreign, require_writable, write_text
 from psannlm.tokenizers.base import Tokenizer
-from psannlm.tokenizers.resolve import MODEL_TYPES, check_fit, fit_passages, load_tokenizer
+from psannlm.tokenizers.resolve import MODEL_TYPES, check_fit, file_suffix, fit_passages, load_tokenizer
 from psannlm.tokenizers.sample import SAMPLE_CHARS, PassageSample
 
 _HELD_OUT = 0.1
@@ -28,7 +28,6 @@ HELD_OUT_CHARS = 2_000_000
 # Longer documents come in parts, each of which is held out or fitted on as if it were one.
 SAMPLE_SEGMENT_BYTES = 1 << 20
 _LONGEST_SHOWN = 12
-_SUFFIXES = {"sentencepiece": ".model", "tokenizers": ".json", "simple": ".json"}
 
 Notice = Callable[[str], None]
 
@@ -69,7 +68,7 @@ def fit_with_card(
     backend = check_fit(backend, vocab_size, model_type, sample_chars)
     path = out or Path("tokenizer")
     if not path.suffix:
-        path = path.with_suffix(_SUFFIXES[backend])
+        path = path.with_suffix(file_suffix(backend))
     require_writable(path)
     # The whole name: tokenizer.model and tokenizer.json may stand in one folder.
     card_path = path.with_name(f"{path.name}.card.json")

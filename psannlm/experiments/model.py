@@ -11,8 +11,7 @@ from psannlm.config.model import ModelConfig
 from psannlm.config.run import RunConfig
 from psannlm.data.prepare import PreparedData
 from psannlm.experiments.plan import StudyPlan, Variant, reads_folder
-
-_TOKENIZER_SUFFIXES = {"sentencepiece": ".model"}
+from psannlm.tokenizers.resolve import file_suffix
 
 
 @dataclass(frozen=True)
@@ -96,4 +95,4 @@ def tokenizer_path(plan: StudyPlan, config: DataConfig, data: Mapping[DataConfig
     known = list(dict.fromkeys(variant.config.data for variant in plan.variants))
     number = known.index(config) + 1
     stem = "tokenizer" if number == 1 else f"tokenizer_{number}"
-    return folder / f"{stem}{_TOKENIZER_SUFFIXES.get(backend, '.json')}"
+    return folder / f"{stem}{file_suffix(backend)}"

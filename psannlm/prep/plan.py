@@ -19,6 +19,7 @@ from psannlm.prep.folder import is_own_shard, remove_files
 from psannlm.prep.job import STDIN, PrepSettings
 from psannlm.prep.reader import Cut, SourceFile
 from psannlm.tokenizers.base import Tokenizer
+from psannlm.tokenizers.resolve import file_suffix
 
 _VERSION = 3
 _SHOWN = 5
@@ -144,13 +145,10 @@ def _shown(value: Any) -> str:
     return f"{value:.12}" if isinstance(value, str) else str(value)
 
 
-_SUFFIXES = {"sentencepiece": ".model"}
-
-
 def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
     """Return the manifest entry of a tokenizer, with its file name in the prepared folder."""
     return TokenizerEntry(
-        file="tokenizer" + _SUFFIXES.get(tokenizer.backend, ".json"),
+        file="tokenizer" + file_suffix(tokenizer.backend),
         backend=tokenizer.backend,
         vocab_size=tokenizer.vocab_size,
         fingerprint=tokenizer.fingerprint,

@@ -17,8 +17,13 @@ from psannlm.tokenizers.sample import SAMPLE_CHARS, sample_passages
 
 # Backend -> the package it needs, in the order that "auto" tries them.
 _PACKAGES: dict[str, str | None] = {"sentencepiece": "sentencepiece", "tokenizers": "tokenizers", "simple": None}
-# What SentencePiece can be fitted as, the default first.
+# Model types of SentencePiece, the default first.
 MODEL_TYPES = ("unigram", "bpe")
+
+
+def file_suffix(backend: str) -> str:
+    """Return the suffix of a tokenizer file: ``.model`` for SentencePiece, ``.json`` for all others."""
+    return ".model" if backend == "sentencepiece" else ".json"
 
 
 def available_backends() -> dict[str, str | None]:
