@@ -1,7 +1,7 @@
-"""Ids of documents enter; the framed stream leaves, with what is kept of each document beside its tokens.
+"""Framing of documents with BOS and EOS, and the record kept of each document: length, bytes, hash, origin.
 
-A framed document is its begin of text, its ids, its end of text. Framing happens here and nowhere else: whoever reads
-a stream later takes slices of it.
+A framed document is BOS, its ids, EOS. This is the only place where BOS and EOS are inserted: readers of a stream take
+slices of it.
 """
 
 from __future__ import annotations
@@ -46,40 +46,52 @@ class DocumentBatch:
 
 
 def frame(
-    ids: NDArray[Any], lengths: NDArray[np.int64], *, bos_id: int, eos_id: int, dtype: DTypeLike
+    ids: NDArray[Any],
+    lengths: NDArray[np.int64],
+    *,
+    bos_id: int,
+    eos_id: int,
+    dtype: DTypeLike,
+    begins: NDArray[np.bool_] | None = None,
+    ends: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return documents end to end, each between ``bos_id`` and ``eos_id``, and the framed length of each.
+    """Return concatenated units of text with ``bos_id`` before and ``eos_id`` after each document, and their lengths.
 
-    ``ids``: (n_ids,), the documents end to end; ``lengths``: (n_documents,), ids of each. Every id must fit ``dtype``.
+    Args:
+        ids: (n_ids,), the units concatenated; every id must fit ``dtype``.
+        lengths: (n_units,), ids of each unit. A unit is a document, or a segment of one.
+        begins, ends: (n_units,), whether a document begins (ends) in each unit; None: in every unit.
     """
-    framed = np.asarray(lengths, dtype=np.int64) + 2
-    ends = np.cumsum(framed)
-    tokens = np.empty(len(ids) + 2 * len(framed), dtype=dtype)
-    is_text = np.ones(len(tokens), dtype=bool)
-    is_text[ends - framed] = False
-    is_text[ends - 1] = False
+    n_ids = np.asarray(lengths, dtype=np.int64)
+    begins = np.ones(len(n_ids), dtype=np.bool_) if begins is None else begins
+    ends = np.ones(len(n_ids), dtype=np.bool_) if ends is None else ends
+    framed = n_ids + begins + ends
+    stops = np.cumsum(framed)
+    first, last = (stops - framed)[begins], stops[ends] - 1
+    tokens = np.empty(int(framed.sum()), dtype=dtype)
+    is_text = np.ones(len(tokens), dtype=np.bool_)
+    is_text[first] = is_text[last] = False
     tokens[is_text] = ids
-    tokens[ends - framed] = bos_id
-    tokens[ends - 1] = eos_id
+    tokens[first], tokens[last] = bos_id, eos_id
     return tokens, framed
 
 
 def text_hash(content: bytes) -> bytes:
-    """Return the 16 bytes that tell one text (in UTF-8) from another: BLAKE2b, 128 bits."""
+    """Return the 16-byte hash of a text in UTF-8: BLAKE2b, 128 bits."""
     return hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
 
 
 def pack_origin(source: int, record: int) -> int:
-    """Return where a document comes from as one number: the source's index, and its line or row from 1 (0: a file).
+    """Return the origin of a document as one number: index of the source, and line or row from 1 (0: a whole file).
 
     Raises:
         ValueError: more than 8,388,607 sources, or more than 2**40 - 1 records in one.
     """
     if not 0 <= source < 1 << _SOURCE_BITS or not 0 <= record < 1 << RECORD_BITS:
-        raise ValueError(f"source {source}, record {record} is beyond what an origin holds")
+        raise ValueError(f"source {source}, record {record} exceeds the range of an origin")
     return source << RECORD_BITS | record
 
 
 def unpack_origin(origin: int) -> tuple[int, int]:
-    """Return (source, record) of what :func:`pack_origin` made."""
+    """Return (source, record) of an origin from :func:`pack_origin`."""
     return origin >> RECORD_BITS, origin & ((1 << RECORD_BITS) - 1)

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from psannlm.config.constants import IGNORE_INDEX
 from psannlm.data.order import permuted
 from psannlm.data.prefetch import prefetched
-from psannlm.data.windows import IGNORE_INDEX, Windows
+from psannlm.data.windows import Windows
 from psannlm.errors import ConfigError, CorpusError, TrainingError
 
 

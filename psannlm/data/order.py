@@ -1,7 +1,7 @@
-"""A seed enters, an order of n things leaves, the same on every machine and with every release of numpy.
+"""Pseudo-random permutations from a seed, identical on every machine and with every release of numpy.
 
-Two ways: :func:`shuffled` holds the whole order, for a few million things at most; :func:`permuted` computes any slice
-of one without the rest, for as many as there are.
+:func:`shuffled` stores the whole permutation, for up to a few million items; :func:`permuted` computes any slice of a
+permutation without the rest, for any number of items.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from math import isqrt
 import numpy as np
 from numpy.typing import NDArray
 
-# Names what decides the order of training windows; a checkpoint of another order must not be gone on from.
+# Version of the order of training windows, stored in checkpoints: a run cannot resume in another order.
 ORDER_VERSION = "feistel-1"
 _ROUNDS = 12
 
@@ -20,30 +20,29 @@ _ROUNDS = 12
 def shuffled(n: int, seed: int, purpose: str, index: int = 0) -> NDArray[np.int64]:
     """Return a permutation of ``range(n)``, (n,) int64: a pure function of the arguments.
 
-    ``purpose`` keeps draws with one seed apart (the split from the epochs), ``index`` numbers draws of one purpose.
-    Random keys are sorted, rather than ``Generator.permutation`` called: numpy promises that the raw stream of a bit
-    generator never changes, and makes no such promise for the methods of ``Generator``.
+    ``purpose`` separates permutations of one seed (split, epochs), ``index`` numbers those of one purpose. Random keys
+    are sorted instead of calling ``Generator.permutation``, because numpy guarantees only the raw stream of a bit
+    generator to stay the same, not the methods of ``Generator``.
     """
     keys = np.random.PCG64(_seed_sequence(seed, purpose, index)).random_raw(n)
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 
 
 def permuted(n: int, start: int, stop: int, seed: int, purpose: str, index: int = 0) -> NDArray[np.int64]:
-    """Return places ``start`` to ``stop`` of a permutation of ``range(n)``, (stop - start,) int64, for n to 2**62.
+    """Return positions ``start`` to ``stop`` of a permutation of ``range(n)``, (stop - start,) int64, for n to 2**62.
 
     Time and memory grow with ``stop - start`` alone. A keyed Feistel network over pairs (l, r) with l < a, r < b and
-    a * b >= n, each half shifted in turn by a hash of the other, permutes the pairs; one that stands for a number of
-    n or more is sent through again until it does not ("cycle walking"): Black and Rogaway, Ciphers with Arbitrary
-    Finite Domains, CT-RSA 2002. The hash is the mixing function of SplitMix64: Steele, Lea and Flood, OOPSLA 2014.
-    It is meant to mix, not to keep a secret.
+    a * b >= n, each half shifted in turn by a hash of the other, permutes the pairs; a result of n or more is permuted
+    again until it is below n ("cycle walking"): Black and Rogaway, Ciphers with Arbitrary
+    Finite Domains, CT-RSA 2002. The hash is :func:`splitmix64`: well mixed, not cryptographic.
     """
     if not 0 <= start <= stop <= n:
-        raise ValueError(f"places {start} to {stop} of {n}")
+        raise ValueError(f"positions {start} to {stop} are not within {n}")
     keys = _seed_sequence(seed, purpose, index).generate_state(_ROUNDS, np.uint64).astype(np.uint64)
-    places = np.arange(start, stop, dtype=np.uint64)
+    positions = np.arange(start, stop, dtype=np.uint64)
     a = isqrt(max(0, n - 1)) + 1
     b = -(-n // a) or 1
-    found = _through_rounds(places, keys, a, b)
+    found = _through_rounds(positions, keys, a, b)
     while (outside := np.flatnonzero(found >= n)).size:
         found[outside] = _through_rounds(found[outside], keys, a, b)
     return found.astype(np.int64)
@@ -53,20 +52,21 @@ def _seed_sequence(seed: int, purpose: str, index: int) -> np.random.SeedSequenc
     return np.random.SeedSequence([seed, index, int.from_bytes(purpose.encode("utf-8"), "little")])
 
 
-def _through_rounds(places: NDArray[np.uint64], keys: Iterable[np.uint64], a: int, b: int) -> NDArray[np.uint64]:
-    """Send numbers below a * b through the network once."""
+def _through_rounds(positions: NDArray[np.uint64], keys: Iterable[np.uint64], a: int, b: int) -> NDArray[np.uint64]:
+    """Permute numbers below a * b by one pass through the network."""
     n_left, n_right = np.uint64(a), np.uint64(b)
-    left, right = np.divmod(places, n_right)
+    left, right = np.divmod(positions, n_right)
     for number, key in enumerate(keys):
         if number % 2 == 0:
-            left = (left + _mixed(right ^ key) % n_left) % n_left
+            left = (left + splitmix64(right ^ key) % n_left) % n_left
         else:
-            right = (right + _mixed(left ^ key) % n_right) % n_right
+            right = (right + splitmix64(left ^ key) % n_right) % n_right
     mapped: NDArray[np.uint64] = left * n_right + right
     return mapped
 
 
-def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) of each number."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

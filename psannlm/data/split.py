@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psannlm.data.order import shuffled
+from psannlm.data.order import shuffled, splitmix64
 
 # A paragraph, line or word that ends farther from the wanted place is not looked for: so much text is held for a cut.
 _REACH_BYTES = 1 << 16
@@ -121,14 +121,12 @@ def cut_blocks(blocks: Iterable[bytes], n_bytes: int, val_split: float) -> Itera
 def uniform_from_hash(hashes: NDArray[np.uint8], seed: int) -> NDArray[np.float64]:
     """Return a number in [0, 1) for each document, (n,), that depends on its text and ``seed`` alone.
 
-    ``hashes`` are those of ``framing.text_hash``, (n, 16). The finaliser of SplitMix64 spreads their first halves:
-    documents that are equal draw the same number.
+    ``hashes`` are those of ``framing.text_hash``, (n, 16). SplitMix64 mixes their first halves with the seed: equal
+    documents get the same number.
     """
     words = np.ascontiguousarray(hashes).view("<u8")[:, 0]
-    mixed = words + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
+    # The (seed + 1)-th step of the generator, which adds the golden ratio of 2**64 per step.
+    mixed = splitmix64(words + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF))
     return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 

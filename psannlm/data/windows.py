@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from psannlm.config.constants import IGNORE_INDEX
 from psannlm.data.stream import Stream
 from psannlm.data.unpacked import UnpackedWindowIndex
 from psannlm.errors import ConfigError
-
-IGNORE_INDEX = -100
 
 
 class Windows:

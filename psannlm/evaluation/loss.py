@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from psannlm.config.constants import IGNORE_INDEX
 from psannlm.config.data import Source
 from psannlm.config.model import ModelConfig
 from psannlm.data.corpus.documents import ReadReport, read_documents
 from psannlm.data.memory_store import encode_documents
 from psannlm.data.prepared import find_prepared, open_folder
 from psannlm.data.stream import Stream
-from psannlm.data.windows import IGNORE_INDEX, Windows
+from psannlm.data.windows import Windows
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, TokenizerError
 from psannlm.io.limits import describe_memory, machine_memory_bytes
 from psannlm.models.artifact import LoadedModel

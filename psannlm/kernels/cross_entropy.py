@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psannlm.data.windows import IGNORE_INDEX
+from psannlm.config.constants import IGNORE_INDEX
 from psannlm.kernels.compile import compiled, use_compiled_kernels
 from psannlm.kernels.onednn import matmul_nt, matmul_tn
 

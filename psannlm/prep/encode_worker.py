@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from psannlm.data.corpus.documents import json_text, without_surrogates
 from psannlm.data.corpus.files import decoded, replaced
-from psannlm.data.framing import HASH_BYTES, pack_origin, text_hash, unpack_origin
+from psannlm.data.framing import HASH_BYTES, frame, pack_origin, text_hash, unpack_origin
 from psannlm.data.memory_store import token_dtype
 from psannlm.data.segments import SEGMENT_BYTES, cut
 from psannlm.data.split import cut_place
@@ -112,21 +112,20 @@ class ChunkEncoder:
         return EncodedChunk(_table(rows), np.concatenate(arrays), payload, vars(facts))
 
     def _framed(self, texts: list[str], rows: list[Row]) -> NDArray[Any]:
-        """Encode ``texts``, the last of ``rows``, put begins and ends of text between them, and note their lengths."""
+        """Encode and frame ``texts``, the units of the last ``rows``, and set the lengths of those rows."""
         ids, lengths = self._tokenizer.encode_flat(texts, threads=1)
         ours = rows[-len(texts) :]
         flags = np.fromiter((row[3] for row in ours), np.uint8, len(ours))
         begins, ends = (flags & BEGINS) > 0, (flags & ENDS) > 0
-        framed = lengths + begins + ends
-        stops = np.cumsum(framed)
-        tokens = np.empty(int(stops[-1]), self._dtype)
-        is_text = np.ones(len(tokens), np.bool_)
-        starts = (stops - framed)[begins]
-        is_text[starts] = False
-        is_text[stops[ends] - 1] = False
-        tokens[is_text] = ids
-        tokens[starts] = self._tokenizer.bos_id
-        tokens[stops[ends] - 1] = self._tokenizer.eos_id
+        tokens, framed = frame(
+            ids,
+            lengths,
+            bos_id=self._tokenizer.bos_id,
+            eos_id=self._tokenizer.eos_id,
+            dtype=self._dtype,
+            begins=begins,
+            ends=ends,
+        )
         rows[-len(texts) :] = [(n, *row[1:]) for n, row in zip(framed.tolist(), ours, strict=True)]
         return tokens
 

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psannlm.config.constants import IGNORE_INDEX
 from psannlm.data.loader import Loader, Position, StepBatch
 from psannlm.data.memory_store import store_from_ids
-from psannlm.data.windows import IGNORE_INDEX, Windows
+from psannlm.data.windows import Windows
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, TrainingError
 
 T = 3

@@ -50,9 +50,9 @@ def test_any_slice_of_a_very_long_order_is_had_at_once(n: int) -> None:
     assert chi_square(np.bincount((found // (n // 10 + 1)).astype(np.int64), minlength=10)) < 33.7
 
 
-def test_places_outside_are_refused() -> None:
+def test_permuted_outside_positions_raise() -> None:
     for start, stop in ((-1, 2), (0, 6), (3, 2)):
-        with pytest.raises(ValueError, match=f"places {start} to {stop} of 5"):
+        with pytest.raises(ValueError, match=f"positions {start} to {stop} are not within 5"):
             permuted(5, start, stop, 0, "epoch")
 
 

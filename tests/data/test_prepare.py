@@ -8,12 +8,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from psannlm.config.constants import IGNORE_INDEX
 from psannlm.config.data import DataConfig
 from psannlm.data import prepare as prepare_module
 from psannlm.data.corpus.documents import Document
 from psannlm.data.order import shuffled
 from psannlm.data.prepare import load_corpus, load_documents, shared_text, split_documents
-from psannlm.data.windows import IGNORE_INDEX, Windows
+from psannlm.data.windows import Windows
 from psannlm.errors import ConfigError, CorpusError
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.char import CharTokenizer

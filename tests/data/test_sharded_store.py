@@ -14,13 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psannlm.config.constants import IGNORE_INDEX
 from psannlm.data import shard_file, unpacked
 from psannlm.data.framing import DocumentBatch, frame, pack_origin
 from psannlm.data.loader import Loader, Position
 from psannlm.data.memory_store import InMemoryTokens, store_from_ids
 from psannlm.data.shard_file import open_shard, write_shard
 from psannlm.data.sharded_store import ShardedTokens
-from psannlm.data.windows import IGNORE_INDEX, Windows
+from psannlm.data.windows import Windows
 from psannlm.errors import ArtifactError
 
 PAD, BOS, EOS = 0, 1, 2

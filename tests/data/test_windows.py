@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from psannlm.config.constants import IGNORE_INDEX
 from psannlm.data.dataset import LMDataset
 from psannlm.data.memory_store import InMemoryTokens, store_from_ids
-from psannlm.data.windows import IGNORE_INDEX, Windows
+from psannlm.data.windows import Windows
 from psannlm.errors import ConfigError
 
 PAD, BOS, EOS = 0, 1, 2

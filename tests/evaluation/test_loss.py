@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from psannlm.config.constants import IGNORE_INDEX
 from psannlm.config.model import ModelConfig
 from psannlm.data.memory_store import store_from_ids
-from psannlm.data.windows import IGNORE_INDEX, Windows
+from psannlm.data.windows import Windows
 from psannlm.errors import ConfigError, CorpusError
 from psannlm.evaluation.loss import Evaluation, _refuse_oversize, evaluate
 from psannlm.models.transformer import Transformer

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from psannlm.data.windows import IGNORE_INDEX
+from psannlm.config.constants import IGNORE_INDEX
 from psannlm.kernels import cross_entropy as loss_module
 from psannlm.kernels.cross_entropy import linear_cross_entropy
 from psannlm.runtime.device import has_compiler

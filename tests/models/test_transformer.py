@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from psannlm.config.constants import IGNORE_INDEX
 from psannlm.config.model import BaseName, MlpKind, ModelConfig, PositionKind
-from psannlm.data.windows import IGNORE_INDEX
 from psannlm.models.kv_cache import KVCache
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer

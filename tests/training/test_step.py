@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from psannlm.config.constants import IGNORE_INDEX
 from psannlm.data.loader import MicroBatch
-from psannlm.data.windows import IGNORE_INDEX
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import Precision
 from psannlm.training.optim import OptimizerSet
