@@ -159,7 +159,14 @@ def norms_of_a_gpu() -> Callable[[], AbstractContextManager[None]]:
 def prepare_folder() -> Callable[..., Path]:
     """Return a writer of prepared folders: ``write(folder, tokenizer, train texts, held-out texts, shard sizes)``."""
     from psannlm.data.framing import DocumentBatch, frame, pack_origin, text_hash
-    from psannlm.data.manifest import Manifest, PrepSettings, SourceEntry, SplitEntry, TokenizerEntry, write_manifest
+    from psannlm.data.manifest import (
+        Manifest,
+        ManifestSettings,
+        SourceEntry,
+        SplitEntry,
+        TokenizerEntry,
+        write_manifest,
+    )
     from psannlm.data.memory_store import token_dtype
     from psannlm.data.shard_file import ShardEntry, write_shard
 
@@ -206,7 +213,7 @@ def prepare_folder() -> Callable[..., Path]:
                 tokenizer.pad_id,
             ),
             dtype=np.dtype(token_dtype(tokenizer.vocab_size)).name,
-            settings=PrepSettings(0.0, 1337, None, None, False, "text", True, "strict", size),
+            settings=ManifestSettings(0.0, 1337, None, None, False, "text", True, "strict", size),
             part="1/1",
             sources=(SourceEntry("lines.txt", 1, "0" * 64, len(texts) + len(held_out)),),
             train=split(folder, "train", tokenizer, texts, size),

@@ -1,7 +1,7 @@
-"""What a prepared folder holds, written to its ``manifest.json`` and read back strictly.
+"""The manifest of a prepared folder: its content, written to ``manifest.json`` and validated when it is read.
 
-A folder is ``manifest.json``, the tokenizer's file, and the shards of both parts. The manifest is what vouches for the
-others: it holds the tokenizer's fingerprint and a hash of each shard.
+A prepared folder contains ``manifest.json``, the tokenizer file, and the shards of both splits. The manifest has the
+fingerprint of the tokenizer and a hash of each shard, by which they are verified.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import dataclasses
 import hashlib
 import json
 import re
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from psannlm.config import files
-from psannlm.data.shard_file import TOKEN_TYPES, ShardEntry
+from psannlm.data.shard_file import TOKEN_TYPES, Count, ShardEntry
 from psannlm.errors import ArtifactError
 from psannlm.io.atomic import write_text
 from psannlm.io.lfs_pointers import refuse_pointer
@@ -26,63 +28,73 @@ from psannlm.io.limits import MAX_PARTS
 MANIFEST_FILE = files.MANIFEST_FILE
 FORMAT = f"{files.MANIFEST_MARK}1"
 _MAX_BYTES = 256 << 20
-# Keys that folders of earlier versions lack.
-_ADDED_LATER = {"lost_fraction"}
 _PART = re.compile(r"([0-9]{1,9})/([0-9]{1,9})", re.ASCII)
 _CONTENT_KEY, _OWN_KEY = "content_sha256", "manifest_sha256"
-_T = TypeVar("_T")
+# Strict like Count: pydantic would otherwise take "3" and True for numbers.
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(strict=True, ge=0.0, le=1.0, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+_STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class TokenizerEntry:
-    """The tokenizer that made the tokens; ``file`` stands in the folder."""
+    """The tokenizer of the tokens; ``file`` is its name in the folder."""
+
+    __pydantic_config__ = _STRICT
 
     file: str
     backend: str
-    vocab_size: int
+    vocab_size: Count
     fingerprint: str
-    bos_id: int
-    eos_id: int
-    pad_id: int
+    bos_id: Count
+    eos_id: Count
+    pad_id: Count
 
 
 @dataclass(frozen=True)
-class PrepSettings:
-    """How the folder was asked for; lengths are counted in characters, None is no bound."""
+class ManifestSettings:
+    """Settings of the preparation (``prep.job.PrepSettings.for_manifest``); None is no limit."""
 
-    val_split: float
-    seed: int
-    min_characters: int | None
-    max_characters: int | None
-    dedupe: bool
+    __pydantic_config__ = _STRICT
+
+    val_split: Number
+    seed: Count
+    min_characters: Count | None
+    max_characters: Count | None
+    dedupe: Flag
     text_key: str
-    per_line: bool
+    per_line: Flag
     errors: str
-    shard_tokens: int
+    shard_tokens: Count
 
 
 @dataclass(frozen=True)
 class SourceEntry:
-    """One source as it was read: ``bytes`` and ``sha256`` are those of the file, ``documents`` those that were kept."""
+    """One source: ``bytes`` and ``sha256`` of the file, and the number of ``documents`` kept."""
+
+    __pydantic_config__ = _STRICT
 
     path: str
-    bytes: int
+    bytes: Count
     sha256: str
-    documents: int
+    documents: Count
 
 
 @dataclass(frozen=True)
 class SplitEntry:
-    """The training or the validation part: its sums, and its shards in order. ``tokens`` counts the framed stream."""
+    """The training or the validation split: totals, and shards in order. ``tokens`` includes BOS and EOS."""
 
-    documents: int
-    tokens: int
-    text_bytes: int
+    __pydantic_config__ = _STRICT
+
+    documents: Count
+    tokens: Count
+    text_bytes: Count
     shards: tuple[ShardEntry, ...]
 
     @classmethod
     def of(cls, shards: tuple[ShardEntry, ...]) -> SplitEntry:
-        """Return the entry that these shards come to."""
+        """Return the entry of these shards."""
         return cls(
             documents=sum(shard.documents for shard in shards),
             tokens=sum(shard.tokens for shard in shards),
@@ -90,37 +102,46 @@ class SplitEntry:
             shards=shards,
         )
 
+    @property
+    def predicted_tokens(self) -> int:
+        """Number of tokens that a model learns to predict: those of the text and one EOS per document."""
+        return self.tokens - self.documents
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that is said of a prepared folder.
+    """The whole manifest.
 
-    ``dtype`` is uint16 or uint32; ``part`` is ``i/n``, ``1/1`` for a whole corpus; ``drops`` counts by reason what was
-    left out, ``duplicates`` texts that had been seen before; ``val_overlap`` as in ``prepare.PreparedData``.
-    ``lost_fraction`` is the fraction of the checked bytes of text that the tokenizer did not give back: 0 is lossless,
-    None is unknown, as in folders of earlier versions.
+    ``part`` is ``i/n``, ``1/1`` for a whole corpus; ``drops``: omitted documents by reason; ``duplicates``: omitted
+    repetitions; ``val_overlap`` as in ``prepare.PreparedData``. ``lost_fraction``: fraction of the checked bytes that
+    the tokenizer does not give back; 0 is lossless, None is unknown, as in folders of earlier versions.
     """
 
+    __pydantic_config__ = _STRICT
+
     tokenizer: TokenizerEntry
-    dtype: str
-    settings: PrepSettings
+    dtype: Annotated[str, Field(pattern=f"^(?:{'|'.join(TOKEN_TYPES)})$")]
+    settings: ManifestSettings
     part: str
     sources: tuple[SourceEntry, ...]
     train: SplitEntry
     validation: SplitEntry
-    drops: dict[str, int]
-    duplicates: int
-    val_overlap: float | None = None
-    lost_fraction: float | None = None
+    drops: dict[str, Count]
+    duplicates: Count
+    val_overlap: Number | None = None
+    lost_fraction: Fraction | None = None
 
     @property
     def content_sha256(self) -> str:
-        """A hash of all that decides the tokens of both parts and their order: the identity of the data."""
+        """Hash of everything that determines the tokens of both splits and their order: the identity of the data."""
         decides = {"tokenizer": _plain(self.tokenizer), "dtype": self.dtype}
         for name, split in (("train", self.train), ("validation", self.validation)):
             decides[name] = [shard.header_and_sums_sha256 for shard in split.shards]
         del decides["tokenizer"]["file"]
         return _digest({"format": FORMAT, **decides})
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
@@ -139,17 +160,20 @@ def read_manifest(path: Path) -> Manifest:
     """Read a manifest: ``path`` is the folder, or the file in it.
 
     Raises:
-        ArtifactError: it is missing, damaged, of another format, lacks a key or has one of the wrong type (which is
-            named), names a file outside its folder, or contradicts itself.
+        ArtifactError: the file is missing, damaged or of another format; a key is missing, unknown or has a wrong
+            value (it is named); a file is outside the folder; or the manifest contradicts itself.
     """
     path = Path(path)
     path = path / MANIFEST_FILE if path.is_dir() else path
     fields = _read_fields(path)
     found = fields.pop("format", None)
     if found != FORMAT:
-        raise ArtifactError(f"{path} is no manifest of this version: its format is {found!r:.80}, not {FORMAT!r}")
+        raise ArtifactError(f"{path} is not a manifest of this version: its format is {found!r:.80}, not {FORMAT!r}")
     content, own = fields.pop(_CONTENT_KEY, None), fields.pop(_OWN_KEY, None)
-    manifest: Manifest = _build(path, "", Manifest, fields)
+    try:
+        manifest = _MANIFEST.validate_python(fields)
+    except ValidationError as error:
+        raise ArtifactError(_explained(path, error.errors(include_url=False))) from error
     _refuse_contradiction(path, manifest)
     if content != manifest.content_sha256 or own != _digest({"format": FORMAT, **fields, _CONTENT_KEY: content}):
         raise ArtifactError(f"{path} is damaged, or was changed by hand: it does not agree with its own hashes")
@@ -159,17 +183,17 @@ def read_manifest(path: Path) -> Manifest:
 def _read_fields(path: Path) -> dict[str, Any]:
     refuse_pointer(path, ArtifactError)
     try:
-        if path.exists() and not path.is_file():  # a FIFO would be waited on without end
+        if path.exists() and not path.is_file():  # reading a FIFO would block
             raise ArtifactError(f"{path} is not a regular file")
         if path.stat().st_size > _MAX_BYTES:
-            raise ArtifactError(f"{path} is no manifest: it is larger than {_MAX_BYTES:,} bytes")
+            raise ArtifactError(f"{path} is not a manifest: it is larger than {_MAX_BYTES:,} bytes")
         fields = json.loads(path.read_bytes())
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged or no manifest: it is not JSON") from error
+        raise ArtifactError(f"{path} is damaged or is not a manifest: it is not JSON") from error
     if not isinstance(fields, dict):
-        raise ArtifactError(f"{path} is damaged or no manifest: it is not a table")
+        raise ArtifactError(f"{path} is damaged or is not a manifest: it is not a JSON object")
     return fields
 
 
@@ -182,56 +206,47 @@ def _digest(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _build(path: Path, where: str, kind: Any, value: Any) -> Any:
-    """Return ``value``, as JSON gave it, as what ``kind`` says, or raise ArtifactError naming the key."""
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
-        hints = get_type_hints(kind)
-        for name in hints.keys() - value.keys() - _ADDED_LATER:
-            raise ArtifactError(f"{path} lacks {_join(where, name)}")
-        for name in value.keys() - hints.keys():
-            raise ArtifactError(f"{path} has an unknown key {_join(where, name)!r:.80}")
-        given = {name: hint for name, hint in hints.items() if name in value}
-        return kind(**{name: _build(path, _join(where, name), hint, value[name]) for name, hint in given.items()})
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is types.UnionType:
-        if value is None:
-            return None
-        return _build(path, where, arguments[0], value)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_build(path, f"{where}[{i}]", arguments[0], item) for i, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {name: _build(path, _join(where, name), arguments[1], item) for name, item in value.items()}
-    if kind is float and type(value) is int:
-        return float(value)
-    if origin is None and type(value) is kind and not (kind is int and value < 0):
-        return value
-    wanted = {int: "a whole number from 0", float: "a number", str: "text", bool: "true or false"}
-    raise ArtifactError(
-        f"{path}: {where} is {value!r:.60}, not {wanted.get(kind, 'a list' if origin is tuple else 'a table')}"
-    )
+# What a value of the wrong type should have been, by the type of pydantic's error.
+_WANTED = {
+    "int_type": "a whole number from 0",
+    "float_type": "a number",
+    "finite_number": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+}
 
 
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
+def _explained(path: Path, errors: list[ErrorDetails]) -> str:
+    """Return one line about the first error: the file, the key and the value."""
+    details = errors[0]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"]).removeprefix(".")
+    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    if kind == "missing":
+        return f"{path} lacks {key}"
+    if kind == "unexpected_keyword_argument":
+        return f"{path} has an unknown key {key!r:.80}"
+    if kind == "string_pattern_mismatch":
+        return f"{path}: {key} is {value!r:.60}, not one of {', '.join(TOKEN_TYPES)}"
+    if kind in ("greater_than_equal", "less_than_equal"):
+        is_fraction = any(isinstance(limit, float) for limit in context.values())
+        return f"{path}: {key} is {value!r:.60}, not {'a fraction from 0 to 1' if is_fraction else _WANTED['int_type']}"
+    return f"{path}: {key} is {value!r:.60}, not {_WANTED.get(kind, 'a table')}"
 
 
 def _refuse_contradiction(path: Path, manifest: Manifest) -> None:
-    if manifest.dtype not in TOKEN_TYPES:
-        raise ArtifactError(f"{path}: dtype is {manifest.dtype!r:.60}, not one of {', '.join(TOKEN_TYPES)}")
-    if (place := _PART.fullmatch(manifest.part)) is None or not 1 <= int(place[1]) <= int(place[2]) <= MAX_PARTS:
+    if (found := _PART.fullmatch(manifest.part)) is None or not 1 <= int(found[1]) <= int(found[2]) <= MAX_PARTS:
         raise ArtifactError(
             f"{path}: part is {manifest.part!r:.60}, not i/n with i from 1 to n and n up to {MAX_PARTS:,}"
         )
-    if manifest.lost_fraction is not None and not 0 <= manifest.lost_fraction <= 1:
-        raise ArtifactError(f"{path}: lost_fraction is {manifest.lost_fraction!r:.60}, not a fraction from 0 to 1")
     names = {"tokenizer.file": manifest.tokenizer.file}
-    for part, split in (("train", manifest.train), ("validation", manifest.validation)):
-        names.update({f"{part}.shards[{i}].file": shard.file for i, shard in enumerate(split.shards)})
+    for name, split in (("train", manifest.train), ("validation", manifest.validation)):
+        names.update({f"{name}.shards[{i}].file": shard.file for i, shard in enumerate(split.shards)})
         if split != SplitEntry.of(split.shards):
-            raise ArtifactError(f"{path}: {part} does not come to the sum of its shards")
-    for key, name in names.items():
-        if not _is_plain_name(name):
-            raise ArtifactError(f"{path}: {key} is {name!r:.80}, which is not the name of a file in this folder")
+            raise ArtifactError(f"{path}: {name} is not the sum of its shards")
+    for key, file in names.items():
+        if not _is_plain_name(file):
+            raise ArtifactError(f"{path}: {key} is {file!r:.80}, which is not the name of a file in this folder")
     if len(set(names.values())) < len(names):
         raise ArtifactError(f"{path}: one file is named twice")
 

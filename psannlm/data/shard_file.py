@@ -19,10 +19,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from pydantic import ConfigDict, Field
 
 from psannlm.data.framing import HASH_BYTES, DocumentBatch
 from psannlm.data.mapping import map_bytes
@@ -36,6 +37,8 @@ FORMAT = "psannlm-shard-1"
 BLOCK_BYTES = 1 << 16
 TOKEN_TYPES = {"uint16": "U16", "uint32": "U32"}
 _SUM_BYTES = 32
+# Strict, because pydantic would otherwise take "3", 3.0 and True for whole numbers.
+Count = Annotated[int, Field(strict=True, ge=0)]
 # One length for all shards: the header can be written last, when the number of distinct lengths is known.
 _HEADER_BYTES = 2048
 _REMEDY = "Bring it back from a copy, or run psannlm prep again"
@@ -49,11 +52,13 @@ class ShardEntry:
     ``header_and_sums_sha256`` is the hash of the header followed by the block sums, which vouch for all the rest.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     file: str
-    tokens: int
-    documents: int
-    text_bytes: int
-    file_bytes: int
+    tokens: Count
+    documents: Count
+    text_bytes: Count
+    file_bytes: Count
     header_and_sums_sha256: str
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from psannlm.data.corpus.files import STDIN
-from psannlm.data.manifest import PrepSettings as ManifestSettings
+from psannlm.data.manifest import ManifestSettings
 from psannlm.errors import ConfigError, Problem, nearest
 
 ERROR_MODES = ("strict", "replace")
@@ -62,7 +62,7 @@ class PrepSettings:
             raise ConfigError(problems)
 
     def for_manifest(self) -> ManifestSettings:
-        """Return the settings as a manifest records them."""
+        """Return the settings as they are stored in a manifest; ``stdin_format`` is not."""
         return ManifestSettings(
             val_split=self.val_split,
             seed=self.seed,

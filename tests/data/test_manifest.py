@@ -13,7 +13,7 @@ import pytest
 from psannlm.config.files import MANIFEST_FILE, prepared_manifest
 from psannlm.data.manifest import (
     Manifest,
-    PrepSettings,
+    ManifestSettings,
     SourceEntry,
     SplitEntry,
     TokenizerEntry,
@@ -28,7 +28,7 @@ SHARDS = tuple(ShardEntry(f"train_0000{i}.safetensors", 10, 2, 30, 900, f"{i}" *
 MANIFEST = Manifest(
     tokenizer=TokenizerEntry("tokenizer.model", "sentencepiece", 4096, "ab" * 32, 1, 2, 0),
     dtype="uint16",
-    settings=PrepSettings(0.1, 1337, None, 5, True, "text", False, "strict", 1 << 20),
+    settings=ManifestSettings(0.1, 1337, None, 5, True, "text", False, "strict", 1 << 20),
     part="1/1",
     sources=(SourceEntry("a.txt", 60, "cd" * 32, 4), SourceEntry("ü.jsonl", 1, "", 0)),
     train=SplitEntry.of(SHARDS),
@@ -135,7 +135,7 @@ def change(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("train.shards.0.file", "/etc/passwd", "not the name of a file"),
         ("tokenizer.file", "..", "tokenizer.file is"),
         ("train.shards.0.file", "tokenizer.model", "named twice"),
-        ("train.tokens", 21, "train does not come to the sum of its shards"),
+        ("train.tokens", 21, "train is not the sum of its shards"),
         ("sources.0.path", "b.txt", "changed by hand"),
         ("content_sha256", "0" * 64, "changed by hand"),
         ("manifest_sha256", KeyError, "changed by hand"),
