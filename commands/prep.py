@@ -1,4 +1,4 @@
-"""psannlm prep: a corpus of any size to a folder of token shards that training maps into memory."""
+"""``psannlm prep``: a corpus of any size to a folder of token shards that training maps into memory."""
 
 from __future__ import annotations
 
@@ -33,32 +33,48 @@ _SHIPPED_CONFIG = "configs/waveresnet_cpu.yaml"
 def prep(
     corpus: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CORPUS...", help="Files, folders, globs, URLs, or - for stdin."),
+        typer.Argument(metavar="CORPUS...", help="Files, folders, globs or URLs; - is standard input."),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="A .model or .json, such as psannlm tokenize makes.")
+        Path | None, typer.Option("--tokenizer", help="Tokenizer file, .model or .json, as psannlm tokenize writes it.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for shards and manifest.")] = None,
-    val_split: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.01,
-    seed: Annotated[int, typer.Option(help="Decides which documents are held out.")] = 1337,
-    shard_tokens: Annotated[int, typer.Option(help="Tokens in a shard at most.")] = 100_000_000,
-    workers: Annotated[int | None, typer.Option(help="Processes that encode. Default: the cores there are.")] = None,
-    per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of text, not per file.")] = False,
-    text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
-    stdin_format: Annotated[Literal["txt", "jsonl"], typer.Option("--format", help="Of what comes on stdin.")] = "txt",
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the shards and the manifest.")] = None,
+    val_split: Annotated[
+        float, typer.Option(help="Fraction of the documents held out for validation; 0 holds out none.")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(help="Seed that decides which documents are held out.")] = 1337,
+    shard_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in a shard.")] = 100_000_000,
+    workers: Annotated[int | None, typer.Option(help="Number of encoding processes; by default one per core.")] = None,
+    per_line: Annotated[bool, typer.Option("--per-line", help="Read each line of a text file as a document.")] = False,
+    text_key: Annotated[str, typer.Option(help="Key or column of the text in .jsonl and .parquet files.")] = "text",
+    stdin_format: Annotated[
+        Literal["txt", "jsonl"], typer.Option("--format", help="Format of standard input.")
+    ] = "txt",
     errors: ErrorsOption = "strict",
     min_chars: Annotated[int, typer.Option(help="Leave out documents of fewer characters.")] = 1,
-    max_chars: Annotated[int | None, typer.Option(help="Leave out documents of more characters.")] = None,
+    max_chars: Annotated[
+        int | None, typer.Option(help="Leave out documents of more characters; by default there is no limit.")
+    ] = None,
     keep_duplicates: Annotated[
-        bool, typer.Option("--keep-duplicates", help="Keep documents whose text was there before.")
+        bool,
+        typer.Option(
+            "--keep-duplicates", help="Keep documents whose text repeats an earlier one; by default they are left out."
+        ),
     ] = False,
-    part: Annotated[str | None, typer.Option(metavar="I/N", help="Prepare the I-th of N parts of the corpus.")] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Prepare only the I-th of N parts of the corpus, to be joined with --merge."),
+    ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="CORPUS are the folders of all parts: make one folder of them.")
+        bool, typer.Option("--merge", help="Join prepared parts: CORPUS are the folders of all parts.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a corpus into token shards and a manifest, in bounded memory, on all cores; stopped, it goes on."""
+    """Turn a corpus into token shards and a manifest, in bounded memory and on all cores.
+
+    After an interruption the same command resumes. Printed token counts are of the tokens that a model learns to
+    predict: those of the text and one end of text (EOS) per document, as train and eval count them.
+    """
     if not corpus:
         raise typer.BadParameter("name files, folders, globs or URLs", param_hint="CORPUS")
     if out is None:
@@ -113,27 +129,27 @@ def _part(text: str | None) -> tuple[int, int] | None:
 
 
 class _Reporter:
-    """Says on a live line how far a preparation has come, how fast it goes and when it will be done."""
+    """Shows the progress of a preparation, its speed and the remaining time on one live line."""
 
     def __init__(self, line: LiveLine) -> None:
         self._line = line
         self._began = time.monotonic()
 
     def notice(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         self._line.keep(text)
 
     def encoding(self, n_bytes: int, total_bytes: int | None, n_tokens: int) -> None:
-        """Show the rate of reading and encoding."""
-        rate = n_bytes / max(1e-9, time.monotonic() - self._began)
+        """Show the speed of reading and encoding."""
+        bytes_per_s = n_bytes / max(1e-9, time.monotonic() - self._began)
         of = left = ""
         if total_bytes is not None:
             of = f" of {total_bytes / 1e6:,.1f}"
-            left = f", {_duration((total_bytes - n_bytes) / max(1.0, rate))} left"
-        self._line.show(f"{n_bytes / 1e6:,.1f}{of} MB, {rate / 1e6:,.1f} MB/s, {n_tokens:,} tokens{left}")
+            left = f", {_duration((total_bytes - n_bytes) / max(1.0, bytes_per_s))} left"
+        self._line.show(f"{n_bytes / 1e6:,.1f}{of} MB, {bytes_per_s / 1e6:,.1f} MB/s, {n_tokens:,} tokens{left}")
 
     def writing(self, n_tokens: int, total_tokens: int) -> None:
-        """Show how much is in shards."""
+        """Show how many tokens are in shards."""
         self._line.show(f"writing shards: {n_tokens:,} of {total_tokens:,} tokens")
 
 
@@ -149,8 +165,9 @@ def _splits(result: PrepResult) -> Table:
     for name in ("documents", "bytes", "tokens", "bytes per token", "shards"):
         table.add_column(name, justify="right")
     for name, split in (("train", result.manifest.train), ("validation", result.manifest.validation)):
-        per_token = f"{split.text_bytes / split.tokens:.2f}" if split.tokens else "-"
-        figures = (f"{split.documents:,}", f"{split.text_bytes:,}", f"{split.tokens:,}")
+        n_tokens = split.predicted_tokens
+        per_token = f"{split.text_bytes / n_tokens:.2f}" if n_tokens else "-"
+        figures = (f"{split.documents:,}", f"{split.text_bytes:,}", f"{n_tokens:,}")
         table.add_row(name, *figures, per_token, f"{len(split.shards):,}")
     return table
 
@@ -176,7 +193,7 @@ def _corpus_rows(result: PrepResult) -> list[tuple[str, str]]:
 def _lost(fraction: float | None) -> list[tuple[str, str]]:
     if not fraction:
         return []
-    return [("text lost by the tokenizer", f"{fraction:.2%} of the bytes checked: bits per byte come out too low")]
+    return [("text lost by the tokenizer", f"{fraction:.2%} of the bytes checked: bits per byte are too low")]
 
 
 def _show(result: PrepResult) -> None:
@@ -185,7 +202,7 @@ def _show(result: PrepResult) -> None:
     results().print(_splits(result))
     results().print(figures_table("corpus", _corpus_rows(result)))
     if result.manifest.part == "1/1":
-        # In a clone the line can be pasted as it is; elsewhere only its reader knows the configuration.
+        # In a clone the shipped configuration exists; elsewhere the user has to name one.
         config = _SHIPPED_CONFIG if Path(_SHIPPED_CONFIG).is_file() else "CONFIG"
         sources = f"data.sources=[{yaml_scalar(result.folder)}]"
         out = f"runs/{Path(result.folder).resolve().name}"

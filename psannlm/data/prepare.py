@@ -167,8 +167,10 @@ def _tokenizer(train_documents: Sequence[Document], config: DataConfig, notice: 
 
 def _size(store: Stream) -> str:
     noun = "document" if store.n_documents == 1 else "documents"
-    per_token = f"{store.n_bytes / store.n_tokens:.2f} bytes per token" if store.n_tokens else "no tokens"
-    return f"{store.n_documents:,} {noun}, {store.n_bytes:,} bytes, {store.n_tokens:,} tokens ({per_token})"
+    # The tokens that a model learns to predict: BOS is never a label. psannlm prep and eval print the same number.
+    n_tokens = store.n_framed_tokens - store.n_documents
+    per_token = f"{store.n_bytes / n_tokens:.2f} bytes per token" if n_tokens else "no tokens"
+    return f"{store.n_documents:,} {noun}, {store.n_bytes:,} bytes, {n_tokens:,} tokens ({per_token})"
 
 
 def _check_length(train: Stream, max_length: int, notice: Notice) -> None:

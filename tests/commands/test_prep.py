@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from psannlm.config.data import PathSource
+from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.run import load_config
 from psannlm.data.manifest import read_manifest
+from psannlm.data.prepare import load_corpus
 from psannlm.tokenizers.resolve import fit_tokenizer
 
 Run = Callable[..., Any]
@@ -40,6 +41,23 @@ def test_prep_and_again(psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_pa
     other = psannlm(*arguments, "--val-split", "0.3")
     assert other.code == 2
     assert "val_split: 0.2 then, 0.3 now" in other.err
+
+
+def test_prep_and_load_corpus_print_the_same_tokens(
+    psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    arguments = [str(tiny_corpus), "--per-line", "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out")]
+    made = psannlm("prep", *arguments, "--val-split", "0")
+    (row,) = (line.split("│") for line in made.out.splitlines() if line.startswith("│ train"))
+    lines: list[str] = []
+    source = PathSource(path=str(tiny_corpus), per_line=True)
+    for sources in ((source,), (PathSource(path=str(tmp_path / "out")),)):
+        load_corpus(
+            DataConfig(sources=sources, tokenizer_model_path=str(tokenizer), val_split=0, max_length=8), lines.append
+        )
+    counts = [line.split(" bytes, ")[1].split(" tokens")[0] for line in lines if line.startswith("train: ")]
+    manifest = read_manifest(tmp_path / "out")
+    assert counts == [row[4].strip()] * 2 == [f"{manifest.train.tokens - manifest.train.documents:,}"] * 2
 
 
 def test_the_printed_next_command_can_be_pasted(

@@ -165,12 +165,13 @@ def test_texts_come_through_with_nothing_lost_and_figures_for_people(byte_tokeni
     assert back == {document.name: document.text for document in numbered(12)}
     assert data.report.drops == {"blank document": 1}
     joined = "\n".join(said)
+    n_bytes, n_documents = data.train.n_bytes, data.train.n_documents
+    assert f"{n_bytes:,} bytes, {n_bytes + n_documents:,} tokens (" in joined, "a byte is a token, a document one more"
     for figure in (
         "12 documents",
         data.report.sha256,
         "blank document x 1 (blank)",
         "bytes, 260 entries",
-        "1.00 bytes per token",
     ):
         assert figure in joined
     assert f"validation: {len(split_documents(numbered(12), 0.25, 1337)[1])} document" in joined
