@@ -130,7 +130,14 @@ def bench_kv(
         left_out=left_out,
         packing=None
         if settings.dtype == "float32"
-        else measure_packing_cost(model, bench.engine, seed=settings.seed, clock=clock, on_progress=on_progress),
+        else measure_packing_cost(
+            model,
+            bench.engine,
+            seed=settings.seed,
+            clock=clock,
+            on_progress=on_progress,
+            deadline=bench.deadline(1.0),
+        ),
         reference_model=None
         if reference_model is None
         else ReferenceRuns(

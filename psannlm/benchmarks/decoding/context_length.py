@@ -78,6 +78,7 @@ def measure_growth(
         warm_ups=0,
         clock=clock,
         on_progress=on_progress,
+        deadline=deadline,
     )
     states = {context: held for context, [held] in zip(contexts, filled.values(), strict=True)}
 

@@ -56,7 +56,8 @@ def measure_packing_cost(
     n_rows: int = ROWS,
     n_tokens: int = TOKENS_PER_ROW,
     clock: Clock = time.perf_counter,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[Progress], None] = lambda event: None,
+    deadline: float | None = None,
 ) -> PackingCost:
     """Sample ``n_rows`` texts from the float32 ``model`` and score them with it and with the packed weights.
 
@@ -87,6 +88,7 @@ def measure_packing_cost(
         unit="tokens",
         clock=clock,
         on_progress=on_progress,
+        deadline=deadline,
     )
     return PackingCost.of(losses["float32"], losses["packed"])
 

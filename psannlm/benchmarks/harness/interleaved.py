@@ -1,4 +1,4 @@
-"""Named candidates in; what each of their runs gave, made in turns on one clock, and its middle and edges, out."""
+"""Interleaved timing of benchmark candidates (A B A B ...), with progress events, a time limit and medians."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from psannlm.errors import ConfigError
 
 T = TypeVar("T")
 Clock = Callable[[], float]
-# What a run may tell while it goes on: units done, units in all.
+# How a run reports progress: units done, units in total.
 Count = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The middle and the edges of repeated measurements, in their unit."""
+    """Median, minimum and maximum of repeated measurements, in the unit of the measurements."""
 
     median: float
     lowest: float
@@ -39,9 +39,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a benchmark stands: in ``run`` of ``n_runs`` (from 1), with ``done`` of ``total`` units (0: not told).
+    """Progress of a benchmark: run ``run`` of ``n_runs`` (from 1), with ``done`` of ``total`` units (0: unknown).
 
-    ``left_s`` is a guess for all that is to come, or None while there is nothing to guess from.
+    ``left_s`` estimates the seconds of all remaining runs; None while there is nothing to estimate from, or once the
+    deadline has passed.
     """
 
     candidate: str
@@ -58,15 +59,11 @@ class Progress:
         kind = "warm-up, " if self.is_warm_up else ""
         parts = [f"run {self.run} of {self.n_runs} ({kind}{self.candidate})"]
         if self.done:
-            rate = f", {self.done / self.elapsed_s:,.1f} {self.unit}/s" if self.elapsed_s > 0 else ""
-            parts.append(f"{self.done:,} of {self.total:,} {self.unit}{rate}")
+            throughput = f", {self.done / self.elapsed_s:,.1f} {self.unit}/s" if self.elapsed_s > 0 else ""
+            parts.append(f"{self.done:,} of {self.total:,} {self.unit}{throughput}")
         if self.left_s is not None:
             parts.append(f"about {timedelta(seconds=round(self.left_s))} left")
         return ", ".join(parts)
-
-
-def _ignore(progress: Progress) -> None:
-    pass
 
 
 def run_interleaved(
@@ -76,93 +73,120 @@ def run_interleaved(
     warm_ups: int = 1,
     unit: str = "passes",
     clock: Clock = time.perf_counter,
-    on_progress: Callable[[Progress], None] = _ignore,
+    on_progress: Callable[[Progress], None] = lambda event: None,
     deadline: float | None = None,
     cold: Collection[str] = (),
     on_result: Callable[[str, bool, T], None] = lambda name, is_warm_up, result: None,
 ) -> dict[str, list[T]]:
-    """Run the candidates A B A B ..., and return what each one's counted runs gave, in the order they were made.
+    """Run the candidates A B A B ... and return the results of each one's counted runs, in order.
 
-    A machine that slows down or speeds up meanwhile does so for all of them. Rubbish of one candidate is collected
-    before the next begins.
+    A machine that slows down or speeds up meanwhile affects all candidates alike. ``gc.collect()`` runs between runs.
 
     Args:
-        candidates: each called with a :data:`Count` that it may tell its progress to.
-        repeats: counted runs of each.
-        warm_ups: runs of each before them, thrown away.
+        candidates: each is called with a :data:`Count`, to which it may report its progress.
+        repeats: counted runs of each candidate.
+        warm_ups: runs of each candidate before the counted ones; their results are discarded.
         unit: what the candidates count.
-        on_progress: told at the start of every run and whenever a candidate counts; inside the measured time, so it
-            must be quick.
-        deadline: a time of ``clock``. Each candidate has one counted run; a further one that would end later, by how
-            long the last one took, is left out, and with it all later ones of that candidate.
+        on_progress: called at the start of every run and whenever a candidate counts. It is inside the measured time
+            and must be quick.
+        deadline: a time of ``clock``. Each candidate has at least one counted run. A further run that would end after
+            the deadline, estimated by the candidate's last run, is left out, with all later ones of that candidate.
         cold: candidates without a warm-up.
         on_result: called after every run, outside the measured time, with the name, whether it was a warm-up, and
-            what it returned.
+            the result.
 
     Raises:
         ConfigError: ``repeats`` is below 1.
     """
     if repeats < 1:
-        raise ConfigError(f"{repeats} repeats measure nothing; use 1 or more")
+        raise ConfigError(f"repeats is {repeats}; use 1 or more")
     plan = [
         (turn < warm_ups, name)
         for turn in range(warm_ups + repeats)
         for name in candidates
         if turn >= warm_ups or name not in cold
     ]
-    left_out: set[str] = set()
-    results: dict[str, list[T]] = {name: [] for name in candidates}
-    took: dict[str, float] = {}
+    runs: _Runs[T] = _Runs(plan, unit, clock, on_progress, deadline)
     for index, (is_warm_up, name) in enumerate(plan):
-        if name in left_out or (deadline is not None and results[name] and clock() + took[name] > deadline):
-            left_out.add(name)
+        if runs.is_left_out(name):
             continue
         gc.collect()
-        run = _Run(plan, index, took, unit, clock, on_progress)
-        run.count(0, 0)
-        result = candidates[name](run.count)
-        took[name] = clock() - run.began
-        if not is_warm_up:
-            results[name].append(result)
+        result = runs.run(index, candidates[name])
         on_result(name, is_warm_up, result)
-    return results
+    return {name: runs.results.get(name, []) for name in candidates}
 
 
-class _Run:
-    """One run of one candidate; turns its counts into a :class:`Progress`."""
+@dataclass
+class _Runs(Generic[T]):
+    """The runs of :func:`run_interleaved`: results and seconds so far, and the estimate of the remaining time."""
 
-    def __init__(
-        self,
-        plan: Sequence[tuple[bool, str]],
-        index: int,
-        took: Mapping[str, float],
-        unit: str,
-        clock: Clock,
-        on_progress: Callable[[Progress], None],
-    ) -> None:
-        self._plan, self._index, self._took, self._unit = plan, index, took, unit
-        self._clock, self._on_progress = clock, on_progress
-        self.began = clock()
+    plan: Sequence[tuple[bool, str]]
+    unit: str
+    clock: Clock
+    on_progress: Callable[[Progress], None]
+    deadline: float | None
+    results: dict[str, list[T]] = field(default_factory=dict)
+    # Seconds of each candidate's last run.
+    last_s: dict[str, float] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
 
-    def count(self, done: int, total: int) -> None:
-        is_warm_up, name = self._plan[self._index]
-        elapsed = self._clock() - self.began
-        left = self._left(name, elapsed, done, total)
-        number, n_runs = self._index + 1, len(self._plan)
-        self._on_progress(Progress(name, is_warm_up, number, n_runs, done, total, self._unit, elapsed, left))
+    def is_left_out(self, name: str) -> bool:
+        """Whether the next run of ``name`` is left out, because it would end after the deadline."""
+        is_late = (
+            self.deadline is not None and name in self.results and self.clock() + self.last_s[name] > self.deadline
+        )
+        if is_late:
+            self.left_out.add(name)
+        return name in self.left_out
 
-    def _left(self, name: str, elapsed: float, done: int, total: int) -> float | None:
-        """Each candidate takes what it took last; one that has not run yet, what the slowest of the others took."""
-        this = elapsed * total / done if done else self._took.get(name)
-        if this is None:
+    def run(self, index: int, candidate: Callable[[Count], T]) -> T:
+        """Make the run at ``index`` of the plan, report its progress, and record its result unless it is a warm-up."""
+        is_warm_up, name = self.plan[index]
+        began = self.clock()
+
+        def count(done: int, total: int) -> None:
+            now = self.clock()
+            left_s = self._left_s(index, began, now, done, total)
+            number, n_runs = index + 1, len(self.plan)
+            event = Progress(name, is_warm_up, number, n_runs, done, total, self.unit, now - began, left_s)
+            self.on_progress(event)
+
+        count(0, 0)
+        result = candidate(count)
+        self.last_s[name] = self.clock() - began
+        if not is_warm_up:
+            self.results.setdefault(name, []).append(result)
+        return result
+
+    def _left_s(self, index: int, began: float, now: float, done: int, total: int) -> float | None:
+        """Estimate the seconds until the last run ends, without the runs that the deadline will leave out.
+
+        Each candidate takes as long as its last run; one that has not run yet, as long as the slowest of the others.
+        """
+        is_warm_up, name = self.plan[index]
+        this_s = (now - began) * total / done if done else self.last_s.get(name)
+        if this_s is None:
             return None
-        known = {**self._took, name: this}
+        known = {**self.last_s, name: this_s}
         slowest = max(known.values())
-        return max(0.0, this - elapsed) + sum(known.get(later, slowest) for _, later in self._plan[self._index + 1 :])
+        end = max(now, began + this_s)
+        counted, left_out = set(self.results), set(self.left_out)
+        counted |= set() if is_warm_up else {name}
+        for is_later_warm_up, later in self.plan[index + 1 :]:
+            seconds = known.get(later, slowest)
+            if self.deadline is not None and later in counted and end + seconds > self.deadline:
+                left_out.add(later)
+            if later not in left_out:
+                end += seconds
+                counted |= set() if is_later_warm_up else {later}
+        if self.deadline is None:
+            return end - now
+        # Runs that are made in any case may end after the deadline; the limit is still what the user was promised.
+        return min(end, self.deadline) - now if now < self.deadline else None
 
 
 def timed(work: Callable[[], object], passes: int = 1, *, clock: Clock = time.perf_counter) -> Callable[[Count], float]:
-    """Return a candidate that does ``work`` so many times and gives the seconds that one pass took."""
+    """Return a candidate that calls ``work`` ``passes`` times and returns the seconds of one pass."""
 
     def run(count: Count) -> float:
         began = clock()
@@ -175,9 +199,9 @@ def timed(work: Callable[[], object], passes: int = 1, *, clock: Clock = time.pe
 
 
 def passes_for(work: Callable[[], object], at_least_s: float, *, clock: Clock = time.perf_counter) -> int:
-    """Return how many passes of ``work`` take ``at_least_s``: a run much shorter measures the clock and the system.
+    """Return how many passes of ``work`` take ``at_least_s``: a much shorter run measures the clock and the system.
 
-    Works once to warm up and once to measure.
+    Calls ``work`` once to warm up and once to measure.
     """
     work()
     began = clock()
@@ -187,11 +211,11 @@ def passes_for(work: Callable[[], object], at_least_s: float, *, clock: Clock = 
 
 
 def shared_turns(first: Sequence[float], second: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the results of the turns in which both candidates ran: the earliest ones, where a deadline ended one."""
+    """Return the results of the turns that both candidates made: the earliest ones, if a deadline left some out."""
     n_turns = min(len(first), len(second))
     return first[:n_turns], second[:n_turns]
 
 
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
-    """Return the spread of ``above / below``, each run against the other's of the same turn."""
+    """Return the spread of ``above / below``, each run divided by the other candidate's run of the same turn."""
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])

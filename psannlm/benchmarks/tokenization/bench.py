@@ -261,7 +261,7 @@ def bench_tokenizers(
         WorkerError: a process that measures ended early.
     """
     if repeats < 1:
-        raise ConfigError(f"{repeats} repeats measure nothing; use 1 or more")
+        raise ConfigError(f"repeats is {repeats}; use 1 or more")
     if corpus_repeat < 1:
         raise ConfigError(f"a corpus repeated {corpus_repeat} times is empty; use 1 or more")
     check_fit("simple", vocab_size, None, sample_chars)

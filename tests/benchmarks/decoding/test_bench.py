@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from psannlm.benchmarks.decoding import bench, modes
 from psannlm.benchmarks.decoding.bench import bench_kv, build_random_model
-from psannlm.benchmarks.decoding.modes import CASES, Case, DecodeRun, Prompts, bench, modes
+from psannlm.benchmarks.decoding.modes import CASES, Case, DecodeRun, Prompts
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings
 from psannlm.benchmarks.harness.interleaved import Progress
 from psannlm.config.model import ModelConfig
@@ -72,6 +74,24 @@ def test_few_passes_and_fewer_cases() -> None:
     assert report.n_uncached_passes == 4
     assert [case["passes_timed"] for case in report.as_dict()["cases"]] == [20, 4]
     assert report.agreement.n_checked == 2 * (3 * 20 + 2 * 4)
+
+
+def test_bench_kv_time_left_stays_within_the_limit() -> None:
+    ticks = itertools.count()
+    limit_s = 10_000.0
+    events: list[tuple[float, Progress]] = []
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now = float(next(ticks))
+        return now
+
+    settings = replace(SETTINGS, repeats=20, contexts=(16, 32), dtype="bfloat16", time_limit_s=limit_s)
+    measure(settings, clock=clock, on_progress=lambda event: events.append((now, event)))
+    shown = [(now, event.left_s) for now, event in events if event.left_s is not None]
+    assert len(shown) > 50
+    assert all(left_s <= limit_s - now for now, left_s in shown)
 
 
 def test_contexts_that_the_model_has_no_room_for_are_left_out() -> None:

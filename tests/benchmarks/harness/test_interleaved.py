@@ -55,7 +55,7 @@ def test_candidates_alternate_and_warm_ups_are_thrown_away() -> None:
 
 
 def test_no_repeat_is_refused() -> None:
-    with pytest.raises(ConfigError, match="0 repeats measure nothing"):
+    with pytest.raises(ConfigError, match="repeats is 0; use 1 or more"):
         run_interleaved({"A": lambda count: 1}, 0)
 
 
@@ -152,6 +152,53 @@ def test_a_deadline_ends_candidates_after_one_counted_run() -> None:
         ("short", False),
         ("long", False),
     ]
+
+
+def test_time_left_excludes_runs_beyond_the_deadline() -> None:
+    clock = FakeClock()
+    events: list[tuple[float, Progress]] = []
+
+    def run(count: Count) -> None:
+        clock.now += 10.0
+
+    run_interleaved(
+        {"A": run},
+        5,
+        clock=clock,
+        deadline=clock.now + 25.0,
+        cold=["A"],
+        on_progress=lambda event: events.append((clock.now - 100.0, event)),
+    )
+    # Two runs fit into 25 seconds; without the deadline, 40 would be left after the first.
+    assert [(now, event.left_s) for now, event in events] == [(0.0, None), (10.0, 10.0)]
+
+
+def test_time_left_never_exceeds_the_deadline() -> None:
+    clock = FakeClock()
+    deadline = clock.now + 35.0
+    events: list[tuple[float, Progress]] = []
+
+    def takes(seconds: float) -> Callable[[Count], None]:
+        def run(count: Count) -> None:
+            for done in range(1, 5):
+                clock.now += seconds / 4
+                count(done, 4)
+
+        return run
+
+    run_interleaved(
+        {"short": takes(4.0), "long": takes(30.0)},
+        5,
+        clock=clock,
+        deadline=deadline,
+        on_progress=lambda event: events.append((clock.now, event)),
+    )
+    # The counted run of "long" is made in any case, and ends after the deadline.
+    assert clock.now > deadline
+    assert all(event.left_s is None for now, event in events if now >= deadline)
+    shown = [(now, event.left_s) for now, event in events if event.left_s is not None]
+    assert len(shown) > 5
+    assert all(left_s <= deadline - now for now, left_s in shown)
 
 
 def test_shared_turns_are_the_earliest_of_both() -> None:
