@@ -23,6 +23,8 @@ from torch import Tensor
 from psannlm.config.train import Amp
 from psannlm.errors import DeviceError, nearest
 
+_STATUS = Path("/proc/self/status")
+
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; auto and cuda take the GPU of ``local_rank``.
@@ -56,8 +58,26 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory held so far: of a GPU what torch allocated, otherwise what the process had resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024
+    return peak_resident_bytes()
+
+
+def resident_bytes() -> tuple[int, int] | None:
+    """Return the resident memory of this process, now and at its peak; None where there is no /proc (not Linux)."""
+    if not _STATUS.is_file():
+        return None
+    lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, peak
+
+
+def peak_resident_bytes() -> int:
+    """Return the highest resident memory of this process so far."""
+    # getrusage would count what the parent held when it started this process: only the fallback.
+    if (resident := resident_bytes()) is not None:
+        return resident[1]
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024
 
 
 def computes_in_bf16(device: torch.device) -> bool:
@@ -245,12 +265,8 @@ def memory_in_use() -> MemoryUse | None:
     """Return the tensors' memory on the GPU in use, else the resident memory; None where the system does not tell."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return MemoryUse("GPU memory", torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii", errors="replace").splitlines())
-    now, most = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    return MemoryUse("memory", now, most)
+    resident = resident_bytes()
+    return None if resident is None else MemoryUse("memory", *resident)
 
 
 def describe_device(device: torch.device) -> str:

@@ -1,7 +1,4 @@
-"""A function and its arguments in; an object that lives in a process of its own, called from here, out.
-
-What such a process holds at its highest is told by the system, and no neighbour adds to it.
-"""
+"""Object in a subprocess of its own, whose methods are called over a socket, for memory measurements in isolation."""
 
 from __future__ import annotations
 
@@ -12,16 +9,14 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from psannlm.errors import PsannlmError, WorkerError
 from psannlm.runtime.processes import end_with, python_program
 
-_STATUS = Path("/proc/self/status")
 _JOIN_S = 10.0
-# Ctrl-C ends it at once, also while it imports.
+# Ctrl-C ends the process at once, even during imports.
 _PROGRAM = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
     "from psannlm.benchmarks.harness.isolated_process import main; main()"
@@ -29,11 +24,11 @@ _PROGRAM = (
 
 
 class IsolatedProcess:
-    """``build(*arguments)``, made in a new process; leave the context to end it.
+    """The object ``build(*arguments)`` in a new process; leaving the context ends the process.
 
     Args:
-        build: a function of a module, so that the other process finds it.
-        environment: variables that are set there before anything else happens.
+        build: a module-level function or class, which the other process imports.
+        environment: environment variables of the new process.
     """
 
     def __init__(
@@ -41,8 +36,8 @@ class IsolatedProcess:
     ) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            # Not multiprocessing: forked, it would start with all that is in memory here, and spawned, with the working
-            # folder on its import path.
+            # Not multiprocessing: a forked process would hold the memory of this one, and a spawned one would have the
+            # working folder on its import path.
             self._process = subprocess.Popen(
                 python_program(_PROGRAM, str(theirs.fileno()), str(os.getpid())),
                 stdin=subprocess.DEVNULL,
@@ -50,16 +45,16 @@ class IsolatedProcess:
                 env={**os.environ, **(environment or {})},
             )
         self._connection = Connection(ours.detach())
-        self._ask((build, arguments))
+        self._request((build, arguments))
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Return what ``method`` of the object gives.
+        """Call ``method`` of the object and return its result.
 
         Raises:
-            PsannlmError: as the method raised it.
-            WorkerError: the process ended, or met an error that nobody expected.
+            PsannlmError: raised by the method.
+            WorkerError: the process ended, or the method raised another error; the message holds its traceback.
         """
-        return self._ask((method, arguments))
+        return self._request((method, arguments))
 
     def close(self) -> None:
         """End the process."""
@@ -78,14 +73,14 @@ class IsolatedProcess:
     ) -> None:
         self.close()
 
-    def _ask(self, question: tuple[Any, tuple[Any, ...]]) -> Any:
+    def _request(self, message: tuple[Any, tuple[Any, ...]]) -> Any:
         try:
-            self._connection.send(question)
+            self._connection.send(message)
             is_good, answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self.close()
             reason = f"exit code {self._process.returncode}"
-            raise WorkerError(f"a process that measures ended early ({reason}); was it out of memory?") from error
+            raise WorkerError(f"a measuring process ended early ({reason}); it may have run out of memory") from error
         if is_good:
             return answer
         self.close()
@@ -93,7 +88,7 @@ class IsolatedProcess:
 
 
 def main() -> None:
-    """Serve until the connection ends; ``sys.argv`` holds its file descriptor and the parent's process id."""
+    """Serve calls until the connection closes; ``sys.argv`` holds its file descriptor and the parent's process id."""
     end_with(int(sys.argv[2]))
     with Connection(int(sys.argv[1])) as connection:
         _serve(connection)
@@ -113,18 +108,5 @@ def _serve(connection: Connection) -> None:
             connection.send((True, answer))
         except PsannlmError as error:
             connection.send((False, error))
-        except Exception:  # noqa: BLE001  whatever it was, it must reach the process that asked
-            connection.send((False, WorkerError(f"a process that measures failed:\n{traceback.format_exc()}")))
-
-
-def peak_bytes() -> int:
-    """Return the highest resident memory of this process so far."""
-    if _STATUS.is_file():
-        # getrusage would count what the parent held when it started this process.
-        for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return highest if sys.platform == "darwin" else highest * 1024
+        except Exception:  # noqa: BLE001  any error must reach the calling process
+            connection.send((False, WorkerError(f"a measuring process failed:\n{traceback.format_exc()}")))

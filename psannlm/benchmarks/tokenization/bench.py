@@ -23,7 +23,7 @@ from psannlm.benchmarks.harness.interleaved import (
     passes_for,
     run_interleaved,
 )
-from psannlm.benchmarks.harness.isolated_process import IsolatedProcess, peak_bytes
+from psannlm.benchmarks.harness.isolated_process import IsolatedProcess
 from psannlm.benchmarks.tokenization.prep import PrepFigures, bench_prep, check_preparable
 from psannlm.benchmarks.tokenization.raw_libraries import raw_encode
 from psannlm.config.data import Source
@@ -31,6 +31,7 @@ from psannlm.data.corpus.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import shared_text
 from psannlm.data.tokenizer_training import SAMPLE_SEGMENT_BYTES, sample_corpus
 from psannlm.errors import ConfigError
+from psannlm.runtime.device import peak_resident_bytes
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import (
     available_backends,
@@ -336,7 +337,7 @@ class Fit:
         said: list[str] = []
         began = time.perf_counter()
         tokenizer = fit_passages(self._passages, backend, vocab_size, model_type=model_type, notice=said.append)
-        return Fitted(time.perf_counter() - began, tokenizer.to_bytes(), peak_bytes(), tuple(said))
+        return Fitted(time.perf_counter() - began, tokenizer.to_bytes(), peak_resident_bytes(), tuple(said))
 
 
 def fit_in_turns(
@@ -375,7 +376,7 @@ class Bench:
         self._tokenizer = tokenizer_from_bytes(content)
         self._texts, self._threads, self._clock = list(texts), threads, clock
         self._rows = self._encode()
-        self._peak_bytes = peak_bytes()
+        self._peak_bytes = peak_resident_bytes()
         self._raw = raw_encode(self._tokenizer, threads)
 
     def has_raw(self) -> bool:

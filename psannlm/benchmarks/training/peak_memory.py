@@ -1,6 +1,6 @@
-"""A candidate and its settings in; the bytes at the peak of its training, found in a process of its own, out.
+"""Peak memory of training a candidate, measured in a process of its own.
 
-Run as a module, it is that process: a description on stdin, one number on stdout.
+Run as a module, it is that process: JSON settings on stdin, the number of bytes on stdout.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ import torch
 from psannlm.benchmarks.training.candidates import Candidate, ThroughputSettings, TrainingRun
 from psannlm.config.model import ModelConfig
 from psannlm.errors import PsannlmError
+from psannlm.runtime.device import resident_bytes
 from psannlm.runtime.malloc import keep_freed_memory
 from psannlm.runtime.processes import python_command
 
 _STEPS = 3
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-# Of the rehearsal that loads libraries and compiler before anything is measured.
+# Writing 5 to it resets the peak of the resident memory to its present value.
+_CLEAR = Path("/proc/self/clear_refs")
+# Sizes of the warm-up model, which loads libraries and compiler before anything is measured.
 _SMALL = {"d_model": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "d_mlp": 64, "vocab_size": 64}
 
 
 def peak_step_bytes(candidate: Candidate, settings: ThroughputSettings, device: torch.device) -> int | None:
-    """Return the most memory that weights, gradients, optimiser state, activations and scratch take together.
+    """Return the peak bytes of weights, gradients, optimizer state, activations and scratch together.
 
-    On a GPU, what torch had allocated at the peak; on a CPU, the largest resident size of a process that only trains
-    this model, less its size before the model was built, with all libraries loaded. None where the system does not
-    tell (CPUs elsewhere than on Linux).
+    On a GPU: the peak that torch allocated. On a CPU: the peak resident memory of a process that only trains this
+    model, less its resident memory before the model was built, with all libraries loaded. None on a CPU without
+    Linux's ``/proc``.
 
     Raises:
-        PsannlmError: the process failed; the message ends with its last line.
+        PsannlmError: the process failed; the message ends with the last line of its stderr.
     """
     if device.type == "cpu" and not _CLEAR.exists():
         return None
@@ -54,31 +56,31 @@ def peak_step_bytes(candidate: Candidate, settings: ThroughputSettings, device: 
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise PsannlmError(f"the process that measures the memory of {candidate.name} failed: {last}")
+        raise PsannlmError(f"measuring the peak memory of {candidate.name} failed: {last}")
     return int(done.stdout.split()[-1])
 
 
 def measure_here(candidate: Candidate, settings: ThroughputSettings, device: torch.device) -> int:
-    """Return the same for this process, which must have trained nothing of size before."""
-    _rehearse(candidate, settings, device)
+    """Return the same for this process, which must not have trained a large model before."""
+    _warm_up(candidate, settings, device)
     gc.collect()
     is_cuda = device.type == "cuda"
     if is_cuda:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
     else:
-        before = _resident("VmRSS")
+        before = _resident()[0]
     run = TrainingRun(candidate, settings, device)
     run.step()
-    # What a compiler needs for a while is no part of training; what it leaves behind is.
+    # The compiler's temporary memory is not part of training; what it keeps is.
     gc.collect()
     torch.cuda.reset_peak_memory_stats(device) if is_cuda else _forget_peak()
     for _ in range(_STEPS):
         run.step()
-    return (torch.cuda.max_memory_allocated(device) if is_cuda else _resident("VmHWM")) - before
+    return (torch.cuda.max_memory_allocated(device) if is_cuda else _resident()[1]) - before
 
 
-def _rehearse(candidate: Candidate, settings: ThroughputSettings, device: torch.device) -> None:
+def _warm_up(candidate: Candidate, settings: ThroughputSettings, device: torch.device) -> None:
     """Train a tiny model of the same kind, so that all code is loaded."""
     small = settings.model.model_copy(update=_SMALL)
     run = TrainingRun(candidate, replace(settings, model=small, seq_len=16, batch_tokens=32), device)
@@ -90,12 +92,12 @@ def _forget_peak() -> None:
     _CLEAR.write_text("5", encoding="ascii")
 
 
-def _resident(name: str) -> int:
-    """Bytes that are resident (VmRSS), or were at the peak (VmHWM)."""
-    for line in _STATUS.read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise PsannlmError(f"{_STATUS} does not tell {name}")
+def _resident() -> tuple[int, int]:
+    """Return the resident bytes of this process, now and at the peak. Raises PsannlmError without ``/proc``."""
+    resident = resident_bytes()
+    if resident is None:
+        raise PsannlmError("/proc/self/status, which holds the resident memory, does not exist")
+    return resident
 
 
 def _main() -> None:

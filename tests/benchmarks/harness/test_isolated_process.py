@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.benchmarks.harness.isolated_process import IsolatedProcess, peak_bytes
+from psannlm.benchmarks.harness.isolated_process import IsolatedProcess
 from psannlm.errors import TokenizerError, WorkerError
+from psannlm.runtime.device import peak_resident_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ class Target:
         return os.environ.get(name)
 
     def peak(self) -> int:
-        return peak_bytes()
+        return peak_resident_bytes()
 
     def refuse(self) -> None:
         raise TokenizerError("no such piece")
@@ -54,7 +55,7 @@ def test_an_object_lives_in_another_process_with_its_own_memory_and_variables() 
         assert [process.call("add", 2), process.call("add", 3)] == [3, 6]
         assert process.call("pid") != os.getpid()
         assert process.call("variable", "PSANNLM_TEST") == "yes"
-        assert process.call("peak") < len(ballast) < peak_bytes()
+        assert process.call("peak") < len(ballast) < peak_resident_bytes()
     assert "PSANNLM_TEST" not in os.environ
 
 
