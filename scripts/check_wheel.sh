@@ -58,4 +58,6 @@ for path in runs/own/{metrics.jsonl,loss_curve.png,latest}; do
 done
 "$bin/psannlm" generate --prompt "On day" --max-new-tokens 20 --seed 1 >sample.txt
 grep -q "^On day" sample.txt || fail "generate did not continue its prompt"
+"$bin/psannlm" report --out page
+[[ -s page/report.html ]] || fail "report wrote no page"
 echo "check_wheel: $(basename "$wheel") works in an empty environment"

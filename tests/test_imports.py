@@ -74,6 +74,7 @@ NEVER_TORCH = (
 )
 # Modules of other distributions that come with a declared one and belong to its public face.
 COMES_WITH = {
+    "jinja2": ("markupsafe",),
     "pydantic": ("pydantic_core", "annotated_types", "typing_extensions"),
     "pyyaml": ("yaml",),
     "rich": (),

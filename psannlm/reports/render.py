@@ -1,154 +1,94 @@
-"""A document becomes Markdown, and one HTML page that needs nothing beside it: no file, no network, no script."""
+"""HTML and Markdown of a report; the HTML page needs nothing beside it: no file, no network, no script."""
 
 from __future__ import annotations
 
 import base64
 import re
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from psannlm.display import html_text, markdown_code, markdown_text
-from psannlm.reports.page_model import Block, Document, Headline, Origin, Picture, Printed, Section, Table
-from psannlm.reports.stylesheet import STYLE
+from markupsafe import Markup, escape
 
-_PHONE = "(max-width: 40rem)"
-_DARK = "(prefers-color-scheme: dark)"
-# Nothing may be loaded or run, whatever stands in the text: a second wall behind the escaping.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+from psannlm.display import markdown_code, markdown_text, printable
+from psannlm.reports.page_model import Block, Document, Origin, Picture, Printed, Table
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+TEMPLATES = Path(__file__).parent / "templates"
 _WIDE_CELL = 32
+_FIGURE_CLASS = Markup(' class="figure"')
+# Media query, and the form of a picture for it; a page that is printed takes the wide and light one.
+_FORMS = (
+    ("screen and (max-width: 40rem) and (prefers-color-scheme: dark)", True, True),
+    ("screen and (max-width: 40rem)", True, False),
+    ("screen and (prefers-color-scheme: dark)", False, True),
+)
 
 
 def to_html(document: Document) -> str:
     """Return the whole page."""
-    return "\n".join(_page(document)) + "\n"
+    return _environment().get_template("report.html").render(document=document)
 
 
-def _page(document: Document) -> Iterator[str]:
-    yield "<!doctype html>"
-    yield '<html lang="en"><head><meta charset="utf-8">'
-    yield f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield '<meta name="color-scheme" content="light dark">'
-    yield f"<title>{html_text(document.title)}</title>"
-    yield f"<style>{STYLE}</style></head><body><main>"
-    yield f'<h1>{html_text(document.title)}</h1><p class="soft">{html_text(document.lead)}</p>'
-    if document.headlines:
-        yield '<dl class="headlines">'
-        yield from (_headline(headline) for headline in document.headlines)
-        yield "</dl>"
-    if len(document.sections) > 2:
-        links = (f'<a href="#s{at}">{html_text(section.title)}</a>' for at, section in enumerate(document.sections))
-        yield f'<nav aria-label="Sections">{" ".join(links)}</nav>'
-    for at, section in enumerate(document.sections):
-        yield from _section(section, at)
-    yield f'<footer><p class="origin">{_origin(document.origin, "This page: ")}</p></footer>'
-    yield "</main></body></html>"
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-
-def _headline(headline: Headline) -> str:
-    unit = f' <span class="unit">{html_text(headline.unit)}</span>' if headline.unit else ""
-    of = f'<span class="of">{html_text(headline.of)}</span>' if headline.of else ""
-    value = f'<span class="value">{html_text(headline.value)}</span>'
-    return f"<div><dt>{html_text(headline.label)}</dt><dd>{value}{unit}{of}</dd></div>"
-
-
-def _section(section: Section, at: int) -> Iterator[str]:
-    yield f'<section id="s{at}"><h2>{html_text(section.title)}</h2>'
-    if section.origin is not None:
-        yield f'<p class="origin">{_origin(section.origin)}</p>'
-    for block in section.blocks:
-        yield from _block(block)
-    yield "</section>"
-
-
-def _block(block: Block) -> Iterator[str]:
-    if isinstance(block, str):
-        yield f"<p>{html_text(block)}</p>"
-    elif isinstance(block, Table):
-        yield from _table(block)
-    elif isinstance(block, Printed):
-        pre = f'<pre tabindex="0">{html_text(block.text)}</pre>'
-        yield f"<details><summary>{html_text(block.title)}</summary>{pre}</details>"
-    else:
-        yield from _picture(block)
-
-
-def _table(table: Table) -> Iterator[str]:
-    title = html_text(table.title)
-    if table.is_folded:
-        yield f"<details><summary>{title}</summary>"
-    elif title:
-        yield f"<h3>{title}</h3>"
-    yield f'<div class="scroll" tabindex="0" role="region" aria-label="{title or "table"}"><table>'
-    heads = (f'<th scope="col"{_class(at in table.numbers)}>{html_text(h)}</th>' for at, h in enumerate(table.headings))
-    yield f"<thead><tr>{''.join(heads)}</tr></thead><tbody>"
-    for row in table.rows:
-        first, *others = row
-        cells = "".join(
-            f"<td{_class(at in table.numbers, cell)}>{_cell(cell, at in table.numbers)}</td>"
-            for at, cell in enumerate(others, 1)
-        )
-        yield f'<tr><th scope="row"{_class(0 in table.numbers)}>{_breakable(first)}</th>{cells}</tr>'
-    yield "</tbody></table></div>"
-    if table.note:
-        yield f'<p class="soft">{html_text(table.note)}</p>'
-    if table.origin is not None and (origin := _origin(table.origin)):
-        yield f'<p class="origin">{origin}</p>'
-    if table.is_folded:
-        yield "</details>"
-
-
-def _cell(cell: str, is_figure: bool) -> str:
-    """A figure's edges, in brackets after it, go on a line below it."""
-    figure, bracket, edges = cell.partition(" (")
-    if not (is_figure and bracket and edges.endswith(")")):
-        return html_text(cell) if is_figure else _breakable(cell)
-    return f'{html_text(figure)} <span class="edges">({html_text(edges)}</span>'
-
-
-def _breakable(name: str) -> str:
-    """Let a long name break where a person would break it."""
-    return re.sub(r"([_/.=])(?=[^_/.=])", r"\1<wbr>", html_text(name))
-
-
-def _class(is_figure: bool, cell: str = "") -> str:
-    if is_figure:
-        return ' class="figure"'
-    if len(cell) > _WIDE_CELL:
-        return ' class="wide"'
-    return ' class="path"' if "/" in cell and " " not in cell else ""
-
-
-def _origin(origin: Origin, lead: str = "") -> str:
-    parts = [
-        f"<code>{html_text(origin.command)}</code>" if origin.command else "",
-        html_text(origin.machine),
-        f"commit {html_text(origin.commit)}" if origin.commit else "",
-        html_text(origin.folder),
-    ]
-    joined = " · ".join(part for part in parts if part)
-    return f"{html_text(lead)}{joined}" if joined else ""
-
-
-def _picture(picture: Picture) -> Iterator[str]:
-    caption = f"<figcaption>{html_text(picture.caption)}</figcaption>" if picture.caption else ""
-    image = f'alt="{html_text(picture.alternative)}" loading="lazy"'
-    if not picture.forms:
-        yield f'<figure class="photo"><img src="{_data(picture.png, "png")}" {image}>{caption}</figure>'
-        return
-    sources = "".join(
-        f'<source media="{media}" srcset="{_data(picture.forms[form], "svg+xml")}">'
-        for form, media in (
-            ((True, True), f"screen and {_PHONE} and {_DARK}"),
-            ((True, False), f"screen and {_PHONE}"),
-            ((False, True), f"screen and {_DARK}"),
-        )
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    image = f'<img src="{_data(picture.forms[False, False], "svg+xml")}" {image}>'
-    yield f"<figure><picture>{sources}{image}</picture>{caption}</figure>"
+    environment.globals |= {"figure_class": _FIGURE_CLASS, "forms": _FORMS}
+    environment.filters |= {
+        "breakable": _breakable,
+        "cell_class": _cell_class,
+        "data_url": _data_url,
+        "figure": _figure,
+    }
+    environment.tests |= {
+        "table": lambda block: isinstance(block, Table),
+        "printed": lambda block: isinstance(block, Printed),
+    }
+    return environment
 
 
-def _data(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+def _visible(value: object) -> object:
+    """Show unseen characters as escapes in everything that a template prints; markup of ours is left as it is."""
+    return printable(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _figure(cell: str) -> Markup:
+    """Put the lowest and highest value, in brackets after a figure, on a line below it."""
+    figure, bracket, edges = cell.partition(" (")
+    if not (bracket and edges.endswith(")")):
+        return escape(_visible(cell))
+    return Markup('{} <span class="edges">({}</span>').format(_visible(figure), _visible(edges))
+
+
+def _breakable(name: str) -> Markup:
+    """Let a long name break after the characters that separate its parts."""
+    return Markup(re.sub(r"([_/.=])(?=[^_/.=])", r"\1<wbr>", str(escape(_visible(name)))))
+
+
+def _cell_class(cell: str, is_figure: bool) -> Markup:
+    if is_figure:
+        return _FIGURE_CLASS
+    if len(cell) > _WIDE_CELL:
+        return Markup(' class="wide"')
+    return Markup(' class="path"' if "/" in cell and " " not in cell else "")
+
+
+def _data_url(content: bytes, kind: str) -> Markup:
+    """Return an image as a URL that holds it, of characters that HTML gives no meaning."""
+    return Markup(f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}")
 
 
 def to_markdown(document: Document) -> str:
