@@ -17,7 +17,7 @@ export PIP_USER := 0
 unexport PIP_TARGET PIP_PREFIX PIP_ROOT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint check wheel clean
+.PHONY: help demo test test-all lint check wheel docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -46,8 +46,12 @@ wheel: | $(BIN)/python ## build dist/*.whl
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
+docs: $(VENV)/.installed-docs ## build the documentation into docs/_build/html; warnings are errors (Python 3.11)
+	$(BIN)/sphinx-build -W --keep-going -E -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 clean: ## remove .venv and everything that was built; runs/ and reports/ stay
-	rm -rf $(VENV) build dist *.egg-info .smoke .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build *.egg-info .smoke .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # `make demo` needs no test tools, `make test` does: one environment, two marks that say how far it is furnished.
@@ -58,6 +62,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --quiet -c constraints.txt -e '.[dev,data,tensorboard]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "The documentation is built with Python 3.11 or newer: make PYTHON=python3.11 clean docs"; exit 1; }
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(BIN)/python:

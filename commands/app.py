@@ -165,7 +165,7 @@ def _tell(error: PsannlmError) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; ends in SystemExit with one of the exit codes of ``psannlm.errors``."""
     # GNU OpenMP reads this once, when torch is imported. Threads that wait in a long loop hold the cores that others
-    # wait for as soon as anything else runs: training on two cores was ten times slower (docs/experiments.md).
+    # wait for as soon as anything else runs: training on two cores was ten times slower (docs/research/log.md).
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "OMP_WAIT_POLICY" not in os.environ:
         # Decoding goes through thousands of very short parallel regions per second, and loses more by sleeping.

@@ -1,4 +1,4 @@
-"""Print the tables of docs/scaling.md: memory per device and tokens per second, predicted for models and devices.
+"""Tables of docs/reference/scaling.md: predicted memory per device and tokens per second of models on devices.
 
 Run as ``python scripts/scaling_table.py``; ``--write`` puts the tables into the document.
 """
@@ -16,7 +16,7 @@ from psannlm.models.accounting import TrainingMemory, count_parameters, training
 from psannlm.models.parallel_estimates import Device, sharded_memory, tokens_per_s
 from psannlm.models.registry import resolve
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "reference" / "scaling.md"
 # Memory, dense bfloat16 peak and links as its maker states them; 40 % of the peak is what good training code reaches.
 GPU = Device("H100 SXM, 80 GB", 80e9, 989e12, 0.4, 360e9, 40e9)
 SEQ_LEN, WINDOWS, VOCAB = 2048, 4, 32_000
@@ -39,7 +39,7 @@ def config_of(shape: tuple[int, int]) -> ModelConfig:
 
 
 def rows() -> list[list[str]]:
-    """A row for each model and way: memory per device, then tokens per second, for each number of devices."""
+    """A row for each model and mode: memory per device, then tokens per second, for each number of devices."""
     found = []
     for shape in SHAPES.values():
         config = config_of(shape)
@@ -76,7 +76,7 @@ def cell(config: ModelConfig, whole: TrainingMemory, n_devices: int, fsdp: bool)
 
 def table() -> str:
     """The Markdown table."""
-    head = ["parameters", "way", *(f"{n:,}" for n in DEVICES)]
+    head = ["parameters", "mode", *(f"{n:,}" for n in DEVICES)]
     lines = [head, ["---"] * len(head), *rows()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

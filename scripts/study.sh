@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study of docs/quality.md: text, tokenizer and shards outside the repository, then the plans, one after another.
+# The study of docs/research/results.md: text, tokenizer and shards outside the repository, then the plans, one after another.
 #
 #   scripts/study.sh [PLAN.yaml ...]         default: study_*_[125]m.yaml and study_task_*.yaml of configs/studies/
 #

@@ -22,7 +22,7 @@ else:
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # A module may import from its own room and from the ones on the lines above; rooms on one line are strangers.
-# A new room needs a place here and in docs/architecture.md.
+# A new room needs a place here and in docs/design/architecture.md.
 ORDER = (
     ("display",),
     ("errors",),
@@ -187,6 +187,14 @@ def graph() -> dict[str, list[Import]]:
 def test_every_room_has_its_place(graph: dict[str, list[Import]]) -> None:
     rooms = {room_of(module) for module in graph}
     assert rooms == {*RANK, "psannlm", "__main__", "commands", "psann"}
+
+
+def test_architecture_lists_packages_in_import_order() -> None:
+    text = (REPOSITORY / "docs/design/architecture.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- import order: begin -->")[2].partition("<!-- import order: end -->")[0]
+    rows = [line.split("|") for line in table.splitlines() if re.match(r"\| \d", line)]
+    assert [int(row[1]) for row in rows] == list(range(1, len(ORDER) + 1))
+    assert tuple(tuple(re.findall(r"`(\w+)`", row[2])) for row in rows) == ORDER
 
 
 def test_imports_point_one_way(graph: dict[str, list[Import]]) -> None:

@@ -1,4 +1,4 @@
-"""docs/python.md: its blocks run in order, in an empty folder."""
+"""docs/guides/python.md: its blocks run in order, in an empty folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-GUIDE = Path(__file__).resolve().parents[1] / "docs" / "python.md"
+GUIDE = Path(__file__).resolve().parents[1] / "docs" / "guides" / "python.md"
 
 
 def test_blocks_of_the_python_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

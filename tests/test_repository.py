@@ -65,6 +65,7 @@ def test_each_dependency_has_one_tested_version_within_its_bounds(project: dict[
     pins = _pins(python)
     assert {name: versions for name, versions in pins.items() if len(versions) != 1} == {}
     lines = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["dev"]
+    lines += project["project"]["optional-dependencies"]["docs"]
     lines += project["build-system"]["requires"]
     for requirement in map(Requirement, lines):
         if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
@@ -138,6 +139,18 @@ def test_links_between_documents_lead_somewhere(tracked: list[Path]) -> None:
                 if "://" not in target and not (path.parent / target).exists():
                     broken.append((str(path.relative_to(REPOSITORY)), target))
     assert broken == []
+
+
+def test_documents_named_anywhere_exist(tracked: list[Path]) -> None:
+    """Comments, messages and scripts name documents by their path from the root; a move must not leave them behind."""
+    old_paths = REPOSITORY / "docs/guides/migration.md"
+    missing = []
+    for path in tracked:
+        if path.suffix in (".py", ".md", ".yaml", ".yml", ".sh", ".toml") and path != old_paths:
+            for name in re.findall(r"(?<![\w/.])docs/[\w/-]+\.md\b", path.read_text(encoding="utf-8")):
+                if not (REPOSITORY / name).is_file():
+                    missing.append((str(path.relative_to(REPOSITORY)), name))
+    assert missing == []
 
 
 def test_make_lists_its_targets() -> None:

@@ -32,7 +32,7 @@ def return_large_blocks() -> None:
 def keep_freed_memory() -> None:
     """Have free memory kept for the next block, of up to 2 GB at a time.
 
-    For training on a CPU, where every step takes and frees the same tensors (docs/experiments.md). A variable of the
+    For training on a CPU, where every step takes and frees the same tensors (docs/research/log.md). A variable of the
     environment that settles it otherwise holds.
     """
     if not any(name in os.environ for name in _OWN_SETTINGS):

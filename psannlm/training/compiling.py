@@ -12,7 +12,7 @@ from psannlm.models.accounting import flops_per_token
 from psannlm.runtime.device import compiler_fault, require_compiler
 
 # Operations of one rank from which torch.compile repays its start: on two cores it took half a minute, and saved 7 % of
-# a step in float32 and 23 to 30 % in bf16 (docs/experiments.md). A GPU computes a thousand times as much in that time.
+# a step in float32 and 23 to 30 % in bf16 (docs/research/log.md). A GPU computes a thousand times as much in that time.
 REPAYING_FLOPS = {"cpu": 1e14, "cuda": 1e17}
 
 
