@@ -75,8 +75,9 @@ def test_documented_commands_and_options_exist(page: str, line: str) -> None:
 def test_documented_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page != LOG)
-    named = set(re.findall(r"(?:^|`|\$ )make (?:PYTHON=\S+ )?([a-z][a-z-]*)", text, flags=re.MULTILINE))
-    assert {"demo", "test", "test-all", "check", "docs", "wheel"} <= named
+    text += "\n".join(path.read_text(encoding="utf-8") for path in REPOSITORY.glob(".github/workflows/*.yml"))
+    named = set(re.findall(r"(?:^|`|\$ |run: )make (?:PYTHON=\S+ )?([a-z][a-z-]*)", text, flags=re.MULTILINE))
+    assert {"demo", "test", "test-all", "check", "lint", "docs", "wheel"} <= named
     assert named <= targets
 
 
