@@ -19,6 +19,8 @@ version = release
 extensions = ["myst_parser"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
+# Off: it would turn the two hyphens of an option into a dash.
+smartquotes = False
 html_theme = "furo"
 html_title = f"psannlm {release}"
 html_static_path = ["_static"]
