@@ -22,6 +22,7 @@ from psannlm.commands import compare as compare_command
 from psannlm.commands import eval as eval_command
 from psannlm.commands import generate as generate_command
 from psannlm.commands import gpu_validate as gpu_validate_command
+from psannlm.commands import init as init_command
 from psannlm.commands import prep as prep_command
 from psannlm.commands import report as report_command
 from psannlm.commands import schema as schema_command
@@ -96,6 +97,7 @@ def _refused_number(error: Exception) -> str | None:
 
 _PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Data": {
+        "init": init_command.init,
         "schema": schema_command.schema,
         "tokenize": tokenize_command.tokenize,
         "prep": prep_command.prep,

@@ -32,6 +32,7 @@ ORDER = (
     ("tokenizers",),
     ("data",),
     ("prep",),
+    ("scaffold",),
     ("kernels",),
     ("models",),
     ("evaluation",),
@@ -68,6 +69,7 @@ NEVER_TORCH = (
     "data.memory_store",
     "data.stream",
     "prep",
+    "scaffold",
     "experiments.plan",
     "experiments.plan_schema",
     "commands",
@@ -307,7 +309,8 @@ def test_every_module_can_be_imported_first(graph: dict[str, list[Import]]) -> N
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["train", "--help"], ["generate", "--help"], ["schema", "--help"]]
+    "arguments",
+    [["--help"], ["--version"], ["train", "--help"], ["generate", "--help"], ["init", "--help"], ["schema", "--help"]],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     """What a person sees first must not wait for libraries that only the work needs."""

@@ -193,6 +193,7 @@ WRITES_INTO: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prep": (("corpus.txt", "--tokenizer", "t.json", "--per-line", "--workers", "1", "--out"), ()),
     "prep merge": (("part1", "part2", "--merge", "--out"), ()),
     "tokenize": (("corpus.txt", "--backend", "simple", "--per-line", "--out"), ("tokenizer.json",)),
+    "init": (("--data", "corpus.txt"), ()),
     "compare study": (("plan.yaml", "--out", "results", "--study"), ()),
 }
 WRITES_BELOW: dict[str, tuple[str, ...]] = {
@@ -213,7 +214,8 @@ def test_every_command_with_out_is_tried() -> None:
     writing = {
         name
         for name, command in group.commands.items()
-        if any({"--out", "--study"} & {*option.opts} for option in command.params)
+        # The folder is an option, or of init the argument.
+        if any({"--out", "--study", "folder"} & {*option.opts} for option in command.params)
     }
     tried = {name if name in group.commands else name.split(" ")[0] for name in (*WRITES_INTO, *WRITES_BELOW)}
     assert tried == writing
