@@ -16,6 +16,7 @@ from torch import Tensor
 from psannlm.errors import GenerationError
 from psannlm.generation.quantize import WeightDtype, prepare_for_inference, weight_bytes
 from psannlm.kernels.compile import compiled
+from psannlm.kernels.torch_private import mark_dynamic, mark_static_address
 from psannlm.models.attention import PREFILL_QUERIES, cached_attention_context
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache, LayerCache, update_conv_states, whole_blocks
 from psannlm.models.transformer import Transformer
@@ -147,7 +148,7 @@ class Engine:
         kv_len = min(whole_blocks(max(cache.lengths) + n_tokens), cache.capacity)
         if self._numbers is None or len(self._numbers) != kv_len:
             self._numbers = torch.arange(kv_len, device=self.device)
-            torch._dynamo.maybe_mark_dynamic(self._numbers, 0)
+            mark_dynamic(self._numbers, 0)
         return self._numbers
 
     def _compiled(self, n_tokens: int) -> _Step:
@@ -187,7 +188,7 @@ def _in_place(layer: LayerCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor 
     tensors = (layer.keys, layer.values, layer.attn_conv_state, layer.mlp_conv_state)
     for tensor in tensors:
         if tensor is not None:
-            torch._dynamo.mark_static_address(tensor)
+            mark_static_address(tensor)
     return tensors
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import chain
 from typing import Literal, get_args
 
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from psannlm.errors import GenerationError, nearest
 from psannlm.kernels.compile import realize
+from psannlm.kernels.torch_private import has_amx, has_onednn_linear, int8_matmul, onednn_linear, onednn_reordered
 from psannlm.models.activations import SineActivation
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS
 from psannlm.models.mlp import GatedMlp
@@ -41,17 +41,6 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``weight`` (Out, In) as symmetric int8 and a float32 scale (Out,): each row's largest becomes 127."""
     scale = weight.float().abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127.0
     return (weight.float() / scale[:, None]).round().to(torch.int8), scale
-
-
-@lru_cache(maxsize=1)
-def _has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 in tiles (AMX), where oneDNN splits sums by how many rows there are."""
-    return bool(torch.cpu._is_amx_tile_supported())
-
-
-def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return y
 
 
 def in_fixed_row_blocks(matmul: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -98,15 +87,16 @@ class InferenceLinear(nn.Module):
             weight = weight.to(STORED[dtype])
         self.n_bytes = weight.numel() * weight.element_size()
         self.in_bf16 = dtype != "float32" and computes_in_bf16(weight.device)
-        self.sums_in_tiles = self.in_bf16 and weight.device.type == "cpu" and _has_amx()
+        # AMX multiplies in tiles, and oneDNN then splits sums by the number of rows.
+        self.sums_in_tiles = self.in_bf16 and weight.device.type == "cpu" and has_amx()
         self.uses_onednn = (
             weight.device.type == "cpu"
             and dtype != "int8"
             and (self.in_bf16 or dtype == "float32")
-            and torch._C._has_mkldnn
+            and has_onednn_linear()
         )
         if self.uses_onednn and not is_compiled:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MAX_DECODE_TOKENS)
+            weight = onednn_reordered(weight, MAX_DECODE_TOKENS)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
@@ -120,16 +110,16 @@ class InferenceLinear(nn.Module):
             x = x.bfloat16()
         if self.uses_onednn and not torch.compiler.is_compiling():
             if self.sums_in_tiles:
-                y = in_fixed_row_blocks(lambda rows: _onednn_linear(rows, self.weight), x)
+                y = in_fixed_row_blocks(lambda rows: onednn_linear(rows, self.weight), x)
             else:
                 # oneDNN sums a single row of many inputs in another order than several rows: compute it twice.
                 pair = x.expand(*x.shape[:-2], 2, -1) if n_rows == 1 and self.n_inputs > 1024 else x
-                y = _onednn_linear(pair, self.weight)[..., : x.shape[-2], :]
+                y = onednn_linear(pair, self.weight)[..., : x.shape[-2], :]
         elif self.scale is None:
             y = F.linear(x, self.weight.to(x.dtype))
         elif self.in_bf16 and x.device.type == "cpu" and x.shape[-2] <= MAX_DECODE_TOKENS and self.n_inputs % 16 == 0:
             # The kernel reads inputs in groups of 16, past the end of a row whose length is not a multiple.
-            flat = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale.bfloat16())
+            flat = int8_matmul(x.flatten(0, -2), self.weight, self.scale.bfloat16())
             y = flat.view(*x.shape[:-1], self.n_outputs)
         else:
             weight = self.weight.to(x.dtype)

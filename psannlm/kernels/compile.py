@@ -1,4 +1,4 @@
-"""When to hand tensor algebra to the compiler, and what to tell it that the algebra cannot."""
+"""When to use torch.compile for a formula, and how to keep the compiler from recomputing an intermediate."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from psannlm.kernels.torch_private import load_realize, realized
 from psannlm.runtime.device import has_compiler, trial_failure
 
 _Compiled = TypeVar("_Compiled", bound=Callable[..., Any])
 
 
 def compiled(function: _Compiled, **settings: Any) -> _Compiled:
-    """Return ``function`` or module put through torch.compile with ``settings``, by which :func:`realize` is obeyed."""
-    # Takes a second to import, and holds the operator that `realize` puts there.
-    import torch._inductor.test_operators
-
+    """Return ``function`` or module compiled by torch.compile with ``settings``; it may call :func:`realize`."""
+    # Imported here, in front of the first trace: `realize` may be met in any function.
+    load_realize()
     return cast(_Compiled, torch.compile(function, **settings))
 
 
 def use_compiled_kernels(x: Tensor) -> bool:
-    """Whether algebra on ``x`` that reads and writes much is to be compiled also where the model is not: on a GPU."""
+    """Whether memory-bound formulas on ``x`` are compiled even in an uncompiled model: on a GPU with a compiler."""
     return x.is_cuda and _gpus_compile()
 
 
 @lru_cache(maxsize=1)
 def _gpus_compile() -> bool:
+    # A trial compilation, once per process: a broken compiler must not stop an uncompiled run.
     return has_compiler(torch.device("cuda")) and trial_failure("cuda") is None
 
 
 def realize(x: Tensor) -> Tensor:
-    """Return ``x`` as a compiled pass finds it in memory: worked out once, and not anew wherever it is read.
+    """Return ``x``; in a compiled function, compute it once and store it instead of recomputing it at each use.
 
-    Outside a compiler that is ``x`` itself. The operator is the compiler's own, made to test just that; it has no
-    public one. :func:`compiled` knows it.
+    Inductor inlines an intermediate into every kernel that reads it. Where many outputs read one expensive value, such
+    as a rotated query or a normalised input, that repeats its sines or exponentials for each output.
     """
+    # Uncompiled code stores every intermediate anyway.
     if not torch.compiler.is_compiling():
         return x
-    kept: Tensor = torch.ops._inductor_test.realize(x)
-    return kept
+    return realized(x)

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, Problem
 from psannlm.io.limits import describe_memory, machine_memory_bytes
 from psannlm.kernels.recompute import recompute_disabled
+from psannlm.kernels.torch_private import FakeTensorMode, storage_key
 from psannlm.models.mlp import GATED_KINDS
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
@@ -271,12 +271,12 @@ def _fused_norm(weight: Tensor, x: Tensor) -> Tensor:
 def _saved_bytes(model: Transformer, batch_size: int, seq_len: int, dtype: torch.dtype) -> int:
     """Bytes of the distinct tensors that autograd saves in one forward pass, parameters not counted."""
     saved: dict[int, tuple[object, int]] = {}
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    parameters = {storage_key(p.untyped_storage()) for p in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            saved[storage._cdata] = (storage, storage.nbytes())  # held, so that its address is not used again
+        if (key := storage_key(storage)) not in parameters:
+            saved[key] = (storage, storage.nbytes())  # held, so that its address is not used again
         return tensor
 
     input_ids = torch.zeros(batch_size, seq_len, dtype=torch.long)

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from psannlm.kernels.torch_private import foreach_copy_, foreach_mul_
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import Precision
 from psannlm.runtime.distributed import World, part_of, whole
@@ -102,7 +103,7 @@ def settle_gradients(model: nn.Module, world: World) -> None:
         dist.all_reduce(everything)
         everything.div_(world.size)
         parts = torch.split(everything, [grad.numel() for grad in grads])
-        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+        foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
 
 @torch.no_grad()
@@ -123,6 +124,6 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     dist.all_reduce(square)
     norm = (square + nn.utils.get_total_norm(copies).to(square.device).square()).sqrt()
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(parts, scale)
-    torch._foreach_mul_(copies, scale)
+    foreach_mul_(parts, scale)
+    foreach_mul_(copies, scale)
     return norm

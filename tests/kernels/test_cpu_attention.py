@@ -160,6 +160,6 @@ def _as_one(gradients: list[Tensor]) -> Tensor:
 def test_blocks_of_queries_do_not_change_what_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = tensors(300)
     whole = value_and_gradients(blocked_attention, drawn, None, torch.bfloat16)
-    monkeypatch.setattr(cpu_attention, "_QUERIES", 50)
+    monkeypatch.setattr(cpu_attention, "_BLOCK_QUERIES", 50)
     for mine, other in zip(value_and_gradients(blocked_attention, drawn, None, torch.bfloat16), whole, strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-2)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch._dynamo.utils import counters
 
 from psannlm.benchmarks.decoding.bench import bench_kv, build_random_model
 from psannlm.benchmarks.decoding.modes import Case, DecodeRun, Prompts
@@ -36,6 +35,7 @@ from psannlm.gpu_suite.report import (
     largest_distance,
     none_of,
 )
+from psannlm.kernels.torch_private import compiler_counters, cuda_graph_manager
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import has_compiler, missing_to_compile
 
@@ -204,15 +204,13 @@ def check_compiled(context: CheckContext) -> CheckResult:
 
 def _graph_skips() -> int:
     """How often the compiler has given up on CUDA graphs so far in this process."""
-    return int(counters["inductor"]["cudagraph_skips"])
+    return int(compiler_counters()["inductor"]["cudagraph_skips"])
 
 
 def _recorded_graphs(device: torch.device) -> int:
     """How many CUDA graphs stand at the root of what was recorded on a GPU."""
-    from torch._inductor.cudagraph_trees import get_manager
-
     index = torch.cuda.current_device() if device.index is None else device.index
-    manager = get_manager(index, create_if_none_exists=False)
+    manager = cuda_graph_manager(index)
     return 0 if manager is None else len(list(manager.get_roots()))
 
 

@@ -1,0 +1,154 @@
+"""Private PyTorch APIs: every use of one in the library, in one place, each with a public meaning and a test.
+
+Checked with torch 2.13.0. None is covered by torch's compatibility promise: after an upgrade of torch run
+``tests/kernels/test_torch_private.py``, which calls each function here and compares it with public operators.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+# torch._subclasses.fake_tensor, torch 2.13: tensors with a shape and no memory, re-exported here.
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "activation_backward",
+    "compiler_counters",
+    "cuda_graph_manager",
+    "foreach_copy_",
+    "foreach_mul_",
+    "has_amx",
+    "has_onednn_linear",
+    "int8_matmul",
+    "load_realize",
+    "mark_dynamic",
+    "mark_static_address",
+    "onednn_linear",
+    "onednn_reordered",
+    "realized",
+    "softmax_backward",
+    "storage_key",
+]
+
+
+def has_onednn_linear() -> bool:
+    """Whether torch was built with oneDNN and offers :func:`onednn_linear`."""
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ weight.T + bias`` through oneDNN on a CPU, of x (..., In), weight (Out, In) and bias (Out,).
+
+    The operator that inductor uses for fused linear layers; "none" names no fused activation. ``weight`` may be a
+    result of :func:`onednn_reordered`.
+    """
+    # torch.ops.mkldnn._linear_pointwise, torch 2.13: (x, weight, bias, activation, scalars, algorithm).
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def onednn_reordered(weight: Tensor, n_rows: int) -> Tensor:
+    """Return ``weight`` (Out, In) in the blocked layout that oneDNN multiplies fastest for ``n_rows`` rows."""
+    # torch.ops.mkldnn._reorder_linear_weight, torch 2.13: (weight, expected rows).
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), n_rows)
+    return reordered
+
+
+def has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 in tiles (AMX)."""
+    # torch.cpu._is_amx_tile_supported, torch 2.13.
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Return ``(x @ weight.T) * scale`` of bfloat16 x (M, In), int8 weight (Out, In) and bfloat16 scale (Out,).
+
+    In must be a multiple of 16: the CPU kernel reads inputs in groups of 16.
+    """
+    # torch.ops.aten._weight_int8pack_mm, torch 2.13: (x, weight, scale), the kernel of torchao for CPUs.
+    y: Tensor = torch.ops.aten._weight_int8pack_mm(x, weight, scale)
+    return y
+
+
+def softmax_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """Return the gradient of the input of ``y = softmax(x, -1)``: y * (grad - sum(grad * y, -1))."""
+    # torch._softmax_backward_data, torch 2.13: (grad, output, dim, dtype of the input).
+    grad_x: Tensor = torch._softmax_backward_data(grad, y, -1, y.dtype)
+    return grad_x
+
+
+def activation_backward(grad: Tensor, z: Tensor, *, is_gelu: bool) -> Tensor:
+    """Return the gradient of ``z`` through GELU (exact), or else through SiLU."""
+    # torch.ops.aten.gelu_backward and silu_backward, torch 2.13: (grad, input).
+    backward = torch.ops.aten.gelu_backward if is_gelu else torch.ops.aten.silu_backward
+    grad_z: Tensor = backward(grad, z)
+    return grad_z
+
+
+def load_realize() -> None:
+    """Import the module that registers the operator of :func:`realized`; it takes about a second."""
+    # torch._inductor.test_operators, torch 2.13.
+    import torch._inductor.test_operators  # noqa: F401
+
+
+def realized(x: Tensor) -> Tensor:
+    """Return ``x``, computed once and stored in memory, inside a function that inductor compiles.
+
+    The operator belongs to inductor's own tests; there is no public one that ends a fusion.
+    """
+    # torch.ops._inductor_test.realize, torch 2.13.
+    y: Tensor = torch.ops._inductor_test.realize(x)
+    return y
+
+
+def mark_dynamic(x: Tensor, dim: int) -> None:
+    """Let a compiled function take any size of ``x`` along ``dim``, as far as the compiler can."""
+    # torch._dynamo.maybe_mark_dynamic, torch 2.13: unlike mark_dynamic it does not fail where the size is fixed.
+    torch._dynamo.maybe_mark_dynamic(x, dim)
+
+
+def mark_static_address(x: Tensor) -> None:
+    """Tell the compiler that ``x`` keeps its address, so that CUDA graphs may write into it."""
+    # torch._dynamo.mark_static_address, torch 2.13.
+    torch._dynamo.mark_static_address(x)
+
+
+def compiler_counters() -> dict[str, Counter[str]]:
+    """Return the compiler's counters of this process by subject, such as graph breaks and CUDA graphs skipped."""
+    # torch._dynamo.utils.counters, torch 2.13.
+    from torch._dynamo.utils import counters
+
+    return counters
+
+
+def cuda_graph_manager(device_index: int) -> Any:
+    """Return the manager of the CUDA graphs that inductor recorded on a device, or None where it recorded none."""
+    # torch._inductor.cudagraph_trees.get_manager, torch 2.13.
+    from torch._inductor.cudagraph_trees import get_manager
+
+    return get_manager(device_index, create_if_none_exists=False)
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return a number that identifies the memory of a storage while it exists, fake tensors included."""
+    # UntypedStorage._cdata, torch 2.13: data_ptr is 0 or refused for fake tensors.
+    return int(storage._cdata)
+
+
+def foreach_copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, in few kernels."""
+    # torch._foreach_copy_, torch 2.13: the operators of the fused optimizers.
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def foreach_mul_(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
+    """Multiply each tensor by ``factor`` in place, in few kernels."""
+    # torch._foreach_mul_, torch 2.13.
+    torch._foreach_mul_(list(tensors), factor)
