@@ -1,4 +1,4 @@
-"""psannlm tokenize: fit a tokenizer on a corpus; or text to ids and back with one that is there."""
+"""``psannlm tokenize``: fit a tokenizer on a corpus, or encode and decode text with an existing one."""
 
 from __future__ import annotations
 
@@ -33,58 +33,70 @@ if TYPE_CHECKING:
 
 def tokenize(
     corpus: Annotated[
-        list[str] | None, typer.Argument(metavar="CORPUS...", help="Files, folders, globs or URLs.")
+        list[str] | None, typer.Argument(metavar="CORPUS...", help="Corpus to fit on: files, folders, globs or URLs.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, sentencepiece, tokenizers or simple.")] = "auto",
-    model_type: Annotated[str | None, typer.Option(help="Of sentencepiece: unigram (the default) or bpe.")] = None,
-    vocab_size: Annotated[int, typer.Option(help="Entries at most.")] = 4096,
+    backend: Annotated[
+        str, typer.Option(help="Tokenizer library: auto, sentencepiece, tokenizers or simple.")
+    ] = "auto",
+    model_type: Annotated[
+        str | None, typer.Option(help="Model type of sentencepiece: unigram (the default) or bpe.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Maximum vocabulary size.")] = 4096,
     sample_chars: Annotated[
-        int | None, typer.Option(min=1, help="Characters to fit on, drawn evenly from the corpus. Default: 8,000,000.")
+        int | None, typer.Option(min=1, help="Characters sampled from the corpus to fit on (default 8,000,000).")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides which passages are drawn, and which are held out.")] = 1337,
-    per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of a .txt file.")] = False,
-    text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
+    seed: Annotated[int, typer.Option(help="Seed of the sample and of the held-out text.")] = 1337,
+    per_line: Annotated[bool, typer.Option("--per-line", help="Read each line of a text file as a document.")] = False,
+    text_key: Annotated[str, typer.Option(help="Key or column of the text in .jsonl and .parquet files.")] = "text",
     errors: ErrorsOption = "strict",
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write the fitted tokenizer.")] = None,
-    model: Annotated[
-        Path | None, typer.Option("--model", help="A tokenizer file to use instead of fitting one.")
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File of the fitted tokenizer (default tokenizer.model or .json).")
     ] = None,
-    text: Annotated[str | None, typer.Option("--text", help="With --model: text to encode.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Existing tokenizer file to use instead of fitting one.")
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", help="With --model: encode this text.")] = None,
     file: Annotated[
         Path | None,
         typer.Option(
             "--file",
-            help="With --model: encode each line of a file (gzip and zstd unpacked; - reads stdin), its end included.",
+            help="With --model: encode each line of a file (gzip and zstd are unpacked; - is stdin).",
         ),
     ] = None,
     from_stdin: Annotated[
-        bool, typer.Option("--stdin", help="With --model: encode each line of stdin, its end included.")
+        bool, typer.Option("--stdin", help="With --model: encode each line of standard input.")
     ] = False,
-    ids_only: Annotated[bool, typer.Option("--ids", help="With --model: print ids without their pieces.")] = False,
+    ids_only: Annotated[
+        bool, typer.Option("--ids", help="With --model: print only ids, without their pieces.")
+    ] = False,
     decode: Annotated[
-        bool, typer.Option("--decode", help="With --model: ids in, their exact text out; stdin if nothing is named.")
+        bool,
+        typer.Option("--decode", help="With --model: decode lines of ids to their exact text (default input: stdin)."),
     ] = False,
     jsonl: Annotated[
         bool,
         typer.Option(
-            "--jsonl", help='With --model: {"text": ...} to {"ids": [...]} a line; stdin if nothing is named.'
+            "--jsonl",
+            help='With --model: convert lines {"text": ...} to {"ids": [...]}; default input: stdin.',
         ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a tokenizer on a corpus; or, with --model, turn text into ids and back."""
+    """Fit a tokenizer on a corpus, or, with --model, encode and decode text."""
     if (model is None) == (not corpus):
-        raise typer.BadParameter("give a CORPUS to fit on, or --model to look at", param_hint="CORPUS")
+        raise typer.BadParameter(
+            "give either a CORPUS to fit on or an existing tokenizer with --model", param_hint="CORPUS"
+        )
     if model is None:
         if from_stdin or decode or jsonl or ids_only or text is not None or file is not None:
             raise typer.BadParameter(
-                "--text, --file, --stdin, --ids, --decode and --jsonl use a finished tokenizer: give --model",
+                "--text, --file, --stdin, --ids, --decode and --jsonl need an existing tokenizer: give --model",
                 param_hint="--model",
             )
         card = _fit(corpus or [], per_line, text_key, errors, as_json, backend=backend, model_type=model_type,
                     vocab_size=vocab_size, sample_chars=sample_chars, seed=seed, out=out)  # fmt: skip
         table = figures_table("tokenizer", _card_rows(card))
-        # tokenizer.model and tokenizer.json may stand in one folder.
+        # tokenizer.model and tokenizer.json may be in one folder, so the whole name is used.
         keep_record(Path(f"{card['file']}.record"), "tokenize", card, table)
         if as_json:
             print_json(card)
@@ -92,12 +104,14 @@ def tokenize(
             results().print(table)
         return
     if out is not None:
-        raise typer.BadParameter("--model is only looked at; nothing is written", param_hint="--out")
+        raise typer.BadParameter("nothing is written with --model; leave --out away", param_hint="--out")
     n_inputs = from_stdin + (text is not None) + (file is not None)
     if n_inputs > 1 or not (n_inputs or decode or jsonl):
         raise typer.BadParameter("--model needs one of --text TEXT, --file PATH or --stdin", param_hint="--text")
     if as_json and (jsonl or ids_only):
-        raise typer.BadParameter("--json prints one document, with all there is to see", param_hint="--json")
+        raise typer.BadParameter(
+            "--json prints one document with ids and pieces; leave --jsonl and --ids away", param_hint="--json"
+        )
     from psannlm.tokenizers.resolve import load_tokenizer
     from psannlm.tokenizers.stream import text_lines
 
@@ -110,15 +124,15 @@ def tokenize(
             print_json(list(_rows(tokenizer, lines, decode)))
             return
         for answer in _answers(tokenizer, lines, decode, jsonl, ids_only, text_key, errors):
-            # A terminal is shown what it would obey; a file or pipe gets every byte.
+            # Control characters are escaped on a terminal; a file or pipe gets every byte.
             shown = printable(answer, keep="\n\t") if is_terminal(sys.stdout) else answer
             sys.stdout.buffer.write(shown.encode("utf-8"))
             if not is_file:
-                sys.stdout.buffer.flush()  # whoever writes the lines may be waiting for the answer
+                sys.stdout.buffer.flush()  # the writer of the lines may wait for each answer
 
 
 def _lines(file: Path | None, text: str | None) -> Iterator[bytes]:
-    """Yield lines of bytes, cut at newlines alone: text as Python reads it would change the ends of lines."""
+    """Yield lines as bytes, cut only at \\n: Python's text mode would change other line ends."""
     from psannlm.data.corpus.files import STDIN, bounded_lines, opened, shown_name
     from psannlm.errors import TokenizerError
 
@@ -182,7 +196,7 @@ def _fit(
 
 
 def _card_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the card in words."""
+    """Return the figures of the card as rows of a table."""
     from psannlm.tokenizers.base import printable as spelled
 
     kind = f"{card['backend']}, {card['model_type']}" if card["model_type"] else card["backend"]
@@ -190,7 +204,7 @@ def _card_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("file", card["file"]),
         ("kind", kind),
-        ("vocabulary", f"{card['vocab_size']:,} of {card['vocab_size_asked']:,} asked for"),
+        ("vocabulary", f"{card['vocab_size']:,} of {card['vocab_size_asked']:,} requested"),
         ("fitted on", f"{card['fitted_on_chars']:,} characters of a corpus of {card['corpus_bytes']:,} bytes"),
         ("held-out text", f"{card['held_out_bytes']:,} bytes in {card['held_out_tokens']:,} tokens"),
         ("bytes per token", f"{card['held_out_bytes_per_token']:.3f}"),

@@ -1,4 +1,4 @@
-"""Characters to ids and back with no library underneath: frequent characters whole, all others as UTF-8 bytes."""
+"""Character tokenizer without a library: frequent characters have an id each, all others are UTF-8 bytes."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class CharTokenizer(Tokenizer):
         self.characters = characters
         self.vocab_size = _FIRST_CHARACTER + len(characters)
         self.pad_id, self.bos_id, self.eos_id, self.unk_id = range(len(SPECIALS))
-        self._id_of = np.zeros(_N_CODE_POINTS, dtype=np.int32)  # 0: no id of its own
+        self._id_of = np.zeros(_N_CODE_POINTS, dtype=np.int32)  # 0: the character has no id
         self._id_of[:128] = np.arange(_FIRST_BYTE, _FIRST_BYTE + 128)
         self._id_of[_code_points(characters)] = np.arange(_FIRST_CHARACTER, self.vocab_size)
         self._bytes_of = [b""] * _FIRST_BYTE + [bytes([b]) for b in range(N_BYTES)] + [c.encode() for c in characters]
 
     @classmethod
     def fit(cls, texts: Iterable[str], vocab_size: int) -> CharTokenizer:
-        """Give ids to the most frequent characters (ties: lower code point first), up to ``vocab_size`` ids in all."""
+        """Assign ids to the most frequent characters (ties: lower code point first), up to ``vocab_size`` in total."""
         counts = np.zeros(_N_CODE_POINTS, dtype=np.int64)
         for text in texts:
             code_points, times = np.unique(_code_points(text), return_counts=True)
@@ -65,7 +65,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> CharTokenizer:
-        """Read what ``to_bytes`` wrote, parsed. Raises TokenizerError for another version or a damaged vocabulary."""
+        """Return the tokenizer of parsed JSON. Raises TokenizerError for another version or a damaged vocabulary."""
         if data.get("version") != VERSION:
             message = f"character tokenizer of version {data.get('version')!r}; this psannlm reads version {VERSION}"
             raise TokenizerError(message)
@@ -99,7 +99,7 @@ class CharTokenizer(Tokenizer):
         return ids, np.diff(starts[list(accumulate(map(len, texts), initial=0))])
 
     def _encode_joined(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Return the ids, and for each character (and the end) where its ids start."""
+        """Return the ids, and the start of the ids of each character and of the end."""
         code_points = _code_points(text)
         own = self._id_of[code_points]
         unseen = np.flatnonzero(own == 0)

@@ -1,4 +1,4 @@
-"""Text to ids and back with Hugging Face tokenizers: byte-level BPE (arXiv 1508.07909) when fitted here."""
+"""Tokenizers of the Hugging Face library ``tokenizers``; fitted ones are byte-level BPE (arXiv 1508.07909)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from psannlm.tokenizers.base import (
     refuse_unknown_ids,
 )
 
-# How well-known tokenizers spell the specials, the likeliest first.
+# Spellings of special tokens in well-known tokenizers, the most common first.
 _SPELLINGS = {
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|padding|>"),
     "bos": ("<s>", "<bos>", "[BOS]", "[CLS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
@@ -30,12 +30,12 @@ _SPELLINGS = {
     "unk": ("<unk>", "[UNK]", "<|unk|>"),
 }
 
-# How models with byte fallback spell a byte; byte-level ones have a letter for each.
+# Spelling of a byte in models with byte fallback; byte-level models have a letter for each byte.
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A ``tokenizer.json``: one fitted here (lossless), or any other file of that kind, used just as its makers do.
+    """A ``tokenizer.json``: fitted here (lossless), or any other file of this kind, which encodes as its authors intend.
 
     Args:
         content: the bytes of the file. Begin and end of text must be among its added tokens (one token such as
@@ -65,7 +65,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._specials = self.special_ids
         self._spelling = {i: name for name, i in self._names.values()}
         self._model = _build(json.dumps(shielded))
-        # Without this, text that spells an added special token would be cut out and given its id.
+        # Otherwise text that spells an added special token would get the id of that token.
         self._model.encode_special_tokens = True
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         if self.vocab_size > MAX_VOCAB_SIZE:
@@ -150,7 +150,7 @@ def _find_specials(data: dict[str, Any]) -> dict[str, tuple[str, int]]:
 
 
 def _shielded(data: dict[str, Any], specials: list[str]) -> dict[str, Any]:
-    """Return ``data`` with its specials under names that no text can be cut into, and without what alters ids.
+    """Return ``data`` with special tokens under names that cannot occur in text, and without post-processing of ids.
 
     A unigram or word model lists its specials like any other entry and would find them in text. White space and NUL
     together stand in no word that a pre-tokenizer makes, so an entry of that name is never found.
@@ -182,6 +182,6 @@ def _merged(merge: str | list[str]) -> str:
 def _build(text: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower class
         reason = " ".join(str(error).split())
         raise TokenizerError(f"not a tokenizer.json that the tokenizers library can read: {reason}") from error

@@ -1,4 +1,4 @@
-"""A backend's name, texts or a file in; a tokenizer out."""
+"""Fitting and loading of tokenizers by backend name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from psannlm.tokenizers.char import FORMAT as CHAR_FORMAT
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.tokenizers.sample import SAMPLE_CHARS, sample_passages
 
-# Backend -> the package it needs, in the order that "auto" tries them.
+# Backend -> required package, in the order of preference of "auto".
 _PACKAGES: dict[str, str | None] = {"sentencepiece": "sentencepiece", "tokenizers": "tokenizers", "simple": None}
 # Model types of SentencePiece, the default first.
 MODEL_TYPES = ("unigram", "bpe")
@@ -27,7 +27,7 @@ def file_suffix(backend: str) -> str:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Return each backend with None if its package can be imported, else with what the import said."""
+    """Return each backend with None, or with the import error of its package."""
     return {name: _import_failure(name) for name in _PACKAGES}
 
 
@@ -43,11 +43,11 @@ def _import_failure(backend: str) -> str | None:
 
 
 def resolve_backend(name: str) -> str:
-    """Return the backend that ``name`` stands for: itself, or for ``auto`` the first whose package can be imported.
+    """Return ``name``, or for ``auto`` the first backend whose package can be imported.
 
     Raises:
-        ConfigError: no backend is called ``name``.
-        TokenizerError: the backend was asked for by name and its package cannot be imported.
+        ConfigError: ``name`` is not a backend.
+        TokenizerError: the package of the named backend cannot be imported.
     """
     if name == "auto":
         return next(backend for backend in _PACKAGES if _import_failure(backend) is None)
@@ -78,14 +78,14 @@ def fit_tokenizer(
     """Fit a lossless tokenizer; the same texts, backend, sizes and seed give the same bytes.
 
     Args:
-        texts: the corpus, read once. Of a large one a random sample is used, chosen by ``seed``.
+        texts: the corpus, read once. A large corpus is sampled at random, with ``seed``.
         backend: ``auto``, ``sentencepiece``, ``tokenizers`` or ``simple``.
-        vocab_size: entries at most, specials and bytes included. A small corpus fills fewer, and ``notice`` is told.
-        model_type: ``unigram`` (None: this) or ``bpe`` for SentencePiece; the others have one type only.
-        sample_chars: characters of the corpus to fit on, at most.
+        vocab_size: maximum number of entries, specials and bytes included. A small corpus gives fewer, with a notice.
+        model_type: ``unigram`` (default) or ``bpe`` for SentencePiece; None for the others.
+        sample_chars: maximum number of characters to fit on.
 
     Raises:
-        ConfigError: ``vocab_size`` or ``sample_chars`` is too small, or the backend or its type unknown.
+        ConfigError: ``vocab_size`` or ``sample_chars`` is too small, or the backend or model type is unknown.
         CorpusError: the corpus is empty or blank.
         TokenizerError: the backend's package is missing, or a text holds a lone surrogate.
     """
@@ -95,16 +95,16 @@ def fit_tokenizer(
 
 
 def check_fit(backend: str, vocab_size: int, model_type: str | None, sample_chars: int = SAMPLE_CHARS) -> str:
-    """Return the backend that ``backend`` stands for. Raises what :func:`fit_tokenizer` says of its arguments."""
+    """Check the arguments of :func:`fit_tokenizer` and return the resolved backend. Raises the same errors."""
     backend = resolve_backend(backend)
     if vocab_size < MIN_VOCAB_SIZE:
         parts = f"{N_BYTES} bytes, {len(SPECIALS)} specials and one piece of text"
         raise ConfigError(f"vocab_size {vocab_size} is too small: {parts} take {MIN_VOCAB_SIZE}")
     if sample_chars < 1:
-        raise ConfigError(f"sample_chars {sample_chars} is too small: a tokenizer is fitted on a character at least")
+        raise ConfigError(f"sample_chars {sample_chars} is too small; it must be 1 or more")
     if model_type is not None and backend != "sentencepiece":
         raise ConfigError(
-            f"model type '{model_type}' is for sentencepiece; '{backend}' has one type only: leave it out"
+            f"model type '{model_type}' is for sentencepiece; '{backend}' has only one type: leave it out"
         )
     if model_type not in (None, *MODEL_TYPES):
         known = ", ".join(MODEL_TYPES)
@@ -120,7 +120,7 @@ def fit_passages(
     model_type: str | None = None,
     notice: Callable[[str], None] = _ignore,
 ) -> Tokenizer:
-    """Fit on passages as :mod:`psannlm.tokenizers.sample` makes them; arguments as checked by :func:`check_fit`."""
+    """Fit on passages from :mod:`psannlm.tokenizers.sample`; arguments as checked by :func:`check_fit`."""
     tokenizer: Tokenizer
     if backend == "sentencepiece":
         from psannlm.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -138,10 +138,10 @@ def fit_passages(
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Read a tokenizer file: a SentencePiece ``.model``, or a ``.json`` of ours or of Hugging Face tokenizers.
+    """Read a tokenizer file: a SentencePiece ``.model``, or a ``.json`` of psannlm or Hugging Face tokenizers.
 
     Raises:
-        TokenizerError: the file is unreadable, damaged or of an unknown kind, or lacks a special.
+        TokenizerError: the file is unreadable, damaged or of an unknown kind, or lacks a special token.
     """
     path = Path(path)
     refuse_pointer(path, TokenizerError)
@@ -160,7 +160,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def tokenizer_from_bytes(content: bytes) -> Tokenizer:
-    """Return the tokenizer whose file holds ``content``; the kind is told from the bytes, not from a name.
+    """Return the tokenizer with the file content ``content``; its kind is detected from the bytes.
 
     Raises:
         TokenizerError: as :func:`load_tokenizer` does.
@@ -179,7 +179,7 @@ def tokenizer_from_bytes(content: bytes) -> Tokenizer:
     if data.get("format") == CHAR_FORMAT:
         return CharTokenizer.from_json(data)
     if "model" not in data:
-        raise TokenizerError("JSON of an unknown kind: neither ours nor a tokenizer.json of Hugging Face tokenizers")
+        raise TokenizerError("JSON of an unknown kind: neither a tokenizer of psannlm nor of Hugging Face tokenizers")
     resolve_backend("tokenizers")
     from psannlm.tokenizers.huggingface import HuggingFaceTokenizer
 

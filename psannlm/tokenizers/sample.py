@@ -1,4 +1,4 @@
-"""Texts of any number and length in, a bounded list of short passages out: what a tokenizer is fitted on."""
+"""Random sample of passages on which a tokenizer is fitted, of bounded size."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterable, Iterator
 from psannlm.errors import CorpusError
 from psannlm.tokenizers.base import refuse_surrogates
 
-# SentencePiece drops longer sentences without a word, and BPE trainers need time quadratic in the longest word.
+# SentencePiece silently drops longer sentences, and BPE trainers need time quadratic in the longest word.
 PASSAGE_CHARS = 4000
-# More text hardly changes a vocabulary, but SentencePiece needs about 30 bytes and 8 microseconds for each character.
+# More text hardly changes a vocabulary, but SentencePiece needs about 30 bytes and 8 microseconds per character.
 SAMPLE_CHARS = 8_000_000
 
 
 def passages(text: str, limit: int = PASSAGE_CHARS) -> Iterator[str]:
-    """Cut ``text`` into parts of at most ``limit`` characters that together are ``text``.
+    """Cut ``text`` into passages of at most ``limit`` characters, whose concatenation is ``text``.
 
-    A cut falls before the last newline of the second half of a part, else before its last space, else anywhere: a
-    part then begins with the white space that belongs to its first word.
+    A cut is before the last newline of the second half of a passage, else before its last space, else at the limit, so
+    that a passage begins with the white space that belongs to its first word.
     """
     start = 0
     while len(text) - start > limit:
@@ -36,23 +36,23 @@ def passages(text: str, limit: int = PASSAGE_CHARS) -> Iterator[str]:
 
 
 class PassageSample:
-    """A uniform random choice of the passages of all texts added so far, ``budget`` characters at most.
+    """Uniform random sample of the passages of all added texts, at most ``budget`` characters.
 
-    Each passage draws a number, and those with the highest are kept: every passage has the same chance, wherever it
-    stands. Which are kept depends on ``seed`` and the texts alone; only they, and no others, are held.
+    Each passage gets a random number, and those with the highest numbers are kept, so that every passage has the same
+    chance. The sample is a pure function of ``seed`` and the texts; only the sample is in memory.
     """
 
     def __init__(self, seed: int, budget: int = SAMPLE_CHARS) -> None:
         self._draw = random.Random(seed)
         self._budget = budget
-        self._kept: list[tuple[float, int, str]] = []  # a heap, so that the passage to give up next stands first
-        self._floor = -1.0  # the highest number that was given up: later passages must draw more
+        self._kept: list[tuple[float, int, str]] = []  # a heap: the passage to drop next is the first
+        self._floor = -1.0  # highest number dropped so far: later passages need more
         self._held = 0
         self._count = 0
         self.total_chars = 0
 
     def add(self, text: str) -> None:
-        """Let the passages of ``text`` take part."""
+        """Add the passages of ``text``."""
         for passage in passages(text):
             number = self._draw.random()
             self._count += 1
@@ -62,20 +62,20 @@ class PassageSample:
             heapq.heappush(self._kept, (number, self._count, passage))
             self._held += len(passage)
             while self._held > self._budget and len(self._kept) > 1:
-                self._floor, _, given_up = heapq.heappop(self._kept)
-                self._held -= len(given_up)
+                self._floor, _, dropped = heapq.heappop(self._kept)
+                self._held -= len(dropped)
 
     @property
     def held_chars(self) -> int:
-        """Characters of the passages that are kept."""
+        """Number of characters in the sample."""
         return self._held
 
     def passages(self) -> list[str]:
-        """Return what is kept, in the order of the texts."""
+        """Return the sample, in the order of the texts."""
         return [passage for _, _, passage in sorted(self._kept, key=lambda entry: entry[1])]
 
     def notice(self) -> str | None:
-        """Return one line for people if something was left out."""
+        """Return one line of text if the sample is not the whole corpus, else None."""
         if self._held == self.total_chars:
             return None
         return (
@@ -87,13 +87,13 @@ class PassageSample:
 def sample_passages(
     texts: Iterable[str], seed: int, *, budget: int = SAMPLE_CHARS, notice: Callable[[str], None] = lambda message: None
 ) -> list[str]:
-    """Return passages of ``texts`` in their order: all, or a uniform random choice of ``budget`` characters in all.
+    """Return the passages of ``texts`` in order: all, or a uniform random sample of ``budget`` characters in total.
 
-    Reads ``texts`` once and holds no more than the choice and one text. The choice depends on texts and ``seed`` alone;
-    ``notice`` is told of it.
+    Reads ``texts`` once; the sample and one text are in memory. The sample is a pure function of texts and ``seed``;
+    ``notice`` is called if it is not the whole corpus.
 
     Raises:
-        CorpusError: there is no text, or nothing but white space.
+        CorpusError: there is no text, or only white space.
         TokenizerError: a text holds a lone surrogate.
     """
     sample = PassageSample(seed, budget)
@@ -104,7 +104,7 @@ def sample_passages(
         sample.add(text)
     if is_blank:
         found = "only white space" if sample.total_chars else "no text"
-        raise CorpusError(f"cannot fit a tokenizer: the corpus holds {found}. Check the sources that are configured.")
-    if said := sample.notice():
-        notice(said)
+        raise CorpusError(f"cannot fit a tokenizer: the corpus holds {found}. Check the configured sources.")
+    if line := sample.notice():
+        notice(line)
     return sample.passages()

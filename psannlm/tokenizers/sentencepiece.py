@@ -1,4 +1,4 @@
-"""Text to ids and back with SentencePiece (arXiv 1808.06226), fitted here so that nothing is lost."""
+"""SentencePiece tokenizers (arXiv 1808.06226); fitted ones are lossless."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from psannlm.tokenizers.base import (
 )
 from psannlm.tokenizers.sample import PASSAGE_CHARS
 
-# SentencePiece writes a space as ▁, so a ▁ of the text itself must become something else, and that something too. The
-# private-use escape is always followed by 0 or 1 in escaped text, which makes the way back unambiguous.
+# SentencePiece writes a space as ▁, so a ▁ in the text must be escaped, and so must the escape character. The
+# private-use escape is always followed by 0 or 1 in escaped text, which makes decoding unambiguous.
 _SPACE_MARK = "\u2581"
 _ESCAPE = "\uf8f0"
 _ESCAPED_ESCAPE = _ESCAPE + "0"
 _ESCAPED_MARK = _ESCAPE + "1"
 
-# A sentence that holds NUL or ▅ (the trainer's own mark) would be dropped whole, so passages are cut there.
+# The trainer drops sentences with NUL or ▅ (its own marker), so passages are cut there.
 _CUTS = re.compile(r"[\0\u2585]+")
 
-# Sums over threads are rounded in an order set by their number: the same number everywhere gives the same model.
+# Rounding of sums depends on the number of threads: a fixed number gives the same model everywhere.
 _FIT_THREADS = 16
-# The most frequent characters that make up this share of the text may have pieces of their own.
+# The most frequent characters, up to this fraction of the text, get pieces of their own.
 _COVERAGE = 0.9999
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model: one fitted here (lossless), or any ``.model`` file, used just as its makers do.
+    """A SentencePiece model: one fitted here (lossless), or any ``.model`` file, which encodes as its authors intend.
 
     Args:
         content: the bytes of a ``.model`` file. It must define the pieces for begin and end of text; padding may be
@@ -59,7 +59,7 @@ class SentencePieceTokenizer(Tokenizer):
     backend = "sentencepiece"
 
     def __init__(self, content: bytes) -> None:
-        sentencepiece.SetMinLogLevel(3)  # the library tells its errors twice: by exception, and on stderr
+        sentencepiece.SetMinLogLevel(3)  # errors are raised; do not print them on stderr too
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.vocab_size = self._model.vocab_size()
@@ -78,7 +78,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id, self.unk_id = self._model.bos_id(), self._model.eos_id(), self._model.unk_id()
         self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
         self._specials = self.special_ids
-        # The surface of the unknown piece is never shown, so it can carry the mark of the models that escape.
+        # The surface of the unknown piece is never decoded: it stores the marker of models with escaping.
         self._escapes = self._model.decode([self.unk_id]) == _ESCAPE
 
     @classmethod
@@ -92,7 +92,7 @@ class SentencePieceTokenizer(Tokenizer):
             vocab_size: at least ``base.MIN_VOCAB_SIZE``.
             model_type: ``unigram`` or ``bpe``.
         """
-        # With nothing left to learn (a text of NUL characters), any one character serves: the rest is bytes.
+        # A text of NUL characters leaves nothing to learn from: any one character will do, the rest are bytes.
         sentences = _sentences(texts, vocab_size) or [_ESCAPE]
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
@@ -153,7 +153,7 @@ class SentencePieceTokenizer(Tokenizer):
         return np.concatenate([np.zeros(0, dtype=np.int32), *found]), lengths
 
     def _prepared(self, texts: Sequence[str]) -> list[str]:
-        # Of short texts a million a second pass here: whether one is ASCII is known without looking at it.
+        # A hot path for short texts (a million per second): isascii() is O(1).
         return [text if text.isascii() else _escape(text) for text in texts] if self._escapes else list(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -161,7 +161,7 @@ class SentencePieceTokenizer(Tokenizer):
         return _unescape(text) if self._escapes else text
 
     def decode_batch(self, rows: Sequence[Sequence[int]], threads: int = 0) -> list[str]:
-        if not rows:  # the library takes no rows for no ids
+        if not rows:  # the library rejects an empty list
             return []
         plain = [plain_ids(ids, self.vocab_size, self._specials) for ids in rows]
         texts: list[str] = self._model.decode(plain, num_threads=threads or -1)
@@ -218,7 +218,7 @@ def _unescape(text: str) -> str:
 
 
 def _sentences(texts: Iterable[str], vocab_size: int) -> list[str]:
-    """Return ``texts``, escaped and cut at whatever the trainer must not see, rare characters among it.
+    """Return ``texts``, escaped and cut at characters that the trainer must not see, such as rare ones.
 
     Each character the trainer sees is given a piece, and it fails if they do not fit: at most half of the pieces that
     bytes and specials leave go to characters. The others are written as bytes.

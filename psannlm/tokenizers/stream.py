@@ -1,7 +1,7 @@
-"""Lines of text, ids or JSON enter; the same lines encoded or decoded leave, one at a time: nothing else is held.
+"""Line-by-line encoding and decoding of text, ids and JSON lines, in constant memory.
 
-A line keeps its end. What is encoded line by line and decoded line by line is then the same text, byte for byte,
-whether or not the last line was ended.
+A line includes its newline. Text that is encoded and then decoded line by line is therefore the same, byte for byte,
+whether or not the last line ends with a newline.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _SHOWN_ID = re.compile(r"(?:\S*:)?([0-9]+)\Z")
 
 
 def text_lines(lines: Iterable[bytes], name: str, errors: str = "strict") -> Iterator[str]:
-    """Yield lines of bytes as text, a byte order mark before the first taken off.
+    """Decode lines of bytes, without a byte order mark before the first.
 
-    ``errors`` ``replace`` puts U+FFFD for bytes that are not UTF-8.
+    With ``errors`` ``replace``, bytes that are not UTF-8 are replaced by U+FFFD.
 
     Raises:
-        TokenizerError: bytes are not UTF-8; names ``name``, line and byte.
+        TokenizerError: a byte is not UTF-8; names ``name``, line and byte.
     """
     for number, line in enumerate(lines, start=1):
         if number == 1:
@@ -40,13 +40,13 @@ def text_lines(lines: Iterable[bytes], name: str, errors: str = "strict") -> Ite
             byte = line[error.start]
             message = (
                 f"{name}: line {number}: byte {error.start + 1} is 0x{byte:02X}, which is not UTF-8; convert it, or "
-                "use --errors replace, which puts U+FFFD in its place"
+                "use --errors replace, which replaces it by U+FFFD"
             )
             raise TokenizerError(message) from error
 
 
 def shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Return ``piece:id`` for each id, with a space between them and none inside; :func:`parsed_ids` reads it back."""
+    """Return ``piece:id`` for each id, separated by spaces; spaces in pieces are escaped. See :func:`parsed_ids`."""
     pieces = (piece.replace(" ", "\\x20") for piece in tokenizer.pieces(ids))
     return " ".join(f"{piece}:{i}" for piece, i in zip(pieces, ids, strict=True))
 
@@ -57,19 +57,19 @@ def parsed_ids(line: str) -> list[int]:
     for word in line.split():
         found = _SHOWN_ID.match(word)
         if found is None:
-            raise TokenizerError(f"'{word}' is no id; give numbers, or what psannlm tokenize --model prints")
+            raise TokenizerError(f"'{word}' is not an id; give numbers, or the output of psannlm tokenize --model")
         ids.append(int(found[1]))
     return ids
 
 
 def decoded_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[str]:
-    """Yield the text of each line of ids, nothing added. Raises TokenizerError naming the line that is none."""
+    """Yield the text of each line of ids. Raises TokenizerError, which names the line, for anything else."""
     for number, line in enumerate(lines, start=1):
         yield _named(number, lambda line=line: tokenizer.decode(parsed_ids(line)))  # type: ignore[misc]
 
 
 def encoded_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[list[int]]:
-    """Yield the ids of each line. Raises TokenizerError naming the line that is not Unicode text."""
+    """Yield the ids of each line. Raises TokenizerError, which names the line, for text that is not Unicode."""
     for number, line in enumerate(lines, start=1):
         yield _named(number, lambda line=line: tokenizer.encode(line))  # type: ignore[misc]
 
@@ -77,18 +77,18 @@ def encoded_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[list[i
 def encoded_json(
     tokenizer: Tokenizer, lines: Iterable[str], text_key: str = "text", errors: str = "strict"
 ) -> Iterator[str]:
-    """Yield each line ``{"text": ...}`` as ``{"ids": [...]}``; other keys and their order stay, blank lines go.
+    """Yield each line ``{"text": ...}`` as ``{"ids": [...]}``; other keys are kept in order, blank lines are dropped.
 
-    ``errors`` ``replace`` puts U+FFFD for lone surrogates.
+    With ``errors`` ``replace``, lone surrogates are replaced by U+FFFD.
 
     Raises:
-        TokenizerError: a line is no such object, or its text no Unicode text; it is named by its number.
+        TokenizerError: a line is not such an object, or its text is not Unicode; names the line.
     """
     return _converted(lines, text_key, _IDS_KEY, lambda text: tokenizer.encode(_text(text, text_key, errors)))
 
 
 def decoded_json(tokenizer: Tokenizer, lines: Iterable[str], text_key: str = "text") -> Iterator[str]:
-    """Yield each line ``{"ids": [...]}`` as ``{"text": ...}``: the way back from :func:`encoded_json`."""
+    """Yield each line ``{"ids": [...]}`` as ``{"text": ...}``: the inverse of :func:`encoded_json`."""
     return _converted(lines, _IDS_KEY, text_key, lambda ids: tokenizer.decode(_ids(ids)))
 
 
@@ -110,13 +110,13 @@ def _convert(line: str, old: str, new: str, convert: Callable[[Any], Any]) -> st
             f"no key '{old}' among {', '.join(map(repr, list(record)[:8])) or 'none'}{nearest(old, record)}"
         )
     if new in record and new != old:
-        raise TokenizerError(f"has '{new}' beside '{old}' already; which one counts?")
+        raise TokenizerError(f"has both '{new}' and '{old}'; remove or rename one")
     changed = {new if key == old else key: convert(value) if key == old else value for key, value in record.items()}
     try:
         out = json.dumps(changed, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
-        raise TokenizerError("holds a number that JSON has no form for (NaN or Infinity)") from error
-    # A lone surrogate under another key is none of our business, and has a form in ASCII only.
+        raise TokenizerError("holds a number that JSON cannot represent (NaN or Infinity)") from error
+    # Lone surrogates under other keys are kept; only ASCII JSON can represent them.
     return out if out.isascii() or _SURROGATE.search(out) is None else json.dumps(changed, allow_nan=False)
 
 
@@ -130,7 +130,7 @@ def _text(value: Any, key: str, errors: str) -> str:
         return _SURROGATE.sub("\ufffd", value)
     raise TokenizerError(
         f"lone surrogate U+{ord(found[0]):04X} at character {found.start()}, which is not Unicode text; remove it, or "
-        "use --errors replace, which puts U+FFFD in its place"
+        "use --errors replace, which replaces it by U+FFFD"
     )
 
 

@@ -153,7 +153,7 @@ def test_a_bad_line_is_named_and_what_came_before_is_answered(fitted: str) -> No
         ("--jsonl", b'{"text": "a"}\n{"txet": 1}\n', 1, b"line 2: no key 'text' among 'txet' (did you mean 'txet'?)"),
         ("--stdin", b"fine\nn\xffo\n", 1, b"stdin: line 2: byte 2 is 0xFF, which is not UTF-8"),
         ("--file given", b"fine\nn\xffo\n", 1, b"given: line 2: byte 2 is 0xFF, which is not UTF-8"),
-        ("--decode", b"260\n9999\n", 0, b"line 2: id 9999 lies outside the vocabulary"),
+        ("--decode", b"260\n9999\n", 0, b"line 2: id 9999 is outside the vocabulary"),
     ):
         Path("given").write_bytes(given)
         done = shell(f"{fitted} {options} <given")

@@ -157,7 +157,7 @@ def test_halves_of_a_pair_in_neighbouring_texts_do_not_join(tokenizer: Tokenizer
 
 @pytest.mark.parametrize("wrong", [-1, 10**6])
 def test_an_id_outside_the_vocabulary_is_refused(tokenizer: Tokenizer, wrong: int) -> None:
-    with pytest.raises(TokenizerError, match=f"id {wrong} lies outside the vocabulary"):
+    with pytest.raises(TokenizerError, match=f"id {wrong} is outside the vocabulary"):
         tokenizer.decode([5, wrong])
     with pytest.raises(TokenizerError, match="outside the vocabulary"):
         tokenizer.pieces([wrong])

@@ -29,7 +29,7 @@ def test_a_piece_with_a_space_stays_one_word() -> None:
 
 @pytest.mark.parametrize("line", ["x", "1 -2", "1.5", "a:", "٣"])
 def test_what_is_no_id_is_refused(line: str) -> None:
-    with pytest.raises(TokenizerError, match="is no id"):
+    with pytest.raises(TokenizerError, match="is not an id"):
         parsed_ids(line)
 
 

@@ -299,7 +299,7 @@ def test_bytes_that_are_not_utf8_are_replaced_on_request(tmp_path: Path, per_lin
     assert "".join(texts(documents)).replace("\n", "") == "maréecaf\ufffd \ufffd\ufffd"
     assert (report.replaced_bytes, report.byte_order_marks) == (3, 1)
     assert f"replaced 3 bytes that are not UTF-8 by U+FFFD ({tmp_path / name})" in report.lines()
-    with pytest.raises(CorpusError, match=r"0xE9, which is not UTF-8.*; this option puts U\+FFFD in their place"):
+    with pytest.raises(CorpusError, match=r"0xE9, which is not UTF-8.*; this option replaces them by U\+FFFD"):
         list(read_documents([PathSource(path=str(tmp_path / "a.txt"))], replace_option="this option"))
 
 
