@@ -1,4 +1,4 @@
-"""The windows of a corpus as a ``torch.utils.data.Dataset``: what ``psannLMDataPrep.dataset`` is."""
+"""Training windows as a ``torch.utils.data.Dataset``: the class of ``psannLMDataPrep.dataset``."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from psannlm.tokenizers.base import Tokenizer
 class LMDataset(Windows, Dataset[tuple[Tensor, Tensor]]):
     """Windows of T tokens as pairs of int64 tensors: ``dataset[i]`` is (inputs, labels), both (T,).
 
-    A label is the token after the input at its position, or -100 (``IGNORE_INDEX``, which torch's cross-entropy leaves
-    out) for padding and where a document begins. Every token of the corpus is a label in exactly one window. It works
+    The label of a position is the next token, or -100 (``IGNORE_INDEX``, which torch's cross-entropy ignores) for
+    padding and where a document begins. Every token of the corpus is a label in exactly one window. The dataset works
     in torch's ``DataLoader`` with any number of workers, and can be pickled.
 
     Args:
         store: the tokens.
         seq_len: T, 1 or more.
-        pad_id: the input id after the end of the text in the last window.
+        pad_id: id of padding, after the end of the text in the last window.
         pack: join documents into full windows; False never puts two into one window.
-        tokenizer, config, text_sha256: where the tokens come from; a :class:`~psannlm.training.trainer.Trainer` needs
-            them to write checkpoints that know their data.
+        tokenizer, config, text_sha256: origin of the tokens; a :class:`~psannlm.training.trainer.Trainer` needs them
+            for its checkpoints.
         lost_fraction, preparation: as in :class:`~psannlm.data.prepare.PreparedData`; None is unknown.
 
     Raises:
@@ -60,12 +60,12 @@ class LMDataset(Windows, Dataset[tuple[Tensor, Tensor]]):
 
         Raises:
             IndexError: there is no such window.
-            TypeError: ``index`` is not a whole number, such as a slice.
+            TypeError: ``index`` is not an integer.
         """
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[tuple[Tensor, Tensor]]:
-        """Return several windows at once: torch's ``DataLoader`` asks for a batch this way. Errors as for one."""
+        """Return several windows at once, for batches of torch's ``DataLoader``. Errors as for one."""
         inputs, labels = self.batch([self._from_start(as_index(index)) for index in indices])
         return list(zip(inputs.unbind(), labels.unbind(), strict=True))
 
@@ -75,11 +75,10 @@ class LMDataset(Windows, Dataset[tuple[Tensor, Tensor]]):
         return index % len(self)
 
     def origin(self) -> tuple[Tokenizer, DataConfig]:
-        """Return the tokenizer and the settings of these windows. Raises TypeError where they were not given."""
+        """Return the tokenizer and the settings of these windows. Raises TypeError if they were not given."""
         if self.tokenizer is None or self.config is None:
             raise TypeError(
-                f"{self!r} does not know its tokenizer or its configuration; take psannLMDataPrep(...).dataset, or "
-                "give it both"
+                f"{self!r} has no tokenizer or no configuration; use psannLMDataPrep(...).dataset, or pass both"
             )
         cut = {"max_length": self.seq_len, "pack_sequences": self.is_packed}
         return self.tokenizer, self.config.model_copy(update=cut)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from psannlm.data.corpus.documents import Document
 from psannlm.data.framing import frame
-from psannlm.data.segments import SEGMENT_BYTES, cut
+from psannlm.data.split import SEGMENT_BYTES, cut_segments
 from psannlm.tokenizers.base import Tokenizer
 
 # A group is large enough to keep the tokenizer's threads busy, small enough that its arrays of ids stay cheap.
@@ -45,17 +45,17 @@ class InMemoryTokens:
 
     @property
     def n_framed_tokens(self) -> int:
-        """Ids of all documents, each begin and end of text among them."""
+        """Number of ids of all documents, including BOS and EOS."""
         return int(self.offsets[-1])
 
     @property
     def n_documents(self) -> int:
-        """Number of documents, those without any token among them."""
+        """Number of documents, including empty ones."""
         return len(self.offsets) - 1
 
     @property
     def n_tokens(self) -> int:
-        """Ids of the texts alone."""
+        """Number of ids of the texts, without BOS and EOS."""
         return self.n_framed_tokens - 2 * self.n_documents
 
     @property
@@ -68,19 +68,19 @@ class InMemoryTokens:
         return self.framed[start:stop]
 
     def starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return where documents start; the one after the last is the stream's end."""
+        """Return the starts of documents; that after the last is the end of the stream."""
         return self.offsets[start:stop]
 
-    def documents_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the document that each place belongs to, in the shape of ``places``."""
-        return np.searchsorted(self.offsets, places, side="right") - 1
+    def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the document at each position, in the shape of ``positions``."""
+        return np.searchsorted(self.offsets, positions, side="right") - 1
 
     def length_counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the framed lengths that documents have, rising, and how many have each."""
+        """Return the distinct framed lengths of documents, ascending, and the number of each."""
         return np.unique(np.diff(self.offsets), return_counts=True)
 
     def name(self, document: int) -> str:
-        """Return where a document comes from."""
+        """Return the name of a document."""
         return self.names[document]
 
     def document(self, index: int) -> NDArray[Any]:
@@ -113,7 +113,7 @@ def encode_documents(
 ) -> InMemoryTokens:
     """Encode documents a group at a time and return them as one store; two bytes a token are held, not two objects.
 
-    A long document is encoded in the :mod:`psannlm.data.segments` that ``psannlm prep`` makes of it, which gives the
+    A long document is encoded in the segments that ``psannlm prep`` makes of it, which gives the
     same ids; ``in_segments`` off, as a whole.
 
     Raises:
@@ -141,7 +141,7 @@ def _encoded(group: Sequence[Document], tokenizer: Tokenizer) -> tuple[NDArray[A
         if 4 * len(document.text) <= SEGMENT_BYTES:
             texts.append(document.text)
         else:
-            texts += [part.decode("utf-8") for part in cut(document.text.encode("utf-8"))]
+            texts += [part.decode("utf-8") for part in cut_segments(document.text.encode("utf-8"))]
     ids, lengths = tokenizer.encode_flat(texts)
     return ids, np.add.reduceat(lengths, firsts)
 

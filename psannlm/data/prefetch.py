@@ -1,4 +1,4 @@
-"""Work items enter; their results leave in order, made by threads that stay a bounded number of items ahead."""
+"""Ordered prefetching: threads compute results a bounded number of items in advance."""
 
 from __future__ import annotations
 
@@ -12,32 +12,31 @@ R = TypeVar("R")
 
 
 def prefetched(make: Callable[[T], R], items: Iterable[T], *, ahead: int, threads: int = 1) -> Iterator[R]:
-    """Yield ``make(item)`` for each item, in order, up to ``ahead`` results being ready before they are asked for.
+    """Yield ``make(item)`` for each item, in order, computing up to ``ahead`` results in advance.
 
-    ``make`` runs on ``threads`` threads and ``items`` is advanced by one at a time; with ``ahead`` 0 both run here,
-    when a result is asked for. An error of either is raised where its result would have come. The threads start with
-    the first result and end when the caller stops asking (closes or drops the iterator) or meets an error; being
-    daemons, they never hold up the end of the interpreter.
+    ``make`` runs on ``threads`` threads, and one thread at a time advances ``items``; with ``ahead`` 0 both run in the
+    caller. An error of either is raised in place of its result. The threads start with the first result and end when
+    the iterator is closed, dropped or raises; they are daemons, so they never delay the exit of the interpreter.
     """
     if ahead < 1:
         yield from map(make, items)
         return
-    line = _Line(make, iter(items), ahead)
-    workers = [threading.Thread(target=line.work, name=f"prefetch-{i}", daemon=True) for i in range(threads)]
+    queue = _OrderedQueue(make, iter(items), ahead)
+    workers = [threading.Thread(target=queue.work, name=f"prefetch-{i}", daemon=True) for i in range(threads)]
     for worker in workers:
         worker.start()
     try:
-        yield from line.results()
+        yield from queue.results()
     finally:
-        line.stop()
+        queue.stop()
         for worker in workers:
-            # A dropped iterator that is part of a circle may be cleared away on any thread, also on one of these.
+            # The garbage collector may close the iterator on any thread, including these.
             if worker is not threading.current_thread():
                 worker.join()
 
 
 class _Slot(Generic[R]):
-    """Room for one result: ``value`` or ``error`` holds it once ``is_done``."""
+    """One result: ``value`` or ``error``, once ``is_done``."""
 
     __slots__ = ("error", "is_done", "value")
 
@@ -47,8 +46,8 @@ class _Slot(Generic[R]):
         self.error: BaseException | None = None
 
 
-class _Line(Generic[T, R]):
-    """Slots in order of their items, filled by workers and emptied by the caller."""
+class _OrderedQueue(Generic[T, R]):
+    """Slots in the order of their items, filled by workers and emptied by the caller."""
 
     def __init__(self, make: Callable[[T], R], items: Iterator[T], ahead: int) -> None:
         self._make, self._items, self._ahead = make, items, ahead
@@ -61,14 +60,14 @@ class _Line(Generic[T, R]):
             item, slot = taken
             try:
                 slot.value = self._make(item)
-            except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it as it is
+            except BaseException as error:  # noqa: BLE001 - raised in the caller
                 slot.error = error
             with self._changed:
                 slot.is_done = True
                 self._changed.notify_all()
 
     def _take(self) -> tuple[T, _Slot[R]] | None:
-        """Take the next item and a slot for it, waiting for room; None when there is nothing left to do."""
+        """Take the next item and a slot for it, waiting until one is free; None when there are no more items."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_stopped or self._is_over or len(self._slots) < self._ahead)
             if self._is_stopped or self._is_over:

@@ -19,8 +19,7 @@ from psannlm.data.corpus.documents import Document, ReadReport, keep_text, read_
 from psannlm.data.framing import HASH_BYTES, text_hash
 from psannlm.data.memory_store import encode_documents
 from psannlm.data.prepared import check_compatible, find_prepared, open_folder
-from psannlm.data.segments import SEGMENT_BYTES
-from psannlm.data.split import cut_text, held_out, held_out_by_number
+from psannlm.data.split import SEGMENT_BYTES, cut_text, held_out, held_out_by_number
 from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError, CorpusError, Problem
 from psannlm.tokenizers.base import Tokenizer

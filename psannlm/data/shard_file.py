@@ -212,21 +212,21 @@ class Shard:
         self._check(self._layout.tokens, self.dtype.itemsize, start, stop)
         return self._tokens[start:stop]
 
-    def documents_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the document that each place of the stream belongs to, in the shape of ``places``.
+    def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the document at each position of the stream, in the shape of ``positions``.
 
         The search may step on blocks that nobody has checked; what it finds is then shown to be right by checked ones.
         """
-        found = np.searchsorted(self._starts, places, side="right") - 1
+        found = np.searchsorted(self._starts, positions, side="right") - 1
         np.clip(found, 0, self.n_documents - 1, out=found)
         first = (self._layout.starts + 8 * found) // BLOCK_BYTES
         last = (self._layout.starts + 8 * found + 15) // BLOCK_BYTES
         for block in np.union1d(first, last):
             if not self._is_checked[block]:
                 self._check_block(int(block))
-        if np.any((self._starts[found] > places) | (places >= self._starts[found + 1])):
+        if np.any((self._starts[found] > positions) | (positions >= self._starts[found + 1])):
             self._check(self._layout.starts, 8, 0, self.n_documents + 1)
-            raise ArtifactError(f"{self.path} contradicts itself: its documents do not follow each other. {_REMEDY}.")
+            raise ArtifactError(f"{self.path} is inconsistent: its documents overlap. {_REMEDY}.")
         return found
 
     def length_counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

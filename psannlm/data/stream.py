@@ -1,6 +1,6 @@
-"""What a store of framed documents promises, whether it lies in memory or in shards on disk.
+"""Protocols of token stores, in memory or in shards on disk.
 
-The framed stream is all documents end to end, each with its begin and end of text. Places in it and documents are
+The stream is the concatenation of all framed documents, each with BOS and EOS. Positions in it and documents are
 numbered from 0.
 """
 
@@ -14,53 +14,53 @@ from numpy.typing import NDArray
 
 
 class Segment(Protocol):
-    """A piece of a stream that holds whole documents."""
+    """A part of a stream with whole documents, such as a shard."""
 
     @property
     def n_framed_tokens(self) -> int:
-        """Ids of all documents, each begin and end of text among them."""
+        """Number of ids of all documents, including BOS and EOS."""
         ...
 
     @property
     def n_documents(self) -> int:
-        """Number of documents, those without any text among them."""
+        """Number of documents, including empty ones."""
         ...
 
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the ids at places ``start`` to ``stop`` (exclusive), uint16 or uint32; not to be written to."""
+        """Return the ids at positions ``start`` to ``stop`` (exclusive), uint16 or uint32, read-only."""
         ...
 
     def starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return where documents ``start`` to ``stop`` (exclusive) start; one past the last is the stream's end."""
+        """Return the starts of documents ``start`` to ``stop`` (exclusive); that after the last is the stream's end."""
         ...
 
-    def documents_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the document that each place belongs to, in the shape of ``places``."""
+    def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the document at each position, in the shape of ``positions``."""
         ...
 
     def length_counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the framed lengths that documents have, rising, and how many have each; both (n_lengths,)."""
+        """Return the distinct framed lengths of documents, ascending, and the number of each; both (n_lengths,)."""
         ...
 
 
 class Stream(Segment, Protocol):
-    """All documents of a training or a validation part."""
+    """All documents of the training or the validation split."""
 
     @property
     def segments(self) -> Sequence[Segment]:
-        """The pieces that make it up, in order; one that is whole has itself."""
+        """Its segments in order; a store without segments is its own only segment."""
         ...
 
     @property
     def n_tokens(self) -> int:
-        """Ids of the texts alone, no begin or end of text among them."""
+        """Number of ids of the texts, without BOS and EOS."""
         ...
 
     @property
     def n_bytes(self) -> int:
-        """UTF-8 bytes of all texts."""
+        """Number of UTF-8 bytes of all texts."""
         ...
 
     def name(self, document: int) -> str:
-        """Return in words where a document comes from."""
+        """Return the name of a document: its file, and line or row."""
         ...

@@ -1,9 +1,9 @@
-"""A stream of framed documents enters; training windows of T inputs and T labels leave, every token a label once.
+"""Training windows of T inputs and T labels over a stream of framed documents.
 
-A window is T + 1 ids of the stream, of which the first T are inputs and the last T labels, and neighbours overlap by
-one id: what is the last label of one is the first input of the next. So nothing falls between two windows. Packed
-windows are slices of the whole stream; with packing off each document has windows of its own. What is left at the end
-becomes a padded window. A begin of text is no label: nothing before it could foretell it.
+A window has T + 1 ids of the stream: the first T are inputs, the last T labels. Neighbours overlap by one id, the last
+label of one and first input of the next, so that every token is a label exactly once. Packed windows are slices of the
+whole stream; without packing each document has windows of its own. The last window is padded. BOS is not a label: the
+text before it belongs to another document and cannot predict it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from psannlm.errors import ConfigError
 
 
 class Windows:
-    """The windows of a stream, made when asked for; beside the stream it keeps next to nothing.
+    """The windows of a stream, computed on demand; only the index of unpacked windows takes memory.
 
-    ``data.dataset.LMDataset`` is the same one window at a time.
+    ``data.dataset.LMDataset`` gives one window at a time.
     """
 
     def __init__(self, store: Stream, seq_len: int, *, pad_id: int, pack: bool = True) -> None:
         """``seq_len`` is T. Raises ConfigError if it is below 1."""
         if seq_len < 1:
-            raise ConfigError(f"a window of {seq_len} tokens holds nothing; set data.max_length to 1 or more")
+            raise ConfigError(f"a window of {seq_len} tokens is empty; set data.max_length to 1 or more")
         self.store = store
         self.seq_len = seq_len
         self.pad_id = pad_id
@@ -42,28 +42,28 @@ class Windows:
 
     @property
     def is_packed(self) -> bool:
-        """Whether documents are joined into full windows."""
+        """Whether a window may hold several documents."""
         return self._unpacked_index is None
 
     @property
     def n_labels(self) -> int:
-        """Labels that count, over all windows: every document's ids and its end of text."""
+        """Number of valid labels in all windows: the ids of all documents and their EOS."""
         return self.store.n_framed_tokens - self.store.n_documents
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return input ids (B, T) int64 and labels (B, T) int64 of the windows asked for, in their order.
+        """Return input ids (B, T) int64 and labels (B, T) int64 of the windows ``indices``.
 
-        Labels that do not count (padding, begin of text) are ``IGNORE_INDEX``. Raises IndexError past the end.
+        Labels of padding and BOS are ``IGNORE_INDEX``. Raises IndexError for an index out of range.
         """
         input_ids, labels = self._rows(self._checked(indices))
         return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
     def describe(self, index: int) -> str:
-        """Return in words which documents window ``index`` holds. Raises IndexError past the end."""
+        """Return a description of the documents in window ``index``. Raises IndexError for an index out of range."""
         start, stop = (int(bound[0]) for bound in self._spans(self._checked([index])))
         first, last = (int(d) for d in self.store.documents_at(np.array([start, stop - 1])))
         if first == last:
-            begin, end = (int(place) for place in self.store.starts(first, first + 2))
+            begin, end = (int(start) for start in self.store.starts(first, first + 2))
             name = self.store.name(first)
             return f"window {index}: {name}, tokens {start - begin} to {stop - begin - 1} of {end - begin}"
         between = f" and {last - first - 1} more between them" if last - first > 1 else ""
@@ -71,14 +71,14 @@ class Windows:
 
     def _checked(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         wanted = np.asarray(indices, dtype=np.int64)
-        # Raised here because numpy would read a negative number from the end and give a window twice.
+        # numpy would count a negative index from the end and return a window twice.
         outside = wanted[(wanted < 0) | (wanted >= self._n_windows)]
         if outside.size:
             raise IndexError(f"window {int(outside[0])} of {self._n_windows}")
         return wanted
 
     def _spans(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return where each window starts in the stream, and where what it shows stops (exclusive)."""
+        """Return the start and end (exclusive) of each window in the stream."""
         if self._unpacked_index is None:
             start = indices * self.seq_len
             end = np.full_like(start, self.store.n_framed_tokens)
@@ -89,13 +89,13 @@ class Windows:
     def _rows(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         starts, stops = self._spans(indices)
         ids = np.full((len(indices), self.seq_len + 1), self.pad_id, dtype=np.int64)
-        # Told by place, not by id: a foreign tokenizer may give padding or a word of the text the id of a special.
+        # By position, not by id: a third-party tokenizer may use the id of padding or BOS for text too.
         is_label = np.zeros(ids.shape, dtype=bool)
         first, last = self.store.documents_at(np.stack([starts, stops - 1]))
         for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
             ids[row, : stop - start] = self.store.tokens(start, stop)
             is_label[row, : stop - start] = True
-            # The document at the first place began there or earlier, and the first place is never a label.
+            # The first position of a window is never a label, so only documents that begin after it matter.
             begins = self.store.starts(int(first[row]) + 1, int(last[row]) + 1)
             is_label[row, begins - start] = False
         return np.ascontiguousarray(ids[:, :-1]), np.where(is_label, ids, IGNORE_INDEX)[:, 1:].copy()

@@ -20,8 +20,7 @@ from psannlm.data.corpus.documents import json_text, without_surrogates
 from psannlm.data.corpus.files import decoded, replaced
 from psannlm.data.framing import HASH_BYTES, frame, pack_origin, text_hash, unpack_origin
 from psannlm.data.memory_store import token_dtype
-from psannlm.data.segments import SEGMENT_BYTES, cut
-from psannlm.data.split import cut_place
+from psannlm.data.split import SEGMENT_BYTES, cut_segments, find_cut
 from psannlm.errors import CorpusError, PsannlmError, StorageError, TokenizerError
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, HAS_TEXT, JSON_LINES, TEXT, WHOLE, Chunk, Section
 from psannlm.prep.encoded_chunk import UNIT, EncodedChunk, encoded_chunk_path, write_encoded_chunk
@@ -199,7 +198,7 @@ class ChunkEncoder:
             content = text.encode("utf-8")
             where = Section(TEXT, source, record, 0, len(content))
             if self._cut is not None and (self._cut.source, self._cut.record) == (source, record):
-                at = cut_place(content, settings.val_split)
+                at = find_cut(content, settings.val_split)
                 yield from _segments(content[:at], None, where, HALF)
                 yield from _segments(content[at:], None, where, HALF)
             else:
@@ -212,7 +211,7 @@ def _segments(content: bytes, text: str | None, where: Section, half: int = 0) -
     if len(content) <= SEGMENT_BYTES:
         yield _unit(text if text is not None else content.decode("utf-8"), len(content), WHOLE | half, where, digest)
         return
-    parts = cut(content)
+    parts = cut_segments(content)
     for number, part in enumerate(parts, start=1):
         flags = (BEGINS if number == 1 else 0) | (ENDS if number == len(parts) else 0) | half
         yield _unit(part.decode("utf-8"), len(part), flags, where, digest if flags & ENDS else b"")

@@ -28,8 +28,7 @@ from psannlm.data.corpus.files import (
 )
 from psannlm.data.corpus.parquet import parquet_texts
 from psannlm.data.framing import HASH_BYTES
-from psannlm.data.segments import SEGMENT_BYTES, cut_stream
-from psannlm.data.split import cut_blocks
+from psannlm.data.split import SEGMENT_BYTES, cut_blocks, cut_segment_stream
 from psannlm.errors import ConfigError, CorpusError
 from psannlm.io.limits import MAX_LINE_BYTES
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, JSON_LINES, LINES, TEXT, Section
@@ -216,7 +215,7 @@ def _document(index: int, record: int, blocks: Iterable[bytes], half: int) -> It
     """Yield the segments of one document that is read in blocks."""
     digest = hashlib.blake2b(digest_size=HASH_BYTES)
     flags, offset = BEGINS | half, 0
-    for content, is_last in cut_stream(blocks):
+    for content, is_last in cut_segment_stream(blocks):
         digest.update(content)
         flags |= ENDS if is_last else 0
         hashed = digest.hexdigest() if is_last else ""

@@ -35,7 +35,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A ``tokenizer.json``: fitted here (lossless), or any other file of this kind, which encodes as its authors intend.
+    """A ``tokenizer.json``: fitted here (lossless), or any other such file, which encodes as its authors intend.
 
     Args:
         content: the bytes of the file. Begin and end of text must be among its added tokens (one token such as

@@ -274,7 +274,7 @@ def test_a_shard_whose_documents_do_not_follow_each_other_is_refused(tmp_path: P
     shard = open_shard(path, write(path, some_documents(50, 9)), PRINT)
     shard.verify()
     shard._starts = np.full_like(shard._starts, shard.n_framed_tokens)
-    with pytest.raises(ArtifactError, match=r"s contradicts itself"):
+    with pytest.raises(ArtifactError, match=r"s is inconsistent"):
         shard.documents_at(np.array([3]))
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psannlm.data.split import CutRange, cut_blocks, cut_place
+from psannlm.data.split import CutRange, cut_blocks, find_cut
 
 PARTS = st.lists(st.sampled_from(["word ", "line\n", "end.\n\n", "日本語", "🌊", "é", "x" * 40, " \n"]), max_size=400)
 
@@ -23,7 +23,7 @@ def test_split_streamed_and_at_hand_agree(parts: list[str], block: int, share: f
     blocks = (text[at : at + block] for at in range(0, len(text), block))
     first, last = (b"".join(half) for half in cut_blocks(blocks, len(text), share))
     assert first + last == text
-    assert len(first) == cut_place(text, share)
+    assert len(first) == find_cut(text, share)
     first.decode("utf-8")  # no character is cut
     if len(text) > 1000:
         assert abs(len(last) / len(text) - share) < 0.1
@@ -37,11 +37,11 @@ def test_split_streams_in_blocks_of_any_size(n_bytes: int) -> None:
         first, last = (b"".join(half) for half in cut_blocks(blocks, n_bytes, 0.1))
         assert first + last == text
         assert first.endswith(b"\n")
-        assert len(first) == cut_place(text, 0.1)
+        assert len(first) == find_cut(text, 0.1)
 
 
 @pytest.mark.parametrize("character", ["é", "日", "🌊"])
 def test_split_of_one_character_finds_no_place(character: str) -> None:
     content = character.encode()
-    assert cut_place(content, 0.5) in (0, len(content))
-    assert cut_place(content * 2, 0.01) == len(content)
+    assert find_cut(content, 0.5) in (0, len(content))
+    assert find_cut(content * 2, 0.01) == len(content)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from psannlm.config.data import DataConfig
 from psannlm.data.prepare import PreparedData, load_corpus
-from psannlm.data.segments import SEGMENT_BYTES
+from psannlm.data.split import SEGMENT_BYTES
 from psannlm.data.stream import Stream
 from psannlm.errors import CorpusError
 from psannlm.prep.job import PrepSettings

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from psannlm.data.manifest import MANIFEST_FILE
-from psannlm.data.segments import SEGMENT_BYTES
+from psannlm.data.split import SEGMENT_BYTES
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, PsannlmError, StorageError
 from psannlm.prep import pipeline as prep_run
 from psannlm.prep.pipeline import PrepResult
