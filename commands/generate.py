@@ -144,7 +144,7 @@ def generate(
 
 def _read_prompts(path: Path) -> list[str]:
     """The lines of a file, or of stdin for ``-``; blank ones are no prompts."""
-    from psannlm.data.corpus.files import read_lines
+    from psannlm.data.corpus.reading import read_lines
     from psannlm.errors import CorpusError
     from psannlm.io.limits import MAX_PROMPTS_BYTES
 

@@ -133,7 +133,8 @@ def tokenize(
 
 def _lines(file: Path | None, text: str | None) -> Iterator[bytes]:
     """Yield lines as bytes, cut only at \\n: Python's text mode would change other line ends."""
-    from psannlm.data.corpus.files import STDIN, bounded_lines, opened, shown_name
+    from psannlm.data.corpus.files import STDIN
+    from psannlm.data.corpus.reading import bounded_lines, opened, shown_name
     from psannlm.errors import TokenizerError
 
     if text is not None:

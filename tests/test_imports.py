@@ -60,6 +60,7 @@ NEVER_TORCH = (
     "data.unpacked",
     "data.corpus.documents",
     "data.corpus.files",
+    "data.corpus.reading",
     "data.manifest",
     "data.order",
     "data.framing",

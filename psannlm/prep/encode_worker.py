@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psannlm.data.corpus.documents import json_text, without_surrogates
-from psannlm.data.corpus.files import decoded, replaced
+from psannlm.data.corpus.reading import decoded, replaced
 from psannlm.data.framing import HASH_BYTES, frame, pack_origin, text_hash, unpack_origin
 from psannlm.data.memory_store import token_dtype
 from psannlm.data.split import SEGMENT_BYTES, cut_segments, find_cut

@@ -14,19 +14,9 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, BinaryIO
 
-from psannlm.data.corpus.files import (
-    JSON_LINES_SUFFIXES,
-    REPLACEMENT,
-    STDIN,
-    decoded,
-    file_stamp,
-    find_all,
-    is_compressed,
-    opened,
-    replaced,
-    split_suffix,
-)
+from psannlm.data.corpus.files import JSON_LINES_SUFFIXES, STDIN, file_stamp, find_all, split_suffix
 from psannlm.data.corpus.parquet import parquet_texts
+from psannlm.data.corpus.reading import REPLACEMENT, decoded, is_compressed, opened, replaced
 from psannlm.data.framing import HASH_BYTES
 from psannlm.data.split import SEGMENT_BYTES, cut_blocks, cut_segment_stream
 from psannlm.errors import ConfigError, CorpusError

@@ -98,7 +98,7 @@ def test_prompts_come_alike_from_files_and_standard_input(
             assert said in done.err
             if not code:
                 assert [row["prompt"] for row in json.loads(done.out)["completions"]] == ["The", "Say"]
-    monkeypatch.setattr("psannlm.data.corpus.files.MAX_LINE_BYTES", 1 << 10)
+    monkeypatch.setattr("psannlm.data.corpus.reading.MAX_LINE_BYTES", 1 << 10)
     path.write_bytes(gzip.compress(b"The\n" + b"x" * 5000))
     refused = psannlm("generate", "--prompts-file", str(path))
     assert (refused.code, "prompts.txt:2: a line of more than" in refused.err) == (2, True)

@@ -239,7 +239,7 @@ def test_errors_are_replaced_with_the_option_that_is_named(psannlm, project: Pat
 
 def test_a_line_without_end_is_refused_by_its_number(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     psannlm("tokenize", "corpus.txt", "--backend", "simple", "--vocab-size", "300", "--out", "t.json")
-    monkeypatch.setattr("psannlm.data.corpus.files.MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr("psannlm.data.corpus.reading.MAX_LINE_BYTES", 1 << 16)
     Path("a.txt.gz").write_bytes(gzip.compress(b"fine\n" + b"x" * (1 << 20)))
     for arguments in (["a.txt.gz", "--per-line", "--out", "u"], ["--model", "t.json", "--file", "a.txt.gz", "--ids"]):
         refused = psannlm("tokenize", *arguments)

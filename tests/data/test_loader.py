@@ -249,7 +249,7 @@ def test_the_end_of_an_epoch_is_the_start_of_the_next() -> None:
         ({"micro_batch_size": 0}, "micro_batch_size is 0"),
         ({"micro_batch_size": 1, "grad_accum_steps": 0}, "grad_accum_steps is 0"),
         ({"micro_batch_size": 1, "world_size": 0}, "world_size is 0"),
-        ({"micro_batch_size": 1, "workers": 0}, "workers is 0"),
+        ({"micro_batch_size": 1, "num_workers": 0}, "num_workers is 0"),
         ({"micro_batch_size": 1, "rank": 2, "world_size": 2}, "rank 2 is outside a world of 2"),
     ],
 )

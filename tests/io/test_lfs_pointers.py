@@ -11,7 +11,8 @@ import pytest
 from psannlm.config.data import PathSource
 from psannlm.config.run import load_config
 from psannlm.data.corpus.documents import read_documents
-from psannlm.data.corpus.files import KNOWN_SUFFIXES, read_text
+from psannlm.data.corpus.files import KNOWN_SUFFIXES
+from psannlm.data.corpus.reading import read_text
 from psannlm.data.prepared import open_folder
 from psannlm.errors import PsannlmError
 from psannlm.gpu_suite.baseline import read_baseline

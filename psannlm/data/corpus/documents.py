@@ -12,20 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from psannlm.config.data import BuiltinSource, PathSource, Source
-from psannlm.data.corpus.files import (
-    JSON_LINES_SUFFIXES,
-    REPLACEMENT,
-    Seen,
-    bounded_lines,
-    decoded,
-    file_bytes,
-    find_all,
-    opened,
-    read_whole,
-    replaced,
-    split_suffix,
-)
+from psannlm.data.corpus.files import JSON_LINES_SUFFIXES, file_bytes, find_all, split_suffix
 from psannlm.data.corpus.parquet import parquet_texts
+from psannlm.data.corpus.reading import REPLACEMENT, Seen, bounded_lines, decoded, opened, read_whole, replaced
 from psannlm.errors import CorpusError, nearest
 from psannlm.io.limits import max_held_bytes
 

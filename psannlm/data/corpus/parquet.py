@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from psannlm.data.corpus.files import is_remote, opened, replaced
+from psannlm.data.corpus.files import is_remote
 from psannlm.data.corpus.formats import HEAD_BYTES, compression, why_not_text
+from psannlm.data.corpus.reading import opened, replaced
 from psannlm.display import shell_argument
 from psannlm.errors import CorpusError, nearest
 from psannlm.io.filenames import utf8_path

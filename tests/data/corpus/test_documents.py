@@ -314,7 +314,7 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
 def test_a_line_without_end_is_refused_by_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, object]
 ) -> None:
-    monkeypatch.setattr("psannlm.data.corpus.files.MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr("psannlm.data.corpus.reading.MAX_LINE_BYTES", 1 << 16)
     (tmp_path / name).write_bytes(gzip.compress(b'{"text": "fine"}\n{"text": "' + b"x" * (1 << 22), 1))
     with pytest.raises(CorpusError, match=rf"{name}:2: a line of more than"):
         read(tmp_path / name, **settings)

@@ -15,7 +15,8 @@ from urllib.parse import quote
 
 import pytest
 
-from psannlm.data.corpus.files import decoded, find_files, is_remote, opened, read_lines, read_text, split_suffix
+from psannlm.data.corpus.files import find_files, is_remote, split_suffix
+from psannlm.data.corpus.reading import decoded, opened, read_lines, read_text
 from psannlm.errors import CorpusError
 from psannlm.io.urls import PROTOCOLS
 
@@ -247,7 +248,7 @@ def test_every_stored_byte_is_shown_once_in_order(tmp_path: Path) -> None:
 
 
 def test_a_line_longer_than_may_be_held_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.data.corpus.files.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("psannlm.data.corpus.reading.MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"fine\n" + b"x" * (1 << 20) + b"\n"))
     with pytest.raises(CorpusError, match=r"a\.txt\.gz:2: a line of more than 1 MiB"):
@@ -257,7 +258,7 @@ def test_a_line_longer_than_may_be_held_is_named(tmp_path: Path, monkeypatch: py
 
 
 def test_a_text_longer_than_may_be_held_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.data.corpus.files.max_document_bytes", lambda: 3 << 20)
+    monkeypatch.setattr("psannlm.data.corpus.reading.max_document_bytes", lambda: 3 << 20)
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"waves\n" * (10 << 20), 1))
     tracemalloc.start()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.data.corpus.files import read_text
 from psannlm.data.corpus.formats import HEAD_BYTES, compression, is_binary, unicode_encoding, why_not_text
+from psannlm.data.corpus.reading import read_text
 from psannlm.errors import CorpusError
 
 TEXT = "The tide comes in twice a day.\nПривет, мир. 一二三。\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from psannlm.data.corpus import zstd
-from psannlm.data.corpus.files import opened, read_text
+from psannlm.data.corpus.reading import opened, read_text
 from psannlm.data.corpus.zstd import ZstandardReader
 from psannlm.errors import CorpusError
 
