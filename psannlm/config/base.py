@@ -1,4 +1,4 @@
-"""What every section of the configuration shares: frozen, no unknown keys, exact types, and checks across fields."""
+"""Base class and field types of the configuration: frozen, no unknown keys, strict types, checks across fields."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _LARGEST_WHOLE = 2**63 - 1
 
 @dataclass(frozen=True)
 class Check:
-    """A rule across fields that is broken: all the fields involved (the first is the one to blame), and what to do."""
+    """A violated rule across fields: all fields involved, the one to report first, and the message with its remedy."""
 
     fields: tuple[str, ...]
     message: str
 
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
+    """A frozen group of settings that rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, validate_default=False)
 
@@ -61,12 +61,12 @@ class Section(BaseModel):
         }
 
     def checks(self) -> list[Check]:
-        """Return the rules across fields that this section breaks."""
+        """Return the violated rules across fields of this section."""
         return []
 
     @model_validator(mode="after")
     def _raise_on_checks(self, info: ValidationInfo) -> Self:
-        # The YAML reader collects broken rules itself, to print them together with the errors of single fields.
+        # With "collect", violated rules are reported together with the errors of single fields.
         context: dict[str, Any] = info.context or {}
         if not context.get("collect") and (found := self.checks()):
             raise ConfigError([Problem(check.fields[0], check.message) for check in found])
@@ -74,7 +74,7 @@ class Section(BaseModel):
 
 
 def _to_int(value: object) -> object:
-    """Let 3.0 and integers of other libraries (NumPy's) count as integers."""
+    """Convert 3.0 and integers of other libraries, such as NumPy, to int."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, (bool, int, float)) or not hasattr(value, "__index__"):
@@ -86,23 +86,23 @@ _WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "fal
 
 
 def word_to_bool(value: object) -> bool | None:
-    """Return what yes, no, on, off, true and false mean in any case, as YAML 1.1 has them; None for all else."""
+    """Return the boolean of yes, no, on, off, true and false in any case (YAML 1.1); None for all other values."""
     return _WORDS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 def _to_bool(value: object) -> object:
-    """Let the words for true and false count as such, quoted or not."""
+    """Convert the words of :func:`word_to_bool`, quoted or not."""
     word = word_to_bool(value)
     return value if word is None else word
 
 
 def _to_float(value: object) -> object:
-    """Let real numbers of other libraries count as floats."""
+    """Convert real numbers of other libraries to float."""
     return float(value) if isinstance(value, AnyReal) and not isinstance(value, (bool, int, float)) else value
 
 
 def _to_text(value: object) -> object:
-    """Let a path object stand for its text, and refuse characters that no text file can hold."""
+    """Convert a path object to text, and reject characters that cannot be in a text file."""
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(text, str) and any(char == "\0" or "\ud800" <= char <= "\udfff" for char in text):
         raise PydanticCustomError("bad_character", "holds a NUL or a lone surrogate, which no text can hold")
@@ -110,18 +110,18 @@ def _to_text(value: object) -> object:
 
 
 def _to_file_name(value: object) -> object:
-    """Let a path object stand for its text, and refuse characters that no file name can hold."""
+    """Convert a path object to text, and reject characters that cannot be in a file name."""
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(text, str) and not all(map(can_be_in_name, text)):
         raise PydanticCustomError("bad_character", "holds a NUL or a lone surrogate, which no path can hold")
     return text
 
 
-# Pydantic on its own would read "8" as 8 and true as 1; a configuration says what it means.
+# Strict, because pydantic would otherwise convert "8" to 8 and true to 1.
 Whole = Annotated[int, Strict(), BeforeValidator(_to_int), Field(le=_LARGEST_WHOLE)]
 Real = Annotated[float, Strict(), BeforeValidator(_to_float)]
 Flag = Annotated[bool, Strict(), BeforeValidator(_to_bool)]
 Text = Annotated[str, Strict(), BeforeValidator(_to_text), Field(min_length=1)]
 FileName = Annotated[str, Strict(), BeforeValidator(_to_file_name), Field(min_length=1)]
-Prompt = Annotated[str, Strict(), BeforeValidator(_to_text)]  # may be empty: text from nothing
+Prompt = Annotated[str, Strict(), BeforeValidator(_to_text)]  # may be empty
 PositiveWhole = Annotated[Whole, Field(ge=1)]

@@ -1,4 +1,4 @@
-"""The ``data`` section: where text comes from and how it becomes windows of tokens."""
+"""The ``data`` section: corpus, tokenizer, validation split and training windows."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ TokenizerBackend = Literal["auto", "sentencepiece", "tokenizers", "simple"]
 
 
 class PathSource(Section):
-    """A file, folder or glob of text, or a folder that ``psannlm prep`` made."""
+    """A file, folder, glob or URL of text, or a folder prepared by ``psannlm prep``."""
 
     path: FileName = Field(
-        description="file, folder, glob or URL, or alone a folder made by psannlm prep; relative paths start at the "
+        description="file, folder, glob or URL, or a folder of psannlm prep as the only source; relative to the "
         "working folder"
     )
-    per_line: Flag = Field(False, description="one document per line of a .txt file, instead of one per file")
-    text_key: Text = Field("text", description="the key that holds the text in .jsonl and .parquet files")
+    per_line: Flag = Field(False, description="read each line of a .txt file as a document; false: the whole file")
+    text_key: Text = Field("text", description="key or column of the text in .jsonl and .parquet files")
     errors: Literal["strict", "replace"] = Field(
-        "strict", description="bytes that are not UTF-8, and lone surrogates: stop, or put U+FFFD and count"
+        "strict",
+        description="at bytes that are not UTF-8 and lone surrogates: stop, or replace them by U+FFFD and count",
     )
 
 
 class BuiltinSource(Section):
-    """Text that comes with Python itself."""
+    """Text that is part of the Python installation."""
 
     builtin: Literal["python-reference"] = Field(
-        description="python-reference: the language reference in pydoc_data.topics"
+        description="built-in corpus; python-reference: the language reference in pydoc_data.topics"
     )
 
 
@@ -39,7 +40,7 @@ Source = PathSource | BuiltinSource
 
 
 def _source_kind(value: object) -> str | None:
-    """Tell which kind of source is meant, so that an error speaks of that kind alone."""
+    """Return the kind of a source, so that errors mention only that kind."""
     if isinstance(value, BuiltinSource) or (isinstance(value, Mapping) and "builtin" in value):
         return "builtin"
     return "path" if isinstance(value, (PathSource, Mapping)) else None
@@ -51,31 +52,34 @@ _TaggedSource = Annotated[
 
 
 class DataConfig(Section):
-    """Corpus, tokenizer and packing."""
+    """Corpus, tokenizer, split and packing."""
 
     sources: tuple[_TaggedSource, ...] = Field(
         (BuiltinSource(builtin="python-reference"),),
-        description="list of paths, {path: ...} or {builtin: python-reference}; or one prepared folder",
+        description="corpus: list of paths, {path: ...} or {builtin: python-reference}; or one prepared folder",
     )
-    tokenizer: TokenizerBackend = Field("auto", description="auto takes the first of sentencepiece, tokenizers, simple")
+    tokenizer: TokenizerBackend = Field(
+        "auto", description="tokenizer library; auto: first installed of sentencepiece, tokenizers, simple"
+    )
     tokenizer_model_path: FileName | None = Field(
-        None, description="a .model or .json made earlier; null: fit one on the corpus, or use the prepared folder's"
+        None,
+        description="existing tokenizer file, .model or .json; null: fit one on the corpus, or the prepared folder's",
     )
     vocab_size: Whole = Field(
-        4096, ge=261, description="entries of a fitted tokenizer (256 bytes and 4 specials among them)"
+        4096, ge=261, description="vocabulary size of a fitted tokenizer, including 256 bytes and 4 special tokens"
     )
-    max_length: Whole = Field(256, ge=1, description="window: tokens that the model sees at once in training")
+    max_length: Whole = Field(256, ge=1, description="length of a training window in tokens")
     pack_sequences: Flag = Field(
-        True, description="join documents into full windows; false: a window holds one document"
+        True, description="pack several documents into a window; false: one document per window"
     )
     val_split: Real = Field(
-        0.0, ge=0, lt=1, description="share of the documents held out for validation; 0 with a prepared folder"
+        0.0, ge=0, lt=1, description="fraction of the documents held out for validation; 0 with a prepared folder"
     )
     seed: Whole = Field(
         1337,
         ge=0,
-        description="decides which documents are held out and the tokenizer's sample; the order of training is "
-        "train.seed's",
+        description="seed of the validation split and of the tokenizer's sample; train.seed decides the order of "
+        "training",
     )
 
     @field_validator("sources", mode="before")
@@ -89,5 +93,5 @@ class DataConfig(Section):
 
     def checks(self) -> list[Check]:
         if not self.sources:
-            return [Check(("sources",), "no corpus given; list files or folders, or {builtin: python-reference}")]
+            return [Check(("sources",), "no corpus; list files or folders, or {builtin: python-reference}")]
         return []

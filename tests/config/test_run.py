@@ -165,7 +165,7 @@ def test_a_rule_is_silent_where_one_of_its_fields_is_refused(tmp_path: Path) -> 
         ("model: {zzz: 1}", "model.zzz", "known here: base, d_model"),
         ("model: {<<: {base: respsann}}", "model.<<", "merge keys"),
         ("model: [1]", "model", "[1] is not a group of keys"),
-        ("data: {sources: []}", "data.sources", "no corpus given"),
+        ("data: {sources: []}", "data.sources", "no corpus; list files"),
         ("data: {sources: 3}", "data.sources", "3 is not a list; write '3'"),
         ("data: {sources: [3]}", "data.sources[0]", "3 is not a source"),
         ("data: {sources: [{pth: x}]}", "data.sources[0].pth", "did you mean 'path'?"),
