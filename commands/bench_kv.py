@@ -16,17 +16,16 @@ from psannlm.commands.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
-    drawing_a_picture,
     duration_s,
     figures_table,
     find_model_file,
     live_line,
     naming_options,
     note,
-    print_json,
     print_path,
-    progress,
-    results,
+    publish,
+    stderr_console,
+    stdout_console,
     table_text,
 )
 
@@ -101,8 +100,7 @@ def bench_kv(
     from psannlm.config.model import ModelConfig
     from psannlm.config.run import section_from_kwargs
     from psannlm.errors import LimitMissed
-    from psannlm.io.atomic import write_text
-    from psannlm.io.run_metadata import require_folder, write_json
+    from psannlm.io.run_metadata import require_folder
     from psannlm.models.artifact import load_model
     from psannlm.runtime.device import pick_device, require_compiler
 
@@ -136,7 +134,7 @@ def bench_kv(
         model, weights = load_model(path).model.to(chosen), str(path)
     kept = _Kept(out)
     try:
-        with live_line(progress()) as line:
+        with live_line(stderr_console()) as line:
 
             def show(event: Progress) -> None:
                 kept.progress = event
@@ -146,21 +144,15 @@ def bench_kv(
     except KeyboardInterrupt:
         kept.end()
         raise
-    tables = _tables(report)
-    folder = kept.folder
-    metrics = report.as_dict()
-    write_json(folder / "metrics.json", metrics)
-    write_text(folder / "table.txt", table_text(*tables))
-    if report.growth:
-        with drawing_a_picture():
+
+    def draw(folder: Path) -> None:
+        if report.growth:
             draw_growth(folder / PLOT_FILE, _plot_title(report), report.growth)
-    if as_json:
-        print_json({**metrics, "folder": str(folder)})
-    else:
+
+    if not as_json:
         for notice in report.notices:
             note(notice)
-        results().print(*tables, sep="\n")
-        print_path(f"written to {folder}")
+    publish("kv_cache", out, report.as_dict(), _tables(report), as_json, draw=draw, folder=kept.folder)
     if report.problems:
         raise LimitMissed("; ".join(report.problems))
 
@@ -207,7 +199,7 @@ class _Kept:
         self.keep(self._figures)
         table = figures_table("decoding, interrupted: what was measured until then", rows)
         write_text(self.folder / "table.txt", table_text(table))
-        results().print(table)
+        stdout_console().print(table)
         print_path(f"written to {self.folder}")
 
 

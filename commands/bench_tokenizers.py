@@ -13,14 +13,10 @@ from rich.text import Text
 
 from psannlm.commands.options import (
     JsonOption,
-    drawing_a_picture,
     live_line,
-    print_json,
-    print_path,
-    progress,
+    publish,
     reading,
-    results,
-    table_text,
+    stderr_console,
 )
 
 if TYPE_CHECKING:
@@ -68,8 +64,7 @@ def bench_tokenizers(
     from psannlm.benchmarks.tokenization.bench import bench_tokenizers as measure
     from psannlm.benchmarks.tokenization.plot import draw_tokenizers
     from psannlm.config.data import BuiltinSource, PathSource
-    from psannlm.io.atomic import write_text
-    from psannlm.io.run_metadata import new_folder, require_folder, system_info, write_json
+    from psannlm.io.run_metadata import require_folder
     from psannlm.tokenizers.sample import SAMPLE_CHARS
 
     def source(path: str) -> PathSource:
@@ -77,7 +72,7 @@ def bench_tokenizers(
 
     require_folder("tokenizers", out)
     began = time.monotonic()
-    with live_line(progress()) as line:
+    with live_line(stderr_console()) as line:
         report = measure(
             [source(path) for path in corpus] if corpus else [BuiltinSource(builtin="python-reference")],
             held_out=[] if held_out is None else [source(held_out)],
@@ -93,18 +88,12 @@ def bench_tokenizers(
             on_progress=lambda event: line.show(str(event)),
         )
     tables = [_table(report), *([_prep_table(report)] if report.prep else [])]
-    folder = new_folder("tokenizers", out)
     metrics = {"corpus": corpus or ["python-reference"], **report.as_dict()}
-    write_json(folder / "metrics.json", metrics)
-    write_json(folder / "system.json", system_info())
-    write_text(folder / "table.txt", table_text(*tables))
-    with drawing_a_picture():
+
+    def draw(folder: Path) -> None:
         draw_tokenizers(folder / "tokenizers.png", f"Tokenizers of {vocab_size:,} entries at most", report.tokenizers)
-    if as_json:
-        print_json({**metrics, "folder": str(folder)})
-    else:
-        results().print(*tables, sep="\n")
-        print_path(f"written to {folder}")
+
+    publish("tokenizers", out, metrics, tables, as_json, draw=draw)
 
 
 def _table(report: TokenizerReport) -> Table:

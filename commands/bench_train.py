@@ -12,15 +12,11 @@ from rich.table import Table
 from psannlm.commands.options import (
     DeviceOption,
     JsonOption,
-    drawing_a_picture,
     figures_table,
     live_line,
     naming_options,
-    print_json,
-    print_path,
-    progress,
-    results,
-    table_text,
+    publish,
+    stderr_console,
 )
 
 if TYPE_CHECKING:
@@ -86,8 +82,7 @@ def bench_train(
     from psannlm.config.model import ModelConfig
     from psannlm.config.run import section_from_kwargs
     from psannlm.errors import LimitMissed
-    from psannlm.io.atomic import write_text
-    from psannlm.io.run_metadata import new_folder, require_folder, system_info, timestamp, write_json
+    from psannlm.io.run_metadata import require_folder, timestamp
     from psannlm.models.registry import resolve
     from psannlm.runtime.device import pick_device
     from psannlm.runtime.malloc import keep_freed_memory
@@ -115,7 +110,7 @@ def bench_train(
     require_folder("throughput", out)
     keep_freed_memory()
     chosen = pick_device(device)
-    with live_line(progress()) as line:
+    with live_line(stderr_console()) as line:
         report = measure(
             settings,
             chosen,
@@ -124,18 +119,12 @@ def bench_train(
             on_progress=lambda event: line.show(str(event)),
         )
     tables = [_rates_table(report, clock), figures_table("what it comes to", _rows(report))]
-    folder = new_folder("throughput", out)
     metrics: dict[str, Any] = {**report.as_dict(timestamp()), "clock": clock}
-    write_json(folder / "metrics.json", metrics)
-    write_json(folder / "system.json", system_info())
-    write_text(folder / "table.txt", table_text(*tables))
-    with drawing_a_picture():
+
+    def draw(folder: Path) -> None:
         draw_throughput(folder / PLOT_FILE, _title(report), report)
-    if as_json:
-        print_json({**metrics, "folder": str(folder)})
-    else:
-        results().print(*tables, sep="\n")
-        print_path(f"written to {folder}")
+
+    publish("throughput", out, metrics, tables, as_json, draw=draw)
     if report.problems:
         raise LimitMissed("; ".join(report.problems))
 

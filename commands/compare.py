@@ -15,13 +15,11 @@ from rich.text import Text
 from psannlm.commands.options import (
     DEFAULT_RUNS,
     JsonOption,
-    drawing_a_picture,
     live_line,
     print_json,
-    print_path,
-    progress,
-    results,
-    table_text,
+    publish,
+    stderr_console,
+    stdout_console,
 )
 
 if TYPE_CHECKING:
@@ -59,8 +57,8 @@ def compare(
     from psannlm.experiments.runner import run_all
     from psannlm.experiments.sizing import size_study
     from psannlm.experiments.task_accuracy import score_runs
-    from psannlm.io.atomic import write_bytes, write_text
-    from psannlm.io.run_metadata import new_folder, require_folder, system_info, write_json
+    from psannlm.io.atomic import write_bytes
+    from psannlm.io.run_metadata import require_folder, system_info
     from psannlm.reports.study_tables import study_pictures, study_tables
 
     if no_train and only:
@@ -77,7 +75,7 @@ def compare(
 
     if not dry_run:
         require_folder("ablations", out)
-    with live_line(progress()) as line:
+    with live_line(stderr_console()) as line:
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name, line.keep)
         if not dry_run:
             looking = names(sized)
@@ -95,21 +93,23 @@ def compare(
         return
     figures = study_figures(sized, answers)
     tables = study_tables(figures)
-    folder = new_folder("ablations", out)
-    write_json(folder / "metrics.json", figures)
-    write_json(folder / "system.json", {**system_info(), "jobs": jobs})
-    write_text(folder / "table.txt", table_text(*map(_rich, tables)))
-    with drawing_a_picture():
+    n_more = len(settled.settings.also_compare_to) + (2 if settled.settings.answers else 1)
+
+    def draw(folder: Path) -> None:
         for picture in study_pictures(figures):
             write_bytes(folder / picture.file, picture.png)
-    if as_json:
-        print_json({**figures, "folder": str(folder)})
-    else:
-        n_more = len(settled.settings.also_compare_to) + (2 if settled.settings.answers else 1)
-        drawn = [_rich(tables[0], _MAIN_COLUMNS), *map(_rich, tables[1 : 1 + n_more])]
-        results().print(*drawn, sep="\n")
-        words = f"written to {folder}: all columns and runs in table.txt, and on the page of psannlm report"
-        print_path(words)
+
+    publish(
+        "ablations",
+        out,
+        figures,
+        [_rich(table) for table in tables],
+        as_json,
+        shown=[_rich(tables[0], _MAIN_COLUMNS), *map(_rich, tables[1 : 1 + n_more])],
+        draw=draw,
+        system={**system_info(), "jobs": jobs},
+        remark=": all columns and runs in table.txt, and on the page of psannlm report",
+    )
     if not no_train:
         _refuse_failures(figures)
 
@@ -140,7 +140,7 @@ def _refuse_failures(figures: dict[str, Any]) -> None:
 def _show_plan(study: Study, jobs: int, as_json: bool) -> None:
     from psannlm.experiments.results import plan_tables, seconds_per_step
 
-    with live_line(progress()) as line:
+    with live_line(stderr_console()) as line:
         seconds = {}
         for run in study.runs:
             name = run.variant.variant.name
@@ -156,7 +156,7 @@ def _show_plan(study: Study, jobs: int, as_json: bool) -> None:
         }
         print_json({"variants": variants, "seconds_per_step": seconds, "runs": [run.name for run in study.runs]})
     else:
-        results().print(*map(_rich, tables), sep="\n")
+        stdout_console().print(*map(_rich, tables), sep="\n")
 
 
 def _rich(table: Table, columns: tuple[int, ...] = ()) -> RichTable:

@@ -23,9 +23,9 @@ from psannlm.commands.options import (
     live_line,
     naming_options,
     print_json,
-    progress,
-    results,
-    table_text,
+    stderr_console,
+    stdout_console,
+    write_artifact,
 )
 
 
@@ -50,8 +50,7 @@ def evaluate(
     from psannlm.config.train import TrainConfig
     from psannlm.evaluation.loss import evaluate_sources
     from psannlm.generation.quantize import prepare_for_inference
-    from psannlm.io.atomic import write_text
-    from psannlm.io.run_metadata import new_folder, require_folder, system_info, write_json
+    from psannlm.io.run_metadata import new_folder, require_folder
     from psannlm.models.artifact import load_model
     from psannlm.runtime.device import pick_device, pick_precision
     from psannlm.tokenizers.roundtrip import LOSSY
@@ -76,7 +75,7 @@ def evaluate(
         left = timedelta(seconds=round(elapsed * (total - done) / done))
         return f"evaluating: {done:,} of {total:,} windows, {done / elapsed:,.1f} windows/s, {left} left"
 
-    with live_line(progress()) as line:
+    with live_line(stderr_console()) as line:
         result, report = evaluate_sources(
             loaded,
             [PathSource(path=file, per_line=per_line, text_key=text_key, errors=errors) for file in files],
@@ -107,12 +106,10 @@ def evaluate(
     try:
         folder = new_folder("eval", out)
         rows.append(("written to", str(folder)))
-        write_json(folder / "metrics.json", metrics)
-        write_json(folder / "system.json", system_info())
-        write_text(folder / "table.txt", table_text(figures_table("evaluation", rows)))
+        write_artifact(folder, metrics, [figures_table("evaluation", rows)])
     finally:
         # Also where the disk has become full meanwhile: the work was done.
         if as_json:
             print_json({**metrics, "folder": None if folder is None else str(folder)})
         else:
-            results().print(figures_table("evaluation", rows))
+            stdout_console().print(figures_table("evaluation", rows))

@@ -23,7 +23,7 @@ from psannlm.commands.options import (
     find_model_file,
     live_line,
     print_json,
-    progress,
+    stderr_console,
     text_argument,
 )
 from psannlm.display import printable
@@ -104,7 +104,7 @@ def generate(
         left = timedelta(seconds=math.ceil(elapsed * (most_steps - n_steps) / n_steps))
         return f"generating: {n_tokens:,} tokens, {n_tokens / elapsed:,.1f} tokens/s, at most {left} left"
 
-    with live_line(progress()) if len(prompts) > 1 else nullcontext() as line:
+    with live_line(stderr_console()) if len(prompts) > 1 else nullcontext() as line:
         completions = complete(
             loaded.model,
             loaded.tokenizer,
@@ -162,7 +162,7 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 def _say(text: str) -> None:
-    progress().print(Text(printable(text, keep="\n")), style="dim", soft_wrap=True)
+    stderr_console().print(Text(printable(text, keep="\n")), style="dim", soft_wrap=True)
 
 
 def _write(text: str) -> None:

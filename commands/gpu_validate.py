@@ -12,13 +12,11 @@ from rich.text import Text
 
 from psannlm.commands.options import (
     JsonOption,
-    drawing_a_picture,
     live_line,
-    print_json,
-    print_path,
-    progress,
-    results,
+    publish,
+    stderr_console,
     table_text,
+    write_artifact,
 )
 
 if TYPE_CHECKING:
@@ -44,42 +42,44 @@ def gpu_validate(
     from psannlm.gpu_suite.log import SuiteLog
     from psannlm.gpu_suite.plots import draw_suite
     from psannlm.gpu_suite.suite import require_device, validate
-    from psannlm.io.atomic import write_text
     from psannlm.io.run_metadata import new_folder, system_info, write_json
 
     require_device(device, only or (), baseline, any_machine=baseline_any_machine)
     folder = new_folder("gpu", out)
     log = SuiteLog(folder / "stdout.log")
     write_json(folder / "system.json", system_info())
-    with live_line(progress()) as line:
+    with live_line(stderr_console()) as line:
 
         def say(text: str) -> None:
             log.say(text)
             line.show(text)
 
         def keep(report: SuiteReport) -> None:
-            # After every check: a battery that is killed leaves those behind that it was through with.
-            write_json(folder / "summary.json", report.as_dict())
-            write_text(folder / "table.txt", _tables(report))
+            # After every check: a suite that is killed leaves the results of the checks that it has finished.
+            write_artifact(folder, report.as_dict(), _tables(report), figures_file="summary.json")
 
         report = validate(
             device, only=only or (), baseline=baseline, any_machine=baseline_any_machine, say=say, on_report=keep
         )
-    log.add(_tables(report))
-    with drawing_a_picture():
-        draw_suite(folder, report)
-    if as_json:
-        print_json({**report.as_dict(), "folder": str(folder)})
-    else:
-        results().print(_overview(report))
-        print_path(f"written to {folder}")
+    tables = _tables(report)
+    log.add(table_text(*tables))
+    publish(
+        "gpu",
+        out,
+        report.as_dict(),
+        tables,
+        as_json,
+        shown=tables[:1],
+        draw=lambda folder: draw_suite(folder, report),
+        folder=folder,
+        figures_file="summary.json",
+    )
     if report.problems:
         raise LimitMissed("; ".join(report.problems))
 
 
-def _tables(report: SuiteReport) -> str:
-    text: str = table_text(_overview(report), *(_check_table(result) for result in report.results if result.measures))
-    return text
+def _tables(report: SuiteReport) -> list[Table]:
+    return [_overview(report), *(_check_table(result) for result in report.results if result.measures)]
 
 
 def _overview(report: SuiteReport) -> Table:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,13 +53,13 @@ def duration_s(text: str) -> float:
     return total
 
 
-def results() -> Console:
-    """The console for what was asked for (stdout)."""
+def stdout_console() -> Console:
+    """Return the console for results (stdout)."""
     return make_console()
 
 
-def progress() -> Console:
-    """The console for everything said on the way (stderr)."""
+def stderr_console() -> Console:
+    """Return the console for progress, notes and errors (stderr)."""
     return make_console(stderr=True)
 
 
@@ -80,12 +80,12 @@ def text_argument(text: str) -> str:
 
 def print_path(text: str, *, style: str = "") -> None:
     """Print a line that holds paths or a command on stdout; a terminal that is narrower wraps it itself."""
-    results().print(Text(printable(text, keep="\n")), style=style or None, soft_wrap=True)
+    stdout_console().print(Text(printable(text, keep="\n")), style=style or None, soft_wrap=True)
 
 
 def note(text: str) -> None:
     """Print a line on stderr."""
-    progress().print(Text(printable(text, keep="\n")), soft_wrap=True)
+    stderr_console().print(Text(printable(text, keep="\n")), soft_wrap=True)
 
 
 def reading(done_bytes: int, total_bytes: int, elapsed_s: float) -> str:
@@ -168,6 +168,75 @@ def table_text(*tables: Table) -> str:
     for table in tables:
         console.print(table)
     return page.getvalue()
+
+
+def write_artifact(
+    folder: Path,
+    metrics: dict[str, Any],
+    tables: Iterable[Table],
+    *,
+    figures_file: str = "metrics.json",
+    system: dict[str, Any] | None = None,
+) -> None:
+    """Write the files of an artifact folder: figures, tables and, unless it is there, ``system.json``.
+
+    Args:
+        figures_file: name of the file of figures.
+        system: what to write to ``system.json``; versions, machine and command line where None.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    from psannlm.io.atomic import write_text
+    from psannlm.io.run_metadata import system_info, write_json
+
+    write_json(folder / figures_file, metrics)
+    if not os.path.lexists(folder / "system.json"):
+        write_json(folder / "system.json", system_info() if system is None else system)
+    write_text(folder / "table.txt", table_text(*tables))
+
+
+def publish(
+    kind: str,
+    out: Path | None,
+    metrics: dict[str, Any],
+    tables: Sequence[Table],
+    as_json: bool,
+    *,
+    shown: Sequence[Table] | None = None,
+    draw: Callable[[Path], None] | None = None,
+    folder: Path | None = None,
+    figures_file: str = "metrics.json",
+    system: dict[str, Any] | None = None,
+    remark: str = "",
+) -> Path:
+    """Write the results of a command to an artifact folder, print them, and return the folder.
+
+    Args:
+        kind: which of ``reports/<kind>/<ts>`` is the folder, unless ``out`` is given.
+        tables: go to ``table.txt``, and to stdout unless ``shown`` lists others.
+        as_json: print ``metrics`` and the path of the folder as one JSON document instead of tables.
+        draw: writes pictures to the folder; where it fails, a note is printed and everything else is written.
+        folder: a folder that this command has made before.
+        figures_file, system: as in :func:`write_artifact`.
+        remark: follows the path in the line that names the folder.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    from psannlm.io.run_metadata import new_folder
+
+    folder = folder or new_folder(kind, out)
+    write_artifact(folder, metrics, tables, figures_file=figures_file, system=system)
+    if draw is not None:
+        with drawing_a_picture():
+            draw(folder)
+    if as_json:
+        print_json({**metrics, "folder": str(folder)})
+    else:
+        stdout_console().print(*(tables if shown is None else shown), sep="\n")
+        print_path(f"written to {folder}{remark}")
+    return folder
 
 
 def keep_record(folder: Path, kind: str, figures: dict[str, Any], *tables: Table) -> None:

@@ -18,8 +18,8 @@ from psannlm.commands.options import (
     live_line,
     print_json,
     print_path,
-    progress,
-    results,
+    stderr_console,
+    stdout_console,
 )
 from psannlm.display import shell_command, yaml_scalar
 
@@ -79,7 +79,7 @@ def prep(
         raise typer.BadParameter("name files, folders, globs or URLs", param_hint="CORPUS")
     if out is None:
         raise typer.BadParameter("name the folder to make", param_hint="--out")
-    console = progress()
+    console = stderr_console()
     with live_line(console) as line:
         reporter = _Reporter(line)
         if merge:
@@ -199,8 +199,8 @@ def _lost(fraction: float | None) -> list[tuple[str, str]]:
 def _show(result: PrepResult) -> None:
     if result.was_done:
         print_path(f"{result.folder} is prepared already; nothing to do")
-    results().print(_splits(result))
-    results().print(figures_table("corpus", _corpus_rows(result)))
+    stdout_console().print(_splits(result))
+    stdout_console().print(figures_table("corpus", _corpus_rows(result)))
     if result.manifest.part == "1/1":
         # In a clone the shipped configuration exists; elsewhere the user has to name one.
         config = _SHIPPED_CONFIG if Path(_SHIPPED_CONFIG).is_file() else "CONFIG"

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from psannlm.commands.options import DEFAULT_RUNS, JsonOption, figures_table, live_line, print_json, progress, results
+from psannlm.commands.options import (
+    DEFAULT_RUNS,
+    JsonOption,
+    figures_table,
+    live_line,
+    print_json,
+    stderr_console,
+    stdout_console,
+)
 
 if TYPE_CHECKING:
     from psannlm.reports.build import Report
@@ -54,7 +62,7 @@ def report(
         raise ConfigError(f"{also[0]}: name folders of runs with --runs, or runs to compare with --compare")
     if compare and (runs or kind or since or published):
         raise ConfigError("--compare takes run folders and --out, and no --runs, --kind or --since, nor --published")
-    with live_line(progress()) as line:
+    with live_line(stderr_console()) as line:
         line.show("reading")
         if compare:
             written = write_comparison([*compare, *(also or [])], system_info(), out=out)
@@ -84,4 +92,4 @@ def _show(written: Report) -> None:
     if len(written.unread) > 20:
         rows.append(("left out", f"{len(written.unread) - 20:,} more, listed on the page"))
     rows += [("page", str(written.page)), ("folder", str(written.folder))]
-    results().print(figures_table("report", rows))
+    stdout_console().print(figures_table("report", rows))

@@ -18,10 +18,10 @@ from psannlm.commands.options import (
     keep_record,
     live_line,
     print_json,
-    progress,
     quiet_pipe,
     reading,
-    results,
+    stderr_console,
+    stdout_console,
     text_argument,
 )
 from psannlm.display import printable
@@ -101,7 +101,7 @@ def tokenize(
         if as_json:
             print_json(card)
         else:
-            results().print(table)
+            stdout_console().print(table)
         return
     if out is not None:
         raise typer.BadParameter("nothing is written with --model; leave --out away", param_hint="--out")
@@ -186,7 +186,7 @@ def _fit(
     if options["sample_chars"] is None:
         del options["sample_chars"]
     began = time.monotonic()
-    with live_line(progress()) as line:
+    with live_line(stderr_console()) as line:
         return fit_with_card(
             [PathSource(path=path, per_line=per_line, text_key=text_key, errors=errors) for path in corpus],
             replace_option="--errors replace",

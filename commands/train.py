@@ -18,8 +18,8 @@ from psannlm.commands.options import (
     note,
     print_json,
     print_path,
-    progress,
-    results,
+    stderr_console,
+    stdout_console,
 )
 from psannlm.display import shell_argument
 from psannlm.errors import EXIT_OK, AlreadyTold
@@ -110,7 +110,7 @@ def train(
     result = run_training(
         run_config,
         resume=resume,
-        reporter=ConsoleReporter(progress()),
+        reporter=ConsoleReporter(stderr_console()),
         sampler=draw_samples,
         time_budget_s=time_budget,
     )
@@ -137,7 +137,7 @@ def _show_plan(plan: TrainingPlan) -> None:
     ]
     rows += [(f"memory: {part}", f"{n_bytes / 1e6:,.1f} MB") for part, n_bytes in plan.memory.items()]
     rows.append(("disk per checkpoint", f"{plan.checkpoint_bytes / 1e6:,.1f} MB"))
-    results().print(figures_table("plan", rows))
+    stdout_console().print(figures_table("plan", rows))
 
 
 def _passes(epochs: float) -> str:
@@ -183,7 +183,7 @@ def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
 
 
 def _show_result(result: TrainResult, table: Table) -> None:
-    results().print(table)
+    stdout_console().print(table)
     # Where generate looks by itself, the run that just ended is the newest one.
     is_found = result.folder.resolve().parent == DEFAULT_RUNS.resolve()
     where = "" if is_found else f" --checkpoint {shell_argument(result.folder)}"

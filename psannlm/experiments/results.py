@@ -18,7 +18,7 @@ from psannlm.experiments.runner import RunState, read_status
 from psannlm.experiments.statistics import Mean, PairedDifference, paired_difference
 from psannlm.experiments.task_accuracy import AnswerScore
 from psannlm.models.registry import build_model
-from psannlm.reports.page_model import Table, tell
+from psannlm.reports.page_model import Table, format_value
 from psannlm.runtime.device import pick_device, pick_precision
 from psannlm.runtime.distributed import World
 from psannlm.training.optim import OptimizerSet
@@ -210,11 +210,11 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
     variants = [
         [
             sized.variant.name,
-            tell(sized.n_parameters),
+            format_value(sized.n_parameters),
             f"{sized.n_parameters / study.baseline.n_parameters - 1:+.2%}".replace("-", "−"),
-            f"{tell(sized.model.d_mlp)}{' (solved)' if sized.was_solved else ''}",
-            tell(sized.n_steps),
-            tell(sized.n_tokens),
+            f"{format_value(sized.model.d_mlp)}{' (solved)' if sized.was_solved else ''}",
+            format_value(sized.n_steps),
+            format_value(sized.n_tokens),
             f"{1e3 * seconds[sized.variant.name]:,.0f}",
         ]
         for sized in study.variants
@@ -238,8 +238,8 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
         [
             state.run.name,
             f"{state.run.lr:g}",
-            tell(state.run.seed),
-            tell(state.run.variant.n_tokens),
+            format_value(state.run.seed),
+            format_value(state.run.variant.n_tokens),
             f"{seconds[state.run.variant.variant.name] * (state.run.variant.n_steps - state.step):,.0f}",
             state.state,
         ]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from psannlm.io.readers import number
-from psannlm.reports.page_model import Headline, Table, tell
+from psannlm.reports.page_model import Headline, Table, format_value
 
 # Rates that were published for this model size stand among the headlines where they were measured.
 _PUBLISHED_FOR = ("respsann, 131,072 tokens: forward", "waveresnet, 131,072 tokens: forward")
@@ -41,7 +41,7 @@ def _has(check: dict[str, Any]) -> bool:
 def _checks(figures: dict[str, Any]) -> Table:
     machine = figures["machine"]
     rows = [
-        [check["check"], check["title"], check["status"], tell(check["seconds"], 3), _says(check)]
+        [check["check"], check["title"], check["status"], format_value(check["seconds"], 3), _says(check)]
         for check in figures["checks"]
     ]
     name = f"{machine['n_devices']} × {machine['name']}, torch {machine['torch']}"
@@ -59,7 +59,7 @@ def _says(check: dict[str, Any]) -> str:
         return str(check["skipped"])
     missed = [measure for measure in check["measures"] if not measure["is_met"]]
     if missed:
-        return "; ".join(f"{_name(m)}: {tell(m['value'])} {m['unit']} ({_limit(m)})" for m in missed)
+        return "; ".join(f"{_name(m)}: {format_value(m['value'])} {m['unit']} ({_limit(m)})" for m in missed)
     return f"{len(check['measures'])} limits kept" if check["measures"] else "nothing was measured"
 
 
@@ -86,13 +86,13 @@ def _name(measure: dict[str, Any]) -> str:
 def _value(measure: dict[str, Any]) -> str:
     spread = measure["spread"]
     if spread is None:
-        return tell(measure["value"])
+        return format_value(measure["value"])
     lowest, highest = spread
-    return tell({"median": measure["value"], "lowest": lowest, "highest": highest})
+    return format_value({"median": measure["value"], "lowest": lowest, "highest": highest})
 
 
 def _limit(measure: dict[str, Any]) -> str:
-    return f"{'≤' if measure['side'] == 'at most' else '≥'} {tell(measure['limit'])}"
+    return f"{'≤' if measure['side'] == 'at most' else '≥'} {format_value(measure['limit'])}"
 
 
 def battery_headlines(figures: dict[str, Any]) -> list[Headline]:
@@ -108,8 +108,8 @@ def battery_headlines(figures: dict[str, Any]) -> list[Headline]:
     for check in checks:
         for measure in check["measures"]:
             if measure["name"] in _PUBLISHED_FOR and measure["limit"] > 0:
-                label, why = measure["name"], f"at least {tell(measure['limit'])}: {measure['reason']}"
-                found.append(Headline(tell(measure["value"]), measure["unit"], label, why))
+                label, why = measure["name"], f"at least {format_value(measure['limit'])}: {measure['reason']}"
+                found.append(Headline(format_value(measure["value"]), measure["unit"], label, why))
     return found
 
 

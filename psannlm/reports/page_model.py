@@ -137,32 +137,33 @@ def lossy_mark(row: Mapping[str, Any]) -> str:
     return LOSSY if row.get("lossy_tokenizer") else ""
 
 
-def tell(value: object, digits: int = 4) -> str:
+def format_value(value: object, digits: int = 4) -> str:
     """Return a value as a person reads it: numbers grouped and rounded to ``digits``, a dash where there is none."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
-        return f"{value:,}" if abs(value) < 10**18 else _tell_huge(value, digits)
+        return f"{value:,}" if abs(value) < 10**18 else _format_huge(value, digits)
     if isinstance(value, float):
-        return tell_float(value, digits)
+        return format_float(value, digits)
     if isinstance(value, dict) and is_spread(value):
-        return f"{tell(value['median'], digits)} ({tell(value['lowest'], digits)} to {tell(value['highest'], digits)})"
+        median, lowest, highest = (format_value(value[key], digits) for key in ("median", "lowest", "highest"))
+        return f"{median} ({lowest} to {highest})"
     if isinstance(value, (list, tuple)):
-        joined = ", ".join(tell(item, digits) for item in value) if len(value) <= 8 else f"{len(value):,} items"
+        joined = ", ".join(format_value(item, digits) for item in value) if len(value) <= 8 else f"{len(value):,} items"
         return shortened(joined, _LONGEST_CELL)
     return "empty" if isinstance(value, dict) else shortened(value, _LONGEST_CELL)
 
 
-def _tell_huge(value: int, digits: int) -> str:
+def _format_huge(value: int, digits: int) -> str:
     try:
         return f"{float(value):.{digits}g}"
     except OverflowError:
         return f"about {'−' if value < 0 else ''}1e{round((value.bit_length() - 1) * math.log10(2))}"
 
 
-def tell_float(value: float, digits: int = 4) -> str:
+def format_float(value: float, digits: int = 4) -> str:
     """Return ``value`` with ``digits`` significant digits, grouped when large and in powers of ten when minute."""
     if not math.isfinite(value):
         return "–"
@@ -178,4 +179,4 @@ def signed(value: float | None, digits: int = 4) -> str:
     """Return a difference with its sign (a true minus)."""
     if value is None:
         return "–"
-    return f"{'+' if value > 0 else '−' if value < 0 else '±'}{tell_float(abs(value), digits)}"
+    return f"{'+' if value > 0 else '−' if value < 0 else '±'}{format_float(abs(value), digits)}"

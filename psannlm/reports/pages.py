@@ -24,9 +24,9 @@ from psannlm.reports.page_model import (
     Printed,
     Section,
     Table,
+    format_float,
+    format_value,
     lossy_mark,
-    tell,
-    tell_float,
 )
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
 from psannlm.reports.runs import RunRecord
@@ -177,15 +177,15 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
         rows.append(
             [
                 run.name,
-                tell(row["val_loss"]),
-                tell(row["bits_per_byte"]) + lossy_mark(row),
-                tell(row["perplexity"]),
-                tell(row["val_step"]),
-                tell(row["train_loss"]),
-                tell(row["step"]),
-                tell(row["tokens"]),
-                tell(row["tokens_per_s"], 3),
-                tell(row["parameters"]),
+                format_value(row["val_loss"]),
+                format_value(row["bits_per_byte"]) + lossy_mark(row),
+                format_value(row["perplexity"]),
+                format_value(row["val_step"]),
+                format_value(row["train_loss"]),
+                format_value(row["step"]),
+                format_value(row["tokens"]),
+                format_value(row["tokens_per_s"], 3),
+                format_value(row["parameters"]),
                 base,
                 run.corpus,
                 "–" if peak is None else f"{peak / 1e6:,.0f}",
@@ -234,11 +234,14 @@ def _run_headlines(runs: Sequence[RunRecord]) -> list[Headline]:
     if scored:
         best = min(scored, key=lambda run: run.as_dict()["bits_per_byte"])
         row = best.as_dict()
-        of = f"{best.name}, {tell(row['parameters'])} parameters, on {best.corpus}"
+        of = f"{best.name}, {format_value(row['parameters'])} parameters, on {best.corpus}"
         found.append(Headline(f"{row['bits_per_byte']:.3f}{lossy_mark(row)}", "bits per byte", "Best validation", of))
         found.append(
             Headline(
-                tell(row["val_loss"]), "nats per token", "Its validation loss", f"perplexity {tell(row['perplexity'])}"
+                format_value(row["val_loss"]),
+                "nats per token",
+                "Its validation loss",
+                f"perplexity {format_value(row['perplexity'])}",
             )
         )
     rated = [run for run in runs if run.tokens_per_s is not None]
@@ -246,7 +249,7 @@ def _run_headlines(runs: Sequence[RunRecord]) -> list[Headline]:
         fastest = max(rated, key=lambda run: (run.tokens_per_s or {})["median"])
         median = (fastest.tokens_per_s or {})["median"]
         of = f"{fastest.name}; {Origin.of(fastest.system).machine}"
-        found.append(Headline(tell_float(median, 3), "tokens/s", "Fastest training run", of))
+        found.append(Headline(format_float(median, 3), "tokens/s", "Fastest training run", of))
     return found
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from psannlm.display import printable
 from psannlm.io.figures import render_formats
-from psannlm.reports.page_model import Picture, tell_float
+from psannlm.reports.page_model import Picture, format_float
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,7 +149,7 @@ def draw_bars(file: str, bars: Sequence[Bar], label: str, caption: str, *, zero_
             axes.axvline(0.0, color=_INK[0], linewidth=1)
             axes.margins(y=0.15)
 
-    values = "; ".join(f"{bar.name} {tell_float(float(bar.value))}" for bar in bars[:12])
+    values = "; ".join(f"{bar.name} {format_float(float(bar.value))}" for bar in bars[:12])
     return _picture(file, f"{label}: {values}", caption, draw, n_rows=len(bars))
 
 

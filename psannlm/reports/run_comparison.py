@@ -16,9 +16,9 @@ from psannlm.reports.page_model import (
     Section,
     Table,
     describe_machine,
+    format_value,
     lossy_mark,
     signed,
-    tell,
 )
 from psannlm.reports.pages import CURVE_FILE, drawn, loss_picture, origins_table, runs_table
 from psannlm.reports.plots import Curve, draw_curves
@@ -122,7 +122,7 @@ def _deltas_table(first: RunRecord, others: Sequence[RunRecord]) -> Table:
                 signed(delta["bits_per_byte"]) + lossy_mark(delta),
                 signed(delta["train_loss"]),
                 "–" if delta["tokens_per_s_ratio"] is None else f"{delta['tokens_per_s_ratio']:.3f}",
-                "–" if rates is None else f"{tell(rates['lowest'], 3)} to {tell(rates['highest'], 3)}",
+                "–" if rates is None else f"{format_value(rates['lowest'], 3)} to {format_value(rates['highest'], 3)}",
                 _signed_whole(delta["parameters"]),
                 _signed_whole(None if peak is None else round(peak / 1e6)),
             ]
@@ -176,4 +176,4 @@ def _setting(value: object) -> str:
         return "; ".join(f"{key}: {_setting(item)}" for key, item in value.items())
     if isinstance(value, float):
         return f"{value:g}"
-    return "null" if value is None else tell(value)
+    return "null" if value is None else format_value(value)

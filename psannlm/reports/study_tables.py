@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from psannlm.reports.page_model import Headline, Picture, Table, lossy_mark, signed, tell, tell_float
+from psannlm.reports.page_model import Headline, Picture, Table, format_float, format_value, lossy_mark, signed
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
 
 NATS = "nats per token"
@@ -52,10 +52,10 @@ def _results(figures: dict[str, Any]) -> Table:
                 _interval(difference),
                 "–" if bits is None else f"{bits['mean']:.4f}{lossy_mark(variant)}",
                 _rate(variant),
-                tell(0 if loss is None else loss["n"]),
-                tell(variant["parameters"]),
-                tell(variant["tokens_per_s"], 3),
-                tell(variant["training_s"], 3),
+                format_value(0 if loss is None else loss["n"]),
+                format_value(variant["parameters"]),
+                format_value(variant["tokens_per_s"], 3),
+                format_value(variant["training_s"], 3),
                 "–" if variant["peak_memory_bytes"] is None else f"{variant['peak_memory_bytes'] / 1e6:,.0f}",
             ]
         )
@@ -76,7 +76,13 @@ def _against(other: str, differences: dict[str, Any]) -> Table:
             continue
         share = 100 * difference["mean"] / difference["baseline_mean"]
         rows.append(
-            [name, signed(difference["mean"], 3), _interval(difference), signed(share, 2), tell(difference["n"])]
+            [
+                name,
+                signed(difference["mean"], 3),
+                _interval(difference),
+                signed(share, 2),
+                format_value(difference["n"]),
+            ]
         )
     return Table(
         f"Compared to {other}",
@@ -205,10 +211,10 @@ def _parameters(figures: dict[str, Any]) -> Table:
     rows = [
         [
             variant["name"],
-            tell(variant["parameters"]),
+            format_value(variant["parameters"]),
             f"{variant['parameters_over_baseline'] - 1:+.2%}".replace("-", "−"),
-            tell(variant["d_mlp"]),
-            *(tell(variant["parameters_by_group"].get(group, 0)) for group in groups),
+            format_value(variant["d_mlp"]),
+            *(format_value(variant["parameters_by_group"].get(group, 0)) for group in groups),
         ]
         for variant in figures["variants"]
     ]
@@ -233,9 +239,9 @@ def _runs(figures: dict[str, Any]) -> Table:
             run["state"] if not run["reason"] else f"{run['state']}: {run['reason']}",
             "–" if run["val_loss"] is None else f"{run['val_loss']:.4f}",
             "–" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.4f}{lossy_mark(run)}",
-            tell(run["tokens"]),
-            tell(run["tokens_per_s"], 3),
-            tell(run["training_s"], 3),
+            format_value(run["tokens"]),
+            format_value(run["tokens_per_s"], 3),
+            format_value(run["training_s"], 3),
             "–" if run["peak_memory_bytes"] is None else f"{run['peak_memory_bytes'] / 1e6:,.0f}",
         ]
         for run in figures["runs"]
@@ -310,5 +316,5 @@ def study_headline(figures: dict[str, Any]) -> Headline | None:
         signed(difference["mean"], 3),
         NATS,
         f"{best['name']} against {figures['baseline']}",
-        f"{tell_float(100 * share, 2)} % {'less' if difference['mean'] < 0 else 'more'}; {interval}{chosen}",
+        f"{format_float(100 * share, 2)} % {'less' if difference['mean'] < 0 else 'more'}; {interval}{chosen}",
     )

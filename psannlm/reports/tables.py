@@ -10,7 +10,7 @@ from typing import Any
 
 from psannlm.display import shortened
 from psannlm.io.readers import is_spread, number
-from psannlm.reports.page_model import Table, tell
+from psannlm.reports.page_model import Table, format_value
 
 _MOST_ROWS = 200
 _MOST_TABLES = 50
@@ -58,7 +58,7 @@ def tables_of(figures: dict[str, Any], skip: frozenset[str] = frozenset()) -> It
         else:
             n_rows += 1
             if n_rows <= _MOST_ROWS:
-                rows.append((heading(key), tell(value)))
+                rows.append((heading(key), format_value(value)))
     yield from tables
     left_out = [(n_rows - len(rows), "rows"), (n_tables - len(tables), "tables")]
     note = "; ".join(f"{count:,} more {what} are in the artifact" for count, what in left_out if count > 0)
@@ -108,7 +108,7 @@ def rows_table(title: str, rows: list[dict[str, Any]]) -> Table:
         notes.append(f"{len(rows) - _MOST_ROWS:,} more rows are in the artifact")
     keys = keys[:_MOST_COLUMNS]
     numbers = frozenset(at for at, key in enumerate(keys) if _is_numeric([row.get(key) for row in flat]))
-    cells = [[tell(row.get(key)) for key in keys] for row in flat]
+    cells = [[format_value(row.get(key)) for key in keys] for row in flat]
     return Table(title[:1].upper() + title[1:], [heading(key) for key in keys], cells, numbers, "; ".join(notes))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from psannlm.reports.page_model import Table, tell
+from psannlm.reports.page_model import Table, format_value
 from psannlm.reports.tables import tables_of
 
 _HEADINGS = (
@@ -28,9 +28,8 @@ def rates_tables(figures: dict[str, Any]) -> list[Table]:
         KeyError, TypeError, AttributeError, ValueError: the figures are not those of a training benchmark.
     """
     rows = [_row(row) for row in figures["rows"]]
-    note = (
-        f"{tell(figures['batch_tokens'])} tokens a step, windows of {tell(figures['seq_len'])}; {figures['precision']}"
-    )
+    batch_tokens, seq_len = format_value(figures["batch_tokens"]), format_value(figures["seq_len"])
+    note = f"{batch_tokens} tokens per step, windows of {seq_len}; {figures['precision']}"
     problems = "; ".join(str(problem) for problem in figures["problems"])
     if problems:
         note += f". What makes the figures worth less: {problems}"
@@ -48,12 +47,12 @@ def _row(row: dict[str, Any]) -> list[str]:
     }
     return [
         row["name"],
-        tell(rate, 3),
-        tell(row["ours_over_it"], 3),
+        format_value(rate, 3),
+        format_value(row["ours_over_it"], 3),
         f"{100 * row['utilisation']:.1f} %",
-        tell(1e3 * row["step_s"], 3),
-        tell(row["first_step_s"], 3),
+        format_value(1e3 * row["step_s"], 3),
+        format_value(row["first_step_s"], 3),
         "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}",
-        tell(row["parameters"]),
-        f"{tell(row['first_loss'])}, {tell(row['last_loss'])}",
+        format_value(row["parameters"]),
+        f"{format_value(row['first_loss'])}, {format_value(row['last_loss'])}",
     ]

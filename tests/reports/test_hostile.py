@@ -19,7 +19,7 @@ from psannlm.io.readers import Unreadable, number, read_bytes, read_json, read_y
 from psannlm.io.run_metadata import write_json
 from psannlm.reports.build import Report, write_comparison, write_report
 from psannlm.reports.gather import gather
-from psannlm.reports.page_model import Table, tell
+from psannlm.reports.page_model import Table, format_value
 from psannlm.reports.runs import read_run
 from psannlm.reports.tables import memory_rows, rate_rows, tables_of
 
@@ -295,8 +295,8 @@ def test_a_log_of_blank_or_foreign_lines_is_given_up_soon(tmp_path: Path, make_r
 def test_numbers_beyond_floats_are_none_and_are_told() -> None:
     assert number(10**400) is None
     assert number(10**300) == 10**300
-    assert tell(10**400) == "about 1e400"
-    assert tell(-(10**400)) == "about −1e400"
+    assert format_value(10**400) == "about 1e400"
+    assert format_value(-(10**400)) == "about −1e400"
 
 
 def test_cells_that_are_not_text_are_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from psannlm.reports.page_model import signed, tell, tell_float
+from psannlm.reports.page_model import format_float, format_value, signed
 from psannlm.reports.tables import heading, rate_rows, tables_of
 
 
@@ -24,12 +24,12 @@ from psannlm.reports.tables import heading, rate_rows, tables_of
     ],
 )
 def test_numbers_as_a_person_reads_them(value: object, told: str) -> None:
-    assert tell(value) == told
+    assert format_value(value) == told
 
 
 def test_signs() -> None:
     assert (signed(-0.25, 2), signed(0.25, 2), signed(0.0, 2), signed(None)) == ("−0.25", "+0.25", "±0", "–")
-    assert tell_float(-1234.5) == "-1,234"
+    assert format_float(-1234.5) == "-1,234"
 
 
 def test_units_leave_the_name() -> None:
