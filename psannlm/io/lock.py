@@ -1,4 +1,12 @@
-"""A folder to the one process that may write in it: a lock that ends with its process, however that ends."""
+"""Run lock: one process at a time may write in a folder; the lock ends with its process.
+
+The package ``filelock`` is not used because it cannot keep three guarantees of this lock:
+
+- A released folder is as it was before. ``filelock`` leaves its lock file in place.
+- A file of the user at the path of the lock, or a hard link to one, is refused and never written. ``filelock`` accepts
+  any regular file.
+- The error names the process that holds the lock. ``filelock`` knows no owner.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +23,24 @@ from psannlm.errors import StorageError
 from psannlm.io.atomic import explain_write_errors
 
 LOCK_FILE = ".lock"
-# A lock file holds the number of the process that took it last; nothing is written over anything else.
+# A lock file holds the PID of the last owner. A file with any other content is never overwritten.
 _CONTENT = re.compile(rb"(?:[0-9]{1,20}\n)?")
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunLock:
-    """Holds ``folder`` within its context: makes it where it is missing, and lets nobody else work in it.
+    """Exclusive use of ``folder`` within the context; the folder is created if it is missing.
 
-    ``option`` is what a person sets to work in another folder; whoever is refused is told of it.
-    The system forgets the lock when the process ends, so one that was killed blocks nobody. At the end the lock's file
-    is removed, and with it the folders made for it that are still empty. On a file system without locks there is none.
+    The operating system releases the lock when the process ends, so a killed process blocks nobody. On release the lock
+    file is removed, and with it the folders that were created for it and are still empty. On a file system without
+    locks, nothing is locked.
+
+    Args:
+        option: the setting that chooses another folder; named in the error message.
 
     Raises:
-        StorageError: another process works in the folder, it cannot be written, or something that is not a lock file
-            of psannlm has its name.
+        StorageError: another process uses the folder, it cannot be written, or a file at the path of the lock is not a
+            lock file of psannlm.
     """
 
     def __init__(self, folder: Path, option: str = "train.checkpoint_dir") -> None:
@@ -37,7 +48,7 @@ class RunLock:
         self._option = option
         self._handle: int | None = None
         self._made: list[Path] = []
-        # An empty file that was there before may be the user's: it is left, empty again, and not removed.
+        # An existing empty file may be the user's: it is emptied again on release, and not removed.
         self._is_new = self._was_empty = False
 
     def __enter__(self) -> RunLock:
@@ -55,14 +66,14 @@ class RunLock:
         self._end()
 
     def move_folder(self, target: Path) -> None:
-        """Give the folder another name, which is free for others then, and hold a new, empty one in its place."""
+        """Rename the folder, release it under its new name, and lock a new empty folder in its place."""
         with explain_write_errors(target):
             self.folder.rename(target)
-        self._let_go(target)
+        self._release(target)
         self._take()
 
     def _end(self) -> None:
-        self._let_go(self.folder)
+        self._release(self.folder)
         with suppress(OSError):
             for path in self._made:
                 path.rmdir()
@@ -72,14 +83,14 @@ class RunLock:
         with explain_write_errors(self.folder):
             while self._handle is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with suppress(FileNotFoundError):  # the folder of a run that just ended without a word in it
+                with suppress(FileNotFoundError):  # race: the previous owner has just removed its empty folder
                     self._handle, self._is_new = _locked(path, self._option)
             self._was_empty = os.fstat(self._handle).st_size == 0 and not self._is_new
             os.ftruncate(self._handle, 0)
             os.write(self._handle, f"{os.getpid()}\n".encode())
 
-    def _let_go(self, folder: Path) -> None:
-        """Remove the file first: whoever opened it before finds that it is gone, and makes another."""
+    def _release(self, folder: Path) -> None:
+        """Remove the file, then unlock: a process that opened it before sees that it is gone, and creates another."""
         if self._handle is not None:
             with suppress(OSError):
                 if self._was_empty:
@@ -91,7 +102,7 @@ class RunLock:
 
 
 def _locked(path: Path, option: str) -> tuple[int | None, bool]:
-    """Return the open, locked file at ``path``, or None when it was removed meanwhile; and whether this made it."""
+    """Return the open, locked file at ``path`` (None: it was removed meanwhile) and whether this call created it."""
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     is_new = False
     try:
@@ -100,7 +111,7 @@ def _locked(path: Path, option: str) -> tuple[int | None, bool]:
         try:
             handle, is_new = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644), True
         except FileExistsError:
-            return None, False  # somebody else made it just now, or it is a dangling link: the next try tells
+            return None, False  # another process has just created it, or it is a dangling link: the next try decides
     except OSError as error:
         # ELOOP: a symbolic link. EISDIR: a folder. ENXIO: a FIFO or socket.
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
@@ -120,7 +131,7 @@ def _locked(path: Path, option: str) -> tuple[int | None, bool]:
         os.close(handle)
         if isinstance(error, BlockingIOError):
             raise StorageError(
-                f"process {holder or 'unknown'} is at work in {path.parent}; wait for it to end, or choose another "
+                f"process {holder or 'unknown'} is using {path.parent}; wait for it to end, or choose another "
                 f"folder with {option}"
             ) from None
         raise
@@ -131,21 +142,22 @@ def _locked(path: Path, option: str) -> tuple[int | None, bool]:
 
 
 def _refuse_foreign(handle: int, path: Path, option: str) -> None:
-    """Raise StorageError unless the open file is a regular one with a single name and the content of a lock."""
+    """Raise StorageError unless the open file is regular, has a single name and the content of a lock file."""
     found = os.fstat(handle)
-    # No link at all: the run that held it has just removed it.
+    # A link count of 0 is accepted: the previous owner has just removed the file.
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or not _CONTENT.fullmatch(os.pread(handle, 64, 0)):
         raise _not_a_lock(path, option)
 
 
 def _not_a_lock(path: Path, option: str) -> StorageError:
     return StorageError(
-        f"{path} is in the way: it is not a lock file of psannlm, so it stays as it is. Move or rename it, or choose "
+        f"{path} is in the way: it is not a lock file of psannlm and is not overwritten. Move or rename it, or choose "
         f"another folder with {option}."
     )
 
 
 def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is the one at ``path``."""
     try:
         return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:

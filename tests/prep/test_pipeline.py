@@ -261,7 +261,7 @@ def test_a_finished_folder_is_left_alone(
 
 
 def test_two_preparations_of_one_folder_are_one_too_many(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
-    with RunLock(tmp_path / "out"), pytest.raises(StorageError, match=r"is at work in .*out; .* with --out"):
+    with RunLock(tmp_path / "out"), pytest.raises(StorageError, match=r"is using .*out; .* with --out"):
         prepare(corpus)
 
 

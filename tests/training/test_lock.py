@@ -29,7 +29,7 @@ def test_a_run_is_held_from_before_its_corpus_is_read_to_its_last_step(tiny_run:
             self.again()
 
         def again(self) -> None:
-            with pytest.raises(StorageError, match="is at work in"):
+            with pytest.raises(StorageError, match="is using"):
                 train(config, resume=resume)
             refused.append("")
 
