@@ -6,17 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from psannlm.config.data import DataConfig
+from psannlm.config.non_semantic import KEYS_FREE_IN_STUDY
 from psannlm.config.run import differences, load_config
 from psannlm.data.prepare import PreparedData
 from psannlm.errors import ConfigError, Problem
 from psannlm.experiments.model import StudyRun, fits_tokenizer, tokenizer_path
 from psannlm.experiments.plan import StudyPlan
 from psannlm.io.readers import Unreadable
-from psannlm.reports.runs import CONFIG_FILE, HOUSEKEEPING, METRICS_FILE, read_run
+from psannlm.reports.runs import CONFIG_FILE, METRICS_FILE, read_run
 from psannlm.tokenizers.resolve import load_tokenizer
 
-# Differences that do not make a run another one: where it is, and what it keeps and tells.
-_ASIDE = HOUSEKEEPING | {"train.device", "train.sample_prompts"}
 _MOST_TOLD = 12
 
 
@@ -57,9 +56,11 @@ def _former_differences(run: StudyRun, data: Mapping[DataConfig, PreparedData]) 
             yield Problem(run.name, f"holds a run without its {CONFIG_FILE}, and nothing tells what was trained")
         return
     # A tokenizer that the study fits lies in its folder, wherever that is; every other is a part of what is compared.
-    aside = _ASIDE | ({"data.tokenizer_model_path"} if fits_tokenizer(run.variant.variant.config.data) else set())
+    ignored = set(KEYS_FREE_IN_STUDY)
+    if fits_tokenizer(run.variant.variant.config.data):
+        ignored.add("data.tokenizer_model_path")
     for line in differences(load_config(path, check_files=False), run.config):
-        if line.split(":")[0] not in aside:
+        if line.split(":")[0] not in ignored:
             yield Problem(run.name, f"was made with other settings: {line}")
     if path != run.config_path:
         yield from _former_text(run, data[run.variant.variant.config.data])

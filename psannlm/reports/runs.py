@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from psannlm.config.non_semantic import BOOKKEEPING_KEYS
 from psannlm.config.validation import with_present_keys
 from psannlm.io.atomic import is_plain_folder, read_head
 from psannlm.io.limits import MAX_HEADER_VALUES, json_values
@@ -20,10 +21,6 @@ from psannlm.io.readers import Unreadable, flatten, number, read_json, read_text
 from psannlm.io.records import read_record
 
 METRICS_FILE, CONFIG_FILE, SYSTEM_FILE = "metrics.jsonl", "config.yaml", "system.json"
-# Settings that say where and how a run was made, not what it is.
-HOUSEKEEPING = frozenset(
-    f"train.{key}" for key in ("checkpoint_dir", "log_interval_steps", "save_interval_steps", "keep_checkpoints")
-)
 _DEEPEST = 6
 # exp of more is no float.
 _LARGEST_LOSS = 709.0
@@ -153,7 +150,7 @@ class RunRecord:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that make the run what it is."""
-        return {key: value for key, value in self.config.items() if key not in HOUSEKEEPING}
+        return {key: value for key, value in self.config.items() if key not in BOOKKEEPING_KEYS}
 
     def points(self, kind: str = "eval") -> list[tuple[int, float, float]]:
         """Return (tokens seen, seconds of training, loss) of the validations, or of the logged steps (``train``).

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from psannlm.config.non_semantic import NON_SEMANTIC_KEYS
 from psannlm.config.run import RunConfig, differences
 from psannlm.data.order import ORDER_VERSION
 from psannlm.data.prepare import PREPARATION, PreparedData
@@ -34,27 +35,6 @@ from psannlm.training.loop import Progress
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.progress import Reporter
 from psannlm.training.run_folder import foreign_entry
-
-# Keys that may differ between a run and its continuation: they change what is kept or how fast it goes, not the model.
-_NEUTRAL_KEYS = frozenset(
-    f"train.{key}"
-    for key in (
-        "checkpoint_dir",
-        "log_interval_steps",
-        "save_interval_steps",
-        "keep_checkpoints",
-        "device",
-        "ddp",
-        "fsdp",
-        "grad_sync",
-        "compile",
-        "grad_checkpoint",
-        "on_nonfinite",
-        "sample_prompts",
-        "sample_tokens",
-        "tensorboard",
-    )
-)
 
 
 def identity(data: PreparedData) -> dict[str, Any]:
@@ -102,7 +82,7 @@ def find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter)
     except (ValidationError, ConfigError) as error:
         reason = " ".join(str(error).split())
         raise ArtifactError(f"{found[0]} holds a configuration this version cannot read: {reason:.300}") from error
-    changed = [line for line in differences(former, config) if line.partition(":")[0] not in _NEUTRAL_KEYS]
+    changed = [line for line in differences(former, config) if line.partition(":")[0] not in NON_SEMANTIC_KEYS]
     if resume != "auto":
         for line in changed:
             reporter.notice(f"changed since the checkpoint: {line}")
