@@ -29,7 +29,15 @@ from psannlm.commands import schema as schema_command
 from psannlm.commands import tokenize as tokenize_command
 from psannlm.commands import train as train_command
 from psannlm.display import printable
-from psannlm.errors import EXIT_FAILED, EXIT_INTERRUPTED, AlreadyTold, ConfigError, PsannlmError, RankError, describe
+from psannlm.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    AlreadyReported,
+    ConfigError,
+    PsannlmError,
+    RankError,
+    describe,
+)
 from psannlm.io.limits import raise_open_files
 from psannlm.runtime.streams import flush_output, guarding_streams, say
 
@@ -189,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
         except PsannlmError as error:
             if debug:
                 raise
-            if not isinstance(error, AlreadyTold):
+            if not isinstance(error, AlreadyReported):
                 _tell(error)
             sys.exit(error.exit_code)
         except BrokenPipeError:

@@ -85,7 +85,7 @@ def bench_train(
     from psannlm.io.run_metadata import require_folder, timestamp
     from psannlm.models.registry import resolve
     from psannlm.runtime.device import pick_device
-    from psannlm.runtime.malloc import keep_freed_memory
+    from psannlm.runtime.malloc import retain_freed_memory
 
     sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
     with naming_options("model"):
@@ -108,7 +108,7 @@ def bench_train(
         against=against,
     )
     require_folder("throughput", out)
-    keep_freed_memory()
+    retain_freed_memory()
     chosen = pick_device(device)
     with live_line(stderr_console()) as line:
         report = measure(

@@ -1,4 +1,4 @@
-"""psannlm train: a YAML configuration to a trained model, its metrics and its loss curve."""
+"""psannlm train: train a model from a YAML configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from psannlm.commands.options import (
     stdout_console,
 )
 from psannlm.display import shell_argument
-from psannlm.errors import EXIT_OK, AlreadyTold
+from psannlm.errors import EXIT_OK, AlreadyReported
 from psannlm.runtime.streams import write_output
 
 if TYPE_CHECKING:
@@ -36,32 +36,37 @@ def train(
         Path, typer.Argument(metavar="CONFIG", help="YAML file with the sections model, data and train.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key: train.lr=3e-4.")
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one configuration key, such as train.lr=3e-4."),
     ] = None,
     resume: Annotated[
         str,
         typer.Option(
-            help="auto: go on from the run folder's newest whole checkpoint; never: start anew (a run that is there is "
-            "moved aside); or the path of a checkpoint."
+            help="Checkpoint to resume from: auto, the latest valid one of the run folder; never, start from scratch "
+            "(an existing run folder is renamed); or the path of a checkpoint."
         ),
     ] = "auto",
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder, instead of train.checkpoint_dir.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Steps to train, instead of train.max_steps.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; overrides train.checkpoint_dir.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Number of the last step; overrides train.max_steps.", min=1)
+    ] = None,
     time_budget: Annotated[
         float | None,
         typer.Option(
             metavar="DURATION",
             parser=duration_s,
-            help="End after this time (90s, 20m, 1h30m): the step in hand is finished and saved, and the same command "
-            "goes on.",
+            help="Time limit, such as 90s, 20m or 1h30m (default none): the current step is finished and saved; "
+            "the same command resumes.",
         ),
     ] = None,
     n_ranks: Annotated[
         int | None,
-        typer.Option("--nproc", metavar="N", help="Train with N processes on this machine, one per GPU; see torchrun."),
+        typer.Option(
+            "--nproc", metavar="N", help="Number of training processes on this machine, one per GPU (default 1)."
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration, sizes and memory, and stop.")
+        bool, typer.Option("--dry-run", help="Print the resolved configuration, sizes and memory without training.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -97,16 +102,16 @@ def train(
             options.append(f"--time-budget={max(time_budget, 0.001):.3f}s")
         code = launch(run_config, n_ranks, options, debug="--debug" in context.obj)
         if code != EXIT_OK:
-            raise AlreadyTold("a rank has said why", code)
+            raise AlreadyReported("a rank has printed its error", code)
         return
 
     from psannlm.generation.generate import draw_samples
-    from psannlm.runtime.distributed import launched_world
-    from psannlm.runtime.malloc import keep_freed_memory
-    from psannlm.training.progress import ConsoleReporter
+    from psannlm.runtime.distributed import world_from_env
+    from psannlm.runtime.malloc import retain_freed_memory
+    from psannlm.training.console import ConsoleReporter
     from psannlm.training.run import train as run_training
 
-    keep_freed_memory()
+    retain_freed_memory()
     result = run_training(
         run_config,
         resume=resume,
@@ -114,7 +119,7 @@ def train(
         sampler=draw_samples,
         time_budget_s=time_budget,
     )
-    if not launched_world(run_config.train.ddp, run_config.train.fsdp).is_main:
+    if not world_from_env(run_config.train.ddp, run_config.train.fsdp).is_main:
         return
     table = figures_table("training", _result_rows(result))
     keep_record(result.folder, "train", result.as_dict(), table)
@@ -140,8 +145,8 @@ def _show_plan(plan: TrainingPlan) -> None:
     stdout_console().print(figures_table("plan", rows))
 
 
-def _passes(epochs: float) -> str:
-    """Return in words how much of the training text was seen."""
+def _describe_epochs(epochs: float) -> str:
+    """Return in words how much of the training text was read."""
     whole = int(epochs)
     if whole == 0:
         return f"{epochs:.1%} of the training text, once"
@@ -157,7 +162,7 @@ def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
     rows = [
         ("parameters", f"{result.parameters:,}"),
         ("steps", f"{result.steps:,}{spent}"),
-        ("epochs", f"{result.epochs:.3g}: {_passes(result.epochs)}"),
+        ("epochs", f"{result.epochs:.3g}: {_describe_epochs(result.epochs)}"),
         ("tokens", f"{result.tokens:,}"),
     ]
     if result.skipped:
@@ -174,7 +179,7 @@ def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
         ]
     if result.val_overlap:
         rows.append(
-            ("held-out text also in training", f"{result.val_overlap:.1%}, word for word: read the loss with care")
+            ("held-out text also in training", f"{result.val_overlap:.1%}, verbatim: the validation loss is too low")
         )
     rows += [("run folder", str(result.folder)), ("checkpoint", str(result.checkpoint))]
     if result.curve is not None:
@@ -184,7 +189,7 @@ def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
 
 def _show_result(result: TrainResult, table: Table) -> None:
     stdout_console().print(table)
-    # Where generate looks by itself, the run that just ended is the newest one.
+    # In its default folder, generate takes the newest run, which is this one.
     is_found = result.folder.resolve().parent == DEFAULT_RUNS.resolve()
     where = "" if is_found else f" --checkpoint {shell_argument(result.folder)}"
     print_path(f'next: psannlm generate --prompt "The "{where}', style="bold")

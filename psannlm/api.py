@@ -37,7 +37,8 @@ from psannlm.runtime.device import gpu_memory_bytes, pick_device
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
 from psannlm.training.callbacks import Callback
 from psannlm.training.checkpoint import find_checkpoint
-from psannlm.training.progress import ConsoleReporter, Reporter, SilentReporter
+from psannlm.training.console import ConsoleReporter
+from psannlm.training.reporting import Reporter, SilentReporter
 from psannlm.training.result import TrainResult
 from psannlm.training.trainer import Trainer
 

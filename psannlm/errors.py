@@ -1,7 +1,7 @@
-"""One tree of errors, each with the exit code the command line gives it.
+"""Exception classes of psannlm, each with the exit code of the command line.
 
-Every message says what went wrong, where, and what to do instead. Code that meets bad input raises one of these;
-only ``psannlm.commands`` turns them into text and an exit status.
+Every message states what went wrong, where, and the remedy. Only ``psannlm.commands`` turns exceptions into text and an
+exit code.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ EXIT_INTERRUPTED = 130
 
 
 class PsannlmError(Exception):
-    """Work that could not be done: the root of the tree (exit code 1)."""
+    """Base class of all errors that psannlm raises (exit code 1)."""
 
     exit_code = EXIT_FAILED
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a configuration.
+    """One error in a configuration.
 
-    ``path`` is dotted (``train.lr``), ``line`` the 1-based line of the YAML file when the value came from one.
+    ``path`` is dotted (``train.lr``), ``line`` the 1-based line of the YAML file if the value came from one.
     """
 
     path: str
@@ -44,7 +44,7 @@ class Problem:
 
 
 class ConfigError(PsannlmError):
-    """Wrong usage or configuration; carries every problem found, not only the first (exit code 2)."""
+    """Wrong usage or configuration, with every problem found, not only the first (exit code 2)."""
 
     exit_code = EXIT_USAGE
 
@@ -65,17 +65,17 @@ class ConfigError(PsannlmError):
 
 
 class UnknownKeyError(ConfigError, TypeError):
-    """A keyword argument that nothing knows: a TypeError too, which is what Python callers expect (exit code 2)."""
+    """An unknown keyword argument; also a TypeError, as Python callers expect (exit code 2)."""
 
 
 class CorpusError(PsannlmError):
-    """Text that cannot be read or is too little to work with (exit code 2)."""
+    """Text that cannot be read, or is too short (exit code 2)."""
 
     exit_code = EXIT_USAGE
 
 
 class TokenizerError(PsannlmError):
-    """A tokenizer that cannot be fitted, read or applied, or that is not the one an artifact was made with."""
+    """A tokenizer that cannot be trained, read or applied, or that differs from the one of an artifact."""
 
 
 class ArtifactError(PsannlmError):
@@ -83,69 +83,73 @@ class ArtifactError(PsannlmError):
 
 
 class StorageError(PsannlmError):
-    """A file that could not be written: disk full, no permission. What was there before is still there."""
+    """A file that could not be written, such as on a full disk or without permission. Existing files are unchanged."""
 
 
 class StreamError(PsannlmError):
-    """A standard stream that is closed or full. What the command wrote to files is there all the same."""
+    """A standard stream that is closed or full. Files that the command wrote are unaffected."""
 
 
 class PictureError(PsannlmError):
-    """A picture that cannot be drawn. The figures it would show are written and printed all the same."""
+    """A plot that cannot be drawn. Its values are still written and printed."""
 
 
 class WorkerError(PsannlmError):
-    """A process that did a part of the work ended before it was done."""
+    """A worker process that ended before its work was done."""
 
 
 class DeviceError(PsannlmError):
-    """A device, precision or process group that was asked for and is not to be had (exit code 2)."""
+    """A device, precision or process group that was requested but is unavailable (exit code 2)."""
 
     exit_code = EXIT_USAGE
 
 
 class TrainingError(PsannlmError):
-    """Training that cannot go on, such as a loss that is not finite."""
+    """Training that cannot continue, such as when memory runs out."""
+
+
+class DivergedError(TrainingError):
+    """A loss, gradient or parameter that is not finite, on any rank."""
 
 
 class RankError(TrainingError):
-    """A training of several ranks that ends because one of them failed; the exit code is that of the failure."""
+    """Training on several ranks that ends because one rank failed; the exit code is that of the failed rank."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-class AlreadyTold(RankError):
-    """The same, on a rank where there is nothing left to say: rank 0 tells what happened."""
+class AlreadyReported(RankError):
+    """A failure that another process has already printed: this one exits without a message."""
 
 
 class GenerationError(PsannlmError):
-    """A prompt or sampling setting that cannot be honoured (exit code 2)."""
+    """An invalid prompt or sampling setting (exit code 2)."""
 
     exit_code = EXIT_USAGE
 
 
 class LimitMissed(PsannlmError):
-    """A validation measured a value beyond its limit (exit code 3)."""
+    """A check measured a value beyond its limit (exit code 3)."""
 
     exit_code = EXIT_LIMIT_MISSED
 
 
 class Interrupted(PsannlmError):
-    """Stopped by the user or the scheduler; the state was saved (exit code 130)."""
+    """A stop by the user or the scheduler, after the state was saved (exit code 130)."""
 
     exit_code = EXIT_INTERRUPTED
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out: torch has a class of its own for GPUs and a plain one for CPUs."""
+    """Whether ``error`` means that memory ran out. torch has its own class for GPUs and raises RuntimeError on CPUs."""
     is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return is_named or "allocate memory" in str(error)
 
 
 def is_out_of_files(error: BaseException | None) -> bool:
-    """Whether ``error``, or what caused it, says that this process or the system has too many files open."""
+    """Whether ``error``, or its cause, means that this process or the system has too many open files."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             return True
@@ -169,7 +173,7 @@ def describe(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the known name closest to ``name`` in any case, or an empty string."""
+    """Return `` (did you mean 'x'?)`` for the known name closest to ``name``, ignoring case, or an empty string."""
     by_lower = {known_name.lower(): known_name for known_name in reversed(list(known))}
     matches = get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
     return f" (did you mean '{by_lower[matches[0]]}'?)" if matches else ""

@@ -76,7 +76,7 @@ def steps(run: Path) -> int:
 def test_a_training_whose_terminal_closes_is_saved(project: Path) -> None:
     done = hang_up(["train", "config.yaml"], lambda: steps(project / "run") >= 3)
     assert done.returncode == 130, done.stderr
-    assert "the same command goes on" in done.stderr
+    assert "run the same command to resume" in done.stderr
     (saved,) = (project / "run").glob("step_*")
     assert saved.name == f"step_{steps(project / 'run'):08d}"
 

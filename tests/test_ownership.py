@@ -59,6 +59,7 @@ FILES = (
     "model.safetensors",
     "report.html",
     "report.md",
+    "status.json",
     "stdout.log",
     "summary.json",
     "system.json",

@@ -22,7 +22,7 @@ from psannlm.reports.page_model import Table, format_value
 from psannlm.runtime.device import pick_device, pick_precision
 from psannlm.runtime.distributed import World
 from psannlm.training.optim import OptimizerSet
-from psannlm.training.run import build_loader
+from psannlm.training.plan import build_loader
 from psannlm.training.step import seed_step, train_step
 
 

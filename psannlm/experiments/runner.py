@@ -24,7 +24,7 @@ from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
 from psannlm.runtime.processes import python_command
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.training.failures import NOT_FINITE
-from psannlm.training.run_folder import is_own_config, says_the_same
+from psannlm.training.run_folder import RunStatus, has_same_config, is_own_config, read_run_status
 
 STUDY_FILE = "study.json"
 _LOOK_S = 0.2
@@ -68,13 +68,17 @@ def launch(run: StudyRun, environment: Mapping[str, str]) -> Process:
 
 @dataclass(frozen=True)
 class RunState:
-    """What the files say of a run: ``done``, ``failed`` (with the reason), ``stopped`` part way, or ``new``."""
+    """State of a run by its files: ``done``, ``failed`` (with the reason), ``stopped``, or ``new``.
+
+    ``status`` is that of ``status.json``; None for runs from before that file, and for runs that were killed.
+    """
 
     run: StudyRun
     state: str
     step: int = 0
     reason: str = ""
     record: RunRecord | None = None
+    status: RunStatus | None = None
 
     @property
     def is_settled(self) -> bool:
@@ -83,8 +87,11 @@ class RunState:
 
     @property
     def is_diverged(self) -> bool:
-        """Whether it failed because its numbers were not finite, and would again; not for want of room or memory."""
-        return self.state == "failed" and NOT_FINITE in self.reason
+        """Whether it failed because of a non-finite loss, gradient or parameter, and would fail again."""
+        if self.status is None:
+            # Study folders from before status.json: the log has the error message.
+            return self.state == "failed" and NOT_FINITE in self.reason
+        return self.status is RunStatus.DIVERGED
 
 
 def read_status(run: StudyRun) -> RunState:
@@ -100,9 +107,11 @@ def read_status(run: StudyRun) -> RunState:
         if record.eval_rows and record.eval_rows[-1]["step"] >= last:
             return RunState(run, "done", last, record=record)
     step = record.train_rows[-1]["step"] if record is not None and record.train_rows else 0
-    if reason := _last_error(run.log_path):
-        return RunState(run, "failed", step, reason, record)
-    return RunState(run, "stopped" if step else "new", step, record=record)
+    status, message = read_run_status(run.folder) or (None, None)
+    reason = _last_error(run.log_path)
+    if reason or status in (RunStatus.DIVERGED, RunStatus.FAILED):
+        return RunState(run, "failed", step, reason or message or "", record, status)
+    return RunState(run, "stopped" if step else "new", step, record=record, status=status)
 
 
 def _last_error(path: Path) -> str:
@@ -191,7 +200,7 @@ def refuse_foreign_files(study: Study) -> None:
             path = tokenizer_path(study.plan, config, study.data, study.folder)
             refuse_foreign(path, lambda path: True, _REMEDY)
     for run in study.runs:
-        if not says_the_same(run.config_path, run.config):
+        if not has_same_config(run.config_path, run.config):
             refuse_foreign(run.config_path, is_own_config, _REMEDY)
         is_ours = (lambda path: True) if run.name in listed else _is_own_log
         refuse_foreign(run.log_path, is_ours, _REMEDY)

@@ -20,8 +20,8 @@ from psannlm.io.atomic import write_text
 from psannlm.models.accounting import WIDTH_TOLERANCE, count_parameters, flops_per_token, match_mlp_width
 from psannlm.models.registry import resolve
 from psannlm.runtime.distributed import World
-from psannlm.training.run import build_loader
-from psannlm.training.run_folder import says_the_same
+from psannlm.training.plan import build_loader
+from psannlm.training.run_folder import has_same_config
 
 # What a study sets unless its plan says otherwise: fewer files, and no time spent on samples that nobody reads.
 _QUIETER: dict[str, Any] = {"keep_checkpoints": 1, "sample_prompts": []}
@@ -210,5 +210,5 @@ def write_configs(study: Study) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 prepared.tokenizer.save(path)
     for run in study.runs:
-        if not says_the_same(run.config_path, run.config):
+        if not has_same_config(run.config_path, run.config):
             write_text(run.config_path, to_yaml(run.config))

@@ -16,7 +16,7 @@ from psannlm.experiments.runner import read_status
 from psannlm.models.artifact import load_model
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
-from psannlm.training.checkpoint import BEST, LATEST, pointed
+from psannlm.training.checkpoint import BEST, LATEST, read_pointer
 
 Answers = Callable[[str], Sequence[int]]
 
@@ -96,7 +96,7 @@ def score_runs(study: Study, tell: Callable[[str], None] = lambda text: None) ->
     scores = {}
     for run in study.runs:
         data = study.data[run.variant.variant.config.data]
-        folder = pointed(run.folder, BEST if study.plan.settings.measure == "best" else LATEST)
+        folder = read_pointer(run.folder, BEST if study.plan.settings.measure == "best" else LATEST)
         if data.val is None or folder is None or read_status(run).state != "done":
             continue
         tell(f"counting answers: {run.name}")

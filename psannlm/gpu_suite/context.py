@@ -240,7 +240,7 @@ class Trainer:
             batches = [micro_batch(draw_tokens(shape, seed + step))]
             result = self.step(batches)
             for _ in range(_MOST_SKIPS):
-                if math.isfinite(result.grad_norm) or not result.is_finite:
+                if math.isfinite(result.grad_norm) or not result.may_continue:
                     break
                 self.n_skipped += 1
                 result = self.step(batches)

@@ -29,7 +29,7 @@ from psannlm.io.safetensors_header import (
     read_header,
     refuse_wrong_length,
 )
-from psannlm.runtime.distributed import whole
+from psannlm.runtime.distributed import full_tensor
 
 _HASH_KEY = "sha256"
 _BLANK = "0" * 64
@@ -68,7 +68,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Write ``tensors`` and ``metadata`` to ``path`` atomically and return the SHA-256 recorded in the file.
 
     Tensors go to the disk one after the other, so that no more than one of them is held beside what the caller has. Of
-    sharded tensors (``distributed.whole``) the other ranks must send their parts meanwhile: :func:`send_tensors`.
+    sharded tensors (``distributed.full_tensor``) the other ranks must send their parts meanwhile: :func:`send_tensors`.
     Equal content gives equal files.
 
     Raises:
@@ -80,7 +80,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(header)
         for name in _file_order(tensors):
-            content = whole(tensors[name].detach()).to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+            content = (
+                full_tensor(tensors[name].detach()).to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )
             digest.update(content)
             file.write(content)
         file.seek(_hash_position(path, header))
@@ -93,7 +95,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def send_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Take part, on a rank that writes nothing, in :func:`write_tensors` of the same sharded tensors on another."""
     for name in _file_order(tensors):
-        whole(tensors[name].detach())
+        full_tensor(tensors[name].detach())
 
 
 def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:

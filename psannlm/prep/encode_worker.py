@@ -26,7 +26,7 @@ from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, HAS_TEXT, JSON_LINES, 
 from psannlm.prep.encoded_chunk import UNIT, EncodedChunk, encoded_chunk_path, write_encoded_chunk
 from psannlm.prep.job import REPLACE_ADVICE, REPLACE_OPTION, PrepSettings
 from psannlm.prep.reader import Cut
-from psannlm.runtime.malloc import return_large_blocks
+from psannlm.runtime.malloc import trim_aggressively
 from psannlm.runtime.processes import end_with
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import tokenizer_from_bytes
@@ -257,7 +257,7 @@ def main() -> None:
     """Encode chunks until the connection ends; ``sys.argv``: its file descriptor and the parent's process id."""
     handle, parent = int(sys.argv[1]), int(sys.argv[2])
     _end_when_gone(parent)
-    return_large_blocks()
+    trim_aggressively()
     with Connection(handle) as connection:
         try:
             setup = json.loads(connection.recv_bytes())

@@ -39,7 +39,7 @@ from psannlm.prep.pool import WorkerPool, usable_cores
 from psannlm.prep.reader import CorpusReader, Cut, Drops, SourceFile, deal, find_sources
 from psannlm.prep.selection import SPLITS, DocumentSelector, Selection, SingleDocument
 from psannlm.prep.shard_writer import DocumentStream, select_units
-from psannlm.runtime.malloc import return_large_blocks
+from psannlm.runtime.malloc import trim_aggressively
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import load_tokenizer
@@ -129,7 +129,7 @@ def prepare_corpus(
         Interrupted: Ctrl-C or SIGTERM; the same call resumes.
     """
     began = time.monotonic()
-    return_large_blocks()
+    trim_aggressively()
     reporter = reporter or SilentPrepReporter()
     if n_workers is not None and n_workers < 1:
         raise ConfigError(f"n_workers is {n_workers}; it must be 1 or more")

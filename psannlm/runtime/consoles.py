@@ -1,4 +1,4 @@
-"""Rich consoles that print text as it is: without markup or emoji codes, escapes shown, paths whole."""
+"""Rich consoles that print text literally: no markup or emoji codes, visible escape sequences, unbroken paths."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from rich.text import Text
 from psannlm.display import printable
 from psannlm.runtime.streams import is_terminal
 
-# Narrower than the first, a table has no room for its values; of a file, nobody knows how wide it will be looked at.
-_LEAST_WIDTH, _FILE_WIDTH, _MOST_WIDTH, _FILE_HEIGHT = 40, 80, 1000, 25
+# A table needs the minimum width for its values. The width for files is a default: their reader is unknown.
+_MIN_WIDTH, _FILE_WIDTH, _MAX_WIDTH, _FILE_HEIGHT = 40, 80, 1000, 25
 
 
 def make_console(*, stderr: bool = False, file: TextIO | None = None, width: int | None = None) -> Console:
     """Return a console on standard output, standard error or ``file``.
 
-    Whether it is a terminal decides about live output and styles, and no variable of the environment. (``FORCE_COLOR``
-    colours what a command prints on standard output.) Lines printed to anything else are never wrapped.
+    Only a terminal gets live output and styles, whatever the environment variables. (``FORCE_COLOR`` colours the
+    standard output of a command.) Lines are wrapped on terminals only.
     """
     stream = file or (sys.stderr if stderr else sys.stdout)
     is_live = is_terminal(stream)
@@ -50,33 +50,33 @@ def make_console(*, stderr: bool = False, file: TextIO | None = None, width: int
 
 
 def _size(stream: Any, is_live: bool) -> tuple[int | None, int | None]:
-    """The width that COLUMNS asks for, within bounds, and a height; None where rich finds out itself."""
+    """Return the width of COLUMNS, within bounds, and a height; None where rich detects it."""
     columns = _asked_columns()
     if not is_live:
-        return min(max(columns, _FILE_WIDTH), _MOST_WIDTH), _FILE_HEIGHT
+        return min(max(columns, _FILE_WIDTH), _MAX_WIDTH), _FILE_HEIGHT
     if columns:
-        return max(columns, _LEAST_WIDTH), None
+        return max(columns, _MIN_WIDTH), None
     try:
         found = os.get_terminal_size(stream.fileno())
     except (OSError, ValueError, AttributeError):
         found = os.terminal_size((0, 0))
-    if found.columns >= _LEAST_WIDTH and not os.environ.get("COLUMNS"):
+    if found.columns >= _MIN_WIDTH and not os.environ.get("COLUMNS"):
         return None, None
-    # A terminal that does not know its size says 0.
-    return max(found.columns or _FILE_WIDTH, _LEAST_WIDTH), found.lines or _FILE_HEIGHT
+    # A terminal of unknown size reports 0.
+    return max(found.columns or _FILE_WIDTH, _MIN_WIDTH), found.lines or _FILE_HEIGHT
 
 
 def _asked_columns() -> int:
-    """The width that COLUMNS asks for; 0 where that is no number, or of more digits than int() reads."""
+    """Return the width of COLUMNS; 0 if it is not a number of at most five digits."""
     asked = os.environ.get("COLUMNS", "")
     return int(asked) if asked.isascii() and asked.isdigit() and len(asked) < 6 else 0
 
 
 class _Escaping(RenderHook):
-    """Shows the escapes in whatever is printed, and lets those through that rich itself makes."""
+    """Render hook that makes escape sequences in printed text visible, except those of rich itself."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        """Wrap what is about to be printed."""
+        """Wrap each renderable."""
         return [shown if isinstance(shown, Control) else _Escaped(shown) for shown in renderables]
 
 
@@ -90,9 +90,9 @@ class _Escaped:
 
 
 class FiguresTable(Table):
-    """A table of names and values, as wide as its values where the output is not a terminal.
+    """Table of names and values, as wide as its values if the output is not a terminal.
 
-    ``COLUMNS`` of 80 and more bounds the width all the same, but breaks no path of a file or folder that is there.
+    A ``COLUMNS`` of 80 or more limits the width, but never breaks the path of an existing file or folder.
     """
 
     def __init__(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -118,5 +118,5 @@ class FiguresTable(Table):
 
 
 _UNBOUNDED = 1 << 20
-# Three lines, and a blank on each side of each of two cells.
+# Three vertical lines, and a blank on each side of two cells.
 _BORDERS = 7

@@ -1,4 +1,4 @@
-"""What the machine offers and what was asked, to a device and a precision, with the reason for the choice."""
+"""Device, precision, compiler and memory of this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; auto and cuda take the GPU of ``local_rank``.
 
     Raises:
-        DeviceError: the name is unknown, or a GPU was asked for and is not there.
+        DeviceError: the name is unknown, or the GPU does not exist.
     """
     kind, colon, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (colon and not (kind == "cuda" and index.isdecimal())):
@@ -41,9 +41,9 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     wanted = int(index) if index else local_rank
     if not torch.cuda.is_available():
-        raise DeviceError(f"device {name} was asked for, but torch {torch.__version__} sees no GPU; use device: cpu")
+        raise DeviceError(f"device {name} was requested, but torch {torch.__version__} finds no GPU; use device: cpu")
     if wanted >= torch.cuda.device_count():
-        raise DeviceError(f"GPU {wanted} was asked for, but there are {torch.cuda.device_count()}, counted from 0")
+        raise DeviceError(f"GPU {wanted} was requested, but there are {torch.cuda.device_count()}, counted from 0")
     return torch.device("cuda", wanted)
 
 
@@ -55,7 +55,7 @@ def gpu_memory_bytes(device: torch.device) -> int | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: of a GPU what torch allocated, otherwise what the process had resident."""
+    """Return the peak memory in bytes: allocated by torch on a GPU, else the resident memory of the process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return peak_resident_bytes()
@@ -81,7 +81,7 @@ def peak_resident_bytes() -> int:
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether ``device`` multiplies bfloat16 in hardware, rather than emulating it at a loss."""
+    """Whether ``device`` multiplies bfloat16 in hardware, not in a slower emulation."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -91,7 +91,7 @@ def computes_in_bf16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Precision:
-    """The arithmetic of matrix products: ``dtype`` under autocast, and why it was picked."""
+    """Arithmetic of matrix products: the autocast ``dtype``, and the reason for it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -110,9 +110,9 @@ class Precision:
 
 
 def pick_precision(amp: Amp, device: torch.device) -> Precision:
-    """Return the precision for ``amp`` on ``device``; ``auto`` is bf16 where the hardware has it, else fp32.
+    """Return the precision for ``amp`` on ``device``; ``auto`` is bf16 with hardware support, else fp32.
 
-    bf16 asked for by name is bf16 everywhere: without hardware for it, torch computes the same arithmetic in software.
+    An explicit bf16 is always bf16: without hardware support, torch computes the same arithmetic in software.
     """
     if amp == "fp32":
         return Precision(device, torch.float32, "fp32 as asked")
@@ -127,15 +127,15 @@ def pick_precision(amp: Amp, device: torch.device) -> Precision:
     return Precision(device, torch.float32, f"fp32: this {device.type} has no bf16 hardware")
 
 
-class Unread:
-    """Numbers on their way from a device to this process: asking for them waits, making this does not.
+class AsyncReadback:
+    """Asynchronous copy of numbers from a device: construction does not wait, :meth:`read` does.
 
-    They are sent at once, so that reading them waits for the work that led to them and for none that came after.
+    The copy starts at construction, so that reading waits for the work that computes the numbers, not for later work.
     """
 
     def __init__(self, numbers: Tensor) -> None:
-        """Send ``numbers``, a vector that nothing will change any more."""
-        self._numbers = numbers.to("cpu", non_blocking=True)  # of a GPU's a copy, in memory that it can write to
+        """Start the copy of ``numbers``, a vector that must not change afterwards."""
+        self._numbers = numbers.to("cpu", non_blocking=True)  # from a GPU: a copy to pinned memory
         self._arrival: torch.cuda.Event | None = None
         if numbers.is_cuda:
             self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -151,10 +151,10 @@ class Unread:
 
 
 def missing_to_compile(device: torch.device) -> str | None:
-    """Return what torch.compile lacks on ``device``, with how to get it, or None where it can work.
+    """Return what torch.compile lacks on ``device`` and how to install it, or None.
 
-    A CPU takes a C++ compiler. A GPU takes Triton, which builds a small C extension for every kernel, so that it needs
-    a C compiler and Python's own headers; slim images lack them.
+    On a CPU it needs a C++ compiler. On a GPU it needs Triton, which builds a small C extension for every kernel, and
+    therefore a C compiler and the Python headers, which slim images lack.
     """
     if device.type == "cpu":
         found = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
@@ -169,17 +169,17 @@ def missing_to_compile(device: torch.device) -> str | None:
     return None
 
 
-_BROKEN = "a compiler that works"
+_BROKEN = "a working compiler"
 
 
 @lru_cache(maxsize=2)
 def trial_failure(kind: str) -> str | None:
-    """Compile a tiny function on a device of ``kind``, once per process; return what is wrong in a line, or None.
+    """Compile a tiny function on a device of ``kind``, once per process; return the error in one line, or None.
 
-    A compiler may be there and broken, a path with a space may break its command line, its cache may not be writable or
-    not executable: only a trial shows it.
+    Only a trial detects a broken compiler, a path with a space that breaks its command line, or a cache folder without
+    write or execute permission.
     """
-    salt = time.time()  # a kernel from the cache on disk would prove nothing
+    salt = time.time()  # makes the kernel unique: one from the disk cache would prove nothing
 
     def tiny(x: Tensor) -> Tensor:
         return x.sin() + salt
@@ -192,7 +192,7 @@ def trial_failure(kind: str) -> str | None:
     return None
 
 
-# What a compiler raises that is broken, cannot write, or cannot load what it wrote; LookupError without a user name.
+# Errors of a compiler that is broken, cannot write, or cannot load its output; LookupError: the user has no name.
 _TRIAL_ERRORS = (
     RuntimeError,
     OSError,
@@ -208,7 +208,7 @@ _COMPILER_SAYS = re.compile(r"\b(?:fatal )?error: |: cannot |not found|denied|No
 
 
 def _cause(error: BaseException) -> str:
-    """Return the one line of a failed compilation that says most: the compiler's own first error, or the exception."""
+    """Return the first error line of the compiler in a failed compilation, or the first line of the exception."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -224,37 +224,41 @@ def _remedy(kind: str) -> str:
     }
     for name, path in places.items():
         if kind == "cpu" and re.search(r"\s", path):
-            return (
-                f"{name} has a space in its path, {path!r}, at which the command line breaks; use a path without spaces"
-            )
+            remedy = "which breaks the command line of the compiler; use a path without spaces"
+            return f"{name} has a space in its path, {path!r}, {remedy}"
     program = "g++" if kind == "cpu" else "gcc"
     return (
-        f"see that {program} works, and that TMPDIR or TORCHINDUCTOR_CACHE_DIR names a folder that can be written to "
-        "and run from"
+        f"check that {program} works, and that TMPDIR or TORCHINDUCTOR_CACHE_DIR names a folder with write and execute "
+        "permission"
     )
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile finds what it needs on ``device``."""
+    """Whether the requirements of torch.compile on ``device`` are installed."""
     return missing_to_compile(device) is None
 
 
 def compiler_fault(device: torch.device) -> str | None:
-    """Return what keeps torch.compile from working on ``device``, missing or broken, or None."""
+    """Return what is missing or broken for torch.compile on ``device``, or None."""
     return missing_to_compile(device) or trial_failure(device.type)
 
 
 def require_compiler(device: torch.device, asked: str = "compile: true", instead: str = "set compile: false") -> None:
-    """Raise DeviceError if torch.compile does not work on ``device``; names what was ``asked`` and what else to do."""
+    """Raise DeviceError if torch.compile does not work on ``device``.
+
+    Args:
+        asked: the requested setting, for the message.
+        instead: the alternative, for the message.
+    """
     fault = compiler_fault(device)
     if fault is not None:
-        remedy = "repair it" if fault.startswith(_BROKEN) else "which is not here; get it"
+        remedy = "repair it" if fault.startswith(_BROKEN) else "which is missing; install it"
         raise DeviceError(f"{asked} needs {fault}{';' if remedy == 'repair it' else ','} {remedy}, or {instead}")
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Memory of this process in bytes, now and at most so far; ``kind`` is ``memory`` or ``GPU memory``."""
+    """Current and peak memory of this process in bytes; ``kind`` is ``memory`` or ``GPU memory``."""
 
     kind: str
     now_bytes: int
@@ -262,7 +266,7 @@ class MemoryUse:
 
 
 def memory_in_use() -> MemoryUse | None:
-    """Return the tensors' memory on the GPU in use, else the resident memory; None where the system does not tell."""
+    """Return the tensor memory of the GPU in use, else the resident memory; None if the system does not report it."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return MemoryUse("GPU memory", torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
     resident = resident_bytes()
@@ -270,7 +274,7 @@ def memory_in_use() -> MemoryUse | None:
 
 
 def describe_device(device: torch.device) -> str:
-    """Return a few words for people: the GPU's name, or the number of CPU threads."""
+    """Return the name of the GPU, or the number of CPU threads, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     n_threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The process group: who I am among how many, and sums over all of us. One process alone is a world of size 1."""
+"""Rank, world size, process group and all-reduce helpers. A single process is a world of size 1."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from psannlm.errors import DeviceError, Interrupted
-from psannlm.runtime.device import Unread
+from psannlm.runtime.device import AsyncReadback
 from psannlm.runtime.folder_store import FolderStore
-from psannlm.runtime.watchdog import Lifeline
+from psannlm.runtime.watchdog import RankWatchdog
 from psannlm.runtime.watchdog import Store as WatchdogStore
 
 _HOW = "psannlm train --nproc N CONFIG, or torchrun --nproc-per-node N -m psannlm train CONFIG"
-# The longest that ranks which live may wait for each other: while rank 0 writes a checkpoint, say.
-_PATIENCE = timedelta(minutes=30)
-# The longest to wait for a rank that has not come yet: machines do not start at the same time.
-_ARRIVAL = timedelta(minutes=5)
-# Names the folder where the ranks of one machine meet, which nobody else may enter; torchrun has a port instead.
+# Time limit of a collective between live ranks, such as while rank 0 writes a checkpoint.
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Time limit for all ranks to join: machines do not start at the same time.
+_JOIN_TIMEOUT = timedelta(minutes=5)
+# Environment variable with the private folder of the key-value store of one machine; torchrun uses a port instead.
 STORE_FOLDER = "PSANNLM_STORE_FOLDER"
 _connections: list[Store] = []
-# Groups of one process so far: ranks make and leave them together.
+# Number of process groups so far; ranks create and leave them together.
 _groups = count()
 
 
@@ -48,19 +48,19 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that prints and writes files."""
+        """Whether this is rank 0, which prints and writes files."""
         return self.rank == 0
 
     def sum(self, value: float, device: torch.device) -> float:
         """Return the sum of ``value`` over all ranks, in float64. Every rank must call it."""
-        return value if self.size == 1 else self.send_sum(value, device).read()[0]
+        return value if self.size == 1 else self.all_reduce_async(value, device).read()[0]
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Return whether ``flag`` is true on any rank. Every rank must call it."""
         return self.sum(float(flag), device) > 0
 
-    def total(self, values: Tensor) -> Tensor:
-        """Replace ``values`` by their sums over all ranks and return them, on their device and without waiting for it.
+    def all_reduce_(self, values: Tensor) -> Tensor:
+        """Replace ``values`` by their sums over all ranks, in place, and return them without waiting for the device.
 
         Every rank must call it.
         """
@@ -68,34 +68,34 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def send_sum(self, value: float, device: torch.device) -> Unread:
-        """Return what :meth:`sum` does, one number, to be read when it is wanted. Every rank must call it.
+    def all_reduce_async(self, value: float, device: torch.device) -> AsyncReadback:
+        """Start a sum of one number over all ranks; return it for a later read. Every rank must call it.
 
-        A world of one asks no device.
+        A world of size 1 uses the CPU only.
         """
         if self.size == 1:
             device = torch.device("cpu")
-        # Not torch.tensor: it copies from memory that a GPU cannot read by itself, and waits for that.
-        return Unread(self.total(torch.full((1,), float(value), dtype=torch.float64, device=device)))
+        # Not torch.tensor: it copies from pageable memory and waits for the copy.
+        return AsyncReadback(self.all_reduce_(torch.full((1,), float(value), dtype=torch.float64, device=device)))
 
     def wait(self) -> None:
-        """Return when every rank has come here."""
+        """Wait until every rank has called this (barrier)."""
         if self.size > 1:
             dist.barrier()
 
 
 def local_ranks() -> int:
-    """Return how many ranks the launcher has started on this machine, 1 where it does not tell."""
+    """Return the number of ranks on this machine as set by the launcher, or 1."""
     text = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, int(text)) if text.isdecimal() else 1
 
 
-def launched_world(ddp: Literal["auto", "on", "off"], fsdp: Literal["off", "full"] = "off") -> World:
-    """Return the world that torchrun describes in the environment, or a world of one.
+def world_from_env(ddp: Literal["auto", "on", "off"], fsdp: Literal["off", "full"] = "off") -> World:
+    """Return the world that torchrun describes in the environment, or a world of size 1.
 
     Raises:
-        DeviceError: ``on`` or ``full`` without torchrun, ``off`` under a torchrun of several processes, or half of an
-            environment.
+        DeviceError: ``on`` or ``full`` without torchrun, ``off`` under torchrun with several processes, or an
+            incomplete environment.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if ddp == "on" and "RANK" not in os.environ:
@@ -108,8 +108,8 @@ def launched_world(ddp: Literal["auto", "on", "off"], fsdp: Literal["off", "full
         )
     if size == 1 and ddp != "on":
         return World()
-    meets_at_port = size > 1 and STORE_FOLDER not in os.environ
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if meets_at_port else ("RANK",):
+    uses_port = size > 1 and STORE_FOLDER not in os.environ
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if uses_port else ("RANK",):
         if name not in os.environ:
             raise DeviceError(f"WORLD_SIZE is {size}, but {name} is not set: start with torchrun, or unset WORLD_SIZE")
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
@@ -117,58 +117,58 @@ def launched_world(ddp: Literal["auto", "on", "off"], fsdp: Literal["off", "full
 
 
 @contextmanager
-def joined(world: World, device: torch.device) -> Iterator[World]:
-    """Hold a process group (nccl on GPUs, gloo on CPUs) for the time of the context; nothing for a world of one.
+def process_group(world: World, device: torch.device) -> Iterator[World]:
+    """Create a process group (nccl on GPUs, gloo on CPUs) for the context; nothing for a world of size 1.
 
-    An error on one rank ends the context on all of them within half a minute, with that error: see ``lifeline``.
+    An error on one rank ends the context on all ranks within half a minute, with that error: see ``watchdog``.
 
     Raises:
-        RankError: another rank failed, or is gone.
+        RankError: another rank failed or died.
     """
     if world.size == 1:
         yield world
         return
-    meeting, aside = _stores(world)
+    group_store, watchdog_store = _stores(world)
     hook = sys.excepthook
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=meeting,
+        store=group_store,
         rank=world.rank,
         world_size=world.size,
-        timeout=_PATIENCE,
+        timeout=_COLLECTIVE_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    sys.excepthook = hook  # torch puts one of its own around it, which marks the lines of every rank
-    lifeline = Lifeline(aside, world.rank, world.size)
+    sys.excepthook = hook  # torch wraps it in its own, which prefixes the lines of every rank
+    watchdog = RankWatchdog(watchdog_store, world.rank, world.size)
     is_broken = False
     try:
         world.wait()
-        lifeline.start()
+        watchdog.start()
         yield world
         world.wait()
     except BaseException as error:
         is_broken = not isinstance(error, Interrupted)
-        last = lifeline.last_word(error)
+        last = watchdog.resolve_error(error)
         if last is error:
             raise
         raise last from error
     finally:
-        lifeline.close()
+        watchdog.close()
         if is_broken and device.type == "cuda":
-            # nccl would wait for what the others never send.
+            # Destroying the group would wait for messages that the other ranks never send.
             dist.group.WORLD.abort()  # type: ignore[union-attr]
         else:
             dist.destroy_process_group()
 
 
 def leave_group(code: int) -> None:
-    """End this process with ``code`` if it was a rank of several; else do nothing.
+    """Exit with ``code`` if this process was one of several ranks; else do nothing.
 
-    Not by way of the interpreter's own end: threads of gloo may still hold Python objects then, and a thread that asks
-    for the interpreter while it ends is ended in the middle of C++, which aborts the process. What a rank writes is on
-    disk by the time that its command returns.
+    The normal exit of the interpreter is skipped: threads of gloo may still hold Python objects, and a thread that
+    requests the GIL during finalization is killed inside C++, which aborts the process. All files of a rank are written
+    before its command returns.
     """
     if _connections:
         sys.stdout.flush()
@@ -177,33 +177,35 @@ def leave_group(code: int) -> None:
 
 
 def _stores(world: World) -> tuple[Store, WatchdogStore]:
-    """The store where ranks meet, for torch and for the watchdog, with names that no other group of this job uses."""
+    """Return two key-value stores, for torch and for the watchdog, with a prefix unique to this process group."""
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     prefix = f"psannlm/{restart}/{next(_groups)}"
     folder = os.environ.get(STORE_FOLDER)
     if folder is not None:
         if not _connections:
             _connections.append(FileStore(os.path.join(folder, "group"), -1))
-            _connections[0].set_timeout(_ARRIVAL)
+            _connections[0].set_timeout(_JOIN_TIMEOUT)
         return PrefixStore(prefix, _connections[0]), FolderStore(Path(folder), prefix)
     if not _connections:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # torchrun keeps the store where it can; else rank 0 does, for as long as it lives: were there a new one
-        # for every group, a rank in a hurry would enter the old one.
+        # torchrun hosts the store if it can; otherwise rank 0 does, for the life of its process: with a new store for
+        # every group, a fast rank could join the old one.
         is_host = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         for hosts in (is_host, False):
             handle = _loopback_listener(*address) if hosts else None
             _connections.append(
-                TCPStore(*address, is_master=hosts, wait_for_workers=False, timeout=_ARRIVAL, master_listen_fd=handle)
+                TCPStore(
+                    *address, is_master=hosts, wait_for_workers=False, timeout=_JOIN_TIMEOUT, master_listen_fd=handle
+                )
             )
-    meeting, aside = (PrefixStore(prefix, store) for store in _connections)
-    return meeting, aside
+    group_store, watchdog_store = (PrefixStore(prefix, store) for store in _connections)
+    return group_store, watchdog_store
 
 
 def _loopback_listener(host: str, port: int) -> int | None:
-    """A socket that listens on the loopback address ``host``, for a store; None for an address of another kind.
+    """Return a socket that listens on the loopback address ``host``; None for any other address.
 
-    By itself a store listens on all interfaces, whatever address it is given.
+    A TCPStore without such a socket listens on all interfaces, whatever its address.
     """
     try:
         (family, *_, place), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -214,21 +216,21 @@ def _loopback_listener(host: str, port: int) -> int | None:
         listener.bind(place)
         listener.listen()
     except OSError as error:
-        raise DeviceError(f"MASTER_ADDR {host}, MASTER_PORT {port}: ranks cannot meet there: {error}") from error
+        raise DeviceError(f"MASTER_ADDR {host}, MASTER_PORT {port}: ranks cannot connect there: {error}") from error
     return listener.detach()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor of which this rank may hold only a part; then every rank must call it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a sharded ``tensor``; then every rank must call it."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's part of ``value``, sharded as ``like`` is; all of it where ``like`` is whole.
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's shard of ``value``, sharded as ``like`` is; ``value`` itself if ``like`` is not sharded.
 
-    ``value`` must be the same on every rank and on the device of ``like``; nothing is sent.
+    ``value`` must be the same on every rank and on the device of ``like``. Nothing is communicated.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
 

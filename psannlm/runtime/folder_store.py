@@ -1,7 +1,7 @@
-"""A key-value store in a folder that the processes of one machine share: no port, and nothing that reads pickles.
+"""Key-value store in a folder shared by the processes of one machine: no port, no pickle.
 
-The methods are those of torch's stores that ranks use to tell each other how they are. A key is a file, so a store that
-is written to every second does not grow; torch's own FileStore appends.
+It has the methods of torch's stores that the rank watchdog uses. Each key is a file, so that a store does not grow when
+it is written every second; torch's FileStore appends.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ _LOCK = ".lock"
 
 
 class FolderStore:
-    """The keys that begin with ``prefix`` in ``folder``, which must be there; who may enter it decides who may write.
+    """Keys with ``prefix`` in an existing ``folder``, whose permissions control access.
 
-    Every method raises RuntimeError, as torch's stores do, when the folder is gone or cannot be used.
+    Every method raises RuntimeError, as torch's stores do, if the folder was removed or cannot be used.
     """
 
     def __init__(self, folder: Path, prefix: str) -> None:
         self._folder, self._prefix = folder, prefix
 
     def set(self, key: str, value: str) -> None:
-        """Let ``key`` have ``value``; readers see the former value or this one, never half of it."""
+        """Set ``key`` to ``value`` atomically: readers see the old or the new value."""
         with _as_runtime_error():
             self._write(self._path(key), value.encode("utf-8"))
 
     def get(self, key: str) -> bytes:
-        """Return the value of ``key``, which must have one."""
+        """Return the value of ``key``, which must exist."""
         with _as_runtime_error():
             return self._path(key).read_bytes()
 
     def multi_get(self, keys: Sequence[str]) -> list[bytes]:
-        """Return the values of ``keys``, all of which must have one."""
+        """Return the values of ``keys``, all of which must exist."""
         return [self.get(key) for key in keys]
 
     def check(self, keys: Sequence[str]) -> bool:
-        """Return whether all of ``keys`` have a value."""
+        """Return whether all of ``keys`` exist."""
         with _as_runtime_error():
-            # Where the folder itself is gone no key will ever come.
+            # Raise if the folder was removed: then no key will ever exist.
             self._folder.stat()
             return all(self._path(key).exists() for key in keys)
 
     def add(self, key: str, amount: int) -> int:
-        """Add ``amount`` to the number at ``key``, which counts from 0, and return the sum."""
-        with _as_runtime_error(), self._alone():
+        """Add ``amount`` to the number at ``key`` (0 if missing) and return the sum."""
+        with _as_runtime_error(), self._locked():
             path = self._path(key)
             value = amount + (int(path.read_bytes()) if path.exists() else 0)
             self._write(path, str(value).encode("ascii"))
             return value
 
     def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes:
-        """Let ``key`` have ``desired_value`` if it has ``expected_value`` (``""``: none); return what it has."""
-        with _as_runtime_error(), self._alone():
+        """Set ``key`` to ``desired_value`` if it is ``expected_value`` (``""``: missing); return its value then."""
+        with _as_runtime_error(), self._locked():
             path = self._path(key)
             value = path.read_bytes() if path.exists() else b""
             if value == expected_value.encode("utf-8"):
@@ -74,7 +74,7 @@ class FolderStore:
             handle = -1
         if handle >= 0:
             try:
-                # In place where it fits: a sign of life must not fail because the disk has filled up meanwhile.
+                # Overwrite a value of the same size in place: a heartbeat must not fail because the disk is full.
                 if os.fstat(handle).st_size == len(value):
                     os.pwrite(handle, value, 0)
                     return
@@ -85,7 +85,7 @@ class FolderStore:
         beside.replace(path)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         handle = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -99,4 +99,4 @@ def _as_runtime_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RuntimeError(f"the folder where ranks meet cannot be used: {error}") from error
+        raise RuntimeError(f"the folder of the key-value store cannot be used: {error}") from error

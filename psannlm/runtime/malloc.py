@@ -1,8 +1,8 @@
-"""How the C library is told when to give free memory back to the system; elsewhere than on Linux nothing is done.
+"""Settings of glibc malloc: return freed memory to the system early, or retain it. Linux only.
 
-What goes back and comes again is cleared by the system each time, page by page: that is the price of a process that
-never holds more than it uses. glibc sets its limits itself as blocks come and go, and neither suits work that takes and
-frees the same megabytes over and over.
+Memory that was returned is zeroed page by page when it is allocated again: the price of a small resident size. The
+default limits of glibc change as blocks are freed, which suits neither a long stream of texts nor a training step that
+allocates and frees the same megabytes again and again.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_KEPT_WITH_FLAT_MEMORY = 32 << 20
-_ALL = (1 << 31) - 1
-# What a user may have set: theirs holds.
+_TRIM_BYTES = 32 << 20
+_MAX_BYTES = (1 << 31) - 1
+# Environment variables of the user, which take precedence.
 _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
-def return_large_blocks() -> None:
-    """Have free memory beyond 32 MB, and every block of as much, returned to the system.
+def trim_aggressively() -> None:
+    """Return free memory beyond 32 MB, and every freed block of that size, to the system.
 
-    For work on a stream of any length: left to itself, glibc would keep what is free between blocks in use, and memory
-    would creep up with the length of a corpus. Limits of 128 KB took a fifth of the time of encoding.
+    For streams of any length: otherwise glibc keeps free memory between used blocks, and the resident size grows with
+    the length of the corpus. Limits of 128 KB cost a fifth of the encoding time.
     """
-    _set(_M_TRIM_THRESHOLD, _KEPT_WITH_FLAT_MEMORY)
-    _set(_M_MMAP_THRESHOLD, _KEPT_WITH_FLAT_MEMORY)
+    _set(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+    _set(_M_MMAP_THRESHOLD, _TRIM_BYTES)
     _set(_M_ARENA_MAX, 2)
 
 
-def keep_freed_memory() -> None:
-    """Have free memory kept for the next block, of up to 2 GB at a time.
+def retain_freed_memory() -> None:
+    """Retain freed memory for the next allocation, in blocks of up to 2 GB.
 
-    For training on a CPU, where every step takes and frees the same tensors (docs/research/log.md). A variable of the
-    environment that settles it otherwise holds.
+    For training on a CPU, where every step allocates and frees the same tensors (docs/research/log.md). Does nothing if
+    an environment variable sets these limits.
     """
     if not any(name in os.environ for name in _OWN_SETTINGS):
-        _set(_M_TRIM_THRESHOLD, _ALL)
-        _set(_M_MMAP_THRESHOLD, _ALL)
+        _set(_M_TRIM_THRESHOLD, _MAX_BYTES)
+        _set(_M_MMAP_THRESHOLD, _MAX_BYTES)
 
 
 def _set(setting: int, value: int) -> None:

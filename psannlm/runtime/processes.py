@@ -1,8 +1,7 @@
-"""Python processes that import what this one imports: from the same path, and nothing from the working folder.
+"""Commands for Python subprocesses with the import path of this process, without the working folder.
 
-Python puts the working folder, or ``''`` for it, in front of everything else on the path of ``python -c`` and ``python
--m``. A file there that bears the name of a library would be run in its place. ``python -P`` leaves the folder out from
-Python 3.11 on; here the path is handed over, which works everywhere.
+``python -c`` and ``python -m`` put the working folder first on the import path, so that a file there with the name of a
+library would be run in its place. ``python -P`` prevents that from Python 3.11 on; passing the path works everywhere.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ _PR_SET_PDEATHSIG = 1
 
 
 def import_path() -> list[str]:
-    """Return ``sys.path`` without the working folder, which stays only where ``PYTHONPATH`` or a .pth file names it."""
+    """Return ``sys.path`` without the working folder, unless ``PYTHONPATH`` or a .pth file names it."""
     here = os.path.realpath(os.getcwd())
     named = {os.path.realpath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry}
     library = os.path.dirname(os.__file__)
     is_installed, path = False, []
     for entry in sys.path:
-        # What .pth files name stands behind the standard library.
+        # Entries of .pth files come after the standard library.
         is_installed |= entry == library
         is_here = entry == "" or os.path.realpath(entry) == here
         if not is_here or (entry != "" and (is_installed or here in named)):
             path.append(entry)
     root = str(Path(__file__).resolve().parents[2])
-    # A checkout that is used without being installed; as the last of all, it hides no library.
+    # For a checkout that is not installed. It comes last, so that it hides no library.
     return path if _is_found(path) else [*path, root]
 
 
@@ -39,8 +38,8 @@ def python_command(module: str, *arguments: str, end_with_parent: bool = False) 
     """Return the command that runs ``module`` as ``python -m`` would, with this process's import path.
 
     Args:
-        arguments: of the module, its ``sys.argv[1:]``.
-        end_with_parent: also have the system send it SIGTERM when this process ends, however it ends (Linux).
+        arguments: ``sys.argv[1:]`` of the module.
+        end_with_parent: the system sends the process SIGTERM when this one ends in any way (Linux only).
     """
     watch = f"from psannlm.runtime.processes import end_with; end_with({os.getpid()}); " if end_with_parent else ""
     run = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
@@ -48,7 +47,7 @@ def python_command(module: str, *arguments: str, end_with_parent: bool = False) 
 
 
 def python_program(program: str, *arguments: str) -> list[str]:
-    """Return the command that runs ``program``, Python code, with this process's import path."""
+    """Return the command that runs the Python code ``program`` with this process's import path."""
     flags = [
         letter
         for letter, is_set in (
@@ -58,12 +57,12 @@ def python_program(program: str, *arguments: str) -> list[str]:
         )
         if is_set
     ]
-    # sys is built in: nothing is looked up before the path is right.
+    # sys is built in, so that nothing is imported before the path is set.
     return [sys.executable, *flags, "-c", f"import sys; sys.path[:] = {import_path()!a}; {program}", *arguments]
 
 
 def end_with(parent: int, number: int = signal.SIGTERM) -> None:
-    """Have the system send this process the signal ``number`` when process ``parent``, which started it, ends."""
+    """Let the system send ``number`` to this process when its parent process ``parent`` ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
@@ -71,7 +70,7 @@ def end_with(parent: int, number: int = signal.SIGTERM) -> None:
 
 
 def _is_found(path: list[str]) -> bool:
-    """Whether a process with ``path`` finds this package, by the path or by the finder of an editable installation."""
+    """Whether a process with ``path`` can import psannlm, by the path or by the finder of an editable installation."""
     if PathFinder.find_spec(_PACKAGE, path) is not None:
         return True
     others = [finder for finder in sys.meta_path if finder not in (BuiltinImporter, FrozenImporter, PathFinder)]

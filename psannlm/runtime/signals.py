@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP to a flag that the loop looks at between two steps."""
+"""Signal handlers that set a stop flag on Ctrl-C, SIGTERM and SIGHUP, checked between two steps."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from psannlm.runtime.streams import bearing_loss
+from psannlm.runtime.streams import discarding_lost_output
 
-# One Ctrl-C comes twice where it reaches a whole group of processes and one of them passes it on.
+# One Ctrl-C arrives twice if it reaches a group of processes and one of them forwards it.
 _ECHO_S = 1.0
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Return the signals that ask for an end: Ctrl-C, SIGTERM, and SIGHUP, which a lost terminal or connection sends.
+    """Return the stop signals: SIGINT, SIGTERM, and SIGHUP, which a closed terminal or connection sends.
 
-    SIGHUP is left out where it is ignored, as under ``nohup``.
+    SIGHUP is left out if it is ignored, as under ``nohup``.
     """
-    is_heard = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if is_heard else [])]
+    is_handled = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if is_handled else [])]
 
 
 @contextmanager
 def stopping_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Set ``stop`` on Ctrl-C, SIGTERM or SIGHUP within the context; a second Ctrl-C, a second later, ends at once.
+    """Set ``stop`` on Ctrl-C, SIGTERM or SIGHUP within the context; a Ctrl-C a second later interrupts at once.
 
-    Output that nobody reads any more, of a terminal that was closed or a connection that was lost, sets it too, and is
-    dropped from then on: what is to be saved is saved. Under ``nohup`` it is only dropped.
+    Output to a closed terminal or a lost connection also sets it, and further output is discarded, so that the state
+    can be saved. Under ``nohup`` such output is only discarded.
 
-    Only the main thread of a program can handle signals; elsewhere the context does nothing.
+    Only the main thread can handle signals; in other threads the context does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -57,7 +57,7 @@ def stopping_on_signals(stop: threading.Event) -> Iterator[None]:
     for name in names:
         signal.signal(name, note)
     try:
-        with bearing_loss(lose):
+        with discarding_lost_output(lose):
             yield
     finally:
         for name, handler in former.items():

@@ -1,4 +1,4 @@
-"""Standard streams: readers that are gone, streams that are closed or full, terminals that do not speak UTF-8."""
+"""Standard streams: broken pipes, closed or full streams, and terminals without UTF-8."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any, TextIO, cast
 from psannlm.display import printable
 from psannlm.errors import StreamError
 
-# What a write to a terminal that is gone gives, and to a pipe that nobody reads.
+# Errors of a write to a closed terminal, and to a pipe without a reader.
 _LOST = (errno.EIO, errno.EPIPE)
 
 
 @contextmanager
-def bearing_loss(on_loss: Callable[[], None]) -> Iterator[None]:
-    """Within the context, drop what is printed to a reader that is gone, and call ``on_loss``, instead of raising.
+def discarding_lost_output(on_loss: Callable[[], None]) -> Iterator[None]:
+    """Within the context, discard output to a closed terminal or pipe and call ``on_loss``, instead of raising.
 
-    What is printed there afterwards is dropped too, until the process ends.
+    Later output to that stream is discarded too, until the process ends.
     """
     former = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_Output(stream, on_loss) if stream is not None else None for stream in former)
@@ -34,7 +34,7 @@ def bearing_loss(on_loss: Callable[[], None]) -> Iterator[None]:
 
 
 class _Output:
-    """A text stream, but for a reader that is gone."""
+    """Text stream that survives the loss of its reader."""
 
     def __init__(self, stream: TextIO, on_loss: Callable[[], None]) -> None:
         self._stream, self._on_loss = stream, on_loss
@@ -71,10 +71,10 @@ class _Output:
 
 @contextmanager
 def guarding_streams() -> Iterator[None]:
-    """Within the context, name the standard stream that is closed or full, and replace characters it cannot encode.
+    """Within the context, raise a clear error for closed or full streams, and replace characters they cannot encode.
 
-    Writing to standard output that is closed or full, and reading from standard input that is closed, raises
-    StreamError. Messages to a standard error that is closed or full are dropped: work does not end for them.
+    Writing to a closed or full standard output, and reading from a closed standard input, raises StreamError. Messages
+    to a closed or full standard error are discarded.
     """
     former = sys.stdin, sys.stdout, sys.stderr
     _occupy_closed_descriptors()
@@ -89,9 +89,9 @@ def guarding_streams() -> Iterator[None]:
 
 
 def _occupy_closed_descriptors() -> None:
-    """Open the null device in the place of closed standard streams.
+    """Open the null device on the descriptors of closed standard streams.
 
-    Otherwise the next file that is opened takes the place, and what C libraries print is written into it.
+    Otherwise the next opened file gets the descriptor, and C libraries would print into it.
     """
     for descriptor in range(3):
         try:
@@ -101,11 +101,11 @@ def _occupy_closed_descriptors() -> None:
 
 
 def flush_output() -> None:
-    """Write what is still buffered of standard output.
+    """Flush standard output.
 
     Raises:
         StreamError: it cannot be written.
-        BrokenPipeError: whoever read it is gone; nothing is left in the buffer.
+        BrokenPipeError: its reader has closed it; the buffer is discarded.
     """
     try:
         sys.stdout.flush()
@@ -115,14 +115,14 @@ def flush_output() -> None:
 
 
 def say(text: str) -> None:
-    """Print a line on standard error, escapes shown, and never fail: there is nowhere to report that to."""
+    """Print a line on standard error with visible escapes. Never fails, because no stream is left to report it on."""
     with suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(f"{printable(text, keep=chr(10))}\n")
         sys.stderr.flush()
 
 
 def write_output(text: str) -> None:
-    """Write text to standard output as it is, but shown with its escapes where that is a terminal."""
+    """Write text to standard output: literally, or with visible escapes on a terminal."""
     sys.stdout.write(printable(text, keep="\n\t") if is_terminal(sys.stdout) else text)
 
 
@@ -135,15 +135,15 @@ def is_terminal(stream: object) -> bool:
 
 
 def _discard(stream: Any) -> None:
-    """Let what is in a stream's buffers, and all that comes later, go nowhere."""
+    """Redirect a stream, with its buffered and later output, to the null device."""
     with suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null_device = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null_device, stream.fileno())
+        os.close(null_device)
 
 
 class _Guarded:
-    """An output stream that names itself where it fails, and replaces characters that its encoding lacks."""
+    """Output stream whose errors name it, and which replaces characters that its encoding lacks."""
 
     def __init__(self, stream: Any, name: str, *, is_vital: bool, is_text: bool = True) -> None:
         self._stream, self._name, self._is_vital, self._is_text = stream, name, is_vital, is_text
@@ -152,7 +152,7 @@ class _Guarded:
     def __getattr__(self, name: str) -> Any:
         if self._stream is not None:
             return getattr(self._stream, name)
-        # What others ask a text stream before they write to it.
+        # Attributes that callers read before they write.
         if name in _OF_A_CLOSED_STREAM:
             return _OF_A_CLOSED_STREAM[name]
         raise AttributeError(name)
@@ -208,7 +208,7 @@ class _Guarded:
 
     def _fail(self) -> None:
         if self._is_vital:
-            raise StreamError(f"{self._name}: {self._fault}; what was to be printed there is lost")
+            raise StreamError(f"{self._name}: {self._fault}; its output is lost")
 
 
 _OF_A_CLOSED_STREAM = {"encoding": "utf-8", "errors": "strict", "closed": False}
@@ -227,10 +227,10 @@ class _ClosedInput:
         """Do nothing: it is closed."""
 
     def fileno(self) -> int:
-        """Return the descriptor, on which the null device is."""
+        """Return the descriptor, which is the null device."""
         return 0
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise StreamError("standard input: closed; name a file, or let another command's output in with a pipe")
+        raise StreamError("standard input: closed; name a file, or pipe the output of another command into it")

@@ -1,4 +1,4 @@
-"""Callbacks of a training run: what is called after steps, validations, saves and at the end, and with what."""
+"""Callbacks of a training run, and the events they receive after steps, validations, saves and at the end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ class StepEvent:
     """One optimiser step, numbered from 1.
 
     ``loss`` is the mean over all labels of all ranks in nats per token, ``grad_norm`` the global norm before clipping.
-    ``tokens`` counts the labels learned from since the run began, ``epoch`` the passes that are complete. A step that
-    ``train.on_nonfinite: skip`` left out ``is_skipped``: its loss or norm is NaN or Inf, and the weights are unchanged.
+    ``tokens`` counts the labels trained on since the start of the run, ``epoch`` the complete passes. A step that
+    ``train.on_nonfinite: skip`` skipped has ``is_skipped``: its loss or norm is NaN or Inf, and the weights are
+    unchanged.
     """
 
     step: int
@@ -31,7 +32,7 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class ValidationEvent:
-    """A validation after ``step``: its loss (nats per token), perplexity and bits per byte are those of ``result``."""
+    """A validation after ``step``; ``result`` has the loss (nats per token), perplexity and bits per byte."""
 
     step: int
     result: Evaluation
@@ -40,7 +41,7 @@ class ValidationEvent:
 
 @dataclass(frozen=True)
 class SaveEvent:
-    """A checkpoint that was written to ``folder`` after ``step``, whole and hashed; ``is_best``: the best so far."""
+    """A checkpoint written to ``folder`` after ``step``; ``is_best``: it has the lowest validation loss so far."""
 
     step: int
     folder: Path
@@ -48,11 +49,11 @@ class SaveEvent:
 
 
 class Callback:
-    """Base class of training callbacks: every method does nothing; override those you need.
+    """Base class of training callbacks. Every method does nothing; override those you need.
 
-    Each is called in the process that trains, on rank 0 alone where there are several ranks, with the weights of that
-    very step in the model. An error it raises ends the run as it is; the last checkpoint stays. Drawing random numbers
-    is safe: each step seeds its own. A callback costs a GPU a little speed, because each step is waited for.
+    Methods run in the training process, with several ranks on rank 0 only, while the model has the weights of that
+    step. An exception ends the run; the last checkpoint is kept. Random numbers may be drawn: each step sets its own
+    seed. With a callback the process waits for the GPU at each step, which costs a little speed.
     """
 
     def on_step(self, event: StepEvent) -> None:
@@ -65,4 +66,4 @@ class Callback:
         """Called after every checkpoint."""
 
     def on_end(self, result: TrainResult) -> None:
-        """Called once when the run ends, at its last step or earlier as asked; not after an error or a signal."""
+        """Called once at the end of the run, at its last step or on request; not after an error or a signal."""

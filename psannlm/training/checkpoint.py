@@ -1,7 +1,8 @@
-"""Training state to a folder and back: whole or absent, every byte hashed, the newest whole one found.
+"""Checkpoints: atomic and hashed save, load, search for the latest valid one, pruning.
 
 ``run/step_00000500/`` holds the model file, ``optimizer.safetensors`` and ``trainer.json``; the folder is written under
-a temporary name, flushed and renamed. ``run/latest`` and ``run/best`` name the folders to use, and are updated after.
+a temporary name, flushed and renamed. ``run/latest`` and ``run/best`` hold the names of such folders; they are updated
+afterwards.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,35 +52,35 @@ _POINTER = re.compile(rb"step_(?:[0-9]{8}|[1-9][0-9]{8,17})\n")
 _STATE_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainerState:
-    """Where a run stands after ``step`` optimiser steps.
+    """State of a run after ``step`` optimiser steps: what the loop updates, and what a checkpoint keeps.
 
-    The random numbers of a step depend on (train.seed, step, rank) alone, so that no generator state needs keeping.
+    The random numbers of a step depend on (train.seed, step, rank) alone, so that no generator state is needed.
 
     Attributes:
-        position: the next window of the data's order.
-        tokens: labels learnt from so far.
+        position: the next window in the order of the data.
+        tokens: labels trained on so far.
         config: the resolved run configuration, as plain data.
         corpus_sha256: hash of the training text; tokenizer_fingerprint: of the tokenizer.
         best: the evaluation with the lowest validation loss so far and its ``step``, or None.
-        metrics: the last values logged.
-        scaler: state of the gradient scaler (fp16), else empty.
-        skipped: steps left out so far because they were not finite; skipped_in_a_row: those just now.
-        total_steps: at which the learning rate's schedule ends.
-        data_order: which way the order of windows is drawn; None in checkpoints from before there was a second.
-        preparation: version of what ``data.prepare.load_corpus`` makes of a corpus; None likewise.
+        metrics: those of the last step and the last validation.
+        scaler: state of the fp16 gradient scaler, else empty; filled in when a checkpoint is saved.
+        skipped: steps skipped so far because they were not finite; skipped_in_a_row: the most recent of them.
+        total_steps: last step of the learning rate schedule.
+        data_order: version of the shuffling of windows; None in checkpoints from before version 2.
+        preparation: version of the corpus preparation by ``data.load_corpus``; None likewise.
     """
 
-    step: int
-    position: Position
-    tokens: int
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    tokens: int = 0
     config: dict[str, Any]
     corpus_sha256: str
     tokenizer_fingerprint: str
-    best: dict[str, Any] | None
-    metrics: dict[str, Any]
-    scaler: dict[str, Any]
+    best: dict[str, Any] | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
     skipped: int = 0
     skipped_in_a_row: int = 0
     total_steps: int | None = None
@@ -101,12 +102,12 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint and make it the ``latest``; return its folder.
 
-    Only one rank calls it. Of a sharded model it writes the same files as of a whole one, and the other ranks call
-    :func:`assist_save`. torch's own distributed checkpoint would write faster, every rank its part, but its index is a
-    pickle and a flipped bit in it goes unnoticed.
+    Only rank 0 calls it. If the model is sharded, the other ranks must call :func:`participate_in_save`; the files are
+    those of an unsharded model. torch's distributed checkpoint would write faster, each rank its own shards, but its
+    index is a pickle, and a flipped bit in it is not detected.
 
     Raises:
-        StorageError: it could not be written. Nothing of it is left, and earlier checkpoints are untouched.
+        StorageError: it could not be written. Its files are removed, and earlier checkpoints are unchanged.
     """
     final = step_folder(run, state.step)
     with explain_write_errors(final):
@@ -117,7 +118,7 @@ def save_checkpoint(
             temporary.mkdir()
             _write_checkpoint(temporary, model, tokenizer, optimizer_tensors, state)
             sync_file(temporary)
-            if os.path.lexists(final):  # the same step saved again, after a resume from an older checkpoint
+            if os.path.lexists(final):  # the same step is saved again after a resume from an older checkpoint
                 remove_checkpoint(final)
             os.replace(temporary, final)
             sync_file(run)
@@ -134,39 +135,38 @@ def _write_checkpoint(
     optimizer_tensors: dict[str, Tensor],
     state: TrainerState,
 ) -> None:
-    """Write the three files of a checkpoint into ``folder``; the state last, with the hashes of the others."""
-    notes = {"step": state.step, "tokens": state.tokens, **state.metrics}
+    """Write the three files of a checkpoint into ``folder``; the state comes last, with the hashes of the others."""
+    metadata = {"step": state.step, "tokens": state.tokens, **state.metrics}
     hashes = {
-        MODEL_FILE: save_model(folder / MODEL_FILE, model, tokenizer, notes),
+        MODEL_FILE: save_model(folder / MODEL_FILE, model, tokenizer, metadata),
         OPTIMIZER_FILE: write_tensors(folder / OPTIMIZER_FILE, optimizer_tensors, _OPTIMIZER_METADATA),
     }
-    write_text(folder / STATE_FILE, _sealed({"files": hashes, "state": asdict(state)}))
+    write_text(folder / STATE_FILE, _dump_with_checksum({"files": hashes, "state": asdict(state)}))
 
 
-def assist_save(model: Transformer, optimizer_tensors: dict[str, Tensor]) -> None:
-    """Send this rank's parts of a sharded model and its optimiser state to the rank that saves them."""
+def participate_in_save(model: Transformer, optimizer_tensors: dict[str, Tensor]) -> None:
+    """Send this rank's shards of the model and of the optimiser state to rank 0, which saves them."""
     send_tensors(model.state_dict())
     send_tensors(optimizer_tensors)
 
 
 def is_own_checkpoint(folder: Path) -> bool:
-    """Whether ``folder`` is a checkpoint that psannlm wrote, whole or damaged, and holds nothing else.
+    """Whether ``folder`` is a checkpoint that psannlm wrote, valid or damaged, without any other file.
 
-    Its content proves it: the state with its own hash, or, where that is damaged, the header of one of the tensor
-    files.
+    Its content decides: the state with its own hash, or if that is damaged, the header of one of the tensor files.
     """
     if not is_plain_folder(folder) or not _FOLDER.fullmatch(folder.name):
         return False
     names = {path.name for path in folder.iterdir()}
     if not names <= {STATE_FILE, MODEL_FILE, OPTIMIZER_FILE} or not all(is_plain_file(folder / name) for name in names):
         return False
-    return _holds_state(folder / STATE_FILE) or any(
+    return _is_own_state(folder / STATE_FILE) or any(
         str(file_metadata(folder / name).get("format", "")).startswith("psannlm-")
         for name in (MODEL_FILE, OPTIMIZER_FILE)
     )
 
 
-def _holds_state(path: Path) -> bool:
+def _is_own_state(path: Path) -> bool:
     """Whether the file at ``path`` is the state of a checkpoint and matches its own hash."""
     try:
         content = json.loads(read_small(path, _STATE_BYTES) or b"")
@@ -181,26 +181,26 @@ def is_pointer(path: Path) -> bool:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint; a process killed half way leaves a folder that nothing takes for a checkpoint.
+    """Delete a checkpoint. It is renamed first, so that a killed process leaves no half-deleted checkpoint.
 
     Raises:
-        StorageError: it cannot be removed, or is not a checkpoint of psannlm alone: then it is left as it is.
+        StorageError: it cannot be removed, or it holds files that psannlm did not write; then it is unchanged.
     """
     if not is_own_checkpoint(folder):
         raise StorageError(
-            f"{folder} is in the way: it is not a checkpoint of psannlm alone, so it stays as it is. Move or rename it."
+            f"{folder} is in the way: it holds files that psannlm did not write, so it is not removed. Move it."
         )
     with explain_write_errors(folder), temporary_beside(folder) as doomed:
         os.replace(folder, doomed)
 
 
 def point(run: Path, name: str, step: int) -> None:
-    """Let ``run/latest`` or ``run/best`` name the checkpoint of ``step``."""
+    """Write the name of the checkpoint of ``step`` to ``run/latest`` or ``run/best``."""
     write_text(run / name, step_folder(run, step).name + "\n")
 
 
-def _sealed(content: dict[str, Any], format_version: int = FORMAT_VERSION) -> str:
-    """JSON whose first entry is the SHA-256 of the rest in canonical form."""
+def _dump_with_checksum(content: dict[str, Any], format_version: int = FORMAT_VERSION) -> str:
+    """Return JSON whose first entry is the SHA-256 of the rest in canonical form."""
     body = {"format_version": format_version, **content}
     return json.dumps({"sha256": _digest(body), **body}, indent=1) + "\n"
 
@@ -217,7 +217,7 @@ def read_state(folder: Path) -> TrainerState:
     """
     path = folder / STATE_FILE
     refuse_pointer(path, ArtifactError)
-    if path.exists() and not path.is_file():  # a FIFO would be waited on without end
+    if path.exists() and not path.is_file():  # reading a FIFO would block forever
         raise ArtifactError(f"{path} is not a regular file")
     try:
         text = path.read_text(encoding="utf-8")
@@ -227,19 +227,19 @@ def read_state(folder: Path) -> TrainerState:
     except OSError as error:
         raise ArtifactError(f"{path} is missing or cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged: not the JSON it should be") from error
+        raise ArtifactError(f"{path} is damaged: it is not the JSON of a checkpoint") from error
     if type(version) is not int or version not in _READABLE_VERSIONS:
         readable = " and ".join(map(str, _READABLE_VERSIONS))
         raise ArtifactError(f"{path} has format version {version!r:.40}, this psannlm reads {readable}")
-    # Bytes that JSON does not mind (a space for another) count as damage too: the text must be the one written.
-    rest = {key: value for key, value in content.items() if key != "format_version"}
-    if recorded != _digest(content) or text != _sealed(rest, version):
+    # Changed bytes that JSON ignores, such as white space, are damage too: the text must be the one that was written.
+    body = {name: value for name, value in content.items() if name != "format_version"}
+    if recorded != _digest(content) or text != _dump_with_checksum(body, version):
         raise ArtifactError(f"{path} is damaged: its content does not match its hash")
     try:
         hashes = {name: content["files"][name] for name in (MODEL_FILE, OPTIMIZER_FILE)}
         state = TrainerState(**{**content["state"], "position": Position(**content["state"]["position"])})
     except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} does not describe a checkpoint: it lacks or misnames an entry") from error
+        raise ArtifactError(f"{path} is not the state of a checkpoint: an entry is missing or unknown") from error
     _refuse_oversize(folder)
     for name, digest in hashes.items():
         if verify_tensors(folder / name).sha256 != digest:
@@ -248,10 +248,10 @@ def read_state(folder: Path) -> TrainerState:
 
 
 def _refuse_oversize(folder: Path) -> None:
-    """Judge large files of a checkpoint by their headers, before they are hashed, which takes minutes.
+    """Check large files of a checkpoint by their headers before they are hashed, which takes minutes.
 
     Raises:
-        ArtifactError: a file is not what the model's configuration asks for, or needs more memory than the machine has.
+        ArtifactError: a file does not fit the model's configuration, or needs more memory than the machine has.
     """
     refuse_oversize_file(folder / MODEL_FILE)
     path = folder / OPTIMIZER_FILE
@@ -260,7 +260,7 @@ def _refuse_oversize(folder: Path) -> None:
     model = read_head(folder / MODEL_FILE)
     n_elements = sum(math.prod(shape) for shape in model.shapes.values())
     n_bytes = read_head(path).n_bytes
-    # Two float32 moments of every parameter at most, and a step count of each.
+    # At most two float32 moments per element, and one step count per parameter.
     if n_bytes > 8 * n_elements + 64 * len(model.shapes):
         raise ArtifactError(
             f"{path} does not fit its model: {n_bytes / 1e9:,.1f} GB of optimizer state for {n_elements:,} parameters"
@@ -275,7 +275,7 @@ def read_optimizer(folder: Path) -> dict[str, Tensor]:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first, whole or not."""
+    """Return the checkpoint folders of a run, oldest first, valid or damaged."""
     if not run.is_dir():
         return []
     found = [path for path in run.iterdir() if _FOLDER.fullmatch(path.name) and is_plain_folder(path)]
@@ -283,16 +283,16 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """Return the step that the name of a checkpoint's folder tells."""
+    """Return the step number in the name of a checkpoint folder."""
     return int(folder.name[len(_PREFIX) :])
 
 
-def newest_whole(run: Path, notice: Callable[[str], None]) -> tuple[Path, TrainerState] | None:
-    """Return the newest checkpoint of ``run`` that is undamaged, naming each damaged one that is passed over.
+def latest_valid_checkpoint(run: Path, notice: Callable[[str], None]) -> tuple[Path, TrainerState] | None:
+    """Return the newest valid checkpoint of ``run`` and its state; report each damaged one to ``notice``.
 
     Raises:
-        ArtifactError: there are checkpoints, and every one is damaged; or a file of one was not fetched (Git LFS),
-            which is no damage to pass over.
+        ArtifactError: every checkpoint is damaged; or a file is a Git LFS pointer that was not fetched, which must not
+            be skipped as damaged.
     """
     folders = list_checkpoints(run)
     for folder in reversed(folders):
@@ -301,14 +301,14 @@ def newest_whole(run: Path, notice: Callable[[str], None]) -> tuple[Path, Traine
         try:
             return folder, read_state(folder)
         except ArtifactError as error:
-            notice(f"passing over a damaged checkpoint: {error}")
+            notice(f"skipping a damaged checkpoint: {error}")
     if folders:
-        raise ArtifactError(f"none of the {len(folders)} checkpoints under {run} is whole")
+        raise ArtifactError(f"all {len(folders)} checkpoints under {run} are damaged")
     return None
 
 
 def prune(run: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one, and nothing that psannlm did not make.
+    """Remove all but the newest ``keep`` checkpoints and the best one. Folders of other origin are kept.
 
     Raises:
         StorageError: a checkpoint cannot be removed.
@@ -318,9 +318,9 @@ def prune(run: Path, keep: int, best_step: int | None) -> None:
             remove_checkpoint(folder)
 
 
-def pointed(run: Path, name: str) -> Path | None:
-    """Return the folder that ``run/latest`` or ``run/best`` names, if both exist."""
-    if not (run / name).is_file():  # a FIFO would be waited on without end
+def read_pointer(run: Path, name: str) -> Path | None:
+    """Return the checkpoint folder named in ``run/latest`` or ``run/best``; None if either is missing."""
+    if not (run / name).is_file():  # reading a FIFO would block forever
         return None
     try:
         target = (run / name).read_text(encoding="utf-8").strip()
@@ -330,30 +330,31 @@ def pointed(run: Path, name: str) -> Path | None:
 
 
 def find_checkpoint(root: Path) -> Path | None:
-    """Return the checkpoint to use under ``root``, a run or a folder of runs.
+    """Return the checkpoint to use under ``root``, a run or a folder of runs; None if there is none.
 
-    Of several runs the one that saved last counts; within it the best checkpoint by validation loss, or without
-    validation the newest one. Where the files that name them are missing (a copy of the ``step_*`` folders alone), it
-    is the newest one whose model file is whole.
+    Of several runs it takes the one that saved last; within it the best checkpoint by validation loss, or without
+    validation the latest one. If ``best`` and ``latest`` are missing (a copy of the ``step_*`` folders alone), it takes
+    the newest one whose model file is valid.
 
     Raises:
-        ArtifactError: such a run holds checkpoints, and the model file of every one is damaged.
+        ArtifactError: the model file of every checkpoint of that run is damaged.
     """
     runs = [root, *(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
     runs = [run for run in runs if list_checkpoints(run)]
     if not runs:
         return None
     newest = max(runs, key=_saved_at)
-    return pointed(newest, BEST) or pointed(newest, LATEST) or _newest_whole_model(newest)
+    return read_pointer(newest, BEST) or read_pointer(newest, LATEST) or _latest_valid_model(newest)
 
 
 def _saved_at(run: Path) -> int:
-    """Return when a run saved last, in ns: told by ``latest``, or without it by its newest checkpoint."""
+    """Return the time of a run's last save in ns: that of ``latest``, or without it of its newest checkpoint."""
     latest = run / LATEST
     return (latest if latest.is_file() else list_checkpoints(run)[-1]).stat().st_mtime_ns
 
 
-def _newest_whole_model(run: Path) -> Path:
+def _latest_valid_model(run: Path) -> Path:
+    """Return the newest checkpoint whose model file is valid. Raises ArtifactError if none is."""
     first: ArtifactError | None = None
     for folder in reversed(list_checkpoints(run)):
         try:
@@ -363,4 +364,4 @@ def _newest_whole_model(run: Path) -> Path:
             first = first or error
             continue
         return folder
-    raise ArtifactError(f"no checkpoint under {run} has a whole model file: {first}")
+    raise ArtifactError(f"no checkpoint under {run} has a valid model file: {first}")

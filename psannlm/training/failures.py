@@ -1,4 +1,4 @@
-"""What can go wrong within a step, to one line that says where, why and what to do: numbers not finite, memory."""
+"""Failures of a training step: non-finite loss or gradients, and memory that ran out."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from psannlm.errors import TrainingError, is_out_of_memory
 from psannlm.training.checkpoint import list_checkpoints
 from psannlm.training.step import StepResult
 
-# Steps that are not finite, one after the other, from which on leaving them out leads nowhere.
-TOO_MANY_IN_A_ROW = 3
-# These words stand in the error of every run that ended because its numbers were none.
+# Number of consecutive non-finite steps at which ``train.on_nonfinite: skip`` gives up.
+MAX_CONSECUTIVE_SKIPS = 3
+# Part of the message of every ``DivergedError``. Study folders written before ``status.json`` are read by it.
 NOT_FINITE = "not finite"
 _NAMED_WINDOWS = 8
 _DESCRIBED_WINDOWS = 4
 
 
 @dataclass(frozen=True)
-class NotFinite:
-    """A step whose loss or gradient is not finite: its figures, its windows (of all ranks), and their documents."""
+class NonFiniteStep:
+    """A step with a non-finite loss or gradient: its metrics, its windows (of all ranks), and their documents."""
 
     step: int
     loss: float
@@ -36,7 +36,7 @@ class NotFinite:
     source: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all but the step as plain data."""
+        """Return all fields but ``step`` as plain data."""
         return {name: value for name, value in vars(self).items() if name != "step"}
 
     def __str__(self) -> str:
@@ -48,37 +48,38 @@ class NotFinite:
         )
 
 
-def describe_not_finite(step: int, result: StepResult, loader: Loader, at: Position, n_windows: int) -> NotFinite:
-    """Return what is known of a step that began at ``at`` and saw ``n_windows`` over all ranks."""
+def describe_non_finite(step: int, result: StepResult, loader: Loader, at: Position, n_windows: int) -> NonFiniteStep:
+    """Return the description of a step that started at position ``at`` and read ``n_windows`` over all ranks."""
     windows = [int(window) for window in loader.order(at.epoch)[at.window : at.window + n_windows]]
     source = "; ".join(loader.windows.describe(window) for window in windows[:_DESCRIBED_WINDOWS])
-    return NotFinite(step, result.loss, result.grad_norm, windows, source)
+    return NonFiniteStep(step, result.loss, result.grad_norm, windows, source)
 
 
-def last_saved(folder: Path) -> str:
-    """Return which checkpoint of a run is the last, in words."""
+def describe_last_checkpoint(folder: Path) -> str:
+    """Return a clause that names the last checkpoint of the run in ``folder``."""
     saved = list_checkpoints(folder)
     return f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
 
 
-def find_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Return the name of the first tensor that holds a NaN or an infinity, or None."""
+def find_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor with a NaN or an infinity, or None."""
     floats = ((name, tensor) for name, tensor in tensors if tensor.is_floating_point())
     return next((name for name, tensor in floats if not bool(torch.isfinite(tensor).all())), None)
 
 
 @contextmanager
-def explaining_memory(config: RunConfig, step: int) -> Iterator[None]:
-    """Turn what is raised when memory runs out into a TrainingError that says which keys to lower, and from what."""
+def explain_oom(config: RunConfig, step: int) -> Iterator[None]:
+    """Turn an out-of-memory error into a TrainingError that names the keys to lower and their current values."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise TrainingError(f"out of memory at step {step}: {_less_memory(config)}") from error
+        raise TrainingError(f"out of memory at step {step}: {_memory_remedies(config)}") from error
 
 
-def _less_memory(config: RunConfig) -> str:
+def _memory_remedies(config: RunConfig) -> str:
+    """Return the settings that lower the memory of a step, joined to one clause."""
     train, remedies = config.train, []
     if train.batch_tokens >= 2 * config.data.max_length:
         remedies.append(

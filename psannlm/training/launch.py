@@ -1,7 +1,7 @@
-"""One configuration to N processes on this machine, each a rank of one training; their exit code comes back.
+"""Launcher of N training processes on this machine, one per rank (``psannlm train --nproc N``).
 
-Ranks meet in a folder that only this user may enter and talk over the loopback interface: no port that another machine
-reaches, and no store that reads pickles, as torchrun's rendezvous does.
+Ranks join through a private folder and communicate over the loopback interface: no port is open to other machines, and
+no pickle is read, as in the rendezvous of torchrun.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from psannlm.runtime.processes import python_command
 from psannlm.runtime.signals import stop_signals
 from psannlm.runtime.watchdog import LAUNCHED
 
-# After a signal ranks may take their time: a large checkpoint takes long. After a failure there is nothing to save.
+# After a signal, ranks get time to write a large checkpoint. After a failure there is nothing to save.
 _STOP_S = 3600.0
 _FAILED_S = 30.0
 _POLL_S = 0.05
@@ -38,17 +38,17 @@ Process = subprocess.Popen[bytes]
 
 
 def check_launch(n_ranks: int, device: str) -> None:
-    """Refuse what cannot be launched, once and before there is any rank.
+    """Check that ``n_ranks`` processes can be launched, before any of them starts.
 
     Raises:
-        ConfigError: fewer than one rank, or this process is a rank itself.
-        DeviceError: there is no GPU for every rank, or no loopback interface.
+        ConfigError: fewer than one rank, or this process is itself a rank.
+        DeviceError: there are fewer GPUs than ranks.
     """
     if n_ranks < 1:
         raise ConfigError(f"--nproc {n_ranks}: give the number of processes, 1 or more")
     if "RANK" in os.environ:
         raise ConfigError(
-            "--nproc starts the ranks by itself, and torchrun has started this one; leave one of them out"
+            "--nproc starts the ranks itself, and torchrun has started this process; use only one of them"
         )
     if device.startswith("cuda:") and n_ranks > 1:
         raise ConfigError(f"train.device {device} is one GPU for {n_ranks} ranks; use device: cuda, one GPU for each")
@@ -56,17 +56,17 @@ def check_launch(n_ranks: int, device: str) -> None:
 
     n_gpus = torch.cuda.device_count() if device != "cpu" else 0
     if n_gpus and n_ranks > n_gpus:
-        raise DeviceError(f"--nproc {n_ranks} needs as many GPUs, and there are {n_gpus}; use --nproc {n_gpus}")
+        raise DeviceError(f"--nproc {n_ranks} needs {n_ranks} GPUs, and there are {n_gpus}; use --nproc {n_gpus}")
 
 
 def launch(config: RunConfig, n_ranks: int, options: Sequence[str] = (), *, debug: bool = False) -> int:
     """Train ``config`` with ``psannlm train`` in ``n_ranks`` processes; return the exit code.
 
-    Ctrl-C, SIGTERM and SIGHUP are passed on, and the ranks may take their time to save. When a rank fails, the others
-    are ended. What a rank has to say of its error it says itself.
+    Ctrl-C, SIGTERM and SIGHUP are forwarded, and the ranks get time to save. If a rank fails, the others are stopped.
+    Each rank prints its own error.
 
     Args:
-        options: more of the command line of ``psannlm train``.
+        options: further command-line options of ``psannlm train``.
         debug: show the traceback of an error.
 
     Raises:
@@ -75,7 +75,7 @@ def launch(config: RunConfig, n_ranks: int, options: Sequence[str] = (), *, debu
     environment = {LAUNCHED: "1"}
     with meeting_place(n_ranks) as place, _received() as signals:
         path = Path(place[STORE_FOLDER]) / _CONFIG_FILE
-        # The ranks' own copy: what was read from a pipe cannot be read again, and a file may change meanwhile.
+        # A copy for the ranks: a pipe cannot be read twice, and the file may change.
         path.write_text(to_yaml(config), encoding="utf-8")
         arguments = [*(["--debug"] if debug else []), "train", str(path), *options]
         ranks: list[Process] = []
@@ -89,7 +89,7 @@ def launch(config: RunConfig, n_ranks: int, options: Sequence[str] = (), *, debu
 
 @contextmanager
 def meeting_place(n_ranks: int) -> Iterator[dict[str, str]]:
-    """Make the place where ``n_ranks`` processes meet; yield the environment that leads them there.
+    """Create the private store folder of ``n_ranks`` processes; yield the environment variables that name it.
 
     Raises:
         DeviceError: this machine has no loopback interface that works.
@@ -101,7 +101,7 @@ def meeting_place(n_ranks: int) -> Iterator[dict[str, str]]:
             "WORLD_SIZE": str(n_ranks),
             "LOCAL_WORLD_SIZE": str(n_ranks),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_ranks))),
-            # Left to themselves, both listen on the address of the first interface that they find.
+            # By default, both listen on the address of the first interface that they find.
             "GLOO_SOCKET_IFNAME": interface,
             "NCCL_SOCKET_IFNAME": f"={interface}",
         }
@@ -110,9 +110,9 @@ def meeting_place(n_ranks: int) -> Iterator[dict[str, str]]:
 def start_rank(
     rank: int, arguments: Sequence[str], place: Mapping[str, str], output: IO[bytes] | None = None
 ) -> Process:
-    """Start ``psannlm`` with ``arguments`` as a rank of those that meet at ``place``, in a session of its own.
+    """Start ``psannlm`` with ``arguments`` as one rank, in its own session.
 
-    On Linux it is told to stop (SIGTERM) when this process ends without having waited for it.
+    On Linux it gets SIGTERM if this process ends without waiting for it.
     """
     return subprocess.Popen(
         python_command("psannlm", *arguments, end_with_parent=True),
@@ -120,19 +120,19 @@ def start_rank(
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
-        # A signal from the terminal comes once, from here.
+        # So that a signal from the terminal reaches it only once, from this process.
         start_new_session=True,
     )
 
 
 def _watch(ranks: Sequence[Process], signals: list[int]) -> int:
-    """Wait for all ranks, pass ``signals`` on as they come in, and return the exit code of all together."""
+    """Wait for all ranks, forward ``signals`` as they arrive, and return the common exit code."""
     n_sent, kill_at = 0, float("inf")
     first: int | None = None
     while any(rank.poll() is None for rank in ranks):
         for number in signals[n_sent:]:
-            # The first Ctrl-C as SIGTERM, which means the same to a rank that trains: one that still imports its
-            # libraries ends without a traceback.
+            # Forward the first Ctrl-C as SIGTERM, which has the same effect on a training rank: a rank that is still
+            # importing its libraries then ends without a traceback.
             is_polite = n_sent == 0 and number == signal.SIGINT
             _send(ranks, signal.SIGTERM if is_polite else number)
             n_sent += 1
@@ -144,7 +144,7 @@ def _watch(ranks: Sequence[Process], signals: list[int]) -> int:
             if n_sent == 0:
                 _send(ranks, signal.SIGTERM)
             elif ranks[first].returncode < 0:
-                # It went before it could save, so the others wait for it in vain.
+                # It was killed before it could save: the others would wait for it forever.
                 kill_at = min(kill_at, time.monotonic() + _FAILED_S)
         if time.monotonic() >= kill_at:
             _kill(ranks)
@@ -153,30 +153,30 @@ def _watch(ranks: Sequence[Process], signals: list[int]) -> int:
     if not any(codes):
         return EXIT_OK
     if signals:
-        told = [code for code in codes if code > 0]
-        if not told:
+        reported = [code for code in codes if code > 0]
+        if not reported:
             sys.stderr.write("interrupted\n")
-        return next((code for code in told if code != EXIT_INTERRUPTED), EXIT_INTERRUPTED)
+        return next((code for code in reported if code != EXIT_INTERRUPTED), EXIT_INTERRUPTED)
     at = first if first is not None else next(at for at, code in enumerate(codes) if code)
     if codes[at] > 0:
         return codes[at]
     name = signal.Signals(-codes[at]).name
-    sys.stderr.write(f"error: rank {at} was ended by {name}; the others were stopped\n")
+    sys.stderr.write(f"error: rank {at} was killed by {name}; the others were stopped\n")
     return EXIT_FAILED
 
 
 def _stop_s() -> float:
-    """How long ranks may take to save: the variable is the one that torchrun reads."""
+    """Return the seconds that ranks get to save; torchrun reads the same environment variable."""
     return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _STOP_S))
 
 
 def _send(ranks: Sequence[Process], number: int) -> None:
     for rank in ranks:
-        rank.send_signal(number)  # nothing where it has ended
+        rank.send_signal(number)  # no effect on an ended process
 
 
 def _kill(ranks: Sequence[Process]) -> None:
-    """End ranks and what they started."""
+    """Kill the ranks and their child processes."""
     for rank in ranks:
         if rank.poll() is None:
             with suppress(ProcessLookupError):
@@ -186,7 +186,7 @@ def _kill(ranks: Sequence[Process]) -> None:
 
 @contextmanager
 def _received() -> Iterator[list[int]]:
-    """Yield a list to which every signal that asks for an end is added, within the context."""
+    """Yield a list to which every received stop signal is appended."""
     numbers: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield numbers
@@ -204,7 +204,7 @@ def _received() -> Iterator[list[int]]:
 
 
 def _loopback_interface(n_ranks: int) -> str:
-    """Return the name of the loopback interface, over which ranks talk. Raises DeviceError if it does not work."""
+    """Return the name of the loopback interface. Raises DeviceError if it does not work."""
     names = [name for _, name in socket.if_nameindex() if name in _LOOPBACK]
     try:
         with socket.socket() as listener, socket.socket() as caller:
@@ -215,7 +215,7 @@ def _loopback_interface(n_ranks: int) -> str:
         names = []
     if not names:
         raise DeviceError(
-            f"{n_ranks} ranks talk over the loopback interface, and here it is down or missing: bring it up "
+            f"{n_ranks} ranks communicate over the loopback interface, which is down or missing: bring it up "
             "(ip link set lo up), or train in one process, without --nproc"
         )
     return names[0]

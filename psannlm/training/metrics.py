@@ -1,13 +1,16 @@
-"""The figures of a run to ``metrics.jsonl``, one JSON object a line, and to a picture of the loss."""
+"""Metrics log: ``metrics.jsonl`` with one JSON object per line, TensorBoard event files, and the loss curve."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from psannlm.errors import ConfigError, Problem
 from psannlm.io.atomic import explain_write_errors, write_bytes, write_text
 from psannlm.io.figures import render_figure
 
@@ -16,24 +19,25 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss_curve.png"
-# Okabe and Ito's palette: told apart by the colour-blind.
+BOARD_FOLDER = "tensorboard"
+# Okabe and Ito's palette, distinguishable by colour-blind readers.
 _TRAIN_COLOUR, _VAL_COLOUR, _BEST_COLOUR = "#56B4E9", "#D55E00", "#009E73"
 
 
 class MetricsLog:
-    """Appends to ``metrics.jsonl``.
+    """Append-only log of a run in ``metrics.jsonl``.
 
-    Each row has the ``step`` it belongs to and a ``kind``: ``train``, ``eval``, ``sample`` (a prompt and the text that
-    followed) or ``skipped`` (a step that was not finite).
+    Each row has a ``step`` and a ``kind``: ``train``, ``eval``, ``sample`` (a prompt and its continuation) or
+    ``skipped`` (a non-finite step).
     """
 
     def __init__(
         self, folder: Path, after_step: int = 0, also: Callable[[str, int, dict[str, Any]], None] | None = None
     ) -> None:
-        """Open the log of a run that goes on after ``after_step``; rows of later steps, about to be made again, go.
+        """Open the log of a run that resumes after ``after_step``, and delete the rows of later steps, which are rerun.
 
         Args:
-            also: handed each row too, as :meth:`write` gets it.
+            also: called with the arguments of every :meth:`write`.
 
         Raises:
             StorageError: the file cannot be written.
@@ -44,8 +48,8 @@ class MetricsLog:
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one row and hand it to the operating system. Raises StorageError if the disk is full."""
-        # JSON knows no infinity: a gradient norm that overflowed under fp16 is written as null.
+        """Append one row. Raises StorageError if it cannot be written, such as on a full disk."""
+        # JSON has no infinity: a gradient norm that overflowed under fp16 is written as null.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with explain_write_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
@@ -53,8 +57,51 @@ class MetricsLog:
             self._also(kind, step, values)
 
 
+def require_tensorboard() -> None:
+    """Raise ConfigError with the install command if the package tensorboard is missing."""
+    if find_spec("tensorboard") is None:
+        message = "needs the package tensorboard: pip install -c constraints.txt '.[tensorboard]'; or set it to false"
+        raise ConfigError(Problem("train.tensorboard", message))
+
+
+class TensorBoardLog:
+    """TensorBoard event files in ``tensorboard/`` of a run: numbers as scalars ``kind/name``, samples as texts."""
+
+    def __init__(self, folder: Path, after_step: int = 0) -> None:
+        """Open the log of a run that resumes after ``after_step``; events of later steps are purged.
+
+        Raises:
+            StorageError: the files cannot be written.
+        """
+        # The import adds a handler to a root logger without one, which would print messages of other libraries.
+        had_handlers = list(logging.getLogger().handlers)
+        from torch.utils.tensorboard import SummaryWriter
+
+        logging.getLogger().handlers[:] = had_handlers
+        path = folder / BOARD_FOLDER
+        with explain_write_errors(path):
+            # TensorBoard discards events of this step and later ones: these steps are rerun.
+            self._writer = SummaryWriter(path, purge_step=after_step + 1)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Write one row and flush it."""
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+        if kind == "sample":
+            text = f"{values['prompt']}{values['text']}"
+            # Markdown shows an indented text verbatim.
+            page = "".join(f"    {line}\n" for line in text.splitlines())
+            self._writer.add_text(f"sample/{values['prompt'][:40]}", page, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._writer.close()
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's log, oldest first; a last line that a crash cut short is left out."""
+    """Return the rows of a run's log, oldest first, without lines that a crash truncated."""
     path = folder / METRICS_FILE
     if not path.is_file():
         return []
@@ -70,11 +117,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def draw_curve(folder: Path, title: str, rows: list[dict[str, Any]]) -> Path:
-    """Draw training and validation loss against the step and return the picture's path.
+    """Plot training and validation loss against the step; return the path of the image.
 
     Raises:
-        PictureError: the picture cannot be drawn.
-        StorageError: the picture cannot be written.
+        PictureError: the plot cannot be drawn.
+        StorageError: the image cannot be written.
     """
     path = folder / CURVE_FILE
     write_bytes(path, render_figure(lambda: _curve(title, rows), metadata={"Software": "psannlm"}))
@@ -89,7 +136,7 @@ def _curve(title: str, rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if train:
-        # A line through one point is not seen.
+        # A line through one point is invisible.
         marker = "o" if len(train) == 1 else None
         axes.plot(
             *zip(*train, strict=True), color=_TRAIN_COLOUR, linewidth=1.5, marker=marker, label="training (one step)"

@@ -1,4 +1,4 @@
-"""A model to its optimisers: what decays, what does not, and which matrices Muon takes."""
+"""Optimisers and parameter groups: AdamW, Muon for hidden matrices, and weight decay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from psannlm.errors import ArtifactError
 from psannlm.runtime.device import computes_in_bf16
-from psannlm.runtime.distributed import part_of, whole
+from psannlm.runtime.distributed import full_tensor, shard_like
 
 ADAMW_BETAS = (0.9, 0.95)
 ADAMW_EPS = 1e-8
@@ -24,7 +24,7 @@ _NORM_FLOOR = 1e-7
 
 @dataclass(frozen=True)
 class ParameterGroups:
-    """Parameters by name: hidden matrices; embedding and output matrix; and all that weight decay never touches."""
+    """Parameters by name: hidden matrices, embedding and output matrix, and parameters without weight decay."""
 
     hidden: dict[str, nn.Parameter]
     embedding: dict[str, nn.Parameter]
@@ -34,9 +34,8 @@ class ParameterGroups:
 def group_parameters(model: nn.Module) -> ParameterGroups:
     """Sort the learnable parameters of a ``Transformer``.
 
-    Decay pulls towards zero, which is neutral for a matrix. It is not for the raw parameters of a sine (softplus of
-    zero is 0.69, far from a decay of 0.01), for norms, biases and residual scales, nor for the few taps of a
-    short convolution.
+    Weight decay pulls towards zero, which is neutral for a matrix, but not for the raw parameters of a sine (softplus
+    of zero is 0.69, far from a decay of 0.01), norms, biases, residual scales and the few taps of a short convolution.
     """
     groups = ParameterGroups({}, {}, {})
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -61,7 +60,7 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         matrix: ``[rows, columns]``.
-        dtype: what the products are computed in, and the result's type.
+        dtype: of the products and of the result.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrix.to(dtype, copy=True)
@@ -76,16 +75,16 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, step for step, for the precision of the device and for matrices of which every rank holds rows.
+    """torch's Muon with the precision of the device and for sharded matrices; the updates are those of torch.
 
-    torch orthogonalizes in bfloat16 everywhere. A CPU without bfloat16 hardware does that in software, where it took
-    two thirds of the step of a model of 2M parameters; there the products are float32. A sharded momentum stays
-    sharded: one matrix at a time is gathered, and every rank computes its direction, as replicas do.
+    torch always orthogonalizes in bfloat16. A CPU without bfloat16 hardware emulates it, which took two thirds of a
+    step of a model of 2M parameters; there the products are float32. A sharded momentum stays sharded: one matrix at a
+    time is gathered, and every rank computes its full direction.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Make one step with the gradients that are there."""
+        """Update the parameters that have a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -94,13 +93,13 @@ class Muon(torch.optim.Muon):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = whole(parameter.grad.lerp(momentum, group["momentum"]))
+                update = full_tensor(parameter.grad.lerp(momentum, group["momentum"]))
                 dtype = torch.bfloat16 if computes_in_bf16(parameter.device) else torch.float32
                 direction = orthogonalize(update, dtype)
                 # Liu et al. 2025: the root mean square of AdamW's usual step.
                 rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(part_of(direction, parameter), alpha=-rate)
+                parameter.add_(shard_like(direction, parameter), alpha=-rate)
 
 
 class OptimizerSet:
@@ -128,7 +127,7 @@ class OptimizerSet:
             decayed += groups.hidden.values()
         undecayed = list(groups.undecayed.values())
         fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-        # The scaler of fp16 cannot look at sharded and whole gradients in one go: an optimiser for each.
+        # The fp16 scaler cannot unscale sharded and replicated gradients together: one optimiser for each.
         for is_sharded in sorted({isinstance(p, DTensor) for p in (*decayed, *undecayed)}):
             parts = [
                 {"params": [p for p in params if isinstance(p, DTensor) == is_sharded], "weight_decay": decay}
@@ -137,18 +136,18 @@ class OptimizerSet:
             self.optimizers.append(torch.optim.AdamW(parts, betas=ADAMW_BETAS, eps=ADAMW_EPS, fused=fused))
 
     def set_lr(self, lr: float) -> None:
-        """Use ``lr`` from the next step on."""
+        """Set the learning rate of the next steps."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Release all gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as tensors named ``parameter/entry``: what a checkpoint keeps, sharded as the model is."""
+        """Return the state for a checkpoint as tensors named ``parameter/entry``, sharded as the model is."""
         return {
             f"{self._names[id(parameter)]}/{entry}": value
             for optimizer in self.optimizers
@@ -157,9 +156,9 @@ class OptimizerSet:
         }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what :meth:`tensors` gave.
+        """Load the tensors of :meth:`tensors`.
 
-        Nothing at all is the state before the first step (under fp16, overflows may have skipped every one so far).
+        An empty mapping is the state before the first step (under fp16, overflows may have skipped every step so far).
 
         Raises:
             ArtifactError: the tensors belong to other parameters or to another optimiser.
@@ -191,7 +190,7 @@ class OptimizerSet:
 
 
 def _placed(entry: str, value: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-    """Put a state tensor where the optimiser keeps it: AdamW counts steps on the CPU unless it is fused."""
+    """Move a state tensor to its device: AdamW counts steps on the CPU unless it is fused."""
     if entry == "step":
         return value.to(parameter.device if group.get("fused") else value.device, copy=True)
-    return part_of(value.to(parameter.device), parameter).clone()
+    return shard_like(value.to(parameter.device), parameter).clone()

@@ -1,4 +1,4 @@
-"""A model on one device to the same model trained by every rank, whole or sharded, and what that asks of a step."""
+"""FSDP2 and DDP wrapping, gradient synchronisation and gradient clipping over several ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from psannlm.kernels.torch_private import foreach_copy_, foreach_mul_
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import Precision
-from psannlm.runtime.distributed import World, part_of, whole
+from psannlm.runtime.distributed import World, full_tensor, shard_like
 from psannlm.training.optim import group_parameters
 
 
@@ -25,7 +25,7 @@ def replicate(model: nn.Module, world: World, device: torch.device) -> nn.Module
     """Return ``model`` wrapped so that its gradients are averaged over the ranks (PyTorch DDP, arXiv 2006.15704)."""
     if world.size == 1:
         return model
-    # Gradients as views of what is sent: otherwise a rank holds each of them twice.
+    # Gradients are views of the communication buckets: otherwise a rank holds each gradient twice.
     return DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
@@ -36,33 +36,33 @@ def shard(source: Transformer, world: World, precision: Precision) -> Transforme
 
     FSDP2 (Zhao et al. 2023, arXiv 2304.11277; sharding after ZeRO stage 3, arXiv 1910.02054): a block's matrices are
     gathered for its forward and again for its backward pass, in the dtype of ``precision``; gradients are averaged in
-    float32. What weight decay never touches (norms, sine parameters, biases, taps, residual scales: under 1 % of a
-    model) stays whole and float32 on every rank, so that a sharded run computes what a single process does under
-    autocast; :func:`settle_gradients` averages it.
+    float32. Parameters without weight decay (norms, sine parameters, biases, conv taps, residual scales: under 1 % of
+    a model) stay replicated and float32 on every rank, so that a sharded run computes what a single process does under
+    autocast; :func:`all_reduce_replicated_grads` averages it.
 
     Args:
-        source: the weights, on the CPU. Those of rank 0 count: elsewhere shapes ("meta") are enough.
+        source: the weights, on the CPU. The values of rank 0 are used; other ranks may pass tensors on the meta device.
     """
     device = precision.device
     mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("ranks",))
     with torch.device("meta"):
         model = Transformer(source.config)
-    kept_whole = set(group_parameters(model).undecayed.values())
-    gathered_as = None if precision.dtype == torch.float32 else precision.dtype
-    in_blocks = MixedPrecisionPolicy(gathered_as, torch.float32, cast_forward_inputs=False)
+    replicated = set(group_parameters(model).undecayed.values())
+    gather_dtype = None if precision.dtype == torch.float32 else precision.dtype
+    in_blocks = MixedPrecisionPolicy(gather_dtype, torch.float32, cast_forward_inputs=False)
     at_ends = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=in_blocks, ignored_params=kept_whole)
-    # Autocast leaves the embedding in float32, and the loss rounds the output matrix by itself.
-    fully_shard(model, mesh=mesh, mp_policy=at_ends, ignored_params=kept_whole, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, mp_policy=in_blocks, ignored_params=replicated)
+    # Autocast keeps the embedding in float32, and the loss casts the output matrix itself.
+    fully_shard(model, mesh=mesh, mp_policy=at_ends, ignored_params=replicated, reshard_after_forward=False)
     model.to_empty(device=device)
     given = source.state_dict()
     with torch.no_grad():
-        # One tensor at a time, so that a device never holds more than its part and one whole tensor.
+        # One tensor at a time, so that a device holds at most its shards and one full tensor.
         for name, own in model.state_dict().items():
             value = given[name].to(device) if world.is_main else torch.empty(own.shape, dtype=own.dtype, device=device)
             dist.broadcast(value, src=0)
-            own.copy_(part_of(value, own))
+            own.copy_(shard_like(value, own))
     return model
 
 
@@ -73,18 +73,18 @@ def is_sharded(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def gather_into(target: Transformer | None, model: Transformer) -> None:
-    """Copy the weights of a sharded ``model`` into ``target``; every rank must call it, also one without a target."""
+    """Copy the full weights of a sharded ``model`` into ``target``. Every rank must call it, even without a target."""
     into = {} if target is None else target.state_dict()
     for name, value in model.state_dict().items():
-        full = whole(value)
+        full = full_tensor(value)
         if name in into:
             into[name].copy_(full)
 
 
 def gradient_sync(model: nn.Module, is_due: bool) -> AbstractContextManager[object]:
-    """Let ranks exchange the gradients of the backward pass within the context only where ``is_due``.
+    """Return a context whose backward pass exchanges gradients between ranks only if ``is_due``.
 
-    A sharded model then keeps whole gradients between the micro-batches of a step: 4 bytes per parameter.
+    If not, a sharded model keeps unsharded gradients between the micro-batches of a step: 4 bytes per parameter.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_due)
@@ -93,25 +93,25 @@ def gradient_sync(model: nn.Module, is_due: bool) -> AbstractContextManager[obje
     return nullcontext() if is_due or no_sync is None else no_sync()
 
 
-def settle_gradients(model: nn.Module, world: World) -> None:
-    """Average over the ranks the gradients that a sharded ``model`` keeps whole; call it once before a step."""
+def all_reduce_replicated_grads(model: nn.Module, world: World) -> None:
+    """Average the gradients of the replicated parameters of a sharded ``model`` over the ranks, once per step."""
     if not isinstance(model, FSDPModule):
         return
     grads = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
     if grads:
-        everything = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(everything)
-        everything.div_(world.size)
-        parts = torch.split(everything, [grad.numel() for grad in grads])
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        flat.div_(world.size)
+        parts = torch.split(flat, [grad.numel() for grad in grads])
         foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
-    """Scale all gradients to a global norm of at most ``max_norm`` (None: as they are); return the norm before.
+    """Scale all gradients to a global norm of at most ``max_norm`` (None: no scaling); return the norm before.
 
-    Every rank gets the same norm, of the whole gradients, as a scalar on the device, which is not waited for. A norm
-    that is not finite makes every gradient NaN.
+    Every rank gets the norm of the full gradients as a scalar on the device, without waiting for the device. A
+    non-finite norm makes every gradient NaN.
     """
     limit = math.inf if max_norm is None else max_norm
     if not isinstance(model, FSDPModule):
@@ -119,7 +119,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     parts = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
     copies = [grad for grad in grads if not isinstance(grad, DTensor)]
-    # Parts add up over the ranks, what each rank has whole counts once.
+    # Shards add up over the ranks; replicated gradients count once.
     square = nn.utils.get_total_norm(parts).square()
     dist.all_reduce(square)
     norm = (square + nn.utils.get_total_norm(copies).to(square.device).square()).sqrt()

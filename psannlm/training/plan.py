@@ -1,16 +1,23 @@
-"""A configuration to what a run will need: parameters, operations, steps, memory and disk, before the first step."""
+"""Plan of a run before its first step: batches, number of steps, compile decision, memory and disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
+
+from psannlm.config.model import ModelConfig
 from psannlm.config.run import BatchPlan, RunConfig, plan_batches, total_steps
-from psannlm.data.prepare import load_corpus
+from psannlm.data.dataset import LMDataset
+from psannlm.data.loader import Loader, Position
+from psannlm.data.prepare import PreparedData, load_corpus
+from psannlm.data.stream import Stream
 from psannlm.io.atomic import free_bytes
 from psannlm.models.accounting import (
+    Place,
     count_parameters,
     describe_oversize,
     flops_per_token,
@@ -19,21 +26,23 @@ from psannlm.models.accounting import (
 )
 from psannlm.models.parallel_estimates import sharded_memory
 from psannlm.models.registry import resolve
-from psannlm.runtime.device import pick_device, pick_precision, require_compiler
-from psannlm.runtime.distributed import World, launched_world
-from psannlm.tokenizers.base import MIN_VOCAB_SIZE
-from psannlm.training.compiling import decide_compiling, run_flops
-from psannlm.training.run import build_loader, doubts, place_of
+from psannlm.runtime.device import compiler_fault, gpu_memory_bytes, pick_device, pick_precision, require_compiler
+from psannlm.runtime.distributed import World, local_ranks, world_from_env
+from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
 
-# Activations are counted layer by layer, which takes long for more layers than this.
-_MOST_LAYERS = 4096
+# The memory estimate runs layer by layer; more layers than this would take long.
+_MAX_LAYERS = 4096
+# Floating-point operations of one rank from which torch.compile pays off: compiling took half a minute on two cores and
+# saved 7 % of a step in float32 and 23 to 30 % in bf16 (docs/experiments.md). In that time a GPU computes a thousand
+# times as much.
+COMPILE_BREAK_EVEN_FLOPS = {"cpu": 1e14, "cuda": 1e17}
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run will need. ``memory`` and ``checkpoint_bytes`` are in bytes, ``memory`` on one rank by part.
+    """Requirements of a run. ``memory`` is in bytes of one rank by part, ``checkpoint_bytes`` in bytes.
 
-    ``config`` is the configuration with everything that it left to the base and to the corpus filled in.
+    ``config`` is the resolved configuration: the defaults of the base and of the corpus are filled in.
     """
 
     config: RunConfig
@@ -49,11 +58,11 @@ class TrainingPlan:
 
     @property
     def n_parameters(self) -> int:
-        """Learnable parameters in all."""
+        """Total number of trainable parameters."""
         return sum(self.parameters.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return every figure as plain data."""
+        """Return all values as plain data."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         tokens = {"tokens_per_step": self.batches.tokens_per_step, "n_parameters": self.n_parameters}
         config = self.config.model_dump(mode="json")
@@ -61,15 +70,17 @@ class TrainingPlan:
 
 
 def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int | None = None) -> TrainingPlan:
-    """Read and tokenize the corpus, but build no weights and write nothing; return the :class:`TrainingPlan`.
+    """Read and tokenize the corpus, without building weights or writing files; return the :class:`TrainingPlan`.
 
-    ``n_ranks`` plans for so many processes; None for those that torchrun has started, or for this one.
+    Args:
+        notice: called with each warning.
+        n_ranks: number of processes to plan for; None: those that torchrun started, or this one.
 
     Raises:
-        PsannlmError: whatever would stop the run before its first step.
+        PsannlmError: any error that would stop the run before its first step.
     """
     if n_ranks is None:
-        world = launched_world(config.train.ddp, config.train.fsdp)
+        world = world_from_env(config.train.ddp, config.train.fsdp)
     else:
         world = World(size=n_ranks)
     device = pick_device(config.train.device, world.local_rank)
@@ -77,7 +88,7 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
     if config.train.compile is True:
         require_compiler(device)
     place = place_of(config, world, device, n_ranks)
-    if config.model.n_layers > _MOST_LAYERS:
+    if config.model.n_layers > _MAX_LAYERS:
         refuse_oversize(config.model, MIN_VOCAB_SIZE, place)
     data = load_corpus(config.data, notice)
     model = resolve(config.model, vocab_size=data.tokenizer.vocab_size, max_seq_len=config.data.max_length)
@@ -85,7 +96,7 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
         notice(f"note: {oversize}")
     loader = build_loader(config, data, world)
     n_steps = total_steps(config, loader.steps_per_epoch)
-    for line in doubts(config, loader, n_steps):
+    for line in config_warnings(config, loader, n_steps):
         notice(line)
     flops = run_flops(config, model, n_steps)
     _, reason = decide_compiling(config.train.compile, device, flops, is_sharded=config.train.fsdp == "full")
@@ -102,7 +113,7 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
         device_type=device.type,
     )
     checkpoint_bytes = memory.weights + memory.optimizer
-    for line in _doubts_of_disk(config, checkpoint_bytes):
+    for line in _disk_warnings(config, checkpoint_bytes):
         notice(line)
     if config.train.fsdp == "full":
         memory = sharded_memory(
@@ -128,8 +139,8 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
     )
 
 
-def _doubts_of_disk(config: RunConfig, checkpoint_bytes: int) -> list[str]:
-    """Return a note where the disk has no room for the checkpoints kept, the best one and the one being written."""
+def _disk_warnings(config: RunConfig, checkpoint_bytes: int) -> list[str]:
+    """Return a message if the disk is too small for the kept checkpoints, the best one and the one being written."""
     folder = config.train.checkpoint_dir
     needed, free = (config.train.keep_checkpoints + 2) * checkpoint_bytes, free_bytes(Path(folder).expanduser())
     if free >= needed:
@@ -138,3 +149,106 @@ def _doubts_of_disk(config: RunConfig, checkpoint_bytes: int) -> list[str]:
         f"note: checkpoints will need {needed / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} MB free; free some, "
         "choose another train.checkpoint_dir, or lower train.keep_checkpoints"
     ]
+
+
+def place_of(config: RunConfig, world: World, device: torch.device, n_local: int | None = None) -> Place:
+    """Return the device memory that a run's model must fit into.
+
+    Args:
+        n_local: ranks on this machine; None: as the launcher set it.
+    """
+    n_ranks = min(world.size, n_local or local_ranks())
+    n_shards = world.size if config.train.fsdp == "full" else 1
+    return Place(device.type, gpu_memory_bytes(device), n_ranks, n_shards)
+
+
+def last_step(config: RunConfig, loader: Loader, step: int, position: Position) -> int:
+    """Return the number of the last step of a run that is at ``position`` after ``step`` steps.
+
+    A run that resumes with another number of ranks makes larger or smaller steps, so the remaining windows are counted.
+    """
+    epochs_left = config.train.epochs - position.epoch
+    if config.train.max_steps is not None or epochs_left <= 0:
+        return config.train.max_steps or step
+    windows_left = len(loader.windows) - position.window
+    this_epoch = -(-windows_left // loader.windows_per_step)
+    return step + this_epoch + (epochs_left - 1) * loader.steps_per_epoch
+
+
+def config_warnings(config: RunConfig, loader: Loader, n_steps: int) -> list[str]:
+    """Return a message for each setting that cannot take effect with this corpus and ``n_steps`` steps."""
+    found = []
+    asked, there = loader.windows_per_step, len(loader.windows)
+    if asked > there:
+        found.append(
+            f"note: a step takes {asked:,} windows, and the training text has {there:,}: every step is the whole "
+            "text; lower train.batch_tokens or train.grad_accum_steps for more steps"
+        )
+    if config.train.warmup_steps > n_steps:
+        found.append(
+            f"note: train.warmup_steps {config.train.warmup_steps} reaches past the last step, {n_steps}: the "
+            f"learning rate never reaches train.lr {config.train.lr:g}; lower it, or train longer"
+        )
+    elif config.train.warmup_steps + config.train.cooldown_steps(n_steps) > n_steps:
+        found.append(
+            f"note: train.warmup_steps {config.train.warmup_steps} reaches into the cooldown, the "
+            f"last {config.train.cooldown_steps(n_steps)} of {n_steps} steps; lower it or train.cooldown_share, or "
+            "train longer"
+        )
+    return found
+
+
+def cut_windows(config: RunConfig, store: Stream, tokenizer: Tokenizer) -> LMDataset:
+    """Return the windows of ``store`` with the length and packing of ``config.data``."""
+    return LMDataset(store, config.data.max_length, pad_id=tokenizer.pad_id, pack=config.data.pack_sequences)
+
+
+def build_loader(config: RunConfig, data: PreparedData, world: World, *, pin_memory: bool = False) -> Loader:
+    """Return the loader of this rank's training windows; ``pin_memory`` as for ``Loader``."""
+    plan = plan_batches(config, world.size)
+    return Loader(
+        cut_windows(config, data.train, data.tokenizer),
+        plan.micro_batch_size,
+        plan.grad_accum_steps,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.train.seed,
+        pin_memory=pin_memory,
+    )
+
+
+def run_flops(config: RunConfig, model: ModelConfig, n_steps: int) -> float:
+    """Return the floating-point operations of one rank in ``n_steps``; ``model`` is resolved."""
+    of_one_rank = plan_batches(config, 1)
+    return float(flops_per_token(model, of_one_rank.seq_len)) * of_one_rank.tokens_per_step * n_steps
+
+
+def decide_compiling(
+    setting: bool | Literal["auto"], device: torch.device, flops: float, *, is_sharded: bool = False
+) -> tuple[bool, str | None]:
+    """Return whether to compile the model, and for ``auto`` a message with the reason.
+
+    The size of the run decides, not a clock: an interrupted run must decide the same when it resumes, because a
+    compiled model rounds differently.
+
+    Args:
+        setting: ``train.compile``.
+        flops: floating-point operations of the whole run on this rank.
+        is_sharded: whether the model is sharded over ranks; such a model is never compiled.
+
+    Raises:
+        DeviceError: ``setting`` is true, and no compiler works.
+    """
+    if setting != "auto":
+        if setting:
+            require_compiler(device)
+        return setting, None
+    needed = COMPILE_BREAK_EVEN_FLOPS.get(device.type, float("inf"))
+    if flops < needed:
+        return False, None
+    if is_sharded:
+        return False, "compile: auto leaves a sharded model uncompiled"
+    missing = compiler_fault(device)
+    if missing is not None:
+        return False, f"compile: auto would pay off over {flops:.2g} operations, but needs {missing}: uncompiled"
+    return True, f"compile: auto compiles the model: it pays off over {flops:.2g} operations (from {needed:.0e})"

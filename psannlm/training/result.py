@@ -1,4 +1,4 @@
-"""What a training run returns."""
+"""Result of a training run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ from psannlm.models.transformer import Transformer
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a training run.
+    """Result of a training run.
 
-    ``model`` holds the weights of the last step, in evaluation mode: after ``fsdp: full`` on rank 0 and
-    where they were given, shapes alone elsewhere. ``steps`` of ``total_steps`` were made, fewer
-    where a time budget was spent; ``epochs`` is how many passes over the training windows they are, in fractions.
-    ``best`` holds ``step``, ``loss`` (nats per token), ``perplexity`` and
-    ``bits_per_byte`` of the best validation, or is None without one. ``checkpoint`` is the best checkpoint, or without
-    validation the last. ``val_overlap`` is the fraction of the held-out text that stands word for word in the training
-    text. ``lossy_tokenizer`` says that the tokenizer loses text, which makes bits per byte too low; None is unknown.
+    Attributes:
+        model: the weights of the last step, in evaluation mode. After ``fsdp: full`` they are on rank 0 and on ranks
+            whose caller passed a full model; other ranks hold shapes only.
+        folder: the run folder.
+        checkpoint: the best checkpoint, or without validation the last.
+        curve: image of the loss curve; None if it could not be drawn.
+        steps: steps completed of ``total_steps``; fewer if a time budget was spent.
+        epochs: passes over the training windows, with fractions.
+        tokens: labels trained on.
+        skipped: steps skipped because they were not finite.
+        seconds: time since the start or the last resume.
+        train_loss: loss of the last step in nats per token.
+        best: ``step``, ``loss`` (nats per token), ``perplexity`` and ``bits_per_byte`` of the best validation; None
+            without validation.
+        val_overlap: fraction of the validation text that also occurs verbatim in the training text.
+        lossy_tokenizer: whether the tokenizer loses text, which makes bits per byte too low; None: unknown.
     """
 
     model: Transformer
@@ -39,6 +48,6 @@ class TrainResult:
     lossy_tokenizer: bool | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures and paths as plain data, without the model."""
+        """Return all fields but ``model`` as plain data."""
         plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
         return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}

@@ -1,7 +1,8 @@
-"""A run folder to the state a run goes on from: the checkpoint that fits, and room for what follows it."""
+"""Resume: find and check the checkpoint of a run folder, restore its state, and archive what does not belong to it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,22 +24,21 @@ from psannlm.training.checkpoint import (
     LATEST,
     TrainerState,
     is_own_checkpoint,
+    latest_valid_checkpoint,
     list_checkpoints,
-    newest_whole,
     point,
     read_optimizer,
     read_state,
     step_folder,
     step_of,
 )
-from psannlm.training.loop import Progress
 from psannlm.training.optim import OptimizerSet
-from psannlm.training.progress import Reporter
+from psannlm.training.reporting import Reporter
 from psannlm.training.run_folder import foreign_entry
 
 
 def identity(data: PreparedData) -> dict[str, Any]:
-    """Return what decides the windows of a run and their order, under the names that ``TrainerState`` has for it."""
+    """Return the fields of ``TrainerState`` that identify the windows of a run and their order."""
     return {
         "corpus_sha256": data.report.sha256,
         "tokenizer_fingerprint": data.tokenizer.fingerprint,
@@ -48,40 +48,40 @@ def identity(data: PreparedData) -> dict[str, Any]:
 
 
 def preparation(found: tuple[Path, TrainerState] | None) -> int:
-    """Return the version of the preparation of a run that resumes from ``found``: the one that it began with."""
+    """Return the preparation version of a run that resumes from ``found``, or the current one for a new run."""
     return PREPARATION if found is None else found[1].preparation or 1
 
 
 def find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter) -> tuple[Path, TrainerState] | None:
-    """Return the checkpoint to go on from, or None to start anew; ``resume`` as in ``run.train``.
+    """Return the checkpoint to resume from, or None to start from scratch; ``resume`` as in ``run.train``.
 
     Raises:
         ConfigError: there is no such folder, or the checkpoint belongs to another configuration; the message lists the
             keys that differ.
-        ArtifactError: the checkpoint asked for, or every one of the run, is damaged.
+        ArtifactError: the given checkpoint, or every one of the run, is damaged.
     """
     if resume == "never":
         return None
     if resume == "auto":
-        found = newest_whole(folder, reporter.notice)
+        found = latest_valid_checkpoint(folder, reporter.notice)
         if found is None:
             return None
     elif list_checkpoints(Path(resume)):
         raise ConfigError(
-            f"{resume} is a run; --resume takes one of its checkpoints: {list_checkpoints(Path(resume))[-1]}"
+            f"{resume} is a run folder; give one of its checkpoints: --resume {list_checkpoints(Path(resume))[-1]}"
         )
     elif not resume or not Path(resume).is_dir():
         raise ConfigError(
-            f"{resume!r} is no checkpoint; --resume takes auto, never, or the path of a checkpoint folder"
+            f"{resume!r} is not a checkpoint directory; --resume takes auto, never, or the path of a checkpoint"
         )
     else:
         found = (Path(resume), read_state(Path(resume)))
     try:
-        # Not config_from_mapping: the Python API may have trained on validation data of its own.
+        # Not config_from_mapping: a run of the Python API may have had its own validation data.
         former = RunConfig.model_validate(found[1].config)
     except (ValidationError, ConfigError) as error:
         reason = " ".join(str(error).split())
-        raise ArtifactError(f"{found[0]} holds a configuration this version cannot read: {reason:.300}") from error
+        raise ArtifactError(f"{found[0]} holds a configuration that this version cannot read: {reason:.300}") from error
     changed = [line for line in differences(former, config) if line.partition(":")[0] not in NON_SEMANTIC_KEYS]
     if resume != "auto":
         for line in changed:
@@ -89,26 +89,26 @@ def find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter)
         changed = [line for line in changed if not line.startswith("train.")]
     if changed:
         what = "\n  ".join(changed)
-        remedy = (
-            "Restore the old values, choose another train.checkpoint_dir (--out), or start over with --resume never"
-        )
+        remedy = "Restore the original values, choose another train.checkpoint_dir (--out), or use --resume never"
         if resume == "auto":
-            remedy += f" (it moves the old run aside); to change train settings in mid-run, --resume {found[0]}"
+            remedy += (
+                f" (it renames the old run folder); to change train settings during a run, use --resume {found[0]}"
+            )
         raise ConfigError(f"{found[0]} was trained with other settings:\n  {what}\n{remedy}.")
     return found
 
 
 def refuse_past_schedule(found: tuple[Path, TrainerState], total_steps: int) -> None:
-    """Raise ConfigError where a run of ``total_steps`` cannot go on from the checkpoint.
+    """Raise ConfigError if a run of ``total_steps`` cannot resume from the checkpoint.
 
-    It stands past the last step; or in the cooldown of a ``wsd`` schedule that was to end at another step, where the
-    learning rate has come down already.
+    The checkpoint is past the last step; or it is in the cooldown of a ``wsd`` schedule of another length, where the
+    learning rate has already decreased.
     """
     folder, state = found
     if state.step > total_steps:
         raise ConfigError(
-            f"{folder} stands after step {state.step}, and this run ends at {total_steps}; set train.max_steps to "
-            f"{state.step} or more, or go on from an earlier checkpoint"
+            f"{folder} is after step {state.step}, and this run ends at {total_steps}; set train.max_steps to "
+            f"{state.step} or more, or resume from an earlier checkpoint"
         )
     former = state.total_steps
     if former is None or former == total_steps:
@@ -116,26 +116,26 @@ def refuse_past_schedule(found: tuple[Path, TrainerState], total_steps: int) -> 
     flat = former - RunConfig.model_validate(state.config).train.cooldown_steps(former)
     if flat < min(state.step, former):
         raise ConfigError(
-            f"{folder} stands in the cooldown of a schedule of {former} steps, which began after step {flat}; to train "
-            f"{total_steps} steps, go on from a checkpoint of step {flat} or before, or set train.max_steps to {former}"
+            f"{folder} is in the cooldown of a schedule of {former} steps, which started after step {flat}; to train "
+            f"{total_steps} steps, resume from a checkpoint of step {flat} or before, or set train.max_steps: {former}"
         )
 
 
 def refuse_other_data(found: tuple[Path, TrainerState], data: PreparedData) -> None:
-    """Raise ConfigError unless ``data`` is the text, in the tokens, that the checkpoint was trained on."""
+    """Raise ConfigError unless ``data`` has the text and the tokenizer that the checkpoint was trained on."""
     folder, state = found
     now = identity(data)
     if state.data_order != now["data_order"]:
         raise ConfigError(
-            f"{folder} went through its data in an order that this psannlm draws no more "
-            f"({state.data_order or 'list-1'} then, {now['data_order']} now): some windows would come twice and others "
-            "never. Finish the run with the version that began it, or start anew with --resume never."
+            f"{folder} has a data order that this version no longer supports "
+            f"({state.data_order or 'list-1'} then, {now['data_order']} now): some windows would be read twice and "
+            "others never. Finish the run with the version that started it, or start over with --resume never."
         )
     if data.preparation not in (None, preparation(found)):
         raise ConfigError(
-            f"{folder} was begun by an older psannlm, which held out other documents and encoded long ones as a whole. "
-            "Go on with psannlm train and its configuration, which prepares the corpus as then, or start anew with "
-            "--resume never."
+            f"{folder} was started by an older psannlm, which held out other documents and encoded long ones uncut. "
+            "Resume with psannlm train and its configuration, which prepares the corpus as that version did, or start "
+            "over with --resume never."
         )
     for name, former in (
         ("corpus_sha256", state.corpus_sha256),
@@ -144,11 +144,11 @@ def refuse_other_data(found: tuple[Path, TrainerState], data: PreparedData) -> N
         if now[name] != former:
             what = name.replace("_", " ")
             message = f"{folder} was trained on other data: {what} {former[:12]} then, {now[name][:12]} now"
-            raise ConfigError(f"{message}. Bring the former text back, or start anew with --resume never.")
+            raise ConfigError(f"{message}. Restore the former text, or start over with --resume never.")
 
 
 def same_model(loaded: Transformer, given: Transformer | None) -> Transformer:
-    """Return the loaded weights, put into the caller's own model when there is one. Raises ConfigError if none fits."""
+    """Return the loaded model, or the caller's own with its weights. Raises ConfigError if that one does not fit."""
     if given is None:
         return loaded
     if given.config != loaded.config:
@@ -159,8 +159,8 @@ def same_model(loaded: Transformer, given: Transformer | None) -> Transformer:
 
 def restore(
     found: tuple[Path, TrainerState], folder: Path, optimizers: OptimizerSet, scaler: torch.amp.GradScaler
-) -> Progress:
-    """Put a checkpoint's state into the optimisers and the scaler, and return how far it had come.
+) -> TrainerState:
+    """Load a checkpoint into the optimisers and the scaler; return the state to resume from.
 
     Raises:
         ArtifactError: the state is damaged, or of another optimiser or precision.
@@ -173,27 +173,22 @@ def restore(
                 f"{checkpoint} has no state of the fp16 gradient scaler: it was trained in another precision"
             )
         scaler.load_state_dict(state.scaler)
-    # A best checkpoint that this run folder does not hold cannot be handed to anyone: the next validation sets it anew.
+    # A best checkpoint outside this run folder cannot be returned as a result: the next validation sets a new one.
     best = state.best
     if best is not None and not (_is_in(checkpoint, folder) and step_folder(folder, best["step"]).is_dir()):
         best = None
-    return Progress(
-        state.step,
-        state.position,
-        state.tokens,
-        best,
-        state.metrics,
-        skipped=state.skipped,
-        skipped_in_a_row=state.skipped_in_a_row,
-    )
+    return replace(state, best=best)
 
 
 def _is_in(checkpoint: Path, folder: Path) -> bool:
     return checkpoint.resolve().parent == folder.resolve()
 
 
-def make_way(lock: RunLock, checkpoint: Path, best: dict[str, Any] | None, reporter: Reporter) -> None:
-    """Leave in the run folder what led to ``checkpoint`` and nothing later, which would pass for the newest state."""
+def archive_newer_checkpoints(lock: RunLock, checkpoint: Path, best: dict[str, Any] | None, reporter: Reporter) -> None:
+    """Move checkpoints newer than ``checkpoint`` out of the run folder, where they would count as the latest state.
+
+    If ``checkpoint`` is in another folder, the whole run is moved aside.
+    """
     folder = lock.folder
     if not _is_in(checkpoint, folder):
         move_aside(lock, reporter)
@@ -209,8 +204,8 @@ def make_way(lock: RunLock, checkpoint: Path, best: dict[str, Any] | None, repor
             aside.mkdir()
             for path in later:
                 path.rename(aside / path.name)
-        reporter.notice(f"checkpoints after {checkpoint.name} are in {aside} now")
-    # A kill between a save and the update of these names leaves them behind.
+        reporter.notice(f"moved the checkpoints after {checkpoint.name} to {aside}")
+    # A process killed between a save and the update of these files leaves them out of date.
     point(folder, LATEST, step_of(checkpoint.resolve()))
     if best is not None:
         point(folder, BEST, best["step"])
@@ -219,10 +214,10 @@ def make_way(lock: RunLock, checkpoint: Path, best: dict[str, Any] | None, repor
 
 
 def move_aside(lock: RunLock, reporter: Reporter) -> None:
-    """Give a run folder that holds checkpoints another name.
+    """Rename a run folder that holds checkpoints.
 
     Raises:
-        StorageError: that fails, or the folder holds something that no run wrote, which would be moved with it.
+        StorageError: renaming fails, or the folder holds a file that psannlm did not write, which would be moved too.
     """
     if not any(map(is_own_checkpoint, list_checkpoints(lock.folder))):
         return
@@ -234,11 +229,11 @@ def move_aside(lock: RunLock, reporter: Reporter) -> None:
         )
     aside = _free_name(lock.folder)
     lock.move_folder(aside)
-    reporter.notice(f"the run that was in {lock.folder} is in {aside} now")
+    reporter.notice(f"moved the run in {lock.folder} to {aside}")
 
 
 def _free_name(folder: Path) -> Path:
-    """A name beside ``folder`` that nothing has yet, dated."""
+    """Return an unused, dated name beside ``folder``."""
     folder = folder.resolve()
     stem = f"{folder.name}_until_{timestamp()}"
     names = (stem if number == 1 else f"{stem}_{number}" for number in count(1))

@@ -1,4 +1,4 @@
-"""A configuration to a trained model on disk: builds every part, hands them to the loop, and sums up."""
+"""Training run from a configuration: build the parts, run the loop, write the results."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from psannlm.config.run import RunConfig, plan_batches, to_yaml
-from psannlm.data.dataset import LMDataset
-from psannlm.data.loader import Loader
+from psannlm.data.loader import Position
 from psannlm.data.prepare import PreparedData, load_corpus
-from psannlm.data.stream import Stream
 from psannlm.errors import Interrupted, PictureError, StorageError, TrainingError
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_text
 from psannlm.io.lock import RunLock
@@ -31,29 +30,37 @@ from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import (
     Precision,
     describe_device,
-    gpu_memory_bytes,
     missing_to_compile,
     pick_device,
     pick_precision,
     require_compiler,
 )
-from psannlm.runtime.distributed import World, joined, launched_world, local_ranks
+from psannlm.runtime.distributed import World, process_group, world_from_env
 from psannlm.runtime.signals import stopping_on_signals
-from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
+from psannlm.tokenizers.base import MIN_VOCAB_SIZE
 from psannlm.tokenizers.roundtrip import is_lossy
 from psannlm.training.callbacks import Callback
-from psannlm.training.checkpoint import BEST, TrainerState, pointed, step_folder
-from psannlm.training.compiling import decide_compiling, run_flops
-from psannlm.training.loop import Progress, Run, Sampler, run_steps
-from psannlm.training.metrics import MetricsLog, draw_curve, read_metrics
+from psannlm.training.checkpoint import BEST, TrainerState, read_pointer, step_folder
+from psannlm.training.context import Run, Sampler, TimeBudget
+from psannlm.training.loop import run_steps
+from psannlm.training.metrics import MetricsLog, TensorBoardLog, draw_curve, read_metrics, require_tensorboard
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import gather_into, is_sharded, replicate, shard
-from psannlm.training.progress import Reporter, SilentReporter, TimeBudget
+from psannlm.training.plan import (
+    build_loader,
+    config_warnings,
+    cut_windows,
+    decide_compiling,
+    last_step,
+    place_of,
+    run_flops,
+)
+from psannlm.training.reporting import Reporter, SilentReporter
 from psannlm.training.result import TrainResult
 from psannlm.training.resume import (
+    archive_newer_checkpoints,
     find_state,
     identity,
-    make_way,
     move_aside,
     preparation,
     refuse_other_data,
@@ -61,8 +68,15 @@ from psannlm.training.resume import (
     restore,
     same_model,
 )
-from psannlm.training.run_folder import CONFIG_FILE, SYSTEM_FILE, refuse_foreign_files, says_the_same
-from psannlm.training.tensorboard import TensorBoardLog, require_tensorboard
+from psannlm.training.run_folder import (
+    CONFIG_FILE,
+    SYSTEM_FILE,
+    RunStatus,
+    has_same_config,
+    recording_failure,
+    refuse_foreign_files,
+    write_status,
+)
 
 
 def train(
@@ -77,29 +91,29 @@ def train(
     callbacks: Sequence[Callback] = (),
     ending: threading.Event | None = None,
 ) -> TrainResult:
-    """Run the training that ``config`` describes and return what it came to.
+    """Train as ``config`` describes and return the result.
 
     Args:
-        resume: ``auto`` goes on from the newest whole checkpoint of the run folder when it belongs to the same
-            configuration; ``never`` starts anew, after moving a run that is there aside; anything else is the path of
-            a checkpoint to start from, whose ``train`` settings may differ from the configuration's.
-        data: a corpus prepared already; None prepares ``config.data``.
-        model: weights to start from (trained in place); None builds ``config.model``.
-        sampler: continues ``train.sample_prompts`` at each validation; None leaves that out.
-        time_budget_s: seconds from now after which the step in hand is finished and saved, and the run ends; the same
-            call goes on with it. At least one step is made.
+        resume: ``auto`` resumes from the latest valid checkpoint of the run folder, which must have the same
+            configuration; ``never`` starts from scratch, after renaming an existing run folder; any other value is
+            the path of a checkpoint to start from, whose ``train`` settings may differ.
+        data: a prepared corpus; None prepares ``config.data``.
+        model: model to train in place; None builds ``config.model``.
+        sampler: continues ``train.sample_prompts`` at each validation; None: no samples.
+        time_budget_s: seconds from now after which the current step is finished and saved, and the run ends; the same
+            call resumes it. At least one step is run.
         callbacks: called on rank 0 after each step, validation and save, and at the end.
-        ending: once it is set, the run ends as it does when a time budget is spent.
+        ending: set it to end the run as if its time budget were spent.
 
     Raises:
         ConfigError: the run folder holds a run of another configuration; the message lists the keys that differ.
         Interrupted: Ctrl-C or SIGTERM; the state was saved.
-        PsannlmError: as the rooms that are called raise it.
+        PsannlmError: any error of the packages that it calls.
     """
     budget = TimeBudget(time_budget_s)
     if config.train.tensorboard:
         require_tensorboard()
-    world = launched_world(config.train.ddp, config.train.fsdp)
+    world = world_from_env(config.train.ddp, config.train.fsdp)
     device = pick_device(config.train.device, world.local_rank)
     precision = pick_precision(config.train.amp, device)
     if config.train.compile is True:
@@ -110,8 +124,8 @@ def train(
     if reporter is None or not world.is_main:
         reporter = SilentReporter()
     folder = Path(os.path.expanduser(config.train.checkpoint_dir))
-    # The lock within the group, so that all ranks hear when it is refused.
-    with joined(world, device), RunLock(folder) if world.is_main else nullcontext() as lock:
+    # Take the lock inside the process group, so that all ranks end if it is refused.
+    with process_group(world, device), RunLock(folder) if world.is_main else nullcontext() as lock:
         if lock is not None:
             with explain_write_errors(folder):
                 remove_leftovers(folder)
@@ -121,77 +135,78 @@ def train(
         world.wait()
         start = _find_start(config, folder, resume, reporter, data, model, world, place)
         world.wait()
-        run, progress = _build(config, start, world, precision, folder, reporter)
+        run, state = _build(config, start, world, precision, folder, reporter)
         run.sampler, run.budget, run.callbacks = sampler, budget, tuple(callbacks)
         run.ending = ending or run.ending
         if start.found is not None:
             if lock is not None:
-                make_way(lock, start.found[0], progress.best, reporter)
-            reporter.notice(f"going on from {start.found[0]}: step {progress.step} of {run.total_steps}")
+                archive_newer_checkpoints(lock, start.found[0], state.best, reporter)
+            reporter.notice(f"resuming from {start.found[0]}: step {state.step} of {run.total_steps}")
         reporter.notice(_describe_run(run))
         if is_sharded(run.model) and sampler is not None and config.train.sample_prompts:
-            reporter.notice("note: no samples with fsdp: full; psannlm generate writes them from any checkpoint")
+            reporter.notice("note: no samples with fsdp: full; psannlm generate samples from any checkpoint")
         if world.is_main:
-            _describe_to_disk(folder, config)
+            _write_description(folder, config)
         began = time.monotonic()
-        try:
-            with (
-                _logging(run, progress.step),
-                _reporting(reporter, progress.step, run.total_steps),
-                stopping_on_signals(run.stop),
-            ):
-                progress = run_steps(run, progress)
-        except (Interrupted, TrainingError):
-            # The curve helps to see what went wrong.
-            _draw(folder, config, world, reporter)
-            raise
-        finally:
-            # The wrapper must go while the process group stands: were it the last to hold the group, taking it apart
-            # would wait, with the interpreter locked, for a thread that needs the interpreter.
-            run.module = run.model
-            gc.collect()
-        if progress.step < run.total_steps:
-            reason = "ended as asked" if run.ending.is_set() else "the time budget is spent"
-            reporter.notice(
-                f"{reason} after step {progress.step} of {run.total_steps}; saved in {folder}; the same command goes on"
-            )
-        curve = _draw(folder, config, world, reporter)
+        state = _run_loop(run, state)
+        curve = _draw(run)
         if is_sharded(run.model):
-            # Whole again where there is room for it: on rank 0, and where the caller had all the weights before.
+            # Gather the full weights on rank 0, and on ranks whose caller passed a full model.
             gather_into(start.model if world.is_main or model is not None else None, run.model)
         result = TrainResult(
             model=start.model.eval(),
             folder=folder,
-            checkpoint=pointed(folder, BEST) or step_folder(folder, progress.step),
+            checkpoint=read_pointer(folder, BEST) or step_folder(folder, state.step),
             curve=curve,
-            steps=progress.step,
+            steps=state.step,
             total_steps=run.total_steps,
-            epochs=progress.position.epoch + progress.position.window / len(run.loader.windows),
-            tokens=progress.tokens,
-            parameters=_size(start.model),
-            skipped=progress.skipped,
+            epochs=state.position.epoch + state.position.window / len(run.loader.windows),
+            tokens=state.tokens,
+            parameters=_n_parameters(start.model),
+            skipped=state.skipped,
             seconds=time.monotonic() - began,
-            train_loss=float(progress.metrics.get("loss", float("nan"))),
-            best=progress.best,
+            train_loss=float(state.metrics.get("loss", float("nan"))),
+            best=state.best,
             val_overlap=start.data.val_overlap,
             lossy_tokenizer=is_lossy(start.data.lost_fraction),
         )
-        if world.is_main:
-            for callback in run.callbacks:
-                callback.on_end(result)
+        run.notify(lambda callback: callback.on_end(result))
         return result
 
 
-def place_of(config: RunConfig, world: World, device: torch.device, n_local: int | None = None) -> Place:
-    """Return where the model of a run is to be; ``n_local`` ranks share this machine, by default what torchrun says."""
-    n_ranks = min(world.size, n_local or local_ranks())
-    n_shards = world.size if config.train.fsdp == "full" else 1
-    return Place(device.type, gpu_memory_bytes(device), n_ranks, n_shards)
+def _run_loop(run: Run, state: TrainerState) -> TrainerState:
+    """Run the loop with its log, progress display and signal handlers; return the state at its end."""
+    reporter = run.reporter
+    try:
+        with (
+            recording_failure(run.folder) if run.world.is_main else nullcontext(),
+            _logging(run, state.step),
+            _reporting(reporter, state.step, run.total_steps),
+            stopping_on_signals(run.stop),
+        ):
+            state = run_steps(run, state)
+    except (Interrupted, TrainingError):
+        # The loss curve helps to find the cause.
+        _draw(run)
+        raise
+    finally:
+        # Release the DDP wrapper while the process group exists. If the wrapper held the last reference to the group,
+        # destroying the group would deadlock: it waits, holding the GIL, for a thread that needs the GIL.
+        run.module = run.model
+        gc.collect()
+    is_finished = state.step >= run.total_steps
+    if run.world.is_main:
+        write_status(run.folder, RunStatus.FINISHED if is_finished else RunStatus.STOPPED)
+    if not is_finished:
+        reason = "stopped on request" if run.ending.is_set() else "the time budget is spent"
+        where = f"after step {state.step} of {run.total_steps}; saved in {run.folder}"
+        reporter.notice(f"{reason} {where}; run the same command to resume")
+    return state
 
 
 @dataclass(frozen=True)
 class _Start:
-    """What a run begins with: the checkpoint it goes on from, if any, its data, and its weights."""
+    """Inputs of a run: the checkpoint to resume from, if any, the data, and the weights."""
 
     found: tuple[Path, TrainerState] | None
     data: PreparedData
@@ -208,9 +223,9 @@ def _find_start(
     world: World,
     place: Place,
 ) -> _Start:
-    """Find the checkpoint, prepare the data and make the weights, each unless it is given.
+    """Find the checkpoint, prepare the data and build or load the weights, unless they are given.
 
-    New weights that will be sharded are made on rank 0 alone: the others get their parts from there.
+    New weights that will be sharded are built on rank 0 only, which sends the shards to the others.
     """
     found = find_state(config, folder, resume, reporter)
     loaded = None if found is None else load_model(found[0])
@@ -234,19 +249,24 @@ def _find_start(
 
 def _build(
     config: RunConfig, start: _Start, world: World, precision: Precision, folder: Path, reporter: Reporter
-) -> tuple[Run, Progress]:
-    """Put the parts together, in the state they had at the checkpoint; nothing is written yet."""
+) -> tuple[Run, TrainerState]:
+    """Build the parts of a run and restore the checkpoint into them. Nothing is written."""
     data, model = start.data, start.model
     model = shard(model, world, precision) if config.train.fsdp == "full" else model.to(precision.device)
     model.train().grad_checkpoint = config.train.grad_checkpoint
     loader = build_loader(config, data, world, pin_memory=precision.device.type == "cuda")
     optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
     scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.needs_scaler)
-    progress = Progress() if start.found is None else restore(start.found, folder, optimizers, scaler)
-    n_steps = steps_to_make(config, loader, progress)
+    progress = (0, Position()) if start.found is None else (start.found[1].step, start.found[1].position)
+    n_steps = last_step(config, loader, *progress)
+    settings: dict[str, Any] = {"config": config.model_dump(mode="json"), "total_steps": n_steps, **identity(data)}
+    if start.found is None:
+        state = TrainerState(**settings)
+    else:
+        state = replace(restore(start.found, folder, optimizers, scaler), **settings)
     if start.found is not None:
         refuse_past_schedule(start.found, n_steps)
-    for line in doubts(config, loader, n_steps):
+    for line in config_warnings(config, loader, n_steps):
         reporter.notice(line)
     is_compiled, reason = decide_compiling(
         config.train.compile, precision.device, run_flops(config, model.config, n_steps), is_sharded=is_sharded(model)
@@ -254,7 +274,7 @@ def _build(
     if reason is not None:
         reporter.notice(reason)
     elif precision.device.type == "cuda" and (missing := missing_to_compile(precision.device)) is not None:
-        reporter.notice(f"sine and loss are not fused on the GPU, which would be faster: that needs {missing}")
+        reporter.notice(f"sine and loss are not fused on the GPU, which is slower; fusing needs {missing}")
     world.wait()
     run = Run(
         config=config,
@@ -271,65 +291,9 @@ def _build(
         log=None,
         reporter=reporter,
         total_steps=n_steps,
-        identity=identity(data),
         lost_fraction=data.lost_fraction,
     )
-    return run, progress
-
-
-def steps_to_make(config: RunConfig, loader: Loader, progress: Progress) -> int:
-    """Return the number of the last step of a run that stands at ``progress``.
-
-    A run that goes on with another number of ranks makes larger or smaller steps: what is left of its epochs counts.
-    """
-    epochs_left = config.train.epochs - progress.position.epoch
-    if config.train.max_steps is not None or epochs_left <= 0:
-        return config.train.max_steps or progress.step
-    windows_left = len(loader.windows) - progress.position.window
-    this_epoch = -(-windows_left // loader.windows_per_step)
-    return progress.step + this_epoch + (epochs_left - 1) * loader.steps_per_epoch
-
-
-def doubts(config: RunConfig, loader: Loader, n_steps: int) -> list[str]:
-    """Return, in lines for people, what was asked for and cannot come to pass with this corpus and this many steps."""
-    found = []
-    asked, there = loader.windows_per_step, len(loader.windows)
-    if asked > there:
-        found.append(
-            f"note: a step asks for {asked:,} windows and the training text gives {there:,}: every step is the whole "
-            "text; lower train.batch_tokens or train.grad_accum_steps for more steps"
-        )
-    if config.train.warmup_steps > n_steps:
-        found.append(
-            f"note: train.warmup_steps {config.train.warmup_steps} reaches past the last step, {n_steps}: the "
-            f"learning rate never comes to train.lr {config.train.lr:g}; lower it, or train longer"
-        )
-    elif config.train.warmup_steps + config.train.cooldown_steps(n_steps) > n_steps:
-        found.append(
-            f"note: train.warmup_steps {config.train.warmup_steps} reaches into the cooldown, the "
-            f"last {config.train.cooldown_steps(n_steps)} of {n_steps} steps; lower it or train.cooldown_share, or "
-            "train longer"
-        )
-    return found
-
-
-def cut_windows(config: RunConfig, store: Stream, tokenizer: Tokenizer) -> LMDataset:
-    """Return the windows of ``store`` as ``config.data`` wants them: length and packing."""
-    return LMDataset(store, config.data.max_length, pad_id=tokenizer.pad_id, pack=config.data.pack_sequences)
-
-
-def build_loader(config: RunConfig, data: PreparedData, world: World, *, pin_memory: bool = False) -> Loader:
-    """Return the loader of this rank's training windows; ``pin_memory`` as in ``Loader``."""
-    plan = plan_batches(config, world.size)
-    return Loader(
-        cut_windows(config, data.train, data.tokenizer),
-        plan.micro_batch_size,
-        plan.grad_accum_steps,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.train.seed,
-        pin_memory=pin_memory,
-    )
+    return run, state
 
 
 def _prepared_module(model: Transformer, world: World, device: torch.device, *, is_compiled: bool) -> nn.Module:
@@ -339,8 +303,9 @@ def _prepared_module(model: Transformer, world: World, device: torch.device, *, 
     return replicate(module, world, device)
 
 
-def _describe_to_disk(folder: Path, config: RunConfig) -> None:
-    if not says_the_same(folder / CONFIG_FILE, config):
+def _write_description(folder: Path, config: RunConfig) -> None:
+    """Write the configuration and the description of the machine to the run folder."""
+    if not has_same_config(folder / CONFIG_FILE, config):
         write_text(folder / CONFIG_FILE, to_yaml(config))
     write_json(folder / SYSTEM_FILE, system_info())
 
@@ -352,18 +317,18 @@ def _describe_run(run: Run) -> str:
     if is_sharded(run.model):
         ranks += ", sharded"
     return (
-        f"{run.model.config.base}: {_size(run.model):,} parameters; {steps} of {plan.tokens_per_step:,} tokens{ranks}; "
-        f"{describe_device(run.precision.device)}; {run.precision.reason}"
+        f"{run.model.config.base}: {_n_parameters(run.model):,} parameters; {steps} of {plan.tokens_per_step:,} "
+        f"tokens{ranks}; {describe_device(run.precision.device)}; {run.precision.reason}"
     )
 
 
-def _size(model: Transformer) -> int:
+def _n_parameters(model: Transformer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager
 def _logging(run: Run, step: int) -> Iterator[None]:
-    """Let the main rank log its metrics, to TensorBoard too where that is asked for."""
+    """Open the metrics log on rank 0, and the TensorBoard log if ``train.tensorboard`` is set."""
     if not run.world.is_main:
         yield
         return
@@ -381,11 +346,11 @@ def _reporting(reporter: Reporter, step: int, n_steps: int) -> Iterator[None]:
         reporter.stop()
 
 
-def _draw(folder: Path, config: RunConfig, world: World, reporter: Reporter) -> Path | None:
-    """Draw the loss curve. Where that fails, say so and return None: no picture decides how a training ends."""
-    rows = read_metrics(folder) if world.is_main else []
+def _draw(run: Run) -> Path | None:
+    """Draw the loss curve and return its path. If that fails, report it and return None: the run is still valid."""
+    rows = read_metrics(run.folder) if run.world.is_main else []
     try:
-        return draw_curve(folder, f"{folder.name}: {config.model.base}", rows) if rows else None
+        return draw_curve(run.folder, f"{run.folder.name}: {run.config.model.base}", rows) if rows else None
     except (PictureError, StorageError) as error:
-        reporter.notice(f"note: no loss curve: {error}")
+        run.reporter.notice(f"note: no loss curve: {error}")
         return None

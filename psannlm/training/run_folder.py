@@ -1,9 +1,12 @@
-"""What a run writes into its folder, told by content from what is somebody else's."""
+"""Ownership of a run folder: files that psannlm wrote, recognised by content, and foreign ones, never overwritten."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum
 from pathlib import Path
 
 import yaml
@@ -11,24 +14,73 @@ from pydantic import ValidationError
 
 from psannlm.config.files import MANIFEST_FILE, is_own_manifest
 from psannlm.config.run import RunConfig, to_yaml
-from psannlm.errors import ConfigError, StorageError
-from psannlm.io.atomic import is_plain_folder, read_small, refuse_foreign
+from psannlm.errors import ConfigError, DivergedError, Interrupted, StorageError, describe
+from psannlm.io.atomic import explain_write_errors, is_plain_folder, read_small, refuse_foreign
 from psannlm.io.lock import LOCK_FILE
 from psannlm.io.records import FIGURES_FILE, TABLE_FILE, is_own_file, is_own_log
+from psannlm.io.run_metadata import write_json
 from psannlm.training.checkpoint import BEST, LATEST, is_own_checkpoint, is_pointer, list_checkpoints, step_folder
-from psannlm.training.metrics import CURVE_FILE, METRICS_FILE
-from psannlm.training.tensorboard import BOARD_FOLDER
+from psannlm.training.metrics import BOARD_FOLDER, CURVE_FILE, METRICS_FILE
 
 CONFIG_FILE = "config.yaml"
 SYSTEM_FILE = "system.json"
+STATUS_FILE = "status.json"
 _CONFIG_BYTES = 1 << 20
+_STATUS_BYTES = 1 << 20
 _PICTURE_BYTES = 64 << 20
 _PNG = b"\x89PNG\r\n\x1a\n"
 _EVENTS = "events.out.tfevents."
 
 
+class RunStatus(str, Enum):
+    """How a run ended, as recorded in ``status.json``. Without that file it is running, or its process was killed."""
+
+    FINISHED = "finished"  # the last step was reached
+    STOPPED = "stopped"  # a signal, the caller or the time budget ended it; it can resume
+    DIVERGED = "diverged"  # a loss, gradient or parameter was not finite; it would diverge again
+    FAILED = "failed"  # any other error
+
+
+def write_status(folder: Path, status: RunStatus, message: str | None = None) -> None:
+    """Write ``status.json``. Raises StorageError if that fails."""
+    write_json(folder / STATUS_FILE, {"status": status.value, "message": message})
+
+
+def read_run_status(folder: Path) -> tuple[RunStatus, str | None] | None:
+    """Return how the run in ``folder`` ended and its error message; None without a valid ``status.json``."""
+    try:
+        content = json.loads(read_small(folder / STATUS_FILE, _STATUS_BYTES) or b"")
+        return RunStatus(content["status"]), content["message"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+@contextmanager
+def recording_failure(folder: Path) -> Iterator[None]:
+    """Remove ``status.json`` of an earlier attempt, and write a new one if an exception leaves the context."""
+    with explain_write_errors(folder):
+        (folder / STATUS_FILE).unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        status = RunStatus.FAILED
+        if isinstance(error, (Interrupted, KeyboardInterrupt)):
+            status = RunStatus.STOPPED
+        elif isinstance(error, DivergedError):
+            status = RunStatus.DIVERGED
+        # The error that ends the run matters more than a full disk that prevents its record.
+        with suppress(StorageError):
+            write_status(folder, status, describe(error))
+        raise
+
+
+def is_own_status(path: Path) -> bool:
+    """Whether the file is a ``status.json`` of a run."""
+    return read_run_status(path.parent) is not None
+
+
 def is_own_config(path: Path) -> bool:
-    """Whether the file is a configuration exactly as psannlm writes it, without comments and with every key."""
+    """Whether the file is a configuration exactly as psannlm writes it: no comments, every key."""
     text = read_small(path, _CONFIG_BYTES)
     if text is None:
         return False
@@ -39,7 +91,7 @@ def is_own_config(path: Path) -> bool:
 
 
 def _has_sections(text: bytes) -> bool:
-    """Whether ``text`` has the form of a configuration that another version wrote: all sections, and no comment."""
+    """Whether ``text`` looks like a configuration that another version wrote: all sections, no comments."""
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -49,7 +101,7 @@ def _has_sections(text: bytes) -> bool:
 
 
 def is_own_curve(path: Path) -> bool:
-    """Whether the picture says in its own metadata that psannlm drew it, or Matplotlib beside the log of a run."""
+    """Whether the image metadata name psannlm as the author, or Matplotlib next to the log of a run."""
     content = read_small(path, _PICTURE_BYTES)
     if content is None or not content.startswith(_PNG):
         return False
@@ -61,6 +113,7 @@ def is_own_curve(path: Path) -> bool:
 _OWN: dict[str, Callable[[Path], bool]] = {
     CONFIG_FILE: is_own_config,
     SYSTEM_FILE: is_own_file,
+    STATUS_FILE: is_own_status,
     METRICS_FILE: is_own_log,
     LATEST: is_pointer,
     BEST: is_pointer,
@@ -70,29 +123,29 @@ _REMEDY = "or choose another train.checkpoint_dir (--out)"
 
 
 def refuse_foreign_files(folder: Path, config: RunConfig, n_steps: int | None = None) -> None:
-    """Make sure that a run in ``folder`` will write over nothing but what an earlier run wrote there.
+    """Check that a run in ``folder`` overwrites only files that an earlier run wrote.
 
-    A configuration of the user's own that says the same as ``config`` may stand there: it is left as it is.
+    A hand-written configuration with the values of ``config`` is accepted and not overwritten.
 
     Args:
-        n_steps: the last step of the run, whose checkpoint must have room.
+        n_steps: the last step of the run, whose checkpoint folder must be free.
 
     Raises:
-        StorageError: something foreign is in the way; the message names it.
+        StorageError: a foreign file is in the way; the message names it.
     """
     manifest = folder / MANIFEST_FILE
     if manifest.is_file() and is_own_manifest(manifest):
         raise StorageError(
-            f"{folder} is a folder that psannlm prep made, and a run would replace its records; choose another "
+            f"{folder} is the output of psannlm prep, and a run would replace its records; choose another "
             "train.checkpoint_dir (--out)"
         )
     for name, is_ours in _OWN.items():
-        if name == CONFIG_FILE and says_the_same(folder / name, config):
+        if name == CONFIG_FILE and has_same_config(folder / name, config):
             continue
         refuse_foreign(folder / name, is_ours, _REMEDY)
     for path in list_checkpoints(folder):
         if not is_own_checkpoint(path):
-            raise StorageError(f"{path} is in the way: it is not a checkpoint of psannlm alone. Move it, {_REMEDY}.")
+            raise StorageError(f"{path} is in the way: it holds files that psannlm did not write. Move it, {_REMEDY}.")
     if n_steps is not None and os.path.lexists(step_folder(folder, n_steps)):
         path = step_folder(folder, n_steps)
         if not is_own_checkpoint(path):
@@ -102,8 +155,8 @@ def refuse_foreign_files(folder: Path, config: RunConfig, n_steps: int | None = 
         raise StorageError(f"{board} is in the way: it holds more than TensorBoard's event files. Move it, {_REMEDY}.")
 
 
-def says_the_same(path: Path, config: RunConfig) -> bool:
-    """Whether the file is a configuration that equals ``config``, however it is written."""
+def has_same_config(path: Path, config: RunConfig) -> bool:
+    """Whether the file is a configuration equal to ``config``, whatever its formatting."""
     text = read_small(path, _CONFIG_BYTES)
     if text is None:
         return False
@@ -114,12 +167,12 @@ def says_the_same(path: Path, config: RunConfig) -> bool:
 
 
 def is_own_board(folder: Path) -> bool:
-    """Whether ``folder`` holds event files of TensorBoard and nothing else."""
+    """Whether ``folder`` holds TensorBoard event files only."""
     return is_plain_folder(folder) and all(path.name.startswith(_EVENTS) for path in folder.iterdir())
 
 
 def foreign_entry(folder: Path) -> Path | None:
-    """Return something in a run folder that no run wrote, or None where all of it is a run's own."""
+    """Return the first entry of a run folder that psannlm did not write, or None."""
     for path in sorted(folder.iterdir()):
         if path.name == LOCK_FILE or is_own_checkpoint(path):
             continue

@@ -1,4 +1,4 @@
-"""Step number to learning rate: a pure function."""
+"""Learning rate schedules: linear warm-up, then cosine, constant, or warm-up-stable-decay (wsd)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def learning_rate(
     step: int,
     *,
     peak: float,
-    floor: float,
+    min_lr: float,
     warmup_steps: int,
     total_steps: int,
     schedule: Literal["cosine", "wsd", "constant"] = "cosine",
@@ -20,15 +20,15 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of optimiser step ``step``, counted from 1 to ``total_steps``.
 
-    1. During warm-up it rises in a line: step 1 has 1/warmup_steps of the peak, step ``warmup_steps`` the peak.
-    2. After the last step it stays at the floor (at the peak, for a constant schedule).
-    3. In between, it falls along half a cosine from the peak to the floor (Loshchilov and Hutter 2016, arXiv
-       1608.03983, without restarts), or stays at the peak, or, under ``wsd``, stays there until the last
-       ``cooldown_steps`` and falls as 1 - sqrt(share of the cooldown) (Haegele et al. 2024, arXiv 2405.18392). The
-       floor lies one step past the last: were it zero, the last step would learn nothing.
+    1. Warm-up is linear: step 1 has 1/warmup_steps of the peak, step ``warmup_steps`` the peak.
+    2. After the last step it stays at ``min_lr`` (at the peak, for a constant schedule).
+    3. In between, it follows half a cosine from the peak to ``min_lr`` (Loshchilov and Hutter 2016, arXiv 1608.03983,
+       without restarts), or stays at the peak, or, under ``wsd``, stays there until the last ``cooldown_steps`` and
+       falls as 1 - sqrt(fraction of the cooldown) (Haegele et al. 2024, arXiv 2405.18392). It reaches ``min_lr`` one
+       step past the last: with a ``min_lr`` of zero the last step would otherwise change nothing.
 
     Raises:
-        TrainingError: under ``wsd``, a step past the last: a rate that has come down is of no use to go on with.
+        TrainingError: under ``wsd``, ``step`` is past the last: training cannot continue after the cooldown.
     """
     if schedule == "wsd" and step > total_steps:
         raise TrainingError(f"step {step} is past the end of the schedule, {total_steps}; raise train.max_steps")
@@ -37,9 +37,9 @@ def learning_rate(
     if schedule == "constant":
         return peak
     if step > total_steps:
-        return floor
+        return min_lr
     if schedule == "wsd":
         cooled = max(0, step - (total_steps - cooldown_steps))
-        return floor + (peak - floor) * (1.0 - math.sqrt(cooled / (cooldown_steps + 1)))
+        return min_lr + (peak - min_lr) * (1.0 - math.sqrt(cooled / (cooldown_steps + 1)))
     progress = (step - warmup_steps) / (total_steps + 1 - warmup_steps)
-    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return min_lr + (peak - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,4 +1,4 @@
-"""One optimiser step: micro-batches in, updated parameters and the step's loss out."""
+"""One optimiser step: gradient accumulation over micro-batches and ranks, clipping, update, and its metrics."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from psannlm.data.loader import MicroBatch
-from psannlm.runtime.device import Precision, Unread
+from psannlm.runtime.device import AsyncReadback, Precision
 from psannlm.runtime.distributed import World
 from psannlm.training.optim import OptimizerSet
-from psannlm.training.parallel import clip_gradients, gradient_sync, settle_gradients
+from psannlm.training.parallel import all_reduce_replicated_grads, clip_gradients, gradient_sync
 
 
 class StepResult:
-    """Mean loss in nats per label over all ranks, gradient norm before clipping, and how many labels counted.
+    """Metrics of a step over all ranks: mean loss in nats per label, gradient norm before clipping, number of labels.
 
-    ``is_finite`` is false where loss or gradients were not. Under fp16, gradients that overflow at a scale above 1 are
-    part of finding the scale: the step is skipped, and ``is_finite`` is true.
-
-    The first look at any of these waits until the device has worked them out, and not for what it was given since.
+    Reading the first of them waits until the device has computed this step, but not for later work.
     """
 
-    def __init__(self, figures: Unread, is_finding_scale: bool = False) -> None:
-        """``figures`` are the summed loss, the number of labels and the norm; an overflow may be part of the search."""
-        self._figures, self._is_finding_scale = figures, is_finding_scale
+    def __init__(self, metrics: AsyncReadback, is_finding_scale: bool = False) -> None:
+        """Wrap ``metrics``: summed loss, number of labels, gradient norm.
+
+        Args:
+            is_finding_scale: the fp16 scale is above 1, so that overflowing gradients lower it.
+        """
+        self._metrics, self._is_finding_scale = metrics, is_finding_scale
 
     @cached_property
     def _read(self) -> tuple[float, float, float]:
-        total, n_labels, grad_norm = self._figures.read()
+        total, n_labels, grad_norm = self._metrics.read()
         return total, n_labels, grad_norm
 
     @property
@@ -42,7 +43,7 @@ class StepResult:
 
     @property
     def n_labels(self) -> int:
-        """Labels of all ranks that counted."""
+        """Number of labels of all ranks, ignored ones left out."""
         return int(self._read[1])
 
     @property
@@ -51,18 +52,21 @@ class StepResult:
         return self._read[2]
 
     @property
-    def is_made(self) -> bool:
-        """Whether loss and gradients were finite, so that a step along them is one."""
+    def is_finite(self) -> bool:
+        """Whether loss and gradients are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     @property
-    def is_finite(self) -> bool:
-        """Whether the run may go on as if nothing had happened."""
-        return self.is_made or (math.isfinite(self.loss) and self._is_finding_scale)
+    def may_continue(self) -> bool:
+        """Whether the step is finite, or is an fp16 step whose gradients overflowed while the scale is being found.
+
+        Such a step is skipped, the scale is halved, and training continues.
+        """
+        return self.is_finite or (math.isfinite(self.loss) and self._is_finding_scale)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for one step on one rank: dropout depends on nothing that a checkpoint would have to keep."""
+    """Seed torch for one step on one rank, so that dropout needs no generator state in a checkpoint."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
@@ -78,23 +82,24 @@ def train_step(
     label_smoothing: float = 0.0,
     sync_once: bool = True,
     world: World | None = None,
-    looks_first: bool = True,
+    sync_before_update: bool = True,
 ) -> StepResult:
-    """Make one step on the mean loss over all labels of all micro-batches of all ranks.
+    """Run one optimiser step on the mean loss over all labels of all micro-batches of all ranks.
 
-    Every label weighs the same wherever it stands, so that four micro-batches equal one large one, ragged or not.
-    ``model(input_ids, labels, label_smoothing)`` returns a *summed* loss. With ``sync_once`` ranks exchange gradients
-    after the last micro-batch only.
+    Every label has the same weight, so that four micro-batches equal one large one, ragged or not.
+    ``model(input_ids, labels, label_smoothing)`` returns a *summed* loss.
 
-    With ``looks_first``, and always under fp16, a loss or gradient that is not finite touches no parameter: the
-    optimisers step after a look at both, which waits for the device. Without, the device is given the whole step and
-    not waited for; what is not finite has gone into the parameters by the time that the result tells of it.
+    Args:
+        sync_once: ranks exchange gradients after the last micro-batch only.
+        sync_before_update: wait for the device and check loss and gradients before the update, so that a non-finite
+            step changes no parameter. Always so under fp16. If false, nothing waits for the device, and a non-finite
+            step has already changed the parameters when its result is read.
     """
     world = world or World()
     device = precision.device
     n_labels = torch.full((), sum(batch.n_labels for batch in micro_batches), dtype=torch.float64, device=device)
-    n_labels = world.total(n_labels)
-    # Data parallelism averages gradients over ranks; the sum over ranks is wanted.
+    n_labels = world.all_reduce_(n_labels)
+    # Data parallelism averages gradients over the ranks: times world.size gives the sum.
     weight = (world.size / n_labels.clamp(min=1)).float()
     optimizers.set_lr(lr)
     optimizers.zero_grad()
@@ -109,23 +114,23 @@ def train_step(
             )
             total += loss.detach()
             torch.autograd.backward(scaler.scale(loss * weight))
-    settle_gradients(model, world)
+    all_reduce_replicated_grads(model, world)
     for optimizer in optimizers.optimizers:
         scaler.unscale_(optimizer)
     grad_norm = clip_gradients(model, grad_clip)
-    figures = Unread(torch.stack([world.total(total.double()), n_labels, grad_norm.double()]))
+    metrics = AsyncReadback(torch.stack([world.all_reduce_(total.double()), n_labels, grad_norm.double()]))
     if not scaler.is_enabled():
-        result = StepResult(figures)
-        if not looks_first or result.is_made:
+        result = StepResult(metrics)
+        if not sync_before_update or result.is_finite:
             for optimizer in optimizers.optimizers:
                 optimizer.step()
         return result
-    # Clipping by a norm that is not finite spoils every gradient, also those of an optimiser that saw no overflow and
-    # that the scaler would let step: none steps then.
-    result = StepResult(figures, is_finding_scale=scaler.get_scale() > 1.0)
-    if result.is_made:
+    # Clipping by a non-finite norm makes every gradient NaN, also those of an optimiser without an overflow, which the
+    # scaler would let step. Therefore no optimiser steps.
+    result = StepResult(metrics, is_finding_scale=scaler.get_scale() > 1.0)
+    if result.is_finite:
         for optimizer in optimizers.optimizers:
             scaler.step(optimizer)
-    # Where nothing steps and the scale is not to blame, it stays; told of it, the scaler forgets what it found.
-    scaler.update(None if result.is_finite else scaler.get_scale())
+    # If the step failed for another reason than the scale, keep the scale; update() also resets the overflow flags.
+    scaler.update(None if result.may_continue else scaler.get_scale())
     return result

@@ -1,4 +1,4 @@
-"""The trainer: a model, its data and a training configuration as one object, with callbacks."""
+"""Trainer class of the Python API: model, data, training configuration and callbacks."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import pick_device, pick_precision
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.callbacks import Callback
-from psannlm.training.loop import Sampler
-from psannlm.training.progress import Reporter
+from psannlm.training.context import Sampler
+from psannlm.training.plan import cut_windows
+from psannlm.training.reporting import Reporter
 from psannlm.training.result import TrainResult
-from psannlm.training.run import cut_windows, train
+from psannlm.training.run import train
 
 _EVENTS = ("on_step", "on_validation", "on_save", "on_end")
 
 
 class LanguageModel(Protocol):
-    """What holds a network and the tokenizer it was trained with, such as ``psannLM``."""
+    """An object with a network and the tokenizer it was trained with, such as ``psannLM``."""
 
     tokenizer: Tokenizer | None
     result: TrainResult | None
@@ -53,31 +54,31 @@ class Corpus(Protocol):
 
 
 class Trainer:
-    """Train a model on a corpus: what ``psannLM.fit`` and, over a configuration file, ``psannlm train`` do.
+    """Training of a model on a corpus, as by ``psannLM.fit`` and ``psannlm train``.
 
     Args:
         model: a ``psannLM``, or the network of one (``model.model``); trained in place.
         train_data: a ``psannLMDataPrep``, or an :class:`~psannlm.data.dataset.LMDataset` of one.
-        val_data: windows to validate on, of the same two kinds: all of their training text. None takes what
-            ``train_data`` held out, if it is a ``psannLMDataPrep``.
+        val_data: windows to validate on, of the same two types; all of their training text is used. None: the
+            validation split of ``train_data``, if it is a ``psannLMDataPrep``.
         config: the ``train`` section; checkpoints, metrics and the loss curve go to its ``checkpoint_dir``.
-        callbacks: see :class:`~psannlm.training.callbacks.Callback`; they are called in this order.
-        resume: ``auto`` continues the newest whole checkpoint of ``checkpoint_dir``, ``never`` starts from scratch, or
-            the path of a checkpoint.
-        reporter: shows progress to people; None shows nothing.
+        callbacks: see :class:`~psannlm.training.callbacks.Callback`; called in this order.
+        resume: ``auto`` resumes from the latest valid checkpoint of ``checkpoint_dir``, ``never`` starts from scratch,
+            any other value is the path of a checkpoint.
+        reporter: receives progress and messages; None: no output.
         sampler: continues ``config.sample_prompts`` at each validation; None: no samples.
-        time_budget_s: seconds after which the step in hand is finished and saved, and :meth:`train` returns.
+        time_budget_s: seconds after which the current step is finished and saved, and :meth:`train` returns.
 
     Attributes:
         model: the network.
         tokenizer: that of the data.
-        config: the whole configuration of the run: model, data and train.
-        result: what :meth:`train` returned last, or None.
+        config: the full configuration of the run: model, data and train.
+        result: the result of the last :meth:`train`, or None.
 
     Raises:
-        TypeError: an argument is not one of the things above.
-        ConfigError: values do not go together, such as ``batch_tokens`` below one window.
-        TokenizerError: model, training and validation data are not all of one tokenizer.
+        TypeError: an argument has another type.
+        ConfigError: values contradict each other, such as ``batch_tokens`` below one window.
+        TokenizerError: model, training and validation data have different tokenizers.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Trainer:
             _refuse_other_tokenizer(self._holder.tokenizer, self.tokenizer)
         self.config = RunConfig(model=model.config, data=data_config, train=config or TrainConfig())
         if model.config.max_seq_len is None:
-            # Left open, or set by the windows of an earlier run; longer ones now teach more positions.
+            # max_seq_len was left open, or set by the windows of an earlier run; longer windows extend it.
             context = max(self.model.config.max_seq_len or 0, data_config.max_length)
             self.model.config = resolve(self.model.config.model_copy(update={"max_seq_len": context}))
         self.resume = resume
@@ -115,12 +116,12 @@ class Trainer:
     def train(self) -> TrainResult:
         """Train to the last step, or until :meth:`stop` or the time budget ends the run; return the result.
 
-        The model holds the weights of the last step then, in evaluation mode. A ``psannLM`` also gets the tokenizer,
-        so that it can generate.
+        The model then has the weights of the last step and is in evaluation mode. A ``psannLM`` also gets the
+        tokenizer, so that it can generate.
 
         Raises:
             ConfigError: ``checkpoint_dir`` holds a run of another configuration; the message lists the differences.
-            DeviceError: the device, precision or process group that the configuration asks for does not exist here.
+            DeviceError: the device, precision or process group of the configuration is unavailable.
             Interrupted: Ctrl-C or SIGTERM; the state was saved.
             TrainingError: the loss is NaN or Inf, or memory ran out.
             StorageError: a checkpoint cannot be written.
@@ -142,17 +143,17 @@ class Trainer:
         return self.result
 
     def stop(self) -> None:
-        """End the run after the step in hand, which is saved: for a callback that has seen enough, or another thread.
+        """End the run after the current step, which is saved. May be called by a callback or by another thread.
 
-        :meth:`train` returns its result as usual; calling it again continues there.
+        :meth:`train` returns its result as usual; calling it again resumes there.
         """
         self._ending.set()
 
     def evaluate(self, data: LMDataset | Corpus | None = None) -> Evaluation:
-        """Return loss (nats per token), perplexity and bits per byte of the model as it is, each token counted once.
+        """Return loss (nats per token), perplexity and bits per byte of the current weights; each token counts once.
 
         Args:
-            data: windows of the same tokenizer; None takes the validation data.
+            data: windows of the same tokenizer; None: the validation data.
 
         Raises:
             ConfigError: there is no validation data.
@@ -179,7 +180,7 @@ class Trainer:
         ``psannLM.load`` and ``psannlm generate --checkpoint`` read it.
 
         Raises:
-            StorageError: the file cannot be written; what was there before is still there.
+            StorageError: the file cannot be written; an existing file is unchanged.
         """
         target = model_file(Path(path).expanduser())
         save_model(target, self.model, self.tokenizer)
@@ -194,7 +195,7 @@ def _network(model: LanguageModel) -> Transformer:
 
 
 def _prepared(train_data: LMDataset | Corpus, val_data: LMDataset | Corpus | None) -> tuple[PreparedData, DataConfig]:
-    """Return the data as a run takes it."""
+    """Return the data and its configuration in the form that ``train`` takes."""
     if isinstance(train_data, LMDataset):
         tokenizer, config = train_data.origin()
         data = PreparedData(
@@ -214,7 +215,7 @@ def _prepared(train_data: LMDataset | Corpus, val_data: LMDataset | Corpus | Non
 
 
 def _other_store(data: LMDataset | Corpus, tokenizer: Tokenizer, name: str) -> Stream:
-    """Return the tokens of further data. Raises TokenizerError where they are those of another tokenizer."""
+    """Return the tokens of other data. Raises TokenizerError if they have another tokenizer."""
     if isinstance(data, LMDataset):
         found, store = data.tokenizer, data.store
     else:
@@ -243,7 +244,7 @@ def _refuse_other_tokenizer(trained: Tokenizer, found: Tokenizer) -> None:
 
 
 def _callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
-    """Return the callbacks. Raises TypeError for what is not one, before a run could fail at its first step."""
+    """Return the callbacks as a tuple. Raises TypeError if one is not a callback, before the first step."""
     found = (callbacks,) if isinstance(callbacks, Callback) else tuple(callbacks)
     for callback in found:
         if isinstance(callback, type):

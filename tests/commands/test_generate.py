@@ -221,7 +221,7 @@ def test_compiling_without_a_compiler_is_refused_before_work(
     monkeypatch.setattr("psannlm.runtime.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
     refused = psannlm("generate", "--prompt", "The tide", *GREEDY, "--compile")
     assert (refused.code, refused.out) == (2, "")
-    assert "--compile needs a C++ compiler (install g++), which is not here; get it, or leave it out" in refused.err
+    assert "--compile needs a C++ compiler (install g++), which is missing; install it, or leave it out" in refused.err
 
 
 def test_without_a_compiler_it_says_so_and_writes_the_same(

@@ -47,9 +47,7 @@ def test_output_that_is_lost_is_named_and_no_file(
             patch.setattr(sys, "stdout", stream)
             done = psannlm("tokenize", *arguments)
             assert done.code == 1
-            assert (
-                done.err.splitlines()[-1] == f"error: standard output: {reason}; what was to be printed there is lost"
-            )
+            assert done.err.splitlines()[-1] == f"error: standard output: {reason}; its output is lost"
             assert "Traceback" not in done.err
 
 

@@ -114,7 +114,7 @@ def test_the_same_command_goes_on_where_it_stopped(psannlm, project: Path) -> No
     assert psannlm("train", "config.yaml").code == 0
     again = psannlm("train", "config.yaml")
     assert again.code == 0
-    assert "going on from" in again.err
+    assert "resuming from" in again.err
     assert "step 4 of 4" in again.err
 
 

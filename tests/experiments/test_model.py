@@ -31,7 +31,9 @@ from psannlm.reports.page_model import signed
 from psannlm.reports.runs import RunRecord
 from psannlm.reports.study_tables import study_headline, study_pictures, study_tables
 from psannlm.runtime.distributed import World
-from psannlm.training.run import build_loader, train
+from psannlm.training.plan import build_loader
+from psannlm.training.run import train
+from psannlm.training.run_folder import RunStatus, write_status
 
 BASE = """\
 model: {{base: transformer, d_model: 16, n_layers: 1, n_heads: 2, mlp: swiglu}}
@@ -287,6 +289,21 @@ def test_a_run_that_fails_is_told_and_leaves_the_others_alone(make: Callable[...
     assert [run["state"] for run in figures["runs"]].count("diverged") == 1
     assert any(note.startswith("Not finite, and out: swiglu_lr0.05_seed1") for note in figures["notes"])
     run_all(study, launcher=lambda run, environment: pytest.fail(f"{run.name} would come to the same again"))
+
+
+def test_run_status_file_decides_what_diverged(make: Callable[..., Study]) -> None:
+    run = make().runs[0]
+    run.folder.mkdir(parents=True)
+    run.log_path.write_text("error: step 3: loss nan is not finite\n")
+    assert read_status(run).is_diverged, "a study from before status.json is read by its log"
+    write_status(run.folder, RunStatus.FAILED, "disk full")
+    assert (read_status(run).state, read_status(run).is_diverged) == ("failed", False)
+    run.log_path.write_text("step 1\n")
+    write_status(run.folder, RunStatus.DIVERGED, "step 3: loss nan")
+    failed = read_status(run)
+    assert (failed.state, failed.reason, failed.is_settled) == ("failed", "step 3: loss nan", True)
+    write_status(run.folder, RunStatus.STOPPED, "stopped after step 3")
+    assert not read_status(run).is_settled
 
 
 def test_a_rate_is_out_for_what_it_did_and_not_for_what_befell_it(make: Callable[..., Study]) -> None:

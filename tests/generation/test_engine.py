@@ -179,7 +179,7 @@ def test_compiling_that_is_asked_for_is_refused_without_a_compiler(
 ) -> None:
     monkeypatch.setattr("psannlm.runtime.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
     with pytest.raises(
-        DeviceError, match=r"compiled decoding needs a C\+\+ compiler .install g\+\+., which is not here"
+        DeviceError, match=r"compiled decoding needs a C\+\+ compiler .install g\+\+., which is missing"
     ):
         Engine(build_tiny(), compile=True)
 

@@ -22,7 +22,7 @@ from psannlm.models.artifact import load_model
 from psannlm.prep.pipeline import PrepSettings, prepare_corpus
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.tokenizers.resolve import load_tokenizer
-from psannlm.training.checkpoint import newest_whole, read_state
+from psannlm.training.checkpoint import latest_valid_checkpoint, read_state
 
 OID = "4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393"
 LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{OID}\nsize 12345\n".encode()
@@ -163,7 +163,7 @@ def test_model_and_checkpoint_pointers_are_named(put: tuple[Callable[[Path], Non
         place(folder / name)
         # Not passed over as damaged: the run would go on from an older step, or begin anew.
         with pytest.raises(PsannlmError, match=remedy):
-            newest_whole(tmp_path, notices.append)
+            latest_valid_checkpoint(tmp_path, notices.append)
     assert notices == []
     for read in (load_model, read_state):
         with pytest.raises(PsannlmError, match=remedy):

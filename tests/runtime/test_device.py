@@ -15,7 +15,7 @@ import torch
 from psannlm.errors import DeviceError
 from psannlm.runtime import device
 from psannlm.runtime.device import describe_device, pick_device, pick_precision, require_compiler
-from psannlm.training.compiling import decide_compiling
+from psannlm.training.plan import decide_compiling
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ def test_a_slip_names_its_neighbour() -> None:
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:3"])
 def test_a_gpu_that_is_not_there_is_never_replaced_by_the_cpu(gpus: Any, name: str) -> None:
     gpus(0)
-    with pytest.raises(DeviceError, match="sees no GPU; use device: cpu"):
+    with pytest.raises(DeviceError, match="finds no GPU; use device: cpu"):
         pick_device(name)
 
 
@@ -68,7 +68,7 @@ def test_auto_takes_what_there_is(gpus: Any) -> None:
 @pytest.mark.parametrize(("name", "local_rank"), [("cuda:2", 0), ("cuda", 2), ("auto", 2)])
 def test_a_gpu_beyond_the_last_is_refused(gpus: Any, name: str, local_rank: int) -> None:
     gpus(2)
-    with pytest.raises(DeviceError, match="GPU 2 was asked for, but there are 2"):
+    with pytest.raises(DeviceError, match="GPU 2 was requested, but there are 2"):
         pick_device(name, local_rank)
 
 
@@ -172,8 +172,8 @@ def test_a_broken_compiler_is_found_by_one_trial(tmp_path: Path) -> None:
 import torch
 from psannlm.runtime.device import require_compiler
 from psannlm.errors import DeviceError
-from psannlm.training.compiling import decide_compiling
-from psannlm.training.compiling import decide_compiling
+from psannlm.training.plan import decide_compiling
+from psannlm.training.plan import decide_compiling
 cpu = torch.device("cpu")
 is_compiled, line = decide_compiling("auto", cpu, 1e20)
 assert not is_compiled and "trial failed" in line, line
@@ -240,8 +240,8 @@ def test_a_failed_trial_names_cause_and_remedy(
         require_compiler(CPU)
     message = str(refused.value)
     assert said in message
-    assert message.startswith("compile: true needs a compiler that works; a trial failed: ")
-    assert "which is not here" not in message
+    assert message.startswith("compile: true needs a working compiler; a trial failed: ")
+    assert "which is missing" not in message
     assert "TMPDIR or TORCHINDUCTOR_CACHE_DIR names a folder" in message
     assert message.endswith("; repair it, or set compile: false")
     assert "\n" not in message

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from psannlm.errors import DeviceError
-from psannlm.runtime.distributed import World, joined, launched_world
+from psannlm.runtime.distributed import World, process_group, world_from_env
 
 CPU = torch.device("cpu")
 
@@ -29,10 +29,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("ddp", ["auto", "off"])
 def test_no_launcher_is_a_world_of_one(launched: Any, ddp: Any) -> None:
-    world = launched_world(ddp)
+    world = world_from_env(ddp)
     assert world == World(0, 0, 1)
     assert world.is_main
-    with joined(world, CPU):
+    with process_group(world, CPU):
         assert not dist.is_initialized()
         assert world.sum(2.5, CPU) == 2.5
         assert world.any(True, CPU)
@@ -43,48 +43,48 @@ def test_no_launcher_is_a_world_of_one(launched: Any, ddp: Any) -> None:
 def test_the_launcher_tells_the_place(launched: Any) -> None:
     launched(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     for ddp in ("auto", "on"):
-        world = launched_world(ddp)
+        world = world_from_env(ddp)
         assert world == World(5, 1, 8)
         assert not world.is_main
 
 
 def test_on_without_a_launcher_is_an_error(launched: Any) -> None:
     with pytest.raises(DeviceError, match="torchrun --nproc-per-node N") as caught:
-        launched_world("on")
+        world_from_env("on")
     assert "ddp: auto" in str(caught.value)
 
 
 def test_on_under_a_launcher_of_one_is_fine(launched: Any) -> None:
     launched(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    assert launched_world("on") == World(0, 0, 1)
+    assert world_from_env("on") == World(0, 0, 1)
 
 
 def test_off_under_a_launcher_of_several_is_an_error(launched: Any) -> None:
     """They would all write one run folder."""
     launched(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
     with pytest.raises(DeviceError, match="torchrun started 2 processes"):
-        launched_world("off")
+        world_from_env("off")
 
 
 def test_half_an_environment_is_an_error(launched: Any) -> None:
     """Some clusters set WORLD_SIZE in every container."""
     launched(WORLD_SIZE="2")
     with pytest.raises(DeviceError, match="WORLD_SIZE is 2, but RANK is not set"):
-        launched_world("auto")
+        world_from_env("auto")
 
 
 def test_a_group_needs_a_place_to_meet(launched: Any) -> None:
     launched(WORLD_SIZE="2", RANK="1")
     with pytest.raises(DeviceError, match="MASTER_ADDR is not set"):
-        launched_world("auto")
+        world_from_env("auto")
 
 
 def test_sharding_needs_several_processes(launched: Any) -> None:
     with pytest.raises(DeviceError, match="psannlm train --nproc N"):
-        launched_world("auto", "full")
+        world_from_env("auto", "full")
     launched(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     with pytest.raises(DeviceError, match="or fsdp: off"):
-        launched_world("on", "full")
+        world_from_env("on", "full")
 
 
 @pytest.fixture
@@ -106,13 +106,13 @@ def _group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sums_are_made_over_the_group() -> None:
     """What goes out is what the collective gives back, in float64."""
     world = World(0, 0, 2)
-    with joined(world, CPU):
+    with process_group(world, CPU):
         assert dist.get_backend() == "gloo"
         assert world.sum(0.1 + 0.2, CPU) == 0.1 + 0.2
         assert world.any(True, CPU)
         assert not world.any(False, CPU)
-        sent = world.send_sum(2.5, CPU)
-        assert world.total(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
+        sent = world.all_reduce_async(2.5, CPU)
+        assert world.all_reduce_(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
         assert sent.read() == [2.5]
         world.wait()
     assert not dist.is_initialized()
@@ -120,12 +120,12 @@ def test_sums_are_made_over_the_group() -> None:
 
 def test_a_world_of_one_asks_no_device() -> None:
     """On one that holds no numbers there would be none to read."""
-    assert World().send_sum(2.5, torch.device("meta")).read() == [2.5]
+    assert World().all_reduce_async(2.5, torch.device("meta")).read() == [2.5]
     assert World().any(True, torch.device("meta"))
 
 
 @pytest.mark.usefixtures("_group_of_one")
 def test_the_group_is_left_also_after_an_error() -> None:
-    with pytest.raises(ValueError, match="within"), joined(World(0, 0, 2), CPU):
+    with pytest.raises(ValueError, match="within"), process_group(World(0, 0, 2), CPU):
         raise ValueError("within")
     assert not dist.is_initialized()

@@ -48,19 +48,19 @@ def held_and_faults(function: str, **environment: str) -> tuple[int, int]:
 
 
 def test_training_finds_its_memory_again() -> None:
-    held, faults = held_and_faults("keep_freed_memory")
+    held, faults = held_and_faults("retain_freed_memory")
     assert held > 500
     assert faults < PAGES / 50, "what was freed was cleared anew"
 
 
 def test_flat_work_gives_back_what_it_does_not_use() -> None:
-    held, _ = held_and_faults("return_large_blocks")
+    held, _ = held_and_faults("trim_aggressively")
     assert held < 100
 
 
 def test_what_the_user_settled_holds() -> None:
     held, faults = held_and_faults(
-        "keep_freed_memory", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072"
+        "retain_freed_memory", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072"
     )
     assert held < 100
     assert faults >= PAGES * 0.9

@@ -1,8 +1,8 @@
 """One rank that goes through several jobs: ``rank_script.py JOBS``, a JSON list; prints one JSON line for each.
 
-A job is ``{"config": path, "resume": ..., "looks_back": ..., "stop": [rank, step]}`` for a run, or ``{"count": kind}``
-for the number of gradient exchanges in a step of three micro-batches. ``rank_script.py PLACE RANK HOW ARGUMENTS...`` is
-the command line with a fault in it.
+A job is ``{"config": path, "resume": ..., "defer_readback": ..., "stop": [rank, step]}`` for a run, or
+``{"count": kind}`` for the number of gradient exchanges in a step of three micro-batches.
+``rank_script.py PLACE RANK HOW ARGUMENTS...`` is the command line with an injected fault.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from psannlm.commands.app import main
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import load_config
 from psannlm.data.loader import MicroBatch
-from psannlm.errors import AlreadyTold, Interrupted, StorageError
+from psannlm.errors import AlreadyReported, Interrupted, StorageError
 from psannlm.models.registry import build_model, resolve
 from psannlm.runtime.device import Precision
-from psannlm.runtime.distributed import World, joined
+from psannlm.runtime.distributed import World, process_group
 from psannlm.training import loop, run
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import clip_gradients, replicate, shard
@@ -64,13 +64,13 @@ def put_fault(place: str, rank: int, how: str) -> None:
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """Run a job; as on GPUs where it looks back, and told to stop, on one rank, before a step."""
     with ExitStack() as patches:
-        if job.get("looks_back"):
-            patches.enter_context(mock.patch.object(loop.Run, "looks_back", True))
+        if job.get("defer_readback"):
+            patches.enter_context(mock.patch.object(loop.Run, "defer_readback", True))
         if "stop" in job:
             patches.enter_context(mock.patch.object(loop, "train_step", stopping(*job["stop"])))
         try:
             result = run.train(load_config(job["config"]), resume=job.get("resume", "auto"))
-        except (Interrupted, AlreadyTold) as error:
+        except (Interrupted, AlreadyReported) as error:
             return {"ended": f"{error.exit_code}: {error}"}
     n_whole = sum(not p.is_meta for p in result.model.parameters())
     return {"ended": "done", "steps": result.steps, "whole": n_whole}
@@ -112,7 +112,7 @@ def count(kind: str) -> dict[str, Any]:
     precision = Precision(device, torch.float32, "test")
     model = build_model(resolve(ModelConfig(base="respsann", d_model=16, n_layers=2, n_heads=2, vocab_size=17)), seed=1)
     found: dict[str, Any] = {}
-    with joined(World(RANK, RANK, SIZE), device) as world:
+    with process_group(World(RANK, RANK, SIZE), device) as world:
         exchanged: list[Any] = []
 
         def hook(state: Any, bucket: Any) -> Any:

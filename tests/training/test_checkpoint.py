@@ -29,12 +29,12 @@ from psannlm.training.checkpoint import (
     LATEST,
     TrainerState,
     find_checkpoint,
+    latest_valid_checkpoint,
     list_checkpoints,
-    newest_whole,
     point,
-    pointed,
     prune,
     read_optimizer,
+    read_pointer,
     read_state,
     save_checkpoint,
     step_folder,
@@ -78,7 +78,7 @@ def test_everything_comes_back(save: Callable[..., Path], build_tiny: Build) -> 
     loaded = load_model(folder).model.state_dict()
     assert loaded.keys() == original.keys()
     assert all(torch.equal(loaded[name], original[name]) for name in original)
-    assert pointed(folder.parent, LATEST) == folder
+    assert read_pointer(folder.parent, LATEST) == folder
 
 
 def refusal(folder: Path) -> str | None:
@@ -184,23 +184,23 @@ def test_the_newest_whole_one_is_taken_and_damage_is_said(save: Callable[..., Pa
     for step in (2, 4, 10):
         run = save(step).parent
     said: list[str] = []
-    assert newest_whole(run, said.append) == (step_folder(run, 10), state_at(10))
+    assert latest_valid_checkpoint(run, said.append) == (step_folder(run, 10), state_at(10))
     assert said == []
     (step_folder(run, 10) / "model.safetensors").unlink()
     (step_folder(run, 4) / "trainer.json").write_text("{}", encoding="utf-8")
-    found = newest_whole(run, said.append)
+    found = latest_valid_checkpoint(run, said.append)
     assert found is not None
     assert found[0] == step_folder(run, 2)
     assert len(said) == 2
     assert "step_00000010" in said[0]
     assert "step_00000004" in said[1]
     (step_folder(run, 2) / "optimizer.safetensors").write_bytes(b"")
-    with pytest.raises(ArtifactError, match="none of the 3"):
-        newest_whole(run, said.append)
+    with pytest.raises(ArtifactError, match="all 3 checkpoints"):
+        latest_valid_checkpoint(run, said.append)
 
 
 def test_no_run_is_no_checkpoint(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path / "nowhere", pytest.fail) is None
+    assert latest_valid_checkpoint(tmp_path / "nowhere", pytest.fail) is None
     assert list_checkpoints(tmp_path / "nowhere") == []
     assert find_checkpoint(tmp_path / "nowhere") is None
     assert find_checkpoint(tmp_path) is None
@@ -266,11 +266,11 @@ def test_a_removal_cut_short_leaves_no_half_checkpoint(
 def test_a_pointer_names_a_checkpoint_of_its_run_or_nothing(save: Callable[..., Path], text: str) -> None:
     run = save(2).parent
     (run / BEST).write_text(text, encoding="utf-8")
-    assert pointed(run, BEST) is None
+    assert read_pointer(run, BEST) is None
     (run / BEST).write_bytes(b"\xff\xfe")
-    assert pointed(run, BEST) is None
+    assert read_pointer(run, BEST) is None
     point(run, BEST, 2)
-    assert pointed(run, BEST) == step_folder(run, 2)
+    assert read_pointer(run, BEST) == step_folder(run, 2)
 
 
 def test_the_run_that_saved_last_and_its_best_are_found(save: Callable[..., Path], tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_full_disk_leaves_the_older_checkpoints_and_nothing_else(
     assert "MB free" in message
     assert contents(run) == before
     assert {path.name for path in run.iterdir()} == {"step_00000002", LATEST, BEST}
-    assert pointed(run, LATEST) == step_folder(run, 2)
+    assert read_pointer(run, LATEST) == step_folder(run, 2)
     assert save(4) == step_folder(run, 4)
 
 
@@ -354,7 +354,7 @@ def test_leftovers_of_a_kill_are_never_chosen_and_go_at_the_next_save(save: Call
         shutil.copytree(step_folder(run, 2), temporary)
         patch.setattr("psannlm.io.atomic.shutil.rmtree", lambda path, **kwargs: None)
     (run / ".gitignore").write_text("*", encoding="utf-8")
-    found = newest_whole(run, pytest.fail)
+    found = latest_valid_checkpoint(run, pytest.fail)
     assert found is not None
     assert found[0] == step_folder(run, 2)
     save(6)

@@ -11,8 +11,7 @@ from psannlm.config.run import RunConfig
 from psannlm.errors import DeviceError
 from psannlm.models.accounting import flops_per_token
 from psannlm.models.registry import resolve
-from psannlm.training.compiling import REPAYING_FLOPS, decide_compiling, run_flops
-from psannlm.training.plan import plan_training
+from psannlm.training.plan import COMPILE_BREAK_EVEN_FLOPS, decide_compiling, plan_training, run_flops
 from psannlm.training.run import train
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -37,7 +36,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("device", [CPU], ids=str)
 def test_auto_compiles_from_the_size_that_repays_it(device: torch.device) -> None:
-    needed = REPAYING_FLOPS[device.type]
+    needed = COMPILE_BREAK_EVEN_FLOPS[device.type]
     assert decide_compiling("auto", device, 0.99 * needed) == (False, None)
     is_compiled, said = decide_compiling("auto", device, needed)
     assert (is_compiled, "compiles the model" in str(said)) == (True, True)
@@ -46,8 +45,8 @@ def test_auto_compiles_from_the_size_that_repays_it(device: torch.device) -> Non
 
 
 def test_a_gpu_needs_more_work_before_it_repays() -> None:
-    assert REPAYING_FLOPS["cuda"] > 100 * REPAYING_FLOPS["cpu"]
-    assert decide_compiling("auto", GPU, 10 * REPAYING_FLOPS["cpu"]) == (False, None)
+    assert COMPILE_BREAK_EVEN_FLOPS["cuda"] > 100 * COMPILE_BREAK_EVEN_FLOPS["cpu"]
+    assert decide_compiling("auto", GPU, 10 * COMPILE_BREAK_EVEN_FLOPS["cpu"]) == (False, None)
 
 
 def test_without_a_compiler_auto_goes_on_and_true_does_not(compiler: Callable[[bool], None]) -> None:
@@ -84,7 +83,7 @@ def test_a_run_does_what_its_plan_says(repays: bool, tiny_run: TinyRun, monkeypa
 
     monkeypatch.setattr("psannlm.training.run.torch.compile", note)
     if repays:
-        monkeypatch.setitem(REPAYING_FLOPS, "cpu", 1.0)
+        monkeypatch.setitem(COMPILE_BREAK_EVEN_FLOPS, "cpu", 1.0)
     config = tiny_run(max_steps=1, compile="auto", device="cpu")
     said: list[str] = []
     plan_training(config, said.append)

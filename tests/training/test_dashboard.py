@@ -9,8 +9,7 @@ from rich.console import Console
 
 from psannlm.evaluation.loss import Evaluation
 from psannlm.runtime.device import MemoryUse, memory_in_use
-from psannlm.training.dashboard import Dashboard, sparkline
-from psannlm.training.progress import ConsoleReporter
+from psannlm.training.console import ConsoleReporter, Dashboard, sparkline
 
 
 def shown(board: Dashboard, width: int) -> list[str]:
@@ -36,8 +35,8 @@ def test_every_figure_fits(width: int) -> None:
     assert max(len(line) for line in lines) <= width
     assert "…" not in "".join(lines)
     for figure in (
-        *("step 3,000 of 12,000", "1:02:03 gone", "1 day, 2:00:00 left", "loss 5.0010", "validation 3.3021"),
-        *("at step 2,900, best so far", "24,512 tokens/s", "lr 8.00e-03", "GPU memory 23.4 GB, at most 71.0 GB"),
+        *("step 3,000 of 12,000", "1:02:03 elapsed", "1 day, 2:00:00 left", "loss 5.0010", "validation 3.3021"),
+        *("at step 2,900, best so far", "24,512 tokens/s", "lr 8.00e-03", "GPU memory 23.4 GB, peak 71.0 GB"),
         "2 skipped",
     ):
         assert figure in "\n".join(lines), figure
@@ -54,7 +53,7 @@ def test_before_the_first_step_nothing_is_made_up() -> None:
     lines = shown(Dashboard(10), 80)
     assert "step 0 of 10" in lines[0]
     assert "left" not in lines[0]
-    assert lines[1].strip() == "the first step is on its way"
+    assert lines[1].strip() == "waiting for the first step"
     assert lines[2:] in ([], [""])
 
 

@@ -19,10 +19,10 @@ from psannlm.errors import TrainingError
 from psannlm.models.tensorfile import read_tensors
 from psannlm.training import loop
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
-from psannlm.training.failures import explaining_memory, find_not_finite
+from psannlm.training.failures import explain_oom, find_non_finite
 from psannlm.training.metrics import draw_curve, read_metrics
 from psannlm.training.optim import OptimizerSet
-from psannlm.training.progress import SilentReporter
+from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 
 TinyRun = Callable[..., RunConfig]
@@ -136,7 +136,7 @@ def assert_finite_on_disk(folder: Path) -> None:
     assert list_checkpoints(folder)
     for checkpoint in list_checkpoints(folder):
         for name in ("model.safetensors", "optimizer.safetensors"):
-            assert find_not_finite(read_tensors(checkpoint / name).tensors.items()) is None
+            assert find_non_finite(read_tensors(checkpoint / name).tensors.items()) is None
         json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"), parse_constant=refuse)
 
 
@@ -254,7 +254,7 @@ def test_out_of_memory_says_what_to_lower(
 ) -> None:
     with (
         pytest.raises(TrainingError, match="out of memory at step 7: ") as caught,
-        explaining_memory(tiny_run(**settings), 7),
+        explain_oom(tiny_run(**settings), 7),
     ):
         raise error
     message = str(caught.value)
@@ -264,7 +264,7 @@ def test_out_of_memory_says_what_to_lower(
 
 
 def test_other_errors_of_a_step_pass(tiny_run: TinyRun) -> None:
-    with pytest.raises(RuntimeError, match="shapes"), explaining_memory(tiny_run(), 1):
+    with pytest.raises(RuntimeError, match="shapes"), explain_oom(tiny_run(), 1):
         raise RuntimeError("shapes cannot be multiplied")
 
 

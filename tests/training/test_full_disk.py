@@ -16,7 +16,7 @@ from psannlm.errors import StorageError
 from psannlm.models.artifact import load_model
 from psannlm.models.tensorfile import read_tensors
 from psannlm.training import plan
-from psannlm.training.checkpoint import list_checkpoints, newest_whole, step_folder
+from psannlm.training.checkpoint import latest_valid_checkpoint, list_checkpoints, step_folder
 from psannlm.training.metrics import read_metrics
 from psannlm.training.plan import plan_training
 from psannlm.training.run import train
@@ -75,7 +75,7 @@ def test_wherever_the_disk_is_full_the_run_says_so_and_goes_on_later(
         assert str(folder) in message
         assert "\n" not in message
         refused.append(message)
-        found = newest_whole(folder, pytest.fail)
+        found = latest_valid_checkpoint(folder, pytest.fail)
         assert found is not None
         assert found[1].step >= 1
         load_model(found[0])

@@ -26,7 +26,7 @@ import pytest
 from psannlm.config.run import config_from_mapping, load_config, to_yaml
 from psannlm.errors import EXIT_INTERRUPTED, Interrupted
 from psannlm.training import checkpoint as checkpoint_module
-from psannlm.training.checkpoint import list_checkpoints, newest_whole, read_state
+from psannlm.training.checkpoint import latest_valid_checkpoint, list_checkpoints, read_state
 from psannlm.training.metrics import read_metrics
 from psannlm.training.run import train
 
@@ -250,7 +250,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(
             else:
                 seconds = rng.uniform(0, 0.6 * straight.seconds)
                 is_done = not attempts.stop_after(seconds, signal.SIGKILL, "at a time")
-            found = newest_whole(folder, pytest.fail)  # a damaged one would be told
+            found = latest_valid_checkpoint(folder, pytest.fail)  # a damaged one would be told
             assert found is None or found[1].step <= STEPS
         if not is_done:
             assert attempts.wait(attempts.start()) == 0

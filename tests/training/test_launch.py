@@ -176,11 +176,11 @@ def test_the_exit_code_and_one_line_tell_how_the_ranks_ended(tiny_run: TinyRun, 
     assert {name: each.code for name, each in ended.items()} == {"raised": 1, "killed": 1, "all": 1, "stopped": 130}
     boom = "unexpected ValueError: boom (run again with --debug for the traceback)"
     assert ended["raised"].errors == [f"error: rank 1: {boom}"]
-    assert ended["killed"].errors == ["error: rank 1 was ended by SIGKILL; the others were stopped"]
+    assert ended["killed"].errors == ["error: rank 1 was killed by SIGKILL; the others were stopped"]
     (said,) = ended["all"].errors  # by the first of them to say it
     assert re.match(r"error: (rank 1: )?step \d: loss .* not finite", said)
     assert ended["stopped"].errors == []
-    assert ended["stopped"].err.count("the same command goes on") == 1
+    assert ended["stopped"].err.count("run the same command to resume") == 1
     for name in ("raised", "killed"):
         assert [read_state(path).step for path in list_checkpoints(tmp_path / name)] == [2]
     (last,) = list_checkpoints(tmp_path / "stopped")[-1:]
@@ -245,7 +245,7 @@ def test_a_configuration_from_a_pipe_reaches_the_ranks(tiny_run: TinyRun, tmp_pa
 
 def test_ranks_without_a_loopback_interface_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", mock.Mock(side_effect=OSError("Network is unreachable")))
-    with pytest.raises(DeviceError, match="loopback interface, and here it is down"), meeting_place(2):
+    with pytest.raises(DeviceError, match="loopback interface, which is down"), meeting_place(2):
         pass
 
 
@@ -261,10 +261,10 @@ def test_what_cannot_be_launched_is_refused_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_launch(2, "auto")
     check_launch(3, "cpu")
-    with pytest.raises(DeviceError, match="--nproc 3 needs as many GPUs, and there are 2; use --nproc 2"):
+    with pytest.raises(DeviceError, match="--nproc 3 needs 3 GPUs, and there are 2; use --nproc 2"):
         check_launch(3, "auto")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ConfigError, match="torchrun has started this one"):
+    with pytest.raises(ConfigError, match="torchrun has started this process"):
         check_launch(2, "cpu")
 
 

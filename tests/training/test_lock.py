@@ -10,7 +10,7 @@ import pytest
 from psannlm.config.run import RunConfig
 from psannlm.errors import PsannlmError, StorageError
 from psannlm.io.lock import LOCK_FILE
-from psannlm.training.progress import SilentReporter
+from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 
 TinyRun = Callable[..., RunConfig]

@@ -21,11 +21,11 @@ from psannlm.errors import Interrupted, TrainingError
 from psannlm.kernels.onednn import prefers_onednn
 from psannlm.kernels.recompute import recompute_disabled
 from psannlm.models.tensorfile import read_tensors
-from psannlm.runtime.device import Precision, Unread
+from psannlm.runtime.device import AsyncReadback, Precision
 from psannlm.training import loop
 from psannlm.training.checkpoint import list_checkpoints, step_folder
-from psannlm.training.failures import find_not_finite
-from psannlm.training.progress import SilentReporter
+from psannlm.training.failures import find_non_finite
+from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 
 TinyRun = Callable[..., RunConfig]
@@ -75,9 +75,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
 
 
 @pytest.fixture
-def _looks_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def _deferred_readback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat the CPU as a GPU is treated."""
-    monkeypatch.setattr(loop.Run, "looks_back", True)
+    monkeypatch.setattr(loop.Run, "defer_readback", True)
 
 
 def events_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
@@ -85,7 +85,7 @@ def events_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     events: list[tuple[str, int]] = []
     steps: dict[int, int] = {}
     kept: list[Any] = []
-    original, read, evaluate, save = loop.train_step, Unread.read, loop.evaluate, loop._save
+    original, read, evaluate, save = loop.train_step, AsyncReadback.read, loop.evaluate, loop._save
 
     def quiet(work: Callable[..., Any]) -> Callable[..., Any]:
         def do(*arguments: Any, **settings: Any) -> Any:
@@ -104,12 +104,12 @@ def events_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
         result = original(*arguments, **settings)
         events.extend((what, step) for what in waits.found)
         waits.found.clear()
-        steps[id(result._figures)] = step
+        steps[id(result._metrics)] = step
         kept.append(result)
         events.append(("made", step))
         return result
 
-    def reading(unread: Unread) -> list[float]:
+    def reading(unread: AsyncReadback) -> list[float]:
         if unread._numbers.numel() == 3:  # a step's, not a vote
             events.append(("read", steps.get(id(unread), len(steps) + 1)))
         found: list[float] = quiet(read)(unread)
@@ -117,7 +117,7 @@ def events_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
 
     with watched(monkeypatch) as waits, monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", noted)
-        patch.setattr(Unread, "read", reading)
+        patch.setattr(AsyncReadback, "read", reading)
         # Validation and saving are allowed to wait.
         patch.setattr(loop, "evaluate", quiet(evaluate))
         patch.setattr(loop, "_save", quiet(save))
@@ -129,7 +129,7 @@ SETTINGS = {"max_steps": 13, "log_interval_steps": 5, "eval_interval_steps": 7, 
 DUE = (1, 5, 7, 10, 11, 13)
 
 
-@pytest.mark.usefixtures("_looks_back")
+@pytest.mark.usefixtures("_deferred_readback")
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
 @pytest.mark.parametrize(
     ("optimizer", "amp", "grad_checkpoint"),
@@ -185,22 +185,22 @@ def test_what_waits_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_a_gpu_that_need_not_decide_is_looked_back_at(tiny_run: TinyRun) -> None:
-    def looks_back(device: str, is_scaled: bool, on_nonfinite: str, callbacks: tuple[object, ...] = ()) -> bool:
+    def defer_readback(device: str, is_scaled: bool, on_nonfinite: str, callbacks: tuple[object, ...] = ()) -> bool:
         run = SimpleNamespace(
             config=tiny_run(on_nonfinite=on_nonfinite),
             scaler=torch.amp.GradScaler("cpu", enabled=is_scaled),
             precision=Precision(torch.device(device), torch.float32, "test"),
             callbacks=callbacks,
         )
-        found: bool = loop.Run.looks_back.fget(run)  # type: ignore[attr-defined]
+        found: bool = loop.Run.defer_readback.fget(run)  # type: ignore[attr-defined]
         return found
 
     cases = [
         (device, scaled, how) for device in ("cpu", "cuda") for scaled in (False, True) for how in ("stop", "skip")
     ]
-    assert [case for case in cases if looks_back(*case)] == [("cuda", False, "stop")]
+    assert [case for case in cases if defer_readback(*case)] == [("cuda", False, "stop")]
     # A callback is to see the weights of its step.
-    assert not looks_back("cuda", False, "stop", (object(),))
+    assert not defer_readback("cuda", False, "stop", (object(),))
 
 
 def content_of(folder: Path) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def test_looking_back_changes_no_bit_of_what_a_run_leaves(
     """Stopped between two logged steps and gone on with, too."""
     settings = {**SETTINGS, "optimizer": optimizer, "keep_checkpoints": 9, "model": {"dropout": 0.2}}
     straight = train(tiny_run(**settings, checkpoint_dir=str(tmp_path / "straight")))
-    monkeypatch.setattr(loop.Run, "looks_back", True)
+    monkeypatch.setattr(loop.Run, "defer_readback", True)
     back = tiny_run(**settings, checkpoint_dir=str(tmp_path / "back"))
     train(back)
     assert content_of(tmp_path / "back") == content_of(straight.folder)
@@ -246,7 +246,7 @@ def test_looking_back_changes_no_bit_of_what_a_run_leaves(
     assert {key: found[key] for key in expected} == expected
 
 
-@pytest.mark.usefixtures("_looks_back")
+@pytest.mark.usefixtures("_deferred_readback")
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 @pytest.mark.parametrize("step", [1, 3, 4, 6, 7])
 def test_what_is_not_finite_is_named_by_its_own_step_and_never_saved(
@@ -283,7 +283,7 @@ def test_what_is_not_finite_is_named_by_its_own_step_and_never_saved(
     assert [path.name for path in list_checkpoints(folder)] == [f"step_{n:08d}" for n in saved]
     for checkpoint in list_checkpoints(folder):
         for name in ("model.safetensors", "optimizer.safetensors"):
-            assert find_not_finite(read_tensors(checkpoint / name).tensors.items()) is None
+            assert find_non_finite(read_tensors(checkpoint / name).tensors.items()) is None
 
 
 @pytest.mark.gpu

@@ -23,8 +23,9 @@ from psannlm.models.tensorfile import read_tensors
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
+from psannlm.training.context import TimeBudget
 from psannlm.training.metrics import read_metrics
-from psannlm.training.progress import SilentReporter, TimeBudget
+from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 from psannlm.training.step import seed_step
 
@@ -179,7 +180,7 @@ def test_a_time_budget_ends_the_run_saved_and_the_same_call_goes_on(
     assert (first.steps, first.total_steps) == (3, 8)
     assert first.checkpoint == step_folder(first.folder, 3)
     assert said[-1] == (
-        f"the time budget is spent after step 3 of 8; saved in {first.folder}; the same command goes on"
+        f"the time budget is spent after step 3 of 8; saved in {first.folder}; run the same command to resume"
     )
     said.clear()
     # Already spent by the time the corpus is read: one step all the same, or a run would never get anywhere.

@@ -130,10 +130,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Runs:
         **{f"fsdp_{amp}": {"config": config(f"fsdp_{amp}", 2, fsdp="full", amp=amp)} for amp in LOW},
         "one_to_fsdp": {"config": config("one_to_fsdp", 2, fsdp="full"), "resume": half_of("one")},
         "fsdp_to_ddp": {"config": config("fsdp_to_ddp", 2), "resume": half_of("fsdp")},
-        "back": {"config": config("back", 2), "looks_back": True},
-        "back_fsdp": {"config": config("back_fsdp", 2, fsdp="full"), "looks_back": True},
+        "back": {"config": config("back", 2), "defer_readback": True},
+        "back_fsdp": {"config": config("back_fsdp", 2, fsdp="full"), "defer_readback": True},
         # A signal to rank 1 alone, between two steps that are looked at.
-        "stopped": {"config": config("stopped", 2, log_interval_steps=9), "looks_back": True, "stop": [1, 4]},
+        "stopped": {"config": config("stopped", 2, log_interval_steps=9), "defer_readback": True, "stop": [1, 4]},
         "stopped again": {"config": str(folder / "stopped.yaml"), "stop": [1, 3]},
         "gone on": {"config": str(folder / "stopped.yaml")},
         "count ddp": {"count": "ddp"},
@@ -291,8 +291,7 @@ def test_whatever_fails_wherever_ends_all(tmp_path: Path, tiny_corpus: Path) -> 
 def test_epochs_end_where_they_should_after_a_change_of_ranks(tiny_run: Callable[..., RunConfig]) -> None:
     """The steps of the new number of ranks that the rest of the epochs takes, and every window once an epoch."""
     from psannlm.data.loader import Loader, Position
-    from psannlm.training.loop import Progress
-    from psannlm.training.run import steps_to_make
+    from psannlm.training.plan import last_step
 
     class Hundred:
         seq_len, pad_id = 4, 0
@@ -308,13 +307,13 @@ def test_epochs_end_where_they_should_after_a_change_of_ranks(tiny_run: Callable
     windows: Any = Hundred()
     loaders = {size: [Loader(windows, 4, rank=rank, world_size=size) for rank in range(size)] for size in (1, 2, 4)}
     seen: list[int] = []
-    progress = Progress()
+    step, position = 0, Position()
     for size, until in ((2, 3), (4, 6), (1, None)):
-        last = steps_to_make(config, loaders[size][0], progress)
-        for parts in zip(*(loader.steps(progress.position) for loader in loaders[size]), strict=True):
-            if progress.step >= (until or last):
+        last = last_step(config, loaders[size][0], step, position)
+        for parts in zip(*(loader.steps(position) for loader in loaders[size]), strict=True):
+            if step >= (until or last):
                 break
             seen += [int(i) for part in parts for batch in part.micro_batches for i in batch.window_ids]
-            progress = Progress(progress.step + 1, parts[0].after)
-    assert progress.position == Position(2, 0)
+            step, position = step + 1, parts[0].after
+    assert position == Position(2, 0)
     assert sorted(seen[:100]) == sorted(seen[100:]) == list(range(100))

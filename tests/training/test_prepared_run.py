@@ -28,7 +28,7 @@ from psannlm.tokenizers.roundtrip import LOSSY
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
 from psannlm.training.metrics import read_metrics
 from psannlm.training.plan import plan_training
-from psannlm.training.progress import SilentReporter
+from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 
 TinyRun = Callable[..., RunConfig]
@@ -157,7 +157,7 @@ def test_a_prepared_folder_is_no_run_folder(runs: Callable[..., Any], tmp_path: 
     prepared = tmp_path / "folder"
     before = {path: path.read_bytes() for path in prepared.iterdir()}
     into_it = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_dir": str(prepared)})})
-    with pytest.raises(StorageError, match="a folder that psannlm prep made"):
+    with pytest.raises(StorageError, match="the output of psannlm prep"):
         train(into_it)
     assert {path: path.read_bytes() for path in prepared.iterdir()} == before
 

@@ -9,7 +9,9 @@ import pytest
 from rich.console import Console
 
 from psannlm.evaluation.loss import Evaluation
-from psannlm.training.progress import ConsoleReporter, Rate, SilentReporter
+from psannlm.training.console import ConsoleReporter
+from psannlm.training.pending import Throughput
+from psannlm.training.reporting import SilentReporter
 
 
 class Clock:
@@ -105,7 +107,7 @@ def test_the_silent_one_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_the_rate_is_that_of_the_steps_alone() -> None:
     now = [0.0]
-    rate = Rate(clock=lambda: now[0])
+    rate = Throughput(clock=lambda: now[0])
     assert rate.tokens_per_s == 0.0
     now[0] = 2.0
     rate.add(100)

@@ -18,9 +18,9 @@ from psannlm.errors import ArtifactError, ConfigError, PsannlmError
 from psannlm.evaluation.loss import Evaluation
 from psannlm.models.tensorfile import read_tensors
 from psannlm.runtime.device import has_compiler
-from psannlm.training.checkpoint import _sealed, find_checkpoint, list_checkpoints, read_state, step_folder
+from psannlm.training.checkpoint import _dump_with_checksum, find_checkpoint, list_checkpoints, read_state, step_folder
 from psannlm.training.metrics import read_metrics
-from psannlm.training.progress import SilentReporter
+from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import TrainResult, train
 
 TinyRun = Callable[..., RunConfig]
@@ -239,7 +239,7 @@ def test_a_constant_rate_may_be_cooled_down_from_any_checkpoint_and_a_cooled_one
     assert [row["lr"] for row in figures(folder) if row["kind"] == "train"][:2] == [1e-2, 1e-2]
     longer = tiny_run(**settings, max_steps=6)
     for step in (3, 4):
-        with pytest.raises(ConfigError, match=r"cooldown of a schedule of 4 steps.* step 2 or before.*max_steps to 4"):
+        with pytest.raises(ConfigError, match=r"cooldown of a schedule of 4 steps.* step 2 or before.*max_steps: 4"):
             train(longer, resume=str(step_folder(folder, step)))
     straight = tmp_path / "straight"
     train(moved(longer, straight))
@@ -332,8 +332,10 @@ def test_a_checkpoint_of_another_order_is_refused(tiny_run: TinyRun, former: str
         del content["state"]["data_order"]
     else:
         content["state"]["data_order"] = former
-    path.write_text(_sealed({k: content[k] for k in ("files", "state")}), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"order that this psannlm draws no more \(list-. then, feistel-1 now\)"):
+    path.write_text(_dump_with_checksum({k: content[k] for k in ("files", "state")}), encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"data order that this version no longer supports \(list-. then, feistel-1 now\)"
+    ):
         train(config)
     assert train(config, resume="never").steps == 4
 
@@ -350,7 +352,7 @@ def test_a_run_of_an_older_version_keeps_its_corpus(
     path = step_folder(Path(config.train.checkpoint_dir), 2) / "trainer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content["state"].pop("preparation") == 1
-    path.write_text(_sealed({k: content[k] for k in ("files", "state")}), encoding="utf-8")
+    path.write_text(_dump_with_checksum({k: content[k] for k in ("files", "state")}), encoding="utf-8")
     with pytest.raises(ConfigError, match="older psannlm, which held out other documents"):
         train(config, data=load_corpus(config.data, lambda text: None))
     resumed = train(config)
@@ -395,7 +397,7 @@ def test_a_damaged_checkpoint_is_passed_over_named_and_made_again(tiny_run: Tiny
     notes = Notes()
     train(config, reporter=notes)
     said = "\n".join(notes.said)
-    assert "passing over a damaged checkpoint" in said
+    assert "skipping a damaged checkpoint" in said
     assert str(step_folder(folder, 6) / "optimizer.safetensors") in said
     assert str(step_folder(folder, 4)) in said
     assert notes.steps == [3, 4, 5, 6]
@@ -417,7 +419,7 @@ def test_nothing_whole_is_an_error_and_not_a_fresh_start(tiny_run: TinyRun) -> N
     folder = train(config).folder
     for checkpoint in list_checkpoints(folder):
         spoil(checkpoint)
-    with pytest.raises(ArtifactError, match="none of the 2 checkpoints"):
+    with pytest.raises(ArtifactError, match="all 2 checkpoints"):
         train(config)
 
 
@@ -469,7 +471,7 @@ def test_a_state_that_lacks_something_is_refused(tiny_run: TinyRun) -> None:
         {**original, "state": {**original["state"], "config": 7}},
     ]
     for case in broken:
-        state_file.write_text(_sealed(case), encoding="utf-8")
+        state_file.write_text(_dump_with_checksum(case), encoding="utf-8")
         with pytest.raises(PsannlmError) as caught:
             train(config, resume=str(state_file.parent))
         assert "\n" not in str(caught.value)

@@ -20,16 +20,26 @@ from psannlm.config.data import DataConfig
 from psannlm.config.model import ModelConfig, ShortConvConfig, SineConfig
 from psannlm.config.run import RunConfig, load_config, to_yaml
 from psannlm.config.train import TrainConfig
-from psannlm.errors import ConfigError, DeviceError, Interrupted, PictureError, TrainingError
+from psannlm.errors import (
+    ConfigError,
+    DeviceError,
+    DivergedError,
+    Interrupted,
+    PictureError,
+    StorageError,
+    TrainingError,
+)
 from psannlm.models.artifact import load_model
 from psannlm.models.registry import build_model, resolve
 from psannlm.runtime.distributed import World
 from psannlm.tokenizers.char import CharTokenizer
+from psannlm.training import loop
 from psannlm.training.checkpoint import list_checkpoints, read_state
 from psannlm.training.metrics import read_metrics
 from psannlm.training.plan import plan_training
-from psannlm.training.progress import SilentReporter
+from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
+from psannlm.training.run_folder import RunStatus, read_run_status
 
 TinyRun = Callable[..., RunConfig]
 
@@ -357,6 +367,7 @@ def test_what_a_run_leaves_behind(tiny_run: TinyRun) -> None:
         "loss_curve.png",
         "metrics.jsonl",
         "step_00000002",
+        "status.json",
         "step_00000004",
         "system.json",
     }
@@ -417,7 +428,7 @@ def test_max_steps_may_take_several_epochs(tiny_run: TinyRun) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"batch_tokens": 16_384}, "a step asks for 2,048 windows and the training text gives"),
+        ({"batch_tokens": 16_384}, "a step takes 2,048 windows, and the training text has"),
         ({"max_steps": None, "warmup_steps": 7}, "train.warmup_steps 7 reaches past the last step, 6"),
         ({"max_steps": None, "warmup_steps": 6}, None),
         (
@@ -512,7 +523,7 @@ def test_a_model_too_large_is_named_before_anything_is_written(
 ) -> None:
     config = tiny_run(max_steps=1)
     config = config.model_copy(update={"train": config.train.model_copy(update={"fsdp": asked})})
-    monkeypatch.setattr("psannlm.training.run.launched_world", lambda ddp, fsdp: World(0, 0, 4))
+    monkeypatch.setattr("psannlm.training.run.world_from_env", lambda ddp, fsdp: World(0, 0, 4))
     monkeypatch.setattr("psannlm.training.run.local_ranks", lambda: 4)
     _with_memory(monkeypatch, 100_000)
     words = "a cgroup limits this process to 0.0 GB; lower model.d_model"
@@ -540,3 +551,32 @@ def test_a_dry_run_of_a_million_layers_answers_at_once(tiny_run: TinyRun, monkey
     with pytest.raises(ConfigError, match="for the model alone"):
         plan_training(deep, lambda line: None)
     assert time.process_time() - started_s < 8.0
+
+
+def test_run_status_records_how_the_run_ended(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt replaces the record of the one before."""
+    config = tiny_run(max_steps=3, data={"val_split": 0.0})
+    folder = Path(config.train.checkpoint_dir)
+    step = loop.train_step
+
+    def failing(error: BaseException) -> Callable[..., object]:
+        def fail(*args: object, **settings: object) -> object:
+            assert read_run_status(folder) is None, "a run in progress has no status"
+            raise error
+
+        return fail
+
+    for error, status in (
+        (DivergedError("step 1: loss nan: not finite"), RunStatus.DIVERGED),
+        (StorageError("disk full"), RunStatus.FAILED),
+        (Interrupted("stopped after step 1"), RunStatus.STOPPED),
+    ):
+        monkeypatch.setattr(loop, "train_step", failing(error))
+        with pytest.raises(type(error)):
+            train(config)
+        assert read_run_status(folder) == (status, str(error))
+    monkeypatch.setattr(loop, "train_step", step)
+    train(config, time_budget_s=0.0)
+    assert read_run_status(folder) == (RunStatus.STOPPED, None)
+    train(config)
+    assert read_run_status(folder) == (RunStatus.FINISHED, None)

@@ -14,7 +14,7 @@ from psannlm.generation.generate import draw_samples
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.metrics import read_metrics
-from psannlm.training.progress import SilentReporter
+from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import TrainResult, train
 
 TinyRun = Callable[..., RunConfig]

@@ -13,7 +13,7 @@ from psannlm.config.train import TrainConfig
 from psannlm.errors import TrainingError
 from psannlm.training.schedule import learning_rate
 
-SETTINGS = {"peak": 1.0, "floor": 0.1, "warmup_steps": 4, "total_steps": 11}
+SETTINGS = {"peak": 1.0, "min_lr": 0.1, "warmup_steps": 4, "total_steps": 11}
 
 
 @pytest.mark.parametrize(
@@ -75,33 +75,33 @@ def test_the_cooldown_is_a_share_of_the_steps_and_at_least_one(total: int, share
 
 def test_the_last_step_still_learns() -> None:
     for n_steps in (1, 2, 100):
-        settings = {"peak": 1.0, "floor": 0.0, "warmup_steps": 0, "total_steps": n_steps}
+        settings = {"peak": 1.0, "min_lr": 0.0, "warmup_steps": 0, "total_steps": n_steps}
         assert learning_rate(n_steps, **settings) > 0.0
         assert learning_rate(n_steps, **settings, schedule="wsd", cooldown_steps=n_steps) > 0.0
 
 
 def test_no_warmup_starts_next_to_the_peak() -> None:
-    first = learning_rate(1, peak=2.0, floor=0.0, warmup_steps=0, total_steps=1000)
+    first = learning_rate(1, peak=2.0, min_lr=0.0, warmup_steps=0, total_steps=1000)
     assert 1.9999 < first < 2.0
 
 
 def test_warmup_may_fill_the_run() -> None:
-    assert learning_rate(10, peak=3.0, floor=0.5, warmup_steps=10, total_steps=10) == 3.0
-    assert learning_rate(5, peak=3.0, floor=0.5, warmup_steps=10, total_steps=5) == 1.5
+    assert learning_rate(10, peak=3.0, min_lr=0.5, warmup_steps=10, total_steps=10) == 3.0
+    assert learning_rate(5, peak=3.0, min_lr=0.5, warmup_steps=10, total_steps=5) == 1.5
 
 
 @given(
     warmup=st.integers(0, 50),
     decay=st.integers(1, 200),
-    floor=st.floats(0, 1),
+    min_lr=st.floats(0, 1),
     schedule=st.sampled_from(["cosine", "constant"]),
 )
-def test_no_jump_anywhere_and_never_beyond_the_peak(warmup: int, decay: int, floor: float, schedule: str) -> None:
-    settings = {"peak": 1.0, "floor": floor, "warmup_steps": warmup, "total_steps": warmup + decay}
+def test_no_jump_anywhere_and_never_beyond_the_peak(warmup: int, decay: int, min_lr: float, schedule: str) -> None:
+    settings = {"peak": 1.0, "min_lr": min_lr, "warmup_steps": warmup, "total_steps": warmup + decay}
     rates = [learning_rate(step, **settings, schedule=schedule) for step in range(1, warmup + decay + 3)]
     steepest = max(1 / warmup if warmup else 0.0, math.pi / 2 / decay)
     assert all(abs(b - a) <= steepest + 1e-12 for a, b in pairwise(rates))
     assert max(rates) <= 1.0
     after = rates[max(0, warmup - 1) :]
     assert all(b <= a for a, b in pairwise(after))
-    assert rates[-1] == (floor if schedule == "cosine" else 1.0)
+    assert rates[-1] == (min_lr if schedule == "cosine" else 1.0)

@@ -169,7 +169,8 @@ def test_fp16_overflow_skips_the_whole_step_and_lowers_the_scale(
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     optimizers = OptimizerSet(model, optimizer, 0.1)
     result = step(model, [batch(*rows([8, 8]))], optimizers, precision=FP16, scaler=scaler, grad_clip=1.0)
-    assert result.is_finite
+    assert not result.is_finite
+    assert result.may_continue
     assert scaler.get_scale() == 32.0
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert optimizers.tensors() == {}
@@ -181,6 +182,7 @@ def test_fp16_gradients_that_overflow_at_no_scale_are_an_end(build_tiny: Build) 
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     result = step(model, [batch(*rows([8]))], OptimizerSet(model, "adamw", 0.1), precision=FP16, scaler=scaler)
     assert not result.is_finite
+    assert not result.may_continue
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -10,9 +10,9 @@ import pytest
 
 from psannlm.config.run import RunConfig
 from psannlm.errors import ConfigError
-from psannlm.training import tensorboard
-from psannlm.training.metrics import read_metrics
-from psannlm.training.progress import SilentReporter
+from psannlm.training import metrics
+from psannlm.training.metrics import BOARD_FOLDER, read_metrics
+from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 
 TinyRun = Callable[..., RunConfig]
@@ -44,7 +44,7 @@ def test_the_board_shows_each_step_once_after_a_crash_and_a_resume(tiny_run: Tin
     train(config, sampler=lambda *arguments: ["more"])
     assert logging.getLogger().handlers == handlers
 
-    board = EventAccumulator(str(folder / tensorboard.BOARD_FOLDER))
+    board = EventAccumulator(str(folder / BOARD_FOLDER))
     board.Reload()
     rows = read_metrics(folder)
     for kind, name in (("train", "loss"), ("train", "lr"), ("eval", "bits_per_byte")):
@@ -58,13 +58,13 @@ def test_the_board_shows_each_step_once_after_a_crash_and_a_resume(tiny_run: Tin
 
 
 def test_without_being_asked_for_there_is_none(tiny_run: TinyRun) -> None:
-    assert not (train(tiny_run(max_steps=1)).folder / tensorboard.BOARD_FOLDER).exists()
+    assert not (train(tiny_run(max_steps=1)).folder / BOARD_FOLDER).exists()
 
 
 def test_without_the_package_it_is_refused_before_anything_is_written(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     config = tiny_run(tensorboard=True)
     with pytest.raises(ConfigError, match=r"train\.tensorboard: needs the package tensorboard: pip install"):
         train(config)

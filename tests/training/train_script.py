@@ -13,7 +13,7 @@ from pathlib import Path
 from psannlm.config.run import load_config
 from psannlm.errors import PsannlmError
 from psannlm.training import checkpoint
-from psannlm.training.progress import SilentReporter
+from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 
 

@@ -19,7 +19,7 @@ from psannlm.benchmarks.training.candidates import Candidate, ThroughputSettings
 from psannlm.config.model import ModelConfig
 from psannlm.errors import PsannlmError
 from psannlm.runtime.device import resident_bytes
-from psannlm.runtime.malloc import keep_freed_memory
+from psannlm.runtime.malloc import retain_freed_memory
 from psannlm.runtime.processes import python_command
 
 _STEPS = 3
@@ -103,7 +103,7 @@ def _resident() -> tuple[int, int]:
 def _main() -> None:
     given: dict[str, Any] = json.load(sys.stdin)
     torch.set_num_threads(given["threads"])
-    keep_freed_memory()
+    retain_freed_memory()
     rest = {**given["settings"], "also": tuple(given["settings"]["also"])}
     settings = ThroughputSettings(ModelConfig.model_validate(given["model"]), **rest)
     peak = measure_here(Candidate(**given["candidate"]), settings, torch.device(given["device"]))
