@@ -1,4 +1,4 @@
-"""A model and held-out windows to loss per token, perplexity, and bits per byte of text."""
+"""Evaluation: loss per token, perplexity and bits per byte of a model on held-out text."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from psannlm.tokenizers.roundtrip import RoundTripMeter, check_roundtrip, folder
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of a text: ``nats`` for all of its ``n_labels`` tokens (ends of documents included).
+    """Result of an evaluation: total cross-entropy in ``nats`` over ``n_labels`` tokens (EOS of documents included).
 
-    ``n_bytes`` is the size of the text in UTF-8. A document's end is paid for and adds no byte, so that bits per byte
-    is an upper bound of the code length of the text, the same for every tokenizer that gives all of the text back. One
-    that loses text has less to pay for: ``lost_fraction`` is the fraction of checked bytes that it lost, None unknown.
+    ``n_bytes`` is the size of the text in UTF-8. EOS counts towards the loss but not towards the bytes, so that bits
+    per byte is an upper bound of the text's code length, comparable between lossless tokenizers. A tokenizer that loses
+    text has fewer tokens to predict: ``lost_fraction`` is the fraction of checked bytes lost, None where unknown.
     """
 
     nats: float
@@ -47,21 +47,21 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): comes with a tokenizer, and cannot be compared between two."""
+        """exp(loss): depends on the tokenizer, not comparable between two."""
         return math.exp(min(self.loss, 700.0))
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that the text costs, per byte of UTF-8: comparable between tokenizers."""
+        """Cross-entropy in bits per byte of UTF-8: comparable between tokenizers."""
         return self.nats / math.log(2.0) / self.n_bytes
 
     @property
     def lossy_tokenizer(self) -> bool | None:
-        """Whether the tokenizer loses text, so that bits per byte come out too low; None where nobody looked."""
+        """Whether the tokenizer loses text, so that bits per byte are too low; None where it was not checked."""
         return is_lossy(self.lost_fraction)
 
     def as_dict(self) -> dict[str, float | int | bool | None]:
-        """Return every figure under its name."""
+        """Return every figure by name."""
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -85,21 +85,21 @@ def evaluate(
     """Return the :class:`Evaluation` of ``model`` over every window, each token counted once.
 
     The first tokens of a window are predicted from a short context, as in training. ``model`` maps (input_ids, labels)
-    to a summed loss and is left in the mode it was in. Ranks share the windows and all get the same result.
+    to a summed loss and keeps its mode. Windows are divided among the ranks, and all ranks get the same result.
 
     Raises:
-        CorpusError: the text holds no token.
+        CorpusError: the text has no tokens.
     """
     world = world or World()
     if windows.n_labels == 0 or windows.store.n_bytes == 0:
-        raise CorpusError("the text to evaluate on holds no token")
+        raise CorpusError("the text to evaluate on has no tokens; add text")
     was_training = model.training
     model.eval()
     mine = range(world.rank, len(windows), world.size)
     nats = 0.0
     try:
-        # As many passes on every rank, because a sharded model is gathered from all of them: a rank without a window
-        # left repeats one, and does not count it.
+        # The same number of passes on every rank, because a sharded model is gathered from all of them. A rank that has
+        # no window left repeats one with every label ignored.
         for start in range(0, -(-len(windows) // world.size), batch_size):
             input_ids, labels = windows.batch(mine[start : start + batch_size] or range(1))
             if start >= len(mine):
@@ -125,22 +125,22 @@ def evaluate_sources(
 ) -> tuple[Evaluation, ReadReport]:
     """Evaluate a loaded model, already on the device of ``precision``, on all text of ``sources``.
 
-    Of a prepared folder that is the validation part, or where nothing was held out all of it.
+    Of a prepared folder that is the validation split, or all of it where nothing was held out.
 
     Args:
-        window: tokens seen at once; None takes the length the model was trained with.
+        window: tokens per window; None: the length the model was trained with.
         replace_option: what errors recommend for bytes that are not UTF-8.
 
     Raises:
         ArtifactError: the model file has no tokenizer, or a prepared folder is damaged.
         TokenizerError: a prepared folder was made with another tokenizer than the model.
-        ConfigError: a prepared folder stands beside other sources, or a pass over ``batch_size`` windows does not fit
-            into memory.
+        ConfigError: a prepared folder is combined with other sources, or a pass over ``batch_size`` windows does not
+            fit into memory.
         CorpusError: a source cannot be read, holds no text, or ``window`` is longer than the model's context.
     """
     if loaded.tokenizer is None:
         raise ArtifactError(
-            "the model file has no tokenizer, and text cannot be read without the one it was trained with"
+            "the model file has no tokenizer, and text can only be evaluated with the one it was trained with"
         )
     config = loaded.model.config
     longest = config.max_seq_len or 256
@@ -154,7 +154,7 @@ def evaluate_sources(
 
 
 def _refuse_oversize(config: ModelConfig, windows: Windows, batch_size: int, device: torch.device) -> None:
-    """Raise ConfigError where the windows of one pass cannot fit into memory beside each other."""
+    """Raise ConfigError where the windows of one pass do not fit into memory."""
     n_rows = min(batch_size, len(windows))
     # The residual stream before and after a branch, and the hidden features of one feed-forward, in float32.
     needed = 4 * n_rows * windows.seq_len * (2 * config.d_model + (config.d_mlp or 0))
@@ -162,7 +162,7 @@ def _refuse_oversize(config: ModelConfig, windows: Windows, batch_size: int, dev
     if memory is not None and needed > memory:
         has = f"the GPU has {memory / 1e9:,.1f} GB" if device.type == "cuda" else describe_memory()
         raise ConfigError(
-            f"{n_rows:,} windows of {windows.seq_len:,} tokens at a time need {needed / 1e9:,.1f} GB, and {has}; lower "
+            f"{n_rows:,} windows of {windows.seq_len:,} tokens per pass need {needed / 1e9:,.1f} GB, and {has}; lower "
             "the batch size or the window"
         )
 
@@ -170,7 +170,7 @@ def _refuse_oversize(config: ModelConfig, windows: Windows, batch_size: int, dev
 def _read(
     sources: Sequence[Source], tokenizer: Tokenizer, replace_option: str
 ) -> tuple[Stream, ReadReport, float | None]:
-    """Return the text to evaluate on, in the tokens of ``tokenizer``, what was read, and the fraction that was lost."""
+    """Return the tokens to evaluate on, a report of what was read, and the fraction of text the tokenizer lost."""
     manifest = find_prepared(sources)
     if manifest is None:
         report = ReadReport()

@@ -131,7 +131,7 @@ class Engine:
         key = (n_rows, n_tokens, cache.capacity)
         if key not in self._steps:
             self._steps[key] = self._compiled(n_tokens)
-        tensors = [_in_place(s) for s in cache.layers]
+        tensors = [_static_tensors(s) for s in cache.layers]
         logits, conv_inputs = self._steps[key](
             tokens.contiguous(), cache.offsets, self._slots(cache, n_tokens), tensors
         )
@@ -179,11 +179,11 @@ class Engine:
         return compiled(own, fullgraph=True, options={**options, "guard_filter_fn": _no_guard})
 
 
-def _in_place(layer: LayerCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The tensors of a block's cache, marked as ones that stay where they are.
+def _static_tensors(layer: LayerCache) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the tensors of a block's cache, marked as having a static address.
 
-    A compiled step writes into them, and the compiler refuses CUDA graphs for a pass that writes into inputs which may
-    be others the next time. Should the state be another one after all, a graph is recorded anew.
+    A compiled step writes into them, and the compiler refuses CUDA graphs for a pass that writes into inputs whose
+    address may change. If the address does change, the graph is recorded again.
     """
     tensors = (layer.keys, layer.values, layer.attn_conv_state, layer.mlp_conv_state)
     for tensor in tensors:

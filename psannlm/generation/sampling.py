@@ -1,6 +1,6 @@
-"""Logits of the next token to its id, for a whole batch at once.
+"""Batched sampling of the next token: temperature, top-k, top-p, repetition penalty.
 
-Letters: B rows, V vocabulary.
+Letters as in ``psannlm.models``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class SamplingConfig:
     """How the next token is chosen.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token, and no other setting but the penalty matters.
+        temperature: divides the logits; 0 chooses the most likely token (greedy), where only the penalty still applies.
         top_k: keep the k most likely tokens; None keeps all.
         top_p: keep the smallest set of most likely tokens whose probability reaches p; None keeps all.
-        repetition_penalty: divides positive and multiplies negative logits of tokens that were seen; None leaves them.
-        seed: of every row alike: a row's text does not depend on its company. None draws a new one for each row.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that occurred; None: no penalty.
+        seed: of every row, so that a row's text does not depend on the batch; None: a random seed for each row.
 
     Raises:
-        GenerationError: a value is of another type, or outside its range.
+        GenerationError: a value has the wrong type or is out of range.
     """
 
     temperature: float = 1.0
@@ -53,28 +53,28 @@ class SamplingConfig:
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise GenerationError(f"top_p {self.top_p} is not in (0, 1]; 1 keeps every token")
         if self.repetition_penalty is not None and not 0.0 < self.repetition_penalty < float("inf"):
-            raise GenerationError(f"repetition_penalty {self.repetition_penalty} is not above 0; 1 changes nothing")
+            raise GenerationError(f"repetition_penalty {self.repetition_penalty} is not above 0; 1 is no penalty")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise GenerationError(f"seed {self.seed} is not in 0 .. 2**63 - 1")
 
 
 def require_number(name: str, value: object, *, is_whole: bool = False) -> None:
-    """Raise GenerationError unless ``value``, of the argument ``name``, is a number; a bool is none."""
+    """Raise GenerationError unless ``value``, of the argument ``name``, is a number; a bool is not."""
     if isinstance(value, bool) or not isinstance(value, Integral if is_whole else Real):
         raise GenerationError(f"{name} {value!r:.60} is not a {'whole ' if is_whole else ''}number")
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Return logits (B, V) with those of ``seen`` tokens, (B, V) boolean, made less likely as a ratio.
+    """Return logits (B, V) with those of ``seen`` tokens, (B, V) boolean, made less likely.
 
-    CTRL (Keskar et al. 2019, arXiv 1909.05858) divides every logit; negative ones are multiplied here, as is usual
-    since, because dividing would make them likelier. How often a token occurred does not matter.
+    CTRL (Keskar et al. 2019, arXiv 1909.05858) divides every logit. Here negative ones are multiplied, as other
+    libraries do, because dividing would make them likelier. The number of occurrences does not matter.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Return logits (B, V) with all but the k highest of each row at minus infinity; ties with the k-th all stay."""
+    """Return logits (B, V) with all but the k highest of each row at minus infinity; ties with the k-th are kept."""
     k = min(k, logits.shape[-1])
     return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], float("-inf"))
 
@@ -82,13 +82,13 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Return logits (B, V) cut to the nucleus (Holtzman et al. 2019, arXiv 1904.09751).
 
-    Tokens stay, from the most likely on, while the probability *before* them is below p: the token that crosses the
-    threshold stays, so there is always one.
+    Tokens are kept, from the most likely on, while the total probability *before* them is below p: the token that
+    crosses the threshold is kept, so that there is always one.
     """
     if p >= 1.0:
         return logits
     ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-    # A sum over a large vocabulary in float32 is off by more than many of its tokens have.
+    # In float32 the error of a sum over a large vocabulary exceeds the probability of many tokens.
     probabilities = ordered.softmax(dim=-1, dtype=torch.float64)
     before = probabilities.cumsum(dim=-1) - probabilities
     dropped = (before >= p).scatter(-1, index, before >= p)
@@ -106,9 +106,9 @@ def next_tokens(
 
     Args:
         logits: (B, V), any floating dtype.
-        uniforms: (B,) in [0, 1), one random number per row; needed unless the temperature is 0.
-        seen: (B, V) boolean, which tokens a row holds already; needed for a repetition penalty.
-        forbidden: (N,) int64, the ids that are never taken; fewer than V.
+        uniforms: (B,) in [0, 1), one random number per row; required unless the temperature is 0.
+        seen: (B, V) boolean, the tokens that occur in a row; required for a repetition penalty.
+        forbidden: int64 ids that are never chosen, fewer than V.
 
     Raises:
         GenerationError: the logits are not finite.
@@ -117,7 +117,7 @@ def next_tokens(
     if not torch.isfinite(logits).all():
         raise GenerationError("the model's logits are not finite: its weights are damaged, or its training diverged")
     if config.repetition_penalty is not None and seen is not None:
-        # An extreme penalty may leave the range of float32, and infinities have no softmax.
+        # An extreme penalty can overflow float32, and a softmax of infinities is NaN.
         logits = penalise_repetition(logits, seen, config.repetition_penalty).clamp(_RANGE.min, _RANGE.max)
     if forbidden is not None:
         logits = logits.index_fill(1, forbidden, float("-inf"))
@@ -125,8 +125,8 @@ def next_tokens(
         return logits.argmax(dim=-1)
     if uniforms is None:
         raise ValueError("sampling needs a random number per row")
-    # Shifted first, so that a tiny temperature cannot overflow: the highest logit becomes 0, and 0 / 0 must not be had
-    # from a temperature that float32 takes for zero.
+    # Shifted so that the highest logit is 0: a tiny temperature cannot overflow. Division by at least the smallest
+    # normal float32 excludes 0 / 0.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(config.temperature, _RANGE.tiny)
     if config.top_k is not None:
         logits = keep_top_k(logits, config.top_k)
@@ -136,10 +136,10 @@ def next_tokens(
 
 
 def _draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Invert the cumulative distribution of each row at its uniform number."""
+    """Return the token at which each row's cumulative distribution exceeds its uniform number."""
     cumulative = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     total = cumulative[:, -1:]
-    # The first token whose cumulative probability exceeds u: one that has no probability is never it.
+    # The first token whose cumulative probability exceeds u; a token of probability 0 is never chosen.
     chosen = torch.searchsorted(cumulative, uniforms.double()[:, None] * total, right=True).squeeze(1)
     last_possible = torch.searchsorted(cumulative, total.contiguous()).squeeze(1)
     return torch.minimum(chosen, last_possible)

@@ -1,6 +1,6 @@
-"""A resolved configuration to parameters, floating-point operations and bytes, without building it in memory.
+"""Parameter counts, FLOPs and memory estimates of a configuration, computed on shapes without allocating the model.
 
-Letters: D width, L layers, T window.
+Letters as in ``psannlm.models``; L is the number of layers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from psannlm.models.transformer import Transformer
 
 WIDTH_TOLERANCE = 0.01
 _ROUND_WIDTH = 8
-# Python's own objects for the modules and tensors of a block.
+# Bytes of the Python objects of a block: modules and tensors.
 _MODULE_BYTES = 30_000
-# More layers are not built to find what they save.
+# Deeper models are extrapolated from 2 and 3 layers when saved activations are counted.
 _MOST_LAYERS_BUILT = 64
 
 _GROUP_OF = {
@@ -43,10 +43,10 @@ _GROUP_OF = {
 
 
 def match_mlp_width(count: Callable[[int], int], target: int) -> int:
-    """Return the feed-forward width whose parameters, ``count(width)``, come nearest to ``target``.
+    """Return the feed-forward width whose parameters, ``count(width)``, are nearest to ``target``.
 
-    Parameters grow in a line with the width. A multiple of 8, which matrices of all machines like, is taken where it
-    comes within a quarter of the tolerance.
+    The number of parameters is linear in the width. A multiple of 8, which suits matrix products everywhere, is chosen
+    where it is within a quarter of the tolerance.
     """
     at_least = count(_ROUND_WIDTH)
     slope = (count(2 * _ROUND_WIDTH) - at_least) / _ROUND_WIDTH
@@ -66,9 +66,9 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 @lru_cache(maxsize=1)
 def _parameters(config: ModelConfig) -> tuple[tuple[str, int, int], ...]:
-    """Group, dimensions and elements of the parameters, those of equal blocks in one sum.
+    """Return (group, number of dimensions, elements) of the parameters, summed over the blocks.
 
-    All blocks have the same shapes (a dilation has none), so that one is built, whatever the number of layers.
+    All blocks have the same shapes, whatever their dilation, so that only one block is built.
     """
     one_layer = config.model_copy(update={"n_layers": 1})
     return tuple(
@@ -88,9 +88,9 @@ def _group(name: str) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model is to be: kind of device, memory of the GPU, ranks on this machine, and ranks that share weights.
+    """Where a model is held: device type, GPU memory, ranks on this machine, and ranks among which weights are sharded.
 
-    ``for_training`` counts gradients and AdamW's two moments too.
+    ``for_training`` adds gradients and AdamW's two moments.
     """
 
     device_type: str = "cpu"
@@ -101,10 +101,10 @@ class Place:
 
 
 def describe_oversize(config: ModelConfig, place: Place = Place()) -> str | None:
-    """Return why the model of a resolved ``config`` does not fit into the memory at ``place``, by arithmetic, or None.
+    """Return why the model of a resolved ``config`` does not fit into the memory at ``place``, or None where it fits.
 
-    Weights take 4 bytes per parameter, with gradients and AdamW's two moments 16. They are made in this machine's
-    memory for a GPU too: on every rank, or where they are sharded on the first one alone.
+    Weights take 4 bytes per parameter, with gradients and AdamW's two moments 16. Weights for a GPU are initialised in
+    this machine's memory too: on every rank, or only on the first one where they are sharded.
     """
     n_parameters = sum(count_parameters(config).values())
     each = 16 if place.for_training else 4
@@ -123,7 +123,7 @@ def describe_oversize(config: ModelConfig, place: Place = Place()) -> str | None
             f"({kind}{ranks}), and {describe_memory()}; {remedy}"
         )
     if place.device_type != "cpu" and place.gpu_bytes is not None and own > place.gpu_bytes:
-        shards = f", a part of {place.n_shards}" if is_sharded else ""
+        shards = f", one shard of {place.n_shards}" if is_sharded else ""
         more = "" if is_sharded else ", or shard it over several GPUs with train.fsdp: full"
         return (
             f"{n_parameters:,} parameters need {own / 1e9:,.1f} GB for the model alone ({what}{shards}), and the GPU "
@@ -133,7 +133,7 @@ def describe_oversize(config: ModelConfig, place: Place = Place()) -> str | None
 
 
 def refuse_oversize(config: ModelConfig, vocab_size: int, place: Place = Place()) -> None:
-    """Raise ConfigError where :func:`describe_oversize` finds the model too large; ``vocab_size`` fills in for null."""
+    """Raise ConfigError where the model is too large for ``place``; ``vocab_size`` replaces null."""
     if config.vocab_size is None:
         config = config.model_copy(update={"vocab_size": vocab_size})
     try:
@@ -145,16 +145,16 @@ def refuse_oversize(config: ModelConfig, vocab_size: int, place: Place = Place()
 
 
 def matrix_elements(config: ModelConfig, *groups: str) -> int:
-    """Return the elements of the two-dimensional parameters of groups: a bias is neither multiplied nor sharded."""
+    """Return the elements of the two-dimensional parameters of ``groups``: no biases, which are not sharded."""
     return sum(n_elements for group, ndim, n_elements in _parameters(config) if ndim == 2 and group in groups)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Return the operations of one training token: 6 per matrix parameter and 12 L D T for attention.
+    """Return the FLOPs of one training token: 6 per matrix parameter, and 12 L D T for attention.
 
-    That is the count of PaLM's model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): forward
-    and backward, a multiplication and an addition as two, no discount for the causal mask, nothing for recomputation,
-    element-wise work or the lookup of embeddings.
+    This is the count of PaLM's model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): forward
+    and backward pass, a multiply-add as two, no discount for the causal mask; recomputation, element-wise operations
+    and the embedding lookup are not counted.
     """
     matrices = (
         matrix_elements(config, "attention", "feed-forward", "short convolution")
@@ -165,10 +165,10 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """An estimate of the bytes that one rank holds at the peak of a training step, transients aside.
+    """Estimated bytes on one rank at the peak of a training step, short-lived buffers excepted.
 
-    ``scratch``: what the backward pass of one feed-forward holds beside what was kept for it. ``gathered``: whole
-    matrices, and their gradients, that a sharded model (``models/scaling.py``) has for a moment.
+    ``scratch``: buffers of the backward pass of one feed-forward. ``gathered``: whole matrices and their gradients that
+    a sharded model (``models/parallel_estimates.py``) holds temporarily.
     """
 
     weights: int
@@ -194,13 +194,12 @@ def training_memory(
     grad_checkpoint: bool = False,
     device_type: str = "cpu",
 ) -> TrainingMemory:
-    """Return the memory of training ``micro_batch_size`` windows of ``seq_len`` tokens at a time under ``dtype``.
+    """Return the estimated memory of training micro-batches of ``micro_batch_size`` windows of ``seq_len`` tokens.
 
-    A CPU keeps less than a GPU does (``models/lean.py``), but for the norms, of which torch has a fused kernel there.
-
-    Weights, gradients and optimiser state are float32: AdamW keeps two numbers per parameter, Muon one per hidden
-    matrix. Activations are what autograd would save, found by running the forward pass on shapes alone; with
-    ``grad_checkpoint`` they are the inputs of all blocks and, while one is run again, what that one saves.
+    Weights, gradients and optimiser state are float32: AdamW keeps two numbers per parameter, Muon one per element of
+    the hidden matrices. Activations are what autograd saves, counted in a forward pass on fake tensors under ``dtype``;
+    with ``grad_checkpoint`` they are the inputs of all blocks and the activations of the block being recomputed. A CPU
+    saves less than a GPU (``kernels/recompute.py``), except for norms, which torch fuses on a GPU.
     """
     total = sum(count_parameters(config).values())
     hidden_matrices = matrix_elements(config, "attention", "feed-forward") if optimizer == "muon" else 0
@@ -211,8 +210,8 @@ def training_memory(
             n_layers = config.n_layers
             one, two = kept_one + (one - kept_one) // n_layers, kept_two + (two - kept_two) // n_layers
     activations = one + (two - one) * (micro_batch_size - 1)
-    # The gradients of gate and up-projection. A CPU makes the hidden features anew for the gradient of the matrix after
-    # them; on a GPU they are among the activations.
+    # Gradients of gate and up-projection. A CPU also recomputes the hidden features, for the gradient of the
+    # down-projection; a GPU saves them among the activations.
     n_wide = (2 if config.mlp in GATED_KINDS else 1) + (device_type == "cpu")
     scratch = n_wide * micro_batch_size * seq_len * (config.d_mlp or 0) * dtype.itemsize
     return TrainingMemory(4 * total, 4 * total, 8 * total - 4 * hidden_matrices, activations, scratch)
@@ -221,9 +220,9 @@ def training_memory(
 def _saved_in_passes(
     config: ModelConfig, seq_len: int, dtype: torch.dtype, device_type: str, *, grad_checkpoint: bool
 ) -> tuple[int, int]:
-    """Return the bytes that autograd saves in a pass over one window and over two.
+    """Return the bytes that autograd saves in a forward pass over one window and over two.
 
-    Blocks of one shape save the same: of a deep model two and three are built, and the rest follows.
+    Blocks of the same shape save the same, so that a deep model is extrapolated from two and three layers.
     """
     depths = [config.n_layers]
     if config.n_layers > _MOST_LAYERS_BUILT and (
@@ -244,7 +243,7 @@ def _saved_in_passes(
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Keeps of an RMS norm what torch's kernel on a GPU keeps: the input and a number per row, not the normed input."""
+    """Saves what torch's fused RMS norm saves on a GPU: the input and one number per row, not the normalised input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -253,11 +252,11 @@ class _FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError("shapes alone are asked for, and no gradient")
+        raise NotImplementedError("only shapes are computed here, no gradients")
 
 
 def _keep_as_fused_norms(model: Transformer) -> None:
-    """Let every norm of ``model`` keep what it does on a GPU; what it returns has the right shape and nothing more."""
+    """Make every norm of ``model`` save what it saves on a GPU; the results have the right shape but no meaning."""
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
             module.forward = partial(_fused_norm, module.weight)  # type: ignore[method-assign]
@@ -269,14 +268,14 @@ def _fused_norm(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _saved_bytes(model: Transformer, batch_size: int, seq_len: int, dtype: torch.dtype) -> int:
-    """Bytes of the distinct tensors that autograd saves in one forward pass, parameters not counted."""
+    """Return the bytes of the distinct tensors that autograd saves in one forward pass, without parameters."""
     saved: dict[int, tuple[object, int]] = {}
     parameters = {storage_key(p.untyped_storage()) for p in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if (key := storage_key(storage)) not in parameters:
-            saved[key] = (storage, storage.nbytes())  # held, so that its address is not used again
+            saved[key] = (storage, storage.nbytes())  # kept alive, so that its key is not reused
         return tensor
 
     input_ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
@@ -289,13 +288,13 @@ def _saved_bytes(model: Transformer, batch_size: int, seq_len: int, dtype: torch
 
 
 def cache_bytes(config: ModelConfig, batch_size: int, capacity: int, bytes_per_element: int = 4) -> int:
-    """Return the bytes of a decoding state: keys and values of every layer and slot, and the tails of the waves."""
+    """Return the bytes of a KV cache: keys and values of every layer and slot, and the states of short convolutions."""
     head_dim = config.d_model // config.n_heads
     keys_and_values = 2 * config.n_layers * (config.n_kv_heads or config.n_heads) * head_dim * capacity
-    tails = 0
+    conv_states = 0
     if config.short_conv.enabled:
         lengths = (
             (config.short_conv.kernel_size - 1) * config.short_conv.dilation_growth**i for i in range(config.n_layers)
         )
-        tails = len(set(config.short_conv.places)) * config.d_model * sum(lengths)
-    return batch_size * bytes_per_element * (keys_and_values + tails)
+        conv_states = len(set(config.short_conv.places)) * config.d_model * sum(lengths)
+    return batch_size * bytes_per_element * (keys_and_values + conv_states)

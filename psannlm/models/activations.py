@@ -1,4 +1,4 @@
-"""Activation modules: the damped sine with learned amplitude, frequency and decay, and the squared ReLU."""
+"""Activation modules: damped sine with learnable amplitude, frequency and decay, and squared ReLU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SineActivation(nn.Module):
 
     Args:
         n_features: size F of the last dimension.
-        config: initial values, spread, bounds, and which of the three learn; the others are buffers.
+        config: initial values, spread, bounds, and which of the three are learnable; the others are buffers.
     """
 
     def __init__(self, n_features: int, config: SineConfig) -> None:
@@ -37,7 +37,7 @@ class SineActivation(nn.Module):
         for name, (mean, spread) in starts.items():
             value = torch.full((n_features,), mean)
             if spread:
-                # Kept positive, where the raw parameter exists; a spread that reaches zero is cut off near it.
+                # The raw parameter exists for positive values only; values below mean / 1000 are clamped.
                 value = (value + spread * torch.randn(n_features)).clamp(min=mean / 1000)
             raw = inverse_softplus(value.double()).float()
             if name in learnable:
@@ -65,7 +65,7 @@ class SineActivation(nn.Module):
         return bool(self._frozen)
 
     def freeze(self) -> None:
-        """Work the parameters out once, for inference: from now on neither training nor loading changes them."""
+        """Compute the parameters once, for inference; training and loading do not change them afterwards."""
         self._frozen = {name: self.value_of(name).detach() for name in ("amplitude", "frequency", "decay")}
 
     def forward(self, z: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One self-contained model file: weights, configuration, tokenizer. Safe to read from a stranger: no pickle."""
+"""Model files: weights, configuration and tokenizer in one safetensors file. Safe to load from anyone: no pickle."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model read from a file, its tokenizer if the file has one, and what the writer noted (step, losses)."""
+    """A model loaded from a file, its tokenizer if the file has one, and the notes of its writer (step, losses)."""
 
     model: Transformer
     tokenizer: Tokenizer | None
@@ -58,7 +58,7 @@ def present_names(path: Path, entries: Mapping[str, T], metadata: Mapping[str, s
 
 
 def model_file(path: Path) -> Path:
-    """Return the file that ``path`` names: itself, or in a folder its ``model.safetensors``."""
+    """Return ``path``, or the ``model.safetensors`` in it where it is a folder."""
     return path / MODEL_FILE if path.is_dir() else path
 
 
@@ -66,7 +66,7 @@ def save_model(path: Path, model: Transformer, tokenizer: Tokenizer | None, note
     """Write one model file atomically and return its SHA-256. ``notes`` must be plain JSON.
 
     Raises:
-        StorageError: the file cannot be written; what stood at ``path`` is still there.
+        StorageError: the file cannot be written; a previous file at ``path`` is unchanged.
     """
     metadata = {
         "format": FORMAT,
@@ -102,9 +102,9 @@ def load_model(path: Path | str) -> LoadedModel:
     except (KeyError, ValidationError, ConfigError, ValueError, RecursionError, TokenizerError) as error:
         reason = " ".join(str(error).split())
         raise ArtifactError(f"{path} does not describe a model this version can build: {reason:.300}") from error
-    # A hostile configuration could ask for any amount of memory: shapes are compared before anything is allocated.
+    # A hostile configuration could require any amount of memory: shapes are compared before anything is allocated.
     if config.n_layers > len(tensors):
-        raise ArtifactError(f"{path} promises {config.n_layers} layers and holds {len(tensors)} tensors")
+        raise ArtifactError(f"{path} is configured with {config.n_layers} layers and holds only {len(tensors)} tensors")
     try:
         model = build_model(config, device="meta")
     except (RuntimeError, OverflowError, TypeError) as error:  # torch on sizes beyond 64 bits
@@ -121,7 +121,7 @@ def load_model(path: Path | str) -> LoadedModel:
 
 
 def refuse_oversize_file(path: Path) -> None:
-    """Judge a large file by its header alone: hashing takes minutes, and loading takes the memory it names.
+    """Check a large file by its header before it is hashed, which takes minutes, and loaded.
 
     Raises:
         ArtifactError: its tensors are not those of its configuration, or need more memory than the machine has.
@@ -146,7 +146,7 @@ def refuse_oversize_file(path: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if odd := sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)):
         raise ArtifactError(
-            f"{path} does not fit its own configuration: {odd[0]!r:.80} is not what the model has there"
+            f"{path} does not fit its own configuration: {odd[0]!r:.80} has not the shape of the model's parameter"
         )
     memory = machine_memory_bytes()
     if memory is not None and head.n_bytes > memory:

@@ -1,7 +1,4 @@
-"""A model and a number of devices to memory per device, bytes sent per step and tokens per second, all by arithmetic.
-
-Letters: N parameters, S of them in sharded matrices, R the rest, W devices.
-"""
+"""Estimates of sharded training: memory per device, bytes sent per step and tokens per second, by arithmetic."""
 
 from __future__ import annotations
 
@@ -18,10 +15,10 @@ GradSync = Literal["step", "micro_batch"]
 
 @dataclass(frozen=True)
 class Device:
-    """What a device can do: bytes of memory, matrix operations per second in bfloat16, and bytes per second sent.
+    """Specification of a device: memory in bytes, peak bfloat16 FLOP/s, and bytes per second sent.
 
-    ``utilisation`` is the share of the peak that a training step reaches; links within a node of ``per_node`` devices
-    are faster than between nodes.
+    ``utilisation`` is the fraction of the peak that a training step reaches; links within a node of ``per_node``
+    devices are faster than between nodes.
     """
 
     name: str
@@ -34,7 +31,7 @@ class Device:
 
 
 def sharded_elements(config: ModelConfig) -> tuple[int, int, int]:
-    """Return how many parameters stand in sharded matrices of blocks, in those of both ends, and in no matrix (R)."""
+    """Return the parameters in sharded matrices of blocks, in embedding and output matrix, and outside matrices."""
     hidden = matrix_elements(config, "attention", "feed-forward")
     ends = matrix_elements(config, "embedding", "output matrix")
     return hidden, ends, sum(count_parameters(config).values()) - hidden - ends
@@ -50,12 +47,12 @@ def sharded_memory(
     grad_sync: GradSync = "step",
     grad_checkpoint: bool = False,
 ) -> TrainingMemory:
-    """Return what one of ``n_devices`` holds under ``fsdp: full`` of what ``whole`` says that a replica holds.
+    """Return the memory of one of ``n_devices`` under ``fsdp: full``, given that of a replica, ``whole``.
 
-    Weights, gradients and optimiser state are a W-th of those in matrices, and whole for the rest. Beside them stand
-    (``gathered``) the matrices of both ends in float32 with their gradients, twice while those are sent; and in
-    ``dtype`` the matrices of the block that is worked on, of the next one, and the gradients of one, which are sent in
-    float32. Gradients that wait for the end of an accumulated step are whole.
+    Of the matrices each device holds a 1 / ``n_devices`` shard of weights, gradients and optimiser state; the other
+    parameters are replicated. ``gathered`` are embedding and output matrix in float32 with their gradients, twice while
+    those are sent; and in ``dtype`` the matrices of the current block and the next one, and the gradients of one block,
+    which are sent in float32. Gradients that wait for the end of an accumulated step are not sharded.
     """
     hidden, ends, rest = sharded_elements(config)
     own = -(-(hidden + ends) // n_devices) + rest
@@ -78,18 +75,19 @@ def sharded_memory(
 def bytes_sent(
     config: ModelConfig, n_devices: int, *, fsdp: bool, dtype: torch.dtype, micro_batches: int = 1, each: bool = False
 ) -> float:
-    """Return the bytes that each device sends in one step, in rings: (W-1)/W of the whole for a gather or a reduction.
+    """Return the bytes that each device sends in one step, by ring collectives.
 
-    Replicas reduce and gather float32 gradients, once (``each``: per micro-batch). Shards gather every matrix for the
-    forward and again for the backward pass of each micro-batch, those of both ends once, and reduce float32 gradients.
+    With n devices a ring sends (n - 1) / n of the data for a gather or a reduction. Replicas reduce and gather float32
+    gradients, once (``each``: per micro-batch). Shards gather the matrices of blocks for the forward and again for the
+    backward pass of each micro-batch, embedding and output matrix once, and reduce float32 gradients.
     """
     hidden, ends, rest = sharded_elements(config)
-    share = (n_devices - 1) / n_devices
+    fraction = (n_devices - 1) / n_devices
     reductions = micro_batches if each else 1
     if not fsdp:
-        return 2 * share * 4 * (hidden + ends + rest) * reductions
+        return 2 * fraction * 4 * (hidden + ends + rest) * reductions
     gathers = micro_batches * (2 * dtype.itemsize * hidden + 4 * ends)
-    return share * (gathers + reductions * 4 * (hidden + ends) + 2 * 4 * rest)
+    return fraction * (gathers + reductions * 4 * (hidden + ends) + 2 * 4 * rest)
 
 
 def tokens_per_s(
@@ -103,9 +101,9 @@ def tokens_per_s(
     grad_checkpoint: bool,
     dtype: torch.dtype = torch.bfloat16,
 ) -> float:
-    """Return tokens per second of all devices, when what is sent hides behind what is computed as far as it is shorter.
+    """Return the tokens per second of all devices, where communication overlaps with computation completely.
 
-    Running blocks again for ``grad_checkpoint`` is a third more work.
+    A step takes the longer of the two. Recomputing blocks for ``grad_checkpoint`` adds a third of the FLOPs.
     """
     work = flops_per_token(config, seq_len) * tokens_per_device * (4 / 3 if grad_checkpoint else 1)
     compute_s = work / (device.peak_flops_per_s * device.utilisation)

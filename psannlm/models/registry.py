@@ -1,4 +1,4 @@
-"""A configuration to a model: bases are sets of defaults, and a config may override every one of them."""
+"""Bases (sets of defaults), resolution of a configuration, and construction of a model from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from psannlm.models.transformer import Transformer
 
 @dataclass(frozen=True)
 class BaseDefaults:
-    """What a base sets where the configuration is silent."""
+    """Values of a base for keys that the configuration leaves null."""
 
     mlp: MlpKind
     short_conv: bool
@@ -31,21 +31,19 @@ BASES: dict[BaseName, BaseDefaults] = {
 
 
 def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: int | None = None) -> ModelConfig:
-    """Return ``config`` with every null filled in by its base, the tokenizer's vocabulary and the training window.
+    """Return ``config`` with every null replaced by the base's default, the vocabulary size or the training window.
 
-    A short convolution without a place is off, so that what is returned is itself a valid configuration.
+    A short convolution without places is switched off, so that the result is a valid configuration.
 
     Raises:
-        ConfigError: no vocabulary size is known, or the one asked for is smaller than the tokenizer's; or the taps of
-            a short convolution lie further apart than the context is long, or reach further than ``limits`` allows.
+        ConfigError: no vocabulary size is known, or the given one is smaller than the tokenizer's; or the taps of a
+            short convolution are further apart than the context is long, or reach further than ``limits`` allows.
     """
     defaults = BASES[config.base]
     if config.vocab_size is None and vocab_size is None:
-        raise ConfigError(Problem("model.vocab_size", "not known; give it, or data to take it from"))
+        raise ConfigError(Problem("model.vocab_size", "unknown; set it, or name data to derive it from"))
     if config.vocab_size is not None and vocab_size is not None and config.vocab_size < vocab_size:
-        message = (
-            f"{config.vocab_size} rows are too few for the tokenizer's {vocab_size} ids; leave it null, or raise it"
-        )
+        message = f"{config.vocab_size} is less than the tokenizer's {vocab_size} ids; leave it null, or raise it"
         raise ConfigError(Problem("model.vocab_size", message))
     mlp = config.mlp or defaults.mlp
     enabled = (defaults.short_conv if config.short_conv.enabled is None else config.short_conv.enabled) and bool(
@@ -68,13 +66,13 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
 
 
 def _refuse_unreachable_taps(config: ModelConfig, context: int | None) -> None:
-    """Raise ConfigError if a layer's taps lie beyond the context: they would mix zeros, and take memory without end.
+    """Raise ConfigError if a layer's taps are beyond the context: they would read zeros, in unbounded memory.
 
-    Where no context is known, or an absurd one, ``limits.MAX_DILATION`` stands in for it.
+    Where no context is known, or an absurd one, ``limits.MAX_DILATION`` replaces it.
     """
     growth, last = config.short_conv.dilation_growth, config.n_layers - 1
     longest = MAX_DILATION if context is None else min(context, MAX_DILATION)
-    # Not growth ** n_layers: a hostile file may ask for a number of more digits than there is memory.
+    # In logarithms: growth ** n_layers of a hostile file could fill the memory with digits.
     if last * math.log(growth) > math.log(longest):
         of = f"the context of {longest} tokens" if longest == context else f"the limit of {longest:,} positions"
         message = (
@@ -90,11 +88,11 @@ def _refuse_unreachable_taps(config: ModelConfig, context: int | None) -> None:
 
 
 def build_model(config: ModelConfig, *, seed: int | None = None, device: torch.device | str = "cpu") -> Transformer:
-    """Build the model of ``config``, with weights that depend on ``seed`` alone when one is given.
+    """Build the model of ``config``, with initial weights that depend only on ``seed`` where one is given.
 
-    What ``config`` leaves open is filled in as by :func:`resolve`, which raises ConfigError without a vocabulary size.
-    The weights are drawn on the CPU, so that every device starts from the same ones; with a ``seed`` the global
-    generators are left as they were. ``device="meta"`` builds shapes only.
+    ``config`` is resolved by :func:`resolve` first, which raises ConfigError without a vocabulary size. Weights are
+    drawn on the CPU, so that every device starts from the same ones; with a ``seed`` the global random generators are
+    not advanced. ``device="meta"`` builds shapes only.
     """
     config = resolve(config)
     if torch.device(device).type == "meta":

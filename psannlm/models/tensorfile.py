@@ -1,7 +1,7 @@
-"""Named tensors to one safetensors file and back, with a SHA-256 that covers every byte of it.
+"""Reading and writing of safetensors files with a SHA-256 that covers every byte.
 
-safetensors runs no code but does not notice a flipped bit. Here the header's metadata holds the hash of the whole file,
-taken with the 64 digits of the hash themselves written as zeros; any other reader of safetensors ignores it.
+safetensors runs no code but does not detect a flipped bit. Here the header's metadata holds the hash of the whole file,
+computed with the 64 digits of the hash set to zeros; other readers of safetensors ignore it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file that has been read: tensors by name (on the CPU), and the header's metadata."""
+    """Content of a file: tensors by name (on the CPU), and the header's metadata."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -67,12 +67,11 @@ class Verified:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
     """Write ``tensors`` and ``metadata`` to ``path`` atomically and return the SHA-256 recorded in the file.
 
-    Tensors go to the disk one after the other, so that no more than one of them is held beside what the caller has. Of
-    sharded tensors (``distributed.full_tensor``) the other ranks must send their parts meanwhile: :func:`send_tensors`.
-    Equal content gives equal files.
+    Tensors are written one after the other, so that at most one is copied at any time. Of sharded tensors the other
+    ranks must send their shards meanwhile, with :func:`send_tensors`. Equal content gives equal files.
 
     Raises:
-        StorageError: the disk is full or the folder cannot be written; ``path`` keeps its former content.
+        StorageError: the disk is full or the folder cannot be written; a previous file at ``path`` is unchanged.
     """
     layout = {name: (_DTYPES[tensors[name].dtype], tuple(tensors[name].shape)) for name in _file_order(tensors)}
     header = build_header(layout, {**metadata, _HASH_KEY: _BLANK})
@@ -93,13 +92,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def send_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Take part, on a rank that writes nothing, in :func:`write_tensors` of the same sharded tensors on another."""
+    """Send this rank's shards to the rank that runs :func:`write_tensors` on the same tensors."""
     for name in _file_order(tensors):
         full_tensor(tensors[name].detach())
 
 
 def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Wide elements first, as safetensors writes them, so that every tensor is aligned; then by name."""
+    """Return the names in the order of safetensors: wide dtypes first, which aligns every tensor, then by name."""
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
@@ -107,21 +106,21 @@ def read_tensors(path: Path) -> TensorFile:
     """Read a file that :func:`write_tensors` wrote, after checking every byte of it.
 
     Raises:
-        ArtifactError: the file is missing, cut short, damaged, or not such a file. No code from it is ever run, and no
-            memory is allocated that the file does not fill.
+        ArtifactError: the file is missing, truncated, damaged, or not such a file. No code from it is run, and no more
+            memory is allocated than the file fills.
     """
     verified = verify_tensors(path)
     try:
         with utf8_path(path) as readable:
             tensors = load_file(readable)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{path} holds no readable tensors: {error}") from error
+        raise ArtifactError(f"{path}: its tensors cannot be read: {error}") from error
     return TensorFile(tensors, verified.metadata)
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the header of a file says, believed by nobody yet: metadata, shapes by name, bytes of all tensors."""
+    """Unverified header of a file: metadata, shapes by name, bytes of all tensors."""
 
     metadata: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
@@ -129,10 +128,10 @@ class Head:
 
 
 def read_head(path: Path) -> Head:
-    """Read the header alone and hold it against the size of the file; nothing is hashed.
+    """Read the header and check it against the size of the file; nothing is hashed.
 
     Raises:
-        ArtifactError: as :func:`read_tensors`, or a shape takes other bytes than the header gives it.
+        ArtifactError: as :func:`read_tensors`, or a shape does not match its number of bytes.
     """
     try:
         size = path.stat().st_size
@@ -146,7 +145,7 @@ def read_head(path: Path) -> Head:
 
 
 def verify_tensors(path: Path) -> Verified:
-    """Check the hash of a file, not loading the tensors. Raises as :func:`read_tensors` does."""
+    """Check the hash of a file without loading the tensors. Raises as :func:`read_tensors`."""
     path = Path(path)
     try:
         if not path.is_file():
@@ -166,7 +165,7 @@ def verify_tensors(path: Path) -> Verified:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
     if recorded != found:
         raise ArtifactError(
-            f"{path} is damaged: its bytes hash to {found[:12]}, it was written with {str(recorded)[:12]}"
+            f"{path} is damaged: its bytes hash to {found[:12]}, the recorded hash is {str(recorded)[:12]}"
         )
     return Verified(metadata, found)
 
@@ -175,7 +174,7 @@ def _hash_position(path: Path, header: bytes) -> int:
     marker = f'"{_HASH_KEY}":"'.encode("ascii")
     at = header.find(marker)
     if at < 0 or at + len(marker) + len(_BLANK) > len(header):
-        raise ArtifactError(f"{path} records no whole {_HASH_KEY}: it is damaged or not a psannlm file")
+        raise ArtifactError(f"{path} has an incomplete {_HASH_KEY}: it is damaged or not a psannlm file")
     return at + len(marker)
 
 

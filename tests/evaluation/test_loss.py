@@ -170,7 +170,7 @@ def test_windows_that_cannot_fit_into_memory_are_refused(monkeypatch: pytest.Mon
     windows: Any = Many()
     # 4 bytes of 4,000 features of 1,000 tokens: 16 MB a window.
     _refuse_oversize(config, windows, 60, torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"64 windows of 1,000 tokens at a time need 1\.0 GB"):
+    with pytest.raises(ConfigError, match=r"64 windows of 1,000 tokens per pass need 1\.0 GB"):
         _refuse_oversize(config, windows, 64, torch.device("cpu"))
     with pytest.raises(ConfigError, match="1,000,000 windows of 1,000 tokens"):
         _refuse_oversize(config, windows, 10**12, torch.device("cpu"))
