@@ -146,7 +146,8 @@ def refuse_oversize_file(path: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if odd := sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)):
         raise ArtifactError(
-            f"{path} does not fit its own configuration: {odd[0]!r:.80} has not the shape of the model's parameter"
+            f"{path} does not fit its own configuration: {odd[0]!r:.80} is not a tensor of the model, or has another "
+            "shape"
         )
     memory = machine_memory_bytes()
     if memory is not None and head.n_bytes > memory:

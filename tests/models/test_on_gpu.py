@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from psannlm.config.model import ModelConfig
-from psannlm.generation.batch_decode import Decoding
+from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.registry import resolve
@@ -65,7 +65,7 @@ def test_short_conv_float32_on_gpu_keeps_full_precision(dilation: int) -> None:
 def test_greedy_text_is_that_of_the_cpu(build_tiny: Callable[..., Transformer], base: str) -> None:
     found = {}
     for device in ("cpu", "cuda"):
-        decoding = Decoding(
+        decoding = BatchDecoder(
             Engine(build_tiny(base=base).to(device)),
             [[1, 5, 9], [2], [3, 4, 5, 6, 7]],
             max_new_tokens=10,
