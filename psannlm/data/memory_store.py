@@ -1,4 +1,4 @@
-"""Documents enter; their ids leave as one framed stream in memory, in the narrowest type that holds them."""
+"""Token store in memory: documents encoded as one framed stream, in the narrowest integer type."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from psannlm.data.framing import frame
 from psannlm.data.split import SEGMENT_BYTES, cut_segments
 from psannlm.tokenizers.base import Tokenizer
 
-# A group is large enough to keep the tokenizer's threads busy, small enough that its arrays of ids stay cheap.
+# Large enough to keep the threads of the tokenizer busy, small enough for the arrays of ids to be cheap.
 _GROUP_CHARACTERS = 1 << 21
 _GROUP_DOCUMENTS = 4096
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
-    """Return the narrowest type of a token file that holds every id below ``vocab_size``."""
+    """Return the narrowest token type that holds every id below ``vocab_size``: uint16 or uint32."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 @dataclass(frozen=True)
 class InMemoryTokens:
-    """Documents as ids in memory, end to end, each between a begin and an end of text: a ``stream.Stream``.
+    """Concatenated documents as ids in memory, each between BOS and EOS: a ``stream.Stream``.
 
     ``framed``: (n_framed_tokens,) uint16 or uint32; document ``d`` is ``framed[offsets[d]:offsets[d + 1]]``.
     ``offsets``: (n_documents + 1,) int64. ``doc_bytes``: (n_documents,) int64, the UTF-8 length of each text, which
@@ -97,7 +97,7 @@ def store_from_ids(
     names: Sequence[str] | None = None,
     doc_bytes: Sequence[int] | None = None,
 ) -> InMemoryTokens:
-    """Return a store of documents that are ids already; bytes default to zero, names to ``text 1`` and on."""
+    """Return a store of documents given as ids; bytes default to zero, names to ``text 1``, ``text 2`` and so on."""
     dtype = token_dtype(vocab_size)
     ids = [np.asarray(document, dtype=dtype) for document in documents]
     lengths = np.array([len(document) for document in ids], dtype=np.int64)
@@ -111,10 +111,10 @@ def store_from_ids(
 def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer, *, in_segments: bool = True
 ) -> InMemoryTokens:
-    """Encode documents a group at a time and return them as one store; two bytes a token are held, not two objects.
+    """Encode documents in groups and return them as one store; a token takes two or four bytes.
 
-    A long document is encoded in the segments that ``psannlm prep`` makes of it, which gives the
-    same ids; ``in_segments`` off, as a whole.
+    A long document is encoded in segments, like in ``psannlm prep``, which gives the same ids; without ``in_segments``,
+    as a whole.
 
     Raises:
         TokenizerError: a document is not Unicode text.
@@ -132,12 +132,12 @@ def encode_documents(
 
 
 def _encoded(group: Sequence[Document], tokenizer: Tokenizer) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return the ids of all documents of a group end to end, and how many each has, (n_documents,)."""
+    """Return the concatenated ids of a group of documents, and the number of ids of each, (n_documents,)."""
     texts: list[str] = []
     firsts: list[int] = []
     for document in group:
         firsts.append(len(texts))
-        # A character takes four bytes at most, so that most documents need not be encoded to know that they are short.
+        # A character has at most four bytes: most documents are known to be short without encoding them.
         if 4 * len(document.text) <= SEGMENT_BYTES:
             texts.append(document.text)
         else:

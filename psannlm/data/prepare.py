@@ -1,6 +1,7 @@
-"""A data configuration or documents enter; a tokenizer and token stores for training and validation leave.
+"""Loading of a corpus for training: read, split, fit or load the tokenizer, and encode.
 
-The tokenizer is fitted on the training documents alone: entries learnt from held-out text would flatter its score.
+The tokenizer is fitted on training documents only: entries learned from held-out text would improve the validation
+loss unfairly.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from psannlm.tokenizers.roundtrip import RoundTripMeter, check_roundtrip, folder
 
 Notice = Callable[[str], None]
 
-# What becomes of a corpus; checkpoints name the version they were trained with. Version 1 held documents out by their
-# number and not by their text, and encoded a long document as a whole and not in segments.
+# Version of the split and of the encoding, stored in checkpoints. Version 1 split documents by their number instead of
+# their text, and encoded a long document as a whole instead of in segments.
 PREPARATION = 2
 
-# Shorter paragraphs ("Example:", "See also") recur in all prose and say nothing about text that was seen before.
+# Shorter paragraphs ("Example:", "See also") recur in all prose and are not evidence of duplicated text.
 _PARAGRAPH_CHARACTERS = 60
 _REPLACE_OPTION = "errors: replace in that entry of data.sources"
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
@@ -40,12 +41,12 @@ _PARAGRAPH_END = re.compile(r"\n\s*\n")
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A corpus ready to be cut into windows.
+    """A corpus encoded for training.
 
-    ``val`` is None when nothing was held out. ``val_overlap`` is the share of the held-out text, in [0, 1], whose
-    paragraphs stand word for word in a training document too: a loss on such text says little about new text.
-    ``preparation``: the version that made it, None where each would have made the same.
-    ``lost_fraction`` is the fraction of the checked text that the tokenizer does not give back; None is unknown.
+    ``val`` is None if nothing is held out. ``val_overlap``: fraction of the held-out text, in [0, 1], in paragraphs
+    that also occur in training documents; the loss on such text says little about new text. ``preparation``: version of
+    split and encoding, None if all versions give the same. ``lost_fraction``: fraction of the checked text that the
+    tokenizer does not give back; None is unknown.
     """
 
     tokenizer: Tokenizer
@@ -60,16 +61,16 @@ class PreparedData:
 def load_corpus(
     config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = None, preparation: int = PREPARATION
 ) -> PreparedData:
-    """Read the configured sources, split them, fit or load the tokenizer and encode; ``notice`` gets lines for people.
+    """Read the configured sources, split them, fit or load the tokenizer and encode; ``notice`` gets lines of text.
 
-    A ``tokenizer`` given here is used as it is, and so is the version of ``preparation``: those of a run that goes
-    on. A prepared folder is opened instead, with the tokenizer and the validation part that it holds.
+    ``tokenizer`` and the version ``preparation`` are those of a run that is resumed. A prepared folder is opened
+    instead, with its own tokenizer and validation split.
 
     Raises:
         CorpusError: a source is missing or cannot be read, or there is no text.
         TokenizerError: the tokenizer cannot be fitted or read.
-        ConfigError: the tokenizer file is of another backend than the one named; or a prepared folder is asked for
-            something it was not made with, or stands beside other sources.
+        ConfigError: the tokenizer file is of another backend than the configured one; or a prepared folder does not
+            match the configuration, or is configured with other sources.
         ArtifactError: a prepared folder is damaged.
     """
     manifest = find_prepared(config.sources)
@@ -147,7 +148,7 @@ def _describe(tokenizer: Tokenizer) -> str:
 
 
 def _describe_overlap(overlap: float) -> str:
-    return f"{overlap:.1%} of its text stands word for word in the training text too"
+    return f"{overlap:.1%} of its text occurs verbatim in the training text"
 
 
 def _tokenizer(train_documents: Sequence[Document], config: DataConfig, notice: Notice) -> Tokenizer:
@@ -155,7 +156,7 @@ def _tokenizer(train_documents: Sequence[Document], config: DataConfig, notice: 
         tokenizer = load_tokenizer(Path(os.path.expanduser(config.tokenizer_model_path)))
         if config.tokenizer not in ("auto", tokenizer.backend):
             message = (
-                f"{config.tokenizer} was asked for, and {config.tokenizer_model_path} is a file of "
+                f"{config.tokenizer} is configured, but {config.tokenizer_model_path} is a file of "
                 f"{tokenizer.backend}; leave data.tokenizer at auto"
             )
             raise ConfigError(Problem("data.tokenizer", message))
@@ -173,18 +174,18 @@ def _size(store: Stream) -> str:
 
 
 def _check_length(train: Stream, max_length: int, notice: Notice) -> None:
-    """Say so when the training text does not fill one window; refuse it when there is no token to learn.
+    """Give a notice if the training text is shorter than one window; raise CorpusError if there is nothing to predict.
 
-    Padding costs time and teaches nothing: its labels are ignored.
+    Padding costs time without any effect: its labels are ignored.
     """
-    # The first id of every document begins the text and is never predicted.
+    # BOS, the first id of every document, is never predicted.
     if train.n_framed_tokens <= train.n_documents:
         raise CorpusError("the training text holds no token to predict; add text")
     if train.n_framed_tokens <= max_length:
         notice(
-            f"note: the training text is shorter than one window: its {train.n_framed_tokens:,} tokens, begin and end "
-            f"of text among them, are padded to data.max_length {max_length:,}; a data.max_length of "
-            f"{train.n_framed_tokens - 1:,} would pad nothing"
+            f"note: the training text is shorter than one window: its {train.n_framed_tokens:,} tokens, BOS "
+            f"and EOS included, are padded to data.max_length {max_length:,}; a data.max_length of "
+            f"{train.n_framed_tokens - 1:,} needs no padding"
         )
 
 
@@ -193,9 +194,8 @@ def split_documents(
 ) -> tuple[list[Document], list[Document]]:
     """Return (training, validation) documents, both in reading order.
 
-    Each is held out or not by its own text and ``seed``, at least one and never all: see :func:`split.held_out`;
-    ``preparation`` 1 goes by the number of documents instead. A single document is cut in two, and its end is
-    held out.
+    Each document is held out or not by its own text and ``seed``, at least one and never all (:func:`split.held_out`);
+    ``preparation`` 1 uses the numbers of documents instead. A single document is cut in two, and its end is held out.
 
     Raises:
         CorpusError: a single document is too short to be cut.
@@ -211,10 +211,10 @@ def split_documents(
     else:
         hashes = b"".join(text_hash(document.text.encode("utf-8")) for document in documents)
         is_out = held_out(np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES), val_split, seed)
-    sides: tuple[list[Document], list[Document]] = [], []
-    for document, goes_out in zip(documents, is_out.tolist(), strict=True):
-        sides[goes_out].append(document)
-    return sides
+    splits: tuple[list[Document], list[Document]] = [], []
+    for document, is_held_out in zip(documents, is_out.tolist(), strict=True):
+        splits[is_held_out].append(document)
+    return splits
 
 
 def _cut(document: Document, val_split: float) -> tuple[list[Document], list[Document]]:
@@ -229,10 +229,10 @@ def _cut(document: Document, val_split: float) -> tuple[list[Document], list[Doc
 
 
 def shared_text(held_out: Iterable[Document], train: Iterable[Document]) -> float:
-    """Return the share of held-out bytes in paragraphs that also occur in a training document, in [0, 1].
+    """Return the fraction of held-out bytes in paragraphs that also occur in a training document, in [0, 1].
 
-    Paragraphs end at blank lines and are compared with runs of white space as one space; only those of 60 characters
-    or more can count as shared. Memory grows with the held-out text, not with the training text.
+    Paragraphs end at blank lines; white space is normalized before they are compared; only those of 60 characters or
+    more can count as shared. Memory grows with the held-out text, not with the training text.
     """
     sizes: dict[bytes, int] = {}
     total = 0

@@ -1,4 +1,4 @@
-"""A folder that ``psannlm prep`` wrote enters; its tokenizer and its streams leave, checked and ready to be cut."""
+"""Prepared folders of ``psannlm prep``: finding, opening and checking them against a configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from psannlm.tokenizers.resolve import load_tokenizer
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """An open folder; ``validation`` is None where nothing was held out."""
+    """An open prepared folder; ``validation`` is None if nothing is held out."""
 
     path: Path
     manifest: Manifest
@@ -30,7 +30,7 @@ class PreparedFolder:
     validation: ShardedTokens | None
 
     def report(self) -> ReadReport:
-        """Return what reading the corpus came to when the folder was made."""
+        """Return the read report of the corpus, from the manifest."""
         manifest = self.manifest
         drops = Counter({reason: n for reason, n in manifest.drops.items() if n})
         if manifest.duplicates:
@@ -46,10 +46,10 @@ class PreparedFolder:
 
 
 def find_prepared(sources: Sequence[Source]) -> Path | None:
-    """Return the manifest of the prepared folder that ``sources`` names, or None if all are sources of text.
+    """Return the manifest of the prepared folder in ``sources``, or None if all are sources of text.
 
     Raises:
-        ConfigError: a prepared folder stands beside other sources, or has settings that only text can have.
+        ConfigError: a prepared folder is configured with other sources, or with settings that apply only to text.
     """
     found = [
         (index, source, manifest)
@@ -63,16 +63,16 @@ def find_prepared(sources: Sequence[Source]) -> Path | None:
         raise ConfigError(
             Problem(
                 "data.sources",
-                f"{source.path} and {found[1][1].path} are two prepared folders, and a run reads one; join parts of "
-                "one corpus with psannlm prep --merge, or prepare all of the text as one folder",
+                f"{source.path} and {found[1][1].path} are two prepared folders, and a run reads only one; join parts "
+                "of one corpus with psannlm prep --merge, or prepare all of the text as one folder",
             )
         )
     if len(sources) > 1:
         raise ConfigError(
             Problem(
                 "data.sources",
-                f"{source.path} is a prepared folder and stands beside other sources; name it alone, or prepare all "
-                "of the text as one folder with psannlm prep",
+                f"{source.path} is a prepared folder beside other sources; configure it alone, or prepare all of the "
+                "text as one folder with psannlm prep",
             )
         )
     for key in ("per_line", "text_key"):
@@ -83,10 +83,10 @@ def find_prepared(sources: Sequence[Source]) -> Path | None:
 
 
 def open_folder(manifest_path: Path) -> PreparedFolder:
-    """Open the folder of a manifest: the tokenizer is loaded, shards are mapped and their headers checked.
+    """Open the folder of a manifest: load the tokenizer, map the shards and check their headers.
 
     Raises:
-        ArtifactError: the manifest, the tokenizer or a shard is missing, damaged, or not what the manifest says.
+        ArtifactError: the manifest, the tokenizer or a shard is missing, damaged, or does not match the manifest.
     """
     manifest = read_manifest(manifest_path)
     folder = Path(manifest_path).parent
@@ -97,19 +97,19 @@ def open_folder(manifest_path: Path) -> PreparedFolder:
 
 
 def check_compatible(config: DataConfig, folder: PreparedFolder) -> None:
-    """Raise ConfigError, with every problem, where a configuration asks a folder for something it was not made with."""
+    """Raise ConfigError, which lists every problem, if a configuration does not match a prepared folder."""
     made = folder.manifest.tokenizer
     problems = []
     if config.tokenizer not in ("auto", made.backend):
         message = (
-            f"{config.tokenizer} was asked for, and {folder.path} was prepared with {made.backend}; leave it at auto"
+            f"{config.tokenizer} is configured, but {folder.path} was prepared with {made.backend}; leave it at auto"
         )
         problems.append(Problem("data.tokenizer", message))
     if config.tokenizer_model_path is not None:
         given = load_tokenizer(Path(os.path.expanduser(config.tokenizer_model_path))).fingerprint
         if given != made.fingerprint:
             message = (
-                f"{config.tokenizer_model_path} has fingerprint {given}, and {folder.path} was prepared with "
+                f"{config.tokenizer_model_path} has fingerprint {given}, but {folder.path} was prepared with "
                 f"{made.fingerprint}; leave the path out, or prepare the text again with psannlm prep --tokenizer"
             )
             problems.append(Problem("data.tokenizer_model_path", message))
@@ -117,10 +117,10 @@ def check_compatible(config: DataConfig, folder: PreparedFolder) -> None:
         held_out = folder.manifest.validation.documents
         noun = "document" if held_out == 1 else "documents"
         message = (
-            f"{config.val_split:g} was asked for, and {folder.path} has {held_out:,} {noun} held out already; "
+            f"{config.val_split:g} is configured, but {folder.path} has {held_out:,} {noun} held out already; "
             "set it to 0 to validate on those"
             if held_out
-            else f"{config.val_split:g} was asked for, and {folder.path} was prepared with nothing held out; set it to "
+            else f"{config.val_split:g} is configured, but {folder.path} was prepared with nothing held out; set it to "
             f"0, or prepare the text again with psannlm prep --val-split {config.val_split:g}"
         )
         problems.append(Problem("data.val_split", message))
@@ -136,12 +136,12 @@ def _load_tokenizer(path: Path, entry: TokenizerEntry) -> Tokenizer:
     if tokenizer.fingerprint != entry.fingerprint:
         raise ArtifactError(
             f"{path} is not the tokenizer that this folder was prepared with: its fingerprint is "
-            f"{tokenizer.fingerprint}, the manifest's {entry.fingerprint}. Bring the former file back."
+            f"{tokenizer.fingerprint}, the manifest's {entry.fingerprint}. Restore the former file."
         )
     for name in ("vocab_size", "bos_id", "eos_id", "pad_id"):
         if getattr(tokenizer, name) != getattr(entry, name):
             raise ArtifactError(
-                f"{path} has {name} {getattr(tokenizer, name)} as this version reads it, the manifest says "
+                f"{path} has {name} {getattr(tokenizer, name)} as this version reads it, the manifest has "
                 f"{getattr(entry, name)}; prepare the text again with psannlm prep"
             )
     return tokenizer
@@ -154,5 +154,5 @@ def _open_split(folder: Path, manifest: Manifest, split: SplitEntry) -> ShardedT
     ]
     for shard in shards:
         if shard.dtype.name != manifest.dtype:
-            raise ArtifactError(f"{shard.path} holds {shard.dtype.name}, the manifest says {manifest.dtype}")
+            raise ArtifactError(f"{shard.path} holds {shard.dtype.name}, the manifest has {manifest.dtype}")
     return ShardedTokens(shards, [source.path for source in manifest.sources])

@@ -1,14 +1,14 @@
-"""Documents enter a few at a time and one shard file leaves; a shard opens in an instant and vouches for every byte.
+"""Shard files: tokens and records of documents, written in one pass, opened at once, and verified block by block.
 
-A shard is a safetensors file of eight tensors. Per document: ``starts`` (n_documents + 1,) I64, where it starts in the
-stream; ``n_bytes`` (n_documents,) I64, UTF-8 bytes of its text; ``origins`` (n_documents,) I64, where it comes from;
+A shard is a safetensors file of eight tensors. Per document: ``starts`` (n_documents + 1,) I64, its start in the
+stream; ``n_bytes`` (n_documents,) I64, UTF-8 bytes of its text; ``origins`` (n_documents,) I64, source and record;
 ``hashes`` (n_documents, 16) U8. Then ``tokens`` (n_tokens,) U16 or U32, the framed stream; ``lengths`` and
-``length_counts`` (n_lengths,) I64, which lengths documents have, frame included, and how many have each; and last
-``block_sha256`` (n_blocks, 32) U8, the SHA-256 of each block of all bytes before it, header included. Wide types stand
-first, so that what is mapped is aligned.
+``length_counts`` (n_lengths,) I64, the distinct lengths of documents with BOS and EOS, and the number of each; and last
+``block_sha256`` (n_blocks, 32) U8, the SHA-256 of each block of all bytes before it, header included. Wide types are
+first, so that mapped arrays are aligned.
 
-Reading 10 GB to hash it would make opening slow. So the manifest holds one hash of the header and the block sums, which
-is checked at once, and the sums vouch for the blocks, each checked the first time that something in it is asked for.
+Hashing 10 GB would make opening slow. Therefore the manifest has one hash of the header and the block sums, which is
+checked at once, and each block is checked against its sum when it is first read.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from psannlm.io.lfs_pointers import refuse_pointer
 from psannlm.io.safetensors_header import build_header, parse_header, parse_metadata, read_header, refuse_wrong_length
 
 FORMAT = "psannlm-shard-1"
-# Of 64 KiB to 1 MiB the smallest: cold random windows cost least, and the sums are still 0.05 % of the file.
+# The smallest of 64 KiB to 1 MiB: random windows of a cold file are fastest, and sums take only 0.05 % of the file.
 BLOCK_BYTES = 1 << 16
 TOKEN_TYPES = {"uint16": "U16", "uint32": "U32"}
 _SUM_BYTES = 32
 # Strict, because pydantic would otherwise take "3", 3.0 and True for whole numbers.
 Count = Annotated[int, Field(strict=True, ge=0)]
-# One length for all shards: the header can be written last, when the number of distinct lengths is known.
+# A fixed size: the header is written last, when the number of distinct lengths is known.
 _HEADER_BYTES = 2048
-_REMEDY = "Bring it back from a copy, or run psannlm prep again"
+_REMEDY = "Restore it from a copy, or run psannlm prep again"
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What a manifest says of one shard.
+    """The manifest entry of a shard.
 
-    ``tokens`` counts the framed stream, ``text_bytes`` the UTF-8 bytes of all texts, ``file_bytes`` the file itself.
-    ``header_and_sums_sha256`` is the hash of the header followed by the block sums, which vouch for all the rest.
+    ``tokens``: including BOS and EOS; ``text_bytes``: UTF-8 bytes of all texts; ``file_bytes``: size of the file.
+    ``header_and_sums_sha256``: hash of the header followed by the block sums, which verify the rest of the file.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -63,7 +63,7 @@ class ShardEntry:
 
 
 class _Layout:
-    """Where each tensor of a shard lies: a pure function of its sizes, so that no header has to be believed."""
+    """Position of each tensor of a shard: a pure function of its sizes, so that no header has to be trusted."""
 
     def __init__(self, token_type: str, fingerprint: str, n_tokens: int, n_documents: int, n_lengths: int) -> None:
         self.fingerprint = fingerprint
@@ -102,9 +102,9 @@ def write_shard(
     n_documents: int,
     batches: Iterable[DocumentBatch],
 ) -> ShardEntry:
-    """Write the documents of ``batches`` to ``path`` atomically, and return what the manifest is to say of the file.
+    """Write the documents of ``batches`` to ``path`` atomically, and return the manifest entry of the file.
 
-    ``n_tokens`` counts framed tokens. No more than one batch is held at a time; equal content gives equal bytes.
+    ``n_tokens`` includes BOS and EOS. One batch is in memory at a time; equal content gives equal bytes.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; ``path`` keeps its former content.
@@ -129,7 +129,7 @@ def _write_batches(
     n_documents: int,
     batches: Iterable[DocumentBatch],
 ) -> tuple[_Layout, int]:
-    """Write all but the sums; return where it lies, and the UTF-8 bytes of all texts."""
+    """Write everything but the block sums; return the layout, and the UTF-8 bytes of all texts."""
     document = token = ended = text_bytes = 0
     counts: Counter[int] = Counter()
     layout = _Layout(TOKEN_TYPES[dtype.name], fingerprint, n_tokens, n_documents, 0)
@@ -143,7 +143,7 @@ def _write_batches(
         ends = ended + np.cumsum(batch.lengths)
         ended = int(ends[-1]) if len(ends) else ended
         if ended > token + len(batch.tokens):
-            raise ValueError(f"documents end at token {ended}, and {token + len(batch.tokens)} are there")
+            raise ValueError(f"documents end at token {ended}, but there are only {token + len(batch.tokens)} tokens")
         _write_at(file, layout.starts + 8 * (document + 1), ends.astype("<i8"))
         _write_at(file, layout.n_bytes + 8 * document, batch.n_bytes.astype("<i8"))
         _write_at(file, layout.origins + 8 * document, batch.origins.astype("<i8"))
@@ -155,7 +155,7 @@ def _write_batches(
             counts[int(length)] += int(count)
     if (document, token, ended) != (n_documents, n_tokens, n_tokens):
         raise ValueError(f"the batches do not hold {n_documents} documents and {n_tokens} tokens in total")
-    # Few even in a large shard: k distinct lengths take at least k * (k + 1) / 2 tokens.
+    # Small even in a large shard: k distinct lengths take at least k * (k + 1) / 2 tokens.
     table = np.array(sorted(counts.items()), dtype="<i8").reshape(-1, 2)
     layout = _Layout(TOKEN_TYPES[dtype.name], fingerprint, n_tokens, n_documents, len(table))
     _write_at(file, layout.lengths, table.T)
@@ -175,9 +175,9 @@ def _block_sums(file: BinaryIO, end: int) -> Iterable[bytes]:
 
 
 class Shard:
-    """An open shard, a ``stream.Segment``: arrays that are checked as they are asked for, read-only views of the file.
+    """An open shard, a ``stream.Segment``: read-only views of the file, verified when they are first read.
 
-    Every method raises ArtifactError if a block that it needs is damaged.
+    Every method raises ArtifactError if a block that it reads is damaged.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Shard:
         self._hashes = self._bytes[layout.hashes : layout.tokens].reshape(-1, HASH_BYTES)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Another process maps the file itself: pickled arrays would carry the whole of it.
+        # Another process maps the file itself: pickled arrays would contain the whole file.
         return open_shard, (self.path.absolute(), self.entry, self._layout.fingerprint, self.vocab_size)
 
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
@@ -215,7 +215,7 @@ class Shard:
     def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the document at each position of the stream, in the shape of ``positions``.
 
-        The search may step on blocks that nobody has checked; what it finds is then shown to be right by checked ones.
+        The search may read unverified blocks; the result is then verified with checked blocks.
         """
         found = np.searchsorted(self._starts, positions, side="right") - 1
         np.clip(found, 0, self.n_documents - 1, out=found)
@@ -230,14 +230,14 @@ class Shard:
         return found
 
     def length_counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the lengths that documents have, frame included and rising, and how many have each; (n_lengths,)."""
+        """Return the distinct framed lengths of documents, ascending, and the number of each; both (n_lengths,)."""
         layout = self._layout
         self._check(layout.lengths, 1, 0, layout.sums - layout.lengths)
         table = np.frombuffer(self._bytes[layout.lengths : layout.sums].tobytes(), dtype="<i8").reshape(2, -1)
         return table[0], table[1]
 
     def starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return where documents ``start`` to ``stop`` (exclusive) start in the stream; one more is its end."""
+        """Return the starts of documents ``start`` to ``stop`` (exclusive); that after the last is the stream's end."""
         self._check(self._layout.starts, 8, start, stop)
         return self._starts[start:stop]
 
@@ -247,17 +247,17 @@ class Shard:
         return self._n_bytes[start:stop]
 
     def origins(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return where some documents come from, each as ``framing.pack_origin`` writes it."""
+        """Return the origins of documents, as of ``framing.pack_origin``."""
         self._check(self._layout.origins, 8, start, stop)
         return self._origins[start:stop]
 
     def hashes(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Return (stop - start, 16) uint8: ``framing.text_hash`` of some documents."""
+        """Return the ``framing.text_hash`` of documents, (stop - start, 16) uint8."""
         self._check(self._layout.hashes, HASH_BYTES, start, stop)
         return self._hashes[start:stop]
 
     def verify(self) -> None:
-        """Check every block that has not been checked yet."""
+        """Verify all blocks that have not been verified yet."""
         self._check(0, 1, 0, self._layout.sums)
 
     def _check(self, at: int, item: int, start: int, stop: int) -> None:
@@ -277,7 +277,7 @@ class Shard:
         self._is_checked[block] = 1
 
     def _refuse_unknown_ids(self, start: int, end: int) -> None:
-        """Raise ArtifactError if a token between two bytes of the file is outside the vocabulary."""
+        """Raise ArtifactError if a token in this range of bytes is outside the vocabulary."""
         first, last = max(start, self._layout.tokens), min(end, self._layout.lengths)
         if self.vocab_size is None or first >= last:
             return
@@ -288,18 +288,18 @@ class Shard:
 
 
 def open_shard(path: Path, entry: ShardEntry, fingerprint: str, vocab_size: int | None = None) -> Shard:
-    """Map a shard that the manifest describes as ``entry`` into memory; a few KB of it are read now.
+    """Map the shard of a manifest ``entry`` into memory; only its header and block sums are read now.
 
-    With a ``vocab_size``, each block that is touched is also checked for token ids outside the vocabulary.
+    With a ``vocab_size``, blocks are also checked for token ids outside the vocabulary.
 
     Raises:
-        ArtifactError: the file is missing, cut short, damaged, of another format, made with another tokenizer than
-            ``fingerprint``, or is another shard than ``entry`` speaks of.
+        ArtifactError: the file is missing, truncated, damaged, of another format or tokenizer, or is not the shard of
+            ``entry``.
     """
     path = Path(path)
     if not path.is_file():
         refuse_pointer(path, ArtifactError)
-        raise ArtifactError(f"{path} is missing: the manifest beside it names it. {_REMEDY}.")
+        raise ArtifactError(f"{path} is missing, but listed in the manifest. {_REMEDY}.")
     try:
         with open(path, "rb") as file:
             layout, dtype = _checked_layout(path, entry, fingerprint, file)
@@ -314,7 +314,7 @@ def _checked_layout(path: Path, entry: ShardEntry, fingerprint: str, file: Binar
     fields = parse_header(path, header)
     metadata = parse_metadata(path, fields)
     if metadata.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is no shard of this version: its format is {metadata.get('format')!r}")
+        raise ArtifactError(f"{path} is not a shard of this version: its format is {metadata.get('format')!r}")
     made_with = metadata.get("tokenizer_fingerprint", "")
     if made_with != fingerprint:
         raise ArtifactError(
@@ -341,7 +341,7 @@ def _checked_layout(path: Path, entry: ShardEntry, fingerprint: str, file: Binar
 
 
 def _n_lengths(fields: Mapping[str, Any], n_documents: int) -> int:
-    """How many distinct lengths a header speaks of, 0 if it does not say; the header is compared as a whole later."""
+    """Return the number of distinct lengths in a header, 0 if missing; the whole header is compared later."""
     try:
         (n,) = fields["lengths"]["shape"]
     except (TypeError, KeyError, ValueError):

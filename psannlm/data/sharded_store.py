@@ -1,4 +1,4 @@
-"""Open shards enter; one stream over all of them leaves, read in place."""
+"""Token store over the shards of a split: one stream, read from memory-mapped files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from psannlm.data.shard_file import Shard
 
 
 class ShardedTokens:
-    """A ``stream.Stream`` over shards in their order. ``source_paths`` names what the origins count.
+    """A ``stream.Stream`` over shards in order. ``source_paths``: the sources that origins refer to.
 
-    Every method raises ArtifactError if it meets damage.
+    Every method raises ArtifactError if a shard is damaged.
     """
 
     def __init__(self, shards: Sequence[Shard], source_paths: Sequence[str]) -> None:
-        # A shard without documents holds nothing to find, and would have no position of its own below.
+        # An empty shard has no positions, and would make the searches below ambiguous.
         self.segments = tuple(shard for shard in shards if shard.n_documents)
         self._source_paths = source_paths
         self._first_position = [0, *accumulate(shard.n_framed_tokens for shard in self.segments)]

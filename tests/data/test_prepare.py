@@ -147,7 +147,7 @@ def test_a_file_of_another_backend_than_the_one_named_is_refused(tmp_path: Path)
     for named in ("auto", "simple"):
         config = DataConfig(tokenizer=named, tokenizer_model_path=path, max_length=8)
         assert load_documents(numbered(3), config, quiet).tokenizer.backend == "simple"
-    with pytest.raises(ConfigError, match=r"sentencepiece was asked for.*t\.json is a file of simple"):
+    with pytest.raises(ConfigError, match=r"sentencepiece is configured.*t\.json is a file of simple"):
         load_documents(numbered(3), DataConfig(tokenizer="sentencepiece", tokenizer_model_path=path), quiet)
 
 
@@ -229,4 +229,4 @@ def test_the_share_is_reported_only_when_text_is_held_out(byte_tokenizer: Tokeni
     said: list[str] = []
     data = load_documents(documents, DataConfig(max_length=8, val_split=0.25), said.append, byte_tokenizer)
     assert data.val_overlap == 1
-    assert "100.0% of its text stands word for word in the training text too" in said[-1]
+    assert "100.0% of its text occurs verbatim in the training text" in said[-1]

@@ -59,7 +59,7 @@ def test_it_gives_what_the_documents_give(folder: Path, tokenizer: CharTokenizer
     assert said[0] == f"prepared folder: {folder}"
     assert any(line.startswith("left out: blank document x 2") for line in said)
     assert any(line.startswith("left out: duplicate x 1") for line in said)
-    assert said[-1].endswith("25.0% of its text stands word for word in the training text too")
+    assert said[-1].endswith("25.0% of its text occurs verbatim in the training text")
 
 
 def test_the_folder_and_its_manifest_name_the_same_data(folder: Path) -> None:
@@ -82,9 +82,9 @@ def test_text_is_no_prepared_folder(tmp_path: Path) -> None:
         (["examples/lm/sample_texts.txt"], {}, r"data.sources: .* beside other sources; .*psannlm prep"),
         ([{"builtin": "python-reference"}], {}, r"data.sources: .* beside other sources"),
         (["TWIN"], {}, r"data.sources: .* two prepared folders, .*psannlm prep --merge"),
-        ([], {"tokenizer": "tokenizers"}, r"data.tokenizer: tokenizers was asked for.*prepared with simple"),
+        ([], {"tokenizer": "tokenizers"}, r"data.tokenizer: tokenizers is configured.*prepared with simple"),
         ([], {"tokenizer_model_path": "OTHER"}, r"data.tokenizer_model_path: .*OTHERPRINT.*OWNPRINT"),
-        ([], {"val_split": 0.1}, r"data.val_split: 0.1 was asked for, and .* 2 documents held out already"),
+        ([], {"val_split": 0.1}, r"data.val_split: 0.1 is configured, but .* 2 documents held out already"),
     ],
 )
 def test_what_it_was_not_made_for_is_refused(

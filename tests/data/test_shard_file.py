@@ -213,7 +213,7 @@ def test_a_missing_swapped_or_foreign_shard_is_refused_by_name(tmp_path: Path) -
     longer = write(other, some_documents(21, 30))
     with pytest.raises(ArtifactError, match="one is another shard than the manifest names, which has 21 documents"):
         open_shard(one, longer, PRINT)
-    with pytest.raises(ArtifactError, match=f"'{PRINT}', the folder's '{'cd' * 32}'. Bring it back"):
+    with pytest.raises(ArtifactError, match=f"'{PRINT}', the folder's '{'cd' * 32}'. Restore it"):
         open_shard(one, entry, "cd" * 32)
     one.unlink()
     with pytest.raises(ArtifactError, match=r"one is missing.*psannlm prep again"):
