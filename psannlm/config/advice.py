@@ -1,4 +1,4 @@
-"""What to write instead of a refused value: readings of what was meant, each tried before it is recommended."""
+"""Suggestions for invalid configuration values, each validated before it is recommended."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def advice(value: object, accepts: Callable[[object], bool], due: Due = "value")
     says what the place takes: 1,000 is a thousand where a whole number is due, and may be one elsewhere.
     """
     if isinstance(value, (list, tuple)) and len(value) == 1 and due != "list":
-        # A list of one where a plain value is due.
+        # A list of one item where a plain value is expected.
         if type(value[0]) in _SCALARS and accepts(value[0]):
             return f"; write {flow_yaml(value[0])}"
         value = value[0]
     if type(value) not in _SCALARS or _is_long(value):
         return ""
-    # Where any text would do, a word that means something elsewhere is a guess out of nowhere.
+    # Where any text is valid, do not interpret it as a number, device or switch.
     readings = _plain_readings(value) if accepts("some text") else _readings(value, due)
     whole = due == "whole number"
     found: list[str] = []
@@ -58,12 +58,12 @@ def advice(value: object, accepts: Callable[[object], bool], due: Due = "value")
 
 
 def _is_long(value: object) -> bool:
-    # Python itself refuses to print integers of more than 4,300 digits.
+    # Python refuses to print integers of more than 4,300 digits.
     return (isinstance(value, str) and len(value) > _LONGEST_ADVICE) or (type(value) is int and abs(value) >= 1 << 64)
 
 
 def _accepted(text: str, accepts: Callable[[object], bool], whole: bool) -> str | None:
-    """Return ``text`` if it is YAML for a value that is taken, without a fraction of zero where a whole one is due."""
+    """Return ``text`` if it is YAML of an accepted value, without ``.0`` where a whole number is expected."""
     if len(text) > _LONGEST_ADVICE:
         return None
     value, is_value = _read(text)
@@ -82,7 +82,7 @@ def _read(text: str) -> tuple[object, bool]:
 
 
 def _is_ambiguous(value: object, whole: bool) -> bool:
-    """Whether a text has two readings as a number: 1,000 is one or a thousand, 64k is 64,000 or 65,536."""
+    """Return whether a text can be read as two numbers: 1,000 is one or a thousand, 64k is 64,000 or 65,536."""
     text = value.strip() if isinstance(value, str) else ""
     return bool(re.fullmatch(rf"{_NUMBER}\s*[kKmMgG]", text) or (_GROUPED.fullmatch(text) and not whole))
 
@@ -96,7 +96,7 @@ def _plain_readings(value: object) -> Iterator[str]:
 
 
 def _readings(value: object, due: Due) -> Iterator[str]:
-    """Yield what ``value`` may have been meant as, as YAML, the likeliest first."""
+    """Yield interpretations of ``value`` as YAML, the most likely first."""
     if isinstance(value, str):
         yield from _readings_of_text(value)
     elif isinstance(value, bool):
@@ -116,7 +116,7 @@ def _readings(value: object, due: Due) -> Iterator[str]:
 
 
 def show_scalar(value: str | bool | int | float) -> str:
-    """Return a scalar as YAML spells it without quotes."""
+    """Return a scalar in YAML notation without quotes."""
     return value if isinstance(value, str) else flow_yaml(value)
 
 
@@ -152,7 +152,7 @@ def _readings_of_number(value: int | float) -> Iterator[str]:
 
 
 def _numbers(text: str) -> Iterator[str]:
-    """Yield the numbers that ``text`` may be in other notations: separators, percent, fractions, suffixes, binary."""
+    """Yield interpretations of ``text`` as a number: separators, percent, fractions, suffixes, binary."""
     if re.fullmatch(r"[-+]?[0-9]+(?:_[0-9]+)+(?:\.[0-9]+)?", text):
         yield text.replace("_", "")
     if re.fullmatch(r"[-+]?0[bB][01]+", text):
@@ -181,12 +181,12 @@ def _last_mark(text: str) -> tuple[str, str, str]:
 
 
 def _decimal(value: Fraction) -> str:
-    """Return a number without an exponent where it is whole, otherwise with up to six digits."""
+    """Return a whole number without an exponent, any other with up to six digits."""
     return str(value.numerator) if value.denominator == 1 else f"{float(value):.6g}"
 
 
 def _devices(text: str) -> Iterator[str]:
-    """Yield the name of a device that ``text`` may stand for."""
+    """Yield interpretations of ``text`` as a device."""
     lowered = text.lower()
     if match := re.fullmatch(r"(?:cuda|gpu)?[\s:_-]*([0-9]{1,3})", lowered):
         yield f"cuda:{int(match[1])}"

@@ -1,4 +1,4 @@
-"""``section.key=value`` texts change a tree of settings; and every place in the tree keeps where it came from."""
+"""Overrides ``section.key=value`` of configuration values, and the origin of each value for error messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from psannlm.errors import ConfigError, Problem
 
 
 class Origin:
-    """Where each value was written: in a line of the file, or in an override."""
+    """Origin of each value: a line of the file, or an override."""
 
     def __init__(self, lines: dict[KeyPath, int]) -> None:
         # A value under a former key is reported under the present one.
@@ -18,7 +18,7 @@ class Origin:
         self._overrides: dict[KeyPath, str] = {}
 
     def override(self, path: KeyPath, text: str) -> None:
-        """Note that the value at ``path`` now comes from the override ``text``."""
+        """Record that the value at ``path`` comes from the override ``text``."""
         self._lines = {known: line for known, line in self._lines.items() if known[: len(path)] != path}
         self._overrides[path] = text
 
@@ -30,7 +30,7 @@ class Origin:
     def _problem(self, issue: ConfigIssue) -> Problem:
         path, name = issue.path, dotted(issue.path)
         if path and path not in self._lines and path not in self._overrides:
-            # A group that exists only because an override reached into it.
+            # A group that exists only because of an override.
             for place, origin in self._overrides.items():
                 if place[: len(path)] == path:
                     return Problem(name, f"{issue.message} (from the override {origin!r})")
@@ -43,7 +43,7 @@ class Origin:
 
 
 def apply_override(tree: dict[str, object], text: str, origin: Origin) -> list[ConfigIssue]:
-    """Set one key of ``tree`` as ``text`` says, and return what is wrong with ``text`` itself.
+    """Set one key of ``tree`` to the value in ``text``, and return the issues of ``text`` itself.
 
     The key need not exist: groups on the way to it are made. Whether it is known is for the validation to say.
     """
@@ -67,7 +67,7 @@ def apply_override(tree: dict[str, object], text: str, origin: Origin) -> list[C
     for part in map(str, path[:-1]):
         inner = group.get(part)
         if inner is not None and not isinstance(inner, dict) and group is tree:
-            # A section that is not a group is reported as such; the override has nowhere to go.
+            # A section that is not a group is reported elsewhere; the override cannot be applied.
             return []
         if not isinstance(inner, dict):
             inner = group[part] = {}

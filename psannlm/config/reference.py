@@ -1,4 +1,4 @@
-"""The fields of the configuration come in; a Markdown table of every key goes out."""
+"""Reference of all configuration keys as a Markdown table, generated from the fields."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LARGEST_SHOWN = 10**15
 
 @dataclass(frozen=True)
 class Key:
-    """One documented key: its dotted path, and its type, default and meaning in words."""
+    """One documented key: dotted path, type, default and description."""
 
     path: str
     kind: str
@@ -32,13 +32,13 @@ class Key:
 
 
 def keys() -> Iterator[Key]:
-    """Yield every documented key in the order of the sections; the keys of a list of sources stand below ``[]``."""
+    """Yield every documented key in the order of the sections; the keys of sources are below ``[]``."""
     for name, cls in SECTIONS.items():
         yield from _keys_of(name, cls)
 
 
 def markdown_table() -> str:
-    """Return the table of all keys, as Markdown that ends in a line break."""
+    """Return the Markdown table of all keys, with a final newline."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     rows += [
         f"| `{key.path}` | {_cell(key.kind)} | {_cell(f'`{key.default}`' if key.default else 'required')} "

@@ -1,4 +1,4 @@
-"""A YAML file and overrides come in; one frozen, checked RunConfig goes out, with the numbers derived from it."""
+"""The run configuration: read from YAML and overrides, validated and frozen, and the batch sizes derived from it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ S = TypeVar("S", bound=Section)
 
 
 class RunConfig(Section):
-    """Everything that decides a run, frozen. Made by :func:`load_config` or :func:`config_from_mapping`."""
+    """All settings of a run, frozen. Built by :func:`load_config` or :func:`config_from_mapping`."""
 
     model: ModelConfig = Field(default_factory=ModelConfig, description="the network")
     data: DataConfig = Field(default_factory=DataConfig, description="the corpus")
@@ -44,11 +44,11 @@ class RunConfig(Section):
         found: list[Check] = []
         window = self.data.max_length
         if self.train.batch_tokens < window:
-            message = f"{self.train.batch_tokens} tokens do not hold one window of data.max_length {window}; raise it"
+            message = f"{self.train.batch_tokens} tokens are less than one window of data.max_length {window}; raise it"
             found.append(Check(("train.batch_tokens", "data.max_length"), message))
         if self.model.max_seq_len is not None and self.model.max_seq_len < window:
             message = (
-                f"{self.model.max_seq_len} positions do not hold a training window of data.max_length {window}; "
+                f"{self.model.max_seq_len} positions are fewer than a training window of data.max_length {window}; "
                 "raise it, or leave it null"
             )
             found.append(Check(("model.max_seq_len", "data.max_length"), message))
@@ -117,7 +117,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
-    """Return one line ``train.lr: 0.0002 -> 0.0003`` for every key whose value in ``a`` is not that in ``b``."""
+    """Return one line ``train.lr: 0.0002 -> 0.0003`` for every key whose values in ``a`` and ``b`` differ."""
     return _differences((), a.model_dump(mode="json"), b.model_dump(mode="json"))
 
 
@@ -136,7 +136,7 @@ def _differences(at: tuple[str, ...], a: Mapping[str, Any], b: Mapping[str, Any]
 
 
 def _as_written(value: object) -> str:
-    """Return a value on one line: lists and mappings as YAML, cut where they would fill the screen."""
+    """Return a value on one line: lists and mappings as YAML, shortened if long."""
     if not isinstance(value, (list, Mapping)):
         return show(value)
     text = flow_yaml(value)
@@ -155,7 +155,7 @@ def _assemble(
     for name, cls in SECTIONS.items():
         examined = examine(cls, (name,), value.get(name))
         sections[name] = examined.section
-        # What stands in for a value that could not be read is not to be judged as well.
+        # The placeholder of a value that could not be read is not checked.
         issues += [issue for issue in examined.issues if issue.path not in unread]
     config = RunConfig.model_validate(sections, context={"collect": True})
     refused = {issue.path for issue in issues}
@@ -174,7 +174,7 @@ def _path(name: str) -> tuple[str, ...]:
 
 
 def _evaluation_without_data(config: RunConfig) -> list[Check]:
-    # Not one of RunConfig's own rules: the Python API may hand over validation data of its own.
+    # Not a rule of RunConfig: in the Python API validation data can be passed separately.
     if config.train.eval_interval_steps is None or config.data.val_split > 0:
         return []
     asked = f"asks for a validation every {config.train.eval_interval_steps} steps, but"
@@ -192,7 +192,7 @@ def _evaluation_without_data(config: RunConfig) -> list[Check]:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How tokens are grouped: windows of ``seq_len`` tokens, micro-batches (one forward), steps (one update)."""
+    """Batch sizes: windows of ``seq_len`` tokens per micro-batch (one forward pass) and per step (one update)."""
 
     micro_batch_size: int
     seq_len: int
@@ -201,22 +201,22 @@ class BatchPlan:
 
     @property
     def tokens_per_micro_batch(self) -> int:
-        """Tokens in one micro-batch on one rank: ``batch_tokens`` rounded down to whole windows."""
+        """Tokens per micro-batch and rank: ``batch_tokens`` rounded down to whole windows."""
         return self.micro_batch_size * self.seq_len
 
     @property
     def windows_per_step(self) -> int:
-        """Windows in one optimiser step over all ranks."""
+        """Windows per optimizer step, over all ranks."""
         return self.micro_batch_size * self.grad_accum_steps * self.world_size
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in one optimiser step over all ranks."""
+        """Tokens per optimizer step, over all ranks."""
         return self.windows_per_step * self.seq_len
 
 
 def plan_batches(config: RunConfig, world_size: int = 1) -> BatchPlan:
-    """Return the batch sizes that follow from ``data.max_length``, ``train.batch_tokens`` and the number of ranks.
+    """Return the batch sizes for ``data.max_length``, ``train.batch_tokens`` and the number of ranks.
 
     ``micro_batch_size = batch_tokens // max_length`` windows per rank; one step sees
     ``micro_batch_size * max_length * grad_accum_steps * world_size`` tokens. This is the one place that computes them.
@@ -226,6 +226,6 @@ def plan_batches(config: RunConfig, world_size: int = 1) -> BatchPlan:
 
 
 def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
-    """Return the number of optimiser steps of a run: ``max_steps`` where given (however many epochs it takes), else
+    """Return the number of optimizer steps of a run: ``max_steps`` if given, however many epochs that takes, else
     ``epochs`` times ``steps_per_epoch``."""
     return config.train.max_steps or config.train.epochs * steps_per_epoch

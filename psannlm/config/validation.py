@@ -1,4 +1,4 @@
-"""Values come in, a valid section and everything wrong with the values comes out, in sentences for people."""
+"""Validation of configuration sections, with all issues as readable messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ S = TypeVar("S", bound=Section)
 
 _SOURCE_KINDS: dict[str, type[Section]] = {"path": PathSource, "builtin": BuiltinSource}
 
-# What other trainers call a key: too far from ours in letters for a near match.
+# Names of keys in other trainers that are not similar enough for a suggestion by spelling.
 _NAMES_ELSEWHERE = {
     "learning_rate": "lr",
     "num_train_epochs": "epochs",
@@ -52,14 +52,14 @@ _LONGEST_SHOWN = 120
 
 
 class _YamlRepr(reprlib.Repr):
-    """Short text of a value, with YAML's words for true, false and null at any depth."""
+    """Short representation of a value, with YAML's true, false and null at any depth."""
 
     def __init__(self) -> None:
         super().__init__()
         self.maxstring = self.maxother = self.maxlong = 60
 
     def repr1(self, x: Any, level: int) -> str:
-        """Return the text of ``x``, where ``level`` more levels are shown."""
+        """Return the representation of ``x``, ``level`` levels deep."""
         if x is None or isinstance(x, bool):
             return {None: "null", True: "true", False: "false"}[x]
         if isinstance(x, float):
@@ -72,7 +72,7 @@ _reprlib = _YamlRepr()
 
 @dataclass(frozen=True)
 class ConfigIssue:
-    """One thing wrong at one place; ``is_unknown_key`` sets a name nobody knows apart from a value that is refused."""
+    """One issue of a configuration: the path of its key and the message; ``is_unknown_key``: the key does not exist."""
 
     path: KeyPath
     message: str
@@ -81,7 +81,7 @@ class ConfigIssue:
 
 @dataclass(frozen=True)
 class Examined(Generic[S]):
-    """A section with every refused value replaced by its default, and what was refused."""
+    """A section, with the default in place of every invalid value, and the issues."""
 
     section: S
     issues: tuple[ConfigIssue, ...]
@@ -109,11 +109,11 @@ def examine(cls: type[S], at: KeyPath, value: object) -> Examined[S]:
         misspelt = {details["loc"][:-1] for details in errors if details["type"] == "extra_forbidden"}
         for details in errors:
             if details["type"] == "missing" and details["loc"][:-1] in misspelt:
-                # The required key is most likely there under the wrong name, and its value is still to be dropped.
+                # The required key is most likely misspelled; its value is dropped with the unknown key.
                 given = _pruned(cls, given, details["loc"])
                 continue
             place = _Place.find(cls, details["loc"])
-            # The branches of a union are refused one by one, and are one value to whoever wrote it.
+            # Pydantic reports each branch of a union; the user wrote one value.
             same = [other for other in errors if _Place.find(cls, other["loc"]).path == place.path]
             issue = _translate(place, at, same, given)
             found.setdefault(issue.path, issue)
@@ -129,7 +129,7 @@ def examine(cls: type[S], at: KeyPath, value: object) -> Examined[S]:
 
 
 def section_checks(section: Section, at: KeyPath) -> Iterator[tuple[KeyPath, Check]]:
-    """Yield the broken rules of a section and of the groups in it, each with the path its fields start at."""
+    """Yield the violated rules of a section and of its groups, each with the path of the group."""
     for check in section.checks():
         yield at, check
     for name in type(section).model_fields:
@@ -139,12 +139,12 @@ def section_checks(section: Section, at: KeyPath) -> Iterator[tuple[KeyPath, Che
 
 
 def touches(refused: set[KeyPath], path: KeyPath) -> bool:
-    """Tell whether a refused place lies at, above or below ``path``."""
+    """Return whether a refused path is equal to, above or below ``path``."""
     return any(bad[: len(path)] == path or path[: len(bad)] == bad for bad in refused)
 
 
 def dotted(path: KeyPath) -> str:
-    """Return a path as people write it: ``data.sources[0].path``."""
+    """Return a path in dotted notation: ``data.sources[0].path``."""
     text = ""
     for part in path:
         if isinstance(part, int):
@@ -156,13 +156,13 @@ def dotted(path: KeyPath) -> str:
 
 
 def show(value: object) -> str:
-    """Return a value as YAML would spell it, on one short line."""
+    """Return a value in YAML notation, on one short line."""
     text = re.sub(r"\s*\n\s*", " ", _reprlib.repr(value))
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
 
 
 def unknown_section(key: str) -> ConfigIssue:
-    """Return the issue for a top-level key that is no section."""
+    """Return the issue of a top-level key that is not a section."""
     owners = _owners(key)
     if owners:
         hint = f"it belongs to {' or to '.join(owners)}"
@@ -202,7 +202,7 @@ def with_present_keys(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tidied(cls: type[Section], given: Mapping[object, Any]) -> dict[str, Any]:
-    """Return ``given`` with text for every key, and without groups whose keys are all commented out (null in YAML)."""
+    """Return ``given`` with all keys as text, without groups that are null because all their keys are commented out."""
     tidied: dict[str, Any] = {}
     for key, value in cls.with_present_keys(given).items():
         if key in cls.former_keys:
@@ -236,7 +236,7 @@ def _pruned(cls: type[Section], given: dict[str, Any], path: KeyPath) -> dict[st
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an error is: the path that the file has, the classes that own its key, and its field where there is one.
+    """Location of an error: its path in the file, the classes that own the key, and the field if there is one.
 
     Pydantic's own path also names the tags and branches of unions, which stand nowhere in the file.
     """
@@ -256,7 +256,7 @@ class _Place:
             if isinstance(part, str) and depth and field is not None:
                 group = _group_class(owner, str(path[-1]))
                 if group is None:
-                    # Below a plain field stand the keys of a mapping, or the branches of a union.
+                    # Below a plain field are the keys of a mapping, or the branches of a union.
                     if get_origin(field.annotation) is dict:
                         path.append(part)
                     break
@@ -268,7 +268,7 @@ class _Place:
         return cls(tuple(path), owners, field)
 
     def accepts(self, given: Mapping[str, Any], value: object) -> bool:
-        """Tell whether ``value`` would do here, all else in ``given`` left as it is."""
+        """Return whether ``value`` would be valid here, the rest of ``given`` unchanged."""
         names = [at for at, part in enumerate(self.path) if isinstance(part, str)]
         if self.field is None or not names:
             return False
@@ -368,7 +368,7 @@ def _sentence(errors: Sequence[ErrorDetails], field: FieldInfo | None, accepts: 
 
 
 def _takes(kind: str, field: FieldInfo | None) -> str:
-    """Return what a list is to hold, or ''."""
+    """Return a description of the items of a list, or ''."""
     if kind != "tuple_type" or field is None:
         return ""
     branches = [field.annotation, *get_args(field.annotation)]
@@ -380,7 +380,7 @@ def _takes(kind: str, field: FieldInfo | None) -> str:
 
 
 def _choices(errors: Sequence[ErrorDetails], field: FieldInfo | None) -> str:
-    """Return what is allowed, in words: the literals of all branches, true and false, null."""
+    """Return the allowed values as text: the literals of all branches, true and false, null."""
     allowed = [name for error in errors for name in _literals(error)]
     if any(error["type"].startswith("bool_") for error in errors):
         allowed += ["true", "false"]

@@ -1,4 +1,4 @@
-"""YAML text becomes plain values with the line of every key, by the rules of YAML 1.2; and values become YAML text.
+"""Loading of YAML 1.2 with the line number of every key, and writing of YAML.
 
 PyYAML follows YAML 1.1, where ``2e-4`` is text and ``on`` a boolean. Here the core schema of YAML 1.2 decides
 (https://yaml.org/spec/1.2.2/#103-core-schema), no tag can build an object, and no input can take much time or memory.
@@ -46,7 +46,7 @@ _REST_OF_NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?(?:[eE][-+]?[0-9]+)?%?\Z")
 
 @dataclass
 class YamlTree:
-    """What a YAML text holds.
+    """A parsed YAML document.
 
     ``value`` is made of dict (with str keys), list, str, int, float, bool and None. ``lines`` maps the path of every
     key and list item to its 1-based line. ``faults`` are places that could not be read as values, each with the
@@ -73,7 +73,7 @@ class _Loader(yaml.SafeLoader):
         self._count = 0
 
     def check_printable(self, data: str) -> None:
-        """Raise ReaderError for a character that YAML forbids, but for those of a file name that is not UTF-8."""
+        """Raise ReaderError for a character that YAML forbids, except those of file names that are not UTF-8."""
         super().check_printable(_UNDECODABLE.sub("x", data))
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -91,14 +91,14 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.1 or 1.2 would read as something else, and writes a value as often as it occurs."""
+    """Quotes text that YAML 1.1 or 1.2 would read as another type, and writes no anchors and aliases."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # Line breaks of all kinds and control characters survive in double quotes only.
+    # Only double quotes preserve line breaks and control characters.
     style = None if text.isprintable() else '"'
     return dumper.represent_scalar(_TAG + "str", text, style=style)
 
@@ -107,7 +107,7 @@ _Dumper.add_representer(str, _represent_text)
 
 _TOO_MANY = f"more than {_MAX_NODES:,} values, aliases expanded; name a folder or a glob rather than many files"
 
-# An own, empty table: otherwise PyYAML copies the one of YAML 1.1 when the first resolver is added.
+# Start with an empty table: otherwise PyYAML copies that of YAML 1.1 when the first resolver is added.
 _Loader.yaml_implicit_resolvers = {}
 for _kind, _pattern in _CORE.items():
     _Loader.add_implicit_resolver(_TAG + _kind, _pattern, _FIRST_CHARACTERS[_kind])
@@ -193,12 +193,12 @@ def nearest_sibling(path: Path) -> str:
         names = sorted(entry.name for entry in path.parent.iterdir())
     except (OSError, ValueError):
         return ""
-    # Beyond that many names the search for a near one would be felt.
+    # Searching more names would take a noticeable time.
     return nearest(path.name, names[:5000])
 
 
 class _Builder:
-    """Turns nodes into values, counting them as aliases expand, so that no small text can become a large value."""
+    """Builds values from nodes, with a limit on expanded aliases, so that a small text cannot become a large value."""
 
     def __init__(self) -> None:
         self.lines: dict[KeyPath, int] = {}
@@ -267,7 +267,7 @@ class _Builder:
 
 
 def _with_commas(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-    """Yield keys and values, a number with a decimal comma or with grouped digits as one text.
+    """Yield keys and values; a number with a decimal comma or grouped digits is one text.
 
     In ``{lr: 0,003}`` the comma ends the value, and ``003`` is a key without a value; no key of ours looks like it.
     """
@@ -288,7 +288,7 @@ def _with_commas(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]
 
 
 def read_number(text: str) -> int | float | None:
-    """Return the number that ``text`` would be in YAML without quotes, or None."""
+    """Return the number that ``text`` is in YAML without quotes, or None."""
     if len(text) > _MAX_NUMBER_LENGTH:
         return None
     if _CORE["int"].match(text):

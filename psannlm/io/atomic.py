@@ -1,4 +1,4 @@
-"""Atomic file writes, and the hashes that reveal damage.
+"""Atomic file writes, hashes, and checks of what is in the way of a file.
 
 POSIX promises that ``os.replace`` is atomic within one file system, so a reader sees the old file or the new one and
 never a part of either. What is being written lies in a private temporary folder beside its target: the folder's name
@@ -26,7 +26,7 @@ from psannlm.io.filenames import utf8
 _CHUNK_BYTES = 1 << 20
 _TEMPORARY = re.compile(r"\.psannlm-[0-9a-f]{16}\.tmp")
 _MARKER = ".psannlm-temporary"
-# O_NONBLOCK: a FIFO in the place of a file must not hang whoever opens it.
+# O_NONBLOCK: opening a FIFO must not block.
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -40,7 +40,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sync_file(path: Path) -> None:
-    """Ask the system to put a file's bytes (or a folder's entries) on the disk itself."""
+    """Flush a file's bytes, or a folder's entries, to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -50,7 +50,7 @@ def sync_file(path: Path) -> None:
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write ``path`` into a :class:`StorageError` with a remedy."""
+    """Convert an OSError while writing ``path`` to a :class:`StorageError` with a remedy."""
     try:
         yield
     except OSError as error:
@@ -81,7 +81,7 @@ def _free_text(path: Path) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the room on the disk that ``path``, which need not exist yet, is or will be on."""
+    """Return the free bytes on the disk of ``path``, which need not exist yet."""
     existing = path.absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -90,7 +90,7 @@ def free_bytes(path: Path) -> int:
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """Yield a free path of the name of ``path`` in a new private folder beside it; at the end the folder is removed.
+    """Yield a path with the name of ``path`` in a new private folder beside it; the folder is removed at the end.
 
     What the caller writes there it moves to ``path`` itself, by ``os.replace``. The folder of ``path`` must exist.
 
@@ -112,13 +112,13 @@ def _marker_of(folder: Path) -> str:
 
 
 def read_small(path: Path, limit_bytes: int) -> bytes | None:
-    """Return the bytes of a regular file of at most ``limit_bytes``; None for a link, a longer file or none at all."""
+    """Return the bytes of a regular file of at most ``limit_bytes``; None for a link, a longer or a missing file."""
     content = read_head(path, limit_bytes + 1)
     return content if len(content) <= limit_bytes and is_plain_file(path) else None
 
 
 def read_head(path: Path, n_bytes: int) -> bytes:
-    """Return the first ``n_bytes`` of a regular file; nothing for a link, a folder, a FIFO or an unreadable file."""
+    """Return the first ``n_bytes`` of a regular file; empty for a link, a folder, a FIFO or an unreadable file."""
     try:
         handle = os.open(path, _READ_FLAGS)
     except OSError:
@@ -131,7 +131,7 @@ def read_head(path: Path, n_bytes: int) -> bytes:
 
 
 def is_plain_file(path: Path) -> bool:
-    """Whether ``path`` itself, not what it links to, is a regular file."""
+    """Return whether ``path`` itself, not the target of a link, is a regular file."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
@@ -139,7 +139,7 @@ def is_plain_file(path: Path) -> bool:
 
 
 def is_plain_folder(path: Path) -> bool:
-    """Whether ``path`` itself, not what it links to, is a folder."""
+    """Return whether ``path`` itself, not the target of a link, is a folder."""
     try:
         return stat.S_ISDIR(path.lstat().st_mode)
     except OSError:
@@ -147,7 +147,7 @@ def is_plain_folder(path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed while writing left in ``folder``; only its one writer may call this.
+    """Remove temporary files of killed processes from ``folder``; only the owner of its lock may call this.
 
     The marker inside proves that a temporary folder is ours. A kill may have come before it was written: then the
     folder holds nothing, or an empty marker alone, and removing it harms nobody.
@@ -181,7 +181,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def refuse_foreign(path: Path, is_ours: Callable[[Path], bool], remedy: str) -> None:
-    """Raise StorageError where something that psannlm did not make is in the place of a file it would write.
+    """Raise StorageError if a file that psannlm did not write is in the way.
 
     Args:
         is_ours: judges a regular file by its content.
@@ -204,7 +204,7 @@ def refuse_foreign(path: Path, is_ours: Callable[[Path], bool], remedy: str) -> 
 
 
 def require_writable(path: Path) -> None:
-    """Find out before the work whether a file can be put at ``path``; leaves nothing behind.
+    """Check beforehand that a file can be written at ``path``, without leaving anything behind.
 
     Raises:
         StorageError: a folder stands there, or its own folder can be neither written nor made.
@@ -229,11 +229,11 @@ def require_writable(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` atomically. Raises StorageError as :func:`replacing` does."""
+    """Write ``content`` to ``path`` atomically. Raises StorageError as :func:`replacing` does."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, content: str) -> None:
-    """Put ``content``, as ``filenames.utf8`` encodes it, at ``path`` atomically. Raises as :func:`replacing` does."""
+    """Write ``content``, encoded by ``filenames.utf8``, to ``path`` atomically. Raises as :func:`replacing` does."""
     write_bytes(path, utf8(content))

@@ -1,4 +1,4 @@
-"""Matplotlib figures to image bytes, whatever the user's Matplotlib settings are, and without changing them.
+"""Matplotlib figures as image bytes, independent of the user's Matplotlib settings.
 
 Every picture of the package is drawn here: with Matplotlib's own defaults, on an Agg canvas through the object API. A
 ``matplotlibrc``, ``MPLBACKEND`` or pyplot state of the user neither decides how a picture looks nor is touched by it.
@@ -21,9 +21,9 @@ from psannlm.errors import PictureError, is_out_of_memory
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# rc_context restores everything but the backend, so that is the one thing that must not be set.
+# rc_context restores everything except the backend, which therefore must not be set.
 _KEPT = ("backend", "backend_fallback", "interactive")
-# Names of runs and folders stand in titles and legends: "$" starts no formula in them.
+# Titles and legends contain names of runs and folders, in which "$" must not start a formula.
 _OURS = {"text.parse_math": False}
 
 
@@ -78,10 +78,10 @@ def render_formats(
                 page = io.BytesIO()
                 figure.savefig(page, format=form, dpi=dpi, **options)
                 contents.append(page.getvalue())
-                # The first drawing has placed everything; solving the layout takes a third of the time of a drawing.
+                # The layout is solved in the first drawing; solving it takes a third of the time of a drawing.
                 figure.set_layout_engine("none")
     except Exception as error:
-        # Matplotlib documents no common base for its errors: a bad value may end in any of them, deep within.
+        # Matplotlib documents no common base class of its errors: a bad value may raise any of them.
         reason = (
             "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {' '.join(str(error).split())}"
         )
@@ -90,14 +90,14 @@ def render_formats(
 
 
 def _show_escapes(figure: Figure) -> None:
-    """Show the unseen characters of titles and labels, which hold names of others, as escapes."""
+    """Escape invisible characters in titles and labels, which contain names chosen by users."""
     from matplotlib.text import Text
     from matplotlib.ticker import FuncFormatter
 
     for text in figure.findobj(Text):
         if isinstance(text, Text):
             text.set_text(printable(text.get_text(), keep="\n"))
-    # Labels of ticks are made as the figure is drawn; Matplotlib keeps those that are names in a function.
+    # Tick labels are created while drawing; Matplotlib stores fixed ones in a formatter function.
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         formatter = axis.get_major_formatter()
         if isinstance(formatter, FuncFormatter):
@@ -110,7 +110,7 @@ def _escaped_labels(label: Callable[..., str]) -> Callable[..., str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Matplotlib's warnings, such as those of missing glyphs or of an unwritable cache, from the user."""
+    """Suppress Matplotlib's warnings, such as those about missing glyphs or an unwritable cache."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -124,7 +124,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _default_style(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Put Matplotlib's default rcParams and ``settings`` in force, and afterwards the user's again."""
+    """Use Matplotlib's default rcParams and ``settings``, and restore the user's afterwards."""
     matplotlib = _import_matplotlib()
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key not in _KEPT}
     with matplotlib.rc_context({**defaults, **_OURS, **settings}):
@@ -132,11 +132,11 @@ def _default_style(settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _import_matplotlib() -> Any:
-    """Import Matplotlib; where the user's backend or matplotlibrc stops the import, without them."""
+    """Import Matplotlib, ignoring the user's backend or matplotlibrc if they make the import fail."""
     try:
         import matplotlib
     except (ValueError, OSError):  # a backend that is not installed here; a file that cannot be read or decoded
-        # Submodules that were imported before the failure would not be bound to the package again.
+        # Otherwise submodules imported before the failure would not be attributes of the package.
         for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
             del sys.modules[name]
         with _environment({"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}):

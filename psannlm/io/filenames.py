@@ -1,4 +1,4 @@
-r"""File names that are not UTF-8, in text that is: one rule for every file that psannlm writes.
+r"""File names that are not UTF-8, and their representation in UTF-8 files that psannlm writes.
 
 A name on Linux is bytes. Python holds a byte of it that is not UTF-8 as a lone surrogate, U+DC80 to U+DCFF (PEP 383),
 and opens the file by that text. UTF-8 has no form for a surrogate, so text files hold its escape: the byte 0xE9 of a
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# A character class of the characters that stand for a byte of a file name that is not UTF-8.
+# Character class of the surrogates that represent undecodable bytes of file names (surrogateescape).
 UNDECODABLE = "\udc80-\udcff"
 
 
@@ -21,7 +21,7 @@ def utf8(text: str) -> bytes:
 
 
 def can_be_in_name(character: str) -> bool:
-    """Whether a file name can hold ``character``: all of Unicode but NUL, and what stands for an undecodable byte."""
+    """Return whether ``character`` can be in a file name: Unicode except NUL, and surrogates of undecodable bytes."""
     if "\ud800" <= character <= "\udfff":
         return "\udc80" <= character <= "\udcff"
     return character != "\0"
@@ -29,7 +29,7 @@ def can_be_in_name(character: str) -> bool:
 
 @contextmanager
 def utf8_path(path: Path) -> Iterator[Path]:
-    """Yield a path in UTF-8 that opens the same file for reading, for libraries that take no other.
+    """Yield a path in UTF-8 that opens the same file for reading, for libraries that need one.
 
     Raises:
         OSError: the file cannot be opened.

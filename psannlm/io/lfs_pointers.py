@@ -1,4 +1,4 @@
-"""Pointers of Git LFS and git-annex: small files and links that stand where a large file was not fetched.
+"""Pointers of Git LFS and git-annex: small files and links in place of large files that were not fetched.
 
 A clone without ``git lfs pull`` or ``git annex get`` is full of them. Their few lines are no text to train on, and no
 damaged model: every reader of a user's files asks here, and says what to run.
@@ -12,20 +12,20 @@ from pathlib import Path
 
 from psannlm.errors import PsannlmError
 
-# Git LFS refuses to make a pointer of more; those of git-annex are as short.
+# Maximum size of a Git LFS pointer; those of git-annex are not longer.
 POINTER_BYTES = 1024
-# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md; the two others are what it was called before its release.
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md; the other two are its names before the release.
 _LFS = re.compile(
     rb"version (?:https://git-lfs\.github\.com/spec/|https://hawser\.github\.com/spec/|http://git-media\.io/v/)[^\n]*\n"
     rb"(?:[^\n]*\n)*?oid [a-z0-9]+:[0-9a-f]+\r?\n(?:[^\n]*\n)*?size [0-9]+\s*\Z"
 )
-# https://git-annex.branchable.com/internals/pointer_file: the second form is a link where a file system has no links.
+# https://git-annex.branchable.com/internals/pointer_file: the second form is for file systems without links.
 _ANNEX = re.compile(rb"(?:/annex/objects/|(?:\.\./)*\.git/annex/objects/)[^\n]+(?:\n|\Z)")
 _ANNEX_LINK = "annex/objects/"
 
 
 def pointer_in(content: bytes) -> str | None:
-    """Return what kind of pointer a whole file of ``content`` is, and what fetches the file itself; else None."""
+    """Return the kind of pointer that ``content`` is, with the command that fetches the file; None if it is not one."""
     if len(content) > POINTER_BYTES:
         return None
     if _LFS.match(content):
@@ -36,7 +36,7 @@ def pointer_in(content: bytes) -> str | None:
 
 
 def pointer_at(path: Path | str) -> str | None:
-    """Return what :func:`pointer_in` says of the file at ``path``, or of a git-annex link whose file is missing.
+    """Return :func:`pointer_in` of the file at ``path``, or of a git-annex link whose file is missing.
 
     None for everything else, also for what cannot be read.
     """
@@ -52,6 +52,6 @@ def pointer_at(path: Path | str) -> str | None:
 
 
 def refuse_pointer(path: Path | str, error: type[PsannlmError]) -> None:
-    """Raise ``error``, naming the path and what to run, where :func:`pointer_at` finds a pointer."""
+    """Raise ``error``, with the path and the command to run, if :func:`pointer_at` finds a pointer."""
     if problem := pointer_at(path):
         raise error(f"{path}: {problem}")

@@ -1,4 +1,4 @@
-"""Bounds on sizes that a file names, compared before any work is done with them; one place for all of them.
+"""Limits on sizes given by files, checked before any memory is allocated, and the memory of the machine.
 
 Files come from anywhere. A number in one may ask for memory or time out of all proportion to the file, so each is held
 against a bound here, or against what the machine has, before anything is read, hashed or allocated.
@@ -15,42 +15,42 @@ except ImportError:  # not a POSIX system
     resource = None  # type: ignore[assignment]
 from pathlib import Path
 
-# Positions that the taps of a short convolution may reach back in one step: beyond any context that is trained.
+# Maximum dilation of a short convolution, beyond any trained context.
 MAX_DILATION = 1 << 20
-# Positions that one convolution keeps while decoding: (kernel_size - 1) * dilation.
+# Maximum conv state while decoding, in positions: (kernel_size - 1) * dilation.
 MAX_CONV_REACH = 1 << 24
-# Entries of a vocabulary; the largest in use have about one million.
+# Maximum vocabulary size; the largest in use have about one million entries.
 MAX_VOCAB_SIZE = 1 << 24
-# Parts of a corpus that are prepared apart.
+# Maximum number of parts of a corpus (prep --part I/N).
 MAX_PARTS = 1 << 16
 MAX_TOKENIZER_BYTES = 256 << 20
-# Files that a command may have open at a time, where the system lets it: each worker process takes a few.
+# Soft limit of open files that commands request: each worker process takes a few.
 OPEN_FILES = 1 << 16
-# Values of a JSON header: each costs some 60 bytes once it is parsed, so that 64 MB of them would take gigabytes.
+# Maximum number of values in a JSON header: parsed, each takes some 60 bytes, so that 64 MB would take gigabytes.
 MAX_HEADER_VALUES = 1 << 20
-# A model file up to this size is hashed before its shapes are judged, so that damage is called damage.
+# A model file up to this size is hashed before its shapes are checked, so that damage is reported as damage.
 HASHED_FIRST_BYTES = 1 << 30
-# Text that is held as a whole line, JSON record, prompt or Parquet cell. Plain text is read in parts and may be longer.
+# Maximum length of a line, JSON record, prompt or Parquet cell. Whole text files are streamed and may be longer.
 MAX_LINE_BYTES = 64 << 20
-# All prompts of one file: every one of them is held until it is answered.
+# Maximum size of all prompts of one file, which are in memory at once.
 MAX_PROMPTS_BYTES = 64 << 20
-# What a zstd frame may ask to be remembered: the most that the library can be told, and what zstd --long=31 writes.
+# Maximum window of a zstd frame: the limit of the library, and that of zstd --long=31.
 MAX_ZSTD_WINDOW_BYTES = 1 << 31
-# Where the memory of the machine is unknown.
+# Used if the memory of the machine is unknown.
 _ASSUMED_MEMORY_BYTES = 8 << 30
 
 
 def max_held_bytes() -> int:
-    """Return the bytes of text that a corpus may have where all of it is held in memory: half of the machine's."""
+    """Return the maximum size of a corpus in memory, in bytes: half of the machine's memory."""
     return (machine_memory_bytes() or _ASSUMED_MEMORY_BYTES) // 2
 
 
 def max_document_bytes() -> int:
-    """Return the bytes that one document may have where it is held whole: a quarter of the machine's memory."""
+    """Return the maximum size of a document in memory, in bytes: a quarter of the machine's memory."""
     return (machine_memory_bytes() or _ASSUMED_MEMORY_BYTES) // 4
 
 
-# What version 1 of control groups says where nothing is limited is near 2 ** 63.
+# Version 1 of control groups reports a number near 2 ** 63 for "no limit".
 _NO_LIMIT = 1 << 60
 
 
@@ -69,7 +69,7 @@ def machine_memory_bytes() -> int | None:
 
 
 def describe_memory() -> str:
-    """Return what :func:`machine_memory_bytes` found, in words."""
+    """Return :func:`machine_memory_bytes` as text."""
     memory, limit = machine_memory_bytes(), cgroup_limit_bytes()
     if memory is None:
         return "the memory of this machine is unknown"
@@ -94,7 +94,7 @@ def raise_open_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # macOS has a lower limit of its own that it does not name; then the soft limit stays.
+        # macOS has an undocumented lower limit; then the soft limit is left unchanged.
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
@@ -114,7 +114,7 @@ def cgroup_limit_bytes(proc: Path = Path("/proc/self/cgroup"), root: Path = Path
         else:
             continue
         parts = [part for part in group.split("/") if part and part != ".."]
-        # A group is limited by all groups above it too; within a container its own path may not be there.
+        # A group is also limited by its parents; within a container its own path may not exist.
         for depth in range(len(parts) + 1):
             text = _read_text(top.joinpath(*parts[:depth], file)).strip()
             if text.isdecimal() and int(text) < _NO_LIMIT:

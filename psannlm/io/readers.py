@@ -1,4 +1,4 @@
-"""Files that others wrote become plain data, or the reason why they cannot: whatever is in them, nothing is fatal."""
+"""Reading of untrusted JSON, YAML and text files: plain data, or an error with the reason."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from psannlm.io.lfs_pointers import pointer_in
 from psannlm.io.limits import json_values
 
 _LARGEST_BYTES = 32 << 20
-# Of settings and of figures; each value costs some 60 bytes once it is parsed.
+# Of settings and of figures; parsed, each value takes some 60 bytes.
 _LARGEST_YAML_BYTES = 256 << 10
 _MOST_VALUES = 2 << 20
 _DEEPEST = 24
-# Keys are joined on the way down: a long one over many values would multiply the size of a file.
+# Nested keys are joined: a long key above many values would multiply the size of a file.
 _LONGEST_KEY, _LONGEST_YAML_KEY = 1000, 100
 
 
 class Unreadable(Exception):
-    """A file that is not what its name promises; the message is the reason, without the path."""
+    """A file cannot be read as expected; the message is the reason, without the path."""
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """Return the bytes of a regular file of at most ``limit`` bytes; its size is looked at before it is read.
+    """Return the bytes of a regular file of at most ``limit`` bytes; its size is checked before it is read.
 
     Raises:
         Unreadable: it is missing, larger, a link (what it links to may be none of the reader's business), or something
@@ -71,7 +71,7 @@ def read_text(path: Path, limit: int = _LARGEST_BYTES) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, what JSON has no word for (NaN, infinities) as None.
+    """Return the JSON object in a file, with NaN and infinities as None.
 
     Raises:
         Unreadable: the file is missing, damaged, nested without end, or holds something else than an object.
@@ -104,7 +104,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         _refuse_events(text, path)
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ArithmeticError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # PyYAML trusts tags: "!!int x", "!!bool x" and "!!timestamp x" end in errors of its own constructors.
+        # PyYAML trusts tags: "!!int x", "!!bool x" and "!!timestamp x" raise errors of its constructors.
         raise Unreadable(f"{path.name} is not YAML: {' '.join(str(error).split())[:120]}") from error
     if not isinstance(value, dict):
         raise Unreadable(f"{path.name} holds no mapping")
@@ -113,7 +113,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _refuse_events(text: str, path: Path) -> None:
-    """Raise Unreadable for an alias, and as soon as the nesting is too deep: parsing more of it would take for ever."""
+    """Raise Unreadable for an alias, and as soon as the nesting is too deep, before parsing takes too long."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
@@ -124,7 +124,7 @@ def _refuse_events(text: str, path: Path) -> None:
 
 
 def _refuse_shape(value: object, path: Path, longest_key: int) -> None:
-    """Raise Unreadable where walking ``value`` would go deeper than any file of ours does, or keys are too long."""
+    """Raise Unreadable if ``value`` is nested deeper than any file of psannlm, or has too long keys."""
     level = [value]
     for _ in range(_DEEPEST):
         keys = (key for item in level if isinstance(item, dict) for key in item)
@@ -142,7 +142,7 @@ def _items(value: dict[Any, Any] | list[Any]) -> list[Any]:
 
 
 def flatten(tree: dict[Any, Any]) -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys; lists and empty mappings stay as they are."""
+    """Flatten nested mappings to dotted keys; lists and empty mappings are kept."""
     return dict(_flattened(tree, ""))
 
 
@@ -155,7 +155,7 @@ def _flattened(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def number(value: object) -> float | int | None:
-    """Return ``value`` if it is a finite number within the range of a float (and no boolean), else None."""
+    """Return ``value`` if it is a finite number in the range of a float (not a boolean), else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -165,7 +165,7 @@ def number(value: object) -> float | int | None:
 
 
 def is_spread(value: object) -> bool:
-    """Whether ``value`` is a repeated measurement: ``{"median": ..., "lowest": ..., "highest": ...}``."""
+    """Return whether ``value`` is a repeated measurement: ``{"median": ..., "lowest": ..., "highest": ...}``."""
     return (
         isinstance(value, dict)
         and {"median", "lowest", "highest"} <= value.keys()

@@ -1,4 +1,4 @@
-"""Records that tokenize, prep and train leave beside their results, for reports: figures, machine and table."""
+"""Records of tokenize, prep and train beside their results, for reports: figures, machine and table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_record(folder: Path, kind: str, figures: dict[str, Any], table: str) -
         return False
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    # The figures come first: they hold the hash that marks the table as ours.
+    # The figures are written first: they contain the hash that proves that psannlm wrote the table.
     figures = {KIND_KEY: kind, **figures, _TABLE_KEY: hashlib.sha256(utf8(table)).hexdigest()}
     write_json(folder / FIGURES_FILE, figures)
     if kind != "train":
@@ -48,7 +48,7 @@ def write_record(folder: Path, kind: str, figures: dict[str, Any], table: str) -
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the figures of the record in ``folder``; None where there is none, or ``metrics.json`` is not one."""
+    """Return the figures of the record in ``folder``; None if there is no valid record."""
     path = folder / FIGURES_FILE
     if not path.is_file():
         return None
@@ -60,7 +60,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether ``path`` is a file of a record as :func:`write_record` leaves it, which its content proves."""
+    """Return whether ``path`` is a file of a record from :func:`write_record`, judged by its content."""
     content = read_small(path, _MOST_BYTES)
     if content is None:
         return False
@@ -77,7 +77,7 @@ def is_own_file(path: Path) -> bool:
 
 
 def is_own_log(path: Path) -> bool:
-    """Whether the file begins as the log of a run: empty, or with a row that has a ``kind`` and a ``step``."""
+    """Return whether the file begins like the log of a run: empty, or with a row that has a ``kind`` and a ``step``."""
     try:
         with open(path, "rb") as file:
             first = file.readline(_LINE_BYTES)
@@ -93,7 +93,7 @@ def is_own_log(path: Path) -> bool:
 
 
 def is_own_output(path: Path) -> bool:
-    """Whether a file that could pass for text of a corpus is one that psannlm wrote, which its content proves.
+    """Return whether psannlm wrote a file that could be text of a corpus, judged by its content.
 
     It is the log of a run, the table of a record or report, or the page of a report, and the ``system.json`` of
     psannlm lies beside it.

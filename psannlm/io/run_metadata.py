@@ -1,4 +1,4 @@
-"""Where artifacts go: dated folders, and what must be known of the machine to read a figure later."""
+"""Dated artifact folders, and system information recorded with results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "numpy", "sentencepiece", "tokenizers", "safetensors", "py
 
 
 def timestamp() -> str:
-    """Return the time now as UTC ``YYYYmmdd_HHMMSS``."""
+    """Return the current time in UTC as ``YYYYmmdd_HHMMSS``."""
     return datetime.now(timezone.utc).strftime("%Y%m%d_%H%M%S")
 
 
@@ -51,7 +51,7 @@ def new_folder(kind: str, out: Path | None = None) -> Path:
 
 
 def require_folder(kind: str, out: Path | None = None) -> None:
-    """Find out before the work whether :func:`new_folder` can make its folder and files in it; leaves nothing behind.
+    """Check beforehand that :func:`new_folder` can create its folder and files, without leaving anything behind.
 
     Raises:
         StorageError: it cannot.
@@ -99,7 +99,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this code runs from, with a + when files differ from it; None outside a checkout."""
+    """Return the commit of the checkout, with a + if files were modified; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
@@ -112,5 +112,5 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write plain data as readable JSON, NaN and infinities as null, atomically. Raises StorageError where it fails."""
+    """Write plain data as readable JSON, NaN and infinities as null, atomically. Raises StorageError if it fails."""
     write_text(path, json_text(content, indent=2) + "\n")

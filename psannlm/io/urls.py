@@ -1,4 +1,4 @@
-"""The URLs and globs that may name a corpus: one list of protocols, and none that wraps another.
+"""URLs and globs of corpora: the allowed protocols, without chained ones.
 
 fsspec knows dozens of protocols, some of which run what a file says (``reference``), write copies (``filecache``) or
 wrap others (``zip::https://``). A configuration of a stranger must not reach them by what it calls a file.
@@ -15,15 +15,15 @@ from urllib.parse import unquote
 
 from psannlm.errors import CorpusError
 
-# Named in SECURITY.md. ``file`` is read without fsspec; ``memory`` holds what this very process put there.
+# Listed in SECURITY.md. ``file`` is read without fsspec; ``memory`` is that of this process.
 PROTOCOLS = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory")
-# Two letters at least: C:/ is a drive.
+# At least two letters: C:/ is a drive.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(?:://|:(?=/)|::)")
 _ADDRESS = re.compile(r"https?://\[[0-9A-Fa-f:.]+\]", re.IGNORECASE)
 
 
 def protocol_of(path: str) -> str | None:
-    """Return the protocol, in small letters, of what is written as a URL and is no path that exists; else None.
+    """Return the protocol, in lower case, of a URL that is not an existing path; else None.
 
     ``memory:/x`` and ``simplecache::x`` count, so that they are refused as what they are meant to be.
     """
@@ -34,7 +34,7 @@ def protocol_of(path: str) -> str | None:
 
 
 def refusal(url: str) -> str | None:
-    """Return why something for which :func:`protocol_of` gave a protocol may not be read, or None."""
+    """Return why a URL with a protocol may not be read, or None."""
     protocol = protocol_of(url)
     if protocol not in PROTOCOLS:
         known = ", ".join(f"{each}://" for each in PROTOCOLS)
@@ -47,7 +47,7 @@ def refusal(url: str) -> str | None:
 
 
 def local_path(url: str) -> str | None:
-    """Return the path that a ``file:`` URL names, taken as it is written where that exists, else with ``%20`` decoded.
+    """Return the path that a ``file:`` URL names, as written if that exists, else with ``%20`` decoded.
 
     None for a URL that names another machine, or no path.
     """
@@ -67,7 +67,7 @@ def local_path(url: str) -> str | None:
 
 
 def literal_beginning(path: str) -> tuple[str, str]:
-    """Return (the folder in which a glob begins, the glob): brackets in the names of folders that exist are no pattern.
+    """Return (the folder in which a glob begins, the glob): brackets in names of existing folders are not a pattern.
 
     ``set [2013]/*.txt`` gives ``("set [2013]", "set [[]2013]/*.txt")`` where there is such a folder.
     """
@@ -79,14 +79,14 @@ def literal_beginning(path: str) -> tuple[str, str]:
 
 
 def _exists(path: str) -> bool:
-    """Whether a path exists, or a glob matches."""
+    """Return whether a path exists, or a glob matches."""
     if os.path.lexists(path):
         return True
     return glob.has_magic(path) and next(glob.iglob(literal_beginning(path)[1], recursive=True), None) is not None
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Return (file system, path in it) of a remote URL that :func:`refusal` lets pass.
+    """Return (file system, path in it) of a remote URL that :func:`refusal` accepts.
 
     fsspec's own look-up would split the URL at ``::`` and hand its parts to other protocols.
 
