@@ -1,4 +1,4 @@
-"""psannlm bench-kv: sizes of a model and a batch to what the cache and batching are worth in decoding."""
+"""psannlm bench-kv: decoding throughput with and without KV cache, batching and compilation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from rich.table import Table
 
 from psannlm.commands.options import (
     DEFAULT_RUNS,
+    AgainstOption,
+    BaseOption,
     DeviceOption,
     DtypeOption,
+    HeadsOption,
     JsonOption,
+    LayersOption,
+    PositionsOption,
+    VocabularyOption,
+    WidthOption,
     duration_s,
     figures_table,
     find_model_file,
     live_line,
-    naming_options,
+    model_config,
     note,
     print_path,
     publish,
@@ -30,78 +37,96 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from psannlm.benchmarks.decoding.modes import Case, DecodeRun
-    from psannlm.benchmarks.decoding.report import KvReport
+    from psannlm.benchmarks.decoding.report import KvReport, KvSettings
     from psannlm.benchmarks.harness.interleaved import Progress, Spread
+    from psannlm.models.transformer import Transformer
 
 PLOT_FILE = "decode.png"
 _TIME_LIMIT_S = 100.0
 _SIZES = ("base", "d_model", "n_layers", "n_heads", "positional_encoding", "vocab_size")
 
 
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Number of prompts decoded together.")]
+CompileOption = Annotated[
+    bool,
+    typer.Option("--compile/--no-compile", help="Measure the compiled engine (torch.compile) beside the plain one."),
+]
+CasesOption = Annotated[
+    str,
+    typer.Option(
+        "--cases",
+        help="Ways of decoding to measure: all, batch (no single rows) or cached (no decoding without the cache).",
+    ),
+]
+UncachedStepsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--uncached-steps",
+        min=2,
+        help="Number of full forward passes timed after a row's first token, spread evenly; default: all of them.",
+    ),
+]
+ContextOption = Annotated[
+    bool,
+    typer.Option(
+        "--context-growth/--no-context-growth", help="Time a decoding step at context lengths of 256 to 4,096 tokens."
+    ),
+]
+TrainedOption = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", "-c", help="Trained model to decode with, at its own sizes; default: random weights."),
+]
+TimeLimitOption = Annotated[
+    float | None,
+    typer.Option(
+        "--time-limit",
+        metavar="DURATION",
+        parser=duration_s,
+        help="Time limit, such as 90s or 20m; uncached passes, repeats and contexts beyond it are left out. "
+        "Default: 100s, or no limit with --repeats or --uncached-steps.",
+    ),
+]
+
+
 def bench_kv(
     context: typer.Context,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts.")] = 8,
-    prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 96,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to add to each.")] = 64,
-    base: Annotated[str, typer.Option(help="respsann, waveresnet or transformer.")] = "waveresnet",
-    d_model: Annotated[int, typer.Option(help="Width.")] = 512,
-    n_layers: Annotated[int, typer.Option(help="Blocks.")] = 8,
-    n_heads: Annotated[int, typer.Option(help="Attention heads.")] = 8,
-    positional_encoding: Annotated[str, typer.Option(help="rope, alibi or sinusoidal.")] = "rope",
-    vocab_size: Annotated[int, typer.Option(help="Rows of the embedding.")] = 4096,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option("--checkpoint", "-c", help="A trained model, and its sizes, instead of random weights."),
-    ] = None,
+    batch_size: BatchOption = 8,
+    prompt_length: Annotated[int, typer.Option(min=1, help="Length of each prompt, in tokens.")] = 96,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Number of tokens generated for each prompt.")] = 64,
+    base: BaseOption = "waveresnet",
+    d_model: WidthOption = 512,
+    n_layers: LayersOption = 8,
+    n_heads: HeadsOption = 8,
+    positional_encoding: PositionsOption = "rope",
+    vocab_size: VocabularyOption = 4096,
+    checkpoint: TrainedOption = None,
     dtype: DtypeOption = "float32",
-    is_compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Measure the compiled engine too, beside the plain one.")
-    ] = False,
-    cases: Annotated[
-        str, typer.Option(help="all; batch: no rows one by one; cached: no decoding without the cache.")
-    ] = "all",
-    uncached_steps: Annotated[
-        int | None,
-        typer.Option(min=2, help="Full forward passes to time after the first token, evenly. Default: all."),
-    ] = None,
-    context_growth: Annotated[
-        bool, typer.Option("--context-growth/--no-context-growth", help="Time a step at contexts of 256 to 4,096.")
-    ] = True,
-    against: Annotated[
-        str | None, typer.Option(help="transformers: a Llama of equal size beside ours (needs the extra hf).")
-    ] = None,
+    is_compiled: CompileOption = False,
+    cases: CasesOption = "all",
+    uncached_steps: UncachedStepsOption = None,
+    context_growth: ContextOption = True,
+    against: AgainstOption = None,
     device: DeviceOption = "auto",
-    repeats: Annotated[int, typer.Option(min=1, help="Counted runs of each case; the median is shown.")] = 3,
-    time_limit: Annotated[
-        float | None,
-        typer.Option(
-            metavar="DURATION",
-            parser=duration_s,
-            help="Leave out passes without the cache, repeats and contexts that would take longer. Default: 100s, or "
-            "no limit where --repeats or --uncached-steps is given.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides random weights and prompts.")] = 1337,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed runs per case; the median is reported.")] = 3,
+    time_limit: TimeLimitOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights and prompts.")] = 1337,
+    out: Annotated[Path | None, typer.Option("--out", help="Output folder; default: reports/kv_cache/<time>.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time cached against naive decoding, in a batch and row by row, and check that no token changes."""
+    """Measure decoding with and without the KV cache, batched and row by row, and check that the tokens agree."""
     given = [name for name in _SIZES if _is_given(context, name)]
     if checkpoint is not None and given:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise typer.BadParameter(f"the checkpoint has sizes of its own; leave out {options}", param_hint="--checkpoint")
+    has_default_work = not any(_is_given(context, name) for name in ("repeats", "uncached_steps"))
 
-    given_work = [name for name in ("repeats", "uncached_steps") if _is_given(context, name)]
-    from psannlm.benchmarks.decoding.bench import bench_kv as measure
-    from psannlm.benchmarks.decoding.bench import build_random_model
-    from psannlm.benchmarks.decoding.context_length import CONTEXTS, draw_growth
+    from psannlm.benchmarks.decoding.context_length import CONTEXTS
     from psannlm.benchmarks.decoding.report import KvSettings
-    from psannlm.config.model import ModelConfig
-    from psannlm.config.run import section_from_kwargs
     from psannlm.errors import LimitMissed
     from psannlm.io.run_metadata import require_folder
-    from psannlm.models.artifact import load_model
     from psannlm.runtime.device import pick_device, require_compiler
 
     settings = KvSettings(
@@ -112,27 +137,45 @@ def bench_kv(
         seed=seed,
         dtype=dtype,
         is_compiled=is_compiled,
-        cases=cases,  # type: ignore[arg-type]  # they say themselves what they take
+        cases=cases,  # type: ignore[arg-type]  # the settings check the name themselves
         uncached_steps=uncached_steps,
         contexts=CONTEXTS if context_growth else (),
         against=against,
-        time_limit_s=_TIME_LIMIT_S if time_limit is None and not given_work else time_limit,
+        time_limit_s=_TIME_LIMIT_S if time_limit is None and has_default_work else time_limit,
     )
     require_folder("kv_cache", out)
     chosen = pick_device(device)
     if is_compiled:
         require_compiler(chosen, "--compile", "leave it out")
-    if checkpoint is None:
-        sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
-        with naming_options("model"):
-            config = section_from_kwargs(
-                ModelConfig, "model", {"base": base, "positional_encoding": positional_encoding, **sizes}
-            )
-        model, weights = build_random_model(config, settings, chosen), "random"
-    else:
-        path = find_model_file(checkpoint, DEFAULT_RUNS)
-        model, weights = load_model(path).model.to(chosen), str(path)
+    sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
+    sizes_and_kinds = {"base": base, "positional_encoding": positional_encoding, **sizes}
+    model, weights = _build(sizes_and_kinds, settings, chosen) if checkpoint is None else _load(checkpoint, chosen)
     kept = _Kept(out)
+    report = _measure(model, weights, settings, kept)
+    _publish(report, kept.folder, as_json)
+    if report.problems:
+        raise LimitMissed("; ".join(report.problems))
+
+
+def _build(sizes: dict[str, str | int], settings: KvSettings, device: torch.device) -> tuple[Transformer, str]:
+    """Return a model of random weights, and where the weights come from."""
+    from psannlm.benchmarks.decoding.bench import build_random_model
+
+    return build_random_model(model_config(**sizes), settings, device), "random"
+
+
+def _load(checkpoint: Path, device: torch.device) -> tuple[Transformer, str]:
+    """Return a trained model, and where the weights come from."""
+    from psannlm.models.artifact import load_model
+
+    path = find_model_file(checkpoint, DEFAULT_RUNS)
+    return load_model(path).model.to(device), str(path)
+
+
+def _measure(model: Transformer, weights: str, settings: KvSettings, kept: _Kept) -> KvReport:
+    """Run the benchmark with a progress line; if it is interrupted, the figures so far are kept."""
+    from psannlm.benchmarks.decoding.bench import bench_kv as measure
+
     try:
         with live_line(stderr_console()) as line:
 
@@ -140,10 +183,15 @@ def bench_kv(
                 kept.progress = event
                 line.show(str(event))
 
-            report = measure(model, settings, weights=weights, on_progress=show, on_partial=kept.keep)
+            return measure(model, settings, weights=weights, on_progress=show, on_partial=kept.keep)
     except KeyboardInterrupt:
         kept.end()
         raise
+
+
+def _publish(report: KvReport, folder: Path, as_json: bool) -> None:
+    """Write figures, tables and plot to ``folder``, and print them."""
+    from psannlm.benchmarks.decoding.context_length import draw_growth
 
     def draw(folder: Path) -> None:
         if report.growth:
@@ -152,13 +200,11 @@ def bench_kv(
     if not as_json:
         for notice in report.notices:
             note(notice)
-    publish("kv_cache", out, report.as_dict(), _tables(report), as_json, draw=draw, folder=kept.folder)
-    if report.problems:
-        raise LimitMissed("; ".join(report.problems))
+    publish("kv_cache", None, report.as_dict(), _tables(report), as_json, draw=draw, folder=folder)
 
 
 class _Kept:
-    """What was measured so far, on disk after every run: a benchmark that is ended early leaves it behind."""
+    """Figures so far, written after every run, so that an interrupted benchmark leaves them behind."""
 
     def __init__(self, out: Path | None) -> None:
         self._out = out
@@ -167,7 +213,7 @@ class _Kept:
 
     @cached_property
     def folder(self) -> Path:
-        """The folder, made when there is something to write."""
+        """The output folder, made when there is something to write."""
         from psannlm.io.run_metadata import new_folder, system_info, write_json
 
         folder = new_folder("kv_cache", self._out)
@@ -182,7 +228,7 @@ class _Kept:
         write_json(self.folder / "metrics.json", figures)
 
     def end(self) -> None:
-        """Write what was under way as well, and a table, and print where they are."""
+        """Write the figures so far, the interrupted run and a table, and print them with their folder."""
         from psannlm.io.atomic import write_text
 
         rows = [
@@ -191,26 +237,26 @@ class _Kept:
         ]
         if "cached_over_naive" in self._figures:
             rows.append(
-                ("cached over naive", f"{_number(self._figures['cached_over_naive']['median'])} x the tokens/s")
+                ("cached over naive", f"{_number(self._figures['cached_over_naive']['median'])} x the throughput")
             )
         if self.progress is not None:
             rows.append(("interrupted in", str(self.progress)))
             self._figures["interrupted_in"] = asdict(self.progress)
         self.keep(self._figures)
-        table = figures_table("decoding, interrupted: what was measured until then", rows)
+        table = figures_table("decoding, interrupted: figures so far", rows)
         write_text(self.folder / "table.txt", table_text(table))
         stdout_console().print(table)
         print_path(f"written to {self.folder}")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
-    """Whether a person wrote the option, rather than its default standing in for it."""
+    """Whether the user gave the option on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
 
 def _tables(report: KvReport) -> list[Table]:
-    tables = [_cases_table(report), figures_table("what it comes to", _rows(report)), _roofline_table(report)]
+    tables = [_cases_table(report), figures_table("summary", _summary(report)), _roofline_table(report)]
     return [*tables, _growth_table(report)] if report.growth else tables
 
 
@@ -229,11 +275,11 @@ def _cases_table(report: KvReport) -> Table:
         _add_runs(table, report.reference_model.name, report.reference_model.runs)
     notes = []
     if any(not case.is_batched for case in report.runs):
-        notes.append("row by row: prefill of all rows, first token each from its own start")
+        notes.append("row by row: prefill is the sum over rows, first token the mean over rows")
     if report.n_uncached_passes < settings.max_new_tokens and any(not case.use_cache for case in report.runs):
         notes.append(
-            f"cache off: {report.n_uncached_passes} of {settings.max_new_tokens} passes of a row timed, evenly over "
-            "the tokens; the seconds of the others are interpolated"
+            f"cache off: {report.n_uncached_passes} of {settings.max_new_tokens} forward passes of a row timed, spread "
+            "evenly; the seconds of the others are interpolated"
         )
     table.caption = "\n".join(notes)
     return table
@@ -244,7 +290,7 @@ def _runs_made(report: KvReport) -> str:
     if counts[-1] == 1:
         return "one run of each case"
     of = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs"
-    return f"medians of {of}, under them the lowest and highest"
+    return f"medians of {of}, with the lowest and highest run below"
 
 
 def _add_runs(table: Table, name: str, runs: list[DecodeRun]) -> None:
@@ -259,18 +305,18 @@ def _add_runs(table: Table, name: str, runs: list[DecodeRun]) -> None:
     table.add_row(name, *(_spread(Spread.of(values), is_cell=True) for values in figures))
 
 
-def _rows(report: KvReport) -> list[tuple[str, str]]:
+def _summary(report: KvReport) -> list[tuple[str, str]]:
     ratios = [
-        ("the cache alone, in a batch", report.from_cache(True)),
-        ("the cache alone, one row", report.from_cache(False)),
+        ("cache alone, batch", report.from_cache(True)),
+        ("cache alone, one row", report.from_cache(False)),
         ("batching alone, with cache", report.from_batching(True)),
-        ("the same, compiled", report.from_batching(True, True)),
-        ("batching alone, without", report.from_batching(False)),
-        ("compiling alone, in a batch", report.from_compiling(True)),
+        ("batching alone, compiled", report.from_batching(True, True)),
+        ("batching alone, no cache", report.from_batching(False)),
+        ("compiling alone, batch", report.from_compiling(True)),
         ("compiling alone, one row", report.from_compiling(False)),
     ]
     rows = _headline(report)
-    rows += [(name, f"{_spread(ratio)} x the decode rate") for name, ratio in ratios if ratio is not None]
+    rows += [(name, f"{_spread(ratio)} x the decode throughput") for name, ratio in ratios if ratio is not None]
     for case, seconds in report.compile_s().items():
         rows.append((f"compilation, {_rows_of(case.is_batched)}", f"{seconds:,.1f} s, once"))
     if report.reference_model is not None:
@@ -278,9 +324,9 @@ def _rows(report: KvReport) -> list[tuple[str, str]]:
         rows += [
             ("reference model", report.reference_model.description),
             ("our parameters", f"{report.parameters:,}; {report.settings.dtype}; {report.ours}"),
-            ("ours over the reference_model, whole", f"{_spread(ratio['whole'])} x the tokens/s"),
-            ("ours over the reference_model, decode", f"{_spread(ratio['decode'])} x the tokens/s after the first"),
-            ("the reference model's first run", f"{report.reference_model.first_s:,.1f} s, compilation included"),
+            ("ours / reference, whole", f"{_spread(ratio['whole'])} x the throughput"),
+            ("ours / reference, decode", f"{_spread(ratio['decode'])} x the throughput after the first token"),
+            ("reference, first run", f"{report.reference_model.first_s:,.1f} s, compilation included"),
         ]
     if report.packing is not None:
         cost = report.packing
@@ -288,7 +334,7 @@ def _rows(report: KvReport) -> list[tuple[str, str]]:
             (
                 f"perplexity, {report.settings.dtype}",
                 f"{cost.ratio:.5f} ± {cost.ratio_error:.5f} x that of float32 ({cost.packed_perplexity:,.2f} against "
-                f"{cost.perplexity:,.2f}, on {cost.n_tokens:,} tokens that the float32 model drew)",
+                f"{cost.perplexity:,.2f}, on {cost.n_tokens:,} tokens sampled from the float32 model)",
             )
         )
     predictions = report.predicted_cache_bytes()
@@ -297,11 +343,11 @@ def _rows(report: KvReport) -> list[tuple[str, str]]:
         verdict = "as predicted" if measured == predicted else f"predicted: {predicted:,}"
         if not case.is_compiled or measured != predicted:
             rows.append((f"cache bytes, {_rows_of(case.is_batched)}", f"{measured:,} ({verdict})"))
-    return [*rows, ("tokens out", _agreement(report))]
+    return [*rows, ("token parity", _agreement(report))]
 
 
 def _headline(report: KvReport) -> list[tuple[str, str]]:
-    """The rate of the cached batch, that of the naive loop, and their quotient."""
+    """Return the throughput of the cached batch and of the naive loop, and their ratio."""
     from psannlm.benchmarks.decoding.modes import Case
     from psannlm.benchmarks.harness.interleaved import Spread
 
@@ -316,17 +362,17 @@ def _headline(report: KvReport) -> list[tuple[str, str]]:
     ratio = report.cached_over_naive()
     if report.naive is not None and ratio is not None:
         rows += [
-            ("naive, row by row", f"{rate(report.naive)}: the whole prompt replayed for every token of every row"),
-            ("cached over naive", f"{_spread(ratio)} x the tokens/s"),
+            ("naive, row by row", f"{rate(report.naive)}: one full forward pass per token and row"),
+            ("cached over naive", f"{_spread(ratio)} x the throughput"),
         ]
     return rows
 
 
 def _roofline_table(report: KvReport) -> Table:
     table = _open_table(
-        "a decoding step beside its floor: the time in which memory delivers the weights and the cache that it reads, "
-        "at the rate measured here",
-        *("case", "step\nms", "reads\nMB", "memory\nGB/s", "floor\nms", "floor\n/ step"),
+        "a decoding step and its roofline: the time to read its weights and cache once, at the memory bandwidth "
+        "measured between the runs",
+        *("case", "step\nms", "reads\nMB", "memory\nGB/s", "roofline\nms", "roofline\n/ step"),
     )
     for case, roofline in report.rooflines().items():
         table.add_row(
@@ -346,21 +392,21 @@ def _agreement(report: KvReport) -> str:
         text = str(agreement.difference)
     elif agreement.tied_places:
         text = (
-            f"the same in all cases but for {agreement.tied_places:,} ties of rounding: logits up to "
-            f"{agreement.largest_tie:.2g} apart (a tie is up to {agreement.largest_tolerance:.2g})"
+            f"equal in all cases but for {agreement.tied_places:,} rounding ties: logits up to "
+            f"{agreement.largest_tie:.2g} apart (tolerance {agreement.largest_tolerance:.2g})"
         )
     else:
-        text = "the same in all cases"
-    return f"{text}; {agreement.n_checked:,} compared, {report.distinct_tokens:,} different ids"
+        text = "equal in all cases"
+    return f"{text}; {agreement.n_checked:,} tokens compared, {report.distinct_tokens:,} distinct ids"
 
 
 def _growth_table(report: KvReport) -> Table:
     settings = report.settings
     engine = f"{settings.dtype}{', compiled' if report.ours.is_compiled else ''}"
     table = _open_table(
-        f"a cached step of {settings.batch_size} rows as the context grows, {engine}; the floor is the time to read "
+        f"a decoding step of {settings.batch_size} rows by context length, {engine}; the roofline is the time to read "
         "weights and cache once",
-        *("context", "step\nms", "floor\nms", "floor\n/ step", "tokens/s", "cache\nMB"),
+        *("context", "step\nms", "roofline\nms", "roofline\n/ step", "tokens/s", "cache\nMB"),
     )
     for point in report.growth:
         roofline = point.roofline
@@ -374,7 +420,7 @@ def _growth_table(report: KvReport) -> Table:
         )
     if report.left_out:
         contexts = ", ".join(f"{context:,}" for context in report.left_out)
-        table.caption = f"left out, for the model's context ends at {report.model.max_seq_len:,}: {contexts}"
+        table.caption = f"left out, beyond the model's context of {report.model.max_seq_len:,} tokens: {contexts}"
     return table
 
 
@@ -382,11 +428,11 @@ def _plot_title(report: KvReport) -> str:
     settings = report.settings
     rows = f"{settings.batch_size} row{'' if settings.batch_size == 1 else 's'}"
     engine = f"{settings.dtype}{', compiled' if report.ours.is_compiled else ''}"
-    return f"Decoding with the cache: {report.model.base}, {report.parameters / 1e6:,.1f}M, {engine}, {rows}"
+    return f"Decoding with the KV cache: {report.model.base}, {report.parameters / 1e6:,.1f}M, {engine}, {rows}"
 
 
 def _open_table(title: str, first: str, *headings: str) -> Table:
-    """A table without vertical rules, which would take the room of the figures in 80 columns."""
+    """Return an empty table without vertical rules, whose figures would not fit into 80 columns with them."""
     table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=box.SIMPLE_HEAD)
     table.padding = (0, 1)
     table.add_column(first, no_wrap=True)
@@ -405,9 +451,9 @@ def _rows_of(is_batched: bool) -> str:
 
 def _spread(spread: Spread, *, scale: float = 1.0, is_cell: bool = False, is_percent: bool = False) -> str:
     low, middle, high = (value * scale for value in (spread.lowest, spread.median, spread.highest))
-    tell = _percent if is_percent else _number
-    edges = f"{tell(low)}–{tell(high)}"
-    return f"{tell(middle)}\n{edges}" if is_cell else f"{tell(middle)} ({edges})"
+    shown = _percent if is_percent else _number
+    edges = f"{shown(low)}–{shown(high)}"
+    return f"{shown(middle)}\n{edges}" if is_cell else f"{shown(middle)} ({edges})"
 
 
 def _percent(value: float) -> str:
@@ -415,7 +461,7 @@ def _percent(value: float) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits or more, in at most six characters below ten million."""
+    """Return a number with at least three digits, in at most six characters below ten million."""
     if value >= 1e4:
         return f"{value / 1e3:,.1f}k" if value < 1e5 else f"{value / 1e3:,.0f}k"
     digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0

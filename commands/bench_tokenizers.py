@@ -1,4 +1,4 @@
-"""psannlm bench-tokenizers: a corpus to a table of how tokenizer backends do on text they have not seen."""
+"""psannlm bench-tokenizers: speed, memory and compression of tokenizer backends on held-out text."""
 
 from __future__ import annotations
 
@@ -21,48 +21,53 @@ from psannlm.commands.options import (
 
 if TYPE_CHECKING:
     from psannlm.benchmarks.harness.interleaved import Spread
-    from psannlm.benchmarks.tokenization.bench import Speed, TokenizerFigures, TokenizerReport
     from psannlm.benchmarks.tokenization.prep import PrepFigures
+    from psannlm.benchmarks.tokenization.report import Speed, TokenizerFigures, TokenizerReport
 
 
 def bench_tokenizers(
     corpus: Annotated[
         list[str] | None,
-        typer.Option("--corpus", help="File, folder or glob; may be repeated. Default: Python's own reference manual."),
+        typer.Option(
+            "--corpus", help="Corpus file, folder or glob; may be repeated. Default: Python's reference manual."
+        ),
     ] = None,
     held_out: Annotated[
-        str | None, typer.Option("--held-out", help="Text to measure on. Default: about a tenth of the corpus.")
+        str | None, typer.Option("--held-out", help="Held-out text to measure on; default: about 10% of the corpus.")
     ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Entries at most of what is fitted.")] = 4096,
+    vocab_size: Annotated[int, typer.Option(help="Maximum vocabulary size of the trained tokenizers.")] = 4096,
     corpus_repeat: Annotated[
         int,
         typer.Option(
             "--corpus-repeat",
             min=1,
-            help="Times to repeat the text, after some of it was held out: a small corpus becomes a measurable one.",
+            help="Number of copies of the text, made after the split, so that a small corpus can be timed.",
         ),
     ] = 1,
     repeats: Annotated[
-        int, typer.Option("--repeats", "--repeat", min=1, help="Counted runs of each; the median is shown.")
+        int, typer.Option("--repeats", "--repeat", min=1, help="Number of timed runs of each; the median is reported.")
     ] = 3,
     model: Annotated[
-        list[Path] | None, typer.Option("--model", help="A tokenizer file to measure beside them; may be repeated.")
+        list[Path] | None, typer.Option("--model", help="Further tokenizer file to measure; may be repeated.")
     ] = None,
     sample_chars: Annotated[
-        int | None, typer.Option(min=1, help="Characters to fit on, drawn evenly from the corpus. Default: 8,000,000.")
+        int | None,
+        typer.Option(min=1, help="Number of characters to train on, sampled from the corpus; default: 8,000,000."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides which passages are drawn, and which are held out.")] = 1337,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling and of the held-out split.")] = 1337,
     prep: Annotated[
-        bool, typer.Option("--prep", help="Also time psannlm prep on all of the corpus, beside the bare libraries.")
+        bool, typer.Option("--prep", help="Also time psannlm prep on the whole corpus, beside the raw libraries.")
     ] = False,
-    per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of a .txt file.")] = False,
+    per_line: Annotated[bool, typer.Option("--per-line", help="Read each line of a .txt file as a document.")] = False,
     text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Output folder; default: reports/tokenizers/<time>.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare tokenizer backends: time and memory to fit, speed, bytes per token on held-out text, losses."""
+    """Compare tokenizer backends: training time and memory, speed, bytes per token on held-out text, losslessness."""
     from psannlm.benchmarks.tokenization.bench import bench_tokenizers as measure
-    from psannlm.benchmarks.tokenization.plot import draw_tokenizers
+    from psannlm.benchmarks.tokenization.report import draw_tokenizers
     from psannlm.config.data import BuiltinSource, PathSource
     from psannlm.io.run_metadata import require_folder
     from psannlm.tokenizers.sample import SAMPLE_CHARS
@@ -91,7 +96,8 @@ def bench_tokenizers(
     metrics = {"corpus": corpus or ["python-reference"], **report.as_dict()}
 
     def draw(folder: Path) -> None:
-        draw_tokenizers(folder / "tokenizers.png", f"Tokenizers of {vocab_size:,} entries at most", report.tokenizers)
+        title = f"Tokenizers with a vocabulary of at most {vocab_size:,}"
+        draw_tokenizers(folder / "tokenizers.png", title, report.tokenizers)
 
     publish("tokenizers", out, metrics, tables, as_json, draw=draw)
 
@@ -101,12 +107,12 @@ def _table(report: TokenizerReport) -> Table:
     held_out = report.held_out
     repeated = f" (each passage {held_out.repeat:,} times)" if held_out.repeat > 1 else ""
     table = Table(
-        title=f"tokenizers on {held_out.bytes:,} held-out bytes{repeated}, {held_out.overlap:.1%} of it word for word "
-        f"in the fitting text too; medians of {report.repeats}",
+        title=f"tokenizers on {held_out.bytes:,} held-out bytes{repeated}, {held_out.overlap:.1%} of them verbatim in "
+        f"the training text too; medians of {report.repeats}",
         title_justify="left",
         title_style="bold",
-        caption="MB: a million bytes; of raw: our encoding rate over the bare library's, with its lowest and highest "
-        "turn; peak: highest resident memory of a process of its own, Python, library and text included",
+        caption="MB: a million bytes; of raw: our encoding throughput over the raw library's, with the lowest and "
+        "highest run; peak: highest resident memory of a process of its own, Python, library and text included",
         caption_justify="left",
         padding=(0, 1, 0, 0),
     )
@@ -136,12 +142,12 @@ def _prep_table(report: TokenizerReport) -> Table:
     """Return a column for each tokenizer that has a library underneath."""
     first = report.prep[0]
     table = Table(
-        title=f"psannlm prep on all {first.n_bytes / 1e6:,.1f} MB of text, {first.workers} processes, beside the bare "
+        title=f"psannlm prep on all {first.n_bytes / 1e6:,.1f} MB of text, {first.workers} processes, beside the raw "
         f"libraries with as many threads; medians of {report.repeats}",
         title_justify="left",
         title_style="bold",
-        caption="prep: from start to end of the command, shards on disk; the libraries read and write nothing; peak: "
-        "memory of all processes of prep together",
+        caption="prep: the whole command, which writes shards; the libraries read and write no files; peak: memory of "
+        "all processes of prep together",
         caption_justify="left",
         padding=(0, 1, 0, 0),
     )
@@ -151,17 +157,17 @@ def _prep_table(report: TokenizerReport) -> Table:
     rows: list[tuple[str, Callable[[PrepFigures], str]]] = [
         ("prep, MB/s", lambda row: f"{row.mb_per_s(row.prep_s):,.2f}"),
         ("library, MB/s", lambda row: f"{row.mb_per_s(row.raw_s):,.2f}"),
-        ("prep over it", lambda row: _ratio(row.ratio_to_raw, True)),
+        ("prep / library", lambda row: _ratio(row.ratio_to_raw, True)),
         (
             "into arrays, MB/s",
             lambda row: "-" if row.raw_arrays_s is None else f"{row.mb_per_s(row.raw_arrays_s):,.2f}",
         ),
-        ("prep over it", lambda row: _ratio(row.ratio_to_raw_arrays, True)),
+        ("prep / library", lambda row: _ratio(row.ratio_to_raw_arrays, True)),
         ("prep, CPU s", lambda row: f"{row.prep_cpu_s.median:,.1f}"),
         ("library, CPU s", lambda row: f"{row.raw_cpu_s.median:,.1f}"),
         ("peak, MB", lambda row: "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}"),
         ("tokens", lambda row: f"{row.n_tokens:,}"),
-        ("beyond library's", lambda row: f"{row.extra_tokens:,}"),
+        ("extra tokens", lambda row: f"{row.extra_tokens:,}"),
     ]
     for heading, figure in rows:
         table.add_row(heading, *(Text(figure(row)) for row in report.prep))
@@ -169,7 +175,7 @@ def _prep_table(report: TokenizerReport) -> Table:
 
 
 def _heading(name: str) -> Text:
-    """Return a name cut where a reader would cut it: four columns and their headings fit 80 characters."""
+    """Return a name with line breaks between its words, so that four columns fit into 80 characters."""
     return Text(name.replace("sentencepiece ", "sentence-\npiece\n"))
 
 

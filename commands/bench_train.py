@@ -1,4 +1,4 @@
-"""psannlm bench-train: sizes of a model and a batch to how fast it trains, beside a reference model of equal size."""
+"""psannlm bench-train: training throughput and peak memory, beside a reference model of equal size."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from rich import box
 from rich.table import Table
 
 from psannlm.commands.options import (
+    AgainstOption,
+    BaseOption,
     DeviceOption,
+    HeadsOption,
     JsonOption,
+    LayersOption,
+    PositionsOption,
+    VocabularyOption,
+    WidthOption,
     figures_table,
     live_line,
-    naming_options,
+    model_config,
     publish,
     stderr_console,
 )
@@ -26,61 +33,80 @@ if TYPE_CHECKING:
 PLOT_FILE = "throughput.png"
 
 
+AmpOption = Annotated[
+    Literal["auto", "bf16", "fp16", "fp32"],
+    typer.Option("--amp", help="Precision of matrix products; auto takes bf16 where the hardware has it."),
+]
+CompileOption = Annotated[
+    bool,
+    typer.Option("--compile/--no-compile", help="Compile every candidate and the reference model (torch.compile)."),
+]
+GradCheckpointOption = Annotated[
+    bool,
+    typer.Option("--grad-checkpoint/--no-grad-checkpoint", help="Recompute activations in every candidate's backward."),
+]
+AlsoOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--also",
+        help="Train a further candidate: ours with grad-checkpoint, with gelu or silu instead of the sine, or compiled "
+        "(compile), or a transformer of equal size; may be repeated.",
+    ),
+]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--steps", min=1, help="Training steps in each timed run; default: about one second of the fastest candidate."
+    ),
+]
+RepeatsOption = Annotated[
+    int, typer.Option("--repeats", min=1, help="Number of timed runs of each candidate; the median is reported.")
+]
+ClockOption = Annotated[
+    Literal["wall", "cpu"],
+    typer.Option(
+        "--clock",
+        help="wall measures elapsed seconds; cpu the CPU seconds of this process, for one thread on a shared machine.",
+    ),
+]
+
+
 def bench_train(
-    base: Annotated[str, typer.Option(help="respsann, waveresnet or transformer.")] = "waveresnet",
-    d_model: Annotated[int, typer.Option(help="Width.")] = 256,
-    n_layers: Annotated[int, typer.Option(help="Blocks.")] = 4,
-    n_heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
-    vocab_size: Annotated[int, typer.Option(help="Rows of the embedding.")] = 4096,
-    positional_encoding: Annotated[str, typer.Option(help="rope, alibi or sinusoidal.")] = "rope",
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 256,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 4096,
-    amp: Annotated[
-        Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Precision of matrix products; auto probes.")
-    ] = "auto",
-    is_compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="torch.compile every candidate, the reference model too.")
-    ] = False,
-    grad_checkpoint: Annotated[
-        bool, typer.Option("--grad-checkpoint/--no-grad-checkpoint", help="Recompute activations, in every candidate.")
-    ] = False,
-    optimizer: Annotated[Literal["adamw", "muon"], typer.Option(help="Of every candidate.")] = "adamw",
-    also: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="grad-checkpoint, gelu or silu (in the sine's place), transformer (of equal size) or compile, beside "
-            "ours; may be repeated."
-        ),
-    ] = None,
-    against: Annotated[
-        str | None, typer.Option(help="transformers: a Llama of equal size beside ours (needs the extra hf).")
-    ] = None,
+    base: BaseOption = "waveresnet",
+    d_model: WidthOption = 256,
+    n_layers: LayersOption = 4,
+    n_heads: HeadsOption = 4,
+    vocab_size: VocabularyOption = 4096,
+    positional_encoding: PositionsOption = "rope",
+    seq_len: Annotated[int, typer.Option(min=1, help="Length of a training window, in tokens.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens in a training step.")] = 4096,
+    amp: AmpOption = "auto",
+    is_compiled: CompileOption = False,
+    grad_checkpoint: GradCheckpointOption = False,
+    optimizer: Annotated[Literal["adamw", "muon"], typer.Option(help="Optimizer of every candidate.")] = "adamw",
+    also: AlsoOption = None,
+    against: AgainstOption = None,
     measures_memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Measure peak memory, each candidate in its own process.")
     ] = True,
     device: DeviceOption = "auto",
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of a turn. Default: about a second of the fastest candidate.")
+    steps: StepsOption = None,
+    repeats: RepeatsOption = 5,
+    warmup: Annotated[int, typer.Option(min=1, help="Number of warm-up steps of each candidate after its first.")] = 2,
+    clock: ClockOption = "wall",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights and tokens.")] = 1337,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Output folder; default: reports/throughput/<time>.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Counted turns of each candidate; the median is shown.")] = 5,
-    warmup: Annotated[int, typer.Option(min=1, help="Steps of each after its first that do not count.")] = 2,
-    clock: Annotated[
-        Literal["wall", "cpu"],
-        typer.Option(help="cpu: seconds of this process's threads; with one thread, a fair clock on a shared machine."),
-    ] = "wall",
-    seed: Annotated[int, typer.Option(min=0, help="Decides weights and tokens.")] = 1337,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time training steps, in turns with variants and a reference model, and measure how much memory they take."""
+    """Measure training throughput and peak memory beside model variants and a reference model of equal size."""
     import time
 
     from psannlm.benchmarks.training.bench import bench_train as measure
     from psannlm.benchmarks.training.candidates import ThroughputSettings
     from psannlm.benchmarks.training.peak_memory import peak_step_bytes
     from psannlm.benchmarks.training.report import draw_throughput
-    from psannlm.config.model import ModelConfig
-    from psannlm.config.run import section_from_kwargs
     from psannlm.errors import LimitMissed
     from psannlm.io.run_metadata import require_folder, timestamp
     from psannlm.models.registry import resolve
@@ -88,10 +114,7 @@ def bench_train(
     from psannlm.runtime.malloc import retain_freed_memory
 
     sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
-    with naming_options("model"):
-        config = section_from_kwargs(
-            ModelConfig, "model", {"base": base, "positional_encoding": positional_encoding, **sizes}
-        )
+    config = model_config(base=base, positional_encoding=positional_encoding, **sizes)
     settings = ThroughputSettings(
         model=resolve(config, max_seq_len=seq_len),
         seq_len=seq_len,
@@ -104,7 +127,7 @@ def bench_train(
         repeats=repeats,
         warmup=warmup,
         seed=seed,
-        also=tuple(also or ()),  # type: ignore[arg-type]  # they say themselves what they take
+        also=tuple(also or ()),  # type: ignore[arg-type]  # the settings check the names themselves
         against=against,
     )
     require_folder("throughput", out)
@@ -118,7 +141,7 @@ def bench_train(
             clock=time.process_time if clock == "cpu" else time.perf_counter,
             on_progress=lambda event: line.show(str(event)),
         )
-    tables = [_rates_table(report, clock), figures_table("what it comes to", _rows(report))]
+    tables = [_throughput_table(report, clock), figures_table("summary", _summary(report))]
     metrics: dict[str, Any] = {**report.as_dict(timestamp()), "clock": clock}
 
     def draw(folder: Path) -> None:
@@ -138,10 +161,10 @@ def _title(report: ThroughputReport) -> str:
     )
 
 
-def _rates_table(report: ThroughputReport, clock: str) -> Table:
+def _throughput_table(report: ThroughputReport, clock: str) -> Table:
     table = Table(
-        title=f"{_title(report)}; {report.device}; medians of {report.settings.repeats} turns of "
-        f"{report.steps_per_turn} steps, under them the lowest and highest",
+        title=f"{_title(report)}; {report.device}; medians of {report.settings.repeats} runs of "
+        f"{report.steps_per_turn} steps, with the lowest and highest run below",
         title_justify="left",
         title_style="bold",
         caption_justify="left",
@@ -155,15 +178,19 @@ def _rates_table(report: ThroughputReport, clock: str) -> Table:
         "step\nms",
         "first step\ns",
         "peak\nMB",
-        "ours over it\nspeed",
+        "our speedup",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
-        rate, utilisation, ratio = report.tokens_per_s(row), report.utilisation(row), report.speed_of_ours_over(row)
-        step_ms = 1e3 * report.settings.tokens_per_step / rate.median
+        throughput, utilisation, ratio = (
+            report.tokens_per_s(row),
+            report.utilisation(row),
+            report.speed_of_ours_over(row),
+        )
+        step_ms = 1e3 * report.settings.tokens_per_step / throughput.median
         table.add_row(
             row.name,
-            f"{rate.median:,.0f}\n{rate.lowest:,.0f}–{rate.highest:,.0f}",
+            f"{throughput.median:,.0f}\n{throughput.lowest:,.0f}–{throughput.highest:,.0f}",
             f"{utilisation.median:.0%}",
             f"{step_ms:,.1f}",
             f"{row.first_step_s:,.2f}",
@@ -175,29 +202,29 @@ def _rates_table(report: ThroughputReport, clock: str) -> Table:
     peak = Spread.of(report.matrix_flops_per_s)
     table.caption = (
         f"matrix peak: {peak.median / 1e9:,.0f} GFLOP/s ({peak.lowest / 1e9:,.0f}–{peak.highest / 1e9:,.0f}), "
-        f"measured in the same turns; {report.precision}"
+        f"measured between the runs; {report.precision}"
     )
     if clock == "cpu":
-        table.caption += "; seconds are those of the process, not of the clock on the wall"
+        table.caption += "; seconds are CPU seconds of the process, not elapsed time"
     return table
 
 
-def _rows(report: ThroughputReport) -> list[tuple[str, str]]:
+def _summary(report: ThroughputReport) -> list[tuple[str, str]]:
     ours = report.ours
     rows = [("our parameters", f"{ours.parameters:,}; {ours.flops_per_token / 1e6:,.1f} MFLOP per token")]
     for row in report.rows[1:]:
         ratio, memory = report.speed_of_ours_over(row), report.memory_of_ours_over(row)
-        text = f"{_spread(ratio)} x the tokens/s"
+        text = f"{_spread(ratio)} x the throughput"
         if memory is not None:
             text += f", {memory:.2f} x the peak memory"
-        rows.append((f"ours over {row.name}", text))
+        rows.append((f"ours / {row.name}", text))
         if row.candidate.maker != "psannlm" and not row.candidate.is_compiled:
             rows.append(("reference model", row.description))
     for is_compiled, words in ((False, "plain"), (True, "compiled")):
         cost = report.sine_cost(is_compiled)
         if cost is not None:
             edges = f"{cost.lowest:+.1%} to {cost.highest:+.1%}"
-            rows.append((f"the sine over GELU, {words}", f"{cost.median:+.1%} seconds a step ({edges})"))
+            rows.append((f"cost of the sine vs GELU, {words}", f"{cost.median:+.1%} seconds per step ({edges})"))
     return rows
 
 

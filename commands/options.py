@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from rich.text import Text
 
 from psannlm.display import json_text, printable
 from psannlm.runtime.consoles import FiguresTable, make_console
+
+if TYPE_CHECKING:
+    from psannlm.config.model import ModelConfig
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else; progress goes to stderr.")
@@ -38,6 +41,18 @@ ErrorModes = Literal["strict", "replace"]
 ErrorsOption = Annotated[
     ErrorModes,
     typer.Option("--errors", help="Bytes that are not UTF-8, and lone surrogates: stop, or put U+FFFD and count."),
+]
+BaseOption = Annotated[str, typer.Option("--base", help="Model base: respsann, waveresnet or transformer.")]
+WidthOption = Annotated[int, typer.Option("--d-model", help="Model width: features of a token's hidden state.")]
+LayersOption = Annotated[int, typer.Option("--n-layers", help="Number of transformer blocks.")]
+HeadsOption = Annotated[int, typer.Option("--n-heads", help="Number of attention heads in each block.")]
+PositionsOption = Annotated[
+    str, typer.Option("--positional-encoding", help="Positional encoding: rope, alibi or sinusoidal.")
+]
+VocabularyOption = Annotated[int, typer.Option("--vocab-size", help="Vocabulary size of the model, in tokens.")]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option("--against", help="Reference model of equal size: transformers, for its Llama (needs the extra hf)."),
 ]
 DEFAULT_RUNS = Path("runs")
 RunsOption = Annotated[Path, typer.Option("--runs", help="Where to look for the newest run.")]
@@ -144,6 +159,15 @@ def drawing_a_picture() -> Iterator[None]:
         yield
     except (PictureError, StorageError) as error:
         note(f"note: no picture: {error}")
+
+
+def model_config(**sizes: str | int) -> ModelConfig:
+    """Return the configuration of a model from the size options. Raises ConfigError, which names the options."""
+    from psannlm.config.model import ModelConfig
+    from psannlm.config.run import section_from_kwargs
+
+    with naming_options("model"):
+        return section_from_kwargs(ModelConfig, "model", sizes)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def test_figures_are_printed_and_written(psannlm, project: Path) -> None:
     for key in ("timestamp", "base", "batch_tokens", "tokens_per_s", "utilisation", "peak_bytes", "parameters"):
         assert all(key in row for row in metrics["rows"])
     table = (folder / "table.txt").read_text()
-    for words in (*names, "matrix peak", "the sine over GELU, plain", "our parameters"):
+    for words in (*names, "matrix peak", "cost of the sine vs GELU, plain", "our parameters"):
         assert words in done.out
         assert words in table
     assert "psannlm" in json.loads((folder / "system.json").read_text())

@@ -1,4 +1,4 @@
-"""A model and a batch in; what the cache, batching and compiling are worth each, and whether tokens change, out."""
+"""Decoding benchmark: speedups of the KV cache, of batching and of compilation, and token parity between them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from psannlm.benchmarks.decoding.context_length import longest_state, measure_growth
+from psannlm.benchmarks.decoding.context_length import GrowthPoint, longest_state, measure_growth
 from psannlm.benchmarks.decoding.modes import Case, DecodeRun, Prompts, decode, decode_uncached, spread_places
-from psannlm.benchmarks.decoding.quantization_quality import TOKENS_PER_ROW, measure_packing_cost
-from psannlm.benchmarks.decoding.random_weights import randomize_parameters
+from psannlm.benchmarks.decoding.quantization_quality import TOKENS_PER_ROW, PackingCost, measure_packing_cost
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings, case_figures, headline
 from psannlm.benchmarks.decoding.token_parity import Agreement, Rounding, compare
 from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved
@@ -29,23 +29,23 @@ from psannlm.runtime.device import describe_device
 
 OnProgress = Callable[[Progress], None]
 OnPartial = Callable[[dict[str, Any]], None]
-# Of a time limit: what passes without the cache may take, and after which part no context is measured any more.
+# Fractions of a time limit: what passes without the cache may take, and after which no context length is measured.
 _UNCACHED_FRACTION, _CASES_FRACTION = 0.5, 0.7
-# What a turn gives: a run, or a reading rate in bytes per second.
+# Result of a run: a decoding run, or a memory bandwidth in bytes per second.
 Candidate = Callable[[Count], DecodeRun | float]
 
 REFERENCE = Case(True, True)
 _FIRST = "first run, "
-_READING = {True: "reading as many bytes", False: "reading as many bytes, one row"}
+_READING = {True: "reading memory, batch", False: "reading memory, one row"}
 
 
 class ReferenceModelBuilder(Protocol):
-    """What makes the reference model of a name, such as ``reference_llama.build_reference_model``."""
+    """Builder of reference models, such as ``reference_llama.build_reference_model``."""
 
     def __call__(
         self, name: str, config: ModelConfig, parameters: int, seq_len: int, device: torch.device
     ) -> ReferenceModel:
-        """Return it, for rows of at most ``seq_len`` tokens."""
+        """Return the reference model ``name`` for rows of at most ``seq_len`` tokens."""
         ...
 
 
@@ -56,20 +56,20 @@ def bench_kv(
     weights: str = "random",
     make_reference: ReferenceModelBuilder = build_reference_model,
     clock: Clock = time.perf_counter,
-    on_progress: OnProgress = lambda progress: None,
+    on_progress: OnProgress = lambda event: None,
     on_partial: OnPartial = lambda figures: None,
 ) -> KvReport:
-    """Measure all cases in turns on ``model``, on the device that it is on; no row ends early.
+    """Measure all cases, interleaved, on the device of ``model``; no row ends early.
 
-    A model or a cache that breaks its promise is no error here: the report's ``problems`` say so.
+    Tokens that differ or a cache of the wrong size are not errors here: the report's ``problems`` list them.
 
     Args:
-        weights: where they come from, for the report.
-        on_partial: called after every run with the figures so far, as plain data whose ``is_complete`` is false.
+        weights: where the weights come from, for the report.
+        on_partial: called after every run with the figures so far, as plain data with ``is_complete`` false.
 
     Raises:
-        ConfigError: the model's context is too short for what is to be decoded.
-        GenerationError: the dtype of ``settings`` is not known.
+        ConfigError: the model's context is too short for the prompts and new tokens.
+        GenerationError: the dtype of ``settings`` is unknown.
     """
     config, device = model.config, model.embedding.weight.device
     limit = None if config.positional_encoding == "alibi" else config.max_seq_len
@@ -94,14 +94,7 @@ def bench_kv(
     firsts = bench.run_first(reference_model)
     reference = firsts[str(REFERENCE)]
     runs, reference_runs, reads = bench.run_cases(reference.ids, reference_model)
-    contexts = [context for context in settings.contexts if limit is None or longest_state([context]) <= limit]
-    left_out = [context for context in settings.contexts if context not in contexts]
-    if contexts and settings.time_limit_s is not None and clock() - began > _CASES_FRACTION * settings.time_limit_s:
-        bench.notices.append(
-            f"no step at growing contexts was timed: the cases took {clock() - began:,.0f} s of the time limit of "
-            f"{settings.time_limit_s:,.0f} s; raise --time-limit for it"
-        )
-        contexts = []
+    contexts, left_out = bench.contexts_within(limit)
     return KvReport(
         settings=settings,
         model=config,
@@ -117,27 +110,9 @@ def bench_kv(
         reads=reads,
         first_s={case: firsts[str(case)].total_s for case in runs if case.is_compiled},
         notices=list(dict.fromkeys([*bench.engine.notices, *bench.compiled.notices, *bench.notices])),
-        growth=measure_growth(
-            bench.compiled,
-            settings.batch_size,
-            contexts,
-            repeats=settings.repeats,
-            seed=settings.seed,
-            clock=clock,
-            on_progress=on_progress,
-            deadline=bench.deadline(1.0),
-        ),
+        growth=bench.measure_contexts(contexts),
         left_out=left_out,
-        packing=None
-        if settings.dtype == "float32"
-        else measure_packing_cost(
-            model,
-            bench.engine,
-            seed=settings.seed,
-            clock=clock,
-            on_progress=on_progress,
-            deadline=bench.deadline(1.0),
-        ),
+        packing=None if settings.dtype == "float32" else bench.measure_packing(),
         reference_model=None
         if reference_model is None
         else ReferenceRuns(
@@ -151,7 +126,7 @@ def bench_kv(
 
 
 class _Bench:
-    """One benchmark under way: the engines, the prompts, and what is run in turns."""
+    """State of one benchmark: engines, prompts, cases and their runs so far."""
 
     def __init__(
         self,
@@ -178,25 +153,25 @@ class _Bench:
         self.notices: list[str] = []
 
     def deadline(self, fraction: float) -> float | None:
-        """Return the time of the clock at which ``fraction`` of the time limit is used up; None without a limit."""
+        """Return the clock's time at which ``fraction`` of the time limit has passed; None without a limit."""
         limit = self._settings.time_limit_s
         return None if limit is None else self._began + fraction * limit
 
     def run_first(self, reference_model: ReferenceModel | None) -> dict[str, DecodeRun]:
-        """Return the very first run of every candidate that has something to prepare, compilation above all."""
+        """Return the first run of every candidate with one-time work, such as compilation."""
         cases = [case for case in self.cases if case.is_compiled or case == REFERENCE]
         candidates = {str(case): self._cached(case) for case in cases}
         if reference_model is not None:
             candidates[reference_model.name] = self._reference_model(reference_model)
-        # Without a count: the first tokens wait for a compiler, and say nothing of the time that is left.
+        # Without progress counts: the first tokens wait for the compiler and do not predict the remaining time.
         silent = {f"{_FIRST}{name}": _silent(candidate) for name, candidate in candidates.items()}
-        taken = self._in_turns(silent, repeats=1, warm_ups=0)
+        taken = self._run_interleaved(silent, repeats=1, warm_ups=0)
         return {name.removeprefix(_FIRST): _runs_of(results)[0] for name, results in taken.items()}
 
     def run_cases(
         self, given: Prompts, reference_model: ReferenceModel | None
     ) -> tuple[dict[Case, list[DecodeRun]], list[DecodeRun], dict[bool, list[float]]]:
-        """Return the runs of every case, those of the reference model, and the rates of reading, all made in turns."""
+        """Return the runs of every case, those of the reference model, and memory bandwidths, all interleaved."""
         steps = self._uncached_steps(given)
         candidates: dict[str, Candidate] = {
             str(case): self._cached(case) if case.use_cache else self._uncached(case, given, steps)
@@ -206,14 +181,14 @@ class _Bench:
             candidates[reference_model.name] = self._reference_model(reference_model)
         for is_batched, n_bytes in self.n_bytes.items():
             candidates[_READING[is_batched]] = memory_reader(n_bytes, self._device, clock=self._clock)
-        # Under a time limit a long run is not made twice: the first runs of all cases have warmed up the kernels.
+        # Under a time limit a long run has no warm-up: the first runs of all cases have warmed up the kernels.
         cold = [] if self._settings.time_limit_s is None else [str(case) for case in self.cases if case != REFERENCE]
         repeats = self._settings.repeats
-        taken = self._in_turns(candidates, repeats=repeats, warm_ups=1, cold=cold)
+        taken = self._run_interleaved(candidates, repeats=repeats, warm_ups=1, cold=cold)
         fewer = [f"{len(taken[name])} of {name}" for name in candidates if len(taken[name]) < repeats]
         if fewer:
             self.notices.append(
-                f"of {repeats} runs of each case, the time limit of {self._settings.time_limit_s:,.0f} s left room for "
+                f"of {repeats} runs of each case, the time limit of {self._settings.time_limit_s:,.0f} s allowed "
                 f"{', '.join(fewer)}; raise --time-limit for all of them"
             )
         return (
@@ -223,9 +198,9 @@ class _Bench:
         )
 
     def _uncached_steps(self, given: Prompts) -> int | None:
-        """Return how many full passes of a row to time after its first; None: all.
+        """Return how many full forward passes of a row to time after its first; None: all.
 
-        Under a time limit, two passes of each case show how long all would take; they are warm-up as well.
+        Under a time limit, two passes of each case give the estimate of all; they also warm up.
         """
         settings, limit = self._settings, self._settings.time_limit_s
         uncached = [case for case in self.cases if not case.use_cache]
@@ -247,7 +222,7 @@ class _Bench:
         return None if n_passes >= settings.max_new_tokens else max(2, n_passes - 1)
 
     def compare(self, reference: DecodeRun, runs: Mapping[Case, Sequence[DecodeRun]]) -> Agreement:
-        """Compare every run with the first one, from before the turns, and that with full forward passes."""
+        """Compare the tokens of every run with those of the reference run, and these with full forward passes."""
         named = {str(REFERENCE): [reference, *runs[REFERENCE]]}
         named.update((str(case), list(made)) for case, made in runs.items() if case != REFERENCE)
         if self.engine.dtype == "float32":
@@ -258,7 +233,48 @@ class _Bench:
             rounding = Rounding(self._model, rounded.model)
         return compare(self.engine.model, self.prompts, named, rounding)
 
-    def _in_turns(
+    def contexts_within(self, limit: int | None) -> tuple[list[int], list[int]]:
+        """Return the context lengths to measure, and those beyond the model's ``limit``.
+
+        Where the cases used up most of the time limit, no length is measured, and a notice says so.
+        """
+        settings, elapsed_s = self._settings, self._clock() - self._began
+        contexts = [context for context in settings.contexts if limit is None or longest_state([context]) <= limit]
+        left_out = [context for context in settings.contexts if context not in contexts]
+        limit_s = settings.time_limit_s
+        if not contexts or limit_s is None or elapsed_s <= _CASES_FRACTION * limit_s:
+            return contexts, left_out
+        self.notices.append(
+            f"no context length was measured: the cases took {elapsed_s:,.0f} s of the time limit of {limit_s:,.0f} s; "
+            "raise --time-limit to measure them"
+        )
+        return [], left_out
+
+    def measure_contexts(self, contexts: Sequence[int]) -> list[GrowthPoint]:
+        """Time a decoding step at each context length."""
+        return measure_growth(
+            self.compiled,
+            self._settings.batch_size,
+            contexts,
+            repeats=self._settings.repeats,
+            seed=self._settings.seed,
+            clock=self._clock,
+            on_progress=self._on_progress,
+            deadline=self.deadline(1.0),
+        )
+
+    def measure_packing(self) -> PackingCost:
+        """Measure the perplexity cost of the quantized weights."""
+        return measure_packing_cost(
+            self._model,
+            self.engine,
+            seed=self._settings.seed,
+            clock=self._clock,
+            on_progress=self._on_progress,
+            deadline=self.deadline(1.0),
+        )
+
+    def _run_interleaved(
         self, candidates: Mapping[str, Candidate], *, repeats: int, warm_ups: int, cold: Collection[str] = ()
     ) -> dict[str, list[DecodeRun | float]]:
         return run_interleaved(
@@ -274,7 +290,7 @@ class _Bench:
         )
 
     def _keep(self, name: str, is_warm_up: bool, result: DecodeRun | float) -> None:
-        """Pass on the figures of all runs so far; a case without a counted run has those of its warm-up."""
+        """Report the figures of all runs so far; a case without a counted run has those of its warm-up."""
         case = next((case for case in self.cases if name.removeprefix(_FIRST) == str(case)), None)
         if case is None or not isinstance(result, DecodeRun):
             return
@@ -331,18 +347,18 @@ def _rates_of(results: Sequence[DecodeRun | float]) -> list[float]:
 
 
 def build_random_model(config: ModelConfig, settings: KvSettings, device: torch.device) -> Transformer:
-    """Build a model of ``config`` with a context for all that ``settings`` ask, and with random float32 weights.
+    """Build a model of ``config`` with random float32 weights and a context long enough for ``settings``.
 
-    They are such that every part of the model shows in its output. As they are drawn for training, branches and short
-    convolutions start at zero: any cache would do for such a model.
+    No parameter is zero: with the initialization for training, where residual branches and short convolutions start at
+    zero, a broken cache would go unnoticed.
 
     Raises:
         ConfigError: ``config`` has no vocabulary size.
     """
-    room = max(settings.n_tokens, longest_state(settings.contexts))
+    max_seq_len = max(settings.n_tokens, longest_state(settings.contexts))
     if settings.dtype != "float32":
-        room = max(room, 1 + TOKENS_PER_ROW)
-    resolved = resolve(config.model_copy(update={"max_seq_len": room}))
+        max_seq_len = max(max_seq_len, 1 + TOKENS_PER_ROW)
+    resolved = resolve(config.model_copy(update={"max_seq_len": max_seq_len}))
     refuse_oversize(resolved, config.vocab_size or 1, Place(for_training=False))
     model = build_model(resolved, seed=settings.seed).eval()
     randomize_parameters(model, settings.seed)
@@ -350,8 +366,24 @@ def build_random_model(config: ModelConfig, settings: KvSettings, device: torch.
 
 
 def random_prompts(config: ModelConfig, settings: KvSettings) -> Prompts:
-    """Return the batch's prompts: ids drawn evenly from the vocabulary, from the seed alone."""
+    """Return the prompts: ids sampled uniformly from the vocabulary, determined by the seed."""
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.batch_size, settings.prompt_length)
     drawn: Prompts = torch.randint(config.vocab_size or 0, size, generator=generator).tolist()
     return drawn
+
+
+def randomize_parameters(model: nn.Module, seed: int) -> None:
+    """Set all parameters to random values that depend on ``seed`` alone, none of them zero.
+
+    With the initialization for training, residual branches and short convolutions start at zero, and errors of a cache
+    or a kernel in them would go unnoticed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            if parameter.ndim == 2:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+            else:
+                parameter.add_(noise * 0.3)

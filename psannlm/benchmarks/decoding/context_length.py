@@ -1,4 +1,4 @@
-"""An engine and lengths of context in; seconds of a step at each, beside the bandwidth floor, and a plot out."""
+"""Decoding time by context length, with the memory-bandwidth roofline, and its plot."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MEASURED_COLOUR, _ROOFLINE_COLOUR = "#1f77b4", "#7f7f7f"
 
 @dataclass(frozen=True)
 class GrowthPoint:
-    """A decoding step of all rows at one length of context; ``cache_bytes`` is the state that was held."""
+    """A decoding step of all rows at one context length; ``cache_bytes`` is the size of the KV cache."""
 
     context: int
     cache_bytes: int
@@ -41,7 +41,7 @@ class GrowthPoint:
 
 
 def longest_state(contexts: Sequence[int], n_steps: int = STEPS) -> int:
-    """Return the tokens that a row holds when the longest of ``contexts`` has been measured; 0 for none."""
+    """Return the tokens of a row after the longest of ``contexts`` was measured; 0 without contexts."""
     return max(contexts) + n_steps if contexts else 0
 
 
@@ -57,10 +57,11 @@ def measure_growth(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     deadline: float | None = None,
 ) -> list[GrowthPoint]:
-    """Time ``n_steps`` cached steps of ``n_rows`` rows around each of ``contexts``, in turns with reading as much.
+    """Time ``n_steps`` decoding steps of ``n_rows`` rows around each of ``contexts``, and memory reads of equal size.
 
-    A turn's figure is the median of its steps. Each turn starts from the same tokens: n_steps / 2 short of the context.
-    All rows hold the same ones, so that only one of them must be prefilled. ``deadline`` as for ``run_interleaved``.
+    The result of a run is the median of its steps. Each run starts from the same tokens, ``n_steps / 2`` before the
+    context length. All rows hold the same tokens, so that only one of them is prefilled. ``deadline``: see
+    ``run_interleaved``.
     """
     device = engine.model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
@@ -106,7 +107,7 @@ def measure_growth(
 
 @dataclass
 class _Held:
-    """A state that stands at one length, and the tokens that come next."""
+    """A KV cache filled to ``length`` tokens per row, and the next token of each row."""
 
     state: KVCache
     tokens: Tensor
@@ -120,7 +121,7 @@ class _Held:
 
     @torch.inference_mode()
     def time_steps(self, engine: Engine, n_steps: int, clock: Clock, count: Count) -> float:
-        """Return the median seconds of a greedy step, its token on the host; begins at ``length`` every time."""
+        """Return the median seconds of a greedy step, its tokens copied to the host; starts at ``length`` each time."""
         self.state.lengths = [self.length] * len(self.state.lengths)
         self.state.offsets.fill_(self.length)
         tokens = self.tokens
@@ -135,7 +136,7 @@ class _Held:
 
 
 def draw_growth(path: Path, title: str, points: Sequence[GrowthPoint]) -> None:
-    """Draw milliseconds per step against the context, with the bandwidth floor under them.
+    """Plot milliseconds per step by context length, with the memory-bandwidth roofline.
 
     Raises:
         PictureError: the picture cannot be drawn.
@@ -164,14 +165,14 @@ def _growth_figure(title: str, points: Sequence[GrowthPoint]) -> Figure:
         linewidth=2,
         marker="o",
         capsize=4,
-        label="measured, lowest to highest turn",
+        label="measured, lowest to highest run",
     )
     rooflines = [1e3 * point.roofline.roofline_s for point in points]
-    label = "floor: reading weights and cache once"
+    label = "roofline: reading weights and cache once"
     axes.plot(contexts, rooflines, color=_ROOFLINE_COLOUR, linewidth=2, linestyle="--", marker="s", label=label)
     for context, median, point in zip(contexts, medians, points, strict=True):
         text = f"{median:.3g} ms\n{point.roofline.fraction.median:.0%} of bandwidth"
-        # The line rises: what stands to the left of a point is clear of it.
+        # The line rises: a label to the left of a point does not overlap it.
         side, shift = ("center", 0) if context == contexts[0] else ("right", 8)
         axes.annotate(text, (context, median), (shift, 9), textcoords="offset points", ha=side, fontsize=9)
     axes.set_xscale("log", base=2)

@@ -1,7 +1,8 @@
-"""An engine and prompts of one length in; their greedy continuations and the seconds of each part out, in four ways.
+"""Timed greedy decoding with and without the KV cache, batched and row by row.
 
-With the cache or with a full forward pass over the growing sequence for every token, and all rows together or one row
-at a time: two switches, so that what each is worth can be told apart. The weights are the same packed ones in all.
+Each token comes from the cache or from a full forward pass over the growing sequence, for all rows together or for
+one row at a time. The two switches are independent, so that the gain of each can be measured. All modes use the same
+packed weights.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Prompts = list[list[int]]
 
 @dataclass(frozen=True)
 class Case:
-    """One of the ways to decode; ``is_compiled`` only ever with the cache."""
+    """A way of decoding; ``is_compiled`` is only used with the cache."""
 
     use_cache: bool
     is_batched: bool
@@ -41,19 +42,19 @@ CASES = tuple(Case(use_cache, is_batched) for use_cache in (True, False) for is_
 
 @dataclass(frozen=True)
 class DecodeRun:
-    """One run: the ids that each row chose, and seconds.
+    """Tokens and times of one decoding run.
 
     Attributes:
-        ids: of each row, one for each of ``places``.
-        n_new: new tokens of each row that the seconds stand for.
-        prefill_s: from the prompts to the logits that follow them; of rows one at a time, the sum.
-        first_token_s: from the prompts to the first token in hand; of rows one at a time, the mean, each from its own
-            start.
-        decode_s: from the first token to the last; of rows one at a time, the sum.
-        total_s: the whole batch, from first to last.
-        places: which new tokens, counted from 0, were chosen after *given* tokens; None: all, each after its own.
-        cache_bytes: of the state at the end, for all rows it served at once; 0 without a cache.
-        cache_slots: tokens that this state has room for in each row.
+        ids: the chosen ids of each row, one for each of ``places``.
+        n_new: new tokens of each row that the seconds are for.
+        prefill_s: seconds from the prompts to their next-token logits; row by row, the sum over rows.
+        first_token_s: seconds from the prompt to the first token; row by row, the mean over rows.
+        decode_s: seconds from the first token to the last; row by row, the sum over rows.
+        total_s: seconds of the whole batch.
+        places: positions of the new tokens, from 0, that were computed, each after the *given* tokens; None: all
+            tokens, each after the run's own.
+        cache_bytes: size of the KV cache at the end, for all rows decoded at once; 0 without a cache.
+        cache_slots: capacity of that cache, in tokens per row.
     """
 
     ids: Prompts
@@ -68,17 +69,17 @@ class DecodeRun:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Rate of the tokens after each row's first."""
+        """Throughput of the tokens after each row's first."""
         return len(self.ids) * (self.n_new - 1) / self.decode_s
 
     @property
     def tokens_per_s(self) -> float:
-        """Rate of all new tokens, prefill included."""
+        """Throughput of all new tokens, prefill included."""
         return len(self.ids) * self.n_new / self.total_s
 
     @classmethod
     def join(cls, rows: Sequence[DecodeRun]) -> DecodeRun:
-        """Return the run that rows decoded one after the other make together."""
+        """Combine the runs of single rows into one run."""
         return cls(
             ids=[ids for row in rows for ids in row.ids],
             n_new=rows[0].n_new,
@@ -101,12 +102,12 @@ def decode(
     clock: Clock = time.perf_counter,
     count: Count = lambda done, total: None,
 ) -> DecodeRun:
-    """Continue ``prompts`` (all of one length) greedily with the cache; ``count`` hears of every token."""
+    """Decode ``prompts`` (all of one length) greedily with the cache; ``count`` is called after every token."""
     if is_batched:
         total = len(prompts) * max_new_tokens
         return _decode(engine, prompts, max_new_tokens, clock, lambda done: count(done, total))
     return _row_by_row(
-        lambda row, told: _decode(engine, prompts[row : row + 1], max_new_tokens, clock, told),
+        lambda row, count_row: _decode(engine, prompts[row : row + 1], max_new_tokens, clock, count_row),
         len(prompts),
         max_new_tokens,
         count,
@@ -123,22 +124,24 @@ def decode_uncached(
     clock: Clock = time.perf_counter,
     count: Count = lambda done, total: None,
 ) -> DecodeRun:
-    """Choose every token by a full forward pass over the prompt and the tokens before it.
+    """Choose every token by a full forward pass over the prompt and the ``given`` tokens before it.
 
-    Those before it are ``given``, so that each choice can be compared by itself: where all are what was given, decoding
-    without a cache would have come to the same continuation. The work is the same.
+    Each choice is compared by itself: if every one equals its given token, decoding without a cache would generate
+    the same continuation. The work is the same.
 
     Args:
         given: the continuation of each prompt.
-        places: the new tokens that are really computed, rising, 0 and the last among them; None: all. The seconds of
-            the others are read off the straight line between their neighbours.
+        places: ascending positions of the new tokens to compute, with 0 and the last; None: all. The seconds of the
+            others are interpolated linearly.
     """
     chosen = tuple(range(len(given[0])) if places is None else places)
     if is_batched:
         total = len(prompts) * len(chosen)
         return _decode_uncached(engine, prompts, given, chosen, clock, lambda done: count(done, total))
     return _row_by_row(
-        lambda row, told: _decode_uncached(engine, prompts[row : row + 1], given[row : row + 1], chosen, clock, told),
+        lambda row, count_row: _decode_uncached(
+            engine, prompts[row : row + 1], given[row : row + 1], chosen, clock, count_row
+        ),
         len(prompts),
         len(chosen),
         count,
@@ -146,7 +149,7 @@ def decode_uncached(
 
 
 def spread_places(n_new: int, n_steps: int | None) -> list[int]:
-    """Return which of ``n_new`` tokens to compute: the first, and ``n_steps`` of the others evenly, ends included."""
+    """Return the positions to compute of ``n_new`` tokens: 0, and ``n_steps`` of the others, evenly, ends included."""
     if n_steps is None or n_steps >= n_new - 1:
         return list(range(n_new))
     return [0, *sorted({1 + round(index * (n_new - 2) / (n_steps - 1)) for index in range(n_steps)})]
@@ -226,6 +229,6 @@ def _decode_uncached(
 
 
 def finish(tensor: torch.Tensor) -> None:
-    """Wait for a GPU, which works on after a call has returned."""
+    """Wait until the GPU has computed ``tensor``; calls return earlier than that."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)

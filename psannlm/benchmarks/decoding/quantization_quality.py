@@ -1,7 +1,7 @@
-"""A model and its packed weights in; what packing costs in perplexity out, on text that the model itself wrote.
+"""Perplexity cost of quantized weights, on text sampled from the float32 model.
 
-For text drawn from the model at temperature 1, the mean of log p - log q over its tokens is the Kullback-Leibler
-divergence of the packed distribution q from the model's own p, whatever the model was trained on. The ratio of the
+For text sampled from the model at temperature 1, the mean of log p - log q over its tokens is the Kullback-Leibler
+divergence of the quantized distribution q from the model's own p, whatever the model was trained on. The ratio of the
 perplexities is its exponential.
 """
 
@@ -59,9 +59,9 @@ def measure_packing_cost(
     on_progress: Callable[[Progress], None] = lambda event: None,
     deadline: float | None = None,
 ) -> PackingCost:
-    """Sample ``n_rows`` texts from the float32 ``model`` and score them with it and with the packed weights.
+    """Sample ``n_rows`` texts from the float32 ``model`` and compute their loss with it and with the packed weights.
 
-    Texts are of ``n_tokens``, or as many as the model's context holds.
+    Texts have ``n_tokens`` tokens, or as many as the model's context holds.
     """
     limit = model.config.max_seq_len
     length = n_tokens if limit is None else min(n_tokens, limit - 1)
@@ -79,9 +79,9 @@ def measure_packing_cost(
 
     run_interleaved(
         {
-            "text of the model's own": write,
-            "perplexity of the weights as given": score("float32", model),
-            f"perplexity of the weights packed as {packed.dtype}": score("packed", packed.model),
+            "sampling text": write,
+            "perplexity of the model": score("float32", model),
+            f"perplexity with {packed.dtype} weights": score("packed", packed.model),
         },
         1,
         warm_ups=0,
@@ -102,7 +102,7 @@ def sample_texts(engine: Engine, n_rows: int, length: int, seed: int, count: Cou
     logits, state = engine.prefill(first.tolist(), length)
     columns = [first[:, 0]]
     for done in range(1, length + 1):
-        # On the host: a GPU's generator would draw other numbers.
+        # On the host: the generator of a GPU would draw other numbers.
         drawn = torch.multinomial(logits.float().softmax(dim=-1).cpu(), 1, generator=generator)[:, 0]
         columns.append(drawn)
         count(done * n_rows, length * n_rows)
@@ -113,7 +113,7 @@ def sample_texts(engine: Engine, n_rows: int, length: int, seed: int, count: Cou
 
 @torch.inference_mode()
 def token_losses(model: Transformer, ids: Tensor, count: Count) -> Tensor:
-    """Return the losses in nats (B T,) of the tokens of ``ids`` (B, 1 + T) but each row's first, on the host."""
+    """Return the losses (B T,) in nats of all tokens of ``ids`` (B, 1 + T) but each row's first, on the host."""
     losses = []
     for done, row in enumerate(ids.to(model.embedding.weight.device), start=1):
         logits = model.logits(model.hidden_states(row[None, :-1]))[0].float()

@@ -1,4 +1,4 @@
-"""What the runs of ``kv_cache`` came to in; rates, ratios between what differs in one thing only, and problems, out."""
+"""Results of the decoding benchmark: throughput, speedups that differ in one factor, cache sizes and problems."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _FIGURES = ("prefill_s", "first_token_s", "decode_s", "total_s", "decode_tokens_
 
 @dataclass(frozen=True)
 class KvSettings:
-    """What is decoded, and how: ``batch_size`` prompts of ``prompt_length`` random tokens, each
-    continued by ``max_new_tokens``.
+    """Settings of the decoding benchmark: ``batch_size`` prompts of ``prompt_length`` random tokens, each continued
+    by ``max_new_tokens`` tokens.
 
     Attributes:
-        dtype: of the packed weights.
-        is_compiled: decode with the cache through torch.compile too, beside the engine without it.
-        cases: ``all``; ``batch`` leaves out rows one by one, ``cached`` full forward passes.
-        uncached_steps: full forward passes after a row's first that are really run, evenly over the tokens; None: all.
-        contexts: lengths at which a cached step is timed.
-        against: a library whose model of equal size decodes the same prompts, or None.
-        time_limit_s: seconds that the measurement should take at most, on a machine of any speed: passes without the
-            cache, repeats and contexts are left out for it, each of which the report states. None: nothing is.
+        dtype: dtype of the packed weights.
+        is_compiled: measure cached decoding with torch.compile too.
+        cases: ``all``; ``batch`` leaves out decoding row by row, ``cached`` decoding without the cache.
+        uncached_steps: full forward passes that are timed after a row's first, spread evenly; None: all.
+        contexts: context lengths at which a decoding step is timed.
+        against: library whose model of equal size decodes the same prompts, or None.
+        time_limit_s: time limit in seconds. Uncached passes, repeats and contexts beyond it are left out, and the
+            report states each. None: no limit.
 
     Raises:
         ConfigError: a number is too small to measure anything, a name is unknown, or a package is missing.
@@ -66,7 +66,7 @@ class KvSettings:
         if self.cases not in known:
             raise ConfigError(f"cases {self.cases!r:.40} is not one of {', '.join(known)}{nearest(self.cases, known)}")
         if self.time_limit_s is not None and not self.time_limit_s > 0:
-            raise ConfigError(f"time_limit_s {self.time_limit_s} is not a time; use more than 0")
+            raise ConfigError(f"time_limit_s {self.time_limit_s} is not a duration; use more than 0")
         if self.against is not None:
             require_reference_model(self.against)
 
@@ -77,11 +77,11 @@ class KvSettings:
 
     @property
     def mean_context(self) -> int:
-        """Tokens that a row sees in its mean decoding step: from one more than the prompt to all but the last."""
+        """Mean tokens of a row over its decoding steps, from ``prompt_length + 1`` to all but the last."""
         return self.prompt_length + self.max_new_tokens // 2
 
     def chosen_cases(self, is_compiled: bool) -> tuple[Case, ...]:
-        """Return the ways to decode; with one prompt, a batch and row by row are the same."""
+        """Return the cases to measure; with one prompt, batched and row by row are the same."""
         chosen = [
             case
             for case in CASES
@@ -95,14 +95,15 @@ class KvSettings:
 
 @dataclass(frozen=True)
 class KvReport:
-    """The benchmark's outcome; ``problems`` names each promise that was broken.
+    """Results of the benchmark; ``problems`` lists each property that did not hold.
 
     Attributes:
-        weights: where they come from.
-        notices: what was asked for and is had in another way.
+        weights: ``random``, or the file of the weights.
+        notices: deviations from the settings, such as runs that the time limit left out.
         first_s: seconds of the first run of each compiled case, compilation included.
-        reads: bytes per second of reading what a step reads, of each turn, for a batch (True) and for one row (False).
-        left_out: contexts that the model has no room for.
+        reads: measured memory bandwidth in bytes per second, by run, for reads of the size of a batch (True) or of
+            one row (False).
+        left_out: context lengths beyond the model's maximum.
     """
 
     settings: KvSettings
@@ -124,36 +125,36 @@ class KvReport:
     packing: PackingCost | None = None
     reference_model: ReferenceRuns | None = None
 
-    def rate(self, case: Case) -> Spread:
-        """Return the decode rate of a case in tokens per second, after the first token."""
-        return Spread.of(_decode_rates(self.runs[case]))
+    def throughput(self, case: Case) -> Spread:
+        """Return the decode throughput of a case in tokens per second, after the first token."""
+        return Spread.of(_decode_throughputs(self.runs[case]))
 
     def from_cache(self, is_batched: bool) -> Spread | None:
-        """Return how many times faster the cache alone makes decoding: same rows at a time, nothing compiled."""
+        """Return the speedup of decoding by the cache alone: same batching, not compiled."""
         return self._ratio(Case(True, is_batched), Case(False, is_batched))
 
     def from_batching(self, use_cache: bool, is_compiled: bool = False) -> Spread | None:
-        """Return how many times faster batching alone makes decoding: same use of the cache, same engine."""
+        """Return the speedup of decoding by batching alone: same use of the cache, same engine."""
         return self._ratio(Case(use_cache, True, is_compiled), Case(use_cache, False, is_compiled))
 
     def from_compiling(self, is_batched: bool) -> Spread | None:
-        """Return how many times faster compiling alone makes cached decoding."""
+        """Return the speedup of cached decoding by compilation alone."""
         return self._ratio(Case(True, is_batched, True), Case(True, is_batched))
 
     def _ratio(self, above: Case, below: Case) -> Spread | None:
-        """Decode rates turn by turn; None where a case was not run."""
+        """Return the ratio of decode throughputs, run by run; None if a case was not run."""
         if above not in self.runs or below not in self.runs:
             return None
-        return paired_ratio(*shared_turns(_decode_rates(self.runs[above]), _decode_rates(self.runs[below])))
+        return paired_ratio(*shared_turns(_decode_throughputs(self.runs[above]), _decode_throughputs(self.runs[below])))
 
     @property
     def naive(self) -> Case | None:
-        """The naive loop, which replays the whole prompt for each token of one row at a time; None if not run."""
+        """The naive loop: one full forward pass per token, row by row; None if it was not run."""
         case = Case(False, self.settings.batch_size == 1)
         return case if case in self.runs else None
 
     def cached_over_naive(self) -> Spread | None:
-        """Return how many times the naive loop's rate the cached batch has, of all new tokens, prefill included."""
+        """Return the throughput of the cached batch over the naive loop's, of all new tokens, prefill included."""
         return None if self.naive is None else _whole_ratio(self.runs[Case(True, True)], self.runs[self.naive])
 
     @property
@@ -163,7 +164,7 @@ class KvReport:
 
     @property
     def ours(self) -> Case:
-        """The case compared with a reference model: the whole batch with the cache, compiled if that was asked for."""
+        """The case compared with a reference model: the whole batch with the cache, compiled if that was requested."""
         compiled = Case(True, True, True)
         return compiled if compiled in self.runs else Case(True, True)
 
@@ -174,18 +175,18 @@ class KvReport:
         mine, theirs = self.runs[self.ours], self.reference_model.runs
         return {
             "whole": _whole_ratio(mine, theirs),
-            "decode": paired_ratio(*shared_turns(_decode_rates(mine), _decode_rates(theirs))),
+            "decode": paired_ratio(*shared_turns(_decode_throughputs(mine), _decode_throughputs(theirs))),
         }
 
     def compile_s(self) -> dict[Case, float]:
-        """Return what the first run of each compiled case took beyond its median run."""
+        """Return the seconds that the first run of each compiled case took beyond its median run."""
         return {
             case: first - statistics.median([run.total_s for run in self.runs[case]])
             for case, first in self.first_s.items()
         }
 
     def rooflines(self) -> dict[Case, RooflineFraction]:
-        """Return the mean decoding step of each cached case beside the time to read what it reads, turn by turn."""
+        """Return the mean decoding step of each cached case and the time to read its bytes, run by run."""
         found = {}
         for case, runs in self.runs.items():
             if case.use_cache:
@@ -196,15 +197,15 @@ class KvReport:
         return found
 
     def measured_cache_bytes(self) -> dict[Case, int]:
-        """Return the largest state that was held, of each case that has one."""
+        """Return the largest KV cache of each case that has one."""
         return {case: max(run.cache_bytes for run in runs) for case, runs in self.runs.items() if case.use_cache}
 
     def cache_slots(self) -> dict[Case, int]:
-        """Return how many tokens of a row that state had room for."""
+        """Return the capacity of that cache, in tokens per row."""
         return {case: max(run.cache_slots for run in runs) for case, runs in self.runs.items() if case.use_cache}
 
     def predicted_cache_bytes(self) -> dict[Case, int]:
-        """Return what ``models.accounting`` says of a state with so much room."""
+        """Return the size that ``models.accounting`` predicts for a cache of that capacity."""
         return {
             case: cache_bytes(
                 self.model, self.settings.batch_size if case.is_batched else 1, slots, self.cache_element_bytes
@@ -214,20 +215,20 @@ class KvReport:
 
     @property
     def n_uncached_passes(self) -> int:
-        """Full forward passes of a row that were timed where there is no cache; 0 where that was left out."""
+        """Full forward passes that were timed per row without the cache; 0 if those cases were left out."""
         return max((len(runs[0].places or ()) for runs in self.runs.values()), default=0)
 
     @property
     def distinct_tokens(self) -> int:
-        """How many different ids the outputs hold: if there are few, their equality says little."""
+        """Number of distinct ids in the outputs; equality of few distinct ids proves little."""
         return len({token for row in self.runs[Case(True, True)][0].ids for token in row})
 
     @property
     def problems(self) -> list[str]:
-        """Return what did not hold, in words: outputs that differ, a cache of another size than predicted."""
+        """Return one line for each property that did not hold: tokens that differ, an unexpected cache size."""
         found = [] if self.agreement.difference is None else [str(self.agreement.difference)]
         predictions, slots = self.predicted_cache_bytes(), self.cache_slots()
-        # The last token of a row is chosen, and never looked at.
+        # The last token of a row is chosen but never read.
         needed = self.settings.n_tokens - 1
         for case, measured in self.measured_cache_bytes().items():
             if measured != predictions[case]:
@@ -236,7 +237,7 @@ class KvReport:
                 )
                 found.append(message)
             if slots[case] < needed:
-                found.append(f"{case}: the cache has room for {slots[case]:,} tokens of a row, which has {needed:,}")
+                found.append(f"{case}: the cache holds {slots[case]:,} tokens per row, and {needed:,} are needed")
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -297,7 +298,7 @@ class KvReport:
 
 
 def case_figures(case: Case, runs: list[DecodeRun]) -> dict[str, Any]:
-    """Return what a case is, how many runs it had, how many passes of a row were timed, and every time and rate."""
+    """Return a case's name and switches, its numbers of runs and of timed passes, and the spread of every figure."""
     places = runs[0].places
     return {
         "name": str(case),
@@ -311,8 +312,10 @@ def case_figures(case: Case, runs: list[DecodeRun]) -> dict[str, Any]:
 
 
 def headline(settings: KvSettings, runs: Mapping[Case, list[DecodeRun]]) -> dict[str, Any]:
-    """Return the tokens that one run generates, the rate of the cached batch, that of the naive loop, and their
-    quotient; of a benchmark that was interrupted, those that there are."""
+    """Return the tokens of one run and the throughput of the cached batch, of the naive loop, and their ratio.
+
+    Figures that an interrupted benchmark did not measure are left out.
+    """
     found: dict[str, Any] = {"generated_tokens": settings.batch_size * settings.max_new_tokens}
     cached = runs.get(Case(True, True))
     naive = runs.get(Case(False, settings.batch_size == 1))
@@ -326,14 +329,14 @@ def headline(settings: KvSettings, runs: Mapping[Case, list[DecodeRun]]) -> dict
 
 
 def _whole_ratio(above: Sequence[DecodeRun], below: Sequence[DecodeRun]) -> Spread:
-    """Return the quotient of the rates of all new tokens, prefill included, turn by turn."""
+    """Return the ratio of the throughputs of all new tokens, prefill included, run by run."""
     return paired_ratio(*shared_turns([run.tokens_per_s for run in above], [run.tokens_per_s for run in below]))
 
 
 def figures(runs: list[DecodeRun]) -> dict[str, dict[str, float]]:
-    """Return the spread of every time and rate of these runs."""
+    """Return the spread of every time and throughput of these runs."""
     return {name: Spread.of([getattr(run, name) for run in runs]).as_dict() for name in _FIGURES}
 
 
-def _decode_rates(runs: list[DecodeRun]) -> list[float]:
+def _decode_throughputs(runs: list[DecodeRun]) -> list[float]:
     return [run.decode_tokens_per_s for run in runs]

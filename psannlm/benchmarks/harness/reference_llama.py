@@ -1,4 +1,4 @@
-"""The name of another library and our model's sizes in; its model of equal size, to decode or to be trained, out."""
+"""Reference model of the benchmarks: the Llama of Hugging Face transformers at the parameter count of our model."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, PsannlmError, nearest
 
 REFERENCE_MODELS = ("transformers",)
-# Widths that are no multiple of it would slow the reference model's products down.
+# Widths that are not a multiple of it would slow the reference model's matrix products down.
 _WIDTH_STEP = 16
 
 
 class ReferenceModel(Protocol):
-    """Another library's decoder of random weights."""
+    """Decoder-only model of another library, with random weights."""
 
     name: str
     description: str
     parameters: int
 
     def generate(self, prompts: Prompts, max_new_tokens: int) -> Prompts:
-        """Return the greedy continuation of each prompt, all of ``max_new_tokens``."""
+        """Return the greedy continuation of each prompt, ``max_new_tokens`` tokens long."""
         ...
 
 
 def require_reference_model(name: str) -> None:
-    """Raise ConfigError if there is no reference model of that name, or its package is not installed."""
+    """Raise ConfigError if the reference model is unknown or its package is not installed."""
     if name not in REFERENCE_MODELS:
         raise ConfigError(
             f"--against {name!r:.40} is not one of {', '.join(REFERENCE_MODELS)}{nearest(name, REFERENCE_MODELS)}"
@@ -51,15 +51,15 @@ def require_reference_model(name: str) -> None:
 def build_reference_model(
     name: str, config: ModelConfig, parameters: int, seq_len: int, device: torch.device
 ) -> ReferenceModel:
-    """Return the reference model of that name, as large as our model.
+    """Build the reference model ``name`` at the size of our model.
 
     Args:
         config: our model's resolved configuration.
-        parameters: of our model, which the reference model's come as near to as its sizes allow.
-        seq_len: the most tokens that a row will have.
+        parameters: parameter count of our model, which the reference model approaches as closely as its width allows.
+        seq_len: maximum number of tokens of a row.
 
     Raises:
-        ConfigError: there is no reference model of that name, or its package is not installed.
+        ConfigError: the reference model is unknown, or its package is not installed.
     """
     require_reference_model(name)
     return Llama(config, parameters, seq_len, device)
@@ -67,7 +67,7 @@ def build_reference_model(
 
 @dataclass(frozen=True)
 class ReferenceRuns:
-    """What a reference model came to; ``first_s`` are the seconds of its first run, compilation included."""
+    """Runs of a reference model; ``first_s`` are the seconds of its first run, compilation included."""
 
     name: str
     description: str
@@ -79,10 +79,10 @@ class ReferenceRuns:
 def decode_with(
     reference_model: ReferenceModel, prompts: Prompts, max_new_tokens: int, clock: Clock = time.perf_counter
 ) -> DecodeRun:
-    """Let ``reference_model`` continue the prompts; its prefill is what continuing them by one token takes.
+    """Decode the prompts with ``reference_model``; its prefill time is that of generating one token.
 
     Raises:
-        PsannlmError: it made fewer tokens than asked for, or one token took it longer than all.
+        PsannlmError: it generated fewer tokens than requested, or one token took longer than all of them.
     """
     began = clock()
     reference_model.generate(prompts, 1)
@@ -91,19 +91,19 @@ def decode_with(
     ended = clock()
     if any(len(row) != max_new_tokens for row in ids) or len(ids) != len(prompts):
         raise PsannlmError(
-            f"{reference_model.name} made {[len(row) for row in ids]} tokens where {max_new_tokens} were asked for"
+            f"{reference_model.name} generated {[len(row) for row in ids]} tokens per row instead of {max_new_tokens}"
         )
     prefill_s, total_s = between - began, ended - between
     if prefill_s >= total_s:
         raise PsannlmError(
             f"{reference_model.name} took {total_s:.4f} s for {max_new_tokens} tokens and {prefill_s:.4f} s for one: "
-            "too few to tell its decoding from its prefill; raise --max-new-tokens"
+            "too few to separate decoding from prefill; raise --max-new-tokens"
         )
     return DecodeRun(ids, max_new_tokens, prefill_s, prefill_s, total_s - prefill_s, total_s)
 
 
 def llama_parameters(config: ModelConfig, width: int) -> int:
-    """Return the parameters of a Llama of our sizes with feed-forwards (gated, no bias) of ``width``."""
+    """Return the parameter count of a Llama of our sizes with feed-forwards (gated, no bias) of ``width``."""
     d_model, vocab = config.d_model, config.vocab_size or 0
     head_dim = d_model // config.n_heads
     attention = 2 * d_model * d_model + 2 * d_model * head_dim * (config.n_kv_heads or config.n_heads)
@@ -112,14 +112,14 @@ def llama_parameters(config: ModelConfig, width: int) -> int:
 
 
 def llama_width(config: ModelConfig, parameters: int) -> int:
-    """Return the feed-forward width, a multiple of 16, that brings a Llama of our sizes nearest to ``parameters``."""
+    """Return the feed-forward width, a multiple of 16, at which a Llama of our sizes is nearest to ``parameters``."""
     for_width = parameters - llama_parameters(config, 0)
     width = for_width / (3 * config.d_model * config.n_layers)
     return max(1, round(width / _WIDTH_STEP)) * _WIDTH_STEP
 
 
 def llama_flops_per_token(config: ModelConfig, width: int, seq_len: int) -> int:
-    """Return the operations of one training token of that Llama, counted as ``accounting.flops_per_token`` counts."""
+    """Return the operations per training token of that Llama, counted as in ``accounting.flops_per_token``."""
     lookup = 0 if config.tie_embeddings else (config.vocab_size or 0) * config.d_model
     norms = (2 * config.n_layers + 1) * config.d_model
     matrices = llama_parameters(config, width) - lookup - norms
@@ -127,7 +127,7 @@ def llama_flops_per_token(config: ModelConfig, width: int, seq_len: int) -> int:
 
 
 def _transformers() -> Any:
-    # Only ever loaded for this: it takes seconds and is an optional extra.
+    # Imported late: it takes seconds and is an optional extra.
     return importlib.import_module("transformers")
 
 
@@ -151,9 +151,9 @@ def _build_llama(config: ModelConfig, width: int, seq_len: int, seed: int) -> An
 
 
 class TrainableLlama(nn.Module):
-    """The same ``LlamaForCausalLM`` as something to train: its own attention (sdpa), logits and loss.
+    """The same ``LlamaForCausalLM`` for training, with its own attention (sdpa), logits and loss.
 
-    The names of its parameters are ours where optimisers sort by them, so that Muon takes the same matrices.
+    Its parameters have our names where optimizers group by name, so that Muon updates the same matrices.
     """
 
     def __init__(self, config: ModelConfig, parameters: int, seq_len: int, seed: int, grad_checkpoint: bool) -> None:
@@ -173,21 +173,21 @@ class TrainableLlama(nn.Module):
         )
 
     def forward(self, input_ids: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Return the summed cross-entropy in nats; ``labels`` (B, T) stand where their inputs do.
+        """Return the summed cross-entropy in nats; ``labels`` (B, T) are aligned with the inputs.
 
         Raises:
-            PsannlmError: it has no label smoothing of its own.
+            PsannlmError: ``label_smoothing`` is not 0, which the Llama does not support.
         """
         if label_smoothing:
             raise PsannlmError("the Llama of transformers has no label smoothing")
-        # Told that there is one item, it divides the sum by one.
+        # With num_items_in_batch=1 the loss is the sum over labels, not their mean.
         out = self.llama(input_ids=input_ids, labels=labels, shift_labels=labels, num_items_in_batch=1)
         loss: Tensor = out.loss
         return loss
 
 
 class Llama:
-    """``LlamaForCausalLM`` of Hugging Face transformers in float32: a static cache and compiled decoding."""
+    """``LlamaForCausalLM`` of Hugging Face transformers in float32, with a static cache and compiled decoding."""
 
     name = "transformers"
 
@@ -195,7 +195,7 @@ class Llama:
         self._transformers = _transformers()
         width = llama_width(config, parameters)
         self._model = _build_llama(config, width, seq_len, seed=0).eval().to(device)
-        # On a CPU, transformers compiles only when told to by this attribute.
+        # On a CPU, transformers compiles only if this attribute is set.
         compile_config = self._transformers.CompileConfig()
         compile_config._compile_all_devices = True
         self._model.generation_config.compile_config = compile_config
@@ -206,7 +206,7 @@ class Llama:
         )
 
     def generate(self, prompts: Prompts, max_new_tokens: int) -> Prompts:
-        """Return the greedy continuation of each prompt, all of ``max_new_tokens``."""
+        """Return the greedy continuation of each prompt, ``max_new_tokens`` tokens long."""
         input_ids = torch.tensor(prompts, device=self._model.device)
         with self._quiet():
             output = self._model.generate(
@@ -223,7 +223,7 @@ class Llama:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Keep its advice on settings off the screen, where progress is shown."""
+        """Silence transformers' warnings, which would break the progress line."""
         logging = self._transformers.logging
         before = logging.get_verbosity()
         logging.set_verbosity_error()

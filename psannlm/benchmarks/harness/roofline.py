@@ -1,7 +1,7 @@
-"""Bytes of a decoding step in; how fast this machine reads so many, and what share of that a step reaches, out.
+"""Rooflines: measured memory bandwidth and matrix peak, and the fraction of them that a model reaches.
 
-A step reads every packed weight and the cache of every row once, and does little else: the time to read them is the
-floor under its own.
+A decoding step reads every packed weight and the KV cache of every row once and does little else. The time to read
+them is a lower bound of its own time.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from psannlm.kernels.onednn import has_onednn, onednn_matmul
 from psannlm.models.accounting import cache_bytes
 
 _BYTES_PER_RUN = 2_000_000_000
-# Reads given to a GPU before waiting for it: launching one and waiting takes as long as reading some 50 MB.
+# Reads queued on a GPU before waiting: launching one and waiting for it takes as long as reading some 50 MB.
 _READS_AT_ONCE_ON_GPU = 16
 
 
 def step_bytes(engine: Engine, n_rows: int, length: int) -> int:
-    """Return the bytes that one decoding step must read when each row sees ``length`` tokens, its own included."""
+    """Return the bytes that one decoding step reads when each of ``n_rows`` rows holds ``length`` tokens."""
     return engine.weight_bytes + cache_bytes(engine.model.config, n_rows, length, engine.cache_dtype.itemsize)
 
 
 @dataclass(frozen=True)
 class RooflineFraction:
-    """Seconds of a step beside the seconds in which memory could deliver what it reads.
+    """Seconds of a decoding step, and the fraction of them in which memory delivers the bytes it reads.
 
-    ``fraction`` is floor / step: 1 is a step that does nothing but read at the measured rate.
+    ``fraction`` is ``n_bytes / bytes_per_s / step_s``: 1 is a step that only reads, at the measured bandwidth.
     """
 
     n_bytes: int
@@ -45,12 +45,12 @@ class RooflineFraction:
 
     @property
     def roofline_s(self) -> float:
-        """Seconds to read ``n_bytes`` at the median rate."""
+        """Seconds to read ``n_bytes`` at the median bandwidth."""
         return self.n_bytes / self.bytes_per_s.median
 
     @classmethod
     def of(cls, n_bytes: int, rates: Sequence[float], steps_s: Sequence[float]) -> RooflineFraction:
-        """Set steps of so many seconds against reading rates in bytes per second of the same turns."""
+        """Compare steps of ``steps_s`` seconds with the bandwidth (bytes per second) measured in the same turns."""
         fractions = [n_bytes / rate / step for rate, step in zip(rates, steps_s, strict=True)]
         return cls(n_bytes, Spread.of(rates), Spread.of(steps_s), Spread.of(fractions))
 
@@ -66,13 +66,12 @@ class RooflineFraction:
 
 
 def memory_reader(n_bytes: int, device: torch.device, *, clock: Clock = time.perf_counter) -> Callable[[Count], float]:
-    """Return a candidate that reads a tensor of ``n_bytes`` over and over and gives the bytes per second.
+    """Return a benchmark candidate that reads a tensor of ``n_bytes`` repeatedly and returns the bytes per second.
 
-    Of the size that a step reads, and read as often in a row: what of it stays in the processor's cache does so for
-    both.
+    With the size of a decoding step's reads, the processor's caches help the candidate as much as the step.
     """
     numbers = torch.ones(max(1, n_bytes // 4), device=device)
-    # Rows, because some libraries split a sum of one long vector less well than many short ones.
+    # Rows, because some libraries parallelize the sum of one long vector less well than many short sums.
     rows = numbers[: numbers.numel() // 1024 * 1024].view(-1, 1024) if numbers.numel() >= 1024 else numbers[None]
     at_once = _READS_AT_ONCE_ON_GPU if device.type == "cuda" else 1
 
@@ -86,7 +85,7 @@ def memory_reader(n_bytes: int, device: torch.device, *, clock: Clock = time.per
 
 @torch.inference_mode()
 def read_rate(ways: Sequence[Callable[[], object]], n_bytes: int, passes: int, clock: Clock) -> float:
-    """Return bytes per second of the fastest of several ways to read ``n_bytes``, each by its median pass."""
+    """Return the bytes per second of the fastest way to read ``n_bytes``, each way by its median pass."""
     rates = []
     for read in ways:
         seconds = []
@@ -98,7 +97,7 @@ def read_rate(ways: Sequence[Callable[[], object]], n_bytes: int, passes: int, c
     return max(rates)
 
 
-# Edge of the square matrices: large enough for full speed, and done in a fraction of a second.
+# Edge of the square matrices: large enough for full speed, multiplied in a fraction of a second.
 _EDGE = {"cpu": 1536, "cuda": 8192}
 _PASSES = 4
 
@@ -106,12 +105,12 @@ _PASSES = 4
 def matrix_peak(
     device: torch.device, dtype: torch.dtype, *, edge: int | None = None, clock: Clock = time.perf_counter
 ) -> Callable[[Count], float]:
-    """Return a candidate that multiplies square matrices over and over and gives operations per second.
+    """Return a benchmark candidate that multiplies square matrices and returns the operations per second.
 
-    It gives the fastest pass of the fastest way there is: torch's own product, and oneDNN's where torch has another.
+    The result is that of the fastest pass, over torch's own product and, in float32 on a CPU, oneDNN's.
 
     Args:
-        edge: rows of the matrices; None: what suits the device.
+        edge: rows of the matrices; None chooses by device.
     """
     edge = edge or _EDGE[device.type]
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +123,7 @@ def matrix_peak(
 
 @torch.inference_mode()
 def peak_rate(ways: list[Callable[[], Tensor]], n_operations: int, device: torch.device, clock: Clock) -> float:
-    """Return operations per second of the fastest pass of several ways to make ``n_operations``."""
+    """Return the operations per second of the fastest pass over several ways to compute ``n_operations``."""
     seconds = []
     for multiply in ways:
         for _ in range(_PASSES):

@@ -1,7 +1,7 @@
-"""A corpus and a tokenizer in; how fast ``psannlm prep`` makes shards of it, beside the bare library's encoding, out.
+"""Throughput of ``psannlm prep`` beside the encoding of the raw tokenizer library.
 
-Prep runs as a person runs it, a command that starts, reads, hashes, encodes and writes. The library's side reads the
-same texts from memory, a few at a time, with as many threads, and writes nothing: only its encoding is timed.
+Prep runs as a command, which starts, reads, hashes, encodes and writes. The library encodes the same texts from memory
+in batches, with as many threads, and writes nothing: only its encoding is timed.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from psannlm.runtime.processes import python_command
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import tokenizer_from_bytes
 
-# The library gets this much text in a call: enough to keep all of its threads busy, little beside a corpus.
+# Text per call of the library: enough to keep all of its threads busy, little compared with a corpus.
 _BATCH_CHARS = 8_000_000
-_LOOK_S = 0.1
+_POLL_S = 0.1
 _PROC = Path("/proc")
 
 
 @dataclass(frozen=True)
 class RawRun:
-    """One pass of the bare library: seconds and processor seconds of its encoding, and the ids it gave."""
+    """One pass of the raw library: seconds and CPU seconds of encoding, tokens and bytes."""
 
     seconds: float
     cpu_s: float
@@ -46,10 +46,10 @@ class RawRun:
 
 @dataclass(frozen=True)
 class PrepRun:
-    """One run of the command: seconds and processor seconds of all of its processes, and what it made.
+    """One run of the command: seconds, CPU seconds of all its processes, tokens and peak memory.
 
-    ``n_tokens`` leaves begins and ends of text out; ``peak_bytes`` is the most that the processes held together, each
-    shared page counted once, or None where the system does not tell.
+    ``n_tokens`` excludes BOS and EOS. ``peak_bytes`` is the peak memory of all processes together, with shared pages
+    counted once, or None without Linux's ``/proc``.
     """
 
     seconds: float
@@ -60,14 +60,14 @@ class PrepRun:
 
 @dataclass(frozen=True)
 class PrepFigures:
-    """What preparing a corpus with one tokenizer came to.
+    """Results of preparing a corpus with one tokenizer.
 
     Attributes:
         n_bytes: UTF-8 bytes of all texts.
-        raw_s, raw_arrays_s: seconds of the bare library, ending in lists of ids as its callers get them, and in arrays
-            where it can (SentencePiece; None elsewhere).
-        ratio_to_raw, ratio_to_raw_arrays: prep's rate over theirs, turn by turn.
-        extra_tokens: ids of prep beyond those of the library: a document of many segments is encoded in parts.
+        raw_s, raw_arrays_s: seconds of the raw library, with lists of ids as results, and with arrays (SentencePiece;
+            None for other libraries).
+        ratio_to_raw, ratio_to_raw_arrays: prep's throughput over the raw library's, run by run.
+        extra_tokens: ids of prep beyond those of the library, because long documents are encoded in segments.
     """
 
     name: str
@@ -86,11 +86,11 @@ class PrepFigures:
     ratio_to_raw_arrays: Spread | None
 
     def mb_per_s(self, seconds: Spread) -> float:
-        """Return a rate in millions of bytes of text per second, from a median time."""
+        """Return the throughput in millions of bytes of text per second, from a median time."""
         return self.n_bytes / seconds.median / 1e6
 
     def as_dict(self) -> dict[str, Any]:
-        """Return figures and rates as plain data."""
+        """Return figures and throughputs as plain data."""
         return {
             **asdict(self),
             "prep_mb_per_s": self.mb_per_s(self.prep_s),
@@ -99,21 +99,21 @@ class PrepFigures:
 
 
 class RawBench:
-    """The bare library on a corpus; made in a process of its own."""
+    """The raw library on a corpus, in a process of its own."""
 
     def __init__(self, sources: Sequence[PathSource], content: bytes, threads: int) -> None:
         self._sources, self._threads = sources, threads
         self._tokenizer = tokenizer_from_bytes(content)
 
     def has_arrays(self) -> bool:
-        """Whether the library can give arrays instead of lists."""
+        """Whether the library can return arrays instead of lists."""
         return raw_arrays(self._tokenizer) is not None
 
     def run(self, as_arrays: bool) -> RawRun:
         """Encode the corpus once."""
         encode = (raw_arrays if as_arrays else raw_encode)(self._tokenizer, self._threads)
         if encode is None:
-            raise ConfigError(f"the library under a {self._tokenizer.backend} tokenizer cannot do that")
+            raise ConfigError(f"the {self._tokenizer.backend} backend has no raw encoding to time")
         seconds = cpu_s = 0.0
         n_tokens = n_bytes = 0
         for texts in self._batches():
@@ -139,16 +139,16 @@ class RawBench:
 
 
 def check_preparable(sources: Sequence[Source]) -> list[PathSource]:
-    """Return ``sources`` as files that one call of ``psannlm prep`` can read.
+    """Return ``sources`` as the files of one ``psannlm prep`` call.
 
     Raises:
-        ConfigError: one of them is built in, or they differ in how they are read.
+        ConfigError: a source is built in, or sources differ in ``per_line`` or ``text_key``.
     """
     paths = [source for source in sources if isinstance(source, PathSource)]
     if len(paths) < len(sources):
-        raise ConfigError("prep reads files, and no built-in corpus; name a --corpus")
+        raise ConfigError("--prep reads files, not the built-in corpus; give a --corpus")
     if len({(source.per_line, source.text_key) for source in paths}) > 1:
-        raise ConfigError("prep reads all of its files alike: per_line and text_key must be the same for all of them")
+        raise ConfigError("--prep reads all files in the same way: per_line and text_key must be equal for all")
     return paths
 
 
@@ -159,16 +159,16 @@ def bench_prep(
     repeats: int,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> list[PrepFigures]:
-    """Prepare ``sources`` with each tokenizer that has a library underneath, in turns with that library.
+    """Prepare ``sources`` with each tokenizer that wraps a library, interleaved with that library.
 
-    Nothing is held out and equal documents stay, so that both sides encode the same text. Shards go to a temporary
-    folder, which has to have room for them.
+    There is no validation split and no deduplication, so that both encode the same text. Shards go to a temporary
+    folder, which needs space for them.
 
     Args:
         sources: as :func:`check_preparable` returns them.
 
     Raises:
-        WorkerError: a preparation failed, or a process that measures ended early.
+        WorkerError: ``psannlm prep`` failed, or a measuring process ended early.
     """
     threads = usable_cores()
     figures = []
@@ -227,10 +227,10 @@ def _figures(
 
 
 def run_prep(sources: Sequence[PathSource], tokenizer: bytes, workers: int) -> PrepRun:
-    """Run ``psannlm prep`` on ``sources`` into a temporary folder, and measure it from its start to its end.
+    """Run ``psannlm prep`` on ``sources`` into a temporary folder and measure the whole command.
 
     Raises:
-        WorkerError: it failed; says why.
+        WorkerError: the command failed; the message holds the last line of its stderr.
     """
     with tempfile.TemporaryDirectory(prefix="psannlm-prep-") as name:
         folder = Path(name)
@@ -244,33 +244,33 @@ def run_prep(sources: Sequence[PathSource], tokenizer: bytes, workers: int) -> P
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        with _Watch(process.pid) as watch:
-            out, said = process.communicate()
+        with _MemoryMonitor(process.pid) as monitor:
+            out, err = process.communicate()
         seconds = time.perf_counter() - began
         if process.returncode != 0:
-            reason = next((line for line in reversed(said.splitlines()) if line.strip()), "no word of why")
+            reason = next((line for line in reversed(err.splitlines()) if line.strip()), "no message")
             raise WorkerError(f"psannlm prep ended with exit code {process.returncode}: {reason}")
         train = json.loads(out)["train"]
     n_text_tokens = train["tokens"] - 2 * train["documents"]
-    return PrepRun(seconds, _children_cpu_s() - cpu_before, n_text_tokens, watch.peak_bytes)
+    return PrepRun(seconds, _children_cpu_s() - cpu_before, n_text_tokens, monitor.peak_bytes)
 
 
 def _children_cpu_s() -> float:
-    """Return the processor seconds of all processes that this one, or one of them, waited for."""
+    """Return the CPU seconds of all ended child processes and their children."""
     times = os.times()
     return times.children_user + times.children_system
 
 
-class _Watch:
-    """Looks every tenth of a second how much memory a process and its children hold, within its context."""
+class _MemoryMonitor:
+    """Context that polls the memory of a process and its children every tenth of a second."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._poll, daemon=True)
         self.peak_bytes: int | None = None
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> _MemoryMonitor:
         self._thread.start()
         return self
 
@@ -278,17 +278,17 @@ class _Watch:
         self._ended.set()
         self._thread.join()
 
-    def _look(self) -> None:
-        while not self._ended.wait(_LOOK_S):
+    def _poll(self) -> None:
+        while not self._ended.wait(_POLL_S):
             held = held_bytes(self._pid)
             if held is not None:
                 self.peak_bytes = max(held, self.peak_bytes or 0)
 
 
 def held_bytes(pid: int) -> int | None:
-    """Return the memory of a process and all below it, a page that n of them share counted as an n-th for each.
+    """Return the memory of a process and its descendants: their proportional set sizes, in bytes.
 
-    None where the system does not tell; a process that has ended meanwhile counts nothing.
+    None without Linux's ``/proc``; a process that has ended meanwhile counts 0.
     """
     if not (_PROC / "self" / "smaps_rollup").is_file():
         return None

@@ -1,4 +1,4 @@
-"""A tokenizer in; the library underneath, called directly on the same model, out."""
+"""Direct calls of the raw tokenizer libraries, SentencePiece and Hugging Face tokenizers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from psannlm.tokenizers.base import Tokenizer
 
 
 def raw_encode(tokenizer: Tokenizer, threads: int = 0) -> Callable[[Sequence[str]], list[list[int]]] | None:
-    """Return the batch encoding of the library under ``tokenizer``, called directly on the same model; None for ours.
+    """Return the batch encoding of the library that ``tokenizer`` wraps; None for a tokenizer of our own.
 
-    Both ways end in lists of ids, as SentencePiece gives them and as any user of Hugging Face's encodings takes them.
+    Both libraries' results are converted to lists of ids, as their users need them.
     """
     if tokenizer.backend == "sentencepiece":
         import sentencepiece
@@ -27,7 +27,7 @@ def raw_encode(tokenizer: Tokenizer, threads: int = 0) -> Callable[[Sequence[str
 
 
 def raw_arrays(tokenizer: Tokenizer, threads: int = 0) -> Callable[[Sequence[str]], Sequence[Any]] | None:
-    """Return the same encoding into an array of ids for each text; None where the library has none."""
+    """Return the same encoding with an array of ids for each text; None if the library has none."""
     if tokenizer.backend != "sentencepiece":
         return None
     import sentencepiece

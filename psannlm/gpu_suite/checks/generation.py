@@ -1,4 +1,4 @@
-"""GPU-07 and GPU-09: decoded text held against full forward passes, and what compiling and CUDA graphs are worth."""
+"""GPU-07 and GPU-09: decoding checked against full forward passes; gains of compilation and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _WARM_UP_LIMIT_S = 300.0
 
 
 def check_generation(context: CheckContext) -> CheckResult:
-    """GPU-07: with the cache as without it, in a ragged batch as alone; rate beside the floor of memory."""
+    """GPU-07: token parity with and without the cache, batched and alone; throughput against the memory roofline."""
     measures: list[Measure] = []
     notes: list[str] = []
     for base in BASE_NAMES:
@@ -56,7 +56,7 @@ def check_generation(context: CheckContext) -> CheckResult:
         measures.append(ragged_measure(base, _model(context, base), _ragged_prompts(context), context.sizes.new_tokens))
         context.release()
     for base in BASE_NAMES:
-        context.say(f"GPU-07: {base}, the rate of one row")
+        context.say(f"GPU-07: {base}, throughput of one row")
         report, is_compiled = _one_row(context, base)
         notes += [f"{base}: {notice}" for notice in report.notices]
         measures += rate_measures(base, report, is_compiled=is_compiled, is_dry_run=context.is_dry_run)
@@ -80,7 +80,7 @@ def _settings(
         repeats=context.sizes.repeats,
         dtype=dtype,
         is_compiled=is_compiled,
-        cases=cases,  # type: ignore[arg-type]  # it says itself what it takes
+        cases=cases,  # type: ignore[arg-type]  # the settings check the name themselves
         contexts=(),
     )
 
@@ -105,7 +105,7 @@ def _model(context: CheckContext, base: BaseName) -> Transformer:
 
 
 def _one_row(context: CheckContext, base: BaseName) -> tuple[KvReport, bool]:
-    """Decode one row as fast as the device can: compiled bfloat16 on a GPU, and as it comes in a rehearsal."""
+    """Decode one row as fast as the device can: compiled bfloat16 on a GPU, plain float32 in a dry run."""
     is_compiled = context.is_gpu and has_compiler(context.device)
     dtype: WeightDtype = "bfloat16" if context.is_gpu else "float32"
     report = _bench(context, base, batch_size=1, cases="cached", dtype=dtype, is_compiled=is_compiled)
@@ -121,24 +121,28 @@ def _ragged_prompts(context: CheckContext) -> Prompts:
 
 
 def token_measures(base: str, report: KvReport) -> list[Measure]:
-    """Return how many tokens the cache changed, and how far its size is from the one predicted."""
+    """Return the number of tokens that the cache changes and the error of its predicted size."""
     difference = report.agreement.difference
     name, where = f"{base}: tokens that the cache changes", "" if difference is None else str(difference)
-    reason = "greedy text depends on the weights alone; ties within the rounding of float32 are counted as equal"
+    reason = "greedy text depends on the weights alone; ties within float32 rounding count as equal"
     predicted, measured = report.predicted_cache_bytes(), report.measured_cache_bytes()
     off = largest(abs(measured[case] - predicted[case]) for case in measured)
-    exact = "keys, values and tails are all that there is to hold: their number is known to the byte"
+    exact = "keys, values and conv states are all that the cache holds: their size is known to the byte"
     return [
         none_of(name, 0 if difference is None else 1, "tokens", reason, detail=where),
         at_least(
-            f"{base}: different tokens", report.distinct_tokens, 2, "ids", "one id repeated would be the same anyhow"
+            f"{base}: different tokens",
+            report.distinct_tokens,
+            2,
+            "ids",
+            "a single repeated id would be equal in any case",
         ),
         at_most(f"{base}: size of the cache beside its prediction", off, 0, "bytes", exact),
     ]
 
 
 def ragged_measure(base: str, model: Transformer, prompts: Prompts, n_new: int) -> Measure:
-    """Return how many rows of a batch of mixed lengths come out otherwise than alone; ties of rounding are equal."""
+    """Return the number of rows that decode differently in a batch of mixed lengths; rounding ties count as equal."""
     engine = Engine(model)
     together = _decode(engine, prompts, n_new)
     rounding = Rounding(copy.deepcopy(model).double(), engine.model)
@@ -149,8 +153,8 @@ def ragged_measure(base: str, model: Transformer, prompts: Prompts, n_new: int) 
         if compare(engine.model, [prompt], runs, rounding).difference is not None:
             wrong.append(row)
     where = f"rows {wrong}" if wrong else ""
-    reason = "a row depends on nothing but its own tokens"
-    return none_of(f"{base}: rows that their company changes", wrong, "rows", reason, detail=where)
+    reason = "a row depends only on its own tokens"
+    return none_of(f"{base}: rows that the batch changes", wrong, "rows", reason, detail=where)
 
 
 def _decode(engine: Engine, prompts: Sequence[Sequence[int]], n_new: int) -> Prompts:
@@ -166,10 +170,10 @@ def _as_run(ids: list[int]) -> DecodeRun:
 
 
 def rate_measures(base: str, report: KvReport, *, is_compiled: bool, is_dry_run: bool) -> list[Measure]:
-    """Return the decode rate of one row, and the share of its steps in which memory delivers what they read."""
+    """Return the decode throughput of one row, and the fraction of a step in which it reads memory."""
     case = Case(True, True, is_compiled)
     how = f"{report.settings.dtype}, {'compiled' if is_compiled else 'plain'}"
-    found = Roofline.of(report.rate(case), report.rooflines()[case])
+    found = Roofline.of(report.throughput(case), report.rooflines()[case])
     return small_roofline_measures(base, found, how, is_compiled=is_compiled, is_dry_run=is_dry_run)
 
 
@@ -179,7 +183,7 @@ def _rate(name: str, spread: Spread, limit: float, unit: str, reason: str) -> Me
 
 
 def check_compiled(context: CheckContext) -> CheckResult:
-    """GPU-09: compiled training and decoding beside plain ones: the same, how much faster, and after how long."""
+    """GPU-09: compiled against plain training and decoding: parity, speedup and warm-up time."""
     missing = missing_to_compile(context.device)
     if missing is not None:
         return CheckResult("GPU-09", "compile and CUDA graphs", skipped=f"torch.compile needs {missing}")
@@ -203,20 +207,20 @@ def check_compiled(context: CheckContext) -> CheckResult:
 
 
 def _graph_skips() -> int:
-    """How often the compiler has given up on CUDA graphs so far in this process."""
+    """Return how often the compiler has skipped CUDA graphs so far in this process."""
     return int(compiler_counters()["inductor"]["cudagraph_skips"])
 
 
 def _recorded_graphs(device: torch.device) -> int:
-    """How many CUDA graphs stand at the root of what was recorded on a GPU."""
+    """Return the number of root CUDA graphs recorded on a GPU."""
     index = torch.cuda.current_device() if device.index is None else device.index
     manager = cuda_graph_manager(index)
     return 0 if manager is None else len(list(manager.get_roots()))
 
 
 def graph_measures(base: str, n_skips: int, n_recorded: int) -> list[Measure]:
-    """Return whether decoding really ran as CUDA graphs."""
-    reason = "the compiler leaves graphs out silently, and decoding is then bound by launches"
+    """Return the numbers of skipped and recorded CUDA graphs of decoding."""
+    reason = "the compiler skips graphs silently, and decoding is then bound by kernel launches"
     return [
         at_most(f"{base}: passes left out of CUDA graphs", n_skips, 0, "passes", reason),
         at_least(f"{base}: CUDA graphs recorded", n_recorded, 1, "graphs", reason),
@@ -224,10 +228,10 @@ def graph_measures(base: str, n_skips: int, n_recorded: int) -> list[Measure]:
 
 
 def compiled_decoding_measures(base: str, report: KvReport, *, is_dry_run: bool) -> list[Measure]:
-    """Return whether compiling changes a token, what it gains, and what its first run costs."""
+    """Return the tokens that compilation changes, its speedup and its warm-up time."""
     difference, gain = report.agreement.difference, report.from_compiling(True)
     name, where = f"{base}: tokens that compiling changes", "" if difference is None else str(difference)
-    ties = "ties within the rounding of float32 count as equal"
+    ties = "ties within float32 rounding count as equal"
     seconds = largest(report.compile_s().values())
     edges = gain or Spread.of([math.nan])
     return [
@@ -237,14 +241,14 @@ def compiled_decoding_measures(base: str, report: KvReport, *, is_dry_run: bool)
             edges,
             0.0 if is_dry_run else 1.0,
             "x",
-            "no throughput limit applies in a dry run" if is_dry_run else "compiling takes long and must pay",
+            "no throughput limit applies in a dry run" if is_dry_run else "compilation takes long and must pay off",
         ),
         at_most(
             f"{base}: warm-up of decoding",
             seconds,
             _WARM_UP_LIMIT_S,
             "s",
-            "beyond minutes no text is long enough to earn it back",
+            "beyond minutes no text is long enough to pay it off",
             regression=_WARM_UP_REGRESSION,
         ),
     ]
@@ -252,7 +256,7 @@ def compiled_decoding_measures(base: str, report: KvReport, *, is_dry_run: bool)
 
 def _compiled_training(context: CheckContext, base: BaseName) -> list[Measure]:
     n_steps = context.sizes.n_steps
-    # One block in a rehearsal: each more is a compiler's work over again.
+    # One block in a dry run: each further block is compiled again.
     shape = replace(context.sizes.training, n_layers=1) if context.is_dry_run else context.sizes.training
     config = shape.config(base)
     plain = Trainer.build(context, config, torch.float32)
@@ -270,7 +274,7 @@ def _compiled_training(context: CheckContext, base: BaseName) -> list[Measure]:
 def _timed_curve(
     context: CheckContext, trainer: Trainer, shape: Shape, first_step: int, n_steps: int
 ) -> tuple[list[float], float]:
-    """Return the losses from ``first_step`` on, and the seconds of the median step, its loss on the host included."""
+    """Return the losses from ``first_step`` on, and the median seconds of a step with its loss copied to the host."""
     losses, seconds = [], []
     for step in range(first_step, n_steps):
         context.wait()
@@ -284,12 +288,12 @@ def _timed_curve(
 def compiled_training_measures(
     base: str, plain: Sequence[float], compiled: Sequence[float], gain: float, warm_up_s: float, *, is_dry_run: bool
 ) -> list[Measure]:
-    """Return how far compiled training is from plain training, what it gains, and what its first step costs."""
+    """Return the distance of compiled from plain training, its speedup and the time of its first step."""
     distance = largest_distance(plain, compiled)
-    reason = f"other sums of float32 come to about 1e-5 nats over {len(plain)} steps"
+    reason = f"another order of float32 sums changes about 1e-5 nats over {len(plain)} steps"
     limit = 0.0 if is_dry_run else 0.9
-    pays = "no throughput limit applies in a dry run" if is_dry_run else "compiling must not slow a step down"
-    long = "beyond minutes no short run earns it back"
+    pays = "no throughput limit applies in a dry run" if is_dry_run else "compilation must not slow a step down"
+    long = "beyond minutes no short run pays it off"
     return [
         at_most(f"{base}: loss, compiled against plain", distance, _COMPILED_LOSS_LIMIT, "nats", reason),
         at_least(f"{base}: training rate, compiled / plain", gain, limit, "x", pays, regression=RATE_REGRESSION),

@@ -223,7 +223,7 @@ def test_bench_kv_interleaves_the_reference_model(monkeypatch: pytest.MonkeyPatc
     assert order == [
         "first run, cache on, batch",
         "first run, fake",
-        *["cache on, batch", "cache off, batch", "fake", "reading as many bytes"] * 3,
+        *["cache on, batch", "cache off, batch", "fake", "reading memory, batch"] * 3,
     ]
     assert report.reference_model is not None
     assert report.reference_model.parameters == 7

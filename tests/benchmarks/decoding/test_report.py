@@ -66,7 +66,7 @@ def test_speedups_change_one_thing_at_a_time() -> None:
     assert report.from_batching(True, is_compiled=True) == Spread(*[pytest.approx(16)] * 3)
     assert report.from_compiling(is_batched=True) == Spread(pytest.approx(2), pytest.approx(2), pytest.approx(4))
     assert report.from_compiling(is_batched=False) == Spread(*map(pytest.approx, (0.5, 0.5, 1.0)))
-    assert report.rate(Case(True, True)) == Spread(*map(pytest.approx, (800, 400, 800)))
+    assert report.throughput(Case(True, True)) == Spread(*map(pytest.approx, (800, 400, 800)))
     plain = report.as_dict()["speedup_of_decoding"]
     assert plain["cache_alone_one_row"]["median"] == pytest.approx(20)
     assert plain["compiling_alone_in_batch"]["median"] == pytest.approx(2)
@@ -117,7 +117,7 @@ def test_another_cache_size_or_too_small_a_cache_is_a_problem() -> None:
     [problem] = report_of(rates, cache_element_bytes=2).problems
     assert f"predicts {cache_bytes(TINY, 2, 16, 2):,}" in problem
     [problem] = report_of(rates, settings=KvSettings(batch_size=2, prompt_length=6, max_new_tokens=12)).problems
-    assert "room for 16 tokens of a row, which has 17" in problem
+    assert "holds 16 tokens per row, and 17 are needed" in problem
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_prefill_is_taken_off_by_a_call_for_one_token() -> None:
 
 def test_reference_model_early_stop_raises() -> None:
     reference_model = FakeReferenceModel(missing=1)
-    with pytest.raises(PsannlmError, match=r"fake made \[10\] tokens where 11"):
+    with pytest.raises(PsannlmError, match=r"fake generated \[10\] tokens per row instead of 11"):
         decode_with(reference_model, [[1, 2]], 11, lambda: reference_model.now)
 
 
