@@ -1,4 +1,4 @@
-"""psannlm gpu-validate: the battery GPU-01 to GPU-09 on a GPU, or its rehearsal on a CPU."""
+"""psannlm gpu-validate: the GPU validation suite GPU-01 to GPU-09, or its dry run on a CPU."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ _STYLES = {"ok": "green", "failed": "red", "error": "red", "skipped": "yellow"}
 
 
 def gpu_validate(
-    only: Annotated[list[str] | None, typer.Option(help="GPU-01 to GPU-09; may be given again. Default: all.")] = None,
-    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="cpu rehearses the battery at small sizes.")] = "cuda",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Check to run, GPU-01 to GPU-09; may be repeated. Default: all.")
+    ] = None,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Device; cpu is a dry run at small sizes.")] = "cuda",
     baseline: Annotated[
-        Path | None, typer.Option(help="An earlier summary.json (or its folder); what became worse is a failure.")
+        Path | None, typer.Option(help="Earlier summary.json, or its folder; a value that became worse is a failure.")
     ] = None,
     baseline_any_machine: Annotated[
-        bool, typer.Option("--baseline-any-machine", help="Compare even with a summary of other hardware.")
+        bool, typer.Option("--baseline-any-machine", help="Allow a baseline that was measured on other hardware.")
     ] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Output folder; default: reports/gpu/<time>.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what a GPU does with every part of psannlm, each value against a limit; ends with 3 if one is missed."""
+    """Check every part of psannlm on a GPU, each value against a limit; exit code 3 if a limit is missed."""
     from psannlm.errors import LimitMissed
-    from psannlm.gpu_suite.log import SuiteLog
     from psannlm.gpu_suite.plots import draw_suite
-    from psannlm.gpu_suite.suite import require_device, validate
+    from psannlm.gpu_suite.suite import SuiteLog, require_device, validate
     from psannlm.io.run_metadata import new_folder, system_info, write_json
 
     require_device(device, only or (), baseline, any_machine=baseline_any_machine)
@@ -96,14 +97,14 @@ def _overview(report: SuiteReport) -> Table:
     for heading in ("check", "what", "verdict"):
         table.add_column(heading, no_wrap=True)
     table.add_column("s", justify="right")
-    table.add_column("what it says", overflow="fold")
+    table.add_column("result", overflow="fold")
     for result in report.results:
         table.add_row(
             result.check,
             result.title,
             Text(result.status, style=_STYLES[result.status]),
             f"{result.seconds:,.1f}",
-            Text(_says(result)),
+            Text(_result(result)),
         )
     lines = [f"not run yet: {', '.join(report.to_come)}"] if report.to_come else []
     if report.regressions:
@@ -112,11 +113,11 @@ def _overview(report: SuiteReport) -> Table:
     return table
 
 
-def _says(result: CheckResult) -> str:
+def _result(result: CheckResult) -> str:
     if result.status != "ok":
         lines = [result.skipped] if result.skipped else result.problems()
         return "\n".join(str(line).removeprefix(f"{result.check}: ") for line in lines)
-    return f"{len(result.measures)} limits kept"
+    return f"{len(result.measures)} limits met"
 
 
 def _check_table(result: CheckResult) -> Table:

@@ -1,4 +1,4 @@
-"""A battery's results and the summary of an earlier one in; what has become worse, in lines for people, out."""
+"""Regression check of the GPU validation suite against the summary of an earlier run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,27 @@ from psannlm.gpu_suite.report import CheckResult, Measure
 from psannlm.io.lfs_pointers import refuse_pointer
 from psannlm.reports.gpu_tables import is_dry_run_summary
 
-# What must be the same for two sets of figures to be comparable.
+# Parts of measures' names in earlier summaries, and what they are now.
+_FORMER_NAMES = {
+    "floor of memory / step": "roofline / step",
+    "rows that their company changes": "rows that the batch changes",
+    "losses or gradients that are no numbers": "non-finite losses or gradients",
+    "steps made again after an overflow": "steps repeated after an overflow",
+    "weights that are others on the CPU": "weights that differ on the CPU",
+    "weights that are others back on the device": "weights that differ back on the device",
+    "optimiser state that is another": "optimizer state that differs",
+}
+# Figures are only comparable if these are equal.
 _IDENTITY = ("device", "name", "n_devices", "threads")
 
 
 def read_baseline(path: Path, machine: dict[str, Any], *, is_dry_run: bool, any_machine: bool) -> dict[str, Any]:
-    """Return the content of an earlier ``summary.json`` (or of the folder that holds one).
+    """Read an earlier ``summary.json``, given by its path or its folder.
 
     Raises:
-        ArtifactError: it cannot be read, or is no such summary.
-        ConfigError: it comes from another kind of machine and ``any_machine`` is not set, or one of the two is a
-            rehearsal, whose sizes are others.
+        ArtifactError: the file cannot be read, or is not such a summary.
+        ConfigError: it was measured on other hardware and ``any_machine`` is not set, or only one of the two runs is a
+            dry run, which has smaller sizes.
     """
     if path.is_dir():
         path = path / "summary.json"
@@ -36,26 +46,28 @@ def read_baseline(path: Path, machine: dict[str, Any], *, is_dry_run: bool, any_
     except OSError as error:
         raise ArtifactError(f"the baseline {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is no summary.json of psannlm gpu-validate") from error
+        raise ArtifactError(f"{path} is not a summary.json of psannlm gpu-validate") from error
     if was_dry_run != is_dry_run:
         kinds = ("a dry run", "a run at full size")
         mine, theirs = (kinds[0 if flag else 1] for flag in (is_dry_run, was_dry_run))
-        raise ConfigError(f"the baseline {path} is {theirs} and this is {mine}: their figures mean different things")
+        raise ConfigError(f"the baseline {path} is {theirs} and this is {mine}: their figures are not comparable")
     differing = [
-        f"{key} {former.get(key)} then, {machine[key]} now" for key in _IDENTITY if former.get(key) != machine[key]
+        f"{key}: {former.get(key)} in the baseline, {machine[key]} here"
+        for key in _IDENTITY
+        if former.get(key) != machine[key]
     ]
     if differing and not any_machine:
         raise ConfigError(
-            f"the baseline {path} comes from another machine ({'; '.join(differing)}); its figures say nothing about "
-            "this one. Take --baseline-any-machine to compare all the same"
+            f"the baseline {path} was measured on another machine ({'; '.join(differing)}); its figures are not "
+            "comparable. Use --baseline-any-machine to compare anyway"
         )
     return dict(content)
 
 
 def regressions(results: Sequence[CheckResult], baseline: dict[str, Any]) -> list[str]:
-    """Return one line for each check that stopped working, each value that is gone, and each that is too much worse.
+    """Return one line for each check now skipped, each value now missing, and each value worse than allowed.
 
-    Only checks that ran this time are compared; one that ran then and is skipped now is a line too.
+    Only checks of this run are compared.
     """
     former = {check["check"]: check for check in baseline["checks"]}
     lines = []
@@ -65,7 +77,7 @@ def regressions(results: Sequence[CheckResult], baseline: dict[str, Any]) -> lis
         if result.status == "skipped":
             lines.append(f"{result.check}: ran in the baseline, and is skipped now: {result.skipped}")
             continue
-        values = {measure["name"]: measure["value"] for measure in former[result.check]["measures"]}
+        values = {_present_name(measure["name"]): measure["value"] for measure in former[result.check]["measures"]}
         now = {measure.name: measure for measure in result.measures}
         if result.status != "error":
             gone = [name for name in values if name not in now]
@@ -75,6 +87,13 @@ def regressions(results: Sequence[CheckResult], baseline: dict[str, Any]) -> lis
             if isinstance(earlier, (int, float)) and (line := _worse(measure, float(earlier))):
                 lines.append(f"{result.check}: {line}")
     return lines
+
+
+def _present_name(name: str) -> str:
+    """Return the present name of a measure that earlier versions named otherwise."""
+    for former, present in _FORMER_NAMES.items():
+        name = name.replace(former, present)
+    return name
 
 
 def _worse(measure: Measure, earlier: float) -> str | None:

@@ -1,4 +1,4 @@
-"""Sizes and a device in; what the checks of a GPU share out: models, batches, and the training engine's own steps."""
+"""Shared context of the GPU checks: sizes, device, models, batches and training steps."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from psannlm.runtime.device import Precision, computes_in_bf16
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.step import StepResult, train_step
 
-# Halvings of a scale of 65,536 that leave nothing to halve.
+# 65,536 halved this often is 1.
 _MOST_SKIPS = 16
 BASE_NAMES: tuple[BaseName, ...] = ("respsann", "waveresnet", "transformer")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and the batch that it gets: ``n_rows`` windows of ``seq_len`` tokens."""
+    """Sizes of a model and of its batch: ``n_rows`` windows of ``seq_len`` tokens."""
 
     d_model: int
     n_layers: int
@@ -55,17 +55,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large each check is.
+    """Sizes of all checks.
 
     Attributes:
         gradients: GPU-01. training: GPU-02 and 08, and parity in GPU-05 and 06.
-        scaling: a step of GPU-05 and 06 that takes long beside what is done once a step.
-        speed: GPU-03; its rows follow from ``batch_tokens``.
+        scaling: a training step of GPU-05 and 06 that is long compared with the fixed cost of a step.
+        speed: GPU-03; its rows are computed from ``batch_tokens``.
         memory: GPU-04. utilisation: the large model of GPU-03. decoding: GPU-07 and 09.
-        roofline: the model of GPU-07 that is held against the rate of memory, with as many layers as fit.
-        batch_tokens: of GPU-03.
-        n_steps: of the runs that are compared.
-        repeats: counted runs of what is timed.
+        roofline: the model of GPU-07 that is compared with memory bandwidth, with as many layers as fit.
+        batch_tokens: batch sizes of GPU-03.
+        n_steps: training steps of runs that are compared.
+        repeats: counted runs of each timing.
     """
 
     gradients: Shape
@@ -117,13 +117,13 @@ DRY_RUN = Sizes(
 
 @dataclass(frozen=True)
 class CheckContext:
-    """What a check gets.
+    """Input of a check.
 
     Attributes:
-        device: a GPU, or the CPU for a rehearsal.
-        is_dry_run: rates are measured and held against nothing but zero.
-        folder: an empty folder for what a check writes; it is removed afterwards.
-        say: takes lines for people and for the log.
+        device: a GPU, or the CPU for a dry run.
+        is_dry_run: throughputs are measured, but only have to be positive.
+        folder: an empty folder for files of the check; it is removed afterwards.
+        say: receives log lines.
     """
 
     device: torch.device
@@ -139,32 +139,32 @@ class CheckContext:
         return self.device.type == "cuda"
 
     def precision(self, dtype: torch.dtype) -> Precision:
-        """Return ``dtype`` on the device. A rehearsal takes bfloat16 on any CPU: slow without hardware, and right."""
+        """Return ``dtype`` on the device; a dry run uses bfloat16 on any CPU, slow without hardware but correct."""
         return Precision(self.device, dtype, f"{dtype_name(dtype)} for the check")
 
     def low_precision(self) -> torch.dtype:
-        """Return what the device trains in: bfloat16 where it computes in it, else float16 (a GPU) or float32."""
+        """Return the training dtype: bfloat16 if the device has it in hardware, else float16 (GPU) or float32."""
         if computes_in_bf16(self.device):
             return torch.bfloat16
         return torch.float16 if self.is_gpu else torch.float32
 
     def timed(self, work: Callable[[], Tensor]) -> float:
-        """Return the seconds that ``work`` takes from an idle device until its result is there."""
+        """Return the seconds of ``work``, from an idle device until its result is computed."""
         self.wait()
         began = self.clock()
         finish(work())
         return self.clock() - began
 
     def wait(self) -> None:
-        """Return when the device has done all that it was given."""
+        """Wait until the device has finished all queued work."""
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
-        """Forget what was compiled, and hand cached memory back.
+        """Drop compiled code and free cached memory.
 
-        The compiler gives up, and says little of it, on a function that it has compiled for eight models or shapes; and
-        what it keeps of a model keeps the model's memory.
+        The compiler silently gives up on a function that it has compiled for eight models or shapes, and what it keeps
+        of a model keeps the model's memory.
         """
         gc.collect()
         torch.compiler.reset()
@@ -178,14 +178,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def draw_tokens(shape: Shape, seed: int, n_rows: int | None = None) -> Tensor:
-    """Return (rows, seq_len + 1) int64 ids on the CPU, low ones more often: something that twenty steps can learn."""
+    """Return (rows, seq_len + 1) int64 ids on the CPU, low ones more often, which twenty steps can learn."""
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(n_rows or shape.n_rows, shape.seq_len + 1, generator=generator)
     return (uniform**4 * shape.vocab_size).long().clamp(max=shape.vocab_size - 1)
 
 
 def micro_batch(tokens: Tensor) -> MicroBatch:
-    """Return the batch in which each of ``tokens`` (B, T + 1) but the first is a label."""
+    """Return the batch whose labels are ``tokens`` (B, T + 1) without the first column."""
     import numpy as np
 
     labels = tokens[:, 1:].contiguous()
@@ -194,7 +194,7 @@ def micro_batch(tokens: Tensor) -> MicroBatch:
 
 @dataclass
 class Trainer:
-    """A model with an optimiser, that makes the training engine's own steps."""
+    """A model with its optimizer, trained by the training engine's own step."""
 
     model: Transformer
     module: nn.Module
@@ -215,7 +215,7 @@ class Trainer:
         is_compiled: bool = False,
         grad_checkpoint: bool = False,
     ) -> Trainer:
-        """Return a trainer of a model whose weights depend on ``seed`` alone."""
+        """Build a trainer of a model whose weights depend on ``seed`` alone."""
         model = build_model(config, seed=seed, device=context.device).train()
         model.grad_checkpoint = grad_checkpoint
         module: nn.Module = compiled(model) if is_compiled else model
@@ -230,10 +230,10 @@ class Trainer:
         )
 
     def curve(self, shape: Shape, n_steps: int, *, seed: int = 7) -> list[float]:
-        """Return the loss of each of ``n_steps`` steps, each on tokens of its own.
+        """Return the loss of each of ``n_steps`` steps, each on its own tokens.
 
-        A step that float16 skipped, because gradients overflowed at the scaler's first guesses, is made again on the
-        same tokens, and counted in ``n_skipped``: curves of two precisions stay in step.
+        A step that float16 skipped, because gradients overflowed at the scaler's initial scale, is repeated on the same
+        tokens and counted in ``n_skipped``, so that curves of two precisions have the same steps.
         """
         losses = []
         for step in range(n_steps):

@@ -1,4 +1,4 @@
-"""A battery's curves in; plots of throughput and of training in three precisions, as PNG files, out."""
+"""Plots of the GPU validation suite: throughput, and training losses in three precisions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Told apart by the colour-blind too (Okabe and Ito 2008), and by their markers where there is no colour.
+# Palette of Okabe and Ito (2008), distinguishable for the colour-blind; markers distinguish curves without colour.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("-", "--", ":")
 
 
 def draw_suite(folder: Path, report: SuiteReport) -> list[Path]:
-    """Draw what was measured into ``folder`` and return the pictures; a check without curves has none.
+    """Plot the curves of all checks that have any into ``folder``, and return the files.
 
     Raises:
         PictureError: a picture cannot be drawn.
@@ -34,7 +34,7 @@ def draw_suite(folder: Path, report: SuiteReport) -> list[Path]:
             drawn.append(_write(folder / "precision.png", partial(_losses_figure, result)))
         if result.check == "GPU-03" and len(result.series) > 1:
             machine = str(report.machine["name"])
-            drawn.append(_write(folder / "throughput.png", partial(_rates_figure, result, machine)))
+            drawn.append(_write(folder / "throughput.png", partial(_throughput_figure, result, machine)))
     return drawn
 
 
@@ -44,7 +44,7 @@ def _write(path: Path, draw: Callable[[], Figure]) -> Path:
 
 
 def _losses_figure(result: CheckResult) -> Figure:
-    """Losses in float32, and how far the other precisions lie from them: on one scale the curves hide each other."""
+    """Plot the float32 losses, and below them the distances of the other precisions, which one scale would hide."""
     from matplotlib.ticker import LogFormatter, MaxNLocator
 
     figure = _figure(height=7.5)
@@ -56,18 +56,18 @@ def _losses_figure(result: CheckResult) -> Figure:
         losses.plot(range(1, len(exact) + 1), exact, label=f"{name}, float32", **style)
         for dash, dtype in zip(_DASHES[1:], ("bfloat16", "float16"), strict=True):
             pairs = zip(result.series.get(f"{name}, {dtype}", []), exact, strict=False)
-            # No distance at all has no place on a scale of powers of ten.
-            apart = [abs(a - b) or float("nan") for a, b in pairs]
-            distances.plot(range(1, len(apart) + 1), apart, dash, label=f"{name}, {dtype}", **style)
+            # Zero cannot be drawn on a logarithmic scale.
+            gaps = [abs(a - b) or float("nan") for a, b in pairs]
+            distances.plot(range(1, len(gaps) + 1), gaps, dash, label=f"{name}, {dtype}", **style)
     losses.set(title="The same training in three precisions", ylabel="loss (nats per token)")
     distances.set(xlabel="optimiser step", ylabel="distance from float32 (nats per token)", yscale="log")
-    # The formatter of logarithmic axes that needs no formulas in labels.
+    # The formatter of logarithmic axes that does not need mathtext.
     distances.yaxis.set_major_formatter(LogFormatter())
     distances.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _with_legends(figure, (losses, distances))
 
 
-def _rates_figure(result: CheckResult, machine: str) -> Figure:
+def _throughput_figure(result: CheckResult, machine: str) -> Figure:
     figure = _figure(height=5.0)
     axes = figure.subplots()
     tokens = result.series["batch tokens"]
@@ -81,7 +81,7 @@ def _rates_figure(result: CheckResult, machine: str) -> Figure:
     axes.set_xticks(tokens, [f"{count:,.0f}" for count in tokens])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.set(title=f"Throughput on {machine}", xlabel="batch (tokens)", ylabel="rate (thousand tokens per second)")
+    axes.set(title=f"Throughput on {machine}", xlabel="batch (tokens)", ylabel="throughput (thousand tokens/s)")
     return _with_legends(figure, (axes,))
 
 

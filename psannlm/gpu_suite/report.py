@@ -1,4 +1,4 @@
-"""What the checks of a GPU measured in; each value beside its limit, a verdict, and plain data for a file, out."""
+"""Results of the GPU validation suite: measured values, their limits, verdicts and JSON."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Status = Literal["ok", "failed", "error", "skipped"]
 
 @dataclass(frozen=True)
 class Measure:
-    """One measured value and the limit that it is held against.
+    """A measured value and its limit.
 
     Attributes:
-        name: unique within its check, and the same whatever is measured: a baseline is compared by it.
-        value: in ``unit``; one that is not finite misses every limit.
+        name: unique within its check and independent of the result; baselines are compared by name.
+        value: in ``unit``; a non-finite value misses every limit.
         side: whether the limit is the highest or the lowest value that passes.
-        reason: why the limit stands where it does.
-        regression: how much worse than in an earlier battery the value may be, as a share of the earlier one; None: the
-            limit alone counts, because the value moves from run to run by more than it means.
-        spread: lowest and highest of the measurements behind the value, or None for a single one.
-        detail: what was found, for people: where two texts part, which tensors differ.
+        reason: why the limit is what it is.
+        regression: how much worse than in an earlier run the value may be, as a fraction of the earlier value; None:
+            only the limit counts, because the value varies too much between runs.
+        spread: minimum and maximum of the measurements whose median is the value; None for a single one.
+        detail: human-readable detail, such as the tensors that differ.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Measure:
 
     @property
     def is_met(self) -> bool:
-        """Whether the value keeps to its limit."""
+        """Whether the value meets its limit."""
         if not math.isfinite(self.value):
             return False
         return self.value <= self.limit if self.side == "at most" else self.value >= self.limit
@@ -48,7 +48,7 @@ class Measure:
         return f"{self.name}: {self.value:.4g} {self.unit} ({self.side} {self.limit:.4g}){found}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return every field and the verdict as plain data; a value that is not finite becomes a word."""
+        """Return every field and the verdict as plain data; a non-finite value becomes a string."""
         plain = asdict(self)
         plain["value"] = self.value if math.isfinite(self.value) else str(self.value)
         return {**plain, "is_met": self.is_met}
@@ -56,16 +56,16 @@ class Measure:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What came of one check.
+    """Result of one check.
 
     Attributes:
-        check: its number, such as ``GPU-03``.
-        measures: what was measured, each against its limit.
-        skipped: why nothing was measured, in words; None: something was.
-        error: what kept the check from its end; None: nothing did.
-        notes: what a reader must know to read the figures.
-        series: curves for the plots: name to values.
-        seconds: that the check took.
+        check: number of the check, such as ``GPU-03``.
+        measures: the measured values and their limits.
+        skipped: why the check was skipped, or None.
+        error: why the check could not finish, or None.
+        notes: explanations of the figures.
+        series: curves for the plots, by name.
+        seconds: duration of the check.
     """
 
     check: str
@@ -79,12 +79,12 @@ class CheckResult:
 
     @property
     def missed(self) -> tuple[Measure, ...]:
-        """The measures that missed their limits."""
+        """The measures that miss their limits."""
         return tuple(measure for measure in self.measures if not measure.is_met)
 
     @property
     def status(self) -> Status:
-        """A check without a measure and without a reason for that is an error: it must not pass for ok."""
+        """Status of the check; one without measures that was not skipped is an error, never ok."""
         if self.error is not None:
             return "error"
         if self.skipped is not None:
@@ -118,14 +118,14 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class SuiteReport:
-    """All checks that ran, on what, and how they compare with an earlier battery.
+    """Results of all checks that ran, the machine, and the comparison with an earlier run.
 
     Attributes:
-        machine: what decides the figures: device, its name, how many, versions, precision settings.
-        is_dry_run: whether sizes were small and rates held against nothing.
+        machine: what determines the figures: device, name and number of devices, versions, precision settings.
+        is_dry_run: whether sizes were small and no throughput limit applied.
         baseline: path of the earlier summary, or None.
-        regressions: one line for each value that is worse than there by more than its tolerance.
-        to_come: the checks that have not run yet; none at the end of a battery.
+        regressions: one line for each value that is worse than in the baseline by more than its tolerance.
+        to_come: the checks that have not run yet; empty at the end.
     """
 
     machine: dict[str, Any]
@@ -137,12 +137,12 @@ class SuiteReport:
 
     @property
     def problems(self) -> list[str]:
-        """One line for each limit missed, check broken, and regression."""
+        """One line for each missed limit, failed check and regression."""
         return [line for result in self.results for line in result.problems()] + list(self.regressions)
 
     @property
     def verdict(self) -> Literal["ok", "failed", "unfinished"]:
-        """``ok`` when all ran and nothing failed; checks that were skipped are named beside it."""
+        """``ok`` if all checks ran or were skipped and nothing failed."""
         if self.to_come:
             return "unfinished"
         return "failed" if self.problems else "ok"
@@ -174,20 +174,20 @@ def at_least(name: str, value: float, limit: float, unit: str, reason: str, **mo
 
 
 def none_of(name: str, found: Sequence[object] | int, unit: str, reason: str, **more: Any) -> Measure:
-    """Return a measure of things of which there must be none."""
+    """Return a measure of a count that must be 0."""
     count = found if isinstance(found, int) else len(found)
     return at_most(name, count, 0, unit, reason, **more)
 
 
 def largest(values: Iterable[float]) -> float:
-    """Return the largest of ``values``; NaN where one of them is NaN, wherever it stands, and where there is none.
+    """Return the largest of ``values``; NaN if one of them is NaN or there are none.
 
-    The built-in ``max`` keeps to the number before a NaN, for no comparison with a NaN is true.
+    The built-in ``max`` may ignore a NaN, because no comparison with it is true.
     """
     found = list(values)
     return math.nan if not found or any(map(math.isnan, found)) else max(found)
 
 
 def largest_distance(a: Iterable[float], b: Iterable[float]) -> float:
-    """Return how far two curves of the same length are apart where they are furthest; NaN as :func:`largest`."""
+    """Return the largest distance between two curves of the same length; NaN as :func:`largest`."""
     return largest(abs(x - y) for x, y in zip(a, b, strict=True))

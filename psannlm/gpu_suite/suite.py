@@ -1,4 +1,4 @@
-"""The names of checks and a device in; the battery GPU-01 to GPU-09, each check on its own, and their report, out."""
+"""GPU validation suite: runs the checks GPU-01 to GPU-09 one by one and reports them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from psannlm.gpu_suite.checks.parallel import check_ddp, check_fsdp
 from psannlm.gpu_suite.checks.speed import check_speed
 from psannlm.gpu_suite.context import DRY_RUN, FULL, CheckContext, Sizes
 from psannlm.gpu_suite.report import CheckResult, SuiteReport
+from psannlm.io.atomic import explain_write_errors
+from psannlm.io.filenames import utf8
 from psannlm.runtime.device import describe_device, pick_device
 
 Check = Callable[[CheckContext], CheckResult]
@@ -53,20 +55,20 @@ def validate(
     on_report: Callable[[SuiteReport], None] = lambda report: None,
     clock: Clock = time.perf_counter,
 ) -> SuiteReport:
-    """Run the checks (all, or ``only`` those named) and return what they came to.
+    """Run the checks (all, or ``only`` those named) and return their results.
 
-    A check that breaks is a failed check with its message, and the others run all the same. On the CPU the sizes are
-    small and rates are held against nothing: a rehearsal of the battery itself.
+    A check that raises is an error with its message, and the others still run. On the CPU the suite is a dry run: the
+    sizes are small, and no throughput limit applies.
 
     Args:
-        baseline: an earlier ``summary.json`` to compare with; ``any_machine``: even one of other hardware.
-        sizes: None takes what suits the device.
-        say: takes lines for people.
-        on_report: takes what is known after each check: a battery that is killed leaves behind what was kept of these.
+        baseline: an earlier ``summary.json`` to compare with; with ``any_machine`` also one of other hardware.
+        sizes: sizes of the checks; None chooses by device.
+        say: receives log lines.
+        on_report: receives the report after each check, so that a run that is killed leaves the finished checks behind.
 
     Raises:
-        PsannlmError: a GPU was asked for and is not there (exit code 1).
-        ConfigError: a check is not known, or the baseline is of another machine.
+        PsannlmError: a GPU was requested and is not available (exit code 1).
+        ConfigError: a check is unknown, or the baseline was measured on another machine.
         ArtifactError: the baseline cannot be read.
     """
     names = _chosen(only)
@@ -97,16 +99,16 @@ def validate(
 def require_device(
     device: str, only: Sequence[str] = (), baseline: Path | None = None, *, any_machine: bool = False
 ) -> torch.device:
-    """Return the device, after refusing all that :func:`validate` would refuse before its first check.
+    """Return the device, after the same validation as :func:`validate` makes before its first check.
 
     Raises:
-        PsannlmError: a GPU was asked for and is not there (exit code 1).
+        PsannlmError: a GPU was requested and is not available (exit code 1).
         ConfigError, ArtifactError: as :func:`validate` does.
     """
     _chosen(only)
     if device != "cpu" and not torch.cuda.is_available():
         raise PsannlmError(
-            f"torch {torch.__version__} sees no GPU; psannlm gpu-validate --device cpu rehearses the battery on a CPU"
+            f"torch {torch.__version__} sees no GPU; psannlm gpu-validate --device cpu is a dry run on a CPU"
         )
     chosen = pick_device(device)
     if baseline is not None:
@@ -116,21 +118,21 @@ def require_device(
 
 
 def run_check(name: str, check: Check, context: CheckContext) -> CheckResult:
-    """Return what ``check`` came to; whatever breaks in it is its ``error``, and never passes for ok.
+    """Run ``check`` and return its result; an exception in it becomes its ``error``.
 
-    So is what keeps the device from coming free behind it.
+    So does a failure to free the device afterwards.
     """
     context.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     try:
         result = check(context)
     except Interrupted:
-        # The user's own Ctrl-C, which a training run turns into this: the battery ends.
+        # Ctrl-C, which a training run turns into this error: the suite ends.
         raise
-    except Exception as error:  # noqa: BLE001 - a check may break in any way, and must not hide the others
+    except Exception as error:  # noqa: BLE001 - a check may raise anything, and the others must still run
         for line in traceback.format_exc().splitlines():
             context.say(f"{name}: {line}")
-        result = CheckResult(name, "", error=_told(error))
+        result = CheckResult(name, "", error=_describe_error(error))
     finally:
         shutil.rmtree(context.folder, ignore_errors=True)
     failure = _release(context)
@@ -141,32 +143,32 @@ def run_check(name: str, check: Check, context: CheckContext) -> CheckResult:
 
 
 def _release(context: CheckContext) -> str | None:
-    """Wait for the device and free it for the next check; return in words what kept it from that, or None.
+    """Wait for the device and free its memory for the next check; return an error message, or None.
 
-    A GPU that ran out of memory has work that failed still in its queue, and one whose kernel broke answers every later
-    call with the same error: that is told of each check from then on, and takes none of what was measured before.
+    A GPU that ran out of memory still has failed work in its queue, and one with a broken kernel fails every later call
+    with the same error. Each later check then reports it; the measures of earlier checks stay.
     """
     try:
         context.wait()
         context.release()
     except RuntimeError as error:
-        return f"the device did not come free after the check: {_told(error)}"
+        return f"the device could not be freed after the check: {_describe_error(error)}"
     return None
 
 
-def _told(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
 
 
 def _chosen(only: Sequence[str]) -> list[str]:
     for name in only:
         if name not in CHECKS:
-            raise ConfigError(f"no check is called {name!r:.40}{nearest(name.upper(), CHECKS)}: {', '.join(CHECKS)}")
+            raise ConfigError(f"{name!r:.40} is not a check{nearest(name.upper(), CHECKS)}: {', '.join(CHECKS)}")
     return [name for name in CHECKS if not only or name in only]
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return what decides the figures, as plain data: hardware, versions, and how float32 is multiplied."""
+    """Return what determines the figures, as plain data: hardware, versions, and float32 matrix precision."""
     is_gpu = device.type == "cuda"
     machine: dict[str, Any] = {
         "device": device.type,
@@ -188,7 +190,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def _settings(is_dry_run: bool) -> Iterator[None]:
-    """One thread for a rehearsal, whose matrices are smaller than what handing them over costs."""
+    """Use one thread in a dry run, whose matrices are too small for several."""
     threads = torch.get_num_threads()
     if is_dry_run:
         torch.set_num_threads(1)
@@ -196,3 +198,27 @@ def _settings(is_dry_run: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+class SuiteLog:
+    """Log file of the suite, complete up to the last line even if the process is killed.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._began = time.monotonic()
+        with explain_write_errors(path):
+            path.write_text("", encoding="utf-8")
+
+    def say(self, line: str) -> None:
+        """Append one line, with the seconds since the start."""
+        seconds = time.monotonic() - self._began
+        self.add(f"{seconds:9.1f} s  {line}\n")
+
+    def add(self, text: str) -> None:
+        """Append text without a time, such as a table."""
+        with explain_write_errors(self._path), open(self._path, "ab") as file:
+            file.write(utf8(text))

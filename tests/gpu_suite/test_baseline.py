@@ -1,4 +1,4 @@
-"""An earlier battery is compared only where that means something, and then each value that became worse is told."""
+"""Baselines: comparable ones only, and one line for each value that became worse."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def written(folder: Path, **changes: Any) -> Path:
     ],
     ids=["same", "within", "better", "slower", "larger", "no number", "no tolerance"],
 )
-def test_what_became_worse_is_told(tmp_path: Path, now: CheckResult, told: list[str]) -> None:
+def test_regressions_name_each_worse_value(tmp_path: Path, now: CheckResult, told: list[str]) -> None:
     former = read_baseline(written(tmp_path), MACHINE, is_dry_run=False, any_machine=False)
     assert regressions([now], former) == [f"GPU-03: {line}" for line in told]
 
 
-def test_what_is_not_measured_any_more_is_told(tmp_path: Path) -> None:
+def test_regressions_name_missing_values_and_skipped_checks(tmp_path: Path) -> None:
     former = read_baseline(written(tmp_path), MACHINE, is_dry_run=False, any_machine=False)
     less = CheckResult("GPU-03", "t", result().measures[1:])
     assert regressions([less], former) == ["GPU-03: rate: measured in the baseline, and not now"]
@@ -61,7 +61,7 @@ def test_what_is_not_measured_any_more_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"name": "H100"}, {"n_devices": 2}, {"device": "cpu"}], ids=str)
-def test_another_machine_is_refused_unless_asked_for(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_baseline_of_another_machine_needs_option(tmp_path: Path, change: dict[str, Any]) -> None:
     path = written(tmp_path)
     with pytest.raises(ConfigError, match="another machine"):
         read_baseline(path, {**MACHINE, **change}, is_dry_run=False, any_machine=False)
@@ -77,16 +77,29 @@ def test_baseline_reads_former_key_is_rehearsal(tmp_path: Path) -> None:
         read_baseline(tmp_path, MACHINE, is_dry_run=True, any_machine=False)
 
 
+def test_regressions_know_former_names_of_measures(tmp_path: Path) -> None:
+    summary = json.loads((written(tmp_path) / "summary.json").read_text(encoding="utf-8"))
+    summary["checks"][0]["measures"][0]["name"] = "respsann: floor of memory / step, float32, plain"
+    now = CheckResult(
+        "GPU-03",
+        "throughput",
+        (at_least("respsann: roofline / step, float32, plain", 50.0, 0.0, "of the step", "", regression=0.1),),
+    )
+    lines = regressions([now], summary)
+    assert lines[:2] == [f"GPU-03: {name}: measured in the baseline, and not now" for name in ("peak", "error")]
+    assert "respsann: roofline / step, float32, plain: 50 of the step now, 100 in the baseline" in lines[2]
+
+
 def test_baseline_of_a_dry_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a dry run and this is a run at full size"):
         read_baseline(written(tmp_path, is_dry_run=True), MACHINE, is_dry_run=False, any_machine=True)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"machine": {}, "is_dry_run": false, "checks": [1]}'])
-def test_a_damaged_baseline_is_refused(tmp_path: Path, content: str) -> None:
+def test_damaged_baseline_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "summary.json"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(ArtifactError, match=r"no summary\.json of psannlm gpu-validate"):
+    with pytest.raises(ArtifactError, match=r"not a summary\.json of psannlm gpu-validate"):
         read_baseline(path, MACHINE, is_dry_run=False, any_machine=False)
     with pytest.raises(ArtifactError, match="cannot be read"):
         read_baseline(tmp_path / "absent.json", MACHINE, is_dry_run=False, any_machine=False)

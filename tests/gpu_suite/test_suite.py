@@ -55,7 +55,7 @@ def test_only_what_was_asked_for_runs_in_its_order(checks: list[str]) -> None:
 
 
 def test_an_unknown_check_is_refused(checks: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"no check is called 'gpu-1' \(did you mean 'GPU-01'\?\)"):
+    with pytest.raises(ConfigError, match=r"'gpu-1' is not a check \(did you mean 'GPU-01'\?\)"):
         validate("cpu", only=("gpu-1",))
     assert checks == []
 
@@ -89,7 +89,7 @@ def test_a_device_that_does_not_come_free_is_told_and_the_others_run(
     report = validate("cpu", only=[f"GPU-0{number}" for number in range(1, 6)])
     assert checks == [f"GPU-0{number}" for number in range(1, 6)]
     assert [r.status for r in report.results] == ["ok", "ok", "error", "error", "error"]
-    told = "the device did not come free after the check: RuntimeError: CUDA error: an illegal memory access was encou"
+    told = "the device could not be freed after the check: RuntimeError: CUDA error: an illegal memory access was encou"
     third, fourth, _ = (str(r.error) for r in report.results[2:])
     assert third.startswith(told)
     assert fourth.startswith("RuntimeError: CUDA error: an illegal memory access was encountered; " + told)

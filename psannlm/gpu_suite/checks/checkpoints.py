@@ -1,4 +1,4 @@
-"""GPU-08: what a GPU saves, a CPU loads, and the other way; damage that is noticed; and runs that go on exactly."""
+"""GPU-08: checkpoints moved between GPU and CPU, detection of damage, and exact resume."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_checkpoints(context: CheckContext) -> CheckResult:
     trainer.curve(context.sizes.training, 3)
     folder = _save(context.folder / "saved", trainer)
     measures = [*round_trip_measures(trainer, folder, context.device), damage_measure(folder)]
-    context.say("GPU-08: a run in one go, and one that goes on")
+    context.say("GPU-08: an uninterrupted run, and a resumed one")
     resume, notes = _resume_measures(context)
     return CheckResult("GPU-08", "checkpoints", (*measures, *resume), notes=tuple(notes))
 
@@ -54,7 +54,7 @@ def _save(run: Path, trainer: Trainer) -> Path:
 
 
 def round_trip_measures(trainer: Trainer, folder: Path, device: torch.device) -> list[Measure]:
-    """Return how many tensors are others on the CPU, back on the device, and in the optimiser's state."""
+    """Return the number of tensors that differ on the CPU, back on the device, and in the optimizer state."""
     read_state(folder)
     here = trainer.model.state_dict()
     loaded = load_model(folder).model
@@ -64,14 +64,14 @@ def round_trip_measures(trainer: Trainer, folder: Path, device: torch.device) ->
     optimizers.load_tensors(read_optimizer(folder))
     state = differing(optimizers.tensors(), trainer.optimizers.tensors())
     return [
-        none_of("weights that are others on the CPU", on_cpu, "tensors", _EXACT, detail=_named(on_cpu)),
-        none_of("weights that are others back on the device", back, "tensors", _EXACT, detail=_named(back)),
-        none_of("optimiser state that is another", state, "tensors", _EXACT, detail=_named(state)),
+        none_of("weights that differ on the CPU", on_cpu, "tensors", _EXACT, detail=_named(on_cpu)),
+        none_of("weights that differ back on the device", back, "tensors", _EXACT, detail=_named(back)),
+        none_of("optimizer state that differs", state, "tensors", _EXACT, detail=_named(state)),
     ]
 
 
 def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of tensors that are not the same bit for bit, or that only one of the two has."""
+    """Return the names of tensors that are not bitwise equal, or that only one of the two has."""
     names = sorted(a.keys() | b.keys())
     return [name for name in names if name not in a or name not in b or not _is_same(a[name], b[name])]
 
@@ -79,7 +79,7 @@ def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
 def _is_same(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    # Compared as bytes: a NaN is the same as itself, and zero is another than minus zero.
+    # Compared as bytes: a NaN equals itself, and zero differs from minus zero.
     return torch.equal(*(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
@@ -88,7 +88,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 def damage_measure(folder: Path) -> Measure:
-    """Flip bits of every file of a checkpoint, one at a time, and return how many flips reading it did not notice."""
+    """Flip bits of every file of a checkpoint, one at a time, and return the number of undetected flips."""
     generator = torch.Generator().manual_seed(11)
     unnoticed = []
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -112,7 +112,7 @@ def damage_measure(folder: Path) -> Measure:
 
 
 def _corpus(folder: Path, n_bytes: int) -> Path:
-    """Return the path of a corpus of ``n_bytes`` to train on, written where it is not there yet."""
+    """Return the path of a synthetic corpus of ``n_bytes``, written if it does not exist yet."""
     path = folder / f"books_{n_bytes}.txt"
     if not path.exists():
         path.write_text("".join(write_books(1337, n_bytes)), encoding="utf-8")
@@ -129,7 +129,7 @@ def run_config(
 ) -> RunConfig:
     """Return the configuration of a run of ``sizes.n_steps`` steps under ``folder / name``.
 
-    It is of ``sizes.training`` and in float32 unless ``shape`` and the settings say otherwise.
+    The default is ``sizes.training`` in float32; ``shape`` and the settings override it.
     """
     shape = shape or context.sizes.training
     corpus = _corpus(context.folder, corpus_bytes)
@@ -162,15 +162,15 @@ def run_config(
 def _resume_measures(context: CheckContext) -> tuple[list[Measure], list[str]]:
     n_steps = context.sizes.n_steps
     half = n_steps // 2
-    train(run_config(context, "in_one_go", save_interval_steps=half), resume="never")
+    train(run_config(context, "uninterrupted", save_interval_steps=half), resume="never")
     again = None
     if context.is_gpu:
-        train(run_config(context, "once_more"), resume="never")
-        again = _weights(context.folder / "once_more", n_steps)
-    middle = step_folder(context.folder / "in_one_go", half)
-    train(run_config(context, "gone_on"), resume=str(middle))
+        train(run_config(context, "repeated"), resume="never")
+        again = _weights(context.folder / "repeated", n_steps)
+    middle = step_folder(context.folder / "uninterrupted", half)
+    train(run_config(context, "resumed"), resume=str(middle))
     return resume_measures(
-        _weights(context.folder / "in_one_go", n_steps), _weights(context.folder / "gone_on", n_steps), again
+        _weights(context.folder / "uninterrupted", n_steps), _weights(context.folder / "resumed", n_steps), again
     )
 
 
@@ -181,25 +181,25 @@ def _weights(run: Path, step: int) -> dict[str, Tensor]:
 def resume_measures(
     straight: Mapping[str, Tensor], resumed: Mapping[str, Tensor], again: Mapping[str, Tensor] | None
 ) -> tuple[list[Measure], list[str]]:
-    """Return how many tensors a run that went on changes, beside one in one go.
+    """Return the number of tensors that differ between an uninterrupted and a resumed run.
 
-    ``again`` is a second run in one go, where the device may not repeat itself. If it does, going on must be exact; if
-    it does not, going on must differ no more than three times what the device does by itself.
+    ``again`` is a second uninterrupted run, for devices that may not be deterministic. If it equals the first, the
+    resume must be exact; otherwise the resumed run may differ by up to three times the distance of those two.
     """
     name = "weights that a resume changes, and the device by itself does not"
     changed = differing(straight, resumed)
     own = [] if again is None else differing(straight, again)
     if not own:
-        reason = "the device repeats itself, so a resume is exact"
+        reason = "the device is deterministic, so a resume is exact"
         return [none_of(name, changed, "tensors", reason, detail=_named(changed))], []
     assert again is not None
     by_itself = _distance(straight, again)
-    note = f"resume is not exact here: two runs in one go differ by {by_itself:.2g} of the weights' length"
-    reason = f"two runs in one go differ by {by_itself:.2g} on this device; three times that is allowed"
-    apart = _distance(straight, resumed)
-    # Not the other way round: a distance that is no number is not within anything.
-    beyond = [] if apart <= 3 * by_itself else changed
-    return [none_of(name, beyond, "tensors", reason, detail=f"{apart:.2g} of the weights' length apart")], [note]
+    note = f"resume is not exact here: two uninterrupted runs differ by {by_itself:.2g} of the weights' norm"
+    reason = f"two uninterrupted runs differ by {by_itself:.2g} on this device; three times that is allowed"
+    distance = _distance(straight, resumed)
+    # A comparison with NaN is false: it counts as beyond.
+    beyond = [] if distance <= 3 * by_itself else changed
+    return [none_of(name, beyond, "tensors", reason, detail=f"distance: {distance:.2g} of the weights' norm")], [note]
 
 
 def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""GPU-04: the most memory that a training step holds, with and without recomputation, beside what was predicted."""
+"""GPU-04: peak memory of a training step against its estimate, with and without activation checkpointing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STEP = "the step that is measured"
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes that a step held at its peak, weights and optimiser included, and the loss of the first one."""
+    """Peak bytes of a step, weights and optimizer included, and the loss of the first step."""
 
     n_bytes: int
     loss: float
@@ -53,8 +53,8 @@ def check_memory(context: CheckContext) -> CheckResult:
         "memory",
         tuple(measures),
         notes=(
-            f"{shape.n_tokens:,} tokens a step, {shape.n_layers} layers of {shape.d_model}, "
-            + ("as the CUDA allocator counts" if context.is_gpu else "as the profiler counts the CPU's allocations"),
+            f"{shape.n_tokens:,} tokens per step, {shape.n_layers} layers of {shape.d_model}, "
+            + ("counted by the CUDA allocator" if context.is_gpu else "CPU allocations counted by the profiler"),
         ),
     )
 
@@ -73,9 +73,9 @@ def _peak(context: CheckContext, base: BaseName, dtype: torch.dtype, is_checkpoi
 
 
 def _peak_on_cpu(context: CheckContext, config: ModelConfig, dtype: torch.dtype, is_checkpointed: bool) -> Peak:
-    """The same as the profiler tells it: every allocation and release, in their order.
+    """Return the same from the profiler's record of all allocations and releases, in order.
 
-    At the sizes of a rehearsal the size of a process says little: it grows by what the system hands out at a time.
+    At the sizes of a dry run resident memory is too coarse: it grows by the system's allocation granularity.
     """
     batches = [micro_batch(draw_tokens(context.sizes.memory, seed=3))]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -95,21 +95,21 @@ def _peak_on_cpu(context: CheckContext, config: ModelConfig, dtype: torch.dtype,
 
 
 def memory_measures(base: str, peaks: dict[bool, Peak], predicted: dict[bool, int]) -> list[Measure]:
-    """Return how far each peak is from its prediction, what recomputation saves, and that it changes no loss."""
+    """Return the error of each estimate, the saving by recomputation, and its change of the loss."""
     measures = []
     for is_checkpointed, peak in peaks.items():
         name = f"{base}, {'recomputing' if is_checkpointed else 'keeping'} activations"
         off = abs(peak.n_bytes / predicted[is_checkpointed] - 1.0)
-        reason = f"{predicted[is_checkpointed] / 1e6:,.1f} MB were predicted: a plan must hold to be worth making"
-        most = f"the prediction and {PREDICTION_LIMIT:.0%}"
+        reason = f"{predicted[is_checkpointed] / 1e6:,.1f} MB were estimated: training is planned with this figure"
+        most = f"the estimate plus {PREDICTION_LIMIT:.0%}"
         limit = predicted[is_checkpointed] * (1.0 + PREDICTION_LIMIT) / 1e6
         measures += [
             at_most(f"{name}: off its prediction", off, PREDICTION_LIMIT, "of it", reason),
             at_most(f"{name}: peak", peak.n_bytes / 1e6, limit, "MB", most, regression=0.05),
         ]
     saved = peaks[True].n_bytes / peaks[False].n_bytes
-    why = "what is kept is the larger part of the memory at this size, and recomputation keeps one tensor a block"
-    same = "recomputation repeats the very same sums"
+    why = "activations are most of the memory at this size, and recomputation keeps one tensor per block"
+    same = "recomputation repeats the same operations"
     change = abs(peaks[True].loss - peaks[False].loss) / abs(peaks[False].loss)
     return [
         *measures,

@@ -1,4 +1,4 @@
-"""GPU-05 and GPU-06: one process against as many as there are GPUs, by the training engine itself."""
+"""GPU-05 and GPU-06: DDP and FSDP training on all GPUs against a single process: parity and scaling."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from psannlm.training.run import train
 _DRY_RUN_RANKS = 2
 _TIMEOUT_S = 600.0
 _POLL_S = 0.1
-# Logged intervals of a run whose rate counts: each waits for the device once.
+# Logged intervals of a run whose throughput is measured: each synchronizes with the device once.
 _ROWS_OF_RATES = 4
 LOSS_LIMIT = 1e-4
 WEIGHTS_LIMIT = 1e-3
@@ -37,12 +37,12 @@ EFFICIENCY_LIMIT = 0.5
 
 
 def check_ddp(context: CheckContext) -> CheckResult:
-    """GPU-05: data parallelism."""
+    """GPU-05: data parallelism (DDP)."""
     return _check(context, "GPU-05", "data parallel", {})
 
 
 def check_fsdp(context: CheckContext) -> CheckResult:
-    """GPU-06: parameters, gradients and optimiser state shared out over the ranks."""
+    """GPU-06: parameters, gradients and optimizer state sharded over the ranks (FSDP)."""
     title = "fully sharded"
     if "fsdp" not in TrainConfig.model_fields:
         return CheckResult("GPU-06", title, skipped="this version of psannlm has no train.fsdp")
@@ -52,9 +52,9 @@ def check_fsdp(context: CheckContext) -> CheckResult:
 def _check(context: CheckContext, check: str, title: str, settings: dict[str, Any]) -> CheckResult:
     n_ranks = torch.cuda.device_count() if context.is_gpu else _DRY_RUN_RANKS
     if n_ranks < 2:
-        return CheckResult(check, title, skipped="there is one GPU, and parallel training needs two")
+        return CheckResult(check, title, skipped="there is one GPU; parallel training needs two")
     n_steps = context.sizes.n_steps
-    # The same sums on both sides: the one process accumulates what the many share out.
+    # The same sums in both runs: the single process accumulates the micro-batches of all ranks.
     pair = _Pair(context, f"{check}_parity", n_ranks)
     rows = pair.train({"grad_accum_steps": n_ranks}, settings)
     losses = {name: [row["loss"] for row in found] for name, found in rows.items()}
@@ -66,7 +66,7 @@ def _check(context: CheckContext, check: str, title: str, settings: dict[str, An
         (*parity_measures(losses["one"], losses["many"], weights), *scaling),
         notes=(
             f"{n_ranks} {'GPUs over NCCL' if context.is_gpu else 'processes over gloo'}; parity in float32, where "
-            f"the one process accumulates {n_ranks} micro-batches",
+            f"the single process accumulates {n_ranks} micro-batches",
             note,
         ),
         series={name: [float(loss) for loss in found] for name, found in losses.items()},
@@ -75,7 +75,7 @@ def _check(context: CheckContext, check: str, title: str, settings: dict[str, An
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two runs of the same training, in one process and on ``n_ranks``."""
+    """Two runs of the same training: in one process and on ``n_ranks`` ranks."""
 
     context: CheckContext
     title: str
@@ -87,7 +87,7 @@ class _Pair:
     def train(self, of_one: dict[str, Any], of_many: dict[str, Any], **of_both: Any) -> dict[str, list[dict[str, Any]]]:
         """Make both runs and return the logged training rows of each."""
         self.context.say(f"{self.title}: {self.context.sizes.n_steps} steps in one process")
-        # One process, or the launcher's own variables would make it a rank of something.
+        # ddp off: environment variables of a launcher would make this process a rank.
         train(run_config(self.context, self.folder("one").name, ddp="off", **of_one, **of_both), resume="never")
         self.context.release()
         self.context.say(f"{self.title}: {self.context.sizes.n_steps} steps on {self.n_ranks} ranks")
@@ -99,16 +99,16 @@ class _Pair:
 
 
 def _scaling(context: CheckContext, check: str, n_ranks: int, settings: dict[str, Any]) -> tuple[list[Measure], str]:
-    """Return the scaling efficiency of a step that is long beside what every step does once, and what it was of.
+    """Return the scaling efficiency of a long step, and a note on its size.
 
-    Each process has as much to do, and the optimiser as often, in one as in many; few steps are logged, and each
-    process has a fresh window in all of them.
+    The work per process and the number of optimizer steps are the same in both runs. Few steps are logged, and no
+    window is used twice.
     """
     shape = context.sizes.scaling
     free = torch.cuda.mem_get_info(context.device)[0] if context.is_gpu else 1 << 40
     fitting = fitting_rows(shape.config("waveresnet"), shape, context.low_precision(), free)
     if fitting is None:
-        return [], f"scaling efficiency is left out: a window of it does not fit into {free / 1e9:,.1f} GB"
+        return [], f"scaling efficiency is left out: one of its windows does not fit into {free / 1e9:,.1f} GB"
     rows = _Pair(context, f"{check}_scaling", n_ranks).train(
         {},
         settings,
@@ -121,8 +121,8 @@ def _scaling(context: CheckContext, check: str, n_ranks: int, settings: dict[str
     )
     rates = {name: [float(row["tokens_per_s"]) for row in found] for name, found in rows.items()}
     note = (
-        f"scaling efficiency of {fitting.n_layers} layers of {fitting.d_model}, {fitting.n_tokens:,} tokens a step and "
-        "process, one micro-batch each"
+        f"scaling efficiency of {fitting.n_layers} layers of {fitting.d_model}, {fitting.n_tokens:,} tokens per step "
+        "and process, one micro-batch each"
     )
     return [efficiency_measure(rates["one"], rates["many"], n_ranks, is_dry_run=context.is_dry_run)], note
 
@@ -130,13 +130,13 @@ def _scaling(context: CheckContext, check: str, n_ranks: int, settings: dict[str
 def parity_measures(
     one: Sequence[float], many: Sequence[float], weights: Mapping[str, Mapping[str, Tensor]]
 ) -> list[Measure]:
-    """Return how far the losses of every step, and the weights at the end, are apart."""
+    """Return the largest distance of the losses, and the distance of the final weights."""
     distance = largest_distance(one, many)
     first, second = weights["one"], weights["many"]
     squares = sum(float((value.double() - second[name].double()).square().sum()) for name, value in first.items())
     whole = sum(float(value.double().square().sum()) for value in first.values())
-    reason = "the same sums of float32 in another order: about 1e-6 a step"
-    moved = "AdamW turns a gradient of nearly zero into a step of the learning rate, so weights part faster than losses"
+    reason = "the same float32 sums in another order: about 1e-6 per step"
+    moved = "AdamW makes a full step of a gradient near zero, so weights diverge faster than losses"
     return [
         at_most("loss, one process against many", distance, LOSS_LIMIT, "nats", reason),
         at_most("weights at the end", (squares / whole) ** 0.5, WEIGHTS_LIMIT, "of their length", moved),
@@ -144,22 +144,22 @@ def parity_measures(
 
 
 def efficiency_measure(one: Sequence[float], many: Sequence[float], n_ranks: int, *, is_dry_run: bool) -> Measure:
-    """Return the rate of all ranks beside as many times that of one; the first half, which warms up, is left out."""
+    """Return the throughput of all ranks over ``n_ranks`` times that of one, without the first half (warm-up)."""
     half = len(one) // 2
     ratio = statistics.median(many[half:]) / (n_ranks * statistics.median(one[half:]))
     limit = 0.0 if is_dry_run else EFFICIENCY_LIMIT
-    reason = "a step of this size takes several times the exchange of its gradients; less is one that waits for it"
+    reason = "a step of this size takes several times as long as exchanging its gradients; less is a step that waits"
     if is_dry_run:
         reason = "no throughput limit applies in a dry run"
     return at_least("scaling efficiency", ratio, limit, "x", reason, regression=0.15)
 
 
 def launch(config: RunConfig, folder: Path, n_ranks: int, device: torch.device) -> None:
-    """Start the ranks, each with its output in a file of ``folder``, and wait for all of them.
+    """Start the ranks, each with a log file in ``folder``, and wait for all of them.
 
     Raises:
-        TrainingError: a rank failed, or all together took more than ten minutes; the others are ended.
-        DeviceError: this machine has no loopback interface that works.
+        TrainingError: a rank failed, or the ranks took more than ten minutes; the others are killed.
+        DeviceError: this machine has no working loopback interface.
     """
     folder.mkdir(parents=True)
     path = folder / "config.yaml"
@@ -186,7 +186,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path]) ->
             if process.poll():
                 raise TrainingError(_failure(rank, process.returncode, logs[rank]))
         if time.monotonic() > ends_at:
-            raise TrainingError(f"{len(processes)} ranks were not done after {_TIMEOUT_S:.0f} s")
+            raise TrainingError(f"{len(processes)} ranks did not finish within {_TIMEOUT_S:.0f} s")
         time.sleep(_POLL_S)
     for rank, process in enumerate(processes):
         if process.returncode:
@@ -195,4 +195,4 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path]) ->
 
 def _failure(rank: int, code: int, log: Path) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return f"rank {rank} ended with {code}: {lines[-1] if lines else 'it said nothing'}"
+    return f"rank {rank} ended with exit code {code}: {lines[-1] if lines else 'no output'}"

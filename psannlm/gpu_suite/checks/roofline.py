@@ -1,7 +1,7 @@
-"""GPU-07's rate: one row of a model of several GB, decoded beside the time in which memory delivers those bytes.
+"""Throughput of GPU-07: one row decoded with a model of several GB, against the memory-bandwidth roofline.
 
-A small model's step ends before some hundred kernels have been launched, whatever the memory does: only one whose
-weights take longer to read than its kernels to start can be held close to the floor.
+A step of a small model is bound by kernel launches. Only a model whose weights take longer to read than its kernels
+take to launch can come close to the roofline.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from psannlm.models.accounting import count_parameters
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import describe_device, has_compiler
 
-# Shares of a step in which it only reads, of compiled decoding and of plain: with weights of several GB, and of half a
-# GB, which are read in a tenth of a millisecond.
+# Least fractions of a step in which it reads memory, for compiled and plain decoding: with weights of several GB, and
+# of half a GB, which are read in a tenth of a millisecond.
 LARGE_LIMITS = {True: 0.7, False: 0.2}
 SMALL_LIMITS = {True: 0.1, False: 0.02}
 RATE_REGRESSION = 0.1
-# Less is no model of several GB.
+# A model with fewer bytes is not one of several GB.
 _LEAST_BYTES = 1.5e9
-# Float32 weights, the same in bfloat16, and what is read to time memory, which the first make room for.
+# Float32 weights, a bfloat16 copy, and the tensor whose reads are timed.
 _BYTES_PER_PARAMETER = 8
 _MEMORY_FRACTION = 0.8
 _NOTHING = "no throughput limit applies in a dry run"
-_ONLY_READS = "a step of one row does little but read the weights; the rest is attention and the way between kernels"
-_LAUNCHES = "without a compiler each of some hundred kernels is launched by itself"
-_SMALL = "half a GB is read in less time than the kernels of a step take to start; less than this is one that waits"
+_ONLY_READS = "a step of one row mostly reads the weights; the rest is attention and kernel launches"
+_LAUNCHES = "without a compiler each of some hundred kernels is launched separately"
+_SMALL = "half a GB is read in less time than the kernels of a step take to launch; less is a step that waits"
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Tokens per second of one row, the share of a step in which it only reads, and the rate of nothing but reading."""
+    """Throughput of one row, the fraction of a step in which it reads memory, and the throughput of reads alone."""
 
     rate: Spread
     fraction: Spread
@@ -49,18 +49,18 @@ class Roofline:
 
     @classmethod
     def of(cls, rate: Spread, roofline: RooflineFraction) -> Roofline:
-        """Return the same from a step's share of its floor."""
+        """Build it from the roofline fraction of a step."""
         return cls(rate, roofline.fraction, 1.0 / roofline.roofline_s)
 
 
 def large_roofline_measures(context: CheckContext, base: BaseName, notes: list[str]) -> list[Measure]:
-    """Decode a model of ``base`` as large as memory allows; what it was, or why there is none, goes to ``notes``."""
+    """Decode the largest model of ``base`` that fits; its size, or why none fits, is added to ``notes``."""
     shape, case = context.sizes.roofline, f"{base}, several GB"
     least = 0.0 if context.is_dry_run else _LEAST_BYTES
     free = torch.cuda.mem_get_info(context.device)[0] if context.is_gpu else 1 << 40
     fitting = fitting_layers(shape, base, free, least)
     if fitting is None:
-        notes.append(f"{case}: left out, for {free / 1e9:,.1f} GB are free on {describe_device(context.device)}")
+        notes.append(f"{case}: left out, because {free / 1e9:,.1f} GB are free on {describe_device(context.device)}")
         return []
     is_compiled = context.is_gpu and has_compiler(context.device)
     dtype: WeightDtype = "bfloat16" if context.is_gpu else "float32"
@@ -77,7 +77,7 @@ def large_roofline_measures(context: CheckContext, base: BaseName, notes: list[s
 
 
 def fitting_layers(shape: Shape, base: BaseName, free_bytes: int, least_bytes: float) -> Shape | None:
-    """Return ``shape`` with its layers halved until it leaves a fifth free; None: its bfloat16 weights are too few."""
+    """Return ``shape`` with layers halved until 20% of memory stays free; None: its weights are under the minimum."""
     n_layers = shape.n_layers
     while n_layers:
         fitting = replace(shape, n_layers=n_layers)
@@ -91,7 +91,7 @@ def fitting_layers(shape: Shape, base: BaseName, free_bytes: int, least_bytes: f
 
 
 def _decode_row(context: CheckContext, config: ModelConfig, dtype: WeightDtype, is_compiled: bool) -> Roofline:
-    """Decode one row and read as many bytes as it does, in turns."""
+    """Decode one row, interleaved with memory reads of the same size."""
     engine = Engine(_random_model(config, context.device), dtype=dtype, compile=is_compiled)
     length, n_new = context.sizes.prompt_length, context.sizes.new_tokens
     generator = torch.Generator().manual_seed(13)
@@ -110,13 +110,13 @@ def _decode_row(context: CheckContext, config: ModelConfig, dtype: WeightDtype, 
 
 
 def _random_model(config: ModelConfig, device: torch.device) -> Transformer:
-    """Build a model on the device itself: drawing billions of weights on the host takes longer than all the rest."""
+    """Build a random model on the device: sampling billions of weights on the host takes longer than the check."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.device(device), torch.no_grad():
         model = Transformer(config).eval()
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                # Branches start at zero, and what only multiplies zeros draws less power than a model in use.
+                # Residual branches start at zero, and multiplying zeros draws less power than a model in use.
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
     return model
 
@@ -124,20 +124,20 @@ def _random_model(config: ModelConfig, device: torch.device) -> Transformer:
 def small_roofline_measures(
     base: str, found: Roofline, how: str, *, is_compiled: bool, is_dry_run: bool
 ) -> list[Measure]:
-    """Return the same of the model whose tokens are compared, which is too small to come near the floor."""
+    """Return the same for the model whose tokens are compared, which is too small to reach the roofline."""
     return roofline_measures(base, how, found, SMALL_LIMITS[is_compiled], _SMALL, is_dry_run=is_dry_run)
 
 
 def roofline_measures(
     case: str, how: str, found: Roofline, limit: float, reason: str, *, is_dry_run: bool, detail: str = ""
 ) -> list[Measure]:
-    """Return the decode rate of one row and its share of the floor, against ``limit`` of the latter."""
+    """Return the decode throughput of one row and its roofline fraction, both against ``limit``."""
     limit, reason = (0.0, _NOTHING) if is_dry_run else (limit, reason)
-    so_much = _NOTHING if is_dry_run else f"{limit:.0%} of the rate of a step that did nothing but read"
+    least_reason = _NOTHING if is_dry_run else f"{limit:.0%} of the throughput of a step that only reads"
     least = limit * found.reading_tokens_per_s
     return [
-        _measure(f"{case}: one row, {how}", found.rate, least, "tokens/s", so_much, detail),
-        _measure(f"{case}: floor of memory / step, {how}", found.fraction, limit, "of the step", reason, detail),
+        _measure(f"{case}: one row, {how}", found.rate, least, "tokens/s", least_reason, detail),
+        _measure(f"{case}: roofline / step, {how}", found.fraction, limit, "of the step", reason, detail),
     ]
 
 

@@ -1,4 +1,4 @@
-"""GPU-03: tokens per second of training and of forward passes, their share of the matrix peak, the cost of the sine."""
+"""GPU-03: throughput of training and forward passes, their fraction of the matrix peak, and the cost of the sine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from psannlm.runtime.device import describe_device, has_compiler
 
 _PASSES_PER_TURN = 10
 _MEMORY_FRACTION = 0.8
-_OUT_OF_MEMORY = "torch.OutOfMemoryError in a batch for which there was to be room: see GPU-04"
+_OUT_OF_MEMORY = "torch.OutOfMemoryError in a batch that was estimated to fit: see GPU-04"
 
 
 def check_speed(context: CheckContext) -> CheckResult:
@@ -46,7 +46,7 @@ def check_speed(context: CheckContext) -> CheckResult:
     for batch_tokens in context.sizes.batch_tokens:
         shape = replace(context.sizes.speed, n_rows=batch_tokens // context.sizes.speed.seq_len)
         measured = None
-        # What an error that is being handled holds cannot be released: what follows from it stands behind it.
+        # Released below, not in an except clause: an error being handled keeps the tensors of its frames alive.
         with suppress(torch.OutOfMemoryError):
             measured = _measure_bases(context, shape, is_compiled)
         if measured is None:
@@ -70,7 +70,7 @@ def check_speed(context: CheckContext) -> CheckResult:
 def _train(
     context: CheckContext, config: ModelConfig, shape: Shape, is_compiled: bool, *, with_gelu: bool
 ) -> ThroughputReport:
-    """Measure training as ``psannlm bench-train`` does, beside the same network with GELU for the sine."""
+    """Measure training as ``psannlm bench-train`` does, optionally beside the same network with GELU."""
     amp: dict[torch.dtype, Amp] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     settings = ThroughputSettings(
         model=config,
@@ -87,7 +87,7 @@ def _train(
 
 
 def _measure_bases(context: CheckContext, shape: Shape, is_compiled: bool) -> tuple[dict[str, Rates], float]:
-    """Return the rates of every base, and the seconds of a step of respsann beside those with GELU for its sine."""
+    """Return the throughputs of every base, and the step time of respsann over that with GELU instead of the sine."""
     rates, sine_cost = {}, float("nan")
     for base in BASE_NAMES:
         context.say(f"GPU-03: {base}, {shape.n_tokens:,} batch tokens")
@@ -113,7 +113,7 @@ def _rates(report: ThroughputReport, forward: Spread | None) -> Rates:
 
 
 def _forward(context: CheckContext, config: ModelConfig, shape: Shape, is_compiled: bool) -> Spread:
-    """Measure passes from ids to the loss: the output matrix and its softmax are part of them, no logits are kept."""
+    """Measure forward passes from ids to the loss, LM head and softmax included; no logits are kept."""
     trainer = Trainer.build(context, config, context.low_precision(), is_compiled=is_compiled)
     trainer.model.eval()
     batch = micro_batch(draw_tokens(shape, seed=4).to(context.device))
@@ -135,7 +135,7 @@ def _forward(context: CheckContext, config: ModelConfig, shape: Shape, is_compil
 
 
 def _utilisation(context: CheckContext, is_compiled: bool, notes: list[str]) -> list[Measure]:
-    """Measure training of a model large enough to be bound by arithmetic, in the largest batch that fits."""
+    """Measure training of a compute-bound model in the largest batch that fits."""
     shape = context.sizes.utilisation
     measures = []
     bases: tuple[BaseName, ...] = ("waveresnet", "transformer")
@@ -163,7 +163,7 @@ def _free_bytes(context: CheckContext) -> int:
 
 
 def fitting_rows(config: ModelConfig, shape: Shape, dtype: torch.dtype, free_bytes: int) -> Shape | None:
-    """Return ``shape`` with its rows halved until training is predicted to leave a fifth free; None: nothing fits."""
+    """Return ``shape`` with rows halved until training is estimated to leave 20% free; None: nothing fits."""
     n_rows = shape.n_rows
     while n_rows:
         if (

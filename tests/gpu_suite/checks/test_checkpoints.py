@@ -66,8 +66,8 @@ def test_weights_that_come_back_changed_are_seen(context: CheckContext, monkeypa
     monkeypatch.setattr(checkpoints, "load_model", rounded)
     monkeypatch.setattr(checkpoints, "_resume_measures", lambda context: ([], []))
     assert [(measure.name, measure.detail) for measure in check_checkpoints(context).missed] == [
-        ("weights that are others on the CPU", "embedding.weight"),
-        ("weights that are others back on the device", "embedding.weight"),
+        ("weights that differ on the CPU", "embedding.weight"),
+        ("weights that differ back on the device", "embedding.weight"),
     ]
 
 
@@ -83,7 +83,7 @@ def test_an_optimiser_that_comes_back_changed_is_seen(context: CheckContext, mon
     monkeypatch.setattr(checkpoints, "read_optimizer", rounded)
     monkeypatch.setattr(checkpoints, "_resume_measures", lambda context: ([], []))
     [missed] = check_checkpoints(context).missed
-    assert (missed.name, missed.value) == ("optimiser state that is another", 1)
+    assert (missed.name, missed.value) == ("optimizer state that differs", 1)
 
 
 def test_what_differs_is_told_bit_for_bit() -> None:

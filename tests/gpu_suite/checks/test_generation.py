@@ -47,7 +47,7 @@ def test_a_wrong_row_of_the_cache_is_seen(context: CheckContext, monkeypatch: py
     assert [measure.name for measure in result.measures] == names, "a name depends on nothing that was measured"
     missed = {measure.name: measure.detail for measure in result.missed}
     assert missed["waveresnet: tokens that the cache changes"].startswith("outputs differ first at row")
-    assert missed["waveresnet: rows that their company changes"].startswith("rows [")
+    assert missed["waveresnet: rows that the batch changes"].startswith("rows [")
 
 
 @pytest.mark.usefixtures("one_base")

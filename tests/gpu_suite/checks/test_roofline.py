@@ -38,7 +38,7 @@ def test_decoding_that_leaves_memory_idle_is_seen(is_compiled: bool) -> None:
         return [measure.name for measure in measures if not measure.is_met]
 
     assert missed(limit + 0.01) == []
-    assert missed(limit - 0.01) == ["b, several GB: one row, how", "b, several GB: floor of memory / step, how"]
+    assert missed(limit - 0.01) == ["b, several GB: one row, how", "b, several GB: roofline / step, how"]
     assert missed(0.001, is_dry_run=True) == []
 
 
@@ -56,7 +56,7 @@ def test_the_path_runs_in_a_rehearsal(context: CheckContext) -> None:
     measures = large_roofline_measures(context, "waveresnet", notes)
     assert [measure.name for measure in measures] == [
         "waveresnet, several GB: one row, float32, plain",
-        "waveresnet, several GB: floor of memory / step, float32, plain",
+        "waveresnet, several GB: roofline / step, float32, plain",
     ]
     assert all(measure.value > 0 and measure.is_met for measure in measures)
     assert notes[0].startswith("waveresnet, several GB: 64 wide, 2 layers, of ")
