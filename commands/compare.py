@@ -1,4 +1,4 @@
-"""psannlm compare: a plan of variants, seeds and learning rates to which model is better, and how sure that is."""
+"""psannlm compare: ablation study of variants, seeds and learning rates, with paired confidence intervals."""
 
 from __future__ import annotations
 
@@ -27,30 +27,40 @@ if TYPE_CHECKING:
     from psannlm.reports.page_model import Table
 
 
-# Variant, loss, difference, interval, bits per byte, learning rate: what 80 columns have room for.
+# Variant, loss, difference, interval, bits per byte, learning rate: the columns that fit into 80 characters.
 _MAIN_COLUMNS = (0, 1, 3, 4, 5, 6)
 
 
 def compare(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="YAML file: base, variants, baseline, seeds, budget.")],
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time; they share the machine's cores.")] = 1,
+    plan: Annotated[
+        Path,
+        typer.Argument(metavar="PLAN", help="Study configuration (YAML): base, variants, baseline, seeds, budget."),
+    ],
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="Number of runs trained at the same time; they divide the CPU cores.")
+    ] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs with parameters, tokens and time; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print all runs with parameters, tokens and estimated time, and write nothing."),
     ] = False,
     no_train: Annotated[
-        bool, typer.Option("--no-train", help="Write the results of the runs that are done so far; train none.")
+        bool, typer.Option("--no-train", help="Write the results of the finished runs, and train nothing.")
     ] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="VARIANT", help="Train this variant alone (repeatable); show what all have."),
+        typer.Option(
+            "--only", metavar="VARIANT", help="Train only this variant; may be repeated. The results show all."
+        ),
     ] = None,
     study: Annotated[
-        Path | None, typer.Option("--study", help="Folder of the runs. Default: runs/<name of the plan>.")
+        Path | None, typer.Option("--study", help="Folder of the runs; default: runs/<name of the plan>.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Output folder of the results; default: reports/ablations/<time>.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train variants of one configuration at equal size, and tell which is better and how sure that is."""
+    """Train variants of one configuration at equal size and compare their validation losses, with intervals."""
     from psannlm.experiments.lr_selection import with_selected_lrs
     from psannlm.experiments.plan import load_plan
     from psannlm.experiments.results import study_figures
@@ -62,10 +72,11 @@ def compare(
     from psannlm.reports.study_tables import study_pictures, study_tables
 
     if no_train and only:
-        raise typer.BadParameter("--no-train trains no variant at all; leave one of them out", param_hint="--only")
+        raise typer.BadParameter("--no-train trains no variant; use only one of the two options", param_hint="--only")
     if dry_run and no_train:
         raise typer.BadParameter(
-            "--dry-run shows what there is to do, --no-train what is done: choose one", param_hint="--no-train"
+            "--dry-run shows the remaining work, --no-train the finished work; use only one of them",
+            param_hint="--no-train",
         )
     settled = load_plan(plan)
     wanted = _checked(only or [], [variant.name for variant in settled.variants])
@@ -78,11 +89,11 @@ def compare(
     with live_line(stderr_console()) as line:
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name, line.keep)
         if not dry_run:
-            looking = names(sized)
+            search_runs = names(sized)
             if not no_train:
-                run_all(sized, jobs=jobs, only=looking, tell=line.show, keep=line.keep)
+                run_all(sized, jobs=jobs, only=search_runs, tell=line.show, keep=line.keep)
             sized = with_selected_lrs(sized)
-            others = names(sized, but=looking)
+            others = names(sized, but=search_runs)
             if not no_train and others:
                 run_all(sized, jobs=jobs, only=others, tell=line.show, keep=line.keep)
             answers = score_runs(sized, line.show)
@@ -115,25 +126,27 @@ def compare(
 
 
 def _checked(only: list[str], names: list[str]) -> frozenset[str]:
-    """The variants to train: those asked for, or all. Raises ConfigError for a name that the plan does not have."""
+    """Return the variants to train: those of ``--only``, or all. Raises ConfigError for an unknown name."""
     from psannlm.errors import ConfigError, nearest
 
     for name in only:
         if name not in names:
-            message = f"--only {name}: none of the plan's variants{nearest(name, names)}; they are {', '.join(names)}"
+            message = (
+                f"--only {name}: not one of the plan's variants{nearest(name, names)}; they are {', '.join(names)}"
+            )
             raise ConfigError(message)
     return frozenset(only or names)
 
 
 def _refuse_failures(figures: dict[str, Any]) -> None:
-    """Let scripts know that figures are missing, once those that are there have been written and shown."""
+    """Raise TrainingError where runs failed; the figures of the others have been written and shown by then."""
     from psannlm.errors import TrainingError
 
     failed = [run for run in figures["runs"] if run["state"] == "failed"]
     if failed:
         raise TrainingError(
             f"{len(failed)} of {len(figures['runs'])} runs failed, the first: {failed[0]['run']}: {failed[0]['reason']}"
-            f". The logs are in {figures['folder']}; the same command tries these runs again"
+            f". The logs are in {figures['folder']}; the same command retries these runs"
         )
 
 
@@ -160,13 +173,13 @@ def _show_plan(study: Study, jobs: int, as_json: bool) -> None:
 
 
 def _rich(table: Table, columns: tuple[int, ...] = ()) -> RichTable:
-    """Draw a report's table on a terminal, or the ``columns`` of it that a terminal has room for."""
+    """Return a report's table, or only its ``columns``, for the terminal."""
     drawn = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     drawn.caption, drawn.caption_justify = table.note or None, "left"
     drawn.padding = (0, 1, 0, 0)
     chosen = columns or tuple(range(len(table.headings)))
     for at in chosen:
-        # Folded where there is no room, never cut: half a number is another number.
+        # Folded, never cut: half a number is another number.
         side: Literal["left", "right"] = "right" if at in table.numbers else "left"
         drawn.add_column(table.headings[at], justify=side, no_wrap=at == 0, overflow="fold")
     for row in table.rows:

@@ -239,7 +239,7 @@ def test_commands_harm_no_foreign_entry_in_out(name: str, shift: int, tmp_path: 
         now = {**state_of(out), **state_of(aside)}
         there = {key: now.get(key) for key in before}
         assert there == before
-        if ended.code == 0 or "no run of the study came to its end" in ended.err:
+        if ended.code == 0 or "no run of the study is finished" in ended.err:
             break
         in_way = [path for path in out.iterdir() if re.search(re.escape(str(path)) + r"(?![\w.])", ended.err)]
         assert in_way, ended.err

@@ -1,4 +1,4 @@
-"""The runs that are in a study's folder, against those that its plan now asks for: settings, text and tokenizer."""
+"""Check of the runs in a study's folder against its plan: settings, text and tokenizer."""
 
 from __future__ import annotations
 
@@ -16,65 +16,67 @@ from psannlm.io.readers import Unreadable
 from psannlm.reports.runs import CONFIG_FILE, METRICS_FILE, read_run
 from psannlm.tokenizers.resolve import load_tokenizer
 
-_MOST_TOLD = 12
+_MAX_PROBLEMS = 12
 
 
 def check_existing_runs(
     plan: StudyPlan, folder: Path, runs: Sequence[StudyRun], data: Mapping[DataConfig, PreparedData]
 ) -> None:
-    """Let nothing be counted, or gone on with, that was made by another plan or on a text that has changed since.
+    """Raise ConfigError if an existing run or tokenizer in ``folder`` is not the one that the plan describes.
+
+    Such runs are neither counted nor resumed: their settings differ, or their text has changed since.
 
     Raises:
-        ConfigError: ``folder`` holds such a run of ``runs``, or a tokenizer that another text gave.
+        ConfigError: ``folder`` holds such a run of ``runs``, or a tokenizer trained on other text.
     """
-    problems = list(_former_tokenizers(plan, data, folder))
-    problems += [problem for run in runs for problem in _former_differences(run, data)]
+    problems = list(_tokenizer_problems(plan, data, folder))
+    problems += [problem for run in runs for problem in _run_problems(run, data)]
     if problems:
         raise ConfigError(
-            [*problems[:_MOST_TOLD], Problem("", "choose another --study folder, or remove these runs")],
-            f"{folder}, an earlier study",
+            [*problems[:_MAX_PROBLEMS], Problem("", "choose another --study folder, or delete these runs")],
+            f"{folder}, an existing study",
         )
 
 
-def _former_tokenizers(plan: StudyPlan, data: Mapping[DataConfig, PreparedData], folder: Path) -> Iterator[Problem]:
-    """Tokenizers in the study's folder that are not those which the text of today gives."""
+def _tokenizer_problems(plan: StudyPlan, data: Mapping[DataConfig, PreparedData], folder: Path) -> Iterator[Problem]:
+    """Yield the tokenizers in the study's folder that differ from those of the present text."""
     for config, prepared in data.items():
         path = tokenizer_path(plan, config, data, folder)
         if fits_tokenizer(config) and path.is_file():
             there = load_tokenizer(path).fingerprint
             if there != prepared.tokenizer.fingerprint:
-                message = f"another text gave it ({there:.12}); the text as it is now gives"
+                message = f"trained on other text ({there:.12}); the present text gives"
                 yield Problem(path.name, f"{message} {prepared.tokenizer.fingerprint:.12}")
 
 
-def _former_differences(run: StudyRun, data: Mapping[DataConfig, PreparedData]) -> Iterator[Problem]:
-    """By which settings or text the run that is there is not the one that the plan asks for."""
-    # What was trained is told by the run's own file; the one beside it says what was to be trained.
+def _run_problems(run: StudyRun, data: Mapping[DataConfig, PreparedData]) -> Iterator[Problem]:
+    """Yield the settings and texts in which an existing run differs from the plan."""
+    # The run's own file holds what was trained; the file beside the folder, what was to be trained.
     path = run.folder / CONFIG_FILE if (run.folder / METRICS_FILE).is_file() else run.config_path
     if not path.is_file():
         if path != run.config_path:
-            yield Problem(run.name, f"holds a run without its {CONFIG_FILE}, and nothing tells what was trained")
+            yield Problem(run.name, f"holds a run without its {CONFIG_FILE}, so its settings are unknown")
         return
-    # A tokenizer that the study fits lies in its folder, wherever that is; every other is a part of what is compared.
+    # The path of a tokenizer that the study trains is not a setting; every other tokenizer is part of the comparison.
     ignored = set(KEYS_FREE_IN_STUDY)
     if fits_tokenizer(run.variant.variant.config.data):
         ignored.add("data.tokenizer_model_path")
     for line in differences(load_config(path, check_files=False), run.config):
         if line.split(":")[0] not in ignored:
-            yield Problem(run.name, f"was made with other settings: {line}")
+            yield Problem(run.name, f"was trained with other settings: {line}")
     if path != run.config_path:
-        yield from _former_text(run, data[run.variant.variant.config.data])
+        yield from _text_problems(run, data[run.variant.variant.config.data])
 
 
-def _former_text(run: StudyRun, data: PreparedData) -> Iterator[Problem]:
-    """Whether a run's checkpoint tells of other text, or of other tokens, than the plan's paths hold now."""
+def _text_problems(run: StudyRun, data: PreparedData) -> Iterator[Problem]:
+    """Yield whether a run was trained on other text, or with another tokenizer, than the plan's paths hold now."""
     try:
         record = read_run(run.folder)
     except Unreadable:
-        return  # stopped before its first line was whole; it starts again
+        return  # stopped before its first complete line; it starts from scratch
     for found, wanted, name in (
         (record.corpus_sha256, data.report.sha256, "text"),
         (record.tokenizer_fingerprint, data.tokenizer.fingerprint, "tokenizer"),
     ):
         if found is not None and found != wanted:
-            yield Problem(run.name, f"was made with another {name}: SHA-256 {found:.12}, and now {wanted:.12}")
+            yield Problem(run.name, f"was trained with another {name}: SHA-256 {found:.12}, now {wanted:.12}")

@@ -1,4 +1,4 @@
-"""The states of a variant's runs become its best learning rate, what speaks against it, and the runs made at it."""
+"""Learning-rate selection: each variant's best rate, its caveats, and the runs at it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from psannlm.reports.runs import RunRecord
 
 @dataclass(frozen=True)
 class Choice:
-    """A variant's best learning rate and the runs at it that came to their end, by seed.
+    """A variant's best learning rate, and the finished runs at it by seed.
 
     Attributes:
-        lr: the rate; None where no run is done.
-        edge: ``lowest`` or ``highest`` of the rates tried, ``only`` where there is one, else empty.
-        is_provisional: whether runs that are still to be made may change it.
-        rates: mean loss and number of runs by rate, over the seeds that look for it, as plain data.
+        lr: the learning rate; None if no run is finished.
+        edge: ``lowest`` or ``highest`` of the learning rates tried, ``only`` if there is one, else empty.
+        is_provisional: whether missing runs may change it.
+        rates: mean loss and number of runs by learning rate, over the plan's ``lr_seeds``, as plain data.
     """
 
     lr: float | None
@@ -34,7 +34,7 @@ class Choice:
 
     @property
     def scores(self) -> dict[int, dict[str, Any]]:
-        """The validation that counts, by seed: that of the last step, or the lowest."""
+        """The validation row that counts, by seed: the last, or the one with the lowest loss."""
         return {seed: score_of(record, self.measure) for seed, record in self.done.items()}
 
     @property
@@ -44,17 +44,17 @@ class Choice:
 
 
 def score_of(record: RunRecord, measure: str) -> dict[str, Any]:
-    """Return the validation that counts: that of the last step (``final``), or the lowest (``best``)."""
+    """Return the validation row that counts: the last (``final``), or the one with the lowest loss (``best``)."""
     return (record.best or {}) if measure == "best" else record.eval_rows[-1]
 
 
 def with_selected_lrs(study: Study) -> Study:
-    """Return the study with the runs of its other seeds, for the variants whose learning rate has been looked for.
+    """Add the runs of the remaining seeds, for all variants whose learning rate is selected.
 
-    That is once no run of the seeds that look for it is left to be made; see ``lr_seeds`` of a plan.
+    It is selected once all runs of the plan's ``lr_seeds`` are finished.
 
     Raises:
-        ConfigError: the folder holds such runs of another plan.
+        ConfigError: the folder holds runs of another plan under their names.
     """
     states = [read_status(run) for run in study.runs]
     found = {sized.variant.name: choose(sized, states, study.plan) for sized in study.variants}
@@ -63,17 +63,16 @@ def with_selected_lrs(study: Study) -> Study:
 
 
 def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan) -> Choice:
-    """Return the choice among the rates of a variant: the lowest mean loss over the seeds that all of them have done.
+    """Select a variant's learning rate: the lowest mean loss over the seeds that all its learning rates have finished.
 
-    Only seeds that look for the rate take part (``lr_seeds`` of the plan); the runs of the others are done at it.
-    A rate at which a seed came to numbers that are not finite is out, however well the others did, unless there is no
-    other; a run that failed for another reason is one still to be made. Where the rates share no seed, those with the
-    most are compared.
+    Only the plan's ``lr_seeds`` take part. A learning rate at which a seed diverged (non-finite) is excluded, unless
+    there is no other; a run that failed for another reason counts as missing. If the learning rates share no finished
+    seed, those with the most finished seeds are compared.
     """
     measure = plan.settings.measure
     mine = [state for state in states if state.run.variant is sized]
-    looking = [state for state in mine if state.run.seed in plan.lr_seeds]
-    by_rate = {lr: [state for state in looking if state.run.lr == lr] for lr in sized.variant.learning_rates}
+    searching = [state for state in mine if state.run.seed in plan.lr_seeds]
+    by_rate = {lr: [state for state in searching if state.run.lr == lr] for lr in sized.variant.learning_rates}
     losses = {lr: _losses(here, measure) for lr, here in by_rate.items()}
     diverged = {lr for lr, here in by_rate.items() if any(state.is_diverged for state in here)}
     scored = [lr for lr in by_rate if losses[lr]]
@@ -98,7 +97,7 @@ def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan) -> 
         candidates,
         key=lambda lr: statistics.fmean(loss for seed, loss in losses[lr].items() if seed in shared or not shared),
     )
-    to_make = any(not state.is_settled for state in looking)
+    to_make = any(not state.is_settled for state in searching)
     return Choice(
         lr=best,
         edge=_edge(best, sorted(set(scored) | diverged), len(by_rate)),

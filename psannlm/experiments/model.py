@@ -1,4 +1,4 @@
-"""What a study is: a plan, its variants at their size, and its runs with the files that are theirs."""
+"""Data model of an ablation study: plan, sized variants, runs and their files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from psannlm.tokenizers.resolve import file_suffix
 
 @dataclass(frozen=True)
 class SizedVariant:
-    """A variant whose width is settled, with its parameters by group and what each run of it will do."""
+    """A variant with its final width, parameters by group, and the steps and tokens of each of its runs."""
 
     variant: Variant
     model: ModelConfig
@@ -29,7 +29,7 @@ class SizedVariant:
 
     @property
     def n_parameters(self) -> int:
-        """Learnable parameters in all."""
+        """Total number of parameters."""
         return sum(self.parameters.values())
 
 
@@ -56,20 +56,20 @@ class StudyRun:
 
     @property
     def log_path(self) -> Path:
-        """What the run said."""
+        """The run's log."""
         return self.study / f"{self.name}.log"
 
     @property
     def flops(self) -> int:
-        """Operations of the whole run."""
+        """Training operations of the whole run."""
         return self.variant.flops_per_token * self.variant.n_tokens
 
 
 @dataclass(frozen=True)
 class Study:
-    """A plan with its runs, in the order in which they are made.
+    """A plan with its runs, in the order of training.
 
-    Where only some seeds look for the learning rate, the others are no runs before :func:`with_best_lrs`.
+    With ``lr_seeds``, the runs of the other seeds are added by :func:`with_best_lrs` once learning rates are selected.
     """
 
     plan: StudyPlan
@@ -80,12 +80,12 @@ class Study:
 
     @property
     def baseline(self) -> SizedVariant:
-        """The variant that the others are held against."""
+        """The variant that differences are computed against."""
         return next(variant for variant in self.variants if variant.variant.name == self.plan.settings.baseline)
 
 
 def fits_tokenizer(config: DataConfig) -> bool:
-    """Whether the study fits the tokenizer of this text itself, and keeps it in its folder."""
+    """Whether the study trains the tokenizer of this text and keeps it in its folder."""
     return config.tokenizer_model_path is None and not reads_folder(config)
 
 

@@ -1,4 +1,4 @@
-"""A plan file becomes a checked plan: variants of one base configuration, seeds, learning rates and a budget."""
+"""Study configuration (plan): variants of a base configuration, baseline, seeds, learning rates and budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"
 _NAME = re.compile(rf"{NAME_PATTERN}\Z")
 _RATES, _FRACTION = "learning_rates", "budget_fraction"
 REQUIRED_KEYS = ("base", "variants", "baseline", "budget")
-# Keys that the plan decides for every run, and what decides them.
+# Configuration keys that the plan decides for every run, and the plan's key that decides them.
 OWNED_KEYS = {
     ("train", "lr"): _RATES,
     ("train", "seed"): "seeds",
@@ -40,50 +40,57 @@ OWNED_KEYS = {
 
 
 class Budget(Section):
-    """How long each run trains: by tokens or by operations, one of the two."""
+    """Training budget of each run: either tokens or operations."""
 
     tokens: PositiveReal | None = Field(None, description="training tokens of each run")
     flops: PositiveReal | None = Field(
-        None, description="training operations of each run: products of matrices, there and back"
+        None, description="training FLOPs of each run: matrix products of forward and backward pass"
     )
 
 
 class PlanSettings(Section):
-    """A plan file, but for what stands inside its variants."""
+    """Keys of a plan file, without those inside its variants."""
 
     base: FileName = Field(
-        "", description="the configuration that the variants change; relative paths start at the plan"
+        "", description="configuration file that the variants change; a relative path starts at the plan's folder"
     )
-    name: FileName | None = Field(None, description="of the study; null: the plan's file name")
-    overrides: dict[str, Any] = Field(default_factory=dict, description="changes of the base for every variant")
+    name: FileName | None = Field(None, description="name of the study; null: the plan's file name")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="changes of the base configuration for all variants"
+    )
     variants: dict[str, Any] = Field(
-        default_factory=dict, description="by name: the sections model, data, train; learning_rates and budget_fraction"
+        default_factory=dict,
+        description="variants by name: sections model, data, train; learning_rates and budget_fraction",
     )
-    baseline: Text = Field("", description="the variant that the others are held against")
+    baseline: Text = Field("", description="variant that differences are computed against")
     also_compare_to: tuple[Text, ...] = Field(
         (), description="further variants that every variant is compared to, by validation loss only"
     )
-    seeds: tuple[Whole, ...] = Field((1337,), description="one run of each variant and learning rate for each")
-    learning_rates: tuple[PositiveReal, ...] | None = Field(None, description="to try; null: the configuration's own")
+    seeds: tuple[Whole, ...] = Field((1337,), description="seeds; one run of each variant and learning rate per seed")
+    learning_rates: tuple[PositiveReal, ...] | None = Field(
+        None, description="learning rates to try; null: train.lr of the configuration"
+    )
     lr_seeds: tuple[Whole, ...] | None = Field(
-        None, description="seeds made at every learning rate; the others at the best one alone; null: all of them"
+        None,
+        description="seeds that are run at every learning rate; the others only at the selected one; null: all seeds",
     )
-    budget: Budget = Field(default_factory=Budget, description="tokens or flops of each run")
+    budget: Budget = Field(default_factory=Budget, description="training budget of each run: tokens or flops")
     parameters: Literal["equal", "shown"] = Field(
-        "equal", description="equal: within 1 % of the baseline's, or an error"
+        "equal",
+        description="equal: parameter counts must be within 1 % of the baseline's; shown: they are only reported",
     )
-    solve_d_mlp: Flag = Field(True, description="choose model.d_mlp where parameters differ and a variant names none")
+    solve_d_mlp: Flag = Field(True, description="choose model.d_mlp for equal parameters where a variant sets none")
     measure: Literal["final", "best"] = Field(
-        "final", description="validation at the last step, or the lowest of a run"
+        "final", description="validation loss that counts: of the last step (final), or the lowest of a run (best)"
     )
     answers: TaskName | None = Field(
-        None, description="the counting task that the text is of: the answers to its held-out documents are counted too"
+        None, description="algorithmic task of the text; the accuracy on its held-out documents is reported too"
     )
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing to compare: its settings as a mapping, as a checked configuration, and its learning rates.
+    """A variant: its settings as a mapping, as a validated configuration, and its learning rates.
 
     ``budget_fraction`` is the fraction of the plan's budget it trains for, so that a slower model takes the same time.
     """
@@ -98,7 +105,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """Everything that decides a study."""
+    """A validated plan."""
 
     path: Path
     name: str
@@ -107,24 +114,24 @@ class StudyPlan:
 
     @property
     def lr_seeds(self) -> tuple[int, ...]:
-        """The seeds that are made at every learning rate."""
+        """The seeds that are run at every learning rate."""
         return self.settings.lr_seeds or self.settings.seeds
 
     @property
     def baseline(self) -> Variant:
-        """The variant that the others are held against."""
+        """The variant that differences are computed against."""
         return next(variant for variant in self.variants if variant.name == self.settings.baseline)
 
 
 def load_plan(path: Path) -> StudyPlan:
-    """Read a plan and check all of it: its own keys, and the configuration of every variant.
+    """Read and validate a plan: its own keys, and the configuration of every variant.
 
     Raises:
-        ConfigError: anything is wrong; every problem is in the one message, with its line in the plan.
+        ConfigError: the plan is invalid; the message lists every problem with its line in the plan.
     """
     tree, twice = _with_present_keys(read_yaml(path))
     if not isinstance(tree.value, Mapping):
-        raise ConfigError(f"{path}: {show(tree.value)} where the keys of a plan are expected: {', '.join(_keys())}")
+        raise ConfigError(f"{path}: {show(tree.value)} instead of the keys of a plan: {', '.join(_keys())}")
     examined = examine(PlanSettings, (), tree.value)
     settings = examined.section
     issues = [ConfigIssue(place, message) for place, message in tree.faults] + twice
@@ -133,7 +140,7 @@ def load_plan(path: Path) -> StudyPlan:
     refused = {issue.path[:1] for issue in issues}
     issues += [issue for issue in _plan_issues(settings) if issue.path[:1] not in refused]
     if issues:
-        # Variants are judged once what they are variants of is known.
+        # Variants are validated once the base is known.
         raise ConfigError(Origin(tree.lines).problems(issues), str(path))
     base_path = Path(settings.base).expanduser()
     base_path = base_path if base_path.is_absolute() else path.parent / base_path
@@ -141,7 +148,7 @@ def load_plan(path: Path) -> StudyPlan:
     base_value = with_present_keys(base.value) if isinstance(base.value, Mapping) else {}
     if base.faults or not base_value:
         faults = [ConfigIssue(place, message) for place, message in base.faults]
-        raise ConfigError(Origin(base.lines).problems(faults) or "no sections in it", str(base_path))
+        raise ConfigError(Origin(base.lines).problems(faults) or "holds no sections", str(base_path))
     builder = _Builder(settings, base_value, tree, str(base_path))
     variants = tuple(builder.build())
     if builder.problems:
@@ -182,12 +189,12 @@ def _with_present_keys(tree: YamlTree) -> tuple[YamlTree, list[ConfigIssue]]:
 
 
 def _as_the_plans(issue: ConfigIssue) -> ConfigIssue:
-    """Let an unknown key at the top be near to the keys of a plan, not to those of a configuration."""
+    """Suggest the nearest key of a plan, not of a configuration, for an unknown top-level key."""
     if not issue.is_unknown_key or len(issue.path) != 1:
         return issue
     key = str(issue.path[0])
     if key in SECTIONS:
-        return ConfigIssue(issue.path, "unknown key here; a section stands under overrides or under a variant", True)
+        return ConfigIssue(issue.path, "unknown key here; put a section under overrides or under a variant", True)
     return ConfigIssue(issue.path, f"unknown key{nearest(key, _keys())}; known here: {', '.join(_keys())}", True)
 
 
@@ -199,16 +206,18 @@ def _plan_issues(settings: PlanSettings) -> Iterator[ConfigIssue]:
     for key in ("seeds", "lr_seeds", _RATES, "also_compare_to"):
         values = getattr(settings, key)
         if values is not None and ((not values and key != "also_compare_to") or len(set(values)) < len(values)):
-            yield ConfigIssue((key,), "empty; name at least one" if not values else "one of them stands there twice")
+            yield ConfigIssue((key,), "empty; give at least one" if not values else "holds a value twice")
     for at, seed in enumerate(settings.lr_seeds or ()):
         if seed not in settings.seeds:
-            yield ConfigIssue(("lr_seeds", at), f"{seed} is none of the seeds: {', '.join(map(str, settings.seeds))}")
+            yield ConfigIssue(
+                ("lr_seeds", at), f"{seed} is not one of the seeds: {', '.join(map(str, settings.seeds))}"
+            )
     if (settings.budget.tokens is None) == (settings.budget.flops is None):
-        yield ConfigIssue(("budget",), "give either tokens or flops, and not both")
+        yield ConfigIssue(("budget",), "give either tokens or flops, not both")
     if not settings.variants:
-        yield ConfigIssue(("variants",), "empty; name at least one")
+        yield ConfigIssue(("variants",), "empty; give at least one")
     elif settings.baseline not in settings.variants:
-        message = f"{settings.baseline!r} is none of the variants{nearest(settings.baseline, settings.variants)}"
+        message = f"{settings.baseline!r} is not one of the variants{nearest(settings.baseline, settings.variants)}"
         yield ConfigIssue(("baseline",), f"{message}: {', '.join(settings.variants)}")
     for at, other in enumerate(settings.also_compare_to):
         if other == settings.baseline:
@@ -217,22 +226,22 @@ def _plan_issues(settings: PlanSettings) -> Iterator[ConfigIssue]:
             message = f"{other!r} is not one of the variants{nearest(other, settings.variants)}"
             yield ConfigIssue(("also_compare_to", at), f"{message}: {', '.join(settings.variants)}")
     if settings.name is not None and not _NAME.match(settings.name):
-        yield ConfigIssue(("name",), f"{show(settings.name)} names no folder; use letters, digits and . _ + -")
+        yield ConfigIssue(("name",), f"{show(settings.name)} is not a folder name; use letters, digits and . _ + -")
     yield from _owned(settings.overrides, ("overrides",))
 
 
 def _owned(sections: object, at: KeyPath) -> Iterator[ConfigIssue]:
-    """Keys in ``sections`` that are the plan's own to decide, and sections that nobody knows."""
+    """Yield the keys in ``sections`` that the plan decides for all variants."""
     if not isinstance(sections, Mapping):
         return
     for (section, key), decider in OWNED_KEYS.items():
         group = sections.get(section)
         if isinstance(group, Mapping) and key in group:
-            yield ConfigIssue((*at, section, key), f"decided by {decider}, the same way for all variants; drop it here")
+            yield ConfigIssue((*at, section, key), f"decided by {decider} for all variants; remove it here")
 
 
 class _Builder:
-    """Merges base, overrides and variant, checks the result, and finds the line of whatever is wrong."""
+    """Merges base, overrides and each variant, validates the result, and finds the line of each problem."""
 
     def __init__(self, settings: PlanSettings, base: Mapping[str, Any], tree: YamlTree, base_name: str) -> None:
         self.problems: list[Problem] = []
@@ -242,7 +251,7 @@ class _Builder:
         self._shared = self._problems_of_all()
 
     def _problems_of_all(self) -> frozenset[Problem]:
-        """What is wrong before any variant has changed a thing."""
+        """Return the problems of the base with the overrides, before any variant."""
         try:
             config_from_mapping(merge(self._base, self._settings.overrides))
         except ConfigError as error:
@@ -250,7 +259,7 @@ class _Builder:
         return frozenset()
 
     def build(self) -> Iterator[Variant]:
-        """Yield each variant that is whole; what is wrong with the others is in ``problems``."""
+        """Yield each valid variant; the problems of the others are in ``problems``."""
         origin = Origin(self._lines)
         for name, given in self._settings.variants.items():
             at: KeyPath = ("variants", name)
@@ -269,14 +278,14 @@ class _Builder:
                 self.problems += [self._place(problem, name) for problem in error.problems]
                 continue
             if config.data.val_split == 0 and not reads_folder(config.data):
-                message = "nothing is held out, and there would be nothing to compare; set data.val_split"
+                message = "there is no validation split to compare losses on; set data.val_split"
                 self.problems += origin.problems([ConfigIssue(at, message)])
             rates = beside.learning_rates or self._settings.learning_rates or (config.train.lr,)
             yield Variant(name, {**merged, "train": train}, config, rates, own, beside.budget_fraction)
 
     def _variant_issues(self, name: str, given: object, at: KeyPath) -> Iterator[ConfigIssue]:
         if not _NAME.match(name):
-            yield ConfigIssue(at, f"{show(name)} names no folder; use letters, digits and . _ + -, up to 64")
+            yield ConfigIssue(at, f"{show(name)} is not a folder name; use up to 64 letters, digits and . _ + -")
         if given is None:
             return
         if not isinstance(given, Mapping):
@@ -295,17 +304,17 @@ class _Builder:
         issues += examined.issues
         rates = examined.section.learning_rates
         if not examined.issues and rates is not None and (not rates or len(set(rates)) < len(rates)):
-            issues.append(ConfigIssue((*at, _RATES), "empty, or one of them stands there twice"))
+            issues.append(ConfigIssue((*at, _RATES), "empty, or holds a value twice"))
         return examined.section
 
     def _place(self, problem: Problem, name: str) -> Problem:
-        """Say where in the plan, or that in the base, the value stands that a configuration refused."""
+        """Return a configuration's problem with its place in the plan, or with a reference to the base."""
         parts: list[str | int] = []
         for part in problem.path.split("."):
             words = re.split(r"\[(\d+)\]", part)
             parts += [int(word) if at % 2 else word for at, word in enumerate(words) if word]
         places: list[KeyPath] = [("overrides",)] if problem in self._shared else [("variants", name), ("overrides",)]
-        # Down to one part: a rule across fields of which only another was changed here.
+        # Down to one part: the problem may be in a rule across fields, of which another was changed here.
         for end in range(len(parts), 1 if problem in self._shared else 0, -1):
             for at in places:
                 if line := self._lines.get((*at, *parts[:end])):
@@ -314,19 +323,21 @@ class _Builder:
 
 
 class VariantKeys(Section):
-    """The keys of a variant that are no sections."""
+    """Keys of a variant that are not sections."""
 
-    learning_rates: tuple[PositiveReal, ...] | None = Field(None, description="to try; null: those of the plan")
-    budget_fraction: Fraction = Field(1.0, description="of the plan's budget, what this one trains for")
+    learning_rates: tuple[PositiveReal, ...] | None = Field(
+        None, description="learning rates to try; null: those of the plan"
+    )
+    budget_fraction: Fraction = Field(1.0, description="fraction of the plan's budget that this variant trains for")
 
 
 def reads_folder(data: DataConfig) -> bool:
-    """Whether the corpus is a prepared folder, which brings its tokenizer and its validation part."""
+    """Whether the corpus is a prepared folder, which holds its tokenizer and validation split."""
     return any(isinstance(source, PathSource) and is_prepared(source) for source in data.sources)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``changes`` laid over it: groups are merged, everything else is replaced."""
+    """Return ``base`` updated with ``changes``: groups are merged recursively, everything else is replaced."""
     merged = dict(base)
     for key, value in changes.items():
         former = merged.get(key)

@@ -1,4 +1,4 @@
-"""The runs of a study become its figures: loss by variant, paired differences with intervals, best learning rates."""
+"""Results of an ablation study: loss by variant, paired differences with intervals, and selected learning rates."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from psannlm.training.step import seed_step, train_step
 
 
 def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None) -> dict[str, Any]:
-    """Return everything that a study came to, as plain data; it depends on the run folders alone.
+    """Return all results of a study as plain data, from the run folders alone.
 
-    ``answers`` are the scores of runs by name, where the text is that of a counting task (``score_runs``).
+    ``answers`` are the scores of runs by name, for the text of an algorithmic task (``score_runs``).
 
-    Each variant stands at its best learning rate (``study_choice.choose``). Differences are paired by seed.
+    Each variant is reported at its best learning rate (``lr_selection.choose``). Differences are paired by seed.
 
     Raises:
-        TrainingError: not one run came to its end.
+        TrainingError: no run is finished.
     """
     states = [read_status(run) for run in study.runs]
     if not any(state.state == "done" for state in states):
-        raise TrainingError(f"no run of the study came to its end; the logs are in {study.folder}")
+        raise TrainingError(f"no run of the study is finished; the logs are in {study.folder}")
     chosen = {sized.variant.name: choose(sized, states, study.plan) for sized in study.variants}
     base = chosen[study.plan.settings.baseline]
     settings = study.plan.settings
@@ -135,7 +135,7 @@ def _run_figures(state: RunState, measure: str) -> dict[str, Any]:
 
 
 def _answers(choice: Choice, base: Choice, answers: Mapping[str, AnswerScore]) -> dict[str, Any] | None:
-    """The answers given by the runs at a variant's best learning rate, and their difference to the baseline's."""
+    """Return the accuracy of the runs at a variant's best learning rate, and the difference to the baseline's."""
     mine, theirs = (
         {seed: answers[record.name] for seed, record in sorted(each.done.items()) if record.name in answers}
         for each in (choice, base)
@@ -146,7 +146,7 @@ def _answers(choice: Choice, base: Choice, answers: Mapping[str, AnswerScore]) -
     difference = None if choice is base else paired_difference(right, theirs_right)
     return {
         "right": Mean.of(list(right.values())).as_dict(),
-        "right_by_seed": {str(seed): share for seed, share in right.items()},
+        "right_by_seed": {str(seed): fraction for seed, fraction in right.items()},
         "difference": None if difference is None else difference.as_dict(),
         "documents_right": statistics.fmean(score.documents_right for score in mine.values()),
         "nats_per_answer": statistics.fmean(score.nats_per_answer for score in mine.values()),
@@ -158,7 +158,7 @@ def _score_as_dict(name: str, answers: Mapping[str, AnswerScore]) -> dict[str, A
 
 
 def _curves(choice: Choice) -> list[dict[str, Any]]:
-    """The validations of each run. Seconds are tokens over the rate of the fastest of them, as in the table."""
+    """Return the validation curve of each run, in seconds at the throughput of the fastest of them, as in the table."""
     found = []
     rates = [record.tokens_per_s["median"] for record in choice.done.values() if record.tokens_per_s is not None]
     for seed, record in sorted(choice.done.items()):
@@ -182,7 +182,7 @@ def _corpus(study: Study) -> dict[str, Any]:
 
 
 def seconds_per_step(run: StudyRun, study: Study, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Return the time of one training step of ``run``, measured on two after one to warm up; nothing is kept."""
+    """Measure the seconds of a training step of ``run``: the faster of two, after a warm-up step."""
     config = run.config
     device = pick_device(config.train.device)
     precision = pick_precision(config.train.amp, device)
@@ -201,9 +201,9 @@ def seconds_per_step(run: StudyRun, study: Study, clock: Callable[[], float] = t
 
 
 def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> list[Table]:
-    """Return the table of variants and that of runs, with the time that steps of ``seconds`` by variant would take.
+    """Return the tables of variants and of runs, with training times estimated from ``seconds`` per step.
 
-    Validations, start-up and what runs take from each other are not in it.
+    Validation, start-up and the slowdown by concurrent runs are not included.
     """
     states = [read_status(run) for run in study.runs]
     left = [seconds[s.run.variant.variant.name] * (s.run.variant.n_steps - s.step) for s in states if s.state != "done"]
@@ -250,10 +250,10 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
     variants_here = {run.variant.variant.name for run in study.runs}
     n_others = len(others) * len(variants_here) - sum(run.seed in others for run in study.runs)
     note = (
-        f"{len(left)} of {len(states)} runs to make: about {sum(left) / 60:,.1f} minutes of training, one at a time"
-        f"{f', if {jobs} at a time do not slow each other: {sum(left) / 60 / jobs:,.1f}' if jobs > 1 else ''}"
-        f"{'; timed uncompiled: compiling takes its time at the start, and saves more' if is_compiled else ''}"
-        f"{f'; then {n_others} more, of the other seeds at the best rates' if n_others else ''}"
+        f"{len(left)} of {len(states)} runs to train: about {sum(left) / 60:,.1f} minutes, one at a time"
+        f"{f', with {jobs} at a time at best {sum(left) / 60 / jobs:,.1f}' if jobs > 1 else ''}"
+        f"{'; timed without compilation, which saves more than it takes' if is_compiled else ''}"
+        f"{f'; then {n_others} more, of the other seeds at the selected learning rates' if n_others else ''}"
     )
     return [
         Table(
@@ -261,7 +261,7 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
             headings,
             variants,
             frozenset(range(1, 7)),
-            "\n".join(orders) or "all see the same text in the same order",
+            "\n".join(orders) or "all variants see the same text in the same order",
         ),
         Table(
             "runs",

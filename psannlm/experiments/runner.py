@@ -1,4 +1,4 @@
-"""The runs of a study, each a process of its own, some at a time; they go on where they stopped, in any order."""
+"""Scheduler of an ablation study: trains its runs as processes, several at a time, and resumes them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from psannlm.training.failures import NOT_FINITE
 from psannlm.training.run_folder import RunStatus, has_same_config, is_own_config, read_run_status
 
 STUDY_FILE = "study.json"
-_LOOK_S = 0.2
-_TELL_S = 2.0
+_POLL_S = 0.2
+_STATUS_S = 2.0
 _ERROR = "error: "
 _START = "psannlm compare starts "
 _LIST_BYTES = 16 << 20
@@ -38,20 +38,20 @@ Tell = Callable[[str], None]
 
 
 class Process(Protocol):
-    """A run at work."""
+    """The process of a run."""
 
     def poll(self) -> int | None:
-        """Return the exit code, or None while it works."""
+        """Return the exit code, or None while the process runs."""
 
     def terminate(self) -> None:
-        """Ask it to save and end."""
+        """Ask the process to save a checkpoint and exit."""
 
 
 Launcher = Callable[[StudyRun, Mapping[str, str]], Process]
 
 
 def launch(run: StudyRun, environment: Mapping[str, str]) -> Process:
-    """Start ``psannlm train`` on a run's configuration; what it says goes to the run's log."""
+    """Start ``psannlm train`` on a run's configuration, with its output in the run's log."""
     with explain_write_errors(run.log_path):
         handle = os.open(run.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     with open(handle, "a", encoding="utf-8") as log:
@@ -82,7 +82,7 @@ class RunState:
 
     @property
     def is_settled(self) -> bool:
-        """Whether there is nothing left to make of it."""
+        """Whether the run needs no further training."""
         return self.state == "done" or self.is_diverged
 
     @property
@@ -95,13 +95,13 @@ class RunState:
 
 
 def read_status(run: StudyRun) -> RunState:
-    """Return the state of a run, from its files alone."""
+    """Read the status of a run from its files."""
     record = None
     if (run.folder / METRICS_FILE).is_file():
         try:
             record = read_run(run.folder, run.name)
         except Unreadable:
-            record = None  # stopped before its first line was whole
+            record = None  # stopped before its first complete line
     if record is not None:
         last = run.variant.n_steps
         if record.eval_rows and record.eval_rows[-1]["step"] >= last:
@@ -115,12 +115,12 @@ def read_status(run: StudyRun) -> RunState:
 
 
 def _last_error(path: Path) -> str:
-    """What the log of a run ends with, when that is an error."""
+    """Return the error at the end of a run's log, or an empty string."""
     if not path.is_file():
         return ""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     starts = [at for at, line in enumerate(lines) if line.startswith(_ERROR)]
-    # The lines after an error belong to it; a run that was taken up again since then says other things.
+    # The lines after an error belong to it, unless the run was started again since.
     if not starts or any(line.startswith(_START) for line in lines[starts[-1] :]):
         return ""
     return " ".join(line.strip() for line in lines[starts[-1] :]).removeprefix(_ERROR)[:400]
@@ -137,22 +137,22 @@ def run_all(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Make every run that is not done; one that fails is told of and leaves the others alone.
+    """Train every unfinished run; a run that fails is reported, and the others continue.
 
-    A run whose numbers were not finite is not made again: it would come to the same.
+    A run that diverged (non-finite) is not rerun: the result would be the same.
 
     Args:
-        jobs: runs at a time; the machine's cores are shared out among them.
-        only: names of the runs to make; None for all.
-        tell, keep: get the standing, and lines that stay.
+        jobs: number of runs at the same time; they divide the CPU cores.
+        only: names of the runs to train; None for all.
+        tell, keep: receive status lines, and lines to keep on the screen.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; the runs at work have saved, and the same call goes on with them.
+        Interrupted: Ctrl-C or SIGTERM; the active runs have saved, and the same call resumes them.
         ConfigError: ``jobs`` is below 1.
-        StorageError: the study's folder cannot be written, or another process works in it.
+        StorageError: the study's folder cannot be written, or another process uses it.
     """
     if jobs < 1:
-        raise ConfigError(f"--jobs {jobs}: at least one run at a time")
+        raise ConfigError(f"--jobs {jobs}: use 1 or more")
     with RunLock(study.folder, "--study"):
         refuse_foreign_files(study)
         write_configs(study)
@@ -161,35 +161,35 @@ def run_all(
         write_json(study.folder / STUDY_FILE, {"study": plan.name, "plan": str(plan.path), "runs": names})
         wanted = [run for run in study.runs if only is None or run.name in only]
         waiting = [run for run in wanted if not read_status(run).is_settled]
-        crew = _Scheduler(len(wanted), waiting, launcher, _threads(jobs), clock)
+        scheduler = _Scheduler(len(wanted), waiting, launcher, _threads(jobs), clock)
         stop = threading.Event()
-        next_tell = clock()
+        next_status = clock()
         with explain_write_errors(study.folder), stopping_on_signals(stop):
-            while crew.is_busy:
+            while scheduler.is_busy:
                 if stop.is_set():
-                    crew.dismiss(sleep)
+                    scheduler.stop(sleep)
                     raise Interrupted(
-                        f"stopped with {crew.n_done} of {len(wanted)} runs done; the same command goes on"
+                        f"stopped with {scheduler.n_done} of {len(wanted)} runs done; the same command resumes them"
                     )
-                crew.fill(jobs)
-                for line in crew.collect():
+                scheduler.fill(jobs)
+                for line in scheduler.collect():
                     keep(line)
-                if crew.was_interrupted:
+                if scheduler.was_interrupted:
                     stop.set()
-                if clock() >= next_tell:
-                    tell(crew.standing())
-                    next_tell = clock() + _TELL_S
-                if crew.is_busy:
-                    sleep(_LOOK_S)
+                if clock() >= next_status:
+                    tell(scheduler.status())
+                    next_status = clock() + _STATUS_S
+                if scheduler.is_busy:
+                    sleep(_POLL_S)
 
 
 def refuse_foreign_files(study: Study) -> None:
-    """Make sure that a study writes over nothing in its folder but what an earlier call wrote there.
+    """Refuse to overwrite files in a study's folder that the study did not write.
 
-    A tokenizer that is there is read and compared, and never written over.
+    An existing tokenizer is read and compared, and never overwritten.
 
     Raises:
-        StorageError: something foreign is in the way; the message names it.
+        StorageError: a foreign file is in the way; the message names it.
     """
     with explain_write_errors(study.folder):
         remove_leftovers(study.folder)
@@ -207,7 +207,7 @@ def refuse_foreign_files(study: Study) -> None:
 
 
 def _listed_runs(path: Path) -> list[str] | None:
-    """Return the runs that a study's list names, or None where the file is not such a list."""
+    """Return the run names of a study's ``study.json``, or None if the file is not one."""
     try:
         content = json.loads(read_small(path, _LIST_BYTES) or b"")
     except (ValueError, RecursionError):
@@ -223,14 +223,14 @@ def _is_own_log(path: Path) -> bool:
 
 
 def _threads(jobs: int) -> dict[str, str]:
-    """Threads for each of the runs at a time, unless the environment has a say."""
+    """Return the thread settings of each run, unless the environment sets them."""
     if "OMP_NUM_THREADS" in os.environ or jobs == 1:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
 
 class _Scheduler:
-    """The processes at work, the runs that wait, and what is known of the time they take."""
+    """Active processes and waiting runs, with an estimate of the remaining time."""
 
     def __init__(
         self,
@@ -241,7 +241,7 @@ class _Scheduler:
         clock: Callable[[], float],
     ) -> None:
         self._waiting, self._launcher, self._environment, self._clock = waiting, launcher, environment, clock
-        self._at_work: dict[str, tuple[StudyRun, Process]] = {}
+        self._active: dict[str, tuple[StudyRun, Process]] = {}
         self._n_runs = n_runs
         self.n_done = self._n_runs - len(waiting)
         self.was_interrupted = False
@@ -251,21 +251,21 @@ class _Scheduler:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._waiting or self._at_work)
+        return bool(self._waiting or self._active)
 
     def fill(self, jobs: int) -> None:
-        while self._waiting and len(self._at_work) < jobs and not self.was_interrupted:
+        while self._waiting and len(self._active) < jobs and not self.was_interrupted:
             run = self._waiting.pop(0)
-            self._at_work[run.name] = run, self._launcher(run, self._environment)
+            self._active[run.name] = run, self._launcher(run, self._environment)
 
     def collect(self) -> list[str]:
-        """Take note of the processes that ended; return a line for each."""
+        """Collect the processes that ended, and return a line for each."""
         lines = []
-        for run, process in list(self._at_work.values()):
+        for run, process in list(self._active.values()):
             code = process.poll()
             if code is None:
                 continue
-            del self._at_work[run.name]
+            del self._active[run.name]
             self.was_interrupted |= code == EXIT_INTERRUPTED
             state = read_status(run)
             self.n_done += state.state == "done"
@@ -276,24 +276,24 @@ class _Scheduler:
                 lines.append(f"{run.name}: {state.reason or f'ended with exit code {code}'}; see {run.log_path}")
         return lines
 
-    def dismiss(self, sleep: Callable[[float], None]) -> None:
-        """Ask all to save and end, and wait until they have."""
-        for _, process in self._at_work.values():
+    def stop(self, sleep: Callable[[float], None]) -> None:
+        """Ask all processes to save and exit, and wait for them."""
+        for _, process in self._active.values():
             process.terminate()
-        while any(process.poll() is None for _, process in self._at_work.values()):
-            sleep(_LOOK_S)
+        while any(process.poll() is None for _, process in self._active.values()):
+            sleep(_POLL_S)
 
     def _left(self, run: StudyRun, step: int) -> float:
         return run.flops * (1 - step / run.variant.n_steps)
 
-    def standing(self) -> str:
-        """Say what is at work, and guess the time left from the operations done since the start."""
-        at_work = [run for run, _ in self._at_work.values()]
-        steps = [read_status(run).step for run in at_work]
+    def status(self) -> str:
+        """Return a status line with the active runs and the remaining time, estimated from operations done so far."""
+        active = [run for run, _ in self._active.values()]
+        steps = [read_status(run).step for run in active]
         left = sum(self._left(run, self._first[run.name]) for run in self._waiting)
-        left += sum(self._left(run, step) for run, step in zip(at_work, steps, strict=True))
+        left += sum(self._left(run, step) for run, step in zip(active, steps, strict=True))
         done, elapsed = self._all_flops - left, self._clock() - self._began
         time_left = f", about {timedelta(seconds=round(elapsed * left / done))} left" if done > 0 else ""
-        pairs = zip(at_work, steps, strict=True)
+        pairs = zip(active, steps, strict=True)
         now = ", ".join(f"{run.name} step {step} of {run.variant.n_steps}" for run, step in pairs)
         return f"{self.n_done} of {self._n_runs} runs done; {now}{time_left}"

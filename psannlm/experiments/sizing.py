@@ -1,4 +1,4 @@
-"""A checked plan and its corpus become runs of equal size: a configuration each, with steps, tokens and parameters."""
+"""Sizing of an ablation study: widths at equal parameters, steps for the budget, and each run's configuration."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from psannlm.runtime.distributed import World
 from psannlm.training.plan import build_loader
 from psannlm.training.run_folder import has_same_config
 
-# What a study sets unless its plan says otherwise: fewer files, and no time spent on samples that nobody reads.
-_QUIETER: dict[str, Any] = {"keep_checkpoints": 1, "sample_prompts": []}
+# Defaults of a study's runs, unless its plan sets them: few checkpoints and no samples.
+_RUN_DEFAULTS: dict[str, Any] = {"keep_checkpoints": 1, "sample_prompts": []}
 
 Notice = Callable[[str], None]
 
 
 def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
-    """Read the corpus, settle widths and steps, and check the configuration of every run; nothing is written.
+    """Read the corpus, compute widths and steps, and validate the configuration of every run; nothing is written.
 
     Raises:
-        ConfigError: parameters are to be equal and are not, a run's configuration is refused, or ``folder`` holds runs
-            of another plan.
+        ConfigError: parameter counts differ although the plan wants them equal, a run's configuration is invalid, or
+            ``folder`` holds runs of another plan.
         PsannlmError: the corpus cannot be read.
     """
     data: dict[DataConfig, PreparedData] = {}
@@ -42,9 +42,7 @@ def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
         if variant.config.data not in data:
             data[variant.config.data] = load_corpus(variant.config.data, notice)
         if data[variant.config.data].val is None:
-            message = (
-                "nothing is held out, and there would be nothing to compare; prepare a corpus with a validation part"
-            )
+            message = "there is no validation split to compare losses on; prepare a corpus with one"
             raise ConfigError(Problem(f"variants.{variant.name}", message), str(plan.path))
     _check_comparable_losses(plan, data)
     base = plan.baseline
@@ -58,12 +56,12 @@ def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
 
 
 def with_best_lrs(study: Study, best: Mapping[str, float]) -> Study:
-    """Return the study with the runs of the seeds that did not look for a rate, at the ``best`` of each variant.
+    """Add the runs of the seeds outside ``lr_seeds``, at the ``best`` learning rate of each variant.
 
-    A variant whose best rate is not known yet gets none.
+    A variant without a best learning rate gets no runs yet.
 
     Raises:
-        ConfigError: the folder holds such runs of another plan.
+        ConfigError: the folder holds runs of another plan under their names.
     """
     seeds = [seed for seed in study.plan.settings.seeds if seed not in study.plan.lr_seeds]
     wanted = [
@@ -91,7 +89,7 @@ def _sized(plan: StudyPlan, variant: Variant, data: Mapping[DataConfig, Prepared
         model = _resolved(variant, data, match_mlp_width(lambda width: _count(_resolved(variant, data, width)), target))
     per_token = flops_per_token(model, variant.config.data.max_length)
     loader = build_loader(variant.config, data[variant.config.data], World())
-    # The mean over an epoch: its last step may be smaller than the others.
+    # The mean over an epoch, whose last step may be smaller than the others.
     step_tokens = loader.windows.n_labels / loader.steps_per_epoch
     budget = plan.settings.budget
     tokens = budget.tokens if budget.tokens is not None else (budget.flops or 0.0) / per_token
@@ -113,13 +111,13 @@ def _count(model: ModelConfig) -> int:
 
 
 def _order_differences(base: RunConfig, ours: RunConfig) -> tuple[str, ...]:
-    """The settings by which a variant sees other text, or the same text in another order, than the baseline."""
+    """Return the settings that give a variant other text, or another order of the text, than the baseline."""
     named = ("data.", "train.batch_tokens:", "train.grad_accum_steps:")
     return tuple(line for line in differences(base, ours) if line.startswith(named))
 
 
 def _check_comparable_losses(plan: StudyPlan, data: Mapping[DataConfig, PreparedData]) -> None:
-    """Losses per token of other tokens, or of other held-out text, are no figures that a difference can be taken of."""
+    """Raise ConfigError if variants differ in tokenizer or validation text, which makes losses incomparable."""
     base = data[plan.baseline.config.data]
     problems = []
     for variant in plan.variants:
@@ -127,17 +125,17 @@ def _check_comparable_losses(plan: StudyPlan, data: Mapping[DataConfig, Prepared
         if mine.tokenizer.fingerprint != base.tokenizer.fingerprint:
             found = "its tokenizer is not"
         elif mine.val is not base.val and _held_out(mine) != _held_out(base):
-            found = "its held-out text is not"
+            found = "its validation text is not"
         else:
             continue
-        message = f"{found} {plan.settings.baseline}'s, and losses per token would not compare; give it another plan"
-        problems.append(Problem(f"variants.{variant.name}", f"{message}, and put bits per byte side by side"))
+        message = f"{found} {plan.settings.baseline}'s, so losses per token cannot be compared; use another plan"
+        problems.append(Problem(f"variants.{variant.name}", f"{message} and compare bits per byte"))
     if problems:
         raise ConfigError(problems, str(plan.path))
 
 
 def _held_out(data: PreparedData) -> str:
-    """A hash of the tokens that validation reads."""
+    """Return a hash of the validation tokens."""
     if data.val is None:
         return ""
     return hashlib.sha256(data.val.tokens(0, data.val.n_framed_tokens).tobytes()).hexdigest()
@@ -151,8 +149,8 @@ def _refuse_unequal(plan: StudyPlan, variants: tuple[SizedVariant, ...], target:
         excess = sized.n_parameters / target - 1
         if abs(excess) > WIDTH_TOLERANCE:
             message = (
-                f"{sized.n_parameters:,} parameters, {excess:+.1%} of {plan.settings.baseline}'s {target:,}; leave its "
-                "d_mlp null and solve_d_mlp true, set model.d_mlp, or write parameters: shown"
+                f"{sized.n_parameters:,} parameters, {excess:+.1%} against {plan.settings.baseline}'s {target:,}; "
+                "leave d_mlp null with solve_d_mlp true, set model.d_mlp, or write parameters: shown"
             )
             problems.append(Problem(f"variants.{sized.variant.name}", message))
     if problems:
@@ -165,7 +163,7 @@ def _runs(
     folder: Path,
     data: Mapping[DataConfig, PreparedData],
 ) -> tuple[StudyRun, ...]:
-    """The runs of (variant, learning rate, seed), each with its checked configuration."""
+    """Return the runs of (variant, learning rate, seed), each with its validated configuration."""
     problems: dict[Problem, None] = {}
     runs = []
     for sized, lr, seed in wanted:
@@ -192,17 +190,17 @@ def _run_config(
 ) -> RunConfig:
     variant = sized.variant
     decided = {"lr": lr, "seed": seed, "max_steps": sized.n_steps, "checkpoint_dir": str(folder)}
-    settings = merge({"train": _QUIETER}, variant.settings)
+    settings = merge({"train": _RUN_DEFAULTS}, variant.settings)
     settings = merge(settings, {"train": decided, "model": {"d_mlp": sized.model.d_mlp}})
     if fits_tokenizer(variant.config.data):
         path = tokenizer_path(plan, variant.config.data, data, folder.parent)
         settings = merge(settings, {"data": {"tokenizer_model_path": str(path)}})
-    # The tokenizer is written before the first run, so that none of them has to fit it again.
+    # The tokenizer file is written before the first run, so that no run trains it again.
     return config_from_mapping(settings, check_files=False)
 
 
 def write_configs(study: Study) -> None:
-    """Put tokenizers and the configuration of every run into the study's folder. Raises StorageError if it cannot."""
+    """Write tokenizers and the configuration of every run to the study's folder. Raises StorageError if it cannot."""
     for config, prepared in study.data.items():
         if fits_tokenizer(config):
             path = tokenizer_path(study.plan, config, study.data, study.folder)

@@ -1,4 +1,4 @@
-"""Paired figures enter; their mean difference and its interval by Student's t leave."""
+"""Paired differences with confidence intervals by Student's t."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean and sample standard deviation (None for a single value) of ``n`` values, and their edges."""
+    """Mean, sample standard deviation (None for a single value), minimum and maximum of ``n`` values."""
 
     mean: float
     std: float | None
@@ -33,7 +33,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The mean over ``n`` pairs of a value minus its baseline's, with the 95 % interval (None for a single pair)."""
+    """Mean over ``n`` pairs of a value minus the baseline's, with its 95% interval (None for a single pair)."""
 
     mean: float
     std: float | None
@@ -48,10 +48,10 @@ class PairedDifference:
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference | None:
-    """Return the difference over the keys (seeds) that both have, or None where they share none.
+    """Return the difference over the keys (seeds) that both have, or None if they share none.
 
     The interval is that of Student's paired t (1908): mean ± t(0.975, n - 1) · s / √n, where s is the sample standard
-    deviation of the differences. It supposes that these are about normal, which so few seeds cannot show.
+    deviation of the differences. It assumes that these are about normal, which a few seeds cannot show.
     """
     keys = sorted(values.keys() & baseline.keys())
     if not keys:

@@ -1,4 +1,4 @@
-"""A trained model and held-out documents of a counting task to how many of the answers it gives."""
+"""Accuracy of trained models on the held-out documents of an algorithmic task."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Answers = Callable[[str], Sequence[int]]
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Answers given, and documents with every answer given, as shares in [0, 1]."""
+    """Fractions of correct answers, and of documents with only correct answers, in [0, 1]."""
 
     right: float
     documents_right: float
@@ -36,15 +36,15 @@ class AnswerScore:
 def score_answers(
     model: Transformer, store: Stream, tokenizer: Tokenizer, answers: Answers, *, batch_size: int = 64
 ) -> AnswerScore:
-    """Return how a model does at the places that ``answers`` names, each foretold from the document's text before it.
+    """Return a model's accuracy at the positions that ``answers`` names, each predicted from the text before it.
 
-    Every document stands in a window of its own. An answer is right if its token is the likeliest one.
+    Every document has a window of its own. An answer is correct if its token has the highest logit.
 
     Raises:
-        CorpusError: there is no document, or one that is not a token for each character or not of the task.
+        CorpusError: there is no document, or a document is not of the task or not one token per character.
     """
     if store.n_documents == 0:
-        raise CorpusError("there is no document to look for answers in")
+        raise CorpusError("there is no held-out document to score")
     starts = store.starts(0, store.n_documents + 1)
     windows = Windows(store, int((starts[1:] - starts[:-1]).max()) - 1, pad_id=tokenizer.pad_id, pack=False)
     right = whole = n_answers = 0
@@ -60,34 +60,36 @@ def score_answers(
             if len(text) != (n_tokens := end - begin - 2):
                 name = store.name(document)
                 raise CorpusError(f"{name}: {n_tokens} tokens for {len(text)} characters; use tokenizer: simple")
-            # Label i is token i + 1, and the first token is the begin of text.
-            places = torch.tensor(_places(text, answers, store.name(document)))
-            given = is_right[row, places]
+            # Label i is token i + 1, and the first token is BOS.
+            positions = torch.tensor(_positions(text, answers, store.name(document)))
+            given = is_right[row, positions]
             right += int(given.sum())
             whole += bool(given.all())
-            n_answers += len(places)
-            nats += float(torch.nn.functional.cross_entropy(logits[row, places], labels[row, places], reduction="sum"))
+            n_answers += len(positions)
+            nats += float(
+                torch.nn.functional.cross_entropy(logits[row, positions], labels[row, positions], reduction="sum")
+            )
     return AnswerScore(right / n_answers, whole / store.n_documents, nats / n_answers, n_answers, store.n_documents)
 
 
-def _places(text: str, answers: Answers, name: str) -> Sequence[int]:
-    """The places of a document's answers. Raises CorpusError if it has none."""
+def _positions(text: str, answers: Answers, name: str) -> Sequence[int]:
+    """Return the positions of a document's answers. Raises CorpusError if it has none."""
     try:
-        places = answers(text)
+        positions = answers(text)
     except ValueError:
-        places = ()
-    if not places:
-        raise CorpusError(f"{name} is no document of this counting task: {text[:40]!r}; correct answers: in the plan")
-    return places
+        positions = ()
+    if not positions:
+        raise CorpusError(f"{name} is not a document of this task: {text[:40]!r}; correct answers: in the plan")
+    return positions
 
 
 def score_runs(study: Study, tell: Callable[[str], None] = lambda text: None) -> dict[str, AnswerScore]:
-    """Return the scores, by name, of those runs of a study on a counting task that came to their end.
+    """Return the scores, by name, of a study's finished runs on an algorithmic task.
 
-    A run's model is that of its last step, or where the plan measures the best validation, of that.
+    A run's model is that of its last step, or of its best validation if the plan measures that.
 
     Raises:
-        CorpusError: the text is not that of the task.
+        CorpusError: the text is not of the task.
         ArtifactError: a model cannot be read.
     """
     task = study.plan.settings.answers
@@ -99,7 +101,7 @@ def score_runs(study: Study, tell: Callable[[str], None] = lambda text: None) ->
         folder = read_pointer(run.folder, BEST if study.plan.settings.measure == "best" else LATEST)
         if data.val is None or folder is None or read_status(run).state != "done":
             continue
-        tell(f"counting answers: {run.name}")
+        tell(f"scoring answers: {run.name}")
         model = load_model(folder).model.eval()
         scores[run.name] = score_answers(model, data.val, data.tokenizer, TASKS[task].answers)
     return scores

@@ -87,7 +87,9 @@ def test_a_run_of_another_model_or_length_is_not_taken_for_the_plans(psannlm, pr
     _train_swiglu(psannlm, "model.mlp=swiglu", other)
     for flag in ("--no-train", "--dry-run"):
         done = psannlm("compare", "plan.yaml", flag)
-        assert (done.code, f"was made with other settings: {other.split('=')[0]}: " in done.err) == (2, True), done.err
+        assert (done.code, f"was trained with other settings: {other.split('=')[0]}: " in done.err) == (2, True), (
+            done.err
+        )
 
 
 def test_a_run_that_lost_its_settings_is_not_counted(psannlm, project: Path) -> None:
@@ -132,7 +134,7 @@ def test_a_rate_that_is_too_high_is_a_result_and_a_run_that_cannot_be_made_an_er
     done = psannlm("compare", "plan.yaml", "--out", "others")
     assert (done.code, "Traceback" in done.err) == (1, False), done.err
     assert "1 of 2 runs failed, the first: sine_lr0.01_seed1337: " in done.err
-    assert "the same command tries these runs again" in done.err
+    assert "the same command retries these runs" in done.err
     assert Path("others/table.txt").is_file(), "what there is has been written all the same"
 
 

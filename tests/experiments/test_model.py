@@ -287,7 +287,7 @@ def test_a_run_that_fails_is_told_and_leaves_the_others_alone(make: Callable[...
     assert (swiglu["learning_rate"], swiglu["edge"]) == (0.001, "lowest")
     assert [rate["failed"] for rate in swiglu["learning_rates"]] == [0, 1]
     assert [run["state"] for run in figures["runs"]].count("diverged") == 1
-    assert any(note.startswith("Not finite, and out: swiglu_lr0.05_seed1") for note in figures["notes"])
+    assert any(note.startswith("Diverged (non-finite) and excluded: swiglu_lr0.05_seed1") for note in figures["notes"])
     run_all(study, launcher=lambda run, environment: pytest.fail(f"{run.name} would come to the same again"))
 
 
@@ -409,9 +409,9 @@ def test_runs_on_a_text_that_has_changed_since_are_refused(
     run_all(make(base=elsewhere), launcher=train_here, only=["sine_lr0.01_seed1", "sine_lr0.01_seed2"])
     assert len(make(base=elsewhere).runs) == 6
     text.write_text(tiny_corpus.read_text() + "".join(f"a line more: {chr(0x2200 + at)}\n" for at in range(40)))
-    with pytest.raises(ConfigError, match=r"sine_lr0\.01_seed1: was made with another text: SHA-256") as caught:
+    with pytest.raises(ConfigError, match=r"sine_lr0\.01_seed1: was trained with another text: SHA-256") as caught:
         make(base=elsewhere)
-    assert "tokenizer.json: another text gave it" in str(caught.value)
+    assert "tokenizer.json: trained on other text" in str(caught.value)
     text.write_text(tiny_corpus.read_text())
     assert len(make(base=elsewhere).runs) == 6
 
@@ -457,7 +457,7 @@ def test_a_folder_of_another_study_is_refused_and_a_longer_grid_is_not(make: Cal
     run_all(study, launcher=lambda run, environment: Ended(1))
     with pytest.raises(TrainingError, match="no run of the study"):
         study_figures(study)
-    with pytest.raises(ConfigError, match=r"swiglu_lr0.001_seed1: was made with other settings: train.weight_decay"):
+    with pytest.raises(ConfigError, match=r"swiglu_lr0.001_seed1: was trained with other settings: train.weight_decay"):
         make("variants:", "overrides: {train: {weight_decay: 0.5}}\nvariants:")
     assert len(make("[1, 2]", "[1, 2, 3]").runs) == 9
 

@@ -137,5 +137,5 @@ def test_documents_of_other_tokens_are_refused() -> None:
 def test_documents_of_another_task_are_refused(name: TaskName) -> None:
     tokenizer = CharTokenizer("")
     store = encode_documents([Document("once upon a time", "a tale")], tokenizer)
-    with pytest.raises(CorpusError, match="a tale is no document of this counting task: 'once upon a time'"):
+    with pytest.raises(CorpusError, match="a tale is not a document of this task: 'once upon a time'"):
         score_answers(Oracle(["once upon a time"], tokenizer, []), store, tokenizer, TASKS[name].answers)
