@@ -1,4 +1,4 @@
-# Everything from one clone. `make` alone lists the targets; each one installs what it needs into .venv first.
+# Development targets. `make` alone lists them; each installs its requirements into .venv first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,11 +23,11 @@ unexport PIP_TARGET PIP_PREFIX PIP_ROOT
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "  make %-10s%s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.installed ## install, train a small model on English prose, let it write (a few minutes)
+demo: $(VENV)/.installed ## install, train a small model on English prose, generate text (a few minutes)
 	$(BIN)/psannlm train configs/waveresnet_cpu.yaml
 	$(BIN)/psannlm generate --prompt="$$PROMPT"
 
-test: $(VENV)/.installed-dev ## run the quick tests, a process on each core (a few minutes)
+test: $(VENV)/.installed-dev ## run the quick tests, one process per core (a few minutes)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test-all: $(VENV)/.installed-dev ## run all tests (half an hour on two cores)
@@ -40,7 +40,7 @@ lint: $(VENV)/.installed-dev ## check format, style and types
 
 check: lint test ## what to run before a commit: lint and the quick tests
 
-# What an earlier build left in build/ would be packed again, files that are gone since included.
+# Files left in build/ by an earlier build would be packed again, even if they are deleted since.
 wheel: | $(BIN)/python ## build dist/*.whl
 	rm -rf build dist
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
@@ -50,11 +50,11 @@ docs: $(VENV)/.installed-docs ## build the documentation into docs/_build/html; 
 	$(BIN)/sphinx-build -W --keep-going -E -q -b html docs docs/_build/html
 	@echo docs/_build/html/index.html
 
-clean: ## remove .venv and everything that was built; runs/ and reports/ stay
+clean: ## remove .venv and all build output; keeps runs/ and reports/
 	rm -rf $(VENV) build dist docs/_build *.egg-info .smoke .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# `make demo` needs no test tools, `make test` does: one environment, two marks that say how far it is furnished.
+# `make demo` needs no test tools, `make test` does: one environment, two stamp files, for runtime and dev dependencies.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing psannlm and what it needs into $(VENV) (torch is large: a minute or more)"
 	$(PIP) install --quiet -c constraints.txt -e .

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The older ``python scripts/benchmark_kv_cache.py [options]`` to ``psannlm bench-kv [options]``."""
+"""Former name of ``psannlm bench-kv [options]``."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ SAMPLE_TEXTS = Path(__file__).resolve().parents[1] / "examples" / "lm" / "sample
 
 
 def translate(arguments: list[str]) -> list[str]:
-    """Return the arguments of ``psannlm bench-tokenizers`` that mean the same."""
+    """Return the equivalent arguments of ``psannlm bench-tokenizers``."""
     names = [argument.partition("=")[0] for argument in arguments]
     translated = [
         "--corpus-repeat" + argument.removeprefix("--repeat") if name == "--repeat" else argument

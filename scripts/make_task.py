@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the text of a counting task, a document a line, the same for the same seed and size.
+"""Write the text of an algorithmic task, one document per line, determined by seed and size.
 
 python scripts/make_task.py {modular_addition,parity,copying} --out FILE [--bytes N] [--seed N] [--if-missing]
 """
@@ -15,7 +15,7 @@ from psannlm.data.synthetic.writer import add_text_options, write_made_text
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the file and say so; return the exit code."""
+    """Write the file, print its path, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--out", type=Path, required=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write datasets/lm/tiny_books.txt: little books in regular, made-up English, the same for the same seed and size.
+"""Write datasets/lm/tiny_books.txt: a synthetic corpus of stories in regular English, determined by seed and size.
 
 python scripts/make_tiny_corpus.py [--out FILE] [--bytes N] [--seed N] [--if-missing]
 """
@@ -17,7 +17,7 @@ DEFAULT_PATH = Path("datasets/lm/tiny_books.txt")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the file and say so; return the exit code."""
+    """Write the file, print its path, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DEFAULT_PATH, help=f"default: {DEFAULT_PATH}")
     add_text_options(parser, 50_000_000)

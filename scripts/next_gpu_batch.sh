@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Everything that a rented GPU is to measure, in one go, each step on its own:
+# All GPU measurements in one batch, each step on its own:
 #
 #   scripts/next_gpu_batch.sh                     on a pod, from the repository's own environment
-#   scripts/next_gpu_batch.sh --rehearse [FOLDER] the same on a CPU at small sizes, in a temporary folder or in FOLDER
+#   scripts/next_gpu_batch.sh --dry-run [FOLDER]  the same on a CPU at small sizes, in a temporary folder or in FOLDER
+#                                                 (also under its former name, --rehearse)
 #
 # 1. psannlm gpu-validate                 -> OUT_DIR    (reports/gpu/<time>)
 # 2. bench-train at three batch sizes     -> reports/throughput/<time>_*
-# 3. memory, with and without checkpointing, likewise
+# 3. peak memory, with and without activation checkpointing, likewise
 # 4. a tiny corpus, if it is missing      -> TINY_DATA  (datasets/lm/tiny_books.txt)
 # 5. training on it, by TINY_CONFIG       -> runs/tiny_<time>   (examples/lm/configs/tiny_corpus_benchmark.yaml),
 #    one epoch, or the fraction of it that TINY_BUDGET (10m) allows
 # 6. psannlm report                       -> BENCH_OUT  (reports/benchmarks/<time>)
 #
-# A step that fails is recorded in OUT_DIR/steps.txt and does not stop the others. Exit code: 0 all well; 3 a limit was
-# missed and nothing else; 1 a step failed; 130 interrupted.
+# A step that fails is recorded in OUT_DIR/steps.txt and does not stop the others. Exit code: 0 all steps passed; 3 only
+# limits were missed; 1 a step failed; 130 interrupted.
 set -euo pipefail
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -22,7 +23,7 @@ keep=yes
 folder="$repository"
 case "${1:-}" in
   "") ;;
-  --rehearse)
+  --dry-run | --rehearse)
     device=cpu
     if [[ $# -gt 1 ]]; then
       mkdir -p "$2"
@@ -31,15 +32,15 @@ case "${1:-}" in
       folder="$(mktemp -d)"
       keep=no
     fi
-    # A model this small gains nothing from a second thread.
+    # A model this small is not faster with a second thread.
     export OMP_NUM_THREADS=1
     ;;
   *)
-    echo "usage: scripts/next_gpu_batch.sh [--rehearse [FOLDER]]" >&2
+    echo "usage: scripts/next_gpu_batch.sh [--dry-run [FOLDER]]" >&2
     exit 2
     ;;
 esac
-# The environment that `make` furnished comes first, so that no other psannlm on the PATH is tried by mistake.
+# The environment that `make` sets up comes first, so that no other psannlm on the PATH is used by mistake.
 if [[ -x "$repository/.venv/bin/psannlm" ]]; then
   PATH="$repository/.venv/bin:$PATH"
 fi
@@ -82,7 +83,7 @@ finish() {
 trap finish EXIT
 trap 'echo "next_gpu_batch: interrupted" >&2; exit 130' INT TERM
 
-# step NAME COMMAND...: run it, record how it ended, go on.
+# step NAME COMMAND...: run the command, record its exit code, continue.
 step() {
   local name="$1" code=0 began=$SECONDS verdict
   shift
@@ -121,7 +122,7 @@ step "report" psannlm report --since "$stamp" --runs "runs/tiny_$stamp" --out "$
 printf '\n--- %s\n' "every step, in $SECONDS s"
 cat "$OUT_DIR/steps.txt"
 if [[ $keep == yes ]]; then
-  printf '\nTake home: %s/{%s,%s,reports/throughput,runs/tiny_%s}\n' "$folder" "$OUT_DIR" "$BENCH_OUT" "$stamp"
+  printf '\nCopy from the machine: %s/{%s,%s,reports/throughput,runs/tiny_%s}\n' "$folder" "$OUT_DIR" "$BENCH_OUT" "$stamp"
 fi
 if [[ $failed -ne 0 ]]; then
   exit 1

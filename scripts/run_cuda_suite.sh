@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Both suites on a GPU, one after the other, each with its folder under reports/tests/:
+# Both test suites on a GPU, one after the other, each with its folder under reports/tests/:
 #
 #   scripts/run_cuda_suite.sh [options of the two scripts, such as --device cpu]
 #
-# The tests marked gpu come first: they are short, and say whether the rest is worth its time. Exit code: 0 if both are
-# well, else 1.
+# The tests marked gpu come first, because they are short. Exit code: 0 if both suites pass, else 1.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The whole test suite with CUDA as its device: ``run_cuda_tests.py [--out DIR] [options of pytest]``.
 
-Tests of training train on the GPU, with kernels that repeat themselves, and those marked ``gpu`` are run; what forks,
-compares several processes on one machine, or asks for a CPU's own passes, stays on the CPU.
+Training tests run on the GPU with deterministic kernels, and those marked ``gpu`` are included. Tests that fork,
+compare several processes on one machine or are for CPU kernels stay on the CPU.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The tests that need a GPU, marked ``gpu``: ``run_gpu_tests.py [--out DIR] [options of pytest]``."""
+"""Run the tests that need a GPU, marked ``gpu``: ``run_gpu_tests.py [--out DIR] [options of pytest]``."""
 
 from __future__ import annotations
 

@@ -32,14 +32,14 @@ DEVICES = (1, 2, 8, 64, 256, 1024)
 
 
 def config_of(shape: tuple[int, int]) -> ModelConfig:
-    """The waveresnet of a width and depth, heads 128 wide."""
+    """Return the waveresnet of a width and depth, with 128-wide heads."""
     d_model, n_layers = shape
     config = ModelConfig(base="waveresnet", d_model=d_model, n_layers=n_layers, n_heads=max(1, d_model // 128))
     return resolve(config, vocab_size=VOCAB, max_seq_len=SEQ_LEN)
 
 
 def rows() -> list[list[str]]:
-    """A row for each model and mode: memory per device, then tokens per second, for each number of devices."""
+    """Return one row per model and mode: memory per device, then tokens per second, for each number of devices."""
     found = []
     for shape in SHAPES.values():
         config = config_of(shape)
@@ -54,7 +54,7 @@ def rows() -> list[list[str]]:
 
 
 def cell(config: ModelConfig, whole: TrainingMemory, n_devices: int, fsdp: bool) -> str:
-    """Gigabytes per device and thousands of tokens per second of all; a dash where it does not fit or means nothing."""
+    """Return GB per device and total thousands of tokens per second; a dash where it does not fit or apply."""
     if fsdp and n_devices == 1:
         return "-"
     memory = whole
@@ -75,14 +75,14 @@ def cell(config: ModelConfig, whole: TrainingMemory, n_devices: int, fsdp: bool)
 
 
 def table() -> str:
-    """The Markdown table."""
+    """Return the Markdown table."""
     head = ["parameters", "mode", *(f"{n:,}" for n in DEVICES)]
     lines = [head, ["---"] * len(head), *rows()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
-    """Print the table, or put it between its marks in the document."""
+    """Print the table, or write it between its markers in the document."""
     text = table()
     if "--write" in sys.argv[1:]:
         document = DOCUMENT.read_text(encoding="utf-8")

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From an empty folder to a tokenizer, a trained model, its text and its score, on a CPU in less than two minutes.
+# End-to-end smoke test and tutorial: tokenizer, training, generation and evaluation on a CPU in under two minutes.
 #
 #   scripts/smoke.sh            works in a temporary folder and removes it
-#   scripts/smoke.sh FOLDER     works in FOLDER, which must be empty or absent, and keeps what it made
+#   scripts/smoke.sh FOLDER     works in FOLDER, which must be empty or absent, and keeps the results
 #
-# It is the tutorial too: read it from top to bottom, and type the lines that start with psannlm. What stands between
-# them only proves that each one did what it says. The model is far too small to write English; every part is real.
+# As a tutorial, read it from top to bottom and type the lines that start with psannlm; the lines between them check the
+# results. The model is far too small to write English; every part is real.
 set -euo pipefail
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -20,12 +20,12 @@ if [[ -n "$(ls -A "$folder")" ]]; then
   echo "smoke: $folder is not empty; name a new folder" >&2
   exit 2
 fi
-# The environment that `make` furnished comes first, so that no other psannlm on the PATH is tried by mistake.
+# The environment that `make` sets up comes first, so that no other psannlm on the PATH is used by mistake.
 if [[ -x "$repository/.venv/bin/psannlm" ]]; then
   PATH="$repository/.venv/bin:$PATH"
 fi
 cd "$folder"
-# A model this small gains nothing from a second thread, and loses much when the machine is busy.
+# A model this small is not faster with a second thread, and much slower when the machine is busy.
 export OMP_NUM_THREADS=1
 
 say() { printf '\n--- %s\n' "$*"; }

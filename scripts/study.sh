@@ -3,15 +3,15 @@
 #
 #   scripts/study.sh [PLAN.yaml ...]         default: study_*_[125]m.yaml and study_task_*.yaml of configs/studies/
 #
-# Everything that is there already is used as it is, and runs go on where they stopped. JOBS runs are made at a time
-# (default: one for each core).
+# Existing files are used as they are, and stopped runs are resumed. JOBS runs are trained at the same time (default:
+# one per core).
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 corpora=../psannlm-corpora
 psannlm="${PSANNLM:-.venv/bin/psannlm}"
 [[ -x "$psannlm" ]] || {
-  echo "study: $psannlm is not there; make .venv first (make demo), or name another one in PSANNLM" >&2
+  echo "study: $psannlm does not exist; create .venv first (make demo), or set PSANNLM to another one" >&2
   exit 1
 }
 plans=("$@")
@@ -24,13 +24,13 @@ python="$(dirname "$psannlm")/python"
 
 # make_folder NAME VAL_SPLIT TEXT ...: a tokenizer of 2,048 entries and token shards.
 make_folder() {
-  local out="$corpora/$1" share="$2"
+  local out="$corpora/$1" val_split="$2"
   shift 2
   [[ -f "$out.model" ]] || "$psannlm" tokenize "$@" --vocab-size 2048 --out "$out.model"
-  "$psannlm" prep "$@" --tokenizer "$out.model" --val-split "$share" --out "$out"
+  "$psannlm" prep "$@" --tokenizer "$out.model" --val-split "$val_split" --out "$out"
 }
 
-# The counting task that a plan reads, or nothing.
+# The algorithmic task of a plan, or nothing.
 task_of() {
   sed -n 's/^answers: *//p' "$1"
 }

@@ -1,4 +1,4 @@
-"""Run a selection of the tests, with reports of the outcome in a dated folder."""
+"""Run a selection of the tests and write reports to a dated folder."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def run_suite(
 ) -> int:
     """Run pytest with ``selection`` and write ``reports/tests/<ts>/``; return the exit code.
 
-    ``junit.xml`` and ``summary.json`` are always written, ``pytest_report.json`` where pytest-json-report is installed.
-    With ``keeps_outputs``, what failed tests wrote is kept in ``outputs/``. What else is on the command line goes to
-    pytest. 0: every test passed or was skipped for a reason; 1: one failed, or there was nothing to run, or no GPU.
+    ``junit.xml`` and ``summary.json`` are always written, ``pytest_report.json`` if pytest-json-report is installed.
+    With ``keeps_outputs``, files of failed tests are kept in ``outputs/``. Other command-line options go to pytest.
+    Exit code 0: every test passed or was skipped; 1: a test failed, nothing ran, or there is no GPU.
     """
     parser = argparse.ArgumentParser(description=f"Run {name}; other options go to pytest.", allow_abbrev=False)
     parser.add_argument(
@@ -35,10 +35,10 @@ def run_suite(
         help="folder for the reports; an existing one, and reports/tests, gets a dated folder inside (default: "
         "reports/tests/<time>)",
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses the suite itself")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run of the suite")
     options, others = parser.parse_known_args(arguments)
     if options.device == "cuda" and not _has_gpu():
-        sys.stderr.write("error: torch sees no GPU; --device cpu rehearses the suite itself\n")
+        sys.stderr.write("error: torch sees no GPU; --device cpu is a dry run of the suite\n")
         return 1
     folder = new_folder("tests", _dated(options.out)).resolve()
     command = [sys.executable, "-m", "pytest", *selection, "--device", options.device]
@@ -58,7 +58,7 @@ def run_suite(
         (folder / OUTPUTS).rmdir()
     counts = _counts(folder / "junit.xml")
     ran = sum(count for outcome, count in counts.items() if outcome in ("passed", "failed", "error"))
-    # A suite in which everything was skipped has shown nothing.
+    # A suite in which everything was skipped has tested nothing.
     is_ok = code == 0 and (ran > 0 or options.device == "cpu")
     summary = {
         "suite": name,
@@ -81,7 +81,7 @@ def _has_gpu() -> bool:
 
 
 def _run_and_keep(command: list[str], log: Path) -> int:
-    """Run ``command`` in the repository; show what it says, and keep it in ``log`` from the moment it is said."""
+    """Run ``command`` in the repository, with its output on the screen and, line by line, in ``log``."""
     with (
         open(log, "w", encoding="utf-8") as file,
         subprocess.Popen(
@@ -97,7 +97,7 @@ def _run_and_keep(command: list[str], log: Path) -> int:
 
 
 def _counts(report: Path) -> dict[str, int]:
-    """How many tests there were, by outcome; nothing where pytest did not end."""
+    """Return the number of tests by outcome; empty if pytest did not finish."""
     if not report.is_file():
         return {}
     found = {"total": 0, "failed": 0, "error": 0, "skipped": 0}
@@ -109,7 +109,7 @@ def _counts(report: Path) -> dict[str, int]:
 
 
 def _dated(out: Path | None) -> Path | None:
-    """Return where to write: in an existing folder, and in one named like the parent of all, a dated one."""
+    """Return the output folder: a dated one inside an existing folder or one named ``tests``, else ``out`` itself."""
     if out is None or not (out.is_dir() or out.name == "tests"):
         return out
     folder, number = out / timestamp(), 2

@@ -102,8 +102,9 @@ def test_variables_move_what_is_written(tmp_path: Path) -> None:
     )
 
 
-def test_a_rehearsal_asks_for_no_gpu_and_leaves_nothing_else_behind(tmp_path: Path) -> None:
-    ended, _, asked = run_batch(tmp_path, {}, "--rehearse", str(tmp_path / "kept"))
+@pytest.mark.parametrize("option", ["--dry-run", "--rehearse"])
+def test_gpu_batch_dry_run_needs_no_gpu(tmp_path: Path, option: str) -> None:
+    ended, _, asked = run_batch(tmp_path, {}, option, str(tmp_path / "kept"))
     assert ended == 0
     assert not any("cuda" in line for line in asked)
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"reports"}
