@@ -24,9 +24,9 @@ from psannlm.runtime.device import describe_device, pick_precision, require_comp
 OnProgress = Callable[[Progress], None]
 MemoryProbe = Callable[[Candidate, ThroughputSettings, torch.device], int | None]
 
-_PEAK = "multiplying matrices"
-_TURN_S = 1.0
-_MOST_STEPS = 50
+_PEAK = "matrix products"
+_RUN_S = 1.0
+_MAX_STEPS = 50
 
 
 def bench_train(
@@ -36,23 +36,23 @@ def bench_train(
     build: TrainingRunBuilder = TrainingRun,
     measure_memory: MemoryProbe | None = peak_step_bytes,
     clock: Clock = time.perf_counter,
-    on_progress: OnProgress = lambda progress: None,
+    on_progress: OnProgress = lambda event: None,
 ) -> ThroughputReport:
-    """Train every candidate of ``settings`` on the same batch over and over, in turns, and return what it came to.
+    """Time the training steps of all candidates of ``settings``, interleaved, on one batch that is used repeatedly.
 
-    The first step of each, compilation included, is timed by itself; warm-up steps are thrown away. Memory is
+    The first step of each, compilation included, is timed separately; warm-up steps are discarded. Peak memory is
     measured before, in processes of their own.
 
     Args:
-        measure_memory: None leaves the memory out.
+        measure_memory: None skips the memory measurement.
 
     Raises:
-        DeviceError: the precision or the compiler that is asked for is not there.
+        DeviceError: the requested precision or compiler is not available.
     """
     candidates = {candidate.name: candidate for candidate in settings.candidates()}
     precision = pick_precision(settings.amp, device)
     if any(candidate.is_compiled for candidate in candidates.values()):
-        # Before anything is measured that would be lost.
+        # Before any measurement, which would be lost.
         require_compiler(device, "--compile or --also compile", "leave it out")
 
     def turns(work: dict[str, Callable[[Count], float]], repeats: int, unit: str = "steps") -> dict[str, list[float]]:
@@ -67,7 +67,7 @@ def bench_train(
     runs = {name: build(candidate, settings, device) for name, candidate in candidates.items()}
     firsts = turns({f"first step of {name}": _timed(run, 1, clock) for name, run in runs.items()}, 1)
     warm = turns({name: _timed(run, 1, clock) for name, run in runs.items()}, settings.warmup)
-    n_steps = settings.steps or _steps_of_a_turn(min(min(seconds) for seconds in warm.values()))
+    n_steps = settings.steps or _steps_per_run(min(min(seconds) for seconds in warm.values()))
     counted_work = {name: _timed(run, n_steps, clock) for name, run in runs.items()}
     counted_work[_PEAK] = matrix_peak(device, precision.dtype, clock=clock)
     counted = turns(counted_work, settings.repeats)
@@ -112,5 +112,5 @@ def _probe(
     return lambda count: measure(candidate, settings, device)
 
 
-def _steps_of_a_turn(step_s: float) -> int:
-    return min(_MOST_STEPS, max(1, math.ceil(_TURN_S / step_s))) if step_s > 0 else 1
+def _steps_per_run(step_s: float) -> int:
+    return min(_MAX_STEPS, max(1, math.ceil(_RUN_S / step_s))) if step_s > 0 else 1

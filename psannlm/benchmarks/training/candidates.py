@@ -32,18 +32,18 @@ from psannlm.training.optim import OptimizerSet
 from psannlm.training.step import train_step
 
 Also = Literal["grad-checkpoint", "gelu", "silu", "transformer", "compile"]
-# What may stand in the sine's place, by its name in ``also``.
+# Activations that may replace the sine, by their names in ``also``.
 _ACTIVATIONS = {"gelu": "GELU", "silu": "SiLU"}
-# Any rate will do for a measurement; this one keeps the loss finite at every size.
+# The learning rate does not affect the timing; this one keeps the loss finite at every size.
 _LEARNING_RATE = 3e-4
 _WEIGHT_DECAY = 0.1
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One candidate: who made the model, and how it differs from ours as the settings have it.
+    """A model of the training benchmark: its library, and how it differs from ours.
 
-    ``activation`` stands in the sine's place: ``GELU``, ``SiLU``, or "" for the sine itself. ``is_baseline``: the base
+    ``activation`` replaces the sine: ``GELU``, ``SiLU``, or "" for the sine itself. ``is_baseline``: the base
     ``transformer`` of equal size, with its own feed-forward and without short convolutions.
     """
 
@@ -57,15 +57,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ThroughputSettings:
-    """What is trained, and how: windows of ``seq_len`` random tokens, ``batch_tokens`` of them in a step.
+    """Settings of the training benchmark: windows of ``seq_len`` random tokens, ``batch_tokens`` tokens per step.
 
     Attributes:
-        model: resolved.
-        steps: of each counted turn; None: as many as take the fastest candidate about a second.
+        model: resolved configuration of our model.
+        steps: steps of each counted run; None: about one second of the fastest candidate.
         also: further candidates: ours with gradient checkpointing (without it, where the settings have it), with GELU
             or SiLU instead of the sine, the base ``transformer`` of equal size, or ``compile``: ours and all of these
             but the one with checkpointing once more, compiled.
-        against: a library whose model of equal size is trained in the same run, or None.
+        against: library whose model of equal size is trained in the same run, or None.
 
     Raises:
         ConfigError: a number is too small to measure anything, a name is unknown, or a package is missing.
@@ -100,11 +100,11 @@ class ThroughputSettings:
         for name in _ACTIVATIONS.keys() & set(self.also):
             if self.model.mlp not in ("sine", "sineglu"):
                 raise ConfigError(
-                    f"--also {name} puts {_ACTIVATIONS[name]} in the place of the sine, and {self.model.base} has "
-                    f"{self.model.mlp}: use --base respsann or waveresnet"
+                    f"--also {name} replaces the sine with {_ACTIVATIONS[name]}, but {self.model.base} has "
+                    f"{self.model.mlp}; use --base respsann or waveresnet"
                 )
         if "transformer" in self.also and self.model.base == "transformer":
-            raise ConfigError("--also transformer puts that base beside ours, and ours is it already")
+            raise ConfigError("--also transformer adds the base transformer, which --base already is; leave one out")
         if self.against is not None:
             require_reference_model(self.against)
         object.__setattr__(self, "tokens_per_step", self.batch_tokens // self.seq_len * self.seq_len)
@@ -153,11 +153,11 @@ class TrainingRun:
 
     @property
     def precision(self) -> str:
-        """The dtype of matrix products, and why."""
+        """The dtype of matrix products, and the reason."""
         return self._precision.reason
 
     def step(self) -> None:
-        """Make one optimiser step, and wait until the device has made it."""
+        """Make one optimizer step and wait for the device."""
         result = train_step(
             self._module,
             [self._batch],
@@ -171,7 +171,7 @@ class TrainingRun:
         self.losses.append(result.loss)
 
     def steps(self, n_steps: int, count: Count) -> None:
-        """Make ``n_steps`` steps, telling each."""
+        """Make ``n_steps`` steps and report each to ``count``."""
         for done in range(1, n_steps + 1):
             self.step()
             count(done, n_steps)
@@ -181,7 +181,7 @@ TrainingRunBuilder = Callable[[Candidate, ThroughputSettings, torch.device], Tra
 
 
 def size_of(candidate: Candidate, settings: ThroughputSettings) -> tuple[int, int]:
-    """Return a candidate's parameters and operations per training token (see ``accounting.flops_per_token``)."""
+    """Return a candidate's parameter count and operations per training token (see ``accounting.flops_per_token``)."""
     config = settings.model
     ours = sum(count_parameters(config).values())
     if candidate.maker == "transformers":
@@ -193,7 +193,7 @@ def size_of(candidate: Candidate, settings: ThroughputSettings) -> tuple[int, in
 
 
 def config_of(candidate: Candidate, settings: ThroughputSettings) -> ModelConfig:
-    """Return the configuration of a model of our own making."""
+    """Return the configuration of a candidate that is a model of ours."""
     ours = settings.model
     if not candidate.is_baseline:
         return ours
@@ -208,7 +208,7 @@ def config_of(candidate: Candidate, settings: ThroughputSettings) -> ModelConfig
 
 
 def random_batch(settings: ThroughputSettings, device: torch.device) -> MicroBatch:
-    """Return windows of ids drawn evenly from the vocabulary, from the seed alone."""
+    """Return windows of ids sampled uniformly from the vocabulary, determined by the seed."""
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.batch_tokens // settings.seq_len, settings.seq_len + 1)
     ids = torch.randint(settings.model.vocab_size or 0, size, generator=generator).to(device)
@@ -217,7 +217,7 @@ def random_batch(settings: ThroughputSettings, device: torch.device) -> MicroBat
 
 
 def _build(candidate: Candidate, settings: ThroughputSettings) -> tuple[nn.Module, str]:
-    """Return a candidate's model on the CPU, and what it is in words."""
+    """Return a candidate's model on the CPU, and its description."""
     config = settings.model
     if candidate.maker == "transformers":
         parameters = sum(count_parameters(config).values())
@@ -230,11 +230,11 @@ def _build(candidate: Candidate, settings: ThroughputSettings) -> tuple[nn.Modul
     if not candidate.activation:
         return model, f"psannlm, {config.base}, {config.mlp}"
     replace_sine(model, candidate.activation)
-    return model, f"psannlm, {config.base}, {config.mlp} with {candidate.activation} for the sine"
+    return model, f"psannlm, {config.base}, {config.mlp} with {candidate.activation} instead of the sine"
 
 
 def replace_sine(model: Transformer, activation: str) -> None:
-    """Put ``GELU`` or ``SiLU`` in the sine's place in every feed-forward; all else, biases included, stays."""
+    """Replace the sine by ``GELU`` or ``SiLU`` in every feed-forward; everything else, biases included, stays."""
     for block in model.blocks:
         mlp: Any = block.mlp
         if isinstance(mlp.activation, SineActivation):

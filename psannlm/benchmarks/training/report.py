@@ -1,4 +1,4 @@
-"""What the turns of ``throughput`` came to in; rates, shares of the matrix peak, ratios, rows and a plot out."""
+"""Results of the training benchmark: throughput, utilization, speedups, peak memory, and their plot."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from psannlm.io.figures import render_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# A reference model further from our size than this is not the same size.
+# Relative difference of parameter counts beyond which a reference model is not of equal size.
 _SAME_SIZE = 0.01
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One candidate's figures: ``step_s`` are mean seconds of a step, one for each turn; ``losses`` of all steps.
+    """Figures of one candidate: ``step_s`` are the mean seconds of a step, by run; ``losses`` are those of all steps.
 
-    ``first_step_s`` holds what is done once: compilation, and memory asked for the first time.
+    ``first_step_s`` includes one-time work: compilation and first memory allocations.
     """
 
     candidate: Candidate
@@ -38,16 +38,16 @@ class Trained:
 
     @property
     def name(self) -> str:
-        """What the candidate is called in tables."""
+        """Name of the candidate in tables."""
         return self.candidate.name
 
 
 @dataclass(frozen=True)
 class ThroughputReport:
-    """The benchmark's outcome; the first of ``rows`` is ours as the settings have it.
+    """Results of the benchmark; the first of ``rows`` is our model.
 
     Attributes:
-        matrix_flops_per_s: the matrix peak of each turn, in the precision of the run.
+        matrix_flops_per_s: matrix peak by run, in the precision of the training.
     """
 
     settings: ThroughputSettings
@@ -60,30 +60,30 @@ class ThroughputReport:
 
     @property
     def ours(self) -> Trained:
-        """The row of our model as the settings have it."""
+        """The row of our model."""
         return self.rows[0]
 
     def tokens_per_s(self, row: Trained) -> Spread:
-        """Return labels trained on per second."""
+        """Return the training throughput in tokens per second."""
         return Spread.of([self.settings.tokens_per_step / seconds for seconds in row.step_s])
 
     def utilisation(self, row: Trained) -> Spread:
-        """Return model FLOPs utilisation: operations of the model per second over the matrix peak of the same turn."""
+        """Return the model FLOPs utilization: operations per second over the matrix peak of the same turn."""
         needed = row.flops_per_token * self.settings.tokens_per_step
         return Spread.of([needed / s / peak for s, peak in zip(row.step_s, self.matrix_flops_per_s, strict=True)])
 
     def speed_of_ours_over(self, row: Trained) -> Spread:
-        """Return our tokens/s over another row's, turn by turn."""
+        """Return our throughput over another row's, run by run."""
         return paired_ratio(row.step_s, self.ours.step_s)
 
     def memory_of_ours_over(self, row: Trained) -> float | None:
-        """Return our peak memory over another row's, or None where one is not known."""
+        """Return our peak memory over another row's, or None if one is unknown."""
         if self.ours.peak_bytes is None or not row.peak_bytes:
             return None
         return self.ours.peak_bytes / row.peak_bytes
 
     def sine_cost(self, is_compiled: bool) -> Spread | None:
-        """Return seconds of a step with the sine over seconds of the same with GELU, less one; None if not measured."""
+        """Return the relative extra time of a step with the sine over one with GELU; None if not measured."""
         same = [
             row for row in self.rows if row.candidate.maker == "psannlm" and row.candidate.is_compiled == is_compiled
         ]
@@ -98,19 +98,19 @@ class ThroughputReport:
 
     @property
     def problems(self) -> list[str]:
-        """Return what makes the figures worth less: a loss that is not finite, or a reference model of another size."""
+        """Return the reasons to distrust the figures: a non-finite loss, or a reference model of another size."""
         found = [f"{row.name}: a loss is not finite" for row in self.rows if not all(map(math.isfinite, row.losses))]
         for row in self.rows:
-            apart = abs(row.parameters / self.ours.parameters - 1)
-            if (row.candidate.maker != "psannlm" or row.candidate.is_baseline) and apart > _SAME_SIZE:
+            difference = abs(row.parameters / self.ours.parameters - 1)
+            if (row.candidate.maker != "psannlm" or row.candidate.is_baseline) and difference > _SAME_SIZE:
                 found.append(
-                    f"{row.name} has {row.parameters:,} parameters, ours {self.ours.parameters:,}: {apart:.1%} apart, "
-                    "for its feed-forward grows by steps; use a larger model"
+                    f"{row.name} has {row.parameters:,} parameters, ours {self.ours.parameters:,}: a difference of "
+                    f"{difference:.1%}, because its feed-forward width is a multiple of 16; use a larger model"
                 )
         return found
 
     def as_dict(self, timestamp: str) -> dict[str, Any]:
-        """Return every figure as plain data; ``rows`` are flat, so that reports can gather them."""
+        """Return every figure as plain data; ``rows`` are flat, so that reports can collect them."""
         sine = {"plain": self.sine_cost(False), "compiled": self.sine_cost(True)}
         settings = asdict(self.settings)
         return {
@@ -172,7 +172,7 @@ class ThroughputReport:
 
 
 def draw_throughput(path: Path, title: str, report: ThroughputReport) -> None:
-    """Draw tokens per second, and peak memory where it is known, as bars with the lowest and highest turn.
+    """Plot tokens per second, with the lowest and highest run, and peak memory where it is known, as bars.
 
     Raises:
         PictureError: the picture cannot be drawn.
