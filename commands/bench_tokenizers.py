@@ -16,6 +16,7 @@ from psannlm.commands.options import (
     live_line,
     publish,
     reading,
+    require_existing,
     stderr_console,
 )
 
@@ -75,6 +76,7 @@ def bench_tokenizers(
     def source(path: str) -> PathSource:
         return PathSource(path=path, per_line=per_line, text_key=text_key)
 
+    require_existing("--model", *(model or []), what="tokenizer")
     require_folder("tokenizers", out)
     began = time.monotonic()
     with live_line(stderr_console()) as line:

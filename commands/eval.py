@@ -1,4 +1,4 @@
-"""psannlm eval: a checkpoint and files of text to loss, perplexity and bits per byte."""
+"""psannlm eval: loss, perplexity and bits per byte of a checkpoint on files of text."""
 
 from __future__ import annotations
 
@@ -30,21 +30,33 @@ from psannlm.commands.options import (
 
 
 def evaluate(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files, folders or globs of text.")],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Files, folders or globs of text to evaluate on.")
+    ],
     checkpoint: CheckpointOption = None,
     runs: RunsOption = DEFAULT_RUNS,
-    per_line: Annotated[bool, typer.Option("--per-line", help="A document per line of a .txt file.")] = False,
-    text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
+    per_line: Annotated[
+        bool,
+        typer.Option(
+            "--per-line", help="Treat each line of a .txt file as a document. Default: the file is one document."
+        ),
+    ] = False,
+    text_key: Annotated[str, typer.Option(help="Key that holds the text in .jsonl and .parquet files.")] = "text",
     errors: ErrorsOption = "strict",
-    window: Annotated[int | None, typer.Option(min=1, help="Tokens seen at once. Default: as in training.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 16,
-    amp: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "fp32",
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, help="Length of an evaluation window in tokens. Default: the window length of training."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 16,
+    amp: Annotated[
+        str, typer.Option(help="Precision of matrix products under autocast: auto, bf16, fp16 or fp32.")
+    ] = "fp32",
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write to. Default: reports/eval/<time>.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model on all of a text."""
+    """Measure loss, perplexity and bits per byte of a model on a text."""
     from psannlm.config.data import PathSource
     from psannlm.config.run import section_from_kwargs
     from psannlm.config.train import TrainConfig

@@ -1,4 +1,4 @@
-"""psannlm generate: a checkpoint and prompts to text, streaming."""
+"""psannlm generate: text generation from prompts, streamed to stdout."""
 
 from __future__ import annotations
 
@@ -32,41 +32,67 @@ from psannlm.runtime.streams import write_output
 
 def generate(
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; may be repeated.")
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; may be repeated.")
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option("--prompts-file", help="A prompt per line, decoded together; - reads stdin.")
+        Path | None,
+        typer.Option(
+            "--prompts-file", help="File with one prompt per line, which are decoded as a batch; - reads stdin."
+        ),
     ] = None,
     checkpoint: CheckpointOption = None,
     runs: RunsOption = DEFAULT_RUNS,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; below 1 keeps to the likely, above 1 strays.")] = 0.7,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability; 1 keeps all.")] = 0.9,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Ratio by which tokens already there become less likely, such as 1.2.")
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate per prompt.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="Softmax temperature; 0 takes the most likely token (greedy decoding).")
+    ] = 0.7,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from the k most likely tokens only. Default: from all.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text. Default: a new one.")] = None,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample from the most likely tokens that together reach this probability; 1 samples from all."
+        ),
+    ] = 0.9,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            help="Factor by which tokens that occur already become less likely, such as 1.2. Default: no penalty."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of sampling; the same seed gives the same text. Default: a new seed each time."),
+    ] = None,
     dtype: DtypeOption = "float32",
     compile: Annotated[
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Compile decoding: up to a minute at first, then several times faster. Default: for long texts only.",
+            help="Compile decoding, which takes up to a minute and then decodes several times faster. Default: compile "
+            "for long texts only.",
         ),
     ] = None,
     speculate: Annotated[
         int,
-        typer.Option(min=0, help="Tokens per step to guess from the text so far; the text stays the same."),
+        typer.Option(
+            min=0,
+            help="Draft tokens per step for speculative decoding, copied from the text so far; the output stays "
+            "the same.",
+        ),
     ] = 0,
     context: Annotated[
         Literal["stop", "slide"],
-        typer.Option(help="When the context is full: stop, or drop the oldest half and go on."),
+        typer.Option(help="What to do when the context is full: stop, or drop the oldest half and continue (slide)."),
     ] = "stop",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Continue prompts with a trained model; a terminal is shown escapes, a file gets the text."""
+    """Continue prompts with a trained model.
+
+    A terminal is shown control characters as escapes; a file or pipe gets the text as it is.
+    """
     prompts = [*map(text_argument, prompt or []), *(_read_prompts(prompts_file) if prompts_file is not None else [])]
     if not prompts:
         raise typer.BadParameter("give --prompt TEXT or --prompts-file FILE", param_hint="--prompt")
@@ -83,7 +109,7 @@ def generate(
     path = find_model_file(checkpoint, runs)
     loaded = load_model(path)
     if loaded.tokenizer is None:
-        raise ArtifactError(f"{path} has no tokenizer: text cannot be made with it")
+        raise ArtifactError(f"{path} has no tokenizer, which generation needs")
     loaded.model.to(pick_device(device))
     if checkpoint is None:
         _say(f"using {path}")
@@ -143,7 +169,7 @@ def generate(
 
 
 def _read_prompts(path: Path) -> list[str]:
-    """The lines of a file, or of stdin for ``-``; blank ones are no prompts."""
+    """Return the lines of a file, or of stdin for ``-``, without the blank ones."""
     from psannlm.data.corpus.reading import read_lines
     from psannlm.errors import CorpusError
     from psannlm.io.limits import MAX_PROMPTS_BYTES

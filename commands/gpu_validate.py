@@ -14,6 +14,7 @@ from psannlm.commands.options import (
     JsonOption,
     live_line,
     publish,
+    require_existing,
     stderr_console,
     table_text,
     write_artifact,
@@ -45,6 +46,8 @@ def gpu_validate(
     from psannlm.gpu_suite.suite import SuiteLog, require_device, validate
     from psannlm.io.run_metadata import new_folder, system_info, write_json
 
+    if baseline is not None:
+        require_existing("--baseline", baseline)
     require_device(device, only or (), baseline, any_machine=baseline_any_machine)
     folder = new_folder("gpu", out)
     log = SuiteLog(folder / "stdout.log")

@@ -26,21 +26,35 @@ if TYPE_CHECKING:
     from psannlm.config.model import ModelConfig
 
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else; progress goes to stderr.")
+    bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables; progress goes to stderr.")
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="Device to compute on: auto (a GPU if there is one), cpu, cuda or cuda:N.")
+]
 CheckpointOption = Annotated[
     Path | None,
-    typer.Option("--checkpoint", "-c", help="Model file, checkpoint folder or run. Default: the newest run's best."),
+    typer.Option(
+        "--checkpoint",
+        "-c",
+        help="Model file, checkpoint folder or run folder, of which the best checkpoint is taken. Default: the "
+        "newest run in --runs.",
+    ),
 ]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "int8"],
-    typer.Option("--dtype", help="Of the weights; int8 has a scale per output, and nothing else is in it."),
+    typer.Option(
+        "--dtype",
+        help="Data type of the weights; int8 stores one scale per output channel.",
+    ),
 ]
 ErrorModes = Literal["strict", "replace"]
 ErrorsOption = Annotated[
     ErrorModes,
-    typer.Option("--errors", help="Bytes that are not UTF-8, and lone surrogates: stop, or put U+FFFD and count."),
+    typer.Option(
+        "--errors",
+        help="What to do with bytes that are not UTF-8 and with lone surrogates: strict stops, replace puts "
+        "U+FFFD in their place and counts them.",
+    ),
 ]
 BaseOption = Annotated[str, typer.Option("--base", help="Model base: respsann, waveresnet or transformer.")]
 WidthOption = Annotated[int, typer.Option("--d-model", help="Model width: features of a token's hidden state.")]
@@ -55,7 +69,9 @@ AgainstOption = Annotated[
     typer.Option("--against", help="Reference model of equal size: transformers, for its Llama (needs the extra hf)."),
 ]
 DEFAULT_RUNS = Path("runs")
-RunsOption = Annotated[Path, typer.Option("--runs", help="Where to look for the newest run.")]
+RunsOption = Annotated[
+    Path, typer.Option("--runs", help="Folder that is searched for the newest run where --checkpoint is not given.")
+]
 
 
 def duration_s(text: str) -> float:
@@ -127,21 +143,34 @@ def figures_table(title: str, rows: list[tuple[str, str]]) -> Table:
     return FiguresTable(title, rows)
 
 
+def require_existing(option: str, *paths: Path, what: str = "file or folder") -> None:
+    """Refuse, with the exit code of wrong usage, an argument that names nothing; ``-`` is stdin.
+
+    Raises:
+        ConfigError: one of ``paths`` does not exist.
+    """
+    from psannlm.errors import ConfigError
+
+    for path in paths:
+        if str(path) != "-" and not os.path.lexists(path):
+            raise ConfigError(f"{option}: no {what} at {path} (looked from {Path.cwd()}); check the spelling")
+
+
 def find_model_file(checkpoint: Path | None, runs: Path) -> Path:
     """Return the checkpoint asked for (of a run folder, its best), or the newest run's best.
 
     Raises:
-        ArtifactError: nothing is where ``checkpoint`` points, or none was given and none is there; the message says
-            how to make one.
+        ConfigError: ``checkpoint``, or a ``runs`` other than the default, does not exist.
+        ArtifactError: there is no checkpoint in ``runs``; the message says how to make one.
     """
     from psannlm.errors import ArtifactError
     from psannlm.training.checkpoint import find_checkpoint
 
     if checkpoint is not None:
-        path = find_checkpoint(checkpoint) or checkpoint
-        if not os.path.lexists(path):
-            raise ArtifactError(f"no model file, checkpoint folder or run at {checkpoint} (looked from {Path.cwd()})")
-        return path
+        require_existing("--checkpoint", checkpoint, what="model file, checkpoint folder or run")
+        return find_checkpoint(checkpoint) or checkpoint
+    if runs != DEFAULT_RUNS:
+        require_existing("--runs", runs)
     found = find_checkpoint(runs)
     if found is None:
         raise ArtifactError(

@@ -18,6 +18,7 @@ from psannlm.commands.options import (
     live_line,
     print_json,
     print_path,
+    require_existing,
     stderr_console,
     stdout_console,
 )
@@ -85,10 +86,12 @@ def prep(
         if merge:
             from psannlm.prep.merge import merge_parts
 
+            require_existing("CORPUS", *map(Path, corpus), what="prepared folder")
             result = merge_parts([Path(folder) for folder in corpus], out, reporter=reporter)
         else:
             if tokenizer is None:
                 raise typer.BadParameter("name a tokenizer; psannlm tokenize makes one", param_hint="--tokenizer")
+            require_existing("--tokenizer", tokenizer, what="tokenizer")
             from psannlm.commands.options import naming_options
             from psannlm.prep.job import PrepSettings
             from psannlm.prep.pipeline import prepare_corpus

@@ -13,6 +13,7 @@ from psannlm.commands.options import (
     figures_table,
     live_line,
     print_json,
+    require_existing,
     stderr_console,
     stdout_console,
 )
@@ -21,34 +22,59 @@ if TYPE_CHECKING:
     from psannlm.reports.build import Report
 
 
+DEFAULT_REPORTS = Path("reports")
+
+
 def report(
     runs: Annotated[
         list[Path] | None,
         typer.Option(
             "--runs",
             metavar="FOLDER",
-            help="A run, a prepared folder, or a folder of them; may be repeated. Default: runs, and what "
-            "tokenize and prep recorded in the working folder.",
+            help="Run folder, prepared folder, or folder of such folders to include; may be repeated. Default: runs, "
+            "and the records of tokenize and prep in the working folder.",
         ),
     ] = None,
-    reports: Annotated[Path, typer.Option("--reports", help="Where benchmarks left their folders.")] = Path("reports"),
+    reports: Annotated[
+        Path, typer.Option("--reports", help="Folder of the artifacts that benchmarks wrote, as <kind>/<time>.")
+    ] = Path("reports"),
     since: Annotated[
-        str | None, typer.Option("--since", metavar="TIME", help="Leave out what is older: 2026-11-24, 36h or 7d.")
+        str | None,
+        typer.Option(
+            "--since",
+            metavar="TIME",
+            help="Leave out everything older than a date (2026-11-24) or an age (36h, 7d). Default: include all.",
+        ),
     ] = None,
     kind: Annotated[
         list[str] | None,
-        typer.Option("--kind", help="Only these: runs, throughput, tokenizers, ...; may be repeated."),
+        typer.Option(
+            "--kind",
+            metavar="KIND",
+            help="Include this kind only: runs, throughput, tokenizers, kv_cache, ablations, gpu, ...; may be "
+            "repeated. Default: all.",
+        ),
     ] = None,
     published: Annotated[
         bool,
-        typer.Option("--published", help="Include the results that the repository keeps, in published/ of --reports."),
+        typer.Option(
+            "--published",
+            help="Include the results that the repository publishes, in the folder published of --reports.",
+        ),
     ] = False,
     compare: Annotated[
         list[Path] | None,
-        typer.Option("--compare", metavar="RUN", help="A run folder to set beside others; give two or more."),
+        typer.Option(
+            "--compare",
+            metavar="RUN",
+            help="Run folder to compare with others instead of reporting everything; give two or more, the first "
+            "is the baseline.",
+        ),
     ] = None,
-    also: Annotated[list[Path] | None, typer.Argument(metavar="RUN", help="More runs for --compare.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for what is written.")] = None,
+    also: Annotated[list[Path] | None, typer.Argument(metavar="RUN", help="More run folders for --compare.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write to. Default: reports/benchmarks/<time>.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Gather benchmarks and runs into tables, plots, Markdown and one HTML page."""
@@ -57,6 +83,9 @@ def report(
     from psannlm.reports.build import write_comparison, write_report
     from psannlm.reports.gather import parse_since
 
+    require_existing("--runs", *(runs or []))
+    if reports != DEFAULT_REPORTS:
+        require_existing("--reports", reports)
     moment = None if since is None else parse_since(since)
     if also and not compare:
         raise ConfigError(f"{also[0]}: name folders of runs with --runs, or runs to compare with --compare")

@@ -20,6 +20,7 @@ from psannlm.commands.options import (
     print_json,
     quiet_pipe,
     reading,
+    require_existing,
     stderr_console,
     stdout_console,
     text_argument,
@@ -115,6 +116,9 @@ def tokenize(
     from psannlm.tokenizers.resolve import load_tokenizer
     from psannlm.tokenizers.stream import text_lines
 
+    require_existing("--model", model, what="tokenizer")
+    if file is not None:
+        require_existing("--file", file)
     tokenizer = load_tokenizer(model)
     is_file = file is not None and str(file) != "-"
     name = "--text" if text is not None else str(file) if is_file else "stdin"

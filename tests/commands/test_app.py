@@ -223,5 +223,40 @@ def test_a_refused_number_is_named_with_what_was_meant(psannlm, option: str, val
 @pytest.mark.parametrize("arguments", [["generate", "--prompt", "x"], ["eval", "a.txt"], ["bench-kv"]])
 def test_a_checkpoint_that_is_not_there_is_named(psannlm, project: Path, arguments: list[str]) -> None:
     done = psannlm(*arguments, "--checkpoint", "runs/nope")
-    assert done.code == 1
+    assert done.code == 2
     assert f"no model file, checkpoint folder or run at runs/nope (looked from {project})" in done.err
+
+
+# Each argument of every command that names a file or folder to read.
+_NAMES_NOTHING = (
+    ("train", "nowhere"),
+    ("train", "config.yaml", "--resume", "nowhere"),
+    ("generate", "--prompt", "x", "--checkpoint", "nowhere"),
+    ("generate", "--prompt", "x", "--runs", "nowhere"),
+    ("generate", "--prompts-file", "nowhere"),
+    ("eval", "corpus.txt", "--checkpoint", "nowhere"),
+    ("eval", "corpus.txt", "--runs", "nowhere"),
+    ("tokenize", "nowhere"),
+    ("tokenize", "--model", "nowhere", "--text", "x"),
+    ("tokenize", "--model", "config.yaml", "--file", "nowhere"),
+    ("prep", "corpus.txt", "--tokenizer", "nowhere", "--out", "o"),
+    ("prep", "nowhere", "--merge", "--out", "o"),
+    ("bench-tokenizers", "--corpus", "nowhere"),
+    ("bench-tokenizers", "--corpus", "corpus.txt", "--held-out", "nowhere"),
+    ("bench-tokenizers", "--model", "nowhere"),
+    ("bench-kv", "--checkpoint", "nowhere"),
+    ("compare", "nowhere"),
+    ("gpu-validate", "--device", "cpu", "--baseline", "nowhere"),
+    ("report", "--runs", "nowhere"),
+    ("report", "--reports", "nowhere"),
+    ("report", "--compare", "nowhere", "runs"),
+)
+
+
+@pytest.mark.parametrize("arguments", _NAMES_NOTHING, ids=" ".join)
+def test_commands_missing_input_exits_2(psannlm, project: Path, arguments: tuple[str, ...]) -> None:
+    before = sorted(project.iterdir())
+    done = psannlm(*arguments)
+    assert done.code == 2, done.err
+    assert "nowhere" in done.err
+    assert sorted(project.iterdir()) == before

@@ -75,7 +75,7 @@ def test_prep_is_timed_beside_the_libraries(
         (["--corpus", "nowhere.txt"], 2, "nowhere.txt"),
         (["--prep"], 2, "name a --corpus"),
         ([*TINY, "--vocab-size", "10"], 2, "vocab_size 10 is too small"),
-        ([*TINY, "--model", "nowhere.model"], 1, "nowhere.model"),
+        ([*TINY, "--model", "nowhere.model"], 2, "nowhere.model"),
         ([*TINY, "--repeat", "0"], 2, "--repeat"),
     ],
 )

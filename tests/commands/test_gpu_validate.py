@@ -86,7 +86,7 @@ def test_wrong_usage_ends_with_two_before_anything_runs(
 ) -> None:
     assert psannlm("gpu-validate", "--device", "cpu", "--only", "GPU-99").code == 2
     assert psannlm("gpu-validate", "--device", "tpu").code == 2
-    assert psannlm("gpu-validate", "--device", "cpu", "--baseline", "absent.json").code == 1
+    assert psannlm("gpu-validate", "--device", "cpu", "--baseline", "absent.json").code == 2
     assert list(tmp_path.iterdir()) == []
 
 
