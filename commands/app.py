@@ -1,4 +1,4 @@
-"""The Typer root: puts the subcommands together and turns errors into one line and an exit code."""
+"""Root of the command line: subcommands, and errors as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _showing_escapes() -> Iterator[None]:
 
 
 def _refused_number(error: Exception) -> str | None:
-    """Say in our own words what Typer says in pydantic's of an option that takes a number; None of anything else."""
+    """Return a message about an invalid number, in place of pydantic's; None for any other error."""
     from pydantic import ValidationError
 
     if not isinstance(error.__cause__, ValidationError):
@@ -154,19 +154,19 @@ def root(
         bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
     ] = False,
 ) -> None:
-    """Options of every subcommand; ``--debug`` is taken off the line before parsing, wherever it stands."""
+    """Options of every subcommand; ``--debug`` is removed before parsing, wherever it appears."""
 
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say an error that nobody expected in one line; set as ``sys.excepthook`` unless --debug."""
+    """Print an unexpected error as one line; set as ``sys.excepthook`` unless --debug."""
     say(f"error: {describe(error)}")
 
 
-def _tell(error: PsannlmError) -> None:
-    """Say an error; of several ranks that refuse one configuration in the same words, only the first says it."""
+def _print_error(error: PsannlmError) -> None:
+    """Print an error; of several ranks that refuse a configuration for the same reason, only rank 0 prints it."""
     rank = os.environ.get("RANK", "0")
     if rank != "0" and isinstance(error, ConfigError):
-        # Meanwhile rank 0 says the same and ends, and torchrun ends the others. Who is left is alone with its error.
+        # Rank 0 prints the same and exits, and torchrun ends the others. A rank that is still alive prints its own.
         time.sleep(_ALONE_S)
     where = "" if rank == "0" or isinstance(error, RankError) else f"rank {rank}: "
     say(f"{where}{'' if error.exit_code == EXIT_INTERRUPTED else 'error: '}{describe(error)}")
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
         decodes = any(name in arguments[:2] for name in ("generate", "bench-kv"))
         os.environ.setdefault("GOMP_SPINCOUNT", "10000" if decodes else "1000")
     if "RANK" in os.environ:
-        # When a rank fails, torch's C++ logs a stack for every connection that breaks; what happened is told in a line.
+        # When a rank fails, torch's C++ logs a stack for every broken connection; we print one line.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     written = arguments
     debug = "--debug" in arguments
@@ -198,13 +198,13 @@ def main(arguments: list[str] | None = None) -> None:
             if debug:
                 raise
             if not isinstance(error, AlreadyReported):
-                _tell(error)
+                _print_error(error)
             sys.exit(error.exit_code)
         except BrokenPipeError:
-            # Whoever read the output has seen enough.
+            # The reader of the output closed the pipe.
             sys.exit(EXIT_FAILED)
         except SystemExit as end:
-            # What Typer makes of a Ctrl-C; where there was something to save, Interrupted has said so already.
+            # Typer turns a Ctrl-C into this; commands that have something to save raise Interrupted instead.
             if end.code == EXIT_INTERRUPTED:
                 say("interrupted")
             raise

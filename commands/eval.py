@@ -76,13 +76,11 @@ def evaluate(
     loaded.model.to(precision.device)
     if dtype != "float32":
         if settings.amp != "fp32":
-            raise typer.BadParameter(
-                f"{dtype} weights have their own arithmetic; leave out --amp", param_hint="--dtype"
-            )
+            raise typer.BadParameter(f"{dtype} weights determine the precision; leave out --amp", param_hint="--dtype")
         loaded = replace(loaded, model=prepare_for_inference(loaded.model, dtype))
     began = time.monotonic()
 
-    def standing(done: int, total: int) -> str:
+    def progress_text(done: int, total: int) -> str:
         elapsed = time.monotonic() - began
         left = timedelta(seconds=round(elapsed * (total - done) / done))
         return f"evaluating: {done:,} of {total:,} windows, {done / elapsed:,.1f} windows/s, {left} left"
@@ -95,10 +93,10 @@ def evaluate(
             precision=precision,
             batch_size=batch_size,
             window=window,
-            on_progress=lambda done, total: line.show(standing(done, total)),
+            on_progress=lambda done, total: line.show(progress_text(done, total)),
         )
-        for said in report.lines():
-            line.keep(said)
+        for text in report.lines():
+            line.keep(text)
     metrics = {
         "checkpoint": str(path),
         "dtype": dtype,
@@ -120,7 +118,7 @@ def evaluate(
         rows.append(("written to", str(folder)))
         write_artifact(folder, metrics, [figures_table("evaluation", rows)])
     finally:
-        # Also where the disk has become full meanwhile: the work was done.
+        # Print the result even where it cannot be written, such as on a full disk.
         if as_json:
             print_json({**metrics, "folder": None if folder is None else str(folder)})
         else:

@@ -124,7 +124,7 @@ def generate(
 
     began = time.monotonic()
 
-    def standing(n_tokens: int, n_steps: int, most_steps: int) -> str:
+    def progress_text(n_tokens: int, n_steps: int, most_steps: int) -> str:
         # By steps and not by tokens: a step that fewer rows are left in takes hardly less time.
         elapsed = time.monotonic() - began
         left = timedelta(seconds=math.ceil(elapsed * (most_steps - n_steps) / n_steps))
@@ -143,7 +143,7 @@ def generate(
             context=context,
             on_notice=_say,
             on_text=(lambda _, text: stream(text)) if is_streamed else None,
-            on_progress=None if line is None else (lambda *figures: line.show(standing(*figures))),
+            on_progress=None if line is None else (lambda *figures: line.show(progress_text(*figures))),
         )
     if as_json:
         rows = [

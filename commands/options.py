@@ -1,4 +1,4 @@
-"""What the subcommands share: consoles, common options, and how an error looks."""
+"""Options, consoles, progress lines and artifact folders that the subcommands share."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def duration_s(text: str) -> float:
     parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([dhms])", text)
     total = sum(float(number) * seconds[unit] for number, unit in parts)
     if "".join(number + unit for number, unit in parts) != text or not total > 0:
-        raise typer.BadParameter(f"{text!r} is no duration; write 90s, 20m or 1h30m")
+        raise typer.BadParameter(f"{text!r} is not a duration; write 90s, 20m or 1h30m")
     return total
 
 
@@ -120,7 +120,7 @@ def note(text: str) -> None:
 
 
 def reading(done_bytes: int, total_bytes: int, elapsed_s: float) -> str:
-    """Return how far a corpus has been read: MB, rate and time left."""
+    """Return the progress of reading a corpus: MB, MB/s and time left."""
     rate = done_bytes / 1e6 / max(elapsed_s, 1e-9)
     left = f", about {elapsed_s * (total_bytes - done_bytes) / done_bytes:,.0f} s left" if done_bytes else ""
     return f"reading: {done_bytes / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB, {rate:,.1f} MB/s{left}"
@@ -128,7 +128,7 @@ def reading(done_bytes: int, total_bytes: int, elapsed_s: float) -> str:
 
 @contextmanager
 def quiet_pipe() -> Iterator[None]:
-    """End at once and without a word when whoever reads stdout has seen enough (``| head``)."""
+    """End silently when the reader of stdout closes the pipe (``| head``)."""
     try:
         yield
         sys.stdout.flush()
@@ -181,7 +181,7 @@ def find_model_file(checkpoint: Path | None, runs: Path) -> Path:
 
 @contextmanager
 def drawing_a_picture() -> Iterator[None]:
-    """Say in one line that a picture is missing, and why: results and exit code do not depend on it."""
+    """Print a note where a picture cannot be drawn or written: results and exit code do not depend on it."""
     from psannlm.errors import PictureError, StorageError
 
     try:
@@ -201,7 +201,7 @@ def model_config(**sizes: str | int) -> ModelConfig:
 
 @contextmanager
 def naming_options(section: str) -> Iterator[None]:
-    """Name options, not the keys of a configuration file, where values given as options are refused as a section's."""
+    """Name options instead of keys of a configuration file in errors about values that were given as options."""
     from psannlm.errors import ConfigError
 
     try:
@@ -293,7 +293,7 @@ def publish(
 
 
 def keep_record(folder: Path, kind: str, figures: dict[str, Any], *tables: Table) -> None:
-    """Leave a record of what a command did beside its result; print a note where other files stand in its way."""
+    """Write a record of a command beside its result; print a note where files of something else have its names."""
     from psannlm.io.records import write_record
 
     if not write_record(folder, kind, figures, table_text(*tables)):
@@ -301,9 +301,9 @@ def keep_record(folder: Path, kind: str, figures: dict[str, Any], *tables: Table
 
 
 class LiveLine:
-    """Where work stands: one line that is rewritten on a terminal, elsewhere a plain line every few seconds.
+    """Progress of the work: one line that is rewritten on a terminal, elsewhere a plain line every few seconds.
 
-    Drawn by the thread that works and at most once a second: a thread beside it would disturb what is measured.
+    Drawn by the working thread, at most once per second: a second thread would disturb measurements.
     """
 
     _REDRAW_S = 1.0
@@ -312,7 +312,7 @@ class LiveLine:
     def __init__(self, console: Console, live: Live | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._live, self._clock = console, live, clock
         self._interval = self._PLAIN_S if live is None else self._REDRAW_S
-        # The first plain line comes early, so that a person knows what is going on.
+        # The first plain line comes early, so that the user sees that work is in progress.
         self._next = clock() + self._REDRAW_S
 
     def show(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""psannlm report: what the other commands wrote, to tables, plots and one page; or runs side by side."""
+"""psannlm report: one page of all runs and benchmarks, or a comparison of runs."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def report(
                 since=moment,
                 kinds=kind or (),
                 published=published,
-                # Prepared folders and tokenizers have no folder of their own to stand in, as runs have.
+                # Unlike runs, prepared folders and tokenizers have no common parent folder.
                 records=runs or [Path()],
                 out=out,
                 on_progress=line.show,

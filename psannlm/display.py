@@ -1,6 +1,6 @@
-"""Text of any origin for each place where it is shown: terminals, Markdown, HTML, CSV, JSON, shells and YAML.
+"""Escaping of untrusted text for terminals, Markdown, HTML, CSV, JSON, shells and YAML.
 
-File names, run names and generated text come from others. What they hold is shown and never obeyed: control
+File names, run names and generated text come from others. They are shown and never interpreted: control
 characters, terminal escapes, and the characters that hide or reorder text appear as escapes such as ``\\x1b``.
 """
 
@@ -32,7 +32,7 @@ _MOST_BITS = 14_000
 
 
 def printable(text: object, keep: str = "") -> str:
-    """Return the text with every character that a terminal would obey or hide as an escape such as ``\\x1b``.
+    """Return the text with every character that a terminal would interpret or hide as an escape such as ``\\x1b``.
 
     Bytes of a file name that are not UTF-8 appear as ``\\xe9``. Characters in ``keep`` stay; ``"\\n\\t"`` for text of
     several lines.
@@ -81,7 +81,7 @@ def markdown_code(text: object) -> str:
 
 
 def csv_cell(value: object) -> object:
-    """Return a value for a cell of a CSV file: numbers as they are, text that no spreadsheet takes for a formula."""
+    """Return a value for a CSV cell: numbers as they are, text in a form that a spreadsheet does not evaluate."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if isinstance(value, (int, float)):

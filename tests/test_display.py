@@ -1,4 +1,4 @@
-"""Text of any origin is shown and never obeyed, and reads back where it is meant to."""
+"""Escaping of untrusted text, and reading it back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matplotlib figures as image bytes, independent of the user's Matplotlib settings.
+"""Rendering of Matplotlib figures to bytes, independent of the user's Matplotlib settings.
 
 Every picture of the package is drawn here: with Matplotlib's own defaults, on an Agg canvas through the object API. A
 ``matplotlibrc``, ``MPLBACKEND`` or pyplot state of the user neither decides how a picture looks nor is touched by it.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # rc_context restores everything except the backend, which therefore must not be set.
 _KEPT = ("backend", "backend_fallback", "interactive")
-# Titles and legends contain names of runs and folders, in which "$" must not start a formula.
+# Names of runs and folders appear in titles and legends, where "$" must not start a formula.
 _OURS = {"text.parse_math": False}
 
 

@@ -1,4 +1,4 @@
-"""Reading of untrusted JSON, YAML and text files: plain data, or an error with the reason."""
+"""Bounded readers of text, JSON and YAML files of untrusted origin; every problem raises Unreadable with a reason."""
 
 from __future__ import annotations
 

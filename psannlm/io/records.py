@@ -1,4 +1,4 @@
-"""Records of tokenize, prep and train beside their results, for reports: figures, machine and table."""
+"""Records of tokenize, prep and train beside their results: figures, machine and table, read by reports."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def is_own_file(path: Path) -> bool:
-    """Return whether ``path`` is a file of a record from :func:`write_record`, judged by its content."""
+    """Whether ``path`` is a file of a record written by :func:`write_record`, judged by its content."""
     content = read_small(path, _MOST_BYTES)
     if content is None:
         return False

@@ -1,4 +1,4 @@
-"""Dated artifact folders, and system information recorded with results."""
+"""Artifact folders named by time, ``system.json`` (machine, versions, command line), and JSON files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def new_folder(kind: str, out: Path | None = None) -> Path:
 
 
 def require_folder(kind: str, out: Path | None = None) -> None:
-    """Check beforehand that :func:`new_folder` can create its folder and files, without leaving anything behind.
+    """Check before the work that :func:`new_folder` will be able to make its folder and files in it.
 
     Raises:
         StorageError: it cannot.

@@ -1,4 +1,4 @@
-"""Report folders and runs enter; ``reports/benchmarks/<ts>/`` with tables, plots, Markdown and one HTML page leaves."""
+"""Writing of a report: tables, plots, Markdown and one HTML page in ``reports/benchmarks/<ts>/``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from psannlm.io.atomic import write_bytes, write_text
 from psannlm.io.readers import Unreadable
 from psannlm.io.run_metadata import new_folder, write_json
 from psannlm.reports.gather import OWN_KIND, PUBLISHED_FOLDER, Artifact, Gathered, Unread, gather
-from psannlm.reports.gpu_tables import battery_memory, battery_rates
+from psannlm.reports.gpu_tables import suite_memory, suite_rates
 from psannlm.reports.page_model import Document, Origin, Picture
 from psannlm.reports.pages import (
-    BATTERY_KIND,
     CURVE_FILE,
+    SUITE_KIND,
     UNUSABLE,
     build_document,
     describe_unusable,
@@ -73,7 +73,7 @@ _RATE_COLUMNS = (
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: the folder, the page in it, and what went into it."""
+    """A written report: its folder, its page, and the number of runs and artifacts in it."""
 
     folder: Path
     page: Path
@@ -116,7 +116,7 @@ def write_report(
         on_progress: called with a line of text before each part of the work.
 
     Raises:
-        ConfigError: ``kinds`` names one that is not there.
+        ConfigError: ``kinds`` has a kind that does not exist.
         ArtifactError: there is nothing to report.
         StorageError: the report cannot be written.
     """
@@ -140,10 +140,10 @@ def write_report(
 
 
 def write_comparison(runs: Sequence[Path], system: dict[str, Any], *, out: Path | None = None) -> Report:
-    """Set two or more runs side by side and write the page; the first is what the others are held against.
+    """Compare two or more runs and write the page; differences are against the first.
 
     Raises:
-        ConfigError: fewer than two, or one of them is no run.
+        ConfigError: fewer than two, or one of them is not a run folder.
         ArtifactError: the log of one cannot be read.
         StorageError: the report cannot be written.
     """
@@ -167,7 +167,7 @@ def write_comparison(runs: Sequence[Path], system: dict[str, Any], *, out: Path 
 
 def _record(path: Path, name: str) -> RunRecord:
     if not (path / METRICS_FILE).is_file():
-        raise ConfigError(f"{path} is no run folder: there is no {METRICS_FILE} in it")
+        raise ConfigError(f"{path} is not a run folder: it has no {METRICS_FILE}")
     try:
         return read_run(path, name)
     except Unreadable as error:
@@ -175,7 +175,7 @@ def _record(path: Path, name: str) -> RunRecord:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The names of the folders, or the paths where two folders have one name."""
+    """Return the names of the folders, or their paths where two have the same name."""
     names = [path.resolve().name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
@@ -183,7 +183,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _rows_of(
     artifact: Artifact, rows: Callable[[dict[str, Any]], Iterator[dict[str, Any]]], unread: list[Unread]
 ) -> list[dict[str, Any]]:
-    """The rows that ``rows`` finds in an artifact's figures; none where these cannot be used, which is noted."""
+    """Return the rows that ``rows`` finds in an artifact's figures; unusable figures are added to ``unread``."""
     try:
         return list(rows(artifact.figures))
     except UNUSABLE as error:
@@ -192,7 +192,7 @@ def _rows_of(
 
 
 def _rates(found: Gathered) -> list[dict[str, Any]]:
-    """The rows of throughput.csv: every rate of every artifact, and of every run."""
+    """Return the rows of throughput.csv: every throughput of every artifact and run."""
     rows = []
     for artifact in found.artifacts:
         place = {
@@ -201,7 +201,7 @@ def _rates(found: Gathered) -> list[dict[str, Any]]:
             "machine": Origin.of(artifact.system).machine,
             "artifact": str(artifact.folder),
         }
-        rates = battery_rates if artifact.kind == BATTERY_KIND else rate_rows
+        rates = suite_rates if artifact.kind == SUITE_KIND else rate_rows
         rows += [{**row, **place} for row in _rows_of(artifact, rates, found.unread)]
     for run in found.runs:
         if run.tokens_per_s is not None:
@@ -215,7 +215,7 @@ def _memory(found: Gathered) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for artifact in found.artifacts:
         place = {"timestamp": artifact.timestamp, "kind": artifact.kind, "artifact": str(artifact.folder)}
-        amounts = battery_memory if artifact.kind == BATTERY_KIND else memory_rows
+        amounts = suite_memory if artifact.kind == SUITE_KIND else memory_rows
         rows += [{**place, **row} for row in _rows_of(artifact, amounts, found.unread)]
     for run in found.runs:
         if run.peak_memory_bytes is not None:
@@ -244,7 +244,7 @@ def _write_runs(folder: Path, runs: Sequence[RunRecord]) -> None:
 
 
 def _curve_of_all(found: Gathered, document: Document) -> list[Picture]:
-    """The loss curve where the page shows none because all runs belong to studies."""
+    """Return the loss curve where the page has none because all runs belong to studies."""
     shown = [block.file for section in document.sections for block in section.blocks if isinstance(block, Picture)]
     is_tried = any(item.path.name == CURVE_FILE for item in found.unread)
     if not found.runs or CURVE_FILE in shown or is_tried:

@@ -1,4 +1,4 @@
-"""Report folders and run folders become plain records; whatever cannot be read is listed with the reason."""
+"""Reading of report folders and run folders, with a list of what cannot be read and why."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from psannlm.reports.runs import SYSTEM_FILE, RunRecord, find_runs, read_run
 
 FIGURES_FILES = ("metrics.json", "summary.json")
 TABLE_FILE = "table.txt"
-# What this command itself writes, and would only copy from page to page.
+# Reports themselves are not reported again.
 OWN_KIND = "benchmarks"
 RUNS_KIND = "runs"
-# Results that a repository keeps: from other machines, and so no part of a report unless asked for.
+# Results that a repository publishes: they come from other machines, so only --published includes them.
 PUBLISHED_FOLDER = "published"
 _NAME = re.compile(r"([0-9]{8})_([0-9]{6})(?:_.+)?")
 _AGO = re.compile(r"([0-9]{1,5})([hd])")
@@ -30,7 +30,7 @@ _LARGEST_TABLE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Artifact:
-    """One folder ``reports/<kind>/<ts>``: its figures, the machine they were taken on, and what was printed."""
+    """One folder ``reports/<kind>/<ts>``: figures, machine and printed table."""
 
     folder: Path
     kind: str
@@ -64,7 +64,7 @@ class Gathered:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing at all to tell of."""
+        """Whether there is nothing to report, not even something unreadable."""
         return not (self.artifacts or self.runs or self.unread)
 
 
@@ -84,7 +84,7 @@ def parse_since(text: str, now: datetime | None = None) -> datetime:
             continue
     when = _iso(text)
     if when is None:
-        raise ConfigError(f"--since {text!r} is no time; write 2026-11-24, 20261124_101500, 36h or 7d")
+        raise ConfigError(f"--since {text!r} is not a time; write 2026-11-24, 20261124_101500, 36h or 7d")
     return when
 
 
@@ -106,7 +106,7 @@ def gather(
         records: folders at or below which records of ``psannlm tokenize`` and ``prep`` are looked for.
 
     Raises:
-        ConfigError: a kind is asked for that is nowhere, or there are no published results.
+        ConfigError: a requested kind does not exist, or there are no published results.
     """
     found = Gathered()
     there = [path for path in _folders(reports) if path.name not in (OWN_KIND, PUBLISHED_FOLDER)]
@@ -122,7 +122,7 @@ def gather(
     for name in kinds:
         if name not in known:
             raise ConfigError(
-                f"there is no {reports}/{name}{nearest(name, known)}; what is there: {', '.join(sorted(known))}"
+                f"there is no {reports}/{name}{nearest(name, known)}; existing kinds: {', '.join(sorted(known))}"
             )
     for kind in there:
         if not kinds or kind.name in kinds:
@@ -150,7 +150,7 @@ def _folders(path: Path, unread: list[Unread] | None = None) -> list[Path]:
 
 
 def _run_folders(roots: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """Yield each run once, with a name that tells it from the others: its path below the folder that was given."""
+    """Yield each run once, with an unambiguous name: its path below the folder that was given."""
     seen: set[Path] = set()
     for root in roots:
         for folder in find_runs(root):
@@ -210,14 +210,14 @@ def _add_run(found: Gathered, folder: Path, name: str, since: datetime | None) -
 
 
 def _when(folder: Path, system: dict[str, Any]) -> datetime:
-    """When a folder was made: what its name says, else its ``system.json``, else the file system."""
+    """Return the time of a folder: from its name, else its ``system.json``, else the file system."""
     if match := _NAME.fullmatch(folder.name):
         try:
             return datetime.strptime(match[1] + match[2], "%Y%m%d%H%M%S").replace(tzinfo=timezone.utc)
         except ValueError:
             pass
-    told = system.get("time_utc")
-    if isinstance(told, str) and (when := _iso(told)) is not None:
+    stated = system.get("time_utc")
+    if isinstance(stated, str) and (when := _iso(stated)) is not None:
         return when
     try:
         return datetime.fromtimestamp(folder.stat().st_mtime, timezone.utc)

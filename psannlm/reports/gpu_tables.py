@@ -1,4 +1,4 @@
-"""The figures of a GPU battery (``reports/gpu/<ts>/summary.json``) become its tables and headlines."""
+"""Tables and headlines of a GPU validation (``reports/gpu/<ts>/summary.json``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from psannlm.io.readers import number
 from psannlm.reports.page_model import Headline, Table, format_value
 
-# Rates that were published for this model size stand among the headlines where they were measured.
+# Throughput that others published for this model size: a headline where it was measured.
 _PUBLISHED_FOR = ("respsann, 131,072 tokens: forward", "waveresnet, 131,072 tokens: forward")
 # "respsann, 131,072 tokens: forward"
 _RATE_NAME = re.compile(r"(?P<base>[a-z]+), (?P<tokens>[0-9,]+) tokens: (?P<figure>.+)")
@@ -18,13 +18,13 @@ _BYTES = {"MB": 1e6, "GB": 1e9}
 _HEADINGS = ("measured", "value", "limit", "unit", "verdict", "why this limit")
 
 
-def battery_tables(figures: dict[str, Any]) -> list[Table]:
-    """Return what became of each check, what is worse than in the baseline, and every value beside its limit.
+def suite_tables(figures: dict[str, Any]) -> list[Table]:
+    """Return the verdict of each check, regressions against the baseline, and every value with its limit.
 
-    The values of a check that failed are open, those of the others are folded.
+    The values of a failed check are shown, those of other checks are folded.
 
     Raises:
-        KeyError, TypeError, AttributeError, ValueError: the figures are not those of a battery.
+        KeyError, TypeError, AttributeError, ValueError: the figures are not those of a GPU validation.
     """
     return [_checks(figures), *_regressions(figures), *(_measures(check) for check in figures["checks"] if _has(check))]
 
@@ -41,18 +41,20 @@ def _has(check: dict[str, Any]) -> bool:
 def _checks(figures: dict[str, Any]) -> Table:
     machine = figures["machine"]
     rows = [
-        [check["check"], check["title"], check["status"], format_value(check["seconds"], 3), _says(check)]
+        [check["check"], check["title"], check["status"], format_value(check["seconds"], 3), _summary(check)]
         for check in figures["checks"]
     ]
     name = f"{machine['n_devices']} × {machine['name']}, torch {machine['torch']}"
     dry_run = "A dry run at small sizes: no throughput limit applies. " if is_dry_run_summary(figures) else ""
     baseline = f" Compared with {figures['baseline']}." if figures["baseline"] else ""
-    headings = ("check", "what", "verdict", "seconds", "what it says")
+    headings = ("check", "subject", "verdict", "seconds", "result")
     title = f"{name}: {figures['verdict']}"
-    return Table(title, headings, rows, frozenset({3}), f"{dry_run}Each value and its limit stand below.{baseline}")
+    return Table(
+        title, headings, rows, frozenset({3}), f"{dry_run}The tables below hold each value and its limit.{baseline}"
+    )
 
 
-def _says(check: dict[str, Any]) -> str:
+def _summary(check: dict[str, Any]) -> str:
     if check["error"] is not None:
         return str(check["error"])
     if check["skipped"] is not None:
@@ -60,7 +62,7 @@ def _says(check: dict[str, Any]) -> str:
     missed = [measure for measure in check["measures"] if not measure["is_met"]]
     if missed:
         return "; ".join(f"{_name(m)}: {format_value(m['value'])} {m['unit']} ({_limit(m)})" for m in missed)
-    return f"{len(check['measures'])} limits kept" if check["measures"] else "nothing was measured"
+    return f"{len(check['measures'])} limits met" if check["measures"] else "nothing was measured"
 
 
 def _regressions(figures: dict[str, Any]) -> Iterator[Table]:
@@ -79,7 +81,7 @@ def _measures(check: dict[str, Any]) -> Table:
 
 
 def _name(measure: dict[str, Any]) -> str:
-    # Earlier batteries have no such thing.
+    # Earlier summaries have no "detail".
     return f"{measure['name']} ({measure['detail']})" if measure.get("detail") else str(measure["name"])
 
 
@@ -95,8 +97,8 @@ def _limit(measure: dict[str, Any]) -> str:
     return f"{'≤' if measure['side'] == 'at most' else '≥'} {format_value(measure['limit'])}"
 
 
-def battery_headlines(figures: dict[str, Any]) -> list[Headline]:
-    """Return how many checks are well, and the rates for which figures were published; raises as the tables do."""
+def suite_headlines(figures: dict[str, Any]) -> list[Headline]:
+    """Return the number of checks that passed, and throughput beside published figures; raises as the tables do."""
     checks = figures["checks"]
     ran = [check for check in checks if check["status"] != "skipped"]
     well = sum(check["status"] == "ok" for check in ran)
@@ -113,10 +115,10 @@ def battery_headlines(figures: dict[str, Any]) -> list[Headline]:
     return found
 
 
-def battery_rates(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def suite_rates(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a row, as :func:`psannlm.reports.tables.rate_rows` does, of every value in tokens per second.
 
-    Of something that is no battery: nothing.
+    Yields nothing for figures of another kind.
     """
     for check, measure in _all_measures(figures):
         if measure.get("unit") != "tokens/s":
@@ -135,7 +137,7 @@ def battery_rates(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def battery_memory(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def suite_memory(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield ``name``, ``figure`` and ``bytes`` of every value that is an amount of memory; else as for rates."""
     checks = figures.get("checks")
     rows = [check for check in checks if isinstance(check, dict)] if isinstance(checks, list) else []
@@ -154,7 +156,7 @@ def battery_memory(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _recomputes(name: str) -> bool | None:
-    """Whether the name of a memory measurement says that activations were recomputed, or kept; None: neither."""
+    """Whether activations were recomputed, by the name of a memory measurement; None where it does not mention them."""
     return True if "recomputing activations" in name else False if "keeping activations" in name else None
 
 

@@ -1,4 +1,4 @@
-"""What a page is made of: headline figures, sections, tables and plots, as plain data that renderers take."""
+"""Document model of a report page: headline figures, sections, tables and plots, and how values are formatted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONGEST_CELL, _LONGEST_COMMAND = 500, 1000
 
 @dataclass(frozen=True)
 class Origin:
-    """Where figures come from: the command that made them, the machine, the commit, the folder."""
+    """Provenance of figures: command, machine, commit and folder."""
 
     command: str = ""
     machine: str = ""
@@ -25,14 +25,14 @@ class Origin:
 
     @classmethod
     def of(cls, system: dict[str, Any], folder: str = "") -> Origin:
-        """Read the origin from a ``system.json``; what it does not tell stays empty."""
+        """Read the origin from a ``system.json``; what it does not hold stays empty."""
         command = shortened(_text(system.get("command")), _LONGEST_COMMAND)
         return cls(command, shortened(describe_machine(system)), _text(system.get("commit"))[:12], folder)
 
 
 @dataclass(frozen=True)
 class Headline:
-    """A figure to see first: its value and unit, what it is, and of what."""
+    """A figure at the top of the page: value, unit, label and details."""
 
     value: str
     unit: str
@@ -44,7 +44,7 @@ class Headline:
 class Table:
     """Rows of cells under headings; ``numbers`` holds the indices of the columns that are figures.
 
-    ``is_folded`` keeps it closed on the page until somebody asks for it.
+    ``is_folded`` collapses it on the page.
     """
 
     title: str
@@ -56,19 +56,19 @@ class Table:
     is_folded: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse cells that are not text: where the figures of a file go into a table, they are not what was promised.
+        """Refuse cells that are not text, which figures of a damaged file may be.
 
         Raises:
             TypeError: a cell, a heading, the title or the note is not text.
         """
         for text in (self.title, self.note, *self.headings, *(cell for row in self.rows for cell in row)):
             if not isinstance(text, str):
-                raise TypeError(f"{type(text).__name__} in the place of text")
+                raise TypeError(f"{type(text).__name__} where text is expected")
 
 
 @dataclass(frozen=True)
 class Printed:
-    """A table as a command printed it, for those who want all of it."""
+    """Output of a command, shown as it was printed."""
 
     title: str
     text: str
@@ -76,9 +76,9 @@ class Printed:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image in the forms it was drawn in, each as bytes: ``png`` for Markdown, the others for the page.
+    """An image as bytes, in several forms: ``png`` for Markdown, the others for the page.
 
-    ``forms`` maps ``(is_narrow, is_dark)`` to SVG. ``png`` stands in where there are none.
+    ``forms`` maps ``(is_narrow, is_dark)`` to SVG. The page shows ``png`` where there are none.
     """
 
     file: str
@@ -112,7 +112,7 @@ class Document:
 
 
 def describe_machine(system: dict[str, Any]) -> str:
-    """Return processor or GPU, threads and torch's version, as far as a ``system.json`` tells them."""
+    """Return processor or GPU, threads and torch's version, as far as a ``system.json`` holds them."""
     gpus = system.get("gpus")
     parts = []
     if isinstance(gpus, list) and gpus:
@@ -133,12 +133,12 @@ def _text(value: object) -> str:
 
 
 def lossy_mark(row: Mapping[str, Any]) -> str:
-    """Return what stands behind bits per byte where the tokenizer loses text."""
+    """Return the mark that follows bits per byte of a lossy tokenizer; empty for others."""
     return LOSSY if row.get("lossy_tokenizer") else ""
 
 
 def format_value(value: object, digits: int = 4) -> str:
-    """Return a value as a person reads it: numbers grouped and rounded to ``digits``, a dash where there is none."""
+    """Return a human-readable value: numbers grouped and rounded to ``digits``, a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -164,7 +164,7 @@ def _format_huge(value: int, digits: int) -> str:
 
 
 def format_float(value: float, digits: int = 4) -> str:
-    """Return ``value`` with ``digits`` significant digits, grouped when large and in powers of ten when minute."""
+    """Return ``value`` with ``digits`` significant digits, grouped when large and in scientific notation when tiny."""
     if not math.isfinite(value):
         return "–"
     if value == 0:

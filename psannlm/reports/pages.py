@@ -1,4 +1,4 @@
-"""Everything that was gathered becomes one document: headline figures first, then runs, studies and benchmarks."""
+"""Content of the report page: headline figures, then sections of runs, studies and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psannlm.display import shortened
 from psannlm.errors import PictureError
 from psannlm.io.readers import Unreadable, read_bytes
 from psannlm.reports.gather import Artifact, Gathered, Unread
-from psannlm.reports.gpu_tables import battery_headlines, battery_tables
+from psannlm.reports.gpu_tables import suite_headlines, suite_tables
 from psannlm.reports.page_model import (
     Block,
     Document,
@@ -32,11 +32,11 @@ from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
 from psannlm.reports.runs import RunRecord
 from psannlm.reports.study_tables import study_headline, study_pictures, study_tables
 from psannlm.reports.tables import tables_of
-from psannlm.reports.throughput_tables import rates_tables
+from psannlm.reports.throughput_tables import throughput_tables
 from psannlm.tokenizers.roundtrip import LOSSY_NOTE
 
-STUDY_KIND, THROUGHPUT_KIND, BATTERY_KIND = "ablations", "throughput", "gpu"
-_FIGURES_OF = {STUDY_KIND: "a study", THROUGHPUT_KIND: "a training benchmark", BATTERY_KIND: "a battery"}
+STUDY_KIND, THROUGHPUT_KIND, SUITE_KIND = "ablations", "throughput", "gpu"
+_FIGURES_OF = {STUDY_KIND: "a study", THROUGHPUT_KIND: "a training benchmark", SUITE_KIND: "a GPU validation"}
 STUDY_FILE = "study.json"
 CURVE_FILE = "loss_curve.png"
 _MOST_CURVES = 12
@@ -48,12 +48,12 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 # Width and height in the header; a small file may ask a reader for gigabytes.
 _PNG_SIZES, _MOST_PIXELS = slice(16, 24), 50_000_000
 _LONGEST_NAME_BYTES = 160
-# What figures of the wrong type, shape or size end in, where they are put into tables and pictures.
+# Errors that figures of the wrong type, shape or size raise where they are put into tables and pictures.
 UNUSABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError)
 _TITLES = {
     "tokenizers": "Tokenizers",
     "kv_cache": "Decoding with the cache",
-    "throughput": "Training rate",
+    "throughput": "Training throughput",
     "ablations": "Comparison of models",
     "gpu": "GPU validation",
     "tests": "Test suites",
@@ -67,7 +67,7 @@ def build_document(
     rates: Sequence[dict[str, Any]],
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Document:
-    """Return the page; what turns out damaged only here is added to ``found.unread``.
+    """Return the page; figures that turn out to be unusable are added to ``found.unread``.
 
     Args:
         origin: the command and the machine that make the page.
@@ -92,9 +92,9 @@ def build_document(
         sections.append(Section(title, blocks, Origin.of(artifact.system, str(artifact.folder))))
         headlines += artifact_headlines
     if bars := _rate_bars(rates):
-        caption = f"Medians with the lowest and highest; at most {_MOST_BARS}, the newest first to be shown."
+        caption = f"Medians with the lowest and highest value, of the newest {_MOST_BARS} at most."
         sections += [
-            Section("Rates side by side", [picture])
+            Section("Training throughput compared", [picture])
             for picture in drawn(
                 "throughput.png",
                 lambda: [draw_bars("throughput.png", bars, "training tokens per second", caption)],
@@ -111,7 +111,7 @@ def build_document(
 
 
 def drawn(where: str | Path, draw: Callable[[], list[Picture]], unread: list[Unread]) -> list[Picture]:
-    """Return the pictures that ``draw`` makes; where one cannot be drawn, none, and add the reason to ``unread``."""
+    """Return the pictures that ``draw`` makes, or none and the reason in ``unread`` where one cannot be drawn."""
     try:
         return draw()
     except PictureError as error:
@@ -120,12 +120,12 @@ def drawn(where: str | Path, draw: Callable[[], list[Picture]], unread: list[Unr
 
 
 def describe_unusable(error: Exception) -> str:
-    """Return the kind of an error of :data:`UNUSABLE` and its words, as far as they have room in a table."""
+    """Return the kind of an error of :data:`UNUSABLE` and its message, shortened for a table."""
     return shortened(f"{type(error).__name__} {error}", 200)
 
 
 def _title(artifact: Artifact) -> str:
-    """What it is, when it was made, and what its folder's name adds to the time."""
+    """Return the kind of the artifact, its time, and what the name of its folder adds to the time."""
     added = re.sub(r"^[0-9]{8}_[0-9]{6}_?", "", artifact.folder.name).replace("_", " ")
     parts = [_TITLES.get(artifact.kind, artifact.kind), _day(artifact.timestamp), added]
     return ", ".join(part for part in parts if part)
@@ -153,7 +153,7 @@ def _runs_section(runs: Sequence[RunRecord], n_in_studies: int, unread: list[Unr
 
 
 def runs_table(runs: Sequence[RunRecord]) -> Table:
-    """Return a row for every run: what it is, how far it came, its best validation."""
+    """Return a row for every run: its model, its progress and its best validation."""
     headings = (
         "run",
         "validation loss, nats per token",
@@ -204,7 +204,7 @@ def origins_table(runs: Sequence[RunRecord]) -> Table:
     """Return the command, the machine and the commit that made each run."""
     origins = [(run, Origin.of(run.system)) for run in runs]
     rows = [[run.name, o.command or "–", o.machine or "–", o.commit or "–", str(run.folder)] for run, o in origins]
-    return Table("How they were made", ("run", "command", "machine", "commit", "folder"), rows)
+    return Table("Commands and machines", ("run", "command", "machine", "commit", "folder"), rows)
 
 
 def loss_picture(runs: Sequence[RunRecord]) -> Picture:
@@ -229,7 +229,7 @@ def loss_picture(runs: Sequence[RunRecord]) -> Picture:
 def _run_headlines(runs: Sequence[RunRecord]) -> list[Headline]:
     found = []
     scored = [run for run in runs if run.best is not None and isinstance(run.best.get("bits_per_byte"), float)]
-    # What a tokenizer loses makes bits per byte too low: no such run is the best of others.
+    # A lossy tokenizer makes bits per byte too low, so a run with one is the best only among its like.
     scored = [run for run in scored if not run.as_dict()["lossy_tokenizer"]] or scored
     if scored:
         best = min(scored, key=lambda run: run.as_dict()["bits_per_byte"])
@@ -273,23 +273,23 @@ def _artifact_blocks(artifact: Artifact, unread: list[Unread]) -> tuple[list[Blo
             unread.append(Unread(artifact.folder, f"figures that cannot be used: {describe_unusable(error)}"))
     blocks += _pictures(artifact, prefix, shown, unread)
     if artifact.table.strip():
-        blocks.append(Printed("As the command printed it", artifact.table))
+        blocks.append(Printed("Output of the command", artifact.table))
     return blocks, headlines
 
 
 def _of_its_kind(
     artifact: Artifact, prefix: str, unread: list[Unread]
 ) -> tuple[list[Table], list[Picture], list[Headline]]:
-    """The tables, pictures and headlines of a kind that has its own; nothing of the others."""
+    """Return tables, pictures and headlines of a kind that has its own layout; nothing of other kinds."""
     figures = artifact.figures
     if artifact.kind == STUDY_KIND:
         headline = study_headline(figures)
         pictures = drawn(artifact.folder, lambda: study_pictures(figures, prefix), unread)
         return study_tables(figures), pictures, [] if headline is None else [headline]
-    if artifact.kind == BATTERY_KIND:
-        return battery_tables(figures), [], battery_headlines(figures)
+    if artifact.kind == SUITE_KIND:
+        return suite_tables(figures), [], suite_headlines(figures)
     if artifact.kind == THROUGHPUT_KIND:
-        return rates_tables(figures), [], []
+        return throughput_tables(figures), [], []
     return [], [], []
 
 
@@ -307,7 +307,7 @@ def _pictures(artifact: Artifact, prefix: str, shown: set[str], unread: list[Unr
             unread.append(Unread(path, str(error)))
             continue
         if not content.startswith(_PNG):
-            unread.append(Unread(path, "no PNG of at most 3 MiB"))
+            unread.append(Unread(path, "not a PNG picture"))
             continue
         width, height = struct.unpack(">II", content[_PNG_SIZES].ljust(8, b"\0"))
         if width * height > _MOST_PIXELS:
@@ -323,7 +323,7 @@ def _pictures(artifact: Artifact, prefix: str, shown: set[str], unread: list[Unr
 
 
 def _file_name(*parts: str) -> str:
-    """A file name of letters, digits, dots, hyphens and underscores: it stands in links, and the parts are others'."""
+    """Return a file name that is safe in links, whatever the names of folders and files that it is made of."""
     name = re.sub(r"[^\w.-]", "_", "_".join(parts)).lstrip(".-")
     if len(name.encode("utf-8")) <= _LONGEST_NAME_BYTES:
         return name
@@ -332,7 +332,7 @@ def _file_name(*parts: str) -> str:
 
 
 def _rate_bars(rates: Sequence[dict[str, Any]]) -> list[Bar]:
-    """The rates of training: those of runs and of training benchmarks, not of tokenizers or decoding."""
+    """Return training throughput of runs and of training benchmarks; tokenizers and decoding are left out."""
     rows = [row for row in rates if row["kind"] in ("runs", THROUGHPUT_KIND) and row["figure"] == "tokens_per_s"]
     return [
         Bar(row["name"] or row["kind"], row["tokens_per_s"], row["tokens_per_s_lowest"], row["tokens_per_s_highest"])

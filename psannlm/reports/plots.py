@@ -1,7 +1,7 @@
-"""Curves, bars and intervals become pictures: SVG for light and dark pages, wide and narrow, and PNG for files.
+"""Plots of curves, bars and intervals: SVG for light and dark pages, wide and narrow, and PNG for files.
 
-Colours are Okabe and Ito's, which the colour-blind tell apart (https://jfly.uni-koeln.de/color/); line styles and
-markers tell the curves apart in print as well.
+Colours are Okabe and Ito's, which colour-blind readers can distinguish (https://jfly.uni-koeln.de/color/); line
+styles and markers distinguish the curves in print as well.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _MARKERS = "osD^vPX"
 _STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 # Inches at which text of the sizes below reads well in a column of 720, and on a phone of 390 pixels.
 _WIDE, _NARROW = (7.2, 3.9), (3.7, 3.5)
-# Below it: the size of text in points, what a line's mark and the room around it take of that, a line's height in
-# inches, and the lines that the heights above have room for.
+# Legend: text size in points, width of a line's mark and padding in multiples of it, height of a line in inches, and
+# the number of lines (wide, narrow) that fit into the heights above.
 _TEXT, _MARK, _LINE_HEIGHT, _LEGEND_LINES = 9.5, 5.6, 0.21, {False: 2, True: 4}
 _MOST_POINTS = 400
-# Above any figure that is measured; NaN is not below it either.
+# Larger than any measured figure; comparing with it excludes NaN too.
 _LARGEST_DRAWN = 1e15
 _FONT = "DejaVu Sans"
 _LONGEST_LABEL = {False: 44, True: 26}
@@ -155,12 +155,12 @@ def draw_bars(file: str, bars: Sequence[Bar], label: str, caption: str, *, zero_
 
 @dataclass(frozen=True)
 class _Look:
-    """One form of a picture: where it will be looked at."""
+    """Width of a picture: for a desktop, or narrow for a phone."""
 
     is_narrow: bool
 
     def columns(self, names: Sequence[str]) -> int:
-        """Columns of a legend: as many as there is room for, and no more than fill their lines."""
+        """Return the number of columns of a legend: as many as fit, and no more than fill their lines."""
         from matplotlib.font_manager import findfont, get_font
 
         font = get_font(findfont(_FONT))
@@ -175,7 +175,7 @@ class _Look:
         return -(-len(names) // lines) if lines else 1
 
     def short(self, name: str) -> str:
-        """Cut a name to what there is room for."""
+        """Cut a name to the longest label that fits."""
         longest = _LONGEST_LABEL[self.is_narrow]
         return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
@@ -264,13 +264,13 @@ def _darkened(svg: bytes) -> bytes:
 
 
 def _drawable(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Leave out points beyond all measure, which would press the others together."""
+    """Leave out non-finite and absurdly large points, which would press the others together."""
     points = [(a, b) for a, b in zip(x, y, strict=True) if abs(a) <= _LARGEST_DRAWN and abs(b) <= _LARGEST_DRAWN]
     return [a for a, _ in points], [b for _, b in points]
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Leave out points that no picture can show, never the last."""
+    """Keep at most ``_MOST_POINTS`` evenly spaced points, the last one included."""
     step = max(1, -(-len(x) // _MOST_POINTS))
     kept = sorted({*range(0, len(x), step), *([len(x) - 1] if x else [])})
     return [x[at] for at in kept], [y[at] for at in kept]
@@ -287,7 +287,7 @@ def _add_perplexity_axis(axes: Axes) -> None:
     ticks = [digit * 10.0**power for power in decades for digit in digits]
     shown = [tick for tick in ticks if low <= math.log(tick) <= high]
     if len(shown) < 2:
-        shown = [math.exp(low + share * (high - low)) for share in (0.1, 0.5, 0.9)]
+        shown = [math.exp(low + fraction * (high - low)) for fraction in (0.1, 0.5, 0.9)]
     beside.yaxis.set_major_locator(FixedLocator(shown))
     beside.yaxis.set_minor_locator(NullLocator())
     beside.yaxis.set_major_formatter(_thousands())
@@ -304,7 +304,7 @@ def _logarithm(perplexity: Any) -> Any:
 
 
 def _scale_to_the_end(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Give the room to where curves end: a start at ln(vocabulary) would press them together."""
+    """Scale the y axis to the later part of the curves: a start at ln(vocabulary) would press them together."""
     lows = [min(curve.y) for curve in curves if len(curve.y)]
     starts = [curve.y[len(curve.y) // 8] for curve in curves if len(curve.y) >= 8]
     if not lows or not starts:
@@ -312,8 +312,8 @@ def _scale_to_the_end(axes: Axes, curves: Sequence[Curve]) -> None:
     low, high = min(lows), max(*starts, *(max(c.y[len(c.y) // 8 :]) for c in curves if len(c.y) >= 8), max(lows))
     short = [max(curve.y) for curve in curves if 0 < len(curve.y) < 8 and not curve.is_faint]
     high = max([high, *short])
-    room = 0.05 * (high - low) or 0.05
-    axes.set_ylim(low - room, high + room)
+    margin = 0.05 * (high - low) or 0.05
+    axes.set_ylim(low - margin, high + margin)
 
 
 def _thousands() -> Any:

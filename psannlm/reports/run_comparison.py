@@ -1,4 +1,4 @@
-"""Two or more runs side by side: curves on one axis, the settings that differ, and how far apart the figures are."""
+"""Comparison of two or more runs: loss curves, differing settings and differences of their figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from psannlm.tokenizers.roundtrip import LOSSY_NOTE
 
 
 def compare_runs(runs: Sequence[RunRecord], origin: Origin, unread: list[Unread]) -> Document:
-    """Return the page of two or more runs, the first of which is what the others are held against.
+    """Return the page of two or more runs, with differences against the first.
 
     A picture that cannot be drawn is added to ``unread``.
     """
@@ -50,9 +50,9 @@ def compare_runs(runs: Sequence[RunRecord], origin: Origin, unread: list[Unread]
     headlines = [headline for run in others for headline in _headlines(first, run)]
     title = f"{first.name} and {', '.join(run.name for run in others)}"
     machines = {describe_machine(run.system) for run in runs}
-    lead = "One run each: how far two seeds of one setting lie apart is for psannlm compare to tell."
+    lead = "One run each: psannlm compare measures the spread over seeds."
     if len(machines) > 1:
-        lead += " They were made on different machines: their rates do not compare."
+        lead += " They ran on different machines: do not compare their throughput."
     return Document(title, lead, headlines[:6], sections, origin)
 
 
@@ -65,14 +65,15 @@ def _headlines(first: RunRecord, run: RunRecord) -> list[Headline]:
         found.append(Headline(signed(delta, 3), "nats per token", f"{run.name}: best validation loss", of))
     ratio = _ratio(run, first)
     if ratio is not None:
-        found.append(Headline(f"{ratio:.2f} ×", "", f"{run.name}: training rate", f"of {first.name}, medians"))
+        found.append(Headline(f"{ratio:.2f} ×", "", f"{run.name}: training throughput", f"of {first.name}, medians"))
     return found
 
 
 def shared_validations(first: RunRecord, run: RunRecord) -> dict[str, float] | None:
     """Return median, lowest and highest of the difference in validation loss at the steps that both runs validated.
 
-    Only the later half of those steps counts: early differences tell of warm-up. None where the runs share no step.
+    Only the later half of those steps counts: earlier ones are dominated by warm-up. None where the runs
+    validated at no common step.
     """
     theirs = {row["step"]: row["loss"] for row in first.eval_rows}
     deltas = [row["loss"] - theirs[row["step"]] for row in run.eval_rows if row["step"] in theirs]
@@ -83,7 +84,7 @@ def shared_validations(first: RunRecord, run: RunRecord) -> dict[str, float] | N
 
 
 def deltas(first: RunRecord, run: RunRecord) -> dict[str, Any]:
-    """Return how far the figures of ``run`` lie from those of ``first``, as plain data."""
+    """Return the differences of the figures of ``run`` from those of ``first``, as plain data."""
     ours, theirs = run.as_dict(), first.as_dict()
     names = ("val_loss", "bits_per_byte", "train_loss", "final_val_loss", "parameters", "peak_memory_bytes")
     return {
@@ -153,7 +154,7 @@ def _ratio(run: RunRecord, first: RunRecord) -> float | None:
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Return each setting that is not the same in all runs, with its value in each (None where it is not told)."""
+    """Return each setting that is not the same in all runs, with its value in each (None where it is not set)."""
     settings = [run.settings() for run in runs]
     keys = dict.fromkeys(key for one in settings for key in one)
     values = {key: [one.get(key) for one in settings] for key in keys}

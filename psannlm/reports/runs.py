@@ -1,4 +1,4 @@
-"""A run folder becomes one record: its settings, its curve and its figures, from files alone."""
+"""Settings, loss curve and figures of a run folder, read from its files."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from psannlm.io.records import read_record
 
 METRICS_FILE, CONFIG_FILE, SYSTEM_FILE = "metrics.jsonl", "config.yaml", "system.json"
 _DEEPEST = 6
-# exp of more is no float.
+# exp of more exceeds a float.
 _LARGEST_LOSS = 709.0
 _MAX_HEADER_BYTES = 64 << 20
-# Beyond it, floats no longer tell whole numbers apart; no step, size or rate comes near.
+# Above it a float does not represent every whole number; no step, size or throughput comes near.
 _LARGEST_WHOLE = 1 << 53
 _MOST_DAMAGED_LINES = 10_000
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder tells. Losses are in nats per token.
+    """Contents of a run folder. Losses are in nats per token.
 
     Attributes:
-        name: the folder as a person finds it.
+        name: path of the folder below the folder that was searched.
         config: the settings by dotted key; empty where they cannot be read.
         train_rows, eval_rows: the lines of ``metrics.jsonl`` that can be read, in the order of their steps.
         parameters: elements of the saved weights, or None without a checkpoint.
@@ -58,13 +58,13 @@ class RunRecord:
 
     @property
     def timestamp(self) -> str | None:
-        """When the run began or was taken up again: ISO 8601, UTC."""
+        """When the run started or resumed: ISO 8601, UTC."""
         when = self.system.get("time_utc")
         return when if isinstance(when, str) else None
 
     @property
     def corpus(self) -> str:
-        """What the run was trained on, in words."""
+        """Names of the files and built-in texts that the run was trained on."""
         return describe_sources(self.config.get("data.sources"))
 
     @property
@@ -83,12 +83,12 @@ class RunRecord:
 
     @property
     def peak_memory_bytes(self) -> int | None:
-        """The most memory that the run held, where its log tells."""
+        """Peak memory of the run, or None where it was not logged."""
         peaks = [int(peak) for row in self.train_rows if (peak := number(row.get("peak_memory_bytes")))]
         return max(peaks, default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures of the run as the files hold them."""
+        """Return the figures of the run, unrounded."""
         last = self.train_rows[-1] if self.train_rows else {}
         best = self.best or {}
         final = self.eval_rows[-1] if self.eval_rows else {}
@@ -176,13 +176,13 @@ class RunRecord:
                 at += 1
             here = passed[at]
             after = passed[min(at + 1, len(passed) - 1)]
-            share = (step - here[0]) / (after[0] - here[0]) if after[0] > here[0] else 0.0
-            tokens, seconds = (low + share * (high - low) for low, high in zip(here[1:], after[1:], strict=True))
+            fraction = (step - here[0]) / (after[0] - here[0]) if after[0] > here[0] else 0.0
+            tokens, seconds = (low + fraction * (high - low) for low, high in zip(here[1:], after[1:], strict=True))
             yield step, (round(tokens), seconds)
 
 
 def describe_sources(sources: object) -> str:
-    """Return the paths and built-in texts that ``data.sources`` lists, in words."""
+    """Return the paths and built-in texts that ``data.sources`` lists, as one line of text."""
     if not isinstance(sources, (list, tuple)):
         return "unknown" if sources is None else str(sources)
     names = [
@@ -205,10 +205,10 @@ def find_runs(root: Path) -> Iterator[Path]:
 
 
 def read_run(folder: Path, name: str | None = None) -> RunRecord:
-    """Return the record of a run folder, with whatever could not be read among its problems.
+    """Return the record of a run folder, and what could not be read in its ``problems``.
 
     Raises:
-        Unreadable: not one line of ``metrics.jsonl`` can be read.
+        Unreadable: no line of ``metrics.jsonl`` can be read.
     """
     problems: list[str] = []
     rows = _read_rows(folder / METRICS_FILE, problems)
@@ -240,7 +240,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         record=read_record(folder) or {},
     )
     try:
-        # What a report will ask of it.
+        # Everything that a report reads: unusable figures must fail here, not while a page is written.
         run.as_dict(), run.step_rows(), run.points(), run.wall_time_s, run.corpus
     except (ArithmeticError, ValueError, TypeError, LookupError) as error:
         raise Unreadable(f"its figures cannot be used: {type(error).__name__} {str(error)[:120]}") from error
@@ -284,7 +284,7 @@ def _is_row(row: object) -> bool:
 
 
 def _is_other(row: object) -> bool:
-    """Whether a line is of a kind that holds no loss: a sample, or a step that was left out."""
+    """Whether a line is of a kind without a loss: a sample, or a skipped step."""
     return isinstance(row, dict) and isinstance(row.get("kind"), str) and row["kind"] not in ("train", "eval")
 
 

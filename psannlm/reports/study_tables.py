@@ -1,4 +1,4 @@
-"""The figures of a study (``reports/ablations/<ts>/metrics.json``) become its tables, plots and headline."""
+"""Tables, plots and headline of an ablation study (``reports/ablations/<ts>/metrics.json``)."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def _against(other: str, differences: dict[str, Any]) -> Table:
         if difference is None:
             rows.append([name, "–", "–", "–", "0"])
             continue
-        share = 100 * difference["mean"] / difference["baseline_mean"]
+        percent = 100 * difference["mean"] / difference["baseline_mean"]
         rows.append(
             [
                 name,
                 signed(difference["mean"], 3),
                 _interval(difference),
-                signed(share, 2),
+                signed(percent, 2),
                 format_value(difference["n"]),
             ]
         )
@@ -111,20 +111,20 @@ def _interval(difference: dict[str, Any] | None) -> str:
 def _rate(variant: dict[str, Any]) -> str:
     if variant["learning_rate"] is None:
         return "–"
-    # One rate alone is told in the notes.
-    qualms = [f"{variant['edge']} tried"] if variant["edge"] in ("lowest", "highest") else []
+    # The notes mention a study with a single learning rate.
+    caveats = [f"{variant['edge']} tried"] if variant["edge"] in ("lowest", "highest") else []
     if variant.get("provisional") and variant["edge"] != "only":
-        qualms.append("provisional")
-    return f"{variant['learning_rate']:g}" + (f" ({', '.join(qualms)})" if qualms else "")
+        caveats.append("provisional")
+    return f"{variant['learning_rate']:g}" + (f" ({', '.join(caveats)})" if caveats else "")
 
 
 def _answers(figures: dict[str, Any]) -> Table:
     headings = (
         "variant",
-        "answers right",
+        "correct answers",
         "by seed",
         f"minus {figures['baseline']}, percentage points",
-        "documents all right",
+        "documents with all answers correct",
         "nats per answer",
     )
     rows = []
@@ -140,7 +140,7 @@ def _answers(figures: dict[str, Any]) -> Table:
             [
                 variant["name"],
                 f"{answers['right']['mean']:.1%}",
-                " ".join(f"{share:.1%}" for share in answers["right_by_seed"].values()),
+                " ".join(f"{fraction:.1%}" for fraction in answers["right_by_seed"].values()),
                 _difference({**variant, "difference": points}, figures["baseline"]),
                 f"{answers['documents_right']:.1%}",
                 f"{answers['nats_per_answer']:.4f}",
@@ -151,28 +151,31 @@ def _answers(figures: dict[str, Any]) -> Table:
         headings,
         rows,
         frozenset(range(1, len(headings))),
-        "At the learning rate of the best validation loss. An answer is right if its token is the likeliest. A seed "
-        "learns the task or does not: such shares are not normal, and no interval is given.",
+        "At the learning rate of the best validation loss. An answer is correct if its token is the most "
+        "likely one. A seed learns the task or does not: such fractions are not normally distributed, so no interval "
+        "is given.",
     )
 
 
 def _answers_by_rate(figures: dict[str, Any]) -> Table:
-    """Whether a variant needs the one rate at which it learns the task, or has a choice."""
+    """Return the fraction of correct answers by variant and learning rate: how narrow is the range that works?"""
     rates = sorted({run["lr"] for run in figures["runs"]})
-    shares: dict[tuple[str, float], list[float]] = {}
+    fractions: dict[tuple[str, float], list[float]] = {}
     for run in figures["runs"]:
         if run["answers"] is not None:
-            shares.setdefault((run["variant"], run["lr"]), []).append(run["answers"]["right"])
+            fractions.setdefault((run["variant"], run["lr"]), []).append(run["answers"]["right"])
     rows = []
     for variant in figures["variants"]:
-        cells = [" ".join(f"{share:.1%}" for share in shares.get((variant["name"], rate), [])) for rate in rates]
+        cells = [
+            " ".join(f"{fraction:.1%}" for fraction in fractions.get((variant["name"], rate), [])) for rate in rates
+        ]
         rows.append([variant["name"], *cells])
     return Table(
-        "Answers right by learning rate",
+        "Correct answers by learning rate",
         ["variant", *(f"{rate:g}" for rate in rates)],
         rows,
         frozenset(range(1, len(rates) + 1)),
-        "One figure for each seed that came to the end.",
+        "One figure for each seed that finished.",
     )
 
 
@@ -192,11 +195,12 @@ def _learning_rates(figures: dict[str, Any]) -> Table:
         ["variant", *(f"{rate:g}" for rate in rates)],
         rows,
         frozenset(range(1, len(rates) + 1)),
-        f"Means over {_looking(figures)} that came to the end. * the best; at the edge of its grid it may not be.",
+        f"Means over {_seeds_of(figures)} that finished. * lowest loss; at the edge of the grid a rate outside it "
+        "may be better.",
     )
 
 
-def _looking(figures: dict[str, Any]) -> str:
+def _seeds_of(figures: dict[str, Any]) -> str:
     seeds = figures.get("lr_seeds", figures.get("rate_seeds", figures["seeds"]))
     return "the seeds" if len(seeds) == len(figures["seeds"]) else f"the seeds, of {', '.join(map(str, seeds))},"
 
@@ -253,7 +257,7 @@ def study_pictures(figures: dict[str, Any], prefix: str = "") -> list[Picture]:
     """Return the differences with their intervals, and the loss against tokens and against seconds of training.
 
     Seconds are those that a variant's tokens take at the rate of its fastest run: what else a machine does slows runs,
-    and is no property of a model.
+    and is not a property of a model.
 
     Files are named ``prefix`` and then ``differences.png``, ``loss_by_tokens.png`` and ``loss_by_time.png``. Raises as
     :func:`study_tables`.
@@ -286,7 +290,7 @@ def study_pictures(figures: dict[str, Any], prefix: str = "") -> list[Picture]:
 
 
 def _curves(curves: Sequence[dict[str, Any]], key: str) -> list[Curve]:
-    """A marked line for the first seed of each variant, faint ones for the others."""
+    """Return a marked line for the first seed of each variant and faint ones for its other seeds."""
     seen: set[str] = set()
     drawn = []
     for curve in curves:
@@ -298,7 +302,7 @@ def _curves(curves: Sequence[dict[str, Any]], key: str) -> list[Curve]:
 def study_headline(figures: dict[str, Any]) -> Headline | None:
     """Return the largest difference to the baseline in favour of a variant, or the smallest against it.
 
-    It says so where that difference is one of several, and where its interval holds zero or there is none.
+    Its text mentions where that difference is one of several, and where its interval includes zero or there is none.
     """
     found = [variant for variant in figures["variants"] if variant["difference"] is not None]
     if not found:
@@ -310,11 +314,11 @@ def study_headline(figures: dict[str, Any]) -> Headline | None:
         interval = f"95 %: {signed(difference['low'], 3)} to {signed(difference['high'], 3)}, {difference['n']} seeds"
         if difference["low"] <= 0 <= difference["high"]:
             interval += ", not shown to differ"
-    share = abs(difference["mean"]) / difference["baseline_mean"]
+    fraction = abs(difference["mean"]) / difference["baseline_mean"]
     chosen = f"; the lowest of {len(found)} variants, not corrected for that choice" if len(found) > 1 else ""
     return Headline(
         signed(difference["mean"], 3),
         NATS,
         f"{best['name']} against {figures['baseline']}",
-        f"{format_float(100 * share, 2)} % {'less' if difference['mean'] < 0 else 'more'}; {interval}{chosen}",
+        f"{format_float(100 * fraction, 2)} % {'less' if difference['mean'] < 0 else 'more'}; {interval}{chosen}",
     )

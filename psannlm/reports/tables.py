@@ -1,4 +1,4 @@
-"""Figures of any artifact become tables: what is a list of rows, what is a mapping of rows, and what stands alone."""
+"""Generic tables of an artifact's figures, and its rows of throughput.csv and memory.json."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from psannlm.reports.page_model import Table, format_value
 
 _MOST_ROWS = 200
 _MOST_TABLES = 50
-# Of one row, columns included that no page has room for.
+# Values of one row that are read, including those that make more columns than a page shows.
 _MOST_KEYS = 1000
 _LONGEST_NAME = 500
 _MOST_COLUMNS = 40
-# Units as they stand at the end of names, and how a person writes them.
+# Suffixes of names and the units that they stand for.
 _UNITS = (
     ("_tokens_per_s", "tokens/s"),
     ("_mb_per_s", "MB/s"),
@@ -32,7 +32,7 @@ _WHOLE = {"tokens_per_s": "tokens/s", "bits_per_byte": "bits per byte", "lr": "l
 
 
 def heading(key: str) -> str:
-    """Return the name of a figure as a person writes it, with its unit: ``decode_s`` becomes ``decode, s``."""
+    """Return a human-readable name with its unit: ``decode_s`` becomes ``decode, s``."""
     *groups, last = key.split(".")
     if last in _WHOLE:
         text = _WHOLE[last]
@@ -46,7 +46,7 @@ def heading(key: str) -> str:
 
 
 def tables_of(figures: dict[str, Any], skip: frozenset[str] = frozenset()) -> Iterator[Table]:
-    """Yield the tables in ``figures`` without ``skip``: each list or mapping of rows, then what stands alone."""
+    """Yield the tables in ``figures`` without ``skip``: each list or mapping of rows, then the single values."""
     rows: list[tuple[str, str]] = []
     tables: list[Table] = []
     n_rows = n_tables = 0
@@ -68,7 +68,7 @@ def tables_of(figures: dict[str, Any], skip: frozenset[str] = frozenset()) -> It
 
 @dataclass(frozen=True)
 class _Rows:
-    """What becomes a table of its own."""
+    """Rows of a table of their own."""
 
     rows: list[dict[str, Any]]
 
@@ -76,7 +76,7 @@ class _Rows:
 def _sorted_out(
     figures: dict[str, Any], skip: frozenset[str] = frozenset(), prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """Yield every value that stands alone with its dotted key, and lists and mappings of rows as :class:`_Rows`."""
+    """Yield every single value with its dotted key, and lists and mappings of rows as :class:`_Rows`."""
     for key, value in figures.items():
         if key in skip:
             continue
@@ -98,7 +98,7 @@ def _is_table(value: dict[str, Any]) -> bool:
 
 
 def rows_table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """Return a table with a column for every key of ``rows``; figures are told by what is in them."""
+    """Return a table with a column for every key of ``rows``; a column is numeric if all its values are."""
     flat = [dict(islice(_flat_row(row), _MOST_KEYS)) for row in rows[:_MOST_ROWS]]
     keys = list(dict.fromkeys(key for row in flat for key in row))
     notes = []
@@ -132,16 +132,16 @@ _RATE = re.compile(r"(?:.*_)?tokens_per_s")
 _MEMORY = re.compile(r"(?:.*[._])?(?:peak|memory|cache|weight|weights|activations|allocated|resident|rss)\w*_bytes")
 _LABELS = ("name", "case", "model", "variant", "candidate", "check", "id")
 _CONTEXT = ("base", "mlp", "batch_tokens", "seq_len", "parameters", "dtype", "precision", "device", "grad_checkpoint")
-# Times that stand beside an amount of memory, the most telling first, and what they are the time of.
+# Keys of times beside an amount of memory, the most specific first, and what took that time.
 _WALL_TIMES = {"step_s": "a training step", "decode_s": "decoding", "encode_s": "encoding", "total_s": "the whole"}
 _WALL_TIMES |= {"wall_time_s": "the whole", "seconds": "the whole", "prep_s": "the whole", "fit_s": "fitting"}
 
 
 def rate_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a row for every figure named ``tokens_per_s`` or ``..._tokens_per_s``, wherever it stands.
+    """Yield a row for every figure named ``tokens_per_s`` or ``..._tokens_per_s``, at any depth.
 
     Each has ``name`` (the way to it), ``figure``, ``tokens_per_s``, ``..._lowest`` and ``..._highest`` (None where it
-    was measured once), and what the places it stands in say of base, batch and precision.
+    was measured once), and base, batch and precision from the mappings around it.
     """
     for way, context, key, value, beside in _walk(figures, (), {}):
         if _RATE.fullmatch(key):
@@ -158,13 +158,13 @@ def rate_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def memory_rows(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a row for every figure whose name says that it is memory.
+    """Yield a row for every figure named as an amount of memory.
 
     Each has ``name``, ``figure``, ``bytes``, ``grad_checkpoint`` where the artifact states it, and ``wall_time_s`` with
-    ``wall_time_of`` where a time stands beside it; else None.
+    ``wall_time_of`` where the same mapping has a time; else None.
     """
     for way, context, key, value, beside in _walk(figures, (), {}):
-        # The name of a mapping may say it for the figures in it: cache_bytes: {measured: ...}.
+        # The name of a mapping may mark its values as memory: cache_bytes: {measured: ...}.
         named = f"{way[-1]}.{key}" if way else key
         if _MEMORY.fullmatch(key) and not key.endswith("per_s"):
             yield _memory_row(way, key, value, context, beside)
@@ -190,7 +190,7 @@ def _memory_row(
 
 
 def _leaves(value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the last part of the key, and the value, of everything that stands alone in nested mappings."""
+    """Yield the last part of the key, and the value, of every single value in nested mappings."""
     for key, item in value.items():
         if isinstance(item, dict):
             yield from _leaves(item)
@@ -201,7 +201,7 @@ def _leaves(value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _walk(
     value: dict[str, Any], way: tuple[str, ...], context: dict[str, Any]
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Any], str, Any, dict[str, Any]]]:
-    """Yield (way, context, key, value, the mapping it stands in) of every number and spread below ``value``."""
+    """Yield (way, context, key, value, the mapping that holds it) of every number and spread below ``value``."""
     context = {**context, **{key: item for key, item in _leaves(value) if key in _CONTEXT}}
     for key, item in value.items():
         if number(item) is not None or is_spread(item):

@@ -1,4 +1,4 @@
-"""The figures of a training benchmark (``reports/throughput/<ts>/metrics.json``) become a table that fits a page."""
+"""Table of a training benchmark (``reports/throughput/<ts>/metrics.json``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HEADINGS = (
     "model",
     "tokens/s",
     "ours over it, tokens/s",
-    "share of the matrix peak",
+    "fraction of the matrix peak",
     "step, ms",
     "first step, s",
     "peak memory, MB",
@@ -21,8 +21,8 @@ _HEADINGS = (
 )
 
 
-def rates_tables(figures: dict[str, Any]) -> list[Table]:
-    """Return what was measured of each candidate, and folded every figure that the artifact holds.
+def throughput_tables(figures: dict[str, Any]) -> list[Table]:
+    """Return a table of the candidates, and every other figure of the artifact in folded tables.
 
     Raises:
         KeyError, TypeError, AttributeError, ValueError: the figures are not those of a training benchmark.
@@ -32,7 +32,7 @@ def rates_tables(figures: dict[str, Any]) -> list[Table]:
     note = f"{batch_tokens} tokens per step, windows of {seq_len}; {figures['precision']}"
     problems = "; ".join(str(problem) for problem in figures["problems"])
     if problems:
-        note += f". What makes the figures worth less: {problems}"
+        note += f". Problems: {problems}"
     return [
         Table("", _HEADINGS, rows, frozenset(range(1, len(_HEADINGS))), note + "."),
         *(replace(table, is_folded=True) for table in tables_of(figures)),

@@ -1,4 +1,4 @@
-"""A command line to run in-process, and one tiny trained run that the tests share."""
+"""Fixtures: the command line in-process, and one tiny trained run shared by the tests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ train:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command line came to."""
+    """Exit code and output of a command line."""
 
     code: int
     out: str
@@ -64,7 +64,7 @@ def psannlm(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of a user's with a corpus and a configuration, as the working folder."""
+    """A folder with a corpus and a configuration, as the working folder."""
     (tmp_path / "corpus.txt").write_text("\n".join(LINES) + "\n", encoding="utf-8")
     (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -73,7 +73,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the configuration above has been trained."""
+    """A folder with a run of the configuration above."""
     from psannlm.config.run import load_config
     from psannlm.training.run import train
 

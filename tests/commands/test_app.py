@@ -1,4 +1,4 @@
-"""The root: exit codes, errors in one line, no torch for help."""
+"""Root of the command line: exit codes, one-line errors, help without torch."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_help_loads_neither_torch_nor_numpy(arguments: list[str]) -> None:
     assert "Usage: psannlm" in done.stdout
 
 
-def test_version(psannlm) -> None:
+def test_version_option_prints_version(psannlm) -> None:
     assert psannlm("--version").out.strip() == f"psannlm {__version__}"
 
 
-def test_unknown_commands_and_options_are_wrong_usage(psannlm) -> None:
+def test_unknown_commands_and_options_exit_2(psannlm) -> None:
     assert psannlm("trian").code == 2
     assert psannlm("train", "x.yaml", "--fast").code == 2
 
@@ -53,7 +53,7 @@ def test_unknown_commands_and_options_are_wrong_usage(psannlm) -> None:
         ["compare", "{}"],
     ],
 )
-def test_refused_arguments_are_shown_with_their_escapes(psannlm, project: Path, arguments: list[str]) -> None:
+def test_usage_errors_escape_control_characters(psannlm, project: Path, arguments: list[str]) -> None:
     hostile = "a\x1b[2J\x9bb\u202e"
     done = psannlm(*(argument.format(hostile) for argument in arguments))
     assert done.code in (1, 2)
@@ -61,7 +61,7 @@ def test_refused_arguments_are_shown_with_their_escapes(psannlm, project: Path, 
     assert "x1b[2J" in done.err
 
 
-def test_an_unexpected_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unexpected_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     root._one_line(ValueError, ValueError("first line\nsecond"), None)
     said = capsys.readouterr().err
     assert said == "error: unexpected ValueError: first line (run again with --debug for the traceback)\n"
@@ -75,7 +75,7 @@ def test_an_unexpected_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("is_debug", [False, True])
-def test_a_traceback_is_shown_with_debug_alone(is_debug: bool, project: Path) -> None:
+def test_traceback_requires_debug(is_debug: bool, project: Path) -> None:
     program = (
         "import sys\nfrom psannlm.commands.app import main\n"
         "def broken(*arguments):\n    raise ZeroDivisionError('as it happens')\n"
@@ -91,7 +91,7 @@ def test_a_traceback_is_shown_with_debug_alone(is_debug: bool, project: Path) ->
 
 
 @pytest.mark.parametrize(("rank", "said"), [(None, "error: "), ("0", "error: "), ("1", "rank 1: error: ")])
-def test_a_rank_waits_for_the_first_to_say_what_all_refuse(
+def test_configuration_error_is_printed_by_rank_0_only(
     psannlm, project: Path, monkeypatch: pytest.MonkeyPatch, rank: str | None, said: str
 ) -> None:
     """And says it after all where it is still there: then no other rank has that error."""
@@ -106,7 +106,7 @@ def test_a_rank_waits_for_the_first_to_say_what_all_refuse(
     assert bool(slept) == (rank == "1")
 
 
-def test_torchrun_shows_an_error_of_the_configuration_once(project: Path) -> None:
+def test_torchrun_prints_configuration_error_once(project: Path) -> None:
     (project / "bad.yaml").write_text("train: {lr: fast}\n", encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -120,9 +120,7 @@ def test_torchrun_shows_an_error_of_the_configuration_once(project: Path) -> Non
     assert done.stderr.count("train.lr (line 1): 'fast' is not a number") == 1
 
 
-def test_ctrl_c_before_there_is_anything_to_save_is_130(
-    psannlm, monkeypatch: pytest.MonkeyPatch, project: Path
-) -> None:
+def test_ctrl_c_before_training_exits_130(psannlm, monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
@@ -132,7 +130,7 @@ def test_ctrl_c_before_there_is_anything_to_save_is_130(
     assert done.err == "interrupted\n"
 
 
-def test_a_reader_that_has_left_is_no_news() -> None:
+def test_broken_pipe_exits_1_silently() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run([sys.executable, "-m", "psannlm", "--version"], stdout=writing, stderr=subprocess.PIPE)
@@ -191,9 +189,7 @@ def test_forwarding_import_path_trains(psannlm, project: Path) -> None:
         ("--version", {"OMP_WAIT_POLICY": "ACTIVE"}, None),
     ],
 )
-def test_threads_wait_but_shortly_unless_the_user_says_otherwise(
-    command: str, chosen: dict[str, str], expected: str | None
-) -> None:
+def test_openmp_spin_count_respects_environment(command: str, chosen: dict[str, str], expected: str | None) -> None:
     ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     environment = {name: value for name, value in os.environ.items() if name not in ours} | chosen
     program = (
@@ -214,14 +210,14 @@ def test_threads_wait_but_shortly_unless_the_user_says_otherwise(
         ("--top-k", "1.5", "'1.5' is not a whole number"),
     ],
 )
-def test_a_refused_number_is_named_with_what_was_meant(psannlm, option: str, value: str, expected: str) -> None:
+def test_number_option_error_suggests_a_value(psannlm, option: str, value: str, expected: str) -> None:
     done = psannlm("generate", "--prompt", "x", option, value)
     assert done.code == 2
     assert done.err.strip().endswith(f"Invalid value for '{option}': {expected}")
 
 
 @pytest.mark.parametrize("arguments", [["generate", "--prompt", "x"], ["eval", "a.txt"], ["bench-kv"]])
-def test_a_checkpoint_that_is_not_there_is_named(psannlm, project: Path, arguments: list[str]) -> None:
+def test_missing_checkpoint_error_names_path(psannlm, project: Path, arguments: list[str]) -> None:
     done = psannlm(*arguments, "--checkpoint", "runs/nope")
     assert done.code == 2
     assert f"no model file, checkpoint folder or run at runs/nope (looked from {project})" in done.err

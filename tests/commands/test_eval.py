@@ -1,4 +1,4 @@
-"""psannlm eval: all of a text, as in training."""
+"""psannlm eval: figures agree with training, and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def in_trained(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return trained
 
 
-def test_figures_agree_with_each_other_and_with_the_text(psannlm, in_trained: Path, tmp_path: Path) -> None:
+def test_eval_figures_are_consistent_with_the_text(psannlm, in_trained: Path, tmp_path: Path) -> None:
     text = "The sea is never late.\nThe tide is.\n"
     (tmp_path / "a.txt").write_text(text)
     out = tmp_path / "out"
@@ -37,7 +37,7 @@ def test_figures_agree_with_each_other_and_with_the_text(psannlm, in_trained: Pa
     assert f"{figures['bits_per_byte']:.4f}" in (out / "table.txt").read_text()
 
 
-def test_the_validation_of_training_is_found_again(psannlm, in_trained: Path, tmp_path: Path) -> None:
+def test_eval_reproduces_validation_of_training(psannlm, in_trained: Path, tmp_path: Path) -> None:
     from psannlm.config.run import load_config
     from psannlm.data.corpus.documents import read_documents
     from psannlm.data.prepare import split_documents
@@ -54,7 +54,7 @@ def test_the_validation_of_training_is_found_again(psannlm, in_trained: Path, tm
 
 
 @pytest.mark.parametrize("out", ["config.yaml/below", "config.yaml", "/proc/nothing", "n" * 256])
-def test_a_folder_that_cannot_be_written_is_refused_first(
+def test_eval_refuses_unwritable_out_before_work(
     psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:
     monkeypatch.setattr("psannlm.evaluation.loss.evaluate_sources", lambda *arguments, **options: pytest.fail("worked"))
@@ -66,7 +66,7 @@ def test_a_folder_that_cannot_be_written_is_refused_first(
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_figures_are_shown_where_the_disk_became_full(
+def test_eval_prints_figures_when_the_disk_is_full(
     psannlm, in_trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
     def fail(path: Path, content: object) -> None:
@@ -80,21 +80,21 @@ def test_figures_are_shown_where_the_disk_became_full(
     assert "perplexity" in done.out
 
 
-def test_a_missing_file_is_wrong_usage(psannlm, in_trained: Path) -> None:
+def test_eval_missing_file_exits_2(psannlm, in_trained: Path) -> None:
     refused = psannlm("eval", "corpse.txt")
     assert refused.code == 2
     assert "corpus.txt" in refused.err
     assert not Path("reports").exists()
 
 
-def test_a_window_longer_than_the_context_is_refused(psannlm, in_trained: Path) -> None:
+def test_eval_rejects_window_longer_than_context(psannlm, in_trained: Path) -> None:
     refused = psannlm("eval", "corpus.txt", "--window", "17")
     assert refused.code == 2
     assert "16" in refused.err
     assert "--window" in psannlm("eval", "corpus.txt", "--window", "0").err
 
 
-def test_progress_of_a_slow_evaluation_is_plain_lines_without_a_terminal(
+def test_eval_progress_is_plain_lines_without_a_terminal(
     psannlm, in_trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LiveLine, "_REDRAW_S", 0.0)
@@ -105,7 +105,7 @@ def test_progress_of_a_slow_evaluation_is_plain_lines_without_a_terminal(
     assert "1 document, " in done.out
 
 
-def test_a_refused_value_is_named_by_its_option(psannlm, in_trained: Path) -> None:
+def test_eval_error_names_the_option(psannlm, in_trained: Path) -> None:
     refused = psannlm("eval", "corpus.txt", "--amp", "bf61", "--device", "gpu")
     assert refused.code == 2
     assert "--amp: bf61 is not one of" in refused.err.replace("'", "")
@@ -113,7 +113,7 @@ def test_a_refused_value_is_named_by_its_option(psannlm, in_trained: Path) -> No
     assert "train." not in refused.err
 
 
-def test_packed_weights_cost_a_little_and_are_named(psannlm, in_trained: Path, tmp_path: Path) -> None:
+def test_eval_dtype_changes_loss_little_and_is_recorded(psannlm, in_trained: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("The sea is never late.\nThe tide is.\n")
 
     def loss(*options: str) -> float:

@@ -1,4 +1,4 @@
-"""psannlm generate: prompts in, text out, the newest run's best checkpoint when none is named."""
+"""psannlm generate: prompts, streaming, default checkpoint and errors."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ def in_trained(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return trained
 
 
-def test_without_a_checkpoint_the_message_says_how_to_make_one(psannlm, project: Path) -> None:
+def test_generate_without_checkpoint_recommends_train(psannlm, project: Path) -> None:
     refused = psannlm("generate", "--prompt", "The")
     assert refused.code == 1
     assert "psannlm train" in refused.err
 
 
-def test_the_newest_runs_best_checkpoint_is_taken(psannlm, in_trained: Path) -> None:
+def test_generate_defaults_to_best_checkpoint_of_newest_run(psannlm, in_trained: Path) -> None:
     best = (in_trained / "runs" / "tiny" / "best").read_text().strip()
     done = psannlm("generate", "--prompt", "The tide", *GREEDY, "--json")
     assert done.code == 0
     assert json.loads(done.out)["checkpoint"] == f"runs/tiny/{best}"
 
 
-def test_streamed_text_is_prompt_and_completion(psannlm, in_trained: Path) -> None:
+def test_generate_streams_prompt_and_completion(psannlm, in_trained: Path) -> None:
     told = json.loads(psannlm("generate", "--prompt", "The tide", *GREEDY, "--json").out)
     streamed = psannlm("generate", "--prompt", "The tide", *GREEDY)
     assert streamed.out == "The tide" + told["completions"][0]["completion"] + "\n"
 
 
-def test_a_terminal_is_shown_what_it_would_obey(psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_escapes_control_characters_on_a_terminal(
+    psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["generate", "-p", "a\x1b[2Jb", "--max-new-tokens", "1", "--device", "cpu", "--seed", "1"]
     assert psannlm(*arguments).out.startswith("a\x1b[2Jb"), "a file or pipe gets the text itself"
     monkeypatch.setattr("psannlm.runtime.streams.is_terminal", lambda stream: True)
     assert psannlm(*arguments).out.startswith("a\\x1b[2Jb")
 
 
-def test_a_full_context_is_told(psannlm, in_trained: Path) -> None:
+def test_generate_reports_a_full_context(psannlm, in_trained: Path) -> None:
     greedy = ("--temperature", "0", "--device", "cpu", "--max-new-tokens")
     stopped = [
         row["stopped_by"]
@@ -63,14 +65,14 @@ def test_a_full_context_is_told(psannlm, in_trained: Path) -> None:
     assert "full" not in psannlm("generate", "-p", "The", *greedy, "2").err
 
 
-def test_only_a_line_feed_ends_a_prompt_of_a_file(psannlm, in_trained: Path, tmp_path: Path) -> None:
+def test_generate_prompts_file_splits_at_line_feeds_only(psannlm, in_trained: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("A\u2028b\r\nThe\x0cc".encode())
     done = psannlm("generate", "--prompts-file", str(file), *GREEDY, "--json")
     assert [row["prompt"] for row in json.loads(done.out)["completions"]] == ["A\u2028b", "The\x0cc"]
 
 
-def test_prompts_of_a_file_give_what_each_gives_alone(psannlm, in_trained: Path, tmp_path: Path) -> None:
+def test_generate_batch_equals_single_prompts(psannlm, in_trained: Path, tmp_path: Path) -> None:
     prompts = ["The tide", "A", "What goes"]
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(prompts) + "\n\n", encoding="utf-8")
@@ -81,7 +83,7 @@ def test_prompts_of_a_file_give_what_each_gives_alone(psannlm, in_trained: Path,
     assert together == alone
 
 
-def test_prompts_come_alike_from_files_and_standard_input(
+def test_generate_reads_prompts_from_file_and_stdin_alike(
     psannlm, in_trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "prompts.txt"
@@ -104,20 +106,20 @@ def test_prompts_come_alike_from_files_and_standard_input(
     assert (refused.code, "prompts.txt:2: a line of more than" in refused.err) == (2, True)
 
 
-def test_no_prompt_is_wrong_usage(psannlm, in_trained: Path) -> None:
+def test_generate_without_prompt_exits_2(psannlm, in_trained: Path) -> None:
     assert psannlm("generate").code == 2
 
 
 @pytest.mark.parametrize(
     ("option", "value"), [("--temperature", "-1"), ("--top-p", "0"), ("--top-k", "0"), ("--repetition-penalty", "0")]
 )
-def test_settings_out_of_range_are_wrong_usage(psannlm, in_trained: Path, option: str, value: str) -> None:
+def test_generate_rejects_settings_out_of_range(psannlm, in_trained: Path, option: str, value: str) -> None:
     refused = psannlm("generate", "--prompt", "The", option, value)
     assert refused.code == 2
     assert value.lstrip("-") in refused.err
 
 
-def test_a_prompt_longer_than_the_context_names_both_lengths(psannlm, in_trained: Path) -> None:
+def test_generate_error_of_long_prompt_names_both_lengths(psannlm, in_trained: Path) -> None:
     refused = psannlm("generate", "--prompt", "x" * 40, *GREEDY)
     assert refused.code == 2
     assert refused.out == ""
@@ -125,7 +127,7 @@ def test_a_prompt_longer_than_the_context_names_both_lengths(psannlm, in_trained
     assert "16" in refused.err
 
 
-def test_a_damaged_model_is_refused_in_one_line(psannlm, in_trained: Path, tmp_path: Path) -> None:
+def test_generate_damaged_model_is_one_error_line(psannlm, in_trained: Path, tmp_path: Path) -> None:
     source = next((in_trained / "runs" / "tiny").glob("step_*")) / "model.safetensors"
     damaged = tmp_path / "damaged.safetensors"
     shutil.copy(source, damaged)
@@ -138,13 +140,13 @@ def test_a_damaged_model_is_refused_in_one_line(psannlm, in_trained: Path, tmp_p
     assert "damaged" in refused.err
 
 
-def test_a_run_folder_stands_for_its_best_checkpoint(psannlm, in_trained: Path) -> None:
+def test_generate_takes_a_run_folder_as_checkpoint(psannlm, in_trained: Path) -> None:
     best = (in_trained / "runs" / "tiny" / "best").read_text().strip()
     done = psannlm("generate", "--prompt", "The", *GREEDY, "--checkpoint", "runs/tiny", "--json")
     assert json.loads(done.out)["checkpoint"] == f"runs/tiny/{best}"
 
 
-def test_progress_of_several_prompts_is_told_and_of_one_is_not(
+def test_generate_shows_progress_for_several_prompts_only(
     psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LiveLine, "_REDRAW_S", 0.0)
@@ -160,7 +162,7 @@ def test_progress_of_several_prompts_is_told_and_of_one_is_not(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_packed_weights_are_had_by_name_only(dtype: str, psannlm, in_trained: Path) -> None:
+def test_generate_dtype_accepts_known_names_only(dtype: str, psannlm, in_trained: Path) -> None:
     done = psannlm("generate", "--prompt", "The tide", *GREEDY, "--dtype", dtype, "--json")
     assert done.code == 0
     assert json.loads(done.out)["completions"][0]["tokens"] > 0
@@ -169,7 +171,7 @@ def test_packed_weights_are_had_by_name_only(dtype: str, psannlm, in_trained: Pa
     assert "float32" in refused.err
 
 
-def test_guesses_change_no_text(psannlm, in_trained: Path) -> None:
+def test_generate_speculation_changes_no_text(psannlm, in_trained: Path) -> None:
     seeded = (
         "generate",
         "--prompt",
@@ -188,7 +190,7 @@ def test_guesses_change_no_text(psannlm, in_trained: Path) -> None:
     assert psannlm(*seeded, "--speculate", "99").code == 2
 
 
-def test_a_context_that_slides_never_fills(psannlm, in_trained: Path) -> None:
+def test_generate_sliding_context_never_fills(psannlm, in_trained: Path) -> None:
     long = ("--temperature", "0", "--device", "cpu", "--max-new-tokens", "40", "--json")
     prompt = "The tide is out and the boats lie on the sand, " * 4
     refused = psannlm("generate", "--prompt", prompt, *long)
@@ -215,7 +217,7 @@ def test_generate_json_keeps_the_deprecated_key(
     assert (row["finish_reason"], row["stopped_by"]) == (reason, former)
 
 
-def test_compiling_without_a_compiler_is_refused_before_work(
+def test_generate_compile_without_compiler_is_refused_before_work(
     psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psannlm.runtime.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
@@ -224,7 +226,7 @@ def test_compiling_without_a_compiler_is_refused_before_work(
     assert "--compile needs a C++ compiler (install g++), which is missing; install it, or leave it out" in refused.err
 
 
-def test_without_a_compiler_it_says_so_and_writes_the_same(
+def test_generate_without_compiler_notes_it_with_same_text(
     psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = psannlm("generate", "--prompt", "The tide", *GREEDY)

@@ -13,7 +13,7 @@ import torch
 from psannlm.errors import Interrupted
 from psannlm.gpu_suite import suite
 from psannlm.gpu_suite.report import CheckResult, at_least, at_most
-from psannlm.reports.gpu_tables import battery_headlines, battery_tables
+from psannlm.reports.gpu_tables import suite_headlines, suite_tables
 
 Run = Callable[..., Any]
 
@@ -112,5 +112,5 @@ def test_a_battery_that_is_stopped_leaves_the_checks_it_was_through_with(
     table = Path("here/table.txt").read_text(encoding="utf-8")
     assert "unfinished" in table
     assert "not run yet: GPU-03, GPU-04" in table
-    battery_tables(summary)
-    battery_headlines(summary)
+    suite_tables(summary)
+    suite_headlines(summary)

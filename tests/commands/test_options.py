@@ -1,4 +1,4 @@
-"""The line that says where work stands: rare plain lines without a terminal, one rewritten line with one."""
+"""Shared options, consoles and the progress line, with and without a terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from psannlm.commands.options import (
 )
 
 
-def test_plain_lines_come_seldom() -> None:
+def test_live_line_limits_plain_lines() -> None:
     now = 0.0
     page = io.StringIO()
     line = LiveLine(Console(file=page, width=200), None, clock=lambda: now)
@@ -41,7 +41,7 @@ def test_plain_lines_come_seldom() -> None:
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_line_that_stays_is_seen_either_way(is_terminal: bool) -> None:
+def test_live_line_keep_prints_with_and_without_terminal(is_terminal: bool) -> None:
     page = io.StringIO()
     with live_line(Console(file=page, width=80, force_terminal=is_terminal)) as line:
         line.keep("kept")
@@ -50,7 +50,7 @@ def test_a_line_that_stays_is_seen_either_way(is_terminal: bool) -> None:
     assert "too early" not in page.getvalue()
 
 
-def test_table_text_is_plain() -> None:
+def test_table_text_has_no_styles() -> None:
     table = Table("name", title="[bold]figures[/bold]")
     table.add_row("é")
     text = table_text(table, table)
@@ -59,7 +59,7 @@ def test_table_text_is_plain() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_printed_json_is_strict_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+def test_print_json_is_strict_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
     page = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(page, encoding))
     path = os.fsdecode(b"caf\xe9") + "–\x1b"
@@ -69,13 +69,13 @@ def test_printed_json_is_strict_in_any_encoding(monkeypatch: pytest.MonkeyPatch,
     assert "\x1b" not in text
 
 
-def test_bytes_on_the_command_line_are_read_as_utf8() -> None:
+def test_text_argument_reads_bytes_as_utf8() -> None:
     assert text_argument(os.fsdecode("é–".encode())) == "é–"
     assert text_argument("é".encode().decode("ascii", "surrogateescape")) == "é"
     assert text_argument("\udce9") == "\udce9"
 
 
-def test_escapes_are_shown_in_lines_tables_and_files() -> None:
+def test_console_escapes_control_characters() -> None:
     hostile = "a\x1b[2J\x9b\u202e\udce9"
     shown = "a\\x1b[2J\\x9b\\u202e\\xe9"
     page = io.StringIO()
@@ -90,11 +90,11 @@ def test_escapes_are_shown_in_lines_tables_and_files() -> None:
 @pytest.mark.parametrize(
     ("text", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("1.5h", 5400), ("1d2h", 93_600), ("0.5s", 0.5)]
 )
-def test_durations_are_read(text: str, seconds: float) -> None:
+def test_duration_known_values(text: str, seconds: float) -> None:
     assert duration_s(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "20", "m", "0s", "-5m", "20 m", "20min", "1h 30m", "nan", "infs", "2m!"])
-def test_what_is_no_duration_is_refused_with_examples(text: str) -> None:
+def test_duration_error_gives_examples(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="90s, 20m or 1h30m"):
         duration_s(text)

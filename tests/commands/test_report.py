@@ -1,4 +1,4 @@
-"""psannlm report: from a trained run to a page, and what cannot be reported."""
+"""psannlm report: the page of a trained run, and refused usage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 
-def test_a_run_becomes_a_page(psannlm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_command_writes_page_of_a_run(
+    psannlm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(trained)
     done = psannlm("report", "--json", "--out", str(tmp_path / "page"))
     assert done.code == 0, done.err
@@ -37,22 +39,24 @@ def test_a_run_becomes_a_page(psannlm, trained: Path, tmp_path: Path, monkeypatc
     ("arguments", "code", "words"),
     [
         ([], 1, "nothing to report"),
-        (["--since", "soon"], 2, "'soon' is no time"),
+        (["--since", "soon"], 2, "'soon' is not a time"),
         (["--kind", "throughputs"], 2, "there is no reports/throughputs"),
         (["--compare", "a"], 2, "two run folders"),
-        (["--compare", "a", "b"], 2, "a is no run folder"),
+        (["--compare", "a", "b"], 2, "a is not a run folder"),
         (["--compare", "a", "b", "--kind", "gpu"], 2, "no --runs, --kind or --since"),
         (["a"], 2, "--runs"),
     ],
 )
-def test_what_cannot_be_done_is_said(psannlm, project: Path, arguments: list[str], code: int, words: str) -> None:
+def test_report_command_rejects_wrong_usage(
+    psannlm, project: Path, arguments: list[str], code: int, words: str
+) -> None:
     done = psannlm("report", *arguments)
     assert done.code == code
     assert words in done.err
     assert not Path("reports").exists()
 
 
-def test_tokenize_prep_and_train_leave_records(psannlm, project: Path) -> None:
+def test_report_command_includes_records_of_tokenize_and_prep(psannlm, project: Path) -> None:
     assert psannlm("tokenize", "corpus.txt", "--per-line", "--backend", "simple", "--vocab-size", "300").code == 0
     assert psannlm("prep", "corpus.txt", "--per-line", "--tokenizer", "tokenizer.json", "--out", "prepared").code == 0
     assert psannlm("train", "config.yaml").code == 0

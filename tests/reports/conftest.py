@@ -1,4 +1,4 @@
-"""Report folders and run folders made by hand, as the commands write them."""
+"""Fixtures that write run folders and artifact folders as the commands do."""
 
 from __future__ import annotations
 

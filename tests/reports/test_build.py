@@ -1,4 +1,4 @@
-"""The files of a report: figures equal to the artifacts', and one page that loads nothing and runs nothing."""
+"""Report files: figures equal those of the artifacts, and the page loads and runs nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def written(tmp_path: Path, make_run: Callable[..., Path], make_artifact: Callab
     return write_report(reports, [runs], SYSTEM, out=tmp_path / "out")
 
 
-def test_csv_and_json_hold_the_numbers_of_the_artifacts(written: Report) -> None:
+def test_report_csv_and_json_equal_the_artifacts(written: Report) -> None:
     with open(written.folder / "throughput.csv", newline="") as file:
         rates = [row for row in csv.DictReader(file) if row["kind"] == "throughput"]
     assert [float(row["tokens_per_s"]) for row in rates] == [SPREAD["median"], 0.1 + 0.2]
@@ -80,7 +80,7 @@ def test_csv_and_json_hold_the_numbers_of_the_artifacts(written: Report) -> None
     assert runs[0]["settings"]["train.lr"] == 2e-5
 
 
-def test_the_page_loads_nothing_and_runs_nothing(written: Report) -> None:
+def test_html_page_loads_and_runs_nothing(written: Report) -> None:
     text = written.page.read_text(encoding="utf-8")
     page = Page(text)
     assert set(page.tags).isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form", "b"})
@@ -97,7 +97,7 @@ def test_the_page_loads_nothing_and_runs_nothing(written: Report) -> None:
     assert "default-src 'none'" in text
 
 
-def test_hostile_names_are_shown_as_they_are(written: Report) -> None:
+def test_html_and_markdown_escape_hostile_names(written: Report) -> None:
     page = Page(written.page.read_text(encoding="utf-8"))
     assert HOSTILE.replace("\u202e", "\\u202e") in page.text
     assert "img" in page.tags
@@ -111,29 +111,29 @@ def test_hostile_names_are_shown_as_they_are(written: Report) -> None:
         assert all(len(re.findall(r"(?<!\\)\|", row)) == columns for row in rows[head - 1 : until])
 
 
-def test_what_is_left_out_stands_on_the_page(written: Report) -> None:
+def test_report_lists_left_out_files_with_reason(written: Report) -> None:
     assert [(item.path.name, item.reason) for item in written.unread] == [
         ("20261120_080000", "not the figures of a training benchmark: KeyError 'rows'"),
-        ("x.png", "no PNG of at most 3 MiB"),
+        ("x.png", "not a PNG picture"),
     ]
     text = Page(written.page.read_text(encoding="utf-8")).text
-    assert "no PNG of at most 3 MiB" in text
+    assert "not a PNG picture" in text
 
 
-def test_every_table_of_a_benchmark_has_its_command_and_machine(written: Report) -> None:
+def test_report_benchmark_sections_show_command_and_machine(written: Report) -> None:
     text = Page(written.page.read_text(encoding="utf-8")).text
     assert "Abacus 9000, 2 threads, torch 2.13.0" in text
     assert "psannlm train x.yaml" in text
     assert "0123456789ab" in text
 
 
-def test_nothing_at_all_is_said_in_one_line(tmp_path: Path) -> None:
+def test_report_without_input_raises_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="nothing to report"):
         write_report(tmp_path / "reports", [tmp_path / "runs"], SYSTEM, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_side_by_side(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+def test_comparison_of_two_runs_known_values(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     first = make_run(tmp_path / "first")
     second = make_run(tmp_path / "second", base="transformer", shift=0.25)
     written = write_comparison([first, second], SYSTEM, out=tmp_path / "out")
@@ -149,7 +149,7 @@ def test_runs_side_by_side(tmp_path: Path, make_run: Callable[..., Path]) -> Non
     assert (written.folder / "loss_by_time.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bits_of_a_lossy_tokenizer_are_marked_everywhere(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+def test_report_marks_bits_of_a_lossy_tokenizer(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     first, second = make_run(tmp_path / "runs" / "first"), make_run(tmp_path / "runs" / "second", shift=-1.0)
     log = second / "metrics.jsonl"
     log.write_text(log.read_text().replace('"bits_per_byte"', '"lossy_tokenizer": true, "bits_per_byte"'))
@@ -169,14 +169,14 @@ def test_bits_of_a_lossy_tokenizer_are_marked_everywhere(tmp_path: Path, make_ru
     assert [row["lossy_tokenizer"] for row in json.loads((made.folder / "metrics.json").read_text())["runs"]]
 
 
-def test_a_comparison_wants_two_runs(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+def test_comparison_requires_two_run_folders(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="two run folders"):
         write_comparison([make_run(tmp_path / "a")], SYSTEM)
-    with pytest.raises(ConfigError, match="no run folder"):
+    with pytest.raises(ConfigError, match="not a run folder"):
         write_comparison([tmp_path / "a", tmp_path / "nowhere"], SYSTEM)
 
 
-def test_published_results_only_on_request(
+def test_report_includes_published_results_only_on_request(
     tmp_path: Path, make_artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -191,7 +191,7 @@ def test_published_results_only_on_request(
         write_report(Path("elsewhere"), [], SYSTEM, published=True)
 
 
-def test_an_empty_report_names_the_published_results(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
+def test_report_without_input_mentions_published_results(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
     make_artifact(tmp_path / "published" / "throughput" / "20251120_080000", {"tokens_per_s": 22.0})
     with pytest.raises(ArtifactError, match="--published includes"):
         write_report(tmp_path, [], SYSTEM)
@@ -214,7 +214,7 @@ def test_metrics_csv_holds_the_steps_of_each_run(tmp_path: Path, make_run: Calla
     assert {row["lr"] for row in rows} == {"2e-05"}
 
 
-def test_metrics_csv_without_a_run_has_its_header(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
+def test_metrics_csv_without_runs_has_its_header(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
     make_artifact(tmp_path / "throughput" / "20261120_080000", {"tokens_per_s": 11.0})
     written = write_report(tmp_path, [], SYSTEM, out=tmp_path / "page")
     [header] = (written.folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
@@ -245,7 +245,7 @@ def test_memory_has_wall_time_and_grad_checkpoint(
     assert found[2] == (4000, True, 13.5, "all training steps")
 
 
-def test_pictures_that_cannot_be_drawn_are_left_out(
+def test_report_lists_pictures_that_cannot_be_drawn(
     tmp_path: Path, make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object, **options: object) -> bytes:

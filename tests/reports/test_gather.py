@@ -1,4 +1,4 @@
-"""What is whole is read, what is not is listed with its reason, and nothing is fatal."""
+"""Gathering of artifacts and runs: unreadable folders are listed with the reason and never fatal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from psannlm.errors import ConfigError
 from psannlm.reports.gather import gather, parse_since
 
 
-def test_damaged_and_unknown_folders_are_listed_with_the_reason(
+def test_gather_lists_damaged_and_unknown_folders_with_reason(
     tmp_path: Path, make_run: Callable[..., Path], make_artifact: Callable[..., Path]
 ) -> None:
     reports, runs = tmp_path / "reports", tmp_path / "runs"
@@ -58,7 +58,7 @@ def test_damaged_and_unknown_folders_are_listed_with_the_reason(
     assert any("model.safetensors" in reason for name, reason in of_runs if name == "bomb")
 
 
-def test_figures_of_a_run_are_those_of_its_files(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+def test_run_record_equals_the_files_of_the_run(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     (run,) = gather(tmp_path / "none", [make_run(tmp_path / "runs" / "a")]).runs
     row = run.as_dict()
     assert (row["val_loss"], row["val_step"], row["bits_per_byte"]) == (3.75, 4, 2.125)
@@ -70,7 +70,7 @@ def test_figures_of_a_run_are_those_of_its_files(tmp_path: Path, make_run: Calla
     assert run.points() == [(200, pytest.approx(11.0), 4.5), (400, pytest.approx(13.5), 3.75)]
 
 
-def test_since_and_kind_choose(
+def test_gather_filters_by_since_and_kind(
     tmp_path: Path, make_run: Callable[..., Path], make_artifact: Callable[..., Path]
 ) -> None:
     reports = tmp_path / "reports"
@@ -87,7 +87,7 @@ def test_since_and_kind_choose(
         gather(reports, [tmp_path / "runs"], kinds=["kv_cash"])
 
 
-def test_since_reads_dates_and_spans() -> None:
+def test_parse_since_reads_dates_and_ages() -> None:
     now = datetime(2026, 11, 24, 12, tzinfo=timezone.utc)
     assert parse_since("36h", now) == datetime(2026, 11, 23, 0, tzinfo=timezone.utc)
     assert parse_since("7d", now) == datetime(2026, 11, 17, 12, tzinfo=timezone.utc)
@@ -97,16 +97,14 @@ def test_since_reads_dates_and_spans() -> None:
         parse_since("yesterday")
 
 
-def test_a_run_given_twice_counts_once_and_a_link_is_no_second_run(
-    tmp_path: Path, make_run: Callable[..., Path]
-) -> None:
+def test_gather_counts_each_run_once_despite_links(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     run = make_run(tmp_path / "runs" / "deep" / "a")
     (tmp_path / "runs" / "loop").symlink_to(tmp_path / "runs")
     found = gather(tmp_path / "none", [tmp_path / "runs", run, tmp_path / "runs" / "deep"])
     assert [record.name for record in found.runs] == ["deep/a"]
 
 
-def test_numbers_that_json_has_no_word_for_are_absent(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
+def test_gather_reads_nan_and_infinity_as_none(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
     folder = make_artifact(tmp_path / "gpu" / "20261120_080000", {})
     (folder / "metrics.json").write_text('{"loss": NaN, "rate": Infinity, "ok": 1.5}')
     (artifact,) = gather(tmp_path, []).artifacts
@@ -114,7 +112,7 @@ def test_numbers_that_json_has_no_word_for_are_absent(tmp_path: Path, make_artif
     assert json.dumps(artifact.figures, allow_nan=False)
 
 
-def test_linked_folders_are_listed_and_not_followed(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
+def test_gather_lists_linked_folders_without_following_them(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
     reports, elsewhere = tmp_path / "reports", tmp_path / "elsewhere"
     kept = make_artifact(reports / "kv_cache" / "20261120_080000", {"x": 1})
     make_artifact(elsewhere / "20261120_080001", {"secret": 1})

@@ -1,4 +1,4 @@
-"""A GPU battery on the page: what failed is told and open, what kept its limits can be looked up."""
+"""Tables of a GPU validation: failed checks are open, those within their limits are folded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from psannlm.gpu_suite.report import CheckResult, SuiteReport, at_least, at_most
 from psannlm.reports.build import write_report
 from psannlm.reports.gather import gather
-from psannlm.reports.gpu_tables import battery_headlines, battery_memory, battery_rates, battery_tables
+from psannlm.reports.gpu_tables import suite_headlines, suite_memory, suite_rates, suite_tables
 from psannlm.reports.page_model import Origin, Table
 from psannlm.reports.pages import build_document
 
@@ -32,12 +32,12 @@ def figures(**changes: Any) -> dict[str, Any]:
     return {**json.loads(json.dumps(plain)), **changes}
 
 
-def test_every_check_has_its_verdict_and_what_it_says() -> None:
-    overview, worse, *values = battery_tables(figures())
+def test_suite_tables_show_verdict_and_result_per_check() -> None:
+    overview, worse, *values = suite_tables(figures())
     assert overview.title == "1 × NVIDIA H200, torch 2.11.0: failed"
     assert [(row[0], row[2], row[4]) for row in overview.rows] == [
-        ("GPU-01", "ok", "1 limits kept"),
-        ("GPU-03", "ok", "1 limits kept"),
+        ("GPU-01", "ok", "1 limits met"),
+        ("GPU-03", "ok", "1 limits met"),
         ("GPU-04", "failed", "peak: 5,000 MB (≤ 4,000)"),
         ("GPU-05", "skipped", "there is one GPU"),
         ("GPU-08", "error", "RuntimeError: out of luck"),
@@ -52,15 +52,15 @@ def test_every_check_has_its_verdict_and_what_it_says() -> None:
     assert values[0].note == "a note"
 
 
-def test_headlines_tell_how_many_are_well_and_the_rates_that_others_published() -> None:
-    checks, forward = battery_headlines(figures())
+def test_suite_headlines_count_passed_checks_and_show_published_throughput() -> None:
+    checks, forward = suite_headlines(figures())
     assert (checks.value, checks.of) == ("2 of 4", "1 × NVIDIA H200: failed; 1 skipped")
     assert (forward.value, forward.label, forward.of) == ("7,000,000", FORWARD, "at least 6,100,000: ten times")
 
 
-def test_its_rates_and_peaks_are_figures_of_their_own() -> None:
+def test_suite_rates_and_memory_known_values() -> None:
     machine = {"memory_bytes": 150_000_000_000}
-    (rate,) = battery_rates(figures(machine=machine))
+    (rate,) = suite_rates(figures(machine=machine))
     assert rate == {
         "name": f"GPU-03 / {FORWARD}",
         "base": "respsann",
@@ -71,13 +71,13 @@ def test_its_rates_and_peaks_are_figures_of_their_own() -> None:
         "tokens_per_s_highest": 8e6,
     }
     # The memory that the card has is none that was used.
-    [peak] = battery_memory(figures(machine=machine))
+    [peak] = suite_memory(figures(machine=machine))
     assert (peak["name"], peak["figure"], peak["bytes"]) == ("GPU-04 / peak", "peak_bytes", 5_000_000_000)
     for broken in ({"checks": 1}, {"checks": [1, {"measures": [2, {"unit": "MB"}]}]}, {}):
-        assert [*battery_rates(broken), *battery_memory(broken)] == []
+        assert [*suite_rates(broken), *suite_memory(broken)] == []
 
 
-def test_a_gathered_battery_is_in_the_files_of_rates_and_memory(tmp_path: Path) -> None:
+def test_report_csv_and_memory_include_gpu_suite(tmp_path: Path) -> None:
     folder = tmp_path / "reports" / "gpu" / "20261124_000000"
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps(figures()), encoding="utf-8")
@@ -88,23 +88,23 @@ def test_a_gathered_battery_is_in_the_files_of_rates_and_memory(tmp_path: Path) 
     assert [row["bytes"] for row in memory] == [5_000_000_000]
 
 
-def test_what_was_found_stands_beside_the_name_in_later_batteries() -> None:
+def test_suite_tables_show_detail_where_the_summary_has_it() -> None:
     broken = CheckResult("GPU-08", "t", (at_most("others", 1.0, 0.0, "tensors", "", detail="embedding.weight"),))
     plain = SuiteReport(MACHINE, True, (broken,)).as_dict()
-    assert battery_tables(plain)[1].rows[0][0] == "others (embedding.weight)"
+    assert suite_tables(plain)[1].rows[0][0] == "others (embedding.weight)"
     del plain["checks"][0]["measures"][0]["detail"]
-    assert battery_tables(plain)[1].rows[0][0] == "others"
+    assert suite_tables(plain)[1].rows[0][0] == "others"
 
 
-def test_a_value_that_is_no_number_is_shown() -> None:
+def test_suite_tables_show_nan_values() -> None:
     broken = CheckResult("GPU-01", "t", (at_most("error", float("nan"), 1.0, "x", ""),))
     plain = SuiteReport(MACHINE, True, (broken,)).as_dict()
-    overview, values = battery_tables(plain)
+    overview, values = suite_tables(plain)
     assert overview.rows[0][4] == "error: nan x (≤ 1.000)"
     assert values.rows[0][1] == "nan"
 
 
-def test_figures_of_something_else_are_listed_and_shown_as_they_are(tmp_path: Path) -> None:
+def test_report_shows_other_figures_as_generic_tables(tmp_path: Path) -> None:
     folder = tmp_path / "gpu" / "20261124_000000_try"
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text('{"checks": [{"a": 1}, {"a": 2}]}', encoding="utf-8")
@@ -112,4 +112,4 @@ def test_figures_of_something_else_are_listed_and_shown_as_they_are(tmp_path: Pa
     document = build_document(found, Origin(), [])
     assert document.sections[0].title == "GPU validation, 2026-11-24 00:00 UTC, try"
     assert any(isinstance(block, Table) and block.title == "Checks" for block in document.sections[0].blocks)
-    assert "not the figures of a battery" in found.unread[0].reason
+    assert "not the figures of a GPU validation" in found.unread[0].reason

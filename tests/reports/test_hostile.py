@@ -1,4 +1,4 @@
-"""A report of folders that others made: nothing in them is followed, obeyed or fatal, and all is accounted for."""
+"""Reports of untrusted folders: nothing in them is followed, interpreted or fatal, and what is left out is listed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_hostile_files_of_an_artifact_are_listed_and_nothing_else_is_lost(
+def test_report_lists_hostile_files_and_keeps_the_rest(
     tmp_path: Path, make_run: Callable[..., Path], make_artifact: Callable[..., Path]
 ) -> None:
     secret = tmp_path / "secret.txt"
@@ -148,7 +148,7 @@ def test_hostile_files_of_an_artifact_are_listed_and_nothing_else_is_lost(
         f'{{"kind": "train", "step": 5, "loss": 1, "tokens": {"9" * 308}, "tokens_per_s": 1e-300}}',
     ],
 )
-def test_no_line_of_a_log_ends_a_report(tmp_path: Path, make_run: Callable[..., Path], line: str) -> None:
+def test_report_survives_any_log_line(tmp_path: Path, make_run: Callable[..., Path], line: str) -> None:
     good, bad = make_run(tmp_path / "runs" / "good"), make_run(tmp_path / "runs" / "bad")
     for extra in (line, line):
         with open(bad / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -169,7 +169,7 @@ def test_no_line_of_a_log_ends_a_report(tmp_path: Path, make_run: Callable[..., 
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_shapes_of_huge_integers_are_no_parameters(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+def test_read_run_rejects_impossible_tensor_shapes(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     for at, shape in enumerate((f"[{MANY_NINES}]", "[4294967296, 4294967296]", '["7"]', "[-1]", "[true]", "[1.0]")):
         folder = make_run(tmp_path / "runs" / str(at))
         header = f'{{"a": {{"shape": {shape}}}}}'.encode()
@@ -181,7 +181,7 @@ def test_shapes_of_huge_integers_are_no_parameters(tmp_path: Path, make_run: Cal
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_figures_of_any_size_and_kind_are_shown(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
+def test_report_shows_figures_of_any_size_and_type(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
     huge = int(MANY_NINES)
     figures = {
         "big": huge,
@@ -207,7 +207,7 @@ def test_figures_of_any_size_and_kind_are_shown(tmp_path: Path, make_artifact: C
 @pytest.mark.parametrize(
     "tag", ["!!int x", '!!int ""', "!!bool x", "!!timestamp x", "2026-13-45", "0x" + "f" * 5000, "[" * 5000]
 )
-def test_no_yaml_value_ends_the_reading(tmp_path: Path, tag: str) -> None:
+def test_read_yaml_raises_unreadable_for_any_value(tmp_path: Path, tag: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(f"train: {tag}\n", encoding="utf-8")
     try:
@@ -218,7 +218,7 @@ def test_no_yaml_value_ends_the_reading(tmp_path: Path, tag: str) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_names_are_shown_with_their_escapes(
+def test_report_shows_control_characters_as_escapes(
     tmp_path: Path, make_run: Callable[..., Path], make_artifact: Callable[..., Path]
 ) -> None:
     runs, reports = tmp_path / "runs", tmp_path / "reports"
@@ -241,7 +241,7 @@ def test_names_are_shown_with_their_escapes(
     assert sorted(run["run"] for run in told["runs"]) == sorted(names), "JSON gives names back as they are"
 
 
-def test_a_picture_shows_escapes_and_one_loss_hides_no_other(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+def test_loss_picture_escapes_names_and_survives_huge_losses(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     from psannlm.reports.pages import loss_picture
 
     runs = [read_run(make_run(tmp_path / "good")), read_run(make_run(tmp_path / NOT_UTF8, shift=1e300))]
@@ -250,7 +250,7 @@ def test_a_picture_shows_escapes_and_one_loss_hides_no_other(tmp_path: Path, mak
     assert "caf\\xe9" in picture.alternative
 
 
-def test_files_are_read_up_to_their_limit_only(tmp_path: Path) -> None:
+def test_readers_respect_size_limits(tmp_path: Path) -> None:
     path = tmp_path / "f.json"
     path.write_bytes(b"12345678")
     assert read_bytes(path, 8) == b"12345678"
@@ -261,7 +261,7 @@ def test_files_are_read_up_to_their_limit_only(tmp_path: Path) -> None:
         read_json(path)
 
 
-def test_long_keys_multiply_no_file(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
+def test_report_tables_bound_memory_of_long_keys(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
     path = tmp_path / "f.json"
     path.write_text(json.dumps({"k" * 1001: 1}))
     with pytest.raises(Unreadable, match="a key of 1,001 characters"):
@@ -281,7 +281,7 @@ def test_long_keys_multiply_no_file(tmp_path: Path, make_artifact: Callable[...,
     assert most < 8e6
 
 
-def test_a_log_of_blank_or_foreign_lines_is_given_up_soon(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+def test_read_run_gives_up_on_foreign_logs(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     run = make_run(tmp_path / "runs" / "a")
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write("\n" * 100_000)
@@ -292,13 +292,13 @@ def test_a_log_of_blank_or_foreign_lines_is_given_up_soon(tmp_path: Path, make_r
     assert "is it a log?" in unread.reason
 
 
-def test_numbers_beyond_floats_are_none_and_are_told() -> None:
+def test_numbers_beyond_floats_are_none_but_formatted() -> None:
     assert number(10**400) is None
     assert number(10**300) == 10**300
     assert format_value(10**400) == "about 1e400"
     assert format_value(-(10**400)) == "about −1e400"
 
 
-def test_cells_that_are_not_text_are_refused() -> None:
-    with pytest.raises(TypeError, match="int in the place of text"):
+def test_table_rejects_cells_that_are_not_text() -> None:
+    with pytest.raises(TypeError, match="int where text is expected"):
         Table("", ("a",), [[1]])  # type: ignore[list-item]

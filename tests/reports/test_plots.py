@@ -1,4 +1,4 @@
-"""Pictures that read on a light and on a dark page, for those who see no colours too."""
+"""Plots: readable on light and dark pages and without colours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from psannlm.reports.plots import Curve, draw_curves
 
 
-def test_a_dark_page_gets_no_light_ground_and_curves_differ_by_more_than_colour() -> None:
+def test_plots_are_transparent_and_markers_distinguish_curves() -> None:
     curves = [Curve(name, [1, 2, 3], [3.0, 2.0, level]) for name, level in (("a", 1.0), ("$b$", 1.5))]
     picture = draw_curves("x.png", curves, "tokens seen", "loss (nats per token)", "")
     assert set(picture.forms) == {(narrow, dark) for narrow in (False, True) for dark in (False, True)}
@@ -30,7 +30,7 @@ def test_a_dark_page_gets_no_light_ground_and_curves_differ_by_more_than_colour(
 
 @pytest.mark.parametrize("n_curves", [1, 3, 14, 31])
 @pytest.mark.parametrize("length", [4, 17, 44])
-def test_many_names_leave_the_curves_their_room_and_all_can_be_read(
+def test_plot_legend_of_many_names_leaves_axes_readable(
     n_curves: int, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []
@@ -52,7 +52,7 @@ def test_many_names_leave_the_curves_their_room_and_all_can_be_read(
         assert words.y1 <= sheet.y1
 
 
-def test_thirty_five_curves_all_look_different(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_styles_distinguish_35_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[tuple[object, ...]] = []
     plot = Axes.plot
 
@@ -66,7 +66,7 @@ def test_thirty_five_curves_all_look_different(monkeypatch: pytest.MonkeyPatch) 
     assert len(set(looks[:35])) == 35
 
 
-def test_a_loss_curve_has_an_axis_of_perplexity() -> None:
+def test_loss_plot_has_a_perplexity_axis() -> None:
     curves = [Curve("a run", [0.0, 1.0, 2.0], [math.log(200.0), math.log(60.0), math.log(15.0)])]
     for has_perplexity in (True, False):
         picture = draw_curves("x.png", curves, "tokens seen", "loss", "", has_perplexity=has_perplexity)
@@ -76,7 +76,7 @@ def test_a_loss_curve_has_an_axis_of_perplexity() -> None:
         assert ({"20", "50", "100"} <= set(labels)) is has_perplexity
 
 
-def test_names_that_begin_with_an_underscore_are_in_legends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_legend_includes_names_with_leading_underscore(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, page, **settings: drawn.append(figure))
     names = ["_base", "plain", "__", "a$b$"]

@@ -1,4 +1,4 @@
-"""Figures told by their names and shapes, whatever the benchmark."""
+"""Generic tables and formatted values, derived from the names and shapes of figures."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from psannlm.reports.tables import heading, rate_rows, tables_of
         ({"median": 2.0, "lowest": 1.0, "highest": 3.0}, "2.000 (1.000 to 3.000)"),
     ],
 )
-def test_numbers_as_a_person_reads_them(value: object, told: str) -> None:
+def test_format_value_known_values(value: object, told: str) -> None:
     assert format_value(value) == told
 
 
-def test_signs() -> None:
+def test_signed_known_values() -> None:
     assert (signed(-0.25, 2), signed(0.25, 2), signed(0.0, 2), signed(None)) == ("−0.25", "+0.25", "±0", "–")
     assert format_float(-1234.5) == "-1,234"
 
 
-def test_units_leave_the_name() -> None:
+def test_heading_separates_the_unit() -> None:
     assert heading("decode_tokens_per_s") == "decode, tokens/s"
     assert heading("cases.prefill_s") == "cases prefill, s"
     assert heading("bits_per_byte") == "bits per byte"
 
 
-def test_lists_and_mappings_of_rows_become_tables() -> None:
+def test_tables_of_lists_and_mappings_of_rows() -> None:
     figures = {
         "device": "cpu",
         "cases": [{"name": "a", "rate_s": 1.5}, {"name": "b"}],
@@ -53,7 +53,7 @@ def test_lists_and_mappings_of_rows_become_tables() -> None:
     assert alone.rows == [("device", "cpu"), ("group one", "1"), ("group two three", "3")]
 
 
-def test_rates_carry_what_stands_around_them() -> None:
+def test_rate_rows_inherit_context_of_outer_mappings() -> None:
     figures = {
         "batch_tokens": 64,
         "bases": {"sine": {"base": "respsann", "tokens_per_s": 5.0}, "gelu": {"base": "transformer", "mb_per_s": 1.0}},

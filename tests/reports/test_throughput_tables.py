@@ -1,4 +1,4 @@
-"""A training benchmark on the page: a table that fits it, and every figure folded below."""
+"""Tables of a training benchmark: one that fits a page, and every figure in folded ones."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.reports.throughput_tables import rates_tables
+from psannlm.reports.throughput_tables import throughput_tables
 
 KEPT = sorted((Path(__file__).resolve().parents[2] / "reports" / "published" / "throughput").glob("*/metrics.json"))
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
-def test_a_kept_run_becomes_a_table_that_fits_a_page(path: Path) -> None:
+def test_throughput_tables_of_published_runs_fit_a_page(path: Path) -> None:
     figures = json.loads(path.read_text(encoding="utf-8"))
-    first, *others = rates_tables(figures)
+    first, *others = throughput_tables(figures)
     assert [row[0] for row in first.rows] == [row["name"] for row in figures["rows"]]
     assert len(first.headings) <= 9
     assert all(len(row) == len(first.headings) for row in first.rows)
@@ -26,10 +26,10 @@ def test_a_kept_run_becomes_a_table_that_fits_a_page(path: Path) -> None:
     assert all(table.is_folded for table in others)
 
 
-def test_what_makes_the_figures_worth_less_is_told() -> None:
+def test_throughput_tables_note_lists_problems() -> None:
     figures = json.loads(KEPT[0].read_text(encoding="utf-8"))
     figures["problems"] = ["a loss is not finite"]
     figures["rows"][0]["peak_bytes"] = None
-    table = rates_tables(figures)[0]
-    assert "worth less: a loss is not finite" in table.note
+    table = throughput_tables(figures)[0]
+    assert "Problems: a loss is not finite" in table.note
     assert table.rows[0][6] == "–"
