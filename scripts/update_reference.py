@@ -6,6 +6,7 @@ Run from anywhere: ``python scripts/update_reference.py``. ``--check`` changes n
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def _command_lines(name: str, command: Any) -> Iterator[str]:
     context = command.context_class(command, info_name=f"psannlm {name}")
     yield f"## psannlm {name}"
     yield ""
-    yield " ".join(command.help.split())
+    yield textwrap.fill(" ".join(command.help.split()), 120, break_long_words=False, break_on_hyphens=False)
     yield ""
     yield "```text"
     yield f"{context.command_path} {' '.join(command.collect_usage_pieces(context))}"

@@ -49,7 +49,7 @@ COMMANDS = sorted(
         for page, lines in LINES.items()
         for line in lines
         for part in line.split(" | ")
-        if re.search(r"(^|bin/|-m )psannlm ", part)
+        if re.search(r"(^|bin/|-m )psannlm ", part) and "<Tab>" not in part
     }
 )
 

@@ -58,7 +58,7 @@ def test_check_fails_on_an_old_page(script: ModuleType, tmp_path: Path, monkeypa
         script.main()
     monkeypatch.setattr("sys.argv", ["update_reference.py"])
     script.main()
-    assert (tmp_path / "cli.md").read_text(encoding="utf-8").startswith(f"# Title\n{script.BEGIN}\n\n## psannlm train")
+    assert (tmp_path / "cli.md").read_text(encoding="utf-8").startswith(f"# Title\n{script.BEGIN}\n\n## psannlm ")
     assert (tmp_path / "config.md").read_text(encoding="utf-8").endswith(f"{script.END}\nend\n")
     monkeypatch.setattr("sys.argv", ["update_reference.py", "--check"])
     script.main()
