@@ -1,4 +1,4 @@
-"""The Python surface: texts to a dataset, a dataset to a model, a model to text and files."""
+"""Python API: psannLMDataPrep for data, psannLM for training, generation, saving and loading."""
 
 from __future__ import annotations
 
@@ -50,25 +50,25 @@ _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w{0,5}$")
 
 
 class psannLMDataPrep:
-    """Texts or files, tokenized and cut into windows for :meth:`psannLM.fit`.
+    """Tokenized texts or files, cut into windows for :meth:`psannLM.fit`.
 
     Args:
         texts_or_paths: texts, and paths of files or folders (``.txt``, ``.jsonl``, ``.parquet``, also ``.gz``,
-            ``.zst``), one or many, also mixed. A string counts as a path if there is such a file or
-            folder, or files that it matches as a glob; one without spaces that only looks like a path is refused.
-            Or one folder that ``psannlm prep`` made, with its own tokenizer and validation part.
+            ``.zst``), one or many, also mixed. A string is a path if such a file or folder exists, or if it matches
+            files as a glob; a string without spaces that looks like a path of no file is refused. Or one output folder
+            of ``psannlm prep``, with its own tokenizer and validation split.
         tokenizer: ``auto``, ``sentencepiece``, ``tokenizers`` or ``simple``.
-        tokenizer_model_path: a tokenizer file to use instead of fitting one on the training texts.
-        max_length: tokens of a window.
-        pack_sequences: join documents into full windows; False never puts two into one window.
-        val_split: fraction of the documents held out for validation, at least one; of a single document its end.
-        seed: decides which documents those are, and the sample the tokenizer is fitted on. The order of training, the
-            initial weights and dropout have a seed of their own: ``fit(..., seed=...)``.
-        vocab_size: entries of a fitted tokenizer, at most.
+        tokenizer_model_path: a tokenizer file to use instead of training one on the training texts.
+        max_length: tokens per window.
+        pack_sequences: join documents into full windows; False: at most one document per window.
+        val_split: fraction of the documents for validation, at least one document; of a single document its end.
+        seed: selects these documents, and the sample that the tokenizer is trained on. The training order, the
+            initial weights and dropout depend on ``fit(..., seed=...)``.
+        vocab_size: maximum vocabulary size of a trained tokenizer.
 
     Raises:
         CorpusError: a path does not exist or cannot be read, or there is no text.
-        ConfigError: a value is refused, or a prepared folder stands beside other texts or was made otherwise.
+        ConfigError: a value is invalid, or a prepared folder is mixed with other texts or has other settings.
         ArtifactError: a prepared folder is damaged.
     """
 
@@ -114,24 +114,24 @@ class psannLMDataPrep:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that was fitted or loaded."""
+        """The trained or loaded tokenizer."""
         return self.prepared.tokenizer
 
     @property
     def tokenizer_backend(self) -> str:
-        """Which backend is live: ``sentencepiece``, ``tokenizers`` or ``simple``."""
+        """Backend of the tokenizer: ``sentencepiece``, ``tokenizers`` or ``simple``."""
         return self.tokenizer.backend
 
     @property
     def vocab_size(self) -> int:
-        """Ids of the tokenizer; the number of rows a model's embedding needs."""
+        """Vocabulary size of the tokenizer, which the embedding of a model needs."""
         return self.tokenizer.vocab_size
 
     @property
     def dataset(self) -> LMDataset:
         """The training windows: item i is (inputs, labels), both (max_length,) int64 tensors.
 
-        Built at the first access, and one object from then on.
+        Built at the first access and then reused.
         """
         if self._dataset is None:
             self._dataset = self._windows(self.prepared.train)
@@ -139,7 +139,7 @@ class psannLMDataPrep:
 
     @property
     def val_dataset(self) -> LMDataset | None:
-        """The held-out windows, one object like :attr:`dataset`; None when nothing was held out."""
+        """The validation windows, built like :attr:`dataset`; None without a validation split."""
         if self._val_dataset is None and self.prepared.val is not None:
             self._val_dataset = self._windows(self.prepared.val)
         return self._val_dataset
@@ -167,15 +167,15 @@ class psannLM:
     Args:
         base: ``waveresnet``, ``respsann`` or ``transformer``.
         d_model, n_layers, n_heads: width, depth and query heads.
-        d_mlp: hidden width of the feed-forward; None picks it by kind.
-        vocab_size: rows of the embedding; None takes the tokenizer's at :meth:`fit`.
+        d_mlp: hidden width of the feed-forward; None: the default of ``base``.
+        vocab_size: vocabulary size; None: that of the tokenizer at :meth:`fit`.
         positional_encoding: ``rope``, ``alibi`` or ``sinusoidal``.
         sine_params: settings of the sine activation, such as ``dict(amp_init=1.0, trainable=True)``.
         settings: any other key of the ``model`` section of a configuration file, such as ``dropout``.
 
     Raises:
-        UnknownKeyError: (a TypeError) a keyword is not known; the nearest known one is named.
-        ConfigError: a value or a combination is refused, or the weights do not fit into this machine's memory.
+        UnknownKeyError: (a TypeError) a keyword is unknown; the message names the nearest known one.
+        ConfigError: a value or a combination is invalid, or the weights do not fit into memory.
     """
 
     def __init__(
@@ -208,12 +208,12 @@ class psannLM:
         self._engine_made: tuple[object, Engine] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # The engine of the last call holds compiled steps and packed weights that cannot be copied; it is made again.
+        # The cached engine holds compiled steps and packed weights that cannot be copied; it is rebuilt.
         return {**self.__dict__, "_engine_made": None}
 
     @property
     def _settings(self) -> ModelConfig:
-        """The configuration of the weights where there are any: what was left open is filled in."""
+        """The configuration of the weights, with defaults filled in; before there are weights, the given one."""
         return self.config if self._model is None else self._model.config
 
     @property
@@ -238,12 +238,12 @@ class psannLM:
 
     @property
     def d_mlp(self) -> int | None:
-        """Hidden width of the feed-forward; where it was left open, None until there are weights."""
+        """Hidden width of the feed-forward; None if it is not given and there are no weights yet."""
         return self._settings.d_mlp
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the embedding; where it was left open, None until there are weights."""
+        """Vocabulary size; None if it is not given and there are no weights yet."""
         return self._settings.vocab_size
 
     @property
@@ -253,17 +253,17 @@ class psannLM:
 
     @property
     def sine_params(self) -> dict[str, Any]:
-        """Every setting of the sine activation, a fresh dict."""
+        """All settings of the sine activation, as a new dict."""
         return self._settings.sine_params.model_dump()
 
     @property
     def model(self) -> Transformer:
         """The ``torch.nn.Module``: ids (batch, time) to logits (batch, time, vocab), see ``Transformer.forward``.
 
-        It is built with the default seed if it was neither fitted nor loaded.
+        Built with the default seed if it was neither trained nor loaded.
 
         Raises:
-            ConfigError: ``vocab_size`` was left open and there was no :meth:`fit`, or memory is too small.
+            ConfigError: ``vocab_size`` is not given and :meth:`fit` was not called, or memory is too small.
         """
         if self._model is None:
             resolved = resolve(self.config)
@@ -288,24 +288,24 @@ class psannLM:
     ) -> psannLM:
         """Train on ``train_data`` with a :class:`~psannlm.training.trainer.Trainer`; return self.
 
-        The model holds the weights of the last step then.
+        The model then has the weights of the last step.
 
         Args:
-            train_data: the windows to train on, or their ``dataset``; ``data``, its former name, is taken too.
-            val_data: texts, or windows of the same tokenizer, to validate on instead of what ``train_data`` held out.
+            train_data: the windows to train on, or their ``dataset``. The former name ``data`` is accepted.
+            val_data: texts, or windows of the same tokenizer, instead of the validation split of ``train_data``.
             epochs, batch_tokens, lr, amp, ddp: as in the ``train`` section of a configuration; ``amp=None`` is fp32.
             verbose: show progress on the standard error stream.
             resume: with a ``checkpoint_dir``: ``auto``, ``never`` or a checkpoint, as for ``psannlm train``.
-            callbacks: called after steps, validations, saves and at the end; see
+            callbacks: called after steps, validations and saves, and at the end; see
                 :class:`~psannlm.training.callbacks.Callback`.
-            overrides: any other key of the ``train`` section, such as ``seed``, which decides the initial weights, the
-                order of the training windows and dropout. Checkpoints, metrics and the loss curve are kept only
-                when ``checkpoint_dir`` is given; ``self.result`` sums up the run.
+            overrides: any other key of the ``train`` section, such as ``seed`` of the initial weights, the order of the
+                training windows and dropout. Checkpoints, metrics and the loss curve are kept only if
+                ``checkpoint_dir`` is given; ``self.result`` has the result of the run.
 
         Raises:
-            UnknownKeyError: (a TypeError) a keyword is not known; the nearest known one is named.
-            ConfigError, DeviceError: a value is refused, or what it asks for is not to be had.
-            TokenizerError: the model has learnt the ids of another tokenizer than that of ``train_data``.
+            UnknownKeyError: (a TypeError) a keyword is unknown; the message names the nearest known one.
+            ConfigError, DeviceError: a value is invalid, or the requested device is unavailable.
+            TokenizerError: the model was trained with another tokenizer than that of ``train_data``.
         """
         if train_data is not None and "data" in overrides:
             raise TypeError("fit got train_data and data, two names of one argument; give train_data alone")
@@ -344,13 +344,13 @@ class psannLM:
                     "the same call resumes"
                 ) from error
             finally:
-                # A model that never finished a fit is still open to data of another vocabulary.
+                # A model without a finished fit can still be trained on data of another vocabulary.
                 if not is_done:
                     self._model = former
         return self
 
     def _built_for(self, tokenizer: Tokenizer, max_length: int, config: TrainConfig) -> Transformer:
-        """Return new weights; the data decide what was left open. Raises ConfigError if memory is too small."""
+        """Return new weights; the data set the open values. Raises ConfigError if memory is too small."""
         resolved = resolve(self.config, vocab_size=tokenizer.vocab_size, max_seq_len=max_length)
         device = pick_device(config.device)
         refuse_oversize(resolved, tokenizer.vocab_size, Place(device.type, gpu_memory_bytes(device)))
@@ -372,23 +372,23 @@ class psannLM:
         context: ContextRule = "stop",
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """Return the text that follows ``prompt``, the prompt left out.
+        """Return the continuation of ``prompt``, without the prompt.
 
         Args:
-            temperature: 0 always takes the likeliest token.
-            seed: the same seed, prompt and settings give the same text; None draws a new one.
-            dtype: of the weights while generating: ``float32``, ``bfloat16`` or ``int8``; the model is not changed.
-            compile: put decoding through torch.compile: half a minute at first, then several times faster; ``auto``
-                does so where many tokens are asked for.
-            speculate: guess up to so many tokens per pass from the text so far and let the model check them; the text
-                stays the same.
-            context: ``stop`` refuses a prompt without room in the context, and ends a text that fills it with a
-                warning; ``slide`` drops the oldest half and continues. The context is ``max_length`` of the training
+            temperature: softmax temperature; 0 is greedy.
+            seed: the same seed, prompt and settings give the same text; None: a new random seed.
+            dtype: of the weights during generation: ``float32``, ``bfloat16`` or ``int8``; the model is unchanged.
+            compile: compile decoding with torch.compile: half a minute once, then several times faster; ``auto``
+                compiles for many new tokens.
+            speculate: maximum number of draft tokens per pass, taken from the text so far and verified by the model;
+                the text stays the same (prompt lookup decoding).
+            context: ``stop`` refuses a prompt that fills the context, and ends a text that fills it with a warning;
+                ``slide`` drops the oldest half and continues. The context is ``max_length`` of the training
                 data; with ``alibi`` there is no limit.
-            on_text: called with pieces of the text as they come.
+            on_text: called with each new piece of text.
 
         Raises:
-            GenerationError: the model has no tokenizer yet, or the prompt or a setting cannot be honoured.
+            GenerationError: the model has no tokenizer yet, or the prompt or a setting is invalid.
         """
         sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
         listener = None if on_text is None else lambda _, text: on_text(text)
@@ -410,7 +410,7 @@ class psannLM:
         speculate: int = 0,
         context: ContextRule = "stop",
     ) -> list[str]:
-        """Return what :meth:`generate` gives for each prompt, in order, decoded together."""
+        """Return the result of :meth:`generate` for each prompt, in order, decoded as one batch."""
         if isinstance(prompts, str):
             raise TypeError("generate_batch takes a list of prompts; generate takes one")
         sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
@@ -419,7 +419,7 @@ class psannLM:
         return [completion.text for completion in completions]
 
     def _engine(self, dtype: WeightDtype, compile: bool | Literal["auto"]) -> Engine:
-        """The engine of the last call, unless settings or weights have changed since."""
+        """Return the engine of the last call, or a new one if settings or weights have changed."""
         weights = tuple((tensor.data_ptr(), tensor._version) for tensor in self.model.parameters())
         key = (dtype, compile, self.model.config, weights)
         if self._engine_made is None or self._engine_made[0] != key:
@@ -468,7 +468,7 @@ class psannLM:
         """Write weights, configuration and tokenizer to one file (in a folder: its ``model.safetensors``).
 
         Raises:
-            StorageError: the file cannot be written; what stood there is still there.
+            StorageError: the file cannot be written; an existing file is unchanged.
         """
         target = model_file(Path(path).expanduser())
         save_model(target, self.model, self.tokenizer)
@@ -479,7 +479,7 @@ class psannLM:
         """Return the model of a file, of a checkpoint folder or of a run folder (its best checkpoint), on the CPU.
 
         Raises:
-            ArtifactError: the file is missing, damaged or of another version, or no checkpoint of the run is whole.
+            ArtifactError: the file is missing, damaged or of another version, or no checkpoint of the run is valid.
         """
         given = Path(path).expanduser()
         loaded = load_model(find_checkpoint(given) or given)
@@ -493,7 +493,7 @@ class psannLM:
 
 
 def _documents(texts_or_paths: Texts) -> tuple[list[Document], list[str]]:
-    """Sort strings and paths into documents; also return what to write down as sources."""
+    """Return the documents of texts and paths, and the names of their sources."""
     given = _listed(texts_or_paths)
     documents: list[Document] = []
     sources: list[str] = []
@@ -517,13 +517,13 @@ def _listed(texts_or_paths: Texts) -> list[str | os.PathLike[str]]:
 
 
 def _prepared_paths(given: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Return what was given as paths if a prepared folder is among it; a text beside it counts as a source too."""
+    """Return the sources if a prepared folder is among them, else an empty list; a text counts as a source too."""
     paths = [os.fspath(item) if isinstance(item, os.PathLike) or _is_path(item) else _GIVEN_IN_PYTHON for item in given]
     return paths if any(prepared_manifest(path) is not None for path in paths) else []
 
 
 def _is_path(text: object) -> bool:
-    """Whether a string names a file or folder; one that only looks like a path is refused rather than learnt from."""
+    """Whether a string names a file or folder. Raises CorpusError if it only looks like a path."""
     if not isinstance(text, str):
         raise CorpusError(f"texts_or_paths holds {type(text).__name__} {text!r:.60}; give strings or paths")
     if len(text) > 4096 or "\n" in text or "\0" in text:
@@ -535,14 +535,14 @@ def _is_path(text: object) -> bool:
     if glob.has_magic(text) and glob.glob(os.path.expanduser(text), recursive=True):
         return True
     if split_suffix(text)[0] in KNOWN_SUFFIXES or os.sep in text or _FILE_SUFFIX.search(text):
-        raise CorpusError(f"{text!r} looks like a path, and there is no such file or folder; correct it")
+        raise CorpusError(f"{text!r} looks like a path, but there is no such file or folder; correct it")
     return False
 
 
 def _validation(
     tokenizer: Tokenizer, config: DataConfig, val_data: psannLMDataPrep | LMDataset | Texts
 ) -> psannLMDataPrep | LMDataset:
-    """Return what to validate on; texts are tokenized and cut as the training texts were."""
+    """Return the validation windows; texts are tokenized and cut like the training texts."""
     if isinstance(val_data, (psannLMDataPrep, LMDataset)):
         return val_data
     documents, _ = _documents(val_data)

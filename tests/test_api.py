@@ -37,7 +37,7 @@ def fitted(data: psannLMDataPrep) -> psannLM:
     return small(vocab_size=data.vocab_size).fit(data, max_steps=3, **FIT)
 
 
-def test_the_surface_is_the_documented_one() -> None:
+def test_api_surface_is_documented() -> None:
     def shown(function: Any) -> list[str]:
         return [f"{p.name}={p.default!r}" for p in inspect.signature(function).parameters.values()]
 
@@ -72,12 +72,12 @@ def test_the_surface_is_the_documented_one() -> None:
     assert shown(psannLM.generate_batch)[2:7] == knobs
 
 
-def test_the_older_import_path_gives_the_same_classes() -> None:
+def test_api_older_import_path_gives_same_classes() -> None:
     assert psann.lm.psannLM is psannlm.psannLM
     assert psann.lm.psannLMDataPrep is psannlm.psannLMDataPrep
 
 
-def test_importing_the_package_loads_no_torch() -> None:
+def test_api_import_loads_no_torch() -> None:
     program = (
         "import sys, psannlm, psann.lm; assert 'torch' not in sys.modules; "
         "psannlm.psannLM; assert 'torch' in sys.modules"
@@ -85,7 +85,7 @@ def test_importing_the_package_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
-def test_data_tells_its_figures(data: psannLMDataPrep) -> None:
+def test_data_prep_exposes_tokenizer_and_sizes(data: psannLMDataPrep) -> None:
     assert data.tokenizer_backend == "simple"
     assert data.vocab_size == data.tokenizer.vocab_size
     assert len(data) == len(data.dataset) > 0
@@ -96,7 +96,7 @@ def test_data_tells_its_figures(data: psannLMDataPrep) -> None:
     assert torch.equal(data.dataset[-1][0], data.dataset[len(data) - 1][0])
 
 
-def test_datasets_are_built_once_at_first_access(tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_prep_builds_datasets_once(tiny_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[LMDataset] = []
 
     def build(*args: Any, **settings: Any) -> LMDataset:
@@ -113,7 +113,7 @@ def test_datasets_are_built_once_at_first_access(tiny_texts: list[str], monkeypa
     assert psannLMDataPrep(tiny_texts, tokenizer="simple", max_length=16, vocab_size=300).val_dataset is None
 
 
-def test_texts_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_prep_distinguishes_texts_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("the words of file a, some of them")
     Path("folder").mkdir()
@@ -145,17 +145,17 @@ def test_texts_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
         (lambda: small(vocab_size=300).fit(psannLMDataPrep("x" * 50, "simple", max_length=8), epoch=2), "epochs"),
     ],
 )
-def test_an_unknown_keyword_is_a_type_error_that_names_the_nearest(call: Any, near: str) -> None:
+def test_unknown_keyword_raises_type_error_with_suggestion(call: Any, near: str) -> None:
     with pytest.raises(TypeError, match=near):
         call()
 
 
-def test_texts_in_place_of_data_are_told_how(tiny_texts: list[str]) -> None:
+def test_fit_with_texts_explains_data_prep(tiny_texts: list[str]) -> None:
     with pytest.raises(TypeError, match=r"fit\(psannLMDataPrep\(texts\)\)"):
         small().fit(tiny_texts)  # type: ignore[arg-type]
 
 
-def test_bad_values_are_configuration_errors() -> None:
+def test_invalid_values_raise_config_error() -> None:
     with pytest.raises(ConfigError, match="wavresnet"):
         small(base="wavresnet")
     with pytest.raises(ConfigError, match="do not divide"):
@@ -172,7 +172,7 @@ def test_fit_returns_itself_and_learns(data: psannLMDataPrep) -> None:
     assert any(not torch.equal(p, before[name]) for name, p in model.model.named_parameters())
 
 
-def test_the_vocabulary_may_come_from_the_data_and_the_context_from_its_windows(data: psannLMDataPrep) -> None:
+def test_fit_takes_vocabulary_and_context_from_data(data: psannLMDataPrep) -> None:
     model = small().fit(data, max_steps=1, **FIT)
     assert model.model.config.vocab_size == data.vocab_size
     assert model.model.config.max_seq_len == 16
@@ -180,7 +180,7 @@ def test_the_vocabulary_may_come_from_the_data_and_the_context_from_its_windows(
         small(vocab_size=data.vocab_size - 1).fit(data, max_steps=1, **FIT)
 
 
-def test_files_are_written_only_where_asked(
+def test_fit_writes_files_only_to_checkpoint_dir(
     data: psannLMDataPrep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -190,7 +190,7 @@ def test_files_are_written_only_where_asked(
     assert (tmp_path / "kept" / "metrics.jsonl").is_file()
 
 
-def test_validation_texts_of_ones_own_are_used(data: psannLMDataPrep, tiny_texts: list[str]) -> None:
+def test_fit_uses_given_validation_texts(data: psannLMDataPrep, tiny_texts: list[str]) -> None:
     model = small().fit(data, val_data=["another text to validate on"], max_steps=1, **FIT)
     assert model.result is not None
     assert model.result.best is not None
@@ -200,7 +200,7 @@ def test_validation_texts_of_ones_own_are_used(data: psannLMDataPrep, tiny_texts
         small().fit(data, val_data=other, max_steps=1, **FIT)
 
 
-def test_generate_and_generate_batch_give_the_same_text(fitted: psannLM) -> None:
+def test_generate_matches_generate_batch(fitted: psannLM) -> None:
     prompts = ["The", "A clock", ""]
     for knobs in ({"temperature": 0.0}, {"seed": 3}, {"seed": 3, "top_k": 5, "repetition_penalty": 1.3}):
         together = fitted.generate_batch(prompts, max_new_tokens=6, **knobs)  # type: ignore[arg-type]
@@ -210,14 +210,14 @@ def test_generate_and_generate_batch_give_the_same_text(fitted: psannLM) -> None
     assert "".join(pieces) == text
 
 
-def test_a_single_string_is_no_batch_and_an_untrained_model_has_no_words(fitted: psannLM) -> None:
+def test_generate_batch_refuses_string_and_untrained_model(fitted: psannLM) -> None:
     with pytest.raises(TypeError, match="list of prompts"):
         fitted.generate_batch("The")
     with pytest.raises(GenerationError, match="tokenizer"):
         small(vocab_size=300).generate("The")
 
 
-def test_save_and_load_give_the_same_model(fitted: psannLM, tmp_path: Path) -> None:
+def test_save_load_roundtrip(fitted: psannLM, tmp_path: Path) -> None:
     wanted = fitted.generate("The", max_new_tokens=8, temperature=0.0)
     for target in (tmp_path / "model.safetensors", tmp_path / "any name"):
         assert psannLM.load(fitted.save(target)).generate("The", max_new_tokens=8, temperature=0.0) == wanted
@@ -227,14 +227,14 @@ def test_save_and_load_give_the_same_model(fitted: psannLM, tmp_path: Path) -> N
         psannLM.load(tmp_path / "absent")
 
 
-def test_a_loaded_model_can_be_trained_on(fitted: psannLM, data: psannLMDataPrep, tmp_path: Path) -> None:
+def test_loaded_model_can_train_further(fitted: psannLM, data: psannLMDataPrep, tmp_path: Path) -> None:
     again = psannLM.load(fitted.save(tmp_path / "m"))
     start = again.model.embedding.weight.clone()
     again.fit(data, max_steps=1, **FIT)
     assert not torch.equal(again.model.embedding.weight, start)
 
 
-def test_a_trained_model_keeps_its_tokenizer(fitted: psannLM, tiny_texts: list[str], tmp_path: Path) -> None:
+def test_trained_model_keeps_its_tokenizer(fitted: psannLM, tiny_texts: list[str], tmp_path: Path) -> None:
     assert fitted.tokenizer is not None
     options: dict[str, Any] = {"max_length": 16, "vocab_size": 261}
     other = psannLMDataPrep(tiny_texts, tokenizer="tokenizers", **options)
@@ -249,7 +249,7 @@ def test_a_trained_model_keeps_its_tokenizer(fitted: psannLM, tiny_texts: list[s
 
 
 @pytest.mark.parametrize("max_seq_len", [None, 64])
-def test_longer_windows_lengthen_the_context_unless_it_was_set(
+def test_fit_with_longer_windows_extends_open_context(
     data: psannLMDataPrep, tiny_texts: list[str], max_seq_len: int | None
 ) -> None:
     model = small(max_seq_len=max_seq_len).fit(data, max_steps=1, **FIT)
@@ -261,7 +261,7 @@ def test_longer_windows_lengthen_the_context_unless_it_was_set(
     assert model.model.config.max_seq_len == (max_seq_len or 32)
 
 
-def test_a_copied_or_pickled_model_generates_the_same(fitted: psannLM) -> None:
+def test_copied_or_pickled_model_generates_the_same(fitted: psannLM) -> None:
     text = fitted.generate("the", max_new_tokens=5, temperature=0)
     for twin in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):
         assert twin.generate("the", max_new_tokens=5, temperature=0) == text
@@ -284,7 +284,7 @@ def test_load_takes_a_run_folder_without_latest(data: psannLMDataPrep, tmp_path:
     assert torch.equal(psannLM.load(run).model.output_weight, older.model.output_weight)
 
 
-def test_the_arguments_can_be_read_back(data: psannLMDataPrep, tmp_path: Path) -> None:
+def test_arguments_are_readable_attributes(data: psannLMDataPrep, tmp_path: Path) -> None:
     assert (data.max_length, data.pack_sequences, data.val_split, data.seed) == (16, True, 0.2, 1337)
     assert data.tokenizer_model_path is None
     model = small(vocab_size=300, positional_encoding="alibi", sine_params={"amp_init": 1.5}, d_mlp=24)
@@ -294,14 +294,14 @@ def test_the_arguments_can_be_read_back(data: psannLMDataPrep, tmp_path: Path) -
         assert one.sine_params["amp_init"] == 1.5
 
 
-def test_fit_takes_the_documented_and_the_former_keyword(data: psannLMDataPrep) -> None:
+def test_fit_accepts_documented_and_former_keyword(data: psannLMDataPrep) -> None:
     for keyword in ("train_data", "data"):
         assert small().fit(**{keyword: data}, max_steps=1, **FIT).result is not None
     with pytest.raises(TypeError, match="two names"):
         small().fit(data, data=data, **FIT)
 
 
-def test_the_global_generator_makes_sampling_repeatable(fitted: psannLM) -> None:
+def test_generate_follows_global_generator_seed(fitted: psannLM) -> None:
     texts = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
@@ -314,7 +314,7 @@ def test_the_global_generator_makes_sampling_repeatable(fitted: psannLM) -> None
     assert torch.equal(torch.rand(3), wanted)
 
 
-def test_a_text_that_fills_the_context_is_reported(fitted: psannLM) -> None:
+def test_generate_warns_when_context_is_full(fitted: psannLM) -> None:
     assert fitted.model.config.max_seq_len == 16
     with pytest.warns(UserWarning, match=r"text ends after \d+ of 128 new tokens.*context of 16 tokens") as caught:
         fitted.generate("The", seed=0)
@@ -329,7 +329,7 @@ def test_a_text_that_fills_the_context_is_reported(fitted: psannLM) -> None:
         fitted.generate("The", max_new_tokens=40, seed=0, context="slide")
 
 
-def test_two_short_texts_are_enough_to_train_and_generate() -> None:
+def test_two_short_texts_suffice_to_train_and_generate() -> None:
     for packs in (True, False):
         texts = ["hello world", "goodnight moon"]
         tiny = psannLMDataPrep(texts, tokenizer="simple", max_length=64, pack_sequences=packs)
@@ -338,7 +338,7 @@ def test_two_short_texts_are_enough_to_train_and_generate() -> None:
         assert len(model.generate_batch(["hello", "goodnight"], max_new_tokens=8)) == 2
 
 
-def test_a_model_too_large_is_named_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversize_model_raises_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"model: [\d,]+ parameters need .* GB for the model alone \(weights\)"):
         psannLM(d_model=1 << 20, n_heads=8)
     with pytest.raises(ConfigError, match="for the model alone"):
@@ -352,7 +352,7 @@ def test_a_model_too_large_is_named_when_it_is_made(monkeypatch: pytest.MonkeyPa
     assert model.result is None
 
 
-def test_a_stopped_fit_names_no_folder_that_is_gone(data: psannLMDataPrep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_fit_names_no_removed_folder(data: psannLMDataPrep, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(trainer: object) -> None:
         raise Interrupted("saved in /tmp/scratch")
 

@@ -30,12 +30,12 @@ def shown(page: io.StringIO, *things: object) -> str:
     return page.getvalue()
 
 
-def test_paths_are_printed_as_they_are_and_whole() -> None:
+def test_console_prints_paths_unbroken() -> None:
     assert shown(io.StringIO(), WANTED) == f"{WANTED}\n"
 
 
 @pytest.mark.parametrize("columns", ["0", "1", "20", "junk", "²", "-5", "9" * 5000, ""])
-def test_tables_in_files_show_their_values_whole(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+def test_console_tables_in_files_show_full_values(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     text = shown(io.StringIO(), FiguresTable("title :100:", [("folder", WANTED), ("kind", "[bold]x[/bold]")]))
     assert WANTED in text
@@ -46,7 +46,7 @@ def test_tables_in_files_show_their_values_whole(monkeypatch: pytest.MonkeyPatch
     assert "1.2345 nats per token" in shown(io.StringIO(), table)
 
 
-def test_columns_bound_prose_and_break_no_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_console_columns_limit_text_but_not_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     folder = tmp_path / ("a folder " * 20)
     folder.mkdir()
@@ -58,13 +58,13 @@ def test_columns_bound_prose_and_break_no_path(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("columns", ["0", "1", "20", "junk"])
-def test_tables_on_terminals_have_room_for_values(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+def test_console_tables_on_terminals_fit_values(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setenv("TERM", "xterm")
     assert "1.2345" in shown(Terminal(), FiguresTable("title", [("validation loss", "1.2345")]))
 
 
-def test_no_variable_makes_a_file_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_console_file_is_never_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
@@ -74,7 +74,7 @@ def test_no_variable_makes_a_file_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
     assert sys.stderr.getvalue() == "text\n"  # type: ignore[attr-defined]
 
 
-def test_escapes_are_shown_on_terminals_and_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_console_shows_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     hostile = "a\x1b[2Jb\u202ec\x9bd\udce9"
     for page in (io.StringIO(), Terminal()):
@@ -83,7 +83,7 @@ def test_escapes_are_shown_on_terminals_and_in_files(monkeypatch: pytest.MonkeyP
         assert printable(text, keep="\n") == text
 
 
-def test_styles_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_console_styles_reach_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     for name in (*VARIABLES, "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)

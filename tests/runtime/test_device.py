@@ -34,26 +34,26 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     "name", ["gpu", "CUDA", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "cpu:0", "auto:1", "", "mps"]
 )
-def test_an_unknown_name_is_refused(gpus: Any, name: str) -> None:
+def test_pick_device_unknown_name_raises(gpus: Any, name: str) -> None:
     gpus(2)
     with pytest.raises(DeviceError, match="not one of auto, cpu, cuda, cuda:N") as caught:
         pick_device(name)
     assert f"'{name}'" in str(caught.value)
 
 
-def test_a_slip_names_its_neighbour() -> None:
+def test_pick_device_suggests_nearest_name() -> None:
     with pytest.raises(DeviceError, match=r"did you mean 'cuda'\?"):
         pick_device("cud")
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:3"])
-def test_a_gpu_that_is_not_there_is_never_replaced_by_the_cpu(gpus: Any, name: str) -> None:
+def test_pick_device_missing_gpu_raises(gpus: Any, name: str) -> None:
     gpus(0)
     with pytest.raises(DeviceError, match="finds no GPU; use device: cpu"):
         pick_device(name)
 
 
-def test_auto_takes_what_there_is(gpus: Any) -> None:
+def test_pick_device_auto_takes_available_device(gpus: Any) -> None:
     gpus(0)
     assert pick_device("auto") == CPU
     assert pick_device("auto", local_rank=3) == CPU
@@ -66,7 +66,7 @@ def test_auto_takes_what_there_is(gpus: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "local_rank"), [("cuda:2", 0), ("cuda", 2), ("auto", 2)])
-def test_a_gpu_beyond_the_last_is_refused(gpus: Any, name: str, local_rank: int) -> None:
+def test_pick_device_gpu_index_out_of_range_raises(gpus: Any, name: str, local_rank: int) -> None:
     gpus(2)
     with pytest.raises(DeviceError, match="GPU 2 was requested, but there are 2"):
         pick_device(name, local_rank)
@@ -83,7 +83,7 @@ def test_a_gpu_beyond_the_last_is_refused(gpus: Any, name: str, local_rank: int)
         ("auto", False, torch.float32),
     ],
 )
-def test_the_precision_is_the_one_asked_for_or_the_best_in_hardware(
+def test_pick_precision_takes_requested_or_best_supported(
     monkeypatch: pytest.MonkeyPatch, amp: Any, has_bf16: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(device, "computes_in_bf16", lambda _: has_bf16)
@@ -96,7 +96,7 @@ def test_the_precision_is_the_one_asked_for_or_the_best_in_hardware(
     assert product.dtype == dtype
 
 
-def test_bf16_without_hardware_is_computed_in_software(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pick_precision_bf16_works_without_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "computes_in_bf16", lambda _: False)
     precision = pick_precision("bf16", CPU)
     assert precision.dtype == torch.bfloat16
@@ -116,7 +116,7 @@ def test_bf16_without_hardware_is_computed_in_software(monkeypatch: pytest.Monke
         ({"bf16": True}, True),
     ],
 )
-def test_bf16_is_told_from_what_the_processor_says(
+def test_computes_in_bf16_reads_cpu_capabilities(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: bool
 ) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
@@ -128,7 +128,7 @@ def programs(monkeypatch: pytest.MonkeyPatch, *there: str) -> None:
     monkeypatch.setattr("psannlm.runtime.device.trial_failure", lambda kind: None)
 
 
-def test_compiling_on_a_cpu_needs_a_cpp_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_on_cpu_needs_cpp_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     programs(monkeypatch)
     with pytest.raises(DeviceError, match=r"install g\+\+.*set compile: false"):
         require_compiler(CPU)
@@ -136,9 +136,7 @@ def test_compiling_on_a_cpu_needs_a_cpp_compiler(monkeypatch: pytest.MonkeyPatch
     require_compiler(CPU)
 
 
-def test_compiling_on_a_gpu_needs_triton_and_what_triton_builds_with(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_compile_on_gpu_needs_triton_and_its_build_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr("psannlm.runtime.device.find_spec", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
@@ -158,11 +156,11 @@ def test_compiling_on_a_gpu_needs_triton_and_what_triton_builds_with(
     assert device.has_compiler(gpu)
 
 
-def test_the_cpu_is_described_by_its_threads() -> None:
+def test_describe_device_names_cpu_threads() -> None:
     assert describe_device(CPU).startswith(f"CPU, {torch.get_num_threads()} thread")
 
 
-def test_a_broken_compiler_is_found_by_one_trial(tmp_path: Path) -> None:
+def test_compiler_trial_detects_broken_compiler_once(tmp_path: Path) -> None:
     """With a compiler that is there and fails, asked for by name is refused, and auto does without."""
     for name in ("g++", "clang++", "c++"):
         fake = tmp_path / name
@@ -228,7 +226,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Exception],
         (_CompileError(""), "_CompileError"),
     ],
 )  # fmt: skip
-def test_a_failed_trial_names_cause_and_remedy(
+def test_compiler_trial_failure_names_cause_and_remedy(
     error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, fail_with: Callable[[Exception], None]
 ) -> None:
     """A cache that may not be written to, or not be run from, fails as these exceptions say."""
@@ -250,7 +248,7 @@ def test_a_failed_trial_names_cause_and_remedy(
 
 
 @pytest.mark.parametrize("place", ["TORCHINDUCTOR_CACHE_DIR", "temporary files", "Python environment"])
-def test_a_space_in_a_path_of_the_compiler_is_named(
+def test_compiler_trial_names_path_with_space(
     place: str, monkeypatch: pytest.MonkeyPatch, fail_with: Callable[[Exception], None]
 ) -> None:
     path = "/home/ada/My Projects/x"

@@ -28,7 +28,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("ddp", ["auto", "off"])
-def test_no_launcher_is_a_world_of_one(launched: Any, ddp: Any) -> None:
+def test_world_without_launcher_has_size_one(launched: Any, ddp: Any) -> None:
     world = world_from_env(ddp)
     assert world == World(0, 0, 1)
     assert world.is_main
@@ -40,7 +40,7 @@ def test_no_launcher_is_a_world_of_one(launched: Any, ddp: Any) -> None:
         world.wait()
 
 
-def test_the_launcher_tells_the_place(launched: Any) -> None:
+def test_world_from_env_reads_launcher_variables(launched: Any) -> None:
     launched(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     for ddp in ("auto", "on"):
         world = world_from_env(ddp)
@@ -48,38 +48,38 @@ def test_the_launcher_tells_the_place(launched: Any) -> None:
         assert not world.is_main
 
 
-def test_on_without_a_launcher_is_an_error(launched: Any) -> None:
+def test_ddp_on_without_launcher_raises(launched: Any) -> None:
     with pytest.raises(DeviceError, match="torchrun --nproc-per-node N") as caught:
         world_from_env("on")
     assert "ddp: auto" in str(caught.value)
 
 
-def test_on_under_a_launcher_of_one_is_fine(launched: Any) -> None:
+def test_ddp_on_with_one_process_works(launched: Any) -> None:
     launched(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     assert world_from_env("on") == World(0, 0, 1)
 
 
-def test_off_under_a_launcher_of_several_is_an_error(launched: Any) -> None:
+def test_ddp_off_with_several_processes_raises(launched: Any) -> None:
     """They would all write one run folder."""
     launched(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
     with pytest.raises(DeviceError, match="torchrun started 2 processes"):
         world_from_env("off")
 
 
-def test_half_an_environment_is_an_error(launched: Any) -> None:
+def test_world_from_incomplete_env_raises(launched: Any) -> None:
     """Some clusters set WORLD_SIZE in every container."""
     launched(WORLD_SIZE="2")
     with pytest.raises(DeviceError, match="WORLD_SIZE is 2, but RANK is not set"):
         world_from_env("auto")
 
 
-def test_a_group_needs_a_place_to_meet(launched: Any) -> None:
+def test_world_without_master_address_raises(launched: Any) -> None:
     launched(WORLD_SIZE="2", RANK="1")
     with pytest.raises(DeviceError, match="MASTER_ADDR is not set"):
         world_from_env("auto")
 
 
-def test_sharding_needs_several_processes(launched: Any) -> None:
+def test_fsdp_with_one_process_raises(launched: Any) -> None:
     with pytest.raises(DeviceError, match="psannlm train --nproc N"):
         world_from_env("auto", "full")
     launched(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -103,7 +103,7 @@ def _group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_group_of_one")
-def test_sums_are_made_over_the_group() -> None:
+def test_process_group_sums_over_ranks() -> None:
     """What goes out is what the collective gives back, in float64."""
     world = World(0, 0, 2)
     with process_group(world, CPU):
@@ -118,14 +118,14 @@ def test_sums_are_made_over_the_group() -> None:
     assert not dist.is_initialized()
 
 
-def test_a_world_of_one_asks_no_device() -> None:
+def test_world_of_one_uses_no_device() -> None:
     """On one that holds no numbers there would be none to read."""
     assert World().all_reduce_async(2.5, torch.device("meta")).read() == [2.5]
     assert World().any(True, torch.device("meta"))
 
 
 @pytest.mark.usefixtures("_group_of_one")
-def test_the_group_is_left_also_after_an_error() -> None:
+def test_process_group_is_destroyed_after_error() -> None:
     with pytest.raises(ValueError, match="within"), process_group(World(0, 0, 2), CPU):
         raise ValueError("within")
     assert not dist.is_initialized()

@@ -47,18 +47,18 @@ def held_and_faults(function: str, **environment: str) -> tuple[int, int]:
     return int(held), int(faults)
 
 
-def test_training_finds_its_memory_again() -> None:
+def test_retain_freed_memory_reuses_pages() -> None:
     held, faults = held_and_faults("retain_freed_memory")
     assert held > 500
     assert faults < PAGES / 50, "what was freed was cleared anew"
 
 
-def test_flat_work_gives_back_what_it_does_not_use() -> None:
+def test_trim_aggressively_returns_freed_memory() -> None:
     held, _ = held_and_faults("trim_aggressively")
     assert held < 100
 
 
-def test_what_the_user_settled_holds() -> None:
+def test_malloc_settings_respect_environment() -> None:
     held, faults = held_and_faults(
         "retain_freed_memory", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072"
     )

@@ -69,13 +69,13 @@ def run_in(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]
     ],
     ids=lambda arguments: f"{arguments[0]} {arguments[-1]}",
 )
-def test_commands_import_nothing_from_the_working_folder(hostile: Path, arguments: list[str]) -> None:
+def test_subprocess_commands_import_nothing_from_working_folder(hostile: Path, arguments: list[str]) -> None:
     done = run_in(hostile, [str(SCRIPT), *arguments])
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-def test_prep_workers_import_nothing_from_the_working_folder(hostile: Path) -> None:
+def test_prep_workers_import_nothing_from_working_folder(hostile: Path) -> None:
     fitted = run_in(
         hostile, [str(SCRIPT), "tokenize", "corpus.txt", "--per-line", "--vocab-size", "300", "--out", "t.model"]
     )
@@ -90,7 +90,7 @@ def test_prep_workers_import_nothing_from_the_working_folder(hostile: Path) -> N
 @pytest.mark.parametrize(
     "module", [["-m", "psannlm", "train"], ["-mpsannlm", "train"], ["-B", "-m", "psann.lm.train.cli", "--config"]]
 )
-def test_python_m_imports_nothing_from_the_working_folder(hostile: Path, module: list[str]) -> None:
+def test_python_m_imports_nothing_from_working_folder(hostile: Path, module: list[str]) -> None:
     """Python itself has looked there for what it needs to find a module; from then on nothing does."""
     for name in ("psannlm", "typing"):  # what Python itself looks for before our first line runs, on some versions
         (hostile / f"{name}.py").unlink()
@@ -98,7 +98,7 @@ def test_python_m_imports_nothing_from_the_working_folder(hostile: Path, module:
     assert done.returncode == 0, done.stderr
 
 
-def test_child_path_leaves_out_only_the_working_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_import_path_leaves_out_working_folder_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     kept = [
@@ -115,7 +115,7 @@ def test_child_path_leaves_out_only_the_working_folder(monkeypatch: pytest.Monke
     assert import_path() == [str(tmp_path), *kept]
 
 
-def test_a_child_has_the_path_and_arguments_it_is_given(tmp_path: Path) -> None:
+def test_python_program_passes_path_and_arguments(tmp_path: Path) -> None:
     odd = str(tmp_path / "it's: a \\ folder ü")
     (tmp_path / "json.py").write_text("raise SystemExit(99)", encoding="utf-8")
     code = "import json; print(json.dumps([sys.path, sys.argv[1:]]))"
@@ -130,13 +130,13 @@ def test_a_child_has_the_path_and_arguments_it_is_given(tmp_path: Path) -> None:
     assert odd in path
 
 
-def test_a_module_runs_as_python_m_runs_it(tmp_path: Path) -> None:
+def test_python_command_runs_module_like_python_m(tmp_path: Path) -> None:
     done = subprocess.run(python_command("psannlm", "--version"), cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("psannlm "), done.stderr
 
 
 @pytest.mark.slow
-def test_training_needs_no_home_no_temporary_folder_and_no_sane_thread_count(hostile: Path) -> None:
+def test_training_works_without_home_tmpdir_or_thread_count(hostile: Path) -> None:
     """What cannot be used is done without: no folder of these is the user's wish for this command."""
     for name in NAMES:
         (hostile / f"{name}.py").unlink()

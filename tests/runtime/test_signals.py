@@ -26,7 +26,7 @@ open(sys.argv[1], "w").write("saved")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_every_signal_of_an_end_sets_the_flag(name: str) -> None:
+def test_stop_signals_set_the_flag(name: str) -> None:
     stop, number = threading.Event(), signal.Signals[name]
     former = signal.getsignal(number)
     with stopping_on_signals(stop):
@@ -35,7 +35,7 @@ def test_every_signal_of_an_end_sets_the_flag(name: str) -> None:
     assert signal.getsignal(number) == former
 
 
-def test_an_ignored_hangup_stays_ignored() -> None:
+def test_stop_signals_keep_ignored_sighup() -> None:
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         stop = threading.Event()
@@ -46,7 +46,7 @@ def test_an_ignored_hangup_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, former)
 
 
-def test_a_closed_pipe_stops_work_that_then_saves(tmp_path: object) -> None:
+def test_closed_pipe_sets_stop_flag(tmp_path: object) -> None:
     saved = os.path.join(str(tmp_path), "saved")
     read, write = os.pipe()
     process = subprocess.Popen([sys.executable, "-c", WORK, saved], stdout=write, stderr=write)
@@ -58,7 +58,7 @@ def test_a_closed_pipe_stops_work_that_then_saves(tmp_path: object) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="terminals of Linux")
-def test_a_closed_terminal_stops_work_that_then_saves(tmp_path: object) -> None:
+def test_closed_terminal_sets_stop_flag(tmp_path: object) -> None:
     import pty
 
     saved = os.path.join(str(tmp_path), "saved")

@@ -33,7 +33,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("stream", "reason"), [(Full(), "no space left on device"), (None, "closed")])
-def test_output_that_takes_nothing_is_named(
+def test_stdout_closed_or_full_raises_named_error(
     monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | None, reason: str
 ) -> None:
     monkeypatch.setattr(sys, "stdout", stream)
@@ -51,7 +51,7 @@ def test_output_that_takes_nothing_is_named(
 
 
 @pytest.mark.parametrize("stream", [Full(), None])
-def test_messages_that_are_lost_end_no_work(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | None) -> None:
+def test_stderr_closed_or_full_discards_messages(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | None) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
     say("before")
     with guarding_streams():
@@ -60,7 +60,7 @@ def test_messages_that_are_lost_end_no_work(monkeypatch: pytest.MonkeyPatch, str
         say("text")
 
 
-def test_input_that_is_closed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdin_closed_raises_named_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     with guarding_streams():
         assert not sys.stdin.isatty()
@@ -70,9 +70,7 @@ def test_input_that_is_closed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("encoding", "text"), [("ascii", b"caf? ?\n"), ("latin-1", b"caf\xe9 ?\n")])
-def test_characters_that_an_encoding_lacks_are_replaced(
-    monkeypatch: pytest.MonkeyPatch, encoding: str, text: bytes
-) -> None:
+def test_streams_replace_unencodable_characters(monkeypatch: pytest.MonkeyPatch, encoding: str, text: bytes) -> None:
     page = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(page, encoding))
     with guarding_streams():
@@ -81,7 +79,7 @@ def test_characters_that_an_encoding_lacks_are_replaced(
     assert page.getvalue() == text
 
 
-def test_a_terminal_is_shown_escapes_and_a_file_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_output_escapes_on_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a\x1b[31m\tb\n\u202e"
     for page, written in ((Terminal(), "a\\x1b[31m\tb\n\\u202e"), (io.StringIO(), text)):
         monkeypatch.setattr(sys, "stdout", page)
@@ -99,7 +97,7 @@ def test_a_terminal_is_shown_escapes_and_a_file_gets_them(monkeypatch: pytest.Mo
         ("<&-", 0, ""),
     ],
 )
-def test_a_command_names_the_stream(tmp_path: Path, redirection: str, code: int, said: str) -> None:
+def test_command_error_names_the_stream(tmp_path: Path, redirection: str, code: int, said: str) -> None:
     command = f"exec '{sys.executable}' -m psannlm --version {redirection}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
     assert done.returncode == code
@@ -108,7 +106,7 @@ def test_a_command_names_the_stream(tmp_path: Path, redirection: str, code: int,
     assert bool(done.stdout) == (code == 0)
 
 
-def test_a_closed_descriptor_is_taken_by_no_file(tmp_path: Path) -> None:
+def test_closed_descriptor_is_not_reused_by_files(tmp_path: Path) -> None:
     program = (
         "import os, sys\nfrom psannlm.runtime.streams import guarding_streams\n"
         "with guarding_streams():\n"

@@ -70,7 +70,7 @@ def save(build_tiny: Build, tmp_path: Path) -> Callable[..., Path]:
     return saver
 
 
-def test_everything_comes_back(save: Callable[..., Path], build_tiny: Build) -> None:
+def test_checkpoint_roundtrip(save: Callable[..., Path], build_tiny: Build) -> None:
     folder = save(5)
     assert read_state(folder) == state_at(5)
     assert read_optimizer(folder)["embedding.weight/exp_avg"].tolist() == [5.0] * 6
@@ -89,7 +89,7 @@ def refusal(folder: Path) -> str | None:
     return None
 
 
-def test_a_thousand_flipped_bits_are_a_thousand_errors(save: Callable[..., Path], tmp_path: Path) -> None:
+def test_checkpoint_any_flipped_bit_raises(save: Callable[..., Path], tmp_path: Path) -> None:
     folder = save(5)
     rng = random.Random(0)
     sizes = {name: (folder / name).stat().st_size for name in FILES}
@@ -109,7 +109,7 @@ def test_a_thousand_flipped_bits_are_a_thousand_errors(save: Callable[..., Path]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_bit_of_the_first_and_last_bytes_counts(save: Callable[..., Path], name: str) -> None:
+def test_checkpoint_flipped_bit_at_file_ends_raises(save: Callable[..., Path], name: str) -> None:
     path = save(5) / name
     content = path.read_bytes()
     for at in [*range(24), *range(len(content) - 4, len(content))]:
@@ -120,7 +120,7 @@ def test_every_bit_of_the_first_and_last_bytes_counts(save: Callable[..., Path],
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_any_length_but_the_whole_is_an_error(save: Callable[..., Path], name: str) -> None:
+def test_checkpoint_truncated_or_extended_file_raises(save: Callable[..., Path], name: str) -> None:
     path = save(5) / name
     content = path.read_bytes()
     lengths = {0, 1, 7, 8, 9, len(content) - 1, *range(0, len(content), max(1, len(content) // 60))}
@@ -135,7 +135,7 @@ def test_any_length_but_the_whole_is_an_error(save: Callable[..., Path], name: s
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_named(save: Callable[..., Path], name: str) -> None:
+def test_checkpoint_missing_file_is_named(save: Callable[..., Path], name: str) -> None:
     folder = save(5)
     (folder / name).unlink()
     with pytest.raises(ArtifactError, match=name):
@@ -143,7 +143,7 @@ def test_a_missing_file_is_named(save: Callable[..., Path], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES[:2])
-def test_a_file_of_another_checkpoint_is_noticed(save: Callable[..., Path], name: str) -> None:
+def test_checkpoint_mixed_files_raise(save: Callable[..., Path], name: str) -> None:
     """Each file is whole; together they never were a state of the run."""
     older, newer = save(4), save(5)
     shutil.copy(older / name, newer / name)
@@ -151,7 +151,7 @@ def test_a_file_of_another_checkpoint_is_noticed(save: Callable[..., Path], name
         read_state(newer)
 
 
-def test_the_files_of_a_checkpoint_cannot_change_roles(save: Callable[..., Path]) -> None:
+def test_checkpoint_swapped_files_raise(save: Callable[..., Path]) -> None:
     folder = save(5)
     (folder / "model.safetensors").rename(folder / "x")
     (folder / "optimizer.safetensors").rename(folder / "model.safetensors")
@@ -165,7 +165,7 @@ def test_the_files_of_a_checkpoint_cannot_change_roles(save: Callable[..., Path]
 @pytest.mark.parametrize(
     "text", ["", "null", "[]", "7", '"sha256"', "{}", '{"sha256": 1}', "[" * 100_000, '{"a":' * 100_000, "\ud800"]
 )
-def test_what_is_no_state_is_an_error_in_one_line(save: Callable[..., Path], text: str) -> None:
+def test_checkpoint_invalid_state_raises_one_line(save: Callable[..., Path], text: str) -> None:
     path = save(5) / "trainer.json"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(ArtifactError, match=r"trainer\.json") as caught:
@@ -180,7 +180,7 @@ def test_checkpoint_unknown_format_version_is_refused(save: Callable[..., Path])
         read_state(path.parent)
 
 
-def test_the_newest_whole_one_is_taken_and_damage_is_said(save: Callable[..., Path]) -> None:
+def test_latest_valid_checkpoint_skips_and_reports_damage(save: Callable[..., Path]) -> None:
     for step in (2, 4, 10):
         run = save(step).parent
     said: list[str] = []
@@ -199,14 +199,14 @@ def test_the_newest_whole_one_is_taken_and_damage_is_said(save: Callable[..., Pa
         latest_valid_checkpoint(run, said.append)
 
 
-def test_no_run_is_no_checkpoint(tmp_path: Path) -> None:
+def test_latest_valid_checkpoint_without_run_is_none(tmp_path: Path) -> None:
     assert latest_valid_checkpoint(tmp_path / "nowhere", pytest.fail) is None
     assert list_checkpoints(tmp_path / "nowhere") == []
     assert find_checkpoint(tmp_path / "nowhere") is None
     assert find_checkpoint(tmp_path) is None
 
 
-def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+def test_list_checkpoints_sorts_by_step(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000, 7):
         step_folder(tmp_path, step).mkdir()
     for name in ("step_", "step_7x", "step_-1", "steps_00000001", ".step_00000009.12.tmp"):
@@ -223,7 +223,7 @@ def test_prune_keeps_the_newest_and_the_best(save: Callable[..., Path]) -> None:
     assert [path.name[-1] for path in list_checkpoints(run)] == ["3", "6", "7"]
 
 
-def test_prune_leaves_every_foreign_folder(save: Callable[..., Path], tmp_path: Path) -> None:
+def test_prune_keeps_foreign_folders(save: Callable[..., Path], tmp_path: Path) -> None:
     """A name alone does not make a checkpoint ours, and neither does one of ours with a file of the user's in it."""
     run = [save(step) for step in (10, 11, 12)][-1].parent
     (step_folder(run, 10) / "notes.txt").write_text("mine", encoding="utf-8")
@@ -241,7 +241,7 @@ def test_prune_leaves_every_foreign_folder(save: Callable[..., Path], tmp_path: 
     assert (run / "step_00000004" / "trainer.json").exists()
 
 
-def test_a_removal_cut_short_leaves_no_half_checkpoint(
+def test_remove_checkpoint_interrupted_leaves_no_partial_checkpoint(
     save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2, 3):
@@ -263,7 +263,7 @@ def test_a_removal_cut_short_leaves_no_half_checkpoint(
 @pytest.mark.parametrize(
     "text", ["", "..", ".", "/", "/tmp", "step_00000009", "step_00000002/..", "../run/step_00000002", "\0", "é"]
 )
-def test_a_pointer_names_a_checkpoint_of_its_run_or_nothing(save: Callable[..., Path], text: str) -> None:
+def test_read_pointer_returns_own_checkpoint_or_none(save: Callable[..., Path], text: str) -> None:
     run = save(2).parent
     (run / BEST).write_text(text, encoding="utf-8")
     assert read_pointer(run, BEST) is None
@@ -273,7 +273,7 @@ def test_a_pointer_names_a_checkpoint_of_its_run_or_nothing(save: Callable[..., 
     assert read_pointer(run, BEST) == step_folder(run, 2)
 
 
-def test_the_run_that_saved_last_and_its_best_are_found(save: Callable[..., Path], tmp_path: Path) -> None:
+def test_find_checkpoint_takes_best_of_last_saved_run(save: Callable[..., Path], tmp_path: Path) -> None:
     a, b = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
     for run, step in ((a, 1), (a, 9), (b, 2), (b, 3)):
         save(step, run)
@@ -308,7 +308,7 @@ def largest_file(n_bytes: int) -> Iterator[None]:
         (100_000, 6, CharTokenizer("".join(map(chr, range(0x4E00, 0x4E00 + 20_000))))),  # within the model's header
     ],
 )
-def test_a_full_disk_leaves_the_older_checkpoints_and_nothing_else(
+def test_save_on_full_disk_keeps_older_checkpoints_only(
     save: Callable[..., Path],
     contents: Callable[[Path], dict[str, str]],
     limit: int,
@@ -331,7 +331,7 @@ def test_a_full_disk_leaves_the_older_checkpoints_and_nothing_else(
     assert save(4) == step_folder(run, 4)
 
 
-def test_a_full_disk_at_the_state_file_leaves_nothing(
+def test_save_on_full_disk_at_state_leaves_nothing(
     save: Callable[..., Path], contents: Callable[[Path], dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = save(2).parent
@@ -348,7 +348,7 @@ def test_a_full_disk_at_the_state_file_leaves_nothing(
     assert list(run.glob(".*")) == []
 
 
-def test_leftovers_of_a_kill_are_never_chosen_and_go_at_the_next_save(save: Callable[..., Path]) -> None:
+def test_save_ignores_and_removes_leftovers_of_kill(save: Callable[..., Path]) -> None:
     run = save(2).parent
     with temporary_beside(step_folder(run, 4)) as temporary, pytest.MonkeyPatch.context() as patch:
         shutil.copytree(step_folder(run, 2), temporary)
@@ -361,7 +361,7 @@ def test_leftovers_of_a_kill_are_never_chosen_and_go_at_the_next_save(save: Call
     assert {path.name for path in run.glob(".*")} == {".gitignore"}
 
 
-def test_saving_a_step_again_replaces_it(save: Callable[..., Path], tmp_path: Path) -> None:
+def test_save_of_same_step_replaces_checkpoint(save: Callable[..., Path], tmp_path: Path) -> None:
     folder = save(3)
     (folder / "model.safetensors").write_bytes(b"damaged")
     save(3)
@@ -391,7 +391,7 @@ def swell(path: Path, n_bytes: int) -> None:
         ),
     ],
 )
-def test_a_sparse_file_of_100_gigabytes_is_not_hashed(save: Callable[..., Path], name: str, said: str) -> None:
+def test_checkpoint_oversize_sparse_file_is_not_hashed(save: Callable[..., Path], name: str, said: str) -> None:
     folder = save(3)
     swell(folder / name, 100 * 10**9)
     started_s = time.process_time()

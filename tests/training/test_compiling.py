@@ -35,7 +35,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("device", [CPU], ids=str)
-def test_auto_compiles_from_the_size_that_repays_it(device: torch.device) -> None:
+def test_compile_auto_compiles_from_break_even_size(device: torch.device) -> None:
     needed = COMPILE_BREAK_EVEN_FLOPS[device.type]
     assert decide_compiling("auto", device, 0.99 * needed) == (False, None)
     is_compiled, said = decide_compiling("auto", device, needed)
@@ -44,12 +44,12 @@ def test_auto_compiles_from_the_size_that_repays_it(device: torch.device) -> Non
     assert (is_compiled, "sharded" in str(said)) == (False, True)
 
 
-def test_a_gpu_needs_more_work_before_it_repays() -> None:
+def test_compile_auto_gpu_break_even_exceeds_cpu() -> None:
     assert COMPILE_BREAK_EVEN_FLOPS["cuda"] > 100 * COMPILE_BREAK_EVEN_FLOPS["cpu"]
     assert decide_compiling("auto", GPU, 10 * COMPILE_BREAK_EVEN_FLOPS["cpu"]) == (False, None)
 
 
-def test_without_a_compiler_auto_goes_on_and_true_does_not(compiler: Callable[[bool], None]) -> None:
+def test_compile_without_compiler_auto_continues_true_raises(compiler: Callable[[bool], None]) -> None:
     compiler(False)
     is_compiled, said = decide_compiling("auto", CPU, 1e20)
     assert not is_compiled
@@ -59,12 +59,12 @@ def test_without_a_compiler_auto_goes_on_and_true_does_not(compiler: Callable[[b
 
 
 @pytest.mark.usefixtures("compiler")
-def test_what_is_said_outright_is_done_without_a_word() -> None:
+def test_compile_explicit_setting_prints_nothing() -> None:
     assert decide_compiling(True, CPU, 0.0) == (True, None)
     assert decide_compiling(False, CPU, 1e20) == (False, None)
 
 
-def test_the_size_of_a_run_is_that_of_its_steps(tiny_run: TinyRun) -> None:
+def test_run_flops_count_all_steps(tiny_run: TinyRun) -> None:
     config = tiny_run(grad_accum_steps=3)
     model = resolve(config.model, vocab_size=300, max_seq_len=config.data.max_length)
     per_token = flops_per_token(model, config.data.max_length)
@@ -74,7 +74,7 @@ def test_the_size_of_a_run_is_that_of_its_steps(tiny_run: TinyRun) -> None:
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("repays", [False, True])
-def test_a_run_does_what_its_plan_says(repays: bool, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_compiles_as_its_plan_says(repays: bool, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[torch.nn.Module] = []
 
     def note(model: torch.nn.Module) -> torch.nn.Module:

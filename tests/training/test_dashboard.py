@@ -29,7 +29,7 @@ def board_of_a_long_run() -> Dashboard:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_every_figure_fits(width: int) -> None:
+def test_dashboard_fits_all_values(width: int) -> None:
     lines = shown(board_of_a_long_run(), width)
     assert len(lines) == 3
     assert max(len(line) for line in lines) <= width
@@ -43,13 +43,13 @@ def test_every_figure_fits(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [20, 40, 79])
-def test_a_narrow_terminal_loses_ends_of_lines_and_no_line(width: int) -> None:
+def test_dashboard_narrow_terminal_truncates_but_keeps_lines(width: int) -> None:
     lines = shown(board_of_a_long_run(), width)
     assert len(lines) == 3
     assert max(len(line) for line in lines) <= width
 
 
-def test_before_the_first_step_nothing_is_made_up() -> None:
+def test_dashboard_before_first_step_shows_no_values() -> None:
     lines = shown(Dashboard(10), 80)
     assert "step 0 of 10" in lines[0]
     assert "left" not in lines[0]
@@ -58,7 +58,7 @@ def test_before_the_first_step_nothing_is_made_up() -> None:
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 17, 18, 19, 36, 37, 97, 1000, 4096])
-def test_the_curve_stays_short_and_every_step_is_in_one_point(n_steps: int) -> None:
+def test_dashboard_curve_stays_short_and_counts_each_step(n_steps: int) -> None:
     board = Dashboard(n_steps)
     for step in range(n_steps):
         board.add_loss(float(step))
@@ -71,13 +71,13 @@ def test_the_curve_stays_short_and_every_step_is_in_one_point(n_steps: int) -> N
     assert board.loss == n_steps - 1
 
 
-def test_blocks_by_hand() -> None:
+def test_sparkline_known_values() -> None:
     assert sparkline([0, 7, 1, 3.4]) == "▁█▂▄"
     assert sparkline([2, 2]) == "▁▁"
     assert sparkline([1]) == sparkline([]) == ""
 
 
-def test_memory_is_that_of_this_process() -> None:
+def test_memory_in_use_is_of_this_process() -> None:
     use = memory_in_use()
     assert use is not None
     assert 10e6 < use.now_bytes <= use.most_bytes < 1e12
@@ -89,7 +89,7 @@ def test_memory_is_that_of_this_process() -> None:
     del block
 
 
-def test_it_is_drawn_a_few_times_a_second_at_most_and_at_the_end_as_it_stands() -> None:
+def test_dashboard_redraw_is_throttled_and_final_state_drawn() -> None:
     now = [0.0]
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
     assert isinstance(console.file, io.StringIO)

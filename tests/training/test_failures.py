@@ -95,7 +95,7 @@ def state_of(module: torch.nn.Module, optimizers: OptimizerSet) -> dict[str, tor
         ("loss", math.nan, "adamw", "fp16"),
     ],
 )
-def test_skipped_steps_change_nothing_and_are_counted_logged_and_told(
+def test_skipped_steps_change_nothing_and_are_reported(
     tiny_run: TinyRun,
     tiny_corpus: Path,
     spoil: Callable[..., list[bool]],
@@ -140,7 +140,7 @@ def assert_finite_on_disk(folder: Path) -> None:
         json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"), parse_constant=refuse)
 
 
-def test_the_windows_named_are_those_of_the_step(tiny_run: TinyRun, spoil: Callable[..., list[bool]]) -> None:
+def test_nonfinite_error_names_windows_of_step(tiny_run: TinyRun, spoil: Callable[..., list[bool]]) -> None:
     """Across the end of an epoch: six steps of 16 windows, the last one smaller."""
     spoil({6: math.nan, 8: math.nan})
     seen: list[list[int]] = []
@@ -160,7 +160,7 @@ def test_the_windows_named_are_those_of_the_step(tiny_run: TinyRun, spoil: Calla
     assert len(seen[5]) < 16
 
 
-def test_the_third_in_a_row_ends_the_run(tiny_run: TinyRun, spoil: Callable[..., list[bool]]) -> None:
+def test_nonfinite_third_step_in_a_row_raises(tiny_run: TinyRun, spoil: Callable[..., list[bool]]) -> None:
     spoil({3: math.nan, 4: math.nan, 5: math.nan})
     config = tiny_run(on_nonfinite="skip", max_steps=9, save_interval_steps=1)
     with pytest.raises(TrainingError, match=r"step 5: loss .*, as in the 2 steps before") as caught:
@@ -171,7 +171,7 @@ def test_the_third_in_a_row_ends_the_run(tiny_run: TinyRun, spoil: Callable[...,
     assert_finite_on_disk(folder)
 
 
-def test_a_resume_counts_on_also_within_a_row(tiny_run: TinyRun, spoil: Callable[..., list[bool]]) -> None:
+def test_resume_continues_count_of_skipped_steps(tiny_run: TinyRun, spoil: Callable[..., list[bool]]) -> None:
     spoil({2: math.nan, 3: math.nan, 4: math.nan})
 
     class Crash(Notes):
@@ -194,7 +194,7 @@ def test_a_resume_counts_on_also_within_a_row(tiny_run: TinyRun, spoil: Callable
     assert [row["step"] for row in read_metrics(folder) if row["kind"] == "skipped"] == [2, 3]
 
 
-def test_stop_is_the_default_and_the_key_may_change_in_mid_run(
+def test_on_nonfinite_default_stops_and_may_change_on_resume(
     tiny_run: TinyRun, spoil: Callable[..., list[bool]]
 ) -> None:
     spoil({3: math.nan, 4: math.nan})
@@ -204,7 +204,7 @@ def test_stop_is_the_default_and_the_key_may_change_in_mid_run(
     assert train(tiny_run(**settings, on_nonfinite="skip")).skipped == 1
 
 
-def test_parameters_that_are_spoilt_are_never_saved(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_refuses_nonfinite_parameters(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of finite gradients may still lead out of the numbers; the loss tells only one step later."""
 
     class Spoil(SilentReporter):
@@ -229,7 +229,7 @@ def test_parameters_that_are_spoilt_are_never_saved(tiny_run: TinyRun, monkeypat
     assert_finite_on_disk(folder)
 
 
-def test_a_curve_with_steps_left_out_is_drawn(tmp_path: Path) -> None:
+def test_loss_curve_with_skipped_steps_is_drawn(tmp_path: Path) -> None:
     rows = [{"kind": "skipped", "step": 1, "loss": None, "windows": [1]}, {"kind": "train", "step": 2, "loss": 2.0}]
     assert draw_curve(tmp_path, "run", rows).stat().st_size > 1000
 
@@ -249,7 +249,7 @@ def test_a_curve_with_steps_left_out_is_drawn(tmp_path: Path) -> None:
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     ],
 )
-def test_out_of_memory_says_what_to_lower(
+def test_explain_oom_names_keys_to_lower(
     tiny_run: TinyRun, settings: dict[str, Any], said: list[str], unsaid: list[str], error: Exception
 ) -> None:
     with (
@@ -263,14 +263,12 @@ def test_out_of_memory_says_what_to_lower(
     assert [part for part in unsaid if part in message] == []
 
 
-def test_other_errors_of_a_step_pass(tiny_run: TinyRun) -> None:
+def test_explain_oom_passes_other_errors(tiny_run: TinyRun) -> None:
     with pytest.raises(RuntimeError, match="shapes"), explain_oom(tiny_run(), 1):
         raise RuntimeError("shapes cannot be multiplied")
 
 
-def test_a_process_without_memory_for_its_first_step_says_so_and_leaves_no_harm(
-    tiny_run: TinyRun, tmp_path: Path
-) -> None:
+def test_oom_in_first_step_is_explained(tiny_run: TinyRun, tmp_path: Path) -> None:
     model = {"base": "transformer", "mlp": "gelu", "d_mlp": 200_000}
     config = tiny_run(data={"val_split": 0.0}, batch_tokens=16_384, max_steps=1, model=model)
     path = tmp_path / "config.yaml"

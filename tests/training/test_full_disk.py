@@ -44,7 +44,7 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{name}:{key}": value for name in names for key, value in read_tensors(folder / name).tensors.items()}
 
 
-def test_wherever_the_disk_is_full_the_run_says_so_and_goes_on_later(
+def test_full_disk_anywhere_is_reported_and_run_resumes(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step is safe; the next is tried with the first write failing, then the second, until none does."""
@@ -92,9 +92,7 @@ def test_wherever_the_disk_is_full_the_run_says_so_and_goes_on_later(
         assert any(written in message for message in refused), written
 
 
-def test_a_dry_run_warns_of_a_disk_that_will_not_hold_the_checkpoints(
-    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dry_run_warns_of_too_small_disk(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as are kept, the best one, and the one that is being written."""
     said: list[str] = []
     config = tiny_run(keep_checkpoints=3)

@@ -228,9 +228,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Str
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_ends_with_the_same_bits(
-    tmp_path: Path, tiny_corpus: Path, straight: Straight
-) -> None:
+def test_killed_run_resumes_to_identical_bits(tmp_path: Path, tiny_corpus: Path, straight: Straight) -> None:
     """Three in ten times within a save; as many runs as that takes, each compared at its end."""
     n_kills, n_within = N_KILLS, round(0.3 * N_KILLS)
     rng = random.Random(5)
@@ -262,9 +260,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_at_any_moment_a_run_saves_and_goes_on(
-    tmp_path: Path, tiny_corpus: Path, straight: Straight, number: int
-) -> None:
+def test_stopped_run_saves_and_resumes(tmp_path: Path, tiny_corpus: Path, straight: Straight, number: int) -> None:
     """What was stopped while training ends with 130 and a checkpoint of the step it was in."""
     attempts = Attempts(config_in(tmp_path / "stopped", tiny_corpus))
     folder = attempts.config.parent / "run"

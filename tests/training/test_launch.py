@@ -95,7 +95,7 @@ def end(process: subprocess.Popen[str]) -> Ended:
 
 
 @pytest.mark.slow
-def test_two_ranks_leave_what_one_process_does_and_one_of_them_speaks(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_launch_two_ranks_match_one_process_and_one_prints(tiny_run: TinyRun, tmp_path: Path) -> None:
     def config(name: str, accumulation: int) -> RunConfig:
         settings = {"max_steps": 8, "eval_interval_steps": 4, "save_interval_steps": 4, "sample_prompts": []}
         return tiny_run(device="cpu", **settings, grad_accum_steps=accumulation, checkpoint_dir=str(tmp_path / name))
@@ -131,7 +131,7 @@ def test_two_ranks_leave_what_one_process_does_and_one_of_them_speaks(tiny_run: 
 
 
 @pytest.mark.slow
-def test_a_rank_does_not_wait_for_what_may_go_wrong_at_the_interpreters_end(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_leave_group_skips_interpreter_finalization(tiny_run: TinyRun, tmp_path: Path) -> None:
     """Threads of the process group live on into it, and abort now and then; here, always. All is told and saved."""
     (tmp_path / "fault").mkdir()
     (tmp_path / "fault" / "sitecustomize.py").write_text(FAULT, encoding="utf-8")
@@ -144,7 +144,7 @@ def test_a_rank_does_not_wait_for_what_may_go_wrong_at_the_interpreters_end(tiny
 
 
 @pytest.mark.slow
-def test_the_exit_code_and_one_line_tell_how_the_ranks_ended(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_launch_exit_code_and_message_per_ending(tiny_run: TinyRun, tmp_path: Path) -> None:
     """A rank that raises, one that is killed, all that fail alike, and a command that is told to stop."""
     (tmp_path / "fault").mkdir()
     (tmp_path / "fault" / "sitecustomize.py").write_text(FAULT, encoding="utf-8")
@@ -212,7 +212,7 @@ def endless(config: RunConfig) -> RunConfig:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_ranks_listen_on_loopback_alone_and_a_hangup_is_saved(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_launch_ranks_listen_on_loopback_and_save_on_hangup(tiny_run: TinyRun, tmp_path: Path) -> None:
     """Seen all the way from their start; then the terminal is gone, and what was trained is not."""
     config = tiny_run(device="cpu", save_interval_steps=1_000_000, checkpoint_dir=str(tmp_path / "run"))
     process = start(endless(config))
@@ -230,7 +230,7 @@ def test_ranks_listen_on_loopback_alone_and_a_hangup_is_saved(tiny_run: TinyRun,
 
 
 @pytest.mark.slow
-def test_a_configuration_from_a_pipe_reaches_the_ranks(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_launch_passes_configuration_from_pipe(tiny_run: TinyRun, tmp_path: Path) -> None:
     config = tiny_run(device="cpu", max_steps=2, sample_prompts=[], checkpoint_dir=str(tmp_path / "run"))
     done = subprocess.run(
         [sys.executable, "-m", "psannlm", "train", "/dev/stdin", "--nproc", "2", "--json"],
@@ -243,13 +243,13 @@ def test_a_configuration_from_a_pipe_reaches_the_ranks(tiny_run: TinyRun, tmp_pa
     assert json.loads(done.stdout)["steps"] == 2
 
 
-def test_ranks_without_a_loopback_interface_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_without_loopback_interface_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", mock.Mock(side_effect=OSError("Network is unreachable")))
     with pytest.raises(DeviceError, match="loopback interface, which is down"), meeting_place(2):
         pass
 
 
-def test_what_cannot_be_launched_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_launch_refuses_impossible_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     check_launch(1, "cpu")
@@ -277,7 +277,7 @@ def test_what_cannot_be_launched_is_refused_once(monkeypatch: pytest.MonkeyPatch
         (socket.AF_INET6, "::", "0" * 32),
     ],
 )
-def test_the_scan_sees_who_listens_on_every_interface(family: int, address: str, shown: str) -> None:
+def test_port_scan_detects_listener_on_every_interface(family: int, address: str, shown: str) -> None:
     """A store of ranks that listened to the network would be seen, in the process itself and in one it started."""
     try:
         server = socket.create_server((address, 0), family=family)
@@ -297,7 +297,7 @@ def test_the_scan_sees_who_listens_on_every_interface(family: int, address: str,
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_scan_sees_the_store_of_torch(tmp_path: Path) -> None:
+def test_port_scan_detects_torch_store(tmp_path: Path) -> None:
     """The store that is unsafe, TCPStore, listens on every interface; ours is a folder and listens nowhere."""
     before = listening(os.getpid())
     store = torch.distributed.TCPStore("localhost", 0, 1, is_master=True, wait_for_workers=False)

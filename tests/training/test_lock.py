@@ -18,7 +18,7 @@ TinyRun = Callable[..., RunConfig]
 
 @pytest.mark.usefixtures("_no_curve")
 @pytest.mark.parametrize("resume", ["auto", "never"])
-def test_a_run_is_held_from_before_its_corpus_is_read_to_its_last_step(tiny_run: TinyRun, resume: str) -> None:
+def test_run_lock_is_held_from_reading_to_last_step(tiny_run: TinyRun, resume: str) -> None:
     refused: list[str] = []
 
     class Second(SilentReporter):
@@ -42,7 +42,7 @@ def test_a_run_is_held_from_before_its_corpus_is_read_to_its_last_step(tiny_run:
     assert not [path for path in (*folder.iterdir(), *aside.iterdir()) if path.name == LOCK_FILE]
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_the_corpus_is_read(
+def test_run_unwritable_folder_raises_before_reading_corpus(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psannlm.training.run.load_corpus", lambda *a: pytest.fail("read the corpus"))
@@ -52,7 +52,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_corpus_is_read(
             train(tiny_run(checkpoint_dir=str(folder)))
 
 
-def test_a_run_that_fails_before_it_writes_leaves_no_folder(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_run_failing_before_writing_leaves_no_folder(tiny_run: TinyRun, tmp_path: Path) -> None:
     lost = {"tokenizer_model_path": str(tmp_path / "absent.json")}
     with pytest.raises(PsannlmError, match=r"absent\.json"):
         train(tiny_run(data=lost, checkpoint_dir=str(tmp_path / "runs" / "a")))

@@ -135,7 +135,7 @@ DUE = (1, 5, 7, 10, 11, 13)
     ("optimizer", "amp", "grad_checkpoint"),
     [("adamw", "fp32", False), ("muon", "bf16", False), ("adamw", "bf16", True)],
 )
-def test_a_step_waits_for_nothing_unless_it_is_logged_validated_or_saved(
+def test_deferred_step_waits_only_for_log_validation_or_save(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, base: str, optimizer: str, amp: str, grad_checkpoint: bool
 ) -> None:
     """Every read of a step between those comes after the next one was given to the device."""
@@ -155,14 +155,14 @@ def test_a_step_waits_for_nothing_unless_it_is_logged_validated_or_saved(
 
 
 @pytest.mark.parametrize("settings", [{}, {"on_nonfinite": "skip"}, {"amp": "fp16"}])
-def test_otherwise_each_step_is_read_before_the_next(
+def test_undeferred_step_is_read_before_the_next(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     events = [e for e in events_of(tiny_run(**SETTINGS, **settings), monkeypatch) if e[0] in ("read", "made")]
     assert events == [(what, step) for step in range(1, 14) for what in ("read", "made")]
 
 
-def test_what_waits_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_detector_sees_synchronising_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """The watch itself: each of these asks a tensor for its numbers."""
     tensor = torch.ones(2)
     asks: list[Callable[[], object]] = [
@@ -184,7 +184,7 @@ def test_what_waits_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert waits.found == []
 
 
-def test_only_a_gpu_that_need_not_decide_is_looked_back_at(tiny_run: TinyRun) -> None:
+def test_defer_readback_only_on_gpu_without_decisions(tiny_run: TinyRun) -> None:
     def defer_readback(device: str, is_scaled: bool, on_nonfinite: str, callbacks: tuple[object, ...] = ()) -> bool:
         run = SimpleNamespace(
             config=tiny_run(on_nonfinite=on_nonfinite),
@@ -220,7 +220,7 @@ def content_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_looking_back_changes_no_bit_of_what_a_run_leaves(
+def test_deferred_readback_changes_no_bit_of_output(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     """Stopped between two logged steps and gone on with, too."""
@@ -249,7 +249,7 @@ def test_looking_back_changes_no_bit_of_what_a_run_leaves(
 @pytest.mark.usefixtures("_deferred_readback")
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 @pytest.mark.parametrize("step", [1, 3, 4, 6, 7])
-def test_what_is_not_finite_is_named_by_its_own_step_and_never_saved(
+def test_deferred_nonfinite_step_is_named_and_never_saved(
     tiny_run: TinyRun, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch, step: int, where: str
 ) -> None:
     """At a step that is logged (1), saved (4), the last one (7), and between."""
@@ -289,7 +289,7 @@ def test_what_is_not_finite_is_named_by_its_own_step_and_never_saved(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_gpu_is_not_waited_for(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+def test_train_step_never_synchronises_gpu(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
     """torch's own watch, which sees what is asked of a device below Python too."""
     original = loop.train_step
 

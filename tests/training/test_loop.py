@@ -47,7 +47,7 @@ class After(SilentReporter):
 
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_one_batch_is_memorised(tiny_run: TinyRun, base: str, optimizer: str) -> None:
+def test_training_overfits_one_batch(tiny_run: TinyRun, base: str, optimizer: str) -> None:
     config = tiny_run(
         model={"base": base, "d_model": 32, "d_mlp": 64},
         data={"val_split": 0.0},
@@ -66,7 +66,7 @@ def test_one_batch_is_memorised(tiny_run: TinyRun, base: str, optimizer: str) ->
     assert losses[-1] < 0.1
 
 
-def test_the_best_checkpoint_is_kept_although_it_is_old(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_keeps_best_checkpoint(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 1.0, 2.0, 2.5, 2.2, 2.1])
     monkeypatch.setattr("psannlm.training.loop.evaluate", lambda *a, **k: Evaluation(next(losses) * 10, 10, 10))
     config = tiny_run(max_steps=6, save_interval_steps=1, eval_interval_steps=1, keep_checkpoints=2)
@@ -82,7 +82,7 @@ def test_the_best_checkpoint_is_kept_although_it_is_old(tiny_run: TinyRun, monke
     assert read_state(step_folder(result.folder, 6)).best == result.best
 
 
-def test_a_new_best_is_saved_between_saves(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_saves_new_best_between_saves(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 1.0, 2.0, 2.5])
     monkeypatch.setattr("psannlm.training.loop.evaluate", lambda *a, **k: Evaluation(next(losses) * 10, 10, 10))
     result = train(tiny_run(max_steps=4, eval_interval_steps=1, keep_checkpoints=1))
@@ -90,7 +90,7 @@ def test_a_new_best_is_saved_between_saves(tiny_run: TinyRun, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_only_so_many_checkpoints_are_kept(tiny_run: TinyRun, keep: int) -> None:
+def test_training_keeps_keep_checkpoints_newest(tiny_run: TinyRun, keep: int) -> None:
     config = tiny_run(data={"val_split": 0.0}, max_steps=5, save_interval_steps=1, keep_checkpoints=keep)
     steps = [read_state(path).step for path in list_checkpoints(train(config).folder)]
     assert steps == list(range(6 - keep, 6))
@@ -112,7 +112,7 @@ def poisoned_after(config: RunConfig, step: int) -> str:
     return str(caught.value)
 
 
-def test_a_loss_that_is_not_finite_names_step_windows_and_source(tiny_run: TinyRun, tiny_corpus: Path) -> None:
+def test_nonfinite_loss_names_step_windows_and_source(tiny_run: TinyRun, tiny_corpus: Path) -> None:
     message = poisoned_after(tiny_run(max_steps=4), 0)
     assert "\n" not in message
     assert "step 1: loss nan" in message
@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_names_step_windows_and_source(tiny_run: TinyR
     assert "train.lr" in message
 
 
-def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tiny_run: TinyRun) -> None:
+def test_nonfinite_loss_names_last_checkpoint(tiny_run: TinyRun) -> None:
     config = tiny_run(max_steps=6, save_interval_steps=2)
     message = poisoned_after(config, 3)
     assert "step 4: loss nan" in message
@@ -131,9 +131,7 @@ def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tiny_run: TinyRun) 
     assert all(torch.isfinite(value).all() for value in read_tensors(last / "model.safetensors").tensors.values())
 
 
-def test_a_validation_loss_that_is_not_finite_never_becomes_the_best(
-    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nonfinite_validation_loss_never_becomes_best(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.training.loop.evaluate", lambda *a, **k: Evaluation(float("nan"), 10, 10))
     config = tiny_run(max_steps=4, eval_interval_steps=2)
     with pytest.raises(TrainingError, match="step 2: validation loss nan"):
@@ -142,7 +140,7 @@ def test_a_validation_loss_that_is_not_finite_never_becomes_the_best(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_gives_the_handlers_back(tiny_run: TinyRun, number: int) -> None:
+def test_signal_finishes_step_saves_and_restores_handlers(tiny_run: TinyRun, number: int) -> None:
     config = tiny_run(max_steps=50)
     former = signal.getsignal(number)
     with pytest.raises(Interrupted, match="stopped after step 3 of 50") as caught:
@@ -154,12 +152,12 @@ def test_a_signal_finishes_the_step_saves_and_gives_the_handlers_back(tiny_run: 
     assert signal.getsignal(number) is former
 
 
-def test_a_signal_in_the_last_step_does_not_spoil_a_finished_run(tiny_run: TinyRun) -> None:
+def test_signal_in_last_step_keeps_run_finished(tiny_run: TinyRun) -> None:
     result = train(tiny_run(max_steps=3), reporter=After(3, lambda: signal.raise_signal(signal.SIGTERM)))
     assert result.steps == 3
 
 
-def test_a_time_budget_ends_the_run_saved_and_the_same_call_goes_on(
+def test_time_budget_saves_and_same_call_resumes_exactly(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit as if it had never ended: no validation, no sample that the whole run would not have."""
@@ -194,7 +192,7 @@ def test_a_time_budget_ends_the_run_saved_and_the_same_call_goes_on(
     assert kinds[0] == kinds[1]
 
 
-def test_a_second_ctrl_c_ends_at_once_and_an_echo_of_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_ctrl_c_interrupts_but_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("psannlm.runtime.signals.time.monotonic", lambda: clock[0])
     stop = threading.Event()
@@ -209,7 +207,7 @@ def test_a_second_ctrl_c_ends_at_once_and_an_echo_of_the_first_does_not(monkeypa
             signal.raise_signal(signal.SIGINT)
 
 
-def test_training_works_off_the_main_thread(tiny_run: TinyRun) -> None:
+def test_training_works_in_other_thread(tiny_run: TinyRun) -> None:
     results: list[int] = []
     thread = threading.Thread(target=lambda: results.append(train(tiny_run(max_steps=2)).steps))
     thread.start()
@@ -217,7 +215,7 @@ def test_training_works_off_the_main_thread(tiny_run: TinyRun) -> None:
     assert results == [2]
 
 
-def test_the_noise_of_a_step_depends_on_seed_step_and_rank_alone() -> None:
+def test_seed_step_depends_on_seed_step_rank_only() -> None:
     def draw(seed: int, step: int, rank: int) -> float:
         seed_step(seed, step, rank)
         return float(torch.rand(()))
@@ -227,7 +225,7 @@ def test_the_noise_of_a_step_depends_on_seed_step_and_rank_alone() -> None:
     assert draw(1, 2, 3) == draw(1, 2, 3)
 
 
-def test_a_failure_to_save_is_not_hidden_by_one_to_draw(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_error_is_not_hidden_by_curve_error(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(message: str) -> Callable[..., object]:
         def fail(*args: object) -> object:
             raise StorageError(message)
@@ -270,7 +268,7 @@ def losses_of(folder: Path, steps: Sequence[int]) -> list[float]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_process_that_is_told_to_stop_goes_on_exactly(tiny_run: TinyRun, tmp_path: Path, number: int) -> None:
+def test_stopped_process_resumes_exactly(tiny_run: TinyRun, tmp_path: Path, number: int) -> None:
     """Stopped in one process, continued in another: the numbers of a run that was left in peace."""
     config = tiny_run(model={"dropout": 0.2}, max_steps=8, checkpoint_dir=str(tmp_path / "stopped"))
     process = start(config, tmp_path, "slow")
@@ -291,9 +289,7 @@ def test_a_process_that_is_told_to_stop_goes_on_exactly(tiny_run: TinyRun, tmp_p
     assert losses_of(tmp_path / "stopped", steps) == losses_of(tmp_path / "straight", steps)
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_older_checkpoint_to_go_on_from(
-    tiny_run: TinyRun, tmp_path: Path
-) -> None:
+def test_kill_during_save_leaves_older_checkpoint_to_resume(tiny_run: TinyRun, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     config = tiny_run(max_steps=6, save_interval_steps=2, checkpoint_dir=str(folder), keep_checkpoints=9)
     process = start(config, tmp_path, "hold-save", "4")

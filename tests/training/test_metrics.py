@@ -24,7 +24,7 @@ def eval_row(step: int, loss: float) -> dict[str, Any]:
     return {"kind": "eval", "step": step, "loss": loss, "bits_per_byte": loss / 3}
 
 
-def test_rows_come_back_in_order(tmp_path: Path) -> None:
+def test_metrics_rows_are_read_in_order(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "run")
     log.write("train", 1, {"loss": 0.1 + 0.2, "lr": 1e-9})
     log.write("eval", 1, {"loss": 2.0})
@@ -34,14 +34,14 @@ def test_rows_come_back_in_order(tmp_path: Path) -> None:
     ]
 
 
-def test_each_row_is_on_disk_at_once(tmp_path: Path) -> None:
+def test_metrics_rows_are_written_immediately(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         log.write("train", step, {"loss": 1.0})
         assert len((tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines()) == step
 
 
-def test_rows_that_will_be_made_again_go(tmp_path: Path) -> None:
+def test_metrics_rows_after_resume_step_are_dropped(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     for step in range(1, 6):
         log.write("train", step, {"loss": step})
@@ -58,7 +58,7 @@ def test_rows_that_will_be_made_again_go(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "tail", [b'{"kind": "tra', b"\xff\xfe\x00", b"[1, 2]\n", b'{"step": "x"}\n', b"null\n", b"\n\n"]
 )
-def test_what_a_crash_left_at_the_end_is_passed_over(tmp_path: Path, tail: bytes) -> None:
+def test_read_metrics_skips_truncated_last_line(tmp_path: Path, tail: bytes) -> None:
     log = MetricsLog(tmp_path)
     log.write("train", 1, {"loss": 1.0})
     with open(log.path, "ab") as file:
@@ -68,7 +68,7 @@ def test_what_a_crash_left_at_the_end_is_passed_over(tmp_path: Path, tail: bytes
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_the_log_is_strict_json_also_where_a_gradient_overflowed(tmp_path: Path) -> None:
+def test_metrics_log_is_strict_json_with_infinite_gradient(tmp_path: Path) -> None:
     MetricsLog(tmp_path).write("train", 1, {"grad_norm": float("inf"), "loss": 2.0})
 
     def refuse(constant: str) -> None:
@@ -78,7 +78,7 @@ def test_the_log_is_strict_json_also_where_a_gradient_overflowed(tmp_path: Path)
     assert json.loads(line, parse_constant=refuse)["grad_norm"] is None
 
 
-def test_a_full_disk_is_explained(tmp_path: Path) -> None:
+def test_metrics_log_full_disk_is_explained(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
@@ -115,7 +115,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
         ([], []),
     ],
 )
-def test_the_curve_shows_the_rows_and_the_best(
+def test_loss_curve_shows_rows_and_best(
     tmp_path: Path, figures: list[Figure], rows: list[dict[str, Any]], lines: list[list[tuple[int, float]]]
 ) -> None:
     path = draw_curve(tmp_path, "a title", rows)
@@ -133,18 +133,18 @@ def test_the_curve_shows_the_rows_and_the_best(
     assert (axes.get_legend() is not None) == bool(rows)
 
 
-def test_drawing_leaves_the_callers_plots_alone(tmp_path: Path) -> None:
+def test_loss_curve_keeps_plots_of_caller(tmp_path: Path) -> None:
     backend = mpl.rcParams._get_backend_or_none()  # type: ignore[attr-defined]
     draw_curve(tmp_path, "t", [train_row(1)])
     assert mpl.rcParams._get_backend_or_none() == backend  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("title", ["a$b_{$", "$^$", "中文 🌊", "\\frac{"])
-def test_a_folder_of_any_name_gets_its_picture(title: str, tmp_path: Path) -> None:
+def test_loss_curve_works_for_any_folder_name(title: str, tmp_path: Path) -> None:
     assert draw_curve(tmp_path, title, [train_row(1), eval_row(1, 2.0)]).stat().st_size > 1000
 
 
-def test_a_single_logged_step_is_seen_in_the_picture(tmp_path: Path) -> None:
+def test_loss_curve_shows_single_step(tmp_path: Path) -> None:
     """Pixels of the curve's colour lie within the axes, and not in the legend alone."""
     from matplotlib.image import imread
 

@@ -37,7 +37,7 @@ def stays_put(name: str) -> bool:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_decay_shrinks_matrices_and_nothing_else(build_tiny: Build, base: str, optimizer: str, tied: bool) -> None:
+def test_weight_decay_shrinks_matrices_only(build_tiny: Build, base: str, optimizer: str, tied: bool) -> None:
     """Under gradients of zero, all that moves a parameter is weight decay."""
     model = build_tiny(base=base, tie_embeddings=tied, short_conv={"activation": "sine"}, residual_scale=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -57,7 +57,7 @@ def test_decay_shrinks_matrices_and_nothing_else(build_tiny: Build, base: str, o
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("base", BASES)
-def test_every_learnable_parameter_is_in_exactly_one_group(build_tiny: Build, base: str, optimizer: str) -> None:
+def test_parameter_groups_partition_trainable_parameters(build_tiny: Build, base: str, optimizer: str) -> None:
     model = build_tiny(base=base, sine_params={"learnable": ["frequency"]}, n_kv_heads=1)
     held = [id(p) for o in OptimizerSet(model, optimizer, 0.1).optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
@@ -75,14 +75,14 @@ def test_muon_takes_the_hidden_matrices_only(build_tiny: Build, base: str, tied:
     assert {"embedding.weight"} | (set() if tied else {"head.weight"}) <= left
 
 
-def test_frozen_parameters_are_in_no_group(build_tiny: Build) -> None:
+def test_parameter_groups_leave_out_frozen_parameters(build_tiny: Build) -> None:
     model = build_tiny()
     model.embedding.weight.requires_grad_(False)
     assert not any("embedding.weight" in group for group in vars(group_parameters(model)).values())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_state_goes_out_and_back_exactly(build_tiny: Build, optimizer: str) -> None:
+def test_optimizer_state_roundtrip(build_tiny: Build, optimizer: str) -> None:
     """A continuation with the loaded state makes the very steps that the original makes."""
     model, copy = build_tiny(), build_tiny()
     original = OptimizerSet(model, optimizer, 0.1)
@@ -100,7 +100,7 @@ def test_state_goes_out_and_back_exactly(build_tiny: Build, optimizer: str) -> N
         assert torch.equal(a, b), name
 
 
-def test_loaded_state_is_a_copy(build_tiny: Build) -> None:
+def test_optimizer_state_is_copied_on_load(build_tiny: Build) -> None:
     model = build_tiny()
     first = OptimizerSet(model, "adamw", 0.1)
     train_a_little(model, first, 1)
@@ -135,7 +135,7 @@ def reshape_one(state: dict[str, Tensor]) -> None:
     ("spoil", "said"),
     [(drop_one, "embedding.weight"), (add_one, "blocks.9"), (reshape_one, "another shape")],
 )
-def test_state_of_other_parameters_is_refused(
+def test_optimizer_state_of_other_parameters_raises(
     build_tiny: Build, spoil: Callable[[dict[str, Tensor]], None], said: str
 ) -> None:
     state = saved_state(build_tiny)
@@ -145,15 +145,13 @@ def test_state_of_other_parameters_is_refused(
 
 
 @pytest.mark.parametrize(("saved", "wanted"), [("adamw", "muon"), ("muon", "adamw")])
-def test_state_of_the_other_optimizer_is_refused(build_tiny: Build, saved: str, wanted: str) -> None:
+def test_optimizer_state_of_other_optimizer_raises(build_tiny: Build, saved: str, wanted: str) -> None:
     with pytest.raises(ArtifactError, match="another optimiser"):
         OptimizerSet(build_tiny(), wanted, 0.1).load_tensors(saved_state(build_tiny, saved))
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (64, 24), (24, 64)])
-def test_muon_steps_as_torchs_where_bfloat16_is_hardware(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_muon_matches_torch_with_bfloat16_hardware(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "computes_in_bf16", lambda device: True)
     ours, theirs = (nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in range(2))
     settings: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
@@ -181,7 +179,7 @@ def test_orthogonalize_maps_singular_values_by_the_quintic(shape: tuple[int, int
     torch.testing.assert_close(optim.orthogonalize(matrix, torch.bfloat16).double(), expected, atol=0.06, rtol=0)
 
 
-def test_muon_computes_in_float32_where_bfloat16_is_software(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_muon_uses_float32_without_bfloat16_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     monkeypatch.setattr(optim, "computes_in_bf16", lambda device: False)
     monkeypatch.setattr(optim, "orthogonalize", lambda matrix, dtype: used.append(dtype) or matrix.to(dtype))

@@ -170,12 +170,12 @@ def assert_same_run(runs: Runs, name: str, one: str = "one", *, atol: float = 1e
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "back", "back_fsdp"])
-def test_two_processes_equal_one(runs: Runs, name: str) -> None:
+def test_ddp_and_fsdp_match_single_process(runs: Runs, name: str) -> None:
     assert [answer["ended"] for answer in runs.answers[name]] == ["done", "done"]
     assert_same_run(runs, name)
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(runs: Runs) -> None:
+def test_parallel_signal_to_one_rank_stops_all_alike(runs: Runs) -> None:
     """Looking back they hear of it a step later; either way nothing is lost of the run."""
     for name, step in (("stopped", 5), ("stopped again", 8)):
         stopped = f"130: stopped after step {step} of {N_STEPS}"
@@ -187,13 +187,13 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(runs: Runs) -> None:
             torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0, msg=key)
 
 
-def test_muon_on_sharded_matrices_equals_muon(runs: Runs) -> None:
+def test_fsdp_muon_matches_muon(runs: Runs) -> None:
     """Its direction is found in bfloat16: rounding weighs more."""
     assert_same_run(runs, "fsdp_muon", "one_muon", atol=3e-3)
 
 
 @pytest.mark.parametrize("amp", LOW)
-def test_sharding_in_low_precision_equals_one_process_in_it(runs: Runs, amp: str) -> None:
+def test_fsdp_low_precision_matches_single_process(runs: Runs, amp: str) -> None:
     """And not in float32, which would be a silent substitute: there the losses lie further apart."""
     ours, theirs, exact = (
         [row["loss"] for row in runs.rows(name, "train")] for name in (f"fsdp_{amp}", f"one_{amp}", "one")
@@ -210,14 +210,14 @@ def test_sharding_in_low_precision_equals_one_process_in_it(runs: Runs, amp: str
 
 
 @pytest.mark.parametrize("name", ["fsdp_to_one", "one_to_fsdp", "fsdp_to_ddp"])
-def test_a_run_goes_on_in_any_mix(runs: Runs, name: str) -> None:
+def test_parallel_resume_with_other_parallelism(runs: Runs, name: str) -> None:
     """Twenty steps in one way equal ten in one and ten in another: no window is repeated or lost."""
     assert [row["step"] for row in runs.rows(name, "train")] == list(range(HALF + 1, N_STEPS + 1))
     assert_same_run(runs, name)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_four_ranks(runs: Runs, tiny_corpus: Path) -> None:
+def test_parallel_resume_with_four_ranks(runs: Runs, tiny_corpus: Path) -> None:
     """More ranks than some matrices have blocks of rows, and windows that some steps do not have for all of them."""
     runs.configs["to_four"] = build_config(runs.folder, tiny_corpus, "to_four", 4, fsdp="full")
     resume = str(step_folder(runs.folder / "ddp", HALF))
@@ -226,14 +226,14 @@ def test_a_run_goes_on_with_four_ranks(runs: Runs, tiny_corpus: Path) -> None:
     assert_same_run(runs, "to_four")
 
 
-def test_sharded_weights_are_whole_on_rank_0_at_the_end(runs: Runs) -> None:
+def test_fsdp_gathers_full_weights_on_rank_0(runs: Runs) -> None:
     whole = [answer["whole"] for answer in runs.answers["fsdp"]]
     assert whole[0] > 0
     assert whole[1] == 0
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_gradients_are_exchanged_once_a_step(runs: Runs, kind: str) -> None:
+def test_ddp_and_fsdp_exchange_gradients_once_per_step(runs: Runs, kind: str) -> None:
     for answer in runs.answers[f"count {kind}"]:
         assert answer["once"] >= 1
         assert answer["each"] == 3 * answer["once"]
@@ -261,7 +261,7 @@ def break_runs(faults: dict[str, tuple[str, int, str]], folder: Path, corpus: Pa
     return found
 
 
-def test_an_error_on_one_rank_ends_all(tmp_path: Path, tiny_corpus: Path) -> None:
+def test_parallel_error_on_one_rank_ends_all(tmp_path: Path, tiny_corpus: Path) -> None:
     """Rank 0 names it, the others keep quiet."""
     said = break_runs({"forward": ("forward", 1, "boom")}, tmp_path, tiny_corpus)
     expected = "error: rank 1: unexpected ValueError: boom (run again with --debug for the traceback)"
@@ -269,7 +269,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path, tiny_corpus: Path) -> Non
 
 
 @pytest.mark.slow
-def test_whatever_fails_wherever_ends_all(tmp_path: Path, tiny_corpus: Path) -> None:
+def test_parallel_any_failure_ends_all(tmp_path: Path, tiny_corpus: Path) -> None:
     faults = {
         "evaluation": ("evaluation", 1, "boom"),
         "save": ("save", 0, "no room"),
@@ -288,7 +288,7 @@ def test_whatever_fails_wherever_ends_all(tmp_path: Path, tiny_corpus: Path) -> 
         assert said[name][1 - rank][0].startswith(f"error: rank {rank}: gone")
 
 
-def test_epochs_end_where_they_should_after_a_change_of_ranks(tiny_run: Callable[..., RunConfig]) -> None:
+def test_last_step_is_exact_after_change_of_ranks(tiny_run: Callable[..., RunConfig]) -> None:
     """The steps of the new number of ranks that the rest of the epochs takes, and every window once an epoch."""
     from psannlm.data.loader import Loader, Position
     from psannlm.training.plan import last_step

@@ -72,7 +72,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_the_loss_curve_is_that_of_the_documents_in_memory(runs: Callable[..., Any], pack: bool) -> None:
+def test_prepared_run_matches_documents_in_memory(runs: Callable[..., Any], pack: bool) -> None:
     text, shards = runs(pack=pack, max_steps=8, eval_interval_steps=3)
     one, other = train(text), train(shards)
     assert rows(one.folder) == rows(other.folder)
@@ -83,7 +83,7 @@ def test_the_loss_curve_is_that_of_the_documents_in_memory(runs: Callable[..., A
 
 
 @pytest.mark.parametrize(("lost", "is_lossy"), [(0.25, True), (None, None)])
-def test_a_run_on_a_lossy_folder_marks_its_figures(
+def test_prepared_run_marks_lossy_tokenizer(
     runs: Callable[..., Any], lost: float | None, is_lossy: bool | None
 ) -> None:
     _, shards = runs(max_steps=1)
@@ -95,7 +95,7 @@ def test_a_run_on_a_lossy_folder_marks_its_figures(
     assert (LOSSY in dict(_result_rows(result))["bits per byte"]) is bool(is_lossy)
 
 
-def test_a_run_goes_on_exactly_and_only_with_the_same_tokens(
+def test_prepared_run_resumes_only_with_same_tokens(
     runs: Callable[..., Any], prepare_folder: Callable[..., Path], tiny_texts: list[str]
 ) -> None:
     text, shards = runs(max_steps=8, save_interval_steps=2, keep_checkpoints=9)
@@ -113,7 +113,7 @@ def test_a_run_goes_on_exactly_and_only_with_the_same_tokens(
         train(shards)
 
 
-def test_a_checkpoint_is_evaluated_on_what_its_folder_held_out(runs: Callable[..., Any]) -> None:
+def test_prepared_run_evaluates_its_validation_split(runs: Callable[..., Any]) -> None:
     _, shards = runs(max_steps=4)
     result = train(shards)
     loaded = load_model(step_folder(result.folder, 4))
@@ -124,7 +124,7 @@ def test_a_checkpoint_is_evaluated_on_what_its_folder_held_out(runs: Callable[..
     assert any("validation part" in line for line in report.lines())
 
 
-def test_a_missing_part_is_named_before_anything_starts(runs: Callable[..., Any]) -> None:
+def test_prepared_run_missing_part_is_named_at_start(runs: Callable[..., Any]) -> None:
     _, shards = runs()
     folder = Path(shards.data.sources[0].path)
     (folder / "train_00001.safetensors").unlink()
@@ -142,7 +142,7 @@ def test_a_missing_part_is_named_before_anything_starts(runs: Callable[..., Any]
         config_from_mapping(sections)
 
 
-def test_a_validation_is_asked_of_a_folder_that_can_give_one(
+def test_prepared_run_without_validation_split_refuses_validation(
     runs: Callable[..., Any], prepare_folder: Callable[..., Path], tiny_texts: list[str]
 ) -> None:
     _, shards = runs(eval_interval_steps=2)
@@ -151,7 +151,7 @@ def test_a_validation_is_asked_of_a_folder_that_can_give_one(
         config_from_mapping(shards.model_dump(mode="json"))
 
 
-def test_a_prepared_folder_is_no_run_folder(runs: Callable[..., Any], tmp_path: Path) -> None:
+def test_prepared_folder_is_refused_as_run_folder(runs: Callable[..., Any], tmp_path: Path) -> None:
     """The folder's own records would be replaced by those of the run; somebody else's manifest.json is no reason."""
     _, config = runs()
     prepared = tmp_path / "folder"

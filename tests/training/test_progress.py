@@ -32,7 +32,7 @@ def lines(console: Console) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-def test_time_left_is_steps_left_at_the_rate_so_far(plain: Console) -> None:
+def test_console_time_left_uses_mean_step_time(plain: Console) -> None:
     clock = Clock()
     reporter = ConsoleReporter(plain, clock)
     reporter.start(0, 100)
@@ -47,7 +47,7 @@ def test_time_left_is_steps_left_at_the_rate_so_far(plain: Console) -> None:
     assert lines(plain)[-1].endswith("0:00:00 left")
 
 
-def test_a_resumed_run_counts_only_its_own_steps(plain: Console) -> None:
+def test_console_time_left_ignores_steps_before_resume(plain: Console) -> None:
     clock = Clock()
     reporter = ConsoleReporter(plain, clock)
     reporter.start(90, 100)
@@ -56,7 +56,7 @@ def test_a_resumed_run_counts_only_its_own_steps(plain: Console) -> None:
     assert lines(plain)[-1].endswith("0:00:27 left")
 
 
-def test_without_a_terminal_there_are_plain_lines_at_the_log_interval(plain: Console) -> None:
+def test_console_prints_plain_lines_without_terminal(plain: Console) -> None:
     clock = Clock()
     reporter = ConsoleReporter(plain, clock)
     reporter.notice("12 parameters [in one group] :smile:")
@@ -77,7 +77,7 @@ def test_without_a_terminal_there_are_plain_lines_at_the_log_interval(plain: Con
     ]
 
 
-def test_a_terminal_gets_a_dashboard_and_whole_notices() -> None:
+def test_console_shows_dashboard_and_full_notices_on_terminal() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
     reporter = ConsoleReporter(console, Clock())
     reporter.start(2, 10)
@@ -94,7 +94,7 @@ def test_a_terminal_gets_a_dashboard_and_whole_notices() -> None:
     assert "step 4/10" not in text
 
 
-def test_the_silent_one_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_silent_reporter_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     reporter = SilentReporter()
     reporter.start(0, 1)
     reporter.notice("x")
@@ -105,7 +105,7 @@ def test_the_silent_one_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_rate_is_that_of_the_steps_alone() -> None:
+def test_throughput_excludes_pauses() -> None:
     now = [0.0]
     rate = Throughput(clock=lambda: now[0])
     assert rate.tokens_per_s == 0.0

@@ -120,7 +120,7 @@ def test_resume_is_exact(tiny_run: TinyRun, tmp_path: Path, base: str, optimizer
 @pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="there is no C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("amp", ["fp32", "bf16"])
-def test_a_compiled_resume_is_exact_too(tiny_run: TinyRun, tmp_path: Path, amp: str) -> None:
+def test_resume_is_exact_when_compiled(tiny_run: TinyRun, tmp_path: Path, amp: str) -> None:
     """Compiled anew after the crash, and with an epoch's last batch, which is smaller."""
     config = tiny_run(model={"base": "waveresnet", "dropout": 0.2}, amp=amp, compile=True, device="cpu", max_steps=7)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
@@ -132,7 +132,7 @@ def test_a_compiled_resume_is_exact_too(tiny_run: TinyRun, tmp_path: Path, amp: 
     assert_same_run(straight, broken, 7)
 
 
-def test_the_log_has_each_step_once_after_going_on_from_an_older_checkpoint(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_resume_from_older_checkpoint_logs_each_step_once(tiny_run: TinyRun, tmp_path: Path) -> None:
     config = tiny_run(max_steps=6, save_interval_steps=2, keep_checkpoints=9, eval_interval_steps=1)
     train(config)
     folder = Path(config.train.checkpoint_dir)
@@ -143,7 +143,7 @@ def test_the_log_has_each_step_once_after_going_on_from_an_older_checkpoint(tiny
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_complete_run_gives_its_result_again_and_trains_nothing(
+def test_resume_of_finished_run_returns_its_result(
     tiny_run: TinyRun, contents: Callable[[Path], dict[str, str]]
 ) -> None:
     config = tiny_run(max_steps=3)
@@ -175,7 +175,7 @@ def test_a_complete_run_gives_its_result_again_and_trains_nothing(
         ({"data": {"max_length": 12}}, "data.max_length: 16 -> 12"),
     ],
 )
-def test_another_configuration_is_refused_by_the_key(
+def test_resume_with_other_configuration_names_the_key(
     tiny_run: TinyRun, contents: Callable[[Path], dict[str, str]], changes: dict[str, Any], named: str
 ) -> None:
     folder = train(tiny_run(max_steps=2)).folder
@@ -198,7 +198,7 @@ def test_another_configuration_is_refused_by_the_key(
         {"grad_checkpoint": True},
     ],
 )
-def test_keys_that_leave_the_model_alone_may_change(tiny_run: TinyRun, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_resume_allows_other_non_semantic_keys(tiny_run: TinyRun, tmp_path: Path, changes: dict[str, Any]) -> None:
     config = tiny_run(max_steps=4, save_interval_steps=1, log_interval_steps=1)
     straight = tmp_path / "straight"
     train(moved(config, straight))
@@ -210,7 +210,7 @@ def test_keys_that_leave_the_model_alone_may_change(tiny_run: TinyRun, tmp_path:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_named_checkpoint_may_go_on_with_another_learning_rate(tiny_run: TinyRun) -> None:
+def test_resume_from_path_allows_other_learning_rate(tiny_run: TinyRun) -> None:
     """What was trained after it stays on disk, and no longer passes for the newest state."""
     config = tiny_run(max_steps=6, save_interval_steps=2, keep_checkpoints=2)
     folder = train(config).folder
@@ -231,9 +231,7 @@ def test_a_named_checkpoint_may_go_on_with_another_learning_rate(tiny_run: TinyR
     assert notes.steps == []
 
 
-def test_a_constant_rate_may_be_cooled_down_from_any_checkpoint_and_a_cooled_one_goes_nowhere_else(
-    tiny_run: TinyRun, tmp_path: Path
-) -> None:
+def test_resume_wsd_only_before_its_cooldown(tiny_run: TinyRun, tmp_path: Path) -> None:
     settings = {"schedule": "wsd", "cooldown_share": 0.5, "save_interval_steps": 1, "keep_checkpoints": 9}
     folder = train(tiny_run(**settings, max_steps=4)).folder
     assert [row["lr"] for row in figures(folder) if row["kind"] == "train"][:2] == [1e-2, 1e-2]
@@ -247,26 +245,26 @@ def test_a_constant_rate_may_be_cooled_down_from_any_checkpoint_and_a_cooled_one
     assert_same_run(straight, folder, 6)
 
 
-def test_a_checkpoint_past_the_end_of_the_run_is_refused_with_what_to_set(tiny_run: TinyRun) -> None:
+def test_resume_past_last_step_raises_with_remedy(tiny_run: TinyRun) -> None:
     folder = train(tiny_run(max_steps=4)).folder
     with pytest.raises(ConfigError, match=r"after step 4, and this run ends at 3; set train\.max_steps to 4 or more"):
         train(tiny_run(max_steps=3), resume=str(step_folder(folder, 4)))
     assert list_checkpoints(folder) == [step_folder(folder, 4)]
 
 
-def test_a_named_checkpoint_refuses_another_model_or_corpus(tiny_run: TinyRun) -> None:
+def test_resume_from_path_refuses_other_model_or_corpus(tiny_run: TinyRun) -> None:
     folder = train(tiny_run(max_steps=2)).folder
     with pytest.raises(ConfigError, match=r"model\.n_layers: 1 -> 2"):
         train(tiny_run(max_steps=2, model={"n_layers": 2}), resume=str(step_folder(folder, 2)))
 
 
-def test_a_run_folder_in_place_of_a_checkpoint_gets_a_hint(tiny_run: TinyRun) -> None:
+def test_resume_from_run_folder_suggests_checkpoint(tiny_run: TinyRun) -> None:
     folder = train(tiny_run(max_steps=2)).folder
     with pytest.raises(ConfigError, match="step_00000002"):
         train(tiny_run(max_steps=2), resume=str(folder))
 
 
-def test_going_on_from_a_checkpoint_of_another_run_keeps_both(
+def test_resume_from_other_run_keeps_both(
     tiny_run: TinyRun, tmp_path: Path, contents: Callable[[Path], dict[str, str]]
 ) -> None:
     config = tiny_run(max_steps=4, save_interval_steps=2, eval_interval_steps=1, keep_checkpoints=9)
@@ -285,9 +283,7 @@ def test_going_on_from_a_checkpoint_of_another_run_keeps_both(
     assert result.checkpoint == step_folder(target, result.best["step"])
 
 
-def test_never_moves_the_old_run_aside_and_loses_nothing(
-    tiny_run: TinyRun, contents: Callable[[Path], dict[str, str]]
-) -> None:
+def test_resume_never_renames_old_run(tiny_run: TinyRun, contents: Callable[[Path], dict[str, str]]) -> None:
     config = tiny_run(max_steps=2)
     folder = train(config).folder
     first = contents(folder)
@@ -303,7 +299,7 @@ def test_never_moves_the_old_run_aside_and_loses_nothing(
 
 
 @pytest.mark.parametrize("what", ["corpus", "tokenizer"])
-def test_other_data_is_refused(tiny_run: TinyRun, tmp_path: Path, tiny_texts: list[str], what: str) -> None:
+def test_resume_with_other_data_raises(tiny_run: TinyRun, tmp_path: Path, tiny_texts: list[str], what: str) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(tiny_texts), encoding="utf-8")
     data = {"sources": [{"path": str(corpus), "per_line": True}]}
@@ -322,7 +318,7 @@ def test_other_data_is_refused(tiny_run: TinyRun, tmp_path: Path, tiny_texts: li
 
 
 @pytest.mark.parametrize("former", [None, "list-0"])
-def test_a_checkpoint_of_another_order_is_refused(tiny_run: TinyRun, former: str | None) -> None:
+def test_resume_with_other_data_order_raises(tiny_run: TinyRun, former: str | None) -> None:
     """A position counts windows of an order: in another one, what is behind it is not what was seen."""
     config = tiny_run(max_steps=4, save_interval_steps=2)
     train_and_crash(config, after=3)
@@ -340,7 +336,7 @@ def test_a_checkpoint_of_another_order_is_refused(tiny_run: TinyRun, former: str
     assert train(config, resume="never").steps == 4
 
 
-def test_a_run_of_an_older_version_keeps_its_corpus(
+def test_resume_of_older_version_keeps_its_corpus(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was held out when it began stays held out, by the rule of then; data split by today's rule is refused."""
@@ -361,7 +357,7 @@ def test_a_run_of_an_older_version_keeps_its_corpus(
         assert torch.equal(tensor, resumed.model.state_dict()[name])
 
 
-def test_a_resume_uses_the_tokenizer_it_was_trained_with(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_uses_tokenizer_of_checkpoint(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another version of a tokenizer's library may fit another vocabulary on the same text."""
     config = tiny_run(max_steps=4, save_interval_steps=2)
     train_and_crash(config, after=3)
@@ -369,7 +365,7 @@ def test_a_resume_uses_the_tokenizer_it_was_trained_with(tiny_run: TinyRun, monk
     assert train(config).steps == 4
 
 
-def test_validation_data_of_ones_own_does_not_hinder_a_resume(tiny_run: TinyRun) -> None:
+def test_resume_works_with_own_validation_data(tiny_run: TinyRun) -> None:
     """The Python API trains with val_split 0, an evaluation interval, and texts of its own to validate on."""
     split = tiny_run()
     data = load_corpus(split.data, lambda text: None)
@@ -387,7 +383,7 @@ def spoil(folder: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_passed_over_named_and_made_again(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_resume_skips_names_and_rewrites_damaged_checkpoint(tiny_run: TinyRun, tmp_path: Path) -> None:
     config = tiny_run(max_steps=6, save_interval_steps=2, keep_checkpoints=3)
     straight = tmp_path / "straight"
     train(moved(config, straight))
@@ -404,7 +400,7 @@ def test_a_damaged_checkpoint_is_passed_over_named_and_made_again(tiny_run: Tiny
     assert_same_run(straight, folder, 6)
 
 
-def test_a_damaged_newer_checkpoint_does_not_push_whole_ones_out(tiny_run: TinyRun) -> None:
+def test_prune_keeps_valid_checkpoints_before_damaged_ones(tiny_run: TinyRun) -> None:
     config = tiny_run(max_steps=6, save_interval_steps=2, keep_checkpoints=2)
     folder = train(config).folder
     spoil(step_folder(folder, 6))
@@ -414,7 +410,7 @@ def test_a_damaged_newer_checkpoint_does_not_push_whole_ones_out(tiny_run: TinyR
     assert read_state(step_folder(folder, 5)).step == 5
 
 
-def test_nothing_whole_is_an_error_and_not_a_fresh_start(tiny_run: TinyRun) -> None:
+def test_resume_with_all_checkpoints_damaged_raises(tiny_run: TinyRun) -> None:
     config = tiny_run(max_steps=2, save_interval_steps=1)
     folder = train(config).folder
     for checkpoint in list_checkpoints(folder):
@@ -423,7 +419,7 @@ def test_nothing_whole_is_an_error_and_not_a_fresh_start(tiny_run: TinyRun) -> N
         train(config)
 
 
-def test_pointers_left_behind_by_a_kill_are_put_right(tiny_run: TinyRun) -> None:
+def test_resume_repairs_pointers_after_kill(tiny_run: TinyRun) -> None:
     """Killed after a checkpoint's rename and before ``latest`` and ``best`` were written."""
     config = tiny_run(max_steps=4, save_interval_steps=2, eval_interval_steps=2, keep_checkpoints=3, lr=1e-3)
     folder = train(config).folder
@@ -434,7 +430,7 @@ def test_pointers_left_behind_by_a_kill_are_put_right(tiny_run: TinyRun) -> None
     assert (folder / "latest").read_text(encoding="utf-8").strip() == "step_00000004"
 
 
-def test_a_best_that_was_pruned_is_not_promised(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_drops_pruned_best(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Best at 2, then at 5, which pushes 2 out; going on from 4 must not name a best that is gone."""
     losses = iter([3.0, 1.0, 2.0, 2.0, 0.5, 2.0, 2.0, 1.5])
     monkeypatch.setattr("psannlm.training.loop.evaluate", lambda *a, **k: Evaluation(next(losses) * 10, 10, 10))
@@ -447,13 +443,13 @@ def test_a_best_that_was_pruned_is_not_promised(tiny_run: TinyRun, monkeypatch: 
     assert result.checkpoint == step_folder(folder, 6)
 
 
-def test_fp16_cannot_go_on_from_a_run_without_its_scale(tiny_run: TinyRun) -> None:
+def test_resume_fp16_without_scaler_state_raises(tiny_run: TinyRun) -> None:
     folder = train(tiny_run(max_steps=2)).folder
     with pytest.raises(ArtifactError, match="scaler"):
         train(tiny_run(max_steps=4, amp="fp16"), resume=str(step_folder(folder, 2)))
 
 
-def test_a_state_that_lacks_something_is_refused(tiny_run: TinyRun) -> None:
+def test_resume_with_incomplete_state_raises(tiny_run: TinyRun) -> None:
     """With a hash that fits, as a hostile or a future writer would have it."""
 
     config = tiny_run(max_steps=2)
@@ -477,13 +473,13 @@ def test_a_state_that_lacks_something_is_refused(tiny_run: TinyRun) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_resume_from_nothing_names_what_could_be_meant(tiny_run: TinyRun) -> None:
+def test_resume_from_missing_path_names_options(tiny_run: TinyRun) -> None:
     for wrong in ("Never", "nowhere/step_00000001", ""):
         with pytest.raises(ConfigError, match="takes auto, never, or the path"):
             train(tiny_run(), resume=wrong)
 
 
-def test_a_moved_run_goes_on_where_it_is(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_resume_works_after_moving_run_folder(tiny_run: TinyRun, tmp_path: Path) -> None:
     config = tiny_run(max_steps=4, save_interval_steps=2)
     train_and_crash(config, after=3)
     shutil.move(config.train.checkpoint_dir, tmp_path / "elsewhere")

@@ -213,7 +213,7 @@ SHORT_CONV_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         (ShortConvConfig, {*SHORT_CONV_KEYS}),
     ],
 )
-def test_no_key_is_without_a_test(section: type[Section], covered: set[str]) -> None:
+def test_every_configuration_key_has_a_test(section: type[Section], covered: set[str]) -> None:
     assert covered == set(section.model_fields)
 
 
@@ -227,7 +227,7 @@ def assert_differ(pair: tuple[Seen, Seen], differing: str, equal: str) -> None:
 
 @pytest.mark.usefixtures("_no_curve")
 @pytest.mark.parametrize("key", TRAIN_KEYS)
-def test_a_train_key_changes_the_run(
+def test_train_key_changes_the_run(
     key: str,
     compare: Callable[..., tuple[Seen, Seen]],
     tmp_path: Path,
@@ -242,7 +242,7 @@ def test_a_train_key_changes_the_run(
 
 @pytest.mark.usefixtures("_no_curve")
 @pytest.mark.parametrize("key", DATA_KEYS)
-def test_a_data_key_changes_the_run(
+def test_data_key_changes_the_run(
     key: str, compare: Callable[..., tuple[Seen, Seen]], tmp_path: Path, tiny_texts: list[str]
 ) -> None:
     before, after, differing, equal = DATA_KEYS[key]
@@ -257,14 +257,14 @@ def test_a_data_key_changes_the_run(
 
 @pytest.mark.usefixtures("_no_curve")
 @pytest.mark.parametrize("key", MODEL_KEYS)
-def test_a_model_key_changes_the_run(key: str, compare: Callable[..., tuple[Seen, Seen]]) -> None:
+def test_model_key_changes_the_run(key: str, compare: Callable[..., tuple[Seen, Seen]]) -> None:
     before, after, differing, equal = MODEL_KEYS[key]
     assert_differ(compare({"model": before}, {"model": after}), differing, equal)
 
 
 @pytest.mark.usefixtures("_no_curve")
 @pytest.mark.parametrize("key", SINE_KEYS)
-def test_a_sine_key_changes_the_run(key: str, compare: Callable[..., tuple[Seen, Seen]]) -> None:
+def test_sine_key_changes_the_run(key: str, compare: Callable[..., tuple[Seen, Seen]]) -> None:
     before, after, differing, equal = SINE_KEYS[key]
     assert_differ(compare({"model": before}, {"model": {"sine_params": after}}), differing, equal)
 
@@ -277,7 +277,7 @@ def test_short_conv_key_changes_the_run(key: str, compare: Callable[..., tuple[S
 
 
 @pytest.mark.usefixtures("_no_curve")
-def test_compile_compiles_the_model_that_is_trained(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_applies_to_trained_model(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[object] = []
 
     def note(model: torch.nn.Module) -> torch.nn.Module:
@@ -295,9 +295,7 @@ def test_compile_compiles_the_model_that_is_trained(tiny_run: TinyRun, monkeypat
 
 
 @pytest.mark.usefixtures("_no_curve")
-def test_compile_without_a_compiler_is_refused_before_anything_is_written(
-    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compile_without_compiler_raises_before_writing(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.runtime.device.shutil.which", lambda name: None)
     config = tiny_run(compile=True, device="cpu")
     with pytest.raises(DeviceError, match="compile: false"):
@@ -306,7 +304,7 @@ def test_compile_without_a_compiler_is_refused_before_anything_is_written(
 
 
 @pytest.mark.usefixtures("_no_curve")
-def test_grad_checkpoint_recomputes_every_block_and_changes_no_number(
+def test_grad_checkpoint_recomputes_blocks_with_identical_numbers(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from psannlm.models import transformer
@@ -338,7 +336,7 @@ def test_grad_checkpoint_recomputes_every_block_and_changes_no_number(
         ({"device": "cuda:1"}, {}, "no GPU"),
     ],
 )
-def test_what_is_not_to_be_had_is_refused_before_anything_is_written(
+def test_run_unavailable_device_raises_before_writing(
     tiny_run: TinyRun,
     monkeypatch: pytest.MonkeyPatch,
     train_key: dict[str, Any],
@@ -356,7 +354,7 @@ def test_what_is_not_to_be_had_is_refused_before_anything_is_written(
     assert not Path(config.train.checkpoint_dir).exists()
 
 
-def test_what_a_run_leaves_behind(tiny_run: TinyRun) -> None:
+def test_run_folder_holds_expected_files(tiny_run: TinyRun) -> None:
     config = tiny_run(max_steps=4, save_interval_steps=2, eval_interval_steps=2)
     result = train(config)
     names = {path.name for path in result.folder.iterdir()}
@@ -389,7 +387,7 @@ def test_what_a_run_leaves_behind(tiny_run: TinyRun) -> None:
 
 
 @pytest.mark.parametrize("ending", ["interrupted", "not finite", "time budget"])
-def test_a_run_that_ends_early_leaves_its_curve(tiny_run: TinyRun, ending: str) -> None:
+def test_run_ending_early_draws_loss_curve(tiny_run: TinyRun, ending: str) -> None:
     class End(SilentReporter):
         def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
             if step == 2 and ending == "interrupted":
@@ -407,7 +405,7 @@ def test_a_run_that_ends_early_leaves_its_curve(tiny_run: TinyRun, ending: str) 
 
 
 @pytest.mark.usefixtures("_no_curve")
-def test_a_tilde_is_the_home_folder(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_folder_expands_tilde(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     CharTokenizer("é").save(tmp_path / "t.json")
     result = train(tiny_run(max_steps=1, checkpoint_dir="~/run", data={"tokenizer_model_path": "~/t.json"}))
@@ -416,7 +414,7 @@ def test_a_tilde_is_the_home_folder(tiny_run: TinyRun, tmp_path: Path, monkeypat
 
 
 @pytest.mark.usefixtures("_no_curve")
-def test_max_steps_may_take_several_epochs(tiny_run: TinyRun) -> None:
+def test_run_max_steps_spans_several_epochs(tiny_run: TinyRun) -> None:
     """Each window is met once an epoch, so after whole epochs the labels seen are a whole multiple."""
     one = train(tiny_run(max_steps=None, checkpoint_dir=tiny_run().train.checkpoint_dir + "_one"))
     three = train(tiny_run(max_steps=3 * one.steps))
@@ -438,7 +436,7 @@ def test_max_steps_may_take_several_epochs(tiny_run: TinyRun) -> None:
         ({"max_steps": None, "warmup_steps": 4, "schedule": "wsd", "cooldown_share": 0.34}, None),
     ],
 )
-def test_what_cannot_come_to_pass_is_said_before_the_first_step(
+def test_config_warnings_appear_before_first_step(
     tiny_run: TinyRun, settings: dict[str, Any], said: str | None
 ) -> None:
     class Notes(SilentReporter):
@@ -456,7 +454,7 @@ def test_what_cannot_come_to_pass_is_said_before_the_first_step(
 
 
 @pytest.mark.usefixtures("_no_curve")
-def test_a_run_says_what_it_is_about_to_do(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_run_describes_itself_before_training(tiny_run: TinyRun, tmp_path: Path) -> None:
     class Notes(SilentReporter):
         def notice(self, text: str) -> None:
             heard.append(text)
@@ -470,7 +468,7 @@ def test_a_run_says_what_it_is_about_to_do(tiny_run: TinyRun, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("_no_curve")
-def test_weights_handed_in_are_trained_in_place(tiny_run: TinyRun) -> None:
+def test_run_trains_given_model_in_place(tiny_run: TinyRun) -> None:
     config = tiny_run(max_steps=2)
     model = build_model(resolve(config.model, vocab_size=260, max_seq_len=16), seed=99)
     before = model.embedding.weight.detach().clone()
@@ -480,7 +478,7 @@ def test_weights_handed_in_are_trained_in_place(tiny_run: TinyRun) -> None:
 
 
 @pytest.mark.usefixtures("_no_curve")
-def test_weights_with_too_few_rows_are_refused(tiny_run: TinyRun) -> None:
+def test_run_refuses_model_with_too_small_vocabulary(tiny_run: TinyRun) -> None:
     config = tiny_run(max_steps=1)
     model = build_model(resolve(config.model, vocab_size=200, max_seq_len=16))
     with pytest.raises(ConfigError, match="200"):
@@ -488,7 +486,7 @@ def test_weights_with_too_few_rows_are_refused(tiny_run: TinyRun) -> None:
 
 
 @pytest.mark.usefixtures("_no_curve")
-def test_the_seed_decides_everything(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_run_with_same_seed_is_identical(tiny_run: TinyRun, tmp_path: Path) -> None:
     torch.manual_seed(1)
     a = look(tiny_run(model={"dropout": 0.2}, checkpoint_dir=str(tmp_path / "a" / "run")))
     torch.manual_seed(2)
@@ -496,7 +494,7 @@ def test_the_seed_decides_everything(tiny_run: TinyRun, tmp_path: Path) -> None:
     assert a == b
 
 
-def test_a_curve_that_cannot_be_drawn_ends_no_training(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_survives_failure_to_draw_curve(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> Path:
         raise PictureError("no Matplotlib here")
 
@@ -518,7 +516,7 @@ def _with_memory(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("asked", ["off", "full"])
-def test_a_model_too_large_is_named_before_anything_is_written(
+def test_run_oversize_model_raises_before_writing(
     asked: str, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_run(max_steps=1)
@@ -532,7 +530,7 @@ def test_a_model_too_large_is_named_before_anything_is_written(
     assert not Path(config.train.checkpoint_dir).exists()
 
 
-def test_a_model_too_large_for_the_gpu_is_named(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_model_too_large_for_gpu_raises(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.training.run.pick_device", lambda name, rank: torch.device("cuda", 0))
     monkeypatch.setattr("psannlm.training.run.pick_precision", lambda amp, device: None)
     monkeypatch.setattr("psannlm.training.run.gpu_memory_bytes", lambda device: 50_000)
@@ -540,7 +538,7 @@ def test_a_model_too_large_for_the_gpu_is_named(tiny_run: TinyRun, monkeypatch: 
         train(tiny_run(max_steps=1))
 
 
-def test_a_dry_run_of_a_million_layers_answers_at_once(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_of_million_layers_is_immediate(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_run(max_steps=1)
     deep = config.model_copy(update={"model": config.model.model_copy(update={"n_layers": 1_000_000})})
     started_s = time.process_time()

@@ -37,7 +37,7 @@ def sampled(config: RunConfig) -> tuple[TrainResult, list[tuple[int, str, str]]]
     return result, notes.samples
 
 
-def test_each_validation_has_its_samples_and_a_resume_has_each_once(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_samples_are_logged_once_per_validation_despite_resume(tiny_run: TinyRun, tmp_path: Path) -> None:
     """Drawn in the middle of training, with dropout on, they change nothing of it."""
     model = {"dropout": 0.3}
     settings = {"model": model, "eval_interval_steps": 2, "save_interval_steps": 1, "max_steps": 5}
@@ -74,7 +74,7 @@ def sampled_rows(config: RunConfig) -> tuple[TrainResult, list[tuple[int, str, s
     ("change", "differs"),
     [({}, False), ({"sample_prompts": ["A "]}, True), ({"sample_tokens": 3}, True), ({"sample_prompts": []}, True)],
 )
-def test_the_keys_and_they_alone_decide(
+def test_samples_depend_on_their_keys_only(
     tiny_run: TinyRun, tmp_path: Path, change: dict[str, Any], differs: bool
 ) -> None:
     torch.manual_seed(1)
@@ -85,7 +85,7 @@ def test_the_keys_and_they_alone_decide(
     assert [prompt for _, prompt, _ in other] == change.get("sample_prompts", ["The "])
 
 
-def test_the_sampler_gets_the_keys_and_the_seed(tiny_run: TinyRun) -> None:
+def test_sampler_receives_keys_and_seed(tiny_run: TinyRun) -> None:
     asked: list[tuple[Any, ...]] = []
 
     def note(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], n_tokens: int, seed: int) -> list[str]:
@@ -96,12 +96,12 @@ def test_the_sampler_gets_the_keys_and_the_seed(tiny_run: TinyRun) -> None:
     assert [row[1:] for row in asked] == [(("a", "b"), 5, 7)]
 
 
-def test_without_a_validation_there_is_none(tiny_run: TinyRun) -> None:
+def test_samples_need_a_validation(tiny_run: TinyRun) -> None:
     assert sampled(tiny_run(max_steps=2, data={"val_split": 0.0}))[1] == []
 
 
 @pytest.mark.parametrize("max_length", [1, 3, 4])
-def test_a_context_too_short_to_write_in_is_no_hindrance(tiny_run: TinyRun, max_length: int) -> None:
+def test_samples_are_skipped_in_too_short_context(tiny_run: TinyRun, max_length: int) -> None:
     _, told = sampled(tiny_run(max_steps=1, data={"max_length": max_length}))
     assert [(step, prompt) for step, prompt, _ in told] == [(1, "The ")]
     assert bool(told[0][2]) == (max_length == 4)

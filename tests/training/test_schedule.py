@@ -29,12 +29,12 @@ SETTINGS = {"peak": 1.0, "min_lr": 0.1, "warmup_steps": 4, "total_steps": 11}
         (1000, 0.1),
     ],
 )
-def test_cosine_by_hand(step: int, expected: float) -> None:
+def test_cosine_schedule_known_values(step: int, expected: float) -> None:
     assert learning_rate(step, **SETTINGS) == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize(("step", "expected"), [(1, 0.25), (4, 1.0), (5, 1.0), (12, 1.0), (50, 1.0)])
-def test_constant_by_hand(step: int, expected: float) -> None:
+def test_constant_schedule_known_values(step: int, expected: float) -> None:
     assert learning_rate(step, **SETTINGS, schedule="constant") == expected
 
 
@@ -50,16 +50,16 @@ def test_constant_by_hand(step: int, expected: float) -> None:
         (11, 0.1 + 0.9 * (1 - math.sqrt(3 / 4))),
     ],
 )
-def test_warm_up_constant_cooldown_by_hand(step: int, expected: float) -> None:
+def test_wsd_schedule_known_values(step: int, expected: float) -> None:
     assert learning_rate(step, **SETTINGS, schedule="wsd", cooldown_steps=3) == pytest.approx(expected, abs=1e-15)
 
 
-def test_a_step_past_the_cooldown_is_refused_with_the_key_to_raise() -> None:
+def test_wsd_schedule_step_past_cooldown_raises() -> None:
     with pytest.raises(TrainingError, match=r"step 12 is past the end of the schedule, 11; raise train\.max_steps"):
         learning_rate(12, **SETTINGS, schedule="wsd", cooldown_steps=3)
 
 
-def test_until_its_cooldown_a_run_does_not_depend_on_where_it_ends() -> None:
+def test_wsd_schedule_before_cooldown_is_independent_of_length() -> None:
     """What a constant rate is for: the same checkpoint may be cooled down now, or later."""
     for step in range(1, 9):
         short = learning_rate(step, **SETTINGS, schedule="wsd", cooldown_steps=3)
@@ -68,24 +68,24 @@ def test_until_its_cooldown_a_run_does_not_depend_on_where_it_ends() -> None:
 
 
 @pytest.mark.parametrize(("total", "share", "expected"), [(10, 0.2, 2), (11, 0.2, 2), (3, 0.01, 1), (7, 1.0, 7)])
-def test_the_cooldown_is_a_share_of_the_steps_and_at_least_one(total: int, share: float, expected: int) -> None:
+def test_wsd_cooldown_is_fraction_and_at_least_one_step(total: int, share: float, expected: int) -> None:
     assert TrainConfig(schedule="wsd", cooldown_share=share).cooldown_steps(total) == expected
     assert TrainConfig(schedule="cosine", cooldown_share=share).cooldown_steps(total) == 0
 
 
-def test_the_last_step_still_learns() -> None:
+def test_schedule_last_step_has_positive_lr() -> None:
     for n_steps in (1, 2, 100):
         settings = {"peak": 1.0, "min_lr": 0.0, "warmup_steps": 0, "total_steps": n_steps}
         assert learning_rate(n_steps, **settings) > 0.0
         assert learning_rate(n_steps, **settings, schedule="wsd", cooldown_steps=n_steps) > 0.0
 
 
-def test_no_warmup_starts_next_to_the_peak() -> None:
+def test_schedule_without_warmup_starts_near_peak() -> None:
     first = learning_rate(1, peak=2.0, min_lr=0.0, warmup_steps=0, total_steps=1000)
     assert 1.9999 < first < 2.0
 
 
-def test_warmup_may_fill_the_run() -> None:
+def test_schedule_warmup_may_span_whole_run() -> None:
     assert learning_rate(10, peak=3.0, min_lr=0.5, warmup_steps=10, total_steps=10) == 3.0
     assert learning_rate(5, peak=3.0, min_lr=0.5, warmup_steps=10, total_steps=5) == 1.5
 
@@ -96,7 +96,7 @@ def test_warmup_may_fill_the_run() -> None:
     min_lr=st.floats(0, 1),
     schedule=st.sampled_from(["cosine", "constant"]),
 )
-def test_no_jump_anywhere_and_never_beyond_the_peak(warmup: int, decay: int, min_lr: float, schedule: str) -> None:
+def test_schedule_is_continuous_and_below_peak(warmup: int, decay: int, min_lr: float, schedule: str) -> None:
     settings = {"peak": 1.0, "min_lr": min_lr, "warmup_steps": warmup, "total_steps": warmup + decay}
     rates = [learning_rate(step, **settings, schedule=schedule) for step in range(1, warmup + decay + 3)]
     steepest = max(1 / warmup if warmup else 0.0, math.pi / 2 / decay)

@@ -65,7 +65,7 @@ def gradient_norm(model: nn.Module) -> float:
 
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_or_eight_micro_batches_equal_one_large_one(build_tiny: Build, base: str, optimizer: str) -> None:
+def test_train_step_micro_batches_equal_one_batch(build_tiny: Build, base: str, optimizer: str) -> None:
     """A row with one label must not weigh as much as a full one, nor a micro-batch without any count at all."""
     input_ids, labels = rows([8, 8, 1, 3, 8, 0, 0, 5])
     results, models = [], []
@@ -85,7 +85,7 @@ def test_two_or_eight_micro_batches_equal_one_large_one(build_tiny: Build, base:
             torch.testing.assert_close(b, a, atol=1e-6, rtol=0, msg=name)
 
 
-def test_the_loss_is_the_mean_over_labels(build_tiny: Build) -> None:
+def test_train_step_loss_is_mean_over_labels(build_tiny: Build) -> None:
     model = build_tiny()
     input_ids, labels = rows([8, 2, 0])
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_the_loss_is_the_mean_over_labels(build_tiny: Build) -> None:
 
 
 @pytest.mark.parametrize("limit", [0.01, 0.5])
-def test_clipping_bounds_the_norm_and_reports_it_as_it_was(build_tiny: Build, limit: float) -> None:
+def test_clipping_bounds_norm_and_reports_original(build_tiny: Build, limit: float) -> None:
     parts = [batch(*rows([8, 8, 4]))]
     free, clipped = build_tiny(), build_tiny()
     before = step(free, parts, OptimizerSet(free, "adamw", 0.0))
@@ -108,7 +108,7 @@ def test_clipping_bounds_the_norm_and_reports_it_as_it_was(build_tiny: Build, li
     assert gradient_norm(clipped) == pytest.approx(limit, rel=1e-3)
 
 
-def test_a_norm_below_the_limit_is_left_alone(build_tiny: Build) -> None:
+def test_clipping_keeps_norm_below_limit(build_tiny: Build) -> None:
     parts = [batch(*rows([8, 8, 4]))]
     free, clipped = build_tiny(), build_tiny()
     step(free, parts, OptimizerSet(free, "adamw", 0.0))
@@ -116,7 +116,7 @@ def test_a_norm_below_the_limit_is_left_alone(build_tiny: Build) -> None:
     assert all(torch.equal(a, b) for a, b in zip(free.parameters(), clipped.parameters(), strict=True))
 
 
-def test_label_smoothing_is_part_of_the_loss(build_tiny: Build) -> None:
+def test_label_smoothing_changes_the_loss(build_tiny: Build) -> None:
     parts = [batch(*rows([8, 8]))]
     plain, smooth = build_tiny(), build_tiny()
     a = step(plain, parts, OptimizerSet(plain, "adamw", 0.0))
@@ -125,7 +125,7 @@ def test_label_smoothing_is_part_of_the_loss(build_tiny: Build) -> None:
     assert not torch.equal(plain.embedding.weight, smooth.embedding.weight)
 
 
-def test_the_learning_rate_of_the_call_is_used(build_tiny: Build) -> None:
+def test_train_step_uses_given_learning_rate(build_tiny: Build) -> None:
     parts = [batch(*rows([8, 8]))]
     model = build_tiny()
     before = [p.detach().clone() for p in model.parameters()]
@@ -136,7 +136,7 @@ def test_the_learning_rate_of_the_call_is_used(build_tiny: Build) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_gradients_of_the_step_before_are_forgotten(build_tiny: Build) -> None:
+def test_train_step_clears_former_gradients(build_tiny: Build) -> None:
     parts = [batch(*rows([8, 8]))]
     model = build_tiny()
     optimizers = OptimizerSet(model, "adamw", 0.0)
@@ -144,7 +144,7 @@ def test_gradients_of_the_step_before_are_forgotten(build_tiny: Build) -> None:
     assert step(model, parts, optimizers, lr=0.0).grad_norm == pytest.approx(first.grad_norm, rel=1e-6)
 
 
-def test_fp16_clips_gradients_that_are_unscaled(build_tiny: Build) -> None:
+def test_fp16_clips_unscaled_gradients(build_tiny: Build) -> None:
     """At a scale of 65,536 a clip at 1.0 before unscaling would leave next to nothing of the gradients."""
     parts = [batch(*rows([8, 8, 4])), batch(*rows([3, 0], seed=1))]
     wide, half = build_tiny(), build_tiny()
@@ -159,9 +159,7 @@ def test_fp16_clips_gradients_that_are_unscaled(build_tiny: Build) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_fp16_overflow_skips_the_whole_step_and_lowers_the_scale(
-    build_tiny: Build, optimizer: str, value: float
-) -> None:
+def test_fp16_overflow_skips_step_and_lowers_scale(build_tiny: Build, optimizer: str, value: float) -> None:
     """Also where only one of two optimisers saw it: clipping by such a norm spoils the gradients of both."""
     model = build_tiny()
     model.blocks[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient * value)
@@ -176,7 +174,7 @@ def test_fp16_overflow_skips_the_whole_step_and_lowers_the_scale(
     assert optimizers.tensors() == {}
 
 
-def test_fp16_gradients_that_overflow_at_no_scale_are_an_end(build_tiny: Build) -> None:
+def test_fp16_overflow_at_lowest_scale_may_not_continue(build_tiny: Build) -> None:
     model = build_tiny()
     model.embedding.weight.register_hook(lambda gradient: gradient * float("nan"))
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
@@ -187,7 +185,7 @@ def test_fp16_gradients_that_overflow_at_no_scale_are_an_end(build_tiny: Build) 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_what_is_not_finite_touches_no_parameter(build_tiny: Build, where: str, optimizer: str) -> None:
+def test_nonfinite_step_changes_no_parameter(build_tiny: Build, where: str, optimizer: str) -> None:
     model = build_tiny()
     optimizers = OptimizerSet(model, optimizer, 0.1)
     step(model, [batch(*rows([8, 8]))], optimizers)
@@ -216,7 +214,7 @@ def test_bf16_steps_near_fp32(build_tiny: Build) -> None:
     assert all(p.dtype == torch.float32 for p in half.parameters())
 
 
-def test_a_filler_without_labels_changes_nothing(build_tiny: Build) -> None:
+def test_train_step_ignores_batch_without_labels(build_tiny: Build) -> None:
     """What a rank with no window left computes."""
     input_ids, labels = rows([0])
     real = batch(*rows([8, 8]))

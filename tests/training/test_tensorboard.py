@@ -25,7 +25,7 @@ class Crash(SilentReporter):
             raise KeyboardInterrupt
 
 
-def test_the_board_shows_each_step_once_after_a_crash_and_a_resume(tiny_run: TinyRun) -> None:
+def test_tensorboard_shows_each_step_once_after_resume(tiny_run: TinyRun) -> None:
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -57,13 +57,11 @@ def test_the_board_shows_each_step_once_after_a_crash_and_a_resume(tiny_run: Tin
     assert texts[0].tensor_proto.string_val[0] == b"    Two\n    linesmore\n"
 
 
-def test_without_being_asked_for_there_is_none(tiny_run: TinyRun) -> None:
+def test_tensorboard_is_off_by_default(tiny_run: TinyRun) -> None:
     assert not (train(tiny_run(max_steps=1)).folder / BOARD_FOLDER).exists()
 
 
-def test_without_the_package_it_is_refused_before_anything_is_written(
-    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_without_package_raises_before_writing(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     config = tiny_run(tensorboard=True)
     with pytest.raises(ConfigError, match=r"train\.tensorboard: needs the package tensorboard: pip install"):

@@ -71,7 +71,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_fit_and_trainer_end_with_the_same_weights(data: psannLMDataPrep, tmp_path: Path) -> None:
+def test_fit_matches_trainer(data: psannLMDataPrep, tmp_path: Path) -> None:
     seen, heard = Recorder(), Recorder()
     fitted = small(data).fit(data, verbose=False, callbacks=[seen], **SETTINGS)
     network = psannLM(**_arguments(data), max_seq_len=16).model
@@ -97,7 +97,7 @@ def _arguments(data: psannLMDataPrep) -> dict[str, Any]:
     return {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": data.vocab_size, "dropout": 0.1}
 
 
-def test_callbacks_come_in_order_with_the_weights_of_their_step(data: psannLMDataPrep, tmp_path: Path) -> None:
+def test_callbacks_run_in_order_with_current_weights(data: psannLMDataPrep, tmp_path: Path) -> None:
     model = small(data)
     recorder = Recorder(model.model)
     trainer = Trainer(
@@ -115,7 +115,7 @@ def test_callbacks_come_in_order_with_the_weights_of_their_step(data: psannLMDat
     assert isinstance(model.generate("The", max_new_tokens=4), str)
 
 
-def test_stop_ends_after_the_step_and_train_continues(data: psannLMDataPrep, tmp_path: Path) -> None:
+def test_trainer_stop_ends_step_and_train_resumes(data: psannLMDataPrep, tmp_path: Path) -> None:
     class Stopper(Callback):
         def on_step(self, event: StepEvent) -> None:
             if event.step == 2:
@@ -130,7 +130,7 @@ def test_stop_ends_after_the_step_and_train_continues(data: psannLMDataPrep, tmp
     assert same(straight.model, stopped.model)
 
 
-def test_a_skipped_step_is_seen_as_one(data: psannLMDataPrep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callback_sees_skipped_step(data: psannLMDataPrep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from psannlm.training import loop
 
     real, n_calls = loop.train_step, 0
@@ -146,7 +146,7 @@ def test_a_skipped_step_is_seen_as_one(data: psannLMDataPrep, tmp_path: Path, mo
     assert [event.is_skipped for event in recorder.of(StepEvent)] == [False, True, False, False]
 
 
-def test_an_error_of_a_callback_ends_the_run_as_it_is(data: psannLMDataPrep, tmp_path: Path) -> None:
+def test_callback_error_ends_the_run(data: psannLMDataPrep, tmp_path: Path) -> None:
     class Broken(Callback):
         def on_step(self, event: StepEvent) -> None:
             raise KeyError("mine")
@@ -160,7 +160,7 @@ def test_an_error_of_a_callback_ends_the_run_as_it_is(data: psannLMDataPrep, tmp
     assert model.vocab_size is None
 
 
-def test_evaluate_and_save_take_the_model_as_it_is(data: psannLMDataPrep, tmp_path: Path) -> None:
+def test_trainer_evaluate_and_save_use_current_model(data: psannLMDataPrep, tmp_path: Path) -> None:
     model = small(data)
     trainer = Trainer(model, data, config=config(tmp_path / "run"))
     before = trainer.evaluate()
@@ -179,7 +179,7 @@ def test_evaluate_and_save_take_the_model_as_it_is(data: psannLMDataPrep, tmp_pa
         unheld.evaluate()
 
 
-def test_data_may_be_datasets_in_fit_too(data: psannLMDataPrep) -> None:
+def test_fit_accepts_datasets(data: psannLMDataPrep) -> None:
     one = small(data).fit(data, verbose=False, **SETTINGS)
     other = small(data).fit(data.dataset, data.val_dataset, verbose=False, **SETTINGS)
     assert one.result is not None
@@ -200,14 +200,14 @@ def test_data_may_be_datasets_in_fit_too(data: psannLMDataPrep) -> None:
         ({"config": TrainConfig(batch_tokens=8)}, ConfigError, "one window of data.max_length 16"),
     ],
 )
-def test_wrong_arguments_are_named(
+def test_trainer_names_wrong_arguments(
     arguments: dict[str, Any], kind: type[Exception], said: str, data: psannLMDataPrep
 ) -> None:
     with pytest.raises(kind, match=said):
         Trainer(**{"model": small(data), "train_data": data, **arguments})
 
 
-def test_other_tokenizers_are_refused(data: psannLMDataPrep, tiny_texts: list[str]) -> None:
+def test_trainer_refuses_other_tokenizers(data: psannLMDataPrep, tiny_texts: list[str]) -> None:
     other = psannLMDataPrep(tiny_texts, tokenizer="tokenizers", max_length=16, vocab_size=300)
     model = small(data)
     for val_data in (other, other.dataset):
@@ -226,7 +226,7 @@ def test_other_tokenizers_are_refused(data: psannLMDataPrep, tiny_texts: list[st
         model.fit(bare)
 
 
-def test_training_errors_pass_through(data: psannLMDataPrep, tmp_path: Path) -> None:
+def test_trainer_passes_training_errors(data: psannLMDataPrep, tmp_path: Path) -> None:
     model = small(data)
     with torch.no_grad():
         model.model.embedding.weight.fill_(float("nan"))
