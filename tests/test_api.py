@@ -1,4 +1,4 @@
-"""The Python surface: signatures that documents promise, texts and paths told apart, fit, generate, save, load."""
+"""The Python API: documented signatures, texts and paths, fit, generate, save, load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Consoles print text as it is, escapes shown, and what the environment says turns no file into a terminal."""
+"""Consoles print text literally with visible escapes; no environment variable turns a file into a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was asked for is what is used, or an error that names it; what is picked is picked for a reason."""
+"""Device and precision: the requested one or an error; automatic choices have a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who takes part is what torchrun says; one process alone is a world of one."""
+"""World and process group from the environment of torchrun; a single process is a world of size 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process keeps of what it freed: nothing large in flat work, all of it in training, unless its user says."""
+"""Freed memory: returned to the system in prep, retained in training, unless the user sets otherwise."""
 
 from __future__ import annotations
 

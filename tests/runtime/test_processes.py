@@ -1,4 +1,4 @@
-"""Every process that a command starts imports what the command imports, whatever lies in the working folder."""
+"""Subprocesses import what the command imports, whatever the working folder contains."""
 
 from __future__ import annotations
 

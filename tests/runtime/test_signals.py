@@ -1,4 +1,4 @@
-"""What asks for an end sets the flag; a reader that is gone ends no work before it is saved."""
+"""Stop signals set the flag; output to a closed reader does not end the work before it is saved."""
 
 from __future__ import annotations
 

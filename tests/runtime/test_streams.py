@@ -1,4 +1,4 @@
-"""A standard stream that is closed or full is named, and one that lacks characters gets others in their place."""
+"""Closed or full standard streams are named, and characters they cannot encode are replaced."""
 
 from __future__ import annotations
 

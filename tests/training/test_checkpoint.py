@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, every bit counts, and the one to use is found."""
+"""Checkpoints: atomic save, detection of any damage, and search for the one to use."""
 
 from __future__ import annotations
 

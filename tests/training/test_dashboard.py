@@ -1,4 +1,4 @@
-"""Three lines that fit the terminal, hold every figure, and stay short however long the run is."""
+"""The dashboard: three lines that fit the terminal and stay short in a run of any length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that are not finite are left out or end the run, none of them reaches a file; memory that runs out is told."""
+"""Non-finite steps are skipped or end the run and never reach a checkpoint; out-of-memory errors are explained."""
 
 from __future__ import annotations
 

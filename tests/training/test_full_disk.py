@@ -1,4 +1,4 @@
-"""A disk that is full, at each place where a run writes: named, nothing older harmed, and the run goes on later."""
+"""A full disk at each write of a run: named, older files unharmed, and the run resumes later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kill -9 at any moment costs no more than the steps since the last checkpoint; and any stop goes on bit for bit.
+"""A run killed at any moment resumes to the same bits; a stopped run saves and resumes bit for bit.
 
 A process is killed at random moments and started again, until it has been killed often enough; then it is left in
 peace. Two kinds of moments: after a random time; and within a save, between any two lines of what saves. By default

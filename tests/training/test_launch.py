@@ -1,4 +1,4 @@
-"""``psannlm train --nproc 2`` as a person types it: what it leaves, what it says, how it ends."""
+"""``psannlm train --nproc 2``: output, exit codes and network exposure."""
 
 from __future__ import annotations
 

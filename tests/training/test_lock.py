@@ -1,4 +1,4 @@
-"""One training at a time in a run folder, from before its corpus is read to its last step."""
+"""One training at a time in a run folder, from reading the corpus to the last step."""
 
 from __future__ import annotations
 

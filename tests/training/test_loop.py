@@ -1,4 +1,4 @@
-"""The loop learns, keeps the best, stops when told to or when a number is not finite; in processes of their own too."""
+"""The training loop: learning, best checkpoint, stop on signals and on non-finite values."""
 
 from __future__ import annotations
 

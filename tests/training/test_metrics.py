@@ -1,4 +1,4 @@
-"""The log survives a crash and a resume; the picture shows what the log holds."""
+"""The metrics log survives a crash and a resume; the loss curve shows its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decays and what does not, who takes which matrix, and the way of the state to disk and back."""
+"""Parameter groups, weight decay, Muon, and the optimiser state in checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that share the windows train the model that one trains, replicated or sharded; and they fail together."""
+"""DDP and FSDP train the model of a single process, and all ranks end if one fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run over a prepared folder is the run over the same documents in memory, and goes on like one."""
+"""A run on a prepared folder equals the run on the same documents in memory, and resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Going on: bit for bit what an uninterrupted run gives, or refused with the reason; and nothing that was is lost."""
+"""Resume: bit for bit the uninterrupted run, or refused with the reason, and no file is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every documented key changes the run; and what a run leaves behind."""
+"""Every documented key changes the run; files and messages of a run."""
 
 from __future__ import annotations
 

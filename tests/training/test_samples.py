@@ -1,4 +1,4 @@
-"""What a model in training writes at each validation: told, logged, the same with the same seed, and of no effect."""
+"""Samples at each validation: reported, logged, reproducible, and without effect on training."""
 
 from __future__ import annotations
 

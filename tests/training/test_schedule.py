@@ -1,4 +1,4 @@
-"""The learning rate by hand, at its joints and at its ends."""
+"""Learning rate schedules: known values, joints and ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step: token weighting, clipping, precision, and what happens when a number is not finite."""
+"""One optimiser step: token weighting, clipping, precision and non-finite values."""
 
 from __future__ import annotations
 

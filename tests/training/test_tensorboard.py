@@ -1,4 +1,4 @@
-"""TensorBoard reads what metrics.jsonl holds, each step once also after a resume; without the package it is refused."""
+"""TensorBoard files hold each step once, also after a resume; without the package they are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Trainer: fit's own weights to the last digit, callbacks for all that happens, stop, evaluate and save."""
+"""The Trainer: the weights of fit to the last digit, callbacks, stop, evaluate and save."""
 
 from __future__ import annotations
 

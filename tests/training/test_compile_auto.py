@@ -1,4 +1,4 @@
-"""compile: auto decides by the size of the run alone, says so, and never asks for what is not there."""
+"""The rule of ``compile: auto``: the size of the run decides, and a missing compiler is never required."""
 
 from __future__ import annotations
 

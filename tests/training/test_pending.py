@@ -1,4 +1,4 @@
-"""A step is given to the device whole and looked at a step later; nothing of a run depends on when it is looked at."""
+"""Deferred read-back: a step is read after the next is enqueued, without changing any output of the run."""
 
 from __future__ import annotations
 

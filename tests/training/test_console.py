@@ -1,4 +1,4 @@
-"""What people read while a run goes on, on a clock that the test winds."""
+"""Console output of a run, on a fake clock."""
 
 from __future__ import annotations
 
