@@ -39,7 +39,7 @@ from psannlm.errors import (
     describe,
 )
 from psannlm.io.limits import raise_open_files
-from psannlm.runtime.streams import flush_output, guarding_streams, say
+from psannlm.runtime.streams import flush_output, guarding_streams, print_error_line
 
 _ALONE_S = 10.0
 
@@ -159,7 +159,7 @@ def root(
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print an unexpected error as one line; set as ``sys.excepthook`` unless --debug."""
-    say(f"error: {describe(error)}")
+    print_error_line(f"error: {describe(error)}")
 
 
 def _print_error(error: PsannlmError) -> None:
@@ -169,7 +169,7 @@ def _print_error(error: PsannlmError) -> None:
         # Rank 0 prints the same and exits, and torchrun ends the others. A rank that is still alive prints its own.
         time.sleep(_ALONE_S)
     where = "" if rank == "0" or isinstance(error, RankError) else f"rank {rank}: "
-    say(f"{where}{'' if error.exit_code == EXIT_INTERRUPTED else 'error: '}{describe(error)}")
+    print_error_line(f"{where}{'' if error.exit_code == EXIT_INTERRUPTED else 'error: '}{describe(error)}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
         except SystemExit as end:
             # Typer turns a Ctrl-C into this; commands that have something to save raise Interrupted instead.
             if end.code == EXIT_INTERRUPTED:
-                say("interrupted")
+                print_error_line("interrupted")
             raise
 
 

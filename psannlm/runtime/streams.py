@@ -114,7 +114,7 @@ def flush_output() -> None:
         raise
 
 
-def say(text: str) -> None:
+def print_error_line(text: str) -> None:
     """Print a line on standard error with visible escapes. Never fails, because no stream is left to report it on."""
     with suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(f"{printable(text, keep=chr(10))}\n")

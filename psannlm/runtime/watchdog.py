@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 import torch.distributed as dist
 
 from psannlm.errors import EXIT_FAILED, AlreadyReported, Interrupted, PsannlmError, RankError, describe
-from psannlm.runtime.streams import is_terminal, say
+from psannlm.runtime.streams import is_terminal, print_error_line
 
 T = TypeVar("T")
 
@@ -184,7 +184,7 @@ class RankWatchdog:
             # Not through the console of the command line: its thread is blocked. Show the hidden cursor again.
             if is_terminal(sys.stderr):
                 sys.stderr.write("\x1b[?25h\n")
-            say(f"error: {failure}")
+            print_error_line(f"error: {failure}")
         self._mark_reported()
 
     # Every use of the store goes through _call. A store that fails once means that rank 0 or the launcher has ended; it

@@ -73,7 +73,7 @@ def launch(config: RunConfig, n_ranks: int, options: Sequence[str] = (), *, debu
         DeviceError: this machine has no loopback interface that works.
     """
     environment = {LAUNCHED: "1"}
-    with meeting_place(n_ranks) as place, _received() as signals:
+    with private_store(n_ranks) as place, _received() as signals:
         path = Path(place[STORE_FOLDER]) / _CONFIG_FILE
         # A copy for the ranks: a pipe cannot be read twice, and the file may change.
         path.write_text(to_yaml(config), encoding="utf-8")
@@ -88,7 +88,7 @@ def launch(config: RunConfig, n_ranks: int, options: Sequence[str] = (), *, debu
 
 
 @contextmanager
-def meeting_place(n_ranks: int) -> Iterator[dict[str, str]]:
+def private_store(n_ranks: int) -> Iterator[dict[str, str]]:
     """Create the private store folder of ``n_ranks`` processes; yield the environment variables that name it.
 
     Raises:

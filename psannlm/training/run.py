@@ -264,7 +264,6 @@ def _build(
         state = TrainerState(**settings)
     else:
         state = replace(restore(start.found, folder, optimizers, scaler), **settings)
-    if start.found is not None:
         refuse_past_schedule(start.found, n_steps)
     for line in config_warnings(config, loader, n_steps):
         reporter.notice(line)

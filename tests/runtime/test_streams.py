@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from psannlm.errors import StreamError
-from psannlm.runtime.streams import flush_output, guarding_streams, say, write_output
+from psannlm.runtime.streams import flush_output, guarding_streams, print_error_line, write_output
 
 
 class Full(io.StringIO):
@@ -53,11 +53,11 @@ def test_stdout_closed_or_full_raises_named_error(
 @pytest.mark.parametrize("stream", [Full(), None])
 def test_stderr_closed_or_full_discards_messages(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | None) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
-    say("before")
+    print_error_line("before")
     with guarding_streams():
         sys.stderr.write("text")
         typer.echo("text", err=True)
-        say("text")
+        print_error_line("text")
 
 
 def test_stdin_closed_raises_named_error(monkeypatch: pytest.MonkeyPatch) -> None:

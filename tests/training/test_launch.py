@@ -24,7 +24,7 @@ from psannlm.config.run import RunConfig, to_yaml
 from psannlm.errors import ConfigError, DeviceError
 from psannlm.models.tensorfile import read_tensors
 from psannlm.training.checkpoint import list_checkpoints, read_state
-from psannlm.training.launch import check_launch, meeting_place
+from psannlm.training.launch import check_launch, private_store
 from psannlm.training.metrics import read_metrics
 from psannlm.training.run import train
 
@@ -245,7 +245,7 @@ def test_launch_passes_configuration_from_pipe(tiny_run: TinyRun, tmp_path: Path
 
 def test_launch_without_loopback_interface_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", mock.Mock(side_effect=OSError("Network is unreachable")))
-    with pytest.raises(DeviceError, match="loopback interface, which is down"), meeting_place(2):
+    with pytest.raises(DeviceError, match="loopback interface, which is down"), private_store(2):
         pass
 
 

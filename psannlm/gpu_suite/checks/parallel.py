@@ -22,7 +22,7 @@ from psannlm.gpu_suite.context import CheckContext
 from psannlm.gpu_suite.report import CheckResult, Measure, at_least, at_most, largest_distance
 from psannlm.models.artifact import load_model
 from psannlm.training.checkpoint import step_folder
-from psannlm.training.launch import meeting_place, start_rank
+from psannlm.training.launch import private_store, start_rank
 from psannlm.training.metrics import read_metrics
 from psannlm.training.run import train
 
@@ -167,7 +167,7 @@ def launch(config: RunConfig, folder: Path, n_ranks: int, device: torch.device) 
     shared = {"OMP_NUM_THREADS": "1"} if device.type == "cpu" else {}
     logs = [folder / f"rank_{rank}.log" for rank in range(n_ranks)]
     processes: list[subprocess.Popen[bytes]] = []
-    with meeting_place(n_ranks) as place:
+    with private_store(n_ranks) as place:
         try:
             for rank, log in enumerate(logs):
                 with open(log, "wb") as output:
