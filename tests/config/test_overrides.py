@@ -14,7 +14,7 @@ def load(folder: Path, text: str, *overrides: str) -> RunConfig:
     return load_config(path, overrides, check_files=False)
 
 
-def test_values_follow_the_rules_of_yaml_and_the_last_one_wins(tmp_path: Path) -> None:
+def test_override_values_are_yaml_and_last_wins(tmp_path: Path) -> None:
     config = load(
         tmp_path,
         "train: {lr: 1, ddp: off, max_steps: 5}\nmodel:\n  sine_params: {amp_init: 3}\n",
@@ -59,7 +59,7 @@ def test_a_wrong_override_is_named(tmp_path: Path, override: str, part: str) -> 
     assert len(caught.value.problems) == 1
 
 
-def test_the_line_of_a_value_that_was_overridden_is_not_blamed(tmp_path: Path) -> None:
+def test_override_error_names_override_not_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, "train:\n  epochs: x\n  lr: 1\n", "train.lr=y", "foo")
     assert [(problem.path, problem.line) for problem in caught.value.problems] == [
@@ -69,7 +69,7 @@ def test_the_line_of_a_value_that_was_overridden_is_not_blamed(tmp_path: Path) -
     ]
 
 
-def test_the_lines_below_a_value_that_was_overridden_are_forgotten(tmp_path: Path) -> None:
+def test_override_drops_lines_below_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, "data:\n  sources:\n    - a.txt\n", "data.sources=[{pth: b}]")
     assert [(problem.path, problem.line) for problem in caught.value.problems] == [("data.sources[0].pth", None)]

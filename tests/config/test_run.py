@@ -66,7 +66,7 @@ def test_compile_means_what_is_written(tmp_path: Path, written: str, read: bool 
     assert load_config(write(tmp_path, f"train: {{compile: {written}}}")).train.compile == read
 
 
-def test_a_first_try_that_is_shorter_than_its_warm_up_is_told_what_to_set(tmp_path: Path) -> None:
+def test_config_warmup_longer_than_max_steps_names_remedy(tmp_path: Path) -> None:
     text = "train: {warmup_steps: 20}"
     found = problems(tmp_path, text, "train.max_steps=5")
     assert "--set train.warmup_steps=0" in found["train.warmup_steps"]
@@ -74,7 +74,7 @@ def test_a_first_try_that_is_shorter_than_its_warm_up_is_told_what_to_set(tmp_pa
     assert config.train.max_steps == 5
 
 
-def test_an_evaluation_with_nothing_held_out_is_told_what_to_set(tmp_path: Path) -> None:
+def test_config_eval_without_validation_split_names_remedy(tmp_path: Path) -> None:
     text = "train: {eval_interval_steps: 20}"
     off = "data.val_split=0"
     assert "--set train.eval_interval_steps=null" in problems(tmp_path, text, off)["train.eval_interval_steps"]
@@ -127,7 +127,7 @@ trian:
     }
 
 
-def test_a_rule_is_silent_where_one_of_its_fields_is_refused(tmp_path: Path) -> None:
+def test_config_rule_skips_invalid_fields(tmp_path: Path) -> None:
     assert set(problems(tmp_path, "train: {lr: oops, min_lr: 1, warmup_steps: 9, max_steps: 5}")) == {
         "train.lr",
         "train.warmup_steps",
@@ -250,7 +250,7 @@ def test_files_need_not_exist_where_nobody_will_read_them() -> None:
         config_from_mapping(mapping)
 
 
-def test_keywords_become_a_section_or_an_error_that_names_the_nearest() -> None:
+def test_section_from_keywords_suggests_nearest_key() -> None:
     assert section_from_kwargs(ModelConfig, "model", {"n_layers": 2, "sine_params": None}) == ModelConfig(n_layers=2)
     with pytest.raises(UnknownKeyError, match=r"model.n_layer: unknown key \(did you mean 'n_layers'\?\)"):
         section_from_kwargs(ModelConfig, "model", {"n_layer": 2})
@@ -347,7 +347,7 @@ _RUNS = st.builds(RunConfig, model=_MODELS, data=_DATA, train=_TRAIN)
 
 @given(_RUNS)
 @settings(deadline=None, max_examples=60)
-def test_yaml_goes_round(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> None:
+def test_config_yaml_roundtrip(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> None:
     path = write(tmp_path_factory.getbasetemp(), to_yaml(config))
     again = load_config(path, check_files=False)
     assert again == config

@@ -20,7 +20,7 @@ from psannlm.errors import ConfigError
         (("data", "sources", 1), ("data", "sources", 0), False),
     ],
 )
-def test_a_refused_place_touches_what_holds_it_and_what_it_holds(
+def test_touches_parents_and_children_of_refused_path(
     refused: tuple[str | int, ...], path: tuple[str | int, ...], expected: bool
 ) -> None:
     assert touches({refused}, path) is expected
@@ -66,7 +66,7 @@ class _Even(Section):
         return [Check(("size",), "too even")] if self.size == 4 else []
 
 
-def test_an_error_without_a_sentence_of_ours_falls_back_on_pydantics() -> None:
+def test_validation_unknown_error_uses_pydantic_message() -> None:
     (issue,) = examine(_Even, ("x",), {"size": 3}).issues
     assert issue.path == ("x", "size")
     assert issue.message == "3: input should be a multiple of 2"

@@ -148,7 +148,7 @@ def test_syntax_errors_are_one_line_that_says_where(text: str, part: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_keys_that_are_not_words_and_endless_numbers_are_faults() -> None:
+def test_yaml_odd_keys_and_long_numbers_are_faults() -> None:
     tree = parse_yaml("[a, b]: 1\nn: " + "9" * 5000)
     assert [path for path, _ in tree.faults] == [("[...]",), ("n",)]
     assert all(len(message) < 120 for _, message in tree.faults)
@@ -181,7 +181,7 @@ def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     assert read_yaml(path).value == {"a": 1}
 
 
-def test_a_missing_file_names_its_neighbour_and_a_folder_is_called_one(tmp_path: Path) -> None:
+def test_read_yaml_missing_file_suggests_name(tmp_path: Path) -> None:
     (tmp_path / "waveresnet.yaml").write_text("a: 1")
     with pytest.raises(ConfigError, match=r"no such file \(did you mean 'waveresnet.yaml'\?\)"):
         read_yaml(tmp_path / "wavresnet.yml")

@@ -76,7 +76,7 @@ def test_ranks_cover_each_step_without_overlap_and_in_step(
 
 @given(**sizes, other_world=st.integers(1, 5), data=st.data())
 @settings(deadline=None)
-def test_a_run_goes_on_with_exactly_the_windows_not_yet_seen(
+def test_loader_resumes_with_unseen_windows_for_any_ranks(
     n: int,
     micro_batch_size: int,
     grad_accum_steps: int,
@@ -123,7 +123,7 @@ def test_resuming_gives_exactly_the_remaining_steps(
             assert one.n_labels == other.n_labels
 
 
-def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
+def test_loader_order_depends_only_on_seed_and_epoch() -> None:
     windows = make_windows(200)
     base = Loader(windows, 4).order(0)
     for same in (Loader(windows, 7, 3), Loader(windows, 1, rank=2, world_size=4)):
@@ -136,7 +136,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
     assert all(sorted(other) == list(range(200)) for other in others)
 
 
-def test_the_order_is_the_same_as_it_was_when_earlier_runs_were_saved() -> None:
+def test_loader_order_matches_earlier_versions() -> None:
     assert Loader(make_windows(10), 1, seed=1337).order(0).tolist() == PINNED_ORDER
 
 
@@ -159,7 +159,7 @@ def test_without_shuffling_windows_come_in_reading_order() -> None:
 
 @given(**sizes, prefetch_factor=st.integers(0, 4), num_workers=st.integers(1, 4), done=st.integers(0, 12))
 @settings(deadline=None, max_examples=40)
-def test_steps_made_ahead_are_the_steps(
+def test_loader_prefetching_changes_no_step(
     n: int,
     micro_batch_size: int,
     grad_accum_steps: int,
@@ -184,7 +184,7 @@ def test_steps_made_ahead_are_the_steps(
             assert (a.n_labels, a.window_ids.tolist()) == (b.n_labels, b.window_ids.tolist())
 
 
-def test_the_next_step_is_ready_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loader_prefetches_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     windows = make_windows(40)
     ready = threading.Event()
     batch = windows.batch
@@ -202,7 +202,7 @@ def test_the_next_step_is_ready_before_it_is_asked_for(monkeypatch: pytest.Monke
     assert ready.wait(timeout=30)
 
 
-def test_an_error_in_the_data_reaches_the_caller_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loader_data_error_reaches_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     windows = make_windows(40)
 
     def broken(indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,7 +214,7 @@ def test_an_error_in_the_data_reaches_the_caller_as_itself(monkeypatch: pytest.M
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch-")]
 
 
-def test_a_rank_without_windows_gets_a_filler_that_counts_nothing() -> None:
+def test_loader_rank_without_windows_gets_filler() -> None:
     step = next(Loader(make_windows(1), 4, rank=1, world_size=2).steps())
     (filler,) = step.micro_batches
     assert filler.n_labels == 0
@@ -236,7 +236,7 @@ def test_a_position_outside_the_corpus_is_an_error(position: Position) -> None:
         Loader(make_windows(5), 2).steps(position)
 
 
-def test_the_end_of_an_epoch_is_the_start_of_the_next() -> None:
+def test_loader_epoch_end_equals_next_start() -> None:
     loader = Loader(make_windows(5), 2)
     at_end, at_start = (next(loader.steps(position)) for position in (Position(0, 5), Position(1, 0)))
     assert at_end.after == at_start.after
@@ -253,7 +253,7 @@ def test_the_end_of_an_epoch_is_the_start_of_the_next() -> None:
         ({"micro_batch_size": 1, "rank": 2, "world_size": 2}, "rank 2 is outside a world of 2"),
     ],
 )
-def test_impossible_settings_are_refused(settings_: dict[str, int], named: str) -> None:
+def test_loader_invalid_settings_raise(settings_: dict[str, int], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         Loader(make_windows(3), **settings_)  # type: ignore[arg-type]
 

@@ -39,7 +39,7 @@ MANIFEST = Manifest(
 )
 
 
-def test_it_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_manifest_roundtrip(tmp_path: Path) -> None:
     path = write_manifest(tmp_path, MANIFEST)
     assert read_manifest(tmp_path) == read_manifest(path) == MANIFEST
     first = path.read_bytes()
@@ -48,7 +48,7 @@ def test_it_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert json.loads(first)["content_sha256"] == MANIFEST.content_sha256
 
 
-def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+def test_manifest_of_earlier_version_is_read(tmp_path: Path) -> None:
     path = write_manifest(tmp_path, dataclasses.replace(MANIFEST, lost_fraction=0.25))
     fields = json.loads(path.read_bytes())
     assert fields.pop("lost_fraction") == 0.25
@@ -60,20 +60,20 @@ def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [-0.5, 1.5])
-def test_a_fraction_lost_beyond_one_is_refused(tmp_path: Path, fraction: float) -> None:
+def test_manifest_lost_fraction_outside_zero_to_one_raises(tmp_path: Path, fraction: float) -> None:
     write_manifest(tmp_path, dataclasses.replace(MANIFEST, lost_fraction=fraction))
     with pytest.raises(ArtifactError, match="lost_fraction is"):
         read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["1/200000000", "0/3", "4/3", "1", "1/2/3", "a/b", "1/" + "9" * 5000, "-1/2", "1/٣"])
-def test_a_part_that_is_none_is_refused(tmp_path: Path, part: str) -> None:
+def test_manifest_invalid_part_raises(tmp_path: Path, part: str) -> None:
     write_manifest(tmp_path, dataclasses.replace(MANIFEST, part=part))
     with pytest.raises(ArtifactError, match=r"part is .*not i/n with i from 1 to n"):
         read_manifest(tmp_path)
 
 
-def test_a_folder_or_its_manifest_is_told_from_others(tmp_path: Path) -> None:
+def test_prepared_manifest_ignores_other_manifests(tmp_path: Path) -> None:
     assert prepared_manifest(tmp_path) is None
     path = write_manifest(tmp_path, MANIFEST)
     (tmp_path / "other.json").write_bytes(path.read_bytes())
@@ -86,7 +86,7 @@ def test_a_folder_or_its_manifest_is_told_from_others(tmp_path: Path) -> None:
     assert prepared_manifest(tmp_path) == path, "beside shards it is ours, and damaged"
 
 
-def test_the_identity_is_that_of_the_tokens() -> None:
+def test_manifest_content_hash_covers_only_tokens() -> None:
     """Where the text lay and what was left out is no part of it; tokens, their order and the tokenizer are."""
     renamed = dataclasses.replace(MANIFEST.tokenizer, file="x.model")
     same = dataclasses.replace(MANIFEST, tokenizer=renamed, sources=(), drops={}, duplicates=7, part="2/3")
@@ -141,7 +141,7 @@ def change(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("manifest_sha256", KeyError, "changed by hand"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, key: str, value: Any, said: str) -> None:
+def test_manifest_error_names_key_and_value(tmp_path: Path, key: str, value: Any, said: str) -> None:
     path = write_manifest(tmp_path, MANIFEST)
     fields = json.loads(path.read_bytes())
     change(key, value)(fields)
@@ -152,12 +152,12 @@ def test_what_is_wrong_is_named(tmp_path: Path, key: str, value: Any, said: str)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"[" * 100_000, b"\xff\xfe", b'{"format": NaN}', b"null"])
-def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_manifest_of_other_content_raises(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST_FILE).write_bytes(content)
     with pytest.raises(ArtifactError, match=MANIFEST_FILE):
         read_manifest(tmp_path)
 
 
-def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
+def test_manifest_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="nowhere"):
         read_manifest(tmp_path / "nowhere")

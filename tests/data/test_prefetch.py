@@ -19,7 +19,7 @@ def alive() -> int:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("ahead", [0, 1, 2, 7])
-def test_results_are_those_of_map(threads: int, ahead: int) -> None:
+def test_prefetch_results_equal_map(threads: int, ahead: int) -> None:
     # Work of uneven length, so that threads overtake each other.
     work = [(i * 7919) % 13 * 300 for i in range(60)]
     assert list(prefetched(lambda n: sum(range(n)), work, ahead=ahead, threads=threads)) == [
@@ -28,7 +28,7 @@ def test_results_are_those_of_map(threads: int, ahead: int) -> None:
     assert alive() == 0
 
 
-def test_results_are_made_before_they_are_asked_for_and_no_more_than_allowed() -> None:
+def test_prefetch_stays_within_its_limit() -> None:
     made: list[int] = []
     third = threading.Event()
 
@@ -53,7 +53,7 @@ class Broken(BaseException):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("place", ["make", "items"])
-def test_an_error_comes_as_itself_after_what_came_before_it(place: str, threads: int) -> None:
+def test_prefetch_error_follows_earlier_results(place: str, threads: int) -> None:
     error = Broken("the fifth")
 
     def items() -> Iterator[int]:
@@ -94,7 +94,7 @@ def test_threads_end_when_the_caller_stops_raises_or_forgets() -> None:
     assert alive() == 0
 
 
-def test_an_iterator_left_open_does_not_hold_up_the_end_of_python() -> None:
+def test_prefetch_open_iterator_does_not_delay_exit() -> None:
     code = (
         "from itertools import count; from psannlm.data.prefetch import prefetched\n"
         "results = prefetched(lambda i: i, count(), ahead=2, threads=3); print(next(results))"

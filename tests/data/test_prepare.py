@@ -40,7 +40,7 @@ def test_the_split_parts_the_documents_and_never_takes_all(n: int, share: float,
 
 
 @given(n=st.integers(4, 60), seed=st.integers(0, 50), share=st.sampled_from([0.1, 0.5]))
-def test_a_document_keeps_its_side_in_a_larger_corpus(n: int, seed: int, share: float) -> None:
+def test_split_is_stable_when_corpus_grows(n: int, seed: int, share: float) -> None:
     documents = numbered(n)
     train, val = (set(side) for side in split_documents(documents[::2], share, seed))
     more_train, more_val = (set(side) for side in split_documents(documents[::-1], share, seed))
@@ -50,13 +50,13 @@ def test_a_document_keeps_its_side_in_a_larger_corpus(n: int, seed: int, share: 
     assert not val & more_train or len(val) == 1
 
 
-def test_the_share_held_out_is_the_one_asked_for() -> None:
+def test_split_holds_out_requested_fraction() -> None:
     for share in (0.01, 0.1, 0.5):
         n_out = len(split_documents(numbered(20_000), share, 1337)[1])
         assert abs(n_out - 20_000 * share) < 4 * (20_000 * share * (1 - share)) ** 0.5
 
 
-def test_equal_documents_fall_on_one_side() -> None:
+def test_split_equal_documents_stay_together() -> None:
     documents = [Document(d.text, f"{d.name} again") for d in numbered(40)] + numbered(40)
     train, val = ({d.text for d in side} for side in split_documents(documents, 0.3, 1337))
     assert len(train) + len(val) == 40
@@ -75,12 +75,12 @@ def test_other_seeds_hold_out_other_documents() -> None:
     assert len({tuple(d.name for d in split_documents(numbered(40), 0.1, seed)[1]) for seed in range(10)}) == 10
 
 
-def test_without_a_share_nothing_is_held_out() -> None:
+def test_split_zero_holds_out_nothing() -> None:
     assert split_documents(numbered(3), 0.0, 1) == (numbered(3), [])
 
 
 @given(text=st.text(min_size=1, max_size=300), share=st.floats(0.01, 0.99))
-def test_a_single_document_is_cut_in_two_without_loss_or_overlap(text: str, share: float) -> None:
+def test_split_single_document_halves_make_up_text(text: str, share: float) -> None:
     try:
         (first,), (last,) = split_documents([Document(text, "d")], share, 1)
     except CorpusError:
@@ -92,7 +92,7 @@ def test_a_single_document_is_cut_in_two_without_loss_or_overlap(text: str, shar
 
 
 @pytest.mark.parametrize(("mark", "share"), [("\n\n", 0.1), ("\n", 0.1), (" ", 0.3), (" ", 0.7), ("", 0.1)])
-def test_a_cut_falls_between_paragraphs_lines_or_words_and_near_the_share(mark: str, share: float) -> None:
+def test_cut_is_between_paragraphs_lines_or_words(mark: str, share: float) -> None:
     text = ("waves rise" + mark) * 400
     (first,), (last,) = split_documents([Document(text, "d")], share, 1)
     assert first.text.endswith(mark)
@@ -100,7 +100,7 @@ def test_a_cut_falls_between_paragraphs_lines_or_words_and_near_the_share(mark: 
     assert abs(len(last.text) / len(text) - share) < 0.03
 
 
-def test_a_cut_prefers_the_end_of_a_paragraph_to_a_nearer_line() -> None:
+def test_cut_prefers_paragraph_end_to_nearer_line_end() -> None:
     text = "rise\nand fall\n\n" * 400
     for share in (0.103, 0.107, 0.111):
         (first,), _ = split_documents([Document(text, "d")], share, 1)
@@ -131,7 +131,7 @@ def test_the_tokenizer_never_sees_held_out_text(monkeypatch: pytest.MonkeyPatch,
     assert seen == [by_name[name] for name in data.train.names]
 
 
-def test_a_tokenizer_made_elsewhere_is_used_and_none_is_fitted(
+def test_load_corpus_uses_given_tokenizer_file(
     monkeypatch: pytest.MonkeyPatch, byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(prepare_module, "fit_tokenizer", None)
@@ -142,7 +142,7 @@ def test_a_tokenizer_made_elsewhere_is_used_and_none_is_fitted(
     assert load_documents(numbered(3), config, quiet).tokenizer is byte_tokenizer
 
 
-def test_a_file_of_another_backend_than_the_one_named_is_refused(tmp_path: Path) -> None:
+def test_load_corpus_tokenizer_backend_mismatch_raises(tmp_path: Path) -> None:
     path = str(CharTokenizer("é").save(tmp_path / "t.json"))
     for named in ("auto", "simple"):
         config = DataConfig(tokenizer=named, tokenizer_model_path=path, max_length=8)
@@ -151,7 +151,7 @@ def test_a_file_of_another_backend_than_the_one_named_is_refused(tmp_path: Path)
         load_documents(numbered(3), DataConfig(tokenizer="sentencepiece", tokenizer_model_path=path), quiet)
 
 
-def test_texts_come_through_with_nothing_lost_and_figures_for_people(byte_tokenizer: Tokenizer) -> None:
+def test_load_documents_keeps_texts_and_reports_figures(byte_tokenizer: Tokenizer) -> None:
     said: list[str] = []
     documents = [*numbered(12), Document(" \n", "blank")]
     data = load_documents(documents, DataConfig(val_split=0.25, max_length=8), said.append, byte_tokenizer)
@@ -178,7 +178,7 @@ def test_texts_come_through_with_nothing_lost_and_figures_for_people(byte_tokeni
     assert "0.0% of its text" in joined
 
 
-def test_files_go_all_the_way(tiny_corpus: Path) -> None:
+def test_load_corpus_from_files(tiny_corpus: Path) -> None:
     source = {"path": str(tiny_corpus), "per_line": True}
     config = DataConfig.model_validate({"sources": [source], "tokenizer": "simple", "max_length": 32, "val_split": 0.1})
     data = load_corpus(config, quiet)
@@ -192,7 +192,7 @@ def test_files_go_all_the_way(tiny_corpus: Path) -> None:
             assert store.doc_bytes[index] == len(line.encode())
 
 
-def test_a_corpus_shorter_than_one_window_is_padded_with_a_notice(byte_tokenizer: Tokenizer) -> None:
+def test_load_corpus_shorter_than_window_gives_notice(byte_tokenizer: Tokenizer) -> None:
     lines: list[str] = []
     data = load_documents([Document("x" * 8, "d")], DataConfig(max_length=10), lines.append, byte_tokenizer)
     assert [line for line in lines if "its 10 tokens" in line and "padded to data.max_length 10" in line]
@@ -212,7 +212,7 @@ LONG = "A paragraph that is long enough to say that it was seen before, word for
 OTHER = "Another paragraph, long enough too, which stands nowhere but in this one document."
 
 
-def test_shared_text_counts_bytes_of_long_paragraphs_found_in_training() -> None:
+def test_shared_text_counts_bytes_of_repeated_paragraphs() -> None:
     train = [Document(f"intro\n\n  {LONG.replace(' ', '  ')}\r\n \r\nsame", "t"), Document("x", "u")]
     share = len(LONG) / (2 * len(LONG) + len(OTHER) + len("same"))
     held_out = [Document(f"{LONG}\n\n{OTHER}", "v"), Document(f"same\n \n{LONG.replace(' ', chr(10))}\n", "w")]
@@ -222,7 +222,7 @@ def test_shared_text_counts_bytes_of_long_paragraphs_found_in_training() -> None
     assert shared_text([], train) == 0
 
 
-def test_the_share_is_reported_only_when_text_is_held_out(byte_tokenizer: Tokenizer) -> None:
+def test_overlap_is_reported_only_with_validation(byte_tokenizer: Tokenizer) -> None:
     documents = [Document(LONG, f"d{i}") for i in range(4)]
     apart = load_documents(documents, DataConfig(max_length=8), quiet, byte_tokenizer)
     assert (apart.val, apart.val_overlap) == (None, None)

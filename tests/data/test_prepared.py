@@ -45,7 +45,7 @@ def config(*sources: Path | str | dict[str, Any], **settings: Any) -> DataConfig
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_it_gives_what_the_documents_give(folder: Path, tokenizer: CharTokenizer, pack: bool) -> None:
+def test_prepared_folder_equals_loaded_documents(folder: Path, tokenizer: CharTokenizer, pack: bool) -> None:
     said: list[str] = []
     data = load_corpus(config(folder, max_length=16), said.append)
     twin = load_documents([Document(t, "t") for t in TEXTS], config("x", max_length=16), print, tokenizer)
@@ -87,7 +87,7 @@ def test_text_is_no_prepared_folder(tmp_path: Path) -> None:
         ([], {"val_split": 0.1}, r"data.val_split: 0.1 is configured, but .* 2 documents held out already"),
     ],
 )
-def test_what_it_was_not_made_for_is_refused(
+def test_prepared_folder_rejects_other_settings(
     folder: Path, tmp_path: Path, tokenizer: CharTokenizer, others: list[Any], settings: dict[str, Any], said: str
 ) -> None:
     twin = shutil.copytree(folder, tmp_path / "twin")
@@ -100,7 +100,7 @@ def test_what_it_was_not_made_for_is_refused(
         load_corpus(config(folder, *sources, max_length=16, **settings), print)
 
 
-def test_a_split_is_not_made_from_a_folder_without_one(
+def test_prepared_folder_without_validation_rejects_val_split(
     prepare_folder: Build, tokenizer: CharTokenizer, tmp_path: Path
 ) -> None:
     folder = prepare_folder(tmp_path, tokenizer, TEXTS)
@@ -112,19 +112,19 @@ def test_a_split_is_not_made_from_a_folder_without_one(
     assert [line for line in lines if "padded to data.max_length 5,000" in line]
 
 
-def test_settings_of_text_are_refused(folder: Path) -> None:
+def test_prepared_folder_rejects_text_settings(folder: Path) -> None:
     for settings in ({"per_line": True}, {"text_key": "body"}):
         (key,) = settings
         with pytest.raises(ConfigError, match=rf"data.sources\[0\].{key}: .* decided by psannlm prep"):
             load_corpus(config({"path": str(folder), **settings}), print)
 
 
-def test_the_tokenizer_that_agrees_may_be_named(folder: Path, tokenizer: CharTokenizer, tmp_path: Path) -> None:
+def test_prepared_folder_accepts_its_own_tokenizer(folder: Path, tokenizer: CharTokenizer, tmp_path: Path) -> None:
     same = tokenizer.save(tmp_path / "same.json")
     load_corpus(config(folder, max_length=16, tokenizer="simple", tokenizer_model_path=str(same)), print)
 
 
-def test_a_changed_tokenizer_is_refused(folder: Path, tokenizer: CharTokenizer) -> None:
+def test_prepared_folder_with_changed_tokenizer_raises(folder: Path, tokenizer: CharTokenizer) -> None:
     other = CharTokenizer("äö")
     other.save(folder / "tokenizer.json")
     with pytest.raises(ArtifactError, match=rf"tokenizer.json .*{other.fingerprint}.*{tokenizer.fingerprint}"):
@@ -135,7 +135,7 @@ def test_a_changed_tokenizer_is_refused(folder: Path, tokenizer: CharTokenizer) 
 
 
 @pytest.mark.parametrize("what", ["missing", "swapped", "cut", "foreign"])
-def test_a_spoilt_shard_is_refused_by_name(
+def test_prepared_folder_damaged_shard_is_named(
     folder: Path, prepare_folder: Build, tmp_path: Path, tokenizer: CharTokenizer, what: str
 ) -> None:
     shard = folder / "train_00002.safetensors"

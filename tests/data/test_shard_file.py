@@ -64,7 +64,7 @@ def read_all(shard: Shard) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 @pytest.mark.parametrize("n", [0, 1, 50])
-def test_what_is_written_comes_back(tmp_path: Path, dtype: type, n: int) -> None:
+def test_shard_roundtrip(tmp_path: Path, dtype: type, n: int) -> None:
     documents = some_documents(n, 30)
     path = tmp_path / "train_00000.safetensors"
     entry = write(path, documents, dtype=dtype)
@@ -140,7 +140,7 @@ def test_every_size_has_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         open_shard(tmp_path / "s", entry, PRINT).verify()
 
 
-def test_batches_that_do_not_come_to_the_promised_sizes_leave_no_file(tmp_path: Path) -> None:
+def test_write_shard_wrong_sizes_leave_no_file(tmp_path: Path) -> None:
     batch = batch_of([[5, 6], [7]])
     for n_tokens, n_documents in ((7, 1), (6, 2), (8, 2), (7, 3)):
         with pytest.raises(ValueError, match="the batches"):
@@ -155,9 +155,7 @@ def test_batches_that_do_not_come_to_the_promised_sizes_leave_no_file(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_thousand_flipped_bits_are_noticed_before_they_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shard_bit_flips_are_detected_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_file, "BLOCK_BYTES", 1 << 14)
     path = tmp_path / "s"
     entry = write(path, some_documents(1500, 250), batch=500)
@@ -175,7 +173,7 @@ def test_a_thousand_flipped_bits_are_noticed_before_they_are_read(
     read_all(open_shard(path, entry, PRINT))
 
 
-def test_only_the_block_that_is_touched_is_checked(tmp_path: Path) -> None:
+def test_shard_checks_only_blocks_it_reads(tmp_path: Path) -> None:
     path = tmp_path / "s"
     entry = write(path, [np.arange(BLOCK_BYTES * 2) % 50_000])  # type: ignore[list-item]
     content = bytearray(path.read_bytes())
@@ -202,7 +200,7 @@ def test_every_length_but_the_whole_is_refused(tmp_path: Path) -> None:
         open_shard(path, entry, PRINT)
 
 
-def test_a_missing_swapped_or_foreign_shard_is_refused_by_name(tmp_path: Path) -> None:
+def test_open_shard_missing_swapped_or_foreign_raises(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     documents = some_documents(20, 30)
     entry = write(one, documents)
@@ -220,7 +218,7 @@ def test_a_missing_swapped_or_foreign_shard_is_refused_by_name(tmp_path: Path) -
         open_shard(one, entry, PRINT)
 
 
-def test_no_header_does_harm(tmp_path: Path) -> None:
+def test_shard_arbitrary_headers_raise_artifact_error(tmp_path: Path) -> None:
     """Thousands of broken headers: each an ArtifactError, and nothing allocated that the file does not hold."""
     path = tmp_path / "s"
     entry = write(path, some_documents(3, 20))
@@ -243,7 +241,7 @@ def test_no_header_does_harm(tmp_path: Path) -> None:
             open_shard(path, entry, PRINT)
 
 
-def test_places_are_found_among_documents_and_never_by_damage(tmp_path: Path) -> None:
+def test_shard_documents_at_verifies_its_blocks(tmp_path: Path) -> None:
     """The binary search may step on a damaged block; what it answers is right, or it raises."""
     path = tmp_path / "s"
     documents = some_documents(100_000, 3)
@@ -268,7 +266,7 @@ def test_places_are_found_among_documents_and_never_by_damage(tmp_path: Path) ->
     assert said == {f"{path} is damaged"}
 
 
-def test_a_shard_whose_documents_do_not_follow_each_other_is_refused(tmp_path: Path) -> None:
+def test_shard_with_overlapping_documents_raises(tmp_path: Path) -> None:
     """Sums vouch for bytes, not for whoever wrote them: a search that cannot be shown to be right is an error."""
     path = tmp_path / "s"
     shard = open_shard(path, write(path, some_documents(50, 9)), PRINT)
@@ -289,7 +287,7 @@ def test_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("largest", [1 << 31, (1 << 32) - 1])
-def test_token_ids_near_the_end_of_the_type_are_refused(tmp_path: Path, largest: int) -> None:
+def test_shard_ids_at_dtype_maximum_raise(tmp_path: Path, largest: int) -> None:
     batch = batch_of(some_documents(3, 30), dtype=np.uint32)
     batch.tokens[7] = largest
     path = tmp_path / "train_00000.safetensors"

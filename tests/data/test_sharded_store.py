@@ -105,7 +105,7 @@ def test_windows_over_shards_are_windows_over_memory(
     data=st.data(),
 )
 @settings(deadline=None, max_examples=40)
-def test_no_token_is_lost_or_repeated_on_any_way_through_an_epoch(
+def test_epoch_has_every_token_once_in_any_setup(
     lengths: list[int],
     sizes: list[int],
     seq_len: int,

@@ -25,14 +25,14 @@ def documents(count: int) -> list[Document]:
     return [Document(f"text {i:05d}", str(i)) for i in range(count)]
 
 
-def test_each_text_falls_on_one_side_and_a_tenth_is_held_out() -> None:
+def test_fit_holds_out_a_tenth_without_overlap() -> None:
     sampled = sample_corpus(documents(2000), seed=1)
     assert set(sampled.held_out).isdisjoint(sampled.fitted_on)
     assert len(sampled.held_out) + len(sampled.fitted_on) == 2000
     assert 150 < len(sampled.held_out) < 250
 
 
-def test_what_is_held_out_depends_on_seed_and_text_not_on_place() -> None:
+def test_fit_held_out_text_depends_on_seed_and_text() -> None:
     given = documents(500)
     sampled = sample_corpus(given, seed=1)
     random.Random(0).shuffle(given)
@@ -59,7 +59,7 @@ def test_a_single_document_is_cut_in_two() -> None:
         sample_corpus([Document("a", "one")], seed=0)
 
 
-def test_the_sample_is_bounded_even_and_a_matter_of_the_seed() -> None:
+def test_fit_sample_is_bounded_and_seeded() -> None:
     told: list[str] = []
     given = documents(4000)
     sampled = sample_corpus(given, seed=3, sample_chars=4000, notice=told.append)
@@ -73,7 +73,7 @@ def test_the_sample_is_bounded_even_and_a_matter_of_the_seed() -> None:
     assert "random sample of 4,000" in told[0]
 
 
-def test_a_long_file_is_fitted_on_in_parts_and_named_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_long_file_is_cut_into_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.data.tokenizer_training.SAMPLE_SEGMENT_BYTES", 2000)
     path = tmp_path / "long.txt"
     path.write_text("".join(f"Zeile {i}: Übermaß an Wörtern, immer wieder.\n" for i in range(2000)), encoding="utf-8")
@@ -90,7 +90,7 @@ def test_a_long_file_is_fitted_on_in_parts_and_named_as_one(tmp_path: Path, monk
     assert json.loads(Path(card["card"]).read_text())["fingerprint"] == card["fingerprint"]
 
 
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(tmp_path: Path) -> None:
+def test_fit_unwritable_out_raises_before_reading(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     told: list[str] = []
     sources = [PathSource(path=str(tmp_path / "missing.txt"))]
@@ -99,7 +99,7 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(tmp_path
     assert told == []
 
 
-def test_tokenizers_of_one_name_and_two_kinds_have_a_card_each(tmp_path: Path) -> None:
+def test_fit_cards_of_model_and_json_are_distinct(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("".join(f"line {i} of some text\n" for i in range(300)), encoding="utf-8")
     sources = [PathSource(path=str(path))]

@@ -59,7 +59,7 @@ def assert_each_label_once(lengths: list[int], seq_len: int, pack: bool) -> None
 
 
 @given(lengths=ragged, seq_len=st.integers(1, 40), pack=st.booleans())
-def test_every_token_and_end_is_a_label_exactly_once(lengths: list[int], seq_len: int, pack: bool) -> None:
+def test_windows_have_every_token_as_label_once(lengths: list[int], seq_len: int, pack: bool) -> None:
     assert_each_label_once(lengths, seq_len, pack)
 
 
@@ -81,9 +81,7 @@ def test_windows_equal_those_made_from_lists(lengths: list[int], seq_len: int, p
 
 
 @given(lengths=ragged, seq_len=st.integers(1, 40), pack=st.booleans(), data=st.data())
-def test_a_batch_is_its_windows_in_the_order_asked_for(
-    lengths: list[int], seq_len: int, pack: bool, data: st.DataObject
-) -> None:
+def test_windows_batch_keeps_requested_order(lengths: list[int], seq_len: int, pack: bool, data: st.DataObject) -> None:
     windows = windows_of(lengths, seq_len, pack)
     wanted = data.draw(st.lists(st.integers(0, len(windows) - 1), max_size=6))
     input_ids, labels = windows.batch(wanted)
@@ -97,7 +95,7 @@ def test_a_batch_is_its_windows_in_the_order_asked_for(
 
 
 @given(lengths=ragged, seq_len=st.integers(1, 40))
-def test_without_packing_documents_never_share_a_window(lengths: list[int], seq_len: int) -> None:
+def test_unpacked_windows_hold_one_document(lengths: list[int], seq_len: int) -> None:
     windows = windows_of(lengths, seq_len, pack=False)
     ends = np.cumsum([FIRST_ID, *lengths])
     for index in range(len(windows)):
@@ -108,7 +106,7 @@ def test_without_packing_documents_never_share_a_window(lengths: list[int], seq_
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_padding_is_told_by_place_when_it_shares_its_id_with_the_end_of_text(pack: bool) -> None:
+def test_windows_mask_padding_that_has_the_eos_id(pack: bool) -> None:
     windows = LMDataset(numbered([3, 5]), 4, pad_id=EOS, pack=pack)
     labels = np.concatenate([windows[i][1] for i in range(len(windows))])
     assert (labels == EOS).sum() == 2
@@ -132,7 +130,7 @@ def test_windows_read_a_memory_map_without_loading_it(tmp_path) -> None:  # type
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_numbers_outside_are_refused(pack: bool) -> None:
+def test_windows_index_out_of_range_raises(pack: bool) -> None:
     windows = windows_of([5, 5], 4, pack)
     for index in (-1, len(windows)):
         with pytest.raises(IndexError, match=f"window {index} of {len(windows)}"):

@@ -35,7 +35,7 @@ def largest_file(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_whether_a_file_can_be_written_is_found_out_beforehand_and_leaves_nothing(tmp_path: Path) -> None:
+def test_require_writable_leaves_no_file(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     require_writable(tmp_path / "a" / "b" / "file")
     assert sorted(tmp_path.rglob("*")) == before
@@ -70,7 +70,7 @@ def test_content_arrives_and_nothing_else_does(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_replacing_readers_see_old_file_until_complete(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
     with replacing(path) as temporary:
@@ -111,7 +111,7 @@ def test_the_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: p
     assert events == ["sync file", "rename to file", f"sync {tmp_path.name}"]
 
 
-def test_a_full_disk_names_path_and_room_and_keeps_the_old_file(tmp_path: Path) -> None:
+def test_full_disk_error_names_path_and_keeps_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old")
     with largest_file(1000), pytest.raises(StorageError) as caught:
@@ -201,7 +201,7 @@ def test_temporary_names_cannot_be_guessed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1])
-def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path: Path, size: int) -> None:
+def test_sha256_file_matches_hashlib(tmp_path: Path, size: int) -> None:
     content = bytes(i % 251 for i in range(size))
     (tmp_path / "file").write_bytes(content)
     assert sha256_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()

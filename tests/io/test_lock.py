@@ -22,7 +22,7 @@ time.sleep(60)
 """
 
 
-def test_a_second_one_is_refused_by_folder_and_process(tmp_path: Path) -> None:
+def test_lock_second_owner_is_refused_by_name(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with RunLock(run):
         with pytest.raises(StorageError) as caught, RunLock(run):
@@ -64,7 +64,7 @@ def test_a_killed_process_blocks_nobody(tmp_path: Path) -> None:
         assert (tmp_path / LOCK_FILE).read_text() == f"{os.getpid()}\n"
 
 
-def test_the_lock_stays_with_the_name_and_leaves_the_folder_that_moves(tmp_path: Path) -> None:
+def test_lock_stays_with_name_when_folder_is_renamed(tmp_path: Path) -> None:
     run, aside = tmp_path / "run", tmp_path / "aside"
     with RunLock(run) as lock:
         (run / "file").touch()
@@ -78,7 +78,7 @@ def test_the_lock_stays_with_the_name_and_leaves_the_folder_that_moves(tmp_path:
         pass
 
 
-def test_a_file_that_goes_as_it_is_locked_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_file_removed_while_locking_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that held it ended between our opening of its file and our locking it."""
     import fcntl
 

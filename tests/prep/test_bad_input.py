@@ -121,7 +121,7 @@ def test_one_compressed_document_is_cut_by_its_text(
 
 
 @pytest.mark.parametrize("source", ["x.txt", "-"])
-def test_what_is_not_text_is_refused_from_files_and_stdin(
+def test_prep_non_text_raises_for_files_and_stdin(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     for content, said in (("wave\n".encode("utf-16-le"), "UTF-16LE"), (b"<!doctype html><p>Hello", "an HTML page")):
@@ -132,9 +132,7 @@ def test_what_is_not_text_is_refused_from_files_and_stdin(
                 prepare(source if source == "-" else tmp_path / source, errors=errors)
 
 
-def test_bytes_that_are_not_text_are_replaced_on_request_and_counted(
-    tokenizer_path: Path, tmp_path: Path, documents_in: DocumentsIn
-) -> None:
+def test_prep_errors_replace_counts_bytes(tokenizer_path: Path, tmp_path: Path, documents_in: DocumentsIn) -> None:
     contents = {
         "a.txt": b"caf\xe9 and \xef\xbf\xbd of its own",
         "b.jsonl": b'{"text": "fine"}\n{"text": "\xff\xfe"}\n',
@@ -213,7 +211,7 @@ except PsannlmError as error:
 
 
 @pytest.mark.parametrize("limit", [1_500, 30_000])
-def test_a_full_disk_is_told_and_costs_nothing_that_was_done(
+def test_prep_resumes_after_full_disk(
     prepare: Prepare, corpus: Path, tokenizer_path: Path, tmp_path: Path, folder_bytes: FolderBytes, limit: int
 ) -> None:
     """Among the pieces, and among the shards."""
@@ -232,7 +230,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_done(
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != limit
 
 
-def test_a_disk_that_will_not_do_is_refused_at_the_start(
+def test_prep_disk_space_is_checked_early(
     prepare: Prepare, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -263,7 +261,7 @@ def test_damaged_files_are_told(prepare: Prepare, corpus: Path, tmp_path: Path) 
         prepare(corpus, tokenizer=tmp_path / "t.json", name="other")
 
 
-def test_a_line_of_json_without_end_is_refused_before_memory_is_full(
+def test_prep_endless_json_line_raises_in_bounded_memory(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psannlm.prep.reader.LONGEST_JSON_LINE_BYTES", 1 << 16)

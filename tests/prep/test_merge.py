@@ -83,7 +83,7 @@ def test_a_shard_that_loses_nothing_is_linked(prepare: Prepare, tmp_path: Path, 
         open_shard(merged / entry.file, entry, manifest.tokenizer.fingerprint).verify()
 
 
-def test_where_no_link_can_be_made_the_shard_is_copied(
+def test_merge_copies_shards_without_hard_links(
     prepare: Prepare, tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

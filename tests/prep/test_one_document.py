@@ -74,7 +74,7 @@ def test_one_document_is_cut_alike_in_every_packing(
     assert ours == theirs
 
 
-def test_one_document_with_a_mark_or_replaced_bytes_is_cut_alike(
+def test_single_document_with_bom_or_replacements_same_cut(
     prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn
 ) -> None:
     path = tmp_path / "book.txt"

@@ -94,9 +94,7 @@ def test_filters_leave_out_and_count(prepare: Prepare, tmp_path: Path, documents
     assert result.manifest.drops == drops
 
 
-def test_what_is_held_out_depends_on_text_and_seed_alone(
-    prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn
-) -> None:
+def test_prep_held_out_depends_on_text_and_seed(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn) -> None:
     lines = [f"document number {i}" for i in range(2_000)]
     (tmp_path / "a.txt").write_text("\n".join(lines))
     (tmp_path / "b.txt").write_text("\n".join(reversed(lines[:1_500])))
@@ -145,7 +143,7 @@ def test_a_single_document_that_cannot_be_cut_says_so(
 
 
 @pytest.mark.parametrize("kind", ["whole", "line", "jsonl", "parquet", "crlf"])
-def test_a_long_document_has_the_same_tokens_wherever_it_stands(
+def test_prep_long_document_tokens_are_format_independent(
     prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Streamed in segments or at hand as a whole; segments go to several workers, and begin and end text once."""
@@ -276,7 +274,7 @@ prepare_corpus([sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]), settings, n_
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
+def test_prep_resumed_after_kills_gives_equal_bytes(
     prepare: Prepare, corpus: Path, tokenizer_path: Path, tmp_path: Path, folder_bytes: FolderBytes
 ) -> None:
     """Twenty times, at random: among pieces, while duplicates are found, and between shards and manifest."""
@@ -311,7 +309,7 @@ def _n_new_shards(out: Path, began: float) -> int:
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_and_the_same_command_goes_on(tmp_path: Path, signal_number: signal.Signals) -> None:
+def test_prep_resumes_after_signal(tmp_path: Path, signal_number: signal.Signals) -> None:
     """Standard input that stays open keeps the command at work for as long as the signal takes to come."""
     out = tmp_path / "out"
     tokenizer_path = fit_tokenizer(["any text"], "simple", 300).save(tmp_path / "tokenizer.json")  # the quickest
@@ -343,7 +341,7 @@ def test_a_signal_stops_and_the_same_command_goes_on(tmp_path: Path, signal_numb
     assert json.loads(again.stdout)["train"]["documents"] > 100_000
 
 
-def test_a_worker_that_is_killed_is_told_in_one_line(
+def test_prep_killed_worker_error_is_one_line(
     prepare: Prepare, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder_bytes: FolderBytes
 ) -> None:
     from psannlm.errors import WorkerError

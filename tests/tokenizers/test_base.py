@@ -63,7 +63,7 @@ EDGES = [
 
 
 @pytest.mark.parametrize("text", EDGES, ids=lambda text: ascii(text[:12]))
-def test_edge_texts_survive(tokenizer: Tokenizer, text: str) -> None:
+def test_tokenizer_roundtrip_of_edge_texts(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -81,7 +81,7 @@ def test_every_scalar_value_survives_alone_and_among_others(tokenizer: Tokenizer
 
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS)
-def test_any_text_survives_and_forges_nothing(tokenizer: Tokenizer, text: str) -> None:
+def test_tokenizer_roundtrip_of_any_text_without_specials(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.special_ids.isdisjoint(ids)
@@ -150,7 +150,7 @@ def test_a_lone_surrogate_is_refused_by_name(tokenizer: Tokenizer, text: str) ->
         tokenizer.encode_batch(["fine", "é", text, "fine"])
 
 
-def test_halves_of_a_pair_in_neighbouring_texts_do_not_join(tokenizer: Tokenizer) -> None:
+def test_encode_flat_surrogates_in_adjacent_texts_raise(tokenizer: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match=r"^text 0: lone surrogate"):
         tokenizer.encode_batch(["\ud83d", "\ude00"])
 

@@ -162,7 +162,7 @@ def test_bytes_of_a_llama_like_file_are_known(tmp_path: Path) -> None:
     assert len(tokenizer.byte_ids) == 256
 
 
-def test_a_file_without_begin_or_end_of_text_is_refused_clearly(tmp_path: Path) -> None:
+def test_tokenizer_file_without_bos_or_eos_raises(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     wordpiece(("[PAD]", "[UNK]", "[CLS]")).save(str(path))
     with pytest.raises(TokenizerError, match=r"without an added token that ends a text \(one of .*\[SEP\]"):

@@ -40,7 +40,7 @@ def added(content: str, i: int, special: bool = True) -> dict[str, Any]:
     return {"id": i, "content": content, "special": special, **flags}
 
 
-def test_a_unigram_file_forges_no_special_and_adds_cuts_and_pads_nothing() -> None:
+def test_hf_unigram_file_adds_no_special_or_padding() -> None:
     tokenizer = HuggingFaceTokenizer(unigram())
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2, 3)
     ids = tokenizer.encode("the </s>the<s> <pad> the")
@@ -53,7 +53,7 @@ def test_a_unigram_file_forges_no_special_and_adds_cuts_and_pads_nothing() -> No
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_a_bpe_file_forges_no_special_even_if_merges_spell_it(special: bool) -> None:
+def test_hf_bpe_file_text_never_becomes_special(special: bool) -> None:
     tokenizer = HuggingFaceTokenizer(bpe([added("</s>", 0, special), added("<s>", 1, special)]))
     ids = tokenizer.encode("</s><s>")
     assert {0, 1}.isdisjoint(ids)

@@ -33,7 +33,7 @@ class Lowering(CharTokenizer):
         return super().encode(text.lower())
 
 
-def test_what_is_lost_is_shown_where_it_is() -> None:
+def test_roundtrip_error_shows_first_difference() -> None:
     text = "a" * 30 + "BCD" + "e" * 30
     assert find_roundtrip_error(CharTokenizer("ä"), text + " ä 漢\0\r\n") is None
     assert (
@@ -135,7 +135,7 @@ def warnings(lines: Sequence[str]) -> list[str]:
     return [line for line in lines if "loses text" in line]
 
 
-def test_training_preparing_and_evaluating_tell(foreign: Path, tmp_path: Path) -> None:
+def test_lossy_tokenizer_warns_in_train_prep_eval(foreign: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for number in range(4):

@@ -65,7 +65,7 @@ def test_indentation_takes_few_pieces() -> None:
     assert len(tokenizer.encode("\n    the dog")) <= 5
 
 
-def test_characters_beyond_the_room_are_bytes_and_the_fit_succeeds() -> None:
+def test_sentencepiece_rare_characters_become_bytes() -> None:
     # Each of 5,000 characters would have to have a piece, and the library refuses that.
     tokenizer = SentencePieceTokenizer.fit(["".join(map(chr, range(0x4E00, 0x4E00 + 5000)))] * 2, 300)
     assert tokenizer.vocab_size <= 300

@@ -28,7 +28,7 @@ def test_a_piece_with_a_space_stays_one_word() -> None:
 
 
 @pytest.mark.parametrize("line", ["x", "1 -2", "1.5", "a:", "٣"])
-def test_what_is_no_id_is_refused(line: str) -> None:
+def test_parsed_ids_invalid_word_raises(line: str) -> None:
     with pytest.raises(TokenizerError, match="is not an id"):
         parsed_ids(line)
 
@@ -67,7 +67,7 @@ def test_nothing_is_read_ahead() -> None:
         ("[" * 100_000, "line 2: not JSON"),
     ],
 )
-def test_a_line_that_is_none_is_named(line: str, says: str) -> None:
+def test_stream_error_names_line(line: str, says: str) -> None:
     tokenizer = fit_tokenizer(["é"], "simple")
     answers = encoded_json(tokenizer, ['{"text": "a"}\n', line])
     assert json.loads(next(answers)) == {"ids": tokenizer.encode("a")}

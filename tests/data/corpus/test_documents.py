@@ -41,7 +41,7 @@ def test_a_text_file_is_one_document_exactly_as_written(tmp_path: Path, text: st
     assert report.sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_a_line_is_a_document_and_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+def test_per_line_documents_end_only_at_line_feed(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("one\r\n\n  \n two\u2028still\rtwo \x0b\nthree".encode())
     documents, report = read(path, per_line=True)
@@ -59,7 +59,7 @@ def test_a_byte_order_mark_is_taken_off_and_counted(tmp_path: Path) -> None:
     assert "removed 2 byte order marks" in str(report)
 
 
-def test_undecodable_bytes_in_later_lines_are_placed_in_the_whole_file(tmp_path: Path) -> None:
+def test_invalid_byte_position_counts_whole_file(tmp_path: Path) -> None:
     for name, settings in (("a.txt", {"per_line": True}), ("a.jsonl", {})):
         lines = '{"text": "marée"}\r\n'.encode() * 3 + b'{"text": "caf\xe9"}\n'
         (tmp_path / name).write_bytes(lines)
@@ -103,7 +103,7 @@ def test_a_bad_record_is_named_with_its_line(tmp_path: Path, line: str, said: st
     assert said in str(raised.value)
 
 
-def test_nothing_is_left_out_without_a_count_and_a_name(tmp_path: Path) -> None:
+def test_read_report_counts_and_names_omissions(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("waves")
     (tmp_path / "blank.txt").write_text(" \n\t\n")
     (tmp_path / "c.jsonl").write_text('{"text": ""}\n\n{"text": "tides"}\n')
@@ -126,7 +126,7 @@ def test_nothing_is_left_out_without_a_count_and_a_name(tmp_path: Path) -> None:
     assert sum(report.drops.values()) == 6
 
 
-def test_long_lists_of_what_was_left_out_are_cut_but_counted(tmp_path: Path) -> None:
+def test_report_shortens_examples_but_counts_all(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("\n" * 999 + "waves")
     _, report = read(path, per_line=True)
@@ -135,7 +135,7 @@ def test_long_lists_of_what_was_left_out_are_cut_but_counted(tmp_path: Path) -> 
     assert len(str(report)) < 2000
 
 
-def test_all_missing_paths_are_named_at_once_before_anything_is_read(tmp_path: Path) -> None:
+def test_missing_paths_are_all_named_before_reading(tmp_path: Path) -> None:
     (tmp_path / "waves.txt").write_bytes(b"\xff")
     sources = [PathSource(path=str(tmp_path / name)) for name in ("waves.txt", "wave.txt", "sea/*.txt")]
     with pytest.raises(CorpusError) as raised:
@@ -146,7 +146,7 @@ def test_all_missing_paths_are_named_at_once_before_anything_is_read(tmp_path: P
 
 
 @pytest.mark.parametrize("content", [b"", b" \n ", b"\xef\xbb\xbf"])
-def test_a_corpus_without_text_is_an_error_that_says_what_was_there(tmp_path: Path, content: bytes) -> None:
+def test_corpus_without_text_error_lists_omissions(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(CorpusError, match=r"holds no text[^\0]*a\.txt"):
         read(tmp_path / "a.txt")
@@ -191,7 +191,7 @@ def test_parquet_rows_are_documents_and_bad_files_are_named(tmp_path: Path) -> N
         read(path)
 
 
-def test_the_python_reference_is_one_document_a_topic_and_reported_with_its_hash() -> None:
+def test_python_reference_is_one_document_per_topic() -> None:
     report = ReadReport()
     documents = list(read_documents([BuiltinSource(builtin="python-reference")], report))
     assert len(documents) > 50
@@ -244,14 +244,14 @@ def test_no_character_is_cut_where_nothing_else_can_be(segment_bytes: int, tmp_p
         assert len(parts) > 1
 
 
-def test_a_byte_that_is_not_utf8_is_found_in_any_part(tmp_path: Path) -> None:
+def test_invalid_byte_is_found_in_any_segment(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"word " * 20 + b"\xff" + b" word" * 20)
     with pytest.raises(CorpusError, match="byte 100 is 0xFF"):
         list(read_documents([PathSource(path=str(path))], segment_bytes=16))
 
 
-def test_white_space_before_a_text_is_left_out_and_counted(tmp_path: Path) -> None:
+def test_leading_white_space_segments_are_counted_as_blank(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("\n" * 64 + "word" + "\n" * 64)
     report = ReadReport()
@@ -320,7 +320,7 @@ def test_a_line_without_end_is_refused_by_its_number(
         read(tmp_path / name, **settings)
 
 
-def test_a_corpus_that_memory_cannot_hold_is_sent_to_prep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_documents_beyond_memory_recommends_prep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.data.corpus.documents.max_held_bytes", lambda: 1000)
     (tmp_path / "a.txt").write_text("0123456789\n" * 1000)
     sources = [PathSource(path=str(tmp_path / "a.txt"), per_line=True)]

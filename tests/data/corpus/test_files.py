@@ -33,7 +33,7 @@ def make(folder: Path, *names: str) -> None:
         (folder / name).write_text("text", encoding="utf-8")
 
 
-def test_a_folder_is_read_to_the_bottom_in_one_order_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
+def test_find_files_in_folder_is_ordered_and_counts_omissions(tmp_path: Path) -> None:
     make(
         tmp_path, "b.txt", "a/z.jsonl", "a/y.TXT.gz", "c/d/e.txt", "c/readme.md", "c/x.gz", ".hidden.txt", ".git/f.txt"
     )
@@ -43,7 +43,7 @@ def test_a_folder_is_read_to_the_bottom_in_one_order_and_what_is_left_out_is_cou
     assert drops == {"file of another kind": 2, "hidden entry": 2}
 
 
-def test_a_glob_takes_files_and_folders_and_gives_each_file_once(tmp_path: Path) -> None:
+def test_find_files_glob_returns_each_file_once(tmp_path: Path) -> None:
     make(tmp_path, "one/a.txt", "two/b.txt", "two/c.md", "three.txt")
     assert [Path(file).name for file in found(tmp_path / "t*")[0]] == ["three.txt", "b.txt"]
     files, problems, _ = found(tmp_path / "**")
@@ -51,13 +51,13 @@ def test_a_glob_takes_files_and_folders_and_gives_each_file_once(tmp_path: Path)
     assert not problems
 
 
-def test_a_file_named_outright_is_plain_text_whatever_its_suffix(tmp_path: Path) -> None:
+def test_find_files_explicit_file_has_any_suffix(tmp_path: Path) -> None:
     make(tmp_path, "notes.md", "README", "more.rst")
     assert found(tmp_path / "README")[0] == [str(tmp_path / "README")]
     assert found(tmp_path / "*.md")[0] == [str(tmp_path / "notes.md")]
 
 
-def test_brackets_in_the_name_of_a_file_that_exists_are_no_pattern(tmp_path: Path) -> None:
+def test_find_files_existing_name_with_brackets_is_literal(tmp_path: Path) -> None:
     make(tmp_path, "log[1].txt")
     assert found(tmp_path / "log[1].txt")[0] == [str(tmp_path / "log[1].txt")]
 
@@ -118,7 +118,7 @@ def test_a_folder_linked_beside_itself_is_read_once(tmp_path: Path) -> None:
     assert drops == {"folder linked twice": 1}
 
 
-def test_a_link_to_nowhere_and_a_link_to_itself_are_problems(tmp_path: Path) -> None:
+def test_find_files_broken_and_cyclic_links_are_problems(tmp_path: Path) -> None:
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
     (tmp_path / "self.txt").symlink_to(tmp_path / "self.txt")
     _, problems, _ = found(tmp_path)
@@ -170,7 +170,7 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
             read_text(str(tmp_path / "a.txt.gz"))
 
 
-def test_zstandard_files_are_read_over_frames_and_cut_ones_named(tmp_path: Path) -> None:
+def test_opened_zstd_frames_are_read_and_truncation_named(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard")
     text = os.urandom(300_000).hex()
     frames = [zstandard.compress(part.encode()) for part in (text[:1000], text[1000:])]
@@ -185,13 +185,13 @@ def test_zstandard_files_are_read_over_frames_and_cut_ones_named(tmp_path: Path)
             read_text(str(path))
 
 
-def test_a_file_that_vanishes_before_it_is_read_is_named(tmp_path: Path) -> None:
+def test_opened_vanished_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"gone\.txt: cannot be read: No such file"):
         read_text(str(tmp_path / "gone.txt"))
 
 
 @pytest.mark.parametrize(("offset", "mark"), [(0, b""), (0, b"\xef\xbb\xbf"), (70_000, b"")])
-def test_a_byte_that_is_not_utf_8_is_named_with_its_place(offset: int, mark: bytes) -> None:
+def test_decoded_invalid_byte_error_names_position(offset: int, mark: bytes) -> None:
     with pytest.raises(
         CorpusError, match=rf"a\.txt: byte {offset + len(mark) + 6:,} is 0xE9.*iconv -f latin1 -t utf-8"
     ):
@@ -203,7 +203,7 @@ def test_utf_16_is_recognised_by_its_mark() -> None:
         decoded("waves".encode("utf-16"), "a.txt", 0)
 
 
-def test_a_byte_order_mark_is_taken_off_only_at_the_start() -> None:
+def test_decoded_removes_bom_only_at_start() -> None:
     mark = b"\xef\xbb\xbf"
     assert decoded(mark + b"a", "a.txt", 0) == ("a", True)
     assert decoded(mark + b"a", "a.txt", 10) == ("\ufeffa", False)
@@ -224,7 +224,7 @@ def test_compressed_files_are_read_under_any_name(tmp_path: Path, name: str, pac
     assert read_text(str(tmp_path / name)) == ("wåves\n", False)
 
 
-def test_plain_text_under_a_compressed_name_is_to_be_renamed(tmp_path: Path) -> None:
+def test_opened_plain_text_named_gz_recommends_rename(tmp_path: Path) -> None:
     for name in ("a.txt.gz", "a.txt.zst"):
         (tmp_path / name).write_text("plain text")
         with pytest.raises(CorpusError, match=rf"{name}: damaged or cut short .*if it is plain text, rename it"):
@@ -257,7 +257,7 @@ def test_a_line_longer_than_may_be_held_is_named(tmp_path: Path, monkeypatch: py
     assert [len(line) for line in read_lines(str(path))] == [5, 1 << 20]
 
 
-def test_a_text_longer_than_may_be_held_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_whole_too_long_raises_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.data.corpus.reading.max_document_bytes", lambda: 3 << 20)
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"waves\n" * (10 << 20), 1))
@@ -299,7 +299,7 @@ def test_what_a_url_does_not_find_is_missing(tmp_path: Path) -> None:
     assert "names another machine" in found("file://elsewhere/a.txt")[1][0]
 
 
-def test_names_in_a_remote_store_are_read_where_they_exist() -> None:
+def test_find_files_remote_names_with_brackets_are_literal() -> None:
     memory = pytest.importorskip("fsspec").filesystem("memory")
     memory.pipe("/names/set [2013]/a.txt", b"text")
     for url in ("memory://names/set [2013]", "memory://names/set [2013]/a.txt", "memory://names/set*/*.txt"):

@@ -104,7 +104,7 @@ def test_text_that_only_looks_like_another_format_is_text(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["The tide\n", "naïve café\r\n" * 900, "Привет, мир\n" * 900, "一二三四五。\n天地玄黃\n" * 900, "abc"]
 )
-def test_utf_16_and_32_are_found_with_and_without_marks(codec: str, text: str) -> None:
+def test_formats_detect_utf16_and_utf32_without_bom(codec: str, text: str) -> None:
     content = text.encode(codec)
     name = codec.replace("-le", "le").replace("-be", "be")
     for head in (content[:HEAD_BYTES], content[: HEAD_BYTES - 5]):

@@ -40,7 +40,7 @@ def test_dictionaries_are_text(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["string", "binary"])
 @pytest.mark.parametrize("is_dictionary", [False, True])
-def test_a_byte_that_is_not_utf8_is_named_or_replaced(tmp_path: Path, kind: str, is_dictionary: bool) -> None:
+def test_parquet_invalid_byte_is_named_or_replaced(tmp_path: Path, kind: str, is_dictionary: bool) -> None:
     column = pa.array([b"fine", b"caf\xe9 \xff"], pa.binary())
     column = column.view(pa.string()) if kind == "string" else column
     path = written(tmp_path, column.dictionary_encode() if is_dictionary else column)
@@ -82,7 +82,7 @@ def test_another_format_under_the_name_is_told(tmp_path: Path, packer: Any) -> N
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dictionary": False}, {"data_page_version": "2.0"}])
-def test_a_cell_of_too_much_is_refused_before_it_is_unpacked(
+def test_parquet_huge_cell_raises_before_unpacking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(parquet, "MAX_LINE_BYTES", 1 << 20)
@@ -97,14 +97,14 @@ def test_a_cell_of_too_much_is_refused_before_it_is_unpacked(
     assert pa.total_allocated_bytes() - before < 4 << 20
 
 
-def test_a_long_cell_among_short_ones_is_named_by_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_long_cell_error_names_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "MAX_LINE_BYTES", 1 << 16)
     path = written(tmp_path, [f"short {i}" for i in range(99)] + ["x" * (1 << 17)])
     with pytest.raises(CorpusError, match="row 100: a text of 131,072 bytes"):
         list(parquet_texts(path, "text"))
 
 
-def test_few_rows_are_read_at_once_where_they_share_a_long_value(tmp_path: Path) -> None:
+def test_parquet_repeated_long_value_limits_rows_per_read(tmp_path: Path) -> None:
     values = pa.array(["y" * (16 << 20)]).dictionary_encode()
     for number, column in enumerate((values.take(pa.array([0] * 40)), pa.array(["short"] * 40))):
         path = written(tmp_path, column, compression="zstd")

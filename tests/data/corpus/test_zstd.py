@@ -63,7 +63,7 @@ def run_blocks(n_blocks: int) -> bytes:
     return b"\x28\xb5\x2f\xfd\x00\x38" + blocks * (n_blocks - 1) + last
 
 
-def test_a_small_file_of_much_text_is_read_in_bounded_memory(tmp_path: Path) -> None:
+def test_zstd_large_expansion_is_read_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.zst"
     path.write_bytes(run_blocks(800))
     assert path.stat().st_size < 4000

@@ -46,7 +46,7 @@ def test_an_answer_follows_from_what_stands_before_it(name: TaskName) -> None:
     assert all(len(answers) == 1 for answers in after.values())
 
 
-def test_sums_are_those_of_a_ring_and_no_pair_returns() -> None:
+def test_addition_is_modular_without_repeated_pairs() -> None:
     """Neither the same pair nor the same one turned round may be learnt from and then asked for."""
     documents = lines("modular_addition", 10**6)
     assert len(documents) == MODULUS * (MODULUS + 1) // 2

@@ -18,7 +18,7 @@ def test_the_size_is_kept_and_no_sentence_is_cut(n_bytes: int) -> None:
     assert not text or re.search(r"[.]\n$", text)
 
 
-def test_a_seed_decides_everything_and_a_longer_corpus_goes_on() -> None:
+def test_stories_are_seeded_and_extend_shorter_corpora() -> None:
     assert list(write_books(1, 30_000)) == list(write_books(1, 30_000))
     assert list(write_books(1, 30_000)) != list(write_books(2, 30_000))
     assert list(write_books(1, 30_000))[:-1] == list(write_books(1, 90_000))[: len(list(write_books(1, 30_000))) - 1]
