@@ -92,7 +92,7 @@ there runs/long/latest
 stopped_at="$(cat runs/long/latest)"
 [[ ! -e runs/long/step_00000200 ]] || fail "the run was not interrupted"
 
-say "The same command goes on from there ($stopped_at) and comes to the end."
+say "The same command resumes there ($stopped_at) and finishes."
 psannlm train "${long[@]}"
 there runs/long/step_00000200/model.safetensors
 

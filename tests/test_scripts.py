@@ -54,7 +54,7 @@ def run_batch(
     return ended.returncode, steps[0] if steps else [], asked
 
 
-def test_all_is_well(tmp_path: Path) -> None:
+def test_gpu_batch_records_all_steps(tmp_path: Path) -> None:
     code, steps, asked = run_batch(tmp_path, {})
     assert code == 0
     assert len(steps) == 14
@@ -73,7 +73,7 @@ def test_all_is_well(tmp_path: Path) -> None:
     [({"gpu-validate": 3}, 3), ({"bench-train": 1}, 1), ({"gpu-validate": 3, "train": 1}, 1), ({"report": 2}, 1)],
     ids=str,
 )
-def test_a_step_that_fails_is_recorded_and_the_others_run(tmp_path: Path, codes: dict[str, int], code: int) -> None:
+def test_gpu_batch_continues_after_failed_step(tmp_path: Path, codes: dict[str, int], code: int) -> None:
     ended, steps, asked = run_batch(tmp_path, codes)
     assert ended == code
     assert len(steps) == len(asked) == 14
@@ -81,14 +81,14 @@ def test_a_step_that_fails_is_recorded_and_the_others_run(tmp_path: Path, codes:
     assert sum(" ok " not in line for line in steps) == n_bad
 
 
-def test_an_interrupt_ends_the_batch(tmp_path: Path) -> None:
+def test_gpu_batch_ends_on_interrupt(tmp_path: Path) -> None:
     ended, steps, asked = run_batch(tmp_path, {"bench-train": 130})
     assert ended == 130
     assert len(asked) == 2
     assert steps[-1].endswith("interrupted")
 
 
-def test_variables_move_what_is_written(tmp_path: Path) -> None:
+def test_gpu_batch_variables_set_output_paths(tmp_path: Path) -> None:
     variables = {"OUT_DIR": "a/gpu", "BENCH_OUT": "b", "TINY_CONFIG": "mine.yaml", "TINY_DATA": "c/books.txt"}
     ended, _, asked = run_batch(tmp_path, {}, **variables)
     assert ended == 0
@@ -110,18 +110,18 @@ def test_gpu_batch_dry_run_needs_no_gpu(tmp_path: Path, option: str) -> None:
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"reports"}
 
 
-def test_a_word_that_is_not_known_is_wrong_usage(tmp_path: Path) -> None:
+def test_gpu_batch_unknown_option_exits_2(tmp_path: Path) -> None:
     assert run_batch(tmp_path, {}, "--rehearsal")[0] == 2
 
 
 @pytest.mark.parametrize("name", ["benchmark_kv_cache", "run_gpu_validation", "compare_tokenizers"])
-def test_older_names_forward(name: str) -> None:
+def test_former_script_names_forward(name: str) -> None:
     ended = subprocess.run([sys.executable, SCRIPTS / f"{name}.py", "--help"], capture_output=True, text=True)
     assert ended.returncode == 0
     assert "--out" in ended.stdout
 
 
-def test_the_corpus_is_written_once(tmp_path: Path) -> None:
+def test_make_tiny_corpus_writes_once(tmp_path: Path) -> None:
     def make(*arguments: str) -> str:
         command = [sys.executable, SCRIPTS / "make_tiny_corpus.py", "--bytes", "9000", "--out", path, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
@@ -136,7 +136,7 @@ def test_the_corpus_is_written_once(tmp_path: Path) -> None:
     assert path.read_bytes() != first
 
 
-def test_a_suite_leaves_its_reports_behind(tmp_path: Path) -> None:
+def test_suite_script_writes_reports(tmp_path: Path) -> None:
     def run(out: str, *arguments: str) -> tuple[int, dict[str, object]]:
         command = [sys.executable, SCRIPTS / "run_cuda_tests.py", "--device", "cpu", "--out", tmp_path / out]
         ended = subprocess.run([*command, *arguments], capture_output=True, text=True)
@@ -152,7 +152,7 @@ def test_a_suite_leaves_its_reports_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["run_cuda_tests", "run_gpu_tests"])
-def test_a_suite_without_its_gpu_says_so(tmp_path: Path, name: str) -> None:
+def test_suite_script_without_gpu_exits_1(tmp_path: Path, name: str) -> None:
     command = [sys.executable, SCRIPTS / f"{name}.py", "--out", tmp_path / "out"]
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert (ended.returncode, ended.stdout) == (1, "")
@@ -167,7 +167,7 @@ def test_shell_scripts_are_clean() -> None:
     assert ended.returncode == 0, ended.stdout
 
 
-def test_a_suite_needs_no_report_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suite_script_runs_without_report_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     suite = importlib.import_module("suite")
     monkeypatch.setattr(suite, "PLUGIN", "a_plugin_that_is_not_installed")
@@ -185,7 +185,7 @@ def test_a_suite_needs_no_report_plugin(tmp_path: Path, monkeypatch: pytest.Monk
         assert summary["counts"]["passed"] == summary["counts"]["total"] > 3
 
 
-def test_a_suite_counts_every_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suite_script_counts_every_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     suite = importlib.import_module("suite")
     report = tmp_path / "junit.xml"

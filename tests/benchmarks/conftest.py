@@ -1,4 +1,4 @@
-"""Benchmarks collect rubbish before every run; what the test session holds already need not be searched each time."""
+"""Fixtures of the benchmark tests, which keep garbage collection short."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ QUICK = (*TINY, "--no-context-growth")
 
 @pytest.fixture(autouse=True)
 def collect_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between runs rubbish is collected, which takes longer than runs of this size."""
+    """Skip garbage collection between runs, which takes longer than runs of this size."""
     monkeypatch.setattr("gc.collect", lambda *generation: 0)
 
 
-def test_figures_are_printed_and_written(psannlm, project: Path) -> None:
+def test_bench_kv_prints_and_writes_figures(psannlm, project: Path) -> None:
     done = psannlm("bench-kv", *TINY)
     assert done.code == 0, done.err
     [folder] = Path("reports/kv_cache").iterdir()
@@ -45,7 +45,7 @@ def test_figures_are_printed_and_written(psannlm, project: Path) -> None:
     assert (folder / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_json_is_the_only_thing_on_stdout(psannlm, project: Path) -> None:
+def test_bench_kv_json_is_all_of_stdout(psannlm, project: Path) -> None:
     metrics = json.loads(psannlm("bench-kv", *QUICK, "--base", "transformer", "--out", "here", "--json").out)
     assert metrics["model"]["base"] == "transformer"
     assert metrics["folder"] == "here"
@@ -53,7 +53,7 @@ def test_json_is_the_only_thing_on_stdout(psannlm, project: Path) -> None:
     assert {path.name for path in Path("here").iterdir()} == {"metrics.json", "system.json", "table.txt"}
 
 
-def test_no_number_is_broken_at_80_columns(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_kv_table_fits_80_columns(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     out = psannlm("bench-kv", *QUICK, "--max-new-tokens", "20", "--uncached-steps", "3").out
     rows = [line for line in out.splitlines() if line.startswith(("  cache o", "│"))]
@@ -64,7 +64,7 @@ def test_no_number_is_broken_at_80_columns(psannlm, project: Path, monkeypatch: 
     assert "4 of 20 forward passes of a row timed" in " ".join(out.split())
 
 
-def test_fewer_bits_show_their_cost(psannlm, project: Path) -> None:
+def test_bench_kv_int8_reports_perplexity_cost(psannlm, project: Path) -> None:
     done = psannlm("bench-kv", *QUICK, "--dtype", "int8", "--cases", "cached", "--out", "here")
     assert done.code == 0, done.err
     assert "perplexity, int8" in done.out
@@ -76,9 +76,7 @@ def test_fewer_bits_show_their_cost(psannlm, project: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_a_wrong_token_is_exit_3_and_leaves_the_evidence(
-    dtype: str, psannlm, project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bench_kv_wrong_token_exits_3(dtype: str, psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that forgets how long it is: every token after the prompt is decoded at the place of the first."""
     from psannlm.models.kv_cache import KVCache
 
@@ -98,7 +96,7 @@ def test_a_wrong_token_is_exit_3_and_leaves_the_evidence(
     assert json.loads(Path("here/metrics.json").read_text())["outputs_are_equal"] is False
 
 
-def test_a_checkpoint_brings_its_own_sizes(psannlm, project: Path, trained: Path) -> None:
+def test_bench_kv_checkpoint_has_its_own_sizes(psannlm, project: Path, trained: Path) -> None:
     model = str(trained / "runs/tiny")
     lengths = ("--batch-size", "2", "--prompt-length", "4", "--max-new-tokens", "5", "--repeats", "1")
     done = psannlm("bench-kv", "--checkpoint", model, *lengths, "--device", "cpu", "--out", "here", "--json")
@@ -115,7 +113,7 @@ def test_a_checkpoint_brings_its_own_sizes(psannlm, project: Path, trained: Path
     assert "context of 16" in done.err
 
 
-def test_impossible_sizes_are_usage_errors(psannlm, project: Path) -> None:
+def test_bench_kv_invalid_sizes_exit_2(psannlm, project: Path) -> None:
     done = psannlm("bench-kv", *TINY, "--n-heads", "3")
     assert done.code == 2
     assert "heads do not divide" in done.err
@@ -145,7 +143,7 @@ def test_bench_kv_loads_reference_model_only_on_request(
     assert done.code == 0, done.err
 
 
-def test_a_time_limit_leaves_out_what_it_states(psannlm, project: Path) -> None:
+def test_bench_kv_time_limit_states_omissions(psannlm, project: Path) -> None:
     at = TINY.index("--repeats")
     sizes = [*TINY[:at], *TINY[at + 2 :]]
     done = psannlm("bench-kv", *sizes, "--max-new-tokens", "40", "--time-limit", "0.01s", "--out", "here", "--json")
@@ -154,12 +152,12 @@ def test_a_time_limit_leaves_out_what_it_states(psannlm, project: Path) -> None:
     assert {case["n_runs"] for case in metrics["cases"]} == {1}
     assert [case["passes_timed"] for case in metrics["cases"]] == [40, 40, 3, 3]
     assert metrics["context_growth"] == []
-    told = " ".join(metrics["notices"])
-    assert "of 3 runs of each case, the time limit of" in told
-    assert "no step at growing contexts was timed" in told
+    notices = " ".join(metrics["notices"])
+    assert "of 3 runs of each case, the time limit of" in notices
+    assert "no context length was measured" in notices
 
 
-def test_repeats_that_are_asked_for_have_no_limit(psannlm, project: Path) -> None:
+def test_bench_kv_explicit_repeats_have_no_limit(psannlm, project: Path) -> None:
     metrics = json.loads(psannlm("bench-kv", *QUICK, "--out", "here", "--json").out)
     assert metrics["time_limit_s"] is None
     at = QUICK.index("--repeats")

@@ -15,7 +15,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = ("--corpus", "corpus.txt", "--per-line", "--vocab-size", "300", "--repeat", "1")
 
 
-def test_figures_are_printed_and_written(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_tokenizers_prints_and_writes_figures(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")  # figures of many digits, on a slow machine, would break the names
     psannlm(
         "tokenize", "corpus.txt", "--per-line", "--backend", "simple", "--vocab-size", "300", "--out", "[/own].json"
@@ -42,7 +42,7 @@ def test_figures_are_printed_and_written(psannlm, project: Path, monkeypatch: py
     assert (folder / "tokenizers.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_held_out_text_can_be_named(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_tokenizers_accepts_held_out_text(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "KINDS", {"characters": ("simple", None)})
     Path("other.txt").write_text("Übung macht den Meister.\n", encoding="utf-8")
     done = psannlm("bench-tokenizers", *TINY, "--held-out", "other.txt", "--out", "here", "--json")
@@ -54,9 +54,7 @@ def test_held_out_text_can_be_named(psannlm, project: Path, monkeypatch: pytest.
     assert metrics["corpus"] == ["corpus.txt"]
 
 
-def test_prep_is_timed_beside_the_libraries(
-    psannlm, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bench_tokenizers_times_prep(psannlm, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {name: bench.KINDS[name] for name in ("sentencepiece unigram", "byte-level bpe", "characters")}
     monkeypatch.setattr(bench, "KINDS", kinds)
     done = psannlm("bench-tokenizers", *TINY, "--prep", "--out", "here")
@@ -79,7 +77,9 @@ def test_prep_is_timed_beside_the_libraries(
         ([*TINY, "--repeat", "0"], 2, "--repeat"),
     ],
 )
-def test_what_cannot_be_done_is_said(psannlm, project: Path, arguments: list[str], code: int, words: str) -> None:
+def test_bench_tokenizers_refuses_unusable_options(
+    psannlm, project: Path, arguments: list[str], code: int, words: str
+) -> None:
     done = psannlm("bench-tokenizers", *arguments)
     assert done.code == code
     assert words in done.err
@@ -89,7 +89,7 @@ def test_what_cannot_be_done_is_said(psannlm, project: Path, arguments: list[str
 @pytest.mark.parametrize(
     ("script", "command"), [("compare_tokenizers", "bench-tokenizers"), ("benchmark_kv_cache", "bench-kv")]
 )
-def test_scripts_of_older_documents_forward(
+def test_compare_tokenizers_script_forwards(
     script: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])

@@ -11,7 +11,7 @@ TINY = ("--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--vocab-size", 
 TINY += ("--batch-tokens", "32", "--repeats", "1", "--steps", "1", "--device", "cpu", "--amp", "fp32", "--no-memory")
 
 
-def test_figures_are_printed_and_written(psannlm, project: Path) -> None:
+def test_bench_train_prints_and_writes_figures(psannlm, project: Path) -> None:
     done = psannlm("bench-train", *TINY, "--also", "gelu", "--also", "grad-checkpoint")
     assert done.code == 0, done.err
     [folder] = Path("reports/throughput").iterdir()
@@ -29,7 +29,7 @@ def test_figures_are_printed_and_written(psannlm, project: Path) -> None:
     assert (folder / "throughput.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_json_is_the_only_thing_on_stdout(psannlm, project: Path) -> None:
+def test_bench_train_json_is_all_of_stdout(psannlm, project: Path) -> None:
     done = psannlm("bench-train", *TINY, "--base", "transformer", "--out", "here", "--json", "--clock", "cpu")
     metrics = json.loads(done.out)
     assert (metrics["folder"], metrics["clock"]) == ("here", "cpu")
@@ -37,7 +37,7 @@ def test_json_is_the_only_thing_on_stdout(psannlm, project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_is_measured_in_a_process_of_its_own(psannlm, project: Path) -> None:
+def test_bench_train_measures_memory_in_own_process(psannlm, project: Path) -> None:
     arguments = [argument for argument in TINY if argument != "--no-memory"]
     [row] = json.loads(psannlm("bench-train", *arguments, "--d-model", "128", "--json").out)["rows"]
     assert row["peak_bytes"] is None or row["peak_bytes"] > 16 * row["parameters"] * 0.8
@@ -51,7 +51,7 @@ def test_memory_is_measured_in_a_process_of_its_own(psannlm, project: Path) -> N
         (("--n-heads", "3"), "--n-heads: 3 heads do not divide d_model 16"),
     ],
 )
-def test_what_cannot_be_measured_is_said(psannlm, project: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_bench_train_invalid_options_exit_2(psannlm, project: Path, arguments: tuple[str, ...], message: str) -> None:
     done = psannlm("bench-train", *TINY, *arguments)
     assert done.code == 2
     assert message in done.err

@@ -23,7 +23,7 @@ variants:
 """
 
 
-def test_a_dry_run_shows_and_writes_nothing(psannlm, project: Path) -> None:
+def test_compare_dry_run_writes_nothing(psannlm, project: Path) -> None:
     Path("plan.yaml").write_text(PLAN)
     before = sorted(project.rglob("*"))
     done = psannlm("compare", "plan.yaml", "--dry-run", "--json")
@@ -42,7 +42,7 @@ def test_a_dry_run_shows_and_writes_nothing(psannlm, project: Path) -> None:
         ("mlp: sine", "mlp: sine, d_mlp: 999", 2, "of swiglu's"),
     ],
 )
-def test_what_is_wrong_stops_it_before_the_first_run(
+def test_compare_invalid_plan_fails_before_training(
     psannlm, project: Path, old: str, new: str, code: int, words: str
 ) -> None:
     Path("plan.yaml").write_text(PLAN.replace(old, new))
@@ -52,7 +52,7 @@ def test_what_is_wrong_stops_it_before_the_first_run(
     assert not Path("runs").exists()
 
 
-def test_what_is_done_so_far_can_be_read_without_training_the_rest(psannlm, project: Path) -> None:
+def test_compare_no_train_reports_finished_runs(psannlm, project: Path) -> None:
     Path("plan.yaml").write_text(PLAN)
     assert psannlm("compare", "plan.yaml", "--no-train").code == 1  # no run is done: no figures
     _train_swiglu(psannlm, "model.mlp=swiglu")
@@ -82,7 +82,7 @@ def _train_swiglu(psannlm, *others: str) -> None:
 
 
 @pytest.mark.parametrize("other", ["model.mlp=gelu", "train.max_steps=9", "train.weight_decay=0.3"])
-def test_a_run_of_another_model_or_length_is_not_taken_for_the_plans(psannlm, project: Path, other: str) -> None:
+def test_compare_refuses_runs_of_another_plan(psannlm, project: Path, other: str) -> None:
     Path("plan.yaml").write_text(PLAN)
     _train_swiglu(psannlm, "model.mlp=swiglu", other)
     for flag in ("--no-train", "--dry-run"):
@@ -92,7 +92,7 @@ def test_a_run_of_another_model_or_length_is_not_taken_for_the_plans(psannlm, pr
         )
 
 
-def test_a_run_that_lost_its_settings_is_not_counted(psannlm, project: Path) -> None:
+def test_compare_refuses_run_without_settings(psannlm, project: Path) -> None:
     Path("plan.yaml").write_text(PLAN)
     _train_swiglu(psannlm, "model.mlp=swiglu")
     Path("runs/plan/swiglu_lr0.01_seed1337/config.yaml").unlink()
@@ -100,13 +100,13 @@ def test_a_run_that_lost_its_settings_is_not_counted(psannlm, project: Path) -> 
     assert (done.code, "holds a run without its config.yaml" in done.err) == (2, True), done.err
 
 
-def test_results_and_a_dry_run_are_not_had_at_once(psannlm, project: Path) -> None:
+def test_compare_dry_run_excludes_no_train(psannlm, project: Path) -> None:
     Path("plan.yaml").write_text(PLAN)
     done = psannlm("compare", "plan.yaml", "--no-train", "--dry-run")
     assert (done.code, "choose one" in done.err) == (2, True)
 
 
-def test_a_narrow_terminal_folds_figures_and_cuts_none() -> None:
+def test_compare_narrow_terminal_folds_figures() -> None:
     rows = [["a_long_name", "22,500,582", "1,115,264"]]
     table = Table("t", ("variant", "tokens", "parameters"), rows, frozenset({1, 2}))
     console = Console(width=24, record=True, file=io.StringIO())
@@ -116,7 +116,7 @@ def test_a_narrow_terminal_folds_figures_and_cuts_none() -> None:
     assert sorted(re.sub(r"\D", "", said)) == sorted("22500582" + "1115264")
 
 
-def test_a_rate_that_is_too_high_is_a_result_and_a_run_that_cannot_be_made_an_error(psannlm, project: Path) -> None:
+def test_compare_divergence_is_result_but_failure_error(psannlm, project: Path) -> None:
     Path("plan.yaml").write_text(PLAN.replace("budget:", "learning_rates: [1e-2, 1e25]\nbudget:"))
     _train_swiglu(psannlm, "model.mlp=swiglu")
     done = psannlm("compare", "plan.yaml", "--only", "swiglu", "--out", "results")
@@ -138,13 +138,13 @@ def test_a_rate_that_is_too_high_is_a_result_and_a_run_that_cannot_be_made_an_er
     assert Path("others/table.txt").is_file(), "what there is has been written all the same"
 
 
-def test_a_dry_run_of_one_variant_shows_its_runs(psannlm, project: Path) -> None:
+def test_compare_dry_run_of_one_variant(psannlm, project: Path) -> None:
     Path("plan.yaml").write_text(PLAN)
     told = json.loads(psannlm("compare", "plan.yaml", "--dry-run", "--only", "sine", "--json").out)
     assert told["runs"] == ["sine_lr0.01_seed1337"]
 
 
-def test_a_variant_that_the_plan_does_not_have_is_refused(psannlm, project: Path) -> None:
+def test_compare_unknown_variant_is_refused(psannlm, project: Path) -> None:
     Path("plan.yaml").write_text(PLAN)
     done = psannlm("compare", "plan.yaml", "--only", "sin")
     assert (done.code, "did you mean 'sine'" in done.err) == (2, True), done.err

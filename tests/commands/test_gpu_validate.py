@@ -20,7 +20,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[float], None]:
-    """Replace the battery by one check of a rate, of which at least 50 is wanted, and set what it measures."""
+    """Replace the suite by one check of a throughput of at least 50, and return a setter of the measured value."""
     monkeypatch.chdir(tmp_path)
     now = [100.0]
 
@@ -37,7 +37,7 @@ def rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[float], N
     return lambda value: now.__setitem__(0, value)
 
 
-def test_a_battery_leaves_everything_behind(psannlm: Run, rate: Callable[[float], None], tmp_path: Path) -> None:
+def test_gpu_validate_writes_all_files(psannlm: Run, rate: Callable[[float], None], tmp_path: Path) -> None:
     ended = psannlm("gpu-validate", "--device", "cpu", "--only", "GPU-03", "--json")
     assert ended.code == 0
     told = json.loads(ended.out)
@@ -51,7 +51,7 @@ def test_a_battery_leaves_everything_behind(psannlm: Run, rate: Callable[[float]
     assert "because" in (folder / "table.txt").read_text(encoding="utf-8")
 
 
-def test_a_missed_limit_ends_with_three(psannlm: Run, rate: Callable[[float], None]) -> None:
+def test_gpu_validate_missed_limit_exits_3(psannlm: Run, rate: Callable[[float], None]) -> None:
     rate(40.0)
     ended = psannlm("gpu-validate", "--device", "cpu", "--out", "here")
     assert ended.code == 3
@@ -60,7 +60,7 @@ def test_a_missed_limit_ends_with_three(psannlm: Run, rate: Callable[[float], No
     assert "MISSED" in Path("here/table.txt").read_text(encoding="utf-8")
 
 
-def test_a_regression_ends_with_three(psannlm: Run, rate: Callable[[float], None]) -> None:
+def test_gpu_validate_regression_exits_3(psannlm: Run, rate: Callable[[float], None]) -> None:
     assert psannlm("gpu-validate", "--device", "cpu", "--out", "before").code == 0
     rate(95.0)
     assert psannlm("gpu-validate", "--device", "cpu", "--out", "now", "--baseline", "before").code == 0
@@ -70,7 +70,7 @@ def test_a_regression_ends_with_three(psannlm: Run, rate: Callable[[float], None
     assert "80 tokens/s now, 100 in the baseline (-20.0%); 10% worse is allowed" in ended.err
 
 
-def test_no_gpu_ends_with_one_and_writes_nothing(
+def test_gpu_validate_without_gpu_exits_1(
     psannlm: Run, rate: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -81,9 +81,7 @@ def test_no_gpu_ends_with_one_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_usage_ends_with_two_before_anything_runs(
-    psannlm: Run, rate: Callable[[float], None], tmp_path: Path
-) -> None:
+def test_gpu_validate_wrong_usage_exits_2(psannlm: Run, rate: Callable[[float], None], tmp_path: Path) -> None:
     assert psannlm("gpu-validate", "--device", "cpu", "--only", "GPU-99").code == 2
     assert psannlm("gpu-validate", "--device", "tpu").code == 2
     assert psannlm("gpu-validate", "--device", "cpu", "--baseline", "absent.json").code == 2
@@ -91,7 +89,7 @@ def test_wrong_usage_ends_with_two_before_anything_runs(
 
 
 @pytest.mark.parametrize("how", [KeyboardInterrupt(), Interrupted("stopped")], ids=["ctrl-c", "in a training run"])
-def test_a_battery_that_is_stopped_leaves_the_checks_it_was_through_with(
+def test_gpu_validate_interrupted_keeps_finished_checks(
     psannlm: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: BaseException
 ) -> None:
     monkeypatch.chdir(tmp_path)

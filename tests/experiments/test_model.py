@@ -1,4 +1,4 @@
-"""A study: equal parameters, one order of the text, runs in any order and after any stop, and honest figures."""
+"""Ablation studies: equal parameters, one text order, scheduling, resuming, learning-rate selection and figures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ variants:
 
 
 class Ended:
-    """A process that is over."""
+    """A process that has ended."""
 
     def __init__(self, code: int) -> None:
         self._code = code
@@ -67,7 +68,7 @@ class Ended:
         return self._code
 
     def terminate(self) -> None:
-        raise AssertionError("nothing is at work")
+        raise AssertionError("no process is active")
 
 
 def train_here(run: StudyRun, environment: Mapping[str, str]) -> Process:
@@ -75,35 +76,57 @@ def train_here(run: StudyRun, environment: Mapping[str, str]) -> Process:
     return Ended(0)
 
 
+def patch_slow_parts(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("psannlm.training.run.draw_curve", lambda folder, title, rows: folder / "loss_curve.png")
+    patch.setattr("os.fsync", lambda handle: None)
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.training.run.draw_curve", lambda folder, title, rows: folder / "loss_curve.png")
-    monkeypatch.setattr("os.fsync", lambda handle: None)
+    patch_slow_parts(monkeypatch)
+
+
+def build_study(
+    root: Path,
+    corpus: Path,
+    old: str = "",
+    new: str = "",
+    folder: str = "study",
+    base: tuple[str, str] = ("", ""),
+) -> Study:
+    """Return the study of the plan with ``old`` replaced by ``new``, in ``folder`` of ``root``."""
+    text = BASE.format(corpus=json.dumps(str(corpus)))
+    (root / "base.yaml").write_text(text.replace(*base) if base[0] else text)
+    (root / "plan.yaml").write_text(PLAN.replace(old, new) if old else PLAN)
+    return size_study(load_plan(root / "plan.yaml"), root / folder, lambda text: None)
 
 
 @pytest.fixture
 def make(tmp_path: Path, tiny_corpus: Path) -> Callable[..., Study]:
-    """Return a maker of studies: the plan with one text replaced by another, and the name of the study's folder."""
+    """Return a builder of studies in a temporary folder; see :func:`build_study`."""
+    return partial(build_study, tmp_path, tiny_corpus)
 
-    def build(old: str = "", new: str = "", folder: str = "study", base: tuple[str, str] = ("", "")) -> Study:
-        text = BASE.format(corpus=json.dumps(str(tiny_corpus)))
-        (tmp_path / "base.yaml").write_text(text.replace(*base) if base[0] else text)
-        plan = PLAN.replace(old, new) if old else PLAN
-        (tmp_path / "plan.yaml").write_text(plan)
-        return size_study(load_plan(tmp_path / "plan.yaml"), tmp_path / folder, lambda text: None)
 
-    return build
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Study:
+    """Return a study whose six runs were trained without interruption."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch_slow_parts(patch)
+        study = build_study(root, tiny_corpus, "baseline: swiglu", "baseline: swiglu\nalso_compare_to: [sine]")
+        run_all(study, launcher=train_here)
+    return study
 
 
 def timeless(figures: Any) -> Any:
-    """Figures without those that another run of the same would not repeat."""
+    """Return figures without those that differ between runs of the same study."""
     moving = {"tokens_per_s", "training_s", "peak_memory_bytes", "seconds", "folder", "notes"}
     if isinstance(figures, dict):
         return {key: timeless(value) for key, value in figures.items() if key not in moving}
     return [timeless(value) for value in figures] if isinstance(figures, list) else figures
 
 
-def test_parameters_are_made_equal_and_the_budget_is_kept(make: Callable[..., Study]) -> None:
+def test_size_study_equalizes_parameters_within_budget(make: Callable[..., Study]) -> None:
     study = make()
     swiglu, sine = study.variants
     assert (swiglu.was_solved, sine.was_solved) == (False, True)
@@ -114,7 +137,7 @@ def test_parameters_are_made_equal_and_the_budget_is_kept(make: Callable[..., St
     assert swiglu.n_tokens / 750 == pytest.approx(1, abs=0.5 * loader.windows.n_labels / loader.steps_per_epoch / 750)
 
 
-def test_operations_as_budget_give_fewer_steps_to_the_dearer_model(make: Callable[..., Study]) -> None:
+def test_flops_budget_gives_costlier_model_fewer_steps(make: Callable[..., Study]) -> None:
     study = make("tokens: 750}", "flops: 2e9}\nparameters: shown\nsolve_d_mlp: false")
     swiglu, sine = study.variants
     assert sine.flops_per_token != swiglu.flops_per_token
@@ -124,7 +147,7 @@ def test_operations_as_budget_give_fewer_steps_to_the_dearer_model(make: Callabl
         assert sized.n_tokens * sized.flops_per_token == pytest.approx(2e9, rel=0.05)
 
 
-def test_a_share_of_the_budget_gives_fewer_steps_and_is_told(make: Callable[..., Study]) -> None:
+def test_budget_fraction_reduces_steps_and_adds_caveat(make: Callable[..., Study]) -> None:
     study = make()
     shorter = make("learning_rates: [1e-2]}", "learning_rates: [1e-2], budget_fraction: 0.5}")
     whole, part = study.variants[1], shorter.variants[1]
@@ -135,7 +158,7 @@ def test_a_share_of_the_budget_gives_fewer_steps_and_is_told(make: Callable[...,
     assert notes == ["sine was trained for 50% of the others' budget."]
 
 
-def test_unequal_parameters_are_refused_or_shown(make: Callable[..., Study]) -> None:
+def test_unequal_parameters_raise_or_are_shown(make: Callable[..., Study]) -> None:
     with pytest.raises(ConfigError, match=r"variants\.sine: .* parameters, .* of swiglu's"):
         make("baseline:", "solve_d_mlp: false\nbaseline:")
     with pytest.raises(ConfigError, match=r"variants\.sine"):
@@ -144,7 +167,7 @@ def test_unequal_parameters_are_refused_or_shown(make: Callable[..., Study]) -> 
     assert abs(study.variants[1].n_parameters / study.variants[0].n_parameters - 1) > 0.01
 
 
-def test_all_variants_of_a_seed_see_the_text_in_one_order(make: Callable[..., Study]) -> None:
+def test_variants_of_a_seed_share_text_order(make: Callable[..., Study]) -> None:
     study = make()
     orders = {}
     for run in study.runs:
@@ -160,20 +183,14 @@ def test_all_variants_of_a_seed_see_the_text_in_one_order(make: Callable[..., St
     assert other.variants[1].order_differs == ("data.max_length: 16 -> 8",)
 
 
-def test_stops_and_any_order_give_the_same_table(
-    make: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    straight = make("baseline: swiglu", "baseline: swiglu\nalso_compare_to: [sine]", folder="straight")
-    run_all(straight, launcher=train_here)
-    wanted = study_figures(straight)
-
+def test_stopped_runs_in_any_order_give_same_figures(make: Callable[..., Study], finished: Study) -> None:
     study = make(folder="stopped")
     n_started = 0
 
     def stop_third(run: StudyRun, environment: Mapping[str, str]) -> Process:
         nonlocal n_started
         n_started += 1
-        if n_started == 3:  # a run that ends part way, as after Ctrl-C
+        if n_started == 3:  # a run that ends before its last step, as after Ctrl-C
             train(load_config(run.config_path), time_budget_s=0.0)
             return Ended(130)
         return train_here(run, environment)
@@ -183,50 +200,65 @@ def test_stops_and_any_order_give_the_same_table(
     assert read_status(study.runs[2]).state == "stopped"
     again = make(folder="stopped")
     backwards = Study(again.plan, again.folder, again.variants, tuple(reversed(again.runs)), again.data)
-    made: list[str] = []
+    trained: list[str] = []
 
-    def note(run: StudyRun, environment: Mapping[str, str]) -> Process:
-        made.append(run.name)
+    def record(run: StudyRun, environment: Mapping[str, str]) -> Process:
+        trained.append(run.name)
         return train_here(run, environment)
 
-    run_all(backwards, jobs=3, launcher=note)
-    assert made == [run.name for run in reversed(again.runs)][:4], "what was done is not done again"
-    rivals = wanted.pop("also_compare_to")
-    assert timeless(study_figures(make(folder="stopped"))) == timeless({**wanted, "also_compare_to": {}})
-    run_all(again, launcher=lambda run, environment: pytest.fail("all is done"))
+    run_all(backwards, jobs=3, launcher=record)
+    assert trained == [run.name for run in reversed(again.runs)][:4], "finished runs are not repeated"
+    wanted = {**study_figures(finished), "also_compare_to": {}, "plan": str(study.plan.path)}
+    assert timeless(study_figures(make(folder="stopped"))) == timeless(wanted)
+    run_all(again, launcher=lambda run, environment: pytest.fail("all runs are finished"))
 
-    # Each figure is that of the run's own log.
-    best = wanted["variants"][0]
-    lines = (straight.folder / f"swiglu_lr{best['learning_rate']:g}_seed2" / "metrics.jsonl").read_text().splitlines()
+
+def test_study_figures_match_run_logs(finished: Study) -> None:
+    figures = study_figures(finished)
+    best = figures["variants"][0]
+    lines = (finished.folder / f"swiglu_lr{best['learning_rate']:g}_seed2" / "metrics.jsonl").read_text().splitlines()
     evaluations = [row for row in map(json.loads, lines) if row["kind"] == "eval"]
     assert best["val_loss_by_seed"]["2"] == evaluations[-1]["loss"]
     assert best["edge"] in ("lowest", "highest")
-    assert "edge" in " ".join(wanted["notes"])
-    sine = wanted["variants"][1]
+    assert "edge" in " ".join(figures["notes"])
+
+
+def test_study_differences_are_paired_and_mirrored(finished: Study) -> None:
+    figures = study_figures(finished)
+    best, sine = figures["variants"]
     pairs = [sine["val_loss_by_seed"][seed] - best["val_loss_by_seed"][seed] for seed in ("1", "2")]
     assert sine["difference"]["mean"] == pytest.approx(sum(pairs) / 2)
     assert sine["difference"]["low"] < sine["difference"]["mean"] < sine["difference"]["high"]
-    # Held against the other one, everything changes its sign and the share its base.
-    mirrored = rivals["sine"]["swiglu"]
-    assert list(rivals["sine"]) == ["swiglu"]
+    # Compared to the other variant, every difference changes its sign.
+    mirrored = figures["also_compare_to"]["sine"]["swiglu"]
+    assert list(figures["also_compare_to"]["sine"]) == ["swiglu"]
     assert (mirrored["mean"], mirrored["high"]) == (-sine["difference"]["mean"], -sine["difference"]["low"])
-    tables = study_tables(json.loads(json.dumps({**wanted, "also_compare_to": rivals})))
+
+
+def test_study_tables_pictures_and_headline(finished: Study) -> None:
+    figures = study_figures(finished)
+    sine = figures["variants"][1]
+    tables = study_tables(json.loads(json.dumps(figures)))
     assert [row[0] for row in tables[0].rows] == ["swiglu", "sine"]
-    share = -100 * sine["difference"]["mean"] / sine["val_loss"]["mean"]
-    assert (tables[1].title, tables[1].rows[0][3]) == ("Compared to sine", signed(share, 2))
-    assert {picture.file for picture in study_pictures(wanted)} == {
+    percent = -100 * sine["difference"]["mean"] / sine["val_loss"]["mean"]
+    assert (tables[1].title, tables[1].rows[0][3]) == ("Compared to sine", signed(percent, 2))
+    assert {picture.file for picture in study_pictures(figures)} == {
         "differences.png",
         "loss_by_tokens.png",
         "loss_by_time.png",
     }
-    headline = study_headline(wanted)
+    headline = study_headline(figures)
     assert headline is not None
     assert "sine against swiglu" in headline.label
-    assert len(gather(tmp_path / "reports", [straight.folder]).runs) == 6
-    assert all(run.peak_memory_bytes for run in gather(tmp_path / "reports", [straight.folder]).runs)
 
 
-def test_answers_to_a_task_are_those_of_each_runs_last_model(tmp_path: Path) -> None:
+def test_gather_finds_all_runs_of_a_study(finished: Study, tmp_path: Path) -> None:
+    runs = gather(tmp_path / "reports", [finished.folder]).runs
+    assert len(runs) == 6
+    assert all(run.peak_memory_bytes for run in runs)
+
+
+def test_task_accuracy_uses_last_model_of_run(tmp_path: Path) -> None:
     """Counted over all held-out documents by another way than the benchmark's: one by one, without windows."""
     (tmp_path / "task.txt").write_text("".join(write_task("copying", 1, 4_000)))
     (tmp_path / "base.yaml").write_text(BASE.format(corpus=json.dumps(str(tmp_path / "task.txt"))))
@@ -270,7 +302,7 @@ def test_answers_to_a_task_are_those_of_each_runs_last_model(tmp_path: Path) -> 
     assert by_rate.rows[1] == ["sine", "", " ".join(at_high)]
 
 
-def test_a_run_that_fails_is_told_and_leaves_the_others_alone(make: Callable[..., Study]) -> None:
+def test_failing_run_is_reported_and_others_continue(make: Callable[..., Study]) -> None:
     study = make("learning_rates: [1e-3, 1e-2]\n", "learning_rates: [1e-3, 5e-2]\n")
 
     def fail_high(run: StudyRun, environment: Mapping[str, str]) -> Process:
@@ -306,7 +338,7 @@ def test_run_status_file_decides_what_diverged(make: Callable[..., Study]) -> No
     assert not read_status(run).is_settled
 
 
-def test_a_rate_is_out_for_what_it_did_and_not_for_what_befell_it(make: Callable[..., Study]) -> None:
+def test_lr_is_excluded_for_divergence_only(make: Callable[..., Study]) -> None:
     """A run of NaN is the rate's own; a full disk is not, and leaves a run to be made."""
     study = make("learning_rates: [1e-3, 1e-2]\n", "learning_rates: [1e-3, 1e25]\n")
     no_room = study.runs[-2]
@@ -340,7 +372,7 @@ def train_here_after_writing(study: Study, run: StudyRun) -> None:
     train(load_config(run.config_path))
 
 
-def test_rates_are_compared_over_the_seeds_that_all_of_them_have(make: Callable[..., Study]) -> None:
+def test_lr_selection_uses_seeds_of_all_lrs(make: Callable[..., Study]) -> None:
     """A rate with one easy seed more is not the better for it."""
     study = make(folder="shared")
     sized = study.variants[0]
@@ -361,7 +393,7 @@ def test_rates_are_compared_over_the_seeds_that_all_of_them_have(make: Callable[
     assert (apart.lr, apart.is_provisional) == (0.01, True)
 
 
-def test_some_seeds_look_for_the_rate_and_the_others_are_made_at_it_alone(make: Callable[..., Study]) -> None:
+def test_lr_seeds_select_lr_for_other_seeds(make: Callable[..., Study]) -> None:
     looking = ("seeds: [1, 2]", "seeds: [1, 2, 3]\nrate_seeds: [2]")
     study = make(*looking)
     assert [run.name for run in study.runs] == ["swiglu_lr0.001_seed2", "swiglu_lr0.01_seed2", "sine_lr0.01_seed2"]
@@ -387,7 +419,7 @@ def test_some_seeds_look_for_the_rate_and_the_others_are_made_at_it_alone(make: 
     assert any("those of seed 2 alone" in note for note in figures["notes"])
 
 
-def test_one_rate_is_told_as_the_only_one_and_wears_no_star(make: Callable[..., Study]) -> None:
+def test_single_lr_is_reported_without_star(make: Callable[..., Study]) -> None:
     study = make()
     run_all(study, launcher=train_here, only=["sine_lr0.01_seed1", "sine_lr0.01_seed2"])
     assert {state.run.variant.variant.name for state in map(read_status, study.runs) if state.state == "done"} == {
@@ -400,9 +432,7 @@ def test_one_rate_is_told_as_the_only_one_and_wears_no_star(make: Callable[..., 
     assert any(note == "One learning rate was tried, which may not be the best: sine." for note in figures["notes"])
 
 
-def test_runs_on_a_text_that_has_changed_since_are_refused(
-    make: Callable[..., Study], tmp_path: Path, tiny_corpus: Path
-) -> None:
+def test_runs_on_changed_text_are_refused(make: Callable[..., Study], tmp_path: Path, tiny_corpus: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(tiny_corpus.read_text())
     elsewhere = (json.dumps(str(tiny_corpus)), json.dumps(str(text)))
@@ -416,14 +446,14 @@ def test_runs_on_a_text_that_has_changed_since_are_refused(
     assert len(make(base=elsewhere).runs) == 6
 
 
-def test_losses_of_other_tokens_or_other_held_out_text_are_not_compared(make: Callable[..., Study]) -> None:
+def test_variants_with_other_tokens_or_validation_raise(make: Callable[..., Study]) -> None:
     with pytest.raises(ConfigError, match=r"variants\.sine: its tokenizer is not swiglu's"):
         make("{mlp: sine}", "{mlp: sine}, data: {tokenizer: tokenizers}")
     with pytest.raises(ConfigError, match=r"variants\.sine: its (held-out text|tokenizer) is not swiglu's"):
         make("{mlp: sine}", "{mlp: sine}, data: {seed: 4}")
 
 
-def test_a_difference_that_shows_nothing_says_so_in_the_headline() -> None:
+def test_headline_states_inconclusive_difference() -> None:
     def variant(name: str, mean: float, half: float | None) -> dict[str, Any]:
         low, high = (None, None) if half is None else (mean - half, mean + half)
         difference = {"mean": mean, "low": low, "high": high, "n": 1 if half is None else 3, "baseline_mean": 2.0}
@@ -440,7 +470,7 @@ def test_a_difference_that_shows_nothing_says_so_in_the_headline() -> None:
     assert "the lowest of 2 variants, not corrected" in of(variant("sine", -0.1, 0.05), variant("other", 0.1, 0.05))
 
 
-def test_a_run_that_is_taken_up_again_has_not_failed(make: Callable[..., Study]) -> None:
+def test_resumed_run_status_is_not_failed(make: Callable[..., Study]) -> None:
     run = make().runs[0]
     run.log_path.parent.mkdir(parents=True, exist_ok=True)
     run.log_path.write_text("error: no space left\n")
@@ -452,7 +482,7 @@ def test_a_run_that_is_taken_up_again_has_not_failed(make: Callable[..., Study])
     assert read_status(run).state == "new"
 
 
-def test_a_folder_of_another_study_is_refused_and_a_longer_grid_is_not(make: Callable[..., Study]) -> None:
+def test_folder_of_another_study_is_refused(make: Callable[..., Study]) -> None:
     study = make()
     run_all(study, launcher=lambda run, environment: Ended(1))
     with pytest.raises(TrainingError, match="no run of the study"):
@@ -462,7 +492,7 @@ def test_a_folder_of_another_study_is_refused_and_a_longer_grid_is_not(make: Cal
     assert len(make("[1, 2]", "[1, 2, 3]").runs) == 9
 
 
-def test_the_plan_shows_every_run_and_writes_nothing(make: Callable[..., Study]) -> None:
+def test_plan_tables_list_all_runs_without_writing(make: Callable[..., Study]) -> None:
     study = make()
     seconds = {run.variant.variant.name: seconds_per_step(run, study) for run in study.runs[:3]}
     assert all(value > 0 for value in seconds.values())

@@ -1,4 +1,4 @@
-"""A plan is checked whole before anything starts: every problem with its line, and the name that was meant."""
+"""Study configurations: reading, validation with line numbers, and former keys."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs" / "studies").glob("study_*_*.yaml")))
-def test_the_plans_of_the_study_compare_one_size(
+def test_shipped_study_plans_have_equal_parameters(
     name: str, tmp_path: Path, prepare_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On stand-ins for its corpora: every variant comes within 1 % of the baseline, in the same order of text."""
@@ -84,7 +84,7 @@ def test_plan_error_below_former_key_has_its_line(write: Path) -> None:
     assert (problem.path, problem.line) == ("variants.sine.model.short_conv.kernel_size", 11)
 
 
-def test_a_plan_is_read(write: Path) -> None:
+def test_load_plan_reads_all_keys(write: Path) -> None:
     write.write_text(PLAN)
     plan = load_plan(write)
     swiglu, sine = plan.variants
@@ -94,7 +94,7 @@ def test_a_plan_is_read(write: Path) -> None:
     assert sine.changes == {"model": {"mlp": "sine"}}
 
 
-def test_the_shipped_example_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_example_plan_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     plan = load_plan(Path("configs/compare_example.yaml"))
     assert plan.baseline.name == "swiglu"
@@ -160,7 +160,7 @@ def test_plan_former_keys_equal_present_keys(write: Path) -> None:
         ("base: base.yaml", "base: bse.yaml", ["did you mean 'base.yaml'"]),
     ],
 )
-def test_what_is_wrong_is_named_with_its_line(write: Path, old: str, new: str, words: list[str]) -> None:
+def test_plan_errors_name_key_line_and_remedy(write: Path, old: str, new: str, words: list[str]) -> None:
     assert old in PLAN
     write.write_text(PLAN.replace(old, new))
     with pytest.raises(ConfigError) as caught:
@@ -169,7 +169,7 @@ def test_what_is_wrong_is_named_with_its_line(write: Path, old: str, new: str, w
         assert word in str(caught.value)
 
 
-def test_a_fault_of_the_base_is_told_once_and_as_the_bases(write: Path) -> None:
+def test_plan_error_in_base_is_reported_once(write: Path) -> None:
     (write.parent / "base.yaml").write_text(BASE.replace("n_heads: 2", "n_heads: 3"))
     write.write_text(PLAN)
     with pytest.raises(ConfigError) as caught:
@@ -178,14 +178,14 @@ def test_a_fault_of_the_base_is_told_once_and_as_the_bases(write: Path) -> None:
     assert "in the base" in str(caught.value)
 
 
-def test_nothing_held_out_is_nothing_to_compare(write: Path) -> None:
+def test_plan_without_validation_split_raises(write: Path) -> None:
     (write.parent / "base.yaml").write_text(BASE.replace(", val_split: 0.2", ""))
     write.write_text(PLAN)
     with pytest.raises(ConfigError, match="nothing is held out"):
         load_plan(write)
 
 
-def test_groups_are_merged_and_lists_replaced() -> None:
+def test_merge_merges_groups_and_replaces_lists() -> None:
     base = {"a": {"b": 1, "c": [1, 2]}, "d": 1}
     assert merge(base, {"a": {"c": [3]}, "e": {}}) == {"a": {"b": 1, "c": [3]}, "d": 1, "e": {}}
     assert base == {"a": {"b": 1, "c": [1, 2]}, "d": 1}

@@ -1,4 +1,4 @@
-"""What a check of the GPU validation suite needs; and the garbage collector kept out of measured time."""
+"""Fixtures of the GPU suite's tests: a context for a dry run, and no garbage collection in measured time."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def _old_objects_are_left_alone() -> Iterator[None]:
 
 @pytest.fixture
 def context(tmp_path: Path) -> CheckContext:
-    """What a check of a GPU gets in a rehearsal, with fewer steps."""
+    """Return the context of a dry run, with fewer steps."""
     return CheckContext(torch.device("cpu"), replace(DRY_RUN, n_steps=4, repeats=1), True, tmp_path)

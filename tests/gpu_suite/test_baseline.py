@@ -34,7 +34,7 @@ def written(folder: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("now", "told"),
+    ("now", "lines"),
     [
         (result(), []),
         (result(rate=91.0, peak=52.0), []),
@@ -46,9 +46,9 @@ def written(folder: Path, **changes: Any) -> Path:
     ],
     ids=["same", "within", "better", "slower", "larger", "no number", "no tolerance"],
 )
-def test_regressions_name_each_worse_value(tmp_path: Path, now: CheckResult, told: list[str]) -> None:
+def test_regressions_name_each_worse_value(tmp_path: Path, now: CheckResult, lines: list[str]) -> None:
     former = read_baseline(written(tmp_path), MACHINE, is_dry_run=False, any_machine=False)
-    assert regressions([now], former) == [f"GPU-03: {line}" for line in told]
+    assert regressions([now], former) == [f"GPU-03: {line}" for line in lines]
 
 
 def test_regressions_name_missing_values_and_skipped_checks(tmp_path: Path) -> None:

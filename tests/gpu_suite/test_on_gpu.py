@@ -1,4 +1,4 @@
-"""Every check of the battery at small sizes on a GPU: rates are held against nothing, all other limits are."""
+"""All checks of the GPU validation suite on a GPU at small sizes, without throughput limits."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ pytestmark = [
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CHECKS)
-def test_the_check_runs(name: str, tmp_path: Path) -> None:
+def test_check_passes_on_gpu_at_small_sizes(name: str, tmp_path: Path) -> None:
     result = run_check(name, CHECKS[name], CheckContext(torch.device("cuda"), DRY_RUN, True, tmp_path / name))
     assert result.status in ("ok", "skipped"), result.problems()

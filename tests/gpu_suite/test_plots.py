@@ -1,4 +1,4 @@
-"""What a battery measured as curves is drawn, whatever is missing from it."""
+"""Plots of the GPU validation suite, with missing curves too."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ RATES = {"batch tokens": [512.0, 1024.0], "respsann: training": [1e5, 2e5], "res
     ],
     ids=["precisions", "one step, no number", "rates"],
 )
-def test_curves_are_drawn(tmp_path: Path, check: str, series: dict[str, list[float]], file: str) -> None:
+def test_draw_suite_writes_plots_of_curves(
+    tmp_path: Path, check: str, series: dict[str, list[float]], file: str
+) -> None:
     report = SuiteReport({"name": "H200"}, False, (CheckResult(check, "t", series=series),))
     [path] = draw_suite(tmp_path, report)
     assert path == tmp_path / file
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_check_without_curves_has_no_picture(tmp_path: Path) -> None:
+def test_draw_suite_skips_checks_without_curves(tmp_path: Path) -> None:
     results = (CheckResult("GPU-02", "t", error="it broke"), CheckResult("GPU-03", "t", series={"batch tokens": []}))
     assert draw_suite(tmp_path, SuiteReport({"name": "H200"}, False, results)) == []
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""A value is ok only if it was measured, is a number, and keeps to its limit."""
+"""Results of the GPU validation suite: limits, verdicts and non-finite values."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ GOOD = at_most("error", 0.5, 1.0, "x", "because")
     ],
     ids=str,
 )
-def test_a_value_keeps_to_its_limit_or_not(measure: Measure, is_met: bool) -> None:
+def test_measure_is_met_known_values(measure: Measure, is_met: bool) -> None:
     assert measure.is_met is is_met
 
 
-def test_a_check_without_a_measure_and_without_a_reason_is_no_success() -> None:
+def test_check_without_measures_is_an_error() -> None:
     nothing = CheckResult("GPU-01", "t")
     assert nothing.status == "error"
     assert nothing.problems() == ["GPU-01: nothing was measured"]
 
 
-def test_one_missed_limit_fails_the_check_and_the_battery() -> None:
+def test_missed_limit_fails_check_and_suite() -> None:
     bad = at_most("other error", 2.0, 1.0, "x", "because")
     result = CheckResult("GPU-01", "t", (GOOD, bad))
     assert (result.status, result.missed) == ("failed", (bad,))
@@ -57,29 +57,29 @@ def test_one_missed_limit_fails_the_check_and_the_battery() -> None:
     assert report.problems == ["GPU-01: other error: 2 x (at most 1)"]
 
 
-def test_what_was_found_is_told_beside_the_name() -> None:
+def test_measure_text_includes_detail() -> None:
     measure = none_of("others", ["a"], "tensors", "", detail="a")
     assert (measure.name, str(measure)) == ("others", "others: 1 tensors (at most 0): a")
     assert measure.as_dict()["detail"] == "a"
 
 
-def test_an_error_outweighs_what_was_measured_before_it() -> None:
+def test_check_error_outweighs_measures() -> None:
     assert CheckResult("GPU-01", "t", (GOOD,), error="it broke").status == "error"
 
 
-def test_a_skipped_check_is_told_and_is_no_failure() -> None:
+def test_skipped_check_is_not_a_failure() -> None:
     report = SuiteReport({}, True, (CheckResult("GPU-05", "t", skipped="one GPU"), CheckResult("1", "t", (GOOD,))))
     assert report.verdict == "ok"
     assert report.as_dict()["counts"] == {"ok": 1, "failed": 0, "error": 0, "skipped": 1}
 
 
-def test_what_is_no_number_is_still_json() -> None:
+def test_non_finite_values_serialize_to_json() -> None:
     result = CheckResult("GPU-01", "t", (at_most("a", math.nan, 1.0, "x", ""),))
     assert json.loads(json.dumps(result.as_dict(), allow_nan=False))["measures"][0]["value"] == "nan"
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_one_value_that_is_no_number_is_found_wherever_it_stands(place: int) -> None:
+def test_largest_returns_nan_at_any_position(place: int) -> None:
     """``max([3.0, nan, 1.0])`` is 3."""
     values = [3.0, 2.0, 1.0]
     assert (largest(values), largest_distance(values, [3.0, 2.5, 1.0])) == (3.0, 0.5)
@@ -93,7 +93,7 @@ def test_one_value_that_is_no_number_is_found_wherever_it_stands(place: int) -> 
         assert not at_most("a", found, 1e9, "x", "").is_met
 
 
-def test_the_largest_of_nothing_misses_its_limit() -> None:
+def test_largest_of_nothing_misses_limit() -> None:
     assert not at_most("a", largest([]), 1e9, "x", "").is_met
     with pytest.raises(ValueError, match="shorter"):
         largest_distance([1.0, 2.0], [1.0])

@@ -1,4 +1,4 @@
-"""The battery runs what was asked for, and nothing that breaks in it passes for ok."""
+"""GPU validation suite: selection of checks, errors in checks, and interruption."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-def test_there_are_nine() -> None:
+def test_suite_has_nine_checks() -> None:
     assert list(CHECKS) == [f"GPU-0{number}" for number in range(1, 10)]
 
 
-def test_a_check_that_breaks_fails_and_the_others_run(checks: list[str]) -> None:
+def test_suite_continues_after_a_raising_check(checks: list[str]) -> None:
     said: list[str] = []
     report = validate("cpu", say=said.append)
     assert checks == list(CHECKS)
@@ -49,18 +49,18 @@ def test_a_check_that_breaks_fails_and_the_others_run(checks: list[str]) -> None
     assert any("Traceback" in line for line in said), "the log says where"
 
 
-def test_only_what_was_asked_for_runs_in_its_order(checks: list[str]) -> None:
+def test_suite_only_runs_selected_checks_in_order(checks: list[str]) -> None:
     assert validate("cpu", only=("GPU-08", "GPU-01")).verdict == "ok"
     assert checks == ["GPU-01", "GPU-08"]
 
 
-def test_an_unknown_check_is_refused(checks: list[str]) -> None:
+def test_suite_unknown_check_raises(checks: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"'gpu-1' is not a check \(did you mean 'GPU-01'\?\)"):
         validate("cpu", only=("gpu-1",))
     assert checks == []
 
 
-def test_no_gpu_is_one_line_and_exit_code_one(checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suite_without_gpu_raises_with_exit_code_1(checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(PsannlmError, match="sees no GPU") as refused:
         require_device("cuda")
@@ -68,7 +68,7 @@ def test_no_gpu_is_one_line_and_exit_code_one(checks: list[str], monkeypatch: py
     assert "\n" not in str(refused.value)
 
 
-def test_the_users_own_interrupt_ends_the_battery(context: CheckContext) -> None:
+def test_suite_ends_on_interrupt(context: CheckContext) -> None:
     def interrupted(context: CheckContext) -> CheckResult:
         raise Interrupted("stopped")
 
@@ -76,9 +76,7 @@ def test_the_users_own_interrupt_ends_the_battery(context: CheckContext) -> None
         run_check("GPU-08", interrupted, context)
 
 
-def test_a_device_that_does_not_come_free_is_told_and_the_others_run(
-    checks: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_suite_reports_device_that_cannot_be_freed(checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As after an illegal access: every call on the device fails from then on, freeing memory among them."""
 
     def release(context: CheckContext) -> None:
@@ -96,7 +94,7 @@ def test_a_device_that_does_not_come_free_is_told_and_the_others_run(
     assert report.results[2].measures == GOOD, "what was measured is kept"
 
 
-def test_each_check_is_handed_out_as_soon_as_it_is_done(checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suite_reports_after_each_check(checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[SuiteReport] = []
     report = validate("cpu", only=("GPU-01", "GPU-02", "GPU-03"), on_report=kept.append)
     assert [len(r.results) for r in kept] == [1, 2, 3]
@@ -105,7 +103,7 @@ def test_each_check_is_handed_out_as_soon_as_it_is_done(checks: list[str], monke
     assert kept[-1] == report
 
 
-def test_threads_are_given_back(checks: list[str]) -> None:
+def test_suite_restores_thread_count(checks: list[str]) -> None:
     before = torch.get_num_threads()
     validate("cpu", only=("GPU-01",))
     assert torch.get_num_threads() == before

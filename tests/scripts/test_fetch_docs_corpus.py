@@ -1,4 +1,4 @@
-"""The script that fetches text to measure on, against stand-ins for Debian's tools: no network is touched."""
+"""The corpus download script, with stand-ins for Debian's tools and without network."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def fetch(bin_folder: Path, goal: Path, *arguments: str, **extra: str) -> subpro
     return subprocess.run([bash, str(SCRIPT), str(goal), *arguments], env=environment, capture_output=True, text=True)
 
 
-def test_sources_are_fetched_once_and_nothing_else_is_kept(bin_folder: Path, tmp_path: Path) -> None:
+def test_fetch_docs_corpus_fetches_once_and_cleans_up(bin_folder: Path, tmp_path: Path) -> None:
     goal = tmp_path / "corpus"
     done = fetch(bin_folder, goal)
     assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def test_sources_are_fetched_once_and_nothing_else_is_kept(bin_folder: Path, tmp
     assert (bin_folder / "log").read_text() == calls, "what is there is not fetched again"
 
 
-def test_copies_are_numbered(bin_folder: Path, tmp_path: Path) -> None:
+def test_fetch_docs_corpus_numbers_copies(bin_folder: Path, tmp_path: Path) -> None:
     (bin_folder / "python3").symlink_to(sys.executable)
     goal = tmp_path / "corpus"
     for _ in range(2):  # what a former call wrote is no text of the corpus
@@ -83,7 +83,7 @@ def test_copies_are_numbered(bin_folder: Path, tmp_path: Path) -> None:
     assert fetch(bin_folder, goal, "0").returncode == 2
 
 
-def test_a_download_that_fails_leaves_nothing_that_looks_like_a_corpus(bin_folder: Path, tmp_path: Path) -> None:
+def test_fetch_docs_corpus_failure_leaves_no_corpus(bin_folder: Path, tmp_path: Path) -> None:
     goal = tmp_path / "corpus"
     done = fetch(bin_folder, goal, BROKEN="1")
     assert done.returncode == 1
@@ -91,7 +91,7 @@ def test_a_download_that_fails_leaves_nothing_that_looks_like_a_corpus(bin_folde
     assert list(goal.iterdir()) == []
 
 
-def test_a_system_without_apt_and_a_folder_inside_the_repository_are_refused(bin_folder: Path, tmp_path: Path) -> None:
+def test_fetch_docs_corpus_refuses_bad_environment(bin_folder: Path, tmp_path: Path) -> None:
     inside = fetch(bin_folder, REPOSITORY / "corpus")
     assert inside.returncode == 1
     assert "outside it" in inside.stderr

@@ -1,4 +1,4 @@
-"""An honest run has no problem, and a wrong token or byte anywhere is found."""
+"""Decoding benchmark: no problem with a correct cache, and detection of wrong tokens and cache sizes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS = KvSettings(batch_size=2, prompt_length=4, max_new_tokens=5, repeats=2
 
 @pytest.fixture(autouse=True)
 def collect_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between runs rubbish is collected, which takes longer than runs of this size."""
+    """Skip garbage collection between runs, which takes longer than runs of this size."""
     monkeypatch.setattr("gc.collect", lambda *generation: 0)
 
 
@@ -35,7 +35,7 @@ def measure(settings: KvSettings, config: ModelConfig = TINY, **named: Any) -> K
 
 
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
-def test_an_honest_run_has_no_problem(base: str) -> None:
+def test_bench_kv_reports_no_problem_for_correct_cache(base: str) -> None:
     events: list[Progress] = []
     report = measure(SETTINGS, TINY.model_copy(update={"base": base}), on_progress=events.append)
     assert report.problems == []
@@ -57,7 +57,7 @@ def test_an_honest_run_has_no_problem(base: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_packed_weights_are_the_same_in_all_cases(dtype: str) -> None:
+def test_bench_kv_packed_weights_agree_in_all_cases(dtype: str) -> None:
     report = measure(replace(SETTINGS, dtype=dtype, max_new_tokens=12))
     assert report.problems == []
     assert report.agreement.largest_tie <= report.agreement.largest_tolerance
@@ -67,7 +67,7 @@ def test_packed_weights_are_the_same_in_all_cases(dtype: str) -> None:
     assert 0.9 < report.packing.ratio < 1.1
 
 
-def test_few_passes_and_fewer_cases() -> None:
+def test_bench_kv_uncached_steps_and_cases_are_honoured() -> None:
     report = measure(replace(SETTINGS, max_new_tokens=20, uncached_steps=3, cases="batch"))
     assert report.problems == []
     assert list(report.runs) == [Case(True, True), Case(False, True)]
@@ -94,7 +94,7 @@ def test_bench_kv_time_left_stays_within_the_limit() -> None:
     assert all(left_s <= limit_s - now for now, left_s in shown)
 
 
-def test_contexts_that_the_model_has_no_room_for_are_left_out() -> None:
+def test_bench_kv_leaves_out_contexts_beyond_the_model() -> None:
     settings = replace(SETTINGS, contexts=(40, 64))
     model = build_random_model(TINY, settings, CPU)
     assert model.config.max_seq_len == 64 + 32
@@ -103,7 +103,7 @@ def test_contexts_that_the_model_has_no_room_for_are_left_out() -> None:
     assert report.left_out == report.as_dict()["contexts_left_out"] == [65]
 
 
-def test_a_context_that_is_too_short_is_refused_before_any_work() -> None:
+def test_bench_kv_too_short_context_raises_early() -> None:
     model = build_random_model(TINY, SETTINGS, CPU)
     with pytest.raises(ConfigError, match="context of 9; lower --prompt-length"):
         bench_kv(model, replace(SETTINGS, prompt_length=5))
@@ -112,18 +112,18 @@ def test_a_context_that_is_too_short_is_refused_before_any_work() -> None:
     assert report.problems == []
 
 
-def test_an_unknown_dtype_is_refused() -> None:
+def test_bench_kv_unknown_dtype_raises() -> None:
     with pytest.raises(GenerationError, match="int4"):
         measure(replace(SETTINGS, dtype="int4"))
 
 
-def test_the_seed_decides_prompts_and_weights() -> None:
+def test_bench_kv_seed_determines_prompts_and_weights() -> None:
     outputs = [measure(replace(SETTINGS, seed=seed, repeats=1)).runs[CASES[0]][0].ids for seed in (1, 1, 2)]
     assert outputs[0] == outputs[1] != outputs[2]
 
 
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
-def test_every_part_of_the_random_model_shows(base: str) -> None:
+def test_random_model_output_depends_on_every_parameter(base: str) -> None:
     """A branch or a bias at zero would let a broken cache pass: halving any parameter must change the logits."""
     model = build_random_model(TINY.model_copy(update={"base": base}), replace(SETTINGS, seed=7), CPU)
     ids = torch.arange(8)[None]
@@ -160,7 +160,7 @@ def corrupt(monkeypatch: pytest.MonkeyPatch, name: str, place: int, batch_size: 
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_wrong_token_is_named(
+def test_bench_kv_reports_a_wrong_token(
     way: str, batch_size: int, names: set[str], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corrupt(monkeypatch, way, 3, batch_size)
@@ -177,7 +177,7 @@ def test_a_wrong_token_is_named(
     assert not report.as_dict()["outputs_are_equal"]
 
 
-def test_another_cache_size_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_kv_reports_wrong_cache_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.benchmarks.decoding.report.cache_bytes", lambda *arguments: 12)
     problems = measure(replace(SETTINGS, repeats=1)).problems
     assert len(problems) == 2
@@ -251,7 +251,7 @@ def eager_compile(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return made
 
 
-def test_the_compiled_engine_stands_beside_the_plain_one(eager_compile: list[bool]) -> None:
+def test_bench_kv_measures_compiled_beside_plain_engine(eager_compile: list[bool]) -> None:
     report = measure(replace(SETTINGS, is_compiled=True))
     assert eager_compile == [False, True]
     twins = [Case(True, True, True), Case(True, False, True)]
@@ -262,7 +262,7 @@ def test_the_compiled_engine_stands_beside_the_plain_one(eager_compile: list[boo
     assert report.ours == twins[0]
 
 
-def test_without_a_compiler_there_is_nothing_to_stand_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_kv_without_compiler_measures_plain_only(monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Callable[..., Any] = bench.Engine
 
     def build(model: Any, *, dtype: str = "float32", compile: bool = False) -> Any:

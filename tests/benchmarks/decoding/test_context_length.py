@@ -1,4 +1,4 @@
-"""Steps are timed around the context they are said to stand for, every turn from the same tokens."""
+"""Decoding time by context length: bytes, times and tokens of each run, and the plot."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from psannlm.models.transformer import Transformer
 
 @pytest.fixture(autouse=True)
 def collect_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between runs rubbish is collected, which takes longer than runs of this size."""
+    """Skip garbage collection between runs, which takes longer than runs of this size."""
     monkeypatch.setattr("gc.collect", lambda *generation: 0)
 
 
-def test_a_step_costs_what_its_context_costs(
+def test_growth_point_has_time_and_bytes_of_context(
     build_tiny: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step takes a second per token that its rows see: the figure is the context itself, in every turn."""
@@ -44,9 +44,9 @@ def test_a_step_costs_what_its_context_costs(
     monkeypatch.setattr(
         "psannlm.benchmarks.decoding.context_length.memory_reader", lambda *given, **named: lambda count: 1000.0
     )
-    told: list[Progress] = []
+    events: list[Progress] = []
     points = measure_growth(
-        engine, 2, (16, 32), n_steps=8, repeats=3, seed=1, clock=lambda: now, on_progress=told.append
+        engine, 2, (16, 32), n_steps=8, repeats=3, seed=1, clock=lambda: now, on_progress=events.append
     )
     assert [point.context for point in points] == [16, 32]
     for point in points:
@@ -57,10 +57,10 @@ def test_a_step_costs_what_its_context_costs(
     assert len(seen) == 2 * 4 * 8
     assert {len(lengths) for lengths in seen} == {2}
     assert {length for lengths in seen for length in lengths} == {*range(13, 21), *range(29, 37)}
-    assert told[-1].unit == "steps"
+    assert events[-1].unit == "steps"
 
 
-def test_every_turn_continues_the_same_tokens(
+def test_growth_runs_start_from_same_tokens(
     build_tiny: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a short convolution, whose state is not wound back, the logits of all turns are equal."""
@@ -80,12 +80,12 @@ def test_every_turn_continues_the_same_tokens(
     assert point.cache_bytes >= cache_bytes(engine.model.config, 1, 18)
 
 
-def test_no_context_is_no_work(build_tiny: Callable[..., Transformer]) -> None:
+def test_growth_without_contexts_is_empty(build_tiny: Callable[..., Transformer]) -> None:
     assert measure_growth(Engine(build_tiny()), 2, (), repeats=1, seed=1) == []
     assert (longest_state(()), longest_state((8, 4), 3)) == (0, 11)
 
 
-def test_the_picture_says_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_plot_labels_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
     drawn: list[Figure] = []

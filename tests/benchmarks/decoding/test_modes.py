@@ -1,4 +1,4 @@
-"""Each way of decoding gives the model's own greedy continuation, and its seconds are cut where they should be."""
+"""Decoding modes: greedy continuations, and the times of prefill, first token and decoding."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def greedy(model: Transformer, prompt: list[int], n_new: int) -> list[int]:
 
 
 @pytest.mark.parametrize("is_batched", [True, False])
-def test_both_ways_give_the_greedy_continuation(is_batched: bool, build_tiny: Callable[..., Transformer]) -> None:
+def test_cached_and_uncached_decode_greedily(is_batched: bool, build_tiny: Callable[..., Transformer]) -> None:
     model = build_tiny(seed=3)
     engine = Engine(model)
     expected = [greedy(model, prompt, 6) for prompt in PROMPTS]
@@ -72,7 +72,7 @@ def test_both_ways_give_the_greedy_continuation(is_batched: bool, build_tiny: Ca
     assert (cached.places, uncached.places) == (None, (0, 1, 2, 3, 4, 5))
 
 
-def test_uncached_choices_follow_what_was_given(build_tiny: Callable[..., Transformer]) -> None:
+def test_decode_uncached_follows_given_tokens(build_tiny: Callable[..., Transformer]) -> None:
     """A wrong token that was given is found at its place, and the choices after it stand on it."""
     model = build_tiny(seed=3)
     right = greedy(model, PROMPTS[0], 4)
@@ -88,28 +88,28 @@ def test_uncached_choices_follow_what_was_given(build_tiny: Callable[..., Transf
     # 2 rows of 3 prompt tokens; one at a time, a row's first token comes 3 positions after its own start.
     [(True, 6, 6), (False, 6, 3)],
 )
-def test_seconds_and_rates(
+def test_decode_run_times_and_throughputs(
     is_batched: bool,
     prefill: int,
     first: int,
     build_tiny: Callable[..., Transformer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without a cache every position is computed anew, with one each position once: this is the definition."""
+    """Without a cache every position is computed again, with one each position once: this is the definition."""
     engine = Engine(build_tiny())
     clock = FakeClock(engine, monkeypatch)
-    told: list[tuple[int, int]] = []
+    counts: list[tuple[int, int]] = []
 
     def count(done: int, total: int) -> None:
-        told.append((done, total))
+        counts.append((done, total))
 
     cached = decode(engine, PROMPTS, 4, is_batched=is_batched, clock=clock, count=count)
-    assert told == sorted(told)
-    assert told[-1] == (8, 8)
-    told.clear()
+    assert counts == sorted(counts)
+    assert counts[-1] == (8, 8)
+    counts.clear()
     uncached = decode_uncached(engine, PROMPTS, cached.ids, is_batched=is_batched, clock=clock, count=count)
-    assert told == sorted(told)
-    assert told[-1] == (8, 8)
+    assert counts == sorted(counts)
+    assert counts[-1] == (8, 8)
     # One position per row and token; whole sequences of 4, 5 and 6 tokens.
     for run, decoding in ((cached, 2 * 3), (uncached, 2 * (4 + 5 + 6))):
         assert (run.prefill_s, run.first_token_s, run.decode_s) == (prefill, first, decoding)
@@ -119,14 +119,14 @@ def test_seconds_and_rates(
 
 
 @pytest.mark.parametrize("is_batched", [True, False])
-def test_a_few_passes_stand_for_all(
+def test_decode_uncached_interpolates_skipped_passes(
     is_batched: bool, build_tiny: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a pass takes as long as its sequence has tokens, three of nine give the seconds of all, to the last."""
     engine = Engine(build_tiny())
     given = decode(engine, PROMPTS, 10, is_batched=True).ids
     clock = FakeClock(engine, monkeypatch)
-    told: list[tuple[int, int]] = []
+    counts: list[tuple[int, int]] = []
     few, every = (
         decode_uncached(
             engine,
@@ -135,7 +135,7 @@ def test_a_few_passes_stand_for_all(
             is_batched=is_batched,
             places=places,
             clock=clock,
-            count=lambda done, total: told.append((done, total)),
+            count=lambda done, total: counts.append((done, total)),
         )
         for places in ([0, 1, 4, 9], None)
     )
@@ -143,10 +143,10 @@ def test_a_few_passes_stand_for_all(
     assert few.total_s == pytest.approx(every.total_s)
     assert few.tokens_per_s == pytest.approx(every.tokens_per_s)
     assert few.ids == [[row[place] for place in (0, 1, 4, 9)] for row in every.ids]
-    assert (8, 8) in told
+    assert (8, 8) in counts
 
 
-def test_chosen_places_hold_both_ends() -> None:
+def test_spread_places_includes_both_ends() -> None:
     assert spread_places(10, None) == list(range(10))
     assert spread_places(10, 9) == list(range(10))
     assert spread_places(10, 2) == [0, 1, 9]
@@ -159,7 +159,7 @@ def test_chosen_places_hold_both_ends() -> None:
         assert max(gaps) - min(gaps) <= 1
 
 
-def test_rows_join_in_order() -> None:
+def test_decode_run_join_keeps_row_order() -> None:
     rows = [
         DecodeRun([[1, 2]], 2, 1.0, 2.0, 3.0, 5.0, cache_bytes=10, cache_slots=4),
         DecodeRun([[3, 4]], 2, 3.0, 4.0, 5.0, 9.0, cache_bytes=12, cache_slots=5),
@@ -169,6 +169,6 @@ def test_rows_join_in_order() -> None:
     assert joined.tokens_per_s == 4 / 14
 
 
-def test_cases_have_names() -> None:
+def test_case_names() -> None:
     assert str(Case(True, False)) == "cache on, row by row"
     assert str(Case(True, True, True)) == "cache on, batch, compiled"

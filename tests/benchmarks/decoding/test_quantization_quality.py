@@ -1,4 +1,4 @@
-"""The ratio of perplexities is what the definition says, and the text is the model's own."""
+"""Perplexity cost of quantized weights on text sampled from the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ignore(done: int, total: int) -> None:
     pass
 
 
-def test_the_ratio_is_that_of_the_perplexities() -> None:
+def test_packing_cost_ratio_is_ratio_of_perplexities() -> None:
     losses = torch.tensor([1.0, 2.0, 3.0, 2.0])
     cost = PackingCost.of(losses, losses + torch.tensor([0.1, 0.3, 0.1, 0.3]))
     assert cost.perplexity == pytest.approx(math.exp(2.0))
@@ -33,7 +33,7 @@ def test_the_ratio_is_that_of_the_perplexities() -> None:
     assert cost.n_tokens == 4
 
 
-def test_losses_are_those_of_the_next_token(build_tiny: Callable[..., Transformer]) -> None:
+def test_token_losses_match_cross_entropy_of_next_token(build_tiny: Callable[..., Transformer]) -> None:
     model = build_tiny(seed=2)
     ids = torch.tensor([[1, 5, 2, 9], [3, 3, 3, 0]])
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_losses_are_those_of_the_next_token(build_tiny: Callable[..., Transforme
     torch.testing.assert_close(token_losses(model, ids, ignore), expected)
 
 
-def test_text_is_drawn_from_the_model(build_tiny: Callable[..., Transformer]) -> None:
+def test_sample_texts_follow_the_model_distribution(build_tiny: Callable[..., Transformer]) -> None:
     """On its own samples a model's mean loss is its mean entropy; on anything else it would be larger."""
     model = build_tiny(seed=2)
     ids = sample_texts(Engine(model), 64, 24, 5, ignore)
@@ -58,11 +58,11 @@ def test_text_is_drawn_from_the_model(build_tiny: Callable[..., Transformer]) ->
     assert len({tuple(row) for row in ids[:, 1:].tolist()}) == 64
 
 
-def test_coarser_weights_cost_more(build_tiny: Callable[..., Transformer]) -> None:
+def test_packing_cost_int8_exceeds_float32(build_tiny: Callable[..., Transformer]) -> None:
     model = build_tiny(seed=2, max_seq_len=64)
-    told: list[Progress] = []
+    events: list[Progress] = []
     same, int8 = (
-        measure_packing_cost(model, Engine(model, dtype=dtype), seed=3, n_rows=4, on_progress=told.append)
+        measure_packing_cost(model, Engine(model, dtype=dtype), seed=3, n_rows=4, on_progress=events.append)
         for dtype in ("float32", "int8")
     )
     assert same.ratio == pytest.approx(1.0, abs=1e-5)
@@ -70,4 +70,4 @@ def test_coarser_weights_cost_more(build_tiny: Callable[..., Transformer]) -> No
     assert same.n_tokens == int8.n_tokens == 4 * 63
     assert 1e-5 < abs(int8.ratio - 1.0) < 0.1
     assert same.perplexity == int8.perplexity
-    assert told[-1].done == told[-1].total == 4 * 63
+    assert events[-1].done == events[-1].total == 4 * 63

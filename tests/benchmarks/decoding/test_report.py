@@ -1,4 +1,4 @@
-"""Ratios change one thing at a time, and settings that measure nothing are refused."""
+"""Results of the decoding benchmark: speedups, rooflines, cache sizes and settings."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FOUR = {
 }
 
 
-def test_speedups_change_one_thing_at_a_time() -> None:
+def test_speedups_change_one_factor_at_a_time() -> None:
     report = report_of({**FOUR, COMPILED: [1600.0, 1600.0, 1600.0], Case(True, False, True): [100.0, 100.0, 100.0]})
     # The compiled engine is faster still, and has no part in what the cache is worth.
     assert report.from_cache(is_batched=True) == Spread(pytest.approx(40), pytest.approx(20), pytest.approx(40))
@@ -72,7 +72,7 @@ def test_speedups_change_one_thing_at_a_time() -> None:
     assert plain["compiling_alone_in_batch"]["median"] == pytest.approx(2)
 
 
-def test_what_was_not_run_has_no_ratio() -> None:
+def test_speedup_of_missing_case_is_none() -> None:
     report = report_of({Case(True, True): [800.0]}, reads={True: [1000.0]}, n_bytes={True: 100})
     assert report.from_cache(True) is report.from_batching(True) is report.from_compiling(True) is None
     assert report.as_dict()["speedup_of_decoding"] == {}
@@ -90,13 +90,13 @@ def test_reference_model_is_paired_with_fastest_engine() -> None:
     compiled = report_of({**FOUR, COMPILED: [1600.0] * 3}, reference_model=reference_model)
     assert compiled.ours == COMPILED
     assert compiled.over_reference_model()["decode"].median == pytest.approx(8)
-    told = compiled.as_dict()["reference_model"]
-    assert compiled.as_dict()["rival"] == told
-    assert told["our_rate_over_its"]["decode"]["median"] == pytest.approx(8)
-    assert (told["parameters"], told["first_s"]) == (7, 12.5)
+    figures = compiled.as_dict()["reference_model"]
+    assert compiled.as_dict()["rival"] == figures
+    assert figures["our_rate_over_its"]["decode"]["median"] == pytest.approx(8)
+    assert (figures["parameters"], figures["first_s"]) == (7, 12.5)
 
 
-def test_a_step_is_set_against_reading_its_own_bytes() -> None:
+def test_rooflines_use_each_cases_own_bytes() -> None:
     rooflines = report_of(FOUR).rooflines()
     assert set(rooflines) == {Case(True, True), Case(True, False)}
     # 2 rows at 800 tokens a second are 400 steps a second; row by row each token is a step.
@@ -106,12 +106,12 @@ def test_a_step_is_set_against_reading_its_own_bytes() -> None:
     assert rooflines[Case(True, False)].fraction.median == pytest.approx(50 / 1000 * 200)
 
 
-def test_compilation_is_what_the_first_run_took_longer() -> None:
+def test_compile_s_is_first_run_minus_median() -> None:
     report = report_of({**FOUR, COMPILED: [20.0] * 3}, first_s={COMPILED: 9.0})
     assert report.compile_s() == {COMPILED: pytest.approx(9.0 - 2.0)}
 
 
-def test_another_cache_size_or_too_small_a_cache_is_a_problem() -> None:
+def test_problems_name_wrong_or_small_caches() -> None:
     rates = {Case(True, True): [800.0]}
     assert report_of(rates).problems == []
     [problem] = report_of(rates, cache_element_bytes=2).problems
@@ -131,7 +131,7 @@ def test_another_cache_size_or_too_small_a_cache_is_a_problem() -> None:
         ("cached", 1, (Case(True, True),)),
     ],
 )
-def test_cases_that_are_run(cases: str, batch_size: int, expected: tuple[Case, ...]) -> None:
+def test_kv_settings_choose_cases(cases: str, batch_size: int, expected: tuple[Case, ...]) -> None:
     settings = KvSettings(batch_size=batch_size, cases=cases)  # type: ignore[arg-type]
     assert settings.chosen_cases(is_compiled=False) == expected
     twins = tuple(Case(True, case.is_batched, True) for case in expected if case.use_cache)
@@ -139,12 +139,12 @@ def test_cases_that_are_run(cases: str, batch_size: int, expected: tuple[Case, .
 
 
 @pytest.mark.parametrize("name", ["batch_size", "prompt_length", "repeats"])
-def test_sizes_that_measure_nothing_are_refused(name: str) -> None:
+def test_kv_settings_refuse_too_small_sizes(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} 0 is too small; use 1 or more"):
         KvSettings(**{name: 0})
 
 
-def test_settings_that_have_no_answer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_settings_refuse_unknown_values(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="max_new_tokens 1 is too small; use 2"):
         KvSettings(max_new_tokens=1)
     with pytest.raises(ConfigError, match="uncached_steps 1 is too small; use 2"):
@@ -156,6 +156,6 @@ def test_settings_that_have_no_answer_are_refused(monkeypatch: pytest.MonkeyPatc
         KvSettings(against="transformers")
 
 
-def test_the_mean_step_sees_the_mean_of_all_steps() -> None:
+def test_mean_context_is_mean_over_steps() -> None:
     settings = KvSettings(prompt_length=10, max_new_tokens=5)
     assert settings.mean_context == sum((11, 12, 13, 14)) // 4

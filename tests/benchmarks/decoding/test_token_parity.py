@@ -1,4 +1,4 @@
-"""Every token that some way chose differently is found, and only rounding makes a tie of it."""
+"""Token parity: every difference between decoding modes is found, and only rounding makes a tie."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class Loose(Rounding):
         return found
 
 
-def test_equal_runs_agree(model: Transformer, right: list[list[int]]) -> None:
+def test_compare_accepts_equal_runs(model: Transformer, right: list[list[int]]) -> None:
     found = compare(model, PROMPTS, {"A": [run(right)] * 2, "B": [run(pick(right, (0, 3)), (0, 3))]})
     assert found.difference is None
     assert (found.tied_places, found.largest_tie, found.largest_tolerance) == (0, 0.0, 0.0)
     assert found.n_checked == 12 + 12 + 4
 
 
-def test_the_first_run_itself_is_held_against_a_full_pass(model: Transformer, right: list[list[int]]) -> None:
+def test_compare_checks_first_run_with_full_pass(model: Transformer, right: list[list[int]]) -> None:
     """All ways may be wrong alike."""
     wrong = run(changed(right, 1, 5))
     found = compare(model, PROMPTS, {"A": [wrong], "B": [wrong]}).difference
@@ -67,7 +67,7 @@ def test_the_first_run_itself_is_held_against_a_full_pass(model: Transformer, ri
     assert found.second_token == right[1][5]
 
 
-def test_the_earliest_difference_is_named(model: Transformer, right: list[list[int]]) -> None:
+def test_compare_reports_the_earliest_difference(model: Transformer, right: list[list[int]]) -> None:
     runs = {"A": [run(right)], "B": [run(changed(right, 0, 4))], "C": [run(right), run(changed(right, 1, 2))]}
     found = compare(model, PROMPTS, runs).difference
     assert found is not None
@@ -81,7 +81,7 @@ def test_the_earliest_difference_is_named(model: Transformer, right: list[list[i
     assert "try another --seed" in str(found)
 
 
-def test_a_choice_after_given_tokens_is_found_at_its_own_place(model: Transformer, right: list[list[int]]) -> None:
+def test_compare_finds_differences_after_given_tokens(model: Transformer, right: list[list[int]]) -> None:
     chosen = pick(right, (0, 2, 5))
     chosen[0][1] = (chosen[0][1] + 1) % 17
     found = compare(model, PROMPTS, {"A": [run(right)], "B": [run(chosen, (0, 2, 5))]}).difference
@@ -89,7 +89,7 @@ def test_a_choice_after_given_tokens_is_found_at_its_own_place(model: Transforme
     assert (found.row, found.place, found.second) == (0, 2, "B")
 
 
-def test_a_gap_within_the_tolerance_is_a_tie_and_is_counted(model: Transformer, right: list[list[int]]) -> None:
+def test_compare_counts_gaps_within_tolerance_as_ties(model: Transformer, right: list[list[int]]) -> None:
     chosen = run(changed(right, 1, 2), tuple(range(6)))
     runs = {"A": [run(right)], "B": [chosen, chosen]}
     strict = compare(model, PROMPTS, runs).difference
@@ -103,7 +103,7 @@ def test_a_gap_within_the_tolerance_is_a_tie_and_is_counted(model: Transformer, 
     assert "is a rounding tie" in str(tight.difference)
 
 
-def test_after_a_tie_a_run_is_held_against_its_own_full_passes(model: Transformer, right: list[list[int]]) -> None:
+def test_compare_continues_with_own_tokens_after_tie(model: Transformer, right: list[list[int]]) -> None:
     """Past a tie two runs have different tokens before them: the second one may still be wrong, or right."""
     other = changed(right, 0, 1)
     with torch.inference_mode():
@@ -123,14 +123,14 @@ def test_after_a_tie_a_run_is_held_against_its_own_full_passes(model: Transforme
     assert (found.row, found.place, found.first, found.second) == (0, 4, "B", FULL_PASS)
 
 
-def test_what_is_no_number_is_never_a_tie(model: Transformer, right: list[list[int]]) -> None:
+def test_nan_gap_is_never_a_tie(model: Transformer, right: list[list[int]]) -> None:
     with torch.no_grad():
         next(iter(model.parameters())).fill_(math.nan)
     runs = {"A": [run(right)], "B": [run(changed(right, 0, 0))]}
     assert compare(model, PROMPTS, runs, Loose(1e9)).difference is not None
 
 
-def test_the_tolerance_is_that_of_bfloat16(build_tiny: Callable[..., Transformer]) -> None:
+def test_rounding_tolerance_fits_bfloat16(build_tiny: Callable[..., Transformer]) -> None:
     """It covers what rounding does to a decoding step, by no more than a few times, and is nothing without rounding."""
     model = build_tiny(seed=5, d_model=32, d_mlp=64, n_layers=3, vocab_size=500)
     prompt, ids = list(range(40, 64)), [7, 300, 21, 450, 6, 99]

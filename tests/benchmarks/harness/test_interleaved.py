@@ -1,4 +1,4 @@
-"""Turns are taken in order, warm-ups leave no trace, and the figures are those of the counted runs."""
+"""Interleaved runs: order, warm-ups, deadline, progress estimates and spreads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def spender(clock: FakeClock, *seconds: float) -> Callable[[], None]:
     return work
 
 
-def test_candidates_alternate_and_warm_ups_are_thrown_away() -> None:
+def test_run_interleaved_alternates_and_discards_warm_ups() -> None:
     order: list[str] = []
 
     def candidate(name: str) -> Callable[[Count], int]:
@@ -54,12 +54,12 @@ def test_candidates_alternate_and_warm_ups_are_thrown_away() -> None:
     assert results == {"A": [3, 5], "B": [4, 6]}
 
 
-def test_no_repeat_is_refused() -> None:
+def test_run_interleaved_zero_repeats_raises() -> None:
     with pytest.raises(ConfigError, match="repeats is 0; use 1 or more"):
         run_interleaved({"A": lambda count: 1}, 0)
 
 
-def test_only_counted_runs_make_the_spread() -> None:
+def test_spread_uses_only_counted_runs() -> None:
     clock = FakeClock()
     candidates = {
         "slow start": timed(spender(clock, 50.0, 2.0, 1.0, 9.0), clock=clock),
@@ -70,34 +70,34 @@ def test_only_counted_runs_make_the_spread() -> None:
     assert Spread.of(runs["steady"]) == Spread(4.0, 4.0, 4.0)
 
 
-def test_the_median_of_an_even_number_lies_between() -> None:
+def test_spread_median_of_even_count() -> None:
     assert Spread.of([1.0, 10.0, 2.0, 4.0]) == Spread(3.0, 1.0, 10.0)
 
 
-def test_a_ratio_pairs_the_runs_of_one_turn() -> None:
+def test_paired_ratio_pairs_runs_of_one_turn() -> None:
     """The machine ran at half speed in the second turn: the ratio does not see it, that of the medians would."""
     assert paired_ratio([2.0, 4.0, 2.0], [1.0, 2.0, 0.5]) == Spread(2.0, 2.0, 4.0)
     with pytest.raises(ValueError, match="zip"):
         paired_ratio([1.0], [1.0, 2.0])
 
 
-def test_seconds_are_those_of_one_pass() -> None:
+def test_timed_returns_seconds_of_one_pass() -> None:
     clock = FakeClock()
-    told: list[tuple[int, int]] = []
+    counts: list[tuple[int, int]] = []
     seconds = timed(spender(clock, 1.0, 2.0, 6.0), passes=3, clock=clock)(
-        lambda done, total: told.append((done, total))
+        lambda done, total: counts.append((done, total))
     )
     assert seconds == 3.0
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert counts == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_passes_fill_the_time_and_the_first_is_not_measured() -> None:
+def test_passes_for_fills_time_after_a_warm_up() -> None:
     clock = FakeClock()
     assert passes_for(spender(clock, 5.0, 0.03), 0.1, clock=clock) == 4
     assert passes_for(spender(clock, 5.0, 0.2), 0.1, clock=clock) == 1
 
 
-def test_time_left_is_that_of_the_runs_to_come() -> None:
+def test_time_left_estimates_remaining_runs() -> None:
     clock = FakeClock()
     events: list[Progress] = []
 
@@ -125,7 +125,7 @@ def test_time_left_is_that_of_the_runs_to_come() -> None:
     assert str(events[3]) == "run 2 of 4 (warm-up, B), 1 of 2 tokens, 0.2 tokens/s, about 0:00:17 left"
 
 
-def test_a_deadline_ends_candidates_after_one_counted_run() -> None:
+def test_deadline_allows_one_counted_run_per_candidate() -> None:
     clock = FakeClock()
     made: list[tuple[str, bool, float]] = []
 

@@ -1,4 +1,4 @@
-"""A process of its own answers, fails and dies in plain sight, and its memory is its own."""
+"""Isolated processes: results, errors, exit, and a peak memory of their own."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Target:
         os._exit(7)
 
 
-def test_an_object_lives_in_another_process_with_its_own_memory_and_variables() -> None:
+def test_isolated_process_has_own_memory_and_environment() -> None:
     ballast = bytearray(os.urandom(1 << 20) * 300)
     with IsolatedProcess(Target, 1, environment={"PSANNLM_TEST": "yes"}) as process:
         assert [process.call("add", 2), process.call("add", 3)] == [3, 6]
@@ -59,7 +59,7 @@ def test_an_object_lives_in_another_process_with_its_own_memory_and_variables() 
     assert "PSANNLM_TEST" not in os.environ
 
 
-def test_errors_come_back_as_they_are() -> None:
+def test_isolated_process_reraises_errors() -> None:
     with IsolatedProcess(Target, 1) as process, pytest.raises(TokenizerError, match="no such piece"):
         process.call("refuse")
     with IsolatedProcess(Target, 1) as process, pytest.raises(WorkerError, match="unforeseen"):

@@ -1,4 +1,4 @@
-"""A reference model is of our size, its times are cut as ours are, and a missing package is said before any work."""
+"""Reference model: parameter count, timing of prefill and decoding, and missing packages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class FakeReferenceModel:
         return [[1] * (max_new_tokens - self.missing * (max_new_tokens > 1)) for _ in prompts]
 
 
-def test_prefill_is_taken_off_by_a_call_for_one_token() -> None:
+def test_reference_model_prefill_is_one_token_run() -> None:
     reference_model = FakeReferenceModel()
     run = decode_with(reference_model, [[1, 2], [3, 4]], 11, lambda: reference_model.now)
     assert reference_model.asked == [1, 11]
@@ -54,7 +54,7 @@ def test_reference_model_early_stop_raises() -> None:
         decode_with(reference_model, [[1, 2]], 11, lambda: reference_model.now)
 
 
-def test_a_decode_time_below_the_clock_is_refused() -> None:
+def test_reference_model_unmeasurable_decode_time_raises() -> None:
     reference_model = FakeReferenceModel(step_s=0.0)
     with pytest.raises(PsannlmError, match="raise --max-new-tokens"):
         decode_with(reference_model, [[1, 2]], 4, lambda: reference_model.now)
@@ -63,7 +63,7 @@ def test_a_decode_time_below_the_clock_is_refused() -> None:
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("n_kv_heads", [None, 2])
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
-def test_the_width_brings_it_nearest(base: str, n_kv_heads: int | None, tie: bool) -> None:
+def test_llama_width_is_nearest_to_parameter_count(base: str, n_kv_heads: int | None, tie: bool) -> None:
     config = resolve(
         ModelConfig(
             base=base,
@@ -83,8 +83,8 @@ def test_the_width_brings_it_nearest(base: str, n_kv_heads: int | None, tie: boo
     assert apart < 0.05 * ours
 
 
-def test_our_own_transformer_has_the_same_count() -> None:
-    """The yardstick is a Llama but for nothing: same norms, no biases, a gated feed-forward."""
+def test_llama_parameters_match_our_transformer() -> None:
+    """Our baseline is a Llama in every respect: same norms, no biases, a gated feed-forward."""
     config = resolve(ModelConfig(base="transformer", d_model=64, n_layers=3, n_heads=4, d_mlp=160, vocab_size=500))
     assert llama_parameters(config, 160) == sum(count_parameters(config).values())
 
@@ -100,7 +100,7 @@ def test_unknown_or_missing_reference_model_raises(monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="the extra hf is not installed")
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_decodes_greedily_and_whole() -> None:
+def test_llama_decodes_greedily_to_full_length() -> None:
     parameters = sum(count_parameters(TINY).values())
     reference_model = build_reference_model("transformers", TINY, parameters, 32, torch.device("cpu"))
     assert reference_model.parameters == llama_parameters(TINY, llama_width(TINY, parameters))

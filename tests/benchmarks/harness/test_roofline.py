@@ -1,4 +1,4 @@
-"""The floor counts each byte of weights and cache once, and the rate is that of the fastest way to read."""
+"""Rooflines: bytes of a decoding step, memory bandwidth, and the fraction of it that a step reaches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from psannlm.models.transformer import Transformer
 
 
 @pytest.mark.parametrize(("dtype", "element"), [("float32", 4), ("bfloat16", 2), ("int8", 2)])
-def test_a_step_reads_weights_once_and_the_cache_of_every_row(
+def test_step_bytes_count_weights_once_and_cache_per_row(
     dtype: str, element: int, build_tiny: Callable[..., Transformer]
 ) -> None:
     engine = Engine(build_tiny(base="transformer"), dtype=dtype)
@@ -22,7 +22,7 @@ def test_a_step_reads_weights_once_and_the_cache_of_every_row(
     assert step_bytes(engine, 1, 11) - step_bytes(engine, 1, 10) == 2 * 2 * 12 * element
 
 
-def test_fraction_of_the_floor_is_taken_turn_by_turn() -> None:
+def test_roofline_fraction_is_paired_by_run() -> None:
     roofline = RooflineFraction.of(100, rates=[1000.0, 500.0, 2000.0], steps_s=[0.2, 0.4, 0.1])
     assert roofline.roofline_s == pytest.approx(0.1)
     # 0.1 s of 0.2 s, 0.2 s of 0.4 s, 0.05 s of 0.1 s: the machine slowed down for both alike.
@@ -32,7 +32,7 @@ def test_fraction_of_the_floor_is_taken_turn_by_turn() -> None:
     assert plain["bytes_per_s"]["median"] == 1000.0
 
 
-def test_the_fastest_way_counts_by_its_median() -> None:
+def test_read_rate_is_median_of_fastest_way() -> None:
     now = 0.0
 
     def spend(*seconds: float) -> Callable[[], None]:
@@ -49,5 +49,5 @@ def test_the_fastest_way_counts_by_its_median() -> None:
 
 
 @pytest.mark.parametrize("n_bytes", [4, 4096, 5_000_003])
-def test_any_size_can_be_read(n_bytes: int) -> None:
+def test_memory_reader_accepts_any_size(n_bytes: int) -> None:
     assert memory_reader(n_bytes, torch.device("cpu"))(lambda done, total: None) > 0

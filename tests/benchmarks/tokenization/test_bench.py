@@ -1,4 +1,4 @@
-"""The figures of a tokenizer are those that can be worked out by hand; the raw library beside it does the same work."""
+"""Tokenizer benchmark: known values, losslessness, threads, and the raw libraries."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def measure(
     return figures
 
 
-def test_figures_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_figures_known_values(monkeypatch: pytest.MonkeyPatch) -> None:
     # 4 + 5 characters, one of them two bytes: 10 bytes, 2 + 3 ids; 9 s to encode, 15 s to decode.
     figures = measure(["abab", "cdéfg"], monkeypatch)
     assert (figures.n_bytes, figures.n_tokens, figures.bytes_per_token) == (10, 5, 2.0)
@@ -104,14 +104,14 @@ def test_figures_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plain["fit_s"] == {"median": 7.0, "lowest": 6.0, "highest": 8.0}
 
 
-def test_a_loss_shows_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_text_is_excerpted(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = measure(["abab", "abAB", "CD"], monkeypatch)
     assert not figures.is_lossless
     assert figures.lost == "'abAB'"
     assert measure(["x" * 100 + "Y" + "z" * 100], monkeypatch).lost == repr("x" * 20 + "Y" + "z" * 19)
 
 
-def test_one_thread_and_all_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_tokenizers_uses_one_and_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     class Counting(PairTokenizer):
         def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[list[int]]:
             before = self.now
@@ -124,7 +124,7 @@ def test_one_thread_and_all_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("backend", ["sentencepiece", "tokenizers"])
-def test_the_raw_library_does_the_same_work(backend: str, tiny_texts: list[str]) -> None:
+def test_raw_library_gives_the_same_ids(backend: str, tiny_texts: list[str]) -> None:
     tokenizer = fit_tokenizer(tiny_texts, backend, 300)
     for threads in (0, 1):
         raw = bench.raw_encode(tokenizer, threads)
@@ -132,7 +132,7 @@ def test_the_raw_library_does_the_same_work(backend: str, tiny_texts: list[str])
         assert raw(tiny_texts) == tokenizer.encode_batch(tiny_texts)
 
 
-def test_the_ratio_is_our_rate_over_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ratio_to_raw_is_our_throughput_over_library(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = PairTokenizer()
 
     def twice_as_fast(texts: Sequence[str]) -> list[list[int]]:
@@ -147,9 +147,7 @@ def test_the_ratio_is_our_rate_over_the_librarys(monkeypatch: pytest.MonkeyPatch
     assert figures.same_ids_as_raw is False, "the ids came back reversed"
 
 
-def test_every_kind_is_measured_on_text_that_none_was_fitted_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_bench_tokenizers_measures_on_held_out_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: dict[str, list[str]] = {}
     fit, measured = bench.fit_in_turns, bench.measure_tokenizers
 
@@ -187,7 +185,7 @@ def test_every_kind_is_measured_on_text_that_none_was_fitted_on(
     assert len(notices) == len(set(notices)), "what fitting says is said once, however often it is repeated"
 
 
-def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
+def test_load_named_duplicate_path_raises(tmp_path: Path) -> None:
     path = fit_tokenizer(["abc"], "simple").save(tmp_path / "t.json")
     assert load_tokenizer(path).backend == "simple"
     with pytest.raises(ConfigError, match=r"t\.json is named twice"):

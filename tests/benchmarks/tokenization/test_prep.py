@@ -1,4 +1,4 @@
-"""Prep and the bare library encode the same text; figures are worked out by hand; memory of every process counts."""
+"""Prep benchmark: both sides encode the same text, known values, and memory of all processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return fit_tokenizer(TEXTS * 20, request.param, vocab_size=280)
 
 
-def test_both_sides_encode_all_of_the_text(corpus: PathSource, tokenizer: Tokenizer) -> None:
+def test_bench_prep_encodes_all_text_on_both_sides(corpus: PathSource, tokenizer: Tokenizer) -> None:
     expected = sum(len(tokenizer.encode(text)) for text in TEXTS)
     raw = RawBench([corpus], tokenizer.to_bytes(), 1)
     ways = [False, True] if raw.has_arrays() else [False]
@@ -53,13 +53,13 @@ def test_both_sides_encode_all_of_the_text(corpus: PathSource, tokenizer: Tokeni
     assert run_prep([corpus], tokenizer.to_bytes(), 1).n_tokens == expected
 
 
-def test_a_library_without_arrays_is_not_timed_as_if_it_had_them(corpus: PathSource) -> None:
+def test_bench_prep_skips_arrays_where_unsupported(corpus: PathSource) -> None:
     tokenizer = fit_tokenizer(TEXTS, "tokenizers", vocab_size=280)
     with pytest.raises(ConfigError, match="tokenizers tokenizer cannot"):
         RawBench([corpus], tokenizer.to_bytes(), 1).run(as_arrays=True)
 
 
-def test_figures_by_hand() -> None:
+def test_prep_figures_known_values() -> None:
     prep = [PrepRun(4.0, 7.0, 100, 50), PrepRun(5.0, 8.0, 100, 70), PrepRun(10.0, 9.0, 100, None)]
     raw = [RawRun(2.0, 3.0, 98, 8_000_000), RawRun(10.0, 3.5, 98, 8_000_000), RawRun(9.0, 4.0, 98, 8_000_000)]
     figures = prep_module._figures("mine", 2, prep, raw, None)
@@ -71,7 +71,7 @@ def test_figures_by_hand() -> None:
     assert figures.ratio_to_raw_arrays is None
 
 
-def test_one_command_reads_all_files_alike() -> None:
+def test_check_preparable_refuses_mixed_sources() -> None:
     a, b = PathSource(path="a.jsonl"), PathSource(path="b.jsonl", text_key="body")
     assert check_preparable([a, a]) == [a, a]
     with pytest.raises(ConfigError, match="text_key must be the same"):
@@ -80,18 +80,18 @@ def test_one_command_reads_all_files_alike() -> None:
         check_preparable([a, BuiltinSource(builtin="python-reference")])
 
 
-def test_a_failed_preparation_gives_no_figure(tmp_path: Path) -> None:
+def test_run_prep_failure_raises(tmp_path: Path) -> None:
     tokenizer = fit_tokenizer(TEXTS, "tokenizers", vocab_size=280)
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
     with pytest.raises(WorkerError, match=r"ended with exit code 2: .*0xE9"):
         run_prep([PathSource(path=str(tmp_path / "bad.txt"))], tokenizer.to_bytes(), 1)
 
 
-def test_characters_have_no_library_to_compare_with(corpus: PathSource) -> None:
+def test_bench_prep_skips_character_tokenizer(corpus: PathSource) -> None:
     assert bench_prep({"characters": fit_tokenizer(TEXTS, "simple", vocab_size=280)}, [corpus], repeats=1) == []
 
 
-def test_memory_of_children_counts() -> None:
+def test_held_bytes_include_child_processes() -> None:
     if held_bytes(1 << 30) is None:
         pytest.skip("this system does not tell what a process holds")
     hold = "import sys, time; held = bytearray(b'x') * (64 << 20); print('there', flush=True); sys.stdin.read()"

@@ -60,7 +60,7 @@ def fake_clock() -> float:
 
 
 @pytest.mark.usefixtures("peak_of_100")
-def test_figures_follow_from_the_clock() -> None:
+def test_bench_train_figures_follow_the_clock() -> None:
     settings = replace(SETTINGS, also=("gelu", "grad-checkpoint"))
     memory = {"waveresnet": 700, "waveresnet with GELU": 1000, "waveresnet with checkpointing": 350}
     report = bench_train(
@@ -93,7 +93,7 @@ def test_figures_follow_from_the_clock() -> None:
 
 
 @pytest.mark.usefixtures("peak_of_100")
-def test_a_turn_is_as_long_as_the_clock_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_train_run_lasts_about_one_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeRun, "seconds", {"waveresnet": 0.5, "waveresnet with GELU": 0.25})
     settings = replace(SETTINGS, steps=None)
     report = bench_train(settings, CPU, build=FakeRun, measure_memory=None, clock=fake_clock)  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def test_a_turn_is_as_long_as_the_clock_needs(monkeypatch: pytest.MonkeyPatch) -
     assert report.memory_of_ours_over(report.rows[1]) is None
 
 
-def test_candidates_train_and_differ_in_one_thing() -> None:
+def test_candidates_train_and_differ_in_one_factor() -> None:
     settings = replace(SETTINGS, also=("gelu", "grad-checkpoint"), steps=1, repeats=1)
     report = bench_train(settings, CPU, measure_memory=None)
     ours, gelu, checkpointed = report.rows
@@ -119,7 +119,7 @@ def test_candidates_train_and_differ_in_one_thing() -> None:
         assert sum(p.numel() for p in run._module.parameters()) == row.parameters
 
 
-def test_a_plain_transformer_of_our_size_trains_beside_ours() -> None:
+def test_candidate_transformer_has_our_size_and_trains() -> None:
     """SwiGLU without short convolutions, of the nearest width; SiLU in the sine's place leaves the convolutions."""
     model = resolve(ModelConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=50), max_seq_len=8)
     settings = replace(SETTINGS, model=model, also=("silu", "transformer", "compile"), steps=1, repeats=1)
@@ -146,7 +146,7 @@ def test_a_plain_transformer_of_our_size_trains_beside_ours() -> None:
     assert report.sine_cost(is_compiled=False) is None
 
 
-def test_a_loss_that_is_not_finite_is_a_problem() -> None:
+def test_throughput_report_lists_non_finite_losses() -> None:
     report = bench_train(replace(SETTINGS, steps=1, repeats=1), CPU, measure_memory=None)
     report.rows[1].losses[-1] = float("nan")
     assert report.problems == ["waveresnet with GELU: a loss is not finite"]
@@ -162,17 +162,17 @@ def test_a_loss_that_is_not_finite_is_a_problem() -> None:
         ({"model": resolve(MODEL.model_copy(update={"base": "transformer", "mlp": "swiglu"}))}, "transformer has swig"),
     ],
 )
-def test_settings_that_measure_nothing_are_refused(changes: dict[str, object], message: str) -> None:
+def test_throughput_settings_refuse_unusable_values(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(SETTINGS, **changes)
 
 
-def test_peak_is_the_fastest_pass() -> None:
+def test_matrix_peak_is_the_fastest_pass() -> None:
     now = iter([0.0, 4.0, 10.0, 12.0, 20.0, 23.0, 30.0, 34.0])
     assert peaks.peak_rate([lambda: torch.zeros(1)], 100, CPU, lambda: next(now)) == 50.0
 
 
-def test_memory_holds_at_least_weights_gradients_and_state() -> None:
+def test_peak_memory_covers_weights_gradients_and_state() -> None:
     model = resolve(ModelConfig(base="transformer", d_model=256, n_layers=2, n_heads=4, vocab_size=8192))
     settings = ThroughputSettings(model, seq_len=8, batch_tokens=8, amp="fp32")
     needed = 16 * size_of(settings.candidates()[0], settings)[0]
@@ -217,9 +217,7 @@ def test_trainable_reference_model_sums_loss_over_labels() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"is_compiled": True}, {"also": ("compile",)}])
-def test_a_missing_compiler_is_named_before_anything_is_measured(
-    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bench_train_missing_compiler_fails_early(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(*arguments: object) -> int:
         raise AssertionError("measured")
 

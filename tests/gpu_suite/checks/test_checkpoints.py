@@ -1,4 +1,4 @@
-"""GPU-08 sees a flipped byte, damage that reading passes over, and a resume that is not exact."""
+"""GPU-08: detection of flipped bytes, unnoticed damage and inexact resume."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def _no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.training.run.draw_curve", lambda folder, title, rows: folder / "loss_curve.png")
 
 
-def test_checkpoints_come_back_bit_for_bit(context: CheckContext) -> None:
+def test_checkpoint_check_passes_bitwise(context: CheckContext) -> None:
     result = check_checkpoints(context)
     assert result.status == "ok", result.problems()
     assert len(result.measures) == 5
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json"])
-def test_a_flipped_byte_of_a_checkpoint_is_seen(
+def test_checkpoint_check_detects_flipped_byte(
     context: CheckContext, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     original = checkpoints.save_checkpoint
@@ -46,7 +46,7 @@ def test_a_flipped_byte_of_a_checkpoint_is_seen(
     assert name in str(result.error)
 
 
-def test_damage_that_reading_passes_over_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_check_detects_unnoticed_damage(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "read_state", lambda folder: None)
     monkeypatch.setattr(checkpoints, "_resume_measures", lambda context: ([], []))
     [missed] = check_checkpoints(context).missed
@@ -54,7 +54,7 @@ def test_damage_that_reading_passes_over_is_seen(context: CheckContext, monkeypa
     assert missed.detail.startswith("of 24: model.safetensors, byte ")
 
 
-def test_weights_that_come_back_changed_are_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_check_detects_changed_weights(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = checkpoints.load_model
 
     def rounded(folder: Path) -> Any:
@@ -71,7 +71,7 @@ def test_weights_that_come_back_changed_are_seen(context: CheckContext, monkeypa
     ]
 
 
-def test_an_optimiser_that_comes_back_changed_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_check_detects_changed_optimizer(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = checkpoints.read_optimizer
 
     def rounded(folder: Path) -> Any:
@@ -86,7 +86,7 @@ def test_an_optimiser_that_comes_back_changed_is_seen(context: CheckContext, mon
     assert (missed.name, missed.value) == ("optimizer state that differs", 1)
 
 
-def test_what_differs_is_told_bit_for_bit() -> None:
+def test_differing_compares_bitwise() -> None:
     a = {"same": torch.tensor([float("nan"), 0.0]), "zero": torch.tensor([0.0]), "gone": torch.ones(1)}
     b = {"same": torch.tensor([float("nan"), 0.0]), "zero": torch.tensor([-0.0]), "new": torch.ones(1)}
     assert differing(a, b) == ["gone", "new", "zero"]
@@ -94,7 +94,7 @@ def test_what_differs_is_told_bit_for_bit() -> None:
     assert differing({"x": torch.tensor(1.0)}, {"x": torch.tensor(1.0)}) == []
 
 
-def test_resume_must_be_exact_where_the_device_repeats_itself() -> None:
+def test_resume_must_be_exact_on_deterministic_device() -> None:
     straight, other = {"w": torch.ones(4)}, {"w": torch.ones(4) + 1e-6}
     for again in (None, straight):
         [measure], notes = resume_measures(straight, other, again)
@@ -103,7 +103,7 @@ def test_resume_must_be_exact_where_the_device_repeats_itself() -> None:
         assert measure.is_met
 
 
-def test_elsewhere_it_may_differ_as_the_device_does() -> None:
+def test_resume_tolerance_on_nondeterministic_device() -> None:
     straight, again = {"w": torch.ones(4)}, {"w": torch.ones(4) * (1 + 1e-5)}
     [near], notes = resume_measures(straight, {"w": torch.ones(4) * (1 - 2e-5)}, again)
     assert near.is_met

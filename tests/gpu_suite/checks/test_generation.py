@@ -1,4 +1,4 @@
-"""GPU-07 and GPU-09 see a cache that mixes rows up, slow decoding, and compiled passes that do something else."""
+"""GPU-07 and GPU-09: detection of wrong caches, slow decoding and diverging compiled passes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def one_base(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "BASE_NAMES", ("waveresnet",))
 
 
-def test_cached_text_is_that_of_full_passes(context: CheckContext) -> None:
+def test_generation_check_cache_matches_full_passes(context: CheckContext) -> None:
     result = check_generation(context)
     assert result.status == "ok", result.problems()
 
 
 @pytest.mark.usefixtures("one_base")
-def test_a_wrong_row_of_the_cache_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_check_detects_wrong_cache_row(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Engine.prefill
 
     def mixed_up(self: Engine, prompts: Any, max_new_tokens: int) -> Any:
@@ -51,14 +51,14 @@ def test_a_wrong_row_of_the_cache_is_seen(context: CheckContext, monkeypatch: py
 
 
 @pytest.mark.usefixtures("one_base")
-def test_slow_decoding_is_seen_at_full_size_only(context: CheckContext) -> None:
+def test_slow_decoding_fails_at_full_size_only(context: CheckContext) -> None:
     report, _ = generation._one_row(context, "waveresnet")
     slow = rate_measures("b", report, is_compiled=False, is_dry_run=False)
     assert [measure.is_met for measure in slow] == [False, False], "a row of a tiny model reads next to nothing"
     assert all(measure.is_met for measure in rate_measures("b", report, is_compiled=False, is_dry_run=True))
 
 
-def test_one_id_repeated_and_a_cache_of_another_size_are_seen(context: CheckContext) -> None:
+def test_generation_check_detects_repeated_id_and_cache_size(context: CheckContext) -> None:
     report = generation._bench(context, "waveresnet", batch_size=2, cases="batch")
     assert all(measure.is_met for measure in token_measures("b", report))
 
@@ -97,19 +97,19 @@ class Report:
     ],
     ids=["good", "slower", "not compiled", "long warm-up", "another token"],
 )
-def test_limits_of_compiled_decoding(report: Any, missed: list[str]) -> None:
+def test_compiled_decoding_limits(report: Any, missed: list[str]) -> None:
     measures = compiled_decoding_measures("b", report, is_dry_run=False)
     assert [m.name for m in measures if not m.is_met] == missed
     assert measures[0].detail == (report.agreement.difference or "")
 
 
-def test_decoding_without_cuda_graphs_is_seen() -> None:
+def test_graph_measures_detect_missing_cuda_graphs() -> None:
     assert [m.is_met for m in graph_measures("b", 0, 3)] == [True, True]
     assert [m.is_met for m in graph_measures("b", 1, 3)] == [False, True]
     assert [m.is_met for m in graph_measures("b", 0, 0)] == [True, False]
 
 
-def test_limits_of_compiled_training() -> None:
+def test_compiled_training_limits() -> None:
     def missed(compiled: list[float], gain: float, seconds: float) -> list[str]:
         measures = compiled_training_measures("b", [2.0, 1.0], compiled, gain, seconds, is_dry_run=False)
         return [m.name for m in measures if not m.is_met]
@@ -123,14 +123,14 @@ def test_limits_of_compiled_training() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_one_compiled_loss_that_is_no_number_is_seen(place: int) -> None:
+def test_compiled_training_detects_non_finite_loss(place: int) -> None:
     losses = [3.0, 2.0, 1.0]
     losses[place] = float("nan")
     measures = compiled_training_measures("b", [3.0, 2.0, 1.0], losses, 1.5, 30.0, is_dry_run=True)
     assert [m.name for m in measures if not m.is_met] == ["b: loss, compiled against plain"]
 
 
-def test_without_a_compiler_the_check_is_skipped(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_check_skips_without_compiler(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.runtime.device.shutil.which", lambda name: None)
     assert check_compiled(context).skipped == "torch.compile needs a C++ compiler (install g++)"
     monkeypatch.setattr("psannlm.runtime.device.find_spec", lambda name: None)

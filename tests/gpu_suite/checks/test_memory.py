@@ -1,4 +1,4 @@
-"""GPU-04 sees memory that is not as predicted, and a recomputation that saves nothing or changes the cross_entropy."""
+"""GPU-04: detection of wrong memory estimates, and of recomputation that saves nothing or changes the loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def missed(keeping: Peak, recomputing: Peak) -> list[str]:
     return [measure.name for measure in measures if not measure.is_met]
 
 
-def test_limits_of_memory() -> None:
+def test_memory_limits() -> None:
     assert missed(Peak(1000, 2.0), Peak(400, 2.0)) == []
     assert missed(Peak(1140, 2.0), Peak(350, 2.0)) == []
     assert missed(Peak(1300, 2.0), Peak(400, 2.0)) == [
@@ -34,7 +34,7 @@ def test_limits_of_memory() -> None:
     assert missed(Peak(1000, 2.0), Peak(400, 2.001)) == ["b: change of the loss by recomputing"]
 
 
-def test_a_prediction_that_is_off_by_a_third_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_estimate_off_by_a_third_fails(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the true one is within the limit: what the profiler counts is what was predicted."""
     monkeypatch.setattr(memory_module, "BASE_NAMES", ("waveresnet",))
     result = check_memory(context)
@@ -55,10 +55,10 @@ def test_a_prediction_that_is_off_by_a_third_is_seen(context: CheckContext, monk
 
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
-def test_the_prediction_for_a_gpu_is_that_of_its_own_passes(
+def test_memory_estimate_for_gpu_matches_its_allocations(
     context: CheckContext, monkeypatch: pytest.MonkeyPatch, base: Any, grad_checkpoint: bool, norms_of_a_gpu: Any
 ) -> None:
-    """Rehearsed on a CPU with the plain algebra that a GPU gets, in bfloat16, by every allocation of a step."""
+    """Measured on a CPU with the plain operations that a GPU gets, in bfloat16, by every allocation of a step."""
     shape = Shape(d_model=64, n_layers=4, n_heads=2, vocab_size=256, seq_len=128, n_rows=24)
     # As large beside the batch as a GPU's chunks are at full size.
     monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1 << 18)

@@ -1,4 +1,4 @@
-"""GPU-01 and GPU-02 see a gradient that is off, and a precision that trains otherwise."""
+"""GPU-01 and GPU-02: detection of wrong gradients and of precisions that train differently."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from psannlm.gpu_suite.context import DRY_RUN, CheckContext
 from psannlm.kernels import recompute
 
 
-def test_gradients_are_those_of_float64(context: CheckContext) -> None:
+def test_gradients_match_float64(context: CheckContext) -> None:
     result = check_gradients(context)
     assert result.status == "ok", result.problems()
     # Loss and gradient in two precisions, of three bases with three position schemes; and that all are numbers.
     assert len(result.measures) == 1 + 2 * 2 * 3 * 3
 
 
-def test_a_gradient_that_is_off_by_a_thousandth_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_check_detects_error_of_a_thousandth(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = recompute.gated_gradients
 
     def perturbed(*arguments: Any) -> Any:
@@ -44,7 +44,7 @@ def test_a_gradient_that_is_off_by_a_thousandth_is_seen(context: CheckContext, m
     }
 
 
-def test_a_gradient_that_is_no_number_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_check_detects_non_finite_gradient(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = recompute.gated_gradients
 
     def broken(grad: torch.Tensor, *arguments: Any) -> Any:
@@ -70,14 +70,14 @@ def test_a_gradient_that_is_no_number_is_seen(context: CheckContext, monkeypatch
         (torch.bfloat16, 1.005, -1.0, ["b, bfloat16: gradient"]),
     ],
 )
-def test_limits_of_loss_and_gradient(dtype: torch.dtype, loss: float, gradient: float, missed: list[str]) -> None:
+def test_loss_and_gradient_limits(dtype: torch.dtype, loss: float, gradient: float, missed: list[str]) -> None:
     """All of them of numbers: a precision that is wrong need not overflow."""
     reference = Gradients(1.0, {"a": torch.ones(4).double(), "b": torch.full((4,), 2.0).double()})
     found = Gradients(loss, {name: value * gradient for name, value in reference.by_name.items()})
     assert [m.name for m in gradient_measures("b", dtype, found, reference) if not m.is_met] == missed
 
 
-def test_a_gradient_that_is_missing_is_infinitely_far(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gradient_has_infinite_error(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = numerics.device_gradients
 
     def without(*arguments: Any) -> Any:
@@ -90,14 +90,14 @@ def test_a_gradient_that_is_missing_is_infinitely_far(context: CheckContext, mon
     assert {measure.name for measure in result.missed} == {name for name in names if name.endswith(": gradient")}
 
 
-def test_low_precision_trains_as_float32_does(context: CheckContext) -> None:
+def test_low_precision_losses_match_float32(context: CheckContext) -> None:
     short = replace(context, sizes=replace(DRY_RUN, n_steps=8))
     result = check_precision(short)
     assert result.status == "ok", result.problems()
     assert len(result.series["waveresnet, float16"]) == 8
 
 
-def test_a_precision_that_learns_otherwise_is_seen() -> None:
+def test_precision_check_detects_other_losses() -> None:
     exact = [5.0, 4.5, 4.0]
     curves = {torch.float32: exact, torch.bfloat16: [5.0, 4.5, 4.055], torch.float16: [5.0, 4.501, 4.0]}
     missed = [measure.name for measure in curve_measures("b", curves) if not measure.is_met]
@@ -124,7 +124,7 @@ def test_a_precision_that_learns_otherwise_is_seen() -> None:
         (torch.float16, [0.0, 0.0, 3.0], ["mean distance", "largest distance"]),
     ],
 )
-def test_limits_of_low_precision(dtype: torch.dtype, distances: list[float], missed: list[str]) -> None:
+def test_low_precision_limits(dtype: torch.dtype, distances: list[float], missed: list[str]) -> None:
     exact = [5.0 - step / 2 for step in range(len(distances))]
     curves = {torch.float32: exact, torch.bfloat16: exact, torch.float16: exact}
     for sign in (1.0, -1.0):
@@ -134,7 +134,7 @@ def test_limits_of_low_precision(dtype: torch.dtype, distances: list[float], mis
         assert [m.name for m in curve_measures("b", curves) if not m.is_met] == expected
 
 
-def test_a_reference_that_is_no_number_is_infinitely_far() -> None:
+def test_non_finite_reference_has_infinite_error() -> None:
     found = Gradients(1.0, {"a": torch.ones(2), "b": torch.ones(2)})
     broken = Gradients(1.0, {"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])})
     assert found.worst_error(found) == found.whole_error(found) == 0.0

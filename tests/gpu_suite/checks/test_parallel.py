@@ -1,4 +1,4 @@
-"""GPU-05 and GPU-06 see ranks that train another model, ranks that fail, and GPUs that are not there."""
+"""GPU-05 and GPU-06: detection of diverging and failing ranks, and skipping without GPUs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def _no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_model_of_one(context: CheckContext) -> None:
+def test_parallel_check_two_processes_match_one(context: CheckContext) -> None:
     result = check_ddp(context)
     assert result.status == "ok", result.problems()
     assert len(result.series["many"]) == 4
 
 
-def test_ranks_that_train_otherwise_are_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_check_detects_diverging_ranks(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """With another learning rate the first loss is the same, and no later one."""
     original = parallel_module.run_config
 
@@ -51,9 +51,7 @@ def test_ranks_that_train_otherwise_are_seen(context: CheckContext, monkeypatch:
     ]
 
 
-def test_scaling_is_of_a_larger_step_that_is_alike_on_both_sides(
-    context: CheckContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scaling_uses_equal_larger_steps(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """The optimiser as often per token in one process as in many, and few rows, each of which waits for the device."""
     configs: dict[str, Any] = {}
     original = parallel_module.train
@@ -82,22 +80,20 @@ def test_scaling_is_of_a_larger_step_that_is_alike_on_both_sides(
     assert configs["GPU-05_parity_many"].train.batch_tokens == training.n_tokens
 
 
-def test_a_gpu_without_room_for_a_window_has_no_efficiency(
-    context: CheckContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scaling_is_skipped_without_memory(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_module, "fitting_rows", lambda *arguments: None)
     measures, note = parallel_module._scaling(context, "GPU-05", 2, {})
     assert measures == []
     assert note.startswith("scaling efficiency is left out")
 
 
-def test_at_full_size_scaling_is_of_a_step_several_times_as_long() -> None:
+def test_scaling_step_is_larger_at_full_size() -> None:
     assert FULL.scaling.n_tokens == 4 * FULL.training.n_tokens
     small, large = (flops_per_token(s.config("waveresnet"), s.seq_len) for s in (FULL.training, FULL.scaling))
     assert large > 10 * small
 
 
-def test_a_rank_that_fails_is_the_checks_error(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_check_reports_failing_rank(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_module, "train", lambda config, resume: None)
     monkeypatch.setattr(parallel_module, "to_yaml", lambda config: "train: {lr: fast}")
     result = run_check("GPU-05", check_ddp, context)
@@ -105,13 +101,13 @@ def test_a_rank_that_fails_is_the_checks_error(context: CheckContext, monkeypatc
     assert "ended with 2" in str(result.error)
 
 
-def test_one_gpu_is_a_reason_to_skip(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_check_skips_with_one_gpu(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     result = check_ddp(replace(context, device=torch.device("cuda")))
     assert (result.status, result.skipped) == ("skipped", "there is one GPU, and parallel training needs two")
 
 
-def test_sharding_is_skipped_only_where_there_is_none(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_check_skips_only_without_fsdp(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(parallel_module, "_check", lambda context, check, title, settings: asked.append(settings))
     monkeypatch.setattr(TrainConfig, "model_fields", {"lr": None})
@@ -121,7 +117,7 @@ def test_sharding_is_skipped_only_where_there_is_none(context: CheckContext, mon
     assert asked == [{"fsdp": "full"}]
 
 
-def test_limits_of_parity_and_scaling() -> None:
+def test_parity_and_scaling_limits() -> None:
     weights = {"one": {"w": torch.ones(4)}, "many": {"w": torch.ones(4) * 1.01}}
     assert [m.is_met for m in parity_measures([1.0, 2.0], [1.0, 2.0], {**weights, "many": weights["one"]})] == [
         True,

@@ -1,4 +1,4 @@
-"""A rate is held against the card's own matrix peak, and against a published one where there is one."""
+"""Throughput limits of GPU-03: the card's own matrix peak, and published figures."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def missed(found: dict[str, Rates], sine_cost: float = 1.0, *, card: Card = "pub
 
 
 @pytest.mark.parametrize("card", ["published", "other", "dry run"])
-def test_fast_and_even_rates_pass(card: Card) -> None:
+def test_fast_steady_throughput_passes(card: Card) -> None:
     assert missed(rates(), card=card) == []
 
 
-def test_a_slow_forward_pass_is_seen_on_the_gpus_it_was_published_for() -> None:
+def test_slow_forward_fails_on_published_gpus() -> None:
     slow = rates(forward=6e6)
     assert missed(slow) == ["respsann, 131,072 tokens: forward", "waveresnet, 131,072 tokens: forward"]
     assert missed(slow, card="other") == []
@@ -42,7 +42,7 @@ def test_a_slow_forward_pass_is_seen_on_the_gpus_it_was_published_for() -> None:
 
 
 @pytest.mark.parametrize("card", ["published", "other"])
-def test_a_rate_far_below_the_peak_is_seen_on_every_card(card: Card) -> None:
+def test_throughput_far_below_peak_fails_on_every_card(card: Card) -> None:
     bases = ("respsann", "waveresnet", "transformer")
     assert missed(rates(training=430_000.0), card=card) == [f"{base}, 131,072 tokens: training" for base in bases]
     assert missed(rates(training=440_000.0), card=card) == []
@@ -52,7 +52,7 @@ def test_a_rate_far_below_the_peak_is_seen_on_every_card(card: Card) -> None:
 
 @pytest.mark.parametrize("card", ["published", "other"])
 @pytest.mark.parametrize("batch_tokens", [65_536, 131_072])
-def test_no_limit_of_a_real_gpu_judges_nothing(card: Card, batch_tokens: int) -> None:
+def test_dry_run_limits_reject_nothing(card: Card, batch_tokens: int) -> None:
     measures = rate_measures(rates(), 1.0, batch_tokens, card) + large_measures("large", rates()["respsann"], card)
     lowest = [measure for measure in measures if measure.side == "at least"]
     assert len(lowest) == 3 * 3 + 2
@@ -62,7 +62,7 @@ def test_no_limit_of_a_real_gpu_judges_nothing(card: Card, batch_tokens: int) ->
 
 
 @pytest.mark.parametrize(("card", "least"), [("published", 0.5), ("other", 0.25)])
-def test_a_large_model_is_held_against_its_size_on_every_card(card: Card, least: float) -> None:
+def test_large_model_limit_depends_on_card(card: Card, least: float) -> None:
     """An older card is no reason to expect of a large model what memory leaves to a small one."""
 
     def names(fraction: float) -> list[str]:
@@ -74,7 +74,7 @@ def test_a_large_model_is_held_against_its_size_on_every_card(card: Card, least:
     assert names(float("nan")) == ["large: training", "large: utilisation"]
 
 
-def test_a_peak_that_was_not_measured_lets_no_rate_of_nothing_pass() -> None:
+def test_unmeasured_peak_still_rejects_zero_throughput() -> None:
     nothing = Rates(Spread.of([0.0]), None, 0.0, 1, float("nan"), ("out of memory",))
     assert len([m for m in large_measures("large", nothing, "other") if not m.is_met]) == 3
 
@@ -82,7 +82,7 @@ def test_a_peak_that_was_not_measured_lets_no_rate_of_nothing_pass() -> None:
 @pytest.mark.parametrize(
     ("name", "card"), [("NVIDIA H200", "published"), ("NVIDIA A100-SXM4-80GB", "other"), ("Tesla T4", "other")]
 )
-def test_a_card_is_told_by_its_name(
+def test_card_is_classified_by_name(
     context: CheckContext, monkeypatch: pytest.MonkeyPatch, name: str, card: Card
 ) -> None:
     assert card_of(context) == "dry run"
@@ -90,20 +90,20 @@ def test_a_card_is_told_by_its_name(
     assert card_of(replace(context, device=torch.device("cuda"), is_dry_run=False)) == card
 
 
-def test_a_step_that_waits_is_seen() -> None:
+def test_low_utilisation_fails() -> None:
     assert len([name for name in missed(rates(utilisation=0.03)) if "utilisation" in name]) == 3
 
 
-def test_uneven_turns_are_seen() -> None:
+def test_uneven_runs_fail() -> None:
     assert "waveresnet, 131,072 tokens: spread of training" in missed(rates(spread=1.3))
 
 
-def test_a_costly_sine_is_seen() -> None:
+def test_costly_sine_fails() -> None:
     name = "131,072 tokens: a step with the sine / with GELU"
     assert missed(rates(), 1.1) == missed(rates(), float("nan")) == [name]
 
 
-def test_a_loss_that_is_no_number_is_seen_even_in_a_rehearsal() -> None:
+def test_non_finite_loss_fails_in_dry_run_too() -> None:
     found = rates()
     found["waveresnet"] = replace(found["waveresnet"], problems=("waveresnet: a loss is not finite",))
     name = "waveresnet, 131,072 tokens: problems of the training that is timed"

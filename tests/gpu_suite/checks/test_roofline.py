@@ -1,4 +1,4 @@
-"""A row's rate is held against memory with weights that memory binds, in as many layers as there is room for."""
+"""Throughput limits of GPU-07: the memory roofline of a large model, in as many layers as fit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def roofline_at(fraction: float) -> Roofline:
 
 
 @pytest.mark.parametrize("is_compiled", [True, False])
-def test_decoding_that_leaves_memory_idle_is_seen(is_compiled: bool) -> None:
+def test_roofline_limit_detects_idle_memory(is_compiled: bool) -> None:
     limit = roofline.LARGE_LIMITS[is_compiled]
 
     def missed(fraction: float, *, is_dry_run: bool = False) -> list[str]:
@@ -42,7 +42,7 @@ def test_decoding_that_leaves_memory_idle_is_seen(is_compiled: bool) -> None:
     assert missed(0.001, is_dry_run=True) == []
 
 
-def test_a_small_model_is_held_against_what_launches_leave_it() -> None:
+def test_small_model_has_lower_roofline_limit() -> None:
     def missed(fraction: float, is_compiled: bool) -> int:
         measures = small_roofline_measures("b", roofline_at(fraction), "how", is_compiled=is_compiled, is_dry_run=False)
         return sum(not measure.is_met for measure in measures)
@@ -51,7 +51,7 @@ def test_a_small_model_is_held_against_what_launches_leave_it() -> None:
     assert missed(0.09, True) == missed(0.019, False) == 2
 
 
-def test_the_path_runs_in_a_rehearsal(context: CheckContext) -> None:
+def test_large_roofline_runs_in_a_dry_run(context: CheckContext) -> None:
     notes: list[str] = []
     measures = large_roofline_measures(context, "waveresnet", notes)
     assert [measure.name for measure in measures] == [
@@ -62,7 +62,7 @@ def test_the_path_runs_in_a_rehearsal(context: CheckContext) -> None:
     assert notes[0].startswith("waveresnet, several GB: 64 wide, 2 layers, of ")
 
 
-def test_memory_that_is_not_there_after_all_is_no_rate(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_roofline_out_of_memory_misses_limit(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(*arguments: Any) -> Roofline:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -77,7 +77,7 @@ def test_memory_that_is_not_there_after_all_is_no_rate(context: CheckContext, mo
 
 
 @pytest.mark.parametrize(("free_gb", "n_layers"), [(141, 14), (80, 14), (24, 7), (16, 3), (12, 3), (8, None)])
-def test_layers_are_halved_until_they_fit(free_gb: int, n_layers: int | None) -> None:
+def test_fitting_layers_halves_until_it_fits(free_gb: int, n_layers: int | None) -> None:
     found = fitting_layers(FULL.roofline, "waveresnet", free_gb * 10**9, roofline._LEAST_BYTES)
     assert (None if found is None else found.n_layers) == n_layers
     if found is not None:
@@ -86,7 +86,7 @@ def test_layers_are_halved_until_they_fit(free_gb: int, n_layers: int | None) ->
         assert 8 * parameters <= 0.8 * free_gb * 1e9
 
 
-def test_too_little_memory_is_told(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_roofline_notes_too_little_memory(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
     assert large_roofline_measures(replace(context, is_dry_run=False), "waveresnet", notes) == []
     assert "waveresnet, several GB: left out, for" in notes[0]

@@ -1,4 +1,4 @@
-"""GPU-03 times every base and batch, and sees memory that a model does not get and a loss that is no number."""
+"""GPU-03: every base and batch is measured; out-of-memory errors and non-finite losses are detected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from psannlm.gpu_suite.checks.speed import check_speed, fitting_rows
 from psannlm.gpu_suite.context import CheckContext, Shape
 
 
-def test_a_training_that_comes_to_no_number_is_seen(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_check_detects_non_finite_loss(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = speed.bench_train
 
     def lost(*arguments: Any, **settings: Any) -> Any:
@@ -30,7 +30,7 @@ def test_a_training_that_comes_to_no_number_is_seen(context: CheckContext, monke
     assert any(note.endswith("respsann with GELU: a loss is not finite") for note in result.notes)
 
 
-def test_every_base_and_batch_is_measured(context: CheckContext) -> None:
+def test_speed_check_measures_every_base_and_batch(context: CheckContext) -> None:
     result = check_speed(context)
     assert result.status == "ok", result.problems()
     for base in ("respsann", "waveresnet", "transformer"):
@@ -41,7 +41,7 @@ def test_every_base_and_batch_is_measured(context: CheckContext) -> None:
     assert all(large[f"{base}, the large model: utilisation"] > 0 for base in ("waveresnet", "transformer"))
 
 
-def test_memory_that_the_large_model_does_not_get_is_seen_and_the_rates_stay(
+def test_speed_check_out_of_memory_fails_large_model_only(
     context: CheckContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [measure.name for measure in check_speed(context).measures]
@@ -67,7 +67,7 @@ def test_memory_that_the_large_model_does_not_get_is_seen_and_the_rates_stay(
     assert not any(measure.is_met for measure in large_measures("waveresnet", nothing, "other"))
 
 
-def test_a_batch_that_does_not_fit_leaves_the_others(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_check_skips_batches_that_do_not_fit(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = speed.bench_train
 
     def short(settings: Any, *arguments: Any, **more: Any) -> Any:
@@ -81,7 +81,7 @@ def test_a_batch_that_does_not_fit_leaves_the_others(context: CheckContext, monk
     assert any(note.startswith("1,024 batch tokens do not fit") for note in result.notes)
 
 
-def test_the_names_are_those_of_a_card_with_less_memory(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_measure_names_are_independent_of_memory(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = context.sizes.utilisation
 
     def names_and_notes(n_rows: int) -> tuple[list[str], str]:
@@ -96,12 +96,12 @@ def test_the_names_are_those_of_a_card_with_less_memory(context: CheckContext, m
     assert "128 batch tokens" in fewer_note
 
 
-def test_a_clock_that_stands_still_is_no_infinite_rate(context: CheckContext) -> None:
+def test_speed_check_rejects_infinite_throughput(context: CheckContext) -> None:
     with pytest.raises(ZeroDivisionError):
         check_speed(replace(context, clock=lambda: 1.0))
 
 
-def test_rows_are_halved_until_they_fit() -> None:
+def test_fitting_rows_halves_until_it_fits() -> None:
     from psannlm.models.accounting import training_memory
 
     shape = Shape(d_model=32, n_layers=2, n_heads=2, vocab_size=64, seq_len=32, n_rows=8)
