@@ -9,6 +9,7 @@ from typing import Any
 
 from psannlm.io.readers import number
 from psannlm.reports.page_model import Headline, Table, format_value
+from psannlm.reports.schemas import GpuCheck, GpuMeasure, GpuSummary, read_figures
 
 # Throughput that others published for this model size: a headline where it was measured.
 _PUBLISHED_FOR = ("respsann, 131,072 tokens: forward", "waveresnet, 131,072 tokens: forward")
@@ -24,9 +25,11 @@ def suite_tables(figures: dict[str, Any]) -> list[Table]:
     The values of a failed check are shown, those of other checks are folded.
 
     Raises:
-        KeyError, TypeError, AttributeError, ValueError: the figures are not those of a GPU validation.
+        Unreadable: the figures are not those of a GPU validation.
     """
-    return [_checks(figures), *_regressions(figures), *(_measures(check) for check in figures["checks"] if _has(check))]
+    summary = read_figures(GpuSummary, figures)
+    measured = [check for check in summary.checks if check.measures or check.notes]
+    return [_checks(summary), *_regressions(summary), *(_measures(check) for check in measured)]
 
 
 def is_dry_run_summary(figures: dict[str, Any]) -> bool:
@@ -34,84 +37,74 @@ def is_dry_run_summary(figures: dict[str, Any]) -> bool:
     return bool(figures["is_dry_run"] if "is_dry_run" in figures else figures["is_rehearsal"])
 
 
-def _has(check: dict[str, Any]) -> bool:
-    return bool(check["measures"] or check["notes"])
-
-
-def _checks(figures: dict[str, Any]) -> Table:
-    machine = figures["machine"]
+def _checks(summary: GpuSummary) -> Table:
+    machine = summary.machine
     rows = [
-        [check["check"], check["title"], check["status"], format_value(check["seconds"], 3), _summary(check)]
-        for check in figures["checks"]
+        [check.check, check.title, check.status, format_value(check.seconds, 3), _result(check)]
+        for check in summary.checks
     ]
-    name = f"{machine['n_devices']} × {machine['name']}, torch {machine['torch']}"
-    dry_run = "A dry run at small sizes: no throughput limit applies. " if is_dry_run_summary(figures) else ""
-    baseline = f" Compared with {figures['baseline']}." if figures["baseline"] else ""
+    title = f"{machine.n_devices} × {machine.name}, torch {machine.torch}: {summary.verdict}"
+    dry_run = "A dry run at small sizes: no throughput limit applies. " if summary.is_dry_run else ""
+    baseline = f" Compared with {summary.baseline}." if summary.baseline else ""
     headings = ("check", "subject", "verdict", "seconds", "result")
-    title = f"{name}: {figures['verdict']}"
-    return Table(
-        title, headings, rows, frozenset({3}), f"{dry_run}The tables below hold each value and its limit.{baseline}"
-    )
+    note = f"{dry_run}The tables below hold each value and its limit.{baseline}"
+    return Table(title, headings, rows, frozenset({3}), note)
 
 
-def _summary(check: dict[str, Any]) -> str:
-    if check["error"] is not None:
-        return str(check["error"])
-    if check["skipped"] is not None:
-        return str(check["skipped"])
-    missed = [measure for measure in check["measures"] if not measure["is_met"]]
+def _result(check: GpuCheck) -> str:
+    if check.error is not None:
+        return check.error
+    if check.skipped is not None:
+        return check.skipped
+    missed = [measure for measure in check.measures if not measure.is_met]
     if missed:
-        return "; ".join(f"{_name(m)}: {format_value(m['value'])} {m['unit']} ({_limit(m)})" for m in missed)
-    return f"{len(check['measures'])} limits met" if check["measures"] else "nothing was measured"
+        return "; ".join(f"{_name(m)}: {format_value(m.value)} {m.unit} ({_limit(m)})" for m in missed)
+    return f"{len(check.measures)} limits met" if check.measures else "nothing was measured"
 
 
-def _regressions(figures: dict[str, Any]) -> Iterator[Table]:
-    if figures["regressions"]:
-        yield Table("Worse than the baseline", ("what",), [[str(line)] for line in figures["regressions"]])
+def _regressions(summary: GpuSummary) -> Iterator[Table]:
+    if summary.regressions:
+        yield Table("Worse than the baseline", ("what",), [[line] for line in summary.regressions])
 
 
-def _measures(check: dict[str, Any]) -> Table:
-    rows = [
-        [_name(m), _value(m), _limit(m), m["unit"], "ok" if m["is_met"] else "missed", m["reason"]]
-        for m in check["measures"]
-    ]
-    is_open = check["status"] in ("failed", "error")
-    title = f"{check['check']}, {check['title']}: {check['status']}"
-    return Table(title, _HEADINGS, rows, frozenset({1, 2}), "; ".join(check["notes"]), is_folded=not is_open)
+def _measures(check: GpuCheck) -> Table:
+    rows = [[_name(m), _value(m), _limit(m), m.unit, "ok" if m.is_met else "missed", m.reason] for m in check.measures]
+    is_open = check.status in ("failed", "error")
+    title = f"{check.check}, {check.title}: {check.status}"
+    return Table(title, _HEADINGS, rows, frozenset({1, 2}), "; ".join(check.notes), is_folded=not is_open)
 
 
-def _name(measure: dict[str, Any]) -> str:
-    # Earlier summaries have no "detail".
-    return f"{measure['name']} ({measure['detail']})" if measure.get("detail") else str(measure["name"])
+def _name(measure: GpuMeasure) -> str:
+    return f"{measure.name} ({measure.detail})" if measure.detail else measure.name
 
 
-def _value(measure: dict[str, Any]) -> str:
-    spread = measure["spread"]
-    if spread is None:
-        return format_value(measure["value"])
-    lowest, highest = spread
-    return format_value({"median": measure["value"], "lowest": lowest, "highest": highest})
+def _value(measure: GpuMeasure) -> str:
+    if measure.spread is None:
+        return format_value(measure.value)
+    lowest, highest = measure.spread
+    return format_value({"median": measure.value, "lowest": lowest, "highest": highest})
 
 
-def _limit(measure: dict[str, Any]) -> str:
-    return f"{'≤' if measure['side'] == 'at most' else '≥'} {format_value(measure['limit'])}"
+def _limit(measure: GpuMeasure) -> str:
+    return f"{'≤' if measure.side == 'at most' else '≥'} {format_value(measure.limit)}"
 
 
 def suite_headlines(figures: dict[str, Any]) -> list[Headline]:
     """Return the number of checks that passed, and throughput beside published figures; raises as the tables do."""
-    checks = figures["checks"]
-    ran = [check for check in checks if check["status"] != "skipped"]
-    well = sum(check["status"] == "ok" for check in ran)
-    kind = "dry run on " if is_dry_run_summary(figures) else ""
-    skipped = f"; {len(checks) - len(ran)} skipped" if len(ran) < len(checks) else ""
-    machine = figures["machine"]
-    of = f"{kind}{machine['n_devices']} × {machine['name']}: {figures['verdict']}{skipped}"
-    found = [Headline(f"{well} of {len(ran)}", "checks", "GPU validation", of)]
-    for check in checks:
-        for measure in check["measures"]:
-            if measure["name"] in _PUBLISHED_FOR and measure["limit"] > 0:
-                label, why = measure["name"], f"at least {format_value(measure['limit'])}: {measure['reason']}"
-                found.append(Headline(format_value(measure["value"]), measure["unit"], label, why))
+    summary = read_figures(GpuSummary, figures)
+    ran = [check for check in summary.checks if check.status != "skipped"]
+    n_passed = sum(check.status == "ok" for check in ran)
+    kind = "dry run on " if summary.is_dry_run else ""
+    n_skipped = len(summary.checks) - len(ran)
+    skipped = f"; {n_skipped} skipped" if n_skipped else ""
+    of = f"{kind}{summary.machine.n_devices} × {summary.machine.name}: {summary.verdict}{skipped}"
+    found = [Headline(f"{n_passed} of {len(ran)}", "checks", "GPU validation", of)]
+    for check in summary.checks:
+        for measure in check.measures:
+            # A dry run has a limit of 0.
+            if measure.name in _PUBLISHED_FOR and (number(measure.limit) or 0) > 0:
+                why = f"at least {format_value(measure.limit)}: {measure.reason}"
+                found.append(Headline(format_value(measure.value), measure.unit, measure.name, why))
     return found
 
 

@@ -121,7 +121,8 @@ def drawn(where: str | Path, draw: Callable[[], list[Picture]], unread: list[Unr
 
 def describe_unusable(error: Exception) -> str:
     """Return the kind of an error of :data:`UNUSABLE` and its message, shortened for a table."""
-    return shortened(f"{type(error).__name__} {error}", 200)
+    kind = "" if isinstance(error, Unreadable) else f"{type(error).__name__} "
+    return shortened(f"{kind}{error}", 200)
 
 
 def _title(artifact: Artifact) -> str:
@@ -260,7 +261,7 @@ def _artifact_blocks(artifact: Artifact, unread: list[Unread]) -> tuple[list[Blo
     shown: set[str] = set()
     try:
         tables, pictures, headlines = _of_its_kind(artifact, prefix, unread)
-    except UNUSABLE as error:
+    except (Unreadable, *UNUSABLE) as error:
         what = _FIGURES_OF.get(artifact.kind, "a benchmark")
         unread.append(Unread(artifact.folder, f"not the figures of {what}: {describe_unusable(error)}"))
     else:

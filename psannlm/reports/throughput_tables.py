@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from psannlm.reports.page_model import Table, format_value
+from psannlm.reports.schemas import ThroughputMetrics, ThroughputRow, read_figures
 from psannlm.reports.tables import tables_of
 
 _HEADINGS = (
@@ -25,34 +26,30 @@ def throughput_tables(figures: dict[str, Any]) -> list[Table]:
     """Return a table of the candidates, and every other figure of the artifact in folded tables.
 
     Raises:
-        KeyError, TypeError, AttributeError, ValueError: the figures are not those of a training benchmark.
+        Unreadable: the figures are not those of a training benchmark.
     """
-    rows = [_row(row) for row in figures["rows"]]
-    batch_tokens, seq_len = format_value(figures["batch_tokens"]), format_value(figures["seq_len"])
-    note = f"{batch_tokens} tokens per step, windows of {seq_len}; {figures['precision']}"
-    problems = "; ".join(str(problem) for problem in figures["problems"])
-    if problems:
-        note += f". Problems: {problems}"
+    metrics = read_figures(ThroughputMetrics, figures)
+    rows = [_row(row) for row in metrics.rows]
+    batch_tokens, seq_len = format_value(metrics.batch_tokens), format_value(metrics.seq_len)
+    note = f"{batch_tokens} tokens per step, windows of {seq_len}; {metrics.precision}"
+    if metrics.problems:
+        note += f". Problems: {'; '.join(metrics.problems)}"
     return [
         Table("", _HEADINGS, rows, frozenset(range(1, len(_HEADINGS))), note + "."),
         *(replace(table, is_folded=True) for table in tables_of(figures)),
     ]
 
 
-def _row(row: dict[str, Any]) -> list[str]:
-    rate = {
-        "median": row["tokens_per_s"],
-        "lowest": row["tokens_per_s_lowest"],
-        "highest": row["tokens_per_s_highest"],
-    }
+def _row(row: ThroughputRow) -> list[str]:
+    rate = {"median": row.tokens_per_s, "lowest": row.tokens_per_s_lowest, "highest": row.tokens_per_s_highest}
     return [
-        row["name"],
+        row.name,
         format_value(rate, 3),
-        format_value(row["ours_over_it"], 3),
-        f"{100 * row['utilisation']:.1f} %",
-        format_value(1e3 * row["step_s"], 3),
-        format_value(row["first_step_s"], 3),
-        "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}",
-        format_value(row["parameters"]),
-        f"{format_value(row['first_loss'])}, {format_value(row['last_loss'])}",
+        format_value(row.ours_over_it.model_dump(), 3),
+        "–" if row.utilisation is None else f"{100 * row.utilisation:.1f} %",
+        format_value(None if row.step_s is None else 1e3 * row.step_s, 3),
+        format_value(row.first_step_s, 3),
+        "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",
+        format_value(row.parameters),
+        f"{format_value(row.first_loss)}, {format_value(row.last_loss)}",
     ]
