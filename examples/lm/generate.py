@@ -1,6 +1,6 @@
 """Continue prompts with a saved model: python examples/lm/generate.py [MODEL] [PROMPT ...].
 
-MODEL is a model file or a checkpoint folder; without one, the file that minimal_train.py wrote is taken.
+MODEL is a model file or a checkpoint folder; the default is the file that minimal_train.py writes.
 """
 
 import sys

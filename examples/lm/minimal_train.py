@@ -1,4 +1,4 @@
-"""Train a tiny sine model on a dozen lines of text, let it write, save it, and load it again. Seconds on a laptop.
+"""Train a tiny sine model on a dozen lines, generate text, save the model and load it again; seconds on a laptop.
 
 Run it from anywhere: python examples/lm/minimal_train.py
 """

@@ -1,6 +1,6 @@
-"""The import path of older documents: ``from psann.lm import psannLM, psannLMDataPrep`` gives what psannlm gives.
+"""Import path of earlier documents: ``from psann.lm import psannLM, psannLMDataPrep`` re-exports psannlm.
 
-There is no ``psann/__init__.py``: ``psann`` is a namespace, so that this folder can stand beside another distribution
+There is no ``psann/__init__.py``: ``psann`` is a namespace, so that this folder can coexist with another distribution
 of that name.
 """
 

@@ -1,4 +1,4 @@
-"""The import path of older documents for the configuration sections."""
+"""Configuration sections under the import path of earlier documents."""
 
 from __future__ import annotations
 

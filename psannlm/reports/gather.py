@@ -48,7 +48,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Unread:
-    """A folder, or a part of one, that could not be read, and why."""
+    """A file or folder that could not be read, and the reason."""
 
     path: Path
     reason: str

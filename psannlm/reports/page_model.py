@@ -42,7 +42,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under headings; ``numbers`` holds the indices of the columns that are figures.
+    """Rows of cells under headings; ``numbers`` holds the indices of the numeric columns.
 
     ``is_folded`` collapses it on the page.
     """

@@ -141,7 +141,7 @@ def _day(timestamp: str) -> str:
 
 
 def _runs_outside_studies(runs: Iterable[RunRecord]) -> list[RunRecord]:
-    """A study has its own section; its many runs would bury the others."""
+    """Return the runs that belong to no study: a study has a section of its own, and many runs."""
     return [run for run in runs if not (run.folder.parent / STUDY_FILE).is_file()]
 
 

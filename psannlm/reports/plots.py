@@ -61,7 +61,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bar:
-    """A value with its edges (both None when measured once)."""
+    """A value with its lowest and highest measurement (both None when measured once)."""
 
     name: str
     value: float
@@ -180,7 +180,7 @@ class _Look:
         return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
     def height(self, names: Sequence[str]) -> float:
-        """Inches of a picture with a legend: the axes keep theirs, however many lines the legend takes."""
+        """Return the height in inches of a picture with a legend, which does not shrink the axes."""
         lines = -(-len(names) // self.columns(names))
         return (_NARROW if self.is_narrow else _WIDE)[1] + _LINE_HEIGHT * max(0, lines - _LEGEND_LINES[self.is_narrow])
 

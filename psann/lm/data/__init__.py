@@ -1,4 +1,4 @@
-"""Corpora by the import path of older documents: prepared text, its windows as a dataset, and their settings."""
+"""Corpora under the import path of earlier documents: prepared text, its windows as a dataset, and their settings."""
 
 from __future__ import annotations
 

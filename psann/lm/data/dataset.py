@@ -1,4 +1,4 @@
-"""The import path of older documents for the dataset of training windows."""
+"""Dataset of training windows under the import path of earlier documents."""
 
 from __future__ import annotations
 

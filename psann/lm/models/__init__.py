@@ -1,4 +1,4 @@
-"""Networks by the import path of older documents: ``build_model(ModelConfig(base="respsann", vocab_size=4096))``."""
+"""Networks by the import path of earlier documents: ``build_model(ModelConfig(base="respsann", vocab_size=4096))``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training by the import path of older documents: the trainer, and ``python -m psann.lm.train.cli``.
+"""Training under the import path of earlier documents: the trainer, and ``python -m psann.lm.train.cli``.
 
 The names are looked up on first use, because the command line must not wait for torch.
 """

@@ -1,4 +1,4 @@
-"""The older ``python -m psann.lm.train.cli --config X [options]`` to ``psannlm train X [options]``."""
+"""``python -m psann.lm.train.cli --config X [options]`` of earlier documents: runs ``psannlm train X [options]``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The import path of older documents for the trainer, with its callbacks."""
+"""Trainer and callbacks under the import path of earlier documents."""
 
 from __future__ import annotations
 
