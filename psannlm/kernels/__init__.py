@@ -1,6 +1,6 @@
 """Hand-written kernels: which implementation runs on which device and in which mode, and its measured gain.
 
-The model calls one function per idea; this table lists what it dispatches to. Gains are those of docs/experiments.md
+The model calls one function per idea; this table lists what it dispatches to. Gains are those of docs/research/log.md
 with the date of the entry, measured on one or two CPU cores: "before -> after" against torch's default operator. "Not
 measured": no entry measures this implementation alone.
 

@@ -59,7 +59,7 @@ def _gradients(
     by_phase = amplitude * damped * torch.cos(phase)
     if z.device.type == "cpu":
         # All four gradients read these two. Fused into the column sums, the compiler would compute sine, cosine and
-        # exponential a second time; storing them is cheaper (docs/experiments.md, 2026-11-26).
+        # exponential a second time; storing them is cheaper (docs/research/log.md, 2026-11-26).
         by_amplitude, by_phase = realize(by_amplitude), realize(by_phase)
     # dL/dz = f by_phase - d g'(z) A by_amplitude, and the sums for A, f and d
     grad_z = frequency * by_phase
