@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def init(
     folder: Annotated[
-        Path, typer.Argument(metavar="[DIR]", help="Folder to write to; made if missing. Default: the working folder.")
+        Path, typer.Argument(metavar="DIR", help="Folder to write to; made if missing. Default: the working folder.")
     ] = Path(),
     data: Annotated[
         list[str] | None,
