@@ -53,7 +53,7 @@ class Scribe(nn.Module):
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_every_token_is_counted_once(pack: bool, batch_size: int) -> None:
+def test_evaluation_counts_every_token_once(pack: bool, batch_size: int) -> None:
     windows = windows_of([7, 0, 4, 12, 1], pack=pack)
     scribe = Scribe()
     found = evaluate(scribe, windows, precision=FP32, batch_size=batch_size)
@@ -65,7 +65,7 @@ def test_every_token_is_counted_once(pack: bool, batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_batches_sum_to_one_batch_and_to_the_cross_entropy(pack: bool, build_tiny: Callable[..., Transformer]) -> None:
+def test_evaluation_is_independent_of_batch_size(pack: bool, build_tiny: Callable[..., Transformer]) -> None:
     model, windows = build_tiny(), windows_of([7, 0, 4, 12, 1], pack=pack)
     at_once = evaluate(model, windows, precision=FP32, batch_size=100)
     for batch_size in (1, 2, 4):
@@ -79,7 +79,7 @@ def test_batches_sum_to_one_batch_and_to_the_cross_entropy(pack: bool, build_tin
     assert at_once.nats == pytest.approx(nats, rel=1e-5)
 
 
-def test_figures_worked_by_hand() -> None:
+def test_evaluation_known_values() -> None:
     # 16 bits for 8 tokens that are 4 bytes of text: 2 bits a token, 4 bits a byte.
     found = Evaluation(nats=16 * math.log(2), n_labels=8, n_bytes=4)
     assert found.bits_per_byte == pytest.approx(4.0)
@@ -97,7 +97,7 @@ def test_figures_worked_by_hand() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3, 50])
-def test_ranks_split_the_windows_and_sum_to_one_process(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_over_ranks_equals_one_process(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = windows_of([7, 0, 4, 12, 1])
     alone = Scribe()
     whole = evaluate(alone, windows, precision=FP32)
@@ -116,14 +116,14 @@ def test_ranks_split_the_windows_and_sum_to_one_process(size: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluates_without_dropout_and_restores_the_mode(training: bool) -> None:
+def test_evaluation_disables_dropout_and_restores_mode(training: bool) -> None:
     scribe = Scribe().train(training)
     evaluate(scribe, windows_of([7]), precision=FP32)
     assert scribe.modes == {False}
     assert scribe.training is training
 
 
-def test_an_interruption_restores_the_mode() -> None:
+def test_evaluation_interrupted_restores_mode() -> None:
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -133,7 +133,7 @@ def test_an_interruption_restores_the_mode() -> None:
     assert scribe.training
 
 
-def test_progress_ends_at_the_number_of_windows() -> None:
+def test_evaluation_progress_ends_at_number_of_windows() -> None:
     windows = windows_of([7, 12])
     told: list[tuple[int, int]] = []
     evaluate(Scribe(), windows, precision=FP32, batch_size=2, on_progress=lambda *at: told.append(at))
@@ -141,7 +141,7 @@ def test_progress_ends_at_the_number_of_windows() -> None:
     assert told[-1] == (len(windows), len(windows))
 
 
-def test_runs_in_the_precision_given(build_tiny: Callable[..., Transformer]) -> None:
+def test_evaluation_uses_given_precision(build_tiny: Callable[..., Transformer]) -> None:
     model, windows = build_tiny(), windows_of([7, 12])
     seen: list[Any] = []
     model.blocks[0].mlp.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
@@ -152,12 +152,12 @@ def test_runs_in_the_precision_given(build_tiny: Callable[..., Transformer]) -> 
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
-def test_a_text_without_tokens_is_an_error(lengths: list[int]) -> None:
+def test_evaluation_of_empty_text_raises(lengths: list[int]) -> None:
     with pytest.raises(CorpusError, match="no token"):
         evaluate(Scribe(), windows_of(lengths), precision=FP32)
 
 
-def test_windows_that_cannot_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_windows_beyond_memory_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(d_model=1000, n_heads=1, d_mlp=2000)
     monkeypatch.setattr("psannlm.io.limits._physical_bytes", lambda: 10**9)
 

@@ -33,7 +33,7 @@ RAGGED = [[1, 5, 9], [1], [1, 2, 3, 4, 5, 6, 7], [1, 16], [1, 9, 9, 2, 8]]
 @pytest.mark.parametrize("base", get_args(BaseName))
 @pytest.mark.parametrize("position", get_args(PositionKind))
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_ragged_batch_equals_each_row_alone_without_a_cache(
+def test_decoding_ragged_batch_matches_uncached_rows(
     base: str, position: str, sampling: SamplingConfig, build_tiny: Build, decode: Decode, decode_naively: Naively
 ) -> None:
     model = build_tiny(base=base, positional_encoding=position, n_kv_heads=1)
@@ -47,9 +47,7 @@ def test_ragged_batch_equals_each_row_alone_without_a_cache(
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(seed=1)], ids=["greedy", "sampled"])
-def test_a_finished_row_stays_finished_and_leaves_the_batch(
-    sampling: SamplingConfig, build_tiny: Build, lead: Lead
-) -> None:
+def test_decoding_finished_row_leaves_the_batch(sampling: SamplingConfig, build_tiny: Build, lead: Lead) -> None:
     engine = Engine(build_tiny())
     chain = lead(engine, lambda token: token + 1)
     decoding = BatchDecoder(engine, [[1, 12], [1, 3, 9], [1, 15], [10]], max_new_tokens=5, sampling=sampling, eos_id=16)
@@ -67,7 +65,7 @@ def test_a_finished_row_stays_finished_and_leaves_the_batch(
     ]
 
 
-def test_rows_that_leave_do_not_disturb_the_others(build_tiny: Build, decode: Decode) -> None:
+def test_decoding_leaving_rows_do_not_change_others(build_tiny: Build, decode: Decode) -> None:
     model = build_tiny()
     alone = [decode(model, [prompt], SAMPLED, 12).generated[0] for prompt in RAGGED]
     # An end of text that some rows meet early, others late or never.
@@ -80,14 +78,16 @@ def test_rows_that_leave_do_not_disturb_the_others(build_tiny: Build, decode: De
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
-def test_length_is_what_was_asked(n: int, build_tiny: Build, decode: Decode) -> None:
+def test_decoding_generates_max_new_tokens(n: int, build_tiny: Build, decode: Decode) -> None:
     decoding = decode(build_tiny(), RAGGED, n=n)
     assert [len(ids) for ids in decoding.generated] == [n] * 5
     assert decoding.finish_reasons == ["length"] * 5
 
 
 @pytest.mark.parametrize("position", ["rope", "sinusoidal"])
-def test_the_context_ends_a_row(position: str, build_tiny: Build, decode: Decode, decode_naively: Naively) -> None:
+def test_decoding_full_context_ends_the_row(
+    position: str, build_tiny: Build, decode: Decode, decode_naively: Naively
+) -> None:
     model = build_tiny(positional_encoding=position, max_seq_len=9)
     decoding = decode(model, RAGGED, n=6)
     # A context of nine: three leave room for the six asked for, seven for two.
@@ -97,7 +97,7 @@ def test_the_context_ends_a_row(position: str, build_tiny: Build, decode: Decode
     assert context_limit(model) == 9
 
 
-def test_alibi_goes_past_the_trained_length(build_tiny: Build, decode: Decode, decode_naively: Naively) -> None:
+def test_decoding_alibi_exceeds_trained_length(build_tiny: Build, decode: Decode, decode_naively: Naively) -> None:
     model = build_tiny(positional_encoding="alibi", max_seq_len=4)
     assert context_limit(model) is None
     prompt = [1, 2, 3, 4, 5, 6, 7]
@@ -107,7 +107,7 @@ def test_alibi_goes_past_the_trained_length(build_tiny: Build, decode: Decode, d
 
 
 @pytest.mark.parametrize("length", [9, 10, 30])
-def test_a_prompt_that_fills_the_context_names_both_numbers(length: int, build_tiny: Build, decode: Decode) -> None:
+def test_decoding_prompt_filling_context_raises_with_numbers(length: int, build_tiny: Build, decode: Decode) -> None:
     with pytest.raises(GenerationError, match=rf"prompt 1 has {length} tokens.* context is 9"):
         decode(build_tiny(max_seq_len=9), [[1], [2] * length])
     assert len(decode(build_tiny(max_seq_len=9), [[2] * 8]).generated[0]) == 1
@@ -124,14 +124,14 @@ def test_a_prompt_that_fills_the_context_names_both_numbers(length: int, build_t
         ([[1]], {"n": -5}, "max_new_tokens -5"),
     ],
 )
-def test_what_cannot_be_continued_is_refused(
+def test_decoding_invalid_prompts_raise(
     prompts: list[list[int]], more: dict[str, Any], message: str, build_tiny: Build, decode: Decode
 ) -> None:
     with pytest.raises(GenerationError, match=message):
         decode(build_tiny(), prompts, **more)
 
 
-def test_forbidden_ids_are_never_taken(build_tiny: Build, decode: Decode) -> None:
+def test_decoding_never_chooses_forbidden_ids(build_tiny: Build, decode: Decode) -> None:
     model = build_tiny()
     forbidden = [*range(8), *range(10, 17)]
     for sampling in (GREEDY, SamplingConfig(temperature=50.0, top_p=None, repetition_penalty=1e-6, seed=0)):
@@ -139,13 +139,13 @@ def test_forbidden_ids_are_never_taken(build_tiny: Build, decode: Decode) -> Non
         assert {token for ids in decoding.generated for token in ids} <= {8, 9}
 
 
-def test_sampling_leaves_the_global_generator_alone(build_tiny: Build, decode: Decode) -> None:
+def test_decoding_seed_keeps_global_generator_state(build_tiny: Build, decode: Decode) -> None:
     before = torch.get_rng_state()
     decode(build_tiny(), [[1]], SAMPLED)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_model_whose_weights_are_damaged_says_so(build_tiny: Build, decode: Decode) -> None:
+def test_decoding_nonfinite_weights_raise(build_tiny: Build, decode: Decode) -> None:
     model = build_tiny()
     with torch.no_grad():
         model.embedding.weight[5] = float("nan")
@@ -154,7 +154,7 @@ def test_a_model_whose_weights_are_damaged_says_so(build_tiny: Build, decode: De
 
 
 @pytest.mark.parametrize("n", [2.5, "3", None, True])
-def test_a_number_of_tokens_that_is_none_is_refused(n: Any, build_tiny: Build, decode: Decode) -> None:
+def test_decoding_non_numeric_token_count_raises(n: Any, build_tiny: Build, decode: Decode) -> None:
     with pytest.raises(GenerationError, match=r"^max_new_tokens .* is not a whole number$"):
         decode(build_tiny(), [[1]], n=n)
 
@@ -170,7 +170,7 @@ SAMPLINGS = [
 @pytest.mark.parametrize("base", get_args(BaseName))
 @pytest.mark.parametrize("position", get_args(PositionKind))
 @pytest.mark.parametrize("dtype", get_args(WeightDtype))
-def test_company_changes_no_token_in_any_precision(
+def test_decoding_is_batch_invariant_per_dtype(
     base: str, position: str, dtype: WeightDtype, build_tiny: Build, decode: Decode
 ) -> None:
     model = build_tiny(base=base, positional_encoding=position, n_kv_heads=1, max_seq_len=120)
@@ -185,7 +185,7 @@ def test_company_changes_no_token_in_any_precision(
         assert len({tuple(ids) for ids in together.generated}) > 1
 
 
-def test_fewer_bits_say_about_the_same(build_tiny: Build, decode: Decode) -> None:
+def test_decoding_low_precision_stays_close(build_tiny: Build, decode: Decode) -> None:
     """A check on the tests of precision above: engines of three precisions that all said nonsense would pass them."""
     model = build_tiny(d_model=48, d_mlp=64)
     wanted = decode(model, RAGGED, n=1).generated
@@ -220,7 +220,7 @@ repetitive = st.lists(
     eos=st.one_of(st.none(), st.integers(0, 16)),
 )
 @settings(deadline=None, max_examples=100)
-def test_guesses_change_no_token_and_no_reason(
+def test_speculation_keeps_tokens_and_finish_reasons(
     engines: dict[str, Engine],
     decode: Decode,
     name: str,
@@ -248,7 +248,9 @@ def test_guesses_change_no_token_and_no_reason(
 
 @pytest.mark.parametrize("name", [*get_args(BaseName), "bfloat16", "int8"])
 @pytest.mark.parametrize("speculate", [1, 4, 15])
-def test_right_guesses_save_passes(name: str, speculate: int, engines: dict[str, Engine], decode: Decode) -> None:
+def test_speculation_accepted_drafts_save_passes(
+    name: str, speculate: int, engines: dict[str, Engine], decode: Decode
+) -> None:
     # Tokens that were seen are made likelier, so that the text goes round in circles.
     sampling = SamplingConfig(temperature=0.0, repetition_penalty=0.5)
     prompts = [[1, 2, 3, 4] * 5, [7, 7, 7, 7], [5, 6] * 4]
@@ -261,7 +263,7 @@ def test_right_guesses_save_passes(name: str, speculate: int, engines: dict[str,
 
 
 @pytest.mark.parametrize(("speculate", "n_passes", "n_drafted"), [(3, 3, 6), (4, 2, 7), (15, 2, 7)])
-def test_a_text_that_is_foreseen_takes_as_few_passes_as_can_be(
+def test_speculation_predictable_text_takes_minimal_passes(
     speculate: int, n_passes: int, n_drafted: int, build_tiny: Build, lead: Lead
 ) -> None:
     engine = Engine(build_tiny())
@@ -276,7 +278,7 @@ def test_a_text_that_is_foreseen_takes_as_few_passes_as_can_be(
     assert passes.batch_sizes == [1] * (1 + n_passes)
 
 
-def test_wrong_guesses_cost_no_token(build_tiny: Build, lead: Lead) -> None:
+def test_speculation_rejected_drafts_cost_no_token(build_tiny: Build, lead: Lead) -> None:
     engine = Engine(build_tiny())
     lead(engine, lambda token: {0: 1, 1: 2, 2: 5, 5: 0}[token] if token in (0, 1, 2, 5) else 0)
     # The prompt promises that 3 follows 2, and the model says 5.
@@ -288,7 +290,7 @@ def test_wrong_guesses_cost_no_token(build_tiny: Build, lead: Lead) -> None:
     assert 0 < decoding.n_accepted < decoding.n_drafted
 
 
-def test_an_end_of_text_within_a_guess_ends_the_row_there(build_tiny: Build, lead: Lead) -> None:
+def test_speculation_eos_within_draft_ends_row(build_tiny: Build, lead: Lead) -> None:
     engine = Engine(build_tiny())
     lead(engine, lambda token: (token + 1) % 6)
     decoding = BatchDecoder(
@@ -348,7 +350,7 @@ def counts_of(decoding: BatchDecoder) -> dict[tuple[int, ...], int]:
 
 @pytest.mark.usefixtures("seeds_that_repeat")
 @pytest.mark.parametrize("speculate", [0, 1, 2, 4])
-def test_guesses_leave_the_distribution_as_it_is(speculate: int, build_tiny: Build, decode: Decode) -> None:
+def test_speculation_keeps_the_sampling_distribution(speculate: int, build_tiny: Build, decode: Decode) -> None:
     model = build_tiny(vocab_size=4)
     sampling = SamplingConfig(temperature=1.0, top_p=None)
     decoding = decode(model, [PROMPT] * N_ROWS, sampling, 3, speculate=speculate)
@@ -359,7 +361,7 @@ def test_guesses_leave_the_distribution_as_it_is(speculate: int, build_tiny: Bui
 
 
 @pytest.mark.usefixtures("seeds_that_repeat")
-def test_the_distribution_would_show_it_if_every_guess_were_taken(
+def test_speculation_distribution_test_detects_accepting_everything(
     build_tiny: Build, decode: Decode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def take_all(chosen: Sequence[int], draft: Sequence[int]) -> list[int]:
@@ -380,7 +382,7 @@ def slid(text: Sequence[int], limit: int) -> list[int]:
 @pytest.mark.parametrize("base", get_args(BaseName))
 @pytest.mark.parametrize("position", ["rope", "sinusoidal"])
 @pytest.mark.parametrize("limit", [4, 9, 16])
-def test_a_row_that_slides_goes_on_as_if_the_rest_had_been_its_prompt(
+def test_sliding_context_equals_reprompting_with_tail(
     base: str, position: str, limit: int, build_tiny: Build, decode: Decode, decode_naively: Naively
 ) -> None:
     model = build_tiny(base=base, positional_encoding=position, max_seq_len=limit)
@@ -403,7 +405,7 @@ def test_a_row_that_slides_goes_on_as_if_the_rest_had_been_its_prompt(
     assert decoding.generated[0][: len(stopped.generated[0])] == stopped.generated[0]
 
 
-def test_a_prompt_that_just_fills_the_context_is_kept_whole(
+def test_sliding_context_keeps_prompt_that_just_fits(
     build_tiny: Build, decode: Decode, decode_naively: Naively
 ) -> None:
     model = build_tiny(max_seq_len=9)
@@ -415,7 +417,7 @@ def test_a_prompt_that_just_fills_the_context_is_kept_whole(
 
 @pytest.mark.parametrize("length", [10, 30])
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=["greedy", "sampled"])
-def test_a_prompt_longer_than_the_context_is_its_end(
+def test_sliding_context_truncates_long_prompt_to_its_end(
     length: int, sampling: SamplingConfig, build_tiny: Build, decode: Decode
 ) -> None:
     model = build_tiny(max_seq_len=9)
@@ -429,7 +431,7 @@ def test_a_prompt_longer_than_the_context_is_its_end(
 @pytest.mark.parametrize("base", get_args(BaseName))
 @pytest.mark.parametrize("position", ["rope", "sinusoidal"])
 @pytest.mark.parametrize("dtype", get_args(WeightDtype))
-def test_rows_slide_each_in_its_own_time(
+def test_sliding_context_rows_slide_independently(
     base: str, position: str, dtype: WeightDtype, build_tiny: Build, decode: Decode
 ) -> None:
     engine = Engine(build_tiny(base=base, positional_encoding=position, max_seq_len=9), dtype=dtype)
@@ -446,7 +448,7 @@ def test_rows_slide_each_in_its_own_time(
             assert guessed.generated == cut
 
 
-def test_guesses_are_right_while_a_context_slides(build_tiny: Build, decode: Decode) -> None:
+def test_sliding_context_speculation_keeps_tokens(build_tiny: Build, decode: Decode) -> None:
     engine = Engine(build_tiny(max_seq_len=16))
     sampling = SamplingConfig(temperature=0.0, repetition_penalty=0.5)
     plain = decode(engine, [[1, 2, 3, 1, 2, 3]], sampling, 60, context="slide")
@@ -456,7 +458,7 @@ def test_guesses_are_right_while_a_context_slides(build_tiny: Build, decode: Dec
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
-def test_a_context_too_short_to_slide_is_refused(limit: int, build_tiny: Build, decode: Decode) -> None:
+def test_sliding_context_too_short_raises(limit: int, build_tiny: Build, decode: Decode) -> None:
     model = build_tiny(max_seq_len=limit)
     with pytest.raises(GenerationError, match=f"a context of {limit} tokens is too short to slide"):
         decode(model, [[1]], context="slide")
@@ -464,7 +466,7 @@ def test_a_context_too_short_to_slide_is_refused(limit: int, build_tiny: Build, 
         assert decode(model, [[1]]).finish_reasons == ["context"]
 
 
-def test_alibi_never_slides(build_tiny: Build, decode: Decode) -> None:
+def test_sliding_context_does_not_apply_to_alibi(build_tiny: Build, decode: Decode) -> None:
     # Not even where the context would be too short to.
     model = build_tiny(positional_encoding="alibi", max_seq_len=3)
     prompts = [[1, 2, 3, 4, 5, 6, 7], [2]]
@@ -484,8 +486,6 @@ def test_alibi_never_slides(build_tiny: Build, decode: Decode) -> None:
     ],
     ids=str,
 )
-def test_an_unknown_setting_is_refused_by_name(
-    setting: dict[str, Any], said: str, build_tiny: Build, decode: Decode
-) -> None:
+def test_decoding_unknown_setting_raises(setting: dict[str, Any], said: str, build_tiny: Build, decode: Decode) -> None:
     with pytest.raises(GenerationError, match=said):
         decode(build_tiny(), [[1]], **setting)

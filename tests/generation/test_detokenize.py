@@ -43,7 +43,7 @@ def parts_of(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[list[str], Incre
     return [stream.add(token) for token in ids], stream
 
 
-def test_parts_join_to_the_text(tokenizer: Tokenizer) -> None:
+def test_detokenizer_parts_join_to_the_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(TEXT + "\uf8f0 private use")
     parts, stream = parts_of(tokenizer, ids)
     text = tokenizer.decode(ids)
@@ -52,7 +52,7 @@ def test_parts_join_to_the_text(tokenizer: Tokenizer) -> None:
     assert sum(map(bool, parts)) > len(ids) // 3
 
 
-def test_parts_of_any_tokens_are_the_start_of_the_text(tokenizer: Tokenizer) -> None:
+def test_detokenizer_parts_are_prefix_for_any_tokens(tokenizer: Tokenizer) -> None:
     draw = random.Random(0)
     known = sorted(set(range(tokenizer.vocab_size)) - tokenizer.special_ids)
     for _ in range(50):
@@ -64,7 +64,7 @@ def test_parts_of_any_tokens_are_the_start_of_the_text(tokenizer: Tokenizer) -> 
         assert not text[stream.length :].strip("\ufffd\uf8f0")
 
 
-def test_a_token_costs_the_same_late_as_early(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detokenizer_cost_per_token_is_constant(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
     decode = tokenizer.decode
 
@@ -78,7 +78,7 @@ def test_a_token_costs_the_same_late_as_early(tokenizer: Tokenizer, monkeypatch:
 
 
 @pytest.mark.parametrize("prompt", ["The sine", "über die", "", "Tabs   and "])
-def test_prompt_and_parts_join_to_the_whole_text(tokenizer: Tokenizer, prompt: str) -> None:
+def test_detokenizer_prompt_and_parts_join_to_text(tokenizer: Tokenizer, prompt: str) -> None:
     """Also where the new text begins with a space: its token alone would lose it."""
     before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     for following in (" of a gate", "  runs", " ", "漢字"):
@@ -93,7 +93,7 @@ def test_prompt_and_parts_join_to_the_whole_text(tokenizer: Tokenizer, prompt: s
         assert not text[len(streamed) :].strip("\ufffd\uf8f0")
 
 
-def test_the_space_after_the_prompt_is_kept_with_a_dummy_prefix() -> None:
+def test_detokenizer_keeps_space_after_prompt_with_dummy_prefix() -> None:
     tokenizer = foreign()
     of_prompt, of_all = tokenizer.encode("The sine"), tokenizer.encode("The sine of")
     assert of_all[: len(of_prompt)] == of_prompt

@@ -47,7 +47,7 @@ def full(model: Transformer, prompt: Sequence[int], following: Tensor) -> Tensor
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("position", POSITIONS)
-def test_passes_are_those_of_the_model(base: str, position: str, build_tiny: Build) -> None:
+def test_engine_matches_uncached_model(base: str, position: str, build_tiny: Build) -> None:
     model = build_tiny(base=base, positional_encoding=position, n_kv_heads=1, max_seq_len=200)
     engine = Engine(model)
     prompts = [tokens(n).tolist() for n in (3, 1, 70, 16, 17)]
@@ -76,7 +76,7 @@ def require_exact(dtype: WeightDtype) -> None:
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_the_same_bit_for_bit_in_any_company(
+def test_engine_rows_are_batch_invariant_bitwise(
     base: str, position: str, dtype: WeightDtype, build_tiny: Build
 ) -> None:
     require_exact(dtype)
@@ -95,7 +95,7 @@ def test_a_row_is_the_same_bit_for_bit_in_any_company(
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tokens_at_once_are_the_same_bit_for_bit_as_one_by_one(
+def test_engine_multi_token_pass_equals_single_steps_bitwise(
     base: str, position: str, dtype: WeightDtype, build_tiny: Build
 ) -> None:
     require_exact(dtype)
@@ -115,7 +115,7 @@ def test_tokens_at_once_are_the_same_bit_for_bit_as_one_by_one(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_state_grows_by_blocks_and_changes_nothing(dtype: WeightDtype, build_tiny: Build) -> None:
+def test_engine_cache_growth_changes_no_logits(dtype: WeightDtype, build_tiny: Build) -> None:
     engine = Engine(build_tiny(max_seq_len=1000), dtype=dtype)
     size = 4 if dtype == "float32" else 2
     assert engine.cache_dtype.itemsize == size
@@ -139,7 +139,7 @@ def test_a_state_grows_by_blocks_and_changes_nothing(dtype: WeightDtype, build_t
     assert grown.lengths == [333, 370]
 
 
-def test_more_tokens_than_a_decoding_pass_takes_are_refused(build_tiny: Build) -> None:
+def test_engine_too_many_tokens_per_pass_raise(build_tiny: Build) -> None:
     engine = Engine(build_tiny())
     _, state = engine.prefill([[1]], 1)
     with pytest.raises(
@@ -156,12 +156,12 @@ def test_more_tokens_than_a_decoding_pass_takes_are_refused(build_tiny: Build) -
         (8, "dtype 8 is not one of"),
     ],
 )
-def test_an_unknown_dtype_is_refused_by_name(dtype: Any, said: str, build_tiny: Build) -> None:
+def test_engine_unknown_dtype_raises(dtype: Any, said: str, build_tiny: Build) -> None:
     with pytest.raises(GenerationError, match=said):
         Engine(build_tiny(), dtype=dtype)
 
 
-def test_without_a_compiler_steps_are_plain_and_a_notice_says_so(
+def test_engine_auto_compile_without_compiler_gives_notice(
     build_tiny: Build, decode: Decode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psannlm.generation.engine.compiler_fault", lambda device: "a C++ compiler (install g++)")
@@ -174,9 +174,7 @@ def test_without_a_compiler_steps_are_plain_and_a_notice_says_so(
     assert Engine(model).notices == []
 
 
-def test_compiling_that_is_asked_for_is_refused_without_a_compiler(
-    build_tiny: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_required_compile_without_compiler_raises(build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.runtime.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
     with pytest.raises(
         DeviceError, match=r"compiled decoding needs a C\+\+ compiler .install g\+\+., which is missing"
@@ -184,9 +182,7 @@ def test_compiling_that_is_asked_for_is_refused_without_a_compiler(
         Engine(build_tiny(), compile=True)
 
 
-def test_what_a_compiled_step_writes_into_is_marked_as_staying(
-    build_tiny: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_compiled_step_marks_cache_addresses_static(build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler refuses CUDA graphs for a pass that writes into any other input, and says so to nobody."""
     monkeypatch.setattr("psannlm.runtime.device.compiler_fault", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
@@ -199,7 +195,7 @@ def test_what_a_compiled_step_writes_into_is_marked_as_staying(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_what_is_emulated_is_told(dtype: WeightDtype, build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_notices_emulated_dtypes(dtype: WeightDtype, build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("psannlm.generation.engine", "psannlm.generation.quantize"):
         monkeypatch.setattr(f"{module}.computes_in_bf16", lambda device: False)
     model = build_tiny(max_seq_len=100)
@@ -211,7 +207,7 @@ def test_what_is_emulated_is_told(dtype: WeightDtype, build_tiny: Build, monkeyp
     assert (found - wanted).norm() < 0.05 * wanted.norm()
 
 
-def test_weights_in_fewer_bits_are_fewer_bytes(build_tiny: Build) -> None:
+def test_engine_weight_bytes_follow_dtype(build_tiny: Build) -> None:
     model = build_tiny()
     wide, half, quarter = (Engine(model, dtype=dtype).weight_bytes for dtype in ("float32", "bfloat16", "int8"))
     assert wide == 2 * half == 4 * quarter
@@ -242,7 +238,7 @@ def compiled_engines(build_tiny: Build) -> dict[str, Engine]:
 
 
 @in_compiled_tests
-def test_compiled_steps_are_those_of_the_model(compiled_engines: dict[str, Engine], build_tiny: Build) -> None:
+def test_engine_compiled_steps_match_model(compiled_engines: dict[str, Engine], build_tiny: Build) -> None:
     """Over growth from one block to many, in one state after another, each with a capacity of its own."""
     engine, model = compiled_engines["float32"], build_tiny(**COMPILED)
     assert engine.compiles
@@ -258,7 +254,7 @@ def test_compiled_steps_are_those_of_the_model(compiled_engines: dict[str, Engin
 
 @in_compiled_tests
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_compiled_tokens_are_those_of_plain_steps_and_of_each_row_alone(
+def test_engine_compiled_tokens_match_eager_and_single_rows(
     dtype: WeightDtype, compiled_engines: dict[str, Engine], build_tiny: Build, decode: Decode
 ) -> None:
     engine = compiled_engines[dtype]
@@ -282,7 +278,7 @@ def test_compiled_tokens_are_those_of_plain_steps_and_of_each_row_alone(
 
 
 @in_compiled_tests
-def test_compiled_guesses_change_no_token(
+def test_engine_compiled_speculation_keeps_tokens(
     compiled_engines: dict[str, Engine], build_tiny: Build, decode: Decode
 ) -> None:
     engine = compiled_engines["float32"]
@@ -296,7 +292,7 @@ def test_compiled_guesses_change_no_token(
 
 
 @in_compiled_tests
-def test_compiled_rows_slide_as_plain_ones_do(build_tiny: Build, decode: Decode) -> None:
+def test_engine_compiled_sliding_matches_eager(build_tiny: Build, decode: Decode) -> None:
     # A context of its own needs no kernel of its own.
     model = build_tiny(**{**COMPILED, "max_seq_len": 20})
     found = decode(Engine(model, compile=True), [[1, 5, 9], [2] * 15, [3] * 50], GREEDY, 70, context="slide")
@@ -304,7 +300,9 @@ def test_compiled_rows_slide_as_plain_ones_do(build_tiny: Build, decode: Decode)
 
 
 @in_compiled_tests
-def test_two_compiled_models_do_not_mix(compiled_engines: dict[str, Engine], build_tiny: Build, decode: Decode) -> None:
+def test_engine_two_compiled_models_are_independent(
+    compiled_engines: dict[str, Engine], build_tiny: Build, decode: Decode
+) -> None:
     """Nothing guards a compiled step, so that it must hold the right weights by itself."""
     models = [build_tiny(seed, **COMPILED) for seed in (0, 1, 2)]
     engines = [compiled_engines["float32"], *(Engine(model, compile=True) for model in models[1:])]
@@ -329,7 +327,7 @@ def test_two_compiled_models_do_not_mix(compiled_engines: dict[str, Engine], bui
 
 
 @in_compiled_tests
-def test_other_shapes_get_steps_of_their_own(build_tiny: Build, decode: Decode) -> None:
+def test_engine_compiles_one_step_per_shape(build_tiny: Build, decode: Decode) -> None:
     model = build_tiny(base="transformer", positional_encoding="alibi", n_kv_heads=1, max_seq_len=50)
     engine = Engine(model, compile=True)
     assert decode(engine, [[1, 2, 3], [4]], n=80).generated == decode(model, [[1, 2, 3], [4]], n=80).generated

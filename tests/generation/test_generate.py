@@ -26,7 +26,7 @@ def build_for(tokenizer: Tokenizer, build_tiny: Build, **settings: Any) -> Trans
     return build_tiny(**{"vocab_size": tokenizer.vocab_size, "max_seq_len": 200, **settings})
 
 
-def test_text_holds_no_special_and_no_id_without_text(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
+def test_generate_emits_no_special_or_unused_ids(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
     model = build_for(byte_tokenizer, build_tiny, vocab_size=byte_tokenizer.vocab_size + 300)
     sampling = SamplingConfig(temperature=30.0, top_p=None, seed=0)
     completions = generate(model, byte_tokenizer, ["a", "bc"], max_new_tokens=60, sampling=sampling)
@@ -36,7 +36,7 @@ def test_text_holds_no_special_and_no_id_without_text(byte_tokenizer: Tokenizer,
     assert [completion.text for completion in completions] == [byte_tokenizer.decode(c.ids) for c in completions]
 
 
-def test_a_prompt_starts_as_a_document_does(byte_tokenizer: Tokenizer) -> None:
+def test_generate_prompt_starts_with_bos(byte_tokenizer: Tokenizer) -> None:
     assert encode_prompt(byte_tokenizer, "a") == [byte_tokenizer.bos_id, 4 + ord("a")]
     assert encode_prompt(byte_tokenizer, "") == [byte_tokenizer.bos_id]
 
@@ -65,9 +65,7 @@ def streamed(
     return completions, pieces
 
 
-def test_pieces_are_whole_characters_and_join_to_the_text(
-    byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead
-) -> None:
+def test_generate_streams_whole_characters(byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead) -> None:
     text = "né€ 😀."
     model = speller(byte_tokenizer, "a", text.encode(), build_tiny, lead)
     (completion,), (pieces,) = streamed(model, byte_tokenizer, ["a"], 50)
@@ -76,9 +74,7 @@ def test_pieces_are_whole_characters_and_join_to_the_text(
 
 
 @pytest.mark.parametrize("n", range(1, 12))
-def test_a_character_cut_by_the_length_comes_last(
-    n: int, byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead
-) -> None:
+def test_generate_streams_cut_character_last(n: int, byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead) -> None:
     content = "né€ 😀.".encode()
     model = speller(byte_tokenizer, "a", content, build_tiny, lead)
     (completion,), (pieces,) = streamed(model, byte_tokenizer, ["a"], n)
@@ -87,21 +83,21 @@ def test_a_character_cut_by_the_length_comes_last(
     assert all(pieces)
 
 
-def test_bytes_that_are_no_text_still_join(byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead) -> None:
+def test_generate_streams_invalid_utf8_bytes(byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead) -> None:
     content = b"x\xe2\x82y\xff\xfez\xf0"
     model = speller(byte_tokenizer, "a", content, build_tiny, lead)
     (completion,), (pieces,) = streamed(model, byte_tokenizer, ["a"], 50)
     assert "".join(pieces) == completion.text == "x�y��z�"
 
 
-def test_streams_of_a_batch_keep_apart(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
+def test_generate_streams_rows_separately(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
     model = build_for(byte_tokenizer, build_tiny)
     completions, pieces = streamed(model, byte_tokenizer, ["a", "the", "", "é"], 30)
     assert ["".join(row) for row in pieces] == [completion.text for completion in completions]
     assert completions == streamed(model, byte_tokenizer, ["a", "the", "", "é"], 30)[0]
 
 
-def test_seed_decides_the_text(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
+def test_generate_seed_determines_text(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
     model = build_for(byte_tokenizer, build_tiny)
 
     def texts(seed: int | None, prompts: list[str], temperature: float = 1.0) -> list[str]:
@@ -122,9 +118,7 @@ def test_seed_decides_the_text(byte_tokenizer: Tokenizer, build_tiny: Build) -> 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_no_dropout_and_the_mode_is_left_as_it_was(
-    training: bool, byte_tokenizer: Tokenizer, build_tiny: Build
-) -> None:
+def test_generate_disables_dropout_and_keeps_mode(training: bool, byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
     model = build_for(byte_tokenizer, build_tiny, dropout=0.5).train(training)
     plain = build_for(byte_tokenizer, build_tiny)
     assert generate(model, byte_tokenizer, ["a"], max_new_tokens=20, sampling=GREEDY) == generate(
@@ -151,23 +145,21 @@ def test_no_dropout_and_the_mode_is_left_as_it_was(
         ([None], "prompt 0 is NoneType None; give a string"),
     ],
 )
-def test_prompts_that_are_no_strings_are_refused(
+def test_generate_non_string_prompts_raise(
     prompts: Any, said: str, byte_tokenizer: Tokenizer, build_tiny: Build
 ) -> None:
     with pytest.raises(GenerationError, match=said):
         generate(build_for(byte_tokenizer, build_tiny), byte_tokenizer, prompts, max_new_tokens=1)
 
 
-def test_numbers_of_numpy_are_taken(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
+def test_generate_accepts_numpy_numbers(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
     model = build_for(byte_tokenizer, build_tiny)
     plain, numpys = SamplingConfig(seed=5, top_k=9), SamplingConfig(seed=np.int64(5), top_k=np.int64(9))
     [one] = generate(model, byte_tokenizer, ["a"], max_new_tokens=3, sampling=plain)
     assert generate(model, byte_tokenizer, np.array(["a"]), max_new_tokens=np.int64(3), sampling=numpys) == [one]
 
 
-def test_progress_counts_whole_steps_and_promises_no_fewer_than_come(
-    byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead
-) -> None:
+def test_generate_progress_total_is_an_upper_bound(byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead) -> None:
     """A prompt of z ends at once, one of v after 4 tokens, and one of a goes on to its limit of 7."""
     v, z = (byte_tokenizer.encode(letter)[0] for letter in "vz")
     model = Engine(build_for(byte_tokenizer, build_tiny))
@@ -191,7 +183,7 @@ def test_progress_counts_whole_steps_and_promises_no_fewer_than_come(
 
 
 @pytest.mark.parametrize("speculate", [1, 4, 15])
-def test_guesses_change_no_piece_and_promise_no_fewer_steps(
+def test_generate_speculation_keeps_stream_and_progress_bound(
     speculate: int, byte_tokenizer: Tokenizer, build_tiny: Build
 ) -> None:
     model = build_for(byte_tokenizer, build_tiny)
@@ -214,7 +206,7 @@ def test_guesses_change_no_piece_and_promise_no_fewer_steps(
     assert seen[-1][0] < sum(len(completion.ids) for completion in found[0])
 
 
-def test_an_engine_made_before_says_the_same(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
+def test_generate_accepts_an_existing_engine(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
     model = build_for(byte_tokenizer, build_tiny)
     for dtype in ("float32", "bfloat16", "int8"):
         engine = Engine(model, dtype=dtype)
@@ -223,7 +215,7 @@ def test_an_engine_made_before_says_the_same(byte_tokenizer: Tokenizer, build_ti
         assert generate(model, byte_tokenizer, ["a", "bcd"], max_new_tokens=20, sampling=GREEDY, dtype=dtype) == once
 
 
-def test_a_context_that_slides_goes_on_where_another_stops(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
+def test_generate_sliding_context_continues_past_limit(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
     model = build_for(byte_tokenizer, build_tiny, max_seq_len=16)
     prompts = ["abc", "x" * 10]
     stopped = generate(model, byte_tokenizer, prompts, max_new_tokens=40, sampling=GREEDY)
@@ -237,7 +229,7 @@ def test_a_context_that_slides_goes_on_where_another_stops(byte_tokenizer: Token
         generate(model, byte_tokenizer, ["y" * 50], max_new_tokens=40)
 
 
-def test_compiling_is_for_what_repays_it() -> None:
+def test_generate_auto_compile_starts_at_break_even() -> None:
     assert choose_compiling(True, 1) is True
     assert choose_compiling(False, 10**9) is False
     for n, wanted in (
@@ -253,7 +245,7 @@ def test_compiling_is_for_what_repays_it() -> None:
 
 
 @pytest.mark.parametrize(("compile", "least", "wanted"), [("auto", 6, False), ("auto", 5, True), (False, 5, False)])
-def test_what_is_had_in_another_way_is_told(
+def test_generate_passes_engine_notices_on(
     compile: Any,
     least: int,
     wanted: bool,
@@ -286,7 +278,7 @@ def test_what_is_had_in_another_way_is_told(
     ],
     ids=str,
 )
-def test_an_unknown_setting_is_refused_by_name(
+def test_generate_unknown_setting_raises(
     setting: dict[str, Any], said: str, byte_tokenizer: Tokenizer, build_tiny: Build
 ) -> None:
     with pytest.raises(GenerationError, match=said):
@@ -294,7 +286,7 @@ def test_an_unknown_setting_is_refused_by_name(
 
 
 @pytest.mark.parametrize(("n_prompts", "n_new"), [(1, 10**15), (10**5, 10), (50_000, 10**9)])
-def test_what_cannot_fit_into_memory_is_refused_before_work(
+def test_generate_beyond_memory_raises_before_work(
     n_prompts: int, n_new: int, byte_tokenizer: Tokenizer, build_tiny: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_for(byte_tokenizer, build_tiny)

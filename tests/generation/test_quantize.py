@@ -80,7 +80,9 @@ def rounded(model: Transformer, dtype: WeightDtype) -> Transformer:
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_float32_is_the_model_itself(base: str, position: str, is_compiled: bool, build_tiny: Build) -> None:
+def test_inference_model_float32_matches_original(
+    base: str, position: str, is_compiled: bool, build_tiny: Build
+) -> None:
     for variant in VARIANTS:
         model = build_tiny(base=base, positional_encoding=position, **variant)
         twin = prepare_for_inference(model, "float32", is_compiled=is_compiled)
@@ -91,7 +93,7 @@ def test_float32_is_the_model_itself(base: str, position: str, is_compiled: bool
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_fewer_bits_are_the_model_with_rounded_matrices(
+def test_inference_model_low_precision_equals_rounded_weights(
     base: str, dtype: WeightDtype, is_compiled: bool, build_tiny: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variant, has_bf16 in product(VARIANTS, (True, False)):
@@ -111,7 +113,7 @@ def test_fewer_bits_are_the_model_with_rounded_matrices(
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("n_inputs", [1, 12, 15, 16, 33, 48, 1100])
 @torch.no_grad()
-def test_a_product_is_as_exact_as_its_numbers(dtype: WeightDtype, is_compiled: bool, n_inputs: int) -> None:
+def test_inference_linear_error_is_within_rounding(dtype: WeightDtype, is_compiled: bool, n_inputs: int) -> None:
     generator = torch.Generator().manual_seed(n_inputs)
     weight = torch.randn(37, n_inputs, generator=generator)
     bias = torch.randn(37, generator=generator)
@@ -138,9 +140,7 @@ def test_a_product_is_as_exact_as_its_numbers(dtype: WeightDtype, is_compiled: b
     seed=st.integers(0, 9),
 )
 @settings(deadline=None, max_examples=80)
-def test_a_weight_is_rounded_by_half_a_step_at_most(
-    shape: tuple[int, int], exponent: int, zero_row: bool, seed: int
-) -> None:
+def test_quantize_error_is_half_a_step(shape: tuple[int, int], exponent: int, zero_row: bool, seed: int) -> None:
     weight = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).sub(0.5) * 10.0**exponent
     if zero_row:
         weight[0] = 0.0
@@ -154,7 +154,7 @@ def test_a_weight_is_rounded_by_half_a_step_at_most(
         assert whole[row].abs().max() == (127 if weight[row].any() else 0)
 
 
-def test_an_outlier_costs_its_own_output_alone() -> None:
+def test_quantize_outlier_affects_only_its_output() -> None:
     weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     calm = quantize(weight)
     weight[2, 7] = 1e4
@@ -169,7 +169,7 @@ def test_an_outlier_costs_its_own_output_alone() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_the_original_stays_as_it_was(
+def test_prepare_for_inference_keeps_the_original(
     base: str, dtype: WeightDtype, tied: bool, training: bool, build_tiny: Build
 ) -> None:
     settings = {"residual_scale": True, "short_conv": {"enabled": True, "activation": "sine"}, "tie_embeddings": tied}
@@ -220,7 +220,9 @@ def test_the_original_stays_as_it_was(
     ids=str,
 )
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_bytes_worked_by_hand(settings: dict[str, Any], elements: int, is_compiled: bool, build_tiny: Build) -> None:
+def test_weight_bytes_known_values(
+    settings: dict[str, Any], elements: int, is_compiled: bool, build_tiny: Build
+) -> None:
     model = build_tiny(**settings)
     for dtype, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
         assert weight_bytes(prepare_for_inference(model, dtype, is_compiled=is_compiled)) == size * elements  # type: ignore[arg-type]
@@ -235,7 +237,7 @@ def test_bytes_worked_by_hand(settings: dict[str, Any], elements: int, is_compil
         (None, "dtype None is not one of"),
     ],
 )
-def test_an_unknown_dtype_is_refused_by_name(dtype: Any, said: str, build_tiny: Build) -> None:
+def test_prepare_for_inference_unknown_dtype_raises(dtype: Any, said: str, build_tiny: Build) -> None:
     with pytest.raises(GenerationError, match=said):
         prepare_for_inference(build_tiny(), dtype)
 
@@ -244,7 +246,7 @@ def test_an_unknown_dtype_is_refused_by_name(dtype: Any, said: str, build_tiny: 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_inputs", [32, 512, 1408])
 @torch.no_grad()
-def test_a_row_of_a_product_is_the_same_bit_for_bit_in_any_company(dtype: WeightDtype, n_inputs: int) -> None:
+def test_inference_linear_is_batch_invariant_bitwise(dtype: WeightDtype, n_inputs: int) -> None:
     if dtype != "float32" and not computes_in_bf16(CPU):
         pytest.skip(f"this CPU has no bf16 hardware, and {dtype} is widened for products that depend on the batch")
     generator = torch.Generator().manual_seed(0)
@@ -260,7 +262,7 @@ def test_a_row_of_a_product_is_the_same_bit_for_bit_in_any_company(dtype: Weight
 
 
 @pytest.mark.parametrize("n_tokens", [1, 7, MAX_DECODE_TOKENS, MAX_DECODE_TOKENS + 1, 300])
-def test_tiles_ask_for_products_of_one_shape_and_give_every_row_back(n_tokens: int) -> None:
+def test_fixed_row_blocks_have_one_shape_and_keep_rows(n_tokens: int) -> None:
     """With a product that tells how many rows it was made of: a row must find the same in any company."""
     x = torch.randn(5, n_tokens, 3, generator=torch.Generator().manual_seed(0))
     together = in_fixed_row_blocks(lambda rows: rows * len(rows), x)

@@ -38,19 +38,19 @@ def kept(logits: Tensor) -> list[list[int]]:
         (1e-9, [1]),
     ],
 )
-def test_nucleus_worked_by_hand(p: float, tokens: list[int]) -> None:
+def test_top_p_known_values(p: float, tokens: list[int]) -> None:
     logits = logits_of(0.2, 0.4, 0.1, 0.3)
     found = keep_top_p(logits, p)
     assert kept(found) == [tokens]
     assert torch.equal(found[0, tokens], logits[0, tokens])
 
 
-def test_nucleus_by_row_and_ties_from_the_lowest_id() -> None:
+def test_top_p_per_row_breaks_ties_by_id() -> None:
     logits = torch.cat((logits_of(0.9, 0.05, 0.03, 0.02), logits_of(0.25, 0.25, 0.25, 0.25)))
     assert kept(keep_top_p(logits, 0.4)) == [[0], [0, 1]]
 
 
-def test_nucleus_of_one_keeps_every_token_of_a_large_vocabulary() -> None:
+def test_top_p_one_keeps_every_token() -> None:
     # In float32 the probabilities of 100,000 equal tokens sum to more than 1 before the last is counted.
     logits = torch.zeros(1, 100_000)
     assert len(kept(keep_top_p(logits, 1.0))[0]) == 100_000
@@ -70,7 +70,7 @@ def test_top_k_keeps_ties(k: int, tokens: list[int]) -> None:
     assert kept(keep_top_k(torch.tensor([[2.0, 1.0, 3.0, 0.0, 2.0]]), k)) == [tokens]
 
 
-def test_penalty_is_a_ratio_that_minds_the_sign() -> None:
+def test_repetition_penalty_respects_sign() -> None:
     logits = torch.tensor([[2.0, -2.0, 0.0, 2.0, -2.0]])
     seen = torch.tensor([[True, True, True, False, False]])
     assert penalise_repetition(logits, seen, 4.0).tolist() == [[0.5, -8.0, 0.0, 2.0, -2.0]]
@@ -78,7 +78,7 @@ def test_penalty_is_a_ratio_that_minds_the_sign() -> None:
     assert torch.equal(penalise_repetition(logits, seen, 1.0), logits)
 
 
-def test_penalty_comes_before_the_shift_and_moves_the_greedy_choice() -> None:
+def test_repetition_penalty_changes_greedy_choice() -> None:
     logits, seen = torch.tensor([[3.0, 2.0]]), torch.tensor([[True, False]])
     greedy = SamplingConfig(temperature=0.0, repetition_penalty=2.0)
     assert next_tokens(logits, greedy, None, seen).tolist() == [1]
@@ -91,7 +91,7 @@ def test_penalty_comes_before_the_shift_and_moves_the_greedy_choice() -> None:
     assert next_tokens(logits, cold, torch.tensor([at * 1.01]), seen).tolist() == [1]
 
 
-def test_zero_temperature_takes_the_best_whatever_the_cuts() -> None:
+def test_temperature_zero_is_greedy_despite_cuts() -> None:
     logits = torch.tensor([[0.0, 5.0, 4.9], [7.0, 7.0, 1.0]])
     for other in ({}, {"top_k": 1}, {"top_p": 0.01}, {"seed": 3}):
         sampling = SamplingConfig(temperature=0.0, **other)
@@ -101,27 +101,27 @@ def test_zero_temperature_takes_the_best_whatever_the_cuts() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-45, 5e-324])
 @pytest.mark.parametrize("scale", [1.0, 1e30])
-def test_a_tiny_temperature_is_greedy(temperature: float, scale: float) -> None:
+def test_temperature_tiny_is_greedy(temperature: float, scale: float) -> None:
     logits = torch.tensor([[1.0, 3.0, -2.0, 2.9]]) * scale
     for u in (0.0, 0.5, BELOW_ONE):
         sampling = SamplingConfig(temperature=temperature, top_p=None)
         assert next_tokens(logits, sampling, torch.tensor([u])).tolist() == [1]
 
 
-def test_a_huge_temperature_is_uniform() -> None:
+def test_temperature_huge_is_uniform() -> None:
     logits = torch.tensor([[50.0, -50.0, 0.0, 20.0]]).repeat(4, 1)
     uniforms = torch.tensor([0.1, 0.3, 0.6, 0.9])
     assert next_tokens(logits, SamplingConfig(temperature=1e30, top_p=None), uniforms).tolist() == [0, 1, 2, 3]
 
 
-def test_the_draw_inverts_the_cumulative_distribution() -> None:
+def test_sampling_inverts_cumulative_distribution() -> None:
     logits = logits_of(0.1, 0.2, 0.3, 0.4)
     for u, token in ((0.0, 0), (0.0999, 0), (0.1001, 1), (0.2999, 1), (0.3001, 2), (0.6001, 3), (BELOW_ONE, 3)):
         assert next_tokens(logits, SamplingConfig(top_p=None), torch.tensor([u])).tolist() == [token], u
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_softmax(temperature: float) -> None:
+def test_sampling_follows_softmax(temperature: float) -> None:
     n_draws = 40_000
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 1.5
     uniforms = torch.rand(n_draws, generator=torch.Generator().manual_seed(1))
@@ -134,7 +134,7 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 
 # One itself too, which no generator promises to give and rounding on the way may make.
 @pytest.mark.parametrize("u", [0.0, 1e-30, 0.5, BELOW_ONE, 1.0])
-def test_a_token_without_probability_is_never_drawn(u: float) -> None:
+def test_sampling_never_draws_zero_probability(u: float) -> None:
     # Zero probability at both ends and in the middle.
     logits = torch.tensor([[-1e30, 1.0, -1e30, 1.0, -1e30]])
     for sampling in (SamplingConfig(top_p=None), SamplingConfig(top_k=2, top_p=1.0), SamplingConfig(top_p=0.9)):
@@ -145,7 +145,7 @@ def test_a_token_without_probability_is_never_drawn(u: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 1e38])
-def test_a_forbidden_token_is_never_taken(temperature: float) -> None:
+def test_sampling_never_takes_forbidden_token(temperature: float) -> None:
     logits, forbidden = torch.tensor([[9.0, 1.0, 8.0, 0.0]]), torch.tensor([0, 2])
     seen = torch.ones(1, 4, dtype=torch.bool)
     for penalty in (None, 1e-20, 1e20):
@@ -163,7 +163,7 @@ def test_a_forbidden_token_is_never_taken(temperature: float) -> None:
     u=st.floats(0.0, BELOW_ONE, width=32),
 )
 @settings(deadline=None, max_examples=300)
-def test_every_valid_setting_gives_a_token_of_the_vocabulary(
+def test_sampling_any_valid_config_gives_valid_token(
     logits: list[float], temperature: float, top_k: int | None, top_p: float | None, penalty: float | None, u: float
 ) -> None:
     sampling = SamplingConfig(temperature, top_k, top_p, penalty)
@@ -175,7 +175,7 @@ def test_every_valid_setting_gives_a_token_of_the_vocabulary(
         assert logits[int(token)] == max(logits)
 
 
-def test_rows_do_not_mix() -> None:
+def test_sampling_rows_are_independent() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, uniforms = torch.randn(6, 20, generator=generator), torch.rand(6, generator=generator)
     seen = torch.rand(6, 20, generator=generator) < 0.3
@@ -187,13 +187,13 @@ def test_rows_do_not_mix() -> None:
 
 @pytest.mark.parametrize("damage", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_are_an_error(damage: float, temperature: float) -> None:
+def test_sampling_nonfinite_logits_raise(damage: float, temperature: float) -> None:
     with pytest.raises(GenerationError, match="not finite"):
         next_tokens(torch.tensor([[0.0, damage]]), SamplingConfig(temperature), torch.tensor([0.5]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_any_dtype_of_logits(dtype: torch.dtype) -> None:
+def test_sampling_accepts_any_floating_dtype(dtype: torch.dtype) -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0]], dtype=dtype)
     assert next_tokens(logits, SamplingConfig(temperature=0.0), None).tolist() == [1]
     assert next_tokens(logits, SamplingConfig(temperature=0.01), torch.tensor([0.9])).tolist() == [1]
@@ -209,12 +209,12 @@ def test_any_dtype_of_logits(dtype: torch.dtype) -> None:
         *[("seed", v) for v in (-1, 2**63)],
     ],
 )
-def test_invalid_settings_name_the_field_and_the_value(field: str, value: Any) -> None:
+def test_sampling_config_error_names_field_and_value(field: str, value: Any) -> None:
     with pytest.raises(GenerationError, match=f"{field} {value}"):
         SamplingConfig(**{field: value})
 
 
-def test_sampling_without_random_numbers_is_refused() -> None:
+def test_sampling_without_random_numbers_raises() -> None:
     with pytest.raises(ValueError, match="random number"):
         next_tokens(torch.zeros(1, 3), SamplingConfig(), None)
 
@@ -234,14 +234,14 @@ def test_sampling_without_random_numbers_is_refused() -> None:
         ("seed", "x" * 5000),
     ],
 )
-def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any) -> None:
+def test_sampling_config_wrong_type_raises(name: str, value: Any) -> None:
     with pytest.raises(GenerationError, match=rf"^{name} .* is not a (whole )?number$") as caught:
         SamplingConfig(**{name: value})
     assert repr(value)[:40] in str(caught.value)
     assert len(str(caught.value)) < 120
 
 
-def test_numbers_of_numpy_and_whole_temperatures_are_numbers() -> None:
+def test_sampling_config_accepts_numpy_and_whole_numbers() -> None:
     sampling = SamplingConfig(np.float32(0.5), np.int64(3), np.float64(0.9), 1, np.uint32(7))
     assert next_tokens(torch.zeros(1, 4), sampling, torch.tensor([0.0])).shape == (1,)
     assert SamplingConfig(temperature=1).temperature == 1

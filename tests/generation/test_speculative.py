@@ -21,7 +21,7 @@ def search(text: list[int], n_tokens: int) -> list[int]:
 
 
 @given(parts=st.lists(ids, min_size=1, max_size=5), n_tokens=st.integers(1, 15))
-def test_is_what_a_search_finds(parts: list[list[int]], n_tokens: int) -> None:
+def test_prompt_lookup_matches_brute_force_search(parts: list[list[int]], n_tokens: int) -> None:
     lookup = PromptLookup(parts[0])
     text = list(parts[0])
     assert lookup.draft(n_tokens) == search(text, n_tokens)
@@ -32,18 +32,18 @@ def test_is_what_a_search_finds(parts: list[list[int]], n_tokens: int) -> None:
         assert lookup.draft(n_tokens) == search(text, n_tokens)
 
 
-def test_three_tokens_are_believed_before_two_and_the_newest_before_the_rest() -> None:
+def test_prompt_lookup_prefers_longer_then_newer_match() -> None:
     assert PromptLookup([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3]).draft(2) == [4, 9]
     assert PromptLookup([1, 2, 3, 4, 9, 2, 3, 5, 7, 2, 3]).draft(2) == [5, 7]
     assert PromptLookup([1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3]).draft(1) == [5]
 
 
-def test_what_never_stood_there_is_not_guessed_at() -> None:
+def test_prompt_lookup_unknown_ngram_gives_no_draft() -> None:
     for text in ([], [1], [1, 1], [1, 2, 3, 4, 5], [3, 3, 4, 5, 3]):
         assert PromptLookup(text).draft(5) == []
 
 
-def test_a_guess_ends_where_the_text_does() -> None:
+def test_prompt_lookup_draft_ends_with_the_text() -> None:
     assert PromptLookup([7, 7, 7, 7]).draft(15) == [7]
     assert PromptLookup([1, 2, 1, 2]).draft(15) == [1, 2]
     lookup = PromptLookup([1, 2, 1, 2])

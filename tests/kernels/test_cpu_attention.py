@@ -53,7 +53,7 @@ def errors(found: list[Tensor], right: list[Tensor]) -> list[float]:
 @pytest.mark.parametrize("n_tokens", [2, 7, 128, 129, 300, 640])
 @pytest.mark.parametrize("positional_encoding", ["rope", "alibi"])
 @pytest.mark.parametrize("n_groups", [1, N_HEADS])
-def test_no_less_exact_than_the_kernel_it_stands_in_for(n_tokens: int, positional_encoding: str, n_groups: int) -> None:
+def test_blocked_attention_is_as_exact_as_sdpa(n_tokens: int, positional_encoding: str, n_groups: int) -> None:
     drawn, bias = tensors(n_tokens, n_groups), bias_of(n_tokens, positional_encoding)
     right = value_and_gradients(kernel, drawn, bias, torch.float64)
     ours = errors(value_and_gradients(blocked_attention, drawn, bias, torch.bfloat16), right)
@@ -64,7 +64,7 @@ def test_no_less_exact_than_the_kernel_it_stands_in_for(n_tokens: int, positiona
 
 
 @pytest.mark.parametrize(("n_tokens", "bias"), list(itertools.product([300, 640], ["rope", "alibi"])))
-def test_no_token_sees_what_comes_after_it_nor_is_seen_by_it(n_tokens: int, bias: str) -> None:
+def test_blocked_attention_is_causal(n_tokens: int, bias: str) -> None:
     drawn = tensors(n_tokens)
     changed = [x.clone() for x in drawn]
     cut = n_tokens // 2 + 1
@@ -82,7 +82,7 @@ def test_no_token_sees_what_comes_after_it_nor_is_seen_by_it(n_tokens: int, bias
         assert gradient[:, :, :cut].any()
 
 
-def test_what_is_kept_grows_no_faster_than_long_windows() -> None:
+def test_blocked_attention_saved_memory_is_linear() -> None:
     def kept(n_tokens: int) -> int:
         sizes: dict[int, int] = {}
 
@@ -103,7 +103,7 @@ def test_what_is_kept_grows_no_faster_than_long_windows() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("bias", ["rope", "alibi"])
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_compiled_it_is_the_same_attention(bias: str) -> None:
+def test_blocked_attention_compiled_matches_eager(bias: str) -> None:
     drawn = tensors(300)
     right = value_and_gradients(kernel, drawn, bias_of(300, bias), torch.float64)
     plain = errors(value_and_gradients(blocked_attention, drawn, bias_of(300, bias), torch.bfloat16), right)
@@ -112,7 +112,7 @@ def test_compiled_it_is_the_same_attention(bias: str) -> None:
     assert max(a / b for a, b in zip(found, plain, strict=True)) < 1.5
 
 
-def test_only_bfloat16_training_on_a_cpu_takes_this_way() -> None:
+def test_blocked_attention_only_for_bfloat16_cpu_training() -> None:
     q = torch.ones(1, 1, 2, 4, dtype=torch.bfloat16)
     assert use_blocked_attention(q)
     assert not use_blocked_attention(q.float())
@@ -126,7 +126,7 @@ def test_only_bfloat16_training_on_a_cpu_takes_this_way() -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"n_kv_heads": 1}, {"positional_encoding": "alibi"}, {"qk_norm": True}], ids=str
 )
-def test_a_model_trains_through_it(
+def test_blocked_attention_trains_a_model(
     settings: dict[str, object], build_tiny: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_tiny(base="waveresnet", **settings).train()
@@ -157,7 +157,7 @@ def _as_one(gradients: list[Tensor]) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def test_blocks_of_queries_do_not_change_what_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocked_attention_is_independent_of_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = tensors(300)
     whole = value_and_gradients(blocked_attention, drawn, None, torch.bfloat16)
     monkeypatch.setattr(cpu_attention, "_BLOCK_QUERIES", 50)

@@ -40,7 +40,7 @@ def reference(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("n_tokens", [0, 1, 63, 64, 65, 128, 200])
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
-def test_equals_cross_entropy_on_full_logits(
+def test_cross_entropy_matches_full_logits(
     smoothing: float, n_tokens: int, ignored: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 1)
@@ -56,7 +56,9 @@ def test_equals_cross_entropy_on_full_logits(
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wants_gradient", [False, True])
-def test_the_algebra_for_a_compiler_is_the_same(smoothing: float, dtype: torch.dtype, wants_gradient: bool) -> None:
+def test_cross_entropy_compilable_formula_matches_in_place(
+    smoothing: float, dtype: torch.dtype, wants_gradient: bool
+) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = (30 * torch.randn(50, V, generator=generator)).to(dtype)
     labels = torch.randint(0, V, (50,), generator=generator)
@@ -68,7 +70,7 @@ def test_the_algebra_for_a_compiler_is_the_same(smoothing: float, dtype: torch.d
 
 @pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
-def test_a_gpu_compiles_it_also_within_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy_compiles_inside_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rehearsed on a CPU: chunks of two lengths, with gradients and without, after a break of the model's graph."""
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 1)
     hidden, weight, labels = case(SMALLEST_CHUNK + 20)
@@ -89,7 +91,7 @@ def test_a_gpu_compiles_it_also_within_a_compiled_model(monkeypatch: pytest.Monk
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
-def test_gradient_is_scaled_by_what_follows() -> None:
+def test_cross_entropy_gradient_scales_with_upstream() -> None:
     hidden, weight, labels = case(70)
     _, by_hidden, by_weight = reference(hidden, weight, labels, 0.1)
     (linear_cross_entropy(hidden, weight, labels, 0.1) * 0.25).backward()
@@ -100,7 +102,7 @@ def test_gradient_is_scaled_by_what_follows() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
-def test_what_is_frozen_costs_no_gradient(frozen: str) -> None:
+def test_cross_entropy_skips_gradients_of_frozen_tensors(frozen: str) -> None:
     hidden, weight, labels = case(70)
     total, by_hidden, by_weight = reference(hidden, weight, labels, 0.0)
     hidden.requires_grad_(frozen == "weight")
@@ -130,7 +132,7 @@ class Shapes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, nullcontext])
-def test_an_evaluation_works_out_no_gradient(context: Any) -> None:
+def test_cross_entropy_without_grad_computes_no_gradient(context: Any) -> None:
     """Autograd asks for those of all parameters, also where none will be taken: twice the work and more."""
     hidden, weight, labels = case(70)
     with context(), Shapes() as shapes:
@@ -140,7 +142,7 @@ def test_an_evaluation_works_out_no_gradient(context: Any) -> None:
     torch.testing.assert_close(total.detach().double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_bf16_autocast_stays_close_and_sums_in_float32() -> None:
+def test_cross_entropy_bf16_autocast_sums_in_float32() -> None:
     hidden, weight, labels = case(3000, ignored=0.1)
     with torch.autocast("cpu", torch.bfloat16):
         total = linear_cross_entropy(hidden.bfloat16(), weight, labels)
@@ -170,7 +172,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("vocab_size", [2_000, 50_000])
-def test_full_logits_are_never_made(vocab_size: int) -> None:
+def test_cross_entropy_never_allocates_full_logits(vocab_size: int) -> None:
     n_tokens = 4 * max(SMALLEST_CHUNK, loss_module._CHUNK_BYTES // (4 * vocab_size))
     hidden = torch.randn(n_tokens, 2, requires_grad=True)
     weight = torch.randn(vocab_size, 2, requires_grad=True)

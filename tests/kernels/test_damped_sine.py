@@ -61,7 +61,7 @@ def assert_matches_reference(found: list[Tensor], tensors: list[Tensor], grad: T
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 6, 7, 23])
-def test_value_and_gradients_equal_float64(
+def test_damped_sine_matches_float64(
     mode: str, dtype: torch.dtype, n_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Three rows to a block and thread, so that the last block is ragged.
@@ -76,7 +76,7 @@ def test_value_and_gradients_equal_float64(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_plain_path_equals_float64(mode: str, dtype: torch.dtype) -> None:
+def test_damped_sine_formula_matches_float64(mode: str, dtype: torch.dtype) -> None:
     *tensors, grad = inputs(23, dtype)
     found = [
         damped_sine_module.damped_sine_formula(*tensors, mode),
@@ -90,7 +90,7 @@ def test_plain_path_equals_float64(mode: str, dtype: torch.dtype) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_path_equals_float64(mode: str, dtype: torch.dtype) -> None:
+def test_damped_sine_compiled_matches_float64(mode: str, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     value, gradients = damped_sine_module._compiled()
     for n_rows in (23, 3 * damped_sine_module._ROWS_SUMMED):
@@ -101,7 +101,7 @@ def test_compiled_path_equals_float64(mode: str, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_backward_works_out_no_sine_twice() -> None:
+def test_damped_sine_compiled_backward_computes_sine_once() -> None:
     from torch._inductor.utils import run_and_get_code
 
     *tensors, grad = inputs(3 * damped_sine_module._ROWS_SUMMED, torch.float32)
@@ -114,7 +114,7 @@ def test_compiled_backward_works_out_no_sine_twice() -> None:
 
 
 @pytest.mark.parametrize("block_elements", [1, N_FEATURES, 4 * N_FEATURES, 7 * N_FEATURES, 1000])
-def test_size_of_a_block_changes_no_value(block_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damped_sine_is_independent_of_block_size(block_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     *tensors, grad = inputs(29, torch.float32)
     whole = value_and_gradients(damped_sine, tensors, grad, "abs")
     monkeypatch.setattr(damped_sine_module, "_BLOCK_ELEMENTS", block_elements)
@@ -126,7 +126,7 @@ def test_size_of_a_block_changes_no_value(block_elements: int, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_any_leading_shape_and_stride(mode: str) -> None:
+def test_damped_sine_accepts_any_shape_and_stride(mode: str) -> None:
     *tensors, grad = inputs(24, torch.float32)
     flat = value_and_gradients(damped_sine, tensors, grad, mode)
     for shape in ((2, 3, 4, N_FEATURES), (24, 1, N_FEATURES)):
@@ -144,7 +144,7 @@ def test_any_leading_shape_and_stride(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e30])
-def test_far_out_everything_is_finite_and_damped(mode: str, size: float) -> None:
+def test_damped_sine_large_inputs_are_finite_and_damped(mode: str, size: float) -> None:
     z = torch.tensor([[size], [-size]])
     amplitude, frequency, decay = torch.tensor([[1.5], [1.0], [0.05]])
     found = value_and_gradients(damped_sine, [z, amplitude, frequency, decay], torch.ones(2, 1), mode)
@@ -154,7 +154,7 @@ def test_far_out_everything_is_finite_and_damped(mode: str, size: float) -> None
         assert abs(y) <= limit + 1.5 * 2.718281828 ** (-0.05 * size) + 1e-7
 
 
-def test_saves_z_and_nothing_else_of_its_size() -> None:
+def test_damped_sine_saves_only_z() -> None:
     z = torch.randn(400, 30, dtype=torch.bfloat16, requires_grad=True)
     activation = SineActivation(30, SineConfig())
     saved: dict[int, Tensor] = {}
@@ -170,7 +170,7 @@ def test_saves_z_and_nothing_else_of_its_size() -> None:
     assert sum(t.nbytes for t in saved.values()) <= z.nbytes + 10 * 30 * 4
 
 
-def test_arithmetic_is_float32_under_autocast() -> None:
+def test_damped_sine_computes_in_float32_under_autocast() -> None:
     activation = SineActivation(3, SineConfig())
     z = torch.linspace(-3, 3, 30).view(10, 3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -186,7 +186,7 @@ def test_inverse_softplus_inverts(value: float) -> None:
     assert torch.nn.functional.softplus(raw).item() == pytest.approx(value, rel=1e-9)
 
 
-def test_starts_at_the_values_asked_for() -> None:
+def test_sine_activation_starts_at_configured_values() -> None:
     activation = SineActivation(4, SineConfig(amp_init=1.25, freq_init=2.5, damp_init=0.01))
     for name, value in (("amplitude", 1.25), ("frequency", 2.5), ("decay", 0.01)):
         torch.testing.assert_close(activation.value_of(name), torch.full((4,), value), rtol=1e-6, atol=0.0)
@@ -197,7 +197,7 @@ BOUNDS = {"amp_bounds": (0.5, 1.5), "freq_bounds": (0.25, 4.0), "damp_bounds": (
 
 @pytest.mark.parametrize("name", ["amplitude", "frequency", "decay"])
 @pytest.mark.parametrize("raw", [-1e4, -30.0, 0.0, 30.0, 1e4])
-def test_values_are_positive_and_bounds_hold(name: str, raw: float) -> None:
+def test_sine_activation_values_are_positive_and_bounded(name: str, raw: float) -> None:
     free, bound = SineActivation(4, SineConfig()), SineActivation(4, SineConfig(**BOUNDS))
     low, high = dict(zip(("amplitude", "frequency", "decay"), BOUNDS.values(), strict=True))[name]
     for activation in (free, bound):
@@ -214,7 +214,7 @@ def test_values_are_positive_and_bounds_hold(name: str, raw: float) -> None:
 @pytest.mark.parametrize(
     "subset", [s for n in range(4) for s in combinations(("amplitude", "frequency", "decay"), n)], ids=str
 )
-def test_gradients_reach_exactly_the_learnable(subset: tuple[str, ...]) -> None:
+def test_sine_activation_gradients_reach_only_learnable(subset: tuple[str, ...]) -> None:
     activation = SineActivation(3, SineConfig(learnable=subset))
     z = torch.linspace(-2, 2, 12).view(4, 3).requires_grad_()
     activation(z).pow(2).sum().backward()
@@ -225,14 +225,14 @@ def test_gradients_reach_exactly_the_learnable(subset: tuple[str, ...]) -> None:
     assert activation.state_dict().keys() == {"raw_amplitude", "raw_frequency", "raw_decay"}
 
 
-def test_trainable_false_freezes_all() -> None:
+def test_sine_activation_trainable_false_freezes_all() -> None:
     activation = SineActivation(3, SineConfig(trainable=False))
     assert not list(activation.parameters())
     assert not activation(torch.ones(2, 3)).requires_grad
 
 
 @pytest.mark.parametrize("key", ["amp_std", "freq_std", "damp_std"])
-def test_spread_is_positive_seeded_and_as_wide_as_asked(key: str) -> None:
+def test_sine_activation_spread_is_positive_and_seeded(key: str) -> None:
     name = {"amp_std": "amplitude", "freq_std": "frequency", "damp_std": "decay"}[key]
 
     def spread(seed: int, std: float) -> Tensor:
@@ -265,7 +265,7 @@ def test_spread_is_positive_seeded_and_as_wide_as_asked(key: str) -> None:
     ],
     ids=str,
 )
-def test_every_setting_changes_values_or_gradients(change: dict[str, Any]) -> None:
+def test_sine_activation_every_setting_has_effect(change: dict[str, Any]) -> None:
     name = next(iter(change))
     # A bound shows only where the spread goes past it.
     common = {"damp_init": 0.2, **({f"{name.split('_')[0]}_std": 0.5} if name.endswith("bounds") else {})}

@@ -27,7 +27,7 @@ def leaves(n_rows: int, has_bias: bool) -> list[Tensor]:
 @pytest.mark.usefixtures("detour")
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("n_rows", [5, 33, 100])
-def test_values_and_gradients_are_those_of_float64(n_rows: int, has_bias: bool) -> None:
+def test_onednn_linear_gradients_match_float64(n_rows: int, has_bias: bool) -> None:
     ours = leaves(n_rows, has_bias)
     exact = [leaf.detach().double().requires_grad_() for leaf in ours]
     y, wanted = linear(*ours), torch.nn.functional.linear(*exact)
@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_float64(n_rows: int, has_bias: bool) 
 
 @needs_onednn
 @pytest.mark.usefixtures("detour")
-def test_frozen_weights_get_no_gradient() -> None:
+def test_onednn_linear_skips_frozen_weights() -> None:
     x, weight = leaves(100, has_bias=False)
     weight.requires_grad_(False)
     linear(x, weight).sum().backward()
@@ -52,12 +52,12 @@ def test_frozen_weights_get_no_gradient() -> None:
 
 
 @needs_onednn
-def test_matrices_of_any_strides() -> None:
+def test_onednn_matmul_accepts_any_strides() -> None:
     left, right = torch.randn(70, 30).t(), torch.randn(50, 70).t()
     torch.testing.assert_close(onednn_matmul(left, right), left @ right, rtol=1e-5, atol=1e-5)
 
 
-def test_other_precisions_take_no_detour(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_is_not_used_for_other_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "prefers_onednn", lambda: pytest.fail("asked for"))
     x, weight = leaves(100, has_bias=False)
     assert linear(x.double(), weight.double()).dtype == torch.float64

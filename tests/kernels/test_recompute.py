@@ -32,7 +32,7 @@ def loss_and_gradients(model: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_losses_and_gradients_are_those_of_the_plain_algebra(
+def test_recompute_losses_and_gradients_match_plain_formulas(
     settings: dict[str, Any], build_tiny: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_tiny(**settings).train()
@@ -47,7 +47,7 @@ def test_losses_and_gradients_are_those_of_the_plain_algebra(
 
 
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
-def test_less_is_kept_for_the_backward_pass(
+def test_recompute_saves_less_for_backward(
     base: str, build_tiny: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_tiny(base=base).train()
@@ -73,7 +73,7 @@ def test_less_is_kept_for_the_backward_pass(
     assert leanly < 0.9 * kept()
 
 
-def test_compilers_inference_and_double_precision_take_the_plain_algebra() -> None:
+def test_recompute_is_off_for_compile_inference_double() -> None:
     x = torch.ones(2, 3)
     assert recompute.use_recompute(x)
     assert not recompute.use_recompute(x.double())

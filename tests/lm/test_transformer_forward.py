@@ -75,7 +75,7 @@ def test_alibi_forward_equals_attention_by_hand(base: str, n_heads: int, d_model
 
 @pytest.mark.parametrize("wrong", ["doubled", "reversed", "one for all", "rising with distance"])
 @torch.no_grad()
-def test_alibi_by_hand_tells_wrong_slopes(wrong: str, build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alibi_reference_detects_wrong_slopes(wrong: str, build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     right = torch.tensor(SLOPES[4])
     slopes = {
         "doubled": 2 * right,
@@ -99,7 +99,7 @@ def test_alibi_bias_depends_on_distance_alone(shift: int) -> None:
     assert bias[:, 0, 1:].eq(-math.inf).all()
 
 
-def test_alibi_layout_of_shifted_rows_is_the_same(build_tiny: Build) -> None:
+def test_alibi_context_of_shifted_rows_is_equal(build_tiny: Build) -> None:
     config = build_tiny(positional_encoding="alibi").config
     started = attention_context(config, 4, torch.device("cpu"))
     assert started.rope is None
@@ -113,7 +113,7 @@ def test_alibi_layout_of_shifted_rows_is_the_same(build_tiny: Build) -> None:
 
 
 @torch.no_grad()
-def test_equal_tokens_have_equal_logits_under_alibi(build_tiny: Build) -> None:
+def test_alibi_equal_tokens_have_equal_logits(build_tiny: Build) -> None:
     input_ids = torch.full((1, 40), 5)
     for position, is_absolute in (("alibi", False), ("sinusoidal", True)):
         # Longer than max_seq_len 32, and without short convolutions, which see the beginning.
@@ -122,7 +122,7 @@ def test_equal_tokens_have_equal_logits_under_alibi(build_tiny: Build) -> None:
         assert (spread > 1e-3) == is_absolute
 
 
-def test_rope_needs_an_even_head_and_alibi_takes_any(build_tiny: Build) -> None:
+def test_rope_requires_even_head_dim(build_tiny: Build) -> None:
     with pytest.raises(ConfigError, match="odd head size 5"):
         ModelConfig(d_model=15, n_heads=3, positional_encoding="rope")
     assert build_tiny(positional_encoding="alibi", d_model=15, n_heads=3)(tokens(1, 4)).shape == (1, 4, 17)

@@ -41,7 +41,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.base}-{c.mlp}")
-def test_groups_sum_to_the_model(config: ModelConfig) -> None:
+def test_count_parameters_groups_sum_to_the_model(config: ModelConfig) -> None:
     counts = count_parameters(config)
     assert sum(counts.values()) == sum(p.numel() for p in build_model(config).parameters())
     assert counts["embedding"] == 50 * 16
@@ -66,7 +66,7 @@ def test_groups_sum_to_the_model(config: ModelConfig) -> None:
     ],
     ids=str,
 )
-def test_flops_worked_by_hand(settings: dict[str, Any], matrices: int) -> None:
+def test_flops_known_values(settings: dict[str, Any], matrices: int) -> None:
     config = ModelConfig(
         base="transformer", d_model=4, n_layers=2, n_heads=2, n_kv_heads=1, d_mlp=6, vocab_size=10, **settings
     )
@@ -96,7 +96,7 @@ def measured_activations(model: Transformer, n_rows: int, seq_len: int, dtype: t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_activations_on_shapes_are_those_of_a_real_pass(
+def test_training_memory_matches_a_real_pass(
     config: ModelConfig, dtype: torch.dtype, grad_checkpoint: bool, device_type: str, norms_of_a_gpu: Any
 ) -> None:
     """With recomputation: what the pass keeps, and what one block saves while it is run again."""
@@ -118,14 +118,14 @@ def test_activations_on_shapes_are_those_of_a_real_pass(
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.base}-{c.mlp}")
-def test_a_gpu_keeps_more_than_a_cpu(config: ModelConfig) -> None:
+def test_training_memory_gpu_exceeds_cpu(config: ModelConfig) -> None:
     on_cpu, on_gpu = (training_memory(config, 4, 32, device_type=name).activations for name in ("cpu", "cuda"))
     assert on_gpu > on_cpu
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.base}-{c.mlp}")
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_optimizer_state_is_what_the_optimizer_holds(config: ModelConfig, name: Any) -> None:
+def test_training_memory_optimizer_state_matches_optimizer(config: ModelConfig, name: Any) -> None:
     model = build_model(config)
     optimizers = OptimizerSet(model, name, 0.1)
     input_ids = torch.zeros(1, 4, dtype=torch.long)
@@ -140,7 +140,7 @@ def test_optimizer_state_is_what_the_optimizer_holds(config: ModelConfig, name: 
     assert memory.total == parts
 
 
-def test_what_saves_memory_is_seen_to() -> None:
+def test_training_memory_reflects_memory_savings() -> None:
     config = CONFIGS[1]
     plain = training_memory(config, 4, 64)
     assert training_memory(config, 4, 64, optimizer="muon").optimizer < plain.optimizer
@@ -150,7 +150,7 @@ def test_what_saves_memory_is_seen_to() -> None:
 
 
 @pytest.mark.parametrize("base", get_args(BaseName))
-def test_a_model_far_too_large_for_this_machine_is_counted_at_once(base: BaseName) -> None:
+def test_training_memory_of_huge_model_is_fast(base: BaseName) -> None:
     config = resolve(ModelConfig(base=base, d_model=8192, n_layers=2, n_heads=64, vocab_size=128_000))
     started_s = time.process_time()
     assert sum(count_parameters(config).values()) > 2 * 12 * 8192**2
@@ -158,7 +158,7 @@ def test_a_model_far_too_large_for_this_machine_is_counted_at_once(base: BaseNam
     assert time.process_time() - started_s < 5.0
 
 
-def test_a_deep_model_is_built_once_for_its_sizes_and_once_for_its_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_memory_builds_deep_model_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[object] = []
     original = Transformer.__init__
 
@@ -177,7 +177,7 @@ def test_a_deep_model_is_built_once_for_its_sizes_and_once_for_its_activations(m
     assert count_parameters(config)["embedding"] == 51 * 16
 
 
-def test_a_model_too_large_for_the_machine_is_named_at_once() -> None:
+def test_oversize_model_is_refused_immediately() -> None:
     for settings in ({"n_layers": 1_000_000}, {"d_model": 1_000_000, "n_heads": 1}, {"n_layers": 10**9}):
         config = ModelConfig(base="transformer", **settings)
         with pytest.raises(ConfigError, match="GB for the model alone"):
@@ -185,7 +185,7 @@ def test_a_model_too_large_for_the_machine_is_named_at_once() -> None:
     refuse_oversize(ModelConfig(base="transformer", d_model=16, n_layers=2, n_heads=2), 300)
 
 
-def test_shapes_beyond_64_bits_are_refused_in_words() -> None:
+def test_oversize_shapes_beyond_64_bits_raise() -> None:
     with pytest.raises(ConfigError, match=r"more elements than 64 bits can count|GB for the model alone"):
         refuse_oversize(ModelConfig(base="transformer", d_model=1 << 40, n_heads=1), 300)
 
@@ -215,7 +215,7 @@ GB = 10**9
     ],
     ids=str,
 )
-def test_the_memory_of_a_model_depends_on_where_it_is(
+def test_oversize_depends_on_device_and_ranks(
     place: Place, memory_gb: int, fault: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A billion parameters take 4 GB, and 16 GB with gradients and the optimizer's two moments."""
@@ -229,7 +229,7 @@ def test_the_memory_of_a_model_depends_on_where_it_is(
 
 @pytest.mark.parametrize("base", ["waveresnet", "transformer"])
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
-def test_the_activations_of_a_deep_model_follow_from_two_shallow_ones(
+def test_training_memory_deep_model_is_extrapolated_exactly(
     base: BaseName, grad_checkpoint: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = resolve(ModelConfig(base=base, **{**TINY, "n_layers": 5}))
@@ -238,19 +238,19 @@ def test_the_activations_of_a_deep_model_follow_from_two_shallow_ones(
     assert training_memory(config, 3, 8, grad_checkpoint=grad_checkpoint) == whole
 
 
-def test_a_million_layers_are_counted_at_once() -> None:
+def test_count_parameters_of_million_layers_is_fast() -> None:
     config = resolve(ModelConfig(base="respsann", **{**TINY, "n_layers": 1_000_000}))
     started_s = time.process_time()
     assert training_memory(config, 4, 16).activations > 10**6
     assert time.process_time() - started_s < 5.0
 
 
-def test_parameters_of_equal_layers_are_those_of_the_built_model(build_tiny: Any) -> None:
+def test_count_parameters_matches_built_model(build_tiny: Any) -> None:
     for base in ("waveresnet", "respsann", "transformer"):
         model = build_tiny(base=base, n_layers=3)
         assert sum(count_parameters(model.config).values()) == sum(p.numel() for p in model.parameters())
 
 
-def test_match_mlp_width_solves_lines_of_any_slope() -> None:
+def test_match_mlp_width_reaches_target_parameters() -> None:
     assert accounting.match_mlp_width(lambda width: 1000 + 37 * width, 1000 + 37 * 802) == 800
     assert accounting.match_mlp_width(lambda width: 10 * width, 1230) == 123

@@ -47,7 +47,7 @@ def logits(model: Transformer) -> Tensor:
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("positions", ["rope", "alibi", "sinusoidal"])
-def test_the_loaded_model_gives_the_very_logits(
+def test_artifact_roundtrip_gives_identical_logits(
     build_tiny: Build, tmp_path: Path, base: str, tied: bool, positions: str
 ) -> None:
     model = build_tiny(
@@ -64,7 +64,7 @@ def test_the_loaded_model_gives_the_very_logits(
     assert {name for name, p in loaded.model.named_parameters() if p.requires_grad} == learnable
 
 
-def test_the_tokenizer_comes_along(build_tiny: Build, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_artifact_roundtrip_keeps_tokenizer(build_tiny: Build, tmp_path: Path, tokenizer: Tokenizer) -> None:
     save_model(tmp_path / MODEL_FILE, build_tiny(vocab_size=tokenizer.vocab_size), tokenizer)
     loaded = load_model(tmp_path).tokenizer  # of a folder
     assert loaded is not None
@@ -74,14 +74,14 @@ def test_the_tokenizer_comes_along(build_tiny: Build, tmp_path: Path, tokenizer:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_weights_stay_narrow(build_tiny: Build, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_artifact_roundtrip_keeps_dtype(build_tiny: Build, tmp_path: Path, dtype: torch.dtype) -> None:
     model = build_tiny().to(dtype)
     save_model(tmp_path / "m", model, None)
     loaded = load_model(tmp_path / "m").model.state_dict()
     assert all(loaded[name].dtype == dtype and torch.equal(loaded[name], t) for name, t in model.state_dict().items())
 
 
-def test_the_loaded_model_can_be_trained_further(build_tiny: Build, tmp_path: Path) -> None:
+def test_artifact_loaded_model_is_trainable(build_tiny: Build, tmp_path: Path) -> None:
     save_model(tmp_path / "m", build_tiny(), None)
     before = (tmp_path / "m").read_bytes()
     model = load_model(tmp_path / "m").model.train()
@@ -131,7 +131,7 @@ def refused(path: Path) -> str:
     return message
 
 
-def test_an_honest_file_of_the_forger_loads(build_tiny: Build, tmp_path: Path) -> None:
+def test_artifact_untampered_forgery_loads(build_tiny: Build, tmp_path: Path) -> None:
     load_model(hostile(tmp_path / "m", build_tiny()))
 
 
@@ -171,9 +171,7 @@ HUGE = 10**9
     ],
     ids=lambda config: json.dumps(config)[:60],
 )
-def test_a_configuration_that_the_tensors_do_not_fill_is_refused(
-    build_tiny: Build, tmp_path: Path, config: dict[str, Any]
-) -> None:
+def test_artifact_config_not_matching_tensors_raises(build_tiny: Build, tmp_path: Path, config: dict[str, Any]) -> None:
     refused(hostile(tmp_path / "m", build_tiny(base="respsann"), config))
 
 
@@ -203,9 +201,7 @@ def test_a_configuration_that_the_tensors_do_not_fill_is_refused(
     ],
     ids=lambda metadata: str(metadata)[:60],
 )
-def test_metadata_that_means_nothing_is_refused(
-    build_tiny: Build, tmp_path: Path, metadata: dict[str, str | None]
-) -> None:
+def test_artifact_invalid_metadata_raises(build_tiny: Build, tmp_path: Path, metadata: dict[str, str | None]) -> None:
     refused(hostile(tmp_path / "m", build_tiny(), metadata=metadata))
 
 
@@ -246,7 +242,7 @@ def test_artifact_version_1_with_doubled_names_is_refused(build_tiny: Build, tmp
     assert "under its former and under its present name" in refused(tmp_path / "m")
 
 
-def test_a_tokenizer_with_another_fingerprint_is_refused(build_tiny: Build, tmp_path: Path) -> None:
+def test_artifact_tokenizer_fingerprint_mismatch_raises(build_tiny: Build, tmp_path: Path) -> None:
     import base64
 
     content = base64.b64encode(fit_tokenizer(["é"], "simple", 300).to_bytes()).decode("ascii")
@@ -256,13 +252,13 @@ def test_a_tokenizer_with_another_fingerprint_is_refused(build_tiny: Build, tmp_
     assert "fingerprint" in message
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(build_tiny: Build, tmp_path: Path) -> None:
+def test_artifact_tokenizer_larger_than_vocabulary_raises(build_tiny: Build, tmp_path: Path) -> None:
     save_model(tmp_path / "m", build_tiny(), fit_tokenizer(["é"], "simple", 300))
     assert "its tokenizer has 261 ids, its model 17" in refused(tmp_path / "m")
 
 
 @pytest.mark.parametrize("change", ["missing", "surplus", "shape", "dtype"])
-def test_tensors_that_are_not_the_models_are_named(build_tiny: Build, tmp_path: Path, change: str) -> None:
+def test_artifact_foreign_tensors_are_named(build_tiny: Build, tmp_path: Path, change: str) -> None:
     model = build_tiny()
     save_model(tmp_path / "m", model, None)
     content = read_tensors(tmp_path / "m")
@@ -290,7 +286,7 @@ class Canary:
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch", "zip", "renamed"])
-def test_a_hostile_pickle_runs_nothing(tmp_path: Path, kind: str) -> None:
+def test_artifact_hostile_pickle_is_not_executed(tmp_path: Path, kind: str) -> None:
     canary = tmp_path / "canary"
     path = tmp_path / ("model.safetensors" if kind == "renamed" else "model.pt")
     if kind == "pickle":
@@ -306,7 +302,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "empty", "device"])
-def test_what_is_no_file_of_ours_is_refused(tmp_path: Path, kind: str) -> None:
+def test_artifact_foreign_file_raises(tmp_path: Path, kind: str) -> None:
     path = Path("/dev/zero") if kind == "device" else tmp_path / "m"
     if kind == "folder":
         path.mkdir()
@@ -315,7 +311,7 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path: Path, kind: str) -> None:
     refused(path)
 
 
-def test_random_bytes_are_refused(tmp_path: Path) -> None:
+def test_artifact_random_bytes_raise(tmp_path: Path) -> None:
     rng = random.Random(1)
     for _ in range(50):
         path = tmp_path / "m"
@@ -378,13 +374,13 @@ def unsafe(source: str) -> list[str]:
         "np.load(x)",
     ],
 )
-def test_the_watch_sees_what_it_is_for(source: str) -> None:
+def test_unsafe_call_scanner_detects_unsafe_calls(source: str) -> None:
     assert unsafe(source)
     assert not unsafe("import json\nmodel.eval()\nre.compile('x')\nyaml.safe_load(x)\ntorch.compile(m)\nf(shell=False)")
 
 
 @pytest.mark.parametrize("folder", ["psannlm", "psann", "commands", "scripts", "examples"])
-def test_no_code_is_ever_run_from_a_file(folder: str) -> None:
+def test_sources_never_execute_file_content(folder: str) -> None:
     sources = sorted((REPOSITORY / folder).rglob("*.py"))
     assert sources or folder == "scripts"
     found = {str(path): unsafe(path.read_text(encoding="utf-8")) for path in sources}

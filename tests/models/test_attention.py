@@ -50,7 +50,7 @@ def reference(attention: Attention, x: Tensor, position: str) -> Tensor:
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("qk_norm", [False, True])
 @torch.no_grad()
-def test_is_softmax_attention_with_grouped_queries(position: str, n_kv_heads: int, qk_norm: bool) -> None:
+def test_attention_matches_grouped_query_softmax(position: str, n_kv_heads: int, qk_norm: bool) -> None:
     torch.manual_seed(0)
     config = ModelConfig(d_model=16, n_heads=4, n_kv_heads=n_kv_heads, positional_encoding=position, qk_norm=qk_norm)
     attention = Attention(config)
@@ -65,7 +65,7 @@ def test_is_softmax_attention_with_grouped_queries(position: str, n_kv_heads: in
 
 
 @pytest.mark.parametrize("position", ["rope", "sinusoidal"])
-def test_what_starts_at_its_beginning_is_masked_by_the_kernel(position: str) -> None:
+def test_attention_full_sequences_use_kernel_mask(position: str) -> None:
     config = ModelConfig(d_model=8, n_heads=2, n_layers=1, positional_encoding=position)
     for state in (None, KVCache.allocate(config, 3, 100, CPU, torch.float32)):
         context = attention_context(config, 100, CPU, state)
@@ -75,7 +75,7 @@ def test_what_starts_at_its_beginning_is_masked_by_the_kernel(position: str) -> 
 
 
 @pytest.mark.parametrize("position", get_args(PositionKind))
-def test_rows_that_go_on_see_their_own_past_and_no_other(position: str) -> None:
+def test_attention_cached_rows_see_only_their_past(position: str) -> None:
     config = ModelConfig(d_model=8, n_heads=2, n_layers=1, positional_encoding=position)
     state = KVCache.allocate(config, 2, 200, CPU, torch.float32)
     state.lengths, state.offsets = [1, 70], torch.tensor([1, 70])
@@ -94,7 +94,7 @@ def test_rows_that_go_on_see_their_own_past_and_no_other(position: str) -> None:
                 torch.testing.assert_close(scores[: first + place + 1], slope * (seen - first - place).float())
 
 
-def test_no_more_slots_are_read_than_there_are() -> None:
+def test_attention_reads_no_slots_beyond_capacity() -> None:
     config = ModelConfig(d_model=8, n_heads=2, n_layers=1)
     state = KVCache.allocate(config, 1, 20, CPU, torch.float32)
     state.lengths, state.offsets = [10], torch.tensor([10])
@@ -107,9 +107,7 @@ def test_no_more_slots_are_read_than_there_are() -> None:
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_the_sums_that_are_compiled_are_what_the_kernel_works_out(
-    position: str, n_kv_heads: int, dtype: torch.dtype
-) -> None:
+def test_attention_reduction_matches_kernel(position: str, n_kv_heads: int, dtype: torch.dtype) -> None:
     config = ModelConfig(d_model=24, n_heads=4, n_kv_heads=n_kv_heads, positional_encoding=position)
     attention = Attention(config)
     generator = torch.Generator().manual_seed(0)
@@ -138,7 +136,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("position", ["rope", "sinusoidal"])
-def test_training_makes_no_tensor_of_time_by_time(position: str, build_tiny: Callable[..., Transformer]) -> None:
+def test_attention_training_allocates_no_quadratic_tensor(
+    position: str, build_tiny: Callable[..., Transformer]
+) -> None:
     model = build_tiny(positional_encoding=position)
     n_tokens = 1024
     input_ids = torch.zeros(1, n_tokens, dtype=torch.long)

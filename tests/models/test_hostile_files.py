@@ -97,7 +97,7 @@ def with_fitting_hash(content: bytes) -> bytes:
     return content[:at] + digest + content[at + 64 :]
 
 
-def test_ten_thousand_damaged_files_are_refused_or_load_and_nothing_else(build_tiny: Build, tmp_path: Path) -> None:
+def test_hostile_files_ten_thousand_mutations_raise_or_load(build_tiny: Build, tmp_path: Path) -> None:
     """No crash, no hang, no allocation beyond a fixed bound, one line each; every damage the hash sees is refused."""
     path = tmp_path / "m"
     tokenizer = CharTokenizer("é")
@@ -181,7 +181,7 @@ def hostile_files(canary: Path, honest: bytes) -> dict[str, bytes]:
     return found
 
 
-def test_twenty_hostile_pickles_run_nothing_wherever_they_stand(build_tiny: Build, tmp_path: Path) -> None:
+def test_hostile_files_pickles_are_never_executed(build_tiny: Build, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     honest = tmp_path / "honest"
     save_model(honest, build_tiny(), None)
@@ -207,7 +207,7 @@ def test_twenty_hostile_pickles_run_nothing_wherever_they_stand(build_tiny: Buil
         assert not canary.exists(), name
 
 
-def test_a_pickle_in_place_of_the_embedded_tokenizer_runs_nothing(build_tiny: Build, tmp_path: Path) -> None:
+def test_hostile_files_pickled_tokenizer_is_not_executed(build_tiny: Build, tmp_path: Path) -> None:
     """With a hash that fits: the last place in a model file where bytes are interpreted."""
     canary, path = tmp_path / "canary", tmp_path / "m"
     save_model(path, build_tiny(), None)
@@ -221,9 +221,7 @@ def test_a_pickle_in_place_of_the_embedded_tokenizer_runs_nothing(build_tiny: Bu
 
 
 @pytest.mark.parametrize("max_seq_len", [None, 2**62])
-def test_a_file_whose_convolution_reaches_back_without_end_is_refused(
-    build_tiny: Build, tmp_path: Path, max_seq_len: int | None
-) -> None:
+def test_hostile_files_unbounded_convolution_raises(build_tiny: Build, tmp_path: Path, max_seq_len: int | None) -> None:
     path = tmp_path / "m"
     save_model(path, build_tiny(base="waveresnet", n_layers=2), None)
     content = read_tensors(path)
@@ -235,7 +233,7 @@ def test_a_file_whose_convolution_reaches_back_without_end_is_refused(
         load_model(path)
 
 
-def test_a_large_sparse_file_is_refused_before_it_is_hashed(build_tiny: Build, tmp_path: Path) -> None:
+def test_hostile_files_sparse_file_raises_before_hashing(build_tiny: Build, tmp_path: Path) -> None:
     """100 GB of nothing behind a header: hashing it would take minutes."""
     path = tmp_path / "m"
     save_model(path, build_tiny(), None)
@@ -256,7 +254,7 @@ def test_a_large_sparse_file_is_refused_before_it_is_hashed(build_tiny: Build, t
             load_model(path)
 
 
-def test_a_header_of_very_many_values_is_refused_unparsed(tmp_path: Path) -> None:
+def test_hostile_files_header_with_many_values_raises(tmp_path: Path) -> None:
     path = tmp_path / "m"
     header = b'{"__metadata__":{},"a":[' + b"{}," * 19_000_000 + b"0]}"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
@@ -266,7 +264,7 @@ def test_a_header_of_very_many_values_is_refused_unparsed(tmp_path: Path) -> Non
             load_model(path)
 
 
-def test_tokenizer_files_out_of_all_bounds_are_refused(tmp_path: Path) -> None:
+def test_hostile_files_oversized_tokenizers_raise(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.touch()
     os.truncate(path, 10**11)
@@ -294,7 +292,7 @@ def test_tokenizer_files_out_of_all_bounds_are_refused(tmp_path: Path) -> None:
         load_tokenizer(path)
 
 
-def test_a_header_of_640_bytes_is_not_taken_for_a_pickle(tmp_path: Path) -> None:
+def test_hostile_files_header_resembling_pickle_loads(tmp_path: Path) -> None:
     from psannlm.io.safetensors_header import read_header
 
     path = tmp_path / "a.safetensors"

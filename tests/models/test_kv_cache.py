@@ -58,7 +58,7 @@ def logits_of(model: Transformer, input_ids: Tensor, *state: Any) -> Tensor:
 @given(config=model_settings(), chunks=st.lists(st.integers(1, 7), min_size=1, max_size=6), spare=st.integers(0, 3))
 @settings(deadline=None, max_examples=120)
 @torch.no_grad()
-def test_any_split_equals_the_full_forward(
+def test_kv_cache_chunked_prefill_matches_full_forward(
     build_tiny: Build, config: dict[str, Any], chunks: list[int], spare: int
 ) -> None:
     model = build_tiny(**config)
@@ -75,7 +75,7 @@ def test_any_split_equals_the_full_forward(
 )
 @settings(deadline=None, max_examples=120)
 @torch.no_grad()
-def test_rows_of_any_length_equal_the_same_rows_alone(
+def test_kv_cache_ragged_rows_match_single_rows(
     build_tiny: Build, config: dict[str, Any], chunks: list[tuple[int, int, int]]
 ) -> None:
     model = build_tiny(**config)
@@ -103,7 +103,7 @@ def test_rows_of_any_length_equal_the_same_rows_alone(
 @given(config=model_settings(), rows=st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True))
 @settings(deadline=None, max_examples=60)
 @torch.no_grad()
-def test_selected_rows_go_on_as_before(build_tiny: Build, config: dict[str, Any], rows: list[int]) -> None:
+def test_kv_cache_selected_rows_continue_unchanged(build_tiny: Build, config: dict[str, Any], rows: list[int]) -> None:
     model = build_tiny(**config)
     lengths = [6, 2, 5, 3]
     input_ids = tokens(4, 10)
@@ -127,7 +127,7 @@ def held(state: KVCache) -> list[Tensor]:
 
 @pytest.mark.parametrize("n_new", [None, [1, 3], [3, 1]])
 @torch.no_grad()
-def test_a_full_cache_raises_and_stays_as_it_was(build_tiny: Build, n_new: list[int] | None) -> None:
+def test_kv_cache_full_raises_and_is_unchanged(build_tiny: Build, n_new: list[int] | None) -> None:
     model = build_tiny()
     state = new_state(model, 2, 6)
     model.hidden_states(tokens(2, 4), state)
@@ -148,7 +148,7 @@ def test_a_full_cache_raises_and_stays_as_it_was(build_tiny: Build, n_new: list[
 )
 @settings(deadline=None, max_examples=150)
 @torch.no_grad()
-def test_tokens_that_were_offered_and_not_kept_leave_no_trace(
+def test_kv_cache_uncommitted_tokens_leave_no_trace(
     build_tiny: Build, config: dict[str, Any], n_seen: int, n_uncommitted: int, kept: tuple[int, int, int]
 ) -> None:
     model = build_tiny(**config)
@@ -194,7 +194,7 @@ def conv_states(layer: LayerCache) -> list[Tensor]:
     keep_all=st.booleans(),
 )
 @settings(deadline=None, max_examples=60)
-def test_a_tail_ends_where_its_row_does(n_new: list[int], length: int, keep_all: bool) -> None:
+def test_kv_cache_conv_state_ends_with_its_row(n_new: list[int], length: int, keep_all: bool) -> None:
     n_rows = len(n_new)
     inputs = torch.randn(n_rows, length + 6, 3, generator=torch.Generator().manual_seed(0))
     keys = torch.zeros(n_rows, 1, 8, 3)
@@ -217,7 +217,7 @@ def test_a_tail_ends_where_its_row_does(n_new: list[int], length: int, keep_all:
 )
 @settings(deadline=None, max_examples=80)
 @torch.no_grad()
-def test_rows_put_into_a_state_go_on_as_alone_and_the_others_as_before(
+def test_kv_cache_copied_rows_continue_as_alone(
     build_tiny: Build,
     config: dict[str, Any],
     lengths: tuple[int, ...],
@@ -246,7 +246,7 @@ def test_rows_put_into_a_state_go_on_as_alone_and_the_others_as_before(
 @given(config=model_settings(), start=st.integers(1, 70), chunks=st.lists(st.integers(1, 50), min_size=1, max_size=5))
 @settings(deadline=None, max_examples=60)
 @torch.no_grad()
-def test_a_state_that_grows_is_one_that_was_large_from_the_start(
+def test_kv_cache_grown_equals_preallocated(
     build_tiny: Build, config: dict[str, Any], start: int, chunks: list[int]
 ) -> None:
     model = build_tiny(**config, max_seq_len=400)
@@ -273,9 +273,7 @@ def test_a_state_that_grows_is_one_that_was_large_from_the_start(
 @given(config=model_settings(), n_rows=st.integers(1, 4), capacity=st.integers(1, 20))
 @settings(deadline=None, max_examples=60)
 @torch.no_grad()
-def test_bytes_held_are_the_bytes_foretold(
-    build_tiny: Build, config: dict[str, Any], n_rows: int, capacity: int
-) -> None:
+def test_kv_cache_bytes_match_estimate(build_tiny: Build, config: dict[str, Any], n_rows: int, capacity: int) -> None:
     model = build_tiny(**config)
     state = new_state(model, n_rows, capacity)
     assert state.n_bytes == cache_bytes(model.config, n_rows, capacity)
@@ -285,7 +283,7 @@ def test_bytes_held_are_the_bytes_foretold(
     assert state.n_bytes == cache_bytes(model.config, n_rows, capacity)
 
 
-def test_bytes_worked_by_hand() -> None:
+def test_cache_bytes_known_values() -> None:
     config = ModelConfig(
         d_model=12,
         n_layers=3,
@@ -299,15 +297,13 @@ def test_bytes_worked_by_hand() -> None:
 
 
 @pytest.mark.parametrize("places", [(), ("mlp",), ("mlp", "mlp", "attention")])
-def test_the_bytes_predicted_are_those_held_however_places_are_written(
-    places: tuple[str, ...], build_tiny: Build
-) -> None:
+def test_kv_cache_bytes_estimate_ignores_duplicate_places(places: tuple[str, ...], build_tiny: Build) -> None:
     model = build_tiny(short_conv={"places": places})
     state = KVCache.allocate(model.config, 2, 5, CPU, torch.float32)
     assert state.n_bytes == cache_bytes(model.config, 2, 5)
 
 
-def test_the_default_model_serves_a_batch_of_64_rows_of_2048_tokens_in_24_gb() -> None:
+def test_kv_cache_of_64_default_rows_fits_24_gb() -> None:
     config = resolve(ModelConfig(vocab_size=4096))
     cache = cache_bytes(config, batch_size=64, capacity=2048)
     # Keys and values: 2 x 8 layers x width 512 x 2,048 slots. Tails: 2 places x 8 layers x width 512 x 3.

@@ -27,12 +27,12 @@ from psannlm.models.registry import resolve
         ("swiglu", 25, 128),
     ],
 )
-def test_default_width(kind: MlpKind, d_model: int, d_mlp: int) -> None:
+def test_mlp_default_width(kind: MlpKind, d_model: int, d_mlp: int) -> None:
     assert default_d_mlp(kind, d_model) == d_mlp
 
 
 @pytest.mark.parametrize("d_model", [192, 512])
-def test_kinds_compare_at_equal_parameters(d_model: int) -> None:
+def test_mlp_kinds_have_equal_parameters(d_model: int) -> None:
     sizes = {}
     for kind in get_args(MlpKind):
         config = ModelConfig(base="transformer", mlp=kind, d_model=d_model, n_heads=8, n_layers=8, vocab_size=4096)
@@ -54,7 +54,7 @@ def formula(mlp: Mlp | GatedMlp, kind: MlpKind, x: torch.Tensor) -> torch.Tensor
 
 
 @pytest.mark.parametrize("kind", get_args(MlpKind))
-def test_each_kind_is_its_formula(kind: MlpKind) -> None:
+def test_mlp_kinds_match_their_formulas(kind: MlpKind) -> None:
     torch.manual_seed(0)
     sine = {"amp_init": 1.5, "freq_init": 2.0, "damp_init": 0.2}
     mlp = build_mlp(ModelConfig(mlp=kind, d_model=6, n_heads=1, d_mlp=10, sine_params=sine))
@@ -67,6 +67,6 @@ def test_each_kind_is_its_formula(kind: MlpKind) -> None:
     )
 
 
-def test_refuses_a_config_that_is_not_resolved() -> None:
+def test_mlp_unresolved_config_raises() -> None:
     with pytest.raises(ValueError, match="resolve"):
         build_mlp(ModelConfig())

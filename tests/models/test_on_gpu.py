@@ -25,9 +25,7 @@ POSITIONS = ("rope", "alibi", "sinusoidal")
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_loss_and_gradients_are_those_of_the_cpu(
-    build_tiny: Callable[..., Transformer], base: str, positions: str
-) -> None:
+def test_gpu_loss_and_gradients_match_cpu(build_tiny: Callable[..., Transformer], base: str, positions: str) -> None:
     found = {}
     input_ids = torch.randint(0, 17, (3, 20), generator=torch.Generator().manual_seed(0))
     for device in ("cpu", "cuda"):
@@ -62,7 +60,7 @@ def test_short_conv_float32_on_gpu_keeps_full_precision(dilation: int) -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_greedy_text_is_that_of_the_cpu(build_tiny: Callable[..., Transformer], base: str) -> None:
+def test_gpu_greedy_text_matches_cpu(build_tiny: Callable[..., Transformer], base: str) -> None:
     found = {}
     for device in ("cpu", "cuda"):
         decoding = BatchDecoder(

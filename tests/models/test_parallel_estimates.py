@@ -19,7 +19,7 @@ CONFIG = resolve(
 GPU = Device("any", 1e9, 1e12, 0.5, 1e9, 1e8)
 
 
-def test_what_is_sharded_is_what_decays() -> None:
+def test_sharded_elements_are_the_decayed_ones() -> None:
     groups = group_parameters(build_model(CONFIG, device="meta"))
     sizes = [sum(p.numel() for p in part.values()) for part in (groups.hidden, groups.embedding, groups.undecayed)]
     assert list(sharded_elements(CONFIG)) == sizes
@@ -27,7 +27,7 @@ def test_what_is_sharded_is_what_decays() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_parts_of_all_devices_make_the_whole(optimizer: str) -> None:
+def test_sharded_memory_of_all_devices_sums_to_replica(optimizer: str) -> None:
     """Once the rest, which every device has, is taken off; rounding is below one element a device."""
     whole = training_memory(CONFIG, 2, 32, optimizer=optimizer)  # type: ignore[arg-type]
     rest = sharded_elements(CONFIG)[2]
@@ -39,7 +39,7 @@ def test_parts_of_all_devices_make_the_whole(optimizer: str) -> None:
         assert part.activations == whole.activations
 
 
-def test_gradients_that_wait_are_whole() -> None:
+def test_sharded_memory_accumulated_gradients_are_whole() -> None:
     whole = training_memory(CONFIG, 2, 32)
     kept = sharded_memory(whole, CONFIG, 4, dtype=torch.float32, grad_accum_steps=2)
     sent = sharded_memory(whole, CONFIG, 4, dtype=torch.float32, grad_accum_steps=2, grad_sync="micro_batch")
@@ -47,7 +47,7 @@ def test_gradients_that_wait_are_whole() -> None:
     assert kept.gradients - sent.gradients == 4 * sum(sharded_elements(CONFIG)[:2])
 
 
-def test_autocast_makes_no_copies_of_what_is_gathered_in_its_dtype() -> None:
+def test_sharded_memory_counts_no_autocast_copies() -> None:
     """What the copies take is found by running the pass on shapes; what is left must be what scales with the batch."""
     one, two = (training_memory(CONFIG, n, 32, dtype=torch.bfloat16) for n in (1, 2))
     part = sharded_memory(one, CONFIG, 2, dtype=torch.bfloat16)
@@ -56,7 +56,7 @@ def test_autocast_makes_no_copies_of_what_is_gathered_in_its_dtype() -> None:
     assert part.activations < 2 * (two.activations - one.activations) + one.weights
 
 
-def test_one_device_sends_nothing_and_replicas_send_less_than_shards_that_gather_often() -> None:
+def test_bytes_sent_replicas_send_less_than_shards() -> None:
     for fsdp in (False, True):
         assert bytes_sent(CONFIG, 1, fsdp=fsdp, dtype=torch.float32) == 0
     n = sum(count_parameters(CONFIG).values())
@@ -68,7 +68,7 @@ def test_one_device_sends_nothing_and_replicas_send_less_than_shards_that_gather
     assert bytes_sent(CONFIG, 2, fsdp=True, dtype=torch.bfloat16, micro_batches=3) == expected
 
 
-def test_the_rate_is_that_of_the_slower_of_computing_and_sending() -> None:
+def test_tokens_per_s_is_bound_by_slower_resource() -> None:
     def rate(n_devices: int, tokens: int, device: Device = GPU) -> float:
         return tokens_per_s(
             CONFIG, device, n_devices, seq_len=32, tokens_per_device=tokens, fsdp=True, grad_checkpoint=False

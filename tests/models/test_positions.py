@@ -15,7 +15,7 @@ def rotated(vector: torch.Tensor, position: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("head_dim", [2, 6, 16])
-def test_rope_product_depends_on_the_difference_alone(head_dim: int) -> None:
+def test_rope_product_depends_on_distance_alone(head_dim: int) -> None:
     generator = torch.Generator().manual_seed(head_dim)
     q, k = torch.randn(2, head_dim, generator=generator)
     for difference in (0, 1, 5, 100):
@@ -50,7 +50,7 @@ def test_rope_keeps_the_dtype() -> None:
     )
 
 
-def test_alibi_slopes_worked_by_hand() -> None:
+def test_alibi_slopes_known_values() -> None:
     assert alibi_slopes(8).tolist() == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
     # Four heads give 2^-2 .. 2^-8; the fifth and sixth are the first and third of eight heads.
     assert alibi_slopes(6).tolist() == [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]
@@ -70,14 +70,14 @@ def test_alibi_bias_falls_with_distance_and_hides_the_future() -> None:
     assert rows[1, 0].tolist() == [[0.0, hidden, hidden, hidden], [-0.5, 0.0, hidden, hidden]]
 
 
-def test_sinusoids_worked_by_hand() -> None:
+def test_sinusoids_known_values() -> None:
     wanted = [[0.0, 1.0, 0.0, 1.0], [math.sin(3), math.cos(3), math.sin(0.03), math.cos(0.03)]]
     torch.testing.assert_close(sinusoids(torch.tensor([0, 3]), 4), torch.tensor(wanted))
     torch.testing.assert_close(sinusoids(torch.tensor([3]), 3)[0, :2], torch.tensor(wanted[1][:2]))
 
 
 @pytest.mark.parametrize("d_model", [1, 7, 12])
-def test_sinusoids_at_an_offset(d_model: int) -> None:
+def test_sinusoids_depend_on_absolute_position(d_model: int) -> None:
     whole = sinusoids(torch.arange(40), d_model)
     assert whole.shape == (40, d_model)
     assert torch.equal(sinusoids(torch.arange(5) + 31, d_model), whole[31:36])

@@ -18,7 +18,7 @@ from psannlm.models.registry import BASES, build_model, resolve
 TINY: dict[str, Any] = {"d_model": 8, "n_layers": 2, "n_heads": 2, "vocab_size": 11}
 
 
-def test_every_base_has_its_defaults() -> None:
+def test_resolve_base_defaults() -> None:
     assert set(BASES) == set(get_args(BaseName))
     wanted = {
         "respsann": ("sine", False, True, 32),
@@ -33,7 +33,7 @@ def test_every_base_has_its_defaults() -> None:
 
 @pytest.mark.parametrize("base", get_args(BaseName))
 @pytest.mark.parametrize("key", ["mlp", "d_mlp", "n_kv_heads", "residual_scale", "short_conv", "max_seq_len"])
-def test_every_override_wins(base: BaseName, key: str) -> None:
+def test_resolve_overrides_win(base: BaseName, key: str) -> None:
     silent = resolve(ModelConfig(base=base, **TINY), max_seq_len=64)
     values: dict[str, Any] = {
         "mlp": "gelu",
@@ -49,7 +49,7 @@ def test_every_override_wins(base: BaseName, key: str) -> None:
     assert found != (silent.short_conv.enabled if key == "short_conv" else getattr(silent, key))
 
 
-def test_one_base_can_be_set_to_be_another() -> None:
+def test_resolve_base_can_imitate_another() -> None:
     like_waveresnet = {"mlp": "sineglu", "short_conv": {"enabled": True}, "residual_scale": False}
     one, other = ModelConfig(base="transformer", **TINY, **like_waveresnet), ModelConfig(base="waveresnet", **TINY)
     state, wanted = (build_model(resolve(config), seed=3).state_dict() for config in (one, other))
@@ -65,7 +65,7 @@ def test_short_conv_without_places_is_off_and_saves(enabled: bool | None, tmp_pa
     assert load_model(tmp_path / "m").model.config == found
 
 
-def test_taps_beyond_the_context_are_refused() -> None:
+def test_resolve_taps_beyond_context_raise() -> None:
     fits = {**TINY, "n_layers": 3, "short_conv": {"dilation_growth": 4}}
     assert resolve(ModelConfig(**fits), max_seq_len=16).short_conv.dilation_growth == 4
     with pytest.raises(ConfigError, match=r"dilation_growth.*4 \*\* 2.*context of 15"):
@@ -76,25 +76,25 @@ def test_taps_beyond_the_context_are_refused() -> None:
     assert resolve(ModelConfig(base="transformer", **TINY, short_conv=huge), max_seq_len=8).short_conv.enabled is False
 
 
-def test_what_is_resolved_stays_as_it_is() -> None:
+def test_resolve_is_idempotent() -> None:
     once = resolve(ModelConfig(**{**TINY, "vocab_size": None}), vocab_size=300, max_seq_len=32)
     assert (once.vocab_size, once.max_seq_len) == (300, 32)
     assert resolve(once) == once
     assert resolve(once, vocab_size=200, max_seq_len=64) == once
 
 
-def test_no_vocabulary_is_an_error() -> None:
+def test_resolve_without_vocabulary_raises() -> None:
     with pytest.raises(ConfigError, match="vocab_size"):
         resolve(ModelConfig())
 
 
-def test_a_vocabulary_too_small_for_the_tokenizer_is_an_error() -> None:
+def test_resolve_too_small_vocabulary_raises() -> None:
     with pytest.raises(ConfigError, match=r"100 .* 300"):
         resolve(ModelConfig(vocab_size=100), vocab_size=300)
     assert resolve(ModelConfig(vocab_size=320), vocab_size=300).vocab_size == 320
 
 
-def test_parts_are_those_of_the_config() -> None:
+def test_build_model_parts_follow_config() -> None:
     blocks = {base: build_model(resolve(ModelConfig(base=base, **TINY))).blocks[1] for base in get_args(BaseName)}
     assert isinstance(blocks["respsann"].mlp, Mlp)
     assert isinstance(blocks["respsann"].mlp.activation, SineActivation)
@@ -112,7 +112,7 @@ def test_parts_are_those_of_the_config() -> None:
     assert block.mlp_conv.dilation == 3
 
 
-def test_weights_depend_on_the_seed_alone() -> None:
+def test_build_model_weights_depend_on_seed_alone() -> None:
     config = resolve(ModelConfig(sine_params={"freq_std": 0.1}, **TINY))
     torch.manual_seed(1)
     one = build_model(config, seed=5).state_dict()
@@ -124,7 +124,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
         assert not torch.equal(one[name], different[name])
 
 
-def test_a_seeded_build_leaves_the_global_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_model_with_seed_keeps_global_generators(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(seed: int) -> None:
         raise AssertionError("the generators of the GPUs were seeded")
 
@@ -134,7 +134,7 @@ def test_a_seeded_build_leaves_the_global_generators_alone(monkeypatch: pytest.M
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_without_a_seed_the_global_generator_decides() -> None:
+def test_build_model_without_seed_uses_global_generator() -> None:
     config = resolve(ModelConfig(**TINY))
     torch.manual_seed(1)
     one, other = (build_model(config).embedding.weight for _ in range(2))
@@ -143,6 +143,6 @@ def test_without_a_seed_the_global_generator_decides() -> None:
     assert torch.equal(build_model(config).embedding.weight, one)
 
 
-def test_meta_builds_shapes_only() -> None:
+def test_build_model_meta_allocates_nothing() -> None:
     huge = ModelConfig(d_model=8192, n_layers=100, n_heads=64, vocab_size=100_000)
     assert all(p.is_meta for p in build_model(resolve(huge), device="meta").parameters())

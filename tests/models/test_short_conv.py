@@ -44,7 +44,7 @@ def reference(conv: ShortConv, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("activation", ["none", "sine"])
 @pytest.mark.parametrize("is_packed", [False, True])
 @torch.no_grad()
-def test_is_the_causal_sum(kernel_size: int, dilation: int, activation: str, is_packed: bool) -> None:
+def test_short_conv_matches_causal_sum(kernel_size: int, dilation: int, activation: str, is_packed: bool) -> None:
     conv = build_conv(kernel_size, dilation, activation)
     if is_packed:
         conv.taps = conv.weight.t().contiguous()
@@ -59,7 +59,7 @@ def test_is_the_causal_sum(kernel_size: int, dilation: int, activation: str, is_
 
 @pytest.mark.parametrize("n_tokens", [17, 30])
 @torch.no_grad()
-def test_a_compiler_gets_the_same_sum(n_tokens: int) -> None:
+def test_short_conv_compiled_matches_causal_sum(n_tokens: int) -> None:
     """Many tokens are summed tap by tap then. Only tracing is tried here, which is what decides the way."""
     conv = build_conv(4, 2)
     x = torch.randn(2, n_tokens, D)
@@ -75,7 +75,7 @@ def test_a_compiler_gets_the_same_sum(n_tokens: int) -> None:
 )
 @settings(deadline=None, max_examples=60)
 @torch.no_grad()
-def test_chunks_with_the_tail_carried_equal_the_whole(kernel_size: int, dilation: int, chunks: list[int]) -> None:
+def test_short_conv_chunks_with_state_match_whole(kernel_size: int, dilation: int, chunks: list[int]) -> None:
     conv = build_conv(kernel_size, dilation)
     x = torch.randn(2, sum(chunks), D, generator=torch.Generator().manual_seed(0))
     conv_state = torch.zeros(2, conv.state_length, D)
@@ -89,7 +89,7 @@ def test_chunks_with_the_tail_carried_equal_the_whole(kernel_size: int, dilation
 
 
 @pytest.mark.parametrize("activation", ["none", "sine"])
-def test_starts_as_the_identity_and_can_leave_it(activation: str) -> None:
+def test_short_conv_starts_as_trainable_identity(activation: str) -> None:
     conv = build_conv(4, 1, activation)
     with torch.no_grad():
         conv.weight.zero_()

@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "t.safetensors"
 
 
-def test_everything_comes_back(path: Path) -> None:
+def test_tensorfile_roundtrip(path: Path) -> None:
     digest = write_tensors(path, TENSORS, METADATA)
     content = read_tensors(path)
     assert content.metadata == METADATA
@@ -47,7 +47,7 @@ def test_everything_comes_back(path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_views_and_gradients_are_written_as_their_values(path: Path) -> None:
+def test_tensorfile_writes_views_by_value(path: Path) -> None:
     base = torch.arange(12.0, requires_grad=True).reshape(3, 4)
     write_tensors(path, {"transposed": base.t(), "part": base[1:2, ::2]}, {})
     content = read_tensors(path).tensors
@@ -55,17 +55,17 @@ def test_views_and_gradients_are_written_as_their_values(path: Path) -> None:
     assert torch.equal(content["part"], base.detach()[1:2, ::2])
 
 
-def test_nothing_at_all_is_a_file_too(path: Path) -> None:
+def test_tensorfile_empty_roundtrip(path: Path) -> None:
     write_tensors(path, {}, {})
     assert read_tensors(path).tensors == {}
 
 
-def test_the_same_content_is_the_same_file(path: Path, tmp_path: Path) -> None:
+def test_tensorfile_equal_content_gives_equal_files(path: Path, tmp_path: Path) -> None:
     assert write_tensors(path, TENSORS, METADATA) == write_tensors(tmp_path / "other", TENSORS, METADATA)
     assert path.read_bytes() == (tmp_path / "other").read_bytes()
 
 
-def test_any_reader_of_safetensors_reads_it(path: Path) -> None:
+def test_tensorfile_is_readable_by_safetensors(path: Path) -> None:
     write_tensors(path, TENSORS, METADATA)
     found = load_file(path)
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
@@ -74,7 +74,7 @@ def test_any_reader_of_safetensors_reads_it(path: Path) -> None:
         assert file.get_tensor("a").tolist() == TENSORS["a"].tolist()
 
 
-def test_the_hash_is_that_of_the_file_with_its_digits_blanked(path: Path) -> None:
+def test_tensorfile_hash_covers_file_with_blanked_digits(path: Path) -> None:
     """As the format says, so that anyone can check a file with any tool."""
     digest = write_tensors(path, TENSORS, {"format": "test"})
     content = path.read_bytes()
@@ -82,14 +82,14 @@ def test_the_hash_is_that_of_the_file_with_its_digits_blanked(path: Path) -> Non
     assert hashlib.sha256(content.replace(digest.encode(), b"0" * 64)).hexdigest() == digest
 
 
-def test_the_file_is_as_open_to_others_as_any(path: Path) -> None:
+def test_tensorfile_has_default_permissions(path: Path) -> None:
     write_tensors(path, TENSORS, {})
     other = path.with_name("other")
     other.write_text("x", encoding="utf-8")
     assert stat.filemode(path.stat().st_mode) == stat.filemode(other.stat().st_mode)
 
 
-def test_a_foreign_file_is_told_apart(path: Path) -> None:
+def test_tensorfile_foreign_file_raises(path: Path) -> None:
     save_file(TENSORS, path)
     with pytest.raises(ArtifactError, match="not a psannlm file"):
         read_tensors(path)
@@ -98,7 +98,7 @@ def test_a_foreign_file_is_told_apart(path: Path) -> None:
         read_tensors(path)
 
 
-def test_every_flipped_bit_is_noticed(path: Path) -> None:
+def test_tensorfile_detects_every_flipped_bit(path: Path) -> None:
     write_tensors(path, TENSORS, {"format": "test"})
     content = path.read_bytes()
     for at in range(len(content)):
@@ -107,7 +107,7 @@ def test_every_flipped_bit_is_noticed(path: Path) -> None:
             read_tensors(path)
 
 
-def test_every_length_but_the_whole_is_refused(path: Path) -> None:
+def test_tensorfile_detects_every_truncation(path: Path) -> None:
     write_tensors(path, TENSORS, {"format": "test"})
     content = path.read_bytes()
     for length in range(len(content)):
@@ -148,7 +148,7 @@ def entry(start: Any = 0, end: Any = 8, shape: Any = (2,), dtype: Any = "F32") -
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-def test_an_honest_forgery_loads(path: Path) -> None:
+def test_tensorfile_untampered_forgery_loads(path: Path) -> None:
     path.write_bytes(forge(header_of({"x": entry()}), bytes(8)))
     assert read_tensors(path).tensors["x"].tolist() == [0.0, 0.0]
 
@@ -191,7 +191,7 @@ def test_an_honest_forgery_loads(path: Path) -> None:
     ],
     ids=lambda entries: str(entries)[:50],
 )
-def test_entries_that_lie_are_refused(path: Path, entries: dict[str, Any]) -> None:
+def test_tensorfile_false_entries_raise(path: Path, entries: dict[str, Any]) -> None:
     path.write_bytes(forge(header_of(entries), bytes(16)))
     try:
         found = read_tensors(path).tensors
@@ -224,16 +224,16 @@ def test_entries_that_lie_are_refused(path: Path, entries: dict[str, Any]) -> No
     ],
     ids=lambda header: repr(header[:40]),
 )
-def test_headers_that_are_not_ours_are_refused(path: Path, header: bytes) -> None:
+def test_tensorfile_foreign_headers_raise(path: Path, header: bytes) -> None:
     refused(path, forge(header, b""))
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 65 << 20])
-def test_header_lengths_that_lie_are_refused(path: Path, length: int) -> None:
+def test_tensorfile_false_header_lengths_raise(path: Path, length: int) -> None:
     refused(path, forge(header_of({"x": entry()}), bytes(8), length))
 
 
-def test_a_huge_header_is_not_read(path: Path) -> None:
+def test_tensorfile_huge_header_is_not_read(path: Path) -> None:
     """A sparse file takes no room on the disk and any room in memory."""
     path.touch()
     os.truncate(path, 300 << 20)
@@ -246,7 +246,7 @@ def test_a_huge_header_is_not_read(path: Path) -> None:
     tracemalloc.stop()
 
 
-def test_hundreds_of_mutations_with_a_fitting_hash_do_nothing_but_fail_or_load(path: Path) -> None:
+def test_tensorfile_mutations_with_valid_hash_raise_or_load(path: Path) -> None:
     """What loads after all has the size that the file holds: nothing is read from beyond it or made room for."""
     rng = random.Random(7)
     original = header_of({"x": entry(0, 8), "y": entry(8, 24, (2, 2)), "zz": entry(24, 32, (1,), "I64")})
@@ -285,7 +285,7 @@ def test_hundreds_of_mutations_with_a_fitting_hash_do_nothing_but_fail_or_load(p
     assert n_refused > 300
 
 
-def test_differences_of_shapes_are_told() -> None:
+def test_same_shapes_reports_the_difference() -> None:
     expected = {"a": torch.Size([2, 3]), "b": torch.Size([])}
     right = {"a": torch.zeros(2, 3), "b": torch.zeros(())}
     assert same_shapes(right, expected) is None

@@ -46,7 +46,7 @@ def logits_of(model: Transformer, input_ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("position", POSITIONS)
 @torch.no_grad()
-def test_no_output_depends_on_a_later_token(base: str, position: str, build_tiny: Build) -> None:
+def test_transformer_is_causal(base: str, position: str, build_tiny: Build) -> None:
     n_tokens = 9
     original = tokens(1, n_tokens).repeat(n_tokens, 1)
     changed = original.clone()
@@ -64,7 +64,7 @@ def test_no_output_depends_on_a_later_token(base: str, position: str, build_tiny
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("position", POSITIONS)
 @torch.no_grad()
-def test_the_order_of_earlier_tokens_shows(base: str, position: str, build_tiny: Build) -> None:
+def test_transformer_depends_on_token_order(base: str, position: str, build_tiny: Build) -> None:
     # One layer and no convolution: two layers would distinguish the orders by the causal mask, without positions.
     model = build_tiny(base=base, positional_encoding=position, short_conv={"enabled": False}, n_layers=1)
     one, other = logits_of(model, torch.tensor([[3, 5, 7, 2], [5, 3, 7, 2]]))[:, -1]
@@ -74,7 +74,7 @@ def test_the_order_of_earlier_tokens_shows(base: str, position: str, build_tiny:
 @pytest.mark.parametrize("kind", get_args(MlpKind))
 @pytest.mark.parametrize("conv_activation", ["none", "sine"])
 @torch.no_grad()
-def test_starts_quiet_with_unit_variance_inside(kind: str, conv_activation: str) -> None:
+def test_init_zero_branches_unit_variance_preactivations(kind: str, conv_activation: str) -> None:
     conv = {"enabled": True, "activation": conv_activation}
     config = ModelConfig(mlp=kind, d_model=256, n_layers=2, n_heads=4, vocab_size=500, short_conv=conv)
     model = build_model(resolve(config), seed=0)
@@ -95,7 +95,7 @@ def test_starts_quiet_with_unit_variance_inside(kind: str, conv_activation: str)
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_forward_is_the_summed_cross_entropy_of_the_logits(base: str, tied: bool, build_tiny: Build) -> None:
+def test_transformer_loss_is_summed_cross_entropy(base: str, tied: bool, build_tiny: Build) -> None:
     model = build_tiny(base=base, tie_embeddings=tied)
     input_ids, labels = tokens(3, 8), tokens(3, 8, seed=1)
     labels[0, 3:6] = IGNORE_INDEX
@@ -106,7 +106,7 @@ def test_forward_is_the_summed_cross_entropy_of_the_logits(base: str, tied: bool
     assert (model.output_weight is model.embedding.weight) == tied
 
 
-def test_every_parameter_receives_a_gradient(build_tiny: Build) -> None:
+def test_transformer_every_parameter_gets_gradient(build_tiny: Build) -> None:
     for base in BASES:
         model = build_tiny(base=base, short_conv={"enabled": True, "activation": "sine"}, residual_scale=True)
         model(tokens(3, 8), tokens(3, 8, seed=1)).backward()
@@ -125,7 +125,7 @@ def test_residual_scale_scales_the_branches(build_tiny: Build) -> None:
         assert torch.equal(model.hidden_states(input_ids), model.final_norm(model.embedding(input_ids)))
 
 
-def test_dropout_is_for_training_alone(build_tiny: Build) -> None:
+def test_dropout_only_in_training(build_tiny: Build) -> None:
     model, plain = build_tiny(dropout=0.5), build_tiny()
     input_ids = tokens(2, 8)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_gradient_checkpointing_changes_no_bit(base: str, dropout: float, build_
 
 
 @torch.no_grad()
-def test_a_cache_works_in_a_model_that_trains_with_checkpoints(build_tiny: Build) -> None:
+def test_kv_cache_works_with_gradient_checkpointing(build_tiny: Build) -> None:
     model = build_tiny().train()
     model.grad_checkpoint = True
     input_ids = tokens(1, 6)
@@ -168,7 +168,7 @@ def test_a_cache_works_in_a_model_that_trains_with_checkpoints(build_tiny: Build
     torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden_states(input_ids), rtol=1e-4, atol=1e-4)
 
 
-def test_refuses_a_config_that_is_not_resolved() -> None:
+def test_transformer_unresolved_config_raises() -> None:
     with pytest.raises(ValueError, match="resolve"):
         Transformer(ModelConfig())
 
@@ -178,7 +178,7 @@ def test_refuses_a_config_that_is_not_resolved() -> None:
     not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="no C++ compiler for torch.compile"
 )
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_model_agrees_with_eager(build_tiny: Build) -> None:
+def test_transformer_compiled_matches_eager(build_tiny: Build) -> None:
     model = build_tiny(n_layers=1).train()
     loss, gradients = loss_and_gradients(model)
     torch._dynamo.reset()
@@ -192,9 +192,7 @@ def test_compiled_model_agrees_with_eager(build_tiny: Build) -> None:
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("conv", [{}, {"enabled": True, "kernel_size": 3, "dilation_growth": 2}])
-def test_cached_logits_equal_the_full_forward(
-    base: str, position: str, conv: dict[str, Any], build_tiny: Build
-) -> None:
+def test_past_kvs_logits_match_full_forward(base: str, position: str, conv: dict[str, Any], build_tiny: Build) -> None:
     model = build_tiny(base=base, positional_encoding=position, short_conv=conv, max_seq_len=80)
     input_ids = tokens(2, 70)
     full = model(input_ids)
@@ -210,7 +208,7 @@ def test_cached_logits_equal_the_full_forward(
         torch.testing.assert_close(torch.cat(parts, dim=1), full.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_kv_cache_can_be_continued_twice(build_tiny: Build) -> None:
+def test_past_kvs_can_be_continued_twice(build_tiny: Build) -> None:
     model, prompt = build_tiny(), tokens(2, 6)
     _, past = model(prompt, use_cache=True)
     ends = [tokens(2, 3, seed=seed) for seed in (1, 2)]
@@ -222,7 +220,7 @@ def test_a_kv_cache_can_be_continued_twice(build_tiny: Build) -> None:
     assert model(ends[0], past_kvs=past).shape == (2, 3, 17)
 
 
-def test_logits_learn_and_cached_ones_do_not(build_tiny: Build) -> None:
+def test_past_kvs_logits_have_no_gradient(build_tiny: Build) -> None:
     model, input_ids = build_tiny().train(), tokens(2, 8)
     loss = F.cross_entropy(model(input_ids).flatten(0, 1), tokens(2, 8, seed=1).flatten(), reduction="sum")
     loss.backward()
@@ -234,7 +232,7 @@ def test_logits_learn_and_cached_ones_do_not(build_tiny: Build) -> None:
     assert not model(input_ids, use_cache=True)[0].requires_grad
 
 
-def test_what_forward_cannot_read_is_refused(build_tiny: Build) -> None:
+def test_transformer_invalid_input_raises(build_tiny: Build) -> None:
     model, input_ids = build_tiny(), tokens(2, 8)
     _, past = model(input_ids, use_cache=True)
     for call, said in (
