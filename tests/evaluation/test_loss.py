@@ -1,4 +1,4 @@
-"""An evaluation counts every token once, however it is cut into batches and ranks, and leaves the model as it was."""
+"""Evaluation counts every token once, for any batch size and number of ranks, and does not change the model."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_evaluation_over_ranks_equals_one_process(size: int, monkeypatch: pytest
     windows = windows_of([7, 0, 4, 12, 1])
     alone = Scribe()
     whole = evaluate(alone, windows, precision=FP32)
-    # Each rank's own share; then what the sum over ranks would hand back to every one of them.
+    # Each rank's part of the loss, then the sum over ranks that every rank gets.
     monkeypatch.setattr("psannlm.runtime.distributed.dist.all_reduce", lambda tensor: None)
     scribes = [Scribe() for _ in range(size)]
     shares = [
@@ -135,10 +135,10 @@ def test_evaluation_interrupted_restores_mode() -> None:
 
 def test_evaluation_progress_ends_at_number_of_windows() -> None:
     windows = windows_of([7, 12])
-    told: list[tuple[int, int]] = []
-    evaluate(Scribe(), windows, precision=FP32, batch_size=2, on_progress=lambda *at: told.append(at))
-    assert [done for done, _ in told] == sorted({done for done, _ in told})
-    assert told[-1] == (len(windows), len(windows))
+    reported: list[tuple[int, int]] = []
+    evaluate(Scribe(), windows, precision=FP32, batch_size=2, on_progress=lambda *at: reported.append(at))
+    assert [done for done, _ in reported] == sorted({done for done, _ in reported})
+    assert reported[-1] == (len(windows), len(windows))
 
 
 def test_evaluation_uses_given_precision(build_tiny: Callable[..., Transformer]) -> None:

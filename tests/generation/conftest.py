@@ -1,4 +1,4 @@
-"""What tests of generation share: decodings run to their end, the same without a cache, and a model on a lead."""
+"""Fixtures of the generation tests: finished decoders, decoding without a cache, and engines with scripted logits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def decode() -> Callable[..., BatchDecoder]:
 
 @pytest.fixture(scope="session")
 def decode_naively() -> Callable[..., list[int]]:
-    """Return a function that decodes without a cache: the whole text anew for each token, one row alone."""
+    """Return a function that decodes without a cache: a full forward pass for each token, one row at a time."""
 
     @torch.no_grad()
     def run(model: Transformer, prompt: Sequence[int], sampling: SamplingConfig = GREEDY, n: int = 10) -> list[int]:
@@ -58,9 +58,9 @@ def decode_naively() -> Callable[..., list[int]]:
 
 
 class Chain:
-    """Makes an engine say what follows each token, and keeps count of the rows of every pass.
+    """Replaces an engine's logits by a fixed successor of each token, and records the batch size of every pass.
 
-    The real passes run underneath, so the cache fills and shrinks as it would.
+    The real passes still run, so that the cache grows and shrinks as usual.
     """
 
     def __init__(self, engine: Engine, following: Callable[[int], int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,5 +88,5 @@ class Chain:
 
 @pytest.fixture
 def lead(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine, Callable[[int], int]], Chain]:
-    """Return a function that makes an engine say what follows each token."""
+    """Return a function that fixes the successor of each token for an engine."""
     return lambda engine, following: Chain(engine, following, monkeypatch)

@@ -90,7 +90,7 @@ def test_decoding_full_context_ends_the_row(
 ) -> None:
     model = build_tiny(positional_encoding=position, max_seq_len=9)
     decoding = decode(model, RAGGED, n=6)
-    # A context of nine: three leave room for the six asked for, seven for two.
+    # A context of nine: a prompt of three has space for six new tokens, one of seven for two.
     assert [len(ids) for ids in decoding.generated] == [6, 6, 2, 6, 4]
     assert decoding.finish_reasons == ["length", "length", "context", "length", "context"]
     assert decoding.generated[2] == decode_naively(model, RAGGED[2], GREEDY, 2)
@@ -203,7 +203,7 @@ def engines(build_tiny: Build) -> dict[str, Engine]:
     return made
 
 
-# Texts that repeat a few phrases, so that what followed one before is a good guess.
+# Texts that repeat a few phrases, so that what followed one before is a good draft.
 repetitive = st.lists(
     st.sampled_from([(1, 2, 3), (1, 2, 3, 4), (5,), (5, 6, 5, 6), (7, 7, 7), (3, 9)]), min_size=1, max_size=10
 ).map(lambda phrases: [token for phrase in phrases for token in phrase])
@@ -241,7 +241,7 @@ def test_speculation_keeps_tokens_and_finish_reasons(
     assert 0 <= guessed.n_accepted <= guessed.n_drafted
     assert plain.n_drafted == 0
     if len(prompts) == 1:
-        # Each pass settles one token, and one more for every guess that was right.
+        # Each pass settles one token, and one more for every accepted draft token.
         n_settled = len(plain.generated[0]) + (plain.finish_reasons[0] == "stop")
         assert guessed.n_passes >= n_settled - 1 - guessed.n_accepted
 
@@ -281,7 +281,7 @@ def test_speculation_predictable_text_takes_minimal_passes(
 def test_speculation_rejected_drafts_cost_no_token(build_tiny: Build, lead: Lead) -> None:
     engine = Engine(build_tiny())
     lead(engine, lambda token: {0: 1, 1: 2, 2: 5, 5: 0}[token] if token in (0, 1, 2, 5) else 0)
-    # The prompt promises that 3 follows 2, and the model says 5.
+    # In the prompt 3 follows 2; the model predicts 5.
     decoding = BatchDecoder(
         engine, [[0, 1, 2, 3, 0, 1, 2, 3, 0]], max_new_tokens=7, sampling=GREEDY, eos_id=None, speculate=3
     )
@@ -375,7 +375,7 @@ def test_speculation_distribution_test_detects_accepting_everything(
 
 
 def slid(text: Sequence[int], limit: int) -> list[int]:
-    """What a row remembers of ``text`` once there is no room left."""
+    """Return the part of ``text`` that a sliding row keeps once its context is full."""
     return list(text[-(limit // 2) :])
 
 
@@ -399,7 +399,7 @@ def test_sliding_context_equals_reprompting_with_tail(
         assert [token] == decode_naively(model, memory, n=1)
         memory.append(token)
     assert n_slid >= 3
-    # Up to the first of them it is what a context that stops says.
+    # Up to the first of them it equals a context that stops.
     stopped = decode(model, [prompt], n=3 * limit)
     assert stopped.finish_reasons == ["context"]
     assert decoding.generated[0][: len(stopped.generated[0])] == stopped.generated[0]

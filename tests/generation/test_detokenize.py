@@ -1,4 +1,4 @@
-"""Streamed parts join to the whole text, whatever tokens come, and a long text costs no more for each."""
+"""Incremental detokenization: parts join to the whole text for any tokens, in constant time per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine's passes: the model's own logits, the same for a row in any company, plain and compiled."""
+"""Inference engine: the model's logits, batch-invariant, compiled and uncompiled."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 17, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def run(engine: Engine, prompts: Sequence[Sequence[int]], following: Tensor, room: int = 1) -> Tensor:
+def run(engine: Engine, prompts: Sequence[Sequence[int]], following: Tensor, n_new: int = 1) -> Tensor:
     """Logits (B, 1 + T, V) after the prompts and after each of the tokens (B, T) that follow."""
-    logits, state = engine.prefill(prompts, room)
+    logits, state = engine.prefill(prompts, n_new)
     return torch.stack([logits, *(engine.decode(following[:, t], state) for t in range(following.shape[1]))], dim=1)
 
 
@@ -121,7 +121,7 @@ def test_engine_cache_growth_changes_no_logits(dtype: WeightDtype, build_tiny: B
     assert engine.cache_dtype.itemsize == size
     prompts = [tokens(n).tolist() for n in (3, 40)]
     following = tokens(2, 330, seed=1)
-    states = [engine.prefill(prompts, room)[1] for room in (1, 10_000)]
+    states = [engine.prefill(prompts, n_new)[1] for n_new in (1, 10_000)]
     grown, large = states
     capacities = [grown.capacity]
     assert grown.capacity == CACHE_BLOCK_TOKENS < large.capacity
@@ -183,7 +183,7 @@ def test_engine_required_compile_without_compiler_raises(build_tiny: Build, monk
 
 
 def test_engine_compiled_step_marks_cache_addresses_static(build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler refuses CUDA graphs for a pass that writes into any other input, and says so to nobody."""
+    """The compiler refuses CUDA graphs for a pass that writes into any other input, without an error."""
     monkeypatch.setattr("psannlm.runtime.device.compiler_fault", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     engine = Engine(build_tiny(base="waveresnet"), compile=True)
@@ -243,10 +243,10 @@ def test_engine_compiled_steps_match_model(compiled_engines: dict[str, Engine], 
     engine, model = compiled_engines["float32"], build_tiny(**COMPILED)
     assert engine.compiles
     assert engine.notices == []
-    for n_prompt, n, room in ((5, 270, 1), (5, 180, 300), (100, 50, 30), (30, 20, 1)):
+    for n_prompt, n, n_new in ((5, 270, 1), (5, 180, 300), (100, 50, 30), (30, 20, 1)):
         prompts = [tokens(n_prompt + row, seed=row).tolist() for row in range(3)]
         following = tokens(3, n, seed=n)
-        found = run(engine, prompts, following, room)
+        found = run(engine, prompts, following, n_new)
         for row, prompt in enumerate(prompts):
             wanted = full(model, prompt, following[row])
             torch.testing.assert_close(found[row], wanted, rtol=0, atol=3e-4)

@@ -1,4 +1,4 @@
-"""Prompts to text: what a tokenizer can say, streamed in whole characters, the same for the same seed."""
+"""Text generation: valid ids, streaming in whole characters, seeds, progress and notices."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_generate_prompt_starts_with_bos(byte_tokenizer: Tokenizer) -> None:
 
 
 def speller(tokenizer: Tokenizer, start: str, content: bytes, build_tiny: Build, lead: Lead) -> Engine:
-    """An engine that writes ``content``, in which no byte stands twice, after ``start``, and then ends."""
+    """An engine that writes ``content``, in which no byte occurs twice, after ``start``, and then ends."""
     engine = Engine(build_for(tokenizer, build_tiny))
     chain = [tokenizer.encode(start)[-1], *(byte + 4 for byte in content), tokenizer.eos_id]
     lead(engine, dict(pairwise(chain)).__getitem__)
@@ -160,7 +160,7 @@ def test_generate_accepts_numpy_numbers(byte_tokenizer: Tokenizer, build_tiny: B
 
 
 def test_generate_progress_total_is_an_upper_bound(byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead) -> None:
-    """A prompt of z ends at once, one of v after 4 tokens, and one of a goes on to its limit of 7."""
+    """A prompt of z ends immediately, one of v after 4 tokens, and one of a at its limit of 7."""
     v, z = (byte_tokenizer.encode(letter)[0] for letter in "vz")
     model = Engine(build_for(byte_tokenizer, build_tiny))
     lead(model, lambda token: byte_tokenizer.eos_id if token >= z else token + 1)
@@ -257,12 +257,12 @@ def test_generate_passes_engine_notices_on(
     monkeypatch.setattr("psannlm.generation.generate.COMPILE_BREAK_EVEN_STEPS", least)
     n = 5
     model = build_for(byte_tokenizer, build_tiny)
-    told: list[str] = []
+    received: list[str] = []
     found = generate(
-        model, byte_tokenizer, ["a"], max_new_tokens=n, sampling=GREEDY, compile=compile, on_notice=told.append
+        model, byte_tokenizer, ["a"], max_new_tokens=n, sampling=GREEDY, compile=compile, on_notice=received.append
     )
     assert found == generate(model, byte_tokenizer, ["a"], max_new_tokens=n, sampling=GREEDY, compile=False)
-    assert [("C++ compiler" in notice) for notice in told] == [True] * wanted
+    assert [("C++ compiler" in notice) for notice in received] == [True] * wanted
 
 
 @pytest.mark.parametrize(

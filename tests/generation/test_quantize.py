@@ -1,4 +1,4 @@
-"""A packed model is the same function in fewer bytes, and the one it was made of stays as it was."""
+"""Models prepared for inference: the same function in fewer bytes, with the original unchanged."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def logits_of(model: Transformer, n_tokens: int) -> Tensor:
 
 
 def rounded(model: Transformer, dtype: WeightDtype) -> Transformer:
-    """A plain model with the weights that a packed one stands for: scales taken in, then rounded."""
-    twin = copy.deepcopy(model)
+    """Return a plain model with the weights of a prepared one: scales folded in, then rounded."""
+    prepared = copy.deepcopy(model)
 
     def to_dtype(weight: Tensor) -> Tensor:
         if dtype == "int8":
@@ -61,20 +61,20 @@ def rounded(model: Transformer, dtype: WeightDtype) -> Transformer:
         return weight.to(torch.bfloat16).float() if dtype == "bfloat16" else weight
 
     with torch.no_grad():
-        if twin.head is None:
-            twin.head = nn.Linear(twin.embedding.weight.shape[1], 17, bias=False)
-            twin.head.weight.copy_(twin.embedding.weight)
-        for block in twin.blocks:
+        if prepared.head is None:
+            prepared.head = nn.Linear(prepared.embedding.weight.shape[1], 17, bias=False)
+            prepared.head.weight.copy_(prepared.embedding.weight)
+        for block in prepared.blocks:
             for linear, name in ((block.attention.out_proj, "attention_scale"), (block.mlp.down_proj, "mlp_scale")):
                 if getattr(block, name) is not None:
                     linear.weight.mul_(getattr(block, name))
                     setattr(block, name, None)
-        for module in twin.modules():
+        for module in prepared.modules():
             if isinstance(module, nn.Linear):
                 module.weight.copy_(to_dtype(module.weight))
         if dtype != "float32":
-            twin.embedding.weight.copy_(twin.embedding.weight.bfloat16())
-    return twin
+            prepared.embedding.weight.copy_(prepared.embedding.weight.bfloat16())
+    return prepared
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -85,9 +85,9 @@ def test_inference_model_float32_matches_original(
 ) -> None:
     for variant in VARIANTS:
         model = build_tiny(base=base, positional_encoding=position, **variant)
-        twin = prepare_for_inference(model, "float32", is_compiled=is_compiled)
+        prepared = prepare_for_inference(model, "float32", is_compiled=is_compiled)
         for n_tokens in (1, 9, 20):
-            torch.testing.assert_close(logits_of(twin, n_tokens), logits_of(model, n_tokens), rtol=0, atol=1e-4)
+            torch.testing.assert_close(logits_of(prepared, n_tokens), logits_of(model, n_tokens), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -101,9 +101,9 @@ def test_inference_model_low_precision_equals_rounded_weights(
             quantize_module, "computes_in_bf16", lambda device, has=has_bf16: has and computes_in_bf16(device)
         )
         model = build_tiny(base=base, d_model=32, d_mlp=48, **variant)
-        twin, wanted = prepare_for_inference(model, dtype, is_compiled=is_compiled), rounded(model, dtype)
+        prepared, wanted = prepare_for_inference(model, dtype, is_compiled=is_compiled), rounded(model, dtype)
         for n_tokens in (1, 9, 20):
-            found, reference = logits_of(twin, n_tokens), logits_of(wanted, n_tokens)
+            found, reference = logits_of(prepared, n_tokens), logits_of(wanted, n_tokens)
             # Widened to float32, products are those of the rounded matrices; in bf16, activations are rounded as well.
             tolerance = 3e-2 if has_bf16 else 1e-5
             assert (found - reference).norm() <= tolerance * reference.norm(), (variant, has_bf16, n_tokens)
@@ -175,12 +175,12 @@ def test_prepare_for_inference_keeps_the_original(
     settings = {"residual_scale": True, "short_conv": {"enabled": True, "activation": "sine"}, "tie_embeddings": tied}
     model, untouched = (build_tiny(base=base, **settings).train(training) for _ in range(2))
     modules = {id(module) for module in model.modules()}
-    twin = prepare_for_inference(model, dtype)
-    logits_of(twin, 9)
+    prepared = prepare_for_inference(model, dtype)
+    logits_of(prepared, 9)
     assert model.training is training
-    assert not twin.training
-    assert not any(module.training for module in twin.modules() if isinstance(module, nn.Dropout))
-    assert modules.isdisjoint(id(module) for module in twin.modules())
+    assert not prepared.training
+    assert not any(module.training for module in prepared.modules() if isinstance(module, nn.Dropout))
+    assert modules.isdisjoint(id(module) for module in prepared.modules())
     assert modules == {id(module) for module in model.modules()}
     before, after = untouched.state_dict(), model.state_dict()
     assert list(before) == list(after)
@@ -257,13 +257,13 @@ def test_inference_linear_is_batch_invariant_bitwise(dtype: WeightDtype, n_input
         for first in range(12 - n_together):
             part = slice(first, first + n_together)
             assert torch.equal(linear(rows[part]), together[part]), n_together
-    # Several tokens of one row, as when guesses are checked, meet the same products too.
+    # Several tokens of one row, as in verification of a draft, get the same products too.
     assert torch.equal(linear(rows.transpose(0, 1)[:, :MAX_DECODE_TOKENS]), together.transpose(0, 1))
 
 
 @pytest.mark.parametrize("n_tokens", [1, 7, MAX_DECODE_TOKENS, MAX_DECODE_TOKENS + 1, 300])
 def test_fixed_row_blocks_have_one_shape_and_keep_rows(n_tokens: int) -> None:
-    """With a product that tells how many rows it was made of: a row must find the same in any company."""
+    """With a product whose result reveals its number of rows: a row must get the same result in any batch."""
     x = torch.randn(5, n_tokens, 3, generator=torch.Generator().manual_seed(0))
     together = in_fixed_row_blocks(lambda rows: rows * len(rows), x)
     for rows in ([0], [3], [4, 1], [0, 1, 2, 3, 4]):

@@ -1,4 +1,4 @@
-"""The next token by hand: what each cut keeps, what the penalty does, and that draws follow the distribution."""
+"""Sampling of the next token: known values of each cut, the penalty, and the distribution of draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What followed the same words before, against a search of the whole text."""
+"""Prompt lookup against a brute-force search of the whole text."""
 
 from __future__ import annotations
 

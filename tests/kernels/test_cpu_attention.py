@@ -1,4 +1,4 @@
-"""Attention by blocks of queries against its definition in float64: values, every gradient, and what is kept."""
+"""Blocked CPU attention against its float64 definition: values, gradients, and saved memory."""
 
 from __future__ import annotations
 

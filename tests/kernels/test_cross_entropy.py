@@ -1,4 +1,4 @@
-"""The chunked loss equals torch's on full logits, gradients too, and never makes full logits."""
+"""Chunked cross-entropy against torch's on full logits, gradients included, without full logits in memory."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_cross_entropy_compilable_formula_matches_in_place(
     logits = (30 * torch.randn(50, V, generator=generator)).to(dtype)
     labels = torch.randint(0, V, (50,), generator=generator)
     labels[::7] = IGNORE_INDEX
-    algebra = loss_module._chunk_loss_compilable(logits, labels, smoothing, wants_gradient)
+    compilable = loss_module._chunk_loss_compilable(logits, labels, smoothing, wants_gradient)
     in_place = loss_module._chunk_loss_in_place(logits.clone(), labels, smoothing, wants_gradient)
-    torch.testing.assert_close(algebra, in_place, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    torch.testing.assert_close(compilable, in_place, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
@@ -117,7 +117,7 @@ def test_cross_entropy_skips_gradients_of_frozen_tensors(frozen: str) -> None:
 
 
 class Shapes(TorchDispatchMode):
-    """Remembers the shapes of all tensors that any operation made anew."""
+    """Records the shapes of all tensors that an operation allocates."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The sine against float64 and autograd on every path, what it saves, and that each of its settings is obeyed."""
+"""Damped sine against float64 and autograd on every path, its saved tensors, and the effect of each setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products that take the detour through oneDNN are those of float64 to float32's precision, gradients included."""
+"""Matrix products through oneDNN against float64, gradients included."""
 
 from __future__ import annotations
 

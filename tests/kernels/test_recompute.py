@@ -1,4 +1,4 @@
-"""The lean passes give the numbers of the plain algebra, values and every gradient, and keep less."""
+"""Fused passes with recomputation against the plain formulas: values, every gradient, and saved memory."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_recompute_losses_and_gradients_match_plain_formulas(
 ) -> None:
     model = build_tiny(**settings).train()
     leanly = loss_and_gradients(model)
-    for room in ("mlp", "transformer"):
-        monkeypatch.setattr(f"psannlm.models.{room}.use_recompute", lambda x: False)
+    for module in ("mlp", "transformer"):
+        monkeypatch.setattr(f"psannlm.models.{module}.use_recompute", lambda x: False)
     plainly = loss_and_gradients(model)
     torch.testing.assert_close(leanly[0], plainly[0], rtol=1e-6, atol=1e-5)
     assert leanly[1].keys() == plainly[1].keys()
@@ -68,8 +68,8 @@ def test_recompute_saves_less_for_backward(
         return sum(sizes.values())
 
     leanly = kept()
-    for room in ("mlp", "transformer"):
-        monkeypatch.setattr(f"psannlm.models.{room}.use_recompute", lambda x: False)
+    for module in ("mlp", "transformer"):
+        monkeypatch.setattr(f"psannlm.models.{module}.use_recompute", lambda x: False)
     assert leanly < 0.9 * kept()
 
 

@@ -1,4 +1,4 @@
-"""ALiBi in the forward pass: attention by hand with the paper's slopes, distances alone, any head size and length."""
+"""ALiBi in the forward pass against a reference with the paper's slopes, for any head size and length."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_alibi_context_of_shifted_rows_is_equal(build_tiny: Build) -> None:
     moved = cached_attention_context(config, torch.tensor([0, 10]), torch.arange(14), 4, torch.float32)
     assert moved.rope is None
     assert moved.mask is not None
-    # Row 0 stands at the beginning; row 1 ten tokens on: its own tokens see each other with the same biases.
+    # Row 0 starts at position 0, row 1 at 10: the biases between the tokens of a row are the same.
     assert torch.equal(moved.mask[0, :, :, :4], started.mask[0])
     assert torch.equal(moved.mask[1, :, :, 10:], started.mask[0])
 

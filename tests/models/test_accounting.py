@@ -1,4 +1,4 @@
-"""Parameters, operations and bytes foretold from a configuration are those of the model itself."""
+"""Parameter counts, FLOPs and memory estimates against the real model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One file carries a model: what goes in comes out, and no file from a stranger can do more than be refused."""
+"""Model files: round trip, format versions, and refusal of every damaged or hostile file."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def hostile(
 
 
 def refused(path: Path) -> str:
-    """Load, expecting a refusal in one short line, at once, and without room made for what a file promises."""
+    """Load, expecting a one-line error quickly, without allocating what the file claims."""
     tracemalloc.start()
     began = time.monotonic()
     try:

@@ -1,4 +1,4 @@
-"""Attention against its formula in float64; the context tells each pass the cheapest mask that is right."""
+"""Attention against its formula in float64, and the mask that each kind of pass uses."""
 
 from __future__ import annotations
 

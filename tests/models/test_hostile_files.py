@@ -1,4 +1,4 @@
-"""Files from strangers: ten thousand damaged ones and the pickles that attackers use are refused, and nothing runs."""
+"""Hostile files: ten thousand mutations and known pickle attacks raise errors, and no code runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _TOKENS = (b"0", b"9", b"-", b'"', b"{", b"}", b"[", b"]", b",", b":", b"e9", b"
 
 @contextmanager
 def bounded(megabytes: int, seconds: int) -> Iterator[None]:
-    """Allow so much more memory than is in use, and so much time until :func:`signal.alarm` is set anew."""
+    """Limit the memory above what is in use, and the time until :func:`signal.alarm` is set again."""
 
     def hang(number: int, frame: FrameType | None) -> None:
         pytest.fail(f"a file took more than {seconds} s")
@@ -65,7 +65,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         if not found:
             break
-        # Half of it where a file says what it is.
+        # Half of the mutations in the header.
         at = rng.randrange(min(header, len(found)) if rng.random() < 0.5 else len(found))
         size = rng.randint(1, 40)
         kind = rng.randrange(8)
@@ -89,7 +89,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 
 def with_fitting_hash(content: bytes) -> bytes:
-    """The file as an attacker would finish it, so that what stands behind the hash is reached."""
+    """The file as an attacker would finish it, so that the code behind the hash check is reached."""
     at = content.find(_MARK) + len(_MARK)
     if at < len(_MARK) or at + 64 > len(content):
         return content
@@ -105,7 +105,7 @@ def test_hostile_files_ten_thousand_mutations_raise_or_load(build_tiny: Build, t
     content = path.read_bytes()
     load_model(path)
     rng = random.Random(3)
-    told: set[str] = set()
+    messages: set[str] = set()
     n_loaded = 0
     with bounded(megabytes=256, seconds=20):
         for number in range(N_DAMAGED):
@@ -120,12 +120,12 @@ def test_hostile_files_ten_thousand_mutations_raise_or_load(build_tiny: Build, t
                 assert "\n" not in message, message
                 assert str(path) in message
                 assert len(message) < 1500
-                told.add(message.removeprefix(str(path))[:24])
+                messages.add(message.removeprefix(str(path))[:24])
             else:
                 n_loaded += 1
                 assert is_forged or bad == content
     # Many a check was reached, the ones behind the hash too; and weights of another value make a file as good as any.
-    assert len(told) > 20
+    assert len(messages) > 20
     assert N_DAMAGED / 20 < n_loaded < N_DAMAGED / 2
 
 

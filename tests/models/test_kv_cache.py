@@ -1,4 +1,4 @@
-"""A cache changes nothing but the time: any split, any company, any base equals the full forward pass."""
+"""KV cache: any split, batch and base gives the results of the full forward pass."""
 
 from __future__ import annotations
 
@@ -309,4 +309,4 @@ def test_kv_cache_of_64_default_rows_fits_24_gb() -> None:
     # Keys and values: 2 x 8 layers x width 512 x 2,048 slots. Tails: 2 places x 8 layers x width 512 x 3.
     assert cache == 64 * 4 * (2 * 8 * 512 * 2048 + 2 * 8 * 512 * 3)
     weights = 4 * sum(count_parameters(config).values())
-    assert cache + 2 * weights < 24e9  # the model, and its packed twin
+    assert cache + 2 * weights < 24e9  # the model, and its prepared copy

@@ -1,4 +1,4 @@
-"""Feed-forward kinds are the formulas they name, and compare at equal parameters."""
+"""Feed-forward kinds against their formulas, at equal parameters."""
 
 from __future__ import annotations
 

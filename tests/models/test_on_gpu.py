@@ -1,4 +1,4 @@
-"""The model's laws on a GPU: the same losses, gradients and text as on the CPU."""
+"""Losses, gradients and generated text on a GPU against those on the CPU."""
 
 from __future__ import annotations
 

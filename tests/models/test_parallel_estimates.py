@@ -1,4 +1,4 @@
-"""Memory and traffic on many devices: what adds up, and what one device must come to."""
+"""Estimates of memory and communication over many devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Positions by hand: rope sees differences only, alibi's slopes are the authors', sinusoids stand where they say."""
+"""Position encodings: RoPE depends on distances, ALiBi has its authors' slopes, sinusoids have known values."""
 
 from __future__ import annotations
 

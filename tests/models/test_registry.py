@@ -1,4 +1,4 @@
-"""Bases are defaults and no more; a model's weights depend on its seed and on nothing else."""
+"""Bases as sets of defaults, resolution of a configuration, and seeded initial weights."""
 
 from __future__ import annotations
 

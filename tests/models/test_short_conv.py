@@ -1,4 +1,4 @@
-"""Waves against the sum they stand for, from the left edge on, in chunks, and in rows of different length."""
+"""Short convolution against its sum: whole sequences, chunks with a state, and ragged rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors to a file and back: every byte is covered, safetensors' own reader agrees, and no header can do harm."""
+"""Tensor files: round trip, a hash over every byte, compatibility with safetensors, hostile headers."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_tensorfile_is_readable_by_safetensors(path: Path) -> None:
 
 
 def test_tensorfile_hash_covers_file_with_blanked_digits(path: Path) -> None:
-    """As the format says, so that anyone can check a file with any tool."""
+    """As documented, so that a file can be checked with any tool."""
     digest = write_tensors(path, TENSORS, {"format": "test"})
     content = path.read_bytes()
     assert content.count(digest.encode()) == 1
@@ -234,7 +234,7 @@ def test_tensorfile_false_header_lengths_raise(path: Path, length: int) -> None:
 
 
 def test_tensorfile_huge_header_is_not_read(path: Path) -> None:
-    """A sparse file takes no room on the disk and any room in memory."""
+    """A sparse file takes no space on disk and could take any amount of memory."""
     path.touch()
     os.truncate(path, 300 << 20)
     with open(path, "r+b") as file:
@@ -247,7 +247,7 @@ def test_tensorfile_huge_header_is_not_read(path: Path) -> None:
 
 
 def test_tensorfile_mutations_with_valid_hash_raise_or_load(path: Path) -> None:
-    """What loads after all has the size that the file holds: nothing is read from beyond it or made room for."""
+    """A mutation that loads has the size of the file: nothing is read or allocated beyond it."""
     rng = random.Random(7)
     original = header_of({"x": entry(0, 8), "y": entry(8, 24, (2, 2)), "zz": entry(24, 32, (1,), "I64")})
     tokens = [

@@ -1,4 +1,4 @@
-"""The decoder's laws for every base, position scheme and conv: no look at the future, a quiet start, one loss."""
+"""Transformer of every base, position encoding and convolution: causality, initialisation, loss and past_kvs."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_init_zero_branches_unit_variance_preactivations(kind: str, conv_activat
         assert out.var().item() == pytest.approx(1.0, abs=0.1), name
     # Each branch ends in zeros, so the blocks pass the embedding on as it is.
     torch.testing.assert_close(hidden, model.final_norm(model.embedding(input_ids)), rtol=0, atol=0)
-    # A new model is about as wise as a guess: -ln(1/500) = 6.21.
+    # A new model predicts about uniformly: -ln(1/500) = 6.21.
     assert model(input_ids, input_ids).item() / 200 == pytest.approx(6.21, abs=0.2)
 
 
