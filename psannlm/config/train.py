@@ -112,7 +112,7 @@ class TrainConfig(Section):
         "is held out",
     )
     device: Text = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="device: auto, cpu, cuda or cuda:N"
+        "auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N"
     )
 
     @model_validator(mode="before")
