@@ -32,8 +32,8 @@ _WORDS_FOR_ON = ("on", "full", "auto")
 def advice(value: object, accepts: Callable[[object], bool], due: Due = "value") -> str:
     """Return ``; write X`` or ``; write X or Y`` for the first readings of ``value`` that ``accepts`` takes, or ''.
 
-    What is recommended is YAML that is read back and tried, so that nobody follows it into the next refusal. ``due``
-    says what the place takes: 1,000 is a thousand where a whole number is due, and may be one elsewhere.
+    Suggestions are YAML that is parsed and validated, so that they are never rejected. ``due``: the expected kind of
+    value: 1,000 is a thousand where a whole number is expected, and may be one elsewhere.
     """
     if isinstance(value, (list, tuple)) and len(value) == 1 and due != "list":
         # A list of one item where a plain value is expected.

@@ -219,7 +219,7 @@ def plan_batches(config: RunConfig, world_size: int = 1) -> BatchPlan:
     """Return the batch sizes for ``data.max_length``, ``train.batch_tokens`` and the number of ranks.
 
     ``micro_batch_size = batch_tokens // max_length`` windows per rank; one step sees
-    ``micro_batch_size * max_length * grad_accum_steps * world_size`` tokens. This is the one place that computes them.
+    ``micro_batch_size * max_length * grad_accum_steps * world_size`` tokens.
     """
     micro_batch_size = config.train.batch_tokens // config.data.max_length
     return BatchPlan(micro_batch_size, config.data.max_length, config.train.grad_accum_steps, world_size)

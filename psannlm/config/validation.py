@@ -238,7 +238,7 @@ def _pruned(cls: type[Section], given: dict[str, Any], path: KeyPath) -> dict[st
 class _Place:
     """Location of an error: its path in the file, the classes that own the key, and the field if there is one.
 
-    Pydantic's own path also names the tags and branches of unions, which stand nowhere in the file.
+    Pydantic's own path also names the tags and branches of unions, which are not in the file.
     """
 
     path: KeyPath

@@ -1,4 +1,4 @@
-"""A corpus of any size to a tokenizer file and its card: the figures that say how well it fits."""
+"""Fitting a tokenizer on a corpus of any size, with a card of figures measured on held-out text."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from psannlm.tokenizers.resolve import MODEL_TYPES, check_fit, file_suffix, fit_
 from psannlm.tokenizers.sample import SAMPLE_CHARS, PassageSample
 
 _HELD_OUT = 0.1
-# The end of a longer document (or part) is held out: drawn as a whole, a few of them would miss a tenth by far.
+# Longer documents are cut and their end is held out: a few long documents as wholes would miss a tenth by far.
 _LONG_CHARACTERS = 1 << 16
-# Bytes per token settle long before this.
+# Bytes per token converge long before this.
 HELD_OUT_CHARS = 2_000_000
-# Longer documents come in parts, each of which is held out or fitted on as if it were one.
+# Longer documents are cut into segments, each of which is held out or fitted on like a document.
 SAMPLE_SEGMENT_BYTES = 1 << 20
 _LONGEST_SHOWN = 12
 
@@ -34,7 +34,7 @@ Notice = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Sampled:
-    """Passages of a corpus: what is fitted on, and what was held out to measure on."""
+    """Passages of a corpus: those to fit on, and those held out for measuring."""
 
     fitted_on: list[str]
     held_out: list[str]
@@ -57,12 +57,12 @@ def fit_with_card(
 
     Figures are measured on the rest. Memory depends on ``sample_chars``, ``vocab_size`` and the longest line, not on
     the size of the corpus. ``out`` gets the suffix of the backend if it has none; by default it is ``tokenizer.model``
-    or ``tokenizer.json``, and the card stands beside it. ``on_bytes`` is told the bytes read so far and of all files;
-    ``replace_option`` is what errors recommend for bytes that are not UTF-8.
+    or ``tokenizer.json``, and the card is beside it. ``on_bytes`` gets the bytes read so far and of all files;
+    ``replace_option``: the remedy in errors about bytes that are not UTF-8.
 
     Raises:
         CorpusError: a source is missing, cannot be read, or holds too little text.
-        ConfigError: another tokenizer stands at ``out`` already, or an argument is refused.
+        ConfigError: ``out`` is another tokenizer, or an argument is invalid.
         TokenizerError, StorageError: as the parts raise them.
     """
     backend = check_fit(backend, vocab_size, model_type, sample_chars)
@@ -70,7 +70,7 @@ def fit_with_card(
     if not path.suffix:
         path = path.with_suffix(file_suffix(backend))
     require_writable(path)
-    # The whole name: tokenizer.model and tokenizer.json may stand in one folder.
+    # The whole name, because tokenizer.model and tokenizer.json may be in one folder.
     card_path = path.with_name(f"{path.name}.card.json")
     require_writable(card_path)
     remedy = "or name a new file with --out"
@@ -111,7 +111,7 @@ def fit_with_card(
 
 
 def _is_tokenizer(path: Path) -> bool:
-    """Whether the file is a tokenizer, so that whether it is the one that is fitted now can be told later."""
+    """Return whether the file is a tokenizer; whether it equals the fitted one is checked later."""
     try:
         load_tokenizer(path)
     except TokenizerError:
@@ -120,7 +120,7 @@ def _is_tokenizer(path: Path) -> bool:
 
 
 def _is_own_card(path: Path) -> bool:
-    """Whether the file is the card of a tokenizer that psannlm fitted."""
+    """Return whether the file is the card of a tokenizer fitted by psannlm."""
     try:
         content = json.loads(read_small(path, 1 << 20) or b"")
     except (ValueError, RecursionError):
@@ -136,21 +136,21 @@ def sample_corpus(
     held_out_chars: int = HELD_OUT_CHARS,
     notice: Notice = lambda line: None,
 ) -> Sampled:
-    """Return passages to fit on and passages to measure on, drawn in one pass.
+    """Return passages to fit on and held-out passages, sampled in one pass.
 
-    A document (or part) is held out when the hash of ``seed`` and its text falls into the lowest tenth, so equal
-    documents fall on one side. A single document, and each document or part of 65,536 characters or more, is cut in
-    two, and its last tenth is held out. Where none was cut, the lowest of all is held out and the highest is not, so
-    that neither side is empty.
+    A document (or segment) is held out if the hash of ``seed`` and its text is in the lowest tenth, so that equal
+    documents are in the same split. A single document, and each document or segment of 65,536 characters or more, is
+    cut in two, and its last tenth is held out. If none is cut, the document with the lowest hash is held out and that
+    with the highest is not, so that neither split is empty.
 
     Raises:
         CorpusError: a single document is too short to be cut.
     """
     fit, held_out = PassageSample(seed, sample_chars), PassageSample(seed, held_out_chars)
-    edges: list[tuple[float, Document]] = []  # the lowest and the highest so far wait for what the others are
+    edges: list[tuple[float, Document]] = []  # lowest and highest so far, undecided until the end
 
-    def place(share: float, document: Document) -> None:
-        (held_out if share < _HELD_OUT else fit).add(document.text)
+    def assign(number: float, document: Document) -> None:
+        (held_out if number < _HELD_OUT else fit).add(document.text)
 
     has_cut = False
     for document in documents:
@@ -160,13 +160,13 @@ def sample_corpus(
             held_out.add(halves[1])
             has_cut = True
             continue
-        edges.append((_share(document.text, seed), document))
+        edges.append((_hash_number(document.text, seed), document))
         edges.sort(key=lambda edge: edge[0])
         if len(edges) > 2:
-            place(*edges.pop(1))
+            assign(*edges.pop(1))
     if has_cut:
         for edge in edges:
-            place(*edge)
+            assign(*edge)
     elif len(edges) == 1:
         first, last = split_documents([edges[0][1]], _HELD_OUT, seed)
         fit.add(first[0].text)
@@ -174,19 +174,19 @@ def sample_corpus(
     else:
         held_out.add(edges[0][1].text)
         fit.add(edges[1][1].text)
-    if said := fit.notice():
-        notice(said)
+    if line := fit.notice():
+        notice(line)
     return Sampled(fit.passages(), held_out.passages())
 
 
-def _share(text: str, seed: int) -> float:
-    """Return a number in [0, 1) that depends on ``text`` and ``seed`` alone."""
+def _hash_number(text: str, seed: int) -> float:
+    """Return a number in [0, 1), a pure function of ``text`` and ``seed``."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=str(seed).encode()).digest()
     return float(int.from_bytes(digest, "big") / 2**64)
 
 
 def held_out_figures(tokenizer: Tokenizer, held_out: Sequence[str]) -> dict[str, Any]:
-    """Return what ``tokenizer`` makes of text that it was not fitted on: density, share of bytes, the way back."""
+    """Return figures on held-out text: bytes per token, fraction of byte tokens, and whether it round-trips."""
     rows = tokenizer.encode_batch(held_out)
     n_tokens = sum(map(len, rows))
     n_bytes = sum(len(text.encode("utf-8")) for text in held_out)

@@ -60,7 +60,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 def _explain(path: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            f"no room to write {path}: {error.strerror} ({_free_text(path)}). "
+            f"not enough disk space to write {path}: {error.strerror} ({_free_text(path)}). "
             "Earlier files are untouched; free some space or choose another folder."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -72,7 +72,7 @@ def _explain(path: Path, error: OSError) -> str:
             "Choose a shorter one."
         )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"could not write {path}: a file stands where a folder must be. Move it, or choose another folder."
+        return f"could not write {path}: a file is in the place of a folder. Move it, or choose another folder."
     return f"could not write {path}: {error.strerror or error}"
 
 
@@ -149,8 +149,8 @@ def is_plain_folder(path: Path) -> bool:
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files of killed processes from ``folder``; only the owner of its lock may call this.
 
-    The marker inside proves that a temporary folder is ours. A kill may have come before it was written: then the
-    folder holds nothing, or an empty marker alone, and removing it harms nobody.
+    The marker inside proves that psannlm made a temporary folder. A process may be killed before it is written: then
+    the folder is empty or has only an empty marker, and it is safe to remove it.
     """
     for path in folder.iterdir():
         if not _TEMPORARY.fullmatch(path.name) or not is_plain_folder(path):
@@ -207,7 +207,7 @@ def require_writable(path: Path) -> None:
     """Check beforehand that a file can be written at ``path``, without leaving anything behind.
 
     Raises:
-        StorageError: a folder stands there, or its own folder can be neither written nor made.
+        StorageError: ``path`` is a folder, or its parent can be neither written nor created.
     """
     with explain_write_errors(path):
         if path.is_dir():

@@ -62,7 +62,7 @@ def json_values(content: bytes) -> int:
 def machine_memory_bytes() -> int | None:
     """Return the memory that this process may use in bytes: the machine's, or less where a cgroup limits it.
 
-    None where the system does not tell.
+    None if the system does not report it.
     """
     found = [each for each in (_physical_bytes(), cgroup_limit_bytes()) if each is not None]
     return min(found, default=None)

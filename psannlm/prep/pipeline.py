@@ -416,7 +416,7 @@ def shard_name(split: str, number: int) -> str:
 
 
 class _Interruptible(Sequence[Path]):
-    """Paths that can be gone through as long as nobody wants to stop."""
+    """Paths of encoded chunks; taking one raises Interrupted if the preparation is to stop."""
 
     def __init__(self, paths: list[Path], raise_if_stopped: Callable[[], None]) -> None:
         self._paths, self._raise_if_stopped = paths, raise_if_stopped

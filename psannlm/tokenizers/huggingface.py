@@ -39,7 +39,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Args:
         content: the bytes of the file. Begin and end of text must be among its added tokens (one token such as
-            ``<|endoftext|>`` may serve as both); padding and unknown may be absent: the end then stands in for them.
+            ``<|endoftext|>`` may serve as both); padding and unknown may be absent: the end is used instead.
 
     Raises:
         TokenizerError: ``content`` is not a tokenizer of this kind, or lacks a special.
@@ -153,7 +153,7 @@ def _shielded(data: dict[str, Any], specials: list[str]) -> dict[str, Any]:
     """Return ``data`` with special tokens under names that cannot occur in text, and without post-processing of ids.
 
     A unigram or word model lists its specials like any other entry and would find them in text. White space and NUL
-    together stand in no word that a pre-tokenizer makes, so an entry of that name is never found.
+    together are in no word of a pre-tokenizer, so an entry of that name is never found.
     """
     shield = {spelling: f"\0 {spelling} \0" for spelling in specials}
     model = dict(data["model"])

@@ -50,7 +50,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     Args:
         content: the bytes of a ``.model`` file. It must define the pieces for begin and end of text; padding may be
-            absent, and the end then stands in for it.
+            absent, and the end is used instead.
 
     Raises:
         TokenizerError: ``content`` is not a SentencePiece model, or lacks a special.
@@ -227,9 +227,9 @@ def _sentences(texts: Iterable[str], vocab_size: int) -> list[str]:
     counts = Counter[str]()
     for text in escaped:
         counts.update(text)
-    room = max(1, (vocab_size - N_BYTES - len(SPECIALS)) // 2)
+    n_free = max(1, (vocab_size - N_BYTES - len(SPECIALS)) // 2)
     ranked = sorted(counts, key=lambda c: (-counts[c], c))
     covered = accumulate(counts[c] for c in ranked)
     wanted = sum(so_far <= _COVERAGE * counts.total() for so_far in covered) + 1
-    rare = dict.fromkeys(map(ord, ranked[min(room, wanted) :]), "\0")
+    rare = dict.fromkeys(map(ord, ranked[min(n_free, wanted) :]), "\0")
     return [part for text in escaped for part in _CUTS.split(text.translate(rare)) if part.strip("\r\n\t")]

@@ -94,7 +94,7 @@ def test_fit_unwritable_out_raises_before_reading(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     told: list[str] = []
     sources = [PathSource(path=str(tmp_path / "missing.txt"))]
-    with pytest.raises(StorageError, match="a file stands where a folder must be"):
+    with pytest.raises(StorageError, match="a file is in the place of a folder"):
         fit_with_card(sources, out=tmp_path / "file" / "t.model", notice=told.append)
     assert told == []
 

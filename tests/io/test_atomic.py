@@ -42,7 +42,7 @@ def test_require_writable_leaves_no_file(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "kept")
     require_writable(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
-    with pytest.raises(StorageError, match="a file stands where a folder must be"):
+    with pytest.raises(StorageError, match="a file is in the place of a folder"):
         require_writable(tmp_path / "file" / "below")
     with pytest.raises(StorageError, match="it is a folder"):
         require_writable(tmp_path)
@@ -127,9 +127,9 @@ def test_full_disk_error_names_path_and_keeps_old_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (errno.ENOSPC, "no room to write"),
-        (errno.EDQUOT, "no room to write"),
-        (errno.EFBIG, "no room to write"),
+        (errno.ENOSPC, "not enough disk space to write"),
+        (errno.EDQUOT, "not enough disk space to write"),
+        (errno.EFBIG, "not enough disk space to write"),
         (errno.EACCES, "not allowed to write"),
         (errno.EPERM, "not allowed to write"),
         (errno.EROFS, "not allowed to write"),
@@ -160,7 +160,7 @@ def test_no_permission_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: 
 def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     for below in ("below", "far/below"):
-        with pytest.raises(StorageError, match=r"could not write .*below: a file stands where a folder must be"):
+        with pytest.raises(StorageError, match=r"could not write .*below: a file is in the place of a folder"):
             write_text(tmp_path / "file" / below, "x")
     (tmp_path / "folder").mkdir()
     with pytest.raises(StorageError, match="could not write"):

@@ -218,7 +218,7 @@ def test_prep_resumes_after_full_disk(
     arguments = [sys.executable, "-c", LIMITED, str(corpus), str(tokenizer_path), str(tmp_path / "out"), str(limit)]
     said = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert said.stderr == ""
-    assert said.stdout.startswith("StorageError no room to write ")
+    assert said.stdout.startswith("StorageError not enough disk space to write ")
     assert "free" in said.stdout
     assert said.stdout.count("\n") == 1
     assert not (tmp_path / "out" / MANIFEST_FILE).exists()
@@ -242,7 +242,7 @@ def test_prep_disk_space_is_checked_early(
 
 def test_a_folder_that_cannot_be_made_is_told(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(StorageError, match="a file stands where a folder must be"):
+    with pytest.raises(StorageError, match="a file is in the place of a folder"):
         prepare(corpus)
 
 

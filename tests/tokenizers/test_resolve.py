@@ -94,7 +94,7 @@ class TestFit:
 
     @pytest.mark.parametrize("texts", [[], [""], [" \n\t "], ["", "\u3000"]])
     def test_an_empty_or_blank_corpus_is_an_error(self, kind: str, texts: list[str]) -> None:
-        with pytest.raises(CorpusError, match="Check the sources"):
+        with pytest.raises(CorpusError, match="Check the configured sources"):
             fit(texts, kind, 300)
 
     def test_a_vocabulary_without_room_for_the_bytes_is_an_error(self, kind: str) -> None:
@@ -118,7 +118,7 @@ class TestFit:
 
 @pytest.mark.parametrize(
     ("backend", "model_type", "says"),
-    [("sentencepiece", "bep", "did you mean 'bpe'"), ("simple", "bpe", "'simple' has one type only")],
+    [("sentencepiece", "bep", "did you mean 'bpe'"), ("simple", "bpe", "'simple' has only one type")],
 )
 def test_a_model_type_that_is_not_there_is_refused(backend: str, model_type: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):

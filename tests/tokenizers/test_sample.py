@@ -56,7 +56,7 @@ def test_passages_of_all_lengths_and_places_have_one_chance() -> None:
     ("texts", "found"), [([], "no text"), (["", ""], "no text"), ([" \n", "\t\r\n"], "only white space")]
 )
 def test_an_empty_or_blank_corpus_is_an_error(texts: list[str], found: str) -> None:
-    with pytest.raises(CorpusError, match=f"the corpus holds {found}. Check the sources"):
+    with pytest.raises(CorpusError, match=f"the corpus holds {found}. Check the configured sources"):
         sample_passages(texts, 0)
 
 

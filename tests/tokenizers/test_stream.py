@@ -60,7 +60,7 @@ def test_nothing_is_read_ahead() -> None:
         ("{", "line 2: not JSON"),
         ("[1]", "must be an object"),
         ('{"text": 1}', "must hold a string, not 1"),
-        ('{"text": "a", "ids": []}', "has 'ids' beside 'text'"),
+        ('{"text": "a", "ids": []}', "has both 'ids' and 'text'"),
         ('{"text": "\\ud800"}', "line 2: lone surrogate"),
         ('{"text": "a", "x": 1e999}', "NaN or Infinity"),
         ("{}", "among none"),

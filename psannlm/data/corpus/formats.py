@@ -1,4 +1,4 @@
-"""The format of a file by its first bytes, whatever its name says: text, compressed text, or something to refuse.
+"""Detection of file formats by the first bytes: text, compressed text, or a format that is not supported.
 
 Only the beginning is judged, as git and grep do: text that contains tags further on, or a NUL, is still text.
 """
@@ -78,7 +78,7 @@ _HTML = re.compile(_COMMENTS + rb"(?:<!doctype\s+html|<html(?:\s[^>]*)?>" + _COM
 
 
 def compression(head: bytes) -> str:
-    """Return ``.gz`` or ``.zst`` if the bytes begin as such a file does, else an empty string."""
+    """Return ``.gz`` or ``.zst`` if the bytes are the beginning of such a file, else an empty string."""
     if head[:3] == b"\x1f\x8b\x08":
         return ".gz"
     number = int.from_bytes(head[:4], "little") if len(head) >= 4 else 0
@@ -86,9 +86,9 @@ def compression(head: bytes) -> str:
 
 
 def why_not_text(head: bytes, name: str) -> str | None:
-    """Return what a file that begins with ``head`` is and what to do about it, or None if it may be text.
+    """Return the format of a file with the first bytes ``head`` and a remedy, or None if it may be text.
 
-    ``name`` stands in the commands that are recommended.
+    ``name``: the file name in recommended commands.
     """
     encoding = unicode_encoding(head)
     if encoding is not None:
@@ -106,7 +106,7 @@ def why_not_text(head: bytes, name: str) -> str | None:
 
 
 def unicode_encoding(head: bytes) -> str | None:
-    """Return the name that iconv has for the UTF-16 or UTF-32 that bytes begin with, by mark or without, or None."""
+    """Return iconv's name of the UTF-16 or UTF-32 encoding of bytes, with or without a byte order mark, or None."""
     for mark, name in _MARKS:
         if head.startswith(mark):
             return name
@@ -121,7 +121,7 @@ def unicode_encoding(head: bytes) -> str | None:
 
 
 def _likelihood(content: bytes, codec: str) -> float:
-    """Return the fraction of ASCII among the characters if ``content`` can be a text in ``codec``, else 0."""
+    """Return the fraction of ASCII characters if ``content`` can be a text in ``codec``, else 0."""
     try:
         text = content.decode(codec)
     except UnicodeDecodeError as error:
@@ -136,7 +136,7 @@ def _likelihood(content: bytes, codec: str) -> float:
 
 
 def _is_utf_8_with_nuls(head: bytes) -> bool:
-    """Whether bytes are UTF-8, and NULs the only characters among them that do not belong into a text."""
+    """Return whether bytes are UTF-8 text except for NULs."""
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -147,7 +147,7 @@ def _is_utf_8_with_nuls(head: bytes) -> bool:
 
 
 def is_binary(content: bytes) -> bool:
-    """Whether bytes that are not UTF-8 are no text in another encoding either: control characters are among them."""
+    """Return whether bytes that are not UTF-8 are binary data: they contain control characters."""
     return len(_CONTROLS.findall(content[:HEAD_BYTES])) > len(content[:HEAD_BYTES]) // 100
 
 

@@ -1,4 +1,4 @@
-"""The text of a Parquet file's column, row by row: what a page asks for is known before it is unpacked."""
+"""Reader of a text column of Parquet files, row by row; the size of a page is checked before it is decompressed."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _HEADER_BYTES, _LONGEST_HEADER_BYTES = 1 << 12, 1 << 24
 # Fields of a page header and values of its type, by their numbers in parquet.thrift.
 _TYPE, _UNPACKED, _PACKED, _DATA, _DICTIONARY, _DATA_2 = 1, 2, 3, 5, 7, 8
 _DICTIONARY_PAGE = 2
-# Encodings in which a few bytes of a page may stand for a value as long as the whole page.
+# Encodings in which a few bytes of a page may encode a value as long as the whole page.
 _SHARED_PREFIXES = "DELTA_BYTE_ARRAY"
 
 
 def parquet_texts(
     path: str, text_key: str, errors: str = "strict", replace_option: str = ""
 ) -> Iterator[tuple[int, str, int]]:
-    """Yield (row from 1, text, bytes that were replaced) of a Parquet file, a few rows in memory at a time.
+    """Yield (row from 1, text, replaced bytes) of a Parquet file, with a few rows in memory at a time.
 
     Columns of strings, of bytes, and dictionaries of them are read. With ``errors`` ``replace``, U+FFFD is put for
     bytes that are not UTF-8.
@@ -85,7 +85,7 @@ def _check_names(names: list[str], text_key: str, path: str) -> None:
 
 
 def _contents(column: Any, arrow: Any) -> Iterator[Any]:
-    """Yield the values of a column, those of strings as their bytes: whether they are UTF-8 is not looked at."""
+    """Yield the values of a column, strings as bytes that are not yet validated as UTF-8."""
     types = arrow.types
     if isinstance(column, arrow.ExtensionArray):
         column = column.storage
@@ -124,7 +124,7 @@ def _text(value: Any, where: str, text_key: str, kind: str, errors: str, replace
         if errors == "replace":
             text = value.decode("utf-8", "replace")
             return text, replaced(value, text)
-        advice = f"; {replace_option} puts U+FFFD in its place" if replace_option else ""
+        advice = f"; {replace_option} replaces it by U+FFFD" if replace_option else ""
         raise CorpusError(
             f"{where}: byte {error.start:,} of '{text_key}' is 0x{value[error.start]:02X}, which is not UTF-8{advice}"
         ) from error
@@ -139,7 +139,7 @@ def _too_long(n_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class _Page:
-    """What the header of a page says of it: bytes once unpacked, values, and whether it is a dictionary."""
+    """Header of a page: its decompressed bytes, number of values, and whether it is a dictionary."""
 
     n_bytes: int
     n_values: int
@@ -147,7 +147,7 @@ class _Page:
 
 
 def _rows_at_once(file: BinaryIO, metadata: Any, text_key: str, path: str) -> int:
-    """Return how many rows may be read at once, after the pages of the column are known not to ask for too much."""
+    """Return the number of rows to read at once, after checking the sizes of the pages of the column."""
     longest = 1
     first_row = 1
     for number in range(metadata.num_row_groups):
@@ -183,7 +183,7 @@ def _pages(file: BinaryIO, column: Any, only_first: bool) -> Iterator[_Page]:
 
 
 def _read_header(file: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
-    """Return the fields of the page header at a place in a file, and its length."""
+    """Return the fields of the page header at a position in a file, and its length."""
     n_bytes = _HEADER_BYTES
     while True:
         file.seek(at)
@@ -201,7 +201,7 @@ def _read_header(file: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
 
 
 def _struct(content: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """Return (fields by number, where it ends) of a structure of Thrift's compact protocol."""
+    """Return (fields by number, end) of a structure in Thrift's compact protocol."""
     if depth > 8:
         raise OSError("a page header is nested too deeply")
     fields: dict[int, Any] = {}

@@ -1,7 +1,7 @@
-"""Zstandard frames of any window unpacked in bounded pieces: memory is the window and a mebibyte, whatever is packed.
+"""Decompression of Zstandard frames in bounded memory: the window and one mebibyte, whatever the compression ratio.
 
-Blocks are counted before they are unpacked. Each gives 128 KiB at most, and eight go to the library at a time: four
-bytes of a hostile file may stand for a block, so that a mebibyte of input could ask for 32 GiB at once.
+Blocks are counted before they are decompressed. A block has at most 128 KiB, and the library gets eight at a time: in a
+hostile file a block may take four bytes, so that a mebibyte of input could request 32 GiB at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DICTIONARY_ID_BYTES = (0, 1, 2, 4)
 
 
 class ZstandardReader(io.RawIOBase):
-    """The bytes of frame after frame; skippable frames are skipped, and a frame that was cut short is an EOFError.
+    """Reader of concatenated frames; skippable frames are skipped, and a truncated frame raises EOFError.
 
     ``raw`` gives as many bytes as it is asked for, unless it ends; ``name`` names it in errors.
     """
@@ -67,26 +67,28 @@ class ZstandardReader(io.RawIOBase):
         dictionary = self._exactly(_DICTIONARY_ID_BYTES[descriptor[0] & 3])
         size_field = self._exactly(n_size)
         if any(dictionary):
-            raise CorpusError(f"{self._name}: compressed with a dictionary, which is not at hand; compress it without")
+            raise CorpusError(
+                f"{self._name}: compressed with a dictionary, which is not available; compress it without"
+            )
         n_bytes = int.from_bytes(size_field, "little") + (256 if n_size == 2 else 0)
         window = n_bytes if is_single else _window(window_field[0])
         self._refuse_window(window, n_bytes if n_size else window)
         unpacker = self._decompressor.decompressobj()
         packed = [_MAGIC, descriptor, window_field, dictionary, size_field]
         block_bytes = max(1, min(window, _LARGEST_BLOCK_BYTES))
-        room, is_last = _OUTPUT_BYTES, False
+        n_left, is_last = _OUTPUT_BYTES, False
         while not is_last:
             header = self._exactly(3)
             number = int.from_bytes(header, "little")
             is_last, is_run, n_stored = bool(number & 1), number >> 1 & 3 == 1, number >> 3
             packed += [header, self._exactly(1 if is_run else n_stored)]
-            room -= block_bytes
-            if room <= 0 or is_last:
+            n_left -= block_bytes
+            if n_left <= 0 or is_last:
                 packed.append(self._exactly(4) if is_last and has_checksum else b"")
                 if output := unpacker.decompress(b"".join(packed)):
                     yield output
                 packed.clear()
-                room = _OUTPUT_BYTES
+                n_left = _OUTPUT_BYTES
         if not unpacker.eof:
             raise EOFError("a frame has no end")
 

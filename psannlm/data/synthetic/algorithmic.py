@@ -1,8 +1,7 @@
-"""Three tasks whose answers follow from a rule: a seed to their documents, and a document to its answers' places.
+"""Synthetic corpora of three algorithmic tasks: modular addition, parity and copying.
 
-Beside loss on prose they ask what a feed-forward or a convolution can count: sums in a ring (Power et al. 2022,
-arXiv 2201.02177), parities of a few bits, and text to be given back from a distance. One character is one
-token of the character tokenizer; everything but the answers is drawn at random, and cannot be foretold.
+Modular addition is that of Power et al. 2022 (arXiv 2201.02177). One character is one token of the character tokenizer.
+Everything except the answers is random, and cannot be predicted.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""A seed and a size in; a corpus of little books in made-up, regular English, one a line, out.
+"""Synthetic corpus of short stories in simple, regular English, one per line, from a seed and a size.
 
-There is something to learn at every distance: letters and words, agreement of number within a sentence, pronouns that
-must fit the one who was named last, people who keep their home, their trade and their thing for a whole book, and a
-last chapter that tells again what the first one said. A book takes its names from the seed, so that what is learnt of
-one book must be read off the book itself.
+They have dependencies at every distance: letters and words, agreement of number within a sentence, pronouns that refer
+to the last person named, people who keep home, trade and possession for a whole story, and a last chapter that repeats
+the first. Names are random, so that facts about a story can only be read from the story itself.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _CHAPTERS, _SCENES = 4, 12
 
 @dataclass(frozen=True)
 class _Person:
-    """Somebody who stays the same for a whole book."""
+    """A person with attributes that are the same in the whole story."""
 
     name: str
     pronoun: str
@@ -53,7 +52,7 @@ class _Person:
 
 
 def write_books(seed: int, n_bytes: int) -> Iterator[str]:
-    """Yield books (ASCII, a line of some 4,000 bytes each) that depend on ``seed`` alone, until they fill ``n_bytes``.
+    """Yield stories (ASCII, a line of some 4,000 bytes each), a function of ``seed``, up to ``n_bytes`` in total.
 
     The last one is cut at a sentence, so that all together have at most ``n_bytes``, and less by a sentence at most.
     """
@@ -101,7 +100,7 @@ def _introduction(person: _Person) -> str:
 
 
 def _recall(person: _Person) -> str:
-    """What the first chapter said of a person, in other words: to foresee it, one has to have read that far back."""
+    """Repeat the facts of the first chapter in other words: predicting them needs a context of the whole story."""
     return (
         f"So the {person.trade} went home to the {person.home}, and {person.name} counted {person.possessive} "
         f"{person.colour} {person.thing[1]}: {_NUMBERS[person.count - 2]}, as on the first day."

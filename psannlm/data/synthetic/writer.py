@@ -1,4 +1,4 @@
-"""The command line of scripts that write a made-up text: a seed and a size to a file, whole or not at all."""
+"""Command line of the scripts that write synthetic corpora, with seed and size, atomically."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from psannlm.io.atomic import replacing
 
 
 def add_text_options(parser: argparse.ArgumentParser, n_bytes: int) -> None:
-    """Add size (by default ``n_bytes``), seed, and whether a file that is there stays."""
+    """Add the options for size (default ``n_bytes``), seed, and keeping an existing file."""
     parser.add_argument("--bytes", type=int, default=n_bytes, dest="n_bytes", help=f"at most; default: {n_bytes:,}")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--if-missing", action="store_true", help="leave a file that is there as it is")
@@ -20,7 +20,7 @@ def add_text_options(parser: argparse.ArgumentParser, n_bytes: int) -> None:
 def write_made_text(
     parser: argparse.ArgumentParser, options: argparse.Namespace, lines: Callable[[int, int], Iterable[str]]
 ) -> int:
-    """Write ``lines(seed, n_bytes)`` as ASCII to ``options.out`` and say so; return the exit code."""
+    """Write ``lines(seed, n_bytes)`` as ASCII to ``options.out`` and print its name; return the exit code."""
     if options.n_bytes < 1:
         parser.error("--bytes must be 1 or more")
     if options.if_missing and options.out.exists():
