@@ -1,4 +1,4 @@
-"""How many shards, parts, files and runs there are is not bounded by how many files a process may have open."""
+"""Shards, parts, files and runs may be more than the limit of open files."""
 
 from __future__ import annotations
 

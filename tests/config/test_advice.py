@@ -1,4 +1,4 @@
-"""Laws of the advice in a refusal: whoever follows it is not refused again, and reads no name of a library's inside."""
+"""Suggestions for invalid values are valid themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSpeed is asked for in YAML, in a section and in fit, and each answer names train.fsdp."""
+"""DeepSpeed keys lead to train.fsdp, in YAML, sections and fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is in the file, the answer is a configuration or one ConfigError whose text can be printed."""
+"""Any file gives a configuration or one printable ConfigError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training windows as a torch dataset: pairs of tensors, indices from both ends, DataLoader, pickling."""
+"""LMDataset: items, indices, DataLoader and pickling."""
 
 from __future__ import annotations
 

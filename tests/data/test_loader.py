@@ -1,4 +1,4 @@
-"""Ranks share each step without overlap or gap, and any position is enough to go on from."""
+"""Data loader: distribution of windows over ranks, order, resuming and prefetching."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A manifest comes back as it was written, and nothing that is not one passes for one."""
+"""Manifests: round trip, content hash, and errors for invalid content."""
 
 from __future__ import annotations
 

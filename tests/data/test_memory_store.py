@@ -1,4 +1,4 @@
-"""A store gives back every document's ids, in the narrowest type that holds them."""
+"""In-memory token store: round trip of documents and the type of ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An order is a permutation and a pure function of what it was asked with, whole or a slice at a time."""
+"""Pseudo-random permutations: reproducible, uniform, and equal in slices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results come in order and ahead of the asking; errors arrive as they are, and no thread outlives its caller."""
+"""Prefetching: order of results, limits, errors and the end of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Held-out text stays out of training and of the tokenizer; the split is a function of seed and text."""
+"""Loading of a corpus: the validation split, the tokenizer and reported figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prepared folder gives what its documents give in memory, and is refused by name where it cannot be what it says."""
+"""Prepared folders: equal to loaded documents, and errors for damage or other settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shard vouches for every byte: what is written comes back, and no damage is read as data."""
+"""Shard files: round trip and detection of damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Windows over shards are windows over memory, bit for bit, wherever shards end."""
+"""Windows over shards equal windows over memory, for any sizes of shards."""
 
 from __future__ import annotations
 

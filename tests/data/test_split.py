@@ -1,4 +1,4 @@
-"""The cut of a single document is the same at hand and streamed, and keeps characters whole."""
+"""The cut of a single document: equal streamed and as a whole, between characters."""
 
 from __future__ import annotations
 

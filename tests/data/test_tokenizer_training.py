@@ -1,4 +1,4 @@
-"""A corpus of any size is sampled evenly, a part of it is held out, and the card tells the truth."""
+"""Fitting a tokenizer with a card: sampling, held-out text and figures."""
 
 from __future__ import annotations
 

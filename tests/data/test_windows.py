@@ -1,4 +1,4 @@
-"""Every token is a label exactly once, whatever the corpus and the window; documents mix only where packing may."""
+"""Training windows: every token is a label exactly once, packed and unpacked."""
 
 from __future__ import annotations
 

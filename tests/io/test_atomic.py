@@ -1,4 +1,4 @@
-"""Files are whole or absent, whatever happens while they are written, and the reason is told."""
+"""Atomic writes: files are complete or absent, and errors name the cause."""
 
 from __future__ import annotations
 

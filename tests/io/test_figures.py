@@ -1,4 +1,4 @@
-"""A user's Matplotlib settings neither stop nor change a picture, and are left as they were."""
+"""Figures are independent of the user's Matplotlib settings and restore them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pointers of Git LFS and git-annex are named for what they are by every reader, with the command that fetches."""
+"""Every reader detects pointers of Git LFS and git-annex and names the command that fetches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory that a process may use is the machine's, or what its control groups leave of it."""
+"""The memory limit of a process: that of the machine or of its control groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records are written, found and told from files of somebody else."""
+"""Records: writing, finding and ownership."""
 
 from __future__ import annotations
 

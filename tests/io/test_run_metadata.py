@@ -1,4 +1,4 @@
-"""Dated folders that never meet, and what a reader needs to know of the machine."""
+"""Dated folders and system information."""
 
 from __future__ import annotations
 

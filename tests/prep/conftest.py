@@ -1,4 +1,4 @@
-"""A small corpus of every kind, and one way to prepare it."""
+"""A small corpus of all formats, and a fixture that prepares it."""
 
 from __future__ import annotations
 

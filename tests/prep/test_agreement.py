@@ -1,4 +1,4 @@
-"""A corpus comes to the same tokens, on the same side, through ``prep`` and ``train`` as through ``train`` alone."""
+"""``prep`` and ``train`` give the same tokens and the same split as ``train`` alone."""
 
 from __future__ import annotations
 

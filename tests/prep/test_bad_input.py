@@ -1,4 +1,4 @@
-"""Whatever is wrong with a corpus or a disk is one clear line, and nothing half-written passes for whole later."""
+"""Errors of ``prep`` for invalid corpora and full disks, without partial results."""
 
 from __future__ import annotations
 

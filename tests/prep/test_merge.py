@@ -1,4 +1,4 @@
-"""Parts of a corpus, prepared apart and merged, are the whole corpus; what does not belong together is refused."""
+"""Merged parts equal one preparation of the whole corpus; mismatched parts raise."""
 
 from __future__ import annotations
 

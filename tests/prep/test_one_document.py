@@ -1,4 +1,4 @@
-"""A corpus of one document is cut in two, whatever its size and packing, and its end is held out, as in training."""
+"""The cut of a corpus of a single document, in ``prep`` as in training."""
 
 from __future__ import annotations
 

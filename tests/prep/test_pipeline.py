@@ -1,4 +1,4 @@
-"""A prepared folder holds every document once, the same bytes however it was made, and refuses to be made otherwise."""
+"""Preparation: reproducible bytes, resuming, deduplication and refusal of other settings."""
 
 from __future__ import annotations
 

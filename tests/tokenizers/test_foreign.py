@@ -1,4 +1,4 @@
-"""Files that other tools make give the ids that their own library gives, and keep the specials they carry."""
+"""Tokenizer files of other tools give the ids of their own library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer that loses text is told of, with what is lost and where, before anybody believes its bits per byte."""
+"""Round-trip checks of lossy tokenizers, and their warnings in all commands."""
 
 from __future__ import annotations
 

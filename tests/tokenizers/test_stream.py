@@ -1,4 +1,4 @@
-"""Lines go through one at a time; what a line must be is said with its number."""
+"""Line-by-line encoding and decoding, and errors with the line number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read is text exactly as written; what is not read is counted or refused by file and place."""
+"""Reading of documents: exact text, counts of omissions, and errors with file and position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths are all checked before anything is read, and every file is opened whole or refused by name."""
+"""Finding and opening corpus files: paths, globs, URLs, compression and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file is what its first bytes say: text of any kind stays text, and everything else is refused by its name."""
+"""Detection of file formats by the first bytes."""
 
 from __future__ import annotations
 

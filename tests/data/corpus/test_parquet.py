@@ -1,4 +1,4 @@
-"""A column of a Parquet file is text however it is stored, and no page is unpacked that asks for too much."""
+"""Text columns of Parquet files: types, invalid bytes and limits."""
 
 from __future__ import annotations
 

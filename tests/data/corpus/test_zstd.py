@@ -1,4 +1,4 @@
-"""Frames of any window give their text in bounded memory, and what is cut short or asks for too much is refused."""
+"""Zstandard frames: any window, truncation and limits on memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows in a task does follow, what does not cannot be foretold, and a model's answers are counted."""
+"""Algorithmic tasks: correct answers, seeds, and the count of a model's answers."""
 
 from __future__ import annotations
 

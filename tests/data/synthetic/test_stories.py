@@ -1,4 +1,4 @@
-"""The synthetic corpus is the same for the same seed, of the size asked for, and holds what there is to learn."""
+"""The story corpus: seeds, size and grammar."""
 
 from __future__ import annotations
 
