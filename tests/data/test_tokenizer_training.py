@@ -60,9 +60,9 @@ def test_a_single_document_is_cut_in_two() -> None:
 
 
 def test_fit_sample_is_bounded_and_seeded() -> None:
-    told: list[str] = []
+    notices: list[str] = []
     given = documents(4000)
-    sampled = sample_corpus(given, seed=3, sample_chars=4000, notice=told.append)
+    sampled = sample_corpus(given, seed=3, sample_chars=4000, notice=notices.append)
     assert sum(map(len, sampled.fitted_on)) == 4000
     assert sampled == sample_corpus(given, seed=3, sample_chars=4000)
     assert sampled.fitted_on != sample_corpus(given, seed=4, sample_chars=4000).fitted_on
@@ -70,7 +70,7 @@ def test_fit_sample_is_bounded_and_seeded() -> None:
         sum(start <= int(text[5:]) < start + 1000 for text in sampled.fitted_on) for start in range(0, 4000, 1000)
     ]
     assert all(65 < quarter < 135 for quarter in quarters), quarters
-    assert "random sample of 4,000" in told[0]
+    assert "random sample of 4,000" in notices[0]
 
 
 def test_fit_long_file_is_cut_into_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,11 +92,11 @@ def test_fit_long_file_is_cut_into_segments(tmp_path: Path, monkeypatch: pytest.
 
 def test_fit_unwritable_out_raises_before_reading(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    told: list[str] = []
+    notices: list[str] = []
     sources = [PathSource(path=str(tmp_path / "missing.txt"))]
     with pytest.raises(StorageError, match="a file is in the place of a folder"):
-        fit_with_card(sources, out=tmp_path / "file" / "t.model", notice=told.append)
-    assert told == []
+        fit_with_card(sources, out=tmp_path / "file" / "t.model", notice=notices.append)
+    assert notices == []
 
 
 def test_fit_cards_of_model_and_json_are_distinct(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_model_and_checkpoint_pointers_are_named(put: tuple[Callable[[Path], Non
     notices: list[str] = []
     for name in ("model.safetensors", "trainer.json"):
         place(folder / name)
-        # Not passed over as damaged: the run would go on from an older step, or begin anew.
+        # Not passed over as damaged: the run would resume from an older step, or start from scratch.
         with pytest.raises(PsannlmError, match=remedy):
             latest_valid_checkpoint(tmp_path, notices.append)
     assert notices == []

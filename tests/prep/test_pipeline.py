@@ -277,13 +277,13 @@ prepare_corpus([sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]), settings, n_
 def test_prep_resumed_after_kills_gives_equal_bytes(
     prepare: Prepare, corpus: Path, tokenizer_path: Path, tmp_path: Path, folder_bytes: FolderBytes
 ) -> None:
-    """Twenty times, at random: among pieces, while duplicates are found, and between shards and manifest."""
+    """Killed twenty times at random: while encoding, deduplicating, and between shards and manifest."""
     prepare(corpus, name="straight", val_split=0.1, shard_tokens=3_000, chunk_bytes=2000)
     expected = folder_bytes(tmp_path / "straight")
     source = random.Random(20)
     moments = Counter[str]()
     for kill in range(20):
-        # Each folder is killed among its pieces, goes on, and is killed again among its shards.
+        # Each preparation is killed while encoding, resumed, and killed again while writing shards.
         out = tmp_path / f"killed{kill // 2}"
         is_second = bool(kill % 2)
         n_pieces, n_shards = source.randrange(1, 12), source.randrange(12)

@@ -80,17 +80,17 @@ class TestFit:
 
     @pytest.mark.parametrize("text", ["a", "ab", "\0", "▅", "▁", "\uf8f0", "é", "\n\n a", "\0\0 \0"])
     def test_a_tiny_corpus_gives_a_small_vocabulary_and_a_notice(self, kind: str, text: str) -> None:
-        told: list[str] = []
-        tokenizer = fit([text], kind, 4096, notice=told.append)
+        notices: list[str] = []
+        tokenizer = fit([text], kind, 4096, notice=notices.append)
         assert 260 <= tokenizer.vocab_size < 300
-        assert told == [f"the corpus fills {tokenizer.vocab_size} of the 4,096 vocabulary entries asked for"]
+        assert notices == [f"the corpus fills {tokenizer.vocab_size} of the 4,096 vocabulary entries asked for"]
         assert tokenizer.decode(tokenizer.encode(text + "日")) == text + "日"
 
     def test_a_full_vocabulary_gives_no_notice(self, kind: str) -> None:
-        told: list[str] = []
-        tokenizer = fit([*PROSE, "äöüß"], kind, MIN_VOCAB_SIZE, notice=told.append)
+        notices: list[str] = []
+        tokenizer = fit([*PROSE, "äöüß"], kind, MIN_VOCAB_SIZE, notice=notices.append)
         assert tokenizer.vocab_size == MIN_VOCAB_SIZE
-        assert not told
+        assert not notices
 
     @pytest.mark.parametrize("texts", [[], [""], [" \n\t "], ["", "\u3000"]])
     def test_an_empty_or_blank_corpus_is_an_error(self, kind: str, texts: list[str]) -> None:

@@ -50,13 +50,13 @@ def test_an_end_that_is_missing_is_lost_too(kept: str, lost: str, monkeypatch: p
 
 def test_documents_pass_and_one_warning_is_enough() -> None:
     documents = [Document(text, f"d{number}") for number, text in enumerate(["low", "High", "Higher"])]
-    told: list[str] = []
-    assert list(check_roundtrip(Lowering(""), documents, told.append)) == documents
-    assert len(told) == 1
-    assert "in d1, 'High' comes back as 'high'" in told[0]
-    told.clear()
-    assert list(check_roundtrip(CharTokenizer(""), documents, told.append)) == documents
-    assert told == []
+    notices: list[str] = []
+    assert list(check_roundtrip(Lowering(""), documents, notices.append)) == documents
+    assert len(notices) == 1
+    assert "in d1, 'High' comes back as 'high'" in notices[0]
+    notices.clear()
+    assert list(check_roundtrip(CharTokenizer(""), documents, notices.append)) == documents
+    assert notices == []
 
 
 @pytest.fixture

@@ -265,11 +265,11 @@ def test_every_stored_byte_is_told_of_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words\n" * 50)
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"other words\n" * 500))
     (tmp_path / "c.jsonl").write_text('{"text": "third"}\n' * 5)
-    told: list[tuple[int, int]] = []
-    list(read_documents([PathSource(path=str(tmp_path))], on_bytes=lambda done, total: told.append((done, total))))
+    calls: list[tuple[int, int]] = []
+    list(read_documents([PathSource(path=str(tmp_path))], on_bytes=lambda done, total: calls.append((done, total))))
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert told[-1] == (size, size)
-    assert told == sorted(told)
+    assert calls[-1] == (size, size)
+    assert calls == sorted(calls)
 
 
 @pytest.mark.parametrize("name", ["a.ndjson", "a.ndjson.gz", "A.NDJSON"])

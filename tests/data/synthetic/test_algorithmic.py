@@ -81,7 +81,7 @@ def test_copies_are_told_letter_by_letter() -> None:
 
 
 class Oracle(Transformer):
-    """Knows every token that follows, but for those it is told to miss."""
+    """A model that predicts every next token except the given ones."""
 
     def __init__(self, texts: Sequence[str], tokenizer: CharTokenizer, missed: Sequence[tuple[int, int]]) -> None:
         config = ModelConfig(base="transformer", d_model=8, n_layers=1, n_heads=1, vocab_size=tokenizer.vocab_size)

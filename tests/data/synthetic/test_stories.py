@@ -25,7 +25,7 @@ def test_stories_are_seeded_and_extend_shorter_corpora() -> None:
 
 
 def test_the_end_of_a_book_follows_from_its_beginning() -> None:
-    """Trade, home, colour and number of each person, told in the first chapter, are told again in the last."""
+    """Trade, home, colour and number of each person in the first chapter are repeated in the last."""
     for book in list(write_books(3, 40_000))[:-1]:
         first = re.findall(r"(\w+) is a (\w+) and lives by the ([\w ]+)\. (?:He|She) has (\w+) (\w+) (\w+)\.", book)
         last = re.findall(
