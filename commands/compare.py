@@ -91,11 +91,11 @@ def compare(
         if not dry_run:
             search_runs = names(sized)
             if not no_train:
-                run_all(sized, jobs=jobs, only=search_runs, tell=line.show, keep=line.keep)
+                run_all(sized, jobs=jobs, only=search_runs, on_status=line.show, keep=line.keep)
             sized = with_selected_lrs(sized)
             others = names(sized, but=search_runs)
             if not no_train and others:
-                run_all(sized, jobs=jobs, only=others, tell=line.show, keep=line.keep)
+                run_all(sized, jobs=jobs, only=others, on_status=line.show, keep=line.keep)
             answers = score_runs(sized, line.show)
     if dry_run:
         sized = with_selected_lrs(sized)

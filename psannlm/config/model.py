@@ -81,7 +81,7 @@ class ModelConfig(Section):
     former_keys: ClassVar[Mapping[str, str]] = {"wave": "short_conv"}
 
     base: BaseName = Field(
-        "waveresnet", description="set of defaults: respsann, waveresnet, or the yardstick transformer"
+        "waveresnet", description="set of defaults: respsann, waveresnet, or the baseline transformer"
     )
     d_model: Whole = Field(512, ge=1, description="width of the residual stream")
     n_layers: Whole = Field(8, ge=1, description="number of blocks")

@@ -89,7 +89,7 @@ def _former(properties: Schema, names: Mapping[str, str]) -> Schema:
 
 
 def _as_set(schema: Schema, least: int) -> Schema:
-    """Return the schema of a list that holds nothing twice, and at least so many items; other choices stay."""
+    """Return the schema of a list that holds nothing twice, and at least ``least`` items; other choices stay."""
     if "anyOf" in schema:
         return {**schema, **any_of(*(_as_set(choice, least) for choice in schema["anyOf"]))}
     if schema.get("type") != "array":

@@ -34,8 +34,6 @@ _START = "psannlm compare starts "
 _LIST_BYTES = 16 << 20
 _REMEDY = "or choose another folder with --study"
 
-Tell = Callable[[str], None]
-
 
 class Process(Protocol):
     """The process of a run."""
@@ -131,8 +129,8 @@ def run_all(
     *,
     jobs: int = 1,
     only: Collection[str] | None = None,
-    tell: Tell = lambda text: None,
-    keep: Tell = lambda text: None,
+    on_status: Callable[[str], None] = lambda text: None,
+    keep: Callable[[str], None] = lambda text: None,
     launcher: Launcher = launch,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -144,7 +142,7 @@ def run_all(
     Args:
         jobs: number of runs at the same time; they divide the CPU cores.
         only: names of the runs to train; None for all.
-        tell, keep: receive status lines, and lines to keep on the screen.
+        on_status, keep: receive status lines, and lines to keep on the screen.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the active runs have saved, and the same call resumes them.
@@ -177,7 +175,7 @@ def run_all(
                 if scheduler.was_interrupted:
                     stop.set()
                 if clock() >= next_status:
-                    tell(scheduler.status())
+                    on_status(scheduler.status())
                     next_status = clock() + _STATUS_S
                 if scheduler.is_busy:
                     sleep(_POLL_S)

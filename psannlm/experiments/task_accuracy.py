@@ -83,7 +83,7 @@ def _positions(text: str, answers: Answers, name: str) -> Sequence[int]:
     return positions
 
 
-def score_runs(study: Study, tell: Callable[[str], None] = lambda text: None) -> dict[str, AnswerScore]:
+def score_runs(study: Study, on_status: Callable[[str], None] = lambda text: None) -> dict[str, AnswerScore]:
     """Return the scores, by name, of a study's finished runs on an algorithmic task.
 
     A run's model is that of its last step, or of its best validation if the plan measures that.
@@ -101,7 +101,7 @@ def score_runs(study: Study, tell: Callable[[str], None] = lambda text: None) ->
         folder = read_pointer(run.folder, BEST if study.plan.settings.measure == "best" else LATEST)
         if data.val is None or folder is None or read_status(run).state != "done":
             continue
-        tell(f"scoring answers: {run.name}")
+        on_status(f"scoring answers: {run.name}")
         model = load_model(folder).model.eval()
         scores[run.name] = score_answers(model, data.val, data.tokenizer, TASKS[task].answers)
     return scores

@@ -115,7 +115,7 @@ def mark_dynamic(x: Tensor, dim: int) -> None:
 
 
 def mark_static_address(x: Tensor) -> None:
-    """Tell the compiler that ``x`` keeps its address, so that CUDA graphs may write into it."""
+    """Declare to the compiler that ``x`` keeps its address, so that CUDA graphs may write into it."""
     # torch._dynamo.mark_static_address, torch 2.13.
     torch._dynamo.mark_static_address(x)
 
