@@ -15,6 +15,7 @@ from rich.text import Text
 from psannlm.commands.options import (
     DEFAULT_RUNS,
     JsonOption,
+    LiveLine,
     live_line,
     print_json,
     publish,
@@ -64,12 +65,9 @@ def compare(
     from psannlm.experiments.lr_selection import with_selected_lrs
     from psannlm.experiments.plan import load_plan
     from psannlm.experiments.results import study_figures
-    from psannlm.experiments.runner import run_all
     from psannlm.experiments.sizing import size_study
     from psannlm.experiments.task_accuracy import score_runs
-    from psannlm.io.atomic import write_bytes
-    from psannlm.io.run_metadata import require_folder, system_info
-    from psannlm.reports.study_tables import study_pictures, study_tables
+    from psannlm.io.run_metadata import require_folder
 
     if no_train and only:
         raise typer.BadParameter("--no-train trains no variant; use only one of the two options", param_hint="--only")
@@ -81,30 +79,49 @@ def compare(
     settled = load_plan(plan)
     wanted = _checked(only or [], [variant.name for variant in settled.variants])
 
-    def names(study: Study, but: Collection[str] = ()) -> list[str]:
-        return [run.name for run in study.runs if run.variant.variant.name in wanted and run.name not in but]
-
     if not dry_run:
         require_folder("ablations", out)
     with live_line(stderr_console()) as line:
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name, line.keep)
         if not dry_run:
-            search_runs = names(sized)
-            if not no_train:
-                run_all(sized, jobs=jobs, only=search_runs, on_status=line.show, keep=line.keep)
-            sized = with_selected_lrs(sized)
-            others = names(sized, but=search_runs)
-            if not no_train and others:
-                run_all(sized, jobs=jobs, only=others, on_status=line.show, keep=line.keep)
+            sized = with_selected_lrs(sized) if no_train else _train(sized, wanted, jobs, line)
             answers = score_runs(sized, line.show)
     if dry_run:
         sized = with_selected_lrs(sized)
-        shown = names(sized)
+        shown = _run_names(sized, wanted)
         _show_plan(replace(sized, runs=tuple(run for run in sized.runs if run.name in shown)), jobs, as_json)
         return
     figures = study_figures(sized, answers)
-    tables = study_tables(figures)
     n_more = len(settled.settings.also_compare_to) + (2 if settled.settings.answers else 1)
+    _publish(figures, n_more, jobs, out, as_json)
+    if not no_train:
+        _refuse_failures(figures)
+
+
+def _run_names(study: Study, variants: Collection[str], but: Collection[str] = ()) -> list[str]:
+    return [run.name for run in study.runs if run.variant.variant.name in variants and run.name not in but]
+
+
+def _train(study: Study, variants: Collection[str], jobs: int, line: LiveLine) -> Study:
+    """Train the runs of ``lr_seeds``, then those of the other seeds, and return the study with all of them."""
+    from psannlm.experiments.lr_selection import with_selected_lrs
+    from psannlm.experiments.runner import run_all
+
+    search_runs = _run_names(study, variants)
+    run_all(study, jobs=jobs, only=search_runs, on_status=line.show, keep=line.keep)
+    study = with_selected_lrs(study)
+    if others := _run_names(study, variants, but=search_runs):
+        run_all(study, jobs=jobs, only=others, on_status=line.show, keep=line.keep)
+    return study
+
+
+def _publish(figures: dict[str, Any], n_more: int, jobs: int, out: Path | None, as_json: bool) -> None:
+    """Write all figures, tables and plots; print the main table and the ``n_more`` tables after it."""
+    from psannlm.io.atomic import write_bytes
+    from psannlm.io.run_metadata import system_info
+    from psannlm.reports.study_tables import study_pictures, study_tables
+
+    tables = study_tables(figures)
 
     def draw(folder: Path) -> None:
         for picture in study_pictures(figures):
@@ -121,8 +138,6 @@ def compare(
         system={**system_info(), "jobs": jobs},
         remark=": all columns and runs in table.txt, and on the page of psannlm report",
     )
-    if not no_train:
-        _refuse_failures(figures)
 
 
 def _checked(only: list[str], names: list[str]) -> frozenset[str]:

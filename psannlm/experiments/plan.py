@@ -298,7 +298,7 @@ class _Builder:
         yield from _owned(given, at)
 
     def _beside(self, given: object, at: KeyPath, issues: list[ConfigIssue]) -> VariantKeys:
-        """Return the keys of a variant that are no sections; what is wrong with them is added to ``issues``."""
+        """Return the keys of a variant that are not sections; their problems are added to ``issues``."""
         own = given if isinstance(given, Mapping) else {}
         examined = examine(VariantKeys, at, {key: own[key] for key in (_RATES, _FRACTION) if own.get(key) is not None})
         issues += examined.issues

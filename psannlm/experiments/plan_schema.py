@@ -89,7 +89,7 @@ def _former(properties: Schema, names: Mapping[str, str]) -> Schema:
 
 
 def _as_set(schema: Schema, least: int) -> Schema:
-    """Return the schema of a list that holds nothing twice, and at least ``least`` items; other choices stay."""
+    """Return the schema with unique items and a minimum number of them in its list; other alternatives stay."""
     if "anyOf" in schema:
         return {**schema, **any_of(*(_as_set(choice, least) for choice in schema["anyOf"]))}
     if schema.get("type") != "array":

@@ -108,10 +108,9 @@ def bench_tokenizers(
         TokenizerError: a file of ``models`` cannot be read.
         WorkerError: a measuring process ended early.
     """
-    if repeats < 1:
-        raise ConfigError(f"repeats is {repeats}; use 1 or more")
-    if corpus_repeat < 1:
-        raise ConfigError(f"corpus_repeat is {corpus_repeat}; use 1 or more")
+    for name, value in (("repeats", repeats), ("corpus_repeat", corpus_repeat)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; use 1 or more")
     check_fit("simple", vocab_size, None, sample_chars)
     preparable = check_preparable(sources) if with_prep else []
     loaded = load_named(models)
@@ -123,9 +122,7 @@ def bench_tokenizers(
     repeat = _repetitions(corpus_repeat, fitted_on, measured_on, notice)
     described = _describe(measured_on, fitted_on, repeat)
     fitted_on, measured_on = fitted_on * repeat, measured_on * repeat
-    unavailable = {name: why for name, why in available_backends().items() if why is not None}
-    for name, why in unavailable.items():
-        notice(f"left out: {name} cannot be imported ({why})")
+    unavailable = _unavailable_backends(notice)
     fits = fit_in_turns(
         [name for name, (backend, _) in KINDS.items() if backend not in unavailable],
         fitted_on,
@@ -154,6 +151,14 @@ def bench_tokenizers(
         tokenizers=figures,
         prep=prepared,
     )
+
+
+def _unavailable_backends(notice: Callable[[str], None]) -> dict[str, str]:
+    """Return the backends that cannot be imported, with the reasons."""
+    unavailable = {name: why for name, why in available_backends().items() if why is not None}
+    for name, why in unavailable.items():
+        notice(f"left out: {name} cannot be imported ({why})")
+    return unavailable
 
 
 def _split(
