@@ -181,7 +181,7 @@ def test_plan_error_in_base_is_reported_once(write: Path) -> None:
 def test_plan_without_validation_split_raises(write: Path) -> None:
     (write.parent / "base.yaml").write_text(BASE.replace(", val_split: 0.2", ""))
     write.write_text(PLAN)
-    with pytest.raises(ConfigError, match="nothing is held out"):
+    with pytest.raises(ConfigError, match="no validation split"):
         load_plan(write)
 
 

@@ -89,4 +89,4 @@ def test_fitting_layers_halves_until_it_fits(free_gb: int, n_layers: int | None)
 def test_large_roofline_notes_too_little_memory(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
     assert large_roofline_measures(replace(context, is_dry_run=False), "waveresnet", notes) == []
-    assert "waveresnet, several GB: left out, for" in notes[0]
+    assert "waveresnet, several GB: left out, because" in notes[0]
