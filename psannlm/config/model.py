@@ -1,4 +1,4 @@
-"""The ``model`` section: what network is built. Public YAML names are mapped to code names here and nowhere else."""
+"""The ``model`` section: architecture of the network. Public YAML names are mapped to code names only here."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ class SineConfig(Section):
     """y = A exp(-d g(z)) sin(f z), with one A, f, d per hidden feature."""
 
     amp_init: Real = Field(1.0, gt=0, description="initial amplitude A")
-    amp_std: Real = Field(0.0, ge=0, description="standard deviation of A over the features at the start")
+    amp_std: Real = Field(0.0, ge=0, description="standard deviation of the initial A over the features")
     freq_init: Real = Field(1.0, gt=0, description="initial angular frequency f, in radians per unit of z")
-    freq_std: Real = Field(0.0, ge=0, description="standard deviation of f over the features at the start")
-    damp_init: Real = Field(0.01, gt=0, description="initial damping d")
-    damp_std: Real = Field(0.0, ge=0, description="standard deviation of d over the features at the start")
-    decay_mode: Literal["abs", "relu", "none"] = Field("abs", description="g(z): |z|, max(z, 0), or 0")
-    trainable: Flag = Field(True, description="false freezes A, f and d")
-    learnable: tuple[SineParameter, ...] | None = Field(
-        None, description="the parameters that learn; null: all of them when trainable, else none"
+    freq_std: Real = Field(0.0, ge=0, description="standard deviation of the initial f over the features")
+    damp_init: Real = Field(0.01, gt=0, description="initial decay d")
+    damp_std: Real = Field(0.0, ge=0, description="standard deviation of the initial d over the features")
+    decay_mode: Literal["abs", "relu", "none"] = Field(
+        "abs", description="decay function g(z): |z| (abs), max(z, 0) (relu) or 0 (none)"
     )
-    amp_bounds: tuple[Real, Real] | None = Field(None, description="[lowest, highest] value A may take")
-    freq_bounds: tuple[Real, Real] | None = Field(None, description="[lowest, highest] value f may take")
-    damp_bounds: tuple[Real, Real] | None = Field(None, description="[lowest, highest] value d may take")
+    trainable: Flag = Field(True, description="train A, f and d; false: freeze them")
+    learnable: tuple[SineParameter, ...] | None = Field(
+        None, description="trainable parameters; null: all if trainable is true, else none"
+    )
+    amp_bounds: tuple[Real, Real] | None = Field(None, description="bounds of A as [lowest, highest]; null: none")
+    freq_bounds: tuple[Real, Real] | None = Field(None, description="bounds of f as [lowest, highest]; null: none")
+    damp_bounds: tuple[Real, Real] | None = Field(None, description="bounds of d as [lowest, highest]; null: none")
 
     def checks(self) -> list[Check]:
         found: list[Check] = []
@@ -64,10 +66,12 @@ class ShortConvConfig(Section):
     """The short causal depthwise convolution over time. Null takes the base's own setting."""
 
     enabled: Flag | None = Field(None, description="null: on for waveresnet, off for the other bases")
-    kernel_size: Whole = Field(4, ge=1, description="taps: how many positions, the present one included, are mixed")
-    dilation_growth: Whole = Field(1, ge=1, description="dilation of layer i is growth ** i")
-    places: tuple[ConvPlace, ...] = Field(("attention", "mlp"), description="whose normalised input is mixed")
-    activation: Literal["none", "sine"] = Field("none", description="what the convolution's output passes through")
+    kernel_size: Whole = Field(4, ge=1, description="taps of the convolution, in positions, including the current one")
+    dilation_growth: Whole = Field(1, ge=1, description="the dilation of layer i is dilation_growth ** i")
+    places: tuple[ConvPlace, ...] = Field(
+        ("attention", "mlp"), description="sublayers whose normalized input is convolved"
+    )
+    activation: Literal["none", "sine"] = Field("none", description="activation of the convolution's output")
 
     def checks(self) -> list[Check]:
         if self.enabled and not self.places:
@@ -81,31 +85,37 @@ class ModelConfig(Section):
     former_keys: ClassVar[Mapping[str, str]] = {"wave": "short_conv"}
 
     base: BaseName = Field(
-        "waveresnet", description="set of defaults: respsann, waveresnet, or the baseline transformer"
+        "waveresnet", description="architecture preset: waveresnet, respsann, or the baseline transformer"
     )
     d_model: Whole = Field(512, ge=1, description="width of the residual stream")
-    n_layers: Whole = Field(8, ge=1, description="number of blocks")
-    n_heads: Whole = Field(8, ge=1, description="query heads; must divide d_model")
-    n_kv_heads: PositiveWhole | None = Field(None, description="key/value heads; must divide n_heads; null: n_heads")
+    n_layers: Whole = Field(8, ge=1, description="number of transformer blocks")
+    n_heads: Whole = Field(8, ge=1, description="number of query heads; must divide d_model")
+    n_kv_heads: PositiveWhole | None = Field(
+        None, description="number of key/value heads; must divide n_heads; null: n_heads"
+    )
     d_mlp: PositiveWhole | None = Field(
         None, description="hidden width; null: 4 d_model, for gated kinds 8/3 d_model rounded up to a multiple of 64"
     )
-    mlp: MlpKind | None = Field(None, description="feed-forward kind; null: the base's own")
-    vocab_size: PositiveWhole | None = Field(None, description="rows of the embedding; null: from the tokenizer")
+    mlp: MlpKind | None = Field(None, description="kind of feed-forward; null: that of the base")
+    vocab_size: PositiveWhole | None = Field(None, description="vocabulary size; null: that of the tokenizer")
     max_seq_len: PositiveWhole | None = Field(
-        None, description="longest context in tokens; null: data.max_length (alibi may go past it)"
+        None, description="maximum context in tokens; null: data.max_length (alibi may exceed it)"
     )
-    positional_encoding: PositionKind = Field("rope", description="rope (even head size), alibi or sinusoidal")
+    positional_encoding: PositionKind = Field(
+        "rope", description="positional encoding: rope (needs an even head size), alibi or sinusoidal"
+    )
     sine_params: SineConfig = Field(default_factory=SineConfig, description="the sine activation")
     short_conv: ShortConvConfig = Field(
         default_factory=ShortConvConfig, description="the short causal depthwise convolution"
     )
     residual_scale: Flag | None = Field(
-        None, description="scale each residual branch by a learnable factor; null: the base's own"
+        None, description="scale each residual branch by a learnable factor; null: the setting of the base"
     )
-    qk_norm: Flag = Field(False, description="normalise each head's queries and keys before they meet")
-    dropout: Real = Field(0.0, ge=0, lt=1, description="share of branch outputs and embeddings set to zero in training")
-    tie_embeddings: Flag = Field(False, description="use the embedding matrix as the output matrix too")
+    qk_norm: Flag = Field(False, description="QK-norm: RMSNorm on the queries and keys of each head")
+    dropout: Real = Field(
+        0.0, ge=0, lt=1, description="dropout probability of branch outputs and embeddings in training"
+    )
+    tie_embeddings: Flag = Field(False, description="tie the output matrix to the embedding matrix")
 
     def checks(self) -> list[Check]:
         found: list[Check] = []
