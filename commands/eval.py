@@ -28,29 +28,30 @@ from psannlm.commands.options import (
     write_artifact,
 )
 
+FilesArgument = Annotated[
+    list[str], typer.Argument(metavar="FILE...", help="Files, folders or globs of text to evaluate on.")
+]
+PerLineOption = Annotated[
+    bool,
+    typer.Option("--per-line", help="Treat each line of a .txt file as a document. Default: the file is one document."),
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Length of an evaluation window in tokens. Default: the window length of training."),
+]
+AmpOption = Annotated[str, typer.Option(help="Precision of matrix products under autocast: auto, bf16, fp16 or fp32.")]
+
 
 def evaluate(
-    files: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Files, folders or globs of text to evaluate on.")
-    ],
+    files: FilesArgument,
     checkpoint: CheckpointOption = None,
     runs: RunsOption = DEFAULT_RUNS,
-    per_line: Annotated[
-        bool,
-        typer.Option(
-            "--per-line", help="Treat each line of a .txt file as a document. Default: the file is one document."
-        ),
-    ] = False,
+    per_line: PerLineOption = False,
     text_key: Annotated[str, typer.Option(help="Key that holds the text in .jsonl and .parquet files.")] = "text",
     errors: ErrorsOption = "strict",
-    window: Annotated[
-        int | None,
-        typer.Option(min=1, help="Length of an evaluation window in tokens. Default: the window length of training."),
-    ] = None,
+    window: WindowOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 16,
-    amp: Annotated[
-        str, typer.Option(help="Precision of matrix products under autocast: auto, bf16, fp16 or fp32.")
-    ] = "fp32",
+    amp: AmpOption = "fp32",
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write to. Default: reports/eval/<time>.")] = None,

@@ -29,63 +29,67 @@ from psannlm.commands.options import (
 from psannlm.display import printable
 from psannlm.runtime.streams import write_output
 
+PromptOption = Annotated[
+    list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; may be repeated.")
+]
+PromptsFileOption = Annotated[
+    Path | None,
+    typer.Option("--prompts-file", help="File with one prompt per line, which are decoded as a batch; - reads stdin."),
+]
+TemperatureOption = Annotated[
+    float, typer.Option(help="Softmax temperature; 0 takes the most likely token (greedy decoding).")
+]
+TopKOption = Annotated[int | None, typer.Option(help="Sample from the k most likely tokens only. Default: from all.")]
+TopPOption = Annotated[
+    float,
+    typer.Option(help="Sample from the most likely tokens that together reach this probability; 1 samples from all."),
+]
+RepetitionPenaltyOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Factor by which tokens that occur already become less likely, such as 1.2. Default: no penalty."
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(help="Seed of sampling; the same seed gives the same text. Default: a new seed each time."),
+]
+CompileOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Compile decoding, which takes up to a minute and then decodes several times faster. Default: compile "
+        "for long texts only.",
+    ),
+]
+SpeculateOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Draft tokens per step for speculative decoding, copied from the text so far; the output stays the same.",
+    ),
+]
+ContextOption = Annotated[
+    Literal["stop", "slide"],
+    typer.Option(help="What to do when the context is full: stop, or drop the oldest half and continue (slide)."),
+]
+
 
 def generate(
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; may be repeated.")
-    ] = None,
-    prompts_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts-file", help="File with one prompt per line, which are decoded as a batch; - reads stdin."
-        ),
-    ] = None,
+    prompt: PromptOption = None,
+    prompts_file: PromptsFileOption = None,
     checkpoint: CheckpointOption = None,
     runs: RunsOption = DEFAULT_RUNS,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate per prompt.")] = 128,
-    temperature: Annotated[
-        float, typer.Option(help="Softmax temperature; 0 takes the most likely token (greedy decoding).")
-    ] = 0.7,
-    top_k: Annotated[
-        int | None, typer.Option(help="Sample from the k most likely tokens only. Default: from all.")
-    ] = None,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            help="Sample from the most likely tokens that together reach this probability; 1 samples from all."
-        ),
-    ] = 0.9,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(
-            help="Factor by which tokens that occur already become less likely, such as 1.2. Default: no penalty."
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of sampling; the same seed gives the same text. Default: a new seed each time."),
-    ] = None,
+    temperature: TemperatureOption = 0.7,
+    top_k: TopKOption = None,
+    top_p: TopPOption = 0.9,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    seed: SeedOption = None,
     dtype: DtypeOption = "float32",
-    compile: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="Compile decoding, which takes up to a minute and then decodes several times faster. Default: compile "
-            "for long texts only.",
-        ),
-    ] = None,
-    speculate: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Draft tokens per step for speculative decoding, copied from the text so far; the output stays "
-            "the same.",
-        ),
-    ] = 0,
-    context: Annotated[
-        Literal["stop", "slide"],
-        typer.Option(help="What to do when the context is full: stop, or drop the oldest half and continue (slide)."),
-    ] = "stop",
+    compile: CompileOption = None,
+    speculate: SpeculateOption = 0,
+    context: ContextOption = "stop",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:

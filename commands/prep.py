@@ -31,44 +31,50 @@ if TYPE_CHECKING:
 _SHIPPED_CONFIG = "configs/waveresnet_cpu.yaml"
 
 
+CorpusArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="CORPUS...", help="Files, folders, globs or URLs; - is standard input."),
+]
+TokenizerOption = Annotated[
+    Path | None, typer.Option("--tokenizer", help="Tokenizer file, .model or .json, as psannlm tokenize writes it.")
+]
+ValSplitOption = Annotated[
+    float, typer.Option(help="Fraction of the documents held out for validation; 0 holds out none.")
+]
+StdinFormatOption = Annotated[Literal["txt", "jsonl"], typer.Option("--format", help="Format of standard input.")]
+MaxCharsOption = Annotated[
+    int | None, typer.Option(help="Leave out documents of more characters; by default there is no limit.")
+]
+KeepDuplicatesOption = Annotated[
+    bool,
+    typer.Option(
+        "--keep-duplicates", help="Keep documents whose text repeats an earlier one; by default they are left out."
+    ),
+]
+PartOption = Annotated[
+    str | None,
+    typer.Option(metavar="I/N", help="Prepare only the I-th of N parts of the corpus, to be joined with --merge."),
+]
+MergeOption = Annotated[bool, typer.Option("--merge", help="Join prepared parts: CORPUS are the folders of all parts.")]
+
+
 def prep(
-    corpus: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="CORPUS...", help="Files, folders, globs or URLs; - is standard input."),
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="Tokenizer file, .model or .json, as psannlm tokenize writes it.")
-    ] = None,
+    corpus: CorpusArgument = None,
+    tokenizer: TokenizerOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the shards and the manifest.")] = None,
-    val_split: Annotated[
-        float, typer.Option(help="Fraction of the documents held out for validation; 0 holds out none.")
-    ] = 0.01,
+    val_split: ValSplitOption = 0.01,
     seed: Annotated[int, typer.Option(help="Seed that decides which documents are held out.")] = 1337,
     shard_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in a shard.")] = 100_000_000,
     workers: Annotated[int | None, typer.Option(help="Number of encoding processes; by default one per core.")] = None,
     per_line: Annotated[bool, typer.Option("--per-line", help="Read each line of a text file as a document.")] = False,
     text_key: Annotated[str, typer.Option(help="Key or column of the text in .jsonl and .parquet files.")] = "text",
-    stdin_format: Annotated[
-        Literal["txt", "jsonl"], typer.Option("--format", help="Format of standard input.")
-    ] = "txt",
+    stdin_format: StdinFormatOption = "txt",
     errors: ErrorsOption = "strict",
     min_chars: Annotated[int, typer.Option(help="Leave out documents of fewer characters.")] = 1,
-    max_chars: Annotated[
-        int | None, typer.Option(help="Leave out documents of more characters; by default there is no limit.")
-    ] = None,
-    keep_duplicates: Annotated[
-        bool,
-        typer.Option(
-            "--keep-duplicates", help="Keep documents whose text repeats an earlier one; by default they are left out."
-        ),
-    ] = False,
-    part: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="Prepare only the I-th of N parts of the corpus, to be joined with --merge."),
-    ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Join prepared parts: CORPUS are the folders of all parts.")
-    ] = False,
+    max_chars: MaxCharsOption = None,
+    keep_duplicates: KeepDuplicatesOption = False,
+    part: PartOption = None,
+    merge: MergeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Turn a corpus into token shards and a manifest, in bounded memory and on all cores.

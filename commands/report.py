@@ -25,56 +25,65 @@ if TYPE_CHECKING:
 DEFAULT_REPORTS = Path("reports")
 
 
+RunsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--runs",
+        metavar="FOLDER",
+        help="Run folder, prepared folder, or folder of such folders to include; may be repeated. Default: runs, "
+        "and the records of tokenize and prep in the working folder.",
+    ),
+]
+ReportsOption = Annotated[
+    Path, typer.Option("--reports", help="Folder of the artifacts that benchmarks wrote, as <kind>/<time>.")
+]
+SinceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--since",
+        metavar="TIME",
+        help="Leave out everything older than a date (2026-11-24) or an age (36h, 7d). Default: include all.",
+    ),
+]
+KindOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kind",
+        metavar="KIND",
+        help="Include this kind only: runs, throughput, tokenizers, kv_cache, ablations, gpu, ...; may be "
+        "repeated. Default: all.",
+    ),
+]
+PublishedOption = Annotated[
+    bool,
+    typer.Option(
+        "--published",
+        help="Include the results that the repository publishes, in the folder published of --reports.",
+    ),
+]
+CompareOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--compare",
+        metavar="RUN",
+        help="Run folder to compare with others instead of reporting everything; give two or more, the first "
+        "is the baseline.",
+    ),
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Folder to write to. Default: reports/benchmarks/<time>.")
+]
+
+
 def report(
-    runs: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--runs",
-            metavar="FOLDER",
-            help="Run folder, prepared folder, or folder of such folders to include; may be repeated. Default: runs, "
-            "and the records of tokenize and prep in the working folder.",
-        ),
-    ] = None,
-    reports: Annotated[
-        Path, typer.Option("--reports", help="Folder of the artifacts that benchmarks wrote, as <kind>/<time>.")
-    ] = Path("reports"),
-    since: Annotated[
-        str | None,
-        typer.Option(
-            "--since",
-            metavar="TIME",
-            help="Leave out everything older than a date (2026-11-24) or an age (36h, 7d). Default: include all.",
-        ),
-    ] = None,
-    kind: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--kind",
-            metavar="KIND",
-            help="Include this kind only: runs, throughput, tokenizers, kv_cache, ablations, gpu, ...; may be "
-            "repeated. Default: all.",
-        ),
-    ] = None,
-    published: Annotated[
-        bool,
-        typer.Option(
-            "--published",
-            help="Include the results that the repository publishes, in the folder published of --reports.",
-        ),
-    ] = False,
-    compare: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--compare",
-            metavar="RUN",
-            help="Run folder to compare with others instead of reporting everything; give two or more, the first "
-            "is the baseline.",
-        ),
-    ] = None,
+    runs: RunsOption = None,
+    reports: ReportsOption = Path("reports"),
+    since: SinceOption = None,
+    kind: KindOption = None,
+    published: PublishedOption = False,
+    compare: CompareOption = None,
     also: Annotated[list[Path] | None, typer.Argument(metavar="RUN", help="More run folders for --compare.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write to. Default: reports/benchmarks/<time>.")
-    ] = None,
+    out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Gather benchmarks and runs into tables, plots, Markdown and one HTML page."""

@@ -32,55 +32,60 @@ if TYPE_CHECKING:
     from psannlm.tokenizers.base import Tokenizer
 
 
+CorpusArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="CORPUS...", help="Corpus to fit on: files, folders, globs or URLs.")
+]
+BackendOption = Annotated[str, typer.Option(help="Tokenizer library: auto, sentencepiece, tokenizers or simple.")]
+ModelTypeOption = Annotated[str | None, typer.Option(help="Model type of sentencepiece: unigram (the default) or bpe.")]
+SampleCharsOption = Annotated[
+    int | None, typer.Option(min=1, help="Characters sampled from the corpus to fit on (default 8,000,000).")
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="File of the fitted tokenizer (default tokenizer.model or .json).")
+]
+ModelOption = Annotated[
+    Path | None, typer.Option("--model", help="Existing tokenizer file to use instead of fitting one.")
+]
+FileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--file",
+        help="With --model: encode each line of a file (gzip and zstd are unpacked; - is stdin).",
+    ),
+]
+FromStdinOption = Annotated[bool, typer.Option("--stdin", help="With --model: encode each line of standard input.")]
+IdsOnlyOption = Annotated[bool, typer.Option("--ids", help="With --model: print only ids, without their pieces.")]
+DecodeOption = Annotated[
+    bool,
+    typer.Option("--decode", help="With --model: decode lines of ids to their exact text (default input: stdin)."),
+]
+JsonlOption = Annotated[
+    bool,
+    typer.Option(
+        "--jsonl",
+        help='With --model: convert lines {"text": ...} to {"ids": [...]}; default input: stdin.',
+    ),
+]
+
+
 def tokenize(
-    corpus: Annotated[
-        list[str] | None, typer.Argument(metavar="CORPUS...", help="Corpus to fit on: files, folders, globs or URLs.")
-    ] = None,
-    backend: Annotated[
-        str, typer.Option(help="Tokenizer library: auto, sentencepiece, tokenizers or simple.")
-    ] = "auto",
-    model_type: Annotated[
-        str | None, typer.Option(help="Model type of sentencepiece: unigram (the default) or bpe.")
-    ] = None,
+    corpus: CorpusArgument = None,
+    backend: BackendOption = "auto",
+    model_type: ModelTypeOption = None,
     vocab_size: Annotated[int, typer.Option(help="Maximum vocabulary size.")] = 4096,
-    sample_chars: Annotated[
-        int | None, typer.Option(min=1, help="Characters sampled from the corpus to fit on (default 8,000,000).")
-    ] = None,
+    sample_chars: SampleCharsOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample and of the held-out text.")] = 1337,
     per_line: Annotated[bool, typer.Option("--per-line", help="Read each line of a text file as a document.")] = False,
     text_key: Annotated[str, typer.Option(help="Key or column of the text in .jsonl and .parquet files.")] = "text",
     errors: ErrorsOption = "strict",
-    out: Annotated[
-        Path | None, typer.Option("--out", help="File of the fitted tokenizer (default tokenizer.model or .json).")
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option("--model", help="Existing tokenizer file to use instead of fitting one.")
-    ] = None,
+    out: OutOption = None,
+    model: ModelOption = None,
     text: Annotated[str | None, typer.Option("--text", help="With --model: encode this text.")] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            "--file",
-            help="With --model: encode each line of a file (gzip and zstd are unpacked; - is stdin).",
-        ),
-    ] = None,
-    from_stdin: Annotated[
-        bool, typer.Option("--stdin", help="With --model: encode each line of standard input.")
-    ] = False,
-    ids_only: Annotated[
-        bool, typer.Option("--ids", help="With --model: print only ids, without their pieces.")
-    ] = False,
-    decode: Annotated[
-        bool,
-        typer.Option("--decode", help="With --model: decode lines of ids to their exact text (default input: stdin)."),
-    ] = False,
-    jsonl: Annotated[
-        bool,
-        typer.Option(
-            "--jsonl",
-            help='With --model: convert lines {"text": ...} to {"ids": [...]}; default input: stdin.',
-        ),
-    ] = False,
+    file: FileOption = None,
+    from_stdin: FromStdinOption = False,
+    ids_only: IdsOnlyOption = False,
+    decode: DecodeOption = False,
+    jsonl: JsonlOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a tokenizer on a corpus, or, with --model, encode and decode text."""

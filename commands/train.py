@@ -30,44 +30,49 @@ if TYPE_CHECKING:
     from psannlm.training.result import TrainResult
 
 
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file with the sections model, data and train.")
+]
+OverridesOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one configuration key, such as train.lr=3e-4."),
+]
+ResumeOption = Annotated[
+    str,
+    typer.Option(
+        help="Checkpoint to resume from: auto, the latest valid one of the run folder; never, start from scratch "
+        "(an existing run folder is renamed); or the path of a checkpoint."
+    ),
+]
+MaxStepsOption = Annotated[int | None, typer.Option(help="Number of the last step; overrides train.max_steps.", min=1)]
+TimeBudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="DURATION",
+        parser=duration_s,
+        help="Time limit, such as 90s, 20m or 1h30m (default none): the current step is finished and saved; "
+        "the same command resumes.",
+    ),
+]
+NRanksOption = Annotated[
+    int | None,
+    typer.Option("--nproc", metavar="N", help="Number of training processes on this machine, one per GPU (default 1)."),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved configuration, sizes and memory without training.")
+]
+
+
 def train(
     context: typer.Context,
-    config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="YAML file with the sections model, data and train.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one configuration key, such as train.lr=3e-4."),
-    ] = None,
-    resume: Annotated[
-        str,
-        typer.Option(
-            help="Checkpoint to resume from: auto, the latest valid one of the run folder; never, start from scratch "
-            "(an existing run folder is renamed); or the path of a checkpoint."
-        ),
-    ] = "auto",
+    config: ConfigArgument,
+    overrides: OverridesOption = None,
+    resume: ResumeOption = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="Run folder; overrides train.checkpoint_dir.")] = None,
-    max_steps: Annotated[
-        int | None, typer.Option(help="Number of the last step; overrides train.max_steps.", min=1)
-    ] = None,
-    time_budget: Annotated[
-        float | None,
-        typer.Option(
-            metavar="DURATION",
-            parser=duration_s,
-            help="Time limit, such as 90s, 20m or 1h30m (default none): the current step is finished and saved; "
-            "the same command resumes.",
-        ),
-    ] = None,
-    n_ranks: Annotated[
-        int | None,
-        typer.Option(
-            "--nproc", metavar="N", help="Number of training processes on this machine, one per GPU (default 1)."
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration, sizes and memory without training.")
-    ] = False,
+    max_steps: MaxStepsOption = None,
+    time_budget: TimeBudgetOption = None,
+    n_ranks: NRanksOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model from a YAML configuration."""
