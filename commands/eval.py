@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +27,11 @@ from psannlm.commands.options import (
     stdout_console,
     write_artifact,
 )
+
+if TYPE_CHECKING:
+    from psannlm.data.corpus.documents import ReadReport
+    from psannlm.evaluation.loss import Evaluation
+
 
 FilesArgument = Annotated[
     list[str], typer.Argument(metavar="FILE...", help="Files, folders or globs of text to evaluate on.")
@@ -66,7 +71,6 @@ def evaluate(
     from psannlm.io.run_metadata import new_folder, require_folder
     from psannlm.models.artifact import load_model
     from psannlm.runtime.device import pick_device, pick_precision
-    from psannlm.tokenizers.roundtrip import LOSSY
 
     with naming_options("train"):
         settings = section_from_kwargs(TrainConfig, "train", {"amp": amp, "device": device})
@@ -105,14 +109,7 @@ def evaluate(
         "corpus_sha256": report.sha256,
         **result.as_dict(),
     }
-    documents = f"{report.documents:,} document{'' if report.documents == 1 else 's'}"
-    rows = [
-        ("checkpoint", f"{path}, {dtype} weights"),
-        ("text", f"{documents}, {result.n_bytes:,} bytes, {result.n_labels:,} tokens"),
-        ("loss", f"{result.loss:.4f} nats per token"),
-        ("perplexity", f"{result.perplexity:.2f}"),
-        ("bits per byte", f"{result.bits_per_byte:.4f}{LOSSY if result.lossy_tokenizer else ''}"),
-    ]
+    rows = _result_rows(f"{path}, {dtype} weights", result, report)
     folder: Path | None = None
     try:
         folder = new_folder("eval", out)
@@ -124,3 +121,16 @@ def evaluate(
             print_json({**metrics, "folder": None if folder is None else str(folder)})
         else:
             stdout_console().print(figures_table("evaluation", rows))
+
+
+def _result_rows(model: str, result: Evaluation, report: ReadReport) -> list[tuple[str, str]]:
+    from psannlm.tokenizers.roundtrip import LOSSY
+
+    documents = f"{report.documents:,} document{'' if report.documents == 1 else 's'}"
+    return [
+        ("checkpoint", model),
+        ("text", f"{documents}, {result.n_bytes:,} bytes, {result.n_labels:,} tokens"),
+        ("loss", f"{result.loss:.4f} nats per token"),
+        ("perplexity", f"{result.perplexity:.2f}"),
+        ("bits per byte", f"{result.bits_per_byte:.4f}{LOSSY if result.lossy_tokenizer else ''}"),
+    ]

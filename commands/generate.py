@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.text import Text
@@ -28,6 +29,9 @@ from psannlm.commands.options import (
 )
 from psannlm.display import printable
 from psannlm.runtime.streams import write_output
+
+if TYPE_CHECKING:
+    from psannlm.generation.generate import Completion
 
 PromptOption = Annotated[
     list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; may be repeated.")
@@ -128,12 +132,6 @@ def generate(
 
     began = time.monotonic()
 
-    def progress_text(n_tokens: int, n_steps: int, most_steps: int) -> str:
-        # By steps and not by tokens: a step that fewer rows are left in takes hardly less time.
-        elapsed = time.monotonic() - began
-        left = timedelta(seconds=math.ceil(elapsed * (most_steps - n_steps) / n_steps))
-        return f"generating: {n_tokens:,} tokens, {n_tokens / elapsed:,.1f} tokens/s, at most {left} left"
-
     with live_line(stderr_console()) if len(prompts) > 1 else nullcontext() as line:
         completions = complete(
             loaded.model,
@@ -147,21 +145,12 @@ def generate(
             context=context,
             on_notice=_say,
             on_text=(lambda _, text: stream(text)) if is_streamed else None,
-            on_progress=None if line is None else (lambda *figures: line.show(progress_text(*figures))),
+            on_progress=None
+            if line is None
+            else (lambda *figures: line.show(_progress_text(time.monotonic() - began, *figures))),
         )
     if as_json:
-        rows = [
-            {
-                "prompt": text,
-                "completion": done.text,
-                "tokens": len(done.ids),
-                "finish_reason": done.finish_reason,
-                # Deprecated, with the value it had before `finish_reason`.
-                "stopped_by": "end_of_text" if done.finish_reason == "stop" else done.finish_reason,
-            }
-            for text, done in zip(prompts, completions, strict=True)
-        ]
-        print_json({"checkpoint": str(path), "completions": rows})
+        print_json({"checkpoint": str(path), "completions": _rows(prompts, completions)})
     elif is_streamed:
         stream("\n")
     else:
@@ -170,6 +159,27 @@ def generate(
     if n_full := sum(done.finish_reason == "context" for done in completions):
         which = "" if len(prompts) == 1 else f" for {n_full} of {len(prompts)} prompts"
         _say(f"stopped early{which}: the model's context of {loaded.model.config.max_seq_len} tokens is full")
+
+
+def _progress_text(elapsed_s: float, n_tokens: int, n_steps: int, most_steps: int) -> str:
+    # By steps and not by tokens: a step with fewer rows takes hardly less time.
+    left = timedelta(seconds=math.ceil(elapsed_s * (most_steps - n_steps) / n_steps))
+    return f"generating: {n_tokens:,} tokens, {n_tokens / elapsed_s:,.1f} tokens/s, at most {left} left"
+
+
+def _rows(prompts: Sequence[str], completions: Sequence[Completion]) -> list[dict[str, object]]:
+    """Return the completions as ``--json`` prints them."""
+    return [
+        {
+            "prompt": text,
+            "completion": done.text,
+            "tokens": len(done.ids),
+            "finish_reason": done.finish_reason,
+            # Deprecated, with the value it had before `finish_reason`.
+            "stopped_by": "end_of_text" if done.finish_reason == "stop" else done.finish_reason,
+        }
+        for text, done in zip(prompts, completions, strict=True)
+    ]
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -153,25 +153,31 @@ def train(
         if is_sharded(run.model):
             # Gather the full weights on rank 0, and on ranks whose caller passed a full model.
             gather_into(start.model if world.is_main or model is not None else None, run.model)
-        result = TrainResult(
-            model=start.model.eval(),
-            folder=folder,
-            checkpoint=read_pointer(folder, BEST) or step_folder(folder, state.step),
-            curve=curve,
-            steps=state.step,
-            total_steps=run.total_steps,
-            epochs=state.position.epoch + state.position.window / len(run.loader.windows),
-            tokens=state.tokens,
-            parameters=_n_parameters(start.model),
-            skipped=state.skipped,
-            seconds=time.monotonic() - began,
-            train_loss=float(state.metrics.get("loss", float("nan"))),
-            best=state.best,
-            val_overlap=start.data.val_overlap,
-            lossy_tokenizer=is_lossy(start.data.lost_fraction),
-        )
+        result = _result(run, state, start, folder, curve, time.monotonic() - began)
         run.notify(lambda callback: callback.on_end(result))
         return result
+
+
+def _result(
+    run: Run, state: TrainerState, start: _Start, folder: Path, curve: Path | None, seconds: float
+) -> TrainResult:
+    return TrainResult(
+        model=start.model.eval(),
+        folder=folder,
+        checkpoint=read_pointer(folder, BEST) or step_folder(folder, state.step),
+        curve=curve,
+        steps=state.step,
+        total_steps=run.total_steps,
+        epochs=state.position.epoch + state.position.window / len(run.loader.windows),
+        tokens=state.tokens,
+        parameters=_n_parameters(start.model),
+        skipped=state.skipped,
+        seconds=seconds,
+        train_loss=float(state.metrics.get("loss", float("nan"))),
+        best=state.best,
+        val_overlap=start.data.val_overlap,
+        lossy_tokenizer=is_lossy(start.data.lost_fraction),
+    )
 
 
 def _run_loop(run: Run, state: TrainerState) -> TrainerState:
