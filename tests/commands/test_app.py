@@ -48,7 +48,7 @@ def test_unknown_commands_and_options_exit_2(psannlm) -> None:
         ["generate", "-p", "x", "--dtype", "{}"],
         ["report", "--since", "{}"],
         ["report", "--kind", "{}"],
-        ["prep", "x", "--out", "o", "--tokenizer", "t", "--part", "{}"],
+        ["prep", "x", "--out", "o", "--tokenizer", "config.yaml", "--part", "{}"],
         ["tokenize", "--model", "{}", "--text", "x"],
         ["compare", "{}"],
     ],
