@@ -10,7 +10,6 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AliasChoices
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -63,10 +62,13 @@ def section_schema(cls: type[Section], without: tuple[str, ...] = ()) -> Schema:
         properties[name] = _property(cls, name, field)
         if field.is_required():
             required.append(name)
-        for alias in _aliases(field):
-            former = {"description": f"former name of {name}", "deprecated": True}
-            properties.setdefault(alias, {**properties[name], **former})
     schema: Schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    former = {old: new for old, new in cls.former_keys.items() if new in properties}
+    for old, new in former.items():
+        properties[old] = {**properties[new], "description": f"former name of {new}", "deprecated": True}
+    if former:
+        # A key under both of its names is refused.
+        schema["not"] = {"anyOf": [{"required": [old, new]} for old, new in former.items()]}
     return {**schema, "required": required} if required else schema
 
 
@@ -146,12 +148,6 @@ def _sources() -> Schema:
     path = {"type": "string", "minLength": 1}
     source = any_of(path, section_schema(PathSource), section_schema(BuiltinSource))
     return any_of(source, {"type": "array", "items": source, "minItems": 1})
-
-
-def _aliases(field: FieldInfo) -> list[str]:
-    alias = field.validation_alias
-    names = alias.choices if isinstance(alias, AliasChoices) else [alias]
-    return [name for name in names if isinstance(name, str)]
 
 
 def _limits(metadata: list[Any]) -> Schema:
