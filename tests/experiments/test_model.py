@@ -155,11 +155,11 @@ def test_budget_fraction_reduces_steps_and_adds_caveat(make: Callable[..., Study
     assert {run.config.train.max_steps for run in shorter.runs if run.variant is part} == {part.n_steps}
     assert shorter.variants[0].n_steps == whole.n_steps
     notes = [note for note in notes_of(shorter, {}, []) if "budget" in note]
-    assert notes == ["sine was trained for 50% of the others' budget."]
+    assert notes == ["sine was trained for 50% of the budget."]
 
 
 def test_unequal_parameters_raise_or_are_shown(make: Callable[..., Study]) -> None:
-    with pytest.raises(ConfigError, match=r"variants\.sine: .* parameters, .* of swiglu's"):
+    with pytest.raises(ConfigError, match=r"variants\.sine: .* parameters, .* against swiglu's"):
         make("baseline:", "solve_d_mlp: false\nbaseline:")
     with pytest.raises(ConfigError, match=r"variants\.sine"):
         make("{mlp: sine}", "{mlp: sine, d_mlp: 500}")
@@ -416,7 +416,7 @@ def test_lr_seeds_select_lr_for_other_seeds(make: Callable[..., Study]) -> None:
     assert [set(variant["val_loss_by_seed"]) for variant in (swiglu, sine)] == [{"1", "2", "3"}] * 2
     assert sine["difference"]["n"] == 3
     assert {rate["lr"]: rate["mean"] for rate in swiglu["learning_rates"]} == losses, "of the seed that looked"
-    assert any("those of seed 2 alone" in note for note in figures["notes"])
+    assert any("of seed 2 only" in note for note in figures["notes"])
 
 
 def test_single_lr_is_reported_without_star(make: Callable[..., Study]) -> None:
@@ -429,7 +429,9 @@ def test_single_lr_is_reported_without_star(make: Callable[..., Study]) -> None:
     results, rates = study_tables(figures)[0], study_tables(figures)[1]
     assert results.rows[1][6] == "0.01"
     assert "*" not in " ".join(rates.rows[1])
-    assert any(note == "One learning rate was tried, which may not be the best: sine." for note in figures["notes"])
+    assert any(
+        note == "Only one learning rate was tried, which may not be the best: sine." for note in figures["notes"]
+    )
 
 
 def test_runs_on_changed_text_are_refused(make: Callable[..., Study], tmp_path: Path, tiny_corpus: Path) -> None:
@@ -449,7 +451,7 @@ def test_runs_on_changed_text_are_refused(make: Callable[..., Study], tmp_path: 
 def test_variants_with_other_tokens_or_validation_raise(make: Callable[..., Study]) -> None:
     with pytest.raises(ConfigError, match=r"variants\.sine: its tokenizer is not swiglu's"):
         make("{mlp: sine}", "{mlp: sine}, data: {tokenizer: tokenizers}")
-    with pytest.raises(ConfigError, match=r"variants\.sine: its (held-out text|tokenizer) is not swiglu's"):
+    with pytest.raises(ConfigError, match=r"variants\.sine: its (validation text|tokenizer) is not swiglu's"):
         make("{mlp: sine}", "{mlp: sine}, data: {seed: 4}")
 
 
