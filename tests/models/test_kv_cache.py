@@ -198,7 +198,7 @@ def test_kv_cache_conv_state_ends_with_its_row(n_new: list[int], length: int, ke
     n_rows = len(n_new)
     inputs = torch.randn(n_rows, length + 6, 3, generator=torch.Generator().manual_seed(0))
     keys = torch.zeros(n_rows, 1, 8, 3)
-    for place in ("attention", "mlp"):
+    for place in ("attn", "mlp"):
         layer = LayerCache(keys, keys, None, None)
         setattr(layer, f"{place}_conv_state", inputs[:, :length].clone())
         setattr(layer, f"{place}_conv_inputs", inputs)
