@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -22,8 +20,7 @@ from torch import Tensor
 
 from psannlm.config.train import Amp
 from psannlm.errors import DeviceError, nearest
-
-_STATUS = Path("/proc/self/status")
+from psannlm.runtime.resident_memory import peak_resident_bytes, resident_bytes
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -59,25 +56,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return peak_resident_bytes()
-
-
-def resident_bytes() -> tuple[int, int] | None:
-    """Return the resident memory of this process, now and at its peak; None where there is no /proc (not Linux)."""
-    if not _STATUS.is_file():
-        return None
-    lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    return now, peak
-
-
-def peak_resident_bytes() -> int:
-    """Return the highest resident memory of this process so far."""
-    # getrusage would count what the parent held when it started this process: only the fallback.
-    if (resident := resident_bytes()) is not None:
-        return resident[1]
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return highest if sys.platform == "darwin" else highest * 1024
 
 
 def computes_in_bf16(device: torch.device) -> bool:

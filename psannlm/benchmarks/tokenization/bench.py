@@ -31,7 +31,7 @@ from psannlm.data.corpus.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import shared_text
 from psannlm.data.tokenizer_training import SAMPLE_SEGMENT_BYTES, sample_corpus
 from psannlm.errors import ConfigError
-from psannlm.runtime.device import peak_resident_bytes
+from psannlm.runtime.resident_memory import peak_resident_bytes
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import (
     available_backends,

@@ -18,9 +18,9 @@ import torch
 from psannlm.benchmarks.training.candidates import Candidate, ThroughputSettings, TrainingRun
 from psannlm.config.model import ModelConfig
 from psannlm.errors import PsannlmError
-from psannlm.runtime.device import resident_bytes
 from psannlm.runtime.malloc import retain_freed_memory
 from psannlm.runtime.processes import python_command
+from psannlm.runtime.resident_memory import resident_bytes
 
 _STEPS = 3
 # Writing 5 to it resets the peak of the resident memory to its present value.

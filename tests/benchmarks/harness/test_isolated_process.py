@@ -9,7 +9,7 @@ import pytest
 
 from psannlm.benchmarks.harness.isolated_process import IsolatedProcess
 from psannlm.errors import TokenizerError, WorkerError
-from psannlm.runtime.device import peak_resident_bytes
+from psannlm.runtime.resident_memory import peak_resident_bytes
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,7 @@ def test_bench_prep_encodes_all_text_on_both_sides(corpus: PathSource, tokenizer
 
 def test_bench_prep_skips_arrays_where_unsupported(corpus: PathSource) -> None:
     tokenizer = fit_tokenizer(TEXTS, "tokenizers", vocab_size=280)
-    with pytest.raises(ConfigError, match="tokenizers tokenizer cannot"):
+    with pytest.raises(ConfigError, match="the tokenizers backend has no raw encoding"):
         RawBench([corpus], tokenizer.to_bytes(), 1).run(as_arrays=True)
 
 
@@ -74,9 +74,9 @@ def test_prep_figures_known_values() -> None:
 def test_check_preparable_refuses_mixed_sources() -> None:
     a, b = PathSource(path="a.jsonl"), PathSource(path="b.jsonl", text_key="body")
     assert check_preparable([a, a]) == [a, a]
-    with pytest.raises(ConfigError, match="text_key must be the same"):
+    with pytest.raises(ConfigError, match="per_line and text_key must be equal"):
         check_preparable([a, b])
-    with pytest.raises(ConfigError, match="name a --corpus"):
+    with pytest.raises(ConfigError, match="not the built-in corpus"):
         check_preparable([a, BuiltinSource(builtin="python-reference")])
 
 
