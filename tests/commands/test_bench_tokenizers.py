@@ -71,7 +71,7 @@ def test_bench_tokenizers_times_prep(psannlm, project: Path, tmp_path: Path, mon
     ("arguments", "code", "words"),
     [
         (["--corpus", "nowhere.txt"], 2, "nowhere.txt"),
-        (["--prep"], 2, "name a --corpus"),
+        (["--prep"], 2, "give a --corpus"),
         ([*TINY, "--vocab-size", "10"], 2, "vocab_size 10 is too small"),
         ([*TINY, "--model", "nowhere.model"], 2, "nowhere.model"),
         ([*TINY, "--repeat", "0"], 2, "--repeat"),

@@ -39,7 +39,7 @@ def test_compare_dry_run_writes_nothing(psannlm, project: Path) -> None:
     [
         ("mlp: sine", "mpl: sine", 2, "did you mean 'mlp'"),
         ("base: config.yaml", "base: nowhere.yaml", 2, "nowhere.yaml: no such file"),
-        ("mlp: sine", "mlp: sine, d_mlp: 999", 2, "of swiglu's"),
+        ("mlp: sine", "mlp: sine, d_mlp: 999", 2, "against swiglu's"),
     ],
 )
 def test_compare_invalid_plan_fails_before_training(
@@ -103,7 +103,7 @@ def test_compare_refuses_run_without_settings(psannlm, project: Path) -> None:
 def test_compare_dry_run_excludes_no_train(psannlm, project: Path) -> None:
     Path("plan.yaml").write_text(PLAN)
     done = psannlm("compare", "plan.yaml", "--no-train", "--dry-run")
-    assert (done.code, "choose one" in done.err) == (2, True)
+    assert (done.code, "use only one of them" in " ".join(done.err.split())) == (2, True)
 
 
 def test_compare_narrow_terminal_folds_figures() -> None:

@@ -107,8 +107,8 @@ def test_parts_and_merge(psannlm: Run, tiny_texts: list[str], tokenizer: Path, t
         (["x.txt", "--out", "o", "--tokenizer", "t", "--errors", "ignore"], "--errors"),
     ],
 )
-def test_wrong_usage(psannlm: Run, arguments: list[str], said: str) -> None:
-    result = psannlm("prep", *arguments)
+def test_prep_wrong_usage_names_the_option(psannlm: Run, tokenizer: Path, arguments: list[str], said: str) -> None:
+    result = psannlm("prep", *(str(tokenizer) if word == "t" else word for word in arguments))
     assert result.code == 2
     assert said in result.err
 

@@ -164,8 +164,17 @@ def test_pictures_show_undecodable_names_escaped() -> None:
     assert render_figure(draw(NAME)) == render_figure(draw(SHOWN))  # type: ignore[arg-type]
 
 
+def test_init_undecodable_names_lead_to_the_text(psannlm, folder: Path) -> None:
+    text = folder / f"{NAME}.long.txt"
+    text.write_text("The tide comes in twice a day and goes out again.\n" * 60, encoding="utf-8")
+    ended = psannlm("init", str(folder / "new"), "--data", str(text), "--size", "tiny")
+    assert ended.code == 0, ended.err
+    (source,) = load_config(folder / "new" / "config.yaml").data.sources
+    assert source.path == str(text)
+
+
 def test_every_command_is_tried_above() -> None:
     """A new command must get its test of names, or its place among those that take no files of the user's."""
-    tried = {"tokenize", "prep", "train", "generate", "eval", "report", "compare", "bench-tokenizers"}
-    takes_none = {"bench-train", "bench-kv", "gpu-validate"}
+    tried = {"init", "tokenize", "prep", "train", "generate", "eval", "report", "compare", "bench-tokenizers"}
+    takes_none = {"bench-train", "bench-kv", "gpu-validate", "schema"}
     assert {str(command.name) for command in app.registered_commands} == tried | takes_none

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's limits 
 # Takes and frees 512 MB in blocks of 8 MB, and tells in MB what stays, and the page faults of doing so once more.
 PROGRAM = """
 import ctypes, resource, sys
-from psannlm import memory
+from psannlm.runtime import malloc as memory
 library = ctypes.CDLL(None)
 library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 def work():
