@@ -44,7 +44,7 @@ def test_parquet_invalid_byte_is_named_or_replaced(tmp_path: Path, kind: str, is
     column = pa.array([b"fine", b"caf\xe9 \xff"], pa.binary())
     column = column.view(pa.string()) if kind == "string" else column
     path = written(tmp_path, column.dictionary_encode() if is_dictionary else column)
-    with pytest.raises(CorpusError, match=r"a\.parquet: row 2: byte 3 of 'text' is 0xE9.*; --errors replace puts"):
+    with pytest.raises(CorpusError, match=r"a\.parquet: row 2: byte 3 of 'text' is 0xE9.*; --errors replace replaces"):
         list(parquet_texts(path, "text", "strict", "--errors replace"))
     assert list(parquet_texts(path, "text", "replace"))[1] == (2, "caf\ufffd \ufffd", 2)
 
