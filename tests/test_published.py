@@ -199,7 +199,7 @@ def test_save_and_load_take_the_home_folder(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(GenerationError, match="no tokenizer yet"):
         untrained.generate("The")
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="a file stands where a folder must be"):
+    with pytest.raises(StorageError, match="a file is in the place of a folder"):
         model.save(tmp_path / "file" / "model")
 
 

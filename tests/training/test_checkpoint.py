@@ -323,7 +323,7 @@ def test_save_on_full_disk_keeps_older_checkpoints_only(
     message = str(caught.value)
     assert "\n" not in message
     assert str(step_folder(run, 4)) in message
-    assert "no room" in message
+    assert "not enough disk space" in message
     assert "MB free" in message
     assert contents(run) == before
     assert {path.name for path in run.iterdir()} == {"step_00000002", LATEST, BEST}

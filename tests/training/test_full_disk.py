@@ -71,7 +71,7 @@ def test_full_disk_anywhere_is_reported_and_run_resumes(
                 message = str(failure)
             else:
                 break
-        assert "no room to write" in message
+        assert "not enough disk space to write" in message
         assert str(folder) in message
         assert "\n" not in message
         refused.append(message)

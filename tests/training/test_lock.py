@@ -48,7 +48,7 @@ def test_run_unwritable_folder_raises_before_reading_corpus(
     monkeypatch.setattr("psannlm.training.run.load_corpus", lambda *a: pytest.fail("read the corpus"))
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(StorageError, match="a file stands where a folder must be"):
+        with pytest.raises(StorageError, match="a file is in the place of a folder"):
             train(tiny_run(checkpoint_dir=str(folder)))
 
 

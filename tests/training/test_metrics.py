@@ -83,7 +83,7 @@ def test_metrics_log_full_disk_is_explained(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
     try:
-        with pytest.raises(StorageError, match=r"no room to write .*metrics\.jsonl.*MB free"):
+        with pytest.raises(StorageError, match=r"not enough disk space to write .*metrics\.jsonl.*MB free"):
             log.write("train", 1, {"loss": 1.0, "note": "x" * 400})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -98,13 +98,13 @@ def test_parallel_check_reports_failing_rank(context: CheckContext, monkeypatch:
     monkeypatch.setattr(parallel_module, "to_yaml", lambda config: "train: {lr: fast}")
     result = run_check("GPU-05", check_ddp, context)
     assert result.status == "error"
-    assert "ended with 2" in str(result.error)
+    assert "ended with exit code 2" in str(result.error)
 
 
 def test_parallel_check_skips_with_one_gpu(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     result = check_ddp(replace(context, device=torch.device("cuda")))
-    assert (result.status, result.skipped) == ("skipped", "there is one GPU, and parallel training needs two")
+    assert (result.status, result.skipped) == ("skipped", "there is one GPU; parallel training needs two")
 
 
 def test_fsdp_check_skips_only_without_fsdp(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
