@@ -40,6 +40,7 @@ def run(folder: Path, line: str, timeout_s: float = 600, **variables: str) -> st
     return ended.stdout + ended.stderr
 
 
+@pytest.mark.slow
 def test_cpu_quickstart_trains_within_seconds(clone: Path) -> None:
     said = run(clone, "python -m psann.lm.train.cli --config examples/lm/configs/waveresnet_cpu.yaml", timeout_s=120)
     assert "fp32 as asked" in said
@@ -56,6 +57,7 @@ def test_cpu_quickstart_trains_within_seconds(clone: Path) -> None:
 TINY = "examples/lm/configs/tiny_corpus_benchmark.yaml"
 
 
+@pytest.mark.slow
 def test_tiny_corpus_benchmark_states_its_fraction(clone: Path) -> None:
     run(clone, "python scripts/make_tiny_corpus.py --bytes 150000 --if-missing")
     smaller = "--set model.d_model=16 --set model.n_layers=1 --set model.n_heads=1 --set train.batch_tokens=4096"
@@ -86,6 +88,7 @@ KV = "python scripts/benchmark_kv_cache.py --batch-size 8 --prompt-length 96 --m
 KV_TINY = " --d-model 32 --n-layers 1 --n-heads 2 --vocab-size 64 --device cpu"
 
 
+@pytest.mark.slow
 def test_kv_cache_script_prints_and_stores_the_quotient(clone: Path) -> None:
     said = run(clone, KV + KV_TINY)
     folder = only_folder(clone / "reports/kv_cache")
@@ -102,6 +105,7 @@ def test_kv_cache_script_prints_and_stores_the_quotient(clone: Path) -> None:
         assert [word for word in words if word not in text] == []
 
 
+@pytest.mark.slow
 def test_kv_cache_script_interrupted_leaves_its_measurements(clone: Path) -> None:
     words = [sys.executable, *shlex.split(KV + KV_TINY)[1:], "--repeats", "1000", "--no-context-growth"]
     with subprocess.Popen(words, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

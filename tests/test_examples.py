@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_train_then_generate(tmp_path: Path) -> None:
     examples = Path(__file__).resolve().parents[1] / "examples" / "lm"
     for script, said in (("minimal_train.py", "saved to minimal_model.safetensors"), ("generate.py", "A clock")):

@@ -295,6 +295,7 @@ for module in modules:
 """
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_first(graph: dict[str, list[Import]]) -> None:
     """With the runtime dependencies alone: the optional ones are blocked, and a warning is an error."""
     absent = ["pyarrow", "zstandard", "transformers", "lm_eval", "tensorboard", "pytest", "hypothesis"]

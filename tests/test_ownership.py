@@ -253,6 +253,7 @@ def test_commands_harm_no_foreign_entry_in_out(name: str, shift: int, tmp_path: 
     assert moved < {*FILES, *FOLDERS}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("name", WRITES_BELOW)
 def test_commands_write_into_new_folder_below_out(name: str, tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def test_make_tiny_corpus_writes_once(tmp_path: Path) -> None:
     assert path.read_bytes() != first
 
 
+@pytest.mark.slow
 def test_suite_script_writes_reports(tmp_path: Path) -> None:
     def run(out: str, *arguments: str) -> tuple[int, dict[str, object]]:
         command = [sys.executable, SCRIPTS / "run_cuda_tests.py", "--device", "cpu", "--out", tmp_path / out]
@@ -167,6 +168,7 @@ def test_shell_scripts_are_clean() -> None:
     assert ended.returncode == 0, ended.stdout
 
 
+@pytest.mark.slow
 def test_suite_script_runs_without_report_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     suite = importlib.import_module("suite")

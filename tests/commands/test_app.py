@@ -74,6 +74,7 @@ def test_unexpected_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert "train.batch_tokens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_debug", [False, True])
 def test_traceback_requires_debug(is_debug: bool, project: Path) -> None:
     program = (
@@ -169,6 +170,7 @@ def test_help_groups_commands_and_cuts_no_sentence(monkeypatch: pytest.MonkeyPat
         assert sentence.partition(". ")[0].rstrip(".") + "." in flat
 
 
+@pytest.mark.slow
 def test_forwarding_import_path_trains(psannlm, project: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "psann.lm.train.cli", "--config", "config.yaml", "--set", "train.max_steps=2"],

@@ -15,6 +15,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = ("--corpus", "corpus.txt", "--per-line", "--vocab-size", "300", "--repeat", "1")
 
 
+@pytest.mark.slow
 def test_bench_tokenizers_prints_and_writes_figures(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")  # figures of many digits, on a slow machine, would break the names
     psannlm(
@@ -42,6 +43,7 @@ def test_bench_tokenizers_prints_and_writes_figures(psannlm, project: Path, monk
     assert (folder / "tokenizers.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_bench_tokenizers_accepts_held_out_text(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "KINDS", {"characters": ("simple", None)})
     Path("other.txt").write_text("Übung macht den Meister.\n", encoding="utf-8")
@@ -54,6 +56,7 @@ def test_bench_tokenizers_accepts_held_out_text(psannlm, project: Path, monkeypa
     assert metrics["corpus"] == ["corpus.txt"]
 
 
+@pytest.mark.slow
 def test_bench_tokenizers_times_prep(psannlm, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {name: bench.KINDS[name] for name in ("sentencepiece unigram", "byte-level bpe", "characters")}
     monkeypatch.setattr(bench, "KINDS", kinds)

@@ -116,6 +116,7 @@ def test_compare_narrow_terminal_folds_figures() -> None:
     assert sorted(re.sub(r"\D", "", said)) == sorted("22500582" + "1115264")
 
 
+@pytest.mark.slow
 def test_compare_divergence_is_result_but_failure_error(psannlm, project: Path) -> None:
     Path("plan.yaml").write_text(PLAN.replace("budget:", "learning_rates: [1e-2, 1e25]\nbudget:"))
     _train_swiglu(psannlm, "model.mlp=swiglu")

@@ -53,6 +53,7 @@ def strings_in(value: object) -> Iterator[str]:
         yield value
 
 
+@pytest.mark.slow
 def test_commands_take_and_write_undecodable_names(psannlm, folder: Path) -> None:
     def done(*words: str | Path) -> dict[str, object]:
         ended = psannlm(*map(str, words), "--json")

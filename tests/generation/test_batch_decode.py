@@ -209,6 +209,7 @@ repetitive = st.lists(
 ).map(lambda phrases: [token for phrase in phrases for token in phrase])
 
 
+@pytest.mark.slow
 @given(
     name=st.sampled_from([*get_args(BaseName), "bfloat16", "int8"]),
     prompts=st.lists(repetitive, min_size=1, max_size=4),

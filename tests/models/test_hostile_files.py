@@ -97,6 +97,7 @@ def with_fitting_hash(content: bytes) -> bytes:
     return content[:at] + digest + content[at + 64 :]
 
 
+@pytest.mark.slow
 def test_hostile_files_ten_thousand_mutations_raise_or_load(build_tiny: Build, tmp_path: Path) -> None:
     """No crash, no hang, no allocation beyond a fixed bound, one line each; every damage the hash sees is refused."""
     path = tmp_path / "m"

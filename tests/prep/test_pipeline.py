@@ -308,6 +308,7 @@ def _n_new_shards(out: Path, began: float) -> int:
     return sum(path.stat().st_mtime > began for path in out.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_prep_resumes_after_signal(tmp_path: Path, signal_number: signal.Signals) -> None:
     """Standard input that stays open keeps the command at work for as long as the signal takes to come."""

@@ -160,6 +160,7 @@ def test_describe_device_names_cpu_threads() -> None:
     assert describe_device(CPU).startswith(f"CPU, {torch.get_num_threads()} thread")
 
 
+@pytest.mark.slow
 def test_compiler_trial_detects_broken_compiler_once(tmp_path: Path) -> None:
     """With a compiler that is there and fails, asked for by name is refused, and auto does without."""
     for name in ("g++", "clang++", "c++"):

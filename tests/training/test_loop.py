@@ -267,6 +267,7 @@ def losses_of(folder: Path, steps: Sequence[int]) -> list[float]:
     return [rows[step] for step in steps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_process_resumes_exactly(tiny_run: TinyRun, tmp_path: Path, number: int) -> None:
     """Stopped in one process, continued in another: the numbers of a run that was left in peace."""

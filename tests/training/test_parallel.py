@@ -261,6 +261,7 @@ def break_runs(faults: dict[str, tuple[str, int, str]], folder: Path, corpus: Pa
     return found
 
 
+@pytest.mark.slow
 def test_parallel_error_on_one_rank_ends_all(tmp_path: Path, tiny_corpus: Path) -> None:
     """Rank 0 names it, the others keep quiet."""
     said = break_runs({"forward": ("forward", 1, "boom")}, tmp_path, tiny_corpus)

@@ -522,7 +522,7 @@ def test_run_oversize_model_raises_before_writing(
     config = tiny_run(max_steps=1)
     config = config.model_copy(update={"train": config.train.model_copy(update={"fsdp": asked})})
     monkeypatch.setattr("psannlm.training.run.world_from_env", lambda ddp, fsdp: World(0, 0, 4))
-    monkeypatch.setattr("psannlm.training.run.local_ranks", lambda: 4)
+    monkeypatch.setattr("psannlm.training.plan.local_ranks", lambda: 4)
     _with_memory(monkeypatch, 100_000)
     words = "a cgroup limits this process to 0.0 GB; lower model.d_model"
     with pytest.raises(ConfigError, match=rf"for the model alone .*of 4 ranks.*{words}"):
@@ -533,7 +533,7 @@ def test_run_oversize_model_raises_before_writing(
 def test_run_model_too_large_for_gpu_raises(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.training.run.pick_device", lambda name, rank: torch.device("cuda", 0))
     monkeypatch.setattr("psannlm.training.run.pick_precision", lambda amp, device: None)
-    monkeypatch.setattr("psannlm.training.run.gpu_memory_bytes", lambda device: 50_000)
+    monkeypatch.setattr("psannlm.training.plan.gpu_memory_bytes", lambda device: 50_000)
     with pytest.raises(ConfigError, match=r"and the GPU has 0\.0 GB; .*train.fsdp: full"):
         train(tiny_run(max_steps=1))
 

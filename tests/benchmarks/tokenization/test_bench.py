@@ -147,6 +147,7 @@ def test_ratio_to_raw_is_our_throughput_over_library(monkeypatch: pytest.MonkeyP
     assert figures.same_ids_as_raw is False, "the ids came back reversed"
 
 
+@pytest.mark.slow
 def test_bench_tokenizers_measures_on_held_out_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: dict[str, list[str]] = {}
     fit, measured = bench.fit_in_turns, bench.measure_tokenizers

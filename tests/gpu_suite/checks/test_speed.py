@@ -15,6 +15,7 @@ from psannlm.gpu_suite.checks.speed import check_speed, fitting_rows
 from psannlm.gpu_suite.context import CheckContext, Shape
 
 
+@pytest.mark.slow
 def test_speed_check_detects_non_finite_loss(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = speed.bench_train
 
@@ -30,6 +31,7 @@ def test_speed_check_detects_non_finite_loss(context: CheckContext, monkeypatch:
     assert any(note.endswith("respsann with GELU: a loss is not finite") for note in result.notes)
 
 
+@pytest.mark.slow
 def test_speed_check_measures_every_base_and_batch(context: CheckContext) -> None:
     result = check_speed(context)
     assert result.status == "ok", result.problems()
@@ -41,6 +43,7 @@ def test_speed_check_measures_every_base_and_batch(context: CheckContext) -> Non
     assert all(large[f"{base}, the large model: utilisation"] > 0 for base in ("waveresnet", "transformer"))
 
 
+@pytest.mark.slow
 def test_speed_check_out_of_memory_fails_large_model_only(
     context: CheckContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
