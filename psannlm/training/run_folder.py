@@ -25,6 +25,7 @@ from psannlm.training.metrics import BOARD_FOLDER, CURVE_FILE, METRICS_FILE
 CONFIG_FILE = "config.yaml"
 SYSTEM_FILE = "system.json"
 STATUS_FILE = "status.json"
+_STATUS_FORMAT = "psannlm-run-status"
 _CONFIG_BYTES = 1 << 20
 _STATUS_BYTES = 1 << 20
 _PICTURE_BYTES = 64 << 20
@@ -43,14 +44,15 @@ class RunStatus(str, Enum):
 
 def write_status(folder: Path, status: RunStatus, message: str | None = None) -> None:
     """Write ``status.json``. Raises StorageError if that fails."""
-    write_json(folder / STATUS_FILE, {"status": status.value, "message": message})
+    write_json(folder / STATUS_FILE, {"format": _STATUS_FORMAT, "status": status.value, "message": message})
 
 
 def read_run_status(folder: Path) -> tuple[RunStatus, str | None] | None:
     """Return how the run in ``folder`` ended and its error message; None without a valid ``status.json``."""
     try:
         content = json.loads(read_small(folder / STATUS_FILE, _STATUS_BYTES) or b"")
-        return RunStatus(content["status"]), content["message"]
+        # Other programs write files of this name with a status and a message too.
+        return (RunStatus(content["status"]), content["message"]) if content["format"] == _STATUS_FORMAT else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 

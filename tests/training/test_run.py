@@ -578,3 +578,13 @@ def test_run_status_records_how_the_run_ended(tiny_run: TinyRun, monkeypatch: py
     assert read_run_status(folder) == (RunStatus.STOPPED, None)
     train(config)
     assert read_run_status(folder) == (RunStatus.FINISHED, None)
+
+
+def test_foreign_status_file_is_refused_and_kept(tiny_run: TinyRun, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    foreign = '{"status": "failed", "message": "of another program"}'
+    (folder / "status.json").write_text(foreign, encoding="utf-8")
+    with pytest.raises(StorageError, match=r"status\.json"):
+        train(tiny_run(checkpoint_dir=str(folder)))
+    assert (folder / "status.json").read_text(encoding="utf-8") == foreign
