@@ -37,6 +37,7 @@ ORDER = (
     ("models",),
     ("evaluation",),
     ("generation", "training"),
+    ("export",),
     ("api",),
     ("reports",),
     ("benchmarks",),

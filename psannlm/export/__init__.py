@@ -1,0 +1,1 @@
+"""Conversion of models between psannlm's files and those of other libraries (transformers, GGUF)."""
