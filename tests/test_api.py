@@ -77,6 +77,7 @@ def test_api_older_import_path_gives_same_classes() -> None:
     assert psann.lm.psannLMDataPrep is psannlm.psannLMDataPrep
 
 
+@pytest.mark.slow
 def test_api_import_loads_no_torch() -> None:
     program = (
         "import sys, psannlm, psann.lm; assert 'torch' not in sys.modules; "
@@ -180,6 +181,7 @@ def test_fit_takes_vocabulary_and_context_from_data(data: psannLMDataPrep) -> No
         small(vocab_size=data.vocab_size - 1).fit(data, max_steps=1, **FIT)
 
 
+@pytest.mark.slow
 def test_fit_writes_files_only_to_checkpoint_dir(
     data: psannLMDataPrep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +250,7 @@ def test_trained_model_keeps_its_tokenizer(fitted: psannLM, tiny_texts: list[str
     assert psannLM.load(tmp_path / "m").fit(same, max_steps=1, **FIT).tokenizer is same.tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_seq_len", [None, 64])
 def test_fit_with_longer_windows_extends_open_context(
     data: psannLMDataPrep, tiny_texts: list[str], max_seq_len: int | None
@@ -294,6 +297,7 @@ def test_arguments_are_readable_attributes(data: psannLMDataPrep, tmp_path: Path
         assert one.sine_params["amp_init"] == 1.5
 
 
+@pytest.mark.slow
 def test_fit_accepts_documented_and_former_keyword(data: psannLMDataPrep) -> None:
     for keyword in ("train_data", "data"):
         assert small().fit(**{keyword: data}, max_steps=1, **FIT).result is not None

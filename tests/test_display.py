@@ -161,6 +161,7 @@ def test_json_is_strict_and_reads_back(indent: int | None, is_ascii: bool) -> No
     }
 
 
+@pytest.mark.slow
 @given(st.recursive(st.floats(allow_nan=False, allow_infinity=False) | st.text(), lambda inner: st.lists(inner)))
 def test_any_json_is_printable_and_reads_back(value: object) -> None:
     text = json_text([value])

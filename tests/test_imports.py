@@ -208,6 +208,7 @@ def test_imports_point_one_way(graph: dict[str, list[Import]]) -> None:
     assert wrong_arrows(graph) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "source"),
     [

@@ -51,6 +51,7 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_more_shards_than_open_files_are_merged_and_read(corpus: Path, few_files: None, tmp_path: Path) -> None:
     # A document has more than 16 tokens, so each has a shard of its own.
     settings = PrepSettings(shard_tokens=16, val_split=0.1)

@@ -223,6 +223,7 @@ def test_every_command_with_out_is_tried() -> None:
     assert {*group.commands} - writing == {"generate", "schema"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("shift", range(len(KINDS)))
 @pytest.mark.parametrize("name", WRITES_INTO)
@@ -323,6 +324,7 @@ def test_training_leaves_configuration_in_run_folder(tmp_path: Path, monkeypatch
     assert {path.name for path in Path().iterdir()} == {"corpus.txt", "config.yaml"}
 
 
+@pytest.mark.slow
 def test_runs_inside_corpus_folder_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log and the tables of runs are not text of the corpus; a file of the user's own with such a name is."""
     monkeypatch.chdir(tmp_path)

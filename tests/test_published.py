@@ -155,6 +155,7 @@ def test_constructor_mirrors_the_published_config() -> None:
     assert model.sine_params["amp_init"] == 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["waveresnet", "respsann"])
 @pytest.mark.parametrize("position", ["rope", "alibi", "sinusoidal"])
 def test_every_base_and_position_goes_through_a_file(

@@ -11,6 +11,7 @@ import pytest
 GUIDE = Path(__file__).resolve().parents[1] / "docs" / "guides" / "python.md"
 
 
+@pytest.mark.slow
 def test_blocks_of_the_python_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)

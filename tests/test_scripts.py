@@ -152,6 +152,7 @@ def test_suite_script_writes_reports(tmp_path: Path) -> None:
     assert (code, summary["verdict"], summary["pytest_exit_code"]) == (1, "failed", 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run_cuda_tests", "run_gpu_tests"])
 def test_suite_script_without_gpu_exits_1(tmp_path: Path, name: str) -> None:
     command = [sys.executable, SCRIPTS / f"{name}.py", "--out", tmp_path / "out"]

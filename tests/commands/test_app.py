@@ -107,6 +107,7 @@ def test_configuration_error_is_printed_by_rank_0_only(
     assert bool(slept) == (rank == "1")
 
 
+@pytest.mark.slow
 def test_torchrun_prints_configuration_error_once(project: Path) -> None:
     (project / "bad.yaml").write_text("train: {lr: fast}\n", encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -19,6 +19,7 @@ def collect_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", lambda *generation: 0)
 
 
+@pytest.mark.slow
 def test_bench_kv_prints_and_writes_figures(psannlm, project: Path) -> None:
     done = psannlm("bench-kv", *TINY)
     assert done.code == 0, done.err

@@ -11,6 +11,7 @@ TINY = ("--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--vocab-size", 
 TINY += ("--batch-tokens", "32", "--repeats", "1", "--steps", "1", "--device", "cpu", "--amp", "fp32", "--no-memory")
 
 
+@pytest.mark.slow
 def test_bench_train_prints_and_writes_figures(psannlm, project: Path) -> None:
     done = psannlm("bench-train", *TINY, "--also", "gelu", "--also", "grad-checkpoint")
     assert done.code == 0, done.err
@@ -29,6 +30,7 @@ def test_bench_train_prints_and_writes_figures(psannlm, project: Path) -> None:
     assert (folder / "throughput.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_bench_train_json_is_all_of_stdout(psannlm, project: Path) -> None:
     done = psannlm("bench-train", *TINY, "--base", "transformer", "--out", "here", "--json", "--clock", "cpu")
     metrics = json.loads(done.out)

@@ -52,6 +52,7 @@ def test_compare_invalid_plan_fails_before_training(
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_compare_no_train_reports_finished_runs(psannlm, project: Path) -> None:
     Path("plan.yaml").write_text(PLAN)
     assert psannlm("compare", "plan.yaml", "--no-train").code == 1  # no run is done: no figures
@@ -81,6 +82,7 @@ def _train_swiglu(psannlm, *others: str) -> None:
     assert made.code == 0, made.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["model.mlp=gelu", "train.max_steps=9", "train.weight_decay=0.3"])
 def test_compare_refuses_runs_of_another_plan(psannlm, project: Path, other: str) -> None:
     Path("plan.yaml").write_text(PLAN)

@@ -60,6 +60,7 @@ def test_prep_and_load_corpus_print_the_same_tokens(
     assert counts == [row[4].strip()] * 2 == [f"{manifest.train.tokens - manifest.train.documents:,}"] * 2
 
 
+@pytest.mark.slow
 def test_the_printed_next_command_can_be_pasted(
     psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +85,7 @@ def test_the_printed_next_command_can_be_pasted(
     assert pasted.code == 0, pasted.err
 
 
+@pytest.mark.slow
 def test_parts_and_merge(psannlm: Run, tiny_texts: list[str], tokenizer: Path, tmp_path: Path) -> None:
     for number, text in enumerate(tiny_texts):
         (tmp_path / f"{number}.txt").write_text(text)

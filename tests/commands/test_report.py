@@ -56,6 +56,7 @@ def test_report_command_rejects_wrong_usage(
     assert not Path("reports").exists()
 
 
+@pytest.mark.slow
 def test_report_command_includes_records_of_tokenize_and_prep(psannlm, project: Path) -> None:
     assert psannlm("tokenize", "corpus.txt", "--per-line", "--backend", "simple", "--vocab-size", "300").code == 0
     assert psannlm("prep", "corpus.txt", "--per-line", "--tokenizer", "tokenizer.json", "--out", "prepared").code == 0

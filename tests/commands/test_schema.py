@@ -42,6 +42,7 @@ def test_schema_loads_neither_torch_nor_numpy(kind: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_script_says_which_schema_is_old(tmp_path: Path) -> None:
     for name in ("scripts", "docs/reference"):
         (tmp_path / name).mkdir(parents=True)

@@ -79,6 +79,7 @@ def test_a_small_corpus_gets_a_smaller_vocabulary_and_a_notice(psannlm, project:
     assert "5,000" in done.err
 
 
+@pytest.mark.slow
 def test_each_line_of_stdin_is_answered_as_it_comes(psannlm, project: Path) -> None:
     psannlm("tokenize", "corpus.txt", "--backend", "simple", "--vocab-size", "300", "--out", "t.json")
     command = [sys.executable, "-m", "psannlm", "tokenize", "--model", "t.json", "--stdin"]
@@ -123,12 +124,14 @@ def shell(line: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", ["", "--ids"])
 def test_a_shell_pipeline_gives_every_byte_back(fitted: str, ids: str) -> None:
     done = shell(f"{fitted} --stdin {ids} <tricky.txt | {fitted} --decode")
     assert (done.stdout, done.stderr, done.returncode) == (TRICKY.encode(), b"", 0)
 
 
+@pytest.mark.slow
 def test_a_jsonl_pipeline_gives_text_and_other_keys_back(fitted: str) -> None:
     records = [{"n": 1, "text": TRICKY, "z": [None, "\ud800"]}, {"text": ""}]
     Path("in.jsonl").write_text("\n\n".join(map(json.dumps, records)) + "\n")
@@ -146,6 +149,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(fitted: str) -> None:
     assert done.stdout.count(b"\n") == 1
 
 
+@pytest.mark.slow
 def test_a_bad_line_is_named_and_what_came_before_is_answered(fitted: str) -> None:
     for options, given, answered, says in (
         ("--jsonl", b'{"text": "a"}\n{"txet": 1}\n', 1, b"line 2: no key 'text' among 'txet' (did you mean 'txet'?)"),
@@ -198,6 +202,7 @@ def test_a_compressed_file_is_unpacked_and_comes_back(psannlm, project: Path, su
     assert f"other.txt{suffix}" in missing.err
 
 
+@pytest.mark.slow
 def test_files_and_standard_input_are_read_alike(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     psannlm("tokenize", "corpus.txt", "--backend", "simple", "--vocab-size", "300", "--out", "t.json")
     mark = b"\xef\xbb\xbf"

@@ -63,6 +63,7 @@ def test_the_next_command_finds_the_model(psannlm, project: Path) -> None:
         assert json.loads(found.out)["checkpoint"] == f"{out}/step_00000001"
 
 
+@pytest.mark.slow
 def test_a_time_budget_and_a_number_of_steps_end_a_run(psannlm, project: Path) -> None:
     spent = psannlm("train", "config.yaml", "--time-budget", "0.001s")
     assert spent.code == 0
@@ -110,6 +111,7 @@ def test_dry_run_prints_the_configuration_and_the_table(psannlm, project: Path) 
     assert "memory: total" in done.out
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_it_stopped(psannlm, project: Path) -> None:
     assert psannlm("train", "config.yaml").code == 0
     again = psannlm("train", "config.yaml")
@@ -118,6 +120,7 @@ def test_the_same_command_goes_on_where_it_stopped(psannlm, project: Path) -> No
     assert "step 4 of 4" in again.err
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_refused(psannlm, project: Path) -> None:
     psannlm("train", "config.yaml")
     refused = psannlm("train", "config.yaml", "--set", "model.d_model=32")

@@ -71,6 +71,7 @@ def test_prepared_folder_trains_with_the_same_losses(psannlm: Callable[..., None
     assert_same_losses(outcomes.train_prepared(psannlm, folder), "losses on shards")
 
 
+@pytest.mark.slow
 def test_report_gathers_the_same_figures_of_every_kind(psannlm: Callable[..., None], folder: Path) -> None:
     """Columns and keys may be added; those that were there keep their name and value."""
     found = outcomes.report(psannlm, folder)

@@ -104,6 +104,7 @@ _OVERRIDES = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(_SECTIONS)
 @settings(max_examples=200, **SETTINGS)
 def test_garbage_mappings_end_in_a_message(mapping: dict[Any, Any]) -> None:

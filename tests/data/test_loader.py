@@ -48,6 +48,7 @@ sizes = {
 }
 
 
+@pytest.mark.slow
 @given(**sizes)
 @settings(deadline=None)
 def test_ranks_cover_each_step_without_overlap_and_in_step(
@@ -74,6 +75,7 @@ def test_ranks_cover_each_step_without_overlap_and_in_step(
     assert sorted(covered) == list(range(n))
 
 
+@pytest.mark.slow
 @given(**sizes, other_world=st.integers(1, 5), data=st.data())
 @settings(deadline=None)
 def test_loader_resumes_with_unseen_windows_for_any_ranks(
@@ -102,6 +104,7 @@ def test_loader_resumes_with_unseen_windows_for_any_ranks(
     assert sorted(covered) == list(range(n))
 
 
+@pytest.mark.slow
 @given(**sizes, done=st.integers(0, 20))
 @settings(deadline=None)
 def test_resuming_gives_exactly_the_remaining_steps(

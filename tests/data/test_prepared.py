@@ -153,6 +153,7 @@ def test_prepared_folder_damaged_shard_is_named(
         load_corpus(config(folder, max_length=16), print)
 
 
+@pytest.mark.slow
 def test_a_thousand_flipped_bits_of_a_folder_are_noticed(folder: Path) -> None:
     """On opening it or on reading all of it. White space in JSON decides nothing, and is left out."""
     chance = random.Random(5)

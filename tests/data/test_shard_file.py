@@ -241,6 +241,7 @@ def test_shard_arbitrary_headers_raise_artifact_error(tmp_path: Path) -> None:
             open_shard(path, entry, PRINT)
 
 
+@pytest.mark.slow
 def test_shard_documents_at_verifies_its_blocks(tmp_path: Path) -> None:
     """The binary search may step on a damaged block; what it answers is right, or it raises."""
     path = tmp_path / "s"

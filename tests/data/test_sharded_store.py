@@ -93,6 +93,7 @@ def test_windows_over_shards_are_windows_over_memory(
                 assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=14),
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=3),
@@ -145,6 +146,7 @@ def test_epoch_has_every_token_once_in_any_setup(
         assert sorted(first + rest) == [EOS] * len(lengths) + list(range(4, int(ends[-1])))
 
 
+@pytest.mark.slow
 def test_many_documents_are_found_through_their_blocks(tmp_path: Path) -> None:
     """With the real sizes of blocks: more documents than are summed up at a time."""
     lengths = (

@@ -183,6 +183,7 @@ def test_variants_of_a_seed_share_text_order(make: Callable[..., Study]) -> None
     assert other.variants[1].order_differs == ("data.max_length: 16 -> 8",)
 
 
+@pytest.mark.slow
 def test_stopped_runs_in_any_order_give_same_figures(make: Callable[..., Study], finished: Study) -> None:
     study = make(folder="stopped")
     n_started = 0
@@ -258,6 +259,7 @@ def test_gather_finds_all_runs_of_a_study(finished: Study, tmp_path: Path) -> No
     assert all(run.peak_memory_bytes for run in runs)
 
 
+@pytest.mark.slow
 def test_task_accuracy_uses_last_model_of_run(tmp_path: Path) -> None:
     """Counted over all held-out documents by another way than the benchmark's: one by one, without windows."""
     (tmp_path / "task.txt").write_text("".join(write_task("copying", 1, 4_000)))
@@ -302,6 +304,7 @@ def test_task_accuracy_uses_last_model_of_run(tmp_path: Path) -> None:
     assert by_rate.rows[1] == ["sine", "", " ".join(at_high)]
 
 
+@pytest.mark.slow
 def test_failing_run_is_reported_and_others_continue(make: Callable[..., Study]) -> None:
     study = make("learning_rates: [1e-3, 1e-2]\n", "learning_rates: [1e-3, 5e-2]\n")
 
@@ -338,6 +341,7 @@ def test_run_status_file_decides_what_diverged(make: Callable[..., Study]) -> No
     assert not read_status(run).is_settled
 
 
+@pytest.mark.slow
 def test_lr_is_excluded_for_divergence_only(make: Callable[..., Study]) -> None:
     """A run of NaN is the rate's own; a full disk is not, and leaves a run to be made."""
     study = make("learning_rates: [1e-3, 1e-2]\n", "learning_rates: [1e-3, 1e25]\n")
@@ -393,6 +397,7 @@ def test_lr_selection_uses_seeds_of_all_lrs(make: Callable[..., Study]) -> None:
     assert (apart.lr, apart.is_provisional) == (0.01, True)
 
 
+@pytest.mark.slow
 def test_lr_seeds_select_lr_for_other_seeds(make: Callable[..., Study]) -> None:
     looking = ("seeds: [1, 2]", "seeds: [1, 2, 3]\nrate_seeds: [2]")
     study = make(*looking)
@@ -434,6 +439,7 @@ def test_single_lr_is_reported_without_star(make: Callable[..., Study]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_runs_on_changed_text_are_refused(make: Callable[..., Study], tmp_path: Path, tiny_corpus: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(tiny_corpus.read_text())
@@ -484,6 +490,7 @@ def test_resumed_run_status_is_not_failed(make: Callable[..., Study]) -> None:
     assert read_status(run).state == "new"
 
 
+@pytest.mark.slow
 def test_folder_of_another_study_is_refused(make: Callable[..., Study]) -> None:
     study = make()
     run_all(study, launcher=lambda run, environment: Ended(1))

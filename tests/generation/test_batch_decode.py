@@ -429,6 +429,7 @@ def test_sliding_context_truncates_long_prompt_to_its_end(
     assert found.prompts[0] == prompt[-4:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", get_args(BaseName))
 @pytest.mark.parametrize("position", ["rope", "sinusoidal"])
 @pytest.mark.parametrize("dtype", get_args(WeightDtype))

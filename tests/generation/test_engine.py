@@ -114,6 +114,7 @@ def test_engine_multi_token_pass_equals_single_steps_bitwise(
     assert torch.equal(torch.cat(parts, dim=1), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_engine_cache_growth_changes_no_logits(dtype: WeightDtype, build_tiny: Build) -> None:
     engine = Engine(build_tiny(max_seq_len=1000), dtype=dtype)

@@ -49,6 +49,7 @@ def plain() -> Figure:
     return figure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "settings"),
     [

@@ -68,6 +68,7 @@ def test_cross_entropy_compilable_formula_matches_in_place(
     torch.testing.assert_close(compilable, in_place, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_cross_entropy_compiles_inside_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,7 @@ def measured_activations(model: Transformer, n_rows: int, seq_len: int, dtype: t
     return sum(t.untyped_storage().nbytes() for p, t in saved.items() if p not in parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.base}-{c.mlp}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
@@ -140,6 +141,7 @@ def test_training_memory_optimizer_state_matches_optimizer(config: ModelConfig, 
     assert memory.total == parts
 
 
+@pytest.mark.slow
 def test_training_memory_reflects_memory_savings() -> None:
     config = CONFIGS[1]
     plain = training_memory(config, 4, 64)
@@ -149,6 +151,7 @@ def test_training_memory_reflects_memory_savings() -> None:
     assert training_memory(config, 8, 64).activations > 1.8 * plain.activations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", get_args(BaseName))
 def test_training_memory_of_huge_model_is_fast(base: BaseName) -> None:
     config = resolve(ModelConfig(base=base, d_model=8192, n_layers=2, n_heads=64, vocab_size=128_000))
@@ -227,6 +230,7 @@ def test_oversize_depends_on_device_and_ranks(
     assert (fault or "") in (found or "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["waveresnet", "transformer"])
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 def test_training_memory_deep_model_is_extrapolated_exactly(

@@ -55,6 +55,7 @@ def logits_of(model: Transformer, input_ids: Tensor, *state: Any) -> Tensor:
     return model.logits(model.hidden_states(input_ids, *state))
 
 
+@pytest.mark.slow
 @given(config=model_settings(), chunks=st.lists(st.integers(1, 7), min_size=1, max_size=6), spare=st.integers(0, 3))
 @settings(deadline=None, max_examples=120)
 @torch.no_grad()
@@ -69,6 +70,7 @@ def test_kv_cache_chunked_prefill_matches_full_forward(
     torch.testing.assert_close(torch.cat(parts, dim=1), logits_of(model, input_ids), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @given(
     config=model_settings(),
     chunks=st.lists(st.tuples(*[st.integers(0, 4)] * 3).filter(any), min_size=1, max_size=5),
@@ -100,6 +102,7 @@ def test_kv_cache_ragged_rows_match_single_rows(
             torch.testing.assert_close(torch.cat(found[row]), alone, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @given(config=model_settings(), rows=st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True))
 @settings(deadline=None, max_examples=60)
 @torch.no_grad()
@@ -140,6 +143,7 @@ def test_kv_cache_full_raises_and_is_unchanged(build_tiny: Build, n_new: list[in
     assert state.lengths == [6, 6]
 
 
+@pytest.mark.slow
 @given(
     config=model_settings(),
     n_seen=st.integers(0, 6),
@@ -209,6 +213,7 @@ def test_kv_cache_conv_state_ends_with_its_row(n_new: list[int], length: int, ke
         assert layer.attn_conv_inputs is layer.mlp_conv_inputs is None
 
 
+@pytest.mark.slow
 @given(
     config=model_settings(),
     lengths=st.tuples(*[st.integers(1, 6)] * 4),
@@ -243,6 +248,7 @@ def test_kv_cache_copied_rows_continue_as_alone(
         torch.testing.assert_close(found[row], alone, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @given(config=model_settings(), start=st.integers(1, 70), chunks=st.lists(st.integers(1, 50), min_size=1, max_size=5))
 @settings(deadline=None, max_examples=60)
 @torch.no_grad()

@@ -71,6 +71,7 @@ def test_a_column_that_holds_no_text_is_named(prepare: Prepare, tmp_path: Path) 
         prepare(tmp_path / "a.parquet", text_key="txt")
 
 
+@pytest.mark.slow
 def test_the_first_of_several_faults_is_told(prepare: Prepare, tmp_path: Path) -> None:
     """Whichever worker comes upon one first."""
     for number in range(40):
@@ -107,6 +108,7 @@ def test_surrogates_and_bytes_of_tables_are_replaced_and_counted(
             prepare(tmp_path / source, name="strict")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 def test_one_compressed_document_is_cut_by_its_text(
     prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, name: str
@@ -132,6 +134,7 @@ def test_prep_non_text_raises_for_files_and_stdin(
                 prepare(source if source == "-" else tmp_path / source, errors=errors)
 
 
+@pytest.mark.slow
 def test_prep_errors_replace_counts_bytes(tokenizer_path: Path, tmp_path: Path, documents_in: DocumentsIn) -> None:
     contents = {
         "a.txt": b"caf\xe9 and \xef\xbf\xbd of its own",
@@ -210,6 +213,7 @@ except PsannlmError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1_500, 30_000])
 def test_prep_resumes_after_full_disk(
     prepare: Prepare, corpus: Path, tokenizer_path: Path, tmp_path: Path, folder_bytes: FolderBytes, limit: int

@@ -34,6 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_parts_that_are_merged_are_the_whole(
     prepare: Prepare, files: Path, tmp_path: Path, documents_in: DocumentsIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +98,7 @@ def test_merge_copies_shards_without_hard_links(
     assert (tmp_path / "merged" / entry.file).read_bytes() == (tmp_path / "one" / entry.file).read_bytes()
 
 
+@pytest.mark.slow
 def test_sides_are_decided_when_all_documents_are_there(
     prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn
 ) -> None:
@@ -115,6 +117,7 @@ def test_sides_are_decided_when_all_documents_are_there(
         assert one
 
 
+@pytest.mark.slow
 def test_what_is_no_set_of_parts_is_refused(prepare: Prepare, files: Path, tmp_path: Path) -> None:
     for name, index, extra in (("1", 1, {}), ("2", 2, {}), ("other", 2, {"seed": 8}), ("whole", None, {})):
         prepare(files, name=name, part=None if index is None else (index, 2), **{**SETTINGS, **extra})

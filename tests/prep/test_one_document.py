@@ -74,6 +74,7 @@ def test_one_document_is_cut_alike_in_every_packing(
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_single_document_with_bom_or_replacements_same_cut(
     prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn
 ) -> None:
@@ -88,6 +89,7 @@ def test_single_document_with_bom_or_replacements_same_cut(
     assert manifest.train.text_bytes + manifest.validation.text_bytes == 300_027
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_bytes", [900, 300_000])
 def test_one_document_that_repeats_leaks_into_no_side(
     prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, n_bytes: int

@@ -71,6 +71,7 @@ def test_each_document_says_where_it_came_from(prepare: Prepare, tmp_path: Path,
     assert [source.documents for source in result.manifest.sources] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_first_of_equal_documents_stays(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn) -> None:
     """However far apart they stand, and whatever kind of file they stand in."""
     lines = [f"line {i % 40}" for i in range(200)]
@@ -94,6 +95,7 @@ def test_filters_leave_out_and_count(prepare: Prepare, tmp_path: Path, documents
     assert result.manifest.drops == drops
 
 
+@pytest.mark.slow
 def test_prep_held_out_depends_on_text_and_seed(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn) -> None:
     lines = [f"document number {i}" for i in range(2_000)]
     (tmp_path / "a.txt").write_text("\n".join(lines))
@@ -130,6 +132,7 @@ def test_a_single_document_is_cut_in_two(
     assert 0.05 < len(held_out[0]) / len(text) < 0.15
 
 
+@pytest.mark.slow
 def test_a_single_document_that_cannot_be_cut_says_so(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +145,7 @@ def test_a_single_document_that_cannot_be_cut_says_so(
         prepare("-", val_split=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "line", "jsonl", "parquet", "crlf"])
 def test_prep_long_document_tokens_are_format_independent(
     prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -186,6 +190,7 @@ def test_standard_input_is_read(
     assert result.manifest.sources[0].bytes == len(content)
 
 
+@pytest.mark.slow
 def test_a_url_is_read_like_the_file_it_names(
     prepare: Prepare, corpus: Path, tmp_path: Path, topics: list[str], folder_bytes: FolderBytes
 ) -> None:
@@ -205,6 +210,7 @@ def test_a_url_is_read_like_the_file_it_names(
         prepare("nosuch://x", name="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove", "tokenizer"])
 def test_a_finished_folder_that_was_harmed_is_made_anew(
     prepare: Prepare, corpus: Path, tmp_path: Path, folder_bytes: FolderBytes, harm: str
@@ -342,6 +348,7 @@ def test_prep_resumes_after_signal(tmp_path: Path, signal_number: signal.Signals
     assert json.loads(again.stdout)["train"]["documents"] > 100_000
 
 
+@pytest.mark.slow
 def test_prep_killed_worker_error_is_one_line(
     prepare: Prepare, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder_bytes: FolderBytes
 ) -> None:
@@ -381,6 +388,7 @@ def test_the_work_of_other_settings_is_refused(prepare: Prepare, corpus: Path, t
         prepare(tmp_path / "c", chunk_bytes=300)
 
 
+@pytest.mark.slow
 def test_a_damaged_piece_is_made_again(
     prepare: Prepare, corpus: Path, tmp_path: Path, folder_bytes: FolderBytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def test_report_csv_and_json_equal_the_artifacts(written: Report) -> None:
     assert runs[0]["settings"]["train.lr"] == 2e-5
 
 
+@pytest.mark.slow
 def test_html_page_loads_and_runs_nothing(written: Report) -> None:
     text = written.page.read_text(encoding="utf-8")
     page = Page(text)
@@ -149,6 +150,7 @@ def test_comparison_of_two_runs_known_values(tmp_path: Path, make_run: Callable[
     assert (written.folder / "loss_by_time.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_report_marks_bits_of_a_lossy_tokenizer(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     first, second = make_run(tmp_path / "runs" / "first"), make_run(tmp_path / "runs" / "second", shift=-1.0)
     log = second / "metrics.jsonl"

@@ -87,6 +87,7 @@ def test_prep_workers_import_nothing_from_working_folder(hostile: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", [["-m", "psannlm", "train"], ["-mpsannlm", "train"], ["-B", "-m", "psann.lm.train.cli", "--config"]]
 )

@@ -67,6 +67,7 @@ def test_tokenizer_roundtrip_of_edge_texts(tokenizer: Tokenizer, text: str) -> N
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 def test_every_scalar_value_survives_alone_and_among_others(tokenizer: Tokenizer) -> None:
     scalars = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
     assert len(scalars) == 1_112_064

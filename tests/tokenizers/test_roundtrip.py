@@ -98,6 +98,7 @@ def test_the_smallest_loss_is_no_zero() -> None:
     assert [is_lossy(each) for each in (None, 0.0, 1e-6)] == [None, False, True]
 
 
+@pytest.mark.slow
 def test_merging_parts_keeps_what_any_part_lost(foreign: Path, tmp_path: Path) -> None:
     for number, text in enumerate(["Some Words here", "no capital here", "more words here"]):
         (tmp_path / f"{number}.txt").write_text(text * 3)

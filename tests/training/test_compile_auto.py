@@ -72,6 +72,7 @@ def test_run_flops_count_all_steps(tiny_run: TinyRun) -> None:
     assert run_flops(config, model, 7) == per_token * n_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("repays", [False, True])
 def test_run_compiles_as_its_plan_says(repays: bool, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

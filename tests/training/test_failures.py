@@ -85,6 +85,7 @@ def state_of(module: torch.nn.Module, optimizers: OptimizerSet) -> dict[str, tor
     return {name: value.clone() for name, value in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "value", "optimizer", "amp"),
     [
@@ -171,6 +172,7 @@ def test_nonfinite_third_step_in_a_row_raises(tiny_run: TinyRun, spoil: Callable
     assert_finite_on_disk(folder)
 
 
+@pytest.mark.slow
 def test_resume_continues_count_of_skipped_steps(tiny_run: TinyRun, spoil: Callable[..., list[bool]]) -> None:
     spoil({2: math.nan, 3: math.nan, 4: math.nan})
 
@@ -194,6 +196,7 @@ def test_resume_continues_count_of_skipped_steps(tiny_run: TinyRun, spoil: Calla
     assert [row["step"] for row in read_metrics(folder) if row["kind"] == "skipped"] == [2, 3]
 
 
+@pytest.mark.slow
 def test_on_nonfinite_default_stops_and_may_change_on_resume(
     tiny_run: TinyRun, spoil: Callable[..., list[bool]]
 ) -> None:
@@ -268,6 +271,7 @@ def test_explain_oom_passes_other_errors(tiny_run: TinyRun) -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
 
+@pytest.mark.slow
 def test_oom_in_first_step_is_explained(tiny_run: TinyRun, tmp_path: Path) -> None:
     model = {"base": "transformer", "mlp": "gelu", "d_mlp": 200_000}
     config = tiny_run(data={"val_split": 0.0}, batch_tokens=16_384, max_steps=1, model=model)

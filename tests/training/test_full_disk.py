@@ -44,6 +44,7 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{name}:{key}": value for name in names for key, value in read_tensors(folder / name).tensors.items()}
 
 
+@pytest.mark.slow
 def test_full_disk_anywhere_is_reported_and_run_resumes(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -259,6 +259,7 @@ def test_killed_run_resumes_to_identical_bits(tmp_path: Path, tiny_corpus: Path,
     assert kills == {"at a time": n_kills - n_within, "within a save": n_within}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_run_saves_and_resumes(tmp_path: Path, tiny_corpus: Path, straight: Straight, number: int) -> None:
     """What was stopped while training ends with 130 and a checkpoint of the step it was in."""

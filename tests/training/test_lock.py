@@ -16,6 +16,7 @@ from psannlm.training.run import train
 TinyRun = Callable[..., RunConfig]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_curve")
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_run_lock_is_held_from_reading_to_last_step(tiny_run: TinyRun, resume: str) -> None:

@@ -45,6 +45,7 @@ class After(SilentReporter):
             self._act()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_overfits_one_batch(tiny_run: TinyRun, base: str, optimizer: str) -> None:
@@ -157,6 +158,7 @@ def test_signal_in_last_step_keeps_run_finished(tiny_run: TinyRun) -> None:
     assert result.steps == 3
 
 
+@pytest.mark.slow
 def test_time_budget_saves_and_same_call_resumes_exactly(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +292,7 @@ def test_stopped_process_resumes_exactly(tiny_run: TinyRun, tmp_path: Path, numb
     assert losses_of(tmp_path / "stopped", steps) == losses_of(tmp_path / "straight", steps)
 
 
+@pytest.mark.slow
 def test_kill_during_save_leaves_older_checkpoint_to_resume(tiny_run: TinyRun, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     config = tiny_run(max_steps=6, save_interval_steps=2, checkpoint_dir=str(folder), keep_checkpoints=9)

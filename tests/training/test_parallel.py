@@ -169,6 +169,7 @@ def assert_same_run(runs: Runs, name: str, one: str = "one", *, atol: float = 1e
     assert states[0].position.epoch >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "back", "back_fsdp"])
 def test_ddp_and_fsdp_match_single_process(runs: Runs, name: str) -> None:
     assert [answer["ended"] for answer in runs.answers[name]] == ["done", "done"]

@@ -219,6 +219,7 @@ def content_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_deferred_readback_changes_no_bit_of_output(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str

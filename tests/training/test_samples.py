@@ -37,6 +37,7 @@ def sampled(config: RunConfig) -> tuple[TrainResult, list[tuple[int, str, str]]]
     return result, notes.samples
 
 
+@pytest.mark.slow
 def test_samples_are_logged_once_per_validation_despite_resume(tiny_run: TinyRun, tmp_path: Path) -> None:
     """Drawn in the middle of training, with dropout on, they change nothing of it."""
     model = {"dropout": 0.3}

@@ -25,6 +25,7 @@ class Crash(SilentReporter):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_each_step_once_after_resume(tiny_run: TinyRun) -> None:
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

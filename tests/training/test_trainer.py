@@ -71,6 +71,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_fit_matches_trainer(data: psannLMDataPrep, tmp_path: Path) -> None:
     seen, heard = Recorder(), Recorder()
     fitted = small(data).fit(data, verbose=False, callbacks=[seen], **SETTINGS)
@@ -97,6 +98,7 @@ def _arguments(data: psannLMDataPrep) -> dict[str, Any]:
     return {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": data.vocab_size, "dropout": 0.1}
 
 
+@pytest.mark.slow
 def test_callbacks_run_in_order_with_current_weights(data: psannLMDataPrep, tmp_path: Path) -> None:
     model = small(data)
     recorder = Recorder(model.model)
@@ -115,6 +117,7 @@ def test_callbacks_run_in_order_with_current_weights(data: psannLMDataPrep, tmp_
     assert isinstance(model.generate("The", max_new_tokens=4), str)
 
 
+@pytest.mark.slow
 def test_trainer_stop_ends_step_and_train_resumes(data: psannLMDataPrep, tmp_path: Path) -> None:
     class Stopper(Callback):
         def on_step(self, event: StepEvent) -> None:
@@ -146,6 +149,7 @@ def test_callback_sees_skipped_step(data: psannLMDataPrep, tmp_path: Path, monke
     assert [event.is_skipped for event in recorder.of(StepEvent)] == [False, True, False, False]
 
 
+@pytest.mark.slow
 def test_callback_error_ends_the_run(data: psannLMDataPrep, tmp_path: Path) -> None:
     class Broken(Callback):
         def on_step(self, event: StepEvent) -> None:
@@ -179,6 +183,7 @@ def test_trainer_evaluate_and_save_use_current_model(data: psannLMDataPrep, tmp_
         unheld.evaluate()
 
 
+@pytest.mark.slow
 def test_fit_accepts_datasets(data: psannLMDataPrep) -> None:
     one = small(data).fit(data, verbose=False, **SETTINGS)
     other = small(data).fit(data.dataset, data.val_dataset, verbose=False, **SETTINGS)

@@ -56,6 +56,7 @@ def test_bench_kv_reports_no_problem_for_correct_cache(base: str) -> None:
     assert plain["packing_cost"] is plain["rival"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_bench_kv_packed_weights_agree_in_all_cases(dtype: str) -> None:
     report = measure(replace(SETTINGS, dtype=dtype, max_new_tokens=12))
@@ -76,6 +77,7 @@ def test_bench_kv_uncached_steps_and_cases_are_honoured() -> None:
     assert report.agreement.n_checked == 2 * (3 * 20 + 2 * 4)
 
 
+@pytest.mark.slow
 def test_bench_kv_time_left_stays_within_the_limit() -> None:
     ticks = itertools.count()
     limit_s = 10_000.0

@@ -41,6 +41,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return fit_tokenizer(TEXTS * 20, request.param, vocab_size=280)
 
 
+@pytest.mark.slow
 def test_bench_prep_encodes_all_text_on_both_sides(corpus: PathSource, tokenizer: Tokenizer) -> None:
     expected = sum(len(tokenizer.encode(text)) for text in TEXTS)
     raw = RawBench([corpus], tokenizer.to_bytes(), 1)
@@ -80,6 +81,7 @@ def test_check_preparable_refuses_mixed_sources() -> None:
         check_preparable([a, BuiltinSource(builtin="python-reference")])
 
 
+@pytest.mark.slow
 def test_run_prep_failure_raises(tmp_path: Path) -> None:
     tokenizer = fit_tokenizer(TEXTS, "tokenizers", vocab_size=280)
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")

@@ -103,6 +103,7 @@ def test_bench_train_run_lasts_about_one_second(monkeypatch: pytest.MonkeyPatch)
     assert report.memory_of_ours_over(report.rows[1]) is None
 
 
+@pytest.mark.slow
 def test_candidates_train_and_differ_in_one_factor() -> None:
     settings = replace(SETTINGS, also=("gelu", "grad-checkpoint"), steps=1, repeats=1)
     report = bench_train(settings, CPU, measure_memory=None)
@@ -119,6 +120,7 @@ def test_candidates_train_and_differ_in_one_factor() -> None:
         assert sum(p.numel() for p in run._module.parameters()) == row.parameters
 
 
+@pytest.mark.slow
 def test_candidate_transformer_has_our_size_and_trains() -> None:
     """SwiGLU without short convolutions, of the nearest width; SiLU in the sine's place leaves the convolutions."""
     model = resolve(ModelConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=50), max_seq_len=8)
@@ -172,6 +174,7 @@ def test_matrix_peak_is_the_fastest_pass() -> None:
     assert peaks.peak_rate([lambda: torch.zeros(1)], 100, CPU, lambda: next(now)) == 50.0
 
 
+@pytest.mark.slow
 def test_peak_memory_covers_weights_gradients_and_state() -> None:
     model = resolve(ModelConfig(base="transformer", d_model=256, n_layers=2, n_heads=4, vocab_size=8192))
     settings = ThroughputSettings(model, seq_len=8, batch_tokens=8, amp="fp32")

@@ -115,6 +115,7 @@ def test_every_answer_is_counted_once_and_nothing_else(batch_size: int) -> None:
     assert score.nats_per_answer == pytest.approx(20 / 11, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_untrained_model_answers_by_chance() -> None:
     tokenizer = CharTokenizer("")
     documents = [Document(line, "test") for line in lines("modular_addition", 10**6)]

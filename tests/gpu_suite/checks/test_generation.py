@@ -27,6 +27,7 @@ def one_base(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "BASE_NAMES", ("waveresnet",))
 
 
+@pytest.mark.slow
 def test_generation_check_cache_matches_full_passes(context: CheckContext) -> None:
     result = check_generation(context)
     assert result.status == "ok", result.problems()

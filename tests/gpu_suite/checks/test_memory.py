@@ -34,6 +34,7 @@ def test_memory_limits() -> None:
     assert missed(Peak(1000, 2.0), Peak(400, 2.001)) == ["b: change of the loss by recomputing"]
 
 
+@pytest.mark.slow
 def test_memory_estimate_off_by_a_third_fails(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the true one is within the limit: what the profiler counts is what was predicted."""
     monkeypatch.setattr(memory_module, "BASE_NAMES", ("waveresnet",))
@@ -53,6 +54,7 @@ def test_memory_estimate_off_by_a_third_fails(context: CheckContext, monkeypatch
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 def test_memory_estimate_for_gpu_matches_its_allocations(

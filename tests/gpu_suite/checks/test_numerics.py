@@ -90,6 +90,7 @@ def test_missing_gradient_has_infinite_error(context: CheckContext, monkeypatch:
     assert {measure.name for measure in result.missed} == {name for name in names if name.endswith(": gradient")}
 
 
+@pytest.mark.slow
 def test_low_precision_losses_match_float32(context: CheckContext) -> None:
     short = replace(context, sizes=replace(DRY_RUN, n_steps=8))
     result = check_precision(short)

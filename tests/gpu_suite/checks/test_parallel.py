@@ -31,6 +31,7 @@ def test_parallel_check_two_processes_match_one(context: CheckContext) -> None:
     assert len(result.series["many"]) == 4
 
 
+@pytest.mark.slow
 def test_parallel_check_detects_diverging_ranks(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """With another learning rate the first loss is the same, and no later one."""
     original = parallel_module.run_config
@@ -51,6 +52,7 @@ def test_parallel_check_detects_diverging_ranks(context: CheckContext, monkeypat
     ]
 
 
+@pytest.mark.slow
 def test_scaling_uses_equal_larger_steps(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """The optimiser as often per token in one process as in many, and few rows, each of which waits for the device."""
     configs: dict[str, Any] = {}

@@ -70,6 +70,7 @@ def test_speed_check_out_of_memory_fails_large_model_only(
     assert not any(measure.is_met for measure in large_measures("waveresnet", nothing, "other"))
 
 
+@pytest.mark.slow
 def test_speed_check_skips_batches_that_do_not_fit(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     original = speed.bench_train
 
@@ -84,6 +85,7 @@ def test_speed_check_skips_batches_that_do_not_fit(context: CheckContext, monkey
     assert any(note.startswith("1,024 batch tokens do not fit") for note in result.notes)
 
 
+@pytest.mark.slow
 def test_speed_measure_names_are_independent_of_memory(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = context.sizes.utilisation
 
@@ -99,6 +101,7 @@ def test_speed_measure_names_are_independent_of_memory(context: CheckContext, mo
     assert "128 batch tokens" in fewer_note
 
 
+@pytest.mark.slow
 def test_speed_check_rejects_infinite_throughput(context: CheckContext) -> None:
     with pytest.raises(ZeroDivisionError):
         check_speed(replace(context, clock=lambda: 1.0))
