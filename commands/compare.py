@@ -119,7 +119,7 @@ def _publish(figures: dict[str, Any], n_more: int, jobs: int, out: Path | None, 
     """Write all figures, tables and plots; print the main table and the ``n_more`` tables after it."""
     from psannlm.io.atomic import write_bytes
     from psannlm.io.run_metadata import system_info
-    from psannlm.reports.study_tables import study_pictures, study_tables
+    from psannlm.reports.tables.study import study_pictures, study_tables
 
     tables = study_tables(figures)
 

@@ -10,7 +10,7 @@ from typing import Any
 from psannlm.errors import ArtifactError, ConfigError
 from psannlm.gpu_suite.report import CheckResult, Measure
 from psannlm.io.lfs_pointers import refuse_pointer
-from psannlm.reports.gpu_tables import is_dry_run_summary
+from psannlm.reports.tables.gpu import is_dry_run_summary
 
 # Parts of measures' names in earlier summaries, and what they are now.
 _FORMER_NAMES = {

@@ -16,7 +16,6 @@ from psannlm.io.atomic import write_bytes, write_text
 from psannlm.io.readers import Unreadable
 from psannlm.io.run_metadata import new_folder, write_json
 from psannlm.reports.gather import OWN_KIND, PUBLISHED_FOLDER, Artifact, Gathered, Unread, gather
-from psannlm.reports.gpu_tables import suite_memory, suite_rates
 from psannlm.reports.page_model import Document, Origin, Picture
 from psannlm.reports.pages import (
     CURVE_FILE,
@@ -30,7 +29,8 @@ from psannlm.reports.pages import (
 from psannlm.reports.render import to_html, to_markdown
 from psannlm.reports.run_comparison import compare_runs, deltas, differing_settings
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
-from psannlm.reports.tables import memory_rows, rate_rows
+from psannlm.reports.tables.generic import memory_rows, rate_rows
+from psannlm.reports.tables.gpu import suite_memory, suite_rates
 
 PAGE_FILE, MARKDOWN_FILE = "report.html", "report.md"
 THROUGHPUT_FILE, MEMORY_FILE = "throughput.csv", "memory.json"

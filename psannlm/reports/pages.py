@@ -14,7 +14,6 @@ from psannlm.display import shortened
 from psannlm.errors import PictureError
 from psannlm.io.readers import Unreadable, read_bytes
 from psannlm.reports.gather import Artifact, Gathered, Unread
-from psannlm.reports.gpu_tables import suite_headlines, suite_tables
 from psannlm.reports.page_model import (
     Block,
     Document,
@@ -30,9 +29,10 @@ from psannlm.reports.page_model import (
 )
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
 from psannlm.reports.runs import RunRecord
-from psannlm.reports.study_tables import study_headline, study_pictures, study_tables
-from psannlm.reports.tables import tables_of
-from psannlm.reports.throughput_tables import throughput_tables
+from psannlm.reports.tables.generic import tables_of
+from psannlm.reports.tables.gpu import suite_headlines, suite_tables
+from psannlm.reports.tables.study import study_headline, study_pictures, study_tables
+from psannlm.reports.tables.throughput import throughput_tables
 from psannlm.tokenizers.roundtrip import LOSSY_NOTE
 
 STUDY_KIND, THROUGHPUT_KIND, SUITE_KIND = "ablations", "throughput", "gpu"

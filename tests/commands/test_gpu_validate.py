@@ -13,7 +13,7 @@ import torch
 from psannlm.errors import Interrupted
 from psannlm.gpu_suite import suite
 from psannlm.gpu_suite.report import CheckResult, at_least, at_most
-from psannlm.reports.gpu_tables import suite_headlines, suite_tables
+from psannlm.reports.tables.gpu import suite_headlines, suite_tables
 
 Run = Callable[..., Any]
 

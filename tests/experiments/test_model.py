@@ -30,7 +30,7 @@ from psannlm.models.artifact import load_model
 from psannlm.reports.gather import gather
 from psannlm.reports.page_model import signed
 from psannlm.reports.runs import RunRecord
-from psannlm.reports.study_tables import study_headline, study_pictures, study_tables
+from psannlm.reports.tables.study import study_headline, study_pictures, study_tables
 from psannlm.runtime.distributed import World
 from psannlm.training.plan import build_loader
 from psannlm.training.run import train

@@ -21,7 +21,7 @@ from psannlm.reports.build import Report, write_comparison, write_report
 from psannlm.reports.gather import gather
 from psannlm.reports.page_model import Table, format_value
 from psannlm.reports.runs import read_run
-from psannlm.reports.tables import memory_rows, rate_rows, tables_of
+from psannlm.reports.tables.generic import memory_rows, rate_rows, tables_of
 
 MANY_NINES = "9" * 400
 ESCAPES = "run\x1b[2J\u202e=1"

@@ -10,9 +10,9 @@ from typing import Any
 from psannlm.gpu_suite.report import CheckResult, SuiteReport, at_least, at_most
 from psannlm.reports.build import write_report
 from psannlm.reports.gather import gather
-from psannlm.reports.gpu_tables import suite_headlines, suite_memory, suite_rates, suite_tables
 from psannlm.reports.page_model import Origin, Table
 from psannlm.reports.pages import build_document
+from psannlm.reports.tables.gpu import suite_headlines, suite_memory, suite_rates, suite_tables
 
 FORWARD = "respsann, 131,072 tokens: forward"
 MACHINE = {"device": "cuda", "name": "NVIDIA H200", "n_devices": 1, "threads": None, "torch": "2.11.0"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from psannlm.reports.page_model import Table, format_value
 from psannlm.reports.schemas import ThroughputMetrics, ThroughputRow, read_figures
-from psannlm.reports.tables import tables_of
+from psannlm.reports.tables.generic import tables_of
 
 _HEADINGS = (
     "model",

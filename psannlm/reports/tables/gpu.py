@@ -109,7 +109,7 @@ def suite_headlines(figures: dict[str, Any]) -> list[Headline]:
 
 
 def suite_rates(figures: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a row, as :func:`psannlm.reports.tables.rate_rows` does, of every value in tokens per second.
+    """Yield a row, as :func:`psannlm.reports.tables.generic.rate_rows` does, of every value in tokens per second.
 
     Yields nothing for figures of another kind.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from psannlm.reports.page_model import format_float, format_value, signed
-from psannlm.reports.tables import heading, rate_rows, tables_of
+from psannlm.reports.tables.generic import heading, rate_rows, tables_of
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.reports.throughput_tables import throughput_tables
+from psannlm.reports.tables.throughput import throughput_tables
 
-KEPT = sorted((Path(__file__).resolve().parents[2] / "reports" / "published" / "throughput").glob("*/metrics.json"))
+KEPT = sorted((Path(__file__).resolve().parents[3] / "reports" / "published" / "throughput").glob("*/metrics.json"))
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
