@@ -104,6 +104,9 @@ class ModelConfig(Section):
     positional_encoding: PositionKind = Field(
         "rope", description="positional encoding: rope (needs an even head size), alibi or sinusoidal"
     )
+    rope_theta: Real = Field(
+        10_000.0, ge=1, description="base of rope's wavelengths, which grow from 2π to rope_theta x 2π positions"
+    )
     sine_params: SineConfig = Field(default_factory=SineConfig, description="the sine activation")
     short_conv: ShortConvConfig = Field(
         default_factory=ShortConvConfig, description="the short causal depthwise convolution"
@@ -112,6 +115,9 @@ class ModelConfig(Section):
         None, description="scale each residual branch by a learnable factor; null: the setting of the base"
     )
     qk_norm: Flag = Field(False, description="QK-norm: RMSNorm on the queries and keys of each head")
+    norm_eps: Real = Field(
+        1e-6, ge=1e-12, lt=1, description="epsilon of every RMSNorm, added to the mean square before the root"
+    )
     dropout: Real = Field(
         0.0, ge=0, lt=1, description="dropout probability of branch outputs and embeddings in training"
     )

@@ -86,7 +86,7 @@ def cached_attention_context(
 def _rope(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor] | None:
     if config.positional_encoding != "rope":
         return None
-    return rope_tables(positions, config.d_model // config.n_heads)
+    return rope_tables(positions, config.d_model // config.n_heads, config.rope_theta)
 
 
 class Attention(nn.Module):
@@ -102,8 +102,8 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.out_proj: nn.Module = Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
         # Henry et al. 2020, arXiv 2010.04245, with RMSNorm and one scale per feature of a head.
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else None
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         # All three projections as one, in a model prepared for inference.
         self.qkv_proj: nn.Module | None = None
 

@@ -13,18 +13,19 @@ from torch import Tensor
 ROPE_BASE = 10_000.0
 
 
-def rope_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+def rope_tables(positions: Tensor, head_dim: int, theta: float = ROPE_BASE) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of rotary embedding (Su et al. 2021, arXiv 2104.09864), pairing feature i with i + K/2.
 
     Args:
         positions: (..., T) integers.
         head_dim: K, even.
+        theta: base of the wavelengths: pair i turns by theta ** (-2 i / K) radians per position.
 
     Returns:
         Two float32 tensors (..., T, K/2).
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float().unsqueeze(-1) * ROPE_BASE**-exponents
+    angles = positions.float().unsqueeze(-1) * theta**-exponents
     return angles.cos(), angles.sin()
 
 

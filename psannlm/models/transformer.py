@@ -38,10 +38,10 @@ class Block(nn.Module):
             return ShortConv(config, dilation) if is_used else None
 
         # RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467.
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention_conv = short_conv("attention")
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp_conv = short_conv("mlp")
         self.mlp: Mlp | GatedMlp = build_mlp(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -93,7 +93,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
-        self.final_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.final_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head: nn.Module | None = None
         if not config.tie_embeddings:
             self.head = Linear(config.d_model, config.vocab_size, bias=False)

@@ -175,8 +175,10 @@ MODEL_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "vocab_size": ({}, {"vocab_size": 300}, "losses parameters", "tokens"),
     "max_seq_len": ({}, {"max_seq_len": 64}, "model", "losses parameters"),
     "positional_encoding": ({}, {"positional_encoding": "alibi"}, "losses", "tokens parameters"),
+    "rope_theta": ({}, {"rope_theta": 10.0}, "losses", "tokens parameters"),
     "residual_scale": ({}, {"residual_scale": True}, "losses parameters", "tokens"),
     "qk_norm": ({}, {"qk_norm": True}, "losses parameters", "tokens"),
+    "norm_eps": ({}, {"norm_eps": 1e-2}, "losses", "tokens parameters"),
     "dropout": ({}, {"dropout": 0.3}, "losses", "tokens parameters"),
     "tie_embeddings": ({}, {"tie_embeddings": True}, "losses parameters", "tokens"),
 }
