@@ -370,6 +370,8 @@ class psannLM:
         compile: bool | Literal["auto"] = "auto",
         speculate: int = 0,
         context: ContextRule = "stop",
+        stop: str | Iterable[str] = (),
+        min_p: float | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
         """Return the continuation of ``prompt``, without the prompt.
@@ -385,15 +387,17 @@ class psannLM:
             context: ``stop`` refuses a prompt that fills the context, and ends a text that fills it with a warning;
                 ``slide`` drops the oldest half and continues. The context is ``max_length`` of the training
                 data; with ``alibi`` there is no limit.
+            stop: up to four texts; the result ends before the first that occurs in it.
+            min_p: keep only tokens whose probability is at least this fraction of the most likely token's.
             on_text: called with each new piece of text.
 
         Raises:
             GenerationError: the model has no tokenizer yet, or the prompt or a setting is invalid.
         """
-        sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
+        sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed, min_p)
         listener = None if on_text is None else lambda _, text: on_text(text)
         engine = self._engine(dtype, choose_compiling(compile, max_new_tokens))
-        return self._complete(engine, [prompt], max_new_tokens, sampling, speculate, context, listener)[0].text
+        return self._complete(engine, [prompt], max_new_tokens, sampling, speculate, context, stop, listener)[0].text
 
     def generate_batch(
         self,
@@ -409,13 +413,15 @@ class psannLM:
         compile: bool | Literal["auto"] = "auto",
         speculate: int = 0,
         context: ContextRule = "stop",
+        stop: str | Iterable[str] = (),
+        min_p: float | None = None,
     ) -> list[str]:
         """Return the result of :meth:`generate` for each prompt, in order, decoded as one batch."""
         if isinstance(prompts, str):
             raise TypeError("generate_batch takes a list of prompts; generate takes one")
-        sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed)
+        sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed, min_p)
         engine = self._engine(dtype, choose_compiling(compile, max_new_tokens))
-        completions = self._complete(engine, prompts, max_new_tokens, sampling, speculate, context, None)
+        completions = self._complete(engine, prompts, max_new_tokens, sampling, speculate, context, stop, None)
         return [completion.text for completion in completions]
 
     def _engine(self, dtype: WeightDtype, compile: bool | Literal["auto"]) -> Engine:
@@ -437,6 +443,7 @@ class psannLM:
         sampling: SamplingConfig,
         speculate: int,
         context: ContextRule,
+        stop: str | Iterable[str],
         on_text: Callable[[int, str], None] | None,
     ) -> list[Completion]:
         if self.tokenizer is None:
@@ -449,6 +456,7 @@ class psannLM:
             sampling=sampling,
             speculate=speculate,
             context=context,
+            stop=stop,
             on_text=on_text,
         )
         full = [row for row, done in enumerate(completions) if done.finish_reason == "context"]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from psannlm.errors import GenerationError, nearest
 from psannlm.generation.engine import Engine
+from psannlm.generation.logprobs import TokenLogprob, require_logprobs, token_logprobs
 from psannlm.generation.sampling import SamplingConfig, next_tokens, require_number
 from psannlm.generation.speculative import PromptLookup
 from psannlm.io.limits import describe_memory, machine_memory_bytes
@@ -58,10 +59,13 @@ class BatchDecoder:
         context: what happens when a row fills the model's context. ``stop``: the row ends, and a prompt that leaves no
             space for a new token is refused. ``slide``: its oldest tokens are dropped until the context is half full,
             and it continues as if the rest were its prompt; a repetition penalty still counts the dropped tokens.
+        logprobs: how many of the most likely tokens to record with each new one; None: record no log probabilities.
 
     Attributes:
         generated: the new ids of each row.
-        finish_reasons: of each row: ``stop`` (end of text), ``length`` (``max_new_tokens``) or ``context`` (full).
+        logprobs: of each new token of each row; empty unless they are recorded.
+        finish_reasons: of each row: ``stop`` (end of text, or :meth:`finish`), ``length`` (``max_new_tokens``) or
+            ``context`` (full).
         n_passes, n_drafted, n_accepted: decoding passes, draft tokens, and accepted draft tokens.
 
     Raises:
@@ -80,9 +84,11 @@ class BatchDecoder:
         forbidden_ids: Sequence[int] = (),
         speculate: int = 0,
         context: ContextRule = "stop",
+        logprobs: int | None = None,
     ) -> None:
         require_number("max_new_tokens", max_new_tokens, is_whole=True)
         require_number("speculate", speculate, is_whole=True)
+        require_logprobs(logprobs)
         if max_new_tokens < 1:
             raise GenerationError(f"max_new_tokens {max_new_tokens} is less than 1; give 1 or more")
         if not 0 <= speculate < MAX_DECODE_TOKENS:
@@ -112,6 +118,8 @@ class BatchDecoder:
         ]
         self._refuse_oversize()
         self.generated: list[list[int]] = [[] for _ in self.prompts]
+        self.n_top = logprobs
+        self.logprobs: list[list[TokenLogprob]] = [[] for _ in self.prompts]
         self.finish_reasons: list[FinishReason] = ["length"] * len(self.prompts)
         self.n_passes = self.n_drafted = self.n_accepted = 0
         self._texts = [PromptLookup(prompt) for prompt in self.prompts] if self.speculate else []
@@ -142,6 +150,11 @@ class BatchDecoder:
     def __iter__(self) -> Iterator[TokenEvent]:
         return self.decode(*self.prefill())
 
+    def finish(self, row: int) -> None:
+        """End a row after its token that was yielded last, for the reason ``stop``."""
+        self.max_new[row] = len(self.generated[row])
+        self.finish_reasons[row] = "stop"
+
     @torch.inference_mode()
     def prefill(self) -> tuple[Tensor, KVCache, Tensor | None]:
         """Run all prompts in one pass; return the next logits (B, V), the cache, and which tokens occurred (B, V)."""
@@ -161,19 +174,21 @@ class BatchDecoder:
         verified = logits.unsqueeze(1)
         while True:
             chosen = self._choose(verified, rows, seen, drafts)
+            scored = None if self.n_top is None else token_logprobs(verified, chosen, self.n_top)
             alive, kept, last = [], [], []
             for slot, row in enumerate(rows):
                 # A finished row keeps its slot while compiled steps need the batch size they were compiled for.
                 tokens = _accepted_tokens(chosen[slot], drafts[slot]) if self._is_unfinished(row) else []
-                for token in tokens:
+                for at, token in enumerate(tokens):
                     if token == self.eos_id:
-                        self.finish_reasons[row] = "stop"
-                        self.max_new[row] = len(self.generated[row])
+                        self.finish(row)
                         break
                     self.generated[row].append(token)
+                    if scored is not None:
+                        self.logprobs[row].append(scored[slot][at])
                     yield TokenEvent(row, token)
                     if not self._is_unfinished(row):
-                        if self.max_new[row] < self.max_new_tokens:
+                        if self.finish_reasons[row] != "stop" and self.max_new[row] < self.max_new_tokens:
                             self.finish_reasons[row] = "context"
                         break
                 self.n_drafted += len(drafts[slot])

@@ -11,8 +11,10 @@ from psannlm.errors import GenerationError
 from psannlm.generation.batch_decode import BatchDecoder, ContextRule, FinishReason, context_limit
 from psannlm.generation.detokenize import IncrementalDetokenizer
 from psannlm.generation.engine import Engine
+from psannlm.generation.logprobs import TokenLogprob
 from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.stop_texts import StopScanner, require_stop_texts
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 
@@ -26,12 +28,20 @@ _MIN_SLIDING_CONTEXT = 4
 class Completion:
     """Continuation of a prompt: token ids without the end of text, their text, and the finish reason.
 
-    ``finish_reason`` is ``stop`` (end of text), ``length`` (``max_new_tokens``) or ``context`` (the context is full).
+    Attributes:
+        ids: with a stop text, they include the tokens that spell it.
+        text: with a stop text, it ends before it.
+        finish_reason: ``stop`` (end of text or a stop text), ``length`` (``max_new_tokens``) or ``context`` (the
+            context is full).
+        stop_text: the stop text that ended the completion.
+        logprobs: of each id, where they were asked for.
     """
 
     ids: list[int]
     text: str
     finish_reason: FinishReason
+    stop_text: str | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -91,6 +101,8 @@ def generate(
     compile: bool | Literal["auto"] = "auto",
     speculate: int = 0,
     context: ContextRule = "stop",
+    stop: str | Iterable[str] = (),
+    logprobs: int | None = None,
     on_text: Callable[[int, str], None] | None = None,
     on_progress: Callable[[int, int, int], None] | None = None,
     on_notice: Callable[[str], None] = lambda notice: None,
@@ -105,6 +117,10 @@ def generate(
         dtype: of the weights: ``float32``, ``bfloat16`` or ``int8``.
         compile: compile decoding with torch.compile; ``auto``: from ``COMPILE_BREAK_EVEN_STEPS`` new tokens on.
         speculate, context: see :class:`~psannlm.generation.batch_decode.BatchDecoder`.
+        stop: up to ``MAX_STOP_TEXTS`` texts, before the first of which a completion ends, however its tokens are cut.
+            The prompt is not searched.
+        logprobs: how many of the most likely tokens to record with each new one, up to ``MAX_LOGPROBS``; None: record
+            no log probabilities.
         on_text: called with (row, text) for text that later tokens cannot change, in whole characters. The parts of
             a row join to its completion's text.
         on_progress: called after each step but the last with (tokens so far, steps so far, steps at most); a step adds
@@ -116,6 +132,7 @@ def generate(
         DeviceError: ``compile`` is true, and the compiler is missing or broken.
     """
     prompts = _texts(prompts)
+    stops = require_stop_texts(stop)
     if isinstance(model, Engine):
         engine = model
     else:
@@ -134,23 +151,57 @@ def generate(
         forbidden_ids=[*sorted(special), *unused],
         speculate=speculate,
         context=context,
+        logprobs=logprobs,
     )
-    streams = [IncrementalDetokenizer(tokenizer, ids) for ids in prompt_ids] if on_text is not None else []
+    rows = [_Row(tokenizer, ids, stops) for ids in prompt_ids]
     n_tokens = n_steps = 0
     for event in decoding:
         if on_progress is not None and len(decoding.generated[event.row]) > n_steps + 1:
             n_steps += 1
             on_progress(n_tokens, n_steps, max(decoding.max_new))
         n_tokens += 1
-        if on_text is not None and (part := streams[event.row].add(event.token)):
+        if on_text is None and not stops:
+            continue
+        part = rows[event.row].add(event.token)
+        if on_text is not None and part:
             on_text(event.row, part)
-    completions = []
-    for row, (ids, reason) in enumerate(zip(decoding.generated, decoding.finish_reasons, strict=True)):
-        text = continuation_text(tokenizer, prompt_ids[row], ids)
-        if on_text is not None and len(text) > streams[row].length:
-            on_text(row, text[streams[row].length :])
-        completions.append(Completion(ids, text, reason))
-    return completions
+        if rows[event.row].scanner.found is not None:
+            decoding.finish(event.row)
+    return [_completion(decoding, number, row, on_text) for number, row in enumerate(rows)]
+
+
+class _Row:
+    """One row's text as it grows, up to a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: tuple[str, ...]) -> None:
+        self.tokenizer, self.prompt_ids, self.stops = tokenizer, prompt_ids, stops
+        self.n_returned = 0
+        self.scanner = StopScanner(stops)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids)
+
+    def add(self, token: int) -> str:
+        """Append a token and return the text that has become certain with it, often none."""
+        part = self.scanner.add(self._detokenizer.add(token))
+        self.n_returned += len(part)
+        return part
+
+
+def _completion(
+    decoding: BatchDecoder, number: int, row: _Row, on_text: Callable[[int, str], None] | None
+) -> Completion:
+    """Return the completion of a row that has ended, and pass on the text that was still held back."""
+    ids = decoding.generated[number]
+    # The end of the text, uncertain while tokens could follow, can complete a stop text too.
+    scanner = StopScanner(row.stops)
+    whole = continuation_text(row.tokenizer, row.prompt_ids, ids)
+    text = scanner.add(whole)
+    if scanner.found is None:
+        text = whole
+    if on_text is not None and len(text) > row.n_returned:
+        on_text(number, text[row.n_returned :])
+    reason = decoding.finish_reasons[number] if scanner.found is None else "stop"
+    logprobs = None if decoding.n_top is None else decoding.logprobs[number]
+    return Completion(ids, text, reason, scanner.found, logprobs)
 
 
 def draw_samples(

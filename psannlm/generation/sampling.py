@@ -1,4 +1,4 @@
-"""Batched sampling of the next token: temperature, top-k, top-p, repetition penalty.
+"""Batched sampling of the next token: temperature, top-k, top-p, min-p, repetition penalty.
 
 Letters as in ``psannlm.models``.
 """
@@ -26,6 +26,8 @@ class SamplingConfig:
         top_p: keep the smallest set of most likely tokens whose probability reaches p; None keeps all.
         repetition_penalty: divides positive and multiplies negative logits of tokens that occurred; None: no penalty.
         seed: of every row, so that a row's text does not depend on the batch; None: a random seed for each row.
+        min_p: keep the tokens whose probability, after the temperature, is at least this fraction of the most likely
+            token's; None keeps all.
 
     Raises:
         GenerationError: a value has the wrong type or is out of range.
@@ -36,10 +38,11 @@ class SamplingConfig:
     top_p: float | None = 0.9
     repetition_penalty: float | None = None
     seed: int | None = None
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
         require_number("temperature", self.temperature)
-        for name in ("top_p", "repetition_penalty"):
+        for name in ("top_p", "repetition_penalty", "min_p"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name))
         for name in ("top_k", "seed"):
@@ -54,6 +57,8 @@ class SamplingConfig:
             raise GenerationError(f"top_p {self.top_p} is not in (0, 1]; 1 keeps every token")
         if self.repetition_penalty is not None and not 0.0 < self.repetition_penalty < float("inf"):
             raise GenerationError(f"repetition_penalty {self.repetition_penalty} is not above 0; 1 is no penalty")
+        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
+            raise GenerationError(f"min_p {self.min_p} is not in [0, 1]; 0 keeps every token")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise GenerationError(f"seed {self.seed} is not in 0 .. 2**63 - 1")
 
@@ -95,6 +100,15 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(dropped, float("-inf"))
 
 
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Return logits (B, V) with tokens less likely than ``p`` times the most likely one at minus infinity.
+
+    Min-p sampling (Nguyen et al. 2024, arXiv 2407.01082). The most likely token is always kept.
+    """
+    probabilities = logits.softmax(dim=-1, dtype=torch.float64)
+    return logits.masked_fill(probabilities < p * probabilities.amax(dim=-1, keepdim=True), float("-inf"))
+
+
 def next_tokens(
     logits: Tensor,
     config: SamplingConfig,
@@ -132,6 +146,8 @@ def next_tokens(
         logits = keep_top_k(logits, config.top_k)
     if config.top_p is not None:
         logits = keep_top_p(logits, config.top_p)
+    if config.min_p is not None:
+        logits = keep_min_p(logits, config.min_p)
     return _draw(logits, uniforms)
 
 

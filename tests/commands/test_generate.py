@@ -5,7 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+import re
+import select
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -111,7 +117,8 @@ def test_generate_without_prompt_exits_2(psannlm, in_trained: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--temperature", "-1"), ("--top-p", "0"), ("--top-k", "0"), ("--repetition-penalty", "0")]
+    ("option", "value"),
+    [("--temperature", "-1"), ("--top-p", "0"), ("--top-k", "0"), ("--repetition-penalty", "0"), ("--min-p", "1.5")],
 )
 def test_generate_rejects_settings_out_of_range(psannlm, in_trained: Path, option: str, value: str) -> None:
     refused = psannlm("generate", "--prompt", "The", option, value)
@@ -235,3 +242,123 @@ def test_generate_without_compiler_notes_it_with_same_text(
     done = psannlm("generate", "--prompt", "The tide", *GREEDY)
     assert done.out == plain.out
     assert "needs a C++ compiler" in done.err
+
+
+def test_generate_stop_text_is_not_printed(psannlm, in_trained: Path) -> None:
+    (whole,) = json.loads(psannlm("generate", "-p", "The tide", *GREEDY, "--json").out)["completions"]
+    stop = whole["completion"][3:5]
+    done = psannlm("generate", "-p", "The tide", *GREEDY, "--stop", "never there", "--stop", stop)
+    before = whole["completion"][: whole["completion"].index(stop)]
+    assert done.out == f"The tide{before}\n"
+    (row,) = json.loads(psannlm("generate", "-p", "The tide", *GREEDY, "--stop", stop, "--json").out)["completions"]
+    assert (row["completion"], row["finish_reason"], row["stop_text"]) == (before, "stop", stop)
+    assert row["stopped_by"] == "stop"
+    for stops, said in (
+        (("--stop", ""), "a stop text has 0 characters"),
+        (("--stop", "a") * 5, "5 stop texts are too many"),
+    ):
+        refused = psannlm("generate", "-p", "The", *GREEDY, *stops)
+        assert (refused.code, refused.out) == (2, "")
+        assert said in refused.err
+
+
+def test_generate_json_lists_logprobs_of_each_token(psannlm, in_trained: Path) -> None:
+    done = psannlm("generate", "-p", "The tide", *GREEDY, "--json", "--logprobs", "3")
+    (row,) = json.loads(done.out)["completions"]
+    assert len(row["logprobs"]) == row["tokens"]
+    assert "".join(token["text"] for token in row["logprobs"]) == row["completion"]
+    for token in row["logprobs"]:
+        assert len(token["top"]) == 3
+        assert token["logprob"] <= token["top"][0]["logprob"] < 0
+    assert "logprobs" not in json.loads(psannlm("generate", "-p", "The", *GREEDY, "--json").out)["completions"][0]
+    refused = psannlm("generate", "-p", "The tide", *GREEDY, "--logprobs", "3")
+    assert refused.code == 2
+    assert "add --json" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--prompt", "a"), "it does not go with --prompt and --prompts-file"),
+        (("--json",), "it does not go with --json"),
+        ((), "standard input is not a terminal"),
+    ],
+)
+def test_generate_interactive_refuses_other_input(psannlm, in_trained: Path, more: tuple[str, ...], said: str) -> None:
+    refused = psannlm("generate", "--interactive", *more)
+    assert (refused.code, refused.out) == (2, "")
+    assert said in re.sub(r"\s+", " ", refused.err)
+
+
+class Terminal:
+    """The command line in a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        import pty
+
+        self.master, slave = pty.openpty()
+        command = (
+            "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from psannlm.commands.app import main; main()"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", command, *arguments], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+        )
+        os.close(slave)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        self.shown = ""
+        os.write(self.master, text.encode())
+
+    def wait_for(self, *texts: str) -> None:
+        """Read until all of ``texts`` have been shown since the last input."""
+        end = time.monotonic() + 120
+        while not all(text in self.shown for text in texts):
+            assert time.monotonic() < end, self.shown
+            if select.select([self.master], [], [], 1.0)[0]:
+                self.shown += os.read(self.master, 4096).decode(errors="replace")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="terminals of Linux")
+def test_generate_interactive_interrupt_stops_the_answer_only(in_trained: Path) -> None:
+    endless = ("--max-new-tokens", "8000", "--context", "slide", "--temperature", "5", "--top-p", "1")
+    terminal = Terminal("generate", "--interactive", "--checkpoint", "runs/tiny", "--device", "cpu", *endless)
+    try:
+        terminal.wait_for("> ")
+        terminal.type("The tide\n")
+        terminal.wait_for("The tide\r\n")
+        # The answer is on its way.
+        while len(terminal.shown) < 60:
+            terminal.shown += os.read(terminal.master, 4096).decode(errors="replace")
+        terminal.type("\x03")
+        terminal.wait_for("\r\n> ")
+        # The arrow brings the former line back; Ctrl-C discards it.
+        terminal.type("\x1b[A")
+        terminal.wait_for("The tide")
+        terminal.type("\x03")
+        terminal.wait_for("\r\n> ")
+        assert terminal.process.poll() is None
+        terminal.type("\x04")
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.master)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="terminals of Linux")
+def test_generate_interactive_answers_and_survives_refused_prompts(psannlm, in_trained: Path) -> None:
+    (row,) = json.loads(psannlm("generate", "-p", "Say", *GREEDY, "--json").out)["completions"]
+    terminal = Terminal("generate", "-i", "--checkpoint", "runs/tiny", *GREEDY)
+    try:
+        terminal.wait_for("> ")
+        terminal.type("x" * 40 + "\n")
+        terminal.wait_for("error: prompt 0 has 41 tokens", "\r\n> ")
+        terminal.type("Say\n")
+        terminal.wait_for(row["completion"].rstrip() + "\r\n", "\r\n> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.master)

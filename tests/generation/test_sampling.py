@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from psannlm.errors import GenerationError
-from psannlm.generation.sampling import SamplingConfig, keep_top_k, keep_top_p, next_tokens, penalise_repetition
+from psannlm.generation.sampling import (
+    SamplingConfig,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    next_tokens,
+    penalise_repetition,
+)
 
 BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 that torch.rand gives
 
@@ -76,6 +83,30 @@ def test_repetition_penalty_respects_sign() -> None:
     assert penalise_repetition(logits, seen, 4.0).tolist() == [[0.5, -8.0, 0.0, 2.0, -2.0]]
     assert penalise_repetition(logits, seen, 0.5).tolist() == [[4.0, -1.0, 0.0, 2.0, -2.0]]
     assert torch.equal(penalise_repetition(logits, seen, 1.0), logits)
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-9, 0.01, 0.05, 0.3, 0.999, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_min_p_equals_its_definition_in_float64(p: float, temperature: float) -> None:
+    logits = torch.randn(20, 60, generator=torch.Generator().manual_seed(0)) * 3
+    scaled = logits.double() / temperature
+    for row, found in enumerate(kept(keep_min_p(logits / temperature, p))):
+        most = float(scaled[row].exp().max())
+        # A token at the threshold itself may fall on either side of it, by rounding.
+        ratios = [float(value) / most for value in scaled[row].exp()]
+        assert {t for t, ratio in enumerate(ratios) if ratio > p * (1 + 1e-6)} <= {*found}
+        assert {*found} <= {t for t, ratio in enumerate(ratios) if ratio > p * (1 - 1e-6)}
+        assert scaled[row].argmax() in found
+    # The cut is that of the distribution which is drawn from.
+    candidates = kept(keep_min_p(logits / temperature, p))
+    for u in (0.0, 0.3, 0.7, BELOW_ONE):
+        drawn = next_tokens(logits, SamplingConfig(temperature, top_p=None, min_p=p), torch.full((20,), u))
+        assert all(int(token) in row for token, row in zip(drawn, candidates, strict=True))
+
+
+def test_min_p_keeps_ties_and_cut_tokens_out() -> None:
+    assert kept(keep_min_p(torch.tensor([[1.0, 1.0, 0.999]]), 1.0)) == [[0, 1]]
+    assert kept(keep_min_p(torch.tensor([[1.0, float("-inf"), 0.5]]), 0.1)) == [[0, 2]]
 
 
 def test_repetition_penalty_changes_greedy_choice() -> None:
