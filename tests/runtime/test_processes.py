@@ -66,6 +66,7 @@ def run_in(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]
         ["bench-kv", "--device", "cpu", "--repeats", "1", *SMALL, "--batch-size", "2", "--no-context-growth"],
         ["compare", "plan.yaml"],
         ["gpu-validate", "--device", "cpu", "--only", "GPU-05"],
+        ["gpu-validate", "--device", "cpu", "--only", "GPU-06"],
     ],
     ids=lambda arguments: f"{arguments[0]} {arguments[-1]}",
 )

@@ -1,7 +1,8 @@
 """One rank that goes through several jobs: ``rank_script.py JOBS``, a JSON list; prints one JSON line for each.
 
-A job is ``{"config": path, "resume": ..., "defer_readback": ..., "stop": [rank, step]}`` for a run, or
-``{"count": kind}`` for the number of gradient exchanges in a step of three micro-batches.
+A job is ``{"config": path, "resume": ..., "defer_readback": ..., "stop": [rank, step]}`` for a run,
+``{"fit": texts}`` for ``psannLM.fit`` with a callback, or ``{"count": kind}`` for the number of gradient exchanges in
+a step of three micro-batches.
 ``rank_script.py PLACE RANK HOW ARGUMENTS...`` is the command line with an injected fault.
 """
 
@@ -74,6 +75,32 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             return {"ended": f"{error.exit_code}: {error}"}
     n_whole = sum(not p.is_meta for p in result.model.parameters())
     return {"ended": "done", "steps": result.steps, "whole": n_whole}
+
+
+def fit(texts: list[str]) -> dict[str, Any]:
+    """Fit a model on two micro-batches a step, and return what a callback was told and the weights' sum."""
+    from psannlm import Callback, psannLM, psannLMDataPrep
+
+    events: list[list[Any]] = []
+
+    class Recorder(Callback):
+        def on_step(self, event: Any) -> None:
+            events.append(["step", event.step, event.tokens, event.loss])
+
+        def on_validation(self, event: Any) -> None:
+            events.append(["validation", event.step, event.result.n_labels, event.result.loss])
+
+        def on_save(self, event: Any) -> None:
+            events.append(["save", event.step, 0, 0.0])
+
+        def on_end(self, result: Any) -> None:
+            events.append(["end", result.steps, 0, 0.0])
+
+    data = psannLMDataPrep(texts, tokenizer="simple", max_length=12, val_split=0.2, vocab_size=300)
+    model = psannLM(d_model=16, n_layers=1, n_heads=2, vocab_size=data.vocab_size)
+    settings: dict[str, Any] = {"amp": "fp32", "device": "cpu", "max_steps": 4, "eval_interval_steps": 2}
+    model.fit(data, batch_tokens=24, lr=1e-2, grad_accum_steps=2 // SIZE, callbacks=[Recorder()], **settings)
+    return {"events": events, "text": model.generate("the", max_new_tokens=8, temperature=0.0)}
 
 
 def stopping(rank: int, step: int) -> Any:
@@ -156,6 +183,9 @@ if __name__ == "__main__":
         main(sys.argv[4:])
         sys.exit()
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        answer = count(job["count"]) if "count" in job else train(job)
+        if "fit" in job:
+            answer = fit(job["fit"])
+        else:
+            answer = count(job["count"]) if "count" in job else train(job)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()

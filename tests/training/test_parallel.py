@@ -25,6 +25,8 @@ from psannlm.training.checkpoint import OPTIMIZER_FILE, read_state, step_folder
 from psannlm.training.metrics import read_metrics
 from psannlm.training.run import train
 
+# Starting two ranks takes long, and most tests share one start.
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("rank_script.py")
 N_STEPS, HALF = 20, 10
 LIMIT_S = 310
@@ -169,7 +171,6 @@ def assert_same_run(runs: Runs, name: str, one: str = "one", *, atol: float = 1e
     assert states[0].position.epoch >= 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "back", "back_fsdp"])
 def test_ddp_and_fsdp_match_single_process(runs: Runs, name: str) -> None:
     assert [answer["ended"] for answer in runs.answers[name]] == ["done", "done"]
@@ -217,7 +218,6 @@ def test_parallel_resume_with_other_parallelism(runs: Runs, name: str) -> None:
     assert_same_run(runs, name)
 
 
-@pytest.mark.slow
 def test_parallel_resume_with_four_ranks(runs: Runs, tiny_corpus: Path) -> None:
     """More ranks than some matrices have blocks of rows, and windows that some steps do not have for all of them."""
     runs.configs["to_four"] = build_config(runs.folder, tiny_corpus, "to_four", 4, fsdp="full")
@@ -241,6 +241,17 @@ def test_ddp_and_fsdp_exchange_gradients_once_per_step(runs: Runs, kind: str) ->
         assert answer["norm"] == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_fit_on_two_ranks_calls_back_on_rank_0(tmp_path: Path, tiny_texts: list[str]) -> None:
+    ((alone,),), (first, second) = (launch([{"fit": tiny_texts}], tmp_path, size) for size in (1, 2))
+    assert second[0]["events"] == []
+    assert [event[:3] for event in first[0]["events"]] == [event[:3] for event in alone["events"]]
+    assert [event[3] for event in first[0]["events"]] == pytest.approx(
+        [event[3] for event in alone["events"]], abs=1e-5
+    )
+    assert [name for name, *_ in alone["events"]].count("validation") == 2
+    assert first[0]["text"] == second[0]["text"] == alone["text"]
+
+
 def break_runs(faults: dict[str, tuple[str, int, str]], folder: Path, corpus: Path) -> dict[str, list[list[str]]]:
     """Start a command of two ranks for each fault, all at once; return what the ranks of each said, after its time."""
     started = {}
@@ -262,7 +273,6 @@ def break_runs(faults: dict[str, tuple[str, int, str]], folder: Path, corpus: Pa
     return found
 
 
-@pytest.mark.slow
 def test_parallel_error_on_one_rank_ends_all(tmp_path: Path, tiny_corpus: Path) -> None:
     """Rank 0 names it, the others keep quiet."""
     said = break_runs({"forward": ("forward", 1, "boom")}, tmp_path, tiny_corpus)
@@ -270,7 +280,6 @@ def test_parallel_error_on_one_rank_ends_all(tmp_path: Path, tiny_corpus: Path) 
     assert said["forward"] == [[expected], []]
 
 
-@pytest.mark.slow
 def test_parallel_any_failure_ends_all(tmp_path: Path, tiny_corpus: Path) -> None:
     faults = {
         "evaluation": ("evaluation", 1, "boom"),
