@@ -22,6 +22,7 @@ from psannlm.commands import compare as compare_command
 from psannlm.commands import eval as eval_command
 from psannlm.commands import generate as generate_command
 from psannlm.commands import gpu_validate as gpu_validate_command
+from psannlm.commands import import_ as import_command
 from psannlm.commands import init as init_command
 from psannlm.commands import prep as prep_command
 from psannlm.commands import report as report_command
@@ -114,6 +115,7 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "train": train_command.train,
         "generate": generate_command.generate,
         "eval": eval_command.evaluate,
+        "import": import_command.import_model,
     },
     "Measure": {
         "compare": compare_command.compare,
