@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -41,8 +41,10 @@ if TYPE_CHECKING:
 
     from psannlm.benchmarks.decoding.modes import Case, DecodeRun
     from psannlm.benchmarks.decoding.report import KvReport, KvSettings
-    from psannlm.benchmarks.harness.interleaved import Progress, Spread
+    from psannlm.benchmarks.harness.interleaved import Progress
     from psannlm.models.transformer import Transformer
+    from psannlm.reports.schemas.decoding import DecodingMetrics
+    from psannlm.reports.schemas.measured import Spread
 
 PLOT_FILE = "decode.png"
 _TIME_LIMIT_S = 100.0
@@ -200,15 +202,17 @@ def _publish(report: KvReport, folder: Path, as_json: bool) -> None:
     if not as_json:
         for notice in report.notices:
             note(notice)
-    publish("kv_cache", None, report.as_dict(), _tables(report), as_json, draw=draw, folder=folder)
+    publish("kv_cache", None, report.metrics().as_dict(), _tables(report), as_json, draw=draw, folder=folder)
 
 
 class _Kept:
     """Figures so far, written after every run, so that an interrupted benchmark leaves them behind."""
 
     def __init__(self, out: Path | None) -> None:
+        from psannlm.reports.schemas.decoding import DecodingMetrics
+
         self._out = out
-        self._figures: dict[str, Any] = {"is_complete": False}
+        self._metrics = DecodingMetrics(is_complete=False)
         self.progress: Progress | None = None
 
     @cached_property
@@ -220,29 +224,27 @@ class _Kept:
         write_json(folder / "system.json", system_info())
         return folder
 
-    def keep(self, figures: dict[str, Any]) -> None:
+    def keep(self, metrics: DecodingMetrics) -> None:
         """Write the figures so far."""
         from psannlm.io.run_metadata import write_json
 
-        self._figures = figures
-        write_json(self.folder / "metrics.json", figures)
+        self._metrics = metrics
+        write_json(self.folder / "metrics.json", metrics.as_dict())
 
     def end(self) -> None:
         """Write the figures so far, the interrupted run and a table, and print them with their folder."""
         from psannlm.io.atomic import write_text
 
         rows = [
-            (case["name"], f"{_number(case['tokens_per_s']['median'])} tokens/s{', a warm-up' * case['is_warm_up']}")
-            for case in self._figures.get("cases", [])
+            (case.name, f"{_number(case.tokens_per_s.median)} tokens/s{', a warm-up' if case.is_warm_up else ''}")
+            for case in self._metrics.cases
         ]
-        if "cached_over_naive" in self._figures:
-            rows.append(
-                ("cached over naive", f"{_number(self._figures['cached_over_naive']['median'])} x the throughput")
-            )
+        if self._metrics.cached_over_naive is not None:
+            rows.append(("cached over naive", f"{_number(self._metrics.cached_over_naive.median)} x the throughput"))
         if self.progress is not None:
             rows.append(("interrupted in", str(self.progress)))
-            self._figures["interrupted_in"] = asdict(self.progress)
-        self.keep(self._figures)
+            self._metrics = replace(self._metrics, interrupted_in=asdict(self.progress))
+        self.keep(self._metrics)
         table = figures_table("decoding, interrupted: figures so far", rows)
         write_text(self.folder / "table.txt", table_text(table))
         stdout_console().print(table)
@@ -294,7 +296,7 @@ def _runs_made(report: KvReport) -> str:
 
 
 def _add_runs(table: Table, name: str, runs: list[DecodeRun]) -> None:
-    from psannlm.benchmarks.harness.interleaved import Spread
+    from psannlm.reports.schemas.measured import Spread
 
     figures = (
         [1e3 * run.prefill_s for run in runs],
@@ -349,7 +351,7 @@ def _summary(report: KvReport) -> list[tuple[str, str]]:
 def _headline(report: KvReport) -> list[tuple[str, str]]:
     """Return the throughput of the cached batch and of the naive loop, and their ratio."""
     from psannlm.benchmarks.decoding.modes import Case
-    from psannlm.benchmarks.harness.interleaved import Spread
+    from psannlm.reports.schemas.measured import Spread
 
     def rate(case: Case) -> str:
         return f"{_spread(Spread.of([run.tokens_per_s for run in report.runs[case]]))} tokens/s"
@@ -409,13 +411,12 @@ def _growth_table(report: KvReport) -> Table:
         *("context", "step\nms", "roofline\nms", "roofline\n/ step", "tokens/s", "cache\nMB"),
     )
     for point in report.growth:
-        roofline = point.roofline
         table.add_row(
             f"{point.context:,}",
-            _spread(roofline.step_s, scale=1e3, is_cell=True),
-            f"{1e3 * roofline.roofline_s:,.2f}",
-            _spread(roofline.fraction, is_cell=True, is_percent=True),
-            f"{settings.batch_size / roofline.step_s.median:,.0f}",
+            _spread(point.step_s, scale=1e3, is_cell=True),
+            f"{1e3 * point.roofline_s:,.2f}",
+            _spread(point.fraction, is_cell=True, is_percent=True),
+            f"{settings.batch_size / point.step_s.median:,.0f}",
             f"{point.cache_bytes / 1e6:,.1f}",
         )
     if report.left_out:

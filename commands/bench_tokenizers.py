@@ -21,9 +21,8 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from psannlm.benchmarks.harness.interleaved import Spread
-    from psannlm.benchmarks.tokenization.prep import PrepFigures
-    from psannlm.benchmarks.tokenization.report import Speed, TokenizerFigures, TokenizerReport
+    from psannlm.reports.schemas.measured import Spread
+    from psannlm.reports.schemas.tokenizers import PrepFigures, Speed, TokenizerFigures, TokenizerReport
 
 
 def bench_tokenizers(
@@ -95,13 +94,12 @@ def bench_tokenizers(
             on_progress=lambda event: line.show(str(event)),
         )
     tables = [_table(report), *([_prep_table(report)] if report.prep else [])]
-    metrics = {"corpus": corpus or ["python-reference"], **report.as_dict()}
 
     def draw(folder: Path) -> None:
         title = f"Tokenizers with a vocabulary of at most {vocab_size:,}"
         draw_tokenizers(folder / "tokenizers.png", title, report.tokenizers)
 
-    publish("tokenizers", out, metrics, tables, as_json, draw=draw)
+    publish("tokenizers", out, report.as_dict(), tables, as_json, draw=draw)
 
 
 def _table(report: TokenizerReport) -> Table:

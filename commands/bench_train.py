@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich import box
@@ -27,8 +27,8 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from psannlm.benchmarks.harness.interleaved import Spread
     from psannlm.benchmarks.training.report import ThroughputReport
+    from psannlm.reports.schemas.measured import Spread
 
 PLOT_FILE = "throughput.png"
 
@@ -142,7 +142,7 @@ def bench_train(
             on_progress=lambda event: line.show(str(event)),
         )
     tables = [_throughput_table(report, clock), figures_table("summary", _summary(report))]
-    metrics: dict[str, Any] = {**report.as_dict(timestamp()), "clock": clock}
+    metrics = report.metrics(timestamp(), clock).as_dict()
 
     def draw(folder: Path) -> None:
         draw_throughput(folder / PLOT_FILE, _title(report), report)
@@ -164,7 +164,7 @@ def _title(report: ThroughputReport) -> str:
 def _throughput_table(report: ThroughputReport, clock: str) -> Table:
     table = Table(
         title=f"{_title(report)}; {report.device}; medians of {report.settings.repeats} runs of "
-        f"{report.steps_per_turn} steps, with the lowest and highest run below",
+        f"{report.steps_per_run} steps, with the lowest and highest run below",
         title_justify="left",
         title_style="bold",
         caption_justify="left",
@@ -197,7 +197,7 @@ def _throughput_table(report: ThroughputReport, clock: str) -> Table:
             "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",
             f"{ratio.median:.2f}\n{ratio.lowest:.2f}–{ratio.highest:.2f}",
         )
-    from psannlm.benchmarks.harness.interleaved import Spread
+    from psannlm.reports.schemas.measured import Spread
 
     peak = Spread.of(report.matrix_flops_per_s)
     table.caption = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich import box
@@ -26,6 +26,7 @@ from psannlm.commands.options import (
 if TYPE_CHECKING:
     from psannlm.experiments.model import Study
     from psannlm.reports.page_model import Table
+    from psannlm.reports.schemas.study import StudyMetrics
 
 
 # Variant, loss, difference, interval, bits per byte, learning rate: the columns that fit into 80 characters.
@@ -115,7 +116,7 @@ def _train(study: Study, variants: Collection[str], jobs: int, line: LiveLine) -
     return study
 
 
-def _publish(figures: dict[str, Any], n_more: int, jobs: int, out: Path | None, as_json: bool) -> None:
+def _publish(figures: StudyMetrics, n_more: int, jobs: int, out: Path | None, as_json: bool) -> None:
     """Write all figures, tables and plots; print the main table and the ``n_more`` tables after it."""
     from psannlm.io.atomic import write_bytes
     from psannlm.io.run_metadata import system_info
@@ -130,7 +131,7 @@ def _publish(figures: dict[str, Any], n_more: int, jobs: int, out: Path | None, 
     publish(
         "ablations",
         out,
-        figures,
+        figures.as_dict(),
         [_rich(table) for table in tables],
         as_json,
         shown=[_rich(tables[0], _MAIN_COLUMNS), *map(_rich, tables[1 : 1 + n_more])],
@@ -153,15 +154,15 @@ def _checked(only: list[str], names: list[str]) -> frozenset[str]:
     return frozenset(only or names)
 
 
-def _refuse_failures(figures: dict[str, Any]) -> None:
+def _refuse_failures(figures: StudyMetrics) -> None:
     """Raise TrainingError where runs failed; the figures of the others have been written and shown by then."""
     from psannlm.errors import TrainingError
 
-    failed = [run for run in figures["runs"] if run["state"] == "failed"]
+    failed = [run for run in figures.runs if run.state == "failed"]
     if failed:
         raise TrainingError(
-            f"{len(failed)} of {len(figures['runs'])} runs failed, the first: {failed[0]['run']}: {failed[0]['reason']}"
-            f". The logs are in {figures['folder']}; the same command retries these runs"
+            f"{len(failed)} of {len(figures.runs)} runs failed, the first: {failed[0].run}: {failed[0].reason}"
+            f". The logs are in {figures.folder}; the same command retries these runs"
         )
 
 

@@ -70,6 +70,7 @@ def evaluate(
     from psannlm.generation.quantize import prepare_for_inference
     from psannlm.io.run_metadata import new_folder, require_folder
     from psannlm.models.artifact import load_model
+    from psannlm.reports.schemas.evaluation import EvaluationMetrics
     from psannlm.runtime.device import pick_device, pick_precision
 
     with naming_options("train"):
@@ -102,13 +103,9 @@ def evaluate(
         )
         for text in report.lines():
             line.keep(text)
-    metrics = {
-        "checkpoint": str(path),
-        "dtype": dtype,
-        "files": files,
-        "corpus_sha256": report.sha256,
-        **result.as_dict(),
-    }
+    metrics = EvaluationMetrics(
+        checkpoint=str(path), dtype=dtype, files=files, corpus_sha256=report.sha256, **result.as_dict()
+    ).as_dict()
     rows = _result_rows(f"{path}, {dtype} weights", result, report)
     folder: Path | None = None
     try:

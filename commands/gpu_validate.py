@@ -21,7 +21,7 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from psannlm.gpu_suite.report import CheckResult, SuiteReport
+    from psannlm.reports.schemas.gpu import CheckResult, SuiteReport
 
 _STYLES = {"ok": "green", "failed": "red", "error": "red", "skipped": "yellow"}
 
@@ -83,7 +83,7 @@ def gpu_validate(
 
 
 def _tables(report: SuiteReport) -> list[Table]:
-    return [_overview(report), *(_check_table(result) for result in report.results if result.measures)]
+    return [_overview(report), *(_check_table(result) for result in report.checks if result.measures)]
 
 
 def _overview(report: SuiteReport) -> Table:
@@ -101,7 +101,7 @@ def _overview(report: SuiteReport) -> Table:
         table.add_column(heading, no_wrap=True)
     table.add_column("s", justify="right")
     table.add_column("result", overflow="fold")
-    for result in report.results:
+    for result in report.checks:
         table.add_row(
             result.check,
             result.title,

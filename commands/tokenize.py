@@ -29,6 +29,7 @@ from psannlm.display import printable
 from psannlm.runtime.streams import is_terminal
 
 if TYPE_CHECKING:
+    from psannlm.data.record_figures import TokenizerCard
     from psannlm.tokenizers.base import Tokenizer
 
 
@@ -103,9 +104,9 @@ def tokenize(
                     vocab_size=vocab_size, sample_chars=sample_chars, seed=seed, out=out)  # fmt: skip
         table = figures_table("tokenizer", _card_rows(card))
         # tokenizer.model and tokenizer.json may be in one folder, so the whole name is used.
-        keep_record(Path(f"{card['file']}.record"), "tokenize", card, table)
+        keep_record(Path(f"{card.file}.record"), "tokenize", card.as_dict(), table)
         if as_json:
-            print_json(card)
+            print_json(card.as_dict())
         else:
             stdout_console().print(table)
         return
@@ -188,7 +189,7 @@ def _rows(tokenizer: Tokenizer, lines: Iterable[str], decode: bool) -> Iterator[
 
 def _fit(
     corpus: list[str], per_line: bool, text_key: str, errors: ErrorModes, as_json: bool, **options: Any
-) -> dict[str, Any]:
+) -> TokenizerCard:
     from psannlm.config.data import PathSource
     from psannlm.data.tokenizer_training import fit_with_card
 
@@ -205,22 +206,22 @@ def _fit(
         )
 
 
-def _card_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
+def _card_rows(card: TokenizerCard) -> list[tuple[str, str]]:
     """Return the figures of the card as rows of a table."""
     from psannlm.tokenizers.base import printable as spelled
 
-    kind = f"{card['backend']}, {card['model_type']}" if card["model_type"] else card["backend"]
-    pieces = "  ".join(spelled(piece).replace(" ", "▁") for piece in card["longest_pieces"])
+    kind = f"{card.backend}, {card.model_type}" if card.model_type else card.backend
+    pieces = "  ".join(spelled(piece).replace(" ", "▁") for piece in card.longest_pieces)
     return [
-        ("file", card["file"]),
+        ("file", card.file),
         ("kind", kind),
-        ("vocabulary", f"{card['vocab_size']:,} of {card['vocab_size_asked']:,} requested"),
-        ("fitted on", f"{card['fitted_on_chars']:,} characters of a corpus of {card['corpus_bytes']:,} bytes"),
-        ("held-out text", f"{card['held_out_bytes']:,} bytes in {card['held_out_tokens']:,} tokens"),
-        ("bytes per token", f"{card['held_out_bytes_per_token']:.3f}"),
-        ("byte fallback", f"{card['held_out_byte_fallback_share']:.3%} of the tokens"),
-        ("round trip", "exact" if card["held_out_is_lossless"] else "NOT exact: text is lost"),
+        ("vocabulary", f"{card.vocab_size:,} of {card.vocab_size_asked:,} requested"),
+        ("fitted on", f"{card.fitted_on_chars:,} characters of a corpus of {card.corpus_bytes:,} bytes"),
+        ("held-out text", f"{card.held_out_bytes:,} bytes in {card.held_out_tokens:,} tokens"),
+        ("bytes per token", f"{card.held_out_bytes_per_token:.3f}"),
+        ("byte fallback", f"{card.held_out_byte_fallback_share:.3%} of the tokens"),
+        ("round trip", "exact" if card.held_out_is_lossless else "NOT exact: text is lost"),
         ("longest pieces", pieces),
-        ("fingerprint", card["fingerprint"]),
-        ("card", card["card"]),
+        ("fingerprint", card.fingerprint),
+        ("card", str(card.card)),
     ]

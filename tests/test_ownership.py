@@ -23,9 +23,10 @@ from psannlm.errors import PsannlmError
 from psannlm.experiments.plan import load_plan
 from psannlm.experiments.runner import run_all
 from psannlm.experiments.sizing import StudyRun, size_study
-from psannlm.gpu_suite.report import CheckResult, at_most
+from psannlm.gpu_suite.measures import at_most
 from psannlm.io.records import write_record
 from psannlm.prep.pipeline import PrepSettings, prepare_corpus
+from psannlm.reports.schemas.gpu import CheckResult
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.training.run import train
 

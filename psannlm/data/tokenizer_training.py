@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from psannlm.config.data import Source
 from psannlm.data.corpus.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import split_documents
+from psannlm.data.record_figures import TokenizerCard
 from psannlm.data.split import cut_text
 from psannlm.display import json_text
 from psannlm.errors import ConfigError, TokenizerError
@@ -52,7 +53,7 @@ def fit_with_card(
     replace_option: str = "",
     notice: Notice,
     on_bytes: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> TokenizerCard:
     """Fit a tokenizer on a sample of about nine tenths of the corpus, write it and its card, and return the card.
 
     Figures are measured on the rest. Memory depends on ``sample_chars``, ``vocab_size`` and the longest line, not on
@@ -89,25 +90,25 @@ def fit_with_card(
     tokenizer = fit_passages(sampled.fitted_on, backend, vocab_size, model_type=model_type, notice=notice)
     if path.exists() and path.read_bytes() != tokenizer.to_bytes():
         raise ConfigError(f"{path} holds another tokenizer already; name a new file with --out, or remove that one")
-    card = {
-        "file": str(path),
-        "backend": tokenizer.backend,
-        "model_type": (model_type or MODEL_TYPES[0]) if backend == "sentencepiece" else None,
-        "vocab_size": tokenizer.vocab_size,
-        "vocab_size_asked": vocab_size,
-        "fingerprint": tokenizer.fingerprint,
+    card = TokenizerCard(
+        file=str(path),
+        backend=tokenizer.backend,
+        model_type=(model_type or MODEL_TYPES[0]) if backend == "sentencepiece" else None,
+        vocab_size=tokenizer.vocab_size,
+        vocab_size_asked=vocab_size,
+        fingerprint=tokenizer.fingerprint,
         **held_out_figures(tokenizer, sampled.held_out),
-        "longest_pieces": longest_pieces(tokenizer),
-        "corpus_documents": report.documents,
-        "corpus_bytes": report.bytes,
-        "corpus_sha256": report.sha256,
-        "fitted_on_chars": n_chars,
-        "sample_chars": sample_chars,
-        "seed": seed,
-    }
+        longest_pieces=longest_pieces(tokenizer),
+        corpus_documents=report.documents,
+        corpus_bytes=report.bytes,
+        corpus_sha256=report.sha256,
+        fitted_on_chars=n_chars,
+        sample_chars=sample_chars,
+        seed=seed,
+    )
     tokenizer.save(path)
-    write_text(card_path, json_text(card, indent=2) + "\n")
-    return {**card, "card": str(card_path)}
+    write_text(card_path, json_text(card.as_dict(), indent=2) + "\n")
+    return replace(card, card=str(card_path))
 
 
 def _is_tokenizer(path: Path) -> bool:

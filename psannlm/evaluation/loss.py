@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ class Evaluation:
         """Whether the tokenizer loses text, so that bits per byte are too low; None where it was not checked."""
         return is_lossy(self.lost_fraction)
 
-    def as_dict(self) -> dict[str, float | int | bool | None]:
+    def as_dict(self) -> dict[str, Any]:
         """Return every figure by name."""
         return {
             "loss": self.loss,

@@ -12,6 +12,7 @@ from psannlm.experiments.plan import StudyPlan
 from psannlm.experiments.runner import RunState, read_status
 from psannlm.experiments.sizing import with_best_lrs
 from psannlm.reports.runs import RunRecord
+from psannlm.reports.schemas.study import LrScore
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,13 @@ class Choice:
         lr: the learning rate; None if no run is finished.
         edge: ``lowest`` or ``highest`` of the learning rates tried, ``only`` if there is one, else empty.
         is_provisional: whether missing runs may change it.
-        rates: mean loss and number of runs by learning rate, over the plan's ``lr_seeds``, as plain data.
+        rates: mean loss and number of runs by learning rate, over the plan's ``lr_seeds``.
     """
 
     lr: float | None
     edge: str
     is_provisional: bool
-    rates: list[dict[str, Any]]
+    rates: list[LrScore]
     done: dict[int, RunRecord]
     measure: str
 
@@ -78,13 +79,13 @@ def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan) -> 
     scored = [lr for lr in by_rate if losses[lr]]
     candidates = [lr for lr in scored if lr not in diverged] or scored
     rates = [
-        {
-            "lr": lr,
-            "mean": statistics.fmean(losses[lr].values()) if losses[lr] else None,
-            "done": len(losses[lr]),
-            "failed": sum(state.state == "failed" for state in here),
-            "missing": sum(state.state in ("new", "stopped") for state in here),
-        }
+        LrScore(
+            lr=lr,
+            mean=statistics.fmean(losses[lr].values()) if losses[lr] else None,
+            done=len(losses[lr]),
+            failed=sum(state.state == "failed" for state in here),
+            missing=sum(state.state in ("new", "stopped") for state in here),
+        )
         for lr, here in by_rate.items()
     ]
     if not candidates:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -15,10 +13,19 @@ from psannlm.experiments.caveats import conditions, notes_of
 from psannlm.experiments.lr_selection import Choice, choose, score_of
 from psannlm.experiments.model import SizedVariant, Study, StudyRun
 from psannlm.experiments.runner import RunState, read_status
-from psannlm.experiments.statistics import Mean, PairedDifference, paired_difference
-from psannlm.experiments.task_accuracy import AnswerScore
+from psannlm.experiments.statistics import paired_difference
 from psannlm.models.registry import build_model
 from psannlm.reports.page_model import Table, format_value
+from psannlm.reports.schemas.measured import Mean, PairedDifference
+from psannlm.reports.schemas.study import (
+    AnswerScore,
+    LossCurve,
+    RunFigures,
+    StudyCorpus,
+    StudyMetrics,
+    VariantAnswers,
+    VariantFigures,
+)
 from psannlm.runtime.device import pick_device, pick_precision
 from psannlm.runtime.distributed import World
 from psannlm.training.optim import OptimizerSet
@@ -26,8 +33,8 @@ from psannlm.training.plan import build_loader
 from psannlm.training.step import seed_step, train_step
 
 
-def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None) -> dict[str, Any]:
-    """Return all results of a study as plain data, from the run folders alone.
+def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None) -> StudyMetrics:
+    """Return all results of a study, from the run folders alone.
 
     ``answers`` are the scores of runs by name, for the text of an algorithmic task (``score_runs``).
 
@@ -40,101 +47,93 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
     if not any(state.state == "done" for state in states):
         raise TrainingError(f"no run of the study is finished; the logs are in {study.folder}")
     chosen = {sized.variant.name: choose(sized, states, study.plan) for sized in study.variants}
-    base = chosen[study.plan.settings.baseline]
     settings = study.plan.settings
-    return {
-        "study": study.plan.name,
-        "plan": str(study.plan.path),
-        "folder": str(study.folder),
-        "baseline": settings.baseline,
-        "measure": settings.measure,
-        "task": settings.answers,
-        "budget": settings.budget.model_dump(mode="json"),
-        "seeds": list(settings.seeds),
-        "lr_seeds": list(study.plan.lr_seeds),
-        "corpus": _corpus(study),
-        "conditions": conditions(states),
-        "notes": notes_of(study, chosen, states),
-        "variants": [
-            {
-                **_variant_figures(study, sized, chosen[sized.variant.name], base.losses),
-                "answers": _answers(chosen[sized.variant.name], base, answers or {}),
-            }
-            for sized in study.variants
+    base = chosen[settings.baseline]
+    return StudyMetrics(
+        study=study.plan.name,
+        plan=str(study.plan.path),
+        folder=str(study.folder),
+        baseline=settings.baseline,
+        measure=settings.measure,
+        task=settings.answers,
+        budget=settings.budget.model_dump(mode="json"),
+        seeds=list(settings.seeds),
+        lr_seeds=list(study.plan.lr_seeds),
+        corpus=_corpus(study),
+        conditions=conditions(states),
+        notes=notes_of(study, chosen, states),
+        variants=[
+            _variant_figures(study, sized, chosen[sized.variant.name], base, answers or {}) for sized in study.variants
         ],
-        "runs": [
-            {**_run_figures(state, settings.measure), "answers": _score_as_dict(state.run.name, answers or {})}
-            for state in states
-        ],
-        "also_compare_to": {name: _differences_to(name, chosen) for name in settings.also_compare_to},
-        "curves": [curve for sized in study.variants for curve in _curves(chosen[sized.variant.name])],
-    }
+        runs=[_run_figures(state, settings.measure, answers or {}) for state in states],
+        also_compare_to={name: _differences_to(name, chosen) for name in settings.also_compare_to},
+        curves=[curve for sized in study.variants for curve in _curves(chosen[sized.variant.name])],
+    )
 
 
-def _differences_to(other: str, chosen: Mapping[str, Choice]) -> dict[str, dict[str, float | int | None] | None]:
+def _differences_to(other: str, chosen: Mapping[str, Choice]) -> dict[str, PairedDifference | None]:
     """Return the differences of all variants to ``other``, each at its own best learning rate."""
     theirs = chosen[other].losses
-    differences = {name: paired_difference(choice.losses, theirs) for name, choice in chosen.items() if name != other}
-    return {name: None if each is None else each.as_dict() for name, each in differences.items()}
+    return {name: paired_difference(choice.losses, theirs) for name, choice in chosen.items() if name != other}
 
 
 def _variant_figures(
-    study: Study, sized: SizedVariant, choice: Choice, base_losses: Mapping[int, float]
-) -> dict[str, Any]:
-    is_baseline = sized.variant.name == study.plan.settings.baseline
-    difference: PairedDifference | None = None if is_baseline else paired_difference(choice.losses, base_losses)
+    study: Study, sized: SizedVariant, choice: Choice, base: Choice, answers: Mapping[str, AnswerScore]
+) -> VariantFigures:
     records = list(choice.done.values())
     rates = [record.tokens_per_s["median"] for record in records if record.tokens_per_s is not None]
     peaks = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
     losses, bits = list(choice.losses.values()), [score["bits_per_byte"] for score in choice.scores.values()]
-    return {
-        "name": sized.variant.name,
-        "settings": sized.variant.changes,
-        "learning_rate": choice.lr,
-        "edge": choice.edge,
-        "provisional": choice.is_provisional,
-        "learning_rates": choice.rates,
-        "parameters": sized.n_parameters,
-        "parameters_over_baseline": sized.n_parameters / study.baseline.n_parameters,
-        "parameters_by_group": sized.parameters,
-        "d_mlp": sized.model.d_mlp,
-        "d_mlp_was_solved": sized.was_solved,
-        "steps": sized.n_steps,
-        "tokens": sized.n_tokens,
-        "flops_per_token": sized.flops_per_token,
-        "val_loss": Mean.of(losses).as_dict() if losses else None,
-        "val_loss_by_seed": {str(seed): loss for seed, loss in sorted(choice.losses.items())},
-        "bits_per_byte": Mean.of(bits).as_dict() if bits else None,
-        "lossy_tokenizer": any(score.get("lossy_tokenizer") for score in choice.scores.values()),
-        "difference": None if difference is None else difference.as_dict(),
-        "tokens_per_s": max(rates) if rates else None,
-        "training_s": sized.n_tokens / max(rates) if rates else None,
-        "peak_memory_bytes": max(peaks, default=None),
-    }
+    return VariantFigures(
+        name=sized.variant.name,
+        settings=sized.variant.changes,
+        learning_rate=choice.lr,
+        edge=choice.edge,
+        provisional=choice.is_provisional,
+        learning_rates=choice.rates,
+        parameters=sized.n_parameters,
+        parameters_over_baseline=sized.n_parameters / study.baseline.n_parameters,
+        parameters_by_group=sized.parameters,
+        d_mlp=sized.model.d_mlp,
+        d_mlp_was_solved=sized.was_solved,
+        steps=sized.n_steps,
+        tokens=sized.n_tokens,
+        flops_per_token=sized.flops_per_token,
+        val_loss=Mean.of(losses) if losses else None,
+        val_loss_by_seed={str(seed): loss for seed, loss in sorted(choice.losses.items())},
+        bits_per_byte=Mean.of(bits) if bits else None,
+        lossy_tokenizer=any(score.get("lossy_tokenizer") for score in choice.scores.values()),
+        difference=None if choice is base else paired_difference(choice.losses, base.losses),
+        tokens_per_s=max(rates) if rates else None,
+        training_s=sized.n_tokens / max(rates) if rates else None,
+        peak_memory_bytes=max(peaks, default=None),
+        answers=_answers(choice, base, answers),
+    )
 
 
-def _run_figures(state: RunState, measure: str) -> dict[str, Any]:
+def _run_figures(state: RunState, measure: str, answers: Mapping[str, AnswerScore]) -> RunFigures:
     record = state.record
     score = score_of(record, measure) if record is not None and state.state == "done" else {}
-    return {
-        "run": state.run.name,
-        "variant": state.run.variant.variant.name,
-        "lr": state.run.lr,
-        "seed": state.run.seed,
-        "state": "diverged" if state.is_diverged else state.state,
-        "reason": state.reason,
-        "val_loss": score.get("loss"),
-        "bits_per_byte": score.get("bits_per_byte"),
-        "lossy_tokenizer": score.get("lossy_tokenizer"),
-        "tokens": record.train_rows[-1].get("tokens") if record is not None and record.train_rows else None,
-        "tokens_per_s": record.tokens_per_s["median"] if record is not None and record.tokens_per_s else None,
-        "training_s": record.points("train")[-1][1] if record is not None and record.train_rows else None,
-        "peak_memory_bytes": None if record is None else record.peak_memory_bytes,
-        "folder": str(state.run.folder),
-    }
+    return RunFigures(
+        run=state.run.name,
+        variant=state.run.variant.variant.name,
+        lr=state.run.lr,
+        seed=state.run.seed,
+        state="diverged" if state.is_diverged else state.state,
+        reason=state.reason,
+        val_loss=score.get("loss"),
+        bits_per_byte=score.get("bits_per_byte"),
+        lossy_tokenizer=score.get("lossy_tokenizer"),
+        tokens=record.train_rows[-1].get("tokens") if record is not None and record.train_rows else None,
+        tokens_per_s=record.tokens_per_s["median"] if record is not None and record.tokens_per_s else None,
+        training_s=record.points("train")[-1][1] if record is not None and record.train_rows else None,
+        peak_memory_bytes=None if record is None else record.peak_memory_bytes,
+        folder=str(state.run.folder),
+        answers=answers.get(state.run.name),
+    )
 
 
-def _answers(choice: Choice, base: Choice, answers: Mapping[str, AnswerScore]) -> dict[str, Any] | None:
+def _answers(choice: Choice, base: Choice, answers: Mapping[str, AnswerScore]) -> VariantAnswers | None:
     """Return the accuracy of the runs at a variant's best learning rate, and the difference to the baseline's."""
     mine, theirs = (
         {seed: answers[record.name] for seed, record in sorted(each.done.items()) if record.name in answers}
@@ -143,42 +142,42 @@ def _answers(choice: Choice, base: Choice, answers: Mapping[str, AnswerScore]) -
     if not mine:
         return None
     right, theirs_right = ({seed: score.right for seed, score in each.items()} for each in (mine, theirs))
-    difference = None if choice is base else paired_difference(right, theirs_right)
-    return {
-        "right": Mean.of(list(right.values())).as_dict(),
-        "right_by_seed": {str(seed): fraction for seed, fraction in right.items()},
-        "difference": None if difference is None else difference.as_dict(),
-        "documents_right": statistics.fmean(score.documents_right for score in mine.values()),
-        "nats_per_answer": statistics.fmean(score.nats_per_answer for score in mine.values()),
-    }
+    return VariantAnswers(
+        right=Mean.of(list(right.values())),
+        right_by_seed={str(seed): fraction for seed, fraction in right.items()},
+        difference=None if choice is base else paired_difference(right, theirs_right),
+        documents_right=statistics.fmean(score.documents_right for score in mine.values()),
+        nats_per_answer=statistics.fmean(score.nats_per_answer for score in mine.values()),
+    )
 
 
-def _score_as_dict(name: str, answers: Mapping[str, AnswerScore]) -> dict[str, Any] | None:
-    return asdict(answers[name]) if name in answers else None
-
-
-def _curves(choice: Choice) -> list[dict[str, Any]]:
+def _curves(choice: Choice) -> list[LossCurve]:
     """Return the validation curve of each run, in seconds at the throughput of the fastest of them, as in the table."""
     found = []
     rates = [record.tokens_per_s["median"] for record in choice.done.values() if record.tokens_per_s is not None]
     for seed, record in sorted(choice.done.items()):
         points = record.points()
-        name = record.name.rpartition("_lr")[0]
-        tokens, losses = [point[0] for point in points], [point[2] for point in points]
-        seconds = [point[0] / max(rates) for point in points] if rates else [point[1] for point in points]
-        found.append({"variant": name, "seed": seed, "tokens": tokens, "seconds": seconds, "loss": losses})
+        found.append(
+            LossCurve(
+                variant=record.name.rpartition("_lr")[0],
+                seed=seed,
+                tokens=[point[0] for point in points],
+                seconds=[point[0] / max(rates) for point in points] if rates else [point[1] for point in points],
+                loss=[point[2] for point in points],
+            )
+        )
     return found
 
 
-def _corpus(study: Study) -> dict[str, Any]:
+def _corpus(study: Study) -> StudyCorpus:
     prepared = study.data[study.plan.baseline.config.data]
-    return {
-        "sha256": prepared.report.sha256,
-        "tokenizer_fingerprint": prepared.tokenizer.fingerprint,
-        "train_tokens": prepared.train.n_tokens,
-        "val_tokens": None if prepared.val is None else prepared.val.n_tokens,
-        "val_overlap": prepared.val_overlap,
-    }
+    return StudyCorpus(
+        sha256=prepared.report.sha256,
+        tokenizer_fingerprint=prepared.tokenizer.fingerprint,
+        train_tokens=prepared.train.n_tokens,
+        val_tokens=None if prepared.val is None else prepared.val.n_tokens,
+        val_overlap=prepared.val_overlap,
+    )
 
 
 def seconds_per_step(run: StudyRun, study: Study, clock: Callable[[], float] = time.perf_counter) -> float:

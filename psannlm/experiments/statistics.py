@@ -4,47 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+
+from psannlm.reports.schemas.measured import Mean, PairedDifference
 
 _CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Mean:
-    """Mean, sample standard deviation (None for a single value), minimum and maximum of ``n`` values."""
-
-    mean: float
-    std: float | None
-    lowest: float
-    highest: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        """Return the mean of at least one value."""
-        std = statistics.stdev(values) if len(values) > 1 else None
-        return cls(statistics.fmean(values), std, min(values), max(values), len(values))
-
-    def as_dict(self) -> dict[str, float | int | None]:
-        """Return the figures as plain data."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """Mean over ``n`` pairs of a value minus the baseline's, with its 95% interval (None for a single pair)."""
-
-    mean: float
-    std: float | None
-    low: float | None
-    high: float | None
-    n: int
-    baseline_mean: float
-
-    def as_dict(self) -> dict[str, float | int | None]:
-        """Return the figures as plain data."""
-        return asdict(self)
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -15,21 +14,11 @@ from psannlm.experiments.model import Study
 from psannlm.experiments.runner import read_status
 from psannlm.models.artifact import load_model
 from psannlm.models.transformer import Transformer
+from psannlm.reports.schemas.study import AnswerScore
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.checkpoint import BEST, LATEST, read_pointer
 
 Answers = Callable[[str], Sequence[int]]
-
-
-@dataclass(frozen=True)
-class AnswerScore:
-    """Fractions of correct answers, and of documents with only correct answers, in [0, 1]."""
-
-    right: float
-    documents_right: float
-    nats_per_answer: float
-    n_answers: int
-    n_documents: int
 
 
 @torch.no_grad()

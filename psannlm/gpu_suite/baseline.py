@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from psannlm.errors import ArtifactError, ConfigError
-from psannlm.gpu_suite.report import CheckResult, Measure
+from psannlm.io.artifact_schema import read_figures
 from psannlm.io.lfs_pointers import refuse_pointer
-from psannlm.reports.tables.gpu import is_dry_run_summary
+from psannlm.io.readers import Unreadable, read_json
+from psannlm.reports.schemas.gpu import CheckResult, GpuMachine, Measure, SuiteReport
 
 # Parts of measures' names in earlier summaries, and what they are now.
 _FORMER_NAMES = {
@@ -26,7 +26,7 @@ _FORMER_NAMES = {
 _IDENTITY = ("device", "name", "n_devices", "threads")
 
 
-def read_baseline(path: Path, machine: dict[str, Any], *, is_dry_run: bool, any_machine: bool) -> dict[str, Any]:
+def read_baseline(path: Path, machine: GpuMachine, *, is_dry_run: bool, any_machine: bool) -> SuiteReport:
     """Read an earlier ``summary.json``, given by its path or its folder.
 
     Raises:
@@ -37,54 +37,52 @@ def read_baseline(path: Path, machine: dict[str, Any], *, is_dry_run: bool, any_
     if path.is_dir():
         path = path / "summary.json"
     refuse_pointer(path, ArtifactError)
+    if not path.is_file():
+        raise ArtifactError(f"the baseline {path} cannot be read: it is not a file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        former, was_dry_run = content["machine"], is_dry_run_summary(content)
-        for check in content["checks"]:
-            for measure in check["measures"]:
-                measure["name"], measure["value"], check["check"], check["status"]
-    except OSError as error:
-        raise ArtifactError(f"the baseline {path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is not a summary.json of psannlm gpu-validate") from error
+        # The user named it, so that a link is followed.
+        report = read_figures(SuiteReport, read_json(path.resolve()))
+    except Unreadable as error:
+        raise ArtifactError(f"{path} is not a summary.json of psannlm gpu-validate: {error}") from error
+    former, was_dry_run = report.machine, report.is_dry_run
     if was_dry_run != is_dry_run:
         kinds = ("a dry run", "a run at full size")
         mine, theirs = (kinds[0 if flag else 1] for flag in (is_dry_run, was_dry_run))
         raise ConfigError(f"the baseline {path} is {theirs} and this is {mine}: their figures are not comparable")
     differing = [
-        f"{key}: {former.get(key)} in the baseline, {machine[key]} here"
+        f"{key}: {former.get(key)} in the baseline, {machine.get(key)} here"
         for key in _IDENTITY
-        if former.get(key) != machine[key]
+        if former.get(key) != machine.get(key)
     ]
     if differing and not any_machine:
         raise ConfigError(
             f"the baseline {path} was measured on another machine ({'; '.join(differing)}); its figures are not "
             "comparable. Use --baseline-any-machine to compare anyway"
         )
-    return dict(content)
+    return report
 
 
-def regressions(results: Sequence[CheckResult], baseline: dict[str, Any]) -> list[str]:
+def regressions(results: Sequence[CheckResult], baseline: SuiteReport) -> list[str]:
     """Return one line for each check now skipped, each value now missing, and each value worse than allowed.
 
     Only checks of this run are compared.
     """
-    former = {check["check"]: check for check in baseline["checks"]}
+    former = {check.check: check for check in baseline.checks}
     lines = []
     for result in results:
-        if result.check not in former or former[result.check]["status"] not in ("ok", "failed"):
+        if result.check not in former or former[result.check].status not in ("ok", "failed"):
             continue
         if result.status == "skipped":
             lines.append(f"{result.check}: ran in the baseline, and is skipped now: {result.skipped}")
             continue
-        values = {_present_name(measure["name"]): measure["value"] for measure in former[result.check]["measures"]}
+        values = {_present_name(measure.name): measure.value for measure in former[result.check].measures}
         now = {measure.name: measure for measure in result.measures}
         if result.status != "error":
             gone = [name for name in values if name not in now]
             lines += [f"{result.check}: {name}: measured in the baseline, and not now" for name in gone]
         for name, measure in now.items():
             earlier = values.get(name)
-            if isinstance(earlier, (int, float)) and (line := _worse(measure, float(earlier))):
+            if earlier is not None and math.isfinite(earlier) and (line := _worse(measure, earlier)):
                 lines.append(f"{result.check}: {line}")
     return lines
 

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psannlm.gpu_suite.report import CheckResult, SuiteReport
 from psannlm.io.atomic import write_bytes
 from psannlm.io.figures import render_figure
+from psannlm.reports.schemas.gpu import CheckResult, SuiteReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def draw_suite(folder: Path, report: SuiteReport) -> list[Path]:
         StorageError: a picture cannot be written.
     """
     drawn = []
-    for result in report.results:
+    for result in report.checks:
         if result.check == "GPU-02" and result.series:
             drawn.append(_write(folder / "precision.png", partial(_losses_figure, result)))
         if result.check == "GPU-03" and len(result.series) > 1:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,9 +23,9 @@ from psannlm.gpu_suite.checks.numerics import check_gradients, check_precision
 from psannlm.gpu_suite.checks.parallel import check_ddp, check_fsdp
 from psannlm.gpu_suite.checks.speed import check_speed
 from psannlm.gpu_suite.context import DRY_RUN, FULL, CheckContext, Sizes
-from psannlm.gpu_suite.report import CheckResult, SuiteReport
 from psannlm.io.atomic import explain_write_errors
 from psannlm.io.filenames import utf8
+from psannlm.reports.schemas.gpu import CheckResult, GpuMachine, SuiteReport
 from psannlm.runtime.device import describe_device, pick_device
 
 Check = Callable[[CheckContext], CheckResult]
@@ -88,7 +87,7 @@ def validate(
             say(f"{name}: {results[-1].status} after {results[-1].seconds:,.1f} s")
             report = replace(
                 report,
-                results=tuple(results),
+                checks=tuple(results),
                 regressions=() if former is None else tuple(regressions(results, former)),
                 to_come=tuple(names[len(results) :]),
             )
@@ -167,10 +166,10 @@ def _chosen(only: Sequence[str]) -> list[str]:
     return [name for name in CHECKS if not only or name in only]
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return what determines the figures, as plain data: hardware, versions, and float32 matrix precision."""
+def describe_machine(device: torch.device) -> GpuMachine:
+    """Return what determines the figures: hardware, versions, and float32 matrix precision."""
     is_gpu = device.type == "cuda"
-    machine: dict[str, Any] = {
+    machine: GpuMachine = {
         "device": device.type,
         "name": describe_device(device) if is_gpu else "CPU",
         "n_devices": torch.cuda.device_count() if is_gpu else 1,

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from psannlm.data.corpus.files import JSON_LINES_SUFFIXES
 from psannlm.data.framing import unpack_origin
 from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, write_manifest
 from psannlm.data.memory_store import token_dtype
+from psannlm.data.record_figures import PrepRecord
 from psannlm.data.shard_file import ShardEntry, write_shard
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, Interrupted, StorageError
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_bytes
@@ -80,23 +81,23 @@ class PrepResult:
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON values."""
         manifest = self.manifest
-        return {
-            "folder": str(self.folder),
-            "was_done": self.was_done,
-            "seconds": round(self.seconds, 3),
-            "corpus_bytes": self.n_corpus_bytes,
-            "mb_per_s": None if self.was_done else round(self.n_corpus_bytes / 1e6 / max(1e-9, self.seconds), 3),
-            "part": manifest.part,
-            "dtype": manifest.dtype,
-            "tokenizer": asdict(manifest.tokenizer),
-            "train": asdict(manifest.train),
-            "validation": asdict(manifest.validation),
-            "drops": manifest.drops,
-            "duplicates": manifest.duplicates,
-            "lossy_tokenizer": is_lossy(manifest.lost_fraction),
-            "lost_fraction": manifest.lost_fraction,
-            "content_sha256": manifest.content_sha256,
-        }
+        return PrepRecord(
+            folder=str(self.folder),
+            was_done=self.was_done,
+            seconds=round(self.seconds, 3),
+            corpus_bytes=self.n_corpus_bytes,
+            mb_per_s=None if self.was_done else round(self.n_corpus_bytes / 1e6 / max(1e-9, self.seconds), 3),
+            part=manifest.part,
+            dtype=manifest.dtype,
+            tokenizer=manifest.tokenizer,
+            train=manifest.train,
+            validation=manifest.validation,
+            drops=manifest.drops,
+            duplicates=manifest.duplicates,
+            lossy_tokenizer=is_lossy(manifest.lost_fraction),
+            lost_fraction=manifest.lost_fraction,
+            content_sha256=manifest.content_sha256,
+        ).as_dict()
 
 
 def prepare_corpus(

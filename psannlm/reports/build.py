@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,20 +15,14 @@ from psannlm.errors import ArtifactError, ConfigError
 from psannlm.io.atomic import write_bytes, write_text
 from psannlm.io.readers import Unreadable
 from psannlm.io.run_metadata import new_folder, write_json
-from psannlm.reports.gather import OWN_KIND, PUBLISHED_FOLDER, Artifact, Gathered, Unread, gather
+from psannlm.reports.gather import OWN_KIND, PUBLISHED_FOLDER, Gathered, Unread, gather
 from psannlm.reports.page_model import Document, Origin, Picture
-from psannlm.reports.pages import (
-    CURVE_FILE,
-    SUITE_KIND,
-    UNUSABLE,
-    build_document,
-    describe_unusable,
-    drawn,
-    loss_picture,
-)
+from psannlm.reports.pages import CURVE_FILE, build_document, drawn, loss_picture
 from psannlm.reports.render import to_html, to_markdown
 from psannlm.reports.run_comparison import compare_runs, deltas, differing_settings
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
+from psannlm.reports.schemas.gpu import SuiteReport
+from psannlm.reports.schemas.runs import ReportedRun, ReportMetrics
 from psannlm.reports.tables.generic import memory_rows, rate_rows
 from psannlm.reports.tables.gpu import suite_memory, suite_rates
 
@@ -180,17 +174,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _rows_of(
-    artifact: Artifact, rows: Callable[[dict[str, Any]], Iterator[dict[str, Any]]], unread: list[Unread]
-) -> list[dict[str, Any]]:
-    """Return the rows that ``rows`` finds in an artifact's figures; unusable figures are added to ``unread``."""
-    try:
-        return list(rows(artifact.figures))
-    except UNUSABLE as error:
-        unread.append(Unread(artifact.folder, f"figures that cannot be used: {describe_unusable(error)}"))
-        return []
-
-
 def _rates(found: Gathered) -> list[dict[str, Any]]:
     """Return the rows of throughput.csv: every throughput of every artifact and run."""
     rows = []
@@ -201,13 +184,13 @@ def _rates(found: Gathered) -> list[dict[str, Any]]:
             "machine": Origin.of(artifact.system).machine,
             "artifact": str(artifact.folder),
         }
-        rates = suite_rates if artifact.kind == SUITE_KIND else rate_rows
-        rows += [{**row, **place} for row in _rows_of(artifact, rates, found.unread)]
+        suite = artifact.metrics if isinstance(artifact.metrics, SuiteReport) else None
+        rows += [{**row, **place} for row in (suite_rates(suite) if suite else rate_rows(artifact.figures))]
     for run in found.runs:
         if run.tokens_per_s is not None:
             machine = Origin.of(run.system).machine
             place = {"kind": "runs", "name": run.name, "machine": machine, "artifact": str(run.folder)}
-            rows.append({**run.as_dict(), "figure": "tokens_per_s", "dtype": run.config.get("train.amp"), **place})
+            rows.append({**run.row.as_dict(), "figure": "tokens_per_s", "dtype": run.config.get("train.amp"), **place})
     return rows
 
 
@@ -215,8 +198,8 @@ def _memory(found: Gathered) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for artifact in found.artifacts:
         place = {"timestamp": artifact.timestamp, "kind": artifact.kind, "artifact": str(artifact.folder)}
-        amounts = suite_memory if artifact.kind == SUITE_KIND else memory_rows
-        rows += [{**place, **row} for row in _rows_of(artifact, amounts, found.unread)]
+        suite = artifact.metrics if isinstance(artifact.metrics, SuiteReport) else None
+        rows += [{**place, **row} for row in (suite_memory(suite) if suite else memory_rows(artifact.figures))]
     for run in found.runs:
         if run.peak_memory_bytes is not None:
             figure = {
@@ -232,15 +215,13 @@ def _memory(found: Gathered) -> list[dict[str, Any]]:
 
 
 def _write_runs(folder: Path, runs: Sequence[RunRecord]) -> None:
-    rows = [run.as_dict() for run in runs]
+    rows = [run.row.as_dict() for run in runs]
     if rows:
         write_text(folder / RUNS_CSV_FILE, _csv(rows, tuple(rows[0])))
     steps = [{**step, "folder": str(run.folder)} for run in runs for step in run.step_rows()]
     write_text(folder / STEPS_FILE, _csv(steps, STEP_COLUMNS))
-    write_json(
-        folder / RUNS_JSON_FILE,
-        {"runs": [{**row, "settings": run.config} for row, run in zip(rows, runs, strict=True)]},
-    )
+    metrics = ReportMetrics([ReportedRun(**row, settings=run.config) for row, run in zip(rows, runs, strict=True)])
+    write_json(folder / RUNS_JSON_FILE, metrics.as_dict())
 
 
 def _curve_of_all(found: Gathered, document: Document) -> list[Picture]:

@@ -10,10 +10,13 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+from psannlm.display import shortened
 from psannlm.errors import ConfigError, nearest
+from psannlm.io.artifact_schema import Figures
 from psannlm.io.readers import Unreadable, read_json, read_text
 from psannlm.io.records import find_records
 from psannlm.reports.runs import SYSTEM_FILE, RunRecord, find_runs, read_run
+from psannlm.reports.schemas.kinds import read_artifact_figures
 
 FIGURES_FILES = ("metrics.json", "summary.json")
 TABLE_FILE = "table.txt"
@@ -26,11 +29,16 @@ _NAME = re.compile(r"([0-9]{8})_([0-9]{6})(?:_.+)?")
 _AGO = re.compile(r"([0-9]{1,5})([hd])")
 _PICTURE = ".png"
 _LARGEST_TABLE_BYTES = 1 << 20
+_LONGEST_PROBLEM = 200
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One folder ``reports/<kind>/<ts>``: figures, machine and printed table."""
+    """One folder ``reports/<kind>/<ts>``: figures, machine and printed table.
+
+    ``metrics`` are the figures by the schema of the kind; None where they do not fit it, for the reason in ``problem``,
+    or there is none.
+    """
 
     folder: Path
     kind: str
@@ -39,6 +47,8 @@ class Artifact:
     system: dict[str, Any]
     table: str
     pictures: tuple[Path, ...]
+    metrics: Figures | None = None
+    problem: str = ""
 
     @property
     def timestamp(self) -> str:
@@ -193,7 +203,12 @@ def _read_artifact(folder: Path, unread: list[Unread], kind: str) -> Artifact:
         except Unreadable as error:
             unread.append(Unread(folder / name, str(error)))
     pictures = tuple(sorted(child for child in folder.iterdir() if child.suffix == _PICTURE and not child.is_dir()))
-    return Artifact(folder, kind, _when(folder, system), figures, system, table, pictures)
+    metrics, problem = None, ""
+    try:
+        metrics = read_artifact_figures(kind, figures)
+    except Unreadable as error:
+        problem = shortened(str(error), _LONGEST_PROBLEM)
+    return Artifact(folder, kind, _when(folder, system), figures, system, table, pictures, metrics, problem)
 
 
 def _add_run(found: Gathered, folder: Path, name: str, since: datetime | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,9 +132,9 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def lossy_mark(row: Mapping[str, Any]) -> str:
+def lossy_mark(is_lossy: object) -> str:
     """Return the mark that follows bits per byte of a lossy tokenizer; empty for others."""
-    return LOSSY if row.get("lossy_tokenizer") else ""
+    return LOSSY if is_lossy else ""
 
 
 def format_value(value: object, digits: int = 4) -> str:
@@ -177,6 +177,6 @@ def format_float(value: float, digits: int = 4) -> str:
 
 def signed(value: float | None, digits: int = 4) -> str:
     """Return a difference with its sign (a true minus)."""
-    if value is None:
+    if value is None or math.isnan(value):
         return "–"
     return f"{'+' if value > 0 else '−' if value < 0 else '±'}{format_float(abs(value), digits)}"

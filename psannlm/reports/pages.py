@@ -29,14 +29,16 @@ from psannlm.reports.page_model import (
 )
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
 from psannlm.reports.runs import RunRecord
+from psannlm.reports.schemas.gpu import SuiteReport
+from psannlm.reports.schemas.study import StudyMetrics
+from psannlm.reports.schemas.throughput import ThroughputMetrics
 from psannlm.reports.tables.generic import tables_of
 from psannlm.reports.tables.gpu import suite_headlines, suite_tables
 from psannlm.reports.tables.study import study_headline, study_pictures, study_tables
 from psannlm.reports.tables.throughput import throughput_tables
 from psannlm.tokenizers.roundtrip import LOSSY_NOTE
 
-STUDY_KIND, THROUGHPUT_KIND, SUITE_KIND = "ablations", "throughput", "gpu"
-_FIGURES_OF = {STUDY_KIND: "a study", THROUGHPUT_KIND: "a training benchmark", SUITE_KIND: "a GPU validation"}
+STUDY_KIND, THROUGHPUT_KIND = "ablations", "throughput"
 STUDY_FILE = "study.json"
 CURVE_FILE = "loss_curve.png"
 _MOST_CURVES = 12
@@ -48,8 +50,6 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 # Width and height in the header; a small file may ask a reader for gigabytes.
 _PNG_SIZES, _MOST_PIXELS = slice(16, 24), 50_000_000
 _LONGEST_NAME_BYTES = 160
-# Errors that figures of the wrong type, shape or size raise where they are put into tables and pictures.
-UNUSABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError)
 _TITLES = {
     "tokenizers": "Tokenizers",
     "kv_cache": "Decoding with the cache",
@@ -119,12 +119,6 @@ def drawn(where: str | Path, draw: Callable[[], list[Picture]], unread: list[Unr
         return []
 
 
-def describe_unusable(error: Exception) -> str:
-    """Return the kind of an error of :data:`UNUSABLE` and its message, shortened for a table."""
-    kind = "" if isinstance(error, Unreadable) else f"{type(error).__name__} "
-    return shortened(f"{kind}{error}", 200)
-
-
 def _title(artifact: Artifact) -> str:
     """Return the kind of the artifact, its time, and what the name of its folder adds to the time."""
     added = re.sub(r"^[0-9]{8}_[0-9]{6}_?", "", artifact.folder.name).replace("_", " ")
@@ -172,21 +166,21 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
     )
     rows = []
     for run in runs:
-        row = run.as_dict()
-        peak = row["peak_memory_bytes"]
-        base = str(row["base"] or "–") + (f", {row['mlp']}" if row["mlp"] else "")
+        row = run.row
+        peak = row.peak_memory_bytes
+        base = str(row.base or "–") + (f", {row.mlp}" if row.mlp else "")
         rows.append(
             [
                 run.name,
-                format_value(row["val_loss"]),
-                format_value(row["bits_per_byte"]) + lossy_mark(row),
-                format_value(row["perplexity"]),
-                format_value(row["val_step"]),
-                format_value(row["train_loss"]),
-                format_value(row["step"]),
-                format_value(row["tokens"]),
-                format_value(row["tokens_per_s"], 3),
-                format_value(row["parameters"]),
+                format_value(row.val_loss),
+                format_value(row.bits_per_byte) + lossy_mark(row.lossy_tokenizer),
+                format_value(row.perplexity),
+                format_value(row.val_step),
+                format_value(row.train_loss),
+                format_value(row.step),
+                format_value(row.tokens),
+                format_value(row.tokens_per_s, 3),
+                format_value(row.parameters),
                 base,
                 run.corpus,
                 "–" if peak is None else f"{peak / 1e6:,.0f}",
@@ -196,7 +190,7 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
         "The best validation of each run. Losses and perplexities compare where corpus and tokenizer are the same, "
         "bits per byte compare on the same text."
     )
-    if any(run.as_dict()["lossy_tokenizer"] for run in runs):
+    if any(run.row.lossy_tokenizer for run in runs):
         note += LOSSY_NOTE
     return Table("", headings, rows, frozenset((*range(1, 10), 12)), note)
 
@@ -231,18 +225,25 @@ def _run_headlines(runs: Sequence[RunRecord]) -> list[Headline]:
     found = []
     scored = [run for run in runs if run.best is not None and isinstance(run.best.get("bits_per_byte"), float)]
     # A lossy tokenizer makes bits per byte too low, so a run with one is the best only among its like.
-    scored = [run for run in scored if not run.as_dict()["lossy_tokenizer"]] or scored
+    scored = [run for run in scored if not run.row.lossy_tokenizer] or scored
     if scored:
-        best = min(scored, key=lambda run: run.as_dict()["bits_per_byte"])
-        row = best.as_dict()
-        of = f"{best.name}, {format_value(row['parameters'])} parameters, on {best.corpus}"
-        found.append(Headline(f"{row['bits_per_byte']:.3f}{lossy_mark(row)}", "bits per byte", "Best validation", of))
+        best = min(scored, key=lambda run: (run.best or {})["bits_per_byte"])
+        row = best.row
+        of = f"{best.name}, {format_value(row.parameters)} parameters, on {best.corpus}"
         found.append(
             Headline(
-                format_value(row["val_loss"]),
+                f"{row.bits_per_byte:.3f}{lossy_mark(row.lossy_tokenizer)}",
+                "bits per byte",
+                "Best validation",
+                of,
+            )
+        )
+        found.append(
+            Headline(
+                format_value(row.val_loss),
                 "nats per token",
                 "Its validation loss",
-                f"perplexity {format_value(row['perplexity'])}",
+                f"perplexity {format_value(row.perplexity)}",
             )
         )
     rated = [run for run in runs if run.tokens_per_s is not None]
@@ -256,22 +257,12 @@ def _run_headlines(runs: Sequence[RunRecord]) -> list[Headline]:
 
 def _artifact_blocks(artifact: Artifact, unread: list[Unread]) -> tuple[list[Block], list[Headline]]:
     blocks: list[Block] = []
-    headlines: list[Headline] = []
     prefix = _file_name(artifact.kind, artifact.folder.name, "")
-    shown: set[str] = set()
-    try:
-        tables, pictures, headlines = _of_its_kind(artifact, prefix, unread)
-    except (Unreadable, *UNUSABLE) as error:
-        what = _FIGURES_OF.get(artifact.kind, "a benchmark")
-        unread.append(Unread(artifact.folder, f"not the figures of {what}: {describe_unusable(error)}"))
-    else:
-        blocks += [*tables[:1], *pictures, *tables[1:]]
-        shown = {picture.file.removeprefix(prefix) for picture in pictures}
-    if not blocks:
-        try:
-            blocks += list(tables_of(artifact.figures))
-        except UNUSABLE as error:
-            unread.append(Unread(artifact.folder, f"figures that cannot be used: {describe_unusable(error)}"))
+    if artifact.problem:
+        unread.append(Unread(artifact.folder, artifact.problem))
+    tables, pictures, headlines = _of_its_kind(artifact, prefix, unread)
+    blocks += [*tables[:1], *pictures, *tables[1:]]
+    shown = {picture.file.removeprefix(prefix) for picture in pictures}
     blocks += _pictures(artifact, prefix, shown, unread)
     if artifact.table.strip():
         blocks.append(Printed("Output of the command", artifact.table))
@@ -281,17 +272,17 @@ def _artifact_blocks(artifact: Artifact, unread: list[Unread]) -> tuple[list[Blo
 def _of_its_kind(
     artifact: Artifact, prefix: str, unread: list[Unread]
 ) -> tuple[list[Table], list[Picture], list[Headline]]:
-    """Return tables, pictures and headlines of a kind that has its own layout; nothing of other kinds."""
-    figures = artifact.figures
-    if artifact.kind == STUDY_KIND:
-        headline = study_headline(figures)
-        pictures = drawn(artifact.folder, lambda: study_pictures(figures, prefix), unread)
-        return study_tables(figures), pictures, [] if headline is None else [headline]
-    if artifact.kind == SUITE_KIND:
-        return suite_tables(figures), [], suite_headlines(figures)
-    if artifact.kind == THROUGHPUT_KIND:
-        return throughput_tables(figures), [], []
-    return [], [], []
+    """Return tables, pictures and headlines; kinds without a layout of their own have generic tables."""
+    metrics = artifact.metrics
+    if isinstance(metrics, StudyMetrics):
+        headline = study_headline(metrics)
+        pictures = drawn(artifact.folder, lambda: study_pictures(metrics, prefix), unread)
+        return study_tables(metrics), pictures, [] if headline is None else [headline]
+    if isinstance(metrics, SuiteReport):
+        return suite_tables(metrics), [], suite_headlines(metrics)
+    if isinstance(metrics, ThroughputMetrics):
+        return throughput_tables(metrics, artifact.figures), [], []
+    return list(tables_of(artifact.figures)), [], []
 
 
 def _pictures(artifact: Artifact, prefix: str, shown: set[str], unread: list[Unread]) -> Iterator[Picture]:

@@ -57,7 +57,7 @@ def compare_runs(runs: Sequence[RunRecord], origin: Origin, unread: list[Unread]
 
 
 def _headlines(first: RunRecord, run: RunRecord) -> list[Headline]:
-    delta = _delta(first.as_dict()["val_loss"], run.as_dict()["val_loss"])
+    delta = _delta(first.row.val_loss, run.row.val_loss)
     found = []
     if delta is not None:
         spread = shared_validations(first, run)
@@ -85,13 +85,13 @@ def shared_validations(first: RunRecord, run: RunRecord) -> dict[str, float] | N
 
 def deltas(first: RunRecord, run: RunRecord) -> dict[str, Any]:
     """Return the differences of the figures of ``run`` from those of ``first``, as plain data."""
-    ours, theirs = run.as_dict(), first.as_dict()
+    ours, theirs = run.row, first.row
     names = ("val_loss", "bits_per_byte", "train_loss", "final_val_loss", "parameters", "peak_memory_bytes")
     return {
         "run": run.name,
         "against": first.name,
-        **{name: _delta(theirs[name], ours[name]) for name in names},
-        "lossy_tokenizer": bool(ours["lossy_tokenizer"] or theirs["lossy_tokenizer"]),
+        **{name: _delta(getattr(theirs, name), getattr(ours, name)) for name in names},
+        "lossy_tokenizer": bool(ours.lossy_tokenizer or theirs.lossy_tokenizer),
         "val_loss_at_shared_steps": shared_validations(first, run),
         "tokens_per_s_ratio": _ratio(run, first),
     }
@@ -120,7 +120,7 @@ def _deltas_table(first: RunRecord, others: Sequence[RunRecord]) -> Table:
                 f"{run.name} minus {first.name}",
                 signed(delta["val_loss"]),
                 "–" if shared is None else _spread(shared),
-                signed(delta["bits_per_byte"]) + lossy_mark(delta),
+                signed(delta["bits_per_byte"]) + lossy_mark(delta["lossy_tokenizer"]),
                 signed(delta["train_loss"]),
                 "–" if delta["tokens_per_s_ratio"] is None else f"{delta['tokens_per_s_ratio']:.3f}",
                 "–" if rates is None else f"{format_value(rates['lowest'], 3)} to {format_value(rates['highest'], 3)}",

@@ -9,16 +9,21 @@ import os
 import statistics
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from psannlm.config.non_semantic import BOOKKEEPING_KEYS
 from psannlm.config.validation import with_present_keys
+from psannlm.data.record_figures import TrainRecord
+from psannlm.io.artifact_schema import read_figures
 from psannlm.io.atomic import is_plain_folder, read_head
 from psannlm.io.limits import MAX_HEADER_VALUES, json_values
 from psannlm.io.readers import Unreadable, flatten, number, read_json, read_text, read_yaml
+from psannlm.io.records import FIGURES_FILE as RECORD_FILE
 from psannlm.io.records import read_record
+from psannlm.reports.schemas.runs import RunRow
 
 METRICS_FILE, CONFIG_FILE, SYSTEM_FILE = "metrics.jsonl", "config.yaml", "system.json"
 _DEEPEST = 6
@@ -28,6 +33,7 @@ _MAX_HEADER_BYTES = 64 << 20
 # Above it a float does not represent every whole number; no step, size or throughput comes near.
 _LARGEST_WHOLE = 1 << 53
 _MOST_DAMAGED_LINES = 10_000
+_COUNTS, _FLAG = ("tokens", "peak_memory_bytes"), "lossy_tokenizer"
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class RunRecord:
         parameters: elements of the saved weights, or None without a checkpoint.
         corpus_sha256, tokenizer_fingerprint: of what it was trained on, or None without a checkpoint.
         problems: what could not be read, each with the reason.
-        record: what ``psannlm train`` printed at the end, as figures; empty where the run has not ended.
+        record: what ``psannlm train`` printed at the end; None where the run has not ended.
     """
 
     folder: Path
@@ -54,7 +60,7 @@ class RunRecord:
     corpus_sha256: str | None
     tokenizer_fingerprint: str | None
     problems: tuple[str, ...]
-    record: dict[str, Any] = field(default_factory=dict)
+    record: TrainRecord | None = None
 
     @property
     def timestamp(self) -> str | None:
@@ -87,40 +93,41 @@ class RunRecord:
         peaks = [int(peak) for row in self.train_rows if (peak := number(row.get("peak_memory_bytes")))]
         return max(peaks, default=None)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures of the run, unrounded."""
+    @cached_property
+    def row(self) -> RunRow:
+        """The figures of the run, unrounded."""
         last = self.train_rows[-1] if self.train_rows else {}
         best = self.best or {}
         final = self.eval_rows[-1] if self.eval_rows else {}
-        rates = self.tokens_per_s or {}
-        return {
-            "timestamp": self.timestamp,
-            "run": self.name,
-            "base": self.config.get("model.base"),
-            "mlp": self.config.get("model.mlp"),
-            "parameters": self.parameters,
-            "corpus": self.corpus,
-            "corpus_sha256": self.corpus_sha256,
-            "seed": self.config.get("train.seed"),
-            "lr": self.config.get("train.lr"),
-            "batch_tokens": self.config.get("train.batch_tokens"),
-            "step": last.get("step"),
-            "tokens": last.get("tokens"),
-            "train_loss": last.get("loss"),
-            "val_loss": best.get("loss"),
-            "val_step": best.get("step"),
-            "perplexity": best.get("perplexity"),
-            "bits_per_byte": best.get("bits_per_byte"),
-            "lossy_tokenizer": best.get("lossy_tokenizer", self.record.get("lossy_tokenizer")),
-            "final_val_loss": final.get("loss"),
-            "tokens_per_s": rates.get("median"),
-            "tokens_per_s_lowest": rates.get("lowest"),
-            "tokens_per_s_highest": rates.get("highest"),
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "epochs": self.record.get("epochs"),
-            "val_overlap": self.record.get("val_overlap"),
-            "folder": str(self.folder),
-        }
+        rates, record = self.tokens_per_s or {}, self.record
+        return RunRow(
+            timestamp=self.timestamp,
+            run=self.name,
+            base=self.config.get("model.base"),
+            mlp=self.config.get("model.mlp"),
+            parameters=self.parameters,
+            corpus=self.corpus,
+            corpus_sha256=self.corpus_sha256,
+            seed=self.config.get("train.seed"),
+            lr=self.config.get("train.lr"),
+            batch_tokens=self.config.get("train.batch_tokens"),
+            step=last.get("step"),
+            tokens=last.get("tokens"),
+            train_loss=last.get("loss"),
+            val_loss=best.get("loss"),
+            val_step=best.get("step"),
+            perplexity=best.get("perplexity"),
+            bits_per_byte=best.get("bits_per_byte"),
+            lossy_tokenizer=best.get("lossy_tokenizer", None if record is None else record.lossy_tokenizer),
+            final_val_loss=final.get("loss"),
+            tokens_per_s=rates.get("median"),
+            tokens_per_s_lowest=rates.get("lowest"),
+            tokens_per_s_highest=rates.get("highest"),
+            peak_memory_bytes=self.peak_memory_bytes,
+            epochs=None if record is None else record.epochs,
+            val_overlap=None if record is None else record.val_overlap,
+            folder=str(self.folder),
+        )
 
     def step_rows(self) -> list[dict[str, Any]]:
         """Return a row for every logged step and every validation, in the order of the steps, as ``metrics.csv`` has.
@@ -225,6 +232,12 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         system = read_json(folder / SYSTEM_FILE)
     except Unreadable as error:
         problems.append(str(error))
+    record = None
+    if (figures := read_record(folder)) is not None:
+        try:
+            record = read_figures(TrainRecord, figures)
+        except Unreadable as error:
+            problems.append(f"{RECORD_FILE}: {error}")
     parameters, trained_on = _read_checkpoint(folder, problems)
     run = RunRecord(
         folder=folder,
@@ -237,11 +250,11 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         corpus_sha256=trained_on.get("corpus_sha256"),
         tokenizer_fingerprint=trained_on.get("tokenizer_fingerprint"),
         problems=tuple(problems),
-        record=read_record(folder) or {},
+        record=record,
     )
     try:
         # Everything that a report reads: unusable figures must fail here, not while a page is written.
-        run.as_dict(), run.step_rows(), run.points(), run.wall_time_s, run.corpus
+        run.row, run.step_rows(), run.points(), run.wall_time_s, run.corpus
     except (ArithmeticError, ValueError, TypeError, LookupError) as error:
         raise Unreadable(f"its figures cannot be used: {type(error).__name__} {str(error)[:120]}") from error
     return run
@@ -261,7 +274,7 @@ def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
             problems.append(f"{path.name}, line {at}: {cut_short}")
         else:
             if _is_row(row):
-                rows.append({key: value for key, value in row.items() if key == "kind" or _is_figure(value)})
+                rows.append({key: value for key, value in row.items() if key == "kind" or _is_figure(key, value)})
             elif not _is_other(row):
                 problems.append(f"{path.name}, line {at}: no step, kind and loss in it")
         if len(problems) > _MOST_DAMAGED_LINES:
@@ -271,8 +284,10 @@ def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["step"])
 
 
-def _is_figure(value: object) -> bool:
-    return isinstance(value, bool) or number(value) is not None
+def _is_figure(key: str, value: object) -> bool:
+    if key in _COUNTS:
+        return type(value) is int and abs(value) <= _LARGEST_WHOLE
+    return isinstance(value, bool) if key == _FLAG else number(value) is not None
 
 
 def _is_row(row: object) -> bool:

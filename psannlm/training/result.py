@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from psannlm.data.record_figures import TrainRecord
 from psannlm.models.transformer import Transformer
 
 
@@ -50,4 +51,5 @@ class TrainResult:
     def as_dict(self) -> dict[str, Any]:
         """Return all fields but ``model`` as plain data."""
         plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+        texts = {key: str(value) for key, value in plain.items() if isinstance(value, Path)}
+        return TrainRecord(**{**plain, **texts}).as_dict()

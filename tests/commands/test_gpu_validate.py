@@ -12,7 +12,9 @@ import torch
 
 from psannlm.errors import Interrupted
 from psannlm.gpu_suite import suite
-from psannlm.gpu_suite.report import CheckResult, at_least, at_most
+from psannlm.gpu_suite.measures import at_least, at_most
+from psannlm.io.artifact_schema import read_figures
+from psannlm.reports.schemas.gpu import CheckResult, SuiteReport
 from psannlm.reports.tables.gpu import suite_headlines, suite_tables
 
 Run = Callable[..., Any]
@@ -110,5 +112,6 @@ def test_gpu_validate_interrupted_keeps_finished_checks(
     table = Path("here/table.txt").read_text(encoding="utf-8")
     assert "unfinished" in table
     assert "not run yet: GPU-03, GPU-04" in table
-    suite_tables(summary)
-    suite_headlines(summary)
+    report = read_figures(SuiteReport, summary)
+    suite_tables(report)
+    suite_headlines(report)

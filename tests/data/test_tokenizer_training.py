@@ -83,11 +83,11 @@ def test_fit_long_file_is_cut_into_segments(tmp_path: Path, monkeypatch: pytest.
         on_bytes=lambda done, total: read.append((done, total)),
     )  # fmt: skip
     size = path.stat().st_size
-    assert (card["corpus_documents"], card["corpus_bytes"]) == (1, size)
+    assert (card.corpus_documents, card.corpus_bytes) == (1, size)
     assert read[-1] == (size, size)
-    assert card["held_out_is_lossless"]
-    assert 0.02 < card["held_out_bytes"] / size < 0.25
-    assert json.loads(Path(card["card"]).read_text())["fingerprint"] == card["fingerprint"]
+    assert card.held_out_is_lossless
+    assert 0.02 < card.held_out_bytes / size < 0.25
+    assert json.loads(Path(card.card).read_text())["fingerprint"] == card.fingerprint
 
 
 def test_fit_unwritable_out_raises_before_reading(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_fit_cards_of_model_and_json_are_distinct(tmp_path: Path) -> None:
         for backend, name in (("sentencepiece", "t.model"), ("tokenizers", "t.json"))
     ]
     for card in cards:
-        assert json.loads(Path(card["card"]).read_text())["fingerprint"] == card["fingerprint"]
+        assert json.loads(Path(card.card).read_text())["fingerprint"] == card.fingerprint
 
 
 def test_figures_by_hand() -> None:

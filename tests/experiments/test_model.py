@@ -26,16 +26,21 @@ from psannlm.experiments.results import plan_tables, seconds_per_step, study_fig
 from psannlm.experiments.runner import Process, RunState, launch, read_status, run_all
 from psannlm.experiments.sizing import size_study, write_configs
 from psannlm.experiments.task_accuracy import score_runs
+from psannlm.io.artifact_schema import read_figures
+from psannlm.io.readers import read_json
 from psannlm.models.artifact import load_model
 from psannlm.reports.gather import gather
 from psannlm.reports.page_model import signed
 from psannlm.reports.runs import RunRecord
+from psannlm.reports.schemas.measured import PairedDifference
+from psannlm.reports.schemas.study import StudyMetrics, VariantFigures
 from psannlm.reports.tables.study import study_headline, study_pictures, study_tables
 from psannlm.runtime.distributed import World
 from psannlm.training.plan import build_loader
 from psannlm.training.run import train
 from psannlm.training.run_folder import RunStatus, write_status
 
+KEPT = Path(__file__).parents[2] / "reports/published/ablations/20261125_195206/metrics.json"
 BASE = """\
 model: {{base: transformer, d_model: 16, n_layers: 1, n_heads: 2, mlp: swiglu}}
 data:
@@ -209,39 +214,39 @@ def test_stopped_runs_in_any_order_give_same_figures(make: Callable[..., Study],
 
     run_all(backwards, jobs=3, launcher=record)
     assert trained == [run.name for run in reversed(again.runs)][:4], "finished runs are not repeated"
-    wanted = {**study_figures(finished), "also_compare_to": {}, "plan": str(study.plan.path)}
-    assert timeless(study_figures(make(folder="stopped"))) == timeless(wanted)
+    wanted = {**study_figures(finished).as_dict(), "also_compare_to": {}, "plan": str(study.plan.path)}
+    assert timeless(study_figures(make(folder="stopped")).as_dict()) == timeless(wanted)
     run_all(again, launcher=lambda run, environment: pytest.fail("all runs are finished"))
 
 
 def test_study_figures_match_run_logs(finished: Study) -> None:
     figures = study_figures(finished)
-    best = figures["variants"][0]
-    lines = (finished.folder / f"swiglu_lr{best['learning_rate']:g}_seed2" / "metrics.jsonl").read_text().splitlines()
+    best = figures.variants[0]
+    lines = (finished.folder / f"swiglu_lr{best.learning_rate:g}_seed2" / "metrics.jsonl").read_text().splitlines()
     evaluations = [row for row in map(json.loads, lines) if row["kind"] == "eval"]
-    assert best["val_loss_by_seed"]["2"] == evaluations[-1]["loss"]
-    assert best["edge"] in ("lowest", "highest")
-    assert "edge" in " ".join(figures["notes"])
+    assert best.val_loss_by_seed["2"] == evaluations[-1]["loss"]
+    assert best.edge in ("lowest", "highest")
+    assert "edge" in " ".join(figures.notes)
 
 
 def test_study_differences_are_paired_and_mirrored(finished: Study) -> None:
     figures = study_figures(finished)
-    best, sine = figures["variants"]
-    pairs = [sine["val_loss_by_seed"][seed] - best["val_loss_by_seed"][seed] for seed in ("1", "2")]
-    assert sine["difference"]["mean"] == pytest.approx(sum(pairs) / 2)
-    assert sine["difference"]["low"] < sine["difference"]["mean"] < sine["difference"]["high"]
+    best, sine = figures.variants
+    pairs = [sine.val_loss_by_seed[seed] - best.val_loss_by_seed[seed] for seed in ("1", "2")]
+    assert sine.difference.mean == pytest.approx(sum(pairs) / 2)
+    assert sine.difference.low < sine.difference.mean < sine.difference.high
     # Compared to the other variant, every difference changes its sign.
-    mirrored = figures["also_compare_to"]["sine"]["swiglu"]
-    assert list(figures["also_compare_to"]["sine"]) == ["swiglu"]
-    assert (mirrored["mean"], mirrored["high"]) == (-sine["difference"]["mean"], -sine["difference"]["low"])
+    mirrored = figures.also_compare_to["sine"]["swiglu"]
+    assert list(figures.also_compare_to["sine"]) == ["swiglu"]
+    assert (mirrored.mean, mirrored.high) == (-sine.difference.mean, -sine.difference.low)
 
 
 def test_study_tables_pictures_and_headline(finished: Study) -> None:
     figures = study_figures(finished)
-    sine = figures["variants"][1]
-    tables = study_tables(json.loads(json.dumps(figures)))
+    sine = figures.variants[1]
+    tables = study_tables(read_figures(StudyMetrics, json.loads(json.dumps(figures.as_dict()))))
     assert [row[0] for row in tables[0].rows] == ["swiglu", "sine"]
-    percent = -100 * sine["difference"]["mean"] / sine["val_loss"]["mean"]
+    percent = -100 * sine.difference.mean / sine.val_loss.mean
     assert (tables[1].title, tables[1].rows[0][3]) == ("Compared to sine", signed(percent, 2))
     assert {picture.file for picture in study_pictures(figures)} == {
         "differences.png",
@@ -288,13 +293,13 @@ def test_task_accuracy_uses_last_model_of_run(tmp_path: Path) -> None:
         assert (score.right, score.n_answers) == (pytest.approx(right / n_answers), n_answers)
         assert score.n_documents == data.val.n_documents
 
-    figures = json.loads(json.dumps(study_figures(study, answers)))
-    swiglu, sine = figures["variants"]
-    rate = swiglu["learning_rate"]
+    figures = read_figures(StudyMetrics, json.loads(json.dumps(study_figures(study, answers).as_dict())))
+    swiglu, sine = figures.variants
+    rate = swiglu.learning_rate
     shares = [answers[f"swiglu_lr{rate:g}_seed{seed}"].right for seed in (1, 2)]
-    assert list(swiglu["answers"]["right_by_seed"].values()) == shares
-    pairs = [sine["answers"]["right_by_seed"][seed] - swiglu["answers"]["right_by_seed"][seed] for seed in ("1", "2")]
-    assert sine["answers"]["difference"]["mean"] == pytest.approx(sum(pairs) / 2)
+    assert list(swiglu.answers.right_by_seed.values()) == shares
+    pairs = [sine.answers.right_by_seed[seed] - swiglu.answers.right_by_seed[seed] for seed in ("1", "2")]
+    assert sine.answers.difference.mean == pytest.approx(sum(pairs) / 2)
     table = study_tables(figures)[1]
     assert table.rows[1][3] == signed(100 * sum(pairs) / 2, 3)
     assert [row[0] for row in table.rows] == ["swiglu", "sine"]
@@ -318,11 +323,11 @@ def test_failing_run_is_reported_and_others_continue(make: Callable[..., Study])
     run_all(study, launcher=fail_high, keep=lines.append)
     assert any("swiglu_lr0.05_seed1: step 3: loss nan is not finite" in line for line in lines)
     figures = study_figures(study)
-    swiglu = figures["variants"][0]
-    assert (swiglu["learning_rate"], swiglu["edge"]) == (0.001, "lowest")
-    assert [rate["failed"] for rate in swiglu["learning_rates"]] == [0, 1]
-    assert [run["state"] for run in figures["runs"]].count("diverged") == 1
-    assert any(note.startswith("Diverged (non-finite) and excluded: swiglu_lr0.05_seed1") for note in figures["notes"])
+    swiglu = figures.variants[0]
+    assert (swiglu.learning_rate, swiglu.edge) == (0.001, "lowest")
+    assert [rate.failed for rate in swiglu.learning_rates] == [0, 1]
+    assert [run.state for run in figures.runs].count("diverged") == 1
+    assert any(note.startswith("Diverged (non-finite) and excluded: swiglu_lr0.05_seed1") for note in figures.notes)
     run_all(study, launcher=lambda run, environment: pytest.fail(f"{run.name} would come to the same again"))
 
 
@@ -358,17 +363,17 @@ def test_lr_is_excluded_for_divergence_only(make: Callable[..., Study]) -> None:
     run_all(study, launcher=make_run)
     state = next(read_status(run) for run in study.runs if run.name == "swiglu_lr1e+25_seed1")
     assert (state.state, state.is_diverged) == ("failed", True)
-    assert study_figures(study)["variants"][0]["learning_rate"] == 0.001
+    assert study_figures(study).variants[0].learning_rate == 0.001
 
     other = make(folder="other")
     for run in other.runs[:2]:
         train_here_after_writing(other, run)
     other.runs[3].log_path.write_text("error: no space left on device\n")
     assert not read_status(other.runs[3]).is_diverged
-    swiglu = study_figures(other)["variants"][0]
-    assert swiglu["provisional"]
+    swiglu = study_figures(other).variants[0]
+    assert swiglu.provisional
     better = min(read_status(run).record.eval_rows[-1]["loss"] for run in other.runs[:2])  # type: ignore[union-attr]
-    assert swiglu["val_loss_by_seed"] == {"1": better}, "both rates have seed 1, and a full disk is nobody's fault"
+    assert swiglu.val_loss_by_seed == {"1": better}, "both rates have seed 1, and a full disk is nobody's fault"
 
 
 def train_here_after_writing(study: Study, run: StudyRun) -> None:
@@ -416,12 +421,12 @@ def test_lr_seeds_select_lr_for_other_seeds(make: Callable[..., Study]) -> None:
     ]
     run_all(whole, launcher=train_here)
     figures = study_figures(with_selected_lrs(make(*looking)))
-    swiglu, sine = figures["variants"]
-    assert (swiglu["learning_rate"], swiglu["provisional"]) == (best, False)
-    assert [set(variant["val_loss_by_seed"]) for variant in (swiglu, sine)] == [{"1", "2", "3"}] * 2
-    assert sine["difference"]["n"] == 3
-    assert {rate["lr"]: rate["mean"] for rate in swiglu["learning_rates"]} == losses, "of the seed that looked"
-    assert any("of seed 2 only" in note for note in figures["notes"])
+    swiglu, sine = figures.variants
+    assert (swiglu.learning_rate, swiglu.provisional) == (best, False)
+    assert [set(variant.val_loss_by_seed) for variant in (swiglu, sine)] == [{"1", "2", "3"}] * 2
+    assert sine.difference.n == 3
+    assert {rate.lr: rate.mean for rate in swiglu.learning_rates} == losses, "of the seed that looked"
+    assert any("of seed 2 only" in note for note in figures.notes)
 
 
 def test_single_lr_is_reported_without_star(make: Callable[..., Study]) -> None:
@@ -434,9 +439,7 @@ def test_single_lr_is_reported_without_star(make: Callable[..., Study]) -> None:
     results, rates = study_tables(figures)[0], study_tables(figures)[1]
     assert results.rows[1][6] == "0.01"
     assert "*" not in " ".join(rates.rows[1])
-    assert any(
-        note == "Only one learning rate was tried, which may not be the best: sine." for note in figures["notes"]
-    )
+    assert any(note == "Only one learning rate was tried, which may not be the best: sine." for note in figures.notes)
 
 
 @pytest.mark.slow
@@ -462,16 +465,17 @@ def test_variants_with_other_tokens_or_validation_raise(make: Callable[..., Stud
 
 
 def test_headline_states_inconclusive_difference() -> None:
-    def variant(name: str, mean: float, half: float | None) -> dict[str, Any]:
+    def variant(name: str, mean: float, half: float | None) -> VariantFigures:
         low, high = (None, None) if half is None else (mean - half, mean + half)
-        difference = {"mean": mean, "low": low, "high": high, "n": 1 if half is None else 3, "baseline_mean": 2.0}
-        return {"name": name, "difference": difference}
+        difference = PairedDifference(mean, half, low, high, n=1 if half is None else 3, baseline_mean=2.0)
+        return replace(kept.variants[0], name=name, difference=difference)
 
-    def of(*variants: dict[str, Any]) -> str:
-        headline = study_headline({"baseline": "plain", "variants": [*variants]})
+    def of(*variants: VariantFigures) -> str:
+        headline = study_headline(replace(kept, variants=list(variants)))
         assert headline is not None
         return headline.of
 
+    kept = read_figures(StudyMetrics, read_json(KEPT))
     assert "no claim" in of(variant("sine", -0.1, None))
     assert "not shown to differ" in of(variant("sine", -0.1, 0.2))
     assert of(variant("sine", -0.1, 0.05)) == "5.0 % less; 95 %: −0.150 to −0.0500, 3 seeds"

@@ -10,9 +10,11 @@ import pytest
 
 from psannlm.errors import ArtifactError, ConfigError
 from psannlm.gpu_suite.baseline import read_baseline, regressions
-from psannlm.gpu_suite.report import CheckResult, SuiteReport, at_least, at_most
+from psannlm.gpu_suite.measures import at_least, at_most
+from psannlm.io.artifact_schema import read_figures
+from psannlm.reports.schemas.gpu import CheckResult, SuiteReport
 
-MACHINE = {"device": "cuda", "name": "H200", "n_devices": 1, "threads": None}
+MACHINE = {"device": "cuda", "name": "H200", "n_devices": 1, "threads": None, "torch": "2.13.0"}
 
 
 def result(rate: float = 100.0, peak: float = 50.0, error: float = 1e-6) -> CheckResult:
@@ -65,14 +67,14 @@ def test_baseline_of_another_machine_needs_option(tmp_path: Path, change: dict[s
     path = written(tmp_path)
     with pytest.raises(ConfigError, match="another machine"):
         read_baseline(path, {**MACHINE, **change}, is_dry_run=False, any_machine=False)
-    assert read_baseline(path, {**MACHINE, **change}, is_dry_run=False, any_machine=True)["verdict"] == "ok"
+    assert read_baseline(path, {**MACHINE, **change}, is_dry_run=False, any_machine=True).verdict == "ok"
 
 
 def test_baseline_reads_former_key_is_rehearsal(tmp_path: Path) -> None:
     summary = json.loads((written(tmp_path) / "summary.json").read_text(encoding="utf-8"))
     summary["is_rehearsal"] = summary.pop("is_dry_run")
     (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    assert read_baseline(tmp_path, MACHINE, is_dry_run=False, any_machine=False)["verdict"] == "ok"
+    assert read_baseline(tmp_path, MACHINE, is_dry_run=False, any_machine=False).verdict == "ok"
     with pytest.raises(ConfigError, match="a run at full size and this is a dry run"):
         read_baseline(tmp_path, MACHINE, is_dry_run=True, any_machine=False)
 
@@ -85,7 +87,7 @@ def test_regressions_know_former_names_of_measures(tmp_path: Path) -> None:
         "throughput",
         (at_least("respsann: roofline / step, float32, plain", 50.0, 0.0, "of the step", "", regression=0.1),),
     )
-    lines = regressions([now], summary)
+    lines = regressions([now], read_figures(SuiteReport, summary))
     assert lines[:2] == [f"GPU-03: {name}: measured in the baseline, and not now" for name in ("peak", "error")]
     assert "respsann: roofline / step, float32, plain: 50 of the step now, 100 in the baseline" in lines[2]
 

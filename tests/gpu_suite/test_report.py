@@ -7,17 +7,10 @@ import math
 
 import pytest
 
-from psannlm.gpu_suite.report import (
-    CheckResult,
-    Measure,
-    SuiteReport,
-    at_least,
-    at_most,
-    largest,
-    largest_distance,
-    none_of,
-)
+from psannlm.gpu_suite.measures import at_least, at_most, largest, largest_distance, none_of
+from psannlm.reports.schemas.gpu import CheckResult, GpuMachine, Measure, SuiteReport
 
+MACHINE: GpuMachine = {"device": "cpu", "name": "CPU", "n_devices": 1, "torch": "2.13.0"}
 GOOD = at_most("error", 0.5, 1.0, "x", "because")
 
 
@@ -52,7 +45,7 @@ def test_missed_limit_fails_check_and_suite() -> None:
     bad = at_most("other error", 2.0, 1.0, "x", "because")
     result = CheckResult("GPU-01", "t", (GOOD, bad))
     assert (result.status, result.missed) == ("failed", (bad,))
-    report = SuiteReport({}, True, (CheckResult("GPU-02", "t", (GOOD,)), result))
+    report = SuiteReport(MACHINE, True, (CheckResult("GPU-02", "t", (GOOD,)), result))
     assert report.verdict == "failed"
     assert report.problems == ["GPU-01: other error: 2 x (at most 1)"]
 
@@ -68,7 +61,7 @@ def test_check_error_outweighs_measures() -> None:
 
 
 def test_skipped_check_is_not_a_failure() -> None:
-    report = SuiteReport({}, True, (CheckResult("GPU-05", "t", skipped="one GPU"), CheckResult("1", "t", (GOOD,))))
+    report = SuiteReport(MACHINE, True, (CheckResult("GPU-05", "t", skipped="one GPU"), CheckResult("1", "t", (GOOD,))))
     assert report.verdict == "ok"
     assert report.as_dict()["counts"] == {"ok": 1, "failed": 0, "error": 0, "skipped": 1}
 

@@ -10,8 +10,9 @@ import torch
 from psannlm.errors import ConfigError, Interrupted, PsannlmError
 from psannlm.gpu_suite import suite
 from psannlm.gpu_suite.context import CheckContext
-from psannlm.gpu_suite.report import CheckResult, SuiteReport, at_most
+from psannlm.gpu_suite.measures import at_most
 from psannlm.gpu_suite.suite import CHECKS, require_device, run_check, validate
+from psannlm.reports.schemas.gpu import CheckResult, SuiteReport
 
 GOOD = (at_most("error", 0.0, 1.0, "x", ""),)
 
@@ -45,7 +46,7 @@ def test_suite_continues_after_a_raising_check(checks: list[str]) -> None:
     assert checks == list(CHECKS)
     assert report.verdict == "failed"
     assert report.problems == ["GPU-04: RuntimeError: CUDA error: an illegal memory access was encountered"]
-    assert [r.status for r in report.results].count("ok") == 8
+    assert [r.status for r in report.checks].count("ok") == 8
     assert any("Traceback" in line for line in said), "the log says where"
 
 
@@ -86,18 +87,18 @@ def test_suite_reports_device_that_cannot_be_freed(checks: list[str], monkeypatc
     monkeypatch.setattr(CheckContext, "release", release)
     report = validate("cpu", only=[f"GPU-0{number}" for number in range(1, 6)])
     assert checks == [f"GPU-0{number}" for number in range(1, 6)]
-    assert [r.status for r in report.results] == ["ok", "ok", "error", "error", "error"]
+    assert [r.status for r in report.checks] == ["ok", "ok", "error", "error", "error"]
     told = "the device could not be freed after the check: RuntimeError: CUDA error: an illegal memory access was encou"
-    third, fourth, _ = (str(r.error) for r in report.results[2:])
+    third, fourth, _ = (str(r.error) for r in report.checks[2:])
     assert third.startswith(told)
     assert fourth.startswith("RuntimeError: CUDA error: an illegal memory access was encountered; " + told)
-    assert report.results[2].measures == GOOD, "what was measured is kept"
+    assert report.checks[2].measures == GOOD, "what was measured is kept"
 
 
 def test_suite_reports_after_each_check(checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[SuiteReport] = []
     report = validate("cpu", only=("GPU-01", "GPU-02", "GPU-03"), on_report=kept.append)
-    assert [len(r.results) for r in kept] == [1, 2, 3]
+    assert [len(r.checks) for r in kept] == [1, 2, 3]
     assert [r.verdict for r in kept] == ["unfinished", "unfinished", "ok"]
     assert [r.to_come for r in kept] == [("GPU-02", "GPU-03"), ("GPU-03",), ()]
     assert kept[-1] == report

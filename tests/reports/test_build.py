@@ -114,7 +114,7 @@ def test_html_and_markdown_escape_hostile_names(written: Report) -> None:
 
 def test_report_lists_left_out_files_with_reason(written: Report) -> None:
     assert [(item.path.name, item.reason) for item in written.unread] == [
-        ("20261120_080000", "not the figures of a training benchmark: seq_len: field required and 3 more problems"),
+        ("20261120_080000", "not the figures of a training benchmark: model: field required and 19 more problems"),
         ("x.png", "not a PNG picture"),
     ]
     text = Page(written.page.read_text(encoding="utf-8")).text

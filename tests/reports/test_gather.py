@@ -60,7 +60,7 @@ def test_gather_lists_damaged_and_unknown_folders_with_reason(
 
 def test_run_record_equals_the_files_of_the_run(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     (run,) = gather(tmp_path / "none", [make_run(tmp_path / "runs" / "a")]).runs
-    row = run.as_dict()
+    row = run.row.as_dict()
     assert (row["val_loss"], row["val_step"], row["bits_per_byte"]) == (3.75, 4, 2.125)
     assert (row["train_loss"], row["tokens"], row["parameters"]) == (3.25, 400, 10)
     # The first line times the warm-up and is left out of the rate.

@@ -80,7 +80,7 @@ def test_report_lists_hostile_files_and_keeps_the_rest(
     (tmp_path / "secret.png").write_bytes(png())
     reports, runs = tmp_path / "reports", tmp_path / "runs"
     make_run(runs / "good")
-    folder = make_artifact(reports / "kv_cache" / "20261120_080000", {"tokens_per_s": 11.0})
+    folder = make_artifact(reports / "of_another_kind" / "20261120_080000", {"tokens_per_s": 11.0})
     (folder / "table.txt").unlink()
     (folder / "table.txt").symlink_to(secret)
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
@@ -93,7 +93,7 @@ def test_report_lists_hostile_files_and_keeps_the_rest(
     (folder / "a.png_ _img src=x onerror=alert(1)_ .png").write_bytes(png())
     (folder / f"{NOT_UTF8}.png").write_bytes(png())
     (folder / ("n" * 251 + ".png")).write_bytes(png())
-    fifo = make_artifact(reports / "kv_cache" / "20261120_080001", {})
+    fifo = make_artifact(reports / "of_another_kind" / "20261120_080001", {})
     (fifo / "metrics.json").unlink()
     os.mkfifo(fifo / "metrics.json")
     for name in ("fifo", "linked"):

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from psannlm.benchmarks.decoding.context_length import GrowthPoint, longest_state, measure_growth
+from psannlm.benchmarks.decoding.context_length import longest_state, measure_growth
 from psannlm.benchmarks.decoding.modes import Case, DecodeRun, Prompts, decode, decode_uncached, spread_places
-from psannlm.benchmarks.decoding.quantization_quality import TOKENS_PER_ROW, PackingCost, measure_packing_cost
+from psannlm.benchmarks.decoding.quantization_quality import TOKENS_PER_ROW, measure_packing_cost
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings, case_figures, headline
-from psannlm.benchmarks.decoding.token_parity import Agreement, Rounding, compare
+from psannlm.benchmarks.decoding.token_parity import Rounding, compare
 from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved
 from psannlm.benchmarks.harness.reference_llama import ReferenceModel, ReferenceRuns, build_reference_model, decode_with
 from psannlm.benchmarks.harness.roofline import memory_reader, step_bytes
@@ -25,10 +25,11 @@ from psannlm.generation.engine import Engine
 from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
+from psannlm.reports.schemas.decoding import Agreement, DecodingMetrics, GrowthPoint, PackingCost
 from psannlm.runtime.device import describe_device
 
 OnProgress = Callable[[Progress], None]
-OnPartial = Callable[[dict[str, Any]], None]
+OnPartial = Callable[[DecodingMetrics], None]
 # Fractions of a time limit: what passes without the cache may take, and after which no context length is measured.
 _UNCACHED_FRACTION, _CASES_FRACTION = 0.5, 0.7
 # Result of a run: a decoding run, or a memory bandwidth in bytes per second.
@@ -57,7 +58,7 @@ def bench_kv(
     make_reference: ReferenceModelBuilder = build_reference_model,
     clock: Clock = time.perf_counter,
     on_progress: OnProgress = lambda event: None,
-    on_partial: OnPartial = lambda figures: None,
+    on_partial: OnPartial = lambda metrics: None,
 ) -> KvReport:
     """Measure all cases, interleaved, on the device of ``model``; no row ends early.
 
@@ -65,7 +66,7 @@ def bench_kv(
 
     Args:
         weights: where the weights come from, for the report.
-        on_partial: called after every run with the figures so far, as plain data with ``is_complete`` false.
+        on_partial: called after every run with the figures so far, ``is_complete`` false.
 
     Raises:
         ConfigError: the model's context is too short for the prompts and new tokens.
@@ -87,7 +88,9 @@ def bench_kv(
         "model": config.model_dump(mode="json"),
         "parameters": parameters,
     }
-    bench = _Bench(model, settings, clock, on_progress, lambda figures: on_partial({**figures, **described}), began)
+    bench = _Bench(
+        model, settings, clock, on_progress, lambda metrics: on_partial(replace(metrics, **described)), began
+    )
     reference_model = None
     if settings.against is not None:
         reference_model = make_reference(settings.against, config, parameters, settings.n_tokens, device)
@@ -301,16 +304,9 @@ class _Bench:
             **{case: self._made[str(case), False] for case in self.cases if (str(case), False) in self._made},
             **counted,
         }
-        self._on_partial(
-            {
-                "is_complete": False,
-                **asdict(self._settings),
-                **headline(self._settings, best),
-                "cases": [
-                    {**case_figures(case, runs), "is_warm_up": case not in counted} for case, runs in best.items()
-                ],
-            }
-        )
+        cases = [case_figures(case, runs, is_warm_up=case not in counted) for case, runs in best.items()]
+        settings = {**asdict(self._settings), "cases": cases}
+        self._on_partial(DecodingMetrics(is_complete=False, **settings, **headline(self._settings, best)))
 
     def _cached(self, case: Case) -> Candidate:
         engine, n_new = self.compiled if case.is_compiled else self.engine, self._settings.max_new_tokens

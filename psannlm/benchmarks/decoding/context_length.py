@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved, shared_turns
-from psannlm.benchmarks.harness.roofline import RooflineFraction, memory_reader, step_bytes
+from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved, shared_rounds
+from psannlm.benchmarks.harness.roofline import memory_reader, step_bytes
 from psannlm.generation.engine import Engine
 from psannlm.io.atomic import write_bytes
 from psannlm.io.figures import render_figure
 from psannlm.models.kv_cache import KVCache
+from psannlm.reports.schemas.decoding import GrowthPoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,19 +26,6 @@ if TYPE_CHECKING:
 CONTEXTS = (256, 512, 1024, 2048, 4096)
 STEPS = 32
 _MEASURED_COLOUR, _ROOFLINE_COLOUR = "#1f77b4", "#7f7f7f"
-
-
-@dataclass(frozen=True)
-class GrowthPoint:
-    """A decoding step of all rows at one context length; ``cache_bytes`` is the size of the KV cache."""
-
-    context: int
-    cache_bytes: int
-    roofline: RooflineFraction
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures as plain data."""
-        return {"context": self.context, "cache_bytes": self.cache_bytes, **self.roofline.as_dict()}
 
 
 def longest_state(contexts: Sequence[int], n_steps: int = STEPS) -> int:
@@ -93,13 +81,11 @@ def measure_growth(
         candidates[f"reading as much as context {context:,}"] = reader
     taken = run_interleaved(candidates, repeats, unit="steps", clock=clock, on_progress=on_progress, deadline=deadline)
     return [
-        GrowthPoint(
-            context,
-            states[context].state.n_bytes,
-            RooflineFraction.of(
-                step_bytes(engine, n_rows, context),
-                *shared_turns(taken[f"reading as much as context {context:,}"], taken[f"context {context:,}"]),
-            ),
+        GrowthPoint.of(
+            step_bytes(engine, n_rows, context),
+            *shared_rounds(taken[f"reading as much as context {context:,}"], taken[f"context {context:,}"]),
+            context=context,
+            cache_bytes=states[context].state.n_bytes,
         )
         for context in contexts
     ]
@@ -149,7 +135,7 @@ def _growth_figure(title: str, points: Sequence[GrowthPoint]) -> Figure:
     from matplotlib.figure import Figure
 
     contexts = [point.context for point in points]
-    steps = [point.roofline.step_s for point in points]
+    steps = [point.step_s for point in points]
     medians = [1e3 * step.median for step in steps]
     edges = [
         [1e3 * (step.median - step.lowest) for step in steps],
@@ -167,11 +153,11 @@ def _growth_figure(title: str, points: Sequence[GrowthPoint]) -> Figure:
         capsize=4,
         label="measured, lowest to highest run",
     )
-    rooflines = [1e3 * point.roofline.roofline_s for point in points]
+    rooflines = [1e3 * point.roofline_s for point in points]
     label = "roofline: reading weights and cache once"
     axes.plot(contexts, rooflines, color=_ROOFLINE_COLOUR, linewidth=2, linestyle="--", marker="s", label=label)
     for context, median, point in zip(contexts, medians, points, strict=True):
-        text = f"{median:.3g} ms\n{point.roofline.fraction.median:.0%} of bandwidth"
+        text = f"{median:.3g} ms\n{point.fraction.median:.0%} of bandwidth"
         # The line rises: a label to the left of a point does not overlap it.
         side, shift = ("center", 0) if context == contexts[0] else ("right", 8)
         axes.annotate(text, (context, median), (shift, 9), textcoords="offset points", ha=side, fontsize=9)

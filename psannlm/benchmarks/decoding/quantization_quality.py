@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,33 +17,19 @@ from torch import Tensor
 from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved
 from psannlm.generation.engine import Engine
 from psannlm.models.transformer import Transformer
+from psannlm.reports.schemas.decoding import PackingCost
 
 ROWS = 16
 TOKENS_PER_ROW = 256
 
 
-@dataclass(frozen=True)
-class PackingCost:
-    """Perplexities on ``n_tokens`` sampled tokens; ``ratio_error`` is the standard error of their ratio."""
-
-    n_tokens: int
-    perplexity: float
-    packed_perplexity: float
-    ratio: float
-    ratio_error: float
-
-    @classmethod
-    def of(cls, losses: Tensor, packed_losses: Tensor) -> PackingCost:
-        """Compare the losses of the same tokens, in nats."""
-        extra = (packed_losses - losses).double()
-        ratio = math.exp(extra.mean().item())
-        error = extra.std(correction=0).item() / math.sqrt(extra.numel())
-        mean, packed = losses.double().mean().item(), packed_losses.double().mean().item()
-        return cls(extra.numel(), math.exp(mean), math.exp(packed), ratio, ratio * error)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures as plain data."""
-        return asdict(self)
+def packing_cost(losses: Tensor, packed_losses: Tensor) -> PackingCost:
+    """Compare the losses of the same tokens, in nats."""
+    extra = (packed_losses - losses).double()
+    ratio = math.exp(extra.mean().item())
+    error = extra.std(correction=0).item() / math.sqrt(extra.numel())
+    mean, packed = losses.double().mean().item(), packed_losses.double().mean().item()
+    return PackingCost(extra.numel(), math.exp(mean), math.exp(packed), ratio, ratio * error)
 
 
 def measure_packing_cost(
@@ -90,7 +74,7 @@ def measure_packing_cost(
         on_progress=on_progress,
         deadline=deadline,
     )
-    return PackingCost.of(losses["float32"], losses["packed"])
+    return packing_cost(losses["float32"], losses["packed"])
 
 
 @torch.inference_mode()

@@ -7,17 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from psannlm.benchmarks.decoding.context_length import CONTEXTS, GrowthPoint
+from psannlm.benchmarks.decoding.context_length import CONTEXTS
 from psannlm.benchmarks.decoding.modes import CASES, Case, DecodeRun
-from psannlm.benchmarks.decoding.quantization_quality import PackingCost
-from psannlm.benchmarks.decoding.token_parity import Agreement
-from psannlm.benchmarks.harness.interleaved import Spread, paired_ratio, shared_turns
+from psannlm.benchmarks.harness.interleaved import paired_ratio, shared_rounds
 from psannlm.benchmarks.harness.reference_llama import ReferenceRuns, require_reference_model
-from psannlm.benchmarks.harness.roofline import RooflineFraction
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, nearest
 from psannlm.generation.quantize import WeightDtype
 from psannlm.models.accounting import cache_bytes
+from psannlm.reports.schemas.decoding import (
+    Agreement,
+    CacheFigures,
+    CaseFigures,
+    DecodingMetrics,
+    GrowthPoint,
+    PackingCost,
+    ReferenceFigures,
+    RooflineFraction,
+)
+from psannlm.reports.schemas.measured import Spread
 
 Cases = Literal["all", "batch", "cached"]
 _FIGURES = ("prefill_s", "first_token_s", "decode_s", "total_s", "decode_tokens_per_s", "tokens_per_s")
@@ -145,7 +153,9 @@ class KvReport:
         """Return the ratio of decode throughputs, run by run; None if a case was not run."""
         if above not in self.runs or below not in self.runs:
             return None
-        return paired_ratio(*shared_turns(_decode_throughputs(self.runs[above]), _decode_throughputs(self.runs[below])))
+        return paired_ratio(
+            *shared_rounds(_decode_throughputs(self.runs[above]), _decode_throughputs(self.runs[below]))
+        )
 
     @property
     def naive(self) -> Case | None:
@@ -175,7 +185,7 @@ class KvReport:
         mine, theirs = self.runs[self.ours], self.reference_model.runs
         return {
             "whole": _whole_ratio(mine, theirs),
-            "decode": paired_ratio(*shared_turns(_decode_throughputs(mine), _decode_throughputs(theirs))),
+            "decode": paired_ratio(*shared_rounds(_decode_throughputs(mine), _decode_throughputs(theirs))),
         }
 
     def compile_s(self) -> dict[Case, float]:
@@ -193,7 +203,7 @@ class KvReport:
                 n_steps = (self.settings.max_new_tokens - 1) * (1 if case.is_batched else self.settings.batch_size)
                 steps = [run.decode_s / n_steps for run in runs]
                 rates = self.reads[case.is_batched]
-                found[case] = RooflineFraction.of(self.n_bytes[case.is_batched], *shared_turns(rates, steps))
+                found[case] = RooflineFraction.of(self.n_bytes[case.is_batched], *shared_rounds(rates, steps))
         return found
 
     def measured_cache_bytes(self) -> dict[Case, int]:
@@ -240,8 +250,8 @@ class KvReport:
                 found.append(f"{case}: the cache holds {slots[case]:,} tokens per row, and {needed:,} are needed")
         return found
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return settings, figures and ratios as plain data."""
+    def metrics(self) -> DecodingMetrics:
+        """Return settings, figures and ratios as they are written."""
         speedups = {
             "cache_alone_in_batch": self.from_cache(True),
             "cache_alone_one_row": self.from_cache(False),
@@ -251,64 +261,59 @@ class KvReport:
             "compiling_alone_in_batch": self.from_compiling(True),
             "compiling_alone_one_row": self.from_compiling(False),
         }
-        measured, predicted = self.measured_cache_bytes(), self.predicted_cache_bytes()
-        compiling = self.compile_s()
-        reference_model = None if self.reference_model is None else self._reference_model(self.reference_model)
-        return {
-            "is_complete": True,
-            **asdict(self.settings),
+        predicted, slots = self.predicted_cache_bytes(), self.cache_slots()
+        return DecodingMetrics(
+            **{**asdict(self.settings), "cases": [case_figures(case, runs) for case, runs in self.runs.items()]},
             **headline(self.settings, self.runs),
-            "device": self.device,
-            "threads": self.threads,
-            "weights": self.weights,
-            "model": self.model.model_dump(mode="json"),
-            "parameters": self.parameters,
-            "weight_bytes": self.weight_bytes,
-            "notices": self.notices,
-            "cases": [case_figures(case, runs) for case, runs in self.runs.items()],
-            "speedup_of_decoding": {name: ratio.as_dict() for name, ratio in speedups.items() if ratio is not None},
-            "compile_s": {str(case): seconds for case, seconds in compiling.items()},
-            "cache_bytes": {
-                str(case): {"measured": n, "predicted": predicted[case], "slots": self.cache_slots()[case]}
-                for case, n in measured.items()
+            device=self.device,
+            threads=self.threads,
+            weights=self.weights,
+            model=self.model.model_dump(mode="json"),
+            parameters=self.parameters,
+            weight_bytes=self.weight_bytes,
+            notices=self.notices,
+            speedup_of_decoding={name: ratio for name, ratio in speedups.items() if ratio is not None},
+            compile_s={str(case): seconds for case, seconds in self.compile_s().items()},
+            cache_bytes={
+                str(case): CacheFigures(measured, predicted[case], slots[case])
+                for case, measured in self.measured_cache_bytes().items()
             },
-            "bandwidth_floor": {str(case): roofline.as_dict() for case, roofline in self.rooflines().items()},
-            "context_growth": [point.as_dict() for point in self.growth],
-            "contexts_left_out": self.left_out,
-            "packing_cost": None if self.packing is None else self.packing.as_dict(),
-            "reference_model": reference_model,
-            # The key's former name, for those who read it.
-            "rival": reference_model,
-            "agreement": self.agreement.as_dict(),
-            "outputs_are_equal": self.agreement.difference is None,
-            "distinct_tokens": self.distinct_tokens,
-            "problems": self.problems,
-        }
+            bandwidth_floor={str(case): roofline for case, roofline in self.rooflines().items()},
+            context_growth=self.growth,
+            contexts_left_out=self.left_out,
+            packing_cost=self.packing,
+            reference_model=None if self.reference_model is None else self._reference_model(self.reference_model),
+            agreement=self.agreement,
+            outputs_are_equal=self.agreement.difference is None,
+            distinct_tokens=self.distinct_tokens,
+            problems=self.problems,
+        )
 
-    def _reference_model(self, reference_model: ReferenceRuns) -> dict[str, Any]:
-        return {
-            "name": reference_model.name,
-            "description": reference_model.description,
-            "parameters": reference_model.parameters,
-            "first_s": reference_model.first_s,
+    def _reference_model(self, reference_model: ReferenceRuns) -> ReferenceFigures:
+        return ReferenceFigures(
+            name=reference_model.name,
+            description=reference_model.description,
+            parameters=reference_model.parameters,
+            first_s=reference_model.first_s,
             **figures(reference_model.runs),
-            "ours": str(self.ours),
-            "our_rate_over_its": {name: ratio.as_dict() for name, ratio in self.over_reference_model().items()},
-        }
+            ours=str(self.ours),
+            our_rate_over_its=self.over_reference_model(),
+        )
 
 
-def case_figures(case: Case, runs: list[DecodeRun]) -> dict[str, Any]:
+def case_figures(case: Case, runs: list[DecodeRun], *, is_warm_up: bool | None = None) -> CaseFigures:
     """Return a case's name and switches, its numbers of runs and of timed passes, and the spread of every figure."""
     places = runs[0].places
-    return {
-        "name": str(case),
-        "cache": case.use_cache,
-        "batched": case.is_batched,
-        "compiled": case.is_compiled,
-        "n_runs": len(runs),
-        "passes_timed": runs[0].n_new if places is None else len(places),
+    return CaseFigures(
+        name=str(case),
+        cache=case.use_cache,
+        batched=case.is_batched,
+        compiled=case.is_compiled,
+        n_runs=len(runs),
+        passes_timed=runs[0].n_new if places is None else len(places),
+        is_warm_up=is_warm_up,
         **figures(runs),
-    }
+    )
 
 
 def headline(settings: KvSettings, runs: Mapping[Case, list[DecodeRun]]) -> dict[str, Any]:
@@ -320,22 +325,22 @@ def headline(settings: KvSettings, runs: Mapping[Case, list[DecodeRun]]) -> dict
     cached = runs.get(Case(True, True))
     naive = runs.get(Case(False, settings.batch_size == 1))
     if cached:
-        found["cached_tokens_per_s"] = Spread.of([run.tokens_per_s for run in cached]).as_dict()
+        found["cached_tokens_per_s"] = Spread.of([run.tokens_per_s for run in cached])
     if naive:
-        found["naive_tokens_per_s"] = Spread.of([run.tokens_per_s for run in naive]).as_dict()
+        found["naive_tokens_per_s"] = Spread.of([run.tokens_per_s for run in naive])
     if cached and naive:
-        found["cached_over_naive"] = _whole_ratio(cached, naive).as_dict()
+        found["cached_over_naive"] = _whole_ratio(cached, naive)
     return found
 
 
 def _whole_ratio(above: Sequence[DecodeRun], below: Sequence[DecodeRun]) -> Spread:
     """Return the ratio of the throughputs of all new tokens, prefill included, run by run."""
-    return paired_ratio(*shared_turns([run.tokens_per_s for run in above], [run.tokens_per_s for run in below]))
+    return paired_ratio(*shared_rounds([run.tokens_per_s for run in above], [run.tokens_per_s for run in below]))
 
 
-def figures(runs: list[DecodeRun]) -> dict[str, dict[str, float]]:
+def figures(runs: list[DecodeRun]) -> dict[str, Spread]:
     """Return the spread of every time and throughput of these runs."""
-    return {name: Spread.of([getattr(run, name) for run in runs]).as_dict() for name in _FIGURES}
+    return {name: Spread.of([getattr(run, name) for run in runs]) for name in _FIGURES}
 
 
 def _decode_throughputs(runs: list[DecodeRun]) -> list[float]:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from psannlm.benchmarks.decoding.modes import DecodeRun, Prompts
 from psannlm.models.transformer import Transformer
+from psannlm.reports.schemas.decoding import Agreement, Difference
 
 FULL_PASS = "one full forward pass"
 _DEVIATIONS = 4.0
@@ -43,60 +43,6 @@ class Rounding:
         """
         noise = new_logits(self.rounded, prompt, ids) - new_logits(self.exact, prompt, ids)
         return _DEVIATIONS * math.sqrt(2.0) * noise.square().mean().sqrt().item()
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A new token (from 0) at which two decoding modes differ; ``gap`` is between the logits of the two choices."""
-
-    row: int
-    place: int
-    first: str
-    first_token: int
-    second: str
-    second_token: int
-    gap: float
-    tolerance: float = 0.0
-
-    @property
-    def is_tie(self) -> bool:
-        """Whether rounding alone explains it."""
-        return self.gap <= self.tolerance
-
-    def __str__(self) -> str:
-        limit = (
-            f"up to {self.tolerance:.2g} is a rounding tie"
-            if self.tolerance
-            else "below about 1e-5, rounding may decide: try another --seed"
-        )
-        return (
-            f"outputs differ first at row {self.row}, new token {self.place}: {self.first_token} with {self.first}, "
-            f"{self.second_token} with {self.second}; in a full forward pass their logits are {self.gap:.2g} apart "
-            f"({limit})"
-        )
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Result of comparing all runs.
-
-    Attributes:
-        difference: the earliest difference that rounding does not explain, or None.
-        tied_places: number of (row, position) pairs at which a mode chose another token within the tolerance.
-        largest_tie: the largest gap among them; 0 without a tie.
-        largest_tolerance: the largest tolerance of any row.
-        n_checked: number of tokens compared, in all runs.
-    """
-
-    difference: Difference | None
-    tied_places: int
-    largest_tie: float
-    largest_tolerance: float
-    n_checked: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures as plain data."""
-        return asdict(self)
 
 
 def compare(

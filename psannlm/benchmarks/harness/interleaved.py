@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import gc
 import math
-import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Generic, TypeVar
 
 from psannlm.errors import ConfigError
+from psannlm.reports.schemas.measured import Spread
 
 T = TypeVar("T")
 Clock = Callable[[], float]
 # How a run reports progress: units done, units in total.
 Count = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, minimum and maximum of repeated measurements, in the unit of the measurements."""
-
-    median: float
-    lowest: float
-    highest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Return the spread of at least one value."""
-        return cls(statistics.median(values), min(values), max(values))
-
-    def as_dict(self) -> dict[str, float]:
-        """Return the three numbers as plain data."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -101,10 +83,10 @@ def run_interleaved(
     if repeats < 1:
         raise ConfigError(f"repeats is {repeats}; use 1 or more")
     plan = [
-        (turn < warm_ups, name)
-        for turn in range(warm_ups + repeats)
+        (round_ < warm_ups, name)
+        for round_ in range(warm_ups + repeats)
         for name in candidates
-        if turn >= warm_ups or name not in cold
+        if round_ >= warm_ups or name not in cold
     ]
     runs: _Runs[T] = _Runs(plan, unit, clock, on_progress, deadline)
     for index, (is_warm_up, name) in enumerate(plan):
@@ -210,12 +192,12 @@ def passes_for(work: Callable[[], object], at_least_s: float, *, clock: Clock = 
     return max(1, math.ceil(at_least_s / seconds)) if seconds > 0 else 1
 
 
-def shared_turns(first: Sequence[float], second: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the results of the turns that both candidates made: the earliest ones, if a deadline left some out."""
-    n_turns = min(len(first), len(second))
-    return first[:n_turns], second[:n_turns]
+def shared_rounds(first: Sequence[float], second: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the results of the rounds that both candidates ran: the earliest ones, if a deadline left some out."""
+    n_rounds = min(len(first), len(second))
+    return first[:n_rounds], second[:n_rounds]
 
 
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
-    """Return the spread of ``above / below``, each run divided by the other candidate's run of the same turn."""
+    """Return the spread of ``above / below``, each run divided by the other candidate's run of the same round."""
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])

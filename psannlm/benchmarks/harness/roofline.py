@@ -9,14 +9,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from psannlm.benchmarks.decoding.modes import finish
-from psannlm.benchmarks.harness.interleaved import Clock, Count, Spread
+from psannlm.benchmarks.harness.interleaved import Clock, Count
 from psannlm.generation.engine import Engine
 from psannlm.kernels.onednn import has_onednn, onednn_matmul
 from psannlm.models.accounting import cache_bytes
@@ -29,40 +27,6 @@ _READS_AT_ONCE_ON_GPU = 16
 def step_bytes(engine: Engine, n_rows: int, length: int) -> int:
     """Return the bytes that one decoding step reads when each of ``n_rows`` rows holds ``length`` tokens."""
     return engine.weight_bytes + cache_bytes(engine.model.config, n_rows, length, engine.cache_dtype.itemsize)
-
-
-@dataclass(frozen=True)
-class RooflineFraction:
-    """Seconds of a decoding step, and the fraction of them in which memory delivers the bytes it reads.
-
-    ``fraction`` is ``n_bytes / bytes_per_s / step_s``: 1 is a step that only reads, at the measured bandwidth.
-    """
-
-    n_bytes: int
-    bytes_per_s: Spread
-    step_s: Spread
-    fraction: Spread
-
-    @property
-    def roofline_s(self) -> float:
-        """Seconds to read ``n_bytes`` at the median bandwidth."""
-        return self.n_bytes / self.bytes_per_s.median
-
-    @classmethod
-    def of(cls, n_bytes: int, rates: Sequence[float], steps_s: Sequence[float]) -> RooflineFraction:
-        """Compare steps of ``steps_s`` seconds with the bandwidth (bytes per second) measured in the same turns."""
-        fractions = [n_bytes / rate / step for rate, step in zip(rates, steps_s, strict=True)]
-        return cls(n_bytes, Spread.of(rates), Spread.of(steps_s), Spread.of(fractions))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures as plain data."""
-        return {
-            "n_bytes": self.n_bytes,
-            "bytes_per_s": self.bytes_per_s.as_dict(),
-            "floor_s": self.roofline_s,
-            "step_s": self.step_s.as_dict(),
-            "fraction_of_floor": self.fraction.as_dict(),
-        }
 
 
 def memory_reader(n_bytes: int, device: torch.device, *, clock: Clock = time.perf_counter) -> Callable[[Count], float]:

@@ -13,24 +13,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from psannlm.benchmarks.harness.interleaved import (
-    Clock,
-    Count,
-    Progress,
-    Spread,
-    paired_ratio,
-    passes_for,
-    run_interleaved,
-)
+from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, paired_ratio, passes_for, run_interleaved
 from psannlm.benchmarks.harness.isolated_process import IsolatedProcess
 from psannlm.benchmarks.tokenization.prep import bench_prep, check_preparable
 from psannlm.benchmarks.tokenization.raw_libraries import raw_encode
-from psannlm.benchmarks.tokenization.report import Facts, Fitted, HeldOut, Speed, TokenizerFigures, TokenizerReport
-from psannlm.config.data import Source
+from psannlm.benchmarks.tokenization.report import Facts, Fitted
+from psannlm.config.data import PathSource, Source
 from psannlm.data.corpus.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import shared_text
 from psannlm.data.tokenizer_training import SAMPLE_SEGMENT_BYTES, sample_corpus
 from psannlm.errors import ConfigError
+from psannlm.reports.schemas.measured import Spread
+from psannlm.reports.schemas.tokenizers import HeldOut, Speed, TokenizerFigures, TokenizerReport
 from psannlm.runtime.resident_memory import peak_resident_bytes
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import (
@@ -123,7 +117,7 @@ def bench_tokenizers(
     described = _describe(measured_on, fitted_on, repeat)
     fitted_on, measured_on = fitted_on * repeat, measured_on * repeat
     unavailable = _unavailable_backends(notice)
-    fits = fit_in_turns(
+    fits = fit_interleaved(
         [name for name, (backend, _) in KINDS.items() if backend not in unavailable],
         fitted_on,
         vocab_size=vocab_size,
@@ -139,6 +133,7 @@ def bench_tokenizers(
     if with_prep:
         prepared = bench_prep({**fitted, **loaded}, preparable, repeats=repeats, on_progress=on_progress)
     return TokenizerReport(
+        corpus=[source.path if isinstance(source, PathSource) else source.builtin for source in sources],
         corpus_documents=report.documents,
         corpus_bytes=report.bytes,
         corpus_sha256=report.sha256,
@@ -202,7 +197,7 @@ class Fit:
         return Fitted(time.perf_counter() - began, tokenizer.to_bytes(), peak_resident_bytes(), tuple(notices))
 
 
-def fit_in_turns(
+def fit_interleaved(
     kinds: Sequence[str],
     passages: Texts,
     *,

@@ -13,17 +13,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psannlm.benchmarks.harness.interleaved import Count, Progress, Spread, paired_ratio, run_interleaved
+from psannlm.benchmarks.harness.interleaved import Count, Progress, paired_ratio, run_interleaved
 from psannlm.benchmarks.harness.isolated_process import IsolatedProcess
 from psannlm.benchmarks.tokenization.raw_libraries import raw_arrays, raw_encode
 from psannlm.config.data import PathSource, Source
 from psannlm.data.corpus.documents import read_documents
 from psannlm.errors import ConfigError, WorkerError
 from psannlm.prep.pool import usable_cores
+from psannlm.reports.schemas.measured import Spread
+from psannlm.reports.schemas.tokenizers import PrepFigures
 from psannlm.runtime.processes import python_command
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import tokenizer_from_bytes
@@ -56,46 +58,6 @@ class PrepRun:
     cpu_s: float
     n_tokens: int
     peak_bytes: int | None
-
-
-@dataclass(frozen=True)
-class PrepFigures:
-    """Results of preparing a corpus with one tokenizer.
-
-    Attributes:
-        n_bytes: UTF-8 bytes of all texts.
-        raw_s, raw_arrays_s: seconds of the raw library, with lists of ids as results, and with arrays (SentencePiece;
-            None for other libraries).
-        ratio_to_raw, ratio_to_raw_arrays: prep's throughput over the raw library's, run by run.
-        extra_tokens: ids of prep beyond those of the library, because long documents are encoded in segments.
-    """
-
-    name: str
-    workers: int
-    n_bytes: int
-    n_tokens: int
-    extra_tokens: int
-    prep_s: Spread
-    prep_cpu_s: Spread
-    peak_bytes: int | None
-    raw_s: Spread
-    raw_cpu_s: Spread
-    ratio_to_raw: Spread
-    raw_arrays_s: Spread | None
-    raw_arrays_cpu_s: Spread | None
-    ratio_to_raw_arrays: Spread | None
-
-    def mb_per_s(self, seconds: Spread) -> float:
-        """Return the throughput in millions of bytes of text per second, from a median time."""
-        return self.n_bytes / seconds.median / 1e6
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return figures and throughputs as plain data."""
-        return {
-            **asdict(self),
-            "prep_mb_per_s": self.mb_per_s(self.prep_s),
-            "raw_mb_per_s": self.mb_per_s(self.raw_s),
-        }
 
 
 class RawBench:

@@ -55,7 +55,9 @@ def bench_train(
         # Before any measurement, which would be lost.
         require_compiler(device, "--compile or --also compile", "leave it out")
 
-    def turns(work: dict[str, Callable[[Count], float]], repeats: int, unit: str = "steps") -> dict[str, list[float]]:
+    def interleave(
+        work: dict[str, Callable[[Count], float]], repeats: int, unit: str = "steps"
+    ) -> dict[str, list[float]]:
         return run_interleaved(work, repeats, warm_ups=0, unit=unit, clock=clock, on_progress=on_progress)
 
     peaks: dict[str, int | None] = dict.fromkeys(candidates)
@@ -65,12 +67,12 @@ def bench_train(
         taken = run_interleaved(probes, 1, warm_ups=0, clock=clock, on_progress=on_progress)
         peaks = {name: taken[f"memory of {name}"][0] for name in candidates}
     runs = {name: build(candidate, settings, device) for name, candidate in candidates.items()}
-    firsts = turns({f"first step of {name}": _timed(run, 1, clock) for name, run in runs.items()}, 1)
-    warm = turns({name: _timed(run, 1, clock) for name, run in runs.items()}, settings.warmup)
+    firsts = interleave({f"first step of {name}": _timed(run, 1, clock) for name, run in runs.items()}, 1)
+    warm = interleave({name: _timed(run, 1, clock) for name, run in runs.items()}, settings.warmup)
     n_steps = settings.steps or _steps_per_run(min(min(seconds) for seconds in warm.values()))
     counted_work = {name: _timed(run, n_steps, clock) for name, run in runs.items()}
     counted_work[_PEAK] = matrix_peak(device, precision.dtype, clock=clock)
-    counted = turns(counted_work, settings.repeats)
+    counted = interleave(counted_work, settings.repeats)
     rows = []
     for name, candidate in candidates.items():
         parameters, flops = size_of(candidate, settings)
@@ -91,19 +93,19 @@ def bench_train(
         device=describe_device(device),
         threads=torch.get_num_threads(),
         precision=precision.reason,
-        steps_per_turn=n_steps,
+        steps_per_run=n_steps,
         matrix_flops_per_s=counted[_PEAK],
         rows=rows,
     )
 
 
 def _timed(run: TrainingRun, n_steps: int, clock: Clock) -> Callable[[Count], float]:
-    def turn(count: Count) -> float:
+    def timed_run(count: Count) -> float:
         began = clock()
         run.steps(n_steps, count)
         return clock() - began
 
-    return turn
+    return timed_run
 
 
 def _probe(

@@ -6,12 +6,14 @@ import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from psannlm.benchmarks.harness.interleaved import Spread, paired_ratio
+from psannlm.benchmarks.harness.interleaved import paired_ratio
 from psannlm.benchmarks.training.candidates import Candidate, ThroughputSettings, config_of
 from psannlm.io.atomic import write_bytes
 from psannlm.io.figures import render_figure
+from psannlm.reports.schemas.measured import Spread
+from psannlm.reports.schemas.throughput import ThroughputMetrics, ThroughputRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +56,7 @@ class ThroughputReport:
     device: str
     threads: int
     precision: str
-    steps_per_turn: int
+    steps_per_run: int
     matrix_flops_per_s: list[float]
     rows: list[Trained]
 
@@ -68,7 +70,7 @@ class ThroughputReport:
         return Spread.of([self.settings.tokens_per_step / seconds for seconds in row.step_s])
 
     def utilisation(self, row: Trained) -> Spread:
-        """Return the model FLOPs utilization: operations per second over the matrix peak of the same turn."""
+        """Return the model FLOPs utilization: operations per second over the matrix peak of the same round."""
         needed = row.flops_per_token * self.settings.tokens_per_step
         return Spread.of([needed / s / peak for s, peak in zip(row.step_s, self.matrix_flops_per_s, strict=True)])
 
@@ -109,66 +111,62 @@ class ThroughputReport:
                 )
         return found
 
-    def as_dict(self, timestamp: str) -> dict[str, Any]:
-        """Return every figure as plain data; ``rows`` are flat, so that reports can collect them."""
-        sine = {"plain": self.sine_cost(False), "compiled": self.sine_cost(True)}
-        settings = asdict(self.settings)
-        return {
-            **settings,
-            "model": self.settings.model.model_dump(mode="json"),
-            "device": self.device,
-            "threads": self.threads,
-            "precision": self.precision,
-            "steps_per_turn": self.steps_per_turn,
-            "matrix_flops_per_s": Spread.of(self.matrix_flops_per_s).as_dict(),
-            "rows": [self._row(row, timestamp) for row in self.rows],
-            "sine_cost": {name: None if cost is None else cost.as_dict() for name, cost in sine.items()},
-            "problems": self.problems,
-        }
+    def metrics(self, timestamp: str, clock: str = "wall") -> ThroughputMetrics:
+        """Return every figure as it is written; ``rows`` are flat, so that reports can collect them."""
+        return ThroughputMetrics(
+            **{**asdict(self.settings), "model": self.settings.model.model_dump(mode="json")},
+            device=self.device,
+            threads=self.threads,
+            precision=self.precision,
+            steps_per_turn=self.steps_per_run,
+            matrix_flops_per_s=Spread.of(self.matrix_flops_per_s),
+            rows=[self._row(row, timestamp) for row in self.rows],
+            sine_cost={"plain": self.sine_cost(False), "compiled": self.sine_cost(True)},
+            problems=self.problems,
+            clock=clock,
+        )
 
-    def _row(self, row: Trained, timestamp: str) -> dict[str, Any]:
+    def _row(self, row: Trained, timestamp: str) -> ThroughputRow:
         model, settings = config_of(row.candidate, self.settings), self.settings
         rate, utilisation = self.tokens_per_s(row), self.utilisation(row)
-        return {
-            "timestamp": timestamp,
-            "name": row.name,
-            "maker": row.candidate.maker,
-            "description": row.description,
-            "base": model.base,
-            "mlp": model.mlp,
-            "activation": row.candidate.activation,
-            "is_baseline": row.candidate.is_baseline,
-            # The key's former name, for those who read it.
-            "is_yardstick": row.candidate.is_baseline,
-            "positional_encoding": model.positional_encoding,
-            "d_model": model.d_model,
-            "n_layers": model.n_layers,
-            "n_heads": model.n_heads,
-            "vocab_size": model.vocab_size,
-            "parameters": row.parameters,
-            "seq_len": settings.seq_len,
-            "batch_tokens": settings.tokens_per_step,
-            "amp": settings.amp,
-            "precision": self.precision.split()[0].rstrip(":"),
-            "optimizer": settings.optimizer,
-            "compile": row.candidate.is_compiled,
-            "grad_checkpoint": row.candidate.grad_checkpoint,
-            "device": self.device,
-            "threads": self.threads,
-            "tokens_per_s": rate.median,
-            "tokens_per_s_lowest": rate.lowest,
-            "tokens_per_s_highest": rate.highest,
-            "step_s": statistics.median(row.step_s),
-            "first_step_s": row.first_step_s,
-            "flops_per_token": row.flops_per_token,
-            "utilisation": utilisation.median,
-            "peak_bytes": row.peak_bytes,
-            "ours_over_it": self.speed_of_ours_over(row).as_dict(),
-            "our_memory_over_its": self.memory_of_ours_over(row),
-            "first_loss": row.losses[0],
-            "last_loss": row.losses[-1],
-            "losses": row.losses,
-        }
+        return ThroughputRow(
+            timestamp=timestamp,
+            name=row.name,
+            maker=row.candidate.maker,
+            description=row.description,
+            base=model.base,
+            mlp=model.mlp or "",
+            activation=row.candidate.activation,
+            is_baseline=row.candidate.is_baseline,
+            positional_encoding=model.positional_encoding,
+            d_model=model.d_model,
+            n_layers=model.n_layers,
+            n_heads=model.n_heads,
+            vocab_size=model.vocab_size or 0,
+            parameters=row.parameters,
+            seq_len=settings.seq_len,
+            batch_tokens=settings.tokens_per_step,
+            amp=settings.amp,
+            precision=self.precision.split()[0].rstrip(":"),
+            optimizer=settings.optimizer,
+            compile=row.candidate.is_compiled,
+            grad_checkpoint=row.candidate.grad_checkpoint,
+            device=self.device,
+            threads=self.threads,
+            tokens_per_s=rate.median,
+            tokens_per_s_lowest=rate.lowest,
+            tokens_per_s_highest=rate.highest,
+            step_s=statistics.median(row.step_s),
+            first_step_s=row.first_step_s,
+            flops_per_token=row.flops_per_token,
+            utilisation=utilisation.median,
+            peak_bytes=row.peak_bytes,
+            ours_over_it=self.speed_of_ours_over(row),
+            our_memory_over_its=self.memory_of_ours_over(row),
+            first_loss=row.losses[0],
+            last_loss=row.losses[-1],
+            losses=row.losses,
+        )
 
 
 def draw_throughput(path: Path, title: str, report: ThroughputReport) -> None:

@@ -15,8 +15,9 @@ from psannlm.data.loader import Position
 from psannlm.data.synthetic.stories import write_books
 from psannlm.errors import ArtifactError
 from psannlm.gpu_suite.context import CheckContext, Shape, Trainer
-from psannlm.gpu_suite.report import CheckResult, Measure, none_of
+from psannlm.gpu_suite.measures import none_of
 from psannlm.models.artifact import load_model
+from psannlm.reports.schemas.gpu import CheckResult, Measure
 from psannlm.training.checkpoint import TrainerState, read_optimizer, read_state, save_checkpoint, step_folder
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.run import train

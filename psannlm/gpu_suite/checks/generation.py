@@ -13,7 +13,6 @@ from psannlm.benchmarks.decoding.bench import bench_kv, build_random_model
 from psannlm.benchmarks.decoding.modes import Case, DecodeRun, Prompts
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings
 from psannlm.benchmarks.decoding.token_parity import Rounding, compare
-from psannlm.benchmarks.harness.interleaved import Spread
 from psannlm.config.model import BaseName
 from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
@@ -26,17 +25,11 @@ from psannlm.gpu_suite.checks.roofline import (
     small_roofline_measures,
 )
 from psannlm.gpu_suite.context import BASE_NAMES, CheckContext, Shape, Trainer
-from psannlm.gpu_suite.report import (
-    CheckResult,
-    Measure,
-    at_least,
-    at_most,
-    largest,
-    largest_distance,
-    none_of,
-)
+from psannlm.gpu_suite.measures import at_least, at_most, largest, largest_distance, none_of
 from psannlm.kernels.torch_private import compiler_counters, cuda_graph_manager
 from psannlm.models.transformer import Transformer
+from psannlm.reports.schemas.gpu import CheckResult, Measure
+from psannlm.reports.schemas.measured import Spread
 from psannlm.runtime.device import has_compiler, missing_to_compile
 
 _WARM_UP_REGRESSION = 1.0

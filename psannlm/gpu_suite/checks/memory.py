@@ -12,8 +12,9 @@ from psannlm.benchmarks.training.peak_memory import measure_here
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.config.train import Amp
 from psannlm.gpu_suite.context import BASE_NAMES, CheckContext, Trainer, draw_tokens, micro_batch
-from psannlm.gpu_suite.report import CheckResult, Measure, at_most
+from psannlm.gpu_suite.measures import at_most
 from psannlm.models.accounting import training_memory
+from psannlm.reports.schemas.gpu import CheckResult, Measure
 
 PREDICTION_LIMIT = 0.15
 SAVING_LIMIT = 0.8

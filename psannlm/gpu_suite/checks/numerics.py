@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from psannlm.benchmarks.decoding.bench import randomize_parameters
 from psannlm.config.model import PositionKind
 from psannlm.gpu_suite.context import BASE_NAMES, CheckContext, Trainer, draw_tokens, dtype_name
-from psannlm.gpu_suite.report import CheckResult, Measure, at_least, at_most, largest, largest_distance, none_of
+from psannlm.gpu_suite.measures import at_least, at_most, largest, largest_distance, none_of
 from psannlm.models.activations import SineActivation
 from psannlm.models.registry import build_model
 from psannlm.models.transformer import Transformer
+from psannlm.reports.schemas.gpu import CheckResult, Measure
 
 POSITIONS: tuple[PositionKind, ...] = ("rope", "alibi", "sinusoidal")
 # Gradients below this fraction of the model's largest are compared with that: their own norm is rounding.

@@ -19,8 +19,9 @@ from psannlm.errors import TrainingError
 from psannlm.gpu_suite.checks.checkpoints import run_config
 from psannlm.gpu_suite.checks.speed import fitting_rows
 from psannlm.gpu_suite.context import CheckContext
-from psannlm.gpu_suite.report import CheckResult, Measure, at_least, at_most, largest_distance
+from psannlm.gpu_suite.measures import at_least, at_most, largest_distance
 from psannlm.models.artifact import load_model
+from psannlm.reports.schemas.gpu import CheckResult, Measure
 from psannlm.training.checkpoint import step_folder
 from psannlm.training.launch import private_store, start_rank
 from psannlm.training.metrics import read_metrics

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from psannlm.benchmarks.harness.interleaved import Spread
 from psannlm.gpu_suite.context import CheckContext
-from psannlm.gpu_suite.report import Measure, at_least, at_most, none_of
+from psannlm.gpu_suite.measures import at_least, at_most, none_of
+from psannlm.reports.schemas.gpu import Measure
+from psannlm.reports.schemas.measured import Spread
 from psannlm.runtime.device import describe_device
 
 # A dry run has no throughput limits; a card of the published generation is compared with published figures, any other

@@ -12,15 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from psannlm.benchmarks.decoding.modes import DecodeRun, decode
-from psannlm.benchmarks.harness.interleaved import Count, Spread, run_interleaved
-from psannlm.benchmarks.harness.roofline import RooflineFraction, memory_reader, step_bytes
+from psannlm.benchmarks.harness.interleaved import Count, run_interleaved
+from psannlm.benchmarks.harness.roofline import memory_reader, step_bytes
 from psannlm.config.model import BaseName, ModelConfig
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
 from psannlm.gpu_suite.context import CheckContext, Shape
-from psannlm.gpu_suite.report import Measure, at_least
+from psannlm.gpu_suite.measures import at_least
 from psannlm.models.accounting import count_parameters
 from psannlm.models.transformer import Transformer
+from psannlm.reports.schemas.decoding import RooflineFraction
+from psannlm.reports.schemas.gpu import Measure
+from psannlm.reports.schemas.measured import Spread
 from psannlm.runtime.device import describe_device, has_compiler
 
 # Least fractions of a step in which it reads memory, for compiled and plain decoding: with weights of several GB, and

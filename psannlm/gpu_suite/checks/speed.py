@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from psannlm.benchmarks.harness.interleaved import Count, Spread, run_interleaved
+from psannlm.benchmarks.harness.interleaved import Count, run_interleaved
 from psannlm.benchmarks.training.bench import bench_train
 from psannlm.benchmarks.training.candidates import ThroughputSettings
 from psannlm.benchmarks.training.report import ThroughputReport
@@ -24,8 +24,9 @@ from psannlm.gpu_suite.checks.rates import (
     rate_measures,
 )
 from psannlm.gpu_suite.context import BASE_NAMES, CheckContext, Shape, Trainer, draw_tokens, dtype_name, micro_batch
-from psannlm.gpu_suite.report import CheckResult, Measure
 from psannlm.models.accounting import training_memory
+from psannlm.reports.schemas.gpu import CheckResult, Measure
+from psannlm.reports.schemas.measured import Spread
 from psannlm.runtime.device import describe_device, has_compiler
 
 _PASSES_PER_TURN = 10
@@ -120,7 +121,7 @@ def _forward(context: CheckContext, config: ModelConfig, shape: Shape, is_compil
     n_passes = 1 if context.is_dry_run else _PASSES_PER_TURN
 
     @torch.no_grad()
-    def turn(count: Count) -> float:
+    def timed_run(count: Count) -> float:
         context.wait()
         began = context.clock()
         for _ in range(n_passes):
@@ -130,7 +131,7 @@ def _forward(context: CheckContext, config: ModelConfig, shape: Shape, is_compil
         return n_passes * shape.n_tokens / (context.clock() - began)
 
     return Spread.of(
-        run_interleaved({"forward": turn}, context.sizes.repeats, warm_ups=1, clock=context.clock)["forward"]
+        run_interleaved({"forward": timed_run}, context.sizes.repeats, warm_ups=1, clock=context.clock)["forward"]
     )
 
 

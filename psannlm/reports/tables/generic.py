@@ -28,7 +28,15 @@ _UNITS = (
     ("_ms", "ms"),
     ("_s", "s"),
 )
-_WHOLE = {"tokens_per_s": "tokens/s", "bits_per_byte": "bits per byte", "lr": "learning rate", "mb_per_s": "MB/s"}
+_WHOLE = {
+    "tokens_per_s": "tokens/s",
+    "bits_per_byte": "bits per byte",
+    "lr": "learning rate",
+    "mb_per_s": "MB/s",
+    "bandwidth_floor": "roofline",
+    "floor_s": "roofline, s",
+    "fraction_of_floor": "fraction of roofline",
+}
 
 
 def heading(key: str) -> str:
@@ -42,7 +50,7 @@ def heading(key: str) -> str:
             if last.endswith(ending) and len(last) > len(ending):
                 text = f"{last.removesuffix(ending)}, {unit}"
                 break
-    return shortened(" ".join([*groups, text]).replace("_", " "), _LONGEST_NAME)
+    return shortened(" ".join([*(_WHOLE.get(group, group) for group in groups), text]).replace("_", " "), _LONGEST_NAME)
 
 
 def tables_of(figures: dict[str, Any], skip: frozenset[str] = frozenset()) -> Iterator[Table]:

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from psannlm.reports.page_model import Headline, Picture, Table, format_float, format_value, lossy_mark, signed
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
+from psannlm.reports.schemas.measured import PairedDifference
+from psannlm.reports.schemas.study import LossCurve, LrScore, StudyMetrics, VariantFigures
 
 NATS = "nats per token"
 
 
-def study_tables(figures: dict[str, Any]) -> list[Table]:
-    """Return the tables of results, differences, answers to a counting task, learning rates, parameters and runs.
-
-    Raises:
-        KeyError, TypeError, AttributeError, ValueError: the figures are not those of a study.
-    """
-    answers = [_answers(figures), _answers_by_rate(figures)] if figures.get("task") else []
-    # Earlier versions wrote "rivals" and "rate_seeds".
-    others = figures.get("also_compare_to", figures.get("rivals", {}))
-    differences = [_against(name, found) for name, found in others.items()]
-    return [_results(figures), *differences, *answers, _learning_rates(figures), _parameters(figures), _runs(figures)]
+def study_tables(metrics: StudyMetrics) -> list[Table]:
+    """Return the tables of results, differences, answers to a counting task, learning rates, parameters and runs."""
+    answers = [_answers(metrics, metrics.task), _answers_by_rate(metrics)] if metrics.task else []
+    differences = [_against(name, found) for name, found in metrics.also_compare_to.items()]
+    return [_results(metrics), *differences, *answers, _learning_rates(metrics), _parameters(metrics), _runs(metrics)]
 
 
-def _results(figures: dict[str, Any]) -> Table:
-    baseline = figures["baseline"]
+def _results(metrics: StudyMetrics) -> Table:
+    baseline = metrics.baseline
     headings = (
         "variant",
         f"validation loss, {NATS}",
@@ -41,47 +36,46 @@ def _results(figures: dict[str, Any]) -> Table:
         "peak memory, MB",
     )
     rows = []
-    for variant in figures["variants"]:
-        loss, bits, difference = variant["val_loss"], variant["bits_per_byte"], variant["difference"]
+    for variant in metrics.variants:
+        loss, bits, difference = variant.val_loss, variant.bits_per_byte, variant.difference
         rows.append(
             [
-                variant["name"],
-                "–" if loss is None else f"{loss['mean']:.4f}",
-                "–" if loss is None or loss["std"] is None else f"{loss['std']:.4f}",
-                _difference(variant, baseline),
+                variant.name,
+                "–" if loss is None else f"{loss.mean:.4f}",
+                "–" if loss is None or loss.std is None else f"{loss.std:.4f}",
+                _difference(variant, difference, baseline),
                 _interval(difference),
-                "–" if bits is None else f"{bits['mean']:.4f}{lossy_mark(variant)}",
+                "–" if bits is None else f"{bits.mean:.4f}{lossy_mark(variant.lossy_tokenizer)}",
                 _rate(variant),
-                format_value(0 if loss is None else loss["n"]),
-                format_value(variant["parameters"]),
-                format_value(variant["tokens_per_s"], 3),
-                format_value(variant["training_s"], 3),
-                "–" if variant["peak_memory_bytes"] is None else f"{variant['peak_memory_bytes'] / 1e6:,.0f}",
+                format_value(0 if loss is None else loss.n),
+                format_value(variant.parameters),
+                format_value(variant.tokens_per_s, 3),
+                format_value(variant.training_s, 3),
+                "–" if variant.peak_memory_bytes is None else f"{variant.peak_memory_bytes / 1e6:,.0f}",
             ]
         )
     return Table(
-        f"{figures['study']}: each variant at its best learning rate",
+        f"{metrics.study}: each variant at its best learning rate",
         headings,
         rows,
         frozenset(range(1, len(headings))),
-        "\n".join(figures["notes"]),
+        "\n".join(metrics.notes),
     )
 
 
-def _against(other: str, differences: dict[str, Any]) -> Table:
+def _against(other: str, differences: dict[str, PairedDifference | None]) -> Table:
     rows = []
     for name, difference in differences.items():
         if difference is None:
             rows.append([name, "–", "–", "–", "0"])
             continue
-        percent = 100 * difference["mean"] / difference["baseline_mean"]
         rows.append(
             [
                 name,
-                signed(difference["mean"], 3),
+                signed(difference.mean, 3),
                 _interval(difference),
-                signed(percent, 2),
-                format_value(difference["n"]),
+                signed(100 * difference.fraction, 2),
+                format_value(difference.n),
             ]
         )
     return Table(
@@ -93,61 +87,57 @@ def _against(other: str, differences: dict[str, Any]) -> Table:
     )
 
 
-def _difference(variant: dict[str, Any], baseline: str) -> str:
-    difference = variant["difference"]
+def _difference(variant: VariantFigures, difference: PairedDifference | None, baseline: str, scale: float = 1) -> str:
     if difference is None:
-        return "baseline" if variant["name"] == baseline else "–"
-    return signed(difference["mean"], 3)
+        return "baseline" if variant.name == baseline else "–"
+    return signed(scale * difference.mean, 3)
 
 
-def _interval(difference: dict[str, Any] | None) -> str:
+def _interval(difference: PairedDifference | None) -> str:
     if difference is None:
         return "–"
-    if difference["low"] is None:
+    if difference.interval is None:
         return "one seed: none"
-    return f"{signed(difference['low'], 3)} to {signed(difference['high'], 3)}"
+    return " to ".join(signed(edge, 3) for edge in difference.interval)
 
 
-def _rate(variant: dict[str, Any]) -> str:
-    if variant["learning_rate"] is None:
+def _rate(variant: VariantFigures) -> str:
+    if variant.learning_rate is None:
         return "–"
     # The notes mention a study with a single learning rate.
-    caveats = [f"{variant['edge']} tried"] if variant["edge"] in ("lowest", "highest") else []
-    if variant.get("provisional") and variant["edge"] != "only":
+    caveats = [f"{variant.edge} tried"] if variant.edge in ("lowest", "highest") else []
+    if variant.provisional and variant.edge != "only":
         caveats.append("provisional")
-    return f"{variant['learning_rate']:g}" + (f" ({', '.join(caveats)})" if caveats else "")
+    return f"{variant.learning_rate:g}" + (f" ({', '.join(caveats)})" if caveats else "")
 
 
-def _answers(figures: dict[str, Any]) -> Table:
+def _answers(metrics: StudyMetrics, task: str) -> Table:
     headings = (
         "variant",
         "correct answers",
         "by seed",
-        f"minus {figures['baseline']}, percentage points",
+        f"minus {metrics.baseline}, percentage points",
         "documents with all answers correct",
         "nats per answer",
     )
     rows = []
-    for variant in figures["variants"]:
-        answers = variant["answers"]
+    for variant in metrics.variants:
+        answers = variant.answers
         if answers is None:
-            rows.append([variant["name"], *["–"] * (len(headings) - 1)])
+            rows.append([variant.name, *["–"] * (len(headings) - 1)])
             continue
-        points = answers["difference"]
-        if points is not None:
-            points = {"mean": 100 * points["mean"]}
         rows.append(
             [
-                variant["name"],
-                f"{answers['right']['mean']:.1%}",
-                " ".join(f"{fraction:.1%}" for fraction in answers["right_by_seed"].values()),
-                _difference({**variant, "difference": points}, figures["baseline"]),
-                f"{answers['documents_right']:.1%}",
-                f"{answers['nats_per_answer']:.4f}",
+                variant.name,
+                f"{answers.right.mean:.1%}",
+                " ".join(f"{fraction:.1%}" for fraction in answers.right_by_seed.values()),
+                _difference(variant, answers.difference, metrics.baseline, scale=100),
+                f"{answers.documents_right:.1%}",
+                f"{answers.nats_per_answer:.4f}",
             ]
         )
     return Table(
-        f"Answers to held-out documents: {figures['task'].replace('_', ' ')}",
+        f"Answers to held-out documents: {task.replace('_', ' ')}",
         headings,
         rows,
         frozenset(range(1, len(headings))),
@@ -157,19 +147,17 @@ def _answers(figures: dict[str, Any]) -> Table:
     )
 
 
-def _answers_by_rate(figures: dict[str, Any]) -> Table:
+def _answers_by_rate(metrics: StudyMetrics) -> Table:
     """Return the fraction of correct answers by variant and learning rate: how narrow is the range that works?"""
-    rates = sorted({run["lr"] for run in figures["runs"]})
+    rates = sorted({run.lr for run in metrics.runs})
     fractions: dict[tuple[str, float], list[float]] = {}
-    for run in figures["runs"]:
-        if run["answers"] is not None:
-            fractions.setdefault((run["variant"], run["lr"]), []).append(run["answers"]["right"])
+    for run in metrics.runs:
+        if run.answers is not None:
+            fractions.setdefault((run.variant, run.lr), []).append(run.answers.right)
     rows = []
-    for variant in figures["variants"]:
-        cells = [
-            " ".join(f"{fraction:.1%}" for fraction in fractions.get((variant["name"], rate), [])) for rate in rates
-        ]
-        rows.append([variant["name"], *cells])
+    for variant in metrics.variants:
+        cells = [" ".join(f"{fraction:.1%}" for fraction in fractions.get((variant.name, rate), [])) for rate in rates]
+        rows.append([variant.name, *cells])
     return Table(
         "Correct answers by learning rate",
         ["variant", *(f"{rate:g}" for rate in rates)],
@@ -179,15 +167,15 @@ def _answers_by_rate(figures: dict[str, Any]) -> Table:
     )
 
 
-def _learning_rates(figures: dict[str, Any]) -> Table:
-    rates = sorted({rate["lr"] for variant in figures["variants"] for rate in variant["learning_rates"]})
+def _learning_rates(metrics: StudyMetrics) -> Table:
+    rates = sorted({rate.lr for variant in metrics.variants for rate in variant.learning_rates})
     rows = []
-    for variant in figures["variants"]:
-        cells = {rate["lr"]: rate for rate in variant["learning_rates"]}
-        row = [variant["name"]]
+    for variant in metrics.variants:
+        cells = {rate.lr: rate for rate in variant.learning_rates}
+        row = [variant.name]
         for lr in rates:
             cell = cells.get(lr)
-            star = " *" if lr == variant["learning_rate"] and len(cells) > 1 else ""
+            star = " *" if lr == variant.learning_rate and len(cells) > 1 else ""
             row.append("" if cell is None else _rate_cell(cell) + star)
         rows.append(row)
     return Table(
@@ -195,38 +183,38 @@ def _learning_rates(figures: dict[str, Any]) -> Table:
         ["variant", *(f"{rate:g}" for rate in rates)],
         rows,
         frozenset(range(1, len(rates) + 1)),
-        f"Means over {_seeds_of(figures)} that finished. * lowest loss; at the edge of the grid a rate outside it "
+        f"Means over {_seeds_of(metrics)} that finished. * lowest loss; at the edge of the grid a rate outside it "
         "may be better.",
     )
 
 
-def _seeds_of(figures: dict[str, Any]) -> str:
-    seeds = figures.get("lr_seeds", figures.get("rate_seeds", figures["seeds"]))
-    return "the seeds" if len(seeds) == len(figures["seeds"]) else f"the seeds, of {', '.join(map(str, seeds))},"
+def _seeds_of(metrics: StudyMetrics) -> str:
+    seeds = metrics.seeds if metrics.lr_seeds is None else metrics.lr_seeds
+    return "the seeds" if len(seeds) == len(metrics.seeds) else f"the seeds, of {', '.join(map(str, seeds))},"
 
 
-def _rate_cell(cell: dict[str, Any]) -> str:
-    mean = "–" if cell["mean"] is None else f"{cell['mean']:.4f}"
-    return f"{mean} ({cell['failed']} failed)" if cell["failed"] else mean
+def _rate_cell(cell: LrScore) -> str:
+    mean = "–" if cell.mean is None else f"{cell.mean:.4f}"
+    return f"{mean} ({cell.failed} failed)" if cell.failed else mean
 
 
-def _parameters(figures: dict[str, Any]) -> Table:
-    groups = list(dict.fromkeys(group for variant in figures["variants"] for group in variant["parameters_by_group"]))
+def _parameters(metrics: StudyMetrics) -> Table:
+    groups = list(dict.fromkeys(group for variant in metrics.variants for group in variant.parameters_by_group))
     rows = [
         [
-            variant["name"],
-            format_value(variant["parameters"]),
-            f"{variant['parameters_over_baseline'] - 1:+.2%}".replace("-", "−"),
-            format_value(variant["d_mlp"]),
-            *(format_value(variant["parameters_by_group"].get(group, 0)) for group in groups),
+            variant.name,
+            format_value(variant.parameters),
+            f"{variant.parameters_over_baseline - 1:+.2%}".replace("-", "−"),
+            format_value(variant.d_mlp),
+            *(format_value(variant.parameters_by_group.get(group, 0)) for group in groups),
         ]
-        for variant in figures["variants"]
+        for variant in metrics.variants
     ]
-    headings = ["variant", "all", f"against {figures['baseline']}", "feed-forward width", *groups]
+    headings = ["variant", "all", f"against {metrics.baseline}", "feed-forward width", *groups]
     return Table("Parameters by group", headings, rows, frozenset(range(1, len(headings))))
 
 
-def _runs(figures: dict[str, Any]) -> Table:
+def _runs(metrics: StudyMetrics) -> Table:
     headings = (
         "run",
         "state",
@@ -239,86 +227,81 @@ def _runs(figures: dict[str, Any]) -> Table:
     )
     rows = [
         [
-            run["run"],
-            run["state"] if not run["reason"] else f"{run['state']}: {run['reason']}",
-            "–" if run["val_loss"] is None else f"{run['val_loss']:.4f}",
-            "–" if run["bits_per_byte"] is None else f"{run['bits_per_byte']:.4f}{lossy_mark(run)}",
-            format_value(run["tokens"]),
-            format_value(run["tokens_per_s"], 3),
-            format_value(run["training_s"], 3),
-            "–" if run["peak_memory_bytes"] is None else f"{run['peak_memory_bytes'] / 1e6:,.0f}",
+            run.run,
+            run.state if not run.reason else f"{run.state}: {run.reason}",
+            "–" if run.val_loss is None else f"{run.val_loss:.4f}",
+            "–" if run.bits_per_byte is None else f"{run.bits_per_byte:.4f}{lossy_mark(run.lossy_tokenizer)}",
+            format_value(run.tokens),
+            format_value(run.tokens_per_s, 3),
+            format_value(run.training_s, 3),
+            "–" if run.peak_memory_bytes is None else f"{run.peak_memory_bytes / 1e6:,.0f}",
         ]
-        for run in figures["runs"]
+        for run in metrics.runs
     ]
     return Table("Every run", headings, rows, frozenset(range(2, len(headings))))
 
 
-def study_pictures(figures: dict[str, Any], prefix: str = "") -> list[Picture]:
+def study_pictures(metrics: StudyMetrics, prefix: str = "") -> list[Picture]:
     """Return the differences with their intervals, and the loss against tokens and against seconds of training.
 
     Seconds are those that a variant's tokens take at the rate of its fastest run: what else a machine does slows runs,
     and is not a property of a model.
 
-    Files are named ``prefix`` and then ``differences.png``, ``loss_by_tokens.png`` and ``loss_by_time.png``. Raises as
-    :func:`study_tables`.
+    Files are named ``prefix`` and then ``differences.png``, ``loss_by_tokens.png`` and ``loss_by_time.png``.
     """
     pictures = []
     bars = [
-        Bar(variant["name"], variant["difference"]["mean"], variant["difference"]["low"], variant["difference"]["high"])
-        for variant in figures["variants"]
-        if variant["difference"] is not None
+        Bar(variant.name, variant.difference.mean, variant.difference.low, variant.difference.high)
+        for variant in metrics.variants
+        if variant.difference is not None
     ]
     if bars:
-        label = f"validation loss minus that of {figures['baseline']}\n({NATS}; left of zero is better)"
+        label = f"validation loss minus that of {metrics.baseline}\n({NATS}; left of zero is better)"
         caption = "Paired over seeds; the lines are 95 % intervals (Student t)."
         pictures.append(draw_bars(f"{prefix}differences.png", bars, label, caption, zero_line=True))
-    curves = figures["curves"]
-    if curves:
-        for file, key, label, more in (
-            ("loss_by_tokens.png", "tokens", "tokens seen", ""),
-            (
-                "loss_by_time.png",
-                "seconds",
-                "seconds of training: tokens over the rate of the fastest run",
-                " Validation is left out.",
-            ),
-        ):
-            drawn = _curves(curves, key)
-            caption = f"Each variant at its best learning rate; a line for every seed.{more}"
-            pictures.append(draw_curves(f"{prefix}{file}", drawn, label, f"validation loss ({NATS})", caption))
+    if metrics.curves:
+        y_label = f"validation loss ({NATS})"
+        caption = "Each variant at its best learning rate; a line for every seed."
+        by_tokens = _curves(metrics.curves, [curve.tokens for curve in metrics.curves])
+        pictures.append(draw_curves(f"{prefix}loss_by_tokens.png", by_tokens, "tokens seen", y_label, caption))
+        by_time = _curves(metrics.curves, [curve.seconds for curve in metrics.curves])
+        x_label, caption = (
+            "seconds of training: tokens over the rate of the fastest run",
+            f"{caption} Validation is left out.",
+        )
+        pictures.append(draw_curves(f"{prefix}loss_by_time.png", by_time, x_label, y_label, caption))
     return pictures
 
 
-def _curves(curves: Sequence[dict[str, Any]], key: str) -> list[Curve]:
+def _curves(curves: Sequence[LossCurve], x: Sequence[Sequence[float]]) -> list[Curve]:
     """Return a marked line for the first seed of each variant and faint ones for its other seeds."""
-    seen: set[str] = set()
-    drawn = []
-    for curve in curves:
-        drawn.append(Curve(curve["variant"], curve[key], curve["loss"], curve["variant"] in seen))
-        seen.add(curve["variant"])
-    return drawn
+    names = [curve.variant for curve in curves]
+    return [
+        Curve(curve.variant, values, curve.loss, is_faint=curve.variant in names[:at])
+        for at, (curve, values) in enumerate(zip(curves, x, strict=True))
+    ]
 
 
-def study_headline(figures: dict[str, Any]) -> Headline | None:
+def study_headline(metrics: StudyMetrics) -> Headline | None:
     """Return the largest difference to the baseline in favour of a variant, or the smallest against it.
 
     Its text mentions where that difference is one of several, and where its interval includes zero or there is none.
     """
-    found = [variant for variant in figures["variants"] if variant["difference"] is not None]
+    found = {variant.name: variant.difference for variant in metrics.variants if variant.difference is not None}
     if not found:
         return None
-    best = min(found, key=lambda variant: variant["difference"]["mean"])
-    difference = best["difference"]
+    best, difference = min(found.items(), key=lambda item: item[1].mean)
     interval = "one seed: no interval, no claim"
-    if difference["low"] is not None:
-        interval = f"95 %: {signed(difference['low'], 3)} to {signed(difference['high'], 3)}, {difference['n']} seeds"
-        if difference["low"] <= 0 <= difference["high"]:
+    if difference.interval is not None:
+        low, high = difference.interval
+        interval = f"95 %: {signed(low, 3)} to {signed(high, 3)}, {difference.n} seeds"
+        if low <= 0 <= high:
             interval += ", not shown to differ"
-    fraction = abs(difference["mean"]) / difference["baseline_mean"]
+    percent = f"{format_float(100 * abs(difference.fraction), 2)} % {'less' if difference.mean < 0 else 'more'}"
     chosen = f"; the lowest of {len(found)} variants, not corrected for that choice" if len(found) > 1 else ""
     return Headline(
-        signed(difference["mean"], 3),
+        signed(difference.mean, 3),
         NATS,
-        f"{best['name']} against {figures['baseline']}",
-        f"{format_float(100 * fraction, 2)} % {'less' if difference['mean'] < 0 else 'more'}; {interval}{chosen}",
+        f"{best} against {metrics.baseline}",
+        f"{percent}; {interval}{chosen}",
     )

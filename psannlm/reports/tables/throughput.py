@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from psannlm.reports.page_model import Table, format_value
-from psannlm.reports.schemas import ThroughputMetrics, ThroughputRow, read_figures
+from psannlm.reports.schemas.throughput import ThroughputMetrics, ThroughputRow
 from psannlm.reports.tables.generic import tables_of
 
 _HEADINGS = (
@@ -22,13 +22,8 @@ _HEADINGS = (
 )
 
 
-def throughput_tables(figures: dict[str, Any]) -> list[Table]:
-    """Return a table of the candidates, and every other figure of the artifact in folded tables.
-
-    Raises:
-        Unreadable: the figures are not those of a training benchmark.
-    """
-    metrics = read_figures(ThroughputMetrics, figures)
+def throughput_tables(metrics: ThroughputMetrics, figures: dict[str, Any]) -> list[Table]:
+    """Return a table of the candidates, and every other of the artifact's ``figures`` in folded tables."""
     rows = [_row(row) for row in metrics.rows]
     batch_tokens, seq_len = format_value(metrics.batch_tokens), format_value(metrics.seq_len)
     note = f"{batch_tokens} tokens per step, windows of {seq_len}; {metrics.precision}"
@@ -45,7 +40,7 @@ def _row(row: ThroughputRow) -> list[str]:
     return [
         row.name,
         format_value(rate, 3),
-        format_value(row.ours_over_it.model_dump(), 3),
+        format_value(asdict(row.ours_over_it), 3),
         "–" if row.utilisation is None else f"{100 * row.utilisation:.1f} %",
         format_value(None if row.step_s is None else 1e3 * row.step_s, 3),
         format_value(row.first_step_s, 3),

@@ -48,9 +48,9 @@ def test_bench_kv_reports_no_problem_for_correct_cache(base: str) -> None:
     assert measured[batch] == 2 * measured[row]
     # Four cases and two ways to read, once to warm up and twice to count.
     assert events[-1].run == events[-1].n_runs == 6 * (1 + 2)
-    # Two runs of each case and the one before the turns, 10 tokens each.
+    # Two runs of each case and the one before the rounds, 10 tokens each.
     assert report.agreement.n_checked == 10 * (4 * 2 + 1)
-    plain = report.as_dict()
+    plain = report.metrics().as_dict()
     assert plain["outputs_are_equal"]
     assert len(plain["cases"]) == 4
     assert plain["packing_cost"] is plain["rival"] is None
@@ -73,7 +73,7 @@ def test_bench_kv_uncached_steps_and_cases_are_honoured() -> None:
     assert report.problems == []
     assert list(report.runs) == [Case(True, True), Case(False, True)]
     assert report.n_uncached_passes == 4
-    assert [case["passes_timed"] for case in report.as_dict()["cases"]] == [20, 4]
+    assert [case["passes_timed"] for case in report.metrics().as_dict()["cases"]] == [20, 4]
     assert report.agreement.n_checked == 2 * (3 * 20 + 2 * 4)
 
 
@@ -102,7 +102,7 @@ def test_bench_kv_leaves_out_contexts_beyond_the_model() -> None:
     assert model.config.max_seq_len == 64 + 32
     report = bench_kv(model, replace(settings, contexts=(40, 64, 65)))
     assert [point.context for point in report.growth] == [40, 64]
-    assert report.left_out == report.as_dict()["contexts_left_out"] == [65]
+    assert report.left_out == report.metrics().as_dict()["contexts_left_out"] == [65]
 
 
 def test_bench_kv_too_short_context_raises_early() -> None:
@@ -176,7 +176,7 @@ def test_bench_kv_reports_a_wrong_token(
     (problem,) = report.problems
     assert f"row {found.row}, new token 3" in problem
     assert str(found.first_token) in problem
-    assert not report.as_dict()["outputs_are_equal"]
+    assert not report.metrics().as_dict()["outputs_are_equal"]
 
 
 def test_bench_kv_reports_wrong_cache_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ def test_bench_kv_interleaves_the_reference_model(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def eager_compile(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """An engine that says it compiles and does not, so that the turns of both can be seen without a compiler."""
+    """An engine that says it compiles and does not, so that the runs of both can be seen without a compiler."""
     made: list[bool] = []
     engine: Callable[..., Any] = bench.Engine
 

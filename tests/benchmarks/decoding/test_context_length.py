@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from psannlm.benchmarks.decoding.context_length import GrowthPoint, draw_growth, longest_state, measure_growth
+from psannlm.benchmarks.decoding.context_length import draw_growth, longest_state, measure_growth
 from psannlm.benchmarks.harness.interleaved import Progress
-from psannlm.benchmarks.harness.roofline import RooflineFraction, step_bytes
+from psannlm.benchmarks.harness.roofline import step_bytes
 from psannlm.generation.engine import Engine
 from psannlm.models.accounting import cache_bytes
 from psannlm.models.kv_cache import KVCache
 from psannlm.models.transformer import Transformer
+from psannlm.reports.schemas.decoding import GrowthPoint
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def collect_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_growth_point_has_time_and_bytes_of_context(
     build_tiny: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step takes a second per token that its rows see: the figure is the context itself, in every turn."""
+    """A step takes a second per token that its rows see: the figure is the context itself, in every round."""
     engine = Engine(build_tiny(max_seq_len=64))
     now = 0.0
     step = engine.decode
@@ -51,8 +52,8 @@ def test_growth_point_has_time_and_bytes_of_context(
     assert [point.context for point in points] == [16, 32]
     for point in points:
         # 4 short of the context, the 8 steps see 3 fewer to 4 more.
-        assert point.roofline.step_s.lowest == point.roofline.step_s.highest == point.context + 0.5
-        assert point.roofline.n_bytes == step_bytes(engine, 2, point.context)
+        assert point.step_s.lowest == point.step_s.highest == point.context + 0.5
+        assert point.n_bytes == step_bytes(engine, 2, point.context)
         assert point.cache_bytes >= cache_bytes(engine.model.config, 2, point.context + 4)
     assert len(seen) == 2 * 4 * 8
     assert {len(lengths) for lengths in seen} == {2}
@@ -63,19 +64,19 @@ def test_growth_point_has_time_and_bytes_of_context(
 def test_growth_runs_start_from_same_tokens(
     build_tiny: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a short convolution, whose state is not wound back, the logits of all turns are equal."""
+    """Without a short convolution, whose state is not wound back, the logits of all runs are equal."""
     engine = Engine(build_tiny(base="transformer", max_seq_len=64))
     step = engine.decode
-    turns: list[Tensor] = []
+    steps: list[Tensor] = []
 
     def record(tokens: Tensor, state: KVCache) -> Tensor:
         logits = step(tokens, state)
-        turns.append(logits)
+        steps.append(logits)
         return logits
 
     monkeypatch.setattr(engine, "decode", record)
     [point] = measure_growth(engine, 1, (16,), n_steps=4, repeats=2, seed=1)
-    first, *others = (torch.stack(turns[start : start + 4]) for start in (0, 4, 8))
+    first, *others = (torch.stack(steps[start : start + 4]) for start in (0, 4, 8))
     assert all(torch.equal(first, other) for other in others)
     assert point.cache_bytes >= cache_bytes(engine.model.config, 1, 18)
 
@@ -92,7 +93,7 @@ def test_growth_plot_labels_and_values(tmp_path: Path, monkeypatch: pytest.Monke
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
     points = [
-        GrowthPoint(context, 10, RooflineFraction.of(100, [1e4, 1e4], [0.02 * number, 0.04 * number]))
+        GrowthPoint.of(100, [1e4, 1e4], [0.02 * number, 0.04 * number], context=context, cache_bytes=10)
         for number, context in enumerate((256, 512), start=1)
     ]
     draw_growth(tmp_path / "decode.png", "a $title", points)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from psannlm.benchmarks.decoding.quantization_quality import (
-    PackingCost,
     measure_packing_cost,
+    packing_cost,
     sample_texts,
     token_losses,
 )
@@ -25,7 +25,7 @@ def ignore(done: int, total: int) -> None:
 
 def test_packing_cost_ratio_is_ratio_of_perplexities() -> None:
     losses = torch.tensor([1.0, 2.0, 3.0, 2.0])
-    cost = PackingCost.of(losses, losses + torch.tensor([0.1, 0.3, 0.1, 0.3]))
+    cost = packing_cost(losses, losses + torch.tensor([0.1, 0.3, 0.1, 0.3]))
     assert cost.perplexity == pytest.approx(math.exp(2.0))
     assert cost.packed_perplexity == pytest.approx(math.exp(2.2))
     assert cost.ratio == pytest.approx(cost.packed_perplexity / cost.perplexity)

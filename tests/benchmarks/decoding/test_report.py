@@ -6,13 +6,13 @@ import pytest
 
 from psannlm.benchmarks.decoding.modes import CASES, Case, DecodeRun
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings
-from psannlm.benchmarks.decoding.token_parity import Agreement
-from psannlm.benchmarks.harness.interleaved import Spread
 from psannlm.benchmarks.harness.reference_llama import ReferenceRuns
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError
 from psannlm.models.accounting import cache_bytes
 from psannlm.models.registry import resolve
+from psannlm.reports.schemas.decoding import Agreement
+from psannlm.reports.schemas.measured import Spread
 
 TINY = resolve(ModelConfig(d_model=16, n_layers=2, n_heads=2, d_mlp=16, vocab_size=50, max_seq_len=32))
 SETTINGS = KvSettings(batch_size=2, prompt_length=4, max_new_tokens=11, repeats=3, contexts=())
@@ -67,7 +67,7 @@ def test_speedups_change_one_factor_at_a_time() -> None:
     assert report.from_compiling(is_batched=True) == Spread(pytest.approx(2), pytest.approx(2), pytest.approx(4))
     assert report.from_compiling(is_batched=False) == Spread(*map(pytest.approx, (0.5, 0.5, 1.0)))
     assert report.throughput(Case(True, True)) == Spread(*map(pytest.approx, (800, 400, 800)))
-    plain = report.as_dict()["speedup_of_decoding"]
+    plain = report.metrics().as_dict()["speedup_of_decoding"]
     assert plain["cache_alone_one_row"]["median"] == pytest.approx(20)
     assert plain["compiling_alone_in_batch"]["median"] == pytest.approx(2)
 
@@ -75,7 +75,7 @@ def test_speedups_change_one_factor_at_a_time() -> None:
 def test_speedup_of_missing_case_is_none() -> None:
     report = report_of({Case(True, True): [800.0]}, reads={True: [1000.0]}, n_bytes={True: 100})
     assert report.from_cache(True) is report.from_batching(True) is report.from_compiling(True) is None
-    assert report.as_dict()["speedup_of_decoding"] == {}
+    assert report.metrics().as_dict()["speedup_of_decoding"] == {}
     assert report.n_uncached_passes == 0
 
 
@@ -90,8 +90,8 @@ def test_reference_model_is_paired_with_fastest_engine() -> None:
     compiled = report_of({**FOUR, COMPILED: [1600.0] * 3}, reference_model=reference_model)
     assert compiled.ours == COMPILED
     assert compiled.over_reference_model()["decode"].median == pytest.approx(8)
-    figures = compiled.as_dict()["reference_model"]
-    assert compiled.as_dict()["rival"] == figures
+    figures = compiled.metrics().as_dict()["reference_model"]
+    assert compiled.metrics().as_dict()["rival"] == figures
     assert figures["our_rate_over_its"]["decode"]["median"] == pytest.approx(8)
     assert (figures["parameters"], figures["first_s"]) == (7, 12.5)
 

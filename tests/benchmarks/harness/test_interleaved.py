@@ -9,14 +9,14 @@ import pytest
 from psannlm.benchmarks.harness.interleaved import (
     Count,
     Progress,
-    Spread,
     paired_ratio,
     passes_for,
     run_interleaved,
-    shared_turns,
+    shared_rounds,
     timed,
 )
 from psannlm.errors import ConfigError
+from psannlm.reports.schemas.measured import Spread
 
 
 class FakeClock:
@@ -30,7 +30,7 @@ class FakeClock:
 
 
 def spender(clock: FakeClock, *seconds: float) -> Callable[[], None]:
-    """Return work whose calls take these times in turn."""
+    """Return work whose calls take these times one by one."""
     pending = list(seconds)
 
     def work() -> None:
@@ -75,7 +75,7 @@ def test_spread_median_of_even_count() -> None:
 
 
 def test_paired_ratio_pairs_runs_of_one_turn() -> None:
-    """The machine ran at half speed in the second turn: the ratio does not see it, that of the medians would."""
+    """The machine ran at half speed in the second round: the ratio does not see it, that of the medians would."""
     assert paired_ratio([2.0, 4.0, 2.0], [1.0, 2.0, 0.5]) == Spread(2.0, 2.0, 4.0)
     with pytest.raises(ValueError, match="zip"):
         paired_ratio([1.0], [1.0, 2.0])
@@ -145,7 +145,7 @@ def test_deadline_allows_one_counted_run_per_candidate() -> None:
         cold=["long"],
         on_result=lambda *made_now: made.append(made_now),
     )
-    # 1 s of warm-up, then 31 s of the first turn: three seconds are left for the short one.
+    # 1 s of warm-up, then 31 s of the first round: three seconds are left for the short one.
     assert results == {"short": [1.0, 1.0, 1.0, 1.0], "long": [30.0]}
     assert [(name, is_warm_up) for name, is_warm_up, _ in made[:3]] == [
         ("short", True),
@@ -201,5 +201,5 @@ def test_time_left_never_exceeds_the_deadline() -> None:
     assert all(left_s <= deadline - now for now, left_s in shown)
 
 
-def test_shared_turns_are_the_earliest_of_both() -> None:
-    assert shared_turns([1.0, 2.0, 3.0], [4.0]) == ([1.0], [4.0])
+def test_shared_rounds_are_the_earliest_of_both() -> None:
+    assert shared_rounds([1.0, 2.0, 3.0], [4.0]) == ([1.0], [4.0])

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from psannlm.benchmarks.harness.roofline import RooflineFraction, memory_reader, read_rate, step_bytes
+from psannlm.benchmarks.harness.roofline import memory_reader, read_rate, step_bytes
 from psannlm.generation.engine import Engine
 from psannlm.models.transformer import Transformer
+from psannlm.reports.schemas.decoding import RooflineFraction
 
 
 @pytest.mark.parametrize(("dtype", "element"), [("float32", 4), ("bfloat16", 2), ("int8", 2)])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.benchmarks.harness.interleaved import Spread
 from psannlm.benchmarks.tokenization import bench as bench
 from psannlm.config.data import PathSource
 from psannlm.errors import ConfigError
+from psannlm.reports.schemas.measured import Spread
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, load_tokenizer
 
@@ -150,7 +150,7 @@ def test_ratio_to_raw_is_our_throughput_over_library(monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_bench_tokenizers_measures_on_held_out_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: dict[str, list[str]] = {}
-    fit, measured = bench.fit_in_turns, bench.measure_tokenizers
+    fit, measured = bench.fit_interleaved, bench.measure_tokenizers
 
     def watch_fit(kinds: list[str], passages: list[str], **named: object) -> object:
         seen["fitted on"] = passages
@@ -160,7 +160,7 @@ def test_bench_tokenizers_measures_on_held_out_text(monkeypatch: pytest.MonkeyPa
         seen["measured on"] = texts
         return measured(tokenizers, texts, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(bench, "fit_in_turns", watch_fit)
+    monkeypatch.setattr(bench, "fit_interleaved", watch_fit)
     monkeypatch.setattr(bench, "measure_tokenizers", watch_measure)
     own = fit_tokenizer(["abc abd"], "simple").save(tmp_path / "own.json")
     notices: list[str] = []

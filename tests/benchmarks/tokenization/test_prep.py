@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.benchmarks.harness.interleaved import Spread
 from psannlm.benchmarks.tokenization import prep as prep_module
 from psannlm.benchmarks.tokenization.prep import (
     PrepRun,
@@ -23,6 +22,7 @@ from psannlm.benchmarks.tokenization.prep import (
 )
 from psannlm.config.data import BuiltinSource, PathSource
 from psannlm.errors import ConfigError, WorkerError
+from psannlm.reports.schemas.measured import Spread
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer
 

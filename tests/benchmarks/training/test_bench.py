@@ -84,11 +84,11 @@ def test_bench_train_figures_follow_the_clock() -> None:
     assert report.memory_of_ours_over(gelu) == 0.7
     assert report.memory_of_ours_over(checkpointed) == 2.0
     assert report.problems == []
-    plain = json.loads(json.dumps(report.as_dict("20260101_000000")))
+    plain = json.loads(json.dumps(report.metrics("20260101_000000").as_dict()))
     first = plain["rows"][0]
     assert (first["timestamp"], first["base"], first["batch_tokens"]) == ("20260101_000000", "waveresnet", 32)
     assert (first["tokens_per_s"], first["peak_bytes"]) == (16.0, 700)
-    # One first step, two to warm up, three turns of two.
+    # One first step, two to warm up, three rounds of two.
     assert len(ours.losses) == 1 + 2 + 3 * 2
 
 
@@ -97,7 +97,7 @@ def test_bench_train_run_lasts_about_one_second(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(FakeRun, "seconds", {"waveresnet": 0.5, "waveresnet with GELU": 0.25})
     settings = replace(SETTINGS, steps=None)
     report = bench_train(settings, CPU, build=FakeRun, measure_memory=None, clock=fake_clock)  # type: ignore[arg-type]
-    assert report.steps_per_turn == 4
+    assert report.steps_per_run == 4
     assert report.ours.step_s == [0.5] * 3
     assert report.ours.peak_bytes is None
     assert report.memory_of_ours_over(report.rows[1]) is None
@@ -144,7 +144,7 @@ def test_candidate_transformer_has_our_size_and_trains() -> None:
     assert (baseline.mlp, baseline.short_conv.enabled, baseline.base) == ("swiglu", False, "transformer")
     assert config_of(settings.candidates()[1], settings) == model
     report = bench_train(replace(settings, also=("transformer",)), CPU, measure_memory=None)
-    assert [row["mlp"] for row in report.as_dict("now")["rows"]] == ["sineglu", "swiglu"]
+    assert [row["mlp"] for row in report.metrics("now").as_dict()["rows"]] == ["sineglu", "swiglu"]
     assert report.sine_cost(is_compiled=False) is None
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from psannlm.benchmarks.harness.interleaved import Spread
 from psannlm.gpu_suite.checks import rates as rates_module
 from psannlm.gpu_suite.checks.rates import Card, Rates, card_of, large_measures, rate_measures
 from psannlm.gpu_suite.context import CheckContext
+from psannlm.reports.schemas.measured import Spread
 
 PEAK = 700e12
 # Of the model and the peak here 5 % are 437,500 tokens/s of training and 1,312,500 of forward passes.

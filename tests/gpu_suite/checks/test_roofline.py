@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from psannlm.benchmarks.harness.interleaved import Spread
-from psannlm.benchmarks.harness.roofline import RooflineFraction
 from psannlm.gpu_suite.checks import roofline
 from psannlm.gpu_suite.checks.roofline import (
     Roofline,
@@ -20,6 +18,8 @@ from psannlm.gpu_suite.checks.roofline import (
 )
 from psannlm.gpu_suite.context import FULL, CheckContext
 from psannlm.models.accounting import count_parameters
+from psannlm.reports.schemas.decoding import RooflineFraction
+from psannlm.reports.schemas.measured import Spread
 
 
 def roofline_at(fraction: float) -> Roofline:

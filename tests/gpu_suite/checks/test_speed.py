@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from psannlm.benchmarks.harness.interleaved import Spread
 from psannlm.gpu_suite.checks import speed
 from psannlm.gpu_suite.checks.rates import Rates, large_measures
 from psannlm.gpu_suite.checks.speed import check_speed, fitting_rows
 from psannlm.gpu_suite.context import CheckContext, Shape
+from psannlm.reports.schemas.measured import Spread
 
 
 @pytest.mark.slow

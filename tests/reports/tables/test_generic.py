@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psannlm.io.readers import number
 from psannlm.reports.page_model import format_float, format_value, signed
-from psannlm.reports.tables.generic import heading, rate_rows, tables_of
+from psannlm.reports.tables.generic import heading, memory_rows, rate_rows, tables_of
+
+KEYS = st.sampled_from(
+    "name,tokens_per_s,tokens_per_s_lowest,peak_bytes,cache_bytes,measured,step_s,seconds,median,lowest,highest,base,"
+    "grad_checkpoint,rows,checks,".split(",")
+)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +48,12 @@ def test_heading_separates_the_unit() -> None:
     assert heading("bits_per_byte") == "bits per byte"
 
 
+def test_heading_names_rooflines_by_their_present_word() -> None:
+    assert heading("bandwidth_floor") == "roofline"
+    assert heading("bandwidth_floor.floor_s") == "roofline roofline, s"
+    assert heading("fraction_of_floor") == "fraction of roofline"
+
+
 def test_tables_of_lists_and_mappings_of_rows() -> None:
     figures = {
         "device": "cpu",
@@ -64,3 +80,20 @@ def test_rate_rows_inherit_context_of_outer_mappings() -> None:
     flat = {"rows": [{"name": "a", "tokens_per_s": 2.0, "tokens_per_s_lowest": 1.0, "tokens_per_s_highest": 3.0}]}
     (row,) = rate_rows(flat)
     assert [row[f"tokens_per_s{edge}"] for edge in ("", "_lowest", "_highest")] == [2.0, 1.0, 3.0]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=5))
+def test_generic_tables_and_rows_take_any_figures(figures: dict[str, Any]) -> None:
+    for table in tables_of(figures):
+        assert all(isinstance(cell, str) for row in table.rows for cell in row)
+    for row in rate_rows(figures):
+        assert number(row["tokens_per_s"]) is not None
+    for row in memory_rows(figures):
+        assert number(row["bytes"]) is not None

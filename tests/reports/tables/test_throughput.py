@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from psannlm.io.artifact_schema import read_figures
+from psannlm.reports.schemas.throughput import ThroughputMetrics
 from psannlm.reports.tables.throughput import throughput_tables
 
 KEPT = sorted((Path(__file__).resolve().parents[3] / "reports" / "published" / "throughput").glob("*/metrics.json"))
@@ -15,7 +17,7 @@ KEPT = sorted((Path(__file__).resolve().parents[3] / "reports" / "published" / "
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
 def test_throughput_tables_of_published_runs_fit_a_page(path: Path) -> None:
     figures = json.loads(path.read_text(encoding="utf-8"))
-    first, *others = throughput_tables(figures)
+    first, *others = throughput_tables(read_figures(ThroughputMetrics, figures), figures)
     assert [row[0] for row in first.rows] == [row["name"] for row in figures["rows"]]
     assert len(first.headings) <= 9
     assert all(len(row) == len(first.headings) for row in first.rows)
@@ -30,6 +32,6 @@ def test_throughput_tables_note_lists_problems() -> None:
     figures = json.loads(KEPT[0].read_text(encoding="utf-8"))
     figures["problems"] = ["a loss is not finite"]
     figures["rows"][0]["peak_bytes"] = None
-    table = throughput_tables(figures)[0]
+    table = throughput_tables(read_figures(ThroughputMetrics, figures), figures)[0]
     assert "Problems: a loss is not finite" in table.note
     assert table.rows[0][6] == "–"

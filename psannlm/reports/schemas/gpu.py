@@ -1,18 +1,51 @@
-"""Results of the GPU validation suite: measured values, their limits, verdicts and JSON."""
+"""Schema of a GPU validation (``reports/gpu/<ts>/summary.json``): measured values, limits and verdicts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field, PlainSerializer, PlainValidator, computed_field
+from pydantic.dataclasses import dataclass
+from typing_extensions import Required, TypedDict
+
+from psannlm.io.artifact_schema import Figure, Figures, Flag, OptionalFigure, Whole, figure
 
 Side = Literal["at most", "at least"]
 Status = Literal["ok", "failed", "error", "skipped"]
+_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _value(value: object) -> float:
+    return _WORDS[value] if isinstance(value, str) and value in _WORDS else figure(value, is_finite=False)
+
+
+# A non-finite value is written as a word.
+Value = Annotated[
+    float, PlainValidator(_value), PlainSerializer(lambda value: value if math.isfinite(value) else str(value))
+]
+Seconds = Annotated[Figure, PlainSerializer(lambda seconds: round(seconds, 3))]
+
+
+class GpuMachine(TypedDict, total=False):
+    """What determines the figures: hardware, versions, and float32 matrix precision."""
+
+    device: Required[str]
+    name: Required[str]
+    n_devices: Required[Whole]
+    torch: Required[str]
+    threads: Whole | None
+    cuda: str | None
+    float32_matmul_precision: str
+    tf32_in_matmul: Flag
+    tf32_in_cudnn: Flag
+    memory_bytes: Whole
+    compute_capability: str
 
 
 @dataclass(frozen=True)
-class Measure:
+class Measure(Figures):
     """A measured value and its limit.
 
     Attributes:
@@ -27,15 +60,16 @@ class Measure:
     """
 
     name: str
-    value: float
+    value: Value
     unit: str
     side: Side
-    limit: float
+    limit: Figure
     reason: str
-    regression: float | None = None
-    spread: tuple[float, float] | None = None
+    regression: OptionalFigure = None
+    spread: tuple[OptionalFigure, OptionalFigure] | None = None
     detail: str = ""
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def is_met(self) -> bool:
         """Whether the value meets its limit."""
@@ -47,15 +81,9 @@ class Measure:
         found = f": {self.detail}" if self.detail else ""
         return f"{self.name}: {self.value:.4g} {self.unit} ({self.side} {self.limit:.4g}){found}"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return every field and the verdict as plain data; a non-finite value becomes a string."""
-        plain = asdict(self)
-        plain["value"] = self.value if math.isfinite(self.value) else str(self.value)
-        return {**plain, "is_met": self.is_met}
-
 
 @dataclass(frozen=True)
-class CheckResult:
+class CheckResult(Figures):
     """Result of one check.
 
     Attributes:
@@ -74,14 +102,15 @@ class CheckResult:
     skipped: str | None = None
     error: str | None = None
     notes: tuple[str, ...] = ()
-    series: dict[str, list[float]] = field(default_factory=dict)
-    seconds: float = 0.0
+    series: dict[str, list[Figure]] = field(default_factory=dict)
+    seconds: Seconds = 0.0
 
     @property
     def missed(self) -> tuple[Measure, ...]:
         """The measures that miss their limits."""
         return tuple(measure for measure in self.measures if not measure.is_met)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def status(self) -> Status:
         """Status of the check; one without measures that was not skipped is an error, never ok."""
@@ -101,45 +130,34 @@ class CheckResult:
             return [f"{self.check}: nothing was measured"]
         return [f"{self.check}: {measure}" for measure in self.missed]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
-        return {
-            "check": self.check,
-            "title": self.title,
-            "status": self.status,
-            "skipped": self.skipped,
-            "error": self.error,
-            "seconds": round(self.seconds, 3),
-            "measures": [measure.as_dict() for measure in self.measures],
-            "notes": list(self.notes),
-            "series": self.series,
-        }
-
 
 @dataclass(frozen=True)
-class SuiteReport:
+class SuiteReport(Figures):
     """Results of all checks that ran, the machine, and the comparison with an earlier run.
 
+    Verdicts follow from the values and limits; those that a file states are not read.
+
     Attributes:
-        machine: what determines the figures: device, name and number of devices, versions, precision settings.
         is_dry_run: whether sizes were small and no throughput limit applied.
         baseline: path of the earlier summary, or None.
         regressions: one line for each value that is worse than in the baseline by more than its tolerance.
         to_come: the checks that have not run yet; empty at the end.
     """
 
-    machine: dict[str, Any]
-    is_dry_run: bool
-    results: tuple[CheckResult, ...]
+    machine: GpuMachine
+    is_dry_run: Annotated[Flag, Field(validation_alias=AliasChoices("is_dry_run", "is_rehearsal"))]
+    checks: tuple[CheckResult, ...]
     baseline: str | None = None
     regressions: tuple[str, ...] = ()
     to_come: tuple[str, ...] = ()
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def problems(self) -> list[str]:
         """One line for each missed limit, failed check and regression."""
-        return [line for result in self.results for line in result.problems()] + list(self.regressions)
+        return [line for check in self.checks for line in check.problems()] + list(self.regressions)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def verdict(self) -> Literal["ok", "failed", "unfinished"]:
         """``ok`` if all checks ran or were skipped and nothing failed."""
@@ -147,47 +165,9 @@ class SuiteReport:
             return "unfinished"
         return "failed" if self.problems else "ok"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
-        counts = {status: sum(r.status == status for r in self.results) for status in ("ok", "failed", "error")}
-        return {
-            "verdict": self.verdict,
-            "counts": {**counts, "skipped": sum(r.status == "skipped" for r in self.results)},
-            "is_dry_run": self.is_dry_run,
-            "machine": self.machine,
-            "problems": self.problems,
-            "to_come": list(self.to_come),
-            "baseline": self.baseline,
-            "regressions": list(self.regressions),
-            "checks": [result.as_dict() for result in self.results],
-        }
-
-
-def at_most(name: str, value: float, limit: float, unit: str, reason: str, **more: Any) -> Measure:
-    """Return a measure whose limit is the highest value that passes."""
-    return Measure(name, float(value), unit, "at most", limit, reason, **more)
-
-
-def at_least(name: str, value: float, limit: float, unit: str, reason: str, **more: Any) -> Measure:
-    """Return a measure whose limit is the lowest value that passes."""
-    return Measure(name, float(value), unit, "at least", limit, reason, **more)
-
-
-def none_of(name: str, found: Sequence[object] | int, unit: str, reason: str, **more: Any) -> Measure:
-    """Return a measure of a count that must be 0."""
-    count = found if isinstance(found, int) else len(found)
-    return at_most(name, count, 0, unit, reason, **more)
-
-
-def largest(values: Iterable[float]) -> float:
-    """Return the largest of ``values``; NaN if one of them is NaN or there are none.
-
-    The built-in ``max`` may ignore a NaN, because no comparison with it is true.
-    """
-    found = list(values)
-    return math.nan if not found or any(map(math.isnan, found)) else max(found)
-
-
-def largest_distance(a: Iterable[float], b: Iterable[float]) -> float:
-    """Return the largest distance between two curves of the same length; NaN as :func:`largest`."""
-    return largest(abs(x - y) for x, y in zip(a, b, strict=True))
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def counts(self) -> dict[Status, int]:
+        """How many checks have each status."""
+        statuses: tuple[Status, ...] = ("ok", "failed", "error", "skipped")
+        return {status: sum(check.status == status for check in self.checks) for status in statuses}

@@ -1,0 +1,62 @@
+"""Schemas of repeated measurements: spread over runs, mean over seeds, and paired differences."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from psannlm.io.artifact_schema import Figure, Figures, OptionalFigure, Whole
+
+
+@dataclass(frozen=True)
+class Spread(Figures):
+    """Median, minimum and maximum of repeated measurements, in the unit of the measurements."""
+
+    median: Figure
+    lowest: Figure
+    highest: Figure
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Return the spread of at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Mean(Figures):
+    """Mean, sample standard deviation (None for a single value), minimum and maximum of ``n`` values."""
+
+    mean: Figure
+    std: OptionalFigure
+    lowest: Figure
+    highest: Figure
+    n: Whole
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Return the mean of at least one value."""
+        std = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), std, min(values), max(values), len(values))
+
+
+@dataclass(frozen=True)
+class PairedDifference(Figures):
+    """Mean over ``n`` pairs of a value minus the baseline's, with its 95% interval (None for a single pair)."""
+
+    mean: Figure
+    std: OptionalFigure
+    low: OptionalFigure
+    high: OptionalFigure
+    n: Whole
+    baseline_mean: Figure
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The ends of the interval."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
+    def fraction(self) -> float:
+        """The difference over the baseline's mean; NaN where that is zero."""
+        return self.mean / self.baseline_mean if self.baseline_mean else float("nan")

@@ -1,0 +1,147 @@
+"""Schema of an ablation study (``reports/ablations/<ts>/metrics.json``). Losses are in nats per token."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, Field
+from pydantic.dataclasses import dataclass
+
+from psannlm.io.artifact_schema import Figure, Figures, Flag, OptionalFigure, Whole
+from psannlm.reports.schemas.measured import Mean, PairedDifference
+
+
+@dataclass(frozen=True, kw_only=True)
+class LrScore(Figures):
+    """Mean validation loss at one learning rate, and its numbers of finished, failed and missing runs."""
+
+    lr: Figure
+    mean: OptionalFigure
+    done: Whole
+    failed: Whole
+    missing: Whole
+
+
+@dataclass(frozen=True)
+class AnswerScore(Figures):
+    """Fractions of correct answers, and of documents with only correct answers, in [0, 1]."""
+
+    right: Figure
+    documents_right: Figure
+    nats_per_answer: Figure
+    n_answers: Whole
+    n_documents: Whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantAnswers(Figures):
+    """Accuracy of a variant's runs at its best learning rate, and the difference to the baseline's."""
+
+    right: Mean
+    right_by_seed: dict[str, Figure]
+    difference: PairedDifference | None
+    documents_right: Figure
+    nats_per_answer: Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantFigures(Figures):
+    """One variant at its best learning rate; ``edge`` and ``provisional`` as in ``lr_selection.Choice``."""
+
+    name: str
+    settings: dict[str, Any]
+    learning_rate: OptionalFigure
+    edge: str
+    provisional: Flag = False
+    learning_rates: list[LrScore]
+    parameters: Whole
+    parameters_over_baseline: Figure
+    parameters_by_group: dict[str, Whole]
+    d_mlp: Whole | None
+    d_mlp_was_solved: Flag
+    steps: Whole
+    tokens: Whole
+    flops_per_token: Whole
+    val_loss: Mean | None
+    val_loss_by_seed: dict[str, Figure]
+    bits_per_byte: Mean | None
+    lossy_tokenizer: Flag | None = None
+    difference: PairedDifference | None
+    tokens_per_s: OptionalFigure
+    training_s: OptionalFigure
+    peak_memory_bytes: Whole | None
+    answers: VariantAnswers | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFigures(Figures):
+    """One run; figures of a run that is not finished are None."""
+
+    run: str
+    variant: str
+    lr: Figure
+    seed: Whole
+    state: str
+    reason: str
+    val_loss: OptionalFigure
+    bits_per_byte: OptionalFigure
+    lossy_tokenizer: Flag | None = None
+    tokens: Whole | None
+    tokens_per_s: OptionalFigure
+    training_s: OptionalFigure
+    peak_memory_bytes: Whole | None
+    folder: str
+    answers: AnswerScore | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossCurve(Figures):
+    """Validation losses of a run by tokens seen and by seconds of training."""
+
+    variant: str
+    seed: Whole
+    tokens: list[Whole]
+    seconds: list[Figure]
+    loss: list[Figure]
+
+    def __post_init__(self) -> None:
+        """Refuse lists of different lengths."""
+        if not len(self.tokens) == len(self.seconds) == len(self.loss):
+            raise ValueError("the lists of a curve differ in length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyCorpus(Figures):
+    """The text of the baseline; ``val_overlap`` as in ``prepare.PreparedData``."""
+
+    sha256: str
+    tokenizer_fingerprint: str
+    train_tokens: Whole
+    val_tokens: Whole | None
+    val_overlap: OptionalFigure
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyMetrics(Figures):
+    """The whole file. Each variant is compared at its own best learning rate, differences are paired by seed."""
+
+    study: str
+    plan: str
+    folder: str
+    baseline: str
+    measure: str
+    task: str | None = None
+    budget: dict[str, Any]
+    seeds: list[Whole]
+    lr_seeds: Annotated[list[Whole] | None, Field(validation_alias=AliasChoices("lr_seeds", "rate_seeds"))] = None
+    corpus: StudyCorpus
+    conditions: dict[str, dict[str, Whole]] = field(default_factory=dict)
+    notes: list[str]
+    variants: list[VariantFigures]
+    runs: list[RunFigures]
+    also_compare_to: Annotated[
+        dict[str, dict[str, PairedDifference | None]],
+        Field(validation_alias=AliasChoices("also_compare_to", "rivals")),
+    ] = field(default_factory=dict)
+    curves: list[LossCurve]
