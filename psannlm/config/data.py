@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
 from psannlm.config.base import Check, FileName, Flag, Real, Section, Text, Whole
 
 TokenizerBackend = Literal["auto", "sentencepiece", "tokenizers", "simple"]
+
+
+def _weight() -> Any:
+    return Field(
+        None,
+        gt=0,
+        description="share of each epoch's tokens, in proportion to the weights of the other sources; small sources "
+        "are repeated; every source has a weight or none has: then each token is seen once per epoch",
+    )
 
 
 class PathSource(Section):
@@ -26,6 +35,7 @@ class PathSource(Section):
         "strict",
         description="at bytes that are not UTF-8 and lone surrogates: stop, or replace them by U+FFFD and count",
     )
+    weight: Real | None = _weight()
 
 
 class BuiltinSource(Section):
@@ -34,6 +44,7 @@ class BuiltinSource(Section):
     builtin: Literal["python-reference"] = Field(
         description="built-in corpus; python-reference: the language reference in pydoc_data.topics"
     )
+    weight: Real | None = _weight()
 
 
 Source = PathSource | BuiltinSource
@@ -94,4 +105,11 @@ class DataConfig(Section):
     def checks(self) -> list[Check]:
         if not self.sources:
             return [Check(("sources",), "no corpus; list files or folders, or {builtin: python-reference}")]
-        return []
+        without = [number for number, source in enumerate(self.sources) if source.weight is None]
+        if len(without) == len(self.sources):
+            return []
+        if len(self.sources) == 1:
+            return [Check(("sources",), "a single source is all of every epoch; remove its weight")]
+        missing = ", ".join(str(number + 1) for number in without)
+        message = f"entry {missing} has no weight, and others have one; give every entry a weight, or none"
+        return [Check(("sources",), message)] if without else []

@@ -57,8 +57,10 @@ def _keys_of(path: str, cls: type[Section]) -> Iterator[Key]:
             continue
         yield Key(here, _words(inner, field.metadata), _default(field), field.description or "")
         if here == "data.sources":
-            for source in (PathSource, BuiltinSource):
-                yield from _keys_of(f"{here}[]", source)
+            # Both kinds of source have a weight: each key is listed once.
+            yield from {
+                key.path: key for kind in (PathSource, BuiltinSource) for key in _keys_of(f"{here}[]", kind)
+            }.values()
 
 
 def _default(field: FieldInfo) -> str:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from psannlm.config.constants import IGNORE_INDEX
+from psannlm.data.mixture import Mixture
 from psannlm.data.order import permuted
 from psannlm.data.prefetch import prefetched
 from psannlm.data.windows import Windows
@@ -43,11 +44,15 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One rank's batches of an optimiser step, the position after it, and the windows that all ranks see in it."""
+    """One rank's batches of an optimiser step, the position after it, and the windows that all ranks see in it.
+
+    ``source_windows``: how many of these windows are of each source; empty without a mixture.
+    """
 
     micro_batches: tuple[MicroBatch, ...]
     after: Position
     n_windows: int
+    source_windows: tuple[int, ...] = ()
 
 
 class Loader:
@@ -72,6 +77,7 @@ class Loader:
         prefetch_factor: int = 2,
         num_workers: int = 1,
         pin_memory: bool = False,
+        mixture: Mixture | None = None,
     ) -> None:
         """Set up a loader; nothing is read before :meth:`steps`.
 
@@ -79,6 +85,7 @@ class Loader:
             prefetch_factor: steps prepared in advance (default 2); 0 prepares each step when it is asked for.
             num_workers: threads that prepare steps (default 1). Steps do not depend on it, nor on ``prefetch_factor``.
             pin_memory: put batches into page-locked memory, from which copies to a GPU are asynchronous.
+            mixture: the windows of an epoch, by the weights of their sources; None: every window once.
 
         Raises:
             ConfigError: a size is below 1, or the rank is outside the world.
@@ -102,6 +109,9 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle = seed, shuffle
         self.prefetch_factor, self.num_workers, self.pin_memory = prefetch_factor, num_workers, pin_memory
+        if mixture is not None and not shuffle:
+            raise ConfigError("a mixture of sources has no order but a shuffled one; use shuffle=True")
+        self.mixture = mixture
 
     @property
     def windows_per_step(self) -> int:
@@ -118,6 +128,8 @@ class Loader:
         stop = len(self.windows) if stop is None else stop
         if not self.shuffle:
             return np.arange(start, stop, dtype=np.int64)
+        if self.mixture is not None:
+            return self.mixture.order(epoch, start, stop, self.seed)
         return permuted(len(self.windows), start, stop, self.seed, "epoch", epoch)
 
     def steps(self, position: Position | None = None) -> Iterator[StepBatch]:
@@ -147,7 +159,8 @@ class Loader:
         at, stop = span
         dealt = self.order(at.epoch, at.window, stop)
         after = Position(at.epoch, stop) if stop < len(self.windows) else Position(at.epoch + 1, 0)
-        return StepBatch(self._micro_batches(dealt), after, len(dealt))
+        of_source = () if self.mixture is None else self.mixture.count(dealt)
+        return StepBatch(self._micro_batches(dealt), after, len(dealt), of_source)
 
     def _micro_batches(self, dealt: NDArray[np.int64]) -> tuple[MicroBatch, ...]:
         # Round-robin, so that in a small step no rank has two windows more than another.

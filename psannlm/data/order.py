@@ -38,11 +38,15 @@ def permuted(n: int, start: int, stop: int, seed: int, purpose: str, index: int 
     """
     if not 0 <= start <= stop <= n:
         raise ValueError(f"positions {start} to {stop} are not within {n}")
+    return permuted_at(n, np.arange(start, stop, dtype=np.int64), seed, purpose, index)
+
+
+def permuted_at(n: int, positions: NDArray[np.int64], seed: int, purpose: str, index: int = 0) -> NDArray[np.int64]:
+    """Return the given positions of the permutation of :func:`permuted`, in the shape of ``positions``."""
     keys = _seed_sequence(seed, purpose, index).generate_state(_ROUNDS, np.uint64).astype(np.uint64)
-    positions = np.arange(start, stop, dtype=np.uint64)
     a = isqrt(max(0, n - 1)) + 1
     b = -(-n // a) or 1
-    found = _through_rounds(positions, keys, a, b)
+    found = _through_rounds(positions.astype(np.uint64), keys, a, b)
     while (outside := np.flatnonzero(found >= n)).size:
         found[outside] = _through_rounds(found[outside], keys, a, b)
     return found.astype(np.int64)

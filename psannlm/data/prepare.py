@@ -46,7 +46,8 @@ class PreparedData:
     ``val`` is None if nothing is held out. ``val_overlap``: fraction of the held-out text, in [0, 1], in paragraphs
     that also occur in training documents; the loss on such text says little about new text. ``preparation``: version of
     split and encoding, None if all versions give the same. ``lost_fraction``: fraction of the checked text that the
-    tokenizer does not give back; None is unknown.
+    tokenizer does not give back; None is unknown. ``first_documents``: for each source, the first of its documents in
+    ``train``; empty for a prepared folder.
     """
 
     tokenizer: Tokenizer
@@ -56,6 +57,7 @@ class PreparedData:
     val_overlap: float | None = None
     preparation: int | None = None
     lost_fraction: float | None = None
+    first_documents: tuple[int, ...] = ()
 
 
 def load_corpus(
@@ -111,14 +113,16 @@ def _load(
     train = encode_documents(watched, tokenizer, in_segments=in_segments)
     notice(f"train: {_size(train)}")
     _check_length(train, config.max_length, notice)
+    numbers = np.array([document.source for document in train_documents])
+    firsts = tuple(np.searchsorted(numbers, np.arange(len(config.sources))).tolist())
     if not val_documents:
         made_by = preparation if is_long else None
-        return PreparedData(tokenizer, train, None, report, None, made_by, meter.fraction)
+        return PreparedData(tokenizer, train, None, report, None, made_by, meter.fraction, firsts)
     val = encode_documents(val_documents, tokenizer, in_segments=in_segments)
     overlap = shared_text(val_documents, train_documents)
     notice(f"validation: {_size(val)}; {_describe_overlap(overlap)}")
     made_by = None if report.documents == 1 and not is_long else preparation
-    return PreparedData(tokenizer, train, val, report, overlap, made_by, meter.fraction)
+    return PreparedData(tokenizer, train, val, report, overlap, made_by, meter.fraction, firsts)
 
 
 def _from_folder(manifest: Path, config: DataConfig, notice: Notice) -> PreparedData:

@@ -70,6 +70,7 @@ class TrainerState:
         total_steps: last step of the learning rate schedule.
         data_order: version of the shuffling of windows; None in checkpoints from before version 2.
         preparation: version of the corpus preparation by ``data.load_corpus``; None likewise.
+        source_windows: windows of each source seen so far, where sources have weights; else empty.
     """
 
     step: int = 0
@@ -86,6 +87,7 @@ class TrainerState:
     total_steps: int | None = None
     data_order: str | None = None
     preparation: int | None = None
+    source_windows: tuple[int, ...] = ()
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -237,7 +239,9 @@ def read_state(folder: Path) -> TrainerState:
         raise ArtifactError(f"{path} is damaged: its content does not match its hash")
     try:
         hashes = {name: content["files"][name] for name in (MODEL_FILE, OPTIMIZER_FILE)}
-        state = TrainerState(**{**content["state"], "position": Position(**content["state"]["position"])})
+        stored = content["state"]
+        seen = tuple(stored.get("source_windows", ()))
+        state = TrainerState(**{**stored, "position": Position(**stored["position"]), "source_windows": seen})
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is not the state of a checkpoint: an entry is missing or unknown") from error
     _refuse_oversize(folder)

@@ -95,6 +95,7 @@ class PendingSteps:
         """Log and report a step that updated the weights; return the state after it."""
         run, step, result, after = self._run, pending.step, pending.result, pending.batch.after
         metrics = {"loss": result.loss, "lr": pending.lr, "grad_norm": result.grad_norm}
+        seen = _add(state.source_windows, pending.batch.source_windows)
         tokens, tokens_per_s = state.tokens + result.n_labels, self.throughput.tokens_per_s
         if pending.is_logged and run.log is not None:
             timing = {
@@ -104,10 +105,12 @@ class PendingSteps:
                 "peak_memory_bytes": peak_memory_bytes(run.precision.device),
             }
             skipped = {"skipped": state.skipped} if state.skipped else {}
-            run.log.write("train", step, {**metrics, **timing, **skipped})
+            sources = {"source_windows": list(seen)} if seen else {}
+            run.log.write("train", step, {**metrics, **timing, **skipped, **sources})
         run.reporter.step(step, result.loss, pending.lr, tokens_per_s, pending.is_logged)
         self._notify(pending, tokens, is_skipped=False)
-        return replace(state, step=step, position=after, tokens=tokens, metrics=metrics, skipped_in_a_row=0)
+        state = replace(state, step=step, position=after, tokens=tokens, metrics=metrics, skipped_in_a_row=0)
+        return replace(state, source_windows=seen)
 
     def _skip(self, state: TrainerState, pending: PendingStep) -> TrainerState:
         """Log and report a step that was skipped because it was not finite; return the state after it."""
@@ -123,8 +126,9 @@ class PendingSteps:
             raise DivergedError(f"{found}, as in the {in_a_row - 1} steps before; {last_checkpoint}. {remedy}.")
         run.reporter.skipped(step, state.skipped + 1, str(found))
         self._notify(pending, state.tokens, is_skipped=True)
-        after = pending.batch.after
-        return replace(state, step=step, position=after, skipped=state.skipped + 1, skipped_in_a_row=in_a_row)
+        after, seen = pending.batch.after, _add(state.source_windows, pending.batch.source_windows)
+        state = replace(state, step=step, position=after, source_windows=seen)
+        return replace(state, skipped=state.skipped + 1, skipped_in_a_row=in_a_row)
 
     def _notify(self, pending: PendingStep, tokens: int, *, is_skipped: bool) -> None:
         event = StepEvent(
@@ -139,3 +143,7 @@ class PendingSteps:
             is_skipped=is_skipped,
         )
         self._run.notify(lambda callback: callback.on_step(event))
+
+
+def _add(seen: tuple[int, ...], more: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(seen or (0,) * len(more), more, strict=True))

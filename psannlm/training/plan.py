@@ -9,12 +9,15 @@ from typing import Any, Literal
 
 import torch
 
+from psannlm.config.data import PathSource
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import BatchPlan, RunConfig, plan_batches, total_steps
 from psannlm.data.dataset import LMDataset
 from psannlm.data.loader import Loader, Position
+from psannlm.data.mixture import Mixture
 from psannlm.data.prepare import PreparedData, load_corpus
 from psannlm.data.stream import Stream
+from psannlm.data.windows import Windows
 from psannlm.io.atomic import free_bytes
 from psannlm.models.accounting import (
     Place,
@@ -177,7 +180,7 @@ def last_step(config: RunConfig, loader: Loader, step: int, position: Position) 
 
 def config_warnings(config: RunConfig, loader: Loader, n_steps: int) -> list[str]:
     """Return a message for each setting that cannot take effect with this corpus and ``n_steps`` steps."""
-    found = []
+    found = [] if (line := describe_mixture(config, loader)) is None else [line]
     asked, there = loader.windows_per_step, len(loader.windows)
     if asked > there:
         found.append(
@@ -206,15 +209,39 @@ def cut_windows(config: RunConfig, store: Stream, tokenizer: Tokenizer) -> LMDat
 def build_loader(config: RunConfig, data: PreparedData, world: World, *, pin_memory: bool = False) -> Loader:
     """Return the loader of this rank's training windows; ``pin_memory`` as for ``Loader``."""
     plan = plan_batches(config, world.size)
+    windows = cut_windows(config, data.train, data.tokenizer)
     return Loader(
-        cut_windows(config, data.train, data.tokenizer),
+        windows,
         plan.micro_batch_size,
         plan.grad_accum_steps,
         rank=world.rank,
         world_size=world.size,
         seed=config.train.seed,
         pin_memory=pin_memory,
+        mixture=build_mixture(config, data, windows),
     )
+
+
+def build_mixture(config: RunConfig, data: PreparedData, windows: Windows) -> Mixture | None:
+    """Return the mixture that the weights of ``data.sources`` ask for; None where they have none.
+
+    Raises:
+        ConfigError: a source has no training window, or too small a weight.
+    """
+    weights = [source.weight for source in config.data.sources if source.weight is not None]
+    return Mixture.of(windows, data.first_documents, weights) if weights else None
+
+
+def describe_mixture(config: RunConfig, loader: Loader) -> str | None:
+    """Return a message with each source's share of an epoch and its passes per epoch; None without weights."""
+    if loader.mixture is None:
+        return None
+    total = len(loader.windows)
+    parts = [
+        f"{source.path if isinstance(source, PathSource) else source.builtin} {n / total:.1%} ({repeats:.2f} passes)"
+        for source, n, repeats in zip(config.data.sources, loader.mixture.counts, loader.mixture.repeats, strict=True)
+    ]
+    return f"sources of each epoch: {', '.join(parts)}"
 
 
 def run_flops(config: RunConfig, model: ModelConfig, n_steps: int) -> float:

@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from psannlm.config.data import BuiltinSource, PathSource, Source
@@ -27,12 +27,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Document:
     """One source text and where it came from: ``path``, ``path:line``, ``python-reference/topic`` or ``text 3``.
 
-    ``is_continuation``: this text continues the document before it, which is too long to be held whole.
+    ``is_continuation``: this text continues the document before it, which is too long to be held whole. ``source`` is
+    the number of its source among those that were read together, from 0.
     """
 
     text: str
     name: str
     is_continuation: bool = False
+    source: int = 0
 
     @property
     def n_bytes(self) -> int:
@@ -232,27 +234,32 @@ def keep_text(documents: Iterable[Document], report: ReadReport) -> Iterator[Doc
 
 
 def _read(plan: Sequence[tuple[Source, list[str]]], reading: _Reading) -> Iterator[Document]:
+    for number, (source, files) in enumerate(plan):
+        for document in _read_source(source, files, reading):
+            yield document if number == 0 else replace(document, source=number)
+
+
+def _read_source(source: Source, files: list[str], reading: _Reading) -> Iterator[Document]:
     report = reading.report
-    for source, files in plan:
-        if isinstance(source, BuiltinSource):
-            documents = builtin_documents()
-            report.builtin[source.builtin] = _describe_builtin(documents)
-            yield from documents
-            continue
-        for path in files:
-            report.files += 1
-            kind, _ = split_suffix(path)
-            if file_bytes(path) == 0:
-                report.drop("empty file", path)
-            elif kind == ".parquet":
-                yield from _rows(path, source, reading)
-            elif kind in JSON_LINES_SUFFIXES:
-                yield from _json_lines(path, source, reading)
-            elif source.per_line:
-                for number, line in _lines(path, source, reading):
-                    yield Document(line, f"{path}:{number}")
-            else:
-                yield from _whole(path, source, reading)
+    if isinstance(source, BuiltinSource):
+        documents = builtin_documents()
+        report.builtin[source.builtin] = _describe_builtin(documents)
+        yield from documents
+        return
+    for path in files:
+        report.files += 1
+        kind, _ = split_suffix(path)
+        if file_bytes(path) == 0:
+            report.drop("empty file", path)
+        elif kind == ".parquet":
+            yield from _rows(path, source, reading)
+        elif kind in JSON_LINES_SUFFIXES:
+            yield from _json_lines(path, source, reading)
+        elif source.per_line:
+            for number, line in _lines(path, source, reading):
+                yield Document(line, f"{path}:{number}")
+        else:
+            yield from _whole(path, source, reading)
 
 
 def _rows(path: str, source: PathSource, reading: _Reading) -> Iterator[Document]:

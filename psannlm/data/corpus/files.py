@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.errors import CorpusError, nearest
+from psannlm.io.hub import content_stamp, pinned
 from psannlm.io.lfs_pointers import pointer_at
 from psannlm.io.records import is_own_output
 from psannlm.io.urls import file_system, literal_beginning, local_path, protocol_of, refusal
@@ -254,6 +255,8 @@ def explained_remote_errors(url: str) -> Iterator[None]:
 
 
 def _find_remote(url: str, drop: Drop) -> tuple[list[str], list[str]]:
+    with explained_remote_errors(url):
+        url = pinned(url)
     system, path = remote_file_system(url)
     with explained_remote_errors(url):
         is_whole = system.isfile(path)
@@ -295,5 +298,7 @@ def file_stamp(path: str) -> tuple[int, str]:
         known = system.info(name)
     if not isinstance(known.get("size"), int):
         raise CorpusError(f"{path}: its size is unknown; copy it to a file first")
+    if (stamp := content_stamp(known)) is not None:
+        return known["size"], stamp
     stamps = [str(known[key]) for key in _STAMPS if known.get(key) is not None]
     return known["size"], stamps[0] if stamps else ""
