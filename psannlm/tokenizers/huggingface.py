@@ -95,6 +95,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def to_bytes(self) -> bytes:
         return self._content
 
+    @property
+    def special_names(self) -> dict[str, str]:
+        """Spelling of ``pad``, ``bos``, ``eos`` and ``unk`` in the file."""
+        return {special: name for special, (name, _) in self._names.items()}
+
     def encode(self, text: str) -> list[int]:
         try:
             ids: list[int] = self._model.encode(text, add_special_tokens=False).ids

@@ -31,10 +31,12 @@ from psannlm.tokenizers.sample import PASSAGE_CHARS
 
 # SentencePiece writes a space as ▁, so a ▁ in the text must be escaped, and so must the escape character. The
 # private-use escape is always followed by 0 or 1 in escaped text, which makes decoding unambiguous.
-_SPACE_MARK = "\u2581"
+SPACE_MARK = "\u2581"
 _ESCAPE = "\uf8f0"
 _ESCAPED_ESCAPE = _ESCAPE + "0"
 _ESCAPED_MARK = _ESCAPE + "1"
+# (character, its escape) in the order of escaping; it is undone in the opposite order.
+ESCAPES = ((_ESCAPE, _ESCAPED_ESCAPE), (SPACE_MARK, _ESCAPED_MARK))
 
 # The trainer drops sentences with NUL or ▅ (its own marker), so passages are cut there.
 _CUTS = re.compile(r"[\0\u2585]+")
@@ -51,6 +53,9 @@ class SentencePieceTokenizer(Tokenizer):
     Args:
         content: the bytes of a ``.model`` file. It must define the pieces for begin and end of text; padding may be
             absent, and the end is used instead.
+
+    Attributes:
+        escapes: whether text is escaped before it is encoded, as for every model fitted here.
 
     Raises:
         TokenizerError: ``content`` is not a SentencePiece model, or lacks a special.
@@ -79,7 +84,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
         self._specials = self.special_ids
         # The surface of the unknown piece is never decoded: it stores the marker of models with escaping.
-        self._escapes = self._model.decode([self.unk_id]) == _ESCAPE
+        self.escapes = self._model.decode([self.unk_id]) == _ESCAPE
 
     @classmethod
     def fit(cls, texts: Iterable[str], vocab_size: int, model_type: str = "unigram") -> SentencePieceTokenizer:
@@ -127,7 +132,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         try:
-            ids: list[int] = self._model.encode(_escape(text) if self._escapes else text)
+            ids: list[int] = self._model.encode(_escape(text) if self.escapes else text)
         except (RuntimeError, TypeError, UnicodeError):
             refuse_surrogates(text)
             raise
@@ -154,18 +159,18 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _prepared(self, texts: Sequence[str]) -> list[str]:
         # A hot path for short texts (a million per second): isascii() is O(1).
-        return [text if text.isascii() else _escape(text) for text in texts] if self._escapes else list(texts)
+        return [text if text.isascii() else _escape(text) for text in texts] if self.escapes else list(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode(plain_ids(ids, self.vocab_size, self._specials))
-        return _unescape(text) if self._escapes else text
+        return _unescape(text) if self.escapes else text
 
     def decode_batch(self, rows: Sequence[Sequence[int]], threads: int = 0) -> list[str]:
         if not rows:  # the library rejects an empty list
             return []
         plain = [plain_ids(ids, self.vocab_size, self._specials) for ids in rows]
         texts: list[str] = self._model.decode(plain, num_threads=threads or -1)
-        return [_unescape(text) for text in texts] if self._escapes else texts
+        return [_unescape(text) for text in texts] if self.escapes else texts
 
     @property
     def byte_ids(self) -> frozenset[int]:
@@ -206,15 +211,15 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
 def _escape(text: str) -> str:
     if _ESCAPE in text:
         text = text.replace(_ESCAPE, _ESCAPED_ESCAPE)
-    if _SPACE_MARK in text:
-        text = text.replace(_SPACE_MARK, _ESCAPED_MARK)
+    if SPACE_MARK in text:
+        text = text.replace(SPACE_MARK, _ESCAPED_MARK)
     return text
 
 
 def _unescape(text: str) -> str:
     if _ESCAPE not in text:
         return text
-    return text.replace(_ESCAPED_MARK, _SPACE_MARK).replace(_ESCAPED_ESCAPE, _ESCAPE)
+    return text.replace(_ESCAPED_MARK, SPACE_MARK).replace(_ESCAPED_ESCAPE, _ESCAPE)
 
 
 def _sentences(texts: Iterable[str], vocab_size: int) -> list[str]:
