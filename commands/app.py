@@ -20,6 +20,7 @@ from psannlm.commands import bench_tokenizers as bench_tokenizers_command
 from psannlm.commands import bench_train as bench_train_command
 from psannlm.commands import compare as compare_command
 from psannlm.commands import eval as eval_command
+from psannlm.commands import export as export_command
 from psannlm.commands import generate as generate_command
 from psannlm.commands import gpu_validate as gpu_validate_command
 from psannlm.commands import import_ as import_command
@@ -115,6 +116,7 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "train": train_command.train,
         "generate": generate_command.generate,
         "eval": eval_command.evaluate,
+        "export": export_command.export,
         "import": import_command.import_model,
     },
     "Measure": {

@@ -1,4 +1,4 @@
-"""Tokenizers as files of transformers' ``PreTrainedTokenizerFast``: ``tokenizer.json`` and ``tokenizer_config.json``."""
+"""Tokenizers as the files of transformers' ``PreTrainedTokenizerFast``."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _parsed(content: bytes) -> Any:
         raise TokenizerError(
             f"reading a SentencePiece model's settings needs the package protobuf ({error}); install psannlm[hf]"
         ) from error
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
     proto.ParseFromString(content)
     return proto
 

@@ -54,13 +54,14 @@ class PsannLMSine(nn.Module):
         super().__init__()
         self.decay_mode = config.sine_decay_mode
         self.bounds = config.sine_bounds or {}
-        learnable = _SINE_PARAMETERS if config.sine_learnable is None else config.sine_learnable
+        self.learnable = _SINE_PARAMETERS if config.sine_learnable is None else tuple(config.sine_learnable)
         for name in _SINE_PARAMETERS:
-            raw = nn.Parameter(torch.zeros(size), requires_grad=name in learnable)
-            self.register_parameter(f"raw_{name}", raw)
+            self.register_parameter(f"raw_{name}", nn.Parameter(torch.zeros(size)))
 
     def _value(self, name: str) -> Tensor:
-        value = F.softplus(getattr(self, f"raw_{name}").float())
+        raw = getattr(self, f"raw_{name}").float()
+        # Loading replaces the parameters, so that requires_grad=False would be lost.
+        value = F.softplus(raw if name in self.learnable else raw.detach())
         bounds = self.bounds.get(name)
         return value if bounds is None else value.clamp(*bounds)
 

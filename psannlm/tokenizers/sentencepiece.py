@@ -172,6 +172,17 @@ class SentencePieceTokenizer(Tokenizer):
         texts: list[str] = self._model.decode(plain, num_threads=threads or -1)
         return [_unescape(text) for text in texts] if self.escapes else texts
 
+    def score(self, ids: Sequence[int]) -> float | None:
+        """Return the sum of the log-probabilities of ``ids`` in a unigram model; None for other models and bytes."""
+        if not self.is_unigram or any(self._model.is_control(int(i)) for i in ids):
+            return None
+        return sum(self._model.get_score(int(i)) for i in ids)
+
+    @property
+    def is_unigram(self) -> bool:
+        """Whether pieces have log-probabilities; those of a BPE are whole numbers, the order of merges."""
+        return any(self._model.get_score(i) % 1.0 for i in range(self.vocab_size))
+
     @property
     def byte_ids(self) -> frozenset[int]:
         return frozenset(i for i in range(self.vocab_size) if self._model.is_byte(i))
