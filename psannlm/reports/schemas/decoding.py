@@ -235,10 +235,10 @@ class DecodingMetrics(Figures):
         "interrupted_in",
     )
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field(alias="rival")  # type: ignore[prop-decorator]
     @property
-    def rival(self) -> ReferenceFigures | None:
-        """The former name of ``reference_model``, for those who read it."""
+    def under_former_name(self) -> ReferenceFigures | None:
+        """``reference_model`` once more, for those who read its former key."""
         return self.reference_model
 
     def __post_init__(self) -> None:
