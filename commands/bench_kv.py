@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.table import Table
 
 from psannlm.commands.options import (
@@ -29,6 +28,7 @@ from psannlm.commands.options import (
     live_line,
     model_config,
     note,
+    open_table,
     print_path,
     publish,
     stderr_console,
@@ -264,7 +264,7 @@ def _tables(report: KvReport) -> list[Table]:
 
 def _cases_table(report: KvReport) -> Table:
     settings, model = report.settings, report.model
-    table = _open_table(
+    table: Table = open_table(
         f"decoding: {model.base}, {report.parameters / 1e6:,.1f}M parameters ({report.weights} weights), "
         f"{settings.dtype}, {report.device}; {settings.batch_size} prompt{'' if settings.batch_size == 1 else 's'} of "
         f"{settings.prompt_length:,} tokens, "
@@ -371,7 +371,7 @@ def _headline(report: KvReport) -> list[tuple[str, str]]:
 
 
 def _roofline_table(report: KvReport) -> Table:
-    table = _open_table(
+    table: Table = open_table(
         "a decoding step and its roofline: the time to read its weights and cache once, at the memory bandwidth "
         "measured between the runs",
         *("case", "step\nms", "reads\nMB", "memory\nGB/s", "roofline\nms", "roofline\n/ step"),
@@ -405,7 +405,7 @@ def _agreement(report: KvReport) -> str:
 def _growth_table(report: KvReport) -> Table:
     settings = report.settings
     engine = f"{settings.dtype}{', compiled' if report.ours.is_compiled else ''}"
-    table = _open_table(
+    table: Table = open_table(
         f"a decoding step of {settings.batch_size} rows by context length, {engine}; the roofline is the time to read "
         "weights and cache once",
         *("context", "step\nms", "roofline\nms", "roofline\n/ step", "tokens/s", "cache\nMB"),
@@ -430,16 +430,6 @@ def _plot_title(report: KvReport) -> str:
     rows = f"{settings.batch_size} row{'' if settings.batch_size == 1 else 's'}"
     engine = f"{settings.dtype}{', compiled' if report.ours.is_compiled else ''}"
     return f"Decoding with the KV cache: {report.model.base}, {report.parameters / 1e6:,.1f}M, {engine}, {rows}"
-
-
-def _open_table(title: str, first: str, *headings: str) -> Table:
-    """Return an empty table without vertical rules, whose figures would not fit into 80 columns with them."""
-    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=box.SIMPLE_HEAD)
-    table.padding = (0, 1)
-    table.add_column(first, no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
 
 
 def _name(case: Case) -> str:

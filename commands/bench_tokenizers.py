@@ -103,22 +103,15 @@ def bench_tokenizers(
 
 
 def _table(report: TokenizerReport) -> Table:
-    """Return a column for each tokenizer: there are few of them, and many figures."""
     held_out = report.held_out
     repeated = f" (each passage {held_out.repeat:,} times)" if held_out.repeat > 1 else ""
-    table = Table(
-        title=f"tokenizers on {held_out.bytes:,} held-out bytes{repeated}, {held_out.overlap:.1%} of them verbatim in "
+    table = _columns_table(
+        f"tokenizers on {held_out.bytes:,} held-out bytes{repeated}, {held_out.overlap:.1%} of them verbatim in "
         f"the training text too; medians of {report.repeats}",
-        title_justify="left",
-        title_style="bold",
-        caption="MB: a million bytes; of raw: our encoding throughput over the raw library's, with the lowest and "
+        "MB: a million bytes; of raw: our encoding throughput over the raw library's, with the lowest and "
         "highest run; peak: highest resident memory of a process of its own, Python, library and text included",
-        caption_justify="left",
-        padding=(0, 1, 0, 0),
+        [row.name for row in report.tokenizers],
     )
-    table.add_column(style="cyan", no_wrap=True)
-    for row in report.tokenizers:
-        table.add_column(_heading(row.name), justify="right", overflow="fold")
     rows: list[tuple[str, Callable[[TokenizerFigures], str]]] = [
         ("bytes per token", lambda row: f"{row.bytes_per_token:.3f}"),
         ("tokens per char", lambda row: f"{row.tokens_per_char:.3f}"),
@@ -139,21 +132,15 @@ def _table(report: TokenizerReport) -> Table:
 
 
 def _prep_table(report: TokenizerReport) -> Table:
-    """Return a column for each tokenizer that has a library underneath."""
+    """Return the table of the tokenizers that have a library underneath."""
     first = report.prep[0]
-    table = Table(
-        title=f"psannlm prep on all {first.n_bytes / 1e6:,.1f} MB of text, {first.workers} processes, beside the raw "
+    table = _columns_table(
+        f"psannlm prep on all {first.n_bytes / 1e6:,.1f} MB of text, {first.workers} processes, beside the raw "
         f"libraries with as many threads; medians of {report.repeats}",
-        title_justify="left",
-        title_style="bold",
-        caption="prep: the whole command, which writes shards; the libraries read and write no files; peak: memory of "
+        "prep: the whole command, which writes shards; the libraries read and write no files; peak: memory of "
         "all processes of prep together",
-        caption_justify="left",
-        padding=(0, 1, 0, 0),
+        [row.name for row in report.prep],
     )
-    table.add_column(style="cyan", no_wrap=True)
-    for row in report.prep:
-        table.add_column(_heading(row.name), justify="right", overflow="fold")
     rows: list[tuple[str, Callable[[PrepFigures], str]]] = [
         ("prep, MB/s", lambda row: f"{row.mb_per_s(row.prep_s):,.2f}"),
         ("library, MB/s", lambda row: f"{row.mb_per_s(row.raw_s):,.2f}"),
@@ -174,9 +161,16 @@ def _prep_table(report: TokenizerReport) -> Table:
     return table
 
 
-def _heading(name: str) -> Text:
-    """Return a name with line breaks between its words, so that four columns fit into 80 characters."""
-    return Text(name.replace("sentencepiece ", "sentence-\npiece\n"))
+def _columns_table(title: str, caption: str, names: list[str]) -> Table:
+    """Return an empty table with a column for each tokenizer: there are few of them, and many figures."""
+    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
+    table.caption, table.caption_justify = caption, "left"
+    table.add_column(style="cyan", no_wrap=True)
+    for name in names:
+        # Broken between its words, so that four columns fit into 80 characters.
+        heading = Text(name.replace("sentencepiece ", "sentence-\npiece\n"))
+        table.add_column(heading, justify="right", overflow="fold")
+    return table
 
 
 def _one_thread(row: TokenizerFigures) -> Speed:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich import box
 from rich.table import Table
 
 from psannlm.commands.options import (
@@ -22,6 +21,7 @@ from psannlm.commands.options import (
     figures_table,
     live_line,
     model_config,
+    open_table,
     publish,
     stderr_console,
 )
@@ -162,14 +162,9 @@ def _title(report: ThroughputReport) -> str:
 
 
 def _throughput_table(report: ThroughputReport, clock: str) -> Table:
-    table = Table(
-        title=f"{_title(report)}; {report.device}; medians of {report.settings.repeats} runs of "
-        f"{report.steps_per_run} steps, with the lowest and highest run below",
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
+    table: Table = open_table(
+        f"{_title(report)}; {report.device}; medians of {report.settings.repeats} runs of "
+        f"{report.steps_per_run} steps, with the lowest and highest run below"
     )
     table.add_column("", min_width=14)
     for heading in (

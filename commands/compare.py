@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -17,6 +16,7 @@ from psannlm.commands.options import (
     JsonOption,
     LiveLine,
     live_line,
+    open_table,
     print_json,
     publish,
     stderr_console,
@@ -190,8 +190,7 @@ def _show_plan(study: Study, jobs: int, as_json: bool) -> None:
 
 def _rich(table: Table, columns: tuple[int, ...] = ()) -> RichTable:
     """Return a report's table, or only its ``columns``, for the terminal."""
-    drawn = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    drawn.caption, drawn.caption_justify = table.note or None, "left"
+    drawn: RichTable = open_table(table.title, caption=table.note)
     drawn.padding = (0, 1, 0, 0)
     chosen = columns or tuple(range(len(table.headings)))
     for at in chosen:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from psannlm.commands.options import (
     JsonOption,
     live_line,
+    open_table,
     publish,
     require_existing,
     stderr_console,
@@ -89,13 +89,8 @@ def _tables(report: SuiteReport) -> list[Table]:
 def _overview(report: SuiteReport) -> Table:
     machine = report.machine
     kind = "dry run on " if report.is_dry_run else ""
-    table = Table(
-        title=f"gpu-validate: {kind}{machine['n_devices']} x {machine['name']}, torch {machine['torch']}: "
-        f"{report.verdict}",
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
+    table: Table = open_table(
+        f"gpu-validate: {kind}{machine['n_devices']} x {machine['name']}, torch {machine['torch']}: {report.verdict}"
     )
     for heading in ("check", "what", "verdict"):
         table.add_column(heading, no_wrap=True)
@@ -124,14 +119,7 @@ def _result(result: CheckResult) -> str:
 
 
 def _check_table(result: CheckResult) -> Table:
-    table = Table(
-        title=f"{result.check}: {result.title}: {result.status}",
-        title_justify="left",
-        title_style="bold",
-        caption="\n".join(result.notes),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
+    table: Table = open_table(f"{result.check}: {result.title}: {result.status}", caption="\n".join(result.notes))
     table.add_column("measured", overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("limit", justify="right", no_wrap=True)

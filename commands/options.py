@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -136,6 +137,18 @@ def quiet_pipe() -> Iterator[None]:
         # Python flushes stdout once more on its way out, and must not find the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit from None
+
+
+def open_table(title: str, *headings: str, caption: str = "") -> Table:
+    """Return an empty table without vertical rules, whose figures would not fit into 80 columns with them.
+
+    The first of ``headings`` is that of a name, which is never wrapped; the others are those of numbers.
+    """
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=box.SIMPLE_HEAD)
+    table.caption = caption or None
+    for at, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if at else "left", no_wrap=not at)
+    return table
 
 
 def figures_table(title: str, rows: list[tuple[str, str]]) -> Table:

@@ -60,7 +60,7 @@ class _OrderedQueue(Generic[T, R]):
             item, slot = taken
             try:
                 slot.value = self._make(item)
-            except BaseException as error:  # noqa: BLE001 - raised in the caller
+            except BaseException as error:  # noqa: BLE001 - results() raises it in the caller, who would wait forever
                 slot.error = error
             with self._changed:
                 slot.is_done = True
@@ -77,7 +77,7 @@ class _OrderedQueue(Generic[T, R]):
                 item = next(self._items)
             except StopIteration:
                 self._is_over = True
-            except BaseException as error:  # noqa: BLE001 - as above
+            except BaseException as error:  # noqa: BLE001 - as above: a thread reports to nobody else
                 self._is_over = True
                 slot.error, slot.is_done = error, True
                 self._slots.append(slot)

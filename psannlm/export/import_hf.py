@@ -21,7 +21,7 @@ from psannlm.io.filenames import utf8_path
 from psannlm.io.lfs_pointers import refuse_pointer
 from psannlm.io.limits import describe_memory, machine_memory_bytes
 from psannlm.io.readers import Unreadable, read_json
-from psannlm.io.safetensors_header import parse_header, parse_shapes, read_header, refuse_wrong_length
+from psannlm.io.safetensors_header import parse_shapes, read_fields
 from psannlm.models.artifact import save_model
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
@@ -188,14 +188,7 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     refuse_pointer(path, ArtifactError)
     if not path.is_file():
         raise ArtifactError(f"{path} is missing or not a regular file; {INDEX_FILE} names it")
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = read_header(path, file, size)
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
-    fields = parse_header(path, header)
-    refuse_wrong_length(path, size, len(header), fields)
+    fields, _ = read_fields(path)
     for name, entry in fields.items():
         if name != "__metadata__" and isinstance(entry, dict) and entry.get("dtype") not in _DTYPES:
             raise ConfigError(

@@ -128,11 +128,12 @@ def run_check(name: str, check: Check, context: CheckContext) -> CheckResult:
     except Interrupted:
         # Ctrl-C, which a training run turns into this error: the suite ends.
         raise
-    except Exception as error:  # noqa: BLE001 - a check may raise anything, and the others must still run
+    except Exception as error:  # noqa: BLE001 - a kernel or library may raise anything, and the others must still run
         for line in traceback.format_exc().splitlines():
             context.say(f"{name}: {line}")
         result = CheckResult(name, "", error=_describe_error(error))
     finally:
+        # The suite's temporary folder, which holds this one, is removed at the end too, and reports errors.
         shutil.rmtree(context.folder, ignore_errors=True)
     failure = _release(context)
     if failure is not None:

@@ -74,6 +74,7 @@ class RunLock:
 
     def _end(self) -> None:
         self._release(self.folder)
+        # Folders that hold a result stay: only an empty one can be removed.
         with suppress(OSError):
             for path in self._made:
                 path.rmdir()
@@ -92,6 +93,7 @@ class RunLock:
     def _release(self, folder: Path) -> None:
         """Remove the file, then unlock: a process that opened it before sees that it is gone, and creates another."""
         if self._handle is not None:
+            # The lock ends with the handle; a file that cannot be removed locks nobody out.
             with suppress(OSError):
                 if self._was_empty:
                     os.ftruncate(self._handle, 0)

@@ -108,6 +108,24 @@ def refuse_wrong_length(path: Path, size: int, header_bytes: int, fields: Mappin
         raise ArtifactError(f"{path} is damaged: {size - expected:,} bytes too long")
 
 
+def read_fields(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the parsed header of a file, checked against its size, and the bytes of its tensors, which are not read.
+
+    Raises:
+        ArtifactError: the file cannot be read, or as :func:`read_header`, :func:`parse_header` and
+            :func:`refuse_wrong_length`.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = read_header(path, file, size)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
+    fields = parse_header(path, header)
+    refuse_wrong_length(path, size, len(header), fields)
+    return fields, size - len(header)
+
+
 def parse_shapes(path: Path, fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of a header. Raises ArtifactError if a shape does not match its bytes."""
     shapes: dict[str, tuple[int, ...]] = {}

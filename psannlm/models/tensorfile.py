@@ -26,6 +26,7 @@ from psannlm.io.safetensors_header import (
     parse_header,
     parse_metadata,
     parse_shapes,
+    read_fields,
     read_header,
     refuse_wrong_length,
 )
@@ -133,15 +134,8 @@ def read_head(path: Path) -> Head:
     Raises:
         ArtifactError: as :func:`read_tensors`, or a shape does not match its number of bytes.
     """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = read_header(path, file, size)
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
-    fields = parse_header(path, header)
-    refuse_wrong_length(path, size, len(header), fields)
-    return Head(parse_metadata(path, fields), parse_shapes(path, fields), size - len(header))
+    fields, n_bytes = read_fields(path)
+    return Head(parse_metadata(path, fields), parse_shapes(path, fields), n_bytes)
 
 
 def verify_tensors(path: Path) -> Verified:

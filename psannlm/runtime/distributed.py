@@ -148,7 +148,7 @@ def process_group(world: World, device: torch.device) -> Iterator[World]:
         watchdog.start()
         yield world
         world.wait()
-    except BaseException as error:
+    except BaseException as error:  # whatever ends this rank, Ctrl-C included, ends the others; it is raised again
         is_broken = not isinstance(error, Interrupted)
         last = watchdog.resolve_error(error)
         if last is error:

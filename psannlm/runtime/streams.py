@@ -136,6 +136,7 @@ def is_terminal(stream: object) -> bool:
 
 def _discard(stream: Any) -> None:
     """Redirect a stream, with its buffered and later output, to the null device."""
+    # A stream without a file descriptor, or a closed one, has nothing that could still be written.
     with suppress(OSError, ValueError, AttributeError):
         null_device = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null_device, stream.fileno())

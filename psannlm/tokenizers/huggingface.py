@@ -187,6 +187,6 @@ def _merged(merge: str | list[str]) -> str:
 def _build(text: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises no narrower class
+    except Exception as error:  # the library's Rust code raises Exception itself, and no subclass of it
         reason = " ".join(str(error).split())
         raise TokenizerError(f"not a tokenizer.json that the tokenizers library can read: {reason}") from error

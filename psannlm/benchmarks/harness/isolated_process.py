@@ -108,5 +108,5 @@ def _serve(connection: Connection) -> None:
             connection.send((True, answer))
         except PsannlmError as error:
             connection.send((False, error))
-        except Exception:  # noqa: BLE001  any error must reach the calling process
+        except Exception:  # noqa: BLE001 - any error must reach the calling process, which raises it with this traceback
             connection.send((False, WorkerError(f"a measuring process failed:\n{traceback.format_exc()}")))
