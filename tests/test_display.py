@@ -116,7 +116,7 @@ def test_markdown_code_quotes_backticks_and_markup() -> None:
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "＝"])
-def test_text_in_csv_is_no_formula(start: str) -> None:
+def test_csv_text_never_becomes_a_formula(start: str) -> None:
     assert csv_cell(f"{start}cmd|' /C calc'!A0") == f"'{start}cmd|' /C calc'!A0"
 
 
@@ -133,7 +133,7 @@ def test_numbers_in_csv_stay_as_they_are(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf, pytest.param(10**5000, id="huge")])
-def test_what_no_spreadsheet_reads_is_an_empty_cell(value: object) -> None:
+def test_csv_cell_is_empty_for_unreadable_values(value: object) -> None:
     assert csv_cell(value) == ""
 
 
@@ -170,7 +170,7 @@ def test_any_json_is_printable_and_reads_back(value: object) -> None:
 
 
 @given(PATHS)
-def test_a_printed_override_gives_the_path_back(path: str) -> None:
+def test_printed_override_round_trips_paths(path: str) -> None:
     printed = shell_command("psannlm", "train", "CONFIG", "--set", f"data.sources=[{yaml_scalar(path)}]")
     assert printable(printed) == printed
     words = shlex.split(printed)
@@ -186,12 +186,12 @@ def test_a_plain_path_is_printed_plainly(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["no", "NULL", "true", "1e3", "-x", "~", "a: b", "a #b", "on", ""])
-def test_what_yaml_takes_for_something_else_is_quoted(path: str) -> None:
+def test_printed_override_quotes_yaml_lookalikes(path: str) -> None:
     assert yaml_scalar(path) == f'"{path}"'
 
 
 @pytest.mark.parametrize("path", ["it's a $HOME `x`", "a\x1b[2J'\\b", os.fsdecode(b"caf\xe9\x01"), "\u202eé", "a\nb"])
-def test_bash_reads_a_printed_argument_back(path: str) -> None:
+def test_printed_argument_round_trips_through_bash(path: str) -> None:
     argument = shell_argument(path)
     assert printable(argument, keep="\n") == argument
     done = subprocess.run(["bash", "-c", f"printf %s {argument}"], capture_output=True, check=True)

@@ -92,7 +92,7 @@ def test_a_comparison_whose_terminal_closes_is_saved(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_preparation_whose_terminal_closes_goes_on(project: Path) -> None:
+def test_prep_continues_when_its_terminal_closes(project: Path) -> None:
     CharTokenizer("").save(project / "t.json")
     (project / "large.txt").write_text((project / "corpus.txt").read_text() * 6000, encoding="utf-8")
     command = ["prep", "large.txt", "--per-line", "--tokenizer", "t.json", "--out", "p", "--workers", "1"]

@@ -202,7 +202,7 @@ def graph() -> dict[str, list[Import]]:
     return read_graph(read_sources())
 
 
-def test_every_room_has_its_place(graph: dict[str, list[Import]]) -> None:
+def test_import_order_lists_every_package(graph: dict[str, list[Import]]) -> None:
     rooms = {room_of(module) for module in graph}
     assert rooms == {*RANK, "psannlm", "__main__", "commands", "psann"}
 
@@ -237,7 +237,7 @@ def test_imports_point_one_way(graph: dict[str, list[Import]]) -> None:
         ("psann.lm", "from psannlm.api import psannLM"),
     ],
 )
-def test_a_wrong_arrow_is_seen(module: str, source: str) -> None:
+def test_import_check_detects_a_wrong_direction(module: str, source: str) -> None:
     """The check itself: each of these breaks the order in another way."""
     graph = read_graph({**read_sources(), module: source})
     assert [arrow for arrow in wrong_arrows(graph) if arrow.startswith(f"{module}:")]
@@ -252,7 +252,7 @@ def test_modules_form_no_circle(graph: dict[str, list[Import]]) -> None:
         pytest.fail(f"modules that import each other: {' -> '.join(error.args[1])}")
 
 
-def test_rooms_without_torch_load_without_it(graph: dict[str, list[Import]]) -> None:
+def test_packages_without_torch_load_without_it(graph: dict[str, list[Import]]) -> None:
     names = [f"psannlm.{name}" for name in NEVER_TORCH]
     modules = [m for m in graph if any(m == name or m.startswith(f"{name}.") for name in names)]
     assert len(modules) > len(names)
@@ -266,7 +266,7 @@ def test_tokenizers_and_config_name_torch_nowhere(graph: dict[str, list[Import]]
             assert not [found for found in imports if found.target.partition(".")[0] == "torch"], module
 
 
-def test_the_torch_check_sees_torch(graph: dict[str, list[Import]]) -> None:
+def test_torch_check_detects_torch(graph: dict[str, list[Import]]) -> None:
     assert "torch" in loaded_by("psannlm.models.transformer", graph)
     assert "torch" not in loaded_by("psannlm.io.run_metadata", graph), "imported in a function: late"
 

@@ -96,7 +96,7 @@ def test_more_records_than_open_files_are_gathered(few_files: None, tmp_path: Pa
     assert (len(found.artifacts), found.unread) == (60, [])
 
 
-def test_map_is_read_only_and_given_back(tmp_path: Path) -> None:
+def test_memory_map_is_read_only_and_released(tmp_path: Path) -> None:
     path = tmp_path / "bytes"
     path.write_bytes(bytes(range(256)) * 100)
     with open(path, "rb") as file:
@@ -118,7 +118,7 @@ def test_map_is_read_only_and_given_back(tmp_path: Path) -> None:
         assert str(path) not in maps.read_text(encoding="utf-8")
 
 
-def test_too_many_open_files_are_told_with_remedy(tmp_path: Path, few_files: None) -> None:
+def test_too_many_open_files_error_has_remedy(tmp_path: Path, few_files: None) -> None:
     hogs = []
     with pytest.raises(CorpusError) as caught:  # noqa: PT012
         while True:

@@ -78,7 +78,7 @@ def test_published_knobs_and_properties_answer(data: psannLMDataPrep) -> None:
     assert len(data) == len(data.dataset)
 
 
-def test_data_seed_decides_what_is_held_out(tiny_texts: list[str]) -> None:
+def test_data_seed_decides_the_split(tiny_texts: list[str]) -> None:
     def held_out(seed: int) -> tuple[str, ...]:
         val = prepared(tiny_texts, val_split=0.2, seed=seed).prepared.val
         assert val is not None
@@ -140,7 +140,7 @@ def test_a_short_corpus_trains_and_validates() -> None:
         ([" \n"], "the corpus holds no text"),
     ],
 )
-def test_a_corpus_that_cannot_be_split_says_so(texts: list[str], said: str) -> None:
+def test_unsplittable_corpus_is_refused_with_reason(texts: list[str], said: str) -> None:
     with pytest.raises(CorpusError, match=re.escape(said)):
         prepared(texts, val_split=0.5)
 

@@ -97,7 +97,7 @@ def test_tests_are_no_package() -> None:
     assert list((REPOSITORY / "tests").rglob("__init__.py")) == []
 
 
-def test_the_newest_release_of_the_change_log_is_this_version() -> None:
+def test_changelog_newest_release_is_this_version() -> None:
     text = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
     releases = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (\S+)$", text, flags=re.MULTILINE)
     assert releases[0][0] == psannlm.__version__
@@ -111,7 +111,7 @@ def test_no_tracked_file_is_large(tracked: list[Path]) -> None:
     assert [path for path in tracked if path.stat().st_size > MAX_FILE_BYTES] == []
 
 
-def test_nothing_says_where_packages_come_from(tracked: list[Path]) -> None:
+def test_repository_names_no_package_index(tracked: list[Path]) -> None:
     """Registries are the business of the machine that installs; a pinned address breaks on every other one."""
     # Options that name a registry, in any file; this one spells them in parts, so as not to be found itself.
     words = ["-".join(parts) for parts in (("index", "url"), ("find", "links"), ("trusted", "host"))]
@@ -123,7 +123,7 @@ def test_nothing_says_where_packages_come_from(tracked: list[Path]) -> None:
     assert found == []
 
 
-def test_scripts_can_be_run_and_stop_at_the_first_error(tracked: list[Path]) -> None:
+def test_scripts_are_executable_and_stop_at_first_error(tracked: list[Path]) -> None:
     scripts = [path for path in tracked if path.read_bytes().startswith(b"#!/usr/bin/env bash")]
     assert REPOSITORY / ".ci" / "run" in scripts
     for script in scripts:

@@ -72,3 +72,9 @@ def test_banned_words_are_found(text: str) -> None:
 @pytest.mark.parametrize("text", ["waveresnet", 'row["rival"]', "`model.wave` is read", "--rehearse", "wavelength"])
 def test_names_of_older_files_are_allowed(text: str) -> None:
     assert banned_in(text) == []
+
+
+def test_names_of_tests_have_nine_words_at_most() -> None:
+    sources = (path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    names = {name for source in sources for name in re.findall(r"^\s*def (test_\w+)", source, re.MULTILINE)}
+    assert [name for name in sorted(names) if name.count("_") > 9] == []

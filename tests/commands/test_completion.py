@@ -68,7 +68,7 @@ def test_completion_offers_commands_options_and_choices(line: str, offered: list
 
 
 @pytest.mark.slow
-def test_zsh_and_fish_show_what_a_command_does() -> None:
+def test_zsh_and_fish_completion_shows_command_help() -> None:
     line = {"_TYPER_COMPLETE_ARGS": "psannlm tr"}
     assert '"train":"Train a model from a YAML configuration."' in ask(_PSANNLM_COMPLETE="complete_zsh", **line)
     fish = {**line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}

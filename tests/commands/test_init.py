@@ -30,7 +30,7 @@ def commands_in(out: str) -> list[list[str]]:
     return [line[1:] for line in words]
 
 
-def test_init_without_data_takes_builtin_text_and_says_so(psannlm, empty: Path) -> None:
+def test_init_without_data_uses_builtin_text_with_notice(psannlm, empty: Path) -> None:
     done = psannlm("init")
     assert (done.code, done.err) == (0, "")
     assert "text: the language reference that comes with Python (name your own text with --data)" in done.out

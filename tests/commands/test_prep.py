@@ -115,7 +115,7 @@ def test_prep_wrong_usage_names_the_option(psannlm: Run, tokenizer: Path, argume
     assert said in result.err
 
 
-def test_faults_are_one_line(psannlm: Run, tokenizer: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(psannlm: Run, tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff")
     result = psannlm("prep", str(tmp_path / "a.txt"), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out"))
     assert result.code == 2

@@ -43,7 +43,7 @@ def test_schema_loads_neither_torch_nor_numpy(kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_script_says_which_schema_is_old(tmp_path: Path) -> None:
+def test_schema_script_names_outdated_schemas(tmp_path: Path) -> None:
     for name in ("scripts", "docs/reference"):
         (tmp_path / name).mkdir(parents=True)
     script = tmp_path / "scripts" / "update_schemas.py"

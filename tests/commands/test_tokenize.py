@@ -72,7 +72,7 @@ def test_contradictory_usage_is_refused(psannlm, project: Path, arguments: list[
     assert psannlm("tokenize", *arguments).code == 2
 
 
-def test_a_small_corpus_gets_a_smaller_vocabulary_and_a_notice(psannlm, project: Path) -> None:
+def test_tokenize_small_corpus_shrinks_the_vocabulary_with_a_notice(psannlm, project: Path) -> None:
     done = psannlm("tokenize", "corpus.txt", "--per-line", "--vocab-size", "5000", "--json", "--out", "t.model")
     assert done.code == 0
     assert json.loads(done.out)["vocab_size"] < 5000
@@ -126,13 +126,13 @@ def shell(line: str) -> subprocess.CompletedProcess[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ids", ["", "--ids"])
-def test_a_shell_pipeline_gives_every_byte_back(fitted: str, ids: str) -> None:
+def test_tokenize_shell_pipeline_round_trips_every_byte(fitted: str, ids: str) -> None:
     done = shell(f"{fitted} --stdin {ids} <tricky.txt | {fitted} --decode")
     assert (done.stdout, done.stderr, done.returncode) == (TRICKY.encode(), b"", 0)
 
 
 @pytest.mark.slow
-def test_a_jsonl_pipeline_gives_text_and_other_keys_back(fitted: str) -> None:
+def test_tokenize_jsonl_pipeline_round_trips_text_and_keys(fitted: str) -> None:
     records = [{"n": 1, "text": TRICKY, "z": [None, "\ud800"]}, {"text": ""}]
     Path("in.jsonl").write_text("\n\n".join(map(json.dumps, records)) + "\n")
     done = shell(f"{fitted} --jsonl --file in.jsonl | tee ids.jsonl | {fitted} --decode --jsonl")
@@ -142,7 +142,7 @@ def test_a_jsonl_pipeline_gives_text_and_other_keys_back(fitted: str) -> None:
     assert list(first) == ["n", "ids", "z"], "in the order they came"
 
 
-def test_a_reader_that_has_seen_enough_ends_it_quietly(fitted: str) -> None:
+def test_tokenize_ends_quietly_when_its_reader_closes(fitted: str) -> None:
     Path("long.txt").write_text("a line\n" * 50_000)
     done = shell(f"{fitted} --file long.txt | head -n 1")
     assert (done.returncode, done.stderr) == (0, b"")
@@ -150,7 +150,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(fitted: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_bad_line_is_named_and_what_came_before_is_answered(fitted: str) -> None:
+def test_tokenize_stream_answers_lines_before_a_bad_one(fitted: str) -> None:
     for options, given, answered, says in (
         ("--jsonl", b'{"text": "a"}\n{"txet": 1}\n', 1, b"line 2: no key 'text' among 'txet' (did you mean 'txet'?)"),
         ("--stdin", b"fine\nn\xffo\n", 1, b"stdin: line 2: byte 2 is 0xFF, which is not UTF-8"),
@@ -164,7 +164,7 @@ def test_a_bad_line_is_named_and_what_came_before_is_answered(fitted: str) -> No
         assert done.stdout.count(b"\n") == answered
 
 
-def test_the_card_is_a_table_and_the_reading_is_told(psannlm, project: Path) -> None:
+def test_tokenize_prints_card_as_table_and_reading_progress(psannlm, project: Path) -> None:
     done = psannlm("tokenize", "corpus.txt", "--per-line", "--model-type", "bpe", "--vocab-size", "300", "--out", "b")
     assert done.code == 0, done.err
     for words in (
@@ -182,7 +182,7 @@ def test_the_card_is_a_table_and_the_reading_is_told(psannlm, project: Path) -> 
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_compressed_file_is_unpacked_and_comes_back(psannlm, project: Path, suffix: str) -> None:
+def test_tokenize_compressed_file_round_trips(psannlm, project: Path, suffix: str) -> None:
     """The ids of its lines are those of the plain file's; one that is cut short is an error and not a shorter text."""
     text = "The tide é\n\nrises\r\nand falls".encode()
     Path("plain.txt").write_bytes(text)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-def test_training_writes_its_run_and_says_where(psannlm, project: Path) -> None:
+def test_train_writes_its_run_and_prints_the_folder(psannlm, project: Path) -> None:
     done = psannlm("train", "config.yaml")
     assert done.code == 0
     run = project / "runs" / "tiny"
@@ -64,7 +64,7 @@ def test_the_next_command_finds_the_model(psannlm, project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_time_budget_and_a_number_of_steps_end_a_run(psannlm, project: Path) -> None:
+def test_train_ends_at_time_budget_or_step_count(psannlm, project: Path) -> None:
     spent = psannlm("train", "config.yaml", "--time-budget", "0.001s")
     assert spent.code == 0
     assert "the time budget is spent after step 1 of 4; saved in runs/tiny" in spent.err
@@ -112,7 +112,7 @@ def test_dry_run_prints_the_configuration_and_the_table(psannlm, project: Path) 
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on_where_it_stopped(psannlm, project: Path) -> None:
+def test_train_same_command_resumes_the_run(psannlm, project: Path) -> None:
     assert psannlm("train", "config.yaml").code == 0
     again = psannlm("train", "config.yaml")
     assert again.code == 0
@@ -153,7 +153,7 @@ def test_a_corpus_without_text_is_refused(psannlm, project: Path, text: str) -> 
     assert "Traceback" not in refused.err
 
 
-def test_bytes_that_are_not_utf8_are_refused_with_their_place(psannlm, project: Path) -> None:
+def test_bytes_not_utf8_are_refused_with_their_position(psannlm, project: Path) -> None:
     (project / "corpus.txt").write_bytes(b"plain text, then \xe9 in Latin-1\n")
     refused = psannlm("train", "config.yaml", "--set", "data.sources=[corpus.txt]")
     assert refused.code == 2

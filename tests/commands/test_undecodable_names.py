@@ -174,7 +174,7 @@ def test_init_undecodable_names_lead_to_the_text(psannlm, folder: Path) -> None:
     assert source.path == str(text)
 
 
-def test_every_command_is_tried_above() -> None:
+def test_undecodable_names_cover_every_command() -> None:
     """A new command must get its test of names, or its place among those that take no files of the user's."""
     tried = {"init", "tokenize", "prep", "train", "generate", "eval", "report", "compare", "bench-tokenizers"}
     takes_none = {"bench-train", "bench-kv", "gpu-validate", "schema"}

@@ -212,7 +212,7 @@ def test_advice_holds_for_any_short_text(path: str, text: str) -> None:
         ("data.sources", "[5]", "write '5'"),
     ],
 )
-def test_advice_names_what_was_most_likely_meant(key: str, written: str, advice: str) -> None:
+def test_advice_names_the_most_likely_value(key: str, written: str, advice: str) -> None:
     (issue,) = issues(put(key, parse_yaml(written).value))
     assert issue[1].endswith(f"; {advice}")
 

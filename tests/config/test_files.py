@@ -30,7 +30,7 @@ def test_files_folders_and_globs_that_lead_somewhere_pass() -> None:
 
 
 @pytest.mark.usefixtures("_folder")
-def test_what_is_missing_is_named_with_its_neighbour(tmp_path: Path) -> None:
+def test_missing_file_is_named_with_nearest_name(tmp_path: Path) -> None:
     first, second, third, fourth = check("corpus/leters.txt", "corpsu/letters.txt", "corpus/*.md", "/no/such/place")
     assert first.startswith("'corpus/leters.txt' is not a file or folder (did you mean 'letters.txt'?)")
     assert second.startswith(
@@ -71,6 +71,6 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("word", ["none", "None", "no", "auto"])
-def test_a_word_for_no_tokenizer_is_led_to_null(word: str) -> None:
+def test_word_for_no_tokenizer_gets_advice_of_null(word: str) -> None:
     (issue,) = missing_files(config_from_mapping({"data": {"tokenizer_model_path": word}}, check_files=False).data)
     assert issue.message.endswith("; write null to fit one on the corpus")

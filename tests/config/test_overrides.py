@@ -75,7 +75,7 @@ def test_override_drops_lines_below_it(tmp_path: Path) -> None:
     assert [(problem.path, problem.line) for problem in caught.value.problems] == [("data.sources[0].pth", None)]
 
 
-def test_an_override_repairs_the_file_and_is_never_swallowed(tmp_path: Path) -> None:
+def test_override_replaces_a_wrong_value_of_the_file(tmp_path: Path) -> None:
     assert load(tmp_path, "train: {epochs: x}", "train.epochs=2").train.epochs == 2
     with pytest.raises(ConfigError, match=r"train.*is not a group of keys"):
         load(tmp_path, "train: 3", "train.epochs=2")

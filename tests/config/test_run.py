@@ -222,7 +222,7 @@ def test_whole_numbers_may_be_written_as_yaml_allows(tmp_path: Path, written: st
         ("model: [", "line 1"),
     ],
 )
-def test_a_file_that_is_no_mapping_gives_one_line(tmp_path: Path, text: str, part: str) -> None:
+def test_config_that_is_not_a_mapping_is_refused(tmp_path: Path, text: str, part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text), ["train.lr=1"])
     assert part in str(caught.value)
@@ -243,7 +243,7 @@ def test_a_mapping_is_read_by_the_same_rules() -> None:
     assert str(caught.value).startswith("4 problems in the checkpoint's settings:")
 
 
-def test_files_need_not_exist_where_nobody_will_read_them() -> None:
+def test_unread_files_need_not_exist() -> None:
     mapping = {"data": {"sources": ["no/such/corpus"]}}
     assert config_from_mapping(mapping, check_files=False).data.sources == (PathSource(path="no/such/corpus"),)
     with pytest.raises(ConfigError, match=r"data.sources\[0\].path"):

@@ -19,7 +19,7 @@ def test_every_shipped_config_loads(path: Path, monkeypatch: pytest.MonkeyPatch)
     assert plan_batches(config).micro_batch_size >= 1
 
 
-def test_the_documented_configs_are_there() -> None:
+def test_documented_configs_exist() -> None:
     assert {path.stem for path in CONFIGS} >= {
         "waveresnet_cpu",
         "respsann_cpu",

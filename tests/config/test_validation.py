@@ -72,7 +72,7 @@ def test_validation_unknown_error_uses_pydantic_message() -> None:
     assert issue.message == "3: input should be a multiple of 2"
 
 
-def test_the_section_holds_defaults_where_values_were_refused() -> None:
+def test_section_has_defaults_for_refused_values() -> None:
     examined = examine(
         ModelConfig, ("model",), {"d_model": "x", "n_layers": 3, "sine_params": {"amp_init": 0, "freq_init": 5}}
     )

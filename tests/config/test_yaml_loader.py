@@ -140,7 +140,7 @@ def test_aliases_within_reason_are_read() -> None:
         ("%YAML 3.0\n---\na: 1", "line 1"),
     ],
 )
-def test_syntax_errors_are_one_line_that_says_where(text: str, part: str) -> None:
+def test_syntax_error_is_one_line_with_its_position(text: str, part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_yaml(text, "run.yaml")
     assert part in str(caught.value)
@@ -148,7 +148,7 @@ def test_syntax_errors_are_one_line_that_says_where(text: str, part: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_yaml_odd_keys_and_long_numbers_are_faults() -> None:
+def test_yaml_odd_keys_and_long_numbers_are_refused() -> None:
     tree = parse_yaml("[a, b]: 1\nn: " + "9" * 5000)
     assert [path for path, _ in tree.faults] == [("[...]",), ("n",)]
     assert all(len(message) < 120 for _, message in tree.faults)
@@ -204,7 +204,7 @@ _VALUES = st.recursive(
 
 
 @given(_VALUES)
-def test_what_is_dumped_is_read_back_with_its_types(value: Any) -> None:
+def test_yaml_dump_round_trips_types(value: Any) -> None:
     tree = parse_yaml(dump_yaml(value))
     assert tree.value == value
     assert repr(tree.value) == repr(value)

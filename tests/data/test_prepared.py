@@ -69,7 +69,7 @@ def test_the_folder_and_its_manifest_name_the_same_data(folder: Path) -> None:
     assert shas == {open_folder(folder / "manifest.json").manifest.content_sha256}
 
 
-def test_text_is_no_prepared_folder(tmp_path: Path) -> None:
+def test_text_file_is_not_a_prepared_folder(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a", encoding="utf-8")
     (tmp_path / "manifest.json").write_text('{"name": "another tool"}', encoding="utf-8")
     assert find_prepared([PathSource(path=str(tmp_path)), PathSource(path=str(tmp_path / "*.txt"))]) is None

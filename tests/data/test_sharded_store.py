@@ -165,7 +165,7 @@ def test_many_documents_are_found_through_their_blocks(tmp_path: Path) -> None:
     assert ids.tolist()[: min(3, lengths[document] + 2)] == [BOS, *store.document(document), EOS][:3]
 
 
-def test_windows_say_which_line_they_come_from(tmp_path: Path) -> None:
+def test_windows_describe_their_source_line(tmp_path: Path) -> None:
     shards = in_shards(tmp_path, in_memory([3, 1, 1, 9]), [3, 1])
     packed, single = (Windows(shards, 12, pad_id=PAD, pack=pack) for pack in (True, False))
     assert packed.describe(0) == "window 0: from a.txt to b.jsonl:1 and 2 more between them"

@@ -51,7 +51,7 @@ def test_neither_side_is_ever_empty_nor_anything_lost(count: int, seed: int) -> 
     assert sorted(sampled.held_out + sampled.fitted_on) == [document.text for document in documents(count)]
 
 
-def test_a_single_document_is_cut_in_two() -> None:
+def test_single_document_is_cut_in_two() -> None:
     sampled = sample_corpus([Document("word " * 100, "one")], seed=0)
     assert "".join(sampled.fitted_on + sampled.held_out) == "word " * 100
     assert len(sampled.held_out[0]) < 100
@@ -121,7 +121,7 @@ def test_figures_by_hand() -> None:
     assert figures["held_out_is_lossless"]
 
 
-def test_a_loss_is_told() -> None:
+def test_tokenizer_card_reports_round_trip_loss() -> None:
     class Lossy(CharTokenizer):
         def decode(self, ids):  # type: ignore[no-untyped-def]
             return super().decode(ids).replace("  ", " ")

@@ -147,7 +147,7 @@ def test_a_window_without_length_is_refused() -> None:
         windows_of([5], 0, pack=True)
 
 
-def test_windows_say_which_documents_they_hold() -> None:
+def test_windows_describe_their_documents() -> None:
     packed, apart = (windows_of([3, 1, 1, 9], 12, pack) for pack in (True, False))
     assert packed.describe(0) == "window 0: from text 1 to text 4 and 2 more between them"
     assert packed.describe(1) == "window 1: text 4, tokens 1 to 10 of 11"

@@ -136,7 +136,7 @@ def test_full_disk_error_names_path_and_keeps_old_file(tmp_path: Path) -> None:
         (errno.EIO, "could not write"),
     ],
 )
-def test_what_the_system_refuses_is_told_in_words(tmp_path: Path, number: int, said: str) -> None:
+def test_system_errors_are_explained_in_words(tmp_path: Path, number: int, said: str) -> None:
     path = tmp_path / "missing" / "folder" / "file"
     with pytest.raises(StorageError, match=said) as caught, explain_write_errors(path):
         raise OSError(number, "the system's words")
@@ -157,7 +157,7 @@ def test_no_permission_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: 
     assert path.read_text(encoding="utf-8") == "old"
 
 
-def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
+def test_file_in_place_of_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     for below in ("below", "far/below"):
         with pytest.raises(StorageError, match=r"could not write .*below: a file is in the place of a folder"):

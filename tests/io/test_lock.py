@@ -51,7 +51,7 @@ def test_nothing_is_left_but_what_was_written(tmp_path: Path) -> None:
     assert (tmp_path / "empty").is_dir(), "a folder that was there before is not ours to remove"
 
 
-def test_a_killed_process_blocks_nobody(tmp_path: Path) -> None:
+def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
@@ -97,7 +97,7 @@ def test_lock_file_removed_while_locking_is_retried(tmp_path: Path, monkeypatch:
     assert gone
 
 
-def test_a_file_system_without_locks_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_works_on_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(handle: int, how: int) -> None:
         raise OSError(95, "Operation not supported")
 

@@ -24,7 +24,7 @@ def test_a_record_is_written_found_and_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "system.json", "table.txt"])
-def test_a_record_overwrites_nothing_of_others(name: str, tmp_path: Path) -> None:
+def test_record_leaves_files_of_other_programs(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text('{"mine": 1}', encoding="utf-8")
     assert not write_record(tmp_path, "prep", {}, "")
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -47,7 +47,7 @@ def test_record_leaves_what_user_put_in_it(name: str, kind: str, tmp_path: Path)
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_figures_of_others_are_no_records(tmp_path: Path) -> None:
+def test_figures_of_other_programs_are_not_records(tmp_path: Path) -> None:
     for name, content in (
         ("a", "[1]"),
         ("b", "{"),

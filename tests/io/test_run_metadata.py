@@ -69,7 +69,7 @@ def test_system_info_is_plain_and_complete(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("failure", ["missing", "slow", "outside"])
-def test_no_git_is_no_commit_and_no_error(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+def test_system_info_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
     def run(command: list[str], **settings: Any) -> Any:
         if failure == "missing":
             raise FileNotFoundError("git")

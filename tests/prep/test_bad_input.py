@@ -48,7 +48,7 @@ DocumentsIn = Callable[..., list[tuple[str, int, int]]]
         ("empty.txt", b"", "no document of the corpus is kept[^@]*empty file x 1"),
     ],
 )
-def test_a_file_that_is_no_text_is_named(
+def test_prep_names_a_file_that_is_not_text(
     prepare: Prepare, tmp_path: Path, name: str, content: bytes, said: str
 ) -> None:
     if name.endswith(".parquet"):
@@ -60,7 +60,7 @@ def test_a_file_that_is_no_text_is_named(
     assert not (tmp_path / "out" / MANIFEST_FILE).exists()
 
 
-def test_a_column_that_holds_no_text_is_named(prepare: Prepare, tmp_path: Path) -> None:
+def test_prep_names_a_column_that_is_not_text(prepare: Prepare, tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.table({"text": ["a", None], "n": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(CorpusError, match=r"a\.parquet: row 1: 'n' must hold a string, not a number"):
@@ -72,7 +72,7 @@ def test_a_column_that_holds_no_text_is_named(prepare: Prepare, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_first_of_several_faults_is_told(prepare: Prepare, tmp_path: Path) -> None:
+def test_prep_reports_the_first_fault_in_corpus_order(prepare: Prepare, tmp_path: Path) -> None:
     """Whichever worker comes upon one first."""
     for number in range(40):
         (tmp_path / f"{number:02d}.jsonl").write_text('{"text": "fine"}\n' * 40 + ("bad\n" if number > 2 else ""))
@@ -165,7 +165,7 @@ def test_prep_errors_replace_counts_bytes(tokenizer_path: Path, tmp_path: Path, 
         assert str(tmp_path / name) in said
 
 
-def test_a_file_that_changes_meanwhile_is_named(
+def test_prep_names_a_file_that_changes_meanwhile(
     prepare: Prepare, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "corpus"
@@ -244,13 +244,13 @@ def test_prep_disk_space_is_checked_early(
     assert len(list((tmp_path / "out" / ".work").glob("piece_*"))) < 12
 
 
-def test_a_folder_that_cannot_be_made_is_told(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
+def test_prep_reports_an_output_folder_it_cannot_make(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(StorageError, match="a file is in the place of a folder"):
         prepare(corpus)
 
 
-def test_damaged_files_are_told(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
+def test_prep_names_damaged_files(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
     prepare(corpus)
     manifest = tmp_path / "out" / MANIFEST_FILE
     content = manifest.read_text()

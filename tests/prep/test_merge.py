@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_parts_that_are_merged_are_the_whole(
+def test_merged_parts_equal_the_whole_preparation(
     prepare: Prepare, files: Path, tmp_path: Path, documents_in: DocumentsIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merge, "_DOCUMENTS_AT_ONCE", 17)
@@ -71,7 +71,7 @@ def test_shard_behind_relative_link_is_linked_itself(prepare: Prepare, tmp_path:
     assert os.path.samefile(merged / "train_00000.safetensors", original)
 
 
-def test_a_shard_that_loses_nothing_is_linked(prepare: Prepare, tmp_path: Path, files: Path) -> None:
+def test_merge_links_shards_it_keeps_whole(prepare: Prepare, tmp_path: Path, files: Path) -> None:
     for name, text in (("a", "one\ntwo"), ("b", "three\nfour")):
         (tmp_path / f"{name}.txt").write_text(text)
     for index in (1, 2):
@@ -99,7 +99,7 @@ def test_merge_copies_shards_without_hard_links(
 
 
 @pytest.mark.slow
-def test_sides_are_decided_when_all_documents_are_there(
+def test_merge_decides_the_split_over_all_documents(
     prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn
 ) -> None:
     """No part draws a document to hold out, and none may pick one by itself: the merge does, as a whole run does."""
@@ -118,7 +118,7 @@ def test_sides_are_decided_when_all_documents_are_there(
 
 
 @pytest.mark.slow
-def test_what_is_no_set_of_parts_is_refused(prepare: Prepare, files: Path, tmp_path: Path) -> None:
+def test_merge_refuses_an_incomplete_set_of_parts(prepare: Prepare, files: Path, tmp_path: Path) -> None:
     for name, index, extra in (("1", 1, {}), ("2", 2, {}), ("other", 2, {"seed": 8}), ("whole", None, {})):
         prepare(files, name=name, part=None if index is None else (index, 2), **{**SETTINGS, **extra})
     out = tmp_path / "merged"
@@ -141,7 +141,7 @@ def test_what_is_no_set_of_parts_is_refused(prepare: Prepare, files: Path, tmp_p
         merge_parts([tmp_path / "1", tmp_path / "2"], tmp_path / "1")
 
 
-def test_a_damaged_part_is_refused(prepare: Prepare, tmp_path: Path) -> None:
+def test_merge_refuses_a_damaged_part(prepare: Prepare, tmp_path: Path) -> None:
     """Also where merging needs nothing of the block that is damaged, and only gives its shard another name."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(" ".join(f"{name}{number}" for number in range(40_000)))
@@ -157,7 +157,7 @@ def test_a_damaged_part_is_refused(prepare: Prepare, tmp_path: Path) -> None:
     assert not (tmp_path / "merged" / "manifest.json").exists()
 
 
-def test_a_single_document_in_all_parts_is_no_merge(prepare: Prepare, tmp_path: Path) -> None:
+def test_merge_refuses_single_document_in_all_parts(prepare: Prepare, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("the same text")
     for index in (1, 2):

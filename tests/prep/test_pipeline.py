@@ -30,7 +30,7 @@ FolderBytes = Callable[[Path], dict[str, str]]
 DocumentsIn = Callable[..., list[tuple[str, int, int]]]
 
 
-def test_the_bytes_do_not_depend_on_the_workers(
+def test_prep_bytes_do_not_depend_on_worker_count(
     prepare: Prepare, corpus: Path, tmp_path: Path, folder_bytes: FolderBytes
 ) -> None:
     made = []
@@ -42,7 +42,7 @@ def test_the_bytes_do_not_depend_on_the_workers(
     assert len([name for name in made[0] if name.startswith("train_")]) > 3
 
 
-def test_every_document_is_there_once(
+def test_prep_holds_every_document_once(
     prepare: Prepare, corpus: Path, topics: list[str], tmp_path: Path, documents_in: DocumentsIn
 ) -> None:
     result = prepare(corpus, n_workers=2, val_split=0.2, shard_tokens=5_000)
@@ -57,7 +57,7 @@ def test_every_document_is_there_once(
     assert manifest.validation.documents > 2
 
 
-def test_each_document_says_where_it_came_from(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn) -> None:
+def test_prep_documents_keep_their_origin(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "a.txt").write_text("first file")
     (tmp_path / "c" / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "three"}\n')
@@ -72,7 +72,7 @@ def test_each_document_says_where_it_came_from(prepare: Prepare, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_the_first_of_equal_documents_stays(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn) -> None:
+def test_prep_keeps_the_first_of_equal_documents(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn) -> None:
     """However far apart they stand, and whatever kind of file they stand in."""
     lines = [f"line {i % 40}" for i in range(200)]
     (tmp_path / "a.txt").write_text("\n".join(lines))
@@ -87,7 +87,7 @@ def test_the_first_of_equal_documents_stays(prepare: Prepare, tmp_path: Path, do
     assert kept.manifest.duplicates == 0
 
 
-def test_filters_leave_out_and_count(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn) -> None:
+def test_prep_filters_count_omitted_documents(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "ä" * n}) + "\n" for n in range(10)))
     result = prepare(tmp_path / "a.jsonl", val_split=0, min_chars=3, max_chars=6)
     assert [len(text) for text, _, _ in documents_in(tmp_path / "out")] == [3, 4, 5, 6]
@@ -118,9 +118,7 @@ def test_neither_side_is_empty(prepare: Prepare, tmp_path: Path, documents_in: D
 
 
 @pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
-def test_a_single_document_is_cut_in_two(
-    prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, kind: str
-) -> None:
+def test_single_document_is_cut_in_two(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, kind: str) -> None:
     text = "\n\n".join(f"Paragraph {i} has some words in it, ä and ö." for i in range(100))
     path = tmp_path / f"a.{kind}"
     content = (json.dumps({"text": text}) if kind == "jsonl" else text).encode()
@@ -133,7 +131,7 @@ def test_a_single_document_is_cut_in_two(
 
 
 @pytest.mark.slow
-def test_a_single_document_that_cannot_be_cut_says_so(
+def test_prep_refuses_single_document_it_cannot_cut(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number, text in enumerate(("x", " \n x", "x\n")):
@@ -191,7 +189,7 @@ def test_standard_input_is_read(
 
 
 @pytest.mark.slow
-def test_a_url_is_read_like_the_file_it_names(
+def test_prep_reads_a_url_like_its_file(
     prepare: Prepare, corpus: Path, tmp_path: Path, topics: list[str], folder_bytes: FolderBytes
 ) -> None:
     fsspec = pytest.importorskip("fsspec")
@@ -212,7 +210,7 @@ def test_a_url_is_read_like_the_file_it_names(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove", "tokenizer"])
-def test_a_finished_folder_that_was_harmed_is_made_anew(
+def test_prep_rebuilds_a_damaged_finished_folder(
     prepare: Prepare, corpus: Path, tmp_path: Path, folder_bytes: FolderBytes, harm: str
 ) -> None:
     settings = {"val_split": 0.2, "shard_tokens": 5_000}
@@ -233,7 +231,7 @@ def test_a_finished_folder_that_was_harmed_is_made_anew(
     assert prepare(corpus, **settings).was_done
 
 
-def test_a_finished_folder_is_left_alone(
+def test_prep_leaves_a_finished_folder_unchanged(
     prepare: Prepare, corpus: Path, tmp_path: Path, folder_bytes: FolderBytes, tokenizer_path: Path
 ) -> None:
     copy = tmp_path / "corpus"
@@ -374,7 +372,7 @@ def test_prep_killed_worker_error_is_one_line(
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
 
 
-def test_the_work_of_other_settings_is_refused(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
+def test_prep_refuses_work_of_other_settings(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "a.txt").write_bytes((corpus / "00.txt").read_bytes())
     (tmp_path / "c" / "b.jsonl").write_text("not JSON\n")
@@ -389,7 +387,7 @@ def test_the_work_of_other_settings_is_refused(prepare: Prepare, corpus: Path, t
 
 
 @pytest.mark.slow
-def test_a_damaged_piece_is_made_again(
+def test_prep_encodes_a_damaged_chunk_again(
     prepare: Prepare, corpus: Path, tmp_path: Path, folder_bytes: FolderBytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from psannlm.errors import PsannlmError
@@ -410,7 +408,7 @@ def test_a_damaged_piece_is_made_again(
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
 
 
-def test_the_manifest_says_how_it_was_made(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
+def test_prep_manifest_records_its_settings(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
     prepare(corpus, val_split=0.25, seed=7, min_chars=4, max_chars=90_000, keep_duplicates=True, errors="replace")
     settings = read_manifest(tmp_path / "out").settings
     assert (settings.val_split, settings.seed, settings.min_characters, settings.max_characters) == (0.25, 7, 4, 90_000)

@@ -19,7 +19,7 @@ def test_the_old_import_path_gives_the_same_objects() -> None:
     assert old.psannLMDataPrep is psannlm.psannLMDataPrep
 
 
-def test_an_unknown_name_says_where_to_look() -> None:
+def test_unknown_name_error_points_to_the_new_path() -> None:
     with pytest.raises(AttributeError, match="new code imports from psannlm"):
         _ = importlib.import_module("psann.lm").psannLMTrainer
 
@@ -56,7 +56,7 @@ def test_the_old_command_runs_the_new_one(arguments: list[str], exit_code: int, 
     assert "Traceback" not in result.stderr
 
 
-def test_the_sections_of_a_configuration_import_from_the_old_path() -> None:
+def test_old_import_path_has_the_configuration_sections() -> None:
     from psann.lm.config import DataConfig, ModelConfig, TrainConfig
 
     assert (ModelConfig().positional_encoding, DataConfig().max_length, TrainConfig().amp) == ("rope", 256, "auto")

@@ -115,7 +115,7 @@ def test_larger_configurations_train_when_narrowed(size: SizeName, base: BaseNam
     assert result.steps == 2
 
 
-def test_every_comment_stands_beside_one_value(here: Path) -> None:
+def test_scaffold_has_one_comment_per_value(here: Path) -> None:
     for size, base in product(SIZES, BASES):
         folder = Path(f"{size}_{base}")
         scaffold(folder, size=size, base=base)
@@ -298,7 +298,7 @@ def test_prepared_folder_without_validation_is_refused(prepare_folder: Callable[
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("name", ["config.yaml", "plan.yaml", "schemas", "schemas/config.schema.json"])
 @pytest.mark.parametrize("kind", ["file", "link"])
-def test_file_in_the_way_is_refused_and_nothing_is_written(name: str, kind: str) -> None:
+def test_existing_file_is_refused_and_nothing_is_written(name: str, kind: str) -> None:
     path = Path("new", name)
     path.parent.mkdir(parents=True)
     if kind == "file":

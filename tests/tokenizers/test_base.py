@@ -178,7 +178,7 @@ def test_pieces_can_be_printed(tokenizer: Tokenizer) -> None:
     assert "".join(tokenizer.pieces(tokenizer.encode("the"))) == "the"
 
 
-def test_bytes_are_told_from_characters(tokenizer: Tokenizer) -> None:
+def test_byte_pieces_differ_from_characters(tokenizer: Tokenizer) -> None:
     unseen = tokenizer.encode("\U0001d11e")
     assert tokenizer.byte_ids.issuperset(unseen)
     assert tokenizer.byte_ids.isdisjoint(tokenizer.encode("the lazy dog"))
@@ -196,7 +196,7 @@ def test_empty_batch(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([]) == ""
 
 
-def test_printable_escapes_only_what_cannot_be_seen() -> None:
+def test_printable_escapes_invisible_characters_only() -> None:
     assert printable("▁é\n\0\uf8f0") == "▁é\\n\\x00\\uf8f0"
 
 

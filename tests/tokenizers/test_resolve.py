@@ -79,7 +79,7 @@ class TestFit:
         assert first.fingerprint != fit([*corpus, "ŵ" * 500], kind, 400).fingerprint
 
     @pytest.mark.parametrize("text", ["a", "ab", "\0", "▅", "▁", "\uf8f0", "é", "\n\n a", "\0\0 \0"])
-    def test_a_tiny_corpus_gives_a_small_vocabulary_and_a_notice(self, kind: str, text: str) -> None:
+    def test_tiny_corpus_fits_fewer_entries_with_a_notice(self, kind: str, text: str) -> None:
         notices: list[str] = []
         tokenizer = fit([text], kind, 4096, notice=notices.append)
         assert 260 <= tokenizer.vocab_size < 300
@@ -97,7 +97,7 @@ class TestFit:
         with pytest.raises(CorpusError, match="Check the configured sources"):
             fit(texts, kind, 300)
 
-    def test_a_vocabulary_without_room_for_the_bytes_is_an_error(self, kind: str) -> None:
+    def test_vocabulary_smaller_than_the_byte_entries_is_refused(self, kind: str) -> None:
         with pytest.raises(ConfigError, match=r"vocab_size 260 is too small: .* take 261"):
             fit(PROSE, kind, 260)
 
@@ -127,7 +127,7 @@ def test_a_model_type_that_is_not_there_is_refused(backend: str, model_type: str
         fit_tokenizer(PROSE, backend, 300, sample_chars=0)
 
 
-def test_the_two_types_of_sentencepiece_are_what_they_say(corpus: list[str]) -> None:
+def test_sentencepiece_model_types_are_as_requested(corpus: list[str]) -> None:
     for model_type in ("unigram", "bpe"):
         content = fit_tokenizer(corpus, "sentencepiece", 300, model_type=model_type).to_bytes()
         model = sentencepiece.SentencePieceProcessor(model_proto=content)

@@ -48,7 +48,7 @@ def test_an_end_that_is_missing_is_lost_too(kept: str, lost: str, monkeypatch: p
     assert find_roundtrip_error(CharTokenizer(""), lost) == f"{lost!r} comes back as {kept!r}"
 
 
-def test_documents_pass_and_one_warning_is_enough() -> None:
+def test_roundtrip_check_warns_once_and_passes_documents() -> None:
     documents = [Document(text, f"d{number}") for number, text in enumerate(["low", "High", "Higher"])]
     notices: list[str] = []
     assert list(check_roundtrip(Lowering(""), documents, notices.append)) == documents
@@ -82,9 +82,7 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("ab", "abX", 1),
     ],
 )
-def test_lost_bytes_are_those_that_do_not_come_back(
-    text: str, back: str, lost: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_roundtrip_counts_bytes_that_are_lost(text: str, back: str, lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CharTokenizer, "decode", lambda self, ids: back)
     meter = RoundTripMeter()
     assert (meter.check(CharTokenizer(""), text) is None) is (lost == 0)
@@ -92,14 +90,14 @@ def test_lost_bytes_are_those_that_do_not_come_back(
     assert meter.fraction == pytest.approx(lost / len(text.encode()), abs=1e-6)
 
 
-def test_the_smallest_loss_is_no_zero() -> None:
+def test_roundtrip_smallest_loss_is_above_zero() -> None:
     assert RoundTripMeter().fraction is None
     assert RoundTripMeter(checked_bytes=10**12, lost_bytes=1).fraction == 1e-6
     assert [is_lossy(each) for each in (None, 0.0, 1e-6)] == [None, False, True]
 
 
 @pytest.mark.slow
-def test_merging_parts_keeps_what_any_part_lost(foreign: Path, tmp_path: Path) -> None:
+def test_roundtrip_merge_keeps_losses_of_parts(foreign: Path, tmp_path: Path) -> None:
     for number, text in enumerate(["Some Words here", "no capital here", "more words here"]):
         (tmp_path / f"{number}.txt").write_text(text * 3)
     settings = PrepSettings(val_split=0)
@@ -118,7 +116,7 @@ def test_merging_parts_keeps_what_any_part_lost(foreign: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("parts", "whole"), [([0.0, 0.0], 0.0), ([None, 0.0], None), ([None, 0.5], 0.5), ([1e-6, 0.0], 1e-6)]
 )
-def test_an_unknown_part_hides_no_loss(parts: list[float | None], whole: float | None) -> None:
+def test_roundtrip_unknown_part_keeps_other_losses(parts: list[float | None], whole: float | None) -> None:
     split = SplitEntry(documents=1, tokens=9, text_bytes=10, shards=())
     manifests: list[Any] = [SimpleNamespace(train=split, validation=split, lost_fraction=each) for each in parts]
     assert _lost_fraction(manifests) == (None if whole is None else pytest.approx(whole, abs=1e-9))

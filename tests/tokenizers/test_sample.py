@@ -21,7 +21,7 @@ def test_passages_end_before_white_space() -> None:
     assert list(passages("abcdefghij", 4)) == ["abcd", "efgh", "ij"]
 
 
-def test_a_small_corpus_is_taken_whole() -> None:
+def test_sample_of_small_corpus_is_the_whole() -> None:
     notices: list[str] = []
     texts = ["a" * (PASSAGE_CHARS + 1), "", "b"]
     assert sample_passages(iter(texts), 0, notice=notices.append) == ["a" * PASSAGE_CHARS, "a", "b"]

@@ -94,7 +94,7 @@ def test_json_lines_keep_their_text_exactly(tmp_path: Path) -> None:
         ('{"text": "\\ud800"}', "lone surrogate U+D800 at character 0"),
     ],
 )
-def test_a_bad_record_is_named_with_its_line(tmp_path: Path, line: str, said: str) -> None:
+def test_bad_record_is_named_with_its_line(tmp_path: Path, line: str, said: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n\n' + line, encoding="utf-8")
     with pytest.raises(CorpusError) as raised:
@@ -205,7 +205,7 @@ def test_python_reference_is_one_document_per_topic() -> None:
 
 
 @pytest.mark.parametrize("topics", [None, {}, {"empty": "  "}])
-def test_a_python_without_the_reference_says_what_to_do(
+def test_missing_python_reference_error_has_remedy(
     monkeypatch: pytest.MonkeyPatch, topics: dict[str, str] | None
 ) -> None:
     module = None if topics is None else ModuleType("pydoc_data.topics")
@@ -261,7 +261,7 @@ def test_leading_white_space_segments_are_counted_as_blank(tmp_path: Path) -> No
     assert report.drops["blank document"] > 0
 
 
-def test_every_stored_byte_is_told_of_once(tmp_path: Path) -> None:
+def test_read_progress_counts_every_stored_byte_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words\n" * 50)
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"other words\n" * 500))
     (tmp_path / "c.jsonl").write_text('{"text": "third"}\n' * 5)

@@ -151,7 +151,7 @@ def test_a_folder_without_permission_is_a_problem(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("module", ["zstandard", "pyarrow"])
-def test_a_missing_extra_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+def test_missing_extra_error_has_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     name = {"zstandard": "a.txt.zst", "pyarrow": "a.parquet"}[module]
     make(tmp_path, name)
     monkeypatch.setitem(sys.modules, module, None)
@@ -290,7 +290,7 @@ def test_names_with_brackets_are_read_where_they_exist(tmp_path: Path) -> None:
     assert found(quoted)[0] == found(f"{tmp_path}/{SET}")[0]
 
 
-def test_what_a_url_does_not_find_is_missing(tmp_path: Path) -> None:
+def test_url_not_found_is_a_missing_file(tmp_path: Path) -> None:
     make(tmp_path, "a/b.md")
     for url, said in ((f"file://{tmp_path}/no", "no such file"), (f"file://{tmp_path}/a", "no text in this folder")):
         (problem,) = found(url)[1]

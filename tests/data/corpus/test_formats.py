@@ -64,7 +64,7 @@ def database(folder: Path) -> bytes:
         (b"{\\rtf1\\ansi Hello}", "an RTF document"),
     ],
 )
-def test_what_is_not_text_is_refused_by_its_name(tmp_path: Path, content: bytes, said: str) -> None:
+def test_file_not_text_is_refused_by_format(tmp_path: Path, content: bytes, said: str) -> None:
     for name in ("x.jsonl", "x.txt", "README"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CorpusError, match=rf"{name} is {said}") as raised:
@@ -72,7 +72,7 @@ def test_what_is_not_text_is_refused_by_its_name(tmp_path: Path, content: bytes,
         assert "latin1" not in str(raised.value)
 
 
-def test_a_database_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_database_file_is_refused_by_format(tmp_path: Path) -> None:
     assert "is an SQLite database" in (why_not_text(database(tmp_path), "x") or "")
 
 

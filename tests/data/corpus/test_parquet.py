@@ -60,7 +60,7 @@ def test_parquet_invalid_byte_is_named_or_replaced(tmp_path: Path, kind: str, is
         ([None, "a"], "null"),
     ],
 )
-def test_what_is_not_text_is_named_by_its_type(tmp_path: Path, column: list[Any], said: str) -> None:
+def test_parquet_column_not_text_is_named_by_type(tmp_path: Path, column: list[Any], said: str) -> None:
     path = written(tmp_path, column)
     with pytest.raises(CorpusError, match=f"row 1: 'text' must hold a string, not {said}"):
         list(parquet_texts(path, "text"))
@@ -74,7 +74,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packer", [gzip, bz2])
-def test_another_format_under_the_name_is_told(tmp_path: Path, packer: Any) -> None:
+def test_parquet_name_with_other_format_is_refused(tmp_path: Path, packer: Any) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(packer.compress(b"text"))
     with pytest.raises(CorpusError, match=r"compressed|bzip2"):

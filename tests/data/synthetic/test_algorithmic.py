@@ -33,7 +33,7 @@ def test_a_seed_decides_everything_and_the_size_is_kept(name: TaskName) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_an_answer_follows_from_what_stands_before_it(name: TaskName) -> None:
+def test_task_answer_follows_from_the_text_before_it(name: TaskName) -> None:
     """Two documents that agree up to an answer agree in it; elsewhere they need not."""
     after: dict[str, set[str]] = {}
     for line in lines(name, 40_000):
@@ -74,7 +74,7 @@ def test_parities_are_those_of_their_own_group() -> None:
     assert lengths == set(range(1, 9))
 
 
-def test_copies_are_told_letter_by_letter() -> None:
+def test_copy_task_has_one_answer_per_letter() -> None:
     for line in lines("copying", 3_000):
         places = TASKS["copying"].answers(line)
         assert "".join(line[place] for place in places) * 2 == line.replace("|", "")
