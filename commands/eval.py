@@ -1,12 +1,12 @@
-"""psannlm eval: loss, perplexity and bits per byte of a checkpoint on files of text."""
+"""psannlm eval: loss, perplexity and bits per byte of a checkpoint on files of text, or its scores on tasks."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,24 +17,84 @@ from psannlm.commands.options import (
     DtypeOption,
     ErrorsOption,
     JsonOption,
+    LiveLine,
     RunsOption,
+    WeightDtype,
+    columns_table,
     figures_table,
     find_model_file,
     live_line,
     naming_options,
+    note,
     print_json,
+    publish,
+    require_existing,
     stderr_console,
     stdout_console,
     write_artifact,
 )
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from psannlm.config.data import PathSource
     from psannlm.data.corpus.documents import ReadReport
     from psannlm.evaluation.loss import Evaluation
+    from psannlm.evaluation.tasks.score import TaskScore
+    from psannlm.evaluation.tasks.suite import Comparison, TaskSettings
 
+# The kind of artifact folder that tasks write, reports/tasks/<time>.
+TASKS_KIND = "tasks"
 
 FilesArgument = Annotated[
-    list[str], typer.Argument(metavar="FILE...", help="Files, folders or globs of text to evaluate on.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[FILE...]",
+        help="Files, folders or globs of text to evaluate on; with --tasks only for psannlm_last_word.",
+    ),
+]
+TasksOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        metavar="NAME,...",
+        help="Score the model on these tasks instead of measuring its loss: task packs of psannlm (psannlm_agreement, "
+        "psannlm_negation, psannlm_number or all three as psannlm_pairs; psannlm_modular_addition, psannlm_parity, "
+        "psannlm_copying or all three as psannlm_algorithmic; psannlm_last_word) and tasks of lm-evaluation-harness "
+        "(extra eval).",
+    ),
+]
+FewshotOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-fewshot",
+        metavar="K",
+        min=0,
+        help="Solved examples before each question of a task of lm-eval. Default: what the task sets.",
+    ),
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, help="Most questions of each task. Default: all of them."),
+]
+TasksDirOption = Annotated[
+    Path | None, typer.Option("--tasks-dir", metavar="DIR", help="Folder with further tasks, as YAML files of lm-eval.")
+]
+DownloadOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-download",
+        help="Fetch data sets of tasks from the Hugging Face hub. Default: make no connection.",
+    ),
+]
+BaselineOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--baseline",
+        metavar="PATH",
+        help="Checkpoint to compare with on the same questions of --tasks; a model is called better or worse only if "
+        "the 95 % interval of the paired difference excludes zero.",
+    ),
 ]
 PerLineOption = Annotated[
     bool,
@@ -48,22 +108,75 @@ AmpOption = Annotated[str, typer.Option(help="Precision of matrix products under
 
 
 def evaluate(
-    files: FilesArgument,
+    files: FilesArgument = None,
     checkpoint: CheckpointOption = None,
     runs: RunsOption = DEFAULT_RUNS,
     per_line: PerLineOption = False,
     text_key: Annotated[str, typer.Option(help="Key that holds the text in .jsonl and .parquet files.")] = "text",
     errors: ErrorsOption = "strict",
     window: WindowOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows, or answers to score, per forward pass.")] = 16,
     amp: AmpOption = "fp32",
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to write to. Default: reports/eval/<time>.")] = None,
+    tasks: TasksOption = None,
+    num_fewshot: FewshotOption = None,
+    limit: LimitOption = None,
+    tasks_dir: TasksDirOption = None,
+    allow_download: DownloadOption = False,
+    baseline: BaselineOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder to write to. Default: reports/eval/<time>, or reports/tasks/<time>."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure loss, perplexity and bits per byte of a model on a text."""
+    """Measure loss, perplexity and bits per byte of a model on a text, or its scores on tasks."""
     from psannlm.config.data import PathSource
+
+    sources = [PathSource(path=file, per_line=per_line, text_key=text_key, errors=errors) for file in files or ()]
+    if tasks is not None:
+        from psannlm.evaluation.tasks.suite import TaskSettings
+
+        if window is not None or amp != "fp32":
+            raise typer.BadParameter("it does not go with --tasks", param_hint="--window" if window else "--amp")
+        if tasks_dir is not None:
+            require_existing("--tasks-dir", tasks_dir, what="folder")
+        task_settings = TaskSettings(
+            num_fewshot=num_fewshot, limit=limit, tasks_dir=tasks_dir, allow_download=allow_download
+        )
+        run = _TaskRun(sources, task_settings, dtype, device, batch_size)
+        _score_tasks(tasks.split(","), run, checkpoint, runs, baseline, out, as_json)
+        return
+    _refuse_task_options(num_fewshot=num_fewshot, limit=limit, tasks_dir=tasks_dir, baseline=baseline)
+    if not sources:
+        raise typer.BadParameter("name files to evaluate on, or tasks with --tasks", param_hint="FILE")
+    _measure_loss(
+        sources,
+        where=(checkpoint, runs),
+        window=window,
+        batch_size=batch_size,
+        amp=amp,
+        dtype=dtype,
+        device=device,
+        out=out,
+        as_json=as_json,
+    )
+
+
+def _measure_loss(
+    sources: list[PathSource],
+    *,
+    where: tuple[Path | None, Path],
+    window: int | None,
+    batch_size: int,
+    amp: str,
+    dtype: WeightDtype,
+    device: str,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Print and write the loss of a model on a text."""
     from psannlm.config.run import section_from_kwargs
     from psannlm.config.train import TrainConfig
     from psannlm.evaluation.loss import evaluate_sources
@@ -76,7 +189,7 @@ def evaluate(
     with naming_options("train"):
         settings = section_from_kwargs(TrainConfig, "train", {"amp": amp, "device": device})
     require_folder("eval", out)
-    path = find_model_file(checkpoint, runs)
+    path = find_model_file(*where)
     loaded = load_model(path)
     precision = pick_precision(settings.amp, pick_device(settings.device))
     loaded.model.to(precision.device)
@@ -94,7 +207,7 @@ def evaluate(
     with live_line(stderr_console()) as line:
         result, report = evaluate_sources(
             loaded,
-            [PathSource(path=file, per_line=per_line, text_key=text_key, errors=errors) for file in files],
+            sources,
             replace_option="--errors replace",
             precision=precision,
             batch_size=batch_size,
@@ -104,7 +217,11 @@ def evaluate(
         for text in report.lines():
             line.keep(text)
     metrics = EvaluationMetrics(
-        checkpoint=str(path), dtype=dtype, files=files, corpus_sha256=report.sha256, **result.as_dict()
+        checkpoint=str(path),
+        dtype=dtype,
+        files=[source.path for source in sources],
+        corpus_sha256=report.sha256,
+        **result.as_dict(),
     ).as_dict()
     rows = _result_rows(f"{path}, {dtype} weights", result, report)
     folder: Path | None = None
@@ -131,3 +248,126 @@ def _result_rows(model: str, result: Evaluation, report: ReadReport) -> list[tup
         ("perplexity", f"{result.perplexity:.2f}"),
         ("bits per byte", f"{result.bits_per_byte:.4f}{LOSSY if result.lossy_tokenizer else ''}"),
     ]
+
+
+@dataclass(frozen=True)
+class _TaskRun:
+    """How tasks are asked, of every model alike."""
+
+    sources: list[PathSource]
+    settings: TaskSettings
+    dtype: WeightDtype
+    device: str
+    batch_size: int
+
+    def score(self, path: Path, names: list[str], line: LiveLine) -> tuple[list[TaskScore], dict[str, Any]]:
+        """Return a model's scores, and figures about the model and its answers."""
+        from psannlm.errors import ArtifactError
+        from psannlm.evaluation.loss import read_texts
+        from psannlm.evaluation.tasks.suite import run_tasks
+        from psannlm.generation.engine import Engine
+        from psannlm.generation.scoring import Scorer
+        from psannlm.models.artifact import load_model
+        from psannlm.runtime.device import pick_device
+
+        loaded = load_model(path)
+        if loaded.tokenizer is None:
+            raise ArtifactError(f"{path} has no tokenizer, which tasks need")
+        loaded.model.to(pick_device(self.device))
+        scorer = Scorer(Engine(loaded.model, dtype=self.dtype), self.batch_size)
+        scores = run_tasks(
+            names,
+            scorer,
+            loaded.tokenizer,
+            self.settings,
+            texts=read_texts(self.sources, loaded.tokenizer, replace_option="--errors replace"),
+            on_progress=lambda what, done, total: line.show(f"{what}: {done:,} of {total:,} answers"),
+        )
+        about = {"checkpoint": str(path), "tokenizer": loaded.tokenizer.fingerprint, "truncated": scorer.n_truncated}
+        return scores, about
+
+
+def _score_tasks(
+    tasks: list[str],
+    run: _TaskRun,
+    checkpoint: Path | None,
+    runs: Path,
+    baseline: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Print and write the scores of a model on tasks, compared with those of the baseline."""
+    from psannlm.evaluation.tasks.suite import compare_scores, require_tasks
+    from psannlm.io.run_metadata import require_folder
+
+    names = require_tasks([task.strip() for task in tasks], run.settings, has_text=bool(run.sources))
+    require_folder(TASKS_KIND, out)
+    path = find_model_file(checkpoint, runs)
+    other = None if baseline is None else find_model_file(baseline, runs)
+    with live_line(stderr_console()) as line:
+        scores, about = run.score(path, names, line)
+        figures: dict[str, Any] = {
+            **about,
+            "dtype": run.dtype,
+            "num_fewshot": run.settings.num_fewshot,
+            "limit": run.settings.limit,
+            "seed": run.settings.seed,
+            "tasks": [score.as_dict() for score in scores],
+        }
+        tables = [_score_table(f"{path}, {run.dtype} weights", scores)]
+        if other is not None:
+            others, about_other = run.score(other, names, line)
+            compared = compare_scores(scores, others)
+            figures["baseline"] = {**about_other, "tasks": [score.as_dict() for score in others]}
+            figures["comparison"] = [asdict(comparison) for comparison in compared]
+            tables += [_score_table(f"baseline: {other}", others), _comparison_table(compared)]
+    if about["truncated"]:
+        note(f"{about['truncated']:,} answers were scored with a shortened context: the model's is too short for them")
+    publish(TASKS_KIND, out, figures, tables, as_json, figures_file="tasks.json")
+
+
+def _score_table(title: str, scores: list[TaskScore]) -> Table:
+    table: Table = columns_table(
+        title,
+        ["task", "metric", "value", "standard error", "chance", "n"],
+        [
+            [
+                score.task,
+                score.metric,
+                f"{score.value:.4f}",
+                _figure(score.stderr),
+                _figure(score.chance),
+                "" if score.n is None else f"{score.n:,}",
+            ]
+            for score in scores
+        ],
+    )
+    return table
+
+
+def _comparison_table(compared: list[Comparison]) -> Table:
+    table: Table = columns_table(
+        "difference to the baseline, paired",
+        ["task", "metric", "difference", "95 % interval", "model is"],
+        [
+            [
+                row.task,
+                row.metric,
+                f"{row.difference:+.4f}",
+                "" if row.low is None else f"{row.low:+.4f} to {row.high:+.4f}",
+                row.verdict,
+            ]
+            for row in compared
+        ],
+    )
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _refuse_task_options(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise typer.BadParameter("it needs --tasks", param_hint=f"--{name.replace('_', '-')}")

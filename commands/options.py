@@ -41,8 +41,9 @@ CheckpointOption = Annotated[
         "newest run in --runs.",
     ),
 ]
+WeightDtype = Literal["float32", "bfloat16", "int8"]
 DtypeOption = Annotated[
-    Literal["float32", "bfloat16", "int8"],
+    WeightDtype,
     typer.Option(
         "--dtype",
         help="Data type of the weights; int8 stores one scale per output channel.",
@@ -154,6 +155,16 @@ def open_table(title: str, *headings: str, caption: str = "") -> Table:
 def figures_table(title: str, rows: list[tuple[str, str]]) -> Table:
     """Return a table of names and values."""
     return FiguresTable(title, rows)
+
+
+def columns_table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table with a column for each of ``names``."""
+    table = Table(title=printable(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for number, name in enumerate(names):
+        table.add_column(name, style="cyan" if number == 0 else None, no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    return table
 
 
 def require_existing(option: str, *paths: Path, what: str = "file or folder") -> None:

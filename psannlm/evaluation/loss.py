@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -152,6 +152,23 @@ def evaluate_sources(
     _refuse_oversize(config, windows, batch_size, precision.device)
     result = evaluate(loaded.model, windows, precision=precision, batch_size=batch_size, on_progress=on_progress)
     return replace(result, lost_fraction=lost_fraction), report
+
+
+def read_texts(sources: Sequence[Source], tokenizer: Tokenizer, *, replace_option: str = "") -> Iterator[str]:
+    """Yield the documents of ``sources``; of a prepared folder those of its validation split, decoded.
+
+    Raises:
+        ConfigError, CorpusError, TokenizerError, ArtifactError: as :func:`evaluate_sources`.
+    """
+    if not sources:
+        return
+    if find_prepared(sources) is None:
+        yield from (document.text for document in read_documents(sources, replace_option=replace_option))
+        return
+    store, _, _ = _read(sources, tokenizer, replace_option)
+    for number in range(store.n_documents):
+        start, end = store.starts(number, number + 2)
+        yield tokenizer.decode(store.tokens(int(start), int(end)).tolist())
 
 
 def _refuse_oversize(config: ModelConfig, windows: Windows, batch_size: int, device: torch.device) -> None:

@@ -139,9 +139,39 @@ def generate(
         engine = Engine(model, dtype=dtype, compile=choose_compiling(compile, max_new_tokens))
     for notice in engine.notices:
         on_notice(notice)
+    return complete_ids(
+        engine,
+        tokenizer,
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        speculate=speculate,
+        context=context,
+        stop=stops,
+        logprobs=logprobs,
+        on_text=on_text,
+        on_progress=on_progress,
+    )
+
+
+def complete_ids(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    sampling: SamplingConfig | None = None,
+    speculate: int = 0,
+    context: ContextRule = "stop",
+    stop: str | Iterable[str] = (),
+    logprobs: int | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+    on_progress: Callable[[int, int, int], None] | None = None,
+) -> list[Completion]:
+    """Continue prompts given as ids, the BOS token included; otherwise :func:`generate`."""
+    stops = require_stop_texts(stop)
     special = tokenizer.special_ids - {tokenizer.eos_id}
     unused = range(tokenizer.vocab_size, engine.model.config.vocab_size or 0)
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     decoding = BatchDecoder(
         engine,
         prompt_ids,

@@ -127,3 +127,95 @@ def test_eval_dtype_changes_loss_little_and_is_recorded(psannlm, in_trained: Pat
     assert packed != plain
     assert packed == pytest.approx(plain, rel=0.02)
     assert psannlm("eval", str(tmp_path / "a.txt"), "--dtype", "int8", "--amp", "bf16", "--device", "cpu").code == 2
+
+
+def test_eval_tasks_writes_scores_with_chance_and_error(psannlm, in_trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    names = "psannlm_agreement,psannlm_modular_addition"
+    limited = ("--limit", "4", "--device", "cpu", "--out", str(out), "--json")
+    done = psannlm("eval", "--tasks", names, *limited)
+    assert done.code == 0, done.err
+    printed = json.loads(done.out)
+    agreement, addition = printed["tasks"]
+    assert (agreement["task"], agreement["metric"], agreement["chance"], agreement["n"]) == (
+        "psannlm_agreement",
+        "accuracy",
+        0.5,
+        4,
+    )
+    assert 0 <= agreement["value"] <= 1
+    assert (addition["n"], addition["chance"], addition["stderr"]) == (89, 1 / 89, None)
+    written = json.loads((out / "tasks.json").read_text())
+    assert written["tasks"] == printed["tasks"]
+    assert "python" in json.loads((out / "system.json").read_text())
+    assert f"{addition['value']:.4f}" in (out / "table.txt").read_text()
+
+
+def test_eval_tasks_ranks_a_model_not_above_itself(psannlm, in_trained: Path, tmp_path: Path) -> None:
+    same = ("--checkpoint", "runs/tiny", "--baseline", "runs/tiny")
+    done = psannlm(
+        "eval",
+        "--tasks",
+        "psannlm_agreement,psannlm_number",
+        "--limit",
+        "20",
+        *same,
+        "--out",
+        str(tmp_path / "o"),
+        "--json",
+    )
+    assert done.code == 0, done.err
+    figures = json.loads(done.out)
+    assert [row["verdict"] for row in figures["comparison"]] == ["undecided"] * 2
+    assert [row["difference"] for row in figures["comparison"]] == [0.0] * 2
+    assert figures["baseline"]["tasks"] == figures["tasks"]
+    table = psannlm(
+        "eval",
+        "--tasks",
+        "psannlm_agreement,psannlm_number",
+        "--limit",
+        "20",
+        *same,
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "p"),
+    )
+    assert "undecided" in table.out
+
+
+def test_eval_tasks_takes_last_words_from_the_files(psannlm, in_trained: Path, tmp_path: Path) -> None:
+    words = "harbor winter morning garden".split()
+    names = "Anna Peter Alice George".split()
+    text = [f"{name} had never before seen the {word}." for name, word in zip(names, words, strict=True)]
+    (tmp_path / "held_out.txt").write_text(" ".join(text))
+    out = ("--device", "cpu", "--out", str(tmp_path / "o"), "--json")
+    done = psannlm("eval", str(tmp_path / "held_out.txt"), "--tasks", "psannlm_last_word", *out)
+    (score,) = json.loads(done.out)["tasks"]
+    assert (score["n"], score["chance"]) == (4, 0.25)
+    # The context of the tiny model has 16 tokens.
+    assert json.loads(done.out)["truncated"] == 16
+    assert "16 answers were scored with a shortened context" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "name files to evaluate on, or tasks with --tasks"),
+        (("corpus.txt", "--limit", "3"), "it needs --tasks"),
+        (("--tasks", "psannlm_agrement"), "there is no task 'psannlm_agrement' (did you mean 'psannlm_agreement'?)"),
+        (("--tasks", ","), "no task is named"),
+        (("--tasks", "psannlm_last_word"), "is cut from held-out text of your corpus; name its files as FILE"),
+        (("--tasks", "psannlm_parity", "--num-fewshot", "2"), "psannlm_parity is asked without solved examples"),
+        (("--tasks", "psannlm_parity", "--window", "8"), "it does not go with --tasks"),
+        (("--tasks", "psannlm_parity", "--tasks-dir", "nowhere"), "no folder at nowhere"),
+        (("--tasks", "psannlm_parity", "--baseline", "nowhere"), "at nowhere"),
+    ],
+)
+def test_eval_tasks_wrong_usage_is_refused_before_work(
+    psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr("psannlm.models.artifact.load_model", lambda path: pytest.fail("worked"))
+    refused = psannlm("eval", *arguments)
+    assert (refused.code, refused.out) == (2, "")
+    assert said in " ".join(refused.err.replace("│", " ").split())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from psannlm.experiments.statistics import paired_difference, student_t_quantile
+from psannlm.evaluation.statistics import student_t_quantile
+from psannlm.experiments.statistics import paired_difference
 from psannlm.reports.schemas.measured import Mean
 
 

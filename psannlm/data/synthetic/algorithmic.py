@@ -57,6 +57,41 @@ def _copies(draw: random.Random) -> Iterator[str]:
         yield f"{letters}{_COPY_MARK}{letters}"
 
 
+@dataclass(frozen=True)
+class QuestionGroup:
+    """Questions that share their choices: ``choices[i]`` is the right continuation of ``contexts[i]``."""
+
+    contexts: tuple[str, ...]
+    choices: tuple[str, ...]
+
+
+def sum_questions(draw: random.Random) -> Iterator[QuestionGroup]:
+    """Yield, for each first number, its sums with every number of the ring."""
+    for a in draw.sample(range(MODULUS), MODULUS):
+        contexts = tuple(f"{_NUMERALS[a]}+{numeral}{_ANSWER_MARK}" for numeral in _NUMERALS[:MODULUS])
+        yield QuestionGroup(contexts, tuple(_NUMERALS[(a + b) % MODULUS] for b in range(MODULUS)))
+
+
+def parity_questions(draw: random.Random) -> Iterator[QuestionGroup]:
+    """Yield pairs of groups of bits that differ in the last one, after the answered groups before them."""
+    for document in _parities(draw):
+        before, mark, _ = document.rpartition(_ANSWER_MARK)
+        last = before[-1]
+        contexts = {bit: f"{before[:-1]}{bit}{mark}" for bit in (last, "10"[int(last)])}
+        # The document ends with the answer for its own last bit.
+        answer = document[-1]
+        yield QuestionGroup(tuple(contexts.values()), (answer, _EVEN_ODD[answer == _EVEN_ODD[0]]))
+
+
+def copy_questions(draw: random.Random) -> Iterator[QuestionGroup]:
+    """Yield 26 rows of letters that differ in one place, copied up to that place."""
+    for document in _copies(draw):
+        letters = document.partition(_COPY_MARK)[0]
+        at = draw.randrange(len(letters))
+        rows = (f"{letters[:at]}{letter}{letters[at + 1 :]}" for letter in string.ascii_lowercase)
+        yield QuestionGroup(tuple(f"{row}{_COPY_MARK}{row[:at]}" for row in rows), tuple(string.ascii_lowercase))
+
+
 TASKS: dict[TaskName, Task] = {
     "modular_addition": Task(_sums, lambda document: [document.index(_ANSWER_MARK) + 1]),
     "parity": Task(
