@@ -84,7 +84,11 @@ class DataConfig(Section):
         True, description="pack several documents into a window; false: one document per window"
     )
     val_split: Real = Field(
-        0.0, ge=0, lt=1, description="fraction of the documents held out for validation; 0 with a prepared folder"
+        0.0,
+        ge=0,
+        lt=1,
+        description="approximate fraction of the documents held out for validation, chosen by a hash of the text and "
+        "data.seed; 0 with a prepared folder",
     )
     seed: Whole = Field(
         1337,

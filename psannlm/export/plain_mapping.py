@@ -66,7 +66,8 @@ def why_not_plain(config: ModelConfig) -> str | None:
     if config.mlp in ("sine", "sineglu"):
         return f"the sine activation (model.mlp: {config.mlp})"
     if (config.mlp, config.qk_norm) not in _CLASSES:
-        return f"model.qk_norm with the feed-forward {config.mlp}"
+        with_norm = "model.qk_norm with " if config.qk_norm else ""
+        return f"{with_norm}the feed-forward {config.mlp}"
     return None
 
 

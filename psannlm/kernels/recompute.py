@@ -129,6 +129,8 @@ def _taps_gradient(grad: Tensor, h: Tensor, n_taps: int, dilation: int) -> Tenso
 def fused_norm_conv(x: Tensor, weight: Tensor, eps: float, taps: Tensor | None = None, dilation: int = 1) -> Tensor:
     """Return the RMS norm of ``x``, plus its short convolution where there are ``taps`` (D, W), in the products' dtype.
 
+    Computes what ``models.short_conv.ShortConv`` computes from the start of a sequence, in one pass.
+
     Args:
         x: (B, T, D) float32.
     """

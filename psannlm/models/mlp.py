@@ -25,8 +25,10 @@ def _activation(config: ModelConfig, d_mlp: int) -> nn.Module:
             return nn.GELU()
         case "relu2":
             return SquaredReLU()
-        case _:
+        case "swiglu":
             return nn.SiLU()
+        case kind:
+            raise ValueError(f"no activation for the feed-forward kind {kind}")
 
 
 def _project_down(activation: nn.Module, z: Tensor, up: Tensor | None, down: nn.Module) -> Tensor:

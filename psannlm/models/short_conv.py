@@ -20,7 +20,8 @@ from psannlm.models.kv_cache import MAX_DECODE_TOKENS
 class ShortConv(nn.Module):
     """x + act(conv(x)), where output t depends on inputs t, t - dilation, ... t - (W - 1) dilation, and none later.
 
-    The kernel starts at zero, so that the module starts as the identity.
+    Uncompiled training on a CPU computes the same with ``kernels.recompute.fused_norm_conv`` instead. The kernel starts
+    at zero, so that the module starts as the identity.
     """
 
     def __init__(self, config: ModelConfig, dilation: int) -> None:
