@@ -147,7 +147,7 @@ def test_auto_classes_load_the_folder_after_importing_psannlm_hf(export_tiny: Ca
     assert type(transformers.AutoModelForCausalLM.from_pretrained(folder)) is hf.PsannLMForCausalLM
 
 
-def test_exported_code_is_that_of_the_package_and_imports_nothing_of_it(export_tiny: Callable[..., Any]) -> None:
+def test_exported_code_equals_package_copy_and_stands_alone(export_tiny: Callable[..., Any]) -> None:
     folder = export_tiny("respsann", is_verified=False).folder
     for name in custom_mapping.CODE_FILES:
         content = (folder / name).read_bytes()
