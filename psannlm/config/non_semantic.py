@@ -35,6 +35,7 @@ NON_SEMANTIC_KEYS: dict[str, NonSemanticKey] = {
     "train.on_nonfinite": NonSemanticKey("whether a run with a non-finite step ends there"),
     "train.sample_prompts": NonSemanticKey("sample texts in the log", may_differ_in_study=True),
     "train.sample_tokens": NonSemanticKey("length of the sample texts"),
+    "train.eval_tasks": NonSemanticKey("task scores in the log"),
     "train.tensorboard": NonSemanticKey("additional log files"),
 }
 BOOKKEEPING_KEYS = frozenset(key for key, value in NON_SEMANTIC_KEYS.items() if value.is_bookkeeping)

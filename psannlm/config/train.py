@@ -18,6 +18,7 @@ from psannlm.config.base import (
     Whole,
     word_to_bool,
 )
+from psannlm.config.constants import TaskPack
 from psannlm.errors import Problem, UnknownKeyError
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
@@ -102,6 +103,9 @@ class TrainConfig(Section):
         ("The ",), description="prompts of the samples generated at each validation; []: no samples"
     )
     sample_tokens: Whole = Field(40, ge=1, description="maximum number of tokens of a sample")
+    eval_tasks: tuple[TaskPack, ...] = Field(
+        (), description="task packs that the model is scored on at each validation, such as [psannlm_agreement]"
+    )
     tensorboard: Flag = Field(
         False, description="also write TensorBoard event files, to tensorboard/ in the run folder"
     )

@@ -166,6 +166,11 @@ def read_texts(sources: Sequence[Source], tokenizer: Tokenizer, *, replace_optio
         yield from (document.text for document in read_documents(sources, replace_option=replace_option))
         return
     store, _, _ = _read(sources, tokenizer, replace_option)
+    yield from decode_documents(store, tokenizer)
+
+
+def decode_documents(store: Stream, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the texts of the documents of ``store``."""
     for number in range(store.n_documents):
         start, end = store.starts(number, number + 2)
         yield tokenizer.decode(store.tokens(int(start), int(end)).tolist())

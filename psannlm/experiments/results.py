@@ -25,6 +25,7 @@ from psannlm.reports.schemas.study import (
     StudyMetrics,
     VariantAnswers,
     VariantFigures,
+    VariantTask,
 )
 from psannlm.runtime.device import pick_device, pick_precision
 from psannlm.runtime.distributed import World
@@ -108,6 +109,7 @@ def _variant_figures(
         training_s=sized.n_tokens / max(rates) if rates else None,
         peak_memory_bytes=max(peaks, default=None),
         answers=_answers(choice, base, answers),
+        tasks=_tasks(choice, base),
     )
 
 
@@ -149,6 +151,31 @@ def _answers(choice: Choice, base: Choice, answers: Mapping[str, AnswerScore]) -
         documents_right=statistics.fmean(score.documents_right for score in mine.values()),
         nats_per_answer=statistics.fmean(score.nats_per_answer for score in mine.values()),
     )
+
+
+def _tasks(choice: Choice, base: Choice) -> dict[str, VariantTask]:
+    """Return the scores on ``train.eval_tasks`` at the validation that is measured, by task."""
+    mine, theirs = _task_scores(choice), _task_scores(base)
+    return {
+        task: VariantTask(
+            score=Mean.of(list(by_seed.values())),
+            chance=chance,
+            difference=None
+            if choice is base or (task, chance) not in theirs
+            else paired_difference(by_seed, theirs[task, chance]),
+        )
+        for (task, chance), by_seed in mine.items()
+    }
+
+
+def _task_scores(choice: Choice) -> dict[tuple[str, float | None], dict[int, float]]:
+    """Return the scores by task and chance level, then by seed."""
+    found: dict[tuple[str, float | None], dict[int, float]] = {}
+    for seed, record in sorted(choice.done.items()):
+        step = choice.scores.get(seed, {}).get("step")
+        for task, (score, _, chance) in record.task_scores(step).items():
+            found.setdefault((task, chance), {})[seed] = score
+    return found
 
 
 def _curves(choice: Choice) -> list[LossCurve]:

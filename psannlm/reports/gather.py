@@ -18,7 +18,7 @@ from psannlm.io.records import find_records
 from psannlm.reports.runs import SYSTEM_FILE, RunRecord, find_runs, read_run
 from psannlm.reports.schemas.kinds import read_artifact_figures
 
-FIGURES_FILES = ("metrics.json", "summary.json")
+FIGURES_FILES = ("metrics.json", "summary.json", "tasks.json")
 TABLE_FILE = "table.txt"
 # Reports themselves are not reported again.
 OWN_KIND = "benchmarks"

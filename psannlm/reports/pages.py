@@ -58,6 +58,7 @@ _TITLES = {
     "gpu": "GPU validation",
     "tests": "Test suites",
     "prep": "Corpus preparation",
+    "tasks": "Task scores",
 }
 
 
@@ -143,7 +144,10 @@ def _runs_section(runs: Sequence[RunRecord], n_in_studies: int, unread: list[Unr
     blocks: list[Block] = []
     if n_in_studies:
         blocks.append(f"{n_in_studies} runs of studies are in runs.csv; their studies have sections of their own.")
-    blocks += [runs_table(runs), *drawn(CURVE_FILE, lambda: [loss_picture(runs)], unread), origins_table(runs)]
+    blocks.append(runs_table(runs))
+    if any(run.task_rows for run in runs):
+        blocks.append(tasks_table(runs))
+    blocks += [*drawn(CURVE_FILE, lambda: [loss_picture(runs)], unread), origins_table(runs)]
     return Section("Training runs", blocks)
 
 
@@ -193,6 +197,24 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
     if any(run.row.lossy_tokenizer for run in runs):
         note += LOSSY_NOTE
     return Table("", headings, rows, frozenset((*range(1, 10), 12)), note)
+
+
+def tasks_table(runs: Sequence[RunRecord]) -> Table:
+    """Return a row for every task of every run, scored at the last validation."""
+    rows = [
+        [
+            run.name,
+            task,
+            format_value(score, 3),
+            format_value(stderr, 3),
+            format_value(chance, 3),
+            format_value(run.task_rows[-1]["step"]),
+        ]
+        for run in runs
+        for task, (score, stderr, chance) in run.task_scores().items()
+    ]
+    headings = ("run", "task", "score", "standard error", "chance level", "at step")
+    return Table("Task scores", headings, rows, frozenset((2, 3, 4, 5)), "Of the last validation of each run.")
 
 
 def origins_table(runs: Sequence[RunRecord]) -> Table:

@@ -32,6 +32,7 @@ _LARGEST_LOSS = 709.0
 _MAX_HEADER_BYTES = 64 << 20
 # Above it a float does not represent every whole number; no step, size or throughput comes near.
 _LARGEST_WHOLE = 1 << 53
+_ROW_KINDS = ("train", "eval", "tasks")
 _MOST_DAMAGED_LINES = 10_000
 _COUNTS, _FLAG = ("tokens", "peak_memory_bytes"), "lossy_tokenizer"
 
@@ -44,6 +45,7 @@ class RunRecord:
         name: path of the folder below the folder that was searched.
         config: the settings by dotted key; empty where they cannot be read.
         train_rows, eval_rows: the lines of ``metrics.jsonl`` that can be read, in the order of their steps.
+        task_rows: the same of task scores: by task, with ``/stderr`` and ``/chance`` after its name.
         parameters: elements of the saved weights, or None without a checkpoint.
         corpus_sha256, tokenizer_fingerprint: of what it was trained on, or None without a checkpoint.
         problems: what could not be read, each with the reason.
@@ -61,6 +63,7 @@ class RunRecord:
     tokenizer_fingerprint: str | None
     problems: tuple[str, ...]
     record: TrainRecord | None = None
+    task_rows: tuple[dict[str, Any], ...] = ()
 
     @property
     def timestamp(self) -> str | None:
@@ -92,6 +95,13 @@ class RunRecord:
         """Peak memory of the run, or None where it was not logged."""
         peaks = [int(peak) for row in self.train_rows if (peak := number(row.get("peak_memory_bytes")))]
         return max(peaks, default=None)
+
+    def task_scores(self, step: int | None = None) -> dict[str, tuple[float, float | None, float | None]]:
+        """Return (score, standard error, chance level) by task, at a validation, or at the last one."""
+        rows = [row for row in self.task_rows if step is None or row["step"] == step]
+        last = rows[-1] if rows else {}
+        names = [key for key in last if key not in ("kind", "step") and "/" not in key]
+        return {name: (last[name], last.get(f"{name}/stderr"), last.get(f"{name}/chance")) for name in names}
 
     @cached_property
     def row(self) -> RunRow:
@@ -251,10 +261,11 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         tokenizer_fingerprint=trained_on.get("tokenizer_fingerprint"),
         problems=tuple(problems),
         record=record,
+        task_rows=tuple(row for row in rows if row["kind"] == "tasks"),
     )
     try:
         # Everything that a report reads: unusable figures must fail here, not while a page is written.
-        run.row, run.step_rows(), run.points(), run.wall_time_s, run.corpus
+        run.row, run.task_scores(), run.step_rows(), run.points(), run.wall_time_s, run.corpus
     except (ArithmeticError, ValueError, TypeError, LookupError) as error:
         raise Unreadable(f"its figures cannot be used: {type(error).__name__} {str(error)[:120]}") from error
     return run
@@ -291,16 +302,16 @@ def _is_figure(key: str, value: object) -> bool:
 
 
 def _is_row(row: object) -> bool:
-    if not isinstance(row, dict) or row.get("kind") not in ("train", "eval"):
+    if not isinstance(row, dict) or row.get("kind") not in _ROW_KINDS:
         return False
     step = row.get("step")
     is_step = isinstance(step, int) and not isinstance(step, bool) and abs(step) <= _LARGEST_WHOLE
-    return is_step and number(row.get("loss")) is not None
+    return is_step and (row["kind"] == "tasks" or number(row.get("loss")) is not None)
 
 
 def _is_other(row: object) -> bool:
     """Whether a line is of a kind without a loss: a sample, or a skipped step."""
-    return isinstance(row, dict) and isinstance(row.get("kind"), str) and row["kind"] not in ("train", "eval")
+    return isinstance(row, dict) and isinstance(row.get("kind"), str) and row["kind"] not in _ROW_KINDS
 
 
 def _read_checkpoint(folder: Path, problems: list[str]) -> tuple[int | None, dict[str, str]]:

@@ -15,6 +15,7 @@ from torch import nn
 from psannlm.config.run import RunConfig
 from psannlm.data.loader import Loader
 from psannlm.data.windows import Windows
+from psannlm.evaluation.tasks.validation import ValidationTasks
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import Precision
 from psannlm.runtime.distributed import World
@@ -25,8 +26,7 @@ from psannlm.training.optim import OptimizerSet
 from psannlm.training.reporting import Reporter
 from psannlm.training.schedule import learning_rate
 
-# (model, tokenizer, prompts, max_new_tokens, seed) -> the continuation of each prompt. Passed in, because training does
-# not import text generation.
+# (model, tokenizer, prompts, max_new_tokens, seed) -> the continuation of each prompt.
 Sampler = Callable[[Transformer, Tokenizer, Sequence[str], int, int], list[str]]
 
 
@@ -71,6 +71,7 @@ class Run:
     total_steps: int
     lost_fraction: float | None = None
     sampler: Sampler | None = None
+    tasks: ValidationTasks | None = None
     budget: TimeBudget = field(default_factory=TimeBudget)
     stop: threading.Event = field(default_factory=threading.Event)
     callbacks: tuple[Callback, ...] = ()

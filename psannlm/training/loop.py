@@ -10,6 +10,7 @@ from itertools import chain
 from psannlm.data.windows import Windows
 from psannlm.errors import DivergedError, Interrupted
 from psannlm.evaluation.loss import evaluate
+from psannlm.evaluation.tasks.validation import task_figures
 from psannlm.runtime.device import AsyncReadback
 from psannlm.training.callbacks import SaveEvent, ValidationEvent
 from psannlm.training.checkpoint import BEST, TrainerState, participate_in_save, point, prune, save_checkpoint
@@ -103,6 +104,7 @@ def _validate(run: Run, state: TrainerState, windows: Windows) -> tuple[TrainerS
     # No rank alone holds all weights of a sharded model.
     if run.world.is_main and not is_sharded(run.model):
         _sample(run, state.step)
+        _score_tasks(run, state.step)
     best = {"step": state.step, **result.as_dict()} if is_best else state.best
     metrics = {**state.metrics, **{f"val_{k}": v for k, v in result.as_dict().items()}}
     return replace(state, best=best, metrics=metrics), is_best
@@ -118,6 +120,18 @@ def _sample(run: Run, step: int) -> None:
         if run.log is not None:
             run.log.write("sample", step, {"prompt": prompt, "text": text})
         run.reporter.sample(step, prompt, text)
+
+
+def _score_tasks(run: Run, step: int) -> None:
+    """Score the model on ``train.eval_tasks``; log and report the scores."""
+    if run.tasks is None:
+        return
+    scores = run.tasks.score(run.model)
+    if run.log is not None:
+        run.log.write("tasks", step, task_figures(scores))
+    for score in scores:
+        error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
+        run.reporter.notice(f"step {step}: {score.task} {score.value:.3f}{error} (chance {score.chance:.3f})")
 
 
 def _save(run: Run, state: TrainerState, is_best: bool) -> None:

@@ -15,6 +15,7 @@ from psannlm.io.atomic import explain_write_errors, write_bytes, write_text
 from psannlm.io.figures import render_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 METRICS_FILE = "metrics.jsonl"
@@ -22,13 +23,14 @@ CURVE_FILE = "loss_curve.png"
 BOARD_FOLDER = "tensorboard"
 # Okabe and Ito's palette, distinguishable by colour-blind readers.
 _TRAIN_COLOUR, _VAL_COLOUR, _BEST_COLOUR = "#56B4E9", "#D55E00", "#009E73"
+_TASK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 class MetricsLog:
     """Append-only log of a run in ``metrics.jsonl``.
 
-    Each row has a ``step`` and a ``kind``: ``train``, ``eval``, ``sample`` (a prompt and its continuation) or
-    ``skipped`` (a non-finite step).
+    Each row has a ``step`` and a ``kind``: ``train``, ``eval``, ``sample`` (a prompt and its continuation),
+    ``tasks`` (scores by task, with ``/stderr`` and ``/chance`` after its name) or ``skipped`` (a non-finite step).
     """
 
     def __init__(
@@ -117,7 +119,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def draw_curve(folder: Path, title: str, rows: list[dict[str, Any]]) -> Path:
-    """Plot training and validation loss against the step; return the path of the image.
+    """Plot training and validation loss, and task scores, against the step; return the path of the image.
 
     Raises:
         PictureError: the plot cannot be drawn.
@@ -133,8 +135,11 @@ def _curve(title: str, rows: list[dict[str, Any]]) -> Figure:
 
     train = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
     evals = [(row["step"], row["loss"], row["bits_per_byte"]) for row in rows if row["kind"] == "eval"]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    scored = [row for row in rows if row["kind"] == "tasks"]
+    figure = Figure(figsize=(8, 7.5 if scored else 4.5), layout="constrained")
+    axes, *below = figure.subplots(2 if scored else 1, sharex=True, squeeze=False)[:, 0]
+    for panel in below:
+        _plot_tasks(panel, scored)
     if train:
         # A line through one point is invisible.
         marker = "o" if len(train) == 1 else None
@@ -148,9 +153,26 @@ def _curve(title: str, rows: list[dict[str, Any]]) -> Figure:
         label = f"best: {bits[best]:.3f} bits per byte at step {steps[best]}"
         axes.plot(steps[best], losses[best], "*", color=_BEST_COLOUR, markersize=16, label=label, zorder=3)
     axes.set_title(title)
-    axes.set_xlabel("optimiser step")
+    (below[-1] if below else axes).set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     if train or evals:
         axes.legend(frameon=False)
     return figure
+
+
+def _plot_tasks(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Plot the score of each task with its standard error, and its chance level as a dashed line."""
+    names = list(dict.fromkeys(key for row in rows for key in row if key not in ("kind", "step") and "/" not in key))
+    for number, name in enumerate(names):
+        points = [(row["step"], row[name], row.get(f"{name}/stderr") or 0.0) for row in rows if name in row]
+        colour = _TASK_COLOURS[number % len(_TASK_COLOURS)]
+        steps, values, errors = zip(*points, strict=True)
+        axes.errorbar(steps, values, errors, color=colour, linewidth=1.5, marker="o", markersize=4, label=name)
+        chance = rows[-1].get(f"{name}/chance")
+        if chance is not None:
+            axes.axhline(chance, color=colour, linewidth=1, linestyle="--")
+    axes.set_ylabel("task score (dashed: chance)")
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)

@@ -19,6 +19,7 @@ from psannlm.config.run import RunConfig, plan_batches, to_yaml
 from psannlm.data.loader import Position
 from psannlm.data.prepare import PreparedData, load_corpus
 from psannlm.errors import Interrupted, PictureError, StorageError, TrainingError
+from psannlm.evaluation.tasks.validation import ValidationTasks
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_text
 from psannlm.io.lock import RunLock
 from psannlm.io.run_metadata import system_info, write_json
@@ -138,6 +139,7 @@ def train(
         run, state = _build(config, start, world, precision, folder, reporter)
         run.sampler, run.budget, run.callbacks = sampler, budget, tuple(callbacks)
         run.ending = ending or run.ending
+        run.tasks = _validation_tasks(run)
         if start.found is not None:
             if lock is not None:
                 archive_newer_checkpoints(lock, start.found[0], state.best, reporter)
@@ -325,6 +327,20 @@ def _describe_run(run: Run) -> str:
         f"{run.model.config.base}: {_n_parameters(run.model):,} parameters; {steps} of {plan.tokens_per_step:,} "
         f"tokens{ranks}; {describe_device(run.precision.device)}; {run.precision.reason}"
     )
+
+
+def _validation_tasks(run: Run) -> ValidationTasks | None:
+    """Return the tasks of ``train.eval_tasks``, on the rank that scores them; report where they cannot be scored."""
+    names = run.config.train.eval_tasks
+    if not names or run.tokenizer is None:
+        return None
+    if is_sharded(run.model):
+        run.reporter.notice("note: no task scores with fsdp: full; psannlm eval --tasks scores any checkpoint")
+        return None
+    if run.val_windows is None:
+        run.reporter.notice("note: no task scores without validations; set data.val_split")
+        return None
+    return ValidationTasks(names, run.tokenizer, run.val_windows.store, run.model) if run.world.is_main else None
 
 
 def _n_parameters(model: Transformer) -> int:

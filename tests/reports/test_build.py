@@ -262,3 +262,23 @@ def test_report_lists_pictures_that_cannot_be_drawn(
         assert {item.reason for item in written.unread} == {"no Matplotlib here"}
         assert written.page.is_file()
         assert not list(written.folder.glob("*.png"))
+
+
+def test_report_shows_task_scores_of_runs_and_of_eval(
+    tmp_path: Path, make_run: Callable[..., Path], make_artifact: Callable[..., Path]
+) -> None:
+    run = make_run(tmp_path / "runs" / "a")
+    row = {"kind": "tasks", "step": 4, "psannlm_number": 0.617, "psannlm_number/stderr": 0.02}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({**row, "psannlm_number/chance": 0.5}) + "\n")
+    folder = make_artifact(tmp_path / "reports" / "tasks" / "20261129_000000", {})
+    scores = [
+        {"task": "psannlm_parity", "metric": "accuracy", "value": 0.5432, "stderr": 0.01, "chance": 0.5, "n": 400}
+    ]
+    (folder / "metrics.json").rename(folder / "tasks.json")
+    (folder / "tasks.json").write_text(json.dumps({"checkpoint": "runs/a", "tasks": scores}))
+    report = write_report(tmp_path / "reports", [tmp_path / "runs"], SYSTEM, out=tmp_path / "out")
+    page = Page((report.folder / "report.html").read_text()).text.replace("\u200b", "")
+    assert "Left out" not in page
+    for text in ("Task scores", "psannlm_number", "0.617", "psannlm_parity", "0.543"):
+        assert text in page

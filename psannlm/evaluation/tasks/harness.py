@@ -201,7 +201,7 @@ def run_harness(
     if not is_available():
         raise ConfigError(
             f"--tasks: {', '.join(names)} {'is' if len(names) == 1 else 'are'} not a task of psannlm, and lm-eval, "
-            "which has more, is not installed; pip install 'psannlm[eval]'"
+            "which has more, is not installed; pip install -c constraints.txt '.[eval]'"
         )
     with _network(allow_download):
         manager = _manager(names, tasks_dir)

@@ -60,26 +60,24 @@ def expand_packs(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(pack for name in names for pack in PACK_GROUPS.get(name, (name,))))
 
 
-def run_pack(
-    name: str,
-    scorer: Scorer,
-    tokenizer: Tokenizer,
-    *,
-    limit: int | None = None,
-    seed: int = SEED,
-    texts: Iterable[str] = (),
-    on_progress: Callable[[str, int, int], None] | None = None,
-) -> TaskScore:
-    """Return a model's accuracy on a pack: the fraction of questions whose right choice is the most likely one.
+@dataclass(frozen=True)
+class PreparedPack:
+    """The questions of a pack, and their choices as continuations, in the order of the questions."""
 
-    Choices that are equally likely share a point. The standard error is that of independent groups, because the
-    questions of a group are not independent.
+    name: str
+    groups: Sequence[QuestionGroup]
+    rows: Sequence[Continuation]
+
+
+def prepare_pack(
+    name: str, tokenizer: Tokenizer, *, limit: int | None = None, seed: int = SEED, texts: Iterable[str] = ()
+) -> PreparedPack:
+    """Return the questions of a pack for a tokenizer.
 
     Args:
         limit: most questions, rounded up to whole groups.
         seed: of the questions.
         texts: held-out documents, for ``psannlm_last_word``.
-        on_progress: called with (name, choices scored, all of them).
 
     Raises:
         ConfigError: there is no such pack.
@@ -93,23 +91,54 @@ def run_pack(
     drawn = last_word_questions(texts, draw, n_groups) if pack.questions is None else pack.questions(draw)
     groups = list(islice(drawn, n_groups))
     rows = [row for group in groups for context in group.contexts for row in _rows(tokenizer, context, group.choices)]
-    found = scorer.score(rows, None if on_progress is None else lambda done, total: on_progress(name, done, total))
+    return PreparedPack(name, groups, rows)
+
+
+def score_pack(
+    pack: PreparedPack, scorer: Scorer, on_progress: Callable[[str, int, int], None] | None = None
+) -> TaskScore:
+    """Return a model's accuracy on a pack: the fraction of questions whose right choice is the most likely one.
+
+    Choices that are equally likely share a point. The standard error is that of independent groups, because the
+    questions of a group are not independent.
+
+    Args:
+        on_progress: called with (name, choices scored, all of them).
+    """
+    found = scorer.score(
+        pack.rows, None if on_progress is None else lambda done, total: on_progress(pack.name, done, total)
+    )
     logprobs = iter(likelihood.logprob for likelihood in found)
     # Exact sums: a third of a point, three times, is one.
     outcomes: list[Fraction] = []
-    for group in groups:
+    for group in pack.groups:
         points = [_point(list(islice(logprobs, len(group.choices))), right) for right in range(len(group.contexts))]
         outcomes.append(sum(points, Fraction()) / len(points))
     return TaskScore(
-        task=name,
+        task=pack.name,
         metric=_ACCURACY,
         value=float(sum(outcomes, Fraction()) / len(outcomes)),
         stderr=mean_stderr(list(map(float, outcomes))),
-        chance=1 / pack.n_choices,
-        n=sum(len(group.contexts) for group in groups),
+        chance=1 / PACKS[pack.name].n_choices,
+        n=sum(len(group.contexts) for group in pack.groups),
         version=_VERSION,
         outcomes=tuple(map(float, outcomes)),
     )
+
+
+def run_pack(
+    name: str,
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    *,
+    limit: int | None = None,
+    seed: int = SEED,
+    texts: Iterable[str] = (),
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> TaskScore:
+    """Return :func:`score_pack` of :func:`prepare_pack`."""
+    pack = prepare_pack(name, tokenizer, limit=limit, seed=seed, texts=texts)
+    return score_pack(pack, scorer, on_progress)
 
 
 def _rows(tokenizer: Tokenizer, context: str, choices: Sequence[str]) -> list[Continuation]:

@@ -46,6 +46,15 @@ class VariantAnswers(Figures):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VariantTask(Figures):
+    """Score of a variant's runs on a task at its best learning rate, and the difference to the baseline's."""
+
+    score: Mean
+    chance: OptionalFigure
+    difference: PairedDifference | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class VariantFigures(Figures):
     """One variant at its best learning rate; ``edge`` and ``provisional`` as in ``lr_selection.Choice``."""
 
@@ -72,6 +81,7 @@ class VariantFigures(Figures):
     training_s: OptionalFigure
     peak_memory_bytes: Whole | None
     answers: VariantAnswers | None = None
+    tasks: dict[str, VariantTask] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

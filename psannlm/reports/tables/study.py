@@ -13,10 +13,12 @@ NATS = "nats per token"
 
 
 def study_tables(metrics: StudyMetrics) -> list[Table]:
-    """Return the tables of results, differences, answers to a counting task, learning rates, parameters and runs."""
+    """Return the tables of results, differences, answers, task scores, learning rates, parameters and runs."""
     answers = [_answers(metrics, metrics.task), _answers_by_rate(metrics)] if metrics.task else []
     differences = [_against(name, found) for name, found in metrics.also_compare_to.items()]
-    return [_results(metrics), *differences, *answers, _learning_rates(metrics), _parameters(metrics), _runs(metrics)]
+    tasks = [_tasks(metrics)] if any(variant.tasks for variant in metrics.variants) else []
+    details = [_learning_rates(metrics), _parameters(metrics), _runs(metrics)]
+    return [_results(metrics), *differences, *answers, *tasks, *details]
 
 
 def _results(metrics: StudyMetrics) -> Table:
@@ -144,6 +146,31 @@ def _answers(metrics: StudyMetrics, task: str) -> Table:
         "At the learning rate of the best validation loss. An answer is correct if its token is the most "
         "likely one. A seed learns the task or does not: such fractions are not normally distributed, so no interval "
         "is given.",
+    )
+
+
+def _tasks(metrics: StudyMetrics) -> Table:
+    """Return the scores on the packs of ``train.eval_tasks``, by variant and task."""
+    headings = ("variant", "task", "score", "chance level", f"minus {metrics.baseline}", "95 % interval")
+    rows = [
+        [
+            variant.name,
+            task,
+            f"{found.score.mean:.3f}",
+            "–" if found.chance is None else f"{found.chance:.3f}",
+            _difference(variant, found.difference, metrics.baseline),
+            _interval(found.difference),
+        ]
+        for variant in metrics.variants
+        for task, found in variant.tasks.items()
+    ]
+    return Table(
+        "Task scores",
+        headings,
+        rows,
+        frozenset(range(2, len(headings))),
+        "At the learning rate of the best validation loss, paired by seed. Where the interval includes zero, the "
+        "scores do not rank the variants.",
     )
 
 

@@ -192,7 +192,9 @@ def test_harness_missing_says_how_to_install_it(
     scorer: Scorer, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psannlm.evaluation.tasks.harness.is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"hellaswag is not a task of psannlm, .*pip install 'psannlm\[eval\]'"):
+    with pytest.raises(
+        ConfigError, match=r"hellaswag is not a task of psannlm, .*pip install -c constraints.txt '.\[eval\]'"
+    ):
         run_harness(["hellaswag"], EngineModel(scorer, byte_tokenizer))
 
 
