@@ -36,8 +36,12 @@ CheckpointArgument = Annotated[
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist, or be empty.")]
 FormatOption = Annotated[
-    Literal["hf"],
-    typer.Option("--format", help="Format to write: hf is a folder that Hugging Face transformers loads."),
+    Literal["hf", "gguf"],
+    typer.Option(
+        "--format",
+        help="Format to write: hf is a folder that Hugging Face transformers loads, gguf is a folder with a model.gguf "
+        "for llama.cpp (transformer base with swiglu or relu2 only).",
+    ),
 ]
 ExportDtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
@@ -78,8 +82,9 @@ def export(
     is_forced: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint as a folder of Hugging Face transformers, and verify it there."""
+    """Write a checkpoint as a Hugging Face folder or a GGUF file, and verify it in the programs that load it."""
     from psannlm.export.export import ExportSettings, export_hf
+    from psannlm.export.export_gguf import export_gguf
 
     settings = ExportSettings(
         dtype=dtype,
@@ -90,11 +95,13 @@ def export(
     )
     path = find_model_file(checkpoint, checkpoint)
     with live_line(stderr_console()) as line:
-        result = export_hf(path, out, settings, line.show)
+        result = (export_hf if format == "hf" else export_gguf)(path, out, settings, line.show)
     if as_json:
         print_json(result.as_dict())
         return
-    print_path(f"written to {out} as {result.target.architecture}")
+    print_path(f"written to {out} as {result.architecture}")
+    for notice in result.notices:
+        print_path(f"note: {notice}")
     if result.verification is None:
         print_path("not verified (--no-verify)")
     else:

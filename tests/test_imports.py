@@ -89,6 +89,7 @@ OF_TRANSFORMERS = (
     "psannlm.export.configuration_psannlm",
     "psannlm.export.modeling_psannlm",
     "psannlm.export.verify_child",
+    "psannlm.export.gguf_verify_child",
 )
 # Modules of other distributions that come with a declared one and belong to its public face.
 COMES_WITH = {

@@ -52,6 +52,12 @@ class ExportResult:
     target: Target
     loaders: list[Loader]
     verification: Verification | None
+    notices: tuple[str, ...] = ()
+
+    @property
+    def architecture(self) -> str:
+        """The class that computes the folder."""
+        return self.target.architecture
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""

@@ -90,7 +90,7 @@ def _from_characters(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    proto = _parsed(tokenizer.to_bytes())
+    proto = parsed_model(tokenizer.to_bytes())
     _refuse_settings(proto)
     pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
     names = {kind: pieces[getattr(tokenizer, f"{kind}_id")][0] for kind in ("pad", "bos", "eos", "unk")}
@@ -113,7 +113,8 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[tokenizers.T
     return fast, names
 
 
-def _parsed(content: bytes) -> Any:
+def parsed_model(content: bytes) -> Any:
+    """Return the protocol buffer of a SentencePiece model. Raises TokenizerError without the package protobuf."""
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
