@@ -88,6 +88,11 @@ def train(
         from psannlm.training.launch import check_launch
 
         check_launch(n_ranks, run_config.train.device)
+    if run_config.train.init_from is not None:
+        from psannlm.training.initial import with_parent_model
+
+        # Once, here: ranks get a configuration with all keys, which must all agree with the parent's.
+        run_config = with_parent_model(run_config, resume)
     if dry_run:
         from psannlm.training.plan import plan_training
 

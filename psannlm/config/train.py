@@ -35,6 +35,11 @@ DEEPSPEED_KEYS = ("deepspeed", "deepspeed_config", "zero_stage")
 class TrainConfig(Section):
     """Settings of a training run. A step is one optimizer update."""
 
+    init_from: FileName | None = Field(
+        None,
+        description="model file, checkpoint folder or run folder (its best checkpoint) whose weights the run starts "
+        "from; step, optimizer, schedule and data order start fresh, and model may be left out",
+    )
     epochs: Whole = Field(1, ge=1, description="number of passes over the training windows")
     max_steps: PositiveWhole | None = Field(None, description="number of optimizer steps; null: given by epochs")
     batch_tokens: Whole = Field(65_536, ge=1, description="tokens per micro-batch and rank")

@@ -218,10 +218,14 @@ def tasks_table(runs: Sequence[RunRecord]) -> Table:
 
 
 def origins_table(runs: Sequence[RunRecord]) -> Table:
-    """Return the command, the machine and the commit that made each run."""
+    """Return the command, the machine and the commit that made each run, and the model that a run started from."""
     origins = [(run, Origin.of(run.system)) for run in runs]
     rows = [[run.name, o.command or "–", o.machine or "–", o.commit or "–", str(run.folder)] for run, o in origins]
-    return Table("Commands and machines", ("run", "command", "machine", "commit", "folder"), rows)
+    headings: tuple[str, ...] = ("run", "command", "machine", "commit", "folder")
+    if any(run.parent is not None for run in runs):
+        headings = (*headings, "weights from")
+        rows = [[*row, run.parent or "new"] for row, run in zip(rows, runs, strict=True)]
+    return Table("Commands and machines", headings, rows)
 
 
 def loss_picture(runs: Sequence[RunRecord]) -> Picture:

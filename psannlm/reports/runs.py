@@ -77,6 +77,17 @@ class RunRecord:
         return describe_sources(self.config.get("data.sources"))
 
     @property
+    def parent(self) -> str | None:
+        """The model file that the weights of the run came from, with its step and hash; None for new weights."""
+        found = self.system.get("init_from")
+        if not isinstance(found, dict) or not isinstance(found.get("path"), str):
+            return None
+        step, digest = found.get("step"), found.get("sha256")
+        details = [f"step {step:,}"] if isinstance(step, int) else []
+        details += [digest[:12]] if isinstance(digest, str) else []
+        return f"{found['path']} ({', '.join(details)})" if details else str(found["path"])
+
+    @property
     def best(self) -> dict[str, Any] | None:
         """The validation with the lowest loss."""
         return min(self.eval_rows, key=lambda row: row["loss"], default=None)

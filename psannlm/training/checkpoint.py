@@ -70,6 +70,7 @@ class TrainerState:
         total_steps: last step of the learning rate schedule.
         data_order: version of the shuffling of windows; None in checkpoints from before version 2.
         preparation: version of the corpus preparation by ``data.load_corpus``; None likewise.
+        lineage: the model file that ``train.init_from`` named when the run started (path, SHA-256, step), or None.
         source_windows: windows of each source seen so far, where sources have weights; else empty.
     """
 
@@ -87,6 +88,7 @@ class TrainerState:
     total_steps: int | None = None
     data_order: str | None = None
     preparation: int | None = None
+    lineage: dict[str, Any] | None = None
     source_windows: tuple[int, ...] = ()
 
 

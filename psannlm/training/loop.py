@@ -38,6 +38,8 @@ def run_steps(run: Run, state: TrainerState) -> TrainerState:
     settings, device = run.config.train, run.precision.device
     pending = PendingSteps(run)
     stop_flags: deque[AsyncReadback] = deque(maxlen=2)
+    if state.step == 0 and state.lineage is not None and run.val_windows is not None:
+        _validate_parent(run, run.val_windows, str(state.lineage["path"]))
     for step, batch in enumerate(run.loader.steps(state.position), state.step + 1):
         if step > run.total_steps:
             break
@@ -86,6 +88,21 @@ def run_steps(run: Run, state: TrainerState) -> TrainerState:
 
 def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
+
+
+def _validate_parent(run: Run, windows: Windows, name: str) -> None:
+    """Report and log the validation loss of the weights that the run starts from, as rows of a kind of their own.
+
+    It is not a validation of the run: no checkpoint has these weights, so that they cannot be its best.
+    """
+    result = evaluate(
+        run.model, windows, precision=run.precision, batch_size=run.loader.micro_batch_size, world=run.world
+    )
+    if run.log is not None:
+        run.log.write("parent", 0, replace(result, lost_fraction=run.lost_fraction).as_dict())
+    run.reporter.notice(
+        f"before the first step: validation loss {result.loss:.4f} nats per token, with the weights of {name}"
+    )
 
 
 def _validate(run: Run, state: TrainerState, windows: Windows) -> tuple[TrainerState, bool]:

@@ -32,6 +32,7 @@ from psannlm.models.registry import resolve
 from psannlm.runtime.device import compiler_fault, gpu_memory_bytes, pick_device, pick_precision, require_compiler
 from psannlm.runtime.distributed import World, local_ranks, world_from_env
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
+from psannlm.training.initial import load_parent, refuse_other_tokenizer, with_parent_model
 
 # The memory estimate runs layer by layer; more layers than this would take long.
 _MAX_LAYERS = 4096
@@ -82,6 +83,7 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
     Raises:
         PsannlmError: any error that would stop the run before its first step.
     """
+    config = with_parent_model(config)
     if n_ranks is None:
         world = world_from_env(config.train.ddp, config.train.fsdp)
     else:
@@ -93,7 +95,10 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
     place = place_of(config, world, device, n_ranks)
     if config.model.n_layers > _MAX_LAYERS:
         refuse_oversize(config.model, MIN_VOCAB_SIZE, place)
-    data = load_corpus(config.data, notice)
+    parent = None if config.train.init_from is None else load_parent(config)
+    data = load_corpus(config.data, notice, None if parent is None else parent.tokenizer)
+    if parent is not None:
+        refuse_other_tokenizer(parent, data)
     model = resolve(config.model, vocab_size=data.tokenizer.vocab_size, max_seq_len=config.data.max_length)
     if (oversize := describe_oversize(model, place)) is not None:
         notice(f"note: {oversize}")

@@ -43,6 +43,7 @@ from psannlm.tokenizers.roundtrip import is_lossy
 from psannlm.training.callbacks import Callback
 from psannlm.training.checkpoint import BEST, TrainerState, read_pointer, step_folder
 from psannlm.training.context import Run, Sampler, TimeBudget
+from psannlm.training.initial import Parent, load_parent, refuse_other_tokenizer, with_parent_model
 from psannlm.training.loop import run_steps
 from psannlm.training.metrics import MetricsLog, TensorBoardLog, draw_curve, read_metrics, require_tensorboard
 from psannlm.training.optim import OptimizerSet
@@ -112,6 +113,7 @@ def train(
         PsannlmError: any error of the packages that it calls.
     """
     budget = TimeBudget(time_budget_s)
+    config = with_parent_model(config, resume)
     if config.train.tensorboard:
         require_tensorboard()
     world = world_from_env(config.train.ddp, config.train.fsdp)
@@ -148,7 +150,7 @@ def train(
         if is_sharded(run.model) and sampler is not None and config.train.sample_prompts:
             reporter.notice("note: no samples with fsdp: full; psannlm generate samples from any checkpoint")
         if world.is_main:
-            _write_description(folder, config)
+            _write_description(folder, config, state.lineage)
         began = time.monotonic()
         state = _run_loop(run, state)
         curve = _draw(run)
@@ -214,11 +216,12 @@ def _run_loop(run: Run, state: TrainerState) -> TrainerState:
 
 @dataclass(frozen=True)
 class _Start:
-    """Inputs of a run: the checkpoint to resume from, if any, the data, and the weights."""
+    """Inputs of a run: the checkpoint to resume from, if any, the data, the weights, and where new ones come from."""
 
     found: tuple[Path, TrainerState] | None
     data: PreparedData
     model: Transformer
+    lineage: dict[str, Any] | None = None
 
 
 def _find_start(
@@ -237,12 +240,15 @@ def _find_start(
     """
     found = find_state(config, folder, resume, reporter)
     loaded = None if found is None else load_model(found[0])
+    parent = load_parent(config) if found is None and config.train.init_from is not None else None
     if data is None:
-        tokenizer = None if loaded is None else loaded.tokenizer
+        tokenizer = parent.tokenizer if parent is not None else None if loaded is None else loaded.tokenizer
         data = load_corpus(config.data, reporter.notice, tokenizer, preparation(found))
     if found is not None:
         refuse_other_data(found, data)
     vocab_size = data.tokenizer.vocab_size
+    if parent is not None:
+        return _start_from(parent, data, model, vocab_size, place)
     if loaded is not None:
         model = same_model(loaded.model, model)
     elif model is None:
@@ -253,6 +259,12 @@ def _find_start(
     else:
         resolve(model.config, vocab_size=vocab_size)  # refuses a model with fewer rows than ids
     return _Start(found, data, model)
+
+
+def _start_from(parent: Parent, data: PreparedData, model: Transformer | None, vocab_size: int, place: Place) -> _Start:
+    refuse_other_tokenizer(parent, data)
+    refuse_oversize(resolve(parent.model.config, vocab_size=vocab_size), vocab_size, place)
+    return _Start(None, data, same_model(parent.model, model), parent.lineage)
 
 
 def _build(
@@ -269,7 +281,7 @@ def _build(
     n_steps = last_step(config, loader, *progress)
     settings: dict[str, Any] = {"config": config.model_dump(mode="json"), "total_steps": n_steps, **identity(data)}
     if start.found is None:
-        state = TrainerState(**settings)
+        state = TrainerState(**settings, lineage=start.lineage)
     else:
         state = replace(restore(start.found, folder, optimizers, scaler), **settings)
         refuse_past_schedule(start.found, n_steps)
@@ -310,11 +322,11 @@ def _prepared_module(model: Transformer, world: World, device: torch.device, *, 
     return replicate(module, world, device)
 
 
-def _write_description(folder: Path, config: RunConfig) -> None:
-    """Write the configuration and the description of the machine to the run folder."""
+def _write_description(folder: Path, config: RunConfig, lineage: dict[str, Any] | None) -> None:
+    """Write the configuration, the description of the machine and the model started from to the run folder."""
     if not has_same_config(folder / CONFIG_FILE, config):
         write_text(folder / CONFIG_FILE, to_yaml(config))
-    write_json(folder / SYSTEM_FILE, system_info())
+    write_json(folder / SYSTEM_FILE, {**system_info(), **({} if lineage is None else {"init_from": lineage})})
 
 
 def _describe_run(run: Run) -> str:
