@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -219,10 +219,28 @@ def plan_batches(config: RunConfig, world_size: int = 1) -> BatchPlan:
     """Return the batch sizes for ``data.max_length``, ``train.batch_tokens`` and the number of ranks.
 
     ``micro_batch_size = batch_tokens // max_length`` windows per rank; one step sees
-    ``micro_batch_size * max_length * grad_accum_steps * world_size`` tokens.
+    ``micro_batch_size * max_length * grad_accum_steps * world_size`` tokens. With ``train.global_batch_tokens`` that
+    product is given, and ``grad_accum_steps`` follows from it.
+
+    Raises:
+        ConfigError: ``train.global_batch_tokens`` is not a multiple of the tokens that all ranks take at once.
     """
     micro_batch_size = config.train.batch_tokens // config.data.max_length
-    return BatchPlan(micro_batch_size, config.data.max_length, config.train.grad_accum_steps, world_size)
+    plan = BatchPlan(micro_batch_size, config.data.max_length, config.train.grad_accum_steps, world_size)
+    wanted = config.train.global_batch_tokens
+    if wanted is None:
+        return plan
+    at_once = plan.tokens_per_micro_batch * world_size
+    n_steps, rest = divmod(wanted, at_once)
+    if rest:
+        ranks = f"{world_size} ranks x " if world_size > 1 else ""
+        nearest = " or ".join(f"{n * at_once}" for n in (n_steps, n_steps + 1) if n)
+        message = (
+            f"{wanted} is not a multiple of the {at_once} tokens of a micro-batch ({ranks}{micro_batch_size} windows x "
+            f"{config.data.max_length} tokens); set it to {nearest}, or change train.batch_tokens"
+        )
+        raise ConfigError(Problem("train.global_batch_tokens", message))
+    return replace(plan, grad_accum_steps=n_steps)
 
 
 def total_steps(config: RunConfig, steps_per_epoch: int) -> int:

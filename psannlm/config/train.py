@@ -44,6 +44,11 @@ class TrainConfig(Section):
     max_steps: PositiveWhole | None = Field(None, description="number of optimizer steps; null: given by epochs")
     batch_tokens: Whole = Field(65_536, ge=1, description="tokens per micro-batch and rank")
     grad_accum_steps: Whole = Field(1, ge=1, description="micro-batches per optimizer step (gradient accumulation)")
+    global_batch_tokens: PositiveWhole | None = Field(
+        None,
+        description="tokens per optimizer step over all ranks, from which grad_accum_steps is derived, so that another "
+        "number of GPUs makes the same steps; null: batch_tokens x grad_accum_steps x ranks",
+    )
     lr: Real = Field(2e-4, gt=0, description="peak learning rate")
     min_lr: Real = Field(0.0, ge=0, description="learning rate at the end of the schedule")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
@@ -172,6 +177,9 @@ class TrainConfig(Section):
                     f"{self.max_steps}; lower it, or train.warmup_steps"
                 )
                 found.append(Check(("cooldown_share", "warmup_steps", "max_steps"), message))
+        if self.global_batch_tokens is not None and self.grad_accum_steps != 1:
+            message = f"{self.grad_accum_steps} is given, and global_batch_tokens derives it; keep one of them"
+            found.append(Check(("grad_accum_steps", "global_batch_tokens"), message))
         if self.fsdp == "full" and self.ddp == "off":
             found.append(Check(("fsdp", "ddp"), "full needs several ranks, and ddp: off allows only one; drop it"))
         if self.fsdp == "full" and self.compile is True:

@@ -112,7 +112,7 @@ def _count(model: ModelConfig) -> int:
 
 def _order_differences(base: RunConfig, ours: RunConfig) -> tuple[str, ...]:
     """Return the settings that give a variant other text, or another order of the text, than the baseline."""
-    named = ("data.", "train.batch_tokens:", "train.grad_accum_steps:")
+    named = ("data.", "train.batch_tokens:", "train.grad_accum_steps:", "train.global_batch_tokens:")
     return tuple(line for line in differences(base, ours) if line.startswith(named))
 
 

@@ -82,10 +82,10 @@ def _memory_remedies(config: RunConfig) -> str:
     """Return the settings that lower the memory of a step, joined to one clause."""
     train, remedies = config.train, []
     if train.batch_tokens >= 2 * config.data.max_length:
-        remedies.append(
-            f"lower train.batch_tokens ({train.batch_tokens} now; raise train.grad_accum_steps by as much to keep the "
-            "step as it is)"
-        )
+        kept = "raise train.grad_accum_steps by as much to keep the step as it is"
+        if train.global_batch_tokens is not None:
+            kept = "train.global_batch_tokens keeps the step as it is"
+        remedies.append(f"lower train.batch_tokens ({train.batch_tokens} now; {kept})")
     if not train.grad_checkpoint:
         remedies.append("set train.grad_checkpoint: true")
     if not remedies:

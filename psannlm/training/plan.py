@@ -93,6 +93,7 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
     if config.train.compile is True:
         require_compiler(device)
     place = place_of(config, world, device, n_ranks)
+    batches = plan_batches(config, world.size)
     if config.model.n_layers > _MAX_LAYERS:
         refuse_oversize(config.model, MIN_VOCAB_SIZE, place)
     parent = None if config.train.init_from is None else load_parent(config)
@@ -110,7 +111,6 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
     _, reason = decide_compiling(config.train.compile, device, flops, is_sharded=config.train.fsdp == "full")
     if reason is not None:
         notice(reason)
-    batches = plan_batches(config, world.size)
     memory = training_memory(
         model,
         batches.micro_batch_size,
@@ -129,7 +129,7 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
             model,
             world.size,
             dtype=precision.dtype,
-            grad_accum_steps=config.train.grad_accum_steps,
+            grad_accum_steps=batches.grad_accum_steps,
             grad_sync=config.train.grad_sync,
             grad_checkpoint=config.train.grad_checkpoint,
         )

@@ -117,6 +117,7 @@ def train(
     if config.train.tensorboard:
         require_tensorboard()
     world = world_from_env(config.train.ddp, config.train.fsdp)
+    plan_batches(config, world.size)  # refuses a global batch that the ranks cannot divide, before the corpus is read
     device = pick_device(config.train.device, world.local_rank)
     precision = pick_precision(config.train.amp, device)
     if config.train.compile is True:

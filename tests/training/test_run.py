@@ -119,6 +119,7 @@ TRAIN_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "max_steps": ({"schedule": "constant"}, {"max_steps": 3}, "steps logged saved", "folder"),
     "batch_tokens": ({}, {"batch_tokens": 64}, "tokens losses", "steps"),
     "grad_accum_steps": ({}, {"grad_accum_steps": 1}, "tokens losses", "steps"),
+    "global_batch_tokens": ({"grad_accum_steps": 1}, {"global_batch_tokens": 256}, "tokens losses", "steps"),
     "lr": ({}, {"lr": 1e-3}, "rates losses weights", "tokens"),
     "min_lr": ({}, {"min_lr": 5e-3}, "rates weights", "tokens"),
     "schedule": ({}, {"schedule": "constant"}, "rates weights", "tokens"),
