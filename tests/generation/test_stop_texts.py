@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from psannlm.errors import GenerationError
@@ -36,6 +36,9 @@ def search(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
 
 
 @given(parts=st.lists(texts, max_size=8), stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=4))
+@example(parts=["abc"], stops=["abc", "b"])
+@example(parts=["ab", "abc"], stops=["abc"])
+@example(parts=["aab"], stops=["ab", "b"])
 def test_stop_scanner_matches_search_however_text_is_cut(parts: list[str], stops: list[str]) -> None:
     scanner = StopScanner(tuple(stops))
     returned = ""
