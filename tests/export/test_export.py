@@ -57,8 +57,11 @@ def test_a_changed_weight_fails_the_verification(
     write = hf._write_weights
 
     def write_changed(folder: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int) -> None:
-        tensors["model.layers.1.mlp.down_proj.weight"][0, 0] += 0.5
-        write(folder, tensors, max_shard_bytes)
+        # A copy: the tensors are those of the model that the folder is compared with.
+        name = "model.layers.1.mlp.down_proj.weight"
+        changed = tensors[name].clone()
+        changed[0, 0] += 0.5
+        write(folder, {**tensors, name: changed}, max_shard_bytes)
 
     monkeypatch.setattr(hf, "_write_weights", write_changed)
     with pytest.raises(VerificationFailed, match=r"window \d, position \d+: the logit of token \d+ is") as caught:
