@@ -115,6 +115,7 @@ def verify_folder(
     process = subprocess.Popen(
         python_program(f"import runpy; runpy.run_path({str(_CHILD)!a}, run_name='__main__')", str(path)),
         env=_environment(place),
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -20,7 +20,7 @@ def main(request_path: str) -> None:
     transformers.logging.set_verbosity_error()
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     place = Path(request_path).parent
-    tokenizer = AutoTokenizer.from_pretrained(request["folder"])
+    tokenizer = AutoTokenizer.from_pretrained(request["folder"], trust_remote_code=request["is_custom"])
     model = AutoModelForCausalLM.from_pretrained(
         request["folder"], dtype=torch.float32, trust_remote_code=request["is_custom"]
     ).eval()

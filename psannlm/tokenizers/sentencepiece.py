@@ -173,7 +173,7 @@ class SentencePieceTokenizer(Tokenizer):
         return [_unescape(text) for text in texts] if self.escapes else texts
 
     def score(self, ids: Sequence[int]) -> float | None:
-        """Return the sum of the log-probabilities of ``ids`` in a unigram model; None for other models and special ids."""
+        """Return the sum of the unigram log-probabilities of ``ids``; None for a BPE, or with a special among them."""
         if not self.is_unigram or any(self._model.is_control(int(i)) for i in ids):
             return None
         return sum(self._model.get_score(int(i)) for i in ids)
