@@ -30,6 +30,7 @@ from psannlm.commands import report as report_command
 from psannlm.commands import schema as schema_command
 from psannlm.commands import tokenize as tokenize_command
 from psannlm.commands import train as train_command
+from psannlm.commands.options import print_message
 from psannlm.display import printable
 from psannlm.errors import (
     EXIT_FAILED,
@@ -41,6 +42,7 @@ from psannlm.errors import (
     describe,
 )
 from psannlm.io.limits import raise_open_files
+from psannlm.runtime.log import receiving_messages
 from psannlm.runtime.streams import flush_output, guarding_streams, print_error_line
 
 _ALONE_S = 10.0
@@ -195,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         sys.excepthook = _one_line
     raise_open_files()
-    with guarding_streams():
+    with guarding_streams(), receiving_messages(print_message):
         try:
             _run(arguments, written)
         except PsannlmError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,6 @@ from psannlm.commands.options import (
     find_model_file,
     live_line,
     model_config,
-    note,
     open_table,
     print_path,
     publish,
@@ -41,10 +41,12 @@ if TYPE_CHECKING:
 
     from psannlm.benchmarks.decoding.modes import Case, DecodeRun
     from psannlm.benchmarks.decoding.report import KvReport, KvSettings
-    from psannlm.benchmarks.harness.interleaved import Progress
     from psannlm.models.transformer import Transformer
     from psannlm.reports.schemas.decoding import DecodingMetrics
     from psannlm.reports.schemas.measured import Spread
+    from psannlm.runtime.progress import Progress
+
+log = logging.getLogger(__name__)
 
 PLOT_FILE = "decode.png"
 _TIME_LIMIT_S = 100.0
@@ -183,7 +185,7 @@ def _measure(model: Transformer, weights: str, settings: KvSettings, kept: _Kept
 
             def show(event: Progress) -> None:
                 kept.progress = event
-                line.show(str(event))
+                line.show(event)
 
             return measure(model, settings, weights=weights, on_progress=show, on_partial=kept.keep)
     except KeyboardInterrupt:
@@ -201,7 +203,7 @@ def _publish(report: KvReport, folder: Path, as_json: bool) -> None:
 
     if not as_json:
         for notice in report.notices:
-            note(notice)
+            log.warning(notice)
     publish("kv_cache", None, report.metrics().as_dict(), _tables(report), as_json, draw=draw, folder=folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,6 @@ from psannlm.commands.options import (
     JsonOption,
     live_line,
     publish,
-    reading,
     require_existing,
     stderr_console,
 )
@@ -77,7 +75,6 @@ def bench_tokenizers(
 
     require_existing("--model", *(model or []), what="tokenizer")
     require_folder("tokenizers", out)
-    began = time.monotonic()
     with live_line(stderr_console()) as line:
         report = measure(
             [source(path) for path in corpus] if corpus else [BuiltinSource(builtin="python-reference")],
@@ -89,9 +86,7 @@ def bench_tokenizers(
             seed=seed,
             sample_chars=SAMPLE_CHARS if sample_chars is None else sample_chars,
             with_prep=prep,
-            notice=line.keep,
-            on_bytes=lambda done, total: line.show(reading(done, total, time.monotonic() - began)),
-            on_progress=lambda event: line.show(str(event)),
+            on_progress=line.show,
         )
     tables = [_table(report), *([_prep_table(report)] if report.prep else [])]
 

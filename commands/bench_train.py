@@ -139,7 +139,7 @@ def bench_train(
             chosen,
             measure_memory=peak_step_bytes if measures_memory else None,
             clock=time.process_time if clock == "cpu" else time.perf_counter,
-            on_progress=lambda event: line.show(str(event)),
+            on_progress=line.show,
         )
     tables = [_throughput_table(report, clock), figures_table("summary", _summary(report))]
     metrics = report.metrics(timestamp(), clock).as_dict()

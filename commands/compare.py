@@ -83,7 +83,7 @@ def compare(
     if not dry_run:
         require_folder("ablations", out)
     with live_line(stderr_console()) as line:
-        sized = size_study(settled, study or DEFAULT_RUNS / settled.name, line.keep)
+        sized = size_study(settled, study or DEFAULT_RUNS / settled.name)
         if not dry_run:
             sized = with_selected_lrs(sized) if no_train else _train(sized, wanted, jobs, line)
             answers = score_runs(sized, line.show)
@@ -109,10 +109,10 @@ def _train(study: Study, variants: Collection[str], jobs: int, line: LiveLine) -
     from psannlm.experiments.runner import run_all
 
     search_runs = _run_names(study, variants)
-    run_all(study, jobs=jobs, only=search_runs, on_status=line.show, keep=line.keep)
+    run_all(study, jobs=jobs, only=search_runs, on_status=line.show)
     study = with_selected_lrs(study)
     if others := _run_names(study, variants, but=search_runs):
-        run_all(study, jobs=jobs, only=others, on_status=line.show, keep=line.keep)
+        run_all(study, jobs=jobs, only=others, on_status=line.show)
     return study
 
 

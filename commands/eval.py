@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import logging
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +24,6 @@ from psannlm.commands.options import (
     find_model_file,
     live_line,
     naming_options,
-    note,
     print_json,
     publish,
     require_existing,
@@ -42,6 +40,8 @@ if TYPE_CHECKING:
     from psannlm.evaluation.loss import Evaluation
     from psannlm.evaluation.tasks.score import TaskScore
     from psannlm.evaluation.tasks.suite import Comparison, TaskSettings
+
+log = logging.getLogger(__name__)
 
 # The kind of artifact folder that tasks write, reports/tasks/<time>.
 TASKS_KIND = "tasks"
@@ -197,13 +197,6 @@ def _measure_loss(
         if settings.amp != "fp32":
             raise typer.BadParameter(f"{dtype} weights determine the precision; leave out --amp", param_hint="--dtype")
         loaded = replace(loaded, model=prepare_for_inference(loaded.model, dtype))
-    began = time.monotonic()
-
-    def progress_text(done: int, total: int) -> str:
-        elapsed = time.monotonic() - began
-        left = timedelta(seconds=round(elapsed * (total - done) / done))
-        return f"evaluating: {done:,} of {total:,} windows, {done / elapsed:,.1f} windows/s, {left} left"
-
     with live_line(stderr_console()) as line:
         result, report = evaluate_sources(
             loaded,
@@ -212,10 +205,10 @@ def _measure_loss(
             precision=precision,
             batch_size=batch_size,
             window=window,
-            on_progress=lambda done, total: line.show(progress_text(done, total)),
+            on_progress=line.show,
         )
         for text in report.lines():
-            line.keep(text)
+            log.info(text)
     metrics = EvaluationMetrics(
         checkpoint=str(path),
         dtype=dtype,
@@ -322,7 +315,9 @@ def _score_tasks(
             figures["comparison"] = [asdict(comparison) for comparison in compared]
             tables += [_score_table(f"baseline: {other}", others), _comparison_table(compared)]
     if about["truncated"]:
-        note(f"{about['truncated']:,} answers were scored with a shortened context: the model's is too short for them")
+        log.warning(
+            f"{about['truncated']:,} answers were scored with a shortened context: the model's is too short for them"
+        )
     publish(TASKS_KIND, out, figures, tables, as_json, figures_file="tasks.json")
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.text import Text
 
 from psannlm.commands.options import (
     DEFAULT_RUNS,
@@ -28,13 +25,14 @@ from psannlm.commands.options import (
     stderr_console,
     text_argument,
 )
-from psannlm.display import printable
 from psannlm.runtime.streams import is_terminal, print_error_line, write_output
 
 if TYPE_CHECKING:
     from psannlm.generation.generate import Completion
     from psannlm.models.artifact import LoadedModel
     from psannlm.tokenizers.base import Tokenizer
+
+log = logging.getLogger(__name__)
 
 PromptOption = Annotated[
     list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; may be repeated.")
@@ -166,7 +164,7 @@ def generate(
         compile=choose_compiling("auto" if compile is None else compile, max_new_tokens),
     )
     for notice in engine.notices:
-        _say(notice)
+        log.warning(notice)
     answer = partial(
         complete,
         engine,
@@ -216,7 +214,7 @@ def _load(checkpoint: Path | None, runs: Path, device: str, compile: bool) -> tu
         raise ArtifactError(f"{path} has no tokenizer, which generation needs")
     loaded.model.to(pick_device(device))
     if checkpoint is None:
-        _say(f"using {path}")
+        log.info(f"using {path}")
     return path, loaded, loaded.tokenizer
 
 
@@ -229,14 +227,11 @@ def _complete(answer: Callable[..., list[Completion]], prompts: list[str], *, is
         _write("".join([*unwritten, text]))
         unwritten.clear()
 
-    began = time.monotonic()
     with live_line(stderr_console()) if len(prompts) > 1 else nullcontext() as line:
         completions = answer(
             prompts,
             on_text=(lambda _, text: stream(text)) if is_streamed else None,
-            on_progress=None
-            if line is None
-            else (lambda *figures: line.show(_progress_text(time.monotonic() - began, *figures))),
+            on_progress=None if line is None else line.show,
         )
     if is_streamed:
         stream("\n")
@@ -250,7 +245,7 @@ def _converse(answer: Callable[..., list[Completion]], max_seq_len: int | None) 
     # Line editing, and the lines entered before; without it input() still reads lines.
     with suppress(ImportError):
         import readline  # noqa: F401
-    _say("Each line is a prompt of its own. Ctrl-C stops an answer, Ctrl-D ends the program.")
+    log.info("Each line is a prompt of its own. Ctrl-C stops an answer, Ctrl-D ends the program.")
     while True:
         try:
             prompt = text_argument(input("> "))
@@ -271,13 +266,7 @@ def _converse(answer: Callable[..., list[Completion]], max_seq_len: int | None) 
 def _report_full(completions: Sequence[Completion], max_seq_len: int | None) -> None:
     if n_full := sum(done.finish_reason == "context" for done in completions):
         which = "" if len(completions) == 1 else f" for {n_full} of {len(completions)} prompts"
-        _say(f"stopped early{which}: the model's context of {max_seq_len} tokens is full")
-
-
-def _progress_text(elapsed_s: float, n_tokens: int, n_steps: int, most_steps: int) -> str:
-    # By steps and not by tokens: a step with fewer rows takes hardly less time.
-    left = timedelta(seconds=math.ceil(elapsed_s * (most_steps - n_steps) / n_steps))
-    return f"generating: {n_tokens:,} tokens, {n_tokens / elapsed_s:,.1f} tokens/s, at most {left} left"
+        log.warning(f"stopped early{which}: the model's context of {max_seq_len} tokens is full")
 
 
 def _rows(
@@ -341,10 +330,6 @@ def _read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise typer.BadParameter(f"{path} holds no prompt: every line is blank", param_hint="--prompts-file")
     return prompts
-
-
-def _say(text: str) -> None:
-    stderr_console().print(Text(printable(text, keep="\n")), style="dim", soft_wrap=True)
 
 
 def _write(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,6 @@ import typer
 from psannlm.commands.options import (
     JsonOption,
     figures_table,
-    note,
     print_json,
     print_path,
     require_existing,
@@ -20,6 +20,8 @@ from psannlm.commands.options import (
 
 if TYPE_CHECKING:
     from psannlm.export.import_hf import ImportedModel
+
+log = logging.getLogger(__name__)
 
 
 def import_model(
@@ -51,7 +53,7 @@ def import_model(
     require_writable(out)
     imported = import_folder(folder, with_tokenizer=not no_tokenizer)
     for notice in imported.notices:
-        note(f"note: {notice}")
+        log.warning(f"note: {notice}")
     card = _card(imported, out, imported.save(out))
     if as_json:
         print_json(card)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,10 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 from psannlm.display import json_text, printable
-from psannlm.runtime.consoles import FiguresTable, make_console
+from psannlm.runtime.consoles import FiguresTable, make_console, print_line
 
 if TYPE_CHECKING:
     from psannlm.config.model import ModelConfig
+
+log = logging.getLogger(__name__)
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables; progress goes to stderr.")
@@ -92,7 +96,14 @@ def stdout_console() -> Console:
 
 
 def stderr_console() -> Console:
-    """Return the console for progress, notes and errors (stderr)."""
+    """Return the console for progress and messages (stderr), which prints above its own live line."""
+    # A live line replaces the stream by a proxy of it.
+    return _console_of(getattr(sys.stderr, "rich_proxied_file", sys.stderr))
+
+
+@lru_cache(maxsize=1)
+def _console_of(stream: Any) -> Console:
+    # One for each stream: another console would print across the live line.
     return make_console(stderr=True)
 
 
@@ -116,16 +127,9 @@ def print_path(text: str, *, style: str = "") -> None:
     stdout_console().print(Text(printable(text, keep="\n")), style=style or None, soft_wrap=True)
 
 
-def note(text: str) -> None:
-    """Print a line on stderr."""
-    stderr_console().print(Text(printable(text, keep="\n")), soft_wrap=True)
-
-
-def reading(done_bytes: int, total_bytes: int, elapsed_s: float) -> str:
-    """Return the progress of reading a corpus: MB, MB/s and time left."""
-    rate = done_bytes / 1e6 / max(elapsed_s, 1e-9)
-    left = f", about {elapsed_s * (total_bytes - done_bytes) / done_bytes:,.0f} s left" if done_bytes else ""
-    return f"reading: {done_bytes / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB, {rate:,.1f} MB/s{left}"
+def print_message(text: str) -> None:
+    """Print a logged message on stderr, above the live line if there is one."""
+    print_line(stderr_console(), text)
 
 
 @contextmanager
@@ -205,13 +209,13 @@ def find_model_file(checkpoint: Path | None, runs: Path) -> Path:
 
 @contextmanager
 def drawing_a_picture() -> Iterator[None]:
-    """Print a note where a picture cannot be drawn or written: results and exit code do not depend on it."""
+    """Log a warning where a picture cannot be drawn or written: results and exit code do not depend on it."""
     from psannlm.errors import PictureError, StorageError
 
     try:
         yield
     except (PictureError, StorageError) as error:
-        note(f"note: no picture: {error}")
+        log.warning(f"note: no picture: {error}")
 
 
 def model_config(**sizes: str | int) -> ModelConfig:
@@ -293,7 +297,7 @@ def publish(
         kind: which of ``reports/<kind>/<ts>`` is the folder, unless ``out`` is given.
         tables: go to ``table.txt``, and to stdout unless ``shown`` lists others.
         as_json: print ``metrics`` and the path of the folder as one JSON document instead of tables.
-        draw: writes pictures to the folder; where it fails, a note is printed and everything else is written.
+        draw: writes pictures to the folder; where it fails, a warning is logged and everything else is written.
         folder: a folder that this command has made before.
         figures_file, system: as in :func:`write_artifact`.
         remark: follows the path in the line that names the folder.
@@ -317,11 +321,13 @@ def publish(
 
 
 def keep_record(folder: Path, kind: str, figures: dict[str, Any], *tables: Table) -> None:
-    """Write a record of a command beside its result; print a note where files of something else have its names."""
+    """Write a record of a command beside its result; log a warning where files of something else have its names."""
     from psannlm.io.records import write_record
 
     if not write_record(folder, kind, figures, table_text(*tables)):
-        note(f"note: no record was written: {folder} holds metrics.json, system.json or table.txt of something else")
+        log.warning(
+            f"note: no record was written: {folder} holds metrics.json, system.json or table.txt of something else"
+        )
 
 
 class LiveLine:
@@ -339,20 +345,16 @@ class LiveLine:
         # The first plain line comes early, so that the user sees that work is in progress.
         self._next = clock() + self._REDRAW_S
 
-    def show(self, text: str) -> None:
-        """Replace the line, unless it was replaced a moment ago."""
+    def show(self, progress: object) -> None:
+        """Replace the line by the text of ``progress``, unless it was replaced a moment ago."""
         now = self._clock()
         if now < self._next:
             return
         self._next = now + self._interval
         if self._live is None:
-            self.keep(text)
+            print_line(self._console, progress)
         else:
-            self._live.update(Text(printable(text), no_wrap=True, overflow="ellipsis"), refresh=True)
-
-    def keep(self, text: str) -> None:
-        """Print a line that stays."""
-        self._console.print(Text(printable(text, keep="\n")), soft_wrap=True)
+            self._live.update(Text(printable(progress), no_wrap=True, overflow="ellipsis"), refresh=True)
 
 
 @contextmanager

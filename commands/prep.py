@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,7 +11,6 @@ from rich.table import Table
 from psannlm.commands.options import (
     ErrorsOption,
     JsonOption,
-    LiveLine,
     figures_table,
     keep_record,
     live_line,
@@ -86,14 +84,12 @@ def prep(
         raise typer.BadParameter("name files, folders, globs or URLs", param_hint="CORPUS")
     if out is None:
         raise typer.BadParameter("name the folder to make", param_hint="--out")
-    console = stderr_console()
-    with live_line(console) as line:
-        reporter = _Reporter(line)
+    with live_line(stderr_console()) as line:
         if merge:
             from psannlm.prep.merge import merge_parts
 
             require_existing("CORPUS", *map(Path, corpus), what="prepared folder")
-            result = merge_parts([Path(folder) for folder in corpus], out, reporter=reporter)
+            result = merge_parts([Path(folder) for folder in corpus], out, on_progress=line.show)
         else:
             if tokenizer is None:
                 raise typer.BadParameter("name a tokenizer; psannlm tokenize makes one", param_hint="--tokenizer")
@@ -116,7 +112,7 @@ def prep(
                     keep_duplicates=keep_duplicates,
                 )
             result = prepare_corpus(
-                corpus, tokenizer, out, settings, n_workers=workers, part=_part(part), reporter=reporter
+                corpus, tokenizer, out, settings, n_workers=workers, part=_part(part), on_progress=line.show
             )
     if not result.was_done:
         keep_record(
@@ -135,37 +131,6 @@ def _part(text: str | None) -> tuple[int, int] | None:
     if not (index.isdecimal() and of.isdecimal()):
         raise typer.BadParameter(f"{text!r} is not I/N, such as 1/4", param_hint="--part")
     return int(index), int(of)
-
-
-class _Reporter:
-    """Shows the progress of a preparation, its speed and the remaining time on one live line."""
-
-    def __init__(self, line: LiveLine) -> None:
-        self._line = line
-        self._began = time.monotonic()
-
-    def notice(self, text: str) -> None:
-        """Print a permanent line."""
-        self._line.keep(text)
-
-    def encoding(self, n_bytes: int, total_bytes: int | None, n_tokens: int) -> None:
-        """Show the speed of reading and encoding."""
-        bytes_per_s = n_bytes / max(1e-9, time.monotonic() - self._began)
-        of = left = ""
-        if total_bytes is not None:
-            of = f" of {total_bytes / 1e6:,.1f}"
-            left = f", {_duration((total_bytes - n_bytes) / max(1.0, bytes_per_s))} left"
-        self._line.show(f"{n_bytes / 1e6:,.1f}{of} MB, {bytes_per_s / 1e6:,.1f} MB/s, {n_tokens:,} tokens{left}")
-
-    def writing(self, n_tokens: int, total_tokens: int) -> None:
-        """Show how many tokens are in shards."""
-        self._line.show(f"writing shards: {n_tokens:,} of {total_tokens:,} tokens")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 def _splits(result: PrepResult) -> Table:

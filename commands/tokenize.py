@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +18,6 @@ from psannlm.commands.options import (
     live_line,
     print_json,
     quiet_pipe,
-    reading,
     require_existing,
     stderr_console,
     stdout_console,
@@ -195,13 +193,11 @@ def _fit(
 
     if options["sample_chars"] is None:
         del options["sample_chars"]
-    began = time.monotonic()
     with live_line(stderr_console()) as line:
         return fit_with_card(
             [PathSource(path=path, per_line=per_line, text_key=text_key, errors=errors) for path in corpus],
             replace_option="--errors replace",
-            notice=line.keep,
-            on_bytes=lambda done, total: line.show(reading(done, total, time.monotonic() - began)),
+            on_progress=line.show,
             **options,
         )
 

@@ -15,7 +15,6 @@ from psannlm.commands.options import (
     duration_s,
     figures_table,
     keep_record,
-    note,
     print_json,
     print_path,
     stderr_console,
@@ -96,7 +95,7 @@ def train(
     if dry_run:
         from psannlm.training.plan import plan_training
 
-        plan = plan_training(run_config, n_ranks=n_ranks, notice=note)
+        plan = plan_training(run_config, n_ranks=n_ranks)
         if as_json:
             print_json(plan.as_dict())
         else:
@@ -118,14 +117,13 @@ def train(
     from psannlm.generation.generate import draw_samples
     from psannlm.runtime.distributed import world_from_env
     from psannlm.runtime.malloc import retain_freed_memory
-    from psannlm.training.console import ConsoleReporter
     from psannlm.training.run import train as run_training
 
     retain_freed_memory()
     result = run_training(
         run_config,
         resume=resume,
-        reporter=ConsoleReporter(stderr_console()),
+        console=stderr_console(),
         sampler=draw_samples,
         time_budget_s=time_budget,
     )

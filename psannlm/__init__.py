@@ -13,6 +13,11 @@ if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()]:
     if (_named.partition("m")[2] if _named.startswith("-") else _named).partition(".")[0] == "psannlm":
         del sys.path[0]
 
+import logging
+
+# Messages are silent unless a program configures logging or receives them (psannlm/runtime/log.py).
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
 __version__ = "0.1.0"
 __all__ = ["Callback", "LMDataset", "Trainer", "__version__", "psannLM", "psannLMDataPrep"]
 

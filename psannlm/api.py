@@ -8,6 +8,8 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +34,12 @@ from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.artifact import load_model, model_file, save_model
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
-from psannlm.runtime.consoles import make_console
+from psannlm.runtime.consoles import make_console, print_line
 from psannlm.runtime.device import gpu_memory_bytes, pick_device
+from psannlm.runtime.log import receiving_messages
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
 from psannlm.training.callbacks import Callback
 from psannlm.training.checkpoint import find_checkpoint
-from psannlm.training.console import ConsoleReporter
-from psannlm.training.reporting import Reporter, SilentReporter
 from psannlm.training.result import TrainResult
 from psannlm.training.trainer import Trainer
 
@@ -104,11 +105,8 @@ class psannLMDataPrep:
         self.seed = self.config.seed
         self.tokenizer_model_path = self.config.tokenizer_model_path
         self.notices: list[str] = []
-        self.prepared: PreparedData = (
-            load_corpus(self.config, self.notices.append)
-            if folder
-            else load_documents(documents, self.config, self.notices.append)
-        )
+        with receiving_messages(self.notices.append):
+            self.prepared: PreparedData = load_corpus(self.config) if folder else load_documents(documents, self.config)
         self._dataset: LMDataset | None = None
         self._val_dataset: LMDataset | None = None
 
@@ -294,7 +292,7 @@ class psannLM:
             train_data: the windows to train on, or their ``dataset``. The former name ``data`` is accepted.
             val_data: texts, or windows of the same tokenizer, instead of the validation split of ``train_data``.
             epochs, batch_tokens, lr, amp, ddp: as in the ``train`` section of a configuration; ``amp=None`` is fp32.
-            verbose: show progress on the standard error stream.
+            verbose: show progress and messages on the standard error stream.
             resume: with a ``checkpoint_dir``: ``auto``, ``never`` or a checkpoint, as for ``psannlm train``.
             callbacks: called after steps, validations and saves, and at the end; see
                 :class:`~psannlm.training.callbacks.Callback`.
@@ -315,7 +313,7 @@ class psannLM:
         tokenizer, data_config = data.origin() if isinstance(data, LMDataset) else (data.tokenizer, data.config)
         named = {"epochs": epochs, "batch_tokens": batch_tokens, "lr": lr, "amp": amp, "ddp": ddp}
         validation = None if val_data is None else _validation(tokenizer, data_config, val_data)
-        reporter: Reporter = ConsoleReporter(make_console(stderr=True)) if verbose else SilentReporter()
+        console = make_console(stderr=True) if verbose else None
         former = self._model
         with tempfile.TemporaryDirectory(prefix="psannlm_fit_") as scratch:
             settings = {**named, "checkpoint_dir": scratch, **overrides}
@@ -331,10 +329,11 @@ class psannLM:
                     config,
                     callbacks=callbacks,
                     resume=resume,
-                    reporter=reporter,
+                    console=console,
                     sampler=draw_samples if is_read else None,
                 )
-                trainer.train()
+                with nullcontext() if console is None else receiving_messages(partial(print_line, console)):
+                    trainer.train()
                 is_done = True
             except Interrupted as error:
                 if "checkpoint_dir" in overrides:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         config.addinivalue_line("filterwarnings", "ignore:.*deterministic.*")
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The messages that psannlm logs, as ``logged.messages``."""
+    caplog.set_level(logging.INFO, logger="psannlm")
+    return caplog
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,8 @@ NEVER_TORCH = (
     "benchmarks.tokenization.bench",
     "runtime.streams",
     "runtime.consoles",
+    "runtime.log",
+    "runtime.progress",
     "config",
     "tokenizers",
     "data.unpacked",

@@ -160,7 +160,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("more.txt").write_text("one line more\nand the last of them\n", encoding="utf-8")
         CharTokenizer.fit(["a line of text"], 300).save("t.json")
         train(load_config("config.yaml", ["train.checkpoint_dir=run"]))
-        study = size_study(load_plan(Path("plan.yaml")), Path("study"), lambda line: None)
+        study = size_study(load_plan(Path("plan.yaml")), Path("study"))
         run_all(study, launcher=Done, sleep=lambda seconds: None)
         for number in (1, 2):
             settings = PrepSettings(per_line=True)

@@ -7,9 +7,10 @@ loss unfairly.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, load_tokenizer
 from psannlm.tokenizers.roundtrip import RoundTripMeter, check_roundtrip, folder_warning
 
-Notice = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 # Version of the split and of the encoding, stored in checkpoints. Version 1 split documents by their number instead of
 # their text, and encoded a long document as a whole instead of in segments.
@@ -60,10 +61,8 @@ class PreparedData:
     first_documents: tuple[int, ...] = ()
 
 
-def load_corpus(
-    config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = None, preparation: int = PREPARATION
-) -> PreparedData:
-    """Read the configured sources, split them, fit or load the tokenizer and encode; ``notice`` gets lines of text.
+def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None, preparation: int = PREPARATION) -> PreparedData:
+    """Read the configured sources, split them, fit or load the tokenizer and encode.
 
     ``tokenizer`` and the version ``preparation`` are those of a run that is resumed. A prepared folder is opened
     instead, with its own tokenizer and validation split.
@@ -77,42 +76,41 @@ def load_corpus(
     """
     manifest = find_prepared(config.sources)
     if manifest is not None:
-        return _from_folder(manifest, config, notice)
-    notice("reading and tokenizing the corpus")
+        return _from_folder(manifest, config)
+    log.info("reading and tokenizing the corpus")
     report = ReadReport()
     documents = read_documents(config.sources, report, replace_option=_REPLACE_OPTION)
-    return _load(documents, report, config, notice, tokenizer, preparation)
+    return _load(documents, report, config, tokenizer, preparation)
 
 
 def load_documents(
-    documents: Iterable[Document], config: DataConfig, notice: Notice, tokenizer: Tokenizer | None = None
+    documents: Iterable[Document], config: DataConfig, tokenizer: Tokenizer | None = None
 ) -> PreparedData:
     """Same as :func:`load_corpus` for given documents; a ``tokenizer`` given here is used as it is."""
     report = ReadReport()
-    return _load(keep_text(documents, report), report, config, notice, tokenizer)
+    return _load(keep_text(documents, report), report, config, tokenizer)
 
 
 def _load(
     documents: Iterable[Document],
     report: ReadReport,
     config: DataConfig,
-    notice: Notice,
     tokenizer: Tokenizer | None,
     preparation: int = PREPARATION,
 ) -> PreparedData:
     train_documents, val_documents = split_documents(list(documents), config.val_split, config.seed, preparation)
     for line in report.lines():
-        notice(line)
+        log.info(line)
     if tokenizer is None:
-        tokenizer = _tokenizer(train_documents, config, notice)
-    notice(_describe(tokenizer))
+        tokenizer = _tokenizer(train_documents, config)
+    log.info(_describe(tokenizer))
     in_segments = preparation > 1
     is_long = any(document.n_bytes > SEGMENT_BYTES for document in (*train_documents, *val_documents))
     meter = RoundTripMeter()
-    watched = check_roundtrip(tokenizer, train_documents, notice, meter)
+    watched = check_roundtrip(tokenizer, train_documents, log.warning, meter)
     train = encode_documents(watched, tokenizer, in_segments=in_segments)
-    notice(f"train: {_size(train)}")
-    _check_length(train, config.max_length, notice)
+    log.info(f"train: {_size(train)}")
+    _check_length(train, config.max_length)
     numbers = np.array([document.source for document in train_documents])
     firsts = tuple(np.searchsorted(numbers, np.arange(len(config.sources))).tolist())
     if not val_documents:
@@ -120,27 +118,27 @@ def _load(
         return PreparedData(tokenizer, train, None, report, None, made_by, meter.fraction, firsts)
     val = encode_documents(val_documents, tokenizer, in_segments=in_segments)
     overlap = shared_text(val_documents, train_documents)
-    notice(f"validation: {_size(val)}; {_describe_overlap(overlap)}")
+    log.info(f"validation: {_size(val)}; {_describe_overlap(overlap)}")
     made_by = None if report.documents == 1 and not is_long else preparation
     return PreparedData(tokenizer, train, val, report, overlap, made_by, meter.fraction, firsts)
 
 
-def _from_folder(manifest: Path, config: DataConfig, notice: Notice) -> PreparedData:
+def _from_folder(manifest: Path, config: DataConfig) -> PreparedData:
     folder = open_folder(manifest)
     check_compatible(config, folder)
     report, made = folder.report(), folder.manifest
     part = "" if made.part == "1/1" else f", part {made.part} of a corpus"
-    notice(f"prepared folder: {folder.path}{part}")
+    log.info(f"prepared folder: {folder.path}{part}")
     for line in report.lines():
-        notice(line)
-    notice(_describe(folder.tokenizer))
+        log.info(line)
+    log.info(_describe(folder.tokenizer))
     if (warning := folder_warning(str(folder.path), made.lost_fraction)) is not None:
-        notice(warning)
-    notice(f"train: {_size(folder.train)}")
-    _check_length(folder.train, config.max_length, notice)
+        log.warning(warning)
+    log.info(f"train: {_size(folder.train)}")
+    _check_length(folder.train, config.max_length)
     if folder.validation is not None:
         overlap = "" if made.val_overlap is None else f"; {_describe_overlap(made.val_overlap)}"
-        notice(f"validation: {_size(folder.validation)}{overlap}")
+        log.info(f"validation: {_size(folder.validation)}{overlap}")
     return PreparedData(
         folder.tokenizer, folder.train, folder.validation, report, made.val_overlap, None, made.lost_fraction
     )
@@ -155,7 +153,7 @@ def _describe_overlap(overlap: float) -> str:
     return f"{overlap:.1%} of its text occurs verbatim in the training text"
 
 
-def _tokenizer(train_documents: Sequence[Document], config: DataConfig, notice: Notice) -> Tokenizer:
+def _tokenizer(train_documents: Sequence[Document], config: DataConfig) -> Tokenizer:
     if config.tokenizer_model_path is not None:
         tokenizer = load_tokenizer(Path(os.path.expanduser(config.tokenizer_model_path)))
         if config.tokenizer not in ("auto", tokenizer.backend):
@@ -166,7 +164,7 @@ def _tokenizer(train_documents: Sequence[Document], config: DataConfig, notice: 
             raise ConfigError(Problem("data.tokenizer", message))
         return tokenizer
     texts = (document.text for document in train_documents)
-    return fit_tokenizer(texts, config.tokenizer, config.vocab_size, seed=config.seed, notice=notice)
+    return fit_tokenizer(texts, config.tokenizer, config.vocab_size, seed=config.seed)
 
 
 def _size(store: Stream) -> str:
@@ -177,8 +175,8 @@ def _size(store: Stream) -> str:
     return f"{store.n_documents:,} {noun}, {store.n_bytes:,} bytes, {n_tokens:,} tokens ({per_token})"
 
 
-def _check_length(train: Stream, max_length: int, notice: Notice) -> None:
-    """Give a notice if the training text is shorter than one window; raise CorpusError if there is nothing to predict.
+def _check_length(train: Stream, max_length: int) -> None:
+    """Log a warning if the training text is shorter than one window; raise CorpusError if there is nothing to predict.
 
     Padding costs time without any effect: its labels are ignored.
     """
@@ -186,7 +184,7 @@ def _check_length(train: Stream, max_length: int, notice: Notice) -> None:
     if train.n_framed_tokens <= train.n_documents:
         raise CorpusError("the training text holds no token to predict; add text")
     if train.n_framed_tokens <= max_length:
-        notice(
+        log.warning(
             f"note: the training text is shorter than one window: its {train.n_framed_tokens:,} tokens, BOS "
             f"and EOS included, are padded to data.max_length {max_length:,}; a data.max_length of "
             f"{train.n_framed_tokens - 1:,} needs no padding"

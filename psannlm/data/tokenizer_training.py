@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from psannlm.data.split import cut_text
 from psannlm.display import json_text
 from psannlm.errors import ConfigError, TokenizerError
 from psannlm.io.atomic import read_small, refuse_foreign, require_writable, write_text
+from psannlm.runtime.progress import OnProgress
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import MODEL_TYPES, check_fit, file_suffix, fit_passages, load_tokenizer
 from psannlm.tokenizers.sample import SAMPLE_CHARS, PassageSample
@@ -30,7 +32,7 @@ HELD_OUT_CHARS = 2_000_000
 SAMPLE_SEGMENT_BYTES = 1 << 20
 _LONGEST_SHOWN = 12
 
-Notice = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,14 @@ def fit_with_card(
     seed: int = 1337,
     sample_chars: int = SAMPLE_CHARS,
     replace_option: str = "",
-    notice: Notice,
-    on_bytes: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> TokenizerCard:
     """Fit a tokenizer on a sample of about nine tenths of the corpus, write it and its card, and return the card.
 
     Figures are measured on the rest. Memory depends on ``sample_chars``, ``vocab_size`` and the longest line, not on
     the size of the corpus. ``out`` gets the suffix of the backend if it has none; by default it is ``tokenizer.model``
-    or ``tokenizer.json``, and the card is beside it. ``on_bytes`` gets the bytes read so far and of all files;
-    ``replace_option``: the remedy in errors about bytes that are not UTF-8.
+    or ``tokenizer.json``, and the card is beside it. ``on_progress`` gets the bytes read so far; ``replace_option``:
+    the remedy in errors about bytes that are not UTF-8.
 
     Raises:
         CorpusError: a source is missing, cannot be read, or holds too little text.
@@ -79,15 +80,15 @@ def fit_with_card(
     refuse_foreign(path, _is_tokenizer, remedy)
     report = ReadReport()
     documents = read_documents(
-        sources, report, segment_bytes=SAMPLE_SEGMENT_BYTES, on_bytes=on_bytes, replace_option=replace_option
+        sources, report, segment_bytes=SAMPLE_SEGMENT_BYTES, on_progress=on_progress, replace_option=replace_option
     )
-    sampled = sample_corpus(documents, seed=seed, sample_chars=sample_chars, notice=notice)
+    sampled = sample_corpus(documents, seed=seed, sample_chars=sample_chars)
     for line in report.lines():
-        notice(line)
+        log.info(line)
     kind = f" ({model_type or MODEL_TYPES[0]})" if backend == "sentencepiece" else ""
     n_chars = sum(map(len, sampled.fitted_on))
-    notice(f"fitting {backend}{kind} on {n_chars:,} characters")
-    tokenizer = fit_passages(sampled.fitted_on, backend, vocab_size, model_type=model_type, notice=notice)
+    log.info(f"fitting {backend}{kind} on {n_chars:,} characters")
+    tokenizer = fit_passages(sampled.fitted_on, backend, vocab_size, model_type=model_type)
     if path.exists() and path.read_bytes() != tokenizer.to_bytes():
         raise ConfigError(f"{path} holds another tokenizer already; name a new file with --out, or remove that one")
     card = TokenizerCard(
@@ -135,7 +136,6 @@ def sample_corpus(
     seed: int,
     sample_chars: int = SAMPLE_CHARS,
     held_out_chars: int = HELD_OUT_CHARS,
-    notice: Notice = lambda line: None,
 ) -> Sampled:
     """Return passages to fit on and held-out passages, sampled in one pass.
 
@@ -175,8 +175,7 @@ def sample_corpus(
     else:
         held_out.add(edges[0][1].text)
         fit.add(edges[1][1].text)
-    if line := fit.notice():
-        notice(line)
+    fit.log_size()
     return Sampled(fit.passages(), held_out.passages())
 
 

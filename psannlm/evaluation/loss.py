@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from psannlm.io.limits import describe_memory, machine_memory_bytes
 from psannlm.models.artifact import LoadedModel
 from psannlm.runtime.device import Precision, gpu_memory_bytes
 from psannlm.runtime.distributed import World
+from psannlm.runtime.progress import OnProgress, ProgressCounter, ignore_progress
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.roundtrip import RoundTripMeter, check_roundtrip, folder_warning, is_lossy
 
@@ -81,7 +82,7 @@ def evaluate(
     precision: Precision,
     batch_size: int = 16,
     world: World | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Evaluation:
     """Return the :class:`Evaluation` of ``model`` over every window, each token counted once.
 
@@ -97,7 +98,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     mine = range(world.rank, len(windows), world.size)
-    nats = 0.0
+    nats, count = 0.0, ProgressCounter(on_progress, "evaluating", "windows", len(mine))
     try:
         # The same number of passes on every rank, because a sharded model is gathered from all of them. A rank that has
         # no window left repeats one with every label ignored.
@@ -107,8 +108,7 @@ def evaluate(
                 labels = torch.full_like(labels, IGNORE_INDEX)
             with precision.autocast():
                 nats += float(model(input_ids.to(precision.device), labels.to(precision.device)))
-            if on_progress is not None:
-                on_progress(min(start + batch_size, len(mine)), len(mine))
+            count.at(min(start + batch_size, len(mine)))
     finally:
         model.train(was_training)
     return Evaluation(world.sum(nats, precision.device), windows.n_labels, windows.store.n_bytes)
@@ -122,7 +122,7 @@ def evaluate_sources(
     batch_size: int = 16,
     window: int | None = None,
     replace_option: str = "",
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> tuple[Evaluation, ReadReport]:
     """Evaluate a loaded model, already on the device of ``precision``, on all text of ``sources``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import threading
@@ -25,6 +26,8 @@ from psannlm.runtime.processes import python_command
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.training.failures import NOT_FINITE
 from psannlm.training.run_folder import RunStatus, has_same_config, is_own_config, read_run_status
+
+log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.json"
 _POLL_S = 0.2
@@ -130,7 +133,6 @@ def run_all(
     jobs: int = 1,
     only: Collection[str] | None = None,
     on_status: Callable[[str], None] = lambda text: None,
-    keep: Callable[[str], None] = lambda text: None,
     launcher: Launcher = launch,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -142,7 +144,7 @@ def run_all(
     Args:
         jobs: number of runs at the same time; they divide the CPU cores.
         only: names of the runs to train; None for all.
-        on_status, keep: receive status lines, and lines to keep on the screen.
+        on_status: called with a line of progress every two seconds.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the active runs have saved, and the same call resumes them.
@@ -171,7 +173,7 @@ def run_all(
                     )
                 scheduler.fill(jobs)
                 for line in scheduler.collect():
-                    keep(line)
+                    log.info(line)
                 if scheduler.was_interrupted:
                     stop.set()
                 if clock() >= next_status:

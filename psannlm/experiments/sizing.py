@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,8 @@ from psannlm.training.run_folder import has_same_config
 # Defaults of a study's runs, unless its plan sets them: few checkpoints and no samples.
 _RUN_DEFAULTS: dict[str, Any] = {"keep_checkpoints": 1, "sample_prompts": []}
 
-Notice = Callable[[str], None]
 
-
-def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
+def size_study(plan: StudyPlan, folder: Path) -> Study:
     """Read the corpus, compute widths and steps, and validate the configuration of every run; nothing is written.
 
     Raises:
@@ -40,7 +38,7 @@ def size_study(plan: StudyPlan, folder: Path, notice: Notice) -> Study:
     data: dict[DataConfig, PreparedData] = {}
     for variant in plan.variants:
         if variant.config.data not in data:
-            data[variant.config.data] = load_corpus(variant.config.data, notice)
+            data[variant.config.data] = load_corpus(variant.config.data)
         if data[variant.config.data].val is None:
             message = "there is no validation split to compare losses on; prepare a corpus with one"
             raise ConfigError(Problem(f"variants.{variant.name}", message), str(plan.path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -16,7 +18,10 @@ from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.generation.stop_texts import StopScanner, require_stop_texts
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.progress import OnProgress, Progress
 from psannlm.tokenizers.base import Tokenizer
+
+log = logging.getLogger(__name__)
 
 # Decoding steps from which compiling pays off on a CPU: half a minute once, against some milliseconds of each step.
 COMPILE_BREAK_EVEN_STEPS = 8192
@@ -104,8 +109,7 @@ def generate(
     stop: str | Iterable[str] = (),
     logprobs: int | None = None,
     on_text: Callable[[int, str], None] | None = None,
-    on_progress: Callable[[int, int, int], None] | None = None,
-    on_notice: Callable[[str], None] = lambda notice: None,
+    on_progress: OnProgress | None = None,
 ) -> list[Completion]:
     """Continue all prompts in one batch; with a seed, a row's text is the same in any batch (batch-invariant).
 
@@ -123,9 +127,8 @@ def generate(
             no log probabilities.
         on_text: called with (row, text) for text that later tokens cannot change, in whole characters. The parts of
             a row join to its completion's text.
-        on_progress: called after each step but the last with (tokens so far, steps so far, steps at most); a step adds
-            one token to every unfinished row, or more where draft tokens were accepted.
-        on_notice: called with messages about settings that have no or another effect on this machine.
+        on_progress: called after each step but the last with the tokens so far, of all rows; the seconds left are those
+            of the longest row.
 
     Raises:
         GenerationError: a prompt or setting is refused.
@@ -137,8 +140,8 @@ def generate(
         engine = model
     else:
         engine = Engine(model, dtype=dtype, compile=choose_compiling(compile, max_new_tokens))
-    for notice in engine.notices:
-        on_notice(notice)
+        for notice in engine.notices:
+            log.warning(notice)
     return complete_ids(
         engine,
         tokenizer,
@@ -166,7 +169,7 @@ def complete_ids(
     stop: str | Iterable[str] = (),
     logprobs: int | None = None,
     on_text: Callable[[int, str], None] | None = None,
-    on_progress: Callable[[int, int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Completion]:
     """Continue prompts given as ids, the BOS token included; otherwise :func:`generate`."""
     stops = require_stop_texts(stop)
@@ -185,10 +188,14 @@ def complete_ids(
     )
     rows = [_Row(tokenizer, ids, stops) for ids in prompt_ids]
     n_tokens = n_steps = 0
+    began = time.monotonic()
     for event in decoding:
         if on_progress is not None and len(decoding.generated[event.row]) > n_steps + 1:
             n_steps += 1
-            on_progress(n_tokens, n_steps, max(decoding.max_new))
+            elapsed_s = time.monotonic() - began
+            # By steps and not by tokens: a step with fewer rows takes hardly less time.
+            left_s = elapsed_s * (max(decoding.max_new) - n_steps) / n_steps
+            on_progress(Progress("generating", n_tokens, None, "tokens", elapsed_s, left_s, is_bound=True))
         n_tokens += 1
         if on_text is None and not stops:
             continue

@@ -27,6 +27,7 @@ from psannlm.io.atomic import explain_write_errors
 from psannlm.io.filenames import utf8
 from psannlm.reports.schemas.gpu import CheckResult, GpuMachine, SuiteReport
 from psannlm.runtime.device import describe_device, pick_device
+from psannlm.runtime.log import without_messages
 
 Check = Callable[[CheckContext], CheckResult]
 
@@ -80,7 +81,7 @@ def validate(
     sizes = sizes or (DRY_RUN if is_dry_run else FULL)
     results: list[CheckResult] = []
     report = SuiteReport(machine, is_dry_run, (), None if baseline is None else str(baseline), to_come=tuple(names))
-    with _settings(is_dry_run), tempfile.TemporaryDirectory(prefix="psannlm-gpu-") as folder:
+    with _settings(is_dry_run), without_messages(), tempfile.TemporaryDirectory(prefix="psannlm-gpu-") as folder:
         for name in names:
             context = CheckContext(chosen, sizes, is_dry_run, Path(folder) / name, say, clock)
             results.append(run_check(name, CHECKS[name], context))

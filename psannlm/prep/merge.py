@@ -5,6 +5,7 @@ Shards are hard-linked, not copied. A shard is rewritten only if it holds a docu
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
@@ -26,11 +27,14 @@ from psannlm.io.atomic import explain_write_errors, remove_leftovers, replacing,
 from psannlm.io.lock import RunLock
 from psannlm.prep.dedup import Bits, DuplicateFinder
 from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remove_work
-from psannlm.prep.pipeline import PrepReporter, PrepResult, SilentPrepReporter, shard_name
+from psannlm.prep.pipeline import PrepResult, shard_name
 from psannlm.prep.plan import is_merge, source_differences, write_merge_plan
 from psannlm.prep.selection import SPLITS, TRAIN, VALIDATION
+from psannlm.runtime.progress import OnProgress, Progress, ignore_progress
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.roundtrip import SMALLEST_FRACTION, folder_warning
+
+log = logging.getLogger(__name__)
 
 # Documents and tokens held at once; a longer document is written in several batches.
 _DOCUMENTS_AT_ONCE = 1 << 16
@@ -47,7 +51,7 @@ class _PartShard:
     first: int
 
 
-def merge_parts(folders: Sequence[Path], out: Path, *, reporter: PrepReporter | None = None) -> PrepResult:
+def merge_parts(folders: Sequence[Path], out: Path, *, on_progress: OnProgress = ignore_progress) -> PrepResult:
     """Join the prepared parts of one corpus, given in any order, in the folder ``out``.
 
     The documents, and those that are held out, are the same as in one preparation of the whole corpus; their order is
@@ -61,7 +65,6 @@ def merge_parts(folders: Sequence[Path], out: Path, *, reporter: PrepReporter | 
         StorageError: the folder cannot be written.
     """
     began = time.monotonic()
-    reporter = reporter or SilentPrepReporter()
     parts = _in_order(folders)
     stop = threading.Event()
     with RunLock(out, "--out"), stopping_on_signals(stop):
@@ -69,7 +72,7 @@ def merge_parts(folders: Sequence[Path], out: Path, *, reporter: PrepReporter | 
             raise ConfigError(
                 f"{out} is prepared already: {out / MANIFEST_FILE} is there; choose another folder with --out"
             )
-        manifest = _Merge(parts, out, reporter, stop).run()
+        manifest = _Merge(parts, out, on_progress, stop).run()
     n_bytes = sum(source.bytes for source in manifest.sources)
     return PrepResult(out, manifest, time.monotonic() - began, n_bytes)
 
@@ -120,9 +123,9 @@ class _Merge:
     """One merge. Documents are numbered part by part, training before validation."""
 
     def __init__(
-        self, parts: list[tuple[Path, Manifest]], out: Path, reporter: PrepReporter, stop: threading.Event
+        self, parts: list[tuple[Path, Manifest]], out: Path, on_progress: OnProgress, stop: threading.Event
     ) -> None:
-        self._parts, self._out, self._reporter, self._stop = parts, out, reporter, stop
+        self._parts, self._out, self._on_progress, self._stop = parts, out, on_progress, stop
         self._like = parts[0][1]
         self._shards: list[_PartShard] = []
         number = 0
@@ -151,7 +154,7 @@ class _Merge:
         manifest = self._manifest(splits)
         write_manifest(self._out, manifest)
         if (warning := folder_warning(str(self._out), manifest.lost_fraction)) is not None:
-            self._reporter.notice(warning)
+            log.warning(warning)
         remove_work(work)
         return manifest
 
@@ -214,12 +217,11 @@ class _Merge:
                 if wanted.all():
                     entries.append(_link(shard, path))
                 else:
-                    self._reporter.notice(f"rewriting {shard.path} without {int((~wanted).sum()):,} documents")
+                    log.info(f"rewriting {shard.path} without {int((~wanted).sum()):,} documents")
                     entries.append(_rewrite(shard, wanted, path, self._like.tokenizer.fingerprint))
                 self._count_origins(shard, wanted)
-                self._reporter.writing(
-                    sum(entry.tokens for entry in entries), sum(s.shard.n_framed_tokens for s in self._shards)
-                )
+                done, total = sum(e.tokens for e in entries), sum(s.shard.n_framed_tokens for s in self._shards)
+                self._on_progress(Progress("writing shards", done, total, "tokens"))
         return SplitEntry.of(tuple(entries))
 
     def _count_origins(self, shard: Shard, wanted: NDArray[np.bool_]) -> None:

@@ -8,13 +8,14 @@ result does not depend on the number of workers or on interruptions.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -41,31 +42,13 @@ from psannlm.prep.reader import CorpusReader, Cut, Drops, SourceFile, deal, find
 from psannlm.prep.selection import SPLITS, DocumentSelector, Selection, SingleDocument
 from psannlm.prep.shard_writer import DocumentStream, select_units
 from psannlm.runtime.malloc import trim_aggressively
+from psannlm.runtime.progress import OnProgress, Progress, ProgressCounter, ignore_progress
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import load_tokenizer
 from psannlm.tokenizers.roundtrip import folder_warning, is_lossy, roundtrip_warning
 
-
-class PrepReporter(Protocol):
-    """Receives the progress of a preparation."""
-
-    def notice(self, text: str) -> None:
-        """Receive a one-line message."""
-
-    def encoding(self, n_bytes: int, total_bytes: int | None, n_tokens: int) -> None:
-        """Receive the stored bytes read, their total (None: unknown), and the tokens encoded so far."""
-
-    def writing(self, n_tokens: int, total_tokens: int) -> None:
-        """Receive the tokens written to shards so far, and their total."""
-
-
-class SilentPrepReporter:
-    """Ignores all progress."""
-
-    def notice(self, text: str) -> None: ...
-    def encoding(self, n_bytes: int, total_bytes: int | None, n_tokens: int) -> None: ...
-    def writing(self, n_tokens: int, total_tokens: int) -> None: ...
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,7 +91,7 @@ def prepare_corpus(
     *,
     n_workers: int | None = None,
     part: tuple[int, int] | None = None,
-    reporter: PrepReporter | None = None,
+    on_progress: OnProgress = ignore_progress,
     chunk_bytes: int | None = None,
 ) -> PrepResult:
     """Prepare the files that ``patterns`` match into the folder ``out``; resume an interrupted call.
@@ -118,6 +101,7 @@ def prepare_corpus(
     Args:
         n_workers: number of encoding processes; None takes one per usable core.
         part: (i, n): prepare the i-th of n parts of the corpus, to be merged later.
+        on_progress: gets the stored bytes read and encoded so far, then the tokens written to shards.
         chunk_bytes: bytes of text per chunk; None depends on the size of the corpus.
 
     Raises:
@@ -131,7 +115,6 @@ def prepare_corpus(
     """
     began = time.monotonic()
     trim_aggressively()
-    reporter = reporter or SilentPrepReporter()
     if n_workers is not None and n_workers < 1:
         raise ConfigError(f"n_workers is {n_workers}; it must be 1 or more")
     if part is not None and not 1 <= part[0] <= part[1]:
@@ -153,14 +136,14 @@ def prepare_corpus(
                 remove_work(work)
                 n_bytes = _known_bytes(sources, indices)
                 if (warning := folder_warning(str(out), manifest.lost_fraction)) is not None:
-                    reporter.notice(warning)
+                    log.warning(warning)
                 return PrepResult(out, manifest, time.monotonic() - began, n_bytes, was_done=True)
             if any(source.path == STDIN for source in sources):
                 # Standard input may hold another text now, which could not be noticed.
                 raise ArtifactError(f"{damage} To prepare standard input again, remove {out} first.")
-            reporter.notice(f"{damage} Preparing it again.")
+            log.warning(f"{damage} Preparing it again.")
             remove_finished(out, manifest)
-        preparation = _Preparation(out, plan, indices, tokenizer, n_workers or usable_cores(), reporter, stop, drops)
+        preparation = _Preparation(out, plan, indices, tokenizer, n_workers or usable_cores(), on_progress, stop, drops)
         manifest = preparation.run()
         return PrepResult(out, manifest, time.monotonic() - began, preparation.n_bytes)
 
@@ -200,13 +183,13 @@ class _Preparation:
         indices: list[int],
         tokenizer: Tokenizer,
         n_workers: int,
-        reporter: PrepReporter,
+        on_progress: OnProgress,
         stop: threading.Event,
         drops: Drops,
     ) -> None:
         self.n_bytes = 0
         self._out, self._work, self._plan, self._indices = out, out / WORK_FOLDER, plan, indices
-        self._tokenizer, self._n_workers, self._reporter, self._stop = tokenizer, n_workers, reporter, stop
+        self._tokenizer, self._n_workers, self._on_progress, self._stop = tokenizer, n_workers, on_progress, stop
         self._found_drops = drops
         self._names = [source.path for source in plan.sources]
         is_known = all(plan.sources[index].n_bytes is not None for index in indices)
@@ -217,7 +200,7 @@ class _Preparation:
         paths, reader, drops = self._encode()
         selector, selection = self._select(paths, drops)
         if isinstance(selection, SingleDocument):
-            self._reporter.notice("the corpus is a single document: cutting it in two, to hold out its end")
+            log.info("the corpus is a single document: cutting it in two, to hold out its end")
             source, record = unpack_origin(selection.origin)
             if self._names[source] == STDIN:
                 remove_work(self._work)
@@ -249,7 +232,7 @@ class _Preparation:
             write_plan(self._work, self._plan)
         else:
             self._plan = plan
-            self._reporter.notice(f"resuming the preparation in {self._out}")
+            log.info(f"resuming the preparation in {self._out}")
         with explain_write_errors(self._work):
             remove_leftovers(self._work)
             remove_leftovers(self._out)
@@ -276,6 +259,7 @@ class _Preparation:
             drops.merge(reason, count, self._found_drops.examples[reason])
         reader = CorpusReader(plan.sources, self._indices, plan.settings, plan.chunk_bytes, drops, plan.cut)
         disk_space = _DiskSpaceCheck(self._out, self._total)
+        report = ProgressCounter(self._on_progress, "encoding", "bytes", self._total)
         n_chunks = n_tokens = 0
 
         def missing() -> Iterator[Chunk]:
@@ -289,13 +273,13 @@ class _Preparation:
                     yield chunk
                 else:
                     n_tokens += n_former
-                    self._reporter.encoding(reader.n_bytes, self._total, n_tokens)
+                    report.at(reader.n_bytes, f"{n_tokens:,} tokens")
 
         def done(index: int, answer: dict[str, Any]) -> None:
             nonlocal n_tokens
             n_tokens += answer["tokens"]
             disk_space.chunk_encoded(index, answer["bytes"])
-            self._reporter.encoding(reader.n_bytes, self._total, n_tokens)
+            report.at(reader.n_bytes, f"{n_tokens:,} tokens")
 
         setup = setup_message(self._work, plan.settings, plan.cut)
         try:
@@ -351,15 +335,15 @@ class _Preparation:
 
     def _report_text_issues(self, selector: DocumentSelector, reader: CorpusReader) -> None:
         for omitted in selector.drops.lines():
-            self._reporter.notice(omitted)
+            log.info(omitted)
         if n_marks := selector.byte_order_marks + reader.byte_order_marks:
-            self._reporter.notice(f"removed {n_marks:,} byte order marks")
+            log.info(f"removed {n_marks:,} byte order marks")
         n_bytes = selector.replaced_bytes + reader.replaced.n_bytes
         names = [*selector.replaced_in, *reader.replaced.names]
         if line := replaced_line(n_bytes, selector.replaced_surrogates, names):
-            self._reporter.notice(line)
+            log.info(line)
         if selector.roundtrip_error is not None:
-            self._reporter.notice(roundtrip_warning(*selector.roundtrip_error))
+            log.warning(roundtrip_warning(*selector.roundtrip_error))
 
     def _write_split(self, paths: list[Path], selection: Selection, split: str) -> SplitEntry:
         plan = selection.plans[split]
@@ -379,7 +363,7 @@ class _Preparation:
                 )
             )
             done += size.n_tokens
-            self._reporter.writing(done, total)
+            self._on_progress(Progress("writing shards", done, total, "tokens"))
         return SplitEntry.of(tuple(entries))
 
     def _manifest(

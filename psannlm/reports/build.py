@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from psannlm.reports.schemas.gpu import SuiteReport
 from psannlm.reports.schemas.runs import ReportedRun, ReportMetrics
 from psannlm.reports.tables.generic import memory_rows, rate_rows
 from psannlm.reports.tables.gpu import suite_memory, suite_rates
+from psannlm.runtime.progress import OnProgress, Progress, ignore_progress
 
 PAGE_FILE, MARKDOWN_FILE = "report.html", "report.md"
 THROUGHPUT_FILE, MEMORY_FILE = "throughput.csv", "memory.json"
@@ -96,7 +97,7 @@ def write_report(
     published: bool = False,
     records: Sequence[Path] = (),
     out: Path | None = None,
-    on_progress: Callable[[str], None] = lambda text: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Report:
     """Gather the artifacts under ``reports`` and the runs under ``runs``, and write the report.
 
@@ -107,14 +108,14 @@ def write_report(
         published: include the results kept in ``reports/published``.
         records: folders at or below which records of ``psannlm tokenize`` and ``prep`` are searched.
         out: folder to write to, instead of ``reports/benchmarks/<ts>``.
-        on_progress: called with a line of text before each part of the work.
+        on_progress: called before each part of the work.
 
     Raises:
         ConfigError: ``kinds`` has a kind that does not exist.
         ArtifactError: there is nothing to report.
         StorageError: the report cannot be written.
     """
-    on_progress(f"reading {reports}")
+    on_progress(Progress(f"reading {reports}"))
     found = gather(reports, runs, since=since, kinds=kinds, published=published, records=records)
     if found.is_empty:
         where = ", ".join(f"{path}/" for path in (reports, *runs))

@@ -36,6 +36,7 @@ from psannlm.reports.tables.generic import tables_of
 from psannlm.reports.tables.gpu import suite_headlines, suite_tables
 from psannlm.reports.tables.study import study_headline, study_pictures, study_tables
 from psannlm.reports.tables.throughput import throughput_tables
+from psannlm.runtime.progress import OnProgress, Progress, ignore_progress
 from psannlm.tokenizers.roundtrip import LOSSY_NOTE
 
 STUDY_KIND, THROUGHPUT_KIND = "ablations", "throughput"
@@ -66,7 +67,7 @@ def build_document(
     found: Gathered,
     origin: Origin,
     rates: Sequence[dict[str, Any]],
-    on_progress: Callable[[str], None] = lambda text: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Document:
     """Return the page; figures that turn out to be unusable are added to ``found.unread``.
 
@@ -80,7 +81,7 @@ def build_document(
     sections: list[Section] = []
 
     def show(title: str) -> None:
-        on_progress(f"drawing section {len(sections) + 1:,} of {n_sections:,}: {title}")
+        on_progress(Progress(f"drawing {title}", len(sections) + 1, n_sections, "sections"))
 
     if runs:
         show("training runs")

@@ -49,6 +49,11 @@ def make_console(*, stderr: bool = False, file: TextIO | None = None, width: int
     return console
 
 
+def print_line(console: Console, text: object) -> None:
+    """Print a text literally, with visible escapes and unwrapped; above a live display of this console, if any."""
+    console.print(Text(printable(text, keep="\n")), soft_wrap=True)
+
+
 def _size(stream: Any, is_live: bool) -> tuple[int | None, int | None]:
     """Return the width of COLUMNS, within bounds, and a height; None where rich detects it."""
     columns = _asked_columns()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from psannlm.tokenizers.base import MIN_VOCAB_SIZE, N_BYTES, SPECIALS, Tokenizer
 from psannlm.tokenizers.char import FORMAT as CHAR_FORMAT
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.tokenizers.sample import SAMPLE_CHARS, sample_passages
+
+log = logging.getLogger(__name__)
 
 # Backend -> required package, in the order of preference of "auto".
 _PACKAGES: dict[str, str | None] = {"sentencepiece": "sentencepiece", "tokenizers": "tokenizers", "simple": None}
@@ -61,10 +64,6 @@ def resolve_backend(name: str) -> str:
     return name
 
 
-def _ignore(message: str) -> None:
-    pass
-
-
 def fit_tokenizer(
     texts: Iterable[str],
     backend: str = "auto",
@@ -73,14 +72,13 @@ def fit_tokenizer(
     model_type: str | None = None,
     seed: int = 1337,
     sample_chars: int = SAMPLE_CHARS,
-    notice: Callable[[str], None] = _ignore,
 ) -> Tokenizer:
     """Fit a lossless tokenizer; the same texts, backend, sizes and seed give the same bytes.
 
     Args:
         texts: the corpus, read once. A large corpus is sampled at random, with ``seed``.
         backend: ``auto``, ``sentencepiece``, ``tokenizers`` or ``simple``.
-        vocab_size: maximum number of entries, specials and bytes included. A small corpus gives fewer, with a notice.
+        vocab_size: maximum number of entries, specials and bytes included. A small corpus gives fewer.
         model_type: ``unigram`` (default) or ``bpe`` for SentencePiece; None for the others.
         sample_chars: maximum number of characters to fit on.
 
@@ -90,8 +88,8 @@ def fit_tokenizer(
         TokenizerError: the backend's package is missing, or a text holds a lone surrogate.
     """
     backend = check_fit(backend, vocab_size, model_type, sample_chars)
-    sample = sample_passages(texts, seed, budget=sample_chars, notice=notice)
-    return fit_passages(sample, backend, vocab_size, model_type=model_type, notice=notice)
+    sample = sample_passages(texts, seed, budget=sample_chars)
+    return fit_passages(sample, backend, vocab_size, model_type=model_type)
 
 
 def check_fit(backend: str, vocab_size: int, model_type: str | None, sample_chars: int = SAMPLE_CHARS) -> str:
@@ -118,7 +116,6 @@ def fit_passages(
     vocab_size: int,
     *,
     model_type: str | None = None,
-    notice: Callable[[str], None] = _ignore,
 ) -> Tokenizer:
     """Fit on passages from :mod:`psannlm.tokenizers.sample`; arguments as checked by :func:`check_fit`."""
     tokenizer: Tokenizer
@@ -133,7 +130,7 @@ def fit_passages(
     else:
         tokenizer = CharTokenizer.fit(sample, vocab_size)
     if tokenizer.vocab_size < vocab_size:
-        notice(f"the corpus fills {tokenizer.vocab_size:,} of the {vocab_size:,} vocabulary entries asked for")
+        log.info(f"the corpus fills {tokenizer.vocab_size:,} of the {vocab_size:,} vocabulary entries asked for")
     return tokenizer
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from psannlm.errors import CorpusError
 from psannlm.tokenizers.base import refuse_surrogates
+
+log = logging.getLogger(__name__)
 
 # SentencePiece silently drops longer sentences, and BPE trainers need time quadratic in the longest word.
 PASSAGE_CHARS = 4000
@@ -74,23 +77,19 @@ class PassageSample:
         """Return the sample, in the order of the texts."""
         return [passage for _, _, passage in sorted(self._kept, key=lambda entry: entry[1])]
 
-    def notice(self) -> str | None:
-        """Return one line of text if the sample is not the whole corpus, else None."""
-        if self._held == self.total_chars:
-            return None
-        return (
-            f"the tokenizer is fitted on a random sample of {self._held:,} of the corpus's {self.total_chars:,} "
-            "characters"
-        )
+    def log_size(self, use: str = "the tokenizer is fitted on") -> None:
+        """Log the size of the sample unless it is the whole corpus; ``use`` begins the message."""
+        if self._held < self.total_chars:
+            log.info(f"{use} a random sample of {self._held:,} of the corpus's {self.total_chars:,} characters")
 
 
 def sample_passages(
-    texts: Iterable[str], seed: int, *, budget: int = SAMPLE_CHARS, notice: Callable[[str], None] = lambda message: None
+    texts: Iterable[str], seed: int, *, budget: int = SAMPLE_CHARS, use: str = "the tokenizer is fitted on"
 ) -> list[str]:
     """Return the passages of ``texts`` in order: all, or a uniform random sample of ``budget`` characters in total.
 
     Reads ``texts`` once; the sample and one text are in memory. The sample is a pure function of texts and ``seed``;
-    ``notice`` is called if it is not the whole corpus.
+    a message that begins with ``use`` is logged if it is not the whole corpus.
 
     Raises:
         CorpusError: there is no text, or only white space.
@@ -105,6 +104,5 @@ def sample_passages(
     if is_blank:
         found = "only white space" if sample.total_chars else "no text"
         raise CorpusError(f"cannot fit a tokenizer: the corpus holds {found}. Check the configured sources.")
-    if line := sample.notice():
-        notice(line)
+    sample.log_size(use)
     return sample.passages()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from psannlm.evaluation.loss import Evaluation
+from psannlm.tokenizers.roundtrip import LOSSY
 from psannlm.training.result import TrainResult
 
 
@@ -16,7 +17,7 @@ class StepEvent:
     ``loss`` is the mean over all labels of all ranks in nats per token, ``grad_norm`` the global norm before clipping.
     ``tokens`` counts the labels trained on since the start of the run, ``epoch`` the complete passes. A step that
     ``train.on_nonfinite: skip`` skipped has ``is_skipped``: its loss or norm is NaN or Inf, and the weights are
-    unchanged.
+    unchanged. ``n_skipped`` counts the skipped steps of the run; ``is_logged`` is set at the log interval.
     """
 
     step: int
@@ -28,6 +29,8 @@ class StepEvent:
     tokens: int
     tokens_per_s: float
     is_skipped: bool
+    n_skipped: int = 0
+    is_logged: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,14 @@ class ValidationEvent:
     step: int
     result: Evaluation
     is_best: bool
+
+    def __str__(self) -> str:
+        figures = self.result
+        return (
+            f"validation at step {self.step}: loss {figures.loss:.4f}  perplexity {figures.perplexity:.2f}  "
+            f"{figures.bits_per_byte:.4f} bits per byte{LOSSY if figures.lossy_tokenizer else ''}"
+            f"{'  (best so far)' if self.is_best else ''}"
+        )
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from psannlm.models.artifact import MODEL_FILE, present_names, refuse_oversize_f
 from psannlm.models.tensorfile import read_head, read_tensors, send_tensors, verify_tensors, write_tensors
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
+
+log = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer.json"
@@ -293,8 +295,8 @@ def step_of(folder: Path) -> int:
     return int(folder.name[len(_PREFIX) :])
 
 
-def latest_valid_checkpoint(run: Path, notice: Callable[[str], None]) -> tuple[Path, TrainerState] | None:
-    """Return the newest valid checkpoint of ``run`` and its state; report each damaged one to ``notice``.
+def latest_valid_checkpoint(run: Path) -> tuple[Path, TrainerState] | None:
+    """Return the newest valid checkpoint of ``run`` and its state; log a warning for each damaged one.
 
     Raises:
         ArtifactError: every checkpoint is damaged; or a file is a Git LFS pointer that was not fetched, which must not
@@ -307,7 +309,7 @@ def latest_valid_checkpoint(run: Path, notice: Callable[[str], None]) -> tuple[P
         try:
             return folder, read_state(folder)
         except ArtifactError as error:
-            notice(f"skipping a damaged checkpoint: {error}")
+            log.warning(f"skipping a damaged checkpoint: {error}")
     if folders:
         raise ArtifactError(f"all {len(folders)} checkpoints under {run} are damaged")
     return None

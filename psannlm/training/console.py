@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,10 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from psannlm.display import printable
-from psannlm.evaluation.loss import Evaluation
+from psannlm.runtime.consoles import print_line
 from psannlm.runtime.device import MemoryUse, memory_in_use
-from psannlm.tokenizers.roundtrip import LOSSY
+from psannlm.training.callbacks import Callback, StepEvent, ValidationEvent
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 # At this length of the loss curve, each pair of points is merged into one. Even.
@@ -93,57 +91,63 @@ class Dashboard:
         return _line(parts)
 
 
-class ConsoleReporter:
-    """Reporter for a console: a dashboard on a terminal, otherwise one line per log interval.
+class ConsoleDisplay(Callback):
+    """Live values of a run on a console: a dashboard on a terminal, elsewhere one line per log interval.
 
-    The training thread draws the dashboard, at most four times a second: a drawing thread would slow it down.
+    A context manager, entered after ``step`` of ``total_steps``. The training thread draws the dashboard, at most four
+    times a second: a drawing thread would slow it down. Messages are logged, and appear above the dashboard.
     """
 
     _REDRAW_S = 0.25
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console = console
-        self._clock = clock
-        self._dashboard = Dashboard(0)
-        self._live: Live | None = None
-        self._start_s = self._last_draw_s = 0.0
-        self._first_step = self._total = 0
-
-    def notice(self, text: str) -> None:
-        """Print a permanent line above the dashboard."""
-        self.console.print(Text(printable(text, keep="\n")), soft_wrap=True)
-
-    def start(self, step: int, total_steps: int) -> None:
-        """Start the clock, and show the dashboard on a terminal."""
-        self._start_s, self._first_step, self._total = self._clock(), step, total_steps
+    def __init__(
+        self, console: Console, step: int, total_steps: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console, self._clock, self._first_step = console, clock, step
         self._dashboard = Dashboard(total_steps, step)
-        if self.console.is_terminal and self.console.is_interactive:
-            self._live = Live(console=self.console, auto_refresh=False)
+        self._live: Live | None = None
+        self._start_s = self._last_draw_s = clock()
+
+    def __enter__(self) -> ConsoleDisplay:
+        if self._console.is_terminal and self._console.is_interactive:
+            self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
             self._draw(force=True)
+        return self
 
-    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
-        """Show loss, throughput and remaining time."""
-        left = self._time_left_s(step)
+    def __exit__(self, *error: object) -> None:
+        """Draw the final state of the dashboard and leave it on the terminal."""
         if self._live is not None:
-            dashboard = self._dashboard
-            dashboard.add_loss(loss)
-            dashboard.step, dashboard.lr = step, lr
-            dashboard.tokens_per_s, dashboard.left_s = tokens_per_s, left
+            self._draw(force=True)
+            self._live.stop()
+            self._live = None
+
+    def on_step(self, event: StepEvent) -> None:
+        """Show loss, throughput and remaining time."""
+        dashboard, left = self._dashboard, self._time_left_s(event)
+        dashboard.step, dashboard.skipped = event.step, event.n_skipped
+        if event.is_skipped:
+            return
+        if self._live is not None:
+            dashboard.add_loss(event.loss)
+            dashboard.lr, dashboard.tokens_per_s, dashboard.left_s = event.lr, event.tokens_per_s, left
             self._draw()
-        elif is_logged:
-            figures = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:,.0f} tokens/s  {timedelta(seconds=left)} left"
-            self.notice(f"step {step:>{len(str(self._total))}}/{self._total}  {figures}")
+        elif event.is_logged:
+            figures = (
+                f"loss {event.loss:.4f}  lr {event.lr:.2e}  {event.tokens_per_s:,.0f} tokens/s  {_time(left)} left"
+            )
+            total = str(event.total_steps)
+            print_line(self._console, f"step {event.step:>{len(total)}}/{total}  {figures}")
 
-    def skipped(self, step: int, n_skipped: int, text: str) -> None:
-        """Print which step was skipped and why, and the total so far."""
-        self._dashboard.step, self._dashboard.skipped = step, n_skipped
-        self.notice(f"skipped {text}; {n_skipped} skipped so far")
+    def on_validation(self, event: ValidationEvent) -> None:
+        """Show the validation loss on the dashboard."""
+        self._dashboard.validation, self._dashboard.is_best = (event.step, event.result.loss), event.is_best
+        self._draw()
 
-    def _time_left_s(self, step: int) -> int:
+    def _time_left_s(self, event: StepEvent) -> float:
         """Return the seconds for the remaining steps at the mean time per step, validations and saves included."""
-        per_step = (self._clock() - self._start_s) / max(1, step - self._first_step)
-        return round(per_step * (self._total - step))
+        per_step = (self._clock() - self._start_s) / max(1, event.step - self._first_step)
+        return per_step * (event.total_steps - event.step)
 
     def _draw(self, force: bool = False) -> None:
         now = self._clock()
@@ -152,30 +156,6 @@ class ConsoleReporter:
         self._last_draw_s = now
         self._dashboard.elapsed_s, self._dashboard.memory = now - self._start_s, memory_in_use()
         self._live.update(self._dashboard.render(), refresh=True)
-
-    def evaluation(self, step: int, result: Evaluation, is_best: bool) -> None:
-        """Print loss, perplexity and bits per byte."""
-        self._dashboard.validation, self._dashboard.is_best = (step, result.loss), is_best
-        figures = (
-            f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  {result.bits_per_byte:.4f} bits per byte"
-            f"{LOSSY if result.lossy_tokenizer else ''}"
-        )
-        self.notice(f"validation at step {step}: {figures}{'  (best so far)' if is_best else ''}")
-        self._draw()
-
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        """Print prompt and text in one line; metrics.jsonl keeps the line breaks."""
-        self.notice(f"sample at step {step}: {' '.join(f'{prompt}{text}'.split())}")
-
-    def saved(self, folder: Path) -> None:
-        """Print nothing: checkpoints are routine."""
-
-    def stop(self) -> None:
-        """Draw the final state of the dashboard and leave it on the terminal."""
-        if self._live is not None:
-            self._draw(force=True)
-            self._live.stop()
-            self._live = None
 
 
 def sparkline(values: Sequence[float]) -> str:

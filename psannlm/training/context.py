@@ -1,4 +1,4 @@
-"""The parts that a training loop works with: model, data, optimisers, log, reporter, callbacks and stop signals."""
+"""The parts that a training loop works with: model, data, optimisers, log, display, callbacks and stop signals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.callbacks import Callback
 from psannlm.training.metrics import MetricsLog
 from psannlm.training.optim import OptimizerSet
-from psannlm.training.reporting import Reporter
 from psannlm.training.schedule import learning_rate
 
 # (model, tokenizer, prompts, max_new_tokens, seed) -> the continuation of each prompt.
@@ -50,6 +49,7 @@ class Run:
     Attributes:
         module: ``model``, compiled or wrapped for several ranks.
         total_steps: number of the last step.
+        display: gets the events that callbacks get, and never makes the run wait for the device.
         lost_fraction: as in ``PreparedData``.
         stop: set by a signal: finish the current step, save, and raise ``Interrupted``.
         ending: set by the caller: finish the current step, save, and return.
@@ -67,7 +67,6 @@ class Run:
     tokenizer: Tokenizer | None
     folder: Path
     log: MetricsLog | None
-    reporter: Reporter
     total_steps: int
     lost_fraction: float | None = None
     sampler: Sampler | None = None
@@ -75,6 +74,7 @@ class Run:
     budget: TimeBudget = field(default_factory=TimeBudget)
     stop: threading.Event = field(default_factory=threading.Event)
     callbacks: tuple[Callback, ...] = ()
+    display: Callback | None = None
     ending: threading.Event = field(default_factory=threading.Event)
 
     def learning_rate(self, step: int) -> float:
@@ -106,7 +106,7 @@ class Run:
         return self.stop.is_set() or self.ending.is_set() or self.budget.is_spent
 
     def notify(self, call: Callable[[Callback], None]) -> None:
-        """Apply ``call`` to every callback, on rank 0 only."""
+        """Apply ``call`` to the display and to every callback, on rank 0 only."""
         if self.world.is_main:
-            for callback in self.callbacks:
+            for callback in (*filter(None, [self.display]), *self.callbacks):
                 call(callback)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from dataclasses import replace
@@ -19,6 +20,8 @@ from psannlm.training.failures import NOT_FINITE, describe_last_checkpoint, expl
 from psannlm.training.parallel import is_sharded
 from psannlm.training.pending import PendingStep, PendingSteps
 from psannlm.training.step import seed_step, train_step
+
+log = logging.getLogger(__name__)
 
 
 def run_steps(run: Run, state: TrainerState) -> TrainerState:
@@ -100,9 +103,7 @@ def _validate_parent(run: Run, windows: Windows, name: str) -> None:
     )
     if run.log is not None:
         run.log.write("parent", 0, replace(result, lost_fraction=run.lost_fraction).as_dict())
-    run.reporter.notice(
-        f"before the first step: validation loss {result.loss:.4f} nats per token, with the weights of {name}"
-    )
+    log.info(f"before the first step: validation loss {result.loss:.4f} nats per token, with the weights of {name}")
 
 
 def _validate(run: Run, state: TrainerState, windows: Windows) -> tuple[TrainerState, bool]:
@@ -116,8 +117,9 @@ def _validate(run: Run, state: TrainerState, windows: Windows) -> tuple[TrainerS
     is_best = state.best is None or result.loss < state.best["loss"]
     if run.log is not None:
         run.log.write("eval", state.step, result.as_dict())
-    run.reporter.evaluation(state.step, result, is_best)
-    run.notify(lambda callback: callback.on_validation(ValidationEvent(state.step, result, is_best)))
+    event = ValidationEvent(state.step, result, is_best)
+    log.info(event)
+    run.notify(lambda callback: callback.on_validation(event))
     # No rank alone holds all weights of a sharded model.
     if run.world.is_main and not is_sharded(run.model):
         _sample(run, state.step)
@@ -136,7 +138,8 @@ def _sample(run: Run, step: int) -> None:
     for prompt, text in zip(prompts, texts, strict=True):
         if run.log is not None:
             run.log.write("sample", step, {"prompt": prompt, "text": text})
-        run.reporter.sample(step, prompt, text)
+        # In one line; metrics.jsonl keeps the line breaks.
+        log.info(f"sample at step {step}: {' '.join(f'{prompt}{text}'.split())}")
 
 
 def _score_tasks(run: Run, step: int) -> None:
@@ -148,7 +151,7 @@ def _score_tasks(run: Run, step: int) -> None:
         run.log.write("tasks", step, task_figures(scores))
     for score in scores:
         error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
-        run.reporter.notice(f"step {step}: {score.task} {score.value:.3f}{error} (chance {score.chance:.3f})")
+        log.info(f"step {step}: {score.task} {score.value:.3f}{error} (chance {score.chance:.3f})")
 
 
 def _save(run: Run, state: TrainerState, is_best: bool) -> None:
@@ -169,6 +172,5 @@ def _save(run: Run, state: TrainerState, is_best: bool) -> None:
     if is_best:
         point(run.folder, BEST, state.step)
     prune(run.folder, run.config.train.keep_checkpoints, None if state.best is None else state.best["step"])
-    run.reporter.saved(folder)
     run.notify(lambda callback: callback.on_save(SaveEvent(state.step, folder, is_best)))
     run.world.wait()

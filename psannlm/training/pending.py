@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from psannlm.training.checkpoint import TrainerState
 from psannlm.training.context import Run
 from psannlm.training.failures import MAX_CONSECUTIVE_SKIPS, describe_last_checkpoint, describe_non_finite
 from psannlm.training.step import StepResult
+
+log = logging.getLogger(__name__)
 
 
 class Throughput:
@@ -107,8 +110,7 @@ class PendingSteps:
             skipped = {"skipped": state.skipped} if state.skipped else {}
             sources = {"source_windows": list(seen)} if seen else {}
             run.log.write("train", step, {**metrics, **timing, **skipped, **sources})
-        run.reporter.step(step, result.loss, pending.lr, tokens_per_s, pending.is_logged)
-        self._notify(pending, tokens, is_skipped=False)
+        self._notify(pending, tokens, state.skipped, is_skipped=False)
         state = replace(state, step=step, position=after, tokens=tokens, metrics=metrics, skipped_in_a_row=0)
         return replace(state, source_windows=seen)
 
@@ -124,13 +126,14 @@ class PendingSteps:
             run.log.write("skipped", step, found.as_dict())
         if in_a_row == MAX_CONSECUTIVE_SKIPS:
             raise DivergedError(f"{found}, as in the {in_a_row - 1} steps before; {last_checkpoint}. {remedy}.")
-        run.reporter.skipped(step, state.skipped + 1, str(found))
-        self._notify(pending, state.tokens, is_skipped=True)
+        n_skipped = state.skipped + 1
+        log.warning(f"skipped {found}; {n_skipped} skipped so far")
+        self._notify(pending, state.tokens, n_skipped, is_skipped=True)
         after, seen = pending.batch.after, _add(state.source_windows, pending.batch.source_windows)
         state = replace(state, step=step, position=after, source_windows=seen)
-        return replace(state, skipped=state.skipped + 1, skipped_in_a_row=in_a_row)
+        return replace(state, skipped=n_skipped, skipped_in_a_row=in_a_row)
 
-    def _notify(self, pending: PendingStep, tokens: int, *, is_skipped: bool) -> None:
+    def _notify(self, pending: PendingStep, tokens: int, n_skipped: int, *, is_skipped: bool) -> None:
         event = StepEvent(
             step=pending.step,
             total_steps=self._run.total_steps,
@@ -141,6 +144,8 @@ class PendingSteps:
             tokens=tokens,
             tokens_per_s=self.throughput.tokens_per_s,
             is_skipped=is_skipped,
+            n_skipped=n_skipped,
+            is_logged=pending.is_logged,
         )
         self._run.notify(lambda callback: callback.on_step(event))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,8 @@ from psannlm.runtime.device import compiler_fault, gpu_memory_bytes, pick_device
 from psannlm.runtime.distributed import World, local_ranks, world_from_env
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
 from psannlm.training.initial import load_parent, refuse_other_tokenizer, with_parent_model
+
+log = logging.getLogger(__name__)
 
 # The memory estimate runs layer by layer; more layers than this would take long.
 _MAX_LAYERS = 4096
@@ -73,11 +75,10 @@ class TrainingPlan:
         return {**plain, "config": config, "batches": asdict(self.batches), **tokens}
 
 
-def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int | None = None) -> TrainingPlan:
+def plan_training(config: RunConfig, n_ranks: int | None = None) -> TrainingPlan:
     """Read and tokenize the corpus, without building weights or writing files; return the :class:`TrainingPlan`.
 
     Args:
-        notice: called with each warning.
         n_ranks: number of processes to plan for; None: those that torchrun started, or this one.
 
     Raises:
@@ -97,20 +98,20 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
     if config.model.n_layers > _MAX_LAYERS:
         refuse_oversize(config.model, MIN_VOCAB_SIZE, place)
     parent = None if config.train.init_from is None else load_parent(config)
-    data = load_corpus(config.data, notice, None if parent is None else parent.tokenizer)
+    data = load_corpus(config.data, None if parent is None else parent.tokenizer)
     if parent is not None:
         refuse_other_tokenizer(parent, data)
     model = resolve(config.model, vocab_size=data.tokenizer.vocab_size, max_seq_len=config.data.max_length)
     if (oversize := describe_oversize(model, place)) is not None:
-        notice(f"note: {oversize}")
+        log.warning(f"note: {oversize}")
     loader = build_loader(config, data, world)
     n_steps = total_steps(config, loader.steps_per_epoch)
     for line in config_warnings(config, loader, n_steps):
-        notice(line)
+        log.warning(line)
     flops = run_flops(config, model, n_steps)
     _, reason = decide_compiling(config.train.compile, device, flops, is_sharded=config.train.fsdp == "full")
     if reason is not None:
-        notice(reason)
+        log.info(reason)
     memory = training_memory(
         model,
         batches.micro_batch_size,
@@ -122,7 +123,7 @@ def plan_training(config: RunConfig, notice: Callable[[str], None], n_ranks: int
     )
     checkpoint_bytes = memory.weights + memory.optimizer
     for line in _disk_warnings(config, checkpoint_bytes):
-        notice(line)
+        log.warning(line)
     if config.train.fsdp == "full":
         memory = sharded_memory(
             memory,

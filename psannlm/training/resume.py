@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -33,8 +34,9 @@ from psannlm.training.checkpoint import (
     step_of,
 )
 from psannlm.training.optim import OptimizerSet
-from psannlm.training.reporting import Reporter
 from psannlm.training.run_folder import foreign_entry
+
+log = logging.getLogger(__name__)
 
 
 def identity(data: PreparedData) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def preparation(found: tuple[Path, TrainerState] | None) -> int:
     return PREPARATION if found is None else found[1].preparation or 1
 
 
-def find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter) -> tuple[Path, TrainerState] | None:
+def find_state(config: RunConfig, folder: Path, resume: str) -> tuple[Path, TrainerState] | None:
     """Return the checkpoint to resume from, or None to start from scratch; ``resume`` as in ``run.train``.
 
     Raises:
@@ -63,7 +65,7 @@ def find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter)
     if resume == "never":
         return None
     if resume == "auto":
-        found = latest_valid_checkpoint(folder, reporter.notice)
+        found = latest_valid_checkpoint(folder)
         if found is None:
             return None
     elif list_checkpoints(Path(resume)):
@@ -85,7 +87,7 @@ def find_state(config: RunConfig, folder: Path, resume: str, reporter: Reporter)
     changed = [line for line in differences(former, config) if line.partition(":")[0] not in NON_SEMANTIC_KEYS]
     if resume != "auto":
         for line in changed:
-            reporter.notice(f"changed since the checkpoint: {line}")
+            log.info(f"changed since the checkpoint: {line}")
         changed = [line for line in changed if not line.startswith("train.")]
     if changed:
         what = "\n  ".join(changed)
@@ -184,14 +186,14 @@ def _is_in(checkpoint: Path, folder: Path) -> bool:
     return checkpoint.resolve().parent == folder.resolve()
 
 
-def archive_newer_checkpoints(lock: RunLock, checkpoint: Path, best: dict[str, Any] | None, reporter: Reporter) -> None:
+def archive_newer_checkpoints(lock: RunLock, checkpoint: Path, best: dict[str, Any] | None) -> None:
     """Move checkpoints newer than ``checkpoint`` out of the run folder, where they would count as the latest state.
 
     If ``checkpoint`` is in another folder, the whole run is moved aside.
     """
     folder = lock.folder
     if not _is_in(checkpoint, folder):
-        move_aside(lock, reporter)
+        move_aside(lock)
         return
     later = [
         path
@@ -204,7 +206,7 @@ def archive_newer_checkpoints(lock: RunLock, checkpoint: Path, best: dict[str, A
             aside.mkdir()
             for path in later:
                 path.rename(aside / path.name)
-        reporter.notice(f"moved the checkpoints after {checkpoint.name} to {aside}")
+        log.info(f"moved the checkpoints after {checkpoint.name} to {aside}")
     # A process killed between a save and the update of these files leaves them out of date.
     point(folder, LATEST, step_of(checkpoint.resolve()))
     if best is not None:
@@ -213,7 +215,7 @@ def archive_newer_checkpoints(lock: RunLock, checkpoint: Path, best: dict[str, A
         (folder / BEST).unlink(missing_ok=True)
 
 
-def move_aside(lock: RunLock, reporter: Reporter) -> None:
+def move_aside(lock: RunLock) -> None:
     """Rename a run folder that holds checkpoints.
 
     Raises:
@@ -229,7 +231,7 @@ def move_aside(lock: RunLock, reporter: Reporter) -> None:
         )
     aside = _free_name(lock.folder)
     lock.move_folder(aside)
-    reporter.notice(f"moved the run in {lock.folder} to {aside}")
+    log.info(f"moved the run in {lock.folder} to {aside}")
 
 
 def _free_name(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from psannlm.config.run import RunConfig, plan_batches, to_yaml
@@ -37,11 +39,13 @@ from psannlm.runtime.device import (
     require_compiler,
 )
 from psannlm.runtime.distributed import World, process_group, world_from_env
+from psannlm.runtime.log import without_messages
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE
 from psannlm.tokenizers.roundtrip import is_lossy
 from psannlm.training.callbacks import Callback
 from psannlm.training.checkpoint import BEST, TrainerState, read_pointer, step_folder
+from psannlm.training.console import ConsoleDisplay
 from psannlm.training.context import Run, Sampler, TimeBudget
 from psannlm.training.initial import Parent, load_parent, refuse_other_tokenizer, with_parent_model
 from psannlm.training.loop import run_steps
@@ -57,7 +61,6 @@ from psannlm.training.plan import (
     place_of,
     run_flops,
 )
-from psannlm.training.reporting import Reporter, SilentReporter
 from psannlm.training.result import TrainResult
 from psannlm.training.resume import (
     archive_newer_checkpoints,
@@ -80,12 +83,14 @@ from psannlm.training.run_folder import (
     write_status,
 )
 
+log = logging.getLogger(__name__)
+
 
 def train(
     config: RunConfig,
     *,
     resume: str = "auto",
-    reporter: Reporter | None = None,
+    console: Console | None = None,
     data: PreparedData | None = None,
     model: Transformer | None = None,
     sampler: Sampler | None = None,
@@ -99,6 +104,7 @@ def train(
         resume: ``auto`` resumes from the latest valid checkpoint of the run folder, which must have the same
             configuration; ``never`` starts from scratch, after renaming an existing run folder; any other value is
             the path of a checkpoint to start from, whose ``train`` settings may differ.
+        console: shows progress on rank 0; None: no progress. Messages are logged in either case.
         data: a prepared corpus; None prepares ``config.data``.
         model: model to train in place; None builds ``config.model``.
         sampler: continues ``train.sample_prompts`` at each validation; None: no samples.
@@ -125,35 +131,37 @@ def train(
     place = place_of(config, world, device)
     if model is None:
         refuse_oversize(config.model, MIN_VOCAB_SIZE, place)
-    if reporter is None or not world.is_main:
-        reporter = SilentReporter()
     folder = Path(os.path.expanduser(config.train.checkpoint_dir))
     # Take the lock inside the process group, so that all ranks end if it is refused.
-    with process_group(world, device), RunLock(folder) if world.is_main else nullcontext() as lock:
+    with (
+        process_group(world, device),
+        nullcontext() if world.is_main else without_messages(),
+        RunLock(folder) if world.is_main else nullcontext() as lock,
+    ):
         if lock is not None:
             with explain_write_errors(folder):
                 remove_leftovers(folder)
             if resume == "never":
-                move_aside(lock, reporter)
+                move_aside(lock)
             refuse_foreign_files(folder, config, config.train.max_steps)
         world.wait()
-        start = _find_start(config, folder, resume, reporter, data, model, world, place)
+        start = _find_start(config, folder, resume, data, model, world, place)
         world.wait()
-        run, state = _build(config, start, world, precision, folder, reporter)
+        run, state = _build(config, start, world, precision, folder)
         run.sampler, run.budget, run.callbacks = sampler, budget, tuple(callbacks)
         run.ending = ending or run.ending
         run.tasks = _validation_tasks(run)
         if start.found is not None:
             if lock is not None:
-                archive_newer_checkpoints(lock, start.found[0], state.best, reporter)
-            reporter.notice(f"resuming from {start.found[0]}: step {state.step} of {run.total_steps}")
-        reporter.notice(_describe_run(run))
+                archive_newer_checkpoints(lock, start.found[0], state.best)
+            log.info(f"resuming from {start.found[0]}: step {state.step} of {run.total_steps}")
+        log.info(_describe_run(run))
         if is_sharded(run.model) and sampler is not None and config.train.sample_prompts:
-            reporter.notice("note: no samples with fsdp: full; psannlm generate samples from any checkpoint")
+            log.warning("note: no samples with fsdp: full; psannlm generate samples from any checkpoint")
         if world.is_main:
             _write_description(folder, config, state.lineage)
         began = time.monotonic()
-        state = _run_loop(run, state)
+        state = _run_loop(run, state, console if world.is_main else None)
         curve = _draw(run)
         if is_sharded(run.model):
             # Gather the full weights on rank 0, and on ranks whose caller passed a full model.
@@ -185,14 +193,13 @@ def _result(
     )
 
 
-def _run_loop(run: Run, state: TrainerState) -> TrainerState:
+def _run_loop(run: Run, state: TrainerState, console: Console | None) -> TrainerState:
     """Run the loop with its log, progress display and signal handlers; return the state at its end."""
-    reporter = run.reporter
     try:
         with (
             recording_failure(run.folder) if run.world.is_main else nullcontext(),
             _logging(run, state.step),
-            _reporting(reporter, state.step, run.total_steps),
+            ConsoleDisplay(console, state.step, run.total_steps) if console else nullcontext() as run.display,
             stopping_on_signals(run.stop),
         ):
             state = run_steps(run, state)
@@ -211,7 +218,7 @@ def _run_loop(run: Run, state: TrainerState) -> TrainerState:
     if not is_finished:
         reason = "stopped on request" if run.ending.is_set() else "the time budget is spent"
         where = f"after step {state.step} of {run.total_steps}; saved in {run.folder}"
-        reporter.notice(f"{reason} {where}; run the same command to resume")
+        log.info(f"{reason} {where}; run the same command to resume")
     return state
 
 
@@ -229,7 +236,6 @@ def _find_start(
     config: RunConfig,
     folder: Path,
     resume: str,
-    reporter: Reporter,
     data: PreparedData | None,
     model: Transformer | None,
     world: World,
@@ -239,12 +245,12 @@ def _find_start(
 
     New weights that will be sharded are built on rank 0 only, which sends the shards to the others.
     """
-    found = find_state(config, folder, resume, reporter)
+    found = find_state(config, folder, resume)
     loaded = None if found is None else load_model(found[0])
     parent = load_parent(config) if found is None and config.train.init_from is not None else None
     if data is None:
         tokenizer = parent.tokenizer if parent is not None else None if loaded is None else loaded.tokenizer
-        data = load_corpus(config.data, reporter.notice, tokenizer, preparation(found))
+        data = load_corpus(config.data, tokenizer, preparation(found))
     if found is not None:
         refuse_other_data(found, data)
     vocab_size = data.tokenizer.vocab_size
@@ -269,7 +275,7 @@ def _start_from(parent: Parent, data: PreparedData, model: Transformer | None, v
 
 
 def _build(
-    config: RunConfig, start: _Start, world: World, precision: Precision, folder: Path, reporter: Reporter
+    config: RunConfig, start: _Start, world: World, precision: Precision, folder: Path
 ) -> tuple[Run, TrainerState]:
     """Build the parts of a run and restore the checkpoint into them. Nothing is written."""
     data, model = start.data, start.model
@@ -287,14 +293,14 @@ def _build(
         state = replace(restore(start.found, folder, optimizers, scaler), **settings)
         refuse_past_schedule(start.found, n_steps)
     for line in config_warnings(config, loader, n_steps):
-        reporter.notice(line)
+        log.warning(line)
     is_compiled, reason = decide_compiling(
         config.train.compile, precision.device, run_flops(config, model.config, n_steps), is_sharded=is_sharded(model)
     )
     if reason is not None:
-        reporter.notice(reason)
+        log.info(reason)
     elif precision.device.type == "cuda" and (missing := missing_to_compile(precision.device)) is not None:
-        reporter.notice(f"sine and loss are not fused on the GPU, which is slower; fusing needs {missing}")
+        log.warning(f"sine and loss are not fused on the GPU, which is slower; fusing needs {missing}")
     world.wait()
     run = Run(
         config=config,
@@ -309,7 +315,6 @@ def _build(
         tokenizer=data.tokenizer,
         folder=folder,
         log=None,
-        reporter=reporter,
         total_steps=n_steps,
         lost_fraction=data.lost_fraction,
     )
@@ -348,10 +353,10 @@ def _validation_tasks(run: Run) -> ValidationTasks | None:
     if not names or run.tokenizer is None:
         return None
     if is_sharded(run.model):
-        run.reporter.notice("note: no task scores with fsdp: full; psannlm eval --tasks scores any checkpoint")
+        log.warning("note: no task scores with fsdp: full; psannlm eval --tasks scores any checkpoint")
         return None
     if run.val_windows is None:
-        run.reporter.notice("note: no task scores without validations; set data.val_split")
+        log.warning("note: no task scores without validations; set data.val_split")
         return None
     return ValidationTasks(names, run.tokenizer, run.val_windows.store, run.model) if run.world.is_main else None
 
@@ -371,20 +376,11 @@ def _logging(run: Run, step: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _reporting(reporter: Reporter, step: int, n_steps: int) -> Iterator[None]:
-    reporter.start(step, n_steps)
-    try:
-        yield
-    finally:
-        reporter.stop()
-
-
 def _draw(run: Run) -> Path | None:
     """Draw the loss curve and return its path. If that fails, report it and return None: the run is still valid."""
     rows = read_metrics(run.folder) if run.world.is_main else []
     try:
         return draw_curve(run.folder, f"{run.folder.name}: {run.config.model.base}", rows) if rows else None
     except (PictureError, StorageError) as error:
-        run.reporter.notice(f"note: no loss curve: {error}")
+        log.warning(f"note: no loss curve: {error}")
         return None

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from rich.console import Console
+
 from psannlm.config.data import DataConfig
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import RunConfig, plan_batches
@@ -26,7 +28,6 @@ from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.callbacks import Callback
 from psannlm.training.context import Sampler
 from psannlm.training.plan import cut_windows
-from psannlm.training.reporting import Reporter
 from psannlm.training.result import TrainResult
 from psannlm.training.run import train
 
@@ -65,7 +66,7 @@ class Trainer:
         callbacks: see :class:`~psannlm.training.callbacks.Callback`; called in this order.
         resume: ``auto`` resumes from the latest valid checkpoint of ``checkpoint_dir``, ``never`` starts from scratch,
             any other value is the path of a checkpoint.
-        reporter: receives progress and messages; None: no output.
+        console: a rich console that shows progress; None: no progress. Messages are logged in either case.
         sampler: continues ``config.sample_prompts`` at each validation; None: no samples.
         time_budget_s: seconds after which the current step is finished and saved, and :meth:`train` returns.
 
@@ -90,7 +91,7 @@ class Trainer:
         *,
         callbacks: Sequence[Callback] = (),
         resume: str = "auto",
-        reporter: Reporter | None = None,
+        console: Console | None = None,
         sampler: Sampler | None = None,
         time_budget_s: float | None = None,
     ) -> None:
@@ -110,7 +111,7 @@ class Trainer:
             self.model.config = resolve(self.model.config.model_copy(update={"max_seq_len": context}))
         self.resume = resume
         self.result: TrainResult | None = None
-        self._reporter, self._sampler, self._time_budget_s = reporter, sampler, time_budget_s
+        self._console, self._sampler, self._time_budget_s = console, sampler, time_budget_s
         self._ending = threading.Event()
 
     def train(self) -> TrainResult:
@@ -130,7 +131,7 @@ class Trainer:
         self.result = train(
             self.config,
             resume=self.resume,
-            reporter=self._reporter,
+            console=self._console,
             data=self._data,
             model=self.model,
             sampler=self._sampler,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import sys
@@ -20,9 +21,13 @@ from psannlm.commands.options import (
     figures_table,
     live_line,
     print_json,
+    print_message,
+    stderr_console,
     table_text,
     text_argument,
 )
+from psannlm.runtime.consoles import print_line
+from psannlm.runtime.log import receiving_messages
 
 
 def test_live_line_limits_plain_lines() -> None:
@@ -36,18 +41,40 @@ def test_live_line_limits_plain_lines() -> None:
         if page.getvalue().count("\n") > len(shown):
             shown.append(now)
     assert shown == [1.0, 6.0, 11.0], "the first one early, then every five seconds"
-    line.keep("[a] notice")
-    assert page.getvalue().splitlines() == ["at 1.0", "at 6.0", "at 11.0", "[a] notice"]
+    assert page.getvalue().splitlines() == ["at 1.0", "at 6.0", "at 11.0"]
+
+
+class Terminal(io.StringIO):
+    """A stream that calls itself a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_live_line_keep_prints_with_and_without_terminal(is_terminal: bool) -> None:
-    page = io.StringIO()
-    with live_line(Console(file=page, width=80, force_terminal=is_terminal)) as line:
-        line.keep("kept")
+def test_message_prints_above_live_line(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    page = Terminal() if is_terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", page)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(LiveLine, "_REDRAW_S", 0.0)
+    with receiving_messages(print_message), live_line(stderr_console()) as line:
+        line.show("at work")
+        logging.getLogger("psannlm.prep.pipeline").info("[a] message")
         line.show("too early to be shown")
-    assert "kept" in page.getvalue()
-    assert "too early" not in page.getvalue()
+    text = page.getvalue()
+    assert "[a] message" in text
+    # On a terminal the live line is drawn again below the message.
+    assert text.count("at work") == (2 if is_terminal else 1)
+    assert text.index("[a] message") < (text.rindex("at work") if is_terminal else len(text))
+
+
+def test_console_of_stderr_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = io.StringIO(), io.StringIO()
+    for page in pages:
+        monkeypatch.setattr(sys, "stderr", page)
+        assert stderr_console() is stderr_console()
+        print_message("here")
+    assert [page.getvalue() for page in pages] == ["here\n"] * 2
 
 
 def test_table_text_has_no_styles() -> None:
@@ -79,8 +106,7 @@ def test_console_escapes_control_characters() -> None:
     hostile = "a\x1b[2J\x9b\u202e\udce9"
     shown = "a\\x1b[2J\\x9b\\u202e\\xe9"
     page = io.StringIO()
-    line = LiveLine(Console(file=page, width=200), None)
-    line.keep(hostile)
+    print_line(Console(file=page, width=200), hostile)
     assert page.getvalue() == f"{shown}\n"
     text = table_text(figures_table(hostile, [(hostile, hostile)]))
     assert text.count(shown) == 3

@@ -44,18 +44,16 @@ def test_prep_and_again(psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_pa
 
 
 def test_prep_and_load_corpus_print_the_same_tokens(
-    psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_path: Path
+    psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     arguments = [str(tiny_corpus), "--per-line", "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out")]
     made = psannlm("prep", *arguments, "--val-split", "0")
     (row,) = (line.split("│") for line in made.out.splitlines() if line.startswith("│ train"))
-    lines: list[str] = []
+    logged.clear()
     source = PathSource(path=str(tiny_corpus), per_line=True)
     for sources in ((source,), (PathSource(path=str(tmp_path / "out")),)):
-        load_corpus(
-            DataConfig(sources=sources, tokenizer_model_path=str(tokenizer), val_split=0, max_length=8), lines.append
-        )
-    counts = [line.split(" bytes, ")[1].split(" tokens")[0] for line in lines if line.startswith("train: ")]
+        load_corpus(DataConfig(sources=sources, tokenizer_model_path=str(tokenizer), val_split=0, max_length=8))
+    counts = [line.split(" bytes, ")[1].split(" tokens")[0] for line in logged.messages if line.startswith("train: ")]
     manifest = read_manifest(tmp_path / "out")
     assert counts == [row[4].strip()] * 2 == [f"{manifest.train.tokens - manifest.train.documents:,}"] * 2
 

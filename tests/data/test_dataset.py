@@ -85,7 +85,7 @@ def test_a_pickled_dataset_is_the_same(
     tokenizer = CharTokenizer.fit(tiny_texts, 300)
     folder = prepare_folder(tmp_path, tokenizer, tiny_texts)
     config = DataConfig(sources=(PathSource(path=str(folder)),), max_length=16)
-    on_disk = load_corpus(config, lambda line: None)
+    on_disk = load_corpus(config)
     settings: dict[str, Any] = {"tokenizer": tokenizer, "config": config, "text_sha256": on_disk.report.sha256}
     sharded = LMDataset(on_disk.train, 16, pad_id=tokenizer.pad_id, **settings)
     for one in (dataset, sharded):

@@ -24,10 +24,6 @@ def numbered(n: int) -> list[Document]:
     return [Document(f"document {i} of the corpus", f"text {i + 1}") for i in range(n)]
 
 
-def quiet(line: str) -> None:
-    pass
-
-
 @given(n=st.integers(2, 60), share=st.floats(0.001, 0.999), seed=st.integers(0, 50))
 def test_the_split_parts_the_documents_and_never_takes_all(n: int, share: float, seed: int) -> None:
     documents = numbered(n)
@@ -116,14 +112,14 @@ def test_a_document_too_short_to_cut_is_an_error(text: str) -> None:
 def test_the_tokenizer_never_sees_held_out_text(monkeypatch: pytest.MonkeyPatch, byte_tokenizer: Tokenizer) -> None:
     seen: list[str] = []
 
-    def fit(texts, backend, vocab_size, *, seed, notice):  # type: ignore[no-untyped-def]
+    def fit(texts, backend, vocab_size, *, seed):  # type: ignore[no-untyped-def]
         seen.extend(texts)
         assert (backend, vocab_size, seed) == ("simple", 300, 7)
         return byte_tokenizer
 
     monkeypatch.setattr(prepare_module, "fit_tokenizer", fit)
     config = DataConfig(tokenizer="simple", vocab_size=300, val_split=0.25, seed=7, max_length=8)
-    data = load_documents(numbered(20), config, quiet)
+    data = load_documents(numbered(20), config)
     assert data.val is not None
     assert data.val.names == tuple(d.name for d in split_documents(numbered(20), 0.25, 7)[1])
     assert set(data.train.names).isdisjoint(data.val.names)
@@ -139,22 +135,23 @@ def test_load_corpus_uses_given_tokenizer_file(
         prepare_module, "load_tokenizer", lambda path: byte_tokenizer if path.name == "t.json" else None
     )
     config = DataConfig(tokenizer_model_path=str(tmp_path / "t.json"), max_length=8)
-    assert load_documents(numbered(3), config, quiet).tokenizer is byte_tokenizer
+    assert load_documents(numbered(3), config).tokenizer is byte_tokenizer
 
 
 def test_load_corpus_tokenizer_backend_mismatch_raises(tmp_path: Path) -> None:
     path = str(CharTokenizer("é").save(tmp_path / "t.json"))
     for named in ("auto", "simple"):
         config = DataConfig(tokenizer=named, tokenizer_model_path=path, max_length=8)
-        assert load_documents(numbered(3), config, quiet).tokenizer.backend == "simple"
+        assert load_documents(numbered(3), config).tokenizer.backend == "simple"
     with pytest.raises(ConfigError, match=r"sentencepiece is configured.*t\.json is a file of simple"):
-        load_documents(numbered(3), DataConfig(tokenizer="sentencepiece", tokenizer_model_path=path), quiet)
+        load_documents(numbered(3), DataConfig(tokenizer="sentencepiece", tokenizer_model_path=path))
 
 
-def test_load_documents_keeps_texts_and_reports_figures(byte_tokenizer: Tokenizer) -> None:
-    said: list[str] = []
+def test_load_documents_keeps_texts_and_reports_figures(
+    byte_tokenizer: Tokenizer, logged: pytest.LogCaptureFixture
+) -> None:
     documents = [*numbered(12), Document(" \n", "blank")]
-    data = load_documents(documents, DataConfig(val_split=0.25, max_length=8), said.append, byte_tokenizer)
+    data = load_documents(documents, DataConfig(val_split=0.25, max_length=8), byte_tokenizer)
     assert data.val is not None
     stores = (data.train, data.val)
     back = {
@@ -164,7 +161,7 @@ def test_load_documents_keeps_texts_and_reports_figures(byte_tokenizer: Tokenize
     }
     assert back == {document.name: document.text for document in numbered(12)}
     assert data.report.drops == {"blank document": 1}
-    joined = "\n".join(said)
+    joined = "\n".join(logged.messages)
     n_bytes, n_documents = data.train.n_bytes, data.train.n_documents
     assert f"{n_bytes:,} bytes, {n_bytes + n_documents:,} tokens (" in joined, "a byte is a token, a document one more"
     for figure in (
@@ -181,7 +178,7 @@ def test_load_documents_keeps_texts_and_reports_figures(byte_tokenizer: Tokenize
 def test_load_corpus_from_files(tiny_corpus: Path) -> None:
     source = {"path": str(tiny_corpus), "per_line": True}
     config = DataConfig.model_validate({"sources": [source], "tokenizer": "simple", "max_length": 32, "val_split": 0.1})
-    data = load_corpus(config, quiet)
+    data = load_corpus(config)
     assert data.val is not None
     assert data.train.n_documents + data.val.n_documents == 12
     lines = tiny_corpus.read_text(encoding="utf-8").splitlines()
@@ -192,20 +189,21 @@ def test_load_corpus_from_files(tiny_corpus: Path) -> None:
             assert store.doc_bytes[index] == len(line.encode())
 
 
-def test_load_corpus_shorter_than_window_gives_notice(byte_tokenizer: Tokenizer) -> None:
-    lines: list[str] = []
-    data = load_documents([Document("x" * 8, "d")], DataConfig(max_length=10), lines.append, byte_tokenizer)
-    assert [line for line in lines if "its 10 tokens" in line and "padded to data.max_length 10" in line]
+def test_load_corpus_shorter_than_window_gives_notice(
+    byte_tokenizer: Tokenizer, logged: pytest.LogCaptureFixture
+) -> None:
+    data = load_documents([Document("x" * 8, "d")], DataConfig(max_length=10), byte_tokenizer)
+    assert [line for line in logged.messages if "its 10 tokens" in line and "padded to data.max_length 10" in line]
     input_ids, labels = Windows(data.train, 10, pad_id=byte_tokenizer.pad_id).batch([0])
     assert labels[0].tolist() == [*input_ids[0, 1:9].tolist(), byte_tokenizer.eos_id, IGNORE_INDEX]
-    lines.clear()
-    load_documents([Document("x" * 8, "d")], DataConfig(max_length=9), lines.append, byte_tokenizer)
-    assert not [line for line in lines if "padded" in line]
+    logged.clear()
+    load_documents([Document("x" * 8, "d")], DataConfig(max_length=9), byte_tokenizer)
+    assert not [line for line in logged.messages if "padded" in line]
 
 
 def test_no_documents_are_an_error(byte_tokenizer: Tokenizer) -> None:
     with pytest.raises(CorpusError, match="no text"):
-        load_documents([], DataConfig(), quiet, byte_tokenizer)
+        load_documents([], DataConfig(), byte_tokenizer)
 
 
 LONG = "A paragraph that is long enough to say that it was seen before, word for word."
@@ -222,11 +220,10 @@ def test_shared_text_counts_bytes_of_repeated_paragraphs() -> None:
     assert shared_text([], train) == 0
 
 
-def test_overlap_is_reported_only_with_validation(byte_tokenizer: Tokenizer) -> None:
+def test_overlap_is_reported_only_with_validation(byte_tokenizer: Tokenizer, logged: pytest.LogCaptureFixture) -> None:
     documents = [Document(LONG, f"d{i}") for i in range(4)]
-    apart = load_documents(documents, DataConfig(max_length=8), quiet, byte_tokenizer)
+    apart = load_documents(documents, DataConfig(max_length=8), byte_tokenizer)
     assert (apart.val, apart.val_overlap) == (None, None)
-    said: list[str] = []
-    data = load_documents(documents, DataConfig(max_length=8, val_split=0.25), said.append, byte_tokenizer)
+    data = load_documents(documents, DataConfig(max_length=8, val_split=0.25), byte_tokenizer)
     assert data.val_overlap == 1
-    assert "100.0% of its text occurs verbatim in the training text" in said[-1]
+    assert "100.0% of its text occurs verbatim in the training text" in logged.messages[-1]

@@ -45,10 +45,12 @@ def config(*sources: Path | str | dict[str, Any], **settings: Any) -> DataConfig
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_prepared_folder_equals_loaded_documents(folder: Path, tokenizer: CharTokenizer, pack: bool) -> None:
-    said: list[str] = []
-    data = load_corpus(config(folder, max_length=16), said.append)
-    twin = load_documents([Document(t, "t") for t in TEXTS], config("x", max_length=16), print, tokenizer)
+def test_prepared_folder_equals_loaded_documents(
+    folder: Path, tokenizer: CharTokenizer, pack: bool, logged: pytest.LogCaptureFixture
+) -> None:
+    data = load_corpus(config(folder, max_length=16))
+    told = list(logged.messages)
+    twin = load_documents([Document(t, "t") for t in TEXTS], config("x", max_length=16), tokenizer)
     assert data.tokenizer.fingerprint == tokenizer.fingerprint
     assert data.val is not None
     assert (data.val.n_documents, data.val.n_bytes) == (2, sum(map(len, HELD_OUT)))
@@ -56,16 +58,14 @@ def test_prepared_folder_equals_loaded_documents(folder: Path, tokenizer: CharTo
     one, other = (Windows(d.train, 16, pad_id=tokenizer.pad_id, pack=pack) for d in (data, twin))
     for a, b in zip(one.batch(range(len(one))), other.batch(range(len(other))), strict=True):
         assert torch.equal(a, b)
-    assert said[0] == f"prepared folder: {folder}"
-    assert any(line.startswith("left out: blank document x 2") for line in said)
-    assert any(line.startswith("left out: duplicate x 1") for line in said)
-    assert said[-1].endswith("25.0% of its text occurs verbatim in the training text")
+    assert told[0] == f"prepared folder: {folder}"
+    assert any(line.startswith("left out: blank document x 2") for line in told)
+    assert any(line.startswith("left out: duplicate x 1") for line in told)
+    assert told[-1].endswith("25.0% of its text occurs verbatim in the training text")
 
 
 def test_the_folder_and_its_manifest_name_the_same_data(folder: Path) -> None:
-    shas = {
-        load_corpus(config(path, max_length=16), print).report.sha256 for path in (folder, folder / "manifest.json")
-    }
+    shas = {load_corpus(config(path, max_length=16)).report.sha256 for path in (folder, folder / "manifest.json")}
     assert shas == {open_folder(folder / "manifest.json").manifest.content_sha256}
 
 
@@ -97,41 +97,40 @@ def test_prepared_folder_rejects_other_settings(
         said = said.replace("OTHERPRINT", other.fingerprint).replace("OWNPRINT", tokenizer.fingerprint)
     sources = [twin if source == "TWIN" else source for source in others]
     with pytest.raises(ConfigError, match=said):
-        load_corpus(config(folder, *sources, max_length=16, **settings), print)
+        load_corpus(config(folder, *sources, max_length=16, **settings))
 
 
 def test_prepared_folder_without_validation_rejects_val_split(
-    prepare_folder: Build, tokenizer: CharTokenizer, tmp_path: Path
+    prepare_folder: Build, tokenizer: CharTokenizer, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     folder = prepare_folder(tmp_path, tokenizer, TEXTS)
-    assert load_corpus(config(folder, max_length=16), print).val is None
+    assert load_corpus(config(folder, max_length=16)).val is None
     with pytest.raises(ConfigError, match=r"nothing held out; set it to 0, or .* psannlm prep --val-split 0.1"):
-        load_corpus(config(folder, max_length=16, val_split=0.1), print)
-    lines: list[str] = []
-    load_corpus(config(folder, max_length=5000), lines.append)
-    assert [line for line in lines if "padded to data.max_length 5,000" in line]
+        load_corpus(config(folder, max_length=16, val_split=0.1))
+    load_corpus(config(folder, max_length=5000))
+    assert [line for line in logged.messages if "padded to data.max_length 5,000" in line]
 
 
 def test_prepared_folder_rejects_text_settings(folder: Path) -> None:
     for settings in ({"per_line": True}, {"text_key": "body"}):
         (key,) = settings
         with pytest.raises(ConfigError, match=rf"data.sources\[0\].{key}: .* decided by psannlm prep"):
-            load_corpus(config({"path": str(folder), **settings}), print)
+            load_corpus(config({"path": str(folder), **settings}))
 
 
 def test_prepared_folder_accepts_its_own_tokenizer(folder: Path, tokenizer: CharTokenizer, tmp_path: Path) -> None:
     same = tokenizer.save(tmp_path / "same.json")
-    load_corpus(config(folder, max_length=16, tokenizer="simple", tokenizer_model_path=str(same)), print)
+    load_corpus(config(folder, max_length=16, tokenizer="simple", tokenizer_model_path=str(same)))
 
 
 def test_prepared_folder_with_changed_tokenizer_raises(folder: Path, tokenizer: CharTokenizer) -> None:
     other = CharTokenizer("äö")
     other.save(folder / "tokenizer.json")
     with pytest.raises(ArtifactError, match=rf"tokenizer.json .*{other.fingerprint}.*{tokenizer.fingerprint}"):
-        load_corpus(config(folder), print)
+        load_corpus(config(folder))
     (folder / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"tokenizer.json"):
-        load_corpus(config(folder), print)
+        load_corpus(config(folder))
 
 
 @pytest.mark.parametrize("what", ["missing", "swapped", "cut", "foreign"])
@@ -150,7 +149,7 @@ def test_prepared_folder_damaged_shard_is_named(
         shutil.copy(other / shard.name, shard)
     expected = {"missing": "is missing", "swapped": "another shard", "cut": "cut short", "foreign": "another tokenizer"}
     with pytest.raises(ArtifactError, match=rf"train_00002.safetensors .*{expected[what]}"):
-        load_corpus(config(folder, max_length=16), print)
+        load_corpus(config(folder, max_length=16))
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from psannlm.data.tokenizer_training import (
     sample_corpus,
 )
 from psannlm.errors import CorpusError, StorageError
+from psannlm.runtime.progress import Progress
 from psannlm.tokenizers.char import CharTokenizer
 
 
@@ -59,10 +60,9 @@ def test_single_document_is_cut_in_two() -> None:
         sample_corpus([Document("a", "one")], seed=0)
 
 
-def test_fit_sample_is_bounded_and_seeded() -> None:
-    notices: list[str] = []
+def test_fit_sample_is_bounded_and_seeded(logged: pytest.LogCaptureFixture) -> None:
     given = documents(4000)
-    sampled = sample_corpus(given, seed=3, sample_chars=4000, notice=notices.append)
+    sampled = sample_corpus(given, seed=3, sample_chars=4000)
     assert sum(map(len, sampled.fitted_on)) == 4000
     assert sampled == sample_corpus(given, seed=3, sample_chars=4000)
     assert sampled.fitted_on != sample_corpus(given, seed=4, sample_chars=4000).fitted_on
@@ -70,33 +70,32 @@ def test_fit_sample_is_bounded_and_seeded() -> None:
         sum(start <= int(text[5:]) < start + 1000 for text in sampled.fitted_on) for start in range(0, 4000, 1000)
     ]
     assert all(65 < quarter < 135 for quarter in quarters), quarters
-    assert "random sample of 4,000" in notices[0]
+    assert "random sample of 4,000" in logged.messages[0]
 
 
 def test_fit_long_file_is_cut_into_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.data.tokenizer_training.SAMPLE_SEGMENT_BYTES", 2000)
     path = tmp_path / "long.txt"
     path.write_text("".join(f"Zeile {i}: Übermaß an Wörtern, immer wieder.\n" for i in range(2000)), encoding="utf-8")
-    read: list[tuple[int, int]] = []
+    read: list[Progress] = []
     card = fit_with_card(
-        [PathSource(path=str(path))], backend="simple", out=tmp_path / "t", notice=print,
-        on_bytes=lambda done, total: read.append((done, total)),
+        [PathSource(path=str(path))], backend="simple", out=tmp_path / "t",
+        on_progress=read.append,
     )  # fmt: skip
     size = path.stat().st_size
     assert (card.corpus_documents, card.corpus_bytes) == (1, size)
-    assert read[-1] == (size, size)
+    assert (read[-1].done, read[-1].total, read[-1].unit) == (size, size, "bytes")
     assert card.held_out_is_lossless
     assert 0.02 < card.held_out_bytes / size < 0.25
     assert json.loads(Path(card.card).read_text())["fingerprint"] == card.fingerprint
 
 
-def test_fit_unwritable_out_raises_before_reading(tmp_path: Path) -> None:
+def test_fit_unwritable_out_raises_before_reading(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("mine")
-    notices: list[str] = []
     sources = [PathSource(path=str(tmp_path / "missing.txt"))]
     with pytest.raises(StorageError, match="a file is in the place of a folder"):
-        fit_with_card(sources, out=tmp_path / "file" / "t.model", notice=notices.append)
-    assert notices == []
+        fit_with_card(sources, out=tmp_path / "file" / "t.model")
+    assert logged.messages == []
 
 
 def test_fit_cards_of_model_and_json_are_distinct(tmp_path: Path) -> None:
@@ -104,7 +103,7 @@ def test_fit_cards_of_model_and_json_are_distinct(tmp_path: Path) -> None:
     path.write_text("".join(f"line {i} of some text\n" for i in range(300)), encoding="utf-8")
     sources = [PathSource(path=str(path))]
     cards = [
-        fit_with_card(sources, backend=backend, vocab_size=300, out=tmp_path / name, notice=print)
+        fit_with_card(sources, backend=backend, vocab_size=300, out=tmp_path / name)
         for backend, name in (("sentencepiece", "t.model"), ("tokenizers", "t.json"))
     ]
     for card in cards:

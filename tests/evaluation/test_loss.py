@@ -20,6 +20,7 @@ from psannlm.evaluation.loss import Evaluation, _refuse_oversize, evaluate
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import Precision
 from psannlm.runtime.distributed import World
+from psannlm.runtime.progress import Progress
 
 FP32 = Precision(torch.device("cpu"), torch.float32, "fp32 as asked")
 BOS, EOS, PAD = 1, 2, 0
@@ -124,7 +125,7 @@ def test_evaluation_disables_dropout_and_restores_mode(training: bool) -> None:
 
 
 def test_evaluation_interrupted_restores_mode() -> None:
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(progress: Progress) -> None:
         raise KeyboardInterrupt
 
     scribe = Scribe().train()
@@ -135,10 +136,10 @@ def test_evaluation_interrupted_restores_mode() -> None:
 
 def test_evaluation_progress_ends_at_number_of_windows() -> None:
     windows = windows_of([7, 12])
-    reported: list[tuple[int, int]] = []
-    evaluate(Scribe(), windows, precision=FP32, batch_size=2, on_progress=lambda *at: reported.append(at))
-    assert [done for done, _ in reported] == sorted({done for done, _ in reported})
-    assert reported[-1] == (len(windows), len(windows))
+    reported: list[Progress] = []
+    evaluate(Scribe(), windows, precision=FP32, batch_size=2, on_progress=reported.append)
+    assert [at.done for at in reported] == sorted({at.done for at in reported})
+    assert (reported[-1].done, reported[-1].total) == (len(windows), len(windows))
 
 
 def test_evaluation_uses_given_precision(build_tiny: Callable[..., Transformer]) -> None:

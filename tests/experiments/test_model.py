@@ -103,7 +103,7 @@ def build_study(
     text = BASE.format(corpus=json.dumps(str(corpus)))
     (root / "base.yaml").write_text(text.replace(*base) if base[0] else text)
     (root / "plan.yaml").write_text(PLAN.replace(old, new) if old else PLAN)
-    return size_study(load_plan(root / "plan.yaml"), root / folder, lambda text: None)
+    return size_study(load_plan(root / "plan.yaml"), root / folder)
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_task_accuracy_uses_last_model_of_run(tmp_path: Path) -> None:
     (tmp_path / "task.txt").write_text("".join(write_task("copying", 1, 4_000)))
     (tmp_path / "base.yaml").write_text(BASE.format(corpus=json.dumps(str(tmp_path / "task.txt"))))
     (tmp_path / "plan.yaml").write_text(PLAN + "answers: copying\n")
-    study = size_study(load_plan(tmp_path / "plan.yaml"), tmp_path / "study", lambda text: None)
+    study = size_study(load_plan(tmp_path / "plan.yaml"), tmp_path / "study")
     run_all(study, launcher=train_here)
     for run in study.runs:
         (run.folder / "best").unlink()  # the plan measures the last step
@@ -310,7 +310,9 @@ def test_task_accuracy_uses_last_model_of_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_failing_run_is_reported_and_others_continue(make: Callable[..., Study]) -> None:
+def test_failing_run_is_reported_and_others_continue(
+    make: Callable[..., Study], logged: pytest.LogCaptureFixture
+) -> None:
     study = make("learning_rates: [1e-3, 1e-2]\n", "learning_rates: [1e-3, 5e-2]\n")
 
     def fail_high(run: StudyRun, environment: Mapping[str, str]) -> Process:
@@ -319,9 +321,8 @@ def test_failing_run_is_reported_and_others_continue(make: Callable[..., Study])
         run.log_path.write_text("step 1\nerror: step 3: loss nan\n  is not finite\n")
         return Ended(1)
 
-    lines: list[str] = []
-    run_all(study, launcher=fail_high, keep=lines.append)
-    assert any("swiglu_lr0.05_seed1: step 3: loss nan is not finite" in line for line in lines)
+    run_all(study, launcher=fail_high)
+    assert any("swiglu_lr0.05_seed1: step 3: loss nan is not finite" in line for line in logged.messages)
     figures = study_figures(study)
     swiglu = figures.variants[0]
     assert (swiglu.learning_rate, swiglu.edge) == (0.001, "lowest")

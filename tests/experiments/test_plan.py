@@ -55,7 +55,7 @@ def test_shipped_study_plans_have_equal_parameters(
         (tmp_path / "psannlm-corpora" / "tasks" / f"{task}.txt").write_text("".join(write_task(task, 1, 20_000)))
     (tmp_path / "clone").mkdir()
     monkeypatch.chdir(tmp_path / "clone")
-    study = size_study(load_plan(ROOT / "configs" / "studies" / name), Path("runs/study"), lambda line: None)
+    study = size_study(load_plan(ROOT / "configs" / "studies" / name), Path("runs/study"))
     counts = {variant.variant.name: variant.n_parameters for variant in study.variants}
     baseline = counts[study.baseline.variant.name]
     assert len(counts) > 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import count, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from psannlm.generation.engine import Engine
 from psannlm.generation.generate import COMPILE_BREAK_EVEN_STEPS, Completion, choose_compiling, encode_prompt, generate
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.progress import Progress
 from psannlm.tokenizers.base import Tokenizer
 
 Build = Callable[..., Transformer]
@@ -159,36 +161,44 @@ def test_generate_accepts_numpy_numbers(byte_tokenizer: Tokenizer, build_tiny: B
     assert generate(model, byte_tokenizer, np.array(["a"]), max_new_tokens=np.int64(3), sampling=numpys) == [one]
 
 
-def test_generate_progress_total_is_an_upper_bound(byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead) -> None:
+@pytest.fixture
+def _step_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second for each step that reports progress."""
+    ticks = count()
+    monkeypatch.setattr("psannlm.generation.generate.time", SimpleNamespace(monotonic=lambda: next(ticks)))
+
+
+@pytest.mark.usefixtures("_step_clock")
+def test_generate_progress_left_is_an_upper_bound(byte_tokenizer: Tokenizer, build_tiny: Build, lead: Lead) -> None:
     """A prompt of z ends immediately, one of v after 4 tokens, and one of a at its limit of 7."""
     v, z = (byte_tokenizer.encode(letter)[0] for letter in "vz")
     model = Engine(build_for(byte_tokenizer, build_tiny))
     lead(model, lambda token: byte_tokenizer.eos_id if token >= z else token + 1)
-    seen: list[tuple[int, int, int]] = []
+    seen: list[Progress] = []
     texts = generate(
         model,
         byte_tokenizer,
         ["a", "v", "z"],
         max_new_tokens=7,
         sampling=GREEDY,
-        on_progress=lambda *figures: seen.append(figures),
+        on_progress=seen.append,
     )
     assert [len(done.ids) for done in texts] == [7, z - v, 0]
-    assert seen == [(2, 1, 7), (4, 2, 7), (6, 3, 7), (8, 4, 7), (9, 5, 7), (10, 6, 7)]
+    # Of 7 steps of a second, 6 are left after the first.
+    assert [(at.done, at.left_s) for at in seen] == [(2, 6), (4, 5), (6, 4), (8, 3), (9, 2), (10, 1)]
     seen.clear()
-    generate(
-        model, byte_tokenizer, ["v", "z"], max_new_tokens=7, sampling=GREEDY, on_progress=lambda *f: seen.append(f)
-    )
-    assert seen == [(1, 1, 7), (2, 2, 7), (3, 3, 7)]
+    generate(model, byte_tokenizer, ["v", "z"], max_new_tokens=7, sampling=GREEDY, on_progress=seen.append)
+    assert [(at.done, at.left_s) for at in seen] == [(1, 6), (2, 5), (3, 4)]
 
 
+@pytest.mark.usefixtures("_step_clock")
 @pytest.mark.parametrize("speculate", [1, 4, 15])
 def test_generate_speculation_keeps_stream_and_progress_bound(
     speculate: int, byte_tokenizer: Tokenizer, build_tiny: Build
 ) -> None:
     model = build_for(byte_tokenizer, build_tiny)
     prompts = ["abcabcabcabc", "the", "", "éé"]
-    seen: list[tuple[int, int, int]] = []
+    seen: list[Progress] = []
     plain = streamed(model, byte_tokenizer, prompts, 40)
     found = streamed(
         model,
@@ -196,14 +206,14 @@ def test_generate_speculation_keeps_stream_and_progress_bound(
         prompts,
         40,
         speculate=speculate,
-        on_progress=lambda *figures: seen.append(figures),
+        on_progress=seen.append,
     )
     assert found == plain
-    assert seen
+    assert seen[0].left_s == 39
     for before, after in pairwise(seen):
-        assert before[0] < after[0]
-        assert before[1] < after[1] <= after[2] == 40
-    assert seen[-1][0] < sum(len(completion.ids) for completion in found[0])
+        assert before.done < after.done
+        assert before.left_s > after.left_s >= 0
+    assert seen[-1].done < sum(len(completion.ids) for completion in found[0])
 
 
 def test_generate_accepts_an_existing_engine(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
@@ -245,24 +255,22 @@ def test_generate_auto_compile_starts_at_break_even() -> None:
 
 
 @pytest.mark.parametrize(("compile", "least", "wanted"), [("auto", 6, False), ("auto", 5, True), (False, 5, False)])
-def test_generate_passes_engine_notices_on(
+def test_generate_logs_engine_notices(
     compile: Any,
     least: int,
     wanted: bool,
     byte_tokenizer: Tokenizer,
     build_tiny: Build,
     monkeypatch: pytest.MonkeyPatch,
+    logged: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("psannlm.generation.engine.compiler_fault", lambda device: "a C++ compiler (install g++)")
     monkeypatch.setattr("psannlm.generation.generate.COMPILE_BREAK_EVEN_STEPS", least)
     n = 5
     model = build_for(byte_tokenizer, build_tiny)
-    received: list[str] = []
-    found = generate(
-        model, byte_tokenizer, ["a"], max_new_tokens=n, sampling=GREEDY, compile=compile, on_notice=received.append
-    )
+    found = generate(model, byte_tokenizer, ["a"], max_new_tokens=n, sampling=GREEDY, compile=compile)
     assert found == generate(model, byte_tokenizer, ["a"], max_new_tokens=n, sampling=GREEDY, compile=False)
-    assert [("C++ compiler" in notice) for notice in received] == [True] * wanted
+    assert [("C++ compiler" in notice) for notice in logged.messages] == [True] * wanted
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def read(folder: Path, tokenizer: Path | None, val_split: float) -> PreparedData
         val_split=val_split,
         max_length=8,
     )
-    return load_corpus(data, lambda line: None)
+    return load_corpus(data)
 
 
 @pytest.fixture(scope="module")

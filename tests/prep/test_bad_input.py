@@ -82,24 +82,18 @@ def test_prep_reports_the_first_fault_in_corpus_order(prepare: Prepare, tmp_path
 
 
 def test_surrogates_and_bytes_of_tables_are_replaced_and_counted(
-    prepare: Prepare, tokenizer_path: Path, tmp_path: Path, documents_in: DocumentsIn
+    prepare: Prepare, tokenizer_path: Path, tmp_path: Path, documents_in: DocumentsIn, logged: pytest.LogCaptureFixture
 ) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (tmp_path / "a.ndjson").write_text('{"text": "fine"}\n{"text": "a \\ud83d b\\ude00"}\n')
     column = arrow.array([b"one", b"caf\xe9"], arrow.binary()).view(arrow.string())
     parquet.write_table(arrow.table({"text": column}), tmp_path / "b.parquet")
-    notices: list[str] = []
-
-    class Reporter(prep_run.SilentPrepReporter):
-        def notice(self, text: str) -> None:
-            notices.append(text)
-
     settings = prep_run.PrepSettings(errors="replace", val_split=0)
     sources = [str(tmp_path / name) for name in ("a.ndjson", "b.parquet")]
-    prep_run.prepare_corpus(sources, tokenizer_path, tmp_path / "out", settings, n_workers=1, reporter=Reporter())
+    prep_run.prepare_corpus(sources, tokenizer_path, tmp_path / "out", settings, n_workers=1)
     texts = [text for text, *_ in documents_in(tmp_path / "out")]
     assert texts == ["fine", "a \ufffd b\ufffd", "one", "caf\ufffd"]
-    (said,) = (line for line in notices if "U+FFFD" in line)
+    (said,) = (line for line in logged.messages if "U+FFFD" in line)
     assert "replaced 1 bytes that are not UTF-8 and 2 lone surrogates" in said
     assert "a.ndjson:2, " in said
     assert "b.parquet:2" in said
@@ -135,7 +129,9 @@ def test_prep_non_text_raises_for_files_and_stdin(
 
 
 @pytest.mark.slow
-def test_prep_errors_replace_counts_bytes(tokenizer_path: Path, tmp_path: Path, documents_in: DocumentsIn) -> None:
+def test_prep_errors_replace_counts_bytes(
+    tokenizer_path: Path, tmp_path: Path, documents_in: DocumentsIn, logged: pytest.LogCaptureFixture
+) -> None:
     contents = {
         "a.txt": b"caf\xe9 and \xef\xbf\xbd of its own",
         "b.jsonl": b'{"text": "fine"}\n{"text": "\xff\xfe"}\n',
@@ -143,15 +139,9 @@ def test_prep_errors_replace_counts_bytes(tokenizer_path: Path, tmp_path: Path, 
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    notices: list[str] = []
-
-    class Reporter(prep_run.SilentPrepReporter):
-        def notice(self, text: str) -> None:
-            notices.append(text)
-
     settings = prep_run.PrepSettings(errors="replace", val_split=0)
     sources = [str(tmp_path / name) for name in contents]
-    prep_run.prepare_corpus(sources, tokenizer_path, tmp_path / "out", settings, n_workers=2, reporter=Reporter())
+    prep_run.prepare_corpus(sources, tokenizer_path, tmp_path / "out", settings, n_workers=2)
     texts = [text for text, *_ in documents_in(tmp_path / "out")]
     assert texts == [
         "caf\ufffd and \ufffd of its own",
@@ -159,7 +149,7 @@ def test_prep_errors_replace_counts_bytes(tokenizer_path: Path, tmp_path: Path, 
         "\ufffd\ufffd",
         contents["c.txt"].decode("utf-8", "replace"),
     ]
-    (said,) = (line for line in notices if "U+FFFD" in line)
+    (said,) = (line for line in logged.messages if "U+FFFD" in line)
     assert "replaced 6 bytes" in said
     for name in ("a.txt", "b.jsonl:2", "c.txt"):
         assert str(tmp_path / name) in said

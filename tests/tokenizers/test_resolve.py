@@ -79,18 +79,18 @@ class TestFit:
         assert first.fingerprint != fit([*corpus, "ŵ" * 500], kind, 400).fingerprint
 
     @pytest.mark.parametrize("text", ["a", "ab", "\0", "▅", "▁", "\uf8f0", "é", "\n\n a", "\0\0 \0"])
-    def test_tiny_corpus_fits_fewer_entries_with_a_notice(self, kind: str, text: str) -> None:
-        notices: list[str] = []
-        tokenizer = fit([text], kind, 4096, notice=notices.append)
+    def test_tiny_corpus_fits_fewer_entries_with_a_notice(
+        self, kind: str, text: str, logged: pytest.LogCaptureFixture
+    ) -> None:
+        tokenizer = fit([text], kind, 4096)
         assert 260 <= tokenizer.vocab_size < 300
-        assert notices == [f"the corpus fills {tokenizer.vocab_size} of the 4,096 vocabulary entries asked for"]
+        assert logged.messages == [f"the corpus fills {tokenizer.vocab_size} of the 4,096 vocabulary entries asked for"]
         assert tokenizer.decode(tokenizer.encode(text + "日")) == text + "日"
 
-    def test_a_full_vocabulary_gives_no_notice(self, kind: str) -> None:
-        notices: list[str] = []
-        tokenizer = fit([*PROSE, "äöüß"], kind, MIN_VOCAB_SIZE, notice=notices.append)
+    def test_a_full_vocabulary_gives_no_notice(self, kind: str, logged: pytest.LogCaptureFixture) -> None:
+        tokenizer = fit([*PROSE, "äöüß"], kind, MIN_VOCAB_SIZE)
         assert tokenizer.vocab_size == MIN_VOCAB_SIZE
-        assert not notices
+        assert not logged.messages
 
     @pytest.mark.parametrize("texts", [[], [""], [" \n\t "], ["", "\u3000"]])
     def test_an_empty_or_blank_corpus_is_an_error(self, kind: str, texts: list[str]) -> None:

@@ -20,7 +20,7 @@ from psannlm.models.artifact import LoadedModel
 from psannlm.models.registry import build_model, resolve
 from psannlm.prep.job import PrepSettings
 from psannlm.prep.merge import _lost_fraction, merge_parts
-from psannlm.prep.pipeline import SilentPrepReporter, prepare_corpus
+from psannlm.prep.pipeline import prepare_corpus
 from psannlm.runtime.device import pick_precision
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.tokenizers.roundtrip import RoundTripMeter, check_roundtrip, find_roundtrip_error, is_lossy
@@ -97,7 +97,7 @@ def test_roundtrip_smallest_loss_is_above_zero() -> None:
 
 
 @pytest.mark.slow
-def test_roundtrip_merge_keeps_losses_of_parts(foreign: Path, tmp_path: Path) -> None:
+def test_roundtrip_merge_keeps_losses_of_parts(foreign: Path, tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
     for number, text in enumerate(["Some Words here", "no capital here", "more words here"]):
         (tmp_path / f"{number}.txt").write_text(text * 3)
     settings = PrepSettings(val_split=0)
@@ -106,11 +106,11 @@ def test_roundtrip_merge_keeps_losses_of_parts(foreign: Path, tmp_path: Path) ->
         prepare_corpus([str(tmp_path / "?.txt")], foreign, folder, settings, n_workers=1, part=(index, 3))
     lost = [read_manifest(folder).lost_fraction for folder in folders]
     assert sorted(each or 0 for each in lost) == [0, 0, pytest.approx(2 / 15, abs=1e-6)]
-    reporter = Notices()
-    merged = merge_parts(folders, tmp_path / "merged", reporter=reporter)
+    logged.clear()
+    merged = merge_parts(folders, tmp_path / "merged")
     assert merged.as_dict()["lossy_tokenizer"] is True
     assert read_manifest(tmp_path / "merged").lost_fraction == pytest.approx(2 / 45, abs=1e-6)
-    assert len(warnings(reporter.said)) == 1
+    assert len(warnings(logged.messages)) == 1
 
 
 @pytest.mark.parametrize(
@@ -122,36 +122,29 @@ def test_roundtrip_unknown_part_keeps_other_losses(parts: list[float | None], wh
     assert _lost_fraction(manifests) == (None if whole is None else pytest.approx(whole, abs=1e-9))
 
 
-class Notices(SilentPrepReporter):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def notice(self, text: str) -> None:
-        self.said.append(text)
-
-
 def warnings(lines: Sequence[str]) -> list[str]:
     return [line for line in lines if "loses text" in line]
 
 
-def test_lossy_tokenizer_warns_in_train_prep_eval(foreign: Path, tmp_path: Path) -> None:
+def test_lossy_tokenizer_warns_in_train_prep_eval(
+    foreign: Path, tmp_path: Path, logged: pytest.LogCaptureFixture
+) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for number in range(4):
         (corpus / f"{number}.txt").write_text(f"{number}: Some Words and more words. " * 40)
     wanted = "'0: Some Words and more w' comes back as '0: some words and more w'"
 
-    said: list[str] = []
     sources = (PathSource(path=str(corpus)),)
-    prepared = load_corpus(DataConfig(sources=sources, tokenizer_model_path=str(foreign), max_length=16), said.append)
-    assert len(warnings(said)) == 1
-    assert wanted in warnings(said)[0]
+    prepared = load_corpus(DataConfig(sources=sources, tokenizer_model_path=str(foreign), max_length=16))
+    assert len(warnings(logged.messages)) == 1
+    assert wanted in warnings(logged.messages)[0]
 
-    reporter = Notices()
-    prepare_corpus([str(corpus)], foreign, tmp_path / "out", PrepSettings(), n_workers=1, reporter=reporter)
-    assert len(warnings(reporter.said)) == 1
-    assert str(corpus / "0.txt") in warnings(reporter.said)[0]
-    assert wanted in warnings(reporter.said)[0]
+    logged.clear()
+    prepare_corpus([str(corpus)], foreign, tmp_path / "out", PrepSettings(), n_workers=1)
+    assert len(warnings(logged.messages)) == 1
+    assert str(corpus / "0.txt") in warnings(logged.messages)[0]
+    assert wanted in warnings(logged.messages)[0]
 
     model = build_model(resolve(ModelConfig(d_model=8, n_layers=1, n_heads=1, vocab_size=400, max_seq_len=16)), seed=1)
     precision = pick_precision("fp32", torch.device("cpu"))
@@ -166,10 +159,13 @@ def test_lossy_tokenizer_warns_in_train_prep_eval(foreign: Path, tmp_path: Path)
     # The folder keeps what was seen when it was made, and everything that reads it warns again.
     folder = tmp_path / "out"
     shards = (PathSource(path=str(folder)),)
-    said.clear()
-    made = load_corpus(DataConfig(sources=shards, max_length=16), said.append)
-    assert len(warnings(said)) == 1
-    assert f"{folder} was prepared with a tokenizer that loses text, {2 / 30:.2%} of the bytes" in warnings(said)[0]
+    logged.clear()
+    made = load_corpus(DataConfig(sources=shards, max_length=16))
+    assert len(warnings(logged.messages)) == 1
+    assert (
+        f"{folder} was prepared with a tokenizer that loses text, {2 / 30:.2%} of the bytes"
+        in warnings(logged.messages)[0]
+    )
     assert made.lost_fraction == prepared.lost_fraction == pytest.approx(2 / 30, abs=0.002)
     found, report = evaluate_sources(LoadedModel(model, prepared.tokenizer, {}), shards, precision=precision)
     assert len(warnings(report.lines())) == 1

@@ -21,22 +21,20 @@ def test_passages_end_before_white_space() -> None:
     assert list(passages("abcdefghij", 4)) == ["abcd", "efgh", "ij"]
 
 
-def test_sample_of_small_corpus_is_the_whole() -> None:
-    notices: list[str] = []
+def test_sample_of_small_corpus_is_the_whole(logged: pytest.LogCaptureFixture) -> None:
     texts = ["a" * (PASSAGE_CHARS + 1), "", "b"]
-    assert sample_passages(iter(texts), 0, notice=notices.append) == ["a" * PASSAGE_CHARS, "a", "b"]
-    assert not notices
+    assert sample_passages(iter(texts), 0) == ["a" * PASSAGE_CHARS, "a", "b"]
+    assert not logged.messages
 
 
-def test_a_large_corpus_is_sampled_in_order_by_seed() -> None:
-    notices: list[str] = []
+def test_a_large_corpus_is_sampled_in_order_by_seed(logged: pytest.LogCaptureFixture) -> None:
     texts = [f"{i:04d}" for i in range(1000)]
-    some = sample_passages(texts, 1, budget=400, notice=notices.append)
+    some = sample_passages(texts, 1, budget=400)
     assert len(some) == 100
     assert some == sorted(set(some))
+    assert logged.messages == ["the tokenizer is fitted on a random sample of 400 of the corpus's 4,000 characters"]
     assert some == sample_passages(texts, 1, budget=400)
     assert some != sample_passages(texts, 2, budget=400)
-    assert notices == ["the tokenizer is fitted on a random sample of 400 of the corpus's 4,000 characters"]
     # Uniform: each quarter of the corpus has its share (25 of 100; 8 is more than four standard deviations away).
     assert all(8 < sum(start <= int(t) < start + 250 for t in some) < 42 for start in range(0, 1000, 250))
 

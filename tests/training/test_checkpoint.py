@@ -22,6 +22,7 @@ from psannlm.errors import ArtifactError, StorageError
 from psannlm.io.atomic import temporary_beside
 from psannlm.models.artifact import load_model
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.log import receiving_messages
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.training.checkpoint import (
@@ -180,27 +181,29 @@ def test_checkpoint_unknown_format_version_is_refused(save: Callable[..., Path])
         read_state(path.parent)
 
 
-def test_latest_valid_checkpoint_skips_and_reports_damage(save: Callable[..., Path]) -> None:
+def test_latest_valid_checkpoint_skips_and_reports_damage(
+    save: Callable[..., Path], logged: pytest.LogCaptureFixture
+) -> None:
     for step in (2, 4, 10):
         run = save(step).parent
-    said: list[str] = []
-    assert latest_valid_checkpoint(run, said.append) == (step_folder(run, 10), state_at(10))
-    assert said == []
+    assert latest_valid_checkpoint(run) == (step_folder(run, 10), state_at(10))
+    assert logged.messages == []
     (step_folder(run, 10) / "model.safetensors").unlink()
     (step_folder(run, 4) / "trainer.json").write_text("{}", encoding="utf-8")
-    found = latest_valid_checkpoint(run, said.append)
+    found = latest_valid_checkpoint(run)
     assert found is not None
     assert found[0] == step_folder(run, 2)
-    assert len(said) == 2
-    assert "step_00000010" in said[0]
-    assert "step_00000004" in said[1]
+    assert len(logged.messages) == 2
+    assert "step_00000010" in logged.messages[0]
+    assert "step_00000004" in logged.messages[1]
     (step_folder(run, 2) / "optimizer.safetensors").write_bytes(b"")
     with pytest.raises(ArtifactError, match="all 3 checkpoints"):
-        latest_valid_checkpoint(run, said.append)
+        latest_valid_checkpoint(run)
 
 
 def test_latest_valid_checkpoint_without_run_is_none(tmp_path: Path) -> None:
-    assert latest_valid_checkpoint(tmp_path / "nowhere", pytest.fail) is None
+    with receiving_messages(pytest.fail):
+        assert latest_valid_checkpoint(tmp_path / "nowhere") is None
     assert list_checkpoints(tmp_path / "nowhere") == []
     assert find_checkpoint(tmp_path / "nowhere") is None
     assert find_checkpoint(tmp_path) is None
@@ -354,7 +357,8 @@ def test_save_ignores_and_removes_leftovers_of_kill(save: Callable[..., Path]) -
         shutil.copytree(step_folder(run, 2), temporary)
         patch.setattr("psannlm.io.atomic.shutil.rmtree", lambda path, **kwargs: None)
     (run / ".gitignore").write_text("*", encoding="utf-8")
-    found = latest_valid_checkpoint(run, pytest.fail)
+    with receiving_messages(pytest.fail):
+        found = latest_valid_checkpoint(run)
     assert found is not None
     assert found[0] == step_folder(run, 2)
     save(6)

@@ -75,7 +75,9 @@ def test_run_flops_count_all_steps(tiny_run: TinyRun) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("repays", [False, True])
-def test_run_compiles_as_its_plan_says(repays: bool, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_compiles_as_its_plan_says(
+    repays: bool, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, logged: pytest.LogCaptureFixture
+) -> None:
     compiled: list[torch.nn.Module] = []
 
     def note(model: torch.nn.Module) -> torch.nn.Module:
@@ -86,9 +88,8 @@ def test_run_compiles_as_its_plan_says(repays: bool, tiny_run: TinyRun, monkeypa
     if repays:
         monkeypatch.setitem(COMPILE_BREAK_EVEN_FLOPS, "cpu", 1.0)
     config = tiny_run(max_steps=1, compile="auto", device="cpu")
-    said: list[str] = []
-    plan_training(config, said.append)
-    assert ["compiles the model" in line for line in said if "compile: auto" in line] == [True] * repays
+    plan_training(config)
+    assert ["compiles the model" in line for line in logged.messages if "compile: auto" in line] == [True] * repays
     assert compiled == []
     result = train(config)
     assert compiled == ([result.model] if repays else [])

@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from psannlm.evaluation.loss import Evaluation
-from psannlm.training.console import ConsoleReporter
+from psannlm.runtime.consoles import print_line
+from psannlm.training.callbacks import SaveEvent, StepEvent, ValidationEvent
+from psannlm.training.console import ConsoleDisplay
 from psannlm.training.pending import Throughput
-from psannlm.training.reporting import SilentReporter
 
 
 class Clock:
@@ -32,42 +33,44 @@ def lines(console: Console) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
+def step(number: int, loss: float = 5.0, total: int = 100, *, is_logged: bool = True) -> StepEvent:
+    return StepEvent(number, total, 0, loss, 2e-4, 1.0, 64, 12_345.6, is_skipped=False, is_logged=is_logged)
+
+
 def test_console_time_left_uses_mean_step_time(plain: Console) -> None:
     clock = Clock()
-    reporter = ConsoleReporter(plain, clock)
-    reporter.start(0, 100)
-    clock.now += 20  # 2 s a step
-    reporter.step(10, 5.0, 1e-3, 1234.5, True)
-    assert lines(plain)[-1].endswith("0:03:00 left")
-    clock.now += 100  # slower: 4 s a step on average
-    reporter.step(30, 4.0, 1e-3, 1234.5, True)
-    assert lines(plain)[-1].endswith("0:04:40 left")
-    clock.now += 280
-    reporter.step(100, 3.0, 1e-3, 1234.5, True)
-    assert lines(plain)[-1].endswith("0:00:00 left")
+    with ConsoleDisplay(plain, 0, 100, clock) as display:
+        clock.now += 20  # 2 s a step
+        display.on_step(step(10))
+        assert lines(plain)[-1].endswith("0:03:00 left")
+        clock.now += 100  # slower: 4 s a step on average
+        display.on_step(step(30))
+        assert lines(plain)[-1].endswith("0:04:40 left")
+        clock.now += 280
+        display.on_step(step(100))
+        assert lines(plain)[-1].endswith("0:00:00 left")
 
 
 def test_console_time_left_ignores_steps_before_resume(plain: Console) -> None:
     clock = Clock()
-    reporter = ConsoleReporter(plain, clock)
-    reporter.start(90, 100)
-    clock.now += 3
-    reporter.step(91, 5.0, 1e-3, 10.0, True)
+    with ConsoleDisplay(plain, 90, 100, clock) as display:
+        clock.now += 3
+        display.on_step(step(91))
     assert lines(plain)[-1].endswith("0:00:27 left")
 
 
 def test_console_prints_plain_lines_without_terminal(plain: Console) -> None:
     clock = Clock()
-    reporter = ConsoleReporter(plain, clock)
-    reporter.notice("12 parameters [in one group] :smile:")
-    reporter.start(0, 1000)
-    for step in range(1, 5):
-        clock.now += 1
-        reporter.step(step, 5.12345, 2e-4, 12_345.6, step % 2 == 0)
-    reporter.evaluation(4, Evaluation(nats=20.0, n_labels=10, n_bytes=40), is_best=True)
-    reporter.evaluation(6, Evaluation(nats=21.0, n_labels=10, n_bytes=40), is_best=False)
-    reporter.saved(Path("step_00000004"))
-    reporter.stop()
+    print_line(plain, "12 parameters [in one group] :smile:")
+    with ConsoleDisplay(plain, 0, 1000, clock) as display:
+        for number in range(1, 5):
+            clock.now += 1
+            display.on_step(step(number, 5.12345, 1000, is_logged=number % 2 == 0))
+        for number, nats, is_best in ((4, 20.0, True), (6, 21.0, False)):
+            event = ValidationEvent(number, Evaluation(nats=nats, n_labels=10, n_bytes=40), is_best=is_best)
+            print_line(plain, event)
+            display.on_validation(event)
+        display.on_save(SaveEvent(4, Path("step_00000004"), is_best=True))
     assert lines(plain) == [
         "12 parameters [in one group] :smile:",
         "step    2/1000  loss 5.1235  lr 2.00e-04  12,346 tokens/s  0:16:38 left",
@@ -77,32 +80,18 @@ def test_console_prints_plain_lines_without_terminal(plain: Console) -> None:
     ]
 
 
-def test_console_shows_dashboard_and_full_notices_on_terminal() -> None:
+def test_console_shows_dashboard_and_full_messages_on_terminal() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
-    reporter = ConsoleReporter(console, Clock())
-    reporter.start(2, 10)
-    reporter.step(3, 5.0, 1e-3, 321.0, False)
-    reporter.notice("x" * 300)
-    reporter.step(4, 4.5, 1e-3, 321.0, True)
-    reporter.stop()
-    reporter.stop()
+    with ConsoleDisplay(console, 2, 10, Clock()) as display:
+        display.on_step(step(3, total=10, is_logged=False))
+        print_line(console, "x" * 300)
+        display.on_step(step(4, 4.5, total=10))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert "x" * 300 in text
     assert "step 4 of 10" in text
     assert "loss 4.5000" in text
     assert "step 4/10" not in text
-
-
-def test_silent_reporter_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    reporter = SilentReporter()
-    reporter.start(0, 1)
-    reporter.notice("x")
-    reporter.step(1, 1.0, 1.0, 1.0, True)
-    reporter.evaluation(1, Evaluation(1.0, 1, 1), True)
-    reporter.saved(Path("x"))
-    reporter.stop()
-    assert capfd.readouterr() == ("", "")
 
 
 def test_throughput_excludes_pauses() -> None:

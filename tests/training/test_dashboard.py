@@ -9,7 +9,8 @@ from rich.console import Console
 
 from psannlm.evaluation.loss import Evaluation
 from psannlm.runtime.device import MemoryUse, memory_in_use
-from psannlm.training.console import ConsoleReporter, Dashboard, sparkline
+from psannlm.training.callbacks import StepEvent, ValidationEvent
+from psannlm.training.console import ConsoleDisplay, Dashboard, sparkline
 
 
 def shown(board: Dashboard, width: int) -> list[str]:
@@ -93,16 +94,15 @@ def test_dashboard_redraw_is_throttled_and_final_state_drawn() -> None:
     now = [0.0]
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
     assert isinstance(console.file, io.StringIO)
-    reporter = ConsoleReporter(console, lambda: now[0])
-    reporter.start(0, 1000)
-    for step in range(1, 501):
-        now[0] += 0.01
-        reporter.step(step, 5.0, 1e-3, 100.0, False)
-    drawn = console.file.getvalue().count("tokens/s")
-    assert 15 <= drawn <= 21  # in five seconds
-    reporter.evaluation(500, Evaluation(nats=20.0, n_labels=10, n_bytes=40), is_best=True)
-    reporter.skipped(501, 1, "step 501: loss nan")
-    reporter.stop()
+    with ConsoleDisplay(console, 0, 1000, lambda: now[0]) as display:
+        for step in range(1, 501):
+            now[0] += 0.01
+            display.on_step(StepEvent(step, 1000, 0, 5.0, 1e-3, 1.0, 64, 100.0, is_skipped=False))
+        drawn = console.file.getvalue().count("tokens/s")
+        assert 15 <= drawn <= 21  # in five seconds
+        display.on_validation(ValidationEvent(500, Evaluation(nats=20.0, n_labels=10, n_bytes=40), is_best=True))
+        display.on_step(StepEvent(501, 1000, 0, float("nan"), 1e-3, 1.0, 64, 100.0, is_skipped=True, n_skipped=1))
     text = console.file.getvalue()
-    assert "skipped step 501: loss nan; 1 skipped so far" in text
+    assert "loss 5.0000" in text[text.rindex("step 501 of") :]
+    assert "1 skipped" in text[text.rindex("step 501 of") :]
     assert "validation 2.0000 at step 500, best so far" in text[text.rindex("step 501 of") :]

@@ -18,7 +18,6 @@ from psannlm.generation.scoring import Scorer
 from psannlm.models.artifact import load_model
 from psannlm.reports.runs import read_run
 from psannlm.training.metrics import read_metrics
-from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 
 TinyRun = Callable[..., RunConfig]
@@ -95,15 +94,9 @@ def test_eval_tasks_beyond_context_are_refused_before_training(
     assert not (Path(config.train.checkpoint_dir) / "metrics.jsonl").exists()
 
 
-def test_eval_tasks_without_validation_are_reported(tiny_run: TinyRun) -> None:
-    class Notes(SilentReporter):
-        said = ""
-
-        def notice(self, text: str) -> None:
-            Notes.said += text
-
-    train(tiny_run(max_steps=1, eval_tasks=["psannlm_number"], data={"val_split": 0.0}), reporter=Notes())
-    assert "no task scores without validations; set data.val_split" in Notes.said
+def test_eval_tasks_without_validation_are_reported(tiny_run: TinyRun, logged: pytest.LogCaptureFixture) -> None:
+    train(tiny_run(max_steps=1, eval_tasks=["psannlm_number"], data={"val_split": 0.0}))
+    assert "no task scores without validations; set data.val_split" in "".join(logged.messages)
 
 
 def test_eval_tasks_unknown_name_is_refused(tiny_run: TinyRun) -> None:

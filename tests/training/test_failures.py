@@ -18,11 +18,11 @@ from psannlm.config.run import RunConfig, to_yaml
 from psannlm.errors import TrainingError
 from psannlm.models.tensorfile import read_tensors
 from psannlm.training import loop
+from psannlm.training.callbacks import Callback, StepEvent
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
 from psannlm.training.failures import explain_oom, find_non_finite
 from psannlm.training.metrics import draw_curve, read_metrics
 from psannlm.training.optim import OptimizerSet
-from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 
 TinyRun = Callable[..., RunConfig]
@@ -30,16 +30,16 @@ pytestmark = pytest.mark.usefixtures("_no_curve")
 SCRIPT = Path(__file__).with_name("train_script.py")
 
 
-class Notes(SilentReporter):
+class Notes(Callback):
     def __init__(self) -> None:
         self.steps: list[int] = []
-        self.left_out: list[tuple[int, int, str]] = []
+        self.left_out: list[tuple[int, int]] = []
 
-    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
-        self.steps.append(step)
-
-    def skipped(self, step: int, n_skipped: int, text: str) -> None:
-        self.left_out.append((step, n_skipped, text))
+    def on_step(self, event: StepEvent) -> None:
+        if event.is_skipped:
+            self.left_out.append((event.step, event.n_skipped))
+        else:
+            self.steps.append(event.step)
 
 
 @pytest.fixture
@@ -105,6 +105,7 @@ def test_skipped_steps_change_nothing_and_are_reported(
     optimizer: str,
     amp: str,
     monkeypatch: pytest.MonkeyPatch,
+    logged: pytest.LogCaptureFixture,
 ) -> None:
     """Under fp16 at a scale of 1, where an overflow is no longer part of finding the scale."""
     original = torch.amp.GradScaler
@@ -112,21 +113,23 @@ def test_skipped_steps_change_nothing_and_are_reported(
     untouched = spoil({3: value, 4: value, 6: value}, where)
     notes = Notes()
     config = tiny_run(optimizer=optimizer, amp=amp, on_nonfinite="skip", max_steps=7, save_interval_steps=1)
-    result = train(config, reporter=notes)
+    result = train(config, callbacks=[notes])
     assert untouched == [True, True, True]
     assert notes.steps == [1, 2, 5, 7]
-    assert [(step, count) for step, count, _ in notes.left_out] == [(3, 1), (4, 2), (6, 3)]
+    assert notes.left_out == [(3, 1), (4, 2), (6, 3)]
     assert (result.steps, result.skipped) == (7, 3)
     rows = read_metrics(result.folder)
     assert [(row["kind"], row["step"]) for row in rows if row["kind"] != "eval"] == [
         *(("train", 1), ("train", 2), ("skipped", 3), ("skipped", 4), ("train", 5), ("skipped", 6), ("train", 7))
     ]
     assert [row["skipped"] for row in rows if "skipped" in row] == [2, 3]
+    reported = [line for line in logged.messages if line.startswith("skipped step")]
     left_out = next(row for row in rows if row["kind"] == "skipped")
     assert left_out["grad_norm"] is None
     assert len(set(left_out["windows"])) == 16
     assert f"{tiny_corpus}:" in left_out["source"]
-    assert f"{left_out['windows'][:8]}"[:-1] in notes.left_out[0][2]
+    assert f"{left_out['windows'][:8]}"[:-1] in reported[0]
+    assert [line.endswith(f"; {n} skipped so far") for n, line in enumerate(reported, 1)] == [True] * 3
     assert_finite_on_disk(result.folder)
 
 
@@ -177,21 +180,21 @@ def test_resume_continues_count_of_skipped_steps(tiny_run: TinyRun, spoil: Calla
     spoil({2: math.nan, 3: math.nan, 4: math.nan})
 
     class Crash(Notes):
-        def skipped(self, step: int, n_skipped: int, text: str) -> None:
-            super().skipped(step, n_skipped, text)
-            if step == 3:
+        def on_step(self, event: StepEvent) -> None:
+            super().on_step(event)
+            if event.step == 3:
                 raise KeyboardInterrupt
 
     config = tiny_run(on_nonfinite="skip", max_steps=9, save_interval_steps=1)
     with pytest.raises(KeyboardInterrupt):
-        train(config, reporter=Crash())
+        train(config, callbacks=[Crash()])
     folder = Path(config.train.checkpoint_dir)
     state = read_state(step_folder(folder, 2))
     assert (state.skipped, state.skipped_in_a_row) == (1, 1)
     # Step 3 is made anew, and is the fourth call: not finite again.
     notes = Notes()
-    result = train(config, reporter=notes)
-    assert [(step, count) for step, count, _ in notes.left_out] == [(3, 2)]
+    result = train(config, callbacks=[notes])
+    assert notes.left_out == [(3, 2)]
     assert result.skipped == 2
     assert [row["step"] for row in read_metrics(folder) if row["kind"] == "skipped"] == [2, 3]
 
@@ -210,9 +213,9 @@ def test_on_nonfinite_default_stops_and_may_change_on_resume(
 def test_save_refuses_nonfinite_parameters(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of finite gradients may still lead out of the numbers; the loss tells only one step later."""
 
-    class Spoil(SilentReporter):
-        def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
-            if step == 2:
+    class Spoil(Callback):
+        def on_step(self, event: StepEvent) -> None:
+            if event.step == 2:
                 for optimizer in made[0].optimizers:
                     next(iter(optimizer.state.values()))["exp_avg"][0] = math.inf
 
@@ -226,7 +229,7 @@ def test_save_refuses_nonfinite_parameters(tiny_run: TinyRun, monkeypatch: pytes
     monkeypatch.setattr(OptimizerSet, "__init__", note)
     config = tiny_run(max_steps=4, save_interval_steps=1)
     with pytest.raises(TrainingError, match=r"after step 2 \S+/exp_avg is not finite, and nothing was saved"):
-        train(config, reporter=Spoil())
+        train(config, callbacks=[Spoil()])
     folder = Path(config.train.checkpoint_dir)
     assert [path.name for path in list_checkpoints(folder)] == ["step_00000001"]
     assert_finite_on_disk(folder)

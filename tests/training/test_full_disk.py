@@ -15,6 +15,7 @@ from psannlm.config.run import RunConfig
 from psannlm.errors import StorageError
 from psannlm.models.artifact import load_model
 from psannlm.models.tensorfile import read_tensors
+from psannlm.runtime.log import receiving_messages
 from psannlm.training import plan
 from psannlm.training.checkpoint import latest_valid_checkpoint, list_checkpoints, step_folder
 from psannlm.training.metrics import read_metrics
@@ -76,7 +77,8 @@ def test_full_disk_anywhere_is_reported_and_run_resumes(
         assert str(folder) in message
         assert "\n" not in message
         refused.append(message)
-        found = latest_valid_checkpoint(folder, pytest.fail)
+        with receiving_messages(pytest.fail):
+            found = latest_valid_checkpoint(folder)
         assert found is not None
         assert found[1].step >= 1
         load_model(found[0])
@@ -93,15 +95,16 @@ def test_full_disk_anywhere_is_reported_and_run_resumes(
         assert any(written in message for message in refused), written
 
 
-def test_dry_run_warns_of_too_small_disk(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_warns_of_too_small_disk(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, logged: pytest.LogCaptureFixture
+) -> None:
     """As many as are kept, the best one, and the one that is being written."""
-    said: list[str] = []
     config = tiny_run(keep_checkpoints=3)
-    needed = 5 * plan_training(config, said.append).checkpoint_bytes
+    needed = 5 * plan_training(config).checkpoint_bytes
     for free in (needed, needed - 1):
         monkeypatch.setattr(plan, "free_bytes", lambda path, free=free: free)
-        said.clear()
-        plan_training(config, said.append)
-        assert any("train.keep_checkpoints" in line for line in said) == (free < needed)
-    (line,) = [line for line in said if "train.keep_checkpoints" in line]
+        logged.clear()
+        plan_training(config)
+        assert any("train.keep_checkpoints" in line for line in logged.messages) == (free < needed)
+    (line,) = [line for line in logged.messages if "train.keep_checkpoints" in line]
     assert config.train.checkpoint_dir in line

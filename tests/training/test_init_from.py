@@ -194,7 +194,7 @@ def test_parent_without_tokenizer_needs_one_by_name(
 
 @pytest.mark.usefixtures("parent")
 def test_dry_run_plans_the_model_of_the_parent(child: Callable[..., RunConfig], parent: TrainResult) -> None:
-    plan = plan_training(child(), notice=lambda line: None)
+    plan = plan_training(child())
     assert plan.config.model == parent.model.config
     assert plan.n_parameters == parent.parameters
 

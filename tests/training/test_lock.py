@@ -10,7 +10,8 @@ import pytest
 from psannlm.config.run import RunConfig
 from psannlm.errors import PsannlmError, StorageError
 from psannlm.io.lock import LOCK_FILE
-from psannlm.training.reporting import SilentReporter
+from psannlm.runtime.log import receiving_messages
+from psannlm.training.callbacks import Callback, StepEvent
 from psannlm.training.run import train
 
 TinyRun = Callable[..., RunConfig]
@@ -22,21 +23,19 @@ TinyRun = Callable[..., RunConfig]
 def test_run_lock_is_held_from_reading_to_last_step(tiny_run: TinyRun, resume: str) -> None:
     refused: list[str] = []
 
-    class Second(SilentReporter):
-        def notice(self, text: str) -> None:
-            self.again()
+    class Second(Callback):
+        def on_step(self, event: StepEvent) -> None:
+            again()
 
-        def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
-            self.again()
-
-        def again(self) -> None:
-            with pytest.raises(StorageError, match="is using"):
-                train(config, resume=resume)
-            refused.append("")
+    def again(message: str = "") -> None:
+        with pytest.raises(StorageError, match="is using"):
+            train(config, resume=resume)
+        refused.append(message)
 
     config = tiny_run(max_steps=2)
     train(config)
-    train(config, resume="never", reporter=Second())
+    with receiving_messages(again):
+        train(config, resume="never", callbacks=[Second()])
     assert len(refused) > 4
     folder = Path(config.train.checkpoint_dir)
     (aside,) = folder.parent.glob("run_until_*")

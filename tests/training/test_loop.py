@@ -22,10 +22,10 @@ from psannlm.evaluation.loss import Evaluation
 from psannlm.models.tensorfile import read_tensors
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.signals import stopping_on_signals
+from psannlm.training.callbacks import Callback, StepEvent
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
 from psannlm.training.context import TimeBudget
 from psannlm.training.metrics import read_metrics
-from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 from psannlm.training.step import seed_step
 
@@ -34,14 +34,14 @@ pytestmark = pytest.mark.usefixtures("_no_curve")
 SCRIPT = Path(__file__).with_name("train_script.py")
 
 
-class After(SilentReporter):
+class After(Callback):
     """Does something after one step."""
 
     def __init__(self, step: int, act: Callable[[], object]) -> None:
         self._step, self._act = step, act
 
-    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
-        if step == self._step:
+    def on_step(self, event: StepEvent) -> None:
+        if event.step == self._step:
             self._act()
 
 
@@ -60,7 +60,7 @@ def test_training_overfits_one_batch(tiny_run: TinyRun, base: str, optimizer: st
         weight_decay=0.0,
     )
     text = "The quick brown fox jumps over the lazy dog, and the dog sleeps on in the sun."
-    data = load_documents([Document(text, "text 1")], config.data, lambda line: None)
+    data = load_documents([Document(text, "text 1")], config.data)
     result = train(config, data=data)
     losses = [row["loss"] for row in read_metrics(result.folder)]
     assert losses[0] == pytest.approx(math.log(260), rel=0.05)
@@ -109,7 +109,7 @@ def poisoned_after(config: RunConfig, step: int) -> str:
     if step == 0:
         poison(model)
     with pytest.raises(TrainingError) as caught:
-        train(config, model=model, reporter=After(step, lambda: poison(model)))
+        train(config, model=model, callbacks=[After(step, lambda: poison(model))])
     return str(caught.value)
 
 
@@ -145,7 +145,7 @@ def test_signal_finishes_step_saves_and_restores_handlers(tiny_run: TinyRun, num
     config = tiny_run(max_steps=50)
     former = signal.getsignal(number)
     with pytest.raises(Interrupted, match="stopped after step 3 of 50") as caught:
-        train(config, reporter=After(3, lambda: signal.raise_signal(number)))
+        train(config, callbacks=[After(3, lambda: signal.raise_signal(number))])
     assert caught.value.exit_code == EXIT_INTERRUPTED
     folder = Path(config.train.checkpoint_dir)
     assert str(folder) in str(caught.value)
@@ -154,40 +154,36 @@ def test_signal_finishes_step_saves_and_restores_handlers(tiny_run: TinyRun, num
 
 
 def test_signal_in_last_step_keeps_run_finished(tiny_run: TinyRun) -> None:
-    result = train(tiny_run(max_steps=3), reporter=After(3, lambda: signal.raise_signal(signal.SIGTERM)))
+    result = train(tiny_run(max_steps=3), callbacks=[After(3, lambda: signal.raise_signal(signal.SIGTERM))])
     assert result.steps == 3
 
 
 @pytest.mark.slow
 def test_time_budget_saves_and_same_call_resumes_exactly(
-    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: pytest.LogCaptureFixture
 ) -> None:
     """Bit for bit as if it had never ended: no validation, no sample that the whole run would not have."""
     clock = [0.0]
 
-    class Wind(SilentReporter):
-        def notice(self, text: str) -> None:
-            said.append(text)
-
-        def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
+    class Wind(Callback):
+        def on_step(self, event: StepEvent) -> None:
             clock[0] += 10.0
 
-    said: list[str] = []
     monkeypatch.setattr("psannlm.training.run.TimeBudget", lambda seconds: TimeBudget(seconds, lambda: clock[0]))
     settings = {"max_steps": 8, "eval_interval_steps": 4, "model": {"dropout": 0.2}}
     config = tiny_run(**settings)
-    first = train(config, reporter=Wind(), time_budget_s=25.0)
+    first = train(config, callbacks=[Wind()], time_budget_s=25.0)
     assert (first.steps, first.total_steps) == (3, 8)
     assert first.checkpoint == step_folder(first.folder, 3)
-    assert said[-1] == (
+    assert logged.messages[-1] == (
         f"the time budget is spent after step 3 of 8; saved in {first.folder}; run the same command to resume"
     )
-    said.clear()
+    logged.clear()
     # Already spent by the time the corpus is read: one step all the same, or a run would never get anywhere.
-    assert train(config, reporter=Wind(), time_budget_s=0.0).steps == 4
-    result = train(config, reporter=Wind(), time_budget_s=1000.0)
+    assert train(config, callbacks=[Wind()], time_budget_s=0.0).steps == 4
+    result = train(config, callbacks=[Wind()], time_budget_s=1000.0)
     assert (result.steps, result.total_steps) == (8, 8)
-    assert "time budget" not in said[-1]
+    assert "time budget" not in logged.messages[-1]
     straight = train(tiny_run(**settings, checkpoint_dir=str(tmp_path / "straight")))
     assert_same_weights(step_folder(result.folder, 8), step_folder(straight.folder, 8))
     kinds = [[(row["kind"], row["step"]) for row in read_metrics(run.folder)] for run in (result, straight)]

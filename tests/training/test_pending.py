@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psannlm.config.run import RunConfig
@@ -23,9 +25,9 @@ from psannlm.kernels.recompute import recompute_disabled
 from psannlm.models.tensorfile import read_tensors
 from psannlm.runtime.device import AsyncReadback, Precision
 from psannlm.training import loop
+from psannlm.training.callbacks import Callback, StepEvent
 from psannlm.training.checkpoint import list_checkpoints, step_folder
 from psannlm.training.failures import find_non_finite
-from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 
 TinyRun = Callable[..., RunConfig]
@@ -121,7 +123,7 @@ def events_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
         # Validation and saving are allowed to wait.
         patch.setattr(loop, "evaluate", quiet(evaluate))
         patch.setattr(loop, "_save", quiet(save))
-        train(config)
+        train(config, console=Console(file=io.StringIO(), force_terminal=True, force_interactive=True))
     return events
 
 
@@ -191,6 +193,7 @@ def test_defer_readback_only_on_gpu_without_decisions(tiny_run: TinyRun) -> None
             scaler=torch.amp.GradScaler("cpu", enabled=is_scaled),
             precision=Precision(torch.device(device), torch.float32, "test"),
             callbacks=callbacks,
+            display=object(),
         )
         found: bool = loop.Run.defer_readback.fget(run)  # type: ignore[attr-defined]
         return found
@@ -199,7 +202,7 @@ def test_defer_readback_only_on_gpu_without_decisions(tiny_run: TinyRun) -> None
         (device, scaled, how) for device in ("cpu", "cuda") for scaled in (False, True) for how in ("stop", "skip")
     ]
     assert [case for case in cases if defer_readback(*case)] == [("cuda", False, "stop")]
-    # A callback is to see the weights of its step.
+    # A callback is to see the weights of its step; the display is not waited for.
     assert not defer_readback("cuda", False, "stop", (object(),))
 
 
@@ -232,15 +235,15 @@ def test_deferred_readback_changes_no_bit_of_output(
     train(back)
     assert content_of(tmp_path / "back") == content_of(straight.folder)
 
-    class Stop(SilentReporter):
-        def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
-            if step == 3:
+    class Stop(Callback):
+        def on_step(self, event: StepEvent) -> None:
+            if event.step == 3:
                 signal.raise_signal(signal.SIGTERM)
 
     # Told of step 3 when step 4 is on its way: that one is finished and saved.
     stopped = tiny_run(**settings, checkpoint_dir=str(tmp_path / "stopped"))
     with pytest.raises(Interrupted, match="stopped after step 4 of 13"):
-        train(stopped, reporter=Stop())
+        train(stopped, callbacks=[Stop()])
     assert [path.name for path in list_checkpoints(tmp_path / "stopped")] == ["step_00000004"]
     train(stopped)
     expected, found = content_of(straight.folder), content_of(tmp_path / "stopped")

@@ -25,10 +25,10 @@ from psannlm.prep.plan import Plan, write_plan
 from psannlm.runtime.device import Precision
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.tokenizers.roundtrip import LOSSY
+from psannlm.training.callbacks import Callback, StepEvent
 from psannlm.training.checkpoint import list_checkpoints, read_state, step_folder
 from psannlm.training.metrics import read_metrics
 from psannlm.training.plan import plan_training
-from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 
 TinyRun = Callable[..., RunConfig]
@@ -39,9 +39,9 @@ class Halt(Exception):
     """Ends a run as abruptly as a crash would."""
 
 
-class Crash(SilentReporter):
-    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
-        if step == 5:
+class Crash(Callback):
+    def on_step(self, event: StepEvent) -> None:
+        if event.step == 5:
             raise Halt
 
 
@@ -79,7 +79,7 @@ def test_prepared_run_matches_documents_in_memory(runs: Callable[..., Any], pack
     assert [row["step"] for row in rows(one.folder) if row["kind"] == "eval"] == [3, 6, 8]
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
-    assert plan_training(shards, print).n_windows == plan_training(text, print).n_windows
+    assert plan_training(shards).n_windows == plan_training(text).n_windows
 
 
 @pytest.mark.parametrize(("lost", "is_lossy"), [(0.25, True), (None, None)])
@@ -101,7 +101,7 @@ def test_prepared_run_resumes_only_with_same_tokens(
     text, shards = runs(max_steps=8, save_interval_steps=2, keep_checkpoints=9)
     straight = train(text)
     with pytest.raises(Halt):
-        train(shards, reporter=Crash())
+        train(shards, callbacks=[Crash()])
     resumed = train(shards)
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name

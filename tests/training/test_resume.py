@@ -18,9 +18,9 @@ from psannlm.errors import ArtifactError, ConfigError, PsannlmError
 from psannlm.evaluation.loss import Evaluation
 from psannlm.models.tensorfile import read_tensors
 from psannlm.runtime.device import has_compiler
+from psannlm.training.callbacks import Callback, StepEvent
 from psannlm.training.checkpoint import _dump_with_checksum, find_checkpoint, list_checkpoints, read_state, step_folder
 from psannlm.training.metrics import read_metrics
-from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import TrainResult, train
 
 TinyRun = Callable[..., RunConfig]
@@ -31,26 +31,22 @@ class Halt(Exception):
     """Ends a run as abruptly as a crash would, but within the test."""
 
 
-class Notes(SilentReporter):
-    """Keeps what was said, and may crash after a step."""
+class Notes(Callback):
+    """Keeps the numbers of the steps, and may crash after one."""
 
     def __init__(self, crash_after: int | None = None) -> None:
-        self.said: list[str] = []
         self.steps: list[int] = []
         self.crash_after = crash_after
 
-    def notice(self, text: str) -> None:
-        self.said.append(text)
-
-    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
-        self.steps.append(step)
-        if step == self.crash_after:
+    def on_step(self, event: StepEvent) -> None:
+        self.steps.append(event.step)
+        if event.step == self.crash_after:
             raise Halt
 
 
 def train_and_crash(config: RunConfig, after: int) -> None:
     with pytest.raises(Halt):
-        train(config, reporter=Notes(after))
+        train(config, callbacks=[Notes(after)])
 
 
 def moved(config: RunConfig, folder: Path, **settings: Any) -> RunConfig:
@@ -150,7 +146,7 @@ def test_resume_of_finished_run_returns_its_result(
     first = train(config)
     before = contents(first.folder)
     notes = Notes()
-    again = train(config, reporter=notes)
+    again = train(config, callbacks=[notes])
     assert notes.steps == []
     skipped = {"model", "seconds"}
 
@@ -210,15 +206,15 @@ def test_resume_allows_other_non_semantic_keys(tiny_run: TinyRun, tmp_path: Path
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_resume_from_path_allows_other_learning_rate(tiny_run: TinyRun) -> None:
+def test_resume_from_path_allows_other_learning_rate(tiny_run: TinyRun, logged: pytest.LogCaptureFixture) -> None:
     """What was trained after it stays on disk, and no longer passes for the newest state."""
     config = tiny_run(max_steps=6, save_interval_steps=2, keep_checkpoints=2)
     folder = train(config).folder
     kept = tensors(folder, 6)
     notes = Notes()
     lower = tiny_run(max_steps=6, save_interval_steps=1, keep_checkpoints=1, lr=1e-3)
-    train(lower, resume=str(step_folder(folder, 4)), reporter=notes)
-    assert "changed since the checkpoint: train.lr: 0.01 -> 0.001" in notes.said
+    train(lower, resume=str(step_folder(folder, 4)), callbacks=[notes])
+    assert "changed since the checkpoint: train.lr: 0.01 -> 0.001" in logged.messages
     assert notes.steps == [5, 6]
     (aside,) = folder.parent.glob("run_until_*")
     set_aside = tensors(aside, 6)
@@ -227,7 +223,7 @@ def test_resume_from_path_allows_other_learning_rate(tiny_run: TinyRun) -> None:
     assert find_checkpoint(folder.parent) is not None
     assert find_checkpoint(folder.parent).parent == folder
     notes = Notes()
-    assert train(lower, reporter=notes).steps == 6
+    assert train(lower, callbacks=[notes]).steps == 6
     assert notes.steps == []
 
 
@@ -290,7 +286,7 @@ def test_resume_never_renames_old_run(tiny_run: TinyRun, contents: Callable[[Pat
     seconds = []
     for _ in range(2):  # two within one second must not meet either
         notes = Notes()
-        train(config, resume="never", reporter=notes)
+        train(config, resume="never", callbacks=[notes])
         seconds.append(notes.steps)
     assert seconds == [[1, 2], [1, 2]]
     asides = sorted(folder.parent.glob("run_until_*"))
@@ -310,9 +306,7 @@ def test_resume_with_other_data_raises(tiny_run: TinyRun, tmp_path: Path, tiny_t
         corpus.write_text("\n".join([*tiny_texts[:-1], "Another last line, and a longer one."]), encoding="utf-8")
     else:
         other = {**config.data.model_dump(), "tokenizer": "tokenizers"}
-        given = replace(
-            load_corpus(config.data, print), tokenizer=load_corpus(type(config.data)(**other), print).tokenizer
-        )
+        given = replace(load_corpus(config.data), tokenizer=load_corpus(type(config.data)(**other)).tokenizer)
     with pytest.raises(ConfigError, match=f"other data: {what}"):
         train(config, data=given)
 
@@ -350,7 +344,7 @@ def test_resume_of_older_version_keeps_its_corpus(
     assert content["state"].pop("preparation") == 1
     path.write_text(_dump_with_checksum({k: content[k] for k in ("files", "state")}), encoding="utf-8")
     with pytest.raises(ConfigError, match="older psannlm, which held out other documents"):
-        train(config, data=load_corpus(config.data, lambda text: None))
+        train(config, data=load_corpus(config.data))
     resumed = train(config)
     assert resumed.best == whole.best
     for name, tensor in whole.model.state_dict().items():
@@ -368,11 +362,11 @@ def test_resume_uses_tokenizer_of_checkpoint(tiny_run: TinyRun, monkeypatch: pyt
 def test_resume_works_with_own_validation_data(tiny_run: TinyRun) -> None:
     """The Python API trains with val_split 0, an evaluation interval, and texts of its own to validate on."""
     split = tiny_run()
-    data = load_corpus(split.data, lambda text: None)
+    data = load_corpus(split.data)
     train_config = split.train.model_copy(update={"eval_interval_steps": 2, "save_interval_steps": 2})
     config = split.model_copy(update={"data": split.data.model_copy(update={"val_split": 0.0}), "train": train_config})
     with pytest.raises(Halt):
-        train(config, data=data, reporter=Notes(3))
+        train(config, data=data, callbacks=[Notes(3)])
     assert train(config, data=data).steps == 4
 
 
@@ -383,7 +377,9 @@ def spoil(folder: Path) -> None:
     path.write_bytes(content)
 
 
-def test_resume_skips_names_and_rewrites_damaged_checkpoint(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_resume_skips_names_and_rewrites_damaged_checkpoint(
+    tiny_run: TinyRun, tmp_path: Path, logged: pytest.LogCaptureFixture
+) -> None:
     config = tiny_run(max_steps=6, save_interval_steps=2, keep_checkpoints=3)
     straight = tmp_path / "straight"
     train(moved(config, straight))
@@ -391,8 +387,8 @@ def test_resume_skips_names_and_rewrites_damaged_checkpoint(tiny_run: TinyRun, t
     spoil(step_folder(folder, 6))
     spoil(step_folder(folder, 4))
     notes = Notes()
-    train(config, reporter=notes)
-    said = "\n".join(notes.said)
+    train(config, callbacks=[notes])
+    said = "\n".join(logged.messages)
     assert "skipping a damaged checkpoint" in said
     assert str(step_folder(folder, 6) / "optimizer.safetensors") in said
     assert str(step_folder(folder, 4)) in said
@@ -484,5 +480,5 @@ def test_resume_works_after_moving_run_folder(tiny_run: TinyRun, tmp_path: Path)
     train_and_crash(config, after=3)
     shutil.move(config.train.checkpoint_dir, tmp_path / "elsewhere")
     notes = Notes()
-    train(moved(config, tmp_path / "elsewhere"), reporter=notes)
+    train(moved(config, tmp_path / "elsewhere"), callbacks=[notes])
     assert notes.steps == [3, 4]

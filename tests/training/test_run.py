@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -34,10 +34,10 @@ from psannlm.models.registry import build_model, resolve
 from psannlm.runtime.distributed import World
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.training import loop
+from psannlm.training.callbacks import Callback, StepEvent
 from psannlm.training.checkpoint import list_checkpoints, read_state
 from psannlm.training.metrics import read_metrics
 from psannlm.training.plan import plan_training
-from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 from psannlm.training.run_folder import RunStatus, read_run_status
 
@@ -392,18 +392,18 @@ def test_run_folder_holds_expected_files(tiny_run: TinyRun) -> None:
 
 @pytest.mark.parametrize("ending", ["interrupted", "not finite", "time budget"])
 def test_run_ending_early_draws_loss_curve(tiny_run: TinyRun, ending: str) -> None:
-    class End(SilentReporter):
-        def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
-            if step == 2 and ending == "interrupted":
+    class End(Callback):
+        def on_step(self, event: StepEvent) -> None:
+            if event.step == 2 and ending == "interrupted":
                 signal.raise_signal(signal.SIGINT)
-            if step == 2 and ending == "not finite":
+            if event.step == 2 and ending == "not finite":
                 with torch.no_grad():
                     model.final_norm.weight.fill_(float("nan"))
 
     config = tiny_run(max_steps=5)
     model = build_model(resolve(config.model, vocab_size=260, max_seq_len=16))
     with nullcontext() if ending == "time budget" else pytest.raises((Interrupted, TrainingError)):
-        train(config, model=model, reporter=End(), time_budget_s=0.0 if ending == "time budget" else None)
+        train(config, model=model, callbacks=[End()], time_budget_s=0.0 if ending == "time budget" else None)
     curve = Path(config.train.checkpoint_dir) / "loss_curve.png"
     assert curve.read_bytes().startswith(b"\x89PNG\r\n")
 
@@ -441,34 +441,29 @@ def test_run_max_steps_spans_several_epochs(tiny_run: TinyRun) -> None:
     ],
 )
 def test_config_warnings_appear_before_first_step(
-    tiny_run: TinyRun, settings: dict[str, Any], said: str | None
+    tiny_run: TinyRun, settings: dict[str, Any], said: str | None, logged: pytest.LogCaptureFixture
 ) -> None:
-    class Notes(SilentReporter):
-        def notice(self, text: str) -> None:
-            heard.append(text)
-
-    heard: list[str] = []
-    plan_training(tiny_run(**settings), heard.append)
-    planned = [line for line in heard if line.startswith("note:")]
-    heard.clear()
-    train(tiny_run(**settings), reporter=Notes())
-    assert planned == [line for line in heard if line.startswith("note:")]
+    plan_training(tiny_run(**settings))
+    planned = [line for line in logged.messages if line.startswith("note:")]
+    logged.clear()
+    train(tiny_run(**settings))
+    assert planned == [line for line in logged.messages if line.startswith("note:")]
     assert len(planned) == (said is not None)
     assert said is None or said in planned[0]
 
 
 @pytest.mark.usefixtures("_no_curve")
-def test_run_describes_itself_before_training(tiny_run: TinyRun, tmp_path: Path) -> None:
-    class Notes(SilentReporter):
-        def notice(self, text: str) -> None:
-            heard.append(text)
-
+def test_run_describes_itself_before_training(
+    tiny_run: TinyRun, tmp_path: Path, logged: pytest.LogCaptureFixture
+) -> None:
     for max_steps, steps in ((1, " 1 step of 256 tokens; "), (2, " 2 steps of 256 tokens; ")):
-        heard: list[str] = []
-        result = train(tiny_run(max_steps=max_steps, checkpoint_dir=str(tmp_path / f"{max_steps}")), reporter=Notes())
-        assert heard[0] == "reading and tokenizing the corpus"
-        assert steps in heard[-1]
-        assert f"{result.parameters:,} parameters" in heard[-1]
+        logged.clear()
+        result = train(tiny_run(max_steps=max_steps, checkpoint_dir=str(tmp_path / f"{max_steps}")))
+        assert logged.messages[0] == "reading and tokenizing the corpus"
+        (line,) = (line for line in logged.messages if f"{result.parameters:,} parameters" in line)
+        assert steps in line
+        is_shown = [text.startswith("validation at") for text in logged.messages]
+        assert logged.messages.index(line) == is_shown.index(True) - 1
 
 
 @pytest.mark.usefixtures("_no_curve")
@@ -498,20 +493,16 @@ def test_run_with_same_seed_is_identical(tiny_run: TinyRun, tmp_path: Path) -> N
     assert a == b
 
 
-def test_run_survives_failure_to_draw_curve(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_survives_failure_to_draw_curve(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, logged: pytest.LogCaptureFixture
+) -> None:
     def fail(*arguments: object) -> Path:
         raise PictureError("no Matplotlib here")
 
-    class Notices(SilentReporter):
-        said: ClassVar[list[str]] = []
-
-        def notice(self, text: str) -> None:
-            self.said.append(text)
-
     monkeypatch.setattr("psannlm.training.run.draw_curve", fail)
-    result = train(tiny_run(max_steps=2), reporter=Notices())
+    result = train(tiny_run(max_steps=2))
     assert (result.steps, result.curve) == (2, None)
-    assert [text for text in Notices.said if "curve" in text] == ["note: no loss curve: no Matplotlib here"]
+    assert [text for text in logged.messages if "curve" in text] == ["note: no loss curve: no Matplotlib here"]
 
 
 def _with_memory(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
@@ -547,11 +538,11 @@ def test_dry_run_of_million_layers_is_immediate(tiny_run: TinyRun, monkeypatch: 
     deep = config.model_copy(update={"model": config.model.model_copy(update={"n_layers": 1_000_000})})
     started_s = time.process_time()
     _with_memory(monkeypatch, 10**15)
-    plan = plan_training(deep, lambda line: None)
+    plan = plan_training(deep)
     assert plan.n_parameters > 10**9
     _with_memory(monkeypatch, 10**9)
     with pytest.raises(ConfigError, match="for the model alone"):
-        plan_training(deep, lambda line: None)
+        plan_training(deep)
     assert time.process_time() - started_s < 8.0
 
 

@@ -12,29 +12,24 @@ import torch
 from psannlm.config.run import RunConfig
 from psannlm.generation.generate import draw_samples
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.log import receiving_messages
 from psannlm.tokenizers.base import Tokenizer
+from psannlm.training.callbacks import Callback, StepEvent
 from psannlm.training.metrics import read_metrics
-from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import TrainResult, train
 
 TinyRun = Callable[..., RunConfig]
 pytestmark = pytest.mark.usefixtures("_no_curve")
 
 
-class Notes(SilentReporter):
-    def __init__(self) -> None:
-        self.samples: list[tuple[int, str, str]] = []
-
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        self.samples.append((step, prompt, text))
-
-
 def sampled(config: RunConfig) -> tuple[TrainResult, list[tuple[int, str, str]]]:
-    notes = Notes()
-    result = train(config, reporter=notes, sampler=draw_samples)
-    rows = [row for row in read_metrics(result.folder) if row["kind"] == "sample"]
-    assert [(row["step"], row["prompt"], row["text"]) for row in rows] == notes.samples
-    return result, notes.samples
+    lines: list[str] = []
+    with receiving_messages(lines.append):
+        result, rows = sampled_rows(config)
+    assert [line for line in lines if line.startswith("sample ")] == [
+        f"sample at step {step}: {' '.join(f'{prompt}{text}'.split())}" for step, prompt, text in rows
+    ]
+    return result, rows
 
 
 @pytest.mark.slow
@@ -52,14 +47,14 @@ def test_samples_are_logged_once_per_validation_despite_resume(tiny_run: TinyRun
     for a, b in zip(straight.model.parameters(), without.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
-    class Crash(Notes):
-        def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
-            if step == 5:
+    class Crash(Callback):
+        def on_step(self, event: StepEvent) -> None:
+            if event.step == 5:
                 raise KeyboardInterrupt
 
     config = tiny_run(**settings, **keys)
     with pytest.raises(KeyboardInterrupt):
-        train(config, reporter=Crash(), sampler=draw_samples)
+        train(config, callbacks=[Crash()], sampler=draw_samples)
     resumed, again = sampled_rows(config)
     assert again == told
     assert resumed.steps == 5

@@ -11,17 +11,17 @@ import pytest
 from psannlm.config.run import RunConfig
 from psannlm.errors import ConfigError
 from psannlm.training import metrics
+from psannlm.training.callbacks import Callback, StepEvent
 from psannlm.training.metrics import BOARD_FOLDER, read_metrics
-from psannlm.training.reporting import SilentReporter
 from psannlm.training.run import train
 
 TinyRun = Callable[..., RunConfig]
 pytestmark = pytest.mark.usefixtures("_no_curve")
 
 
-class Crash(SilentReporter):
-    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
-        if step == 5:
+class Crash(Callback):
+    def on_step(self, event: StepEvent) -> None:
+        if event.step == 5:
             raise KeyboardInterrupt
 
 
@@ -39,7 +39,7 @@ def test_tensorboard_shows_each_step_once_after_resume(tiny_run: TinyRun) -> Non
         sample_prompts=["Two\nlines"],
     )
     with pytest.raises(KeyboardInterrupt):
-        train(config, reporter=Crash(), sampler=lambda *arguments: ["more"])
+        train(config, callbacks=[Crash()], sampler=lambda *arguments: ["more"])
     folder = Path(config.train.checkpoint_dir)
     assert max(row["step"] for row in read_metrics(folder)) == 5  # 4 and 5 will be made again
     train(config, sampler=lambda *arguments: ["more"])

@@ -13,15 +13,15 @@ from pathlib import Path
 from psannlm.config.run import load_config
 from psannlm.errors import PsannlmError
 from psannlm.training import checkpoint
-from psannlm.training.reporting import SilentReporter
+from psannlm.training.callbacks import Callback, StepEvent
 from psannlm.training.run import train
 
 
-class Slow(SilentReporter):
+class Slow(Callback):
     """Says each step, and gives the test time to act on it."""
 
-    def step(self, step: int, loss: float, lr: float, tokens_per_s: float, is_logged: bool) -> None:
-        say(f"step {step}")
+    def on_step(self, event: StepEvent) -> None:
+        say(f"step {event.step}")
         time.sleep(0.15)
 
 
@@ -55,9 +55,9 @@ if __name__ == "__main__":
         hold_save(int(sys.argv[3]))
     if sys.argv[2:3] == ["memory"]:
         allow_memory(int(sys.argv[3]))
-    reporter = Slow() if sys.argv[2:3] in (["slow"], ["hold-save"]) else None
+    callbacks = [Slow()] if sys.argv[2:3] in (["slow"], ["hold-save"]) else []
     try:
-        train(load_config(sys.argv[1]), reporter=reporter)
+        train(load_config(sys.argv[1]), callbacks=callbacks)
     except PsannlmError as error:
         say(f"{type(error).__name__}: {error}")
         sys.exit(error.exit_code)

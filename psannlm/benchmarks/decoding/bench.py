@@ -16,7 +16,7 @@ from psannlm.benchmarks.decoding.modes import Case, DecodeRun, Prompts, decode, 
 from psannlm.benchmarks.decoding.quantization_quality import TOKENS_PER_ROW, measure_packing_cost
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings, case_figures, headline
 from psannlm.benchmarks.decoding.token_parity import Rounding, compare
-from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved
+from psannlm.benchmarks.harness.interleaved import Clock, Count, run_interleaved
 from psannlm.benchmarks.harness.reference_llama import ReferenceModel, ReferenceRuns, build_reference_model, decode_with
 from psannlm.benchmarks.harness.roofline import memory_reader, step_bytes
 from psannlm.config.model import ModelConfig
@@ -27,8 +27,8 @@ from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.reports.schemas.decoding import Agreement, DecodingMetrics, GrowthPoint, PackingCost
 from psannlm.runtime.device import describe_device
+from psannlm.runtime.progress import OnProgress, ignore_progress
 
-OnProgress = Callable[[Progress], None]
 OnPartial = Callable[[DecodingMetrics], None]
 # Fractions of a time limit: what passes without the cache may take, and after which no context length is measured.
 _UNCACHED_FRACTION, _CASES_FRACTION = 0.5, 0.7
@@ -57,7 +57,7 @@ def bench_kv(
     weights: str = "random",
     make_reference: ReferenceModelBuilder = build_reference_model,
     clock: Clock = time.perf_counter,
-    on_progress: OnProgress = lambda event: None,
+    on_progress: OnProgress = ignore_progress,
     on_partial: OnPartial = lambda metrics: None,
 ) -> KvReport:
     """Measure all cases, interleaved, on the device of ``model``; no row ends early.

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved, shared_rounds
+from psannlm.benchmarks.harness.interleaved import Clock, Count, run_interleaved, shared_rounds
 from psannlm.benchmarks.harness.roofline import memory_reader, step_bytes
 from psannlm.generation.engine import Engine
 from psannlm.io.atomic import write_bytes
 from psannlm.io.figures import render_figure
 from psannlm.models.kv_cache import KVCache
 from psannlm.reports.schemas.decoding import GrowthPoint
+from psannlm.runtime.progress import OnProgress, ignore_progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +43,7 @@ def measure_growth(
     repeats: int,
     seed: int,
     clock: Clock = time.perf_counter,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = ignore_progress,
     deadline: float | None = None,
 ) -> list[GrowthPoint]:
     """Time ``n_steps`` decoding steps of ``n_rows`` rows around each of ``contexts``, and memory reads of equal size.

@@ -14,10 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved
+from psannlm.benchmarks.harness.interleaved import Clock, Count, run_interleaved
 from psannlm.generation.engine import Engine
 from psannlm.models.transformer import Transformer
 from psannlm.reports.schemas.decoding import PackingCost
+from psannlm.runtime.progress import OnProgress, ignore_progress
 
 ROWS = 16
 TOKENS_PER_ROW = 256
@@ -40,7 +41,7 @@ def measure_packing_cost(
     n_rows: int = ROWS,
     n_tokens: int = TOKENS_PER_ROW,
     clock: Clock = time.perf_counter,
-    on_progress: Callable[[Progress], None] = lambda event: None,
+    on_progress: OnProgress = ignore_progress,
     deadline: float | None = None,
 ) -> PackingCost:
     """Sample ``n_rows`` texts from the float32 ``model`` and compute their loss with it and with the packed weights.

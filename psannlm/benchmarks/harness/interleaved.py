@@ -7,11 +7,11 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Generic, TypeVar
 
 from psannlm.errors import ConfigError
 from psannlm.reports.schemas.measured import Spread
+from psannlm.runtime.progress import OnProgress, Progress, ignore_progress
 
 T = TypeVar("T")
 Clock = Callable[[], float]
@@ -20,32 +20,21 @@ Count = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Progress of a benchmark: run ``run`` of ``n_runs`` (from 1), with ``done`` of ``total`` units (0: unknown).
+class RunProgress(Progress):
+    """Progress of a benchmark: run ``run`` of ``n_runs`` (from 1), of ``candidate``.
 
-    ``left_s`` estimates the seconds of all remaining runs; None while there is nothing to estimate from, or once the
-    deadline has passed.
+    ``done`` and ``elapsed_s`` are of this run. ``left_s`` estimates the seconds of all remaining runs; None while there
+    is nothing to estimate from, or once the deadline has passed.
     """
 
-    candidate: str
-    is_warm_up: bool
-    run: int
-    n_runs: int
-    done: int
-    total: int
-    unit: str
-    elapsed_s: float
-    left_s: float | None
+    candidate: str = ""
+    is_warm_up: bool = False
+    run: int = 1
+    n_runs: int = 1
 
     def __str__(self) -> str:
         kind = "warm-up, " if self.is_warm_up else ""
-        parts = [f"run {self.run} of {self.n_runs} ({kind}{self.candidate})"]
-        if self.done:
-            throughput = f", {self.done / self.elapsed_s:,.1f} {self.unit}/s" if self.elapsed_s > 0 else ""
-            parts.append(f"{self.done:,} of {self.total:,} {self.unit}{throughput}")
-        if self.left_s is not None:
-            parts.append(f"about {timedelta(seconds=round(self.left_s))} left")
-        return ", ".join(parts)
+        return ", ".join([f"run {self.run} of {self.n_runs} ({kind}{self.candidate})", *self.figures()])
 
 
 def run_interleaved(
@@ -55,7 +44,7 @@ def run_interleaved(
     warm_ups: int = 1,
     unit: str = "passes",
     clock: Clock = time.perf_counter,
-    on_progress: Callable[[Progress], None] = lambda event: None,
+    on_progress: OnProgress = ignore_progress,
     deadline: float | None = None,
     cold: Collection[str] = (),
     on_result: Callable[[str, bool, T], None] = lambda name, is_warm_up, result: None,
@@ -69,8 +58,8 @@ def run_interleaved(
         repeats: counted runs of each candidate.
         warm_ups: runs of each candidate before the counted ones; their results are discarded.
         unit: what the candidates count.
-        on_progress: called at the start of every run and whenever a candidate counts. It is inside the measured time
-            and must be quick.
+        on_progress: called with a :class:`RunProgress` at the start of every run and whenever a candidate counts. It is
+            inside the measured time and must be quick.
         deadline: a time of ``clock``. Each candidate has at least one counted run. A further run that would end after
             the deadline, estimated by the candidate's last run, is left out, with all later ones of that candidate.
         cold: candidates without a warm-up.
@@ -105,7 +94,7 @@ class _Runs(Generic[T]):
     plan: Sequence[tuple[bool, str]]
     unit: str
     clock: Clock
-    on_progress: Callable[[Progress], None]
+    on_progress: OnProgress
     deadline: float | None
     results: dict[str, list[T]] = field(default_factory=dict)
     # Seconds of each candidate's last run.
@@ -129,9 +118,8 @@ class _Runs(Generic[T]):
         def count(done: int, total: int) -> None:
             now = self.clock()
             left_s = self._left_s(index, began, now, done, total)
-            number, n_runs = index + 1, len(self.plan)
-            event = Progress(name, is_warm_up, number, n_runs, done, total, self.unit, now - began, left_s)
-            self.on_progress(event)
+            figures = ("measuring", done, total, self.unit, now - began, left_s, "", False)
+            self.on_progress(RunProgress(*figures, name, is_warm_up, index + 1, len(self.plan)))
 
         count(0, 0)
         result = candidate(count)

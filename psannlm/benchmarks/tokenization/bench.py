@@ -7,13 +7,14 @@ memory, and Hugging Face's library reads its number of threads only once. The ru
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, paired_ratio, passes_for, run_interleaved
+from psannlm.benchmarks.harness.interleaved import Clock, Count, paired_ratio, passes_for, run_interleaved
 from psannlm.benchmarks.harness.isolated_process import IsolatedProcess
 from psannlm.benchmarks.tokenization.prep import bench_prep, check_preparable
 from psannlm.benchmarks.tokenization.raw_libraries import raw_encode
@@ -25,6 +26,8 @@ from psannlm.data.tokenizer_training import SAMPLE_SEGMENT_BYTES, sample_corpus
 from psannlm.errors import ConfigError
 from psannlm.reports.schemas.measured import Spread
 from psannlm.reports.schemas.tokenizers import HeldOut, Speed, TokenizerFigures, TokenizerReport
+from psannlm.runtime.log import receiving_messages
+from psannlm.runtime.progress import OnProgress, ignore_progress
 from psannlm.runtime.resident_memory import peak_resident_bytes
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import (
@@ -35,6 +38,8 @@ from psannlm.tokenizers.resolve import (
     tokenizer_from_bytes,
 )
 from psannlm.tokenizers.sample import SAMPLE_CHARS, sample_passages
+
+log = logging.getLogger(__name__)
 
 # Name in the table: backend and model type.
 KINDS: dict[str, tuple[str, str | None]] = {
@@ -78,9 +83,7 @@ def bench_tokenizers(
     sample_chars: int = SAMPLE_CHARS,
     min_run_s: float = MIN_RUN_S,
     with_prep: bool = False,
-    notice: Callable[[str], None] = lambda text: None,
-    on_bytes: Callable[[int, int], None] | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> TokenizerReport:
     """Train every available backend on ``sources`` and measure it, and the ``models``, on held-out text.
 
@@ -88,12 +91,12 @@ def bench_tokenizers(
         held_out: the text to measure on; if empty, about 10% of ``sources``. Of either, an even sample.
         models: tokenizer files, measured with the library that they belong to.
         corpus_repeat: number of copies of each passage, made after the split: both splits are repeated, and neither
-            gets text of the other. If that would exceed ``REPEATED_CHARS``, fewer copies are made, with a notice.
+            gets text of the other. If that would exceed ``REPEATED_CHARS``, fewer copies are made.
         sample_chars: maximum number of characters of ``sources`` to train on, before they are repeated.
         min_run_s: minimum duration of a run; see :func:`measure_tokenizers`.
         with_prep: also prepare all of ``sources`` with each tokenizer, see ``tokenization.prep.bench_prep``.
         repeats: counted runs of each, interleaved. Training has no warm-up run: a user waits for the first one.
-        on_bytes: called with the bytes of ``sources`` read so far and in total.
+        on_progress: gets the bytes of ``sources`` read so far, then the runs.
 
     Raises:
         ConfigError: ``repeats``, ``corpus_repeat`` or ``vocab_size`` is too small, two tokenizers have one name, or
@@ -109,20 +112,19 @@ def bench_tokenizers(
     preparable = check_preparable(sources) if with_prep else []
     loaded = load_named(models)
     report = ReadReport()
-    documents = read_documents(sources, report, segment_bytes=SAMPLE_SEGMENT_BYTES, on_bytes=on_bytes)
-    fitted_on, measured_on = _split(documents, held_out, seed, sample_chars, notice)
+    documents = read_documents(sources, report, segment_bytes=SAMPLE_SEGMENT_BYTES, on_progress=on_progress)
+    fitted_on, measured_on = _split(documents, held_out, seed, sample_chars)
     for line in report.lines():
-        notice(line)
-    repeat = _repetitions(corpus_repeat, fitted_on, measured_on, notice)
+        log.info(line)
+    repeat = _repetitions(corpus_repeat, fitted_on, measured_on)
     described = _describe(measured_on, fitted_on, repeat)
     fitted_on, measured_on = fitted_on * repeat, measured_on * repeat
-    unavailable = _unavailable_backends(notice)
+    unavailable = _unavailable_backends()
     fits = fit_interleaved(
         [name for name, (backend, _) in KINDS.items() if backend not in unavailable],
         fitted_on,
         vocab_size=vocab_size,
         repeats=repeats,
-        notice=notice,
         on_progress=on_progress,
     )
     fitted = {name: tokenizer_from_bytes(made[-1].content) for name, made in fits.items()}
@@ -148,11 +150,11 @@ def bench_tokenizers(
     )
 
 
-def _unavailable_backends(notice: Callable[[str], None]) -> dict[str, str]:
+def _unavailable_backends() -> dict[str, str]:
     """Return the backends that cannot be imported, with the reasons."""
     unavailable = {name: why for name, why in available_backends().items() if why is not None}
     for name, why in unavailable.items():
-        notice(f"left out: {name} cannot be imported ({why})")
+        log.warning(f"left out: {name} cannot be imported ({why})")
     return unavailable
 
 
@@ -161,17 +163,14 @@ def _split(
     held_out: Sequence[Source],
     seed: int,
     sample_chars: int,
-    notice: Callable[[str], None],
 ) -> tuple[list[str], list[str]]:
     """Return the passages to train on and those to measure on: of ``held_out``, or about 10% of ``documents``."""
     if not held_out:
-        sampled = sample_corpus(
-            documents, seed=seed, sample_chars=sample_chars, held_out_chars=HELD_OUT_CHARS, notice=notice
-        )
+        sampled = sample_corpus(documents, seed=seed, sample_chars=sample_chars, held_out_chars=HELD_OUT_CHARS)
         return sampled.fitted_on, sampled.held_out
-    fitted_on = sample_passages((document.text for document in documents), seed, budget=sample_chars, notice=notice)
+    fitted_on = sample_passages((document.text for document in documents), seed, budget=sample_chars)
     others = (document.text for document in read_documents(held_out, segment_bytes=SAMPLE_SEGMENT_BYTES))
-    return fitted_on, sample_passages(others, seed, budget=HELD_OUT_CHARS)
+    return fitted_on, sample_passages(others, seed, budget=HELD_OUT_CHARS, use="the tokenizers are measured on")
 
 
 def load_named(paths: Sequence[Path]) -> dict[str, Tokenizer]:
@@ -193,7 +192,8 @@ class Fit:
         backend, model_type = KINDS[kind]
         notices: list[str] = []
         began = time.perf_counter()
-        tokenizer = fit_passages(self._passages, backend, vocab_size, model_type=model_type, notice=notices.append)
+        with receiving_messages(notices.append):
+            tokenizer = fit_passages(self._passages, backend, vocab_size, model_type=model_type)
         return Fitted(time.perf_counter() - began, tokenizer.to_bytes(), peak_resident_bytes(), tuple(notices))
 
 
@@ -203,8 +203,7 @@ def fit_interleaved(
     *,
     vocab_size: int,
     repeats: int,
-    notice: Callable[[str], None] = lambda text: None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> dict[str, list[Fitted]]:
     """Train each of ``kinds`` ``repeats`` times, each time in a new process; return the results by kind."""
 
@@ -222,7 +221,7 @@ def fit_interleaved(
     )
     for kind, made in fits.items():
         for line in made[0].notices:
-            notice(f"{kind}: {line}")
+            log.info(f"{kind}: {line}")
     return fits
 
 
@@ -291,7 +290,7 @@ def measure_tokenizers(
     repeats: int,
     min_run_s: float = MIN_RUN_S,
     start: Start = start_isolated,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> list[TokenizerFigures]:
     """Time encoding, decoding and the raw library's encoding of each tokenizer, on one thread and on all, interleaved.
 
@@ -349,12 +348,12 @@ def _timed(caller: Caller, work: str, passes: int) -> Callable[[Count], float]:
     return run
 
 
-def _repetitions(asked: int, fitted_on: Texts, measured_on: Texts, notice: Callable[[str], None]) -> int:
+def _repetitions(asked: int, fitted_on: Texts, measured_on: Texts) -> int:
     """Return the number of copies of both splits: as requested, or as many as ``REPEATED_CHARS`` allows."""
     longer = max(sum(map(len, fitted_on)), sum(map(len, measured_on)), 1)
     repeat = min(asked, max(1, REPEATED_CHARS // longer))
     if repeat < asked:
-        notice(
+        log.warning(
             f"the corpus is repeated {repeat:,} times instead of {asked:,}: repetition stops at {REPEATED_CHARS:,} "
             "characters, which are enough to measure"
         )

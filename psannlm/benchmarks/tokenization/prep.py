@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psannlm.benchmarks.harness.interleaved import Count, Progress, paired_ratio, run_interleaved
+from psannlm.benchmarks.harness.interleaved import Count, paired_ratio, run_interleaved
 from psannlm.benchmarks.harness.isolated_process import IsolatedProcess
 from psannlm.benchmarks.tokenization.raw_libraries import raw_arrays, raw_encode
 from psannlm.config.data import PathSource, Source
@@ -27,6 +27,7 @@ from psannlm.prep.pool import usable_cores
 from psannlm.reports.schemas.measured import Spread
 from psannlm.reports.schemas.tokenizers import PrepFigures
 from psannlm.runtime.processes import python_command
+from psannlm.runtime.progress import OnProgress, ignore_progress
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import tokenizer_from_bytes
 
@@ -119,7 +120,7 @@ def bench_prep(
     sources: Sequence[PathSource],
     *,
     repeats: int,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> list[PrepFigures]:
     """Prepare ``sources`` with each tokenizer that wraps a library, interleaved with that library.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from psannlm.benchmarks.harness.interleaved import Clock, Count, Progress, run_interleaved
+from psannlm.benchmarks.harness.interleaved import Clock, Count, run_interleaved
 from psannlm.benchmarks.harness.roofline import matrix_peak
 from psannlm.benchmarks.training.candidates import (
     Candidate,
@@ -20,8 +20,8 @@ from psannlm.benchmarks.training.candidates import (
 from psannlm.benchmarks.training.peak_memory import peak_step_bytes
 from psannlm.benchmarks.training.report import ThroughputReport, Trained
 from psannlm.runtime.device import describe_device, pick_precision, require_compiler
+from psannlm.runtime.progress import OnProgress, ignore_progress
 
-OnProgress = Callable[[Progress], None]
 MemoryProbe = Callable[[Candidate, ThroughputSettings, torch.device], int | None]
 
 _PEAK = "matrix products"
@@ -36,7 +36,7 @@ def bench_train(
     build: TrainingRunBuilder = TrainingRun,
     measure_memory: MemoryProbe | None = peak_step_bytes,
     clock: Clock = time.perf_counter,
-    on_progress: OnProgress = lambda event: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> ThroughputReport:
     """Time the training steps of all candidates of ``settings``, interleaved, on one batch that is used repeatedly.
 

@@ -17,6 +17,7 @@ from psannlm.data.corpus.parquet import parquet_texts
 from psannlm.data.corpus.reading import REPLACEMENT, Seen, bounded_lines, decoded, opened, read_whole, replaced
 from psannlm.errors import CorpusError, nearest
 from psannlm.io.limits import max_held_bytes
+from psannlm.runtime.progress import OnProgress, ProgressCounter
 
 PYTHON_REFERENCE = "python-reference"
 _NAMES_KEPT = 5
@@ -135,7 +136,7 @@ def read_documents(
     report: ReadReport | None = None,
     *,
     segment_bytes: int | None = None,
-    on_bytes: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
     replace_option: str = "",
 ) -> Iterator[Document]:
     """Return an iterator of the documents of all sources, in order; ``report`` is updated as they are read.
@@ -146,7 +147,7 @@ def read_documents(
 
     Args:
         segment_bytes: maximum size of a document; a longer file is cut, at the end of a line if possible.
-        on_bytes: called with the stored bytes read so far and the stored bytes of all files.
+        on_progress: gets the stored bytes read so far, of those of all files.
         replace_option: the remedy in errors about bytes that are not UTF-8, as the command calls it.
 
     Raises:
@@ -157,8 +158,11 @@ def read_documents(
     patterns = [source.path for source in sources if isinstance(source, PathSource)]
     found = iter(find_all(patterns, report.drop))
     plan = [(source, next(found) if isinstance(source, PathSource) else []) for source in sources]
-    meter = None if on_bytes is None else _Meter(sum(file_bytes(path) for _, files in plan for path in files), on_bytes)
-    reading = _Reading(report, segment_bytes, None if meter is None else meter.add, replace_option)
+    on_read = None
+    if on_progress is not None:
+        total = sum(file_bytes(path) for _, files in plan for path in files)
+        on_read = ProgressCounter(on_progress, "reading", "bytes", total).add
+    reading = _Reading(report, segment_bytes, on_read, replace_option)
     kept = keep_text(_read(plan, reading), report)
     return kept if segment_bytes is not None else _held(kept, report)
 
@@ -203,17 +207,6 @@ class _Reading:
             text, has_mark = decoded(content, path, offset, advice)
         self.report.byte_order_marks += has_mark
         return text
-
-
-class _Meter:
-    """Counts the bytes that were read, and reports them."""
-
-    def __init__(self, total: int, on_bytes: Callable[[int, int], None]) -> None:
-        self._done, self._total, self._on_bytes = 0, total, on_bytes
-
-    def add(self, n_bytes: int) -> None:
-        self._done += n_bytes
-        self._on_bytes(self._done, self._total)
 
 
 def keep_text(documents: Iterable[Document], report: ReadReport) -> Iterator[Document]:

@@ -15,7 +15,7 @@ from psannlm.benchmarks.decoding import bench, modes
 from psannlm.benchmarks.decoding.bench import bench_kv, build_random_model
 from psannlm.benchmarks.decoding.modes import CASES, Case, DecodeRun, Prompts
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings
-from psannlm.benchmarks.harness.interleaved import Progress
+from psannlm.benchmarks.harness.interleaved import RunProgress
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, GenerationError
 
@@ -36,7 +36,7 @@ def measure(settings: KvSettings, config: ModelConfig = TINY, **named: Any) -> K
 
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
 def test_bench_kv_reports_no_problem_for_correct_cache(base: str) -> None:
-    events: list[Progress] = []
+    events: list[RunProgress] = []
     report = measure(SETTINGS, TINY.model_copy(update={"base": base}), on_progress=events.append)
     assert report.problems == []
     assert {case: len(runs) for case, runs in report.runs.items()} == dict.fromkeys(CASES, 2)
@@ -81,7 +81,7 @@ def test_bench_kv_uncached_steps_and_cases_are_honoured() -> None:
 def test_bench_kv_time_left_stays_within_the_limit() -> None:
     ticks = itertools.count()
     limit_s = 10_000.0
-    events: list[tuple[float, Progress]] = []
+    events: list[tuple[float, RunProgress]] = []
     now = 0.0
 
     def clock() -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from psannlm.benchmarks.decoding.context_length import draw_growth, longest_state, measure_growth
-from psannlm.benchmarks.harness.interleaved import Progress
+from psannlm.benchmarks.harness.interleaved import RunProgress
 from psannlm.benchmarks.harness.roofline import step_bytes
 from psannlm.generation.engine import Engine
 from psannlm.models.accounting import cache_bytes
@@ -45,7 +45,7 @@ def test_growth_point_has_time_and_bytes_of_context(
     monkeypatch.setattr(
         "psannlm.benchmarks.decoding.context_length.memory_reader", lambda *given, **named: lambda count: 1000.0
     )
-    events: list[Progress] = []
+    events: list[RunProgress] = []
     points = measure_growth(
         engine, 2, (16, 32), n_steps=8, repeats=3, seed=1, clock=lambda: now, on_progress=events.append
     )

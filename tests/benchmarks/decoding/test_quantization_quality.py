@@ -14,7 +14,7 @@ from psannlm.benchmarks.decoding.quantization_quality import (
     sample_texts,
     token_losses,
 )
-from psannlm.benchmarks.harness.interleaved import Progress
+from psannlm.benchmarks.harness.interleaved import RunProgress
 from psannlm.generation.engine import Engine
 from psannlm.models.transformer import Transformer
 
@@ -60,7 +60,7 @@ def test_sample_texts_follow_the_model_distribution(build_tiny: Callable[..., Tr
 
 def test_packing_cost_int8_exceeds_float32(build_tiny: Callable[..., Transformer]) -> None:
     model = build_tiny(seed=2, max_seq_len=64)
-    events: list[Progress] = []
+    events: list[RunProgress] = []
     same, int8 = (
         measure_packing_cost(model, Engine(model, dtype=dtype), seed=3, n_rows=4, on_progress=events.append)
         for dtype in ("float32", "int8")

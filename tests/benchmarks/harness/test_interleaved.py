@@ -8,7 +8,7 @@ import pytest
 
 from psannlm.benchmarks.harness.interleaved import (
     Count,
-    Progress,
+    RunProgress,
     paired_ratio,
     passes_for,
     run_interleaved,
@@ -99,7 +99,7 @@ def test_passes_for_fills_time_after_a_warm_up() -> None:
 
 def test_time_left_estimates_remaining_runs() -> None:
     clock = FakeClock()
-    events: list[Progress] = []
+    events: list[RunProgress] = []
 
     def halves(seconds: float) -> Callable[[Count], None]:
         def run(count: Count) -> None:
@@ -156,7 +156,7 @@ def test_deadline_allows_one_counted_run_per_candidate() -> None:
 
 def test_time_left_excludes_runs_beyond_the_deadline() -> None:
     clock = FakeClock()
-    events: list[tuple[float, Progress]] = []
+    events: list[tuple[float, RunProgress]] = []
 
     def run(count: Count) -> None:
         clock.now += 10.0
@@ -176,7 +176,7 @@ def test_time_left_excludes_runs_beyond_the_deadline() -> None:
 def test_time_left_never_exceeds_the_deadline() -> None:
     clock = FakeClock()
     deadline = clock.now + 35.0
-    events: list[tuple[float, Progress]] = []
+    events: list[tuple[float, RunProgress]] = []
 
     def takes(seconds: float) -> Callable[[Count], None]:
         def run(count: Count) -> None:

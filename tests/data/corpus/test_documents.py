@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from psannlm.config.data import BuiltinSource, PathSource
 from psannlm.data.corpus.documents import Document, ReadReport, builtin_documents, keep_text, read_documents
 from psannlm.errors import CorpusError
+from psannlm.runtime.progress import Progress
 
 
 def read(*paths: Path, **settings: object) -> tuple[list[Document], ReadReport]:
@@ -265,11 +266,12 @@ def test_read_progress_counts_every_stored_byte_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words\n" * 50)
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"other words\n" * 500))
     (tmp_path / "c.jsonl").write_text('{"text": "third"}\n' * 5)
-    calls: list[tuple[int, int]] = []
-    list(read_documents([PathSource(path=str(tmp_path))], on_bytes=lambda done, total: calls.append((done, total))))
+    calls: list[Progress] = []
+    list(read_documents([PathSource(path=str(tmp_path))], on_progress=calls.append))
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert calls[-1] == (size, size)
-    assert calls == sorted(calls)
+    assert (calls[-1].done, calls[-1].unit) == (size, "bytes")
+    assert [call.done for call in calls] == sorted(call.done for call in calls)
+    assert {call.total for call in calls} == {size}
 
 
 @pytest.mark.parametrize("name", ["a.ndjson", "a.ndjson.gz", "A.NDJSON"])
