@@ -16,7 +16,7 @@ import torch
 
 from psannlm.display import printable
 from psannlm.errors import ConfigError
-from psannlm.export.held_out import VerificationText, windows_of
+from psannlm.export.held_out import VerificationText, random_texts, windows_of
 from psannlm.export.hf import suppressed_ids
 from psannlm.export.verify import VerificationFailed
 from psannlm.generation.batch_decode import BatchDecoder
@@ -100,7 +100,7 @@ def verify_gguf(
     }
     is_escaping = isinstance(tokenizer, SentencePieceTokenizer)
     escaped = [char for char, _ in ESCAPES] if is_escaping else []
-    texts = [passage for passage in text.passages if not any(char in passage for char in escaped)]
+    texts = [t for t in (*text.passages, *random_texts()) if not any(char in t for char in escaped)]
     found = GgufVerification(text.description)
     for by in readers_for(architecture):
         on_progress(f"verifying: reading the file with {by}")

@@ -1,4 +1,4 @@
-"""Import of a folder of Hugging Face transformers: Llama, Qwen3 or Arcee as a model file of psannlm."""
+"""Import of a folder of Hugging Face transformers: Llama, Qwen3, Arcee or our own class as a model file of psannlm."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from psannlm.config.model import ModelConfig
-from psannlm.errors import ArtifactError, ConfigError, TokenizerError
+from psannlm.errors import ArtifactError, ConfigError, Problem, TokenizerError
+from psannlm.export import custom_mapping
 from psannlm.export.import_config import architecture_of, native_model_config
 from psannlm.export.plain_mapping import our_name
 from psannlm.io.filenames import utf8_path
@@ -68,15 +70,28 @@ def import_folder(folder: Path, *, with_tokenizer: bool = True) -> ImportedModel
     fields = _read_json(folder / CONFIG_FILE)
     try:
         architecture = architecture_of(fields)
-        config = resolve(native_model_config(fields))
+        is_ours = architecture == custom_mapping.ARCHITECTURE
+        config = resolve(_own_config(fields) if is_ours else native_model_config(fields))
     except ConfigError as error:
         raise ConfigError(error.problems, source=str(folder / CONFIG_FILE)) from error
     files = weight_files(folder)
-    model = _load(folder, files, config, our_name)
+    model = _load(folder, files, config, custom_mapping.our_name if is_ours else our_name)
     if not with_tokenizer:
         return ImportedModel(model, None, architecture)
     tokenizer = _tokenizer(folder, config)
     return ImportedModel(model, tokenizer, architecture, tuple(_notices(folder, fields, tokenizer)))
+
+
+def _own_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """Return the configuration in a folder of our own class, whose code is not run. Raises ConfigError."""
+    try:
+        return custom_mapping.model_config(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(Problem(".".join(map(str, first["loc"])), str(first["msg"]))) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        message = f"not as psannlm export writes it: {error!r:.120} is missing or unknown"
+        raise ConfigError(Problem("architectures", message)) from error
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from psannlm.errors import ArtifactError, ConfigError, PsannlmError, TokenizerError
+from psannlm.export.custom_mapping import custom_config, custom_tensors
 from psannlm.export.import_hf import import_folder
 from psannlm.export.plain_mapping import plain_config, plain_tensors
 from psannlm.models.artifact import load_model
@@ -248,6 +249,43 @@ def test_linked_files_of_a_download_cache_are_read(tmp_path: Path, folder: Path)
     assert import_folder(linked, with_tokenizer=False).architecture == "LlamaForCausalLM"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"base": "waveresnet", "residual_scale": True},
+        {"base": "respsann", "sine_params": {"amp_bounds": [2.0, 3.0], "amp_init": 2.5, "learnable": ["frequency"]}},
+        {"base": "waveresnet", "short_conv": {"places": ["mlp"], "kernel_size": 3, "dilation_growth": 2}},
+        {"base": "transformer", "positional_encoding": "alibi", "tie_embeddings": True},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_folders_of_our_own_class_come_back(tmp_path: Path, build_tiny: Build, settings: dict[str, Any]) -> None:
+    model = build_tiny(**settings)
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(custom_config(model.config)))
+    save_file(dict(custom_tensors(model.state_dict())), folder / "model.safetensors", {"format": "pt"})
+    imported = import_folder(folder, with_tokenizer=False)
+    imported.save(tmp_path / "model.safetensors")
+    back = load_model(tmp_path / "model.safetensors").model
+    assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    ids = torch.randint(0, 17, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(back(ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_act", "tanh"), ("hidden_size", "wide"), ("sine_bounds", None), ("short_conv_places", 3)],
+)
+def test_damaged_config_of_our_own_class_is_refused(tmp_path: Path, build_tiny: Build, key: str, value: Any) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**custom_config(build_tiny().config), key: value}))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        import_folder(folder, with_tokenizer=False)
+
+
 @pytest.fixture
 def tokenized(tmp_path: Path, build_tiny: Build, tiny_texts: list[str]) -> Path:
     tokenizer = HuggingFaceTokenizer.fit(tiny_texts, 300)
@@ -284,3 +322,28 @@ def test_tokenizer_larger_than_the_model_is_refused(folder: Path, tiny_texts: li
     HuggingFaceTokenizer.fit(tiny_texts, 300).save(folder / "tokenizer.json")
     with pytest.raises(TokenizerError, match="300 ids, and the model only 17"):
         import_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer"),
+    [("llama", "byte-level"), ("waveresnet", "unigram"), ("respsann", "char"), ("arcee-gelu", "bpe")],
+)
+def test_export_then_import_gives_model_and_ids_back(
+    export_tiny: Callable[..., Any],
+    fitted: Callable[[str], Any],
+    tmp_path: Path,
+    name: str,
+    tokenizer: str,
+    tiny_texts: list[str],
+) -> None:
+    export_tiny(name, tokenizer, is_verified=False)
+    imported = import_folder(tmp_path / "out")
+    before = load_model(tmp_path / "tiny.safetensors").model.state_dict()
+    after = imported.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert imported.tokenizer is not None
+    texts = [*tiny_texts, "</s> <s> <0x41>", " a  b\n\n\tc", "\u2581 \uf8f0 🎉 日本"]
+    assert imported.tokenizer.encode_batch(texts) == fitted(tokenizer).encode_batch(texts)
+    assert [imported.tokenizer.decode(ids) for ids in imported.tokenizer.encode_batch(texts)] == texts
+    assert imported.notices == ()
