@@ -215,7 +215,7 @@ def _compare_greedy(
     reference: Transformer, request: dict[str, Any], expected: list[list[int]], answer: dict[str, Any]
 ) -> int:
     """Return the number of rows that end in a tie. Raises VerificationFailed for the first other token."""
-    ways = {"alone": "with cache", "uncached": "without cache", "padded": "left-padded in a batch"}
+    ways = {"alone": "alone, with cache", "uncached": "left-padded, without cache", "padded": "left-padded, with cache"}
     n_ties = 0
     for way, described in ways.items():
         for prompt, ours, theirs in zip(request["prompts"], expected, answer[way], strict=True):

@@ -35,7 +35,7 @@ def main(request_path: str) -> None:
             logits = model(torch.tensor([window])).logits[0].float().contiguous()
             (place / f"logits_{number}.bin").write_bytes(logits.numpy().tobytes())
         answer["alone"] = [_generate(model, [prompt], request, use_cache=True)[0] for prompt in request["prompts"]]
-        answer["uncached"] = [_generate(model, [prompt], request, use_cache=False)[0] for prompt in request["prompts"]]
+        answer["uncached"] = _generate(model, request["prompts"], request, use_cache=False)
         answer["padded"] = _generate(model, request["prompts"], request, use_cache=True)
     texts = request["texts"]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []

@@ -244,7 +244,7 @@ def read_state(folder: Path) -> TrainerState:
     try:
         hashes = {name: content["files"][name] for name in (MODEL_FILE, OPTIMIZER_FILE)}
         stored = content["state"]
-        seen = tuple(stored.get("source_windows", ()))
+        seen = tuple(stored["source_windows"]) if "source_windows" in stored else ()
         state = TrainerState(**{**stored, "position": Position(**stored["position"]), "source_windows": seen})
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is not the state of a checkpoint: an entry is missing or unknown") from error
