@@ -208,10 +208,16 @@ WRITES_BELOW: dict[str, tuple[str, ...]] = {
     "bench-tokenizers": ("--corpus", "corpus.txt", "--per-line", "--vocab-size", "300", "--repeats", "1", "--out"),
     "gpu-validate": ("--device", "cpu", "--only", "GPU-03", "--out"),
 }
+# Those that write a whole folder or file at once, and refuse one that holds anything of somebody else's.
+REFUSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "export": (("run", "--no-verify", "--out"), ()),
+    "export force": (("run", "--no-verify", "--force", "--out"), ()),
+    "import": (("exported", "--out"), ("model.safetensors",)),
+}
 
 
 def test_ownership_covers_every_command_with_out() -> None:
-    """A new command that writes must get a line in one of the two tables."""
+    """A new command that writes must get a line in one of the three tables."""
     group: Any = typer.main.get_command(app)
     writing = {
         name
@@ -219,7 +225,7 @@ def test_ownership_covers_every_command_with_out() -> None:
         # The folder is an option, or of init the argument.
         if any({"--out", "--study", "folder"} & {*option.opts} for option in command.params)
     }
-    tried = {name if name in group.commands else name.split(" ")[0] for name in (*WRITES_INTO, *WRITES_BELOW)}
+    tried = {name if name in group.commands else name.split(" ")[0] for name in (*WRITES_INTO, *WRITES_BELOW, *REFUSES)}
     assert tried == writing
     assert {*group.commands} - writing == {"generate", "schema"}
 
@@ -253,6 +259,26 @@ def test_commands_harm_no_foreign_entry_in_out(name: str, shift: int, tmp_path: 
     else:
         pytest.fail(f"never done: {ended.err}")
     assert moved < {*FILES, *FOLDERS}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("shift", range(len(KINDS)))
+@pytest.mark.parametrize("name", REFUSES)
+def test_export_and_import_refuse_foreign_entries(name: str, shift: int, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    if not Path("exported").exists():
+        assert run("export", "run", "--no-verify", "--out", "exported").code == 0
+    out = tmp_path / "out"
+    fill(out, shift)
+    before = state_of(out)
+    head, tail = REFUSES[name]
+    ended = run(name.split(" ")[0], *head, out.joinpath(*tail))
+    assert ended.code in (1, 2)
+    assert str(out.joinpath(*tail)) in ended.err
+    assert not {"unexpected", "Traceback"} & {*ended.err.replace(":", " ").split()}, ended.err
+    assert state_of(out) == before
+    assert run(name.split(" ")[0], *head, tmp_path.joinpath("new", *tail)).code == 0
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Import of a folder of Hugging Face transformers: Llama, Qwen3, Arcee or our own class as a model file of psannlm."""
+"""Import of a folder of Hugging Face transformers: Llama, Qwen3 or Arcee as a model file of psannlm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from psannlm.config.model import ModelConfig
-from psannlm.errors import ArtifactError, ConfigError, Problem, TokenizerError
+from psannlm.errors import ArtifactError, ConfigError, TokenizerError
 from psannlm.export import custom_mapping
 from psannlm.export.import_config import architecture_of, native_model_config
 from psannlm.export.plain_mapping import our_name
@@ -71,7 +71,7 @@ def import_folder(folder: Path, *, with_tokenizer: bool = True) -> ImportedModel
     try:
         architecture = architecture_of(fields)
         is_ours = architecture == custom_mapping.ARCHITECTURE
-        config = resolve(_own_config(fields) if is_ours else native_model_config(fields))
+        config = resolve(_custom_model_config(fields) if is_ours else native_model_config(fields))
     except ConfigError as error:
         raise ConfigError(error.problems, source=str(folder / CONFIG_FILE)) from error
     files = weight_files(folder)
@@ -82,16 +82,15 @@ def import_folder(folder: Path, *, with_tokenizer: bool = True) -> ImportedModel
     return ImportedModel(model, tokenizer, architecture, tuple(_notices(folder, fields, tokenizer)))
 
 
-def _own_config(fields: Mapping[str, Any]) -> ModelConfig:
-    """Return the configuration in a folder of our own class, whose code is not run. Raises ConfigError."""
+def _custom_model_config(fields: dict[str, Any]) -> ModelConfig:
+    """Return the configuration of a folder exported with custom code. Raises ConfigError where it is damaged."""
     try:
         return custom_mapping.model_config(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(Problem(".".join(map(str, first["loc"])), str(first["msg"]))) from error
-    except (KeyError, TypeError, AttributeError) as error:
-        message = f"not as psannlm export writes it: {error!r:.120} is missing or unknown"
-        raise ConfigError(Problem("architectures", message)) from error
+    except KeyError as error:
+        raise ConfigError(f"the setting {error} of {custom_mapping.ARCHITECTURE} is missing or unknown") from error
+    except (ValidationError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"a setting of {custom_mapping.ARCHITECTURE} is damaged: {reason:.300}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -80,6 +81,10 @@ def test_commands_take_and_write_undecodable_names(psannlm, folder: Path) -> Non
     prompts = ("--prompts-file", folder / f"{NAME}.prompts", "--max-new-tokens", "2", "--device", "cpu")
     assert done("generate", "--checkpoint", run, *prompts)["checkpoint"] == str(run / "step_00000002")
     assert done("eval", text, "--checkpoint", run, "--device", "cpu", "--out", f"{NAME}.eval")["files"] == [str(text)]
+    if importlib.util.find_spec("transformers") is not None:
+        exported, imported = f"{NAME}.exported", f"{NAME}.safetensors"
+        assert done("export", run, "--out", exported, "--no-verify")["folder"] == exported
+        assert done("import", exported, "--out", imported)["file"] == imported
     done("report", "--reports", ".", "--out", f"{NAME}.report")
     done("report", "--compare", run, other, "--out", f"{NAME}.versus")
     for page in (f"{NAME}.report", f"{NAME}.versus"):
@@ -177,5 +182,6 @@ def test_init_undecodable_names_lead_to_the_text(psannlm, folder: Path) -> None:
 def test_undecodable_names_cover_every_command() -> None:
     """A new command must get its test of names, or its place among those that take no files of the user's."""
     tried = {"init", "tokenize", "prep", "train", "generate", "eval", "report", "compare", "bench-tokenizers"}
+    tried |= {"export", "import"}
     takes_none = {"bench-train", "bench-kv", "gpu-validate", "schema"}
     assert {str(command.name) for command in app.registered_commands} == tried | takes_none

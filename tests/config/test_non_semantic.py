@@ -22,6 +22,8 @@ SEMANTIC_KEYS = {
     "optimizer",
     "amp",
     "eval_interval_steps",
+    "global_batch_tokens",
+    "init_from",
     "seed",
 }
 

@@ -363,7 +363,8 @@ def test_differences_name_the_key_and_both_values() -> None:
     }
     assert differences(RunConfig(), config_from_mapping(changed)) == [
         "model.sine_params.amp_init: 1 -> 2",
-        "data.sources.0: {builtin: python-reference} -> {path: ., per_line: false, text_key: text, errors: strict}",
+        "data.sources.0: {builtin: python-reference, weight: null} -> "
+        "{path: ., per_line: false, text_key: text, errors: strict, weight: null}",
         "train.lr: 0.0002 -> 0.0003",
     ]
 

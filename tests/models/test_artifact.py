@@ -383,5 +383,7 @@ def test_unsafe_call_scanner_detects_unsafe_calls(source: str) -> None:
 def test_sources_never_execute_file_content(folder: str) -> None:
     sources = sorted((REPOSITORY / folder).rglob("*.py"))
     assert sources or folder == "scripts"
-    found = {str(path): unsafe(path.read_text(encoding="utf-8")) for path in sources}
+    found = {path.relative_to(REPOSITORY).as_posix(): unsafe(path.read_text(encoding="utf-8")) for path in sources}
+    # An export is verified with the code that it ships, which is a copy of our own, in a process of its own.
+    assert found.pop("psannlm/export/verify_child.py", ["trust_remote_code"] * 2) == ["trust_remote_code"] * 2
     assert {path: what for path, what in found.items() if what} == {}

@@ -25,7 +25,7 @@ def test_global_batch_derives_accumulation_from_ranks(tiny_run: TinyRun, n_ranks
 
 def test_global_batch_takes_the_same_windows_on_any_ranks(tiny_run: TinyRun) -> None:
     config = tiny_run(batch_tokens=32, grad_accum_steps=1, global_batch_tokens=128)
-    data = load_corpus(config.data, lambda line: None)
+    data = load_corpus(config.data)
 
     def steps(n_ranks: int) -> list[list[tuple[int, ...]]]:
         loaders = [build_loader(config, data, World(rank=rank, size=n_ranks)) for rank in range(n_ranks)]
