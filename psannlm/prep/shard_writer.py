@@ -37,7 +37,8 @@ def select_units(paths: Iterable[Path], selection: Selection, split: str) -> Ite
         # The hash of a document that continues in the next encoded chunk is stored there.
         is_there = np.append(is_there, selection.spanning.get(number + n_ended) == split)
         wanted = is_there[np.cumsum(ends) - ends]
-        if wanted.all():
+        # A chunk of blank text has no units.
+        if wanted.size and wanted.all():
             yield Units(encoded.units, encoded.tokens)
         elif wanted.any():
             yield Units(encoded.units[wanted], encoded.tokens[np.repeat(wanted, encoded.units["n_tokens"])])

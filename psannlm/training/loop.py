@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections import deque
 from dataclasses import replace
 from itertools import chain
 
-from psannlm.data.windows import Windows
 from psannlm.errors import DivergedError, Interrupted
-from psannlm.evaluation.loss import evaluate
-from psannlm.evaluation.tasks.validation import task_figures
 from psannlm.runtime.device import AsyncReadback
-from psannlm.training.callbacks import SaveEvent, ValidationEvent
+from psannlm.training.callbacks import SaveEvent
 from psannlm.training.checkpoint import BEST, TrainerState, participate_in_save, point, prune, save_checkpoint
 from psannlm.training.context import Run
 from psannlm.training.failures import NOT_FINITE, describe_last_checkpoint, explain_oom, find_non_finite
-from psannlm.training.parallel import is_sharded
 from psannlm.training.pending import PendingStep, PendingSteps
 from psannlm.training.step import seed_step, train_step
-
-log = logging.getLogger(__name__)
+from psannlm.training.validation import validate, validate_parent
 
 
 def run_steps(run: Run, state: TrainerState) -> TrainerState:
@@ -42,7 +35,7 @@ def run_steps(run: Run, state: TrainerState) -> TrainerState:
     pending = PendingSteps(run)
     stop_flags: deque[AsyncReadback] = deque(maxlen=2)
     if state.step == 0 and state.lineage is not None and run.val_windows is not None:
-        _validate_parent(run, run.val_windows, str(state.lineage["path"]))
+        validate_parent(run, run.val_windows, str(state.lineage["path"]))
     for step, batch in enumerate(run.loader.steps(state.position), state.step + 1):
         if step > run.total_steps:
             break
@@ -72,7 +65,7 @@ def run_steps(run: Run, state: TrainerState) -> TrainerState:
 
         is_best = False
         if run.val_windows is not None and is_validated:
-            state, is_best = _validate(run, state, run.val_windows)
+            state, is_best = validate(run, state, run.val_windows)
             pending.throughput.pause()
         # All ranks must decide alike: the sum of their flags is positive if any of them should stop.
         stop_flags.append(run.world.all_reduce_async(run.should_stop, device))
@@ -91,67 +84,6 @@ def run_steps(run: Run, state: TrainerState) -> TrainerState:
 
 def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
-
-
-def _validate_parent(run: Run, windows: Windows, name: str) -> None:
-    """Report and log the validation loss of the weights that the run starts from, as rows of a kind of their own.
-
-    It is not a validation of the run: no checkpoint has these weights, so that they cannot be its best.
-    """
-    result = evaluate(
-        run.model, windows, precision=run.precision, batch_size=run.loader.micro_batch_size, world=run.world
-    )
-    if run.log is not None:
-        run.log.write("parent", 0, replace(result, lost_fraction=run.lost_fraction).as_dict())
-    log.info(f"before the first step: validation loss {result.loss:.4f} nats per token, with the weights of {name}")
-
-
-def _validate(run: Run, state: TrainerState, windows: Windows) -> tuple[TrainerState, bool]:
-    """Evaluate and log; return the new state, and whether this is the lowest validation loss so far."""
-    n_rows = run.loader.micro_batch_size
-    result = evaluate(run.model, windows, precision=run.precision, batch_size=n_rows, world=run.world)
-    result = replace(result, lost_fraction=run.lost_fraction)
-    if not math.isfinite(result.loss):
-        found = f"step {state.step}: validation loss {result.loss:g} is {NOT_FINITE}"
-        raise DivergedError(f"{found}; {describe_last_checkpoint(run.folder)}.")
-    is_best = state.best is None or result.loss < state.best["loss"]
-    if run.log is not None:
-        run.log.write("eval", state.step, result.as_dict())
-    event = ValidationEvent(state.step, result, is_best)
-    log.info(event)
-    run.notify(lambda callback: callback.on_validation(event))
-    # No rank alone holds all weights of a sharded model.
-    if run.world.is_main and not is_sharded(run.model):
-        _sample(run, state.step)
-        _score_tasks(run, state.step)
-    best = {"step": state.step, **result.as_dict()} if is_best else state.best
-    metrics = {**state.metrics, **{f"val_{k}": v for k, v in result.as_dict().items()}}
-    return replace(state, best=best, metrics=metrics), is_best
-
-
-def _sample(run: Run, step: int) -> None:
-    """Continue ``train.sample_prompts`` with the model; log and report the texts."""
-    settings, prompts = run.config.train, run.config.train.sample_prompts
-    if run.sampler is None or run.tokenizer is None or not prompts:
-        return
-    texts = run.sampler(run.model, run.tokenizer, prompts, settings.sample_tokens, settings.seed)
-    for prompt, text in zip(prompts, texts, strict=True):
-        if run.log is not None:
-            run.log.write("sample", step, {"prompt": prompt, "text": text})
-        # In one line; metrics.jsonl keeps the line breaks.
-        log.info(f"sample at step {step}: {' '.join(f'{prompt}{text}'.split())}")
-
-
-def _score_tasks(run: Run, step: int) -> None:
-    """Score the model on ``train.eval_tasks``; log and report the scores."""
-    if run.tasks is None:
-        return
-    scores = run.tasks.score(run.model)
-    if run.log is not None:
-        run.log.write("tasks", step, task_figures(scores))
-    for score in scores:
-        error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
-        log.info(f"step {step}: {score.task} {score.value:.3f}{error} (chance {score.chance:.3f})")
 
 
 def _save(run: Run, state: TrainerState, is_best: bool) -> None:

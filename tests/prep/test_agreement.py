@@ -125,7 +125,7 @@ def agree(
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(documents(), min_size=1, max_size=12, unique=True),
     kind=st.sampled_from([".txt", ".jsonl", ".parquet"]),
@@ -145,6 +145,14 @@ def test_prep_and_train_agree_on_every_corpus(
     folders: Path,
 ) -> None:
     agree(texts, kind, packing, ends, val_split, chunk_bytes, tokenizer_path, folders)
+
+
+@pytest.mark.parametrize("val_split", [0.0, 0.5])
+@pytest.mark.parametrize("texts", [[" " * 6_000, "wave" * 2_000, "tide"], ["tide", " \n" * 9_000, "wave" * 2_000]])
+def test_prep_chunk_of_blank_text_is_left_out(
+    texts: list[str], val_split: float, tokenizer_path: Path, folders: Path
+) -> None:
+    agree(texts, ".txt", "", False, val_split, 5_000, tokenizer_path, folders)
 
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl"])

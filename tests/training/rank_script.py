@@ -30,14 +30,14 @@ from psannlm.errors import AlreadyReported, Interrupted, StorageError
 from psannlm.models.registry import build_model, resolve
 from psannlm.runtime.device import Precision
 from psannlm.runtime.distributed import World, process_group
-from psannlm.training import loop, run
+from psannlm.training import loop, run, validation
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import clip_gradients, replicate, shard
 from psannlm.training.step import train_step
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 LIMIT_S = 300
-PLACES = {"forward": (loop, "train_step"), "evaluation": (loop, "evaluate"), "save": (loop, "_save")}
+PLACES = {"forward": (loop, "train_step"), "evaluation": (validation, "evaluate"), "save": (loop, "_save")}
 
 
 def fail(how: str) -> None:

@@ -69,7 +69,7 @@ def test_training_overfits_one_batch(tiny_run: TinyRun, base: str, optimizer: st
 
 def test_training_keeps_best_checkpoint(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 1.0, 2.0, 2.5, 2.2, 2.1])
-    monkeypatch.setattr("psannlm.training.loop.evaluate", lambda *a, **k: Evaluation(next(losses) * 10, 10, 10))
+    monkeypatch.setattr("psannlm.training.validation.evaluate", lambda *a, **k: Evaluation(next(losses) * 10, 10, 10))
     config = tiny_run(max_steps=6, save_interval_steps=1, eval_interval_steps=1, keep_checkpoints=2)
     result = train(config)
     assert [path.name for path in list_checkpoints(result.folder)] == [
@@ -85,7 +85,7 @@ def test_training_keeps_best_checkpoint(tiny_run: TinyRun, monkeypatch: pytest.M
 
 def test_training_saves_new_best_between_saves(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 1.0, 2.0, 2.5])
-    monkeypatch.setattr("psannlm.training.loop.evaluate", lambda *a, **k: Evaluation(next(losses) * 10, 10, 10))
+    monkeypatch.setattr("psannlm.training.validation.evaluate", lambda *a, **k: Evaluation(next(losses) * 10, 10, 10))
     result = train(tiny_run(max_steps=4, eval_interval_steps=1, keep_checkpoints=1))
     assert [path.name for path in list_checkpoints(result.folder)] == ["step_00000002", "step_00000004"]
 
@@ -133,7 +133,7 @@ def test_nonfinite_loss_names_last_checkpoint(tiny_run: TinyRun) -> None:
 
 
 def test_nonfinite_validation_loss_never_becomes_best(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.training.loop.evaluate", lambda *a, **k: Evaluation(float("nan"), 10, 10))
+    monkeypatch.setattr("psannlm.training.validation.evaluate", lambda *a, **k: Evaluation(float("nan"), 10, 10))
     config = tiny_run(max_steps=4, eval_interval_steps=2)
     with pytest.raises(TrainingError, match="step 2: validation loss nan"):
         train(config)

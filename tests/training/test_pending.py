@@ -24,7 +24,7 @@ from psannlm.kernels.onednn import prefers_onednn
 from psannlm.kernels.recompute import recompute_disabled
 from psannlm.models.tensorfile import read_tensors
 from psannlm.runtime.device import AsyncReadback, Precision
-from psannlm.training import loop
+from psannlm.training import loop, validation
 from psannlm.training.callbacks import Callback, StepEvent
 from psannlm.training.checkpoint import list_checkpoints, step_folder
 from psannlm.training.failures import find_non_finite
@@ -87,7 +87,7 @@ def events_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     events: list[tuple[str, int]] = []
     steps: dict[int, int] = {}
     kept: list[Any] = []
-    original, read, evaluate, save = loop.train_step, AsyncReadback.read, loop.evaluate, loop._save
+    original, read, evaluate, save = loop.train_step, AsyncReadback.read, validation.evaluate, loop._save
 
     def quiet(work: Callable[..., Any]) -> Callable[..., Any]:
         def do(*arguments: Any, **settings: Any) -> Any:
@@ -121,7 +121,7 @@ def events_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
         patch.setattr(loop, "train_step", noted)
         patch.setattr(AsyncReadback, "read", reading)
         # Validation and saving are allowed to wait.
-        patch.setattr(loop, "evaluate", quiet(evaluate))
+        patch.setattr(validation, "evaluate", quiet(evaluate))
         patch.setattr(loop, "_save", quiet(save))
         train(config, console=Console(file=io.StringIO(), force_terminal=True, force_interactive=True))
     return events

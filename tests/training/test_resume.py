@@ -429,7 +429,7 @@ def test_resume_repairs_pointers_after_kill(tiny_run: TinyRun) -> None:
 def test_resume_drops_pruned_best(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Best at 2, then at 5, which pushes 2 out; going on from 4 must not name a best that is gone."""
     losses = iter([3.0, 1.0, 2.0, 2.0, 0.5, 2.0, 2.0, 1.5])
-    monkeypatch.setattr("psannlm.training.loop.evaluate", lambda *a, **k: Evaluation(next(losses) * 10, 10, 10))
+    monkeypatch.setattr("psannlm.training.validation.evaluate", lambda *a, **k: Evaluation(next(losses) * 10, 10, 10))
     config = tiny_run(max_steps=6, save_interval_steps=1, eval_interval_steps=1, keep_checkpoints=3)
     folder = train(config).folder
     assert not step_folder(folder, 2).exists()
