@@ -84,7 +84,8 @@ def test_a_training_whose_terminal_closes_is_saved(project: Path) -> None:
 @pytest.mark.slow
 def test_a_comparison_whose_terminal_closes_is_saved(project: Path) -> None:
     done = hang_up(
-        ["compare", "plan.yaml"], lambda: any(steps(log.parent) >= 3 for log in project.rglob("metrics.jsonl"))
+        ["compare", "plan.yaml"],
+        lambda: any(steps(log.parent) >= 3 for log in (project / "runs").rglob("metrics.jsonl")),
     )
     assert done.returncode == 130, done.stderr
     (saved,) = project.rglob("step_*")

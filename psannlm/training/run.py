@@ -155,9 +155,7 @@ def train(
             if lock is not None:
                 archive_newer_checkpoints(lock, start.found[0], state.best)
             log.info(f"resuming from {start.found[0]}: step {state.step} of {run.total_steps}")
-        log.info(_describe_run(run))
-        if is_sharded(run.model) and sampler is not None and config.train.sample_prompts:
-            log.warning("note: no samples with fsdp: full; psannlm generate samples from any checkpoint")
+        _describe_run(run)
         if world.is_main:
             _write_description(folder, config, state.lineage)
         began = time.monotonic()
@@ -335,16 +333,19 @@ def _write_description(folder: Path, config: RunConfig, lineage: dict[str, Any] 
     write_json(folder / SYSTEM_FILE, {**system_info(), **({} if lineage is None else {"init_from": lineage})})
 
 
-def _describe_run(run: Run) -> str:
+def _describe_run(run: Run) -> None:
+    """Log the size of the run, and what it cannot do."""
     plan = plan_batches(run.config, run.world.size)
     steps = f"{run.total_steps:,} step{'' if run.total_steps == 1 else 's'}"
     ranks = f" on {run.world.size} ranks" if run.world.size > 1 else ""
     if is_sharded(run.model):
         ranks += ", sharded"
-    return (
+    log.info(
         f"{run.model.config.base}: {_n_parameters(run.model):,} parameters; {steps} of {plan.tokens_per_step:,} "
         f"tokens{ranks}; {describe_device(run.precision.device)}; {run.precision.reason}"
     )
+    if is_sharded(run.model) and run.sampler is not None and run.config.train.sample_prompts:
+        log.warning("note: no samples with fsdp: full; psannlm generate samples from any checkpoint")
 
 
 def _validation_tasks(run: Run) -> ValidationTasks | None:
