@@ -172,6 +172,14 @@ def describe(error: BaseException) -> str:
     return f"unexpected {type(error).__name__}: {message} (run again with --debug for the traceback)"
 
 
+def install_extra(extra: str) -> str:
+    """Return the command that installs an optional dependency group, for the end of an error message.
+
+    It names the clone: the package called psannlm on the public index is another project's.
+    """
+    return f"run pip install -c constraints.txt '.[{extra}]' in the clone of psannlm"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known name closest to ``name``, ignoring case, or an empty string."""
     by_lower = {known_name.lower(): known_name for known_name in reversed(list(known))}

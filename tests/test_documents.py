@@ -131,8 +131,10 @@ def test_citation_names_this_version() -> None:
 
 
 def test_documents_never_install_our_name_from_the_index() -> None:
-    texts = [page.read_text(encoding="utf-8") for page in PAGES]
-    assert not [text for text in texts if re.search(r"pip install( -\S+)* psannlm\b", text)]
+    sources = [path for folder in ("psannlm", "commands", "psann") for path in (REPOSITORY / folder).rglob("*.py")]
+    texts = {path: path.read_text(encoding="utf-8") for path in (*PAGES, *sources)}
+    ours = re.compile(r"install( -\S+)* ['\"]?psannlm(?=[\[ '\"`,.;)]|$)", re.MULTILINE)
+    assert [path for path, text in texts.items() if ours.search(text)] == []
 
 
 def test_sphinx_builds_every_page_once() -> None:

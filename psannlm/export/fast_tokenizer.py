@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from psannlm.errors import TokenizerError
+from psannlm.errors import TokenizerError, install_extra
 from psannlm.tokenizers.base import N_BYTES, SPECIALS, Tokenizer
 from psannlm.tokenizers.char import CharTokenizer
 from psannlm.tokenizers.huggingface import HuggingFaceTokenizer
@@ -119,7 +119,7 @@ def parsed_model(content: bytes) -> Any:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise TokenizerError(
-            f"reading a SentencePiece model's settings needs the package protobuf ({error}); install psannlm[hf]"
+            f"reading a SentencePiece model's settings needs the package protobuf ({error}); {install_extra('hf')}"
         ) from error
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
     proto.ParseFromString(content)

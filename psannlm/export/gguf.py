@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from psannlm.config.model import ModelConfig
-from psannlm.errors import ConfigError
+from psannlm.errors import ConfigError, install_extra
 from psannlm.export.gguf_tokenizer import gguf_tokenizer
 from psannlm.export.plain_mapping import our_name, plain_class, plain_tensors, why_not_plain
 from psannlm.models.registry import build_model
@@ -46,7 +46,7 @@ class GgufFile:
 def require_gguf() -> None:
     """Raise ConfigError where the package gguf is not installed."""
     if find_spec("gguf") is None:
-        raise ConfigError("--format gguf needs the package gguf, which is not installed: pip install 'psannlm[gguf]'")
+        raise ConfigError(f"--format gguf needs the package gguf, which is not installed; {install_extra('gguf')}")
 
 
 def _gguf() -> Any:

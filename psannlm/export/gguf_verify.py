@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from psannlm.display import printable
-from psannlm.errors import ConfigError
+from psannlm.errors import ConfigError, install_extra
 from psannlm.export.held_out import VerificationText, random_texts, windows_of
 from psannlm.export.hf import suppressed_ids
 from psannlm.export.verify import VerificationFailed
@@ -36,7 +36,7 @@ _PROMPT_LENGTHS = (2, 5, 17, 40)
 # Architectures that transformers reads back. Its reader of SentencePiece's tokenizers adds a space before a text.
 _READ_BY_TRANSFORMERS = ("llama", "qwen3")
 _CHILD = Path(__file__).with_name("gguf_verify_child.py")
-_INSTALL = "pip install 'psannlm[gguf]' llama-cpp-python"
+_INSTALL = f"{install_extra('hf,gguf')}, or pip install llama-cpp-python"
 Progress = Callable[[str], None]
 
 
@@ -111,7 +111,8 @@ def verify_gguf(
                 _window_difference(reference, window, place / f"logits_{number}.bin", number)
                 for number, window in enumerate(windows)
             )
-            line = f"{len(windows)} windows, largest difference {largest:.1e} of the largest logit"
+            noun = "window" if len(windows) == 1 else "windows"
+            line = f"{len(windows)} {noun}, largest difference {largest:.1e} of the largest logit"
         else:
             n_ties = _compare_greedy(reference, tokenizer, request, answer["greedy"], _TIE_TOLERANCES[dtype])
             ties = f" but for {n_ties} ties that rounding decides" if n_ties else ""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from psannlm.display import printable
-from psannlm.errors import ConfigError, LimitMissed
+from psannlm.errors import ConfigError, LimitMissed, install_extra
 from psannlm.export.held_out import VerificationText, random_texts, windows_of
 from psannlm.export.hf import Target, suppressed_ids
 from psannlm.generation.batch_decode import BatchDecoder
@@ -59,8 +59,9 @@ class Verification:
     def __str__(self) -> str:
         noun = "tie" if self.n_ties == 1 else "ties"
         ties = f" but for {self.n_ties:,} {noun} that rounding decides" if self.n_ties else ""
+        windows = "window" if self.n_windows == 1 else "windows"
         return (
-            f"transformers {self.transformers} as {self.architecture}: {self.n_windows} windows, largest difference "
+            f"transformers {self.transformers} as {self.architecture}: {self.n_windows} {windows}, largest difference "
             f"{self.largest_difference:.1e} of the largest logit; {self.n_greedy} greedy tokens equal, with and "
             f"without cache, alone and left-padded; {self.n_tokens:,} ids of {self.n_texts:,} texts equal{ties}"
         )
@@ -70,7 +71,7 @@ def require_transformers() -> None:
     """Raise ConfigError where transformers is not installed."""
     if find_spec("transformers") is None:
         raise ConfigError(
-            "verification needs transformers, which is not installed: pip install 'psannlm[hf]', or export unverified "
+            f"verification needs transformers, which is not installed; {install_extra('hf')}, or export unverified "
             "with --no-verify"
         )
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psannlm.errors import ConfigError, Problem
+from psannlm.errors import ConfigError, Problem, install_extra
 from psannlm.io.atomic import explain_write_errors, write_bytes, write_text
 from psannlm.io.figures import render_figure
 
@@ -62,7 +62,7 @@ class MetricsLog:
 def require_tensorboard() -> None:
     """Raise ConfigError with the install command if the package tensorboard is missing."""
     if find_spec("tensorboard") is None:
-        message = "needs the package tensorboard: pip install -c constraints.txt '.[tensorboard]'; or set it to false"
+        message = f"needs the package tensorboard; {install_extra('tensorboard')}, or set it to false"
         raise ConfigError(Problem("train.tensorboard", message))
 
 

@@ -132,7 +132,7 @@ def test_bench_kv_missing_reference_model_fails_early(psannlm, project: Path, mo
     monkeypatch.setattr("psannlm.benchmarks.harness.reference_llama.util.find_spec", lambda name: None)
     done = psannlm("bench-kv", *TINY, "--against", "transformers")
     assert done.code == 2
-    assert "install the extra hf" in done.err
+    assert "pip install -c constraints.txt '.[hf]'" in done.err
     assert not Path("reports").exists()
 
 

@@ -174,7 +174,7 @@ def test_verification_without_transformers_names_the_extra(
 ) -> None:
     path = save_tiny("llama")
     monkeypatch.setattr("psannlm.export.verify.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"psannlm\[hf\].*--no-verify"):
+    with pytest.raises(ConfigError, match=r"constraints\.txt '\.\[hf\]'.*--no-verify"):
         export_hf(path, path.parent / "out", ExportSettings())
     assert export_hf(path, path.parent / "out", UNVERIFIED).verification is None
 

@@ -65,6 +65,6 @@ def test_tensorboard_is_off_by_default(tiny_run: TinyRun) -> None:
 def test_tensorboard_without_package_raises_before_writing(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     config = tiny_run(tensorboard=True)
-    with pytest.raises(ConfigError, match=r"train\.tensorboard: needs the package tensorboard: pip install"):
+    with pytest.raises(ConfigError, match=r"train\.tensorboard: needs the package tensorboard; run pip install"):
         train(config)
     assert not Path(config.train.checkpoint_dir).exists()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from psannlm.benchmarks.decoding.modes import DecodeRun, Prompts
 from psannlm.benchmarks.harness.interleaved import Clock
 from psannlm.config.model import ModelConfig
-from psannlm.errors import ConfigError, PsannlmError, nearest
+from psannlm.errors import ConfigError, PsannlmError, install_extra, nearest
 
 REFERENCE_MODELS = ("transformers",)
 # Widths that are not a multiple of it would slow the reference model's matrix products down.
@@ -42,10 +42,7 @@ def require_reference_model(name: str) -> None:
             f"--against {name!r:.40} is not one of {', '.join(REFERENCE_MODELS)}{nearest(name, REFERENCE_MODELS)}"
         )
     if util.find_spec(name) is None:
-        raise ConfigError(
-            f"--against {name} needs the package {name}, which is not installed; install the extra hf, in the clone "
-            "with: pip install -c constraints.txt '.[hf]'"
-        )
+        raise ConfigError(f"--against {name} needs the package {name}, which is not installed; {install_extra('hf')}")
 
 
 def build_reference_model(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from psannlm.errors import CorpusError, nearest
+from psannlm.errors import CorpusError, install_extra, nearest
 from psannlm.io.hub import content_stamp, pinned
 from psannlm.io.lfs_pointers import pointer_at
 from psannlm.io.records import is_own_output
@@ -231,7 +231,7 @@ def missing_module(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        return f"reading it takes the package {module} ({error}); run pip install '.[data]' in the clone"
+        return f"reading it takes the package {module} ({error}); {install_extra('data')}"
     return None
 
 

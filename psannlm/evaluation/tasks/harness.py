@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from psannlm.errors import ConfigError, GenerationError, describe, nearest
+from psannlm.errors import ConfigError, GenerationError, describe, install_extra, nearest
+from psannlm.evaluation.tasks.packs import PACK_GROUPS, PACKS
 from psannlm.evaluation.tasks.score import TaskScore
 from psannlm.generation.generate import complete_ids
 from psannlm.generation.sampling import SamplingConfig
@@ -201,7 +202,7 @@ def run_harness(
     if not is_available():
         raise ConfigError(
             f"--tasks: {', '.join(names)} {'is' if len(names) == 1 else 'are'} not a task of psannlm, and lm-eval, "
-            "which has more, is not installed; pip install -c constraints.txt '.[eval]'"
+            f"which has more, is not installed; {install_extra('eval')}"
         )
     with _network(allow_download):
         manager = _manager(names, tasks_dir)
@@ -281,7 +282,10 @@ def _manager(names: Sequence[str], tasks_dir: Path | None) -> Any:
     manager = tasks.TaskManager(include_path=folder)
     for name in names:
         if name not in manager.all_tasks:
-            raise ConfigError(f"--tasks: there is no task {name!r:.80}{nearest(name, manager.all_tasks)}")
+            raise ConfigError(
+                f"--tasks: there is no task {name!r:.80}{nearest(name, manager.all_tasks)}; psannlm has "
+                f"{', '.join([*PACKS, *PACK_GROUPS])}, and lm-eval ls tasks lists those of lm-eval"
+            )
     return manager
 
 

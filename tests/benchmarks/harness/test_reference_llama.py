@@ -93,7 +93,7 @@ def test_unknown_or_missing_reference_model_raises(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match="did you mean 'transformers'"):
         require_reference_model("transformer")
     monkeypatch.setattr(reference_llama.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="extra hf"):
+    with pytest.raises(ConfigError, match=r"pip install -c constraints\.txt '\.\[hf\]'"):
         build_reference_model("transformers", TINY, 1000, 32, torch.device("cpu"))
 
 

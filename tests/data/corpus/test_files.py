@@ -157,7 +157,7 @@ def test_missing_extra_error_has_install_command(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, module, None)
     (problem,) = found(tmp_path / name)[1]
     assert module in problem
-    assert "pip install '.[data]'" in problem
+    assert "pip install -c constraints.txt '.[data]'" in problem
 
 
 def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
