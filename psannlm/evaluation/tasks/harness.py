@@ -294,7 +294,9 @@ def _load(manager: Any, name: str) -> Any:
     try:
         return manager.load([name])
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--tasks: {name} needs the package {error.name}, which is not installed") from error
+        raise ConfigError(
+            f"--tasks: {name} needs the package {error.name}, which is not installed; run pip install {error.name}"
+        ) from error
     except OSError as error:
         # Also what datasets and the hub raise for data that are neither here nor may be fetched.
         found = describe(error) if error.filename else str(error).strip().split("\n")[0]
