@@ -15,7 +15,7 @@ GUIDE = Path(__file__).resolve().parents[1] / "docs" / "guides" / "python.md"
 def test_blocks_of_the_python_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, object] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")

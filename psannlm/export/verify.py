@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from psannlm.display import printable
-from psannlm.errors import ConfigError, LimitMissed, install_extra
-from psannlm.export.held_out import VerificationText, random_texts, windows_of
+from psannlm.errors import ConfigError, install_extra
+from psannlm.export.comparison import (
+    Questions,
+    VerificationFailed,
+    asked,
+    count_greedy_ties,
+    greedy_ids,
+    largest_difference,
+    other_ids,
+)
+from psannlm.export.held_out import VerificationText, random_texts
 from psannlm.export.hf import Target, suppressed_ids
-from psannlm.generation.batch_decode import BatchDecoder
-from psannlm.generation.engine import Engine
-from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.transformer import Transformer
-from psannlm.runtime.processes import python_program
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.sentencepiece import SentencePieceTokenizer
 
-TOLERANCE = 1e-4
-N_WINDOWS = 8
-_MAX_WINDOW = 256
 _N_NEW = 64
-_PROMPT_LENGTHS = (2, 5, 17, 40)
 _CHILD = Path(__file__).with_name("verify_child.py")
+# How transformers decodes each prompt.
+_WAYS = {"alone": "alone, with cache", "uncached": "left-padded, without cache", "padded": "left-padded, with cache"}
 Progress = Callable[[str], None]
-
-
-class VerificationFailed(LimitMissed):
-    """An exported folder that computes something else than the model it was made from (exit code 3)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class Verification:
 
     transformers: str
     architecture: str
-    n_windows: int
+    windows: str
     largest_difference: float
     n_greedy: int
     n_texts: int
@@ -59,9 +51,8 @@ class Verification:
     def __str__(self) -> str:
         noun = "tie" if self.n_ties == 1 else "ties"
         ties = f" but for {self.n_ties:,} {noun} that rounding decides" if self.n_ties else ""
-        windows = "window" if self.n_windows == 1 else "windows"
         return (
-            f"transformers {self.transformers} as {self.architecture}: {self.n_windows} {windows}, largest difference "
+            f"transformers {self.transformers} as {self.architecture}: {self.windows}, largest difference "
             f"{self.largest_difference:.1e} of the largest logit; {self.n_greedy} greedy tokens equal, with and "
             f"without cache, alone and left-padded; {self.n_tokens:,} ids of {self.n_texts:,} texts equal{ties}"
         )
@@ -92,59 +83,38 @@ def verify_folder(
         OSError: a temporary file cannot be written.
     """
     require_transformers()
-    limit = reference.config.max_seq_len or _MAX_WINDOW
-    n_new = max(1, min(_N_NEW, limit // 2))
+    questions = Questions.of(reference, tokenizer, text.held_out, _N_NEW)
     texts = [*text.passages, *random_texts()]
-    windows = windows_of(text.held_out, tokenizer, N_WINDOWS, min(limit, _MAX_WINDOW))
-    ids = windows[0]
-    lengths = sorted({max(1, min(length, limit - n_new, len(ids))) for length in _PROMPT_LENGTHS})
     request = {
         "folder": str(folder),
         "is_custom": target.is_custom,
-        "windows": windows,
-        "prompts": [ids[:length] for length in lengths],
-        "n_new": n_new,
+        **asdict(questions),
         "pad_id": tokenizer.pad_id,
         "eos_id": tokenizer.eos_id,
         "texts": texts,
     }
     place = folder.parent / "verification"
-    place.mkdir()
-    path = place / "request.json"
-    path.write_text(json.dumps(request), encoding="utf-8")
     on_progress("verifying: loading the folder with transformers in a fresh process")
-    process = subprocess.Popen(
-        python_program(f"import runpy; runpy.run_path({str(_CHILD)!a}, run_name='__main__')", str(path)),
-        env=_environment(place),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
-    try:
+    with asked(_CHILD, request, place, "transformers cannot load or run the exported folder") as answer_of:
         # Both processes work at the same time.
-        expected = _greedy(reference, tokenizer, request)
+        suppressed = suppressed_ids(reference.config, tokenizer)
+        expected = greedy_ids(reference, questions.prompts, questions.n_new, tokenizer.eos_id, suppressed)
         encoded = tokenizer.encode_batch(texts)
-        _, errors = process.communicate()
-    finally:
-        process.kill()
-        process.wait()
-    if process.returncode:
-        last = [line for line in errors.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
-        raise VerificationFailed(f"transformers cannot load or run the exported folder: {printable(last[-1])}")
-    answer = json.loads((place / "answer.json").read_text(encoding="utf-8"))
+        answer = answer_of()
     _compare_load(answer, target, tokenizer)
     on_progress("verifying: comparing logits, greedy text and ids")
-    largest = max(
-        _window_difference(reference, window, place / f"logits_{i}.bin", i) for i, window in enumerate(windows)
+    largest = largest_difference(reference, questions.windows, place)
+    n_ties = sum(
+        count_greedy_ties(
+            reference, questions.prompts, expected, answer[way], eos_id=tokenizer.eos_id, way=f" {described}"
+        )
+        for way, described in _WAYS.items()
     )
-    n_ties = _compare_greedy(reference, request, expected, answer)
     n_ties += _compare_tokens(tokenizer, texts, encoded, answer)
     return Verification(
         transformers=answer["transformers"],
         architecture=answer["architecture"],
-        n_windows=len(windows),
+        windows=questions.counted_windows,
         largest_difference=largest,
         n_greedy=sum(map(len, expected)),
         n_texts=len(texts),
@@ -152,34 +122,6 @@ def verify_folder(
         n_ties=n_ties,
         text=f"{text.description}, and {len(texts) - len(text.passages):,} random Unicode strings",
     )
-
-
-def _environment(place: Path) -> dict[str, str]:
-    """Return the environment of the fresh process: no network, no GPU, and no module that another export left."""
-    return {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(place / "modules"),
-        "TRANSFORMERS_VERBOSITY": "error",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONIOENCODING": "utf-8",
-    }
-
-
-def _greedy(reference: Transformer, tokenizer: Tokenizer, request: dict[str, Any]) -> list[list[int]]:
-    decoder = BatchDecoder(
-        Engine(reference),
-        request["prompts"],
-        max_new_tokens=request["n_new"],
-        sampling=SamplingConfig(temperature=0.0),
-        eos_id=tokenizer.eos_id,
-        forbidden_ids=suppressed_ids(reference.config, tokenizer),
-    )
-    for _ in decoder:
-        pass
-    return decoder.generated
 
 
 def _compare_load(answer: dict[str, Any], target: Target, tokenizer: Tokenizer) -> None:
@@ -192,53 +134,6 @@ def _compare_load(answer: dict[str, Any], target: Target, tokenizer: Tokenizer) 
         raise VerificationFailed(f"pad, begin, end and unknown are the ids {answer['specials']} there, {ids} here")
     if wrong := [first for first in answer["first_ids"] if first != [tokenizer.bos_id]]:
         raise VerificationFailed(f"an encoded text begins with {wrong[0]} there, with {[tokenizer.bos_id]} here")
-
-
-@torch.inference_mode()
-def _window_difference(reference: Transformer, window: Sequence[int], path: Path, number: int) -> float:
-    """Return the largest difference of logits, divided by the largest logit. Raises VerificationFailed above 1e-4."""
-    ours = reference(torch.tensor([window]))[0].float().numpy()
-    theirs = np.fromfile(path, dtype=np.float32).reshape(ours.shape)
-    path.unlink()
-    largest = float(np.abs(ours).max())
-    difference = np.abs(ours - theirs)
-    relative = float(difference.max()) / (largest or 1.0)
-    if not relative <= TOLERANCE:  # also for NaN
-        position, token = np.unravel_index(int(np.nan_to_num(difference, nan=np.inf).argmax()), ours.shape)
-        raise VerificationFailed(
-            f"window {number}, position {position}: the logit of token {token} is {theirs[position, token]:.6g} there, "
-            f"{ours[position, token]:.6g} here; allowed are {TOLERANCE:g} of the largest logit, {largest:.4g}"
-        )
-    return relative
-
-
-def _compare_greedy(
-    reference: Transformer, request: dict[str, Any], expected: list[list[int]], answer: dict[str, Any]
-) -> int:
-    """Return the number of rows that end in a tie. Raises VerificationFailed for the first other token."""
-    ways = {"alone": "alone, with cache", "uncached": "left-padded, without cache", "padded": "left-padded, with cache"}
-    n_ties = 0
-    for way, described in ways.items():
-        for prompt, ours, theirs in zip(request["prompts"], expected, answer[way], strict=True):
-            if ours == theirs:
-                continue
-            eos = request["eos_id"]
-            pairs = zip([*ours, eos], [*theirs, eos], strict=False)
-            at = next(i for i, (mine, other) in enumerate(pairs) if mine != other)
-            mine, other = [*ours, eos][at], [*theirs, eos][at]
-            if not _is_tie(reference, [*prompt, *ours[:at]], mine, other):
-                raise VerificationFailed(
-                    f"greedy text {described}, prompt of {len(prompt)} ids: new token {at} is {other} there, {mine} "
-                    "here"
-                )
-            n_ties += 1
-    return n_ties
-
-
-@torch.inference_mode()
-def _is_tie(reference: Transformer, ids: list[int], mine: int, other: int) -> bool:
-    logits = reference(torch.tensor([ids]))[0, -1].float()
-    return bool((logits[mine] - logits[other]).abs() <= 2 * TOLERANCE * logits.abs().max())
 
 
 def _compare_tokens(
@@ -254,11 +149,7 @@ def _compare_tokens(
             raise VerificationFailed(f"the text {text!r:.80} comes back as {back!r:.80} there, {ours_back!r:.80} here")
         if ours != theirs:
             if not _is_segmentation_tie(tokenizer, ours, theirs):
-                at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
-                raise VerificationFailed(
-                    f"the text {text!r:.80} has the ids {theirs[at : at + 8]} there, {ours[at : at + 8]} here, from "
-                    f"id {at} on"
-                )
+                raise other_ids(text, ours, theirs)
             n_ties += 1
     return n_ties
 

@@ -15,8 +15,8 @@ import torch
 
 from psannlm.errors import ArtifactError, ConfigError, StorageError
 from psannlm.export import hf
+from psannlm.export.comparison import VerificationFailed
 from psannlm.export.export import ExportSettings, export_hf
-from psannlm.export.verify import VerificationFailed
 
 UNVERIFIED = ExportSettings(is_verified=False)
 

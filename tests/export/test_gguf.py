@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from psannlm.errors import ConfigError, TokenizerError
+from psannlm.export.comparison import VerificationFailed
 from psannlm.export.export import ExportSettings
 from psannlm.export.export_gguf import export_gguf
 from psannlm.export.gguf import gguf_tensors, pair_rotated_rows, write_gguf
-from psannlm.export.verify import VerificationFailed
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 
