@@ -84,7 +84,7 @@ def train(
         overrides = [*(overrides or []), f"train.max_steps={max_steps}"]
     run_config = load_config(config, overrides or [])
     if n_ranks is not None:
-        from psannlm.training.launch import check_launch
+        from psannlm.runtime.launch import check_launch
 
         check_launch(n_ranks, run_config.train.device)
     if run_config.train.init_from is not None:
@@ -104,7 +104,7 @@ def train(
         return
 
     if n_ranks is not None and n_ranks > 1:
-        from psannlm.training.launch import launch
+        from psannlm.runtime.launch import launch
 
         options = [f"--resume={resume}", *(["--json"] if as_json else [])]
         if time_budget is not None:

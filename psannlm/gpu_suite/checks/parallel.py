@@ -22,8 +22,8 @@ from psannlm.gpu_suite.context import CheckContext
 from psannlm.gpu_suite.measures import at_least, at_most, largest_distance
 from psannlm.models.artifact import load_model
 from psannlm.reports.schemas.gpu import CheckResult, Measure
+from psannlm.runtime.launch import private_store, start_rank
 from psannlm.training.checkpoint import step_folder
-from psannlm.training.launch import private_store, start_rank
 from psannlm.training.metrics import read_metrics
 from psannlm.training.run import train
 

@@ -23,8 +23,8 @@ import torch
 from psannlm.config.run import RunConfig, to_yaml
 from psannlm.errors import ConfigError, DeviceError
 from psannlm.models.tensorfile import read_tensors
+from psannlm.runtime.launch import check_launch, private_store
 from psannlm.training.checkpoint import list_checkpoints, read_state
-from psannlm.training.launch import check_launch, private_store
 from psannlm.training.metrics import read_metrics
 from psannlm.training.run import train
 
