@@ -274,7 +274,7 @@ class _TaskRun:
             loaded.tokenizer,
             self.settings,
             texts=read_texts(self.sources, loaded.tokenizer, replace_option="--errors replace"),
-            on_progress=lambda what, done, total: line.show(f"{what}: {done:,} of {total:,} answers"),
+            on_progress=line.show,
         )
         about = {"checkpoint": str(path), "tokenizer": loaded.tokenizer.fingerprint, "truncated": scorer.n_truncated}
         return scores, about

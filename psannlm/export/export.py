@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from psannlm.export.model_card import model_card
 from psannlm.export.verify import Verification, require_transformers, verify_folder
 from psannlm.io.atomic import write_text
 from psannlm.models.artifact import load_model
+from psannlm.runtime.progress import OnProgress, Progress, ignore_progress
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class ExportResult:
 
 
 def export_hf(
-    checkpoint: Path, out: Path, settings: ExportSettings, on_progress: Callable[[str], None] = lambda line: None
+    checkpoint: Path, out: Path, settings: ExportSettings, on_progress: OnProgress = ignore_progress
 ) -> ExportResult:
     """Write the model at ``checkpoint`` as a folder of transformers at ``out``.
 
     Args:
         checkpoint: a model file or a checkpoint folder.
-        on_progress: called with a line of text at each stage.
+        on_progress: called at the beginning of each stage.
 
     Raises:
         ArtifactError: the checkpoint is missing or damaged, or has no tokenizer.
@@ -89,7 +89,7 @@ def export_hf(
     require_place(out, is_forced=settings.is_forced)
     if settings.is_verified:
         require_transformers()
-    on_progress("loading the checkpoint")
+    on_progress(Progress("loading the checkpoint"))
     loaded = load_model(checkpoint)
     tokenizer = require_tokenizer(loaded)
     config = loaded.model.config
@@ -98,10 +98,10 @@ def export_hf(
     dtype = None if settings.dtype is None else DTYPES[settings.dtype]
     verification = None
     with new_folder(out, is_forced=settings.is_forced) as folder:
-        on_progress(f"writing {target.architecture}")
+        on_progress(Progress(f"writing {target.architecture}"))
         write_folder(folder, loaded, target, dtype=dtype, max_shard_bytes=settings.max_shard_bytes)
         if settings.is_verified:
-            on_progress("verifying: reading text")
+            on_progress(Progress("verifying: reading text"))
             text = verification_text(checkpoint, tokenizer)
             reference = reference_model(loaded.model, target, dtype)
             verification = verify_folder(folder, reference, tokenizer, target, text, on_progress)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +14,7 @@ from psannlm.export.gguf_verify import GgufVerification, readers_for, verify_ggu
 from psannlm.export.held_out import verification_text
 from psannlm.export.hf import Loader, require_tokenizer
 from psannlm.models.artifact import load_model
+from psannlm.runtime.progress import OnProgress, Progress, ignore_progress
 
 GGUF_NAME = "model.gguf"
 
@@ -51,14 +51,14 @@ class GgufResult:
 
 
 def export_gguf(
-    checkpoint: Path, out: Path, settings: ExportSettings, on_progress: Callable[[str], None] = lambda line: None
+    checkpoint: Path, out: Path, settings: ExportSettings, on_progress: OnProgress = ignore_progress
 ) -> GgufResult:
     """Write the model at ``checkpoint`` as ``model.gguf`` in the folder ``out``.
 
     Args:
         checkpoint: a model file or a checkpoint folder.
         settings: ``dtype`` None means float32; shards and custom code are for transformers.
-        on_progress: called with a line of text at each stage.
+        on_progress: called at the beginning of each stage.
 
     Raises:
         ArtifactError: the checkpoint is missing or damaged, or has no tokenizer.
@@ -71,7 +71,7 @@ def export_gguf(
         raise ConfigError("--custom-code is for --format hf: a GGUF file holds no code")
     require_place(out, is_forced=settings.is_forced)
     require_gguf()
-    on_progress("loading the checkpoint")
+    on_progress(Progress("loading the checkpoint"))
     loaded = load_model(checkpoint)
     tokenizer = require_tokenizer(loaded)
     architecture = gguf_architecture(loaded.model.config)
@@ -80,10 +80,10 @@ def export_gguf(
     dtype: GgufType = next(name for name in get_args(GgufType) if name == (settings.dtype or "float32"))
     verification = None
     with new_folder(out, is_forced=settings.is_forced) as folder:
-        on_progress(f"writing {architecture}")
+        on_progress(Progress(f"writing {architecture}"))
         written = write_gguf(folder / GGUF_NAME, loaded.model, tokenizer, dtype)
         if settings.is_verified:
-            on_progress("verifying: reading text")
+            on_progress(Progress("verifying: reading text"))
             text = verification_text(checkpoint, tokenizer)
             reference = rounded_model(loaded.model, dtype)
             verification = verify_gguf(folder / GGUF_NAME, reference, tokenizer, architecture, dtype, text, on_progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from psannlm.export.comparison import (
 from psannlm.export.held_out import VerificationText, random_texts
 from psannlm.export.hf import suppressed_ids
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.progress import OnProgress, Progress, ignore_progress
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.sentencepiece import ESCAPES, SentencePieceTokenizer
 
@@ -30,7 +31,6 @@ _TIE_TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 _READ_BY_TRANSFORMERS = ("llama", "qwen3")
 _CHILD = Path(__file__).with_name("gguf_verify_child.py")
 _INSTALL = f"{install_extra('hf,gguf')}, or pip install llama-cpp-python"
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def verify_gguf(
     architecture: str,
     dtype: str,
     text: VerificationText,
-    on_progress: Progress = lambda line: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> GgufVerification:
     """Compare the file with ``reference``, the float32 model with weights rounded to ``dtype``, in a folder beside it.
 
@@ -92,7 +92,7 @@ def verify_gguf(
     texts = [t for t in (*text.passages, *random_texts()) if not any(char in t for char in escaped)]
     found = GgufVerification(text.description)
     for by in readers_for(architecture):
-        on_progress(f"verifying: reading the file with {by}")
+        on_progress(Progress(f"verifying: reading the file with {by}"))
         has_texts = not (by == "transformers" and is_escaping)
         asking = {**request, "by": by, "texts": texts if has_texts else []}
         place = path.parent.parent / f"verification_{by}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from psannlm.export.comparison import (
 from psannlm.export.held_out import VerificationText, random_texts
 from psannlm.export.hf import Target, suppressed_ids
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.progress import OnProgress, Progress, ignore_progress
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.sentencepiece import SentencePieceTokenizer
 
@@ -28,7 +29,6 @@ _N_NEW = 64
 _CHILD = Path(__file__).with_name("verify_child.py")
 # How transformers decodes each prompt.
 _WAYS = {"alone": "alone, with cache", "uncached": "left-padded, without cache", "padded": "left-padded, with cache"}
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def verify_folder(
     tokenizer: Tokenizer,
     target: Target,
     text: VerificationText,
-    on_progress: Progress = lambda line: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Verification:
     """Compare ``folder`` with the float32 ``reference`` model; temporary files are written beside it.
 
@@ -94,7 +94,7 @@ def verify_folder(
         "texts": texts,
     }
     place = folder.parent / "verification"
-    on_progress("verifying: loading the folder with transformers in a fresh process")
+    on_progress(Progress("verifying: loading the folder with transformers in a fresh process"))
     with asked(_CHILD, request, place, "transformers cannot load or run the exported folder") as answer_of:
         # Both processes work at the same time.
         suppressed = suppressed_ids(reference.config, tokenizer)
@@ -102,7 +102,7 @@ def verify_folder(
         encoded = tokenizer.encode_batch(texts)
         answer = answer_of()
     _compare_load(answer, target, tokenizer)
-    on_progress("verifying: comparing logits, greedy text and ids")
+    on_progress(Progress("verifying: comparing logits, greedy text and ids"))
     largest = largest_difference(reference, questions.windows, place)
     n_ties = sum(
         count_greedy_ties(

@@ -6,7 +6,7 @@ Letters as in ``psannlm.models``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from psannlm.models.accounting import cache_bytes
 from psannlm.models.attention import PREFILL_QUERIES
 from psannlm.models.kv_cache import KVCache, whole_blocks
 from psannlm.runtime.device import gpu_memory_bytes
+from psannlm.runtime.progress import OnProgress, ProgressCounter, ignore_progress
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,15 @@ class Scorer:
 
     @torch.inference_mode()
     def score(
-        self, continuations: Sequence[Continuation], on_progress: Callable[[int, int], None] | None = None
+        self, continuations: Sequence[Continuation], on_progress: OnProgress = ignore_progress, what: str = "scoring"
     ) -> list[Likelihood]:
         """Return the likelihood of each continuation, in their order.
 
         A context that is too long for the model loses its first tokens.
 
         Args:
-            on_progress: called after each pass with (continuations scored, all of them).
+            on_progress: called after each pass.
+            what: the work, in the words of its progress.
 
         Raises:
             GenerationError: a context or continuation is empty, a continuation alone exceeds the model's context, an
@@ -90,16 +92,14 @@ class Scorer:
         if rows:
             self._refuse_oversize(len(rows[0].ids), min(self.batch_size, len(rows)))
         found: list[Likelihood | None] = [None] * len(continuations)
-        n_done = 0
+        scored = ProgressCounter(on_progress, what, "answers", len(continuations))
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
             targets = [[continuations[number].ids[-1] for number in members[row]] for row in batch]
             for row, scores in zip(batch, self._pass(batch, targets), strict=True):
                 for number, (logprob, is_greedy) in zip(members[row], scores, strict=True):
                     found[number] = Likelihood(logprob, is_greedy)
-                n_done += len(scores)
-            if on_progress is not None:
-                on_progress(n_done, len(continuations))
+            scored.add(sum(map(len, targets)))
         return [likelihood for likelihood in found if likelihood is not None]
 
     def _row(self, continuation: Continuation) -> _Row:

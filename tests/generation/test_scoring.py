@@ -12,6 +12,7 @@ from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.scoring import Continuation, Scorer
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.progress import Progress
 
 Build = Callable[..., Transformer]
 
@@ -95,3 +96,11 @@ def test_scorer_beyond_memory_raises_before_work(build_tiny: Build, monkeypatch:
     rows = [Continuation([1] * 100, [token, 1]) for token in range(17)]
     with pytest.raises(GenerationError, match=r"17 rows of 101 tokens per pass need .*lower the batch size"):
         Scorer(engine, 10**6).score(rows)
+
+
+def test_scoring_progress_counts_every_continuation(build_tiny: Callable[..., Transformer]) -> None:
+    rows = [Continuation([1, 2], [3]), Continuation([1, 2], [4]), Continuation([1], [5, 6]), Continuation([7], [8])]
+    seen: list[Progress] = []
+    Scorer(Engine(build_tiny()), 2).score(rows, seen.append, "pack")
+    assert [progress.done for progress in seen] == sorted({progress.done for progress in seen})
+    assert (seen[-1].what, seen[-1].done, seen[-1].total) == ("pack", 4, 4)

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from psannlm.generation.generate import complete_ids
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.generation.scoring import Continuation, Likelihood, Scorer
 from psannlm.generation.stop_texts import MAX_STOP_TEXTS, StopScanner
+from psannlm.runtime.progress import OnProgress, ProgressCounter, ignore_progress
 from psannlm.tokenizers.base import Tokenizer
 
 # Draws of the bootstrap, for the standard errors of metrics that are not means. lm-eval's default takes minutes.
@@ -43,9 +44,7 @@ class EngineModel:
     ``psannlm eval`` measures: over the same windows, with the end of the text, which most models of lm-eval leave out.
     """
 
-    def __init__(
-        self, scorer: Scorer, tokenizer: Tokenizer, on_progress: Callable[[str, int, int], None] | None = None
-    ) -> None:
+    def __init__(self, scorer: Scorer, tokenizer: Tokenizer, on_progress: OnProgress = ignore_progress) -> None:
         self.scorer, self.tokenizer, self.on_progress = scorer, tokenizer, on_progress
 
     def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
@@ -91,16 +90,14 @@ class EngineModel:
         by_settings: dict[str, list[int]] = {}
         for number, (_, settings) in enumerate(requests):
             by_settings.setdefault(repr(sorted(settings.items(), key=str)), []).append(number)
-        n_done = 0
+        generated = ProgressCounter(self.on_progress, "generating", "answers", len(requests))
         for numbers in by_settings.values():
             settings = requests[numbers[0]][1]
             for start in range(0, len(numbers), self.scorer.batch_size):
                 batch = numbers[start : start + self.scorer.batch_size]
                 for number, text in zip(batch, self._generate([requests[n][0] for n in batch], settings), strict=True):
                     answers[number] = text
-                n_done += len(batch)
-                if self.on_progress is not None:
-                    self.on_progress("generating", n_done, len(requests))
+                generated.add(len(batch))
         return answers
 
     def _generate(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
@@ -130,10 +127,7 @@ class EngineModel:
         return [_before(done.text, stops) for done in completions]
 
     def _score(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
-        report = self.on_progress
-        return self.scorer.score(
-            continuations, None if report is None else lambda done, total: report("scoring", done, total)
-        )
+        return self.scorer.score(continuations, self.on_progress)
 
 
 def _before(text: str, stops: tuple[str, ...]) -> str:

@@ -19,6 +19,7 @@ from psannlm.evaluation.tasks.last_word import N_CHOICES, last_word_questions
 from psannlm.evaluation.tasks.minimal_pairs import agreement_questions, negation_questions, number_questions
 from psannlm.evaluation.tasks.score import TaskScore, mean_stderr
 from psannlm.generation.scoring import Continuation, Scorer
+from psannlm.runtime.progress import OnProgress, ignore_progress
 from psannlm.tokenizers.base import Tokenizer
 
 LAST_WORD = "psannlm_last_word"
@@ -94,20 +95,16 @@ def prepare_pack(
     return PreparedPack(name, groups, rows)
 
 
-def score_pack(
-    pack: PreparedPack, scorer: Scorer, on_progress: Callable[[str, int, int], None] | None = None
-) -> TaskScore:
+def score_pack(pack: PreparedPack, scorer: Scorer, on_progress: OnProgress = ignore_progress) -> TaskScore:
     """Return a model's accuracy on a pack: the fraction of questions whose right choice is the most likely one.
 
     Choices that are equally likely share a point. The standard error is that of independent groups, because the
     questions of a group are not independent.
 
     Args:
-        on_progress: called with (name, choices scored, all of them).
+        on_progress: called after each pass.
     """
-    found = scorer.score(
-        pack.rows, None if on_progress is None else lambda done, total: on_progress(pack.name, done, total)
-    )
+    found = scorer.score(pack.rows, on_progress, pack.name)
     logprobs = iter(likelihood.logprob for likelihood in found)
     # Exact sums: a third of a point, three times, is one.
     outcomes: list[Fraction] = []
@@ -134,7 +131,7 @@ def run_pack(
     limit: int | None = None,
     seed: int = SEED,
     texts: Iterable[str] = (),
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> TaskScore:
     """Return :func:`score_pack` of :func:`prepare_pack`."""
     pack = prepare_pack(name, tokenizer, limit=limit, seed=seed, texts=texts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ from psannlm.evaluation.tasks.harness import EngineModel, run_harness
 from psannlm.evaluation.tasks.packs import LAST_WORD, PACK_GROUPS, PACKS, SEED, expand_packs, run_pack
 from psannlm.evaluation.tasks.score import TaskScore
 from psannlm.generation.scoring import Scorer
+from psannlm.runtime.progress import OnProgress, ignore_progress
 from psannlm.tokenizers.base import Tokenizer
 
 _OWN = "psannlm_"
@@ -59,14 +60,14 @@ def run_tasks(
     settings: TaskSettings,
     *,
     texts: Iterable[str] = (),
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> list[TaskScore]:
     """Return the scores of tasks: the packs first, then lm-eval's.
 
     Args:
         names: as :func:`require_tasks` returns them.
         texts: held-out documents for ``psannlm_last_word``.
-        on_progress: called with (what is computed, requests done, all of them).
+        on_progress: called after each pass.
 
     Raises:
         ConfigError, CorpusError, GenerationError: a task cannot be run.

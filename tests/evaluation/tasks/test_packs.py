@@ -33,7 +33,7 @@ class Oracle:
         self.right = {tuple(tokenizer.encode(context + choice)) for context, choice in pairs[wrong:]}
         self.asked = 0
 
-    def score(self, rows: Sequence[Continuation], on_progress: Any = None) -> list[Likelihood]:
+    def score(self, rows: Sequence[Continuation], on_progress: Any = None, what: str = "") -> list[Likelihood]:
         self.asked += len(rows)
         return [Likelihood(0.0 if (*row.context[1:], *row.ids) in self.right else -1.0, False) for row in rows]
 
