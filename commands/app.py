@@ -42,6 +42,7 @@ from psannlm.errors import (
     describe,
 )
 from psannlm.io.limits import raise_open_files
+from psannlm.runtime.cores import limit_threads
 from psannlm.runtime.log import receiving_messages
 from psannlm.runtime.streams import flush_output, guarding_streams, print_error_line
 
@@ -197,6 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         sys.excepthook = _one_line
     raise_open_files()
+    limit_threads()
     with guarding_streams(), receiving_messages(print_message):
         try:
             _run(arguments, written)

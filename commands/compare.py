@@ -24,6 +24,7 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from psannlm.experiments.gpu_slots import Placement
     from psannlm.experiments.model import Study
     from psannlm.reports.page_model import Table
     from psannlm.reports.schemas.study import StudyMetrics
@@ -39,8 +40,26 @@ def compare(
         typer.Argument(metavar="PLAN", help="Study configuration (YAML): base, variants, baseline, seeds, budget."),
     ],
     jobs: Annotated[
-        int, typer.Option("--jobs", min=1, help="Number of runs trained at the same time; they divide the CPU cores.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--jobs",
+            min=1,
+            help="Number of runs trained at the same time; they divide the CPU cores (default: one per GPU, or 1).",
+        ),
+    ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            "--gpus",
+            metavar="all|none|LIST",
+            help="GPUs that runs are assigned to, one each: all, none, or entries of CUDA_VISIBLE_DEVICES, or indices, "
+            "separated by commas (default: all, if the plan's train.device is auto or cuda).",
+        ),
+    ] = None,
+    share_gpus: Annotated[
+        bool,
+        typer.Option("--share-gpus", help="Allow more jobs than GPUs; throughput is then left out of the results."),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print all runs with parameters, tokens and estimated time, and write nothing."),
@@ -63,6 +82,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Train variants of one configuration at equal size and compare their validation losses, with intervals."""
+    from psannlm.experiments.gpu_slots import place_runs
     from psannlm.experiments.lr_selection import with_selected_lrs
     from psannlm.experiments.plan import load_plan
     from psannlm.experiments.results import study_figures
@@ -79,22 +99,24 @@ def compare(
         )
     settled = load_plan(plan)
     wanted = _checked(only or [], [variant.name for variant in settled.variants])
+    devices = [variant.config.train.device for variant in settled.variants]
+    placement = place_runs(devices, gpus, jobs, share_gpus)
 
     if not dry_run:
         require_folder("ablations", out)
     with live_line(stderr_console()) as line:
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name)
         if not dry_run:
-            sized = with_selected_lrs(sized) if no_train else _train(sized, wanted, jobs, line)
+            sized = with_selected_lrs(sized) if no_train else _train(sized, wanted, placement, line)
             answers = score_runs(sized, line.show)
     if dry_run:
         sized = with_selected_lrs(sized)
         shown = _run_names(sized, wanted)
-        _show_plan(replace(sized, runs=tuple(run for run in sized.runs if run.name in shown)), jobs, as_json)
+        _show_plan(replace(sized, runs=tuple(run for run in sized.runs if run.name in shown)), placement, as_json)
         return
     figures = study_figures(sized, answers)
     n_more = len(settled.settings.also_compare_to) + (2 if settled.settings.answers else 1)
-    _publish(figures, n_more, jobs, out, as_json)
+    _publish(figures, n_more, placement, out, as_json)
     if not no_train:
         _refuse_failures(figures)
 
@@ -103,20 +125,20 @@ def _run_names(study: Study, variants: Collection[str], but: Collection[str] = (
     return [run.name for run in study.runs if run.variant.variant.name in variants and run.name not in but]
 
 
-def _train(study: Study, variants: Collection[str], jobs: int, line: LiveLine) -> Study:
+def _train(study: Study, variants: Collection[str], placement: Placement, line: LiveLine) -> Study:
     """Train the runs of ``lr_seeds``, then those of the other seeds, and return the study with all of them."""
     from psannlm.experiments.lr_selection import with_selected_lrs
     from psannlm.experiments.runner import run_all
 
     search_runs = _run_names(study, variants)
-    run_all(study, jobs=jobs, only=search_runs, on_status=line.show)
+    run_all(study, placement=placement, only=search_runs, on_status=line.show)
     study = with_selected_lrs(study)
     if others := _run_names(study, variants, but=search_runs):
-        run_all(study, jobs=jobs, only=others, on_status=line.show)
+        run_all(study, placement=placement, only=others, on_status=line.show)
     return study
 
 
-def _publish(figures: StudyMetrics, n_more: int, jobs: int, out: Path | None, as_json: bool) -> None:
+def _publish(figures: StudyMetrics, n_more: int, placement: Placement, out: Path | None, as_json: bool) -> None:
     """Write all figures, tables and plots; print the main table and the ``n_more`` tables after it."""
     from psannlm.io.atomic import write_bytes
     from psannlm.io.run_metadata import system_info
@@ -136,7 +158,7 @@ def _publish(figures: StudyMetrics, n_more: int, jobs: int, out: Path | None, as
         as_json,
         shown=[_rich(tables[0], _MAIN_COLUMNS), *map(_rich, tables[1 : 1 + n_more])],
         draw=draw,
-        system={**system_info(), "jobs": jobs},
+        system={**system_info(), **placement.as_dict()},
         remark=": all columns and runs in table.txt, and on the page of psannlm report",
     )
 
@@ -166,7 +188,7 @@ def _refuse_failures(figures: StudyMetrics) -> None:
         )
 
 
-def _show_plan(study: Study, jobs: int, as_json: bool) -> None:
+def _show_plan(study: Study, placement: Placement, as_json: bool) -> None:
     from psannlm.experiments.results import plan_tables, seconds_per_step
 
     with live_line(stderr_console()) as line:
@@ -176,7 +198,7 @@ def _show_plan(study: Study, jobs: int, as_json: bool) -> None:
             if name not in seconds:
                 line.show(f"timing steps: {name}")
                 seconds[name] = seconds_per_step(run, study)
-    tables = plan_tables(study, seconds, jobs)
+    tables = plan_tables(study, seconds, placement.jobs)
     if as_json:
         keys = ("parameters", "n_steps", "n_tokens", "was_solved")
         variants = {

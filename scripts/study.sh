@@ -3,8 +3,8 @@
 #
 #   scripts/study.sh [PLAN.yaml ...]         default: study_*_[125]m.yaml and study_task_*.yaml of configs/studies/
 #
-# Existing files are used as they are, and stopped runs are resumed. JOBS runs are trained at the same time (default:
-# one per core).
+# Existing files are used as they are, and stopped runs are resumed. JOBS runs are trained at the same time. By default
+# that is one for each GPU where torch sees any, else one for each core.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -47,7 +47,12 @@ for plan in "${plans[@]}"; do
   fi
 done
 
-jobs="${JOBS:-$(nproc)}"
+options=()
+if [[ -n "${JOBS:-}" ]]; then
+  options=(--jobs "$JOBS")
+elif [[ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" == 0 ]]; then
+  options=(--jobs "$(nproc)")
+fi
 for plan in "${plans[@]}"; do
-  "$psannlm" compare "$plan" --jobs "$jobs"
+  "$psannlm" compare "$plan" ${options[@]+"${options[@]}"}
 done

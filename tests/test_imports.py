@@ -61,6 +61,7 @@ NEVER_TORCH = (
     "benchmarks.tokenization.bench",
     "runtime.streams",
     "runtime.consoles",
+    "runtime.cores",
     "runtime.log",
     "runtime.progress",
     "config",

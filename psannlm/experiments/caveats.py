@@ -9,6 +9,7 @@ from psannlm.experiments.lr_selection import Choice
 from psannlm.experiments.model import Study
 from psannlm.experiments.runner import RunState
 from psannlm.io.readers import flatten
+from psannlm.io.run_metadata import GPU_IS_SHARED
 from psannlm.models.accounting import WIDTH_TOLERANCE
 
 # Keys of a run's system.json that may explain a difference that is not due to the models.
@@ -34,6 +35,12 @@ def conditions(states: Sequence[RunState]) -> dict[str, dict[str, int]]:
                 value = value[:12] if key == "commit" else value
                 found[value] = found.get(value, 0) + 1
     return counts
+
+
+def any_shares_gpu(states: Sequence[RunState]) -> bool:
+    """Whether a finished run used a GPU together with others, which makes throughput incomparable."""
+    records = [state.record for state in states if state.state == "done" and state.record is not None]
+    return any(record.system.get(GPU_IS_SHARED) is True for record in records)
 
 
 def _of_losses(study: Study, chosen: Mapping[str, Choice]) -> Iterator[str]:
@@ -84,6 +91,9 @@ def _of_machines(chosen: Mapping[str, Choice], states: Sequence[RunState]) -> It
     for key, found in conditions(states).items():
         if len(found) > 1:
             yield f"Runs differ in {key}: {', '.join(f'{value} ({n})' for value, n in found.items())}."
+    if any_shares_gpu(states):
+        yield "Runs shared a GPU (--share-gpus), so throughput and times are left out."
+        return
     yield "Tokens/s and seconds are of each variant's fastest run."
     unsteady = [name for name, choice in chosen.items() if _is_unsteady(choice)]
     if unsteady:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from psannlm.errors import TrainingError
-from psannlm.experiments.caveats import conditions, notes_of
+from psannlm.experiments.caveats import any_shares_gpu, conditions, notes_of
 from psannlm.experiments.lr_selection import Choice, choose, score_of
 from psannlm.experiments.model import SizedVariant, Study, StudyRun
 from psannlm.experiments.runner import RunState, read_status
@@ -50,6 +50,7 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
     chosen = {sized.variant.name: choose(sized, states, study.plan) for sized in study.variants}
     settings = study.plan.settings
     base = chosen[settings.baseline]
+    is_shared = any_shares_gpu(states)
     return StudyMetrics(
         study=study.plan.name,
         plan=str(study.plan.path),
@@ -62,13 +63,15 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
         lr_seeds=list(study.plan.lr_seeds),
         corpus=_corpus(study),
         conditions=conditions(states),
+        shared_gpus=is_shared,
         notes=notes_of(study, chosen, states),
         variants=[
-            _variant_figures(study, sized, chosen[sized.variant.name], base, answers or {}) for sized in study.variants
+            _variant_figures(study, sized, chosen[sized.variant.name], base, answers or {}, is_shared)
+            for sized in study.variants
         ],
-        runs=[_run_figures(state, settings.measure, answers or {}) for state in states],
+        runs=[_run_figures(state, settings.measure, answers or {}, is_shared) for state in states],
         also_compare_to={name: _differences_to(name, chosen) for name in settings.also_compare_to},
-        curves=[curve for sized in study.variants for curve in _curves(chosen[sized.variant.name])],
+        curves=[curve for sized in study.variants for curve in _curves(chosen[sized.variant.name], is_shared)],
     )
 
 
@@ -79,10 +82,11 @@ def _differences_to(other: str, chosen: Mapping[str, Choice]) -> dict[str, Paire
 
 
 def _variant_figures(
-    study: Study, sized: SizedVariant, choice: Choice, base: Choice, answers: Mapping[str, AnswerScore]
+    study: Study, sized: SizedVariant, choice: Choice, base: Choice, answers: Mapping[str, AnswerScore], is_shared: bool
 ) -> VariantFigures:
     records = list(choice.done.values())
-    rates = [record.tokens_per_s["median"] for record in records if record.tokens_per_s is not None]
+    timed = [] if is_shared else records
+    rates = [record.tokens_per_s["median"] for record in timed if record.tokens_per_s is not None]
     peaks = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
     losses, bits = list(choice.losses.values()), [score["bits_per_byte"] for score in choice.scores.values()]
     return VariantFigures(
@@ -113,8 +117,9 @@ def _variant_figures(
     )
 
 
-def _run_figures(state: RunState, measure: str, answers: Mapping[str, AnswerScore]) -> RunFigures:
+def _run_figures(state: RunState, measure: str, answers: Mapping[str, AnswerScore], is_shared: bool) -> RunFigures:
     record = state.record
+    timed = None if is_shared else record
     score = score_of(record, measure) if record is not None and state.state == "done" else {}
     return RunFigures(
         run=state.run.name,
@@ -127,8 +132,8 @@ def _run_figures(state: RunState, measure: str, answers: Mapping[str, AnswerScor
         bits_per_byte=score.get("bits_per_byte"),
         lossy_tokenizer=score.get("lossy_tokenizer"),
         tokens=record.train_rows[-1].get("tokens") if record is not None and record.train_rows else None,
-        tokens_per_s=record.tokens_per_s["median"] if record is not None and record.tokens_per_s else None,
-        training_s=record.points("train")[-1][1] if record is not None and record.train_rows else None,
+        tokens_per_s=timed.tokens_per_s["median"] if timed is not None and timed.tokens_per_s else None,
+        training_s=timed.points("train")[-1][1] if timed is not None and timed.train_rows else None,
         peak_memory_bytes=None if record is None else record.peak_memory_bytes,
         folder=str(state.run.folder),
         answers=answers.get(state.run.name),
@@ -178,18 +183,19 @@ def _task_scores(choice: Choice) -> dict[tuple[str, float | None], dict[int, flo
     return found
 
 
-def _curves(choice: Choice) -> list[LossCurve]:
+def _curves(choice: Choice, is_shared: bool) -> list[LossCurve]:
     """Return the validation curve of each run, in seconds at the throughput of the fastest of them, as in the table."""
     found = []
     rates = [record.tokens_per_s["median"] for record in choice.done.values() if record.tokens_per_s is not None]
     for seed, record in sorted(choice.done.items()):
         points = record.points()
+        seconds = [point[0] / max(rates) for point in points] if rates else [point[1] for point in points]
         found.append(
             LossCurve(
                 variant=record.name.rpartition("_lr")[0],
                 seed=seed,
                 tokens=[point[0] for point in points],
-                seconds=[point[0] / max(rates) for point in points] if rates else [point[1] for point in points],
+                seconds=[] if is_shared else seconds,
                 loss=[point[2] for point in points],
             )
         )

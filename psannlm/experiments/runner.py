@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
 
-from psannlm.errors import EXIT_INTERRUPTED, ConfigError, Interrupted
+from psannlm.errors import EXIT_INTERRUPTED, Interrupted
+from psannlm.experiments.gpu_slots import GpuSlots, Placement
+from psannlm.experiments.local_launcher import LOG_START, Launcher, Process, launch
 from psannlm.experiments.model import Study, StudyRun, fits_tokenizer, tokenizer_path
 from psannlm.experiments.sizing import write_configs
 from psannlm.io.atomic import explain_write_errors, read_small, refuse_foreign, remove_leftovers
@@ -22,7 +21,6 @@ from psannlm.io.lock import RunLock
 from psannlm.io.readers import Unreadable
 from psannlm.io.run_metadata import write_json
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
-from psannlm.runtime.processes import python_command
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.training.failures import NOT_FINITE
 from psannlm.training.run_folder import RunStatus, has_same_config, is_own_config, read_run_status
@@ -33,38 +31,9 @@ STUDY_FILE = "study.json"
 _POLL_S = 0.2
 _STATUS_S = 2.0
 _ERROR = "error: "
-_START = "psannlm compare starts "
 _LIST_BYTES = 16 << 20
 _REMEDY = "or choose another folder with --study"
-
-
-class Process(Protocol):
-    """The process of a run."""
-
-    def poll(self) -> int | None:
-        """Return the exit code, or None while the process runs."""
-
-    def terminate(self) -> None:
-        """Ask the process to save a checkpoint and exit."""
-
-
-Launcher = Callable[[StudyRun, Mapping[str, str]], Process]
-
-
-def launch(run: StudyRun, environment: Mapping[str, str]) -> Process:
-    """Start ``psannlm train`` on a run's configuration, with its output in the run's log."""
-    with explain_write_errors(run.log_path):
-        handle = os.open(run.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-    with open(handle, "a", encoding="utf-8") as log:
-        log.write(f"{_START}{run.name}\n")
-        log.flush()
-        return subprocess.Popen(
-            python_command("psannlm", "train", str(run.config_path)),
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **environment},
-        )
+_ONE_AT_A_TIME = Placement()
 
 
 @dataclass(frozen=True)
@@ -122,7 +91,7 @@ def _last_error(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     starts = [at for at, line in enumerate(lines) if line.startswith(_ERROR)]
     # The lines after an error belong to it, unless the run was started again since.
-    if not starts or any(line.startswith(_START) for line in lines[starts[-1] :]):
+    if not starts or any(line.startswith(LOG_START) for line in lines[starts[-1] :]):
         return ""
     return " ".join(line.strip() for line in lines[starts[-1] :]).removeprefix(_ERROR)[:400]
 
@@ -130,7 +99,7 @@ def _last_error(path: Path) -> str:
 def run_all(
     study: Study,
     *,
-    jobs: int = 1,
+    placement: Placement = _ONE_AT_A_TIME,
     only: Collection[str] | None = None,
     on_status: Callable[[str], None] = lambda text: None,
     launcher: Launcher = launch,
@@ -142,26 +111,24 @@ def run_all(
     A run that diverged (non-finite) is not rerun: the result would be the same.
 
     Args:
-        jobs: number of runs at the same time; they divide the CPU cores.
+        placement: number of runs at the same time, which divide the CPU cores, and the GPU of each.
         only: names of the runs to train; None for all.
         on_status: called with a line of progress every two seconds.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the active runs have saved, and the same call resumes them.
-        ConfigError: ``jobs`` is below 1.
         StorageError: the study's folder cannot be written, or another process uses it.
     """
-    if jobs < 1:
-        raise ConfigError(f"--jobs {jobs}: use 1 or more")
     with RunLock(study.folder, "--study"):
         refuse_foreign_files(study)
         write_configs(study)
         plan = study.plan
         names = [run.name for run in study.runs]
-        write_json(study.folder / STUDY_FILE, {"study": plan.name, "plan": str(plan.path), "runs": names})
+        content = {"study": plan.name, "plan": str(plan.path), "runs": names, **placement.as_dict()}
+        write_json(study.folder / STUDY_FILE, content)
         wanted = [run for run in study.runs if only is None or run.name in only]
         waiting = [run for run in wanted if not read_status(run).is_settled]
-        scheduler = _Scheduler(len(wanted), waiting, launcher, _threads(jobs), clock)
+        scheduler = _Scheduler(len(wanted), waiting, launcher, GpuSlots(placement), clock)
         stop = threading.Event()
         next_status = clock()
         with explain_write_errors(study.folder), stopping_on_signals(stop):
@@ -171,7 +138,7 @@ def run_all(
                     raise Interrupted(
                         f"stopped with {scheduler.n_done} of {len(wanted)} runs done; the same command resumes them"
                     )
-                scheduler.fill(jobs)
+                scheduler.fill()
                 for line in scheduler.collect():
                     log.info(line)
                 if scheduler.was_interrupted:
@@ -212,21 +179,14 @@ def _listed_runs(path: Path) -> list[str] | None:
         content = json.loads(read_small(path, _LIST_BYTES) or b"")
     except (ValueError, RecursionError):
         return None
-    is_list = isinstance(content, dict) and content.keys() == {"study", "plan", "runs"}
+    is_list = isinstance(content, dict) and content.keys() >= {"study", "plan", "runs"}
     return content["runs"] if is_list and isinstance(content["runs"], list) else None
 
 
 def _is_own_log(path: Path) -> bool:
-    """Whether a log begins as :func:`launch` begins it."""
+    """Whether a log begins as :func:`local_launcher.start_training` begins it."""
     with open(path, "rb") as file:
-        return file.read(len(_START)) == _START.encode("ascii")
-
-
-def _threads(jobs: int) -> dict[str, str]:
-    """Return the thread settings of each run, unless the environment sets them."""
-    if "OMP_NUM_THREADS" in os.environ or jobs == 1:
-        return {}
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+        return file.read(len(LOG_START)) == LOG_START.encode("ascii")
 
 
 class _Scheduler:
@@ -237,11 +197,11 @@ class _Scheduler:
         n_runs: int,
         waiting: list[StudyRun],
         launcher: Launcher,
-        environment: Mapping[str, str],
+        slots: GpuSlots,
         clock: Callable[[], float],
     ) -> None:
-        self._waiting, self._launcher, self._environment, self._clock = waiting, launcher, environment, clock
-        self._active: dict[str, tuple[StudyRun, Process]] = {}
+        self._waiting, self._launcher, self._slots, self._clock = waiting, launcher, slots, clock
+        self._active: dict[str, tuple[StudyRun, Process, str | None]] = {}
         self._n_runs = n_runs
         self.n_done = self._n_runs - len(waiting)
         self.was_interrupted = False
@@ -253,19 +213,22 @@ class _Scheduler:
     def is_busy(self) -> bool:
         return bool(self._waiting or self._active)
 
-    def fill(self, jobs: int) -> None:
-        while self._waiting and len(self._active) < jobs and not self.was_interrupted:
+    def fill(self) -> None:
+        """Start waiting runs while there is a place for one."""
+        while self._waiting and len(self._active) < self._slots.placement.jobs and not self.was_interrupted:
             run = self._waiting.pop(0)
-            self._active[run.name] = run, self._launcher(run, self._environment)
+            gpu = self._slots.take()
+            self._active[run.name] = run, self._launcher(run, self._slots.environment(gpu)), gpu
 
     def collect(self) -> list[str]:
         """Collect the processes that ended, and return a line for each."""
         lines = []
-        for run, process in list(self._active.values()):
+        for run, process, gpu in list(self._active.values()):
             code = process.poll()
             if code is None:
                 continue
             del self._active[run.name]
+            self._slots.free(gpu)
             self.was_interrupted |= code == EXIT_INTERRUPTED
             state = read_status(run)
             self.n_done += state.state == "done"
@@ -278,9 +241,9 @@ class _Scheduler:
 
     def stop(self, sleep: Callable[[float], None]) -> None:
         """Ask all processes to save and exit, and wait for them."""
-        for _, process in self._active.values():
+        for _, process, _ in self._active.values():
             process.terminate()
-        while any(process.poll() is None for _, process in self._active.values()):
+        while any(process.poll() is None for _, process, _ in self._active.values()):
             sleep(_POLL_S)
 
     def _left(self, run: StudyRun, step: int) -> float:
@@ -288,7 +251,7 @@ class _Scheduler:
 
     def status(self) -> str:
         """Return a status line with the active runs and the remaining time, estimated from operations done so far."""
-        active = [run for run, _ in self._active.values()]
+        active = [run for run, _, _ in self._active.values()]
         steps = [read_status(run).step for run in active]
         left = sum(self._left(run, self._first[run.name]) for run in self._waiting)
         left += sum(self._left(run, step) for run, step in zip(active, steps, strict=True))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
+from psannlm.io.cgroups import memory_limit_bytes as cgroup_limit_bytes
+
 try:
     import resource
 except ImportError:  # not a POSIX system
     resource = None  # type: ignore[assignment]
-from pathlib import Path
 
 # Maximum dilation of a short convolution, beyond any trained context.
 MAX_DILATION = 1 << 20
@@ -48,10 +49,6 @@ def max_held_bytes() -> int:
 def max_document_bytes() -> int:
     """Return the maximum size of a document in memory, in bytes: a quarter of the machine's memory."""
     return (machine_memory_bytes() or _ASSUMED_MEMORY_BYTES) // 4
-
-
-# Version 1 of control groups reports a number near 2 ** 63 for "no limit".
-_NO_LIMIT = 1 << 60
 
 
 def json_values(content: bytes) -> int:
@@ -97,33 +94,3 @@ def raise_open_files() -> None:
         # macOS has an undocumented lower limit; then the soft limit is left unchanged.
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def cgroup_limit_bytes(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the lowest memory limit of this process's control groups (both versions), as of containers, or None."""
-    limits = []
-    for line in _read_text(proc).splitlines():
-        _, *rest = line.split(":", 2)
-        if len(rest) < 2:
-            continue
-        controllers, group = rest
-        if controllers == "":
-            top, file = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            top, file = root / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        parts = [part for part in group.split("/") if part and part != ".."]
-        # A group is also limited by its parents; within a container its own path may not exist.
-        for depth in range(len(parts) + 1):
-            text = _read_text(top.joinpath(*parts[:depth], file)).strip()
-            if text.isdecimal() and int(text) < _NO_LIMIT:
-                limits.append(int(text))
-    return min(limits, default=None)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""

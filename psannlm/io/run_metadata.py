@@ -15,6 +15,11 @@ from typing import Any
 from psannlm.display import json_text
 from psannlm.io.atomic import explain_write_errors, require_writable, write_text
 
+VISIBLE_GPUS_VARIABLE = "CUDA_VISIBLE_DEVICES"
+# Set for the runs of a study that share a GPU, so that their records say it.
+SHARED_GPU_VARIABLE = "PSANNLM_SHARED_GPU"
+# Key of ``system.json``: other runs used the GPU at the same time.
+GPU_IS_SHARED = "gpu_is_shared"
 _PACKAGES = ("torch", "numpy", "sentencepiece", "tokenizers", "safetensors", "pydantic")
 
 
@@ -79,6 +84,10 @@ def system_info() -> dict[str, Any]:
     }
     if info["gpus"]:
         info["cuda"] = torch.version.cuda
+    if VISIBLE_GPUS_VARIABLE in os.environ:
+        info["visible_gpus"] = os.environ[VISIBLE_GPUS_VARIABLE]
+    if os.environ.get(SHARED_GPU_VARIABLE):
+        info[GPU_IS_SHARED] = True
     return info
 
 

@@ -37,10 +37,11 @@ from psannlm.prep.encoded_chunk import encoded_chunk_path, read_encoded_chunk
 from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remove_work
 from psannlm.prep.job import STDIN, PrepSettings
 from psannlm.prep.plan import Plan, check_finished, damage_of, remove_finished, resume_plan, tokenizer_entry, write_plan
-from psannlm.prep.pool import WorkerPool, usable_cores
+from psannlm.prep.pool import WorkerPool
 from psannlm.prep.reader import CorpusReader, Cut, Drops, SourceFile, deal, find_sources
 from psannlm.prep.selection import SPLITS, DocumentSelector, Selection, SingleDocument
 from psannlm.prep.shard_writer import DocumentStream, select_units
+from psannlm.runtime.cores import usable_cores
 from psannlm.runtime.malloc import trim_aggressively
 from psannlm.runtime.progress import OnProgress, Progress, ProgressCounter, ignore_progress
 from psannlm.runtime.signals import stopping_on_signals

@@ -30,13 +30,6 @@ _ONE_THREAD = {
 }
 
 
-def usable_cores() -> int:
-    """Return the number of cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 class _Worker:
     """A process and the connection to it."""
 

@@ -22,6 +22,7 @@ from typing import IO
 
 from psannlm.config.run import RunConfig, to_yaml
 from psannlm.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, ConfigError, DeviceError
+from psannlm.runtime.cores import threads_for
 from psannlm.runtime.distributed import STORE_FOLDER
 from psannlm.runtime.processes import python_command
 from psannlm.runtime.signals import stop_signals
@@ -100,7 +101,7 @@ def private_store(n_ranks: int) -> Iterator[dict[str, str]]:
             STORE_FOLDER: folder,
             "WORLD_SIZE": str(n_ranks),
             "LOCAL_WORLD_SIZE": str(n_ranks),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_ranks))),
+            **threads_for(n_ranks),
             # By default, both listen on the address of the first interface that they find.
             "GLOO_SOCKET_IFNAME": interface,
             "NCCL_SOCKET_IFNAME": f"={interface}",

@@ -14,7 +14,7 @@ from psannlm.data.corpus.files import JSON_LINES_SUFFIXES, file_bytes, find_all,
 from psannlm.data.manifest import Manifest, read_manifest
 from psannlm.data.prepared import find_prepared
 from psannlm.errors import CorpusError
-from psannlm.prep.pool import usable_cores
+from psannlm.runtime.cores import usable_cores
 
 # Text that is read to judge a corpus: enough for the sizes of documents, and a second's work.
 SAMPLE_BYTES = 8 << 20

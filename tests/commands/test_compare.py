@@ -152,3 +152,16 @@ def test_compare_unknown_variant_is_refused(psannlm, project: Path) -> None:
     done = psannlm("compare", "plan.yaml", "--only", "sin")
     assert (done.code, "did you mean 'sine'" in done.err) == (2, True), done.err
     assert not Path("runs").exists()
+
+
+def test_compare_more_jobs_than_gpus_is_refused(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Path("config.yaml").read_text()
+    Path("config.yaml").write_text(config.replace("device: cpu", "device: auto"))
+    Path("plan.yaml").write_text(PLAN)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    done = psannlm("compare", "plan.yaml", "--jobs", "8")
+    assert (done.code, "there are 2 GPUs (3, 5); use --jobs 2, or --share-gpus" in done.err) == (2, True), done.err
+    done = psannlm("compare", "plan.yaml", "--gpus", "0")
+    assert (done.code, "CUDA_VISIBLE_DEVICES lists 3, 5" in done.err) == (2, True), done.err
+    assert not Path("runs").exists()

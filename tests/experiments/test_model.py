@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,11 +20,13 @@ from psannlm.data.loader import Loader
 from psannlm.data.synthetic.algorithmic import write_task
 from psannlm.errors import ConfigError, Interrupted, TrainingError
 from psannlm.experiments.caveats import notes_of
+from psannlm.experiments.gpu_slots import Placement
+from psannlm.experiments.local_launcher import Process, launch
 from psannlm.experiments.lr_selection import choose, with_selected_lrs
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.plan import load_plan
 from psannlm.experiments.results import plan_tables, seconds_per_step, study_figures
-from psannlm.experiments.runner import Process, RunState, launch, read_status, run_all
+from psannlm.experiments.runner import RunState, read_status, run_all
 from psannlm.experiments.sizing import size_study, write_configs
 from psannlm.experiments.task_accuracy import score_runs
 from psannlm.io.artifact_schema import read_figures
@@ -212,7 +215,7 @@ def test_stopped_runs_in_any_order_give_same_figures(make: Callable[..., Study],
         trained.append(run.name)
         return train_here(run, environment)
 
-    run_all(backwards, jobs=3, launcher=record)
+    run_all(backwards, placement=Placement(3), launcher=record)
     assert trained == [run.name for run in reversed(again.runs)][:4], "finished runs are not repeated"
     wanted = {**study_figures(finished).as_dict(), "also_compare_to": {}, "plan": str(study.plan.path)}
     assert timeless(study_figures(make(folder="stopped")).as_dict()) == timeless(wanted)
@@ -256,6 +259,25 @@ def test_study_tables_pictures_and_headline(finished: Study) -> None:
     headline = study_headline(figures)
     assert headline is not None
     assert "sine against swiglu" in headline.label
+
+
+def test_shared_gpus_leave_speed_out(finished: Study, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder, tmp_path / "study")
+    runs = tuple(replace(run, study=tmp_path / "study") for run in finished.runs)
+    study = replace(finished, runs=runs, folder=tmp_path / "study")
+    speed = {"tokens/s", "training, s"}
+    alone, *_, every_run = study_tables(study_figures(study))
+    assert speed <= {*alone.headings} & {*every_run.headings}
+
+    system = json.loads((runs[3].folder / "system.json").read_text())
+    (runs[3].folder / "system.json").write_text(json.dumps({**system, "gpu_is_shared": True}))
+    figures = read_figures(StudyMetrics, json.loads(json.dumps(study_figures(study).as_dict())))
+    together, *_, every_run = study_tables(figures)
+    assert not speed & {*together.headings, *every_run.headings}
+    assert [row[:9] for row in together.rows] == [row[:9] for row in alone.rows], "everything else stays"
+    assert {variant.tokens_per_s for variant in figures.variants} == {run.training_s for run in figures.runs} == {None}
+    assert {picture.file for picture in study_pictures(figures)} == {"differences.png", "loss_by_tokens.png"}
+    assert "Runs shared a GPU (--share-gpus), so throughput and times are left out." in figures.notes
 
 
 def test_gather_finds_all_runs_of_a_study(finished: Study, tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ from psannlm.benchmarks.tokenization.raw_libraries import raw_arrays, raw_encode
 from psannlm.config.data import PathSource, Source
 from psannlm.data.corpus.documents import read_documents
 from psannlm.errors import ConfigError, WorkerError
-from psannlm.prep.pool import usable_cores
 from psannlm.reports.schemas.measured import Spread
 from psannlm.reports.schemas.tokenizers import PrepFigures
+from psannlm.runtime.cores import usable_cores
 from psannlm.runtime.processes import python_command
 from psannlm.runtime.progress import OnProgress, ignore_progress
 from psannlm.tokenizers.base import Tokenizer

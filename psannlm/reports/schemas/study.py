@@ -107,7 +107,7 @@ class RunFigures(Figures):
 
 @dataclass(frozen=True, kw_only=True)
 class LossCurve(Figures):
-    """Validation losses of a run by tokens seen and by seconds of training."""
+    """Validation losses of a run by tokens seen and by seconds of training (empty where runs shared a GPU)."""
 
     variant: str
     seed: Whole
@@ -117,7 +117,7 @@ class LossCurve(Figures):
 
     def __post_init__(self) -> None:
         """Refuse lists of different lengths."""
-        if not len(self.tokens) == len(self.seconds) == len(self.loss):
+        if len(self.tokens) != len(self.loss) or len(self.seconds) not in (0, len(self.loss)):
             raise ValueError("the lists of a curve differ in length")
 
 
@@ -134,7 +134,10 @@ class StudyCorpus(Figures):
 
 @dataclass(frozen=True, kw_only=True)
 class StudyMetrics(Figures):
-    """The whole file. Each variant is compared at its own best learning rate, differences are paired by seed."""
+    """The whole file. Each variant is compared at its own best learning rate, differences are paired by seed.
+
+    ``shared_gpus``: several runs used one GPU at the same time, so there are no throughput and no times.
+    """
 
     study: str
     plan: str
@@ -147,6 +150,7 @@ class StudyMetrics(Figures):
     lr_seeds: Annotated[list[Whole] | None, Field(validation_alias=AliasChoices("lr_seeds", "rate_seeds"))] = None
     corpus: StudyCorpus
     conditions: dict[str, dict[str, Whole]] = field(default_factory=dict)
+    shared_gpus: Flag = False
     notes: list[str]
     variants: list[VariantFigures]
     runs: list[RunFigures]

@@ -10,6 +10,7 @@ from psannlm.reports.schemas.measured import PairedDifference
 from psannlm.reports.schemas.study import LossCurve, LrScore, StudyMetrics, VariantFigures
 
 NATS = "nats per token"
+_SPEED = ("tokens/s", "training, s")
 
 
 def study_tables(metrics: StudyMetrics) -> list[Table]:
@@ -56,13 +57,22 @@ def _results(metrics: StudyMetrics) -> Table:
                 "–" if variant.peak_memory_bytes is None else f"{variant.peak_memory_bytes / 1e6:,.0f}",
             ]
         )
+    kept, rows = _without_speed(metrics, headings, rows)
     return Table(
         f"{metrics.study}: each variant at its best learning rate",
-        headings,
+        kept,
         rows,
-        frozenset(range(1, len(headings))),
+        frozenset(range(1, len(kept))),
         "\n".join(metrics.notes),
     )
+
+
+def _without_speed(
+    metrics: StudyMetrics, headings: tuple[str, ...], rows: list[list[str]]
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Return the table without the columns of speed, if runs shared a GPU."""
+    kept = [at for at, heading in enumerate(headings) if not (metrics.shared_gpus and heading in _SPEED)]
+    return tuple(headings[at] for at in kept), [[row[at] for at in kept] for row in rows]
 
 
 def _against(other: str, differences: dict[str, PairedDifference | None]) -> Table:
@@ -265,7 +275,8 @@ def _runs(metrics: StudyMetrics) -> Table:
         ]
         for run in metrics.runs
     ]
-    return Table("Every run", headings, rows, frozenset(range(2, len(headings))))
+    kept, rows = _without_speed(metrics, headings, rows)
+    return Table("Every run", kept, rows, frozenset(range(2, len(kept))))
 
 
 def study_pictures(metrics: StudyMetrics, prefix: str = "") -> list[Picture]:
@@ -291,6 +302,8 @@ def study_pictures(metrics: StudyMetrics, prefix: str = "") -> list[Picture]:
         caption = "Each variant at its best learning rate; a line for every seed."
         by_tokens = _curves(metrics.curves, [curve.tokens for curve in metrics.curves])
         pictures.append(draw_curves(f"{prefix}loss_by_tokens.png", by_tokens, "tokens seen", y_label, caption))
+        if not all(curve.seconds for curve in metrics.curves):
+            return pictures
         by_time = _curves(metrics.curves, [curve.seconds for curve in metrics.curves])
         x_label, caption = (
             "seconds of training: tokens over the rate of the fastest run",

@@ -1,0 +1,45 @@
+"""CPU cores that this process may use, and the threads of the processes that divide them."""
+
+from __future__ import annotations
+
+import os
+
+from psannlm.io.cgroups import cpu_quota
+
+_THREADS = "OMP_NUM_THREADS"
+_was_set_here = False
+
+
+def usable_cores() -> int:
+    """Return the number of cores this process may use: its affinity, or less where a cgroup has a CPU quota."""
+    quota = cpu_quota()
+    return _bound_cores() if quota is None else max(1, min(_bound_cores(), int(quota)))
+
+
+def _bound_cores() -> int:
+    # Not on macOS and Windows.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def threads_for(n_processes: int) -> dict[str, str]:
+    """Return the environment variables that divide the usable cores among ``n_processes``.
+
+    Empty where the user has set the number of threads, which then holds for every process.
+    """
+    if _THREADS in os.environ and not _was_set_here:
+        return {}
+    return {_THREADS: str(max(1, usable_cores() // n_processes))}
+
+
+def limit_threads() -> None:
+    """Set the threads of this process to its CPU quota, before torch is loaded; for commands, not the API.
+
+    torch counts the cores of the affinity mask and does not know quotas: its threads would be paused in every period.
+    An ``OMP_NUM_THREADS`` of the user's stays.
+    """
+    global _was_set_here
+    if _THREADS not in os.environ and usable_cores() < _bound_cores():
+        os.environ[_THREADS] = str(usable_cores())
+        _was_set_here = True

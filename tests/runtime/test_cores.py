@@ -1,0 +1,48 @@
+"""Threads and workers stay within the affinity mask and the CPU quota of a process."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from psannlm.runtime import cores
+from psannlm.runtime.cores import limit_threads, threads_for, usable_cores
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """16 cores, no quota, and no number of threads in the environment."""
+    monkeypatch.setattr(cores, "_bound_cores", lambda: 16)
+    monkeypatch.setattr(cores, "cpu_quota", lambda: None)
+    monkeypatch.setattr(cores, "_was_set_here", False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("quota", "n_cores"), [(None, 16), (4.0, 4), (2.9, 2), (0.5, 1), (64.0, 16)])
+def test_usable_cores_respect_cpu_quota(machine: pytest.MonkeyPatch, quota: float | None, n_cores: int) -> None:
+    machine.setattr(cores, "cpu_quota", lambda: quota)
+    assert usable_cores() == n_cores
+
+
+def test_processes_divide_usable_cores(machine: pytest.MonkeyPatch) -> None:
+    assert [threads_for(n)["OMP_NUM_THREADS"] for n in (1, 3, 8, 40)] == ["16", "5", "2", "1"]
+    machine.setattr(cores, "cpu_quota", lambda: 8.0)
+    assert threads_for(4) == {"OMP_NUM_THREADS": "2"}
+    machine.setenv("OMP_NUM_THREADS", "3")
+    assert threads_for(4) == {}, "the user's number holds for every process"
+
+
+def test_quota_sets_threads_before_torch(machine: pytest.MonkeyPatch) -> None:
+    limit_threads()
+    assert "OMP_NUM_THREADS" not in os.environ, "without a quota, torch decides"
+    machine.setattr(cores, "cpu_quota", lambda: 4.0)
+    machine.setenv("OMP_NUM_THREADS", "12")
+    limit_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "12"
+    machine.delenv("OMP_NUM_THREADS")
+    limit_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "4"
+    assert threads_for(2) == {"OMP_NUM_THREADS": "2"}, "the quota is divided, and is not a number of the user's"
+    machine.delenv("OMP_NUM_THREADS")
