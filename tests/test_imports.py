@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -319,6 +320,38 @@ def test_modules_import_in_any_order(is_reverse: bool, graph: dict[str, list[Imp
         cwd=REPOSITORY,
     )
     assert result.returncode == 0, result.stderr
+
+
+_SCORE_AND_GENERATE = """
+import sys, torch
+from psannlm.config.model import ModelConfig
+from psannlm.generation.engine import Engine
+from psannlm.generation.generate import complete_ids
+from psannlm.generation.sampling import SamplingConfig
+from psannlm.models.artifact import load_model, save_model
+from psannlm.models.registry import build_model
+from psannlm.tokenizers.resolve import fit_tokenizer
+
+tokenizer = fit_tokenizer(["a wave is a wave"], "simple")
+config = ModelConfig(base=sys.argv[1], d_model=16, n_layers=1, n_heads=2, vocab_size=tokenizer.vocab_size)
+save_model("tiny.safetensors", build_model(config, seed=1), tokenizer)
+loaded = load_model("tiny.safetensors")
+ids = torch.tensor([tokenizer.encode("a wave")])
+with torch.no_grad():
+    loaded.model(ids, labels=ids)
+complete_ids(Engine(loaded.model), tokenizer, [[1, 4]], max_new_tokens=4, sampling=SamplingConfig(seed=1))
+print(*(name for name in ("torch._dynamo", "torch._inductor", "torch.distributed.fsdp") if name in sys.modules))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["waveresnet", "transformer"])
+def test_loading_scoring_and_generating_load_no_compiler(base: str, tmp_path: Path) -> None:
+    """It takes as long to import as torch itself."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    code = [sys.executable, "-c", _SCORE_AND_GENERATE, base]
+    done = subprocess.run(code, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.stdout.split(), done.returncode) == ([], 0), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from psannlm.config.constants import IGNORE_INDEX
 from psannlm.kernels.compile import compiled, use_compiled_kernels
 from psannlm.kernels.onednn import matmul_nt, matmul_tn
+from psannlm.kernels.torch_private import uncompiled
 
 # Bytes of the float32 logits of a chunk. Larger chunks gain nothing on a CPU, smaller ones lose to call overhead. A GPU
 # would finish a chunk of 8 MiB before the next one is launched.
@@ -137,7 +138,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return the cross-entropy of ``softmax(hidden @ weight.T)`` summed over the labels that are not IGNORE_INDEX.
 

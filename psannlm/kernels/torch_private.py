@@ -7,8 +7,9 @@ Checked with torch 2.13.0. None is covered by torch's compatibility promise: aft
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +35,11 @@ __all__ = [
     "realized",
     "softmax_backward",
     "storage_key",
+    "uncompiled",
 ]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def has_onednn_linear() -> bool:
@@ -106,6 +111,22 @@ def realized(x: Tensor) -> Tensor:
     # torch.ops._inductor_test.realize, torch 2.13.
     y: Tensor = torch.ops._inductor_test.realize(x)
     return y
+
+
+def uncompiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Return ``function``, at which torch.compile ends its graph and which it runs as it is.
+
+    This is ``torch.compiler.disable``, which however imports the compiler when it decorates a function: that takes as
+    long as importing torch itself, and a process that compiles nothing need not wait for it.
+    """
+    # torch._compile._disable_dynamo, torch 2.13: imports the compiler at the first call, which here is traced by it.
+    disabled = torch._compile._disable_dynamo(function)
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return (disabled if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return cast(Callable[_P, _T], call)
 
 
 def mark_dynamic(x: Tensor, dim: int) -> None:

@@ -36,10 +36,10 @@ class SineActivation(nn.Module):
         self._frozen: dict[str, Tensor] = {}
         for name, (mean, spread) in starts.items():
             value = torch.full((n_features,), mean)
-            if spread:
+            if spread and not value.is_meta:
                 # The raw parameter exists for positive values only; values below mean / 1000 are clamped.
                 value = (value + spread * torch.randn(n_features)).clamp(min=mean / 1000)
-            raw = inverse_softplus(value.double()).float()
+            raw = value if value.is_meta else inverse_softplus(value.double()).float()
             if name in learnable:
                 self.register_parameter(f"raw_{name}", nn.Parameter(raw))
             else:

@@ -81,6 +81,15 @@ def _norm_and_conv(x: Tensor, norm: nn.RMSNorm, conv: ShortConv | None) -> Tenso
     return h if conv is None else conv(h)[0]
 
 
+def _embedding(n_rows: int, n_features: int) -> nn.Embedding:
+    """Return an embedding, on the meta device without drawing it: there, torch would import its compiler for that."""
+    if torch.get_default_device().type == "meta":
+        empty = torch.empty(n_rows, n_features)
+        embedding: nn.Embedding = nn.Embedding.from_pretrained(empty, freeze=False)  # type: ignore[no-untyped-call]
+        return embedding
+    return nn.Embedding(n_rows, n_features)
+
+
 class Transformer(nn.Module):
     """A language model built from a *resolved* configuration (see ``models.registry.build_model``)."""
 
@@ -90,7 +99,7 @@ class Transformer(nn.Module):
             raise ValueError("the configuration has no vocab_size: call models.registry.resolve first")
         self.config = config
         self.grad_checkpoint = False
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = _embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.final_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
@@ -101,6 +110,8 @@ class Transformer(nn.Module):
 
     def _initialise(self) -> None:
         """Draw weights for unit-variance pre-activations; the branches' output matrices start at zero."""
+        if self.embedding.weight.is_meta:
+            return
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):

@@ -12,7 +12,7 @@ from datetime import timedelta
 from ipaddress import ip_address
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from psannlm.runtime.device import AsyncReadback
 from psannlm.runtime.folder_store import FolderStore
 from psannlm.runtime.watchdog import RankWatchdog
 from psannlm.runtime.watchdog import Store as WatchdogStore
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _HOW = "psannlm train --nproc N CONFIG, or torchrun --nproc-per-node N -m psannlm train CONFIG"
 # Time limit of a collective between live ranks, such as while rank 0 writes a checkpoint.
@@ -220,11 +223,19 @@ def _loopback_listener(host: str, port: int) -> int | None:
     return listener.detach()
 
 
+def as_sharded(tensor: Tensor) -> DTensor | None:
+    """Return ``tensor`` if it is a shard of a larger one, else None.
+
+    The module of such tensors, which takes half as long to import as torch, is only loaded by what shards a model.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return tensor if module is not None and isinstance(tensor, module.DTensor) else None
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor of a sharded ``tensor``; then every rank must call it."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    sharded = as_sharded(tensor)
+    return tensor if sharded is None else sharded.full_tensor()
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
@@ -232,8 +243,9 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
 
     ``value`` must be the same on every rank and on the device of ``like``. Nothing is communicated.
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(like, DTensor):
+    sharded = as_sharded(like)
+    if sharded is None:
         return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)

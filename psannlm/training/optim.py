@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from psannlm.errors import ArtifactError
 from psannlm.runtime.device import computes_in_bf16
-from psannlm.runtime.distributed import full_tensor, shard_like
+from psannlm.runtime.distributed import as_sharded, full_tensor, shard_like
 
 ADAMW_BETAS = (0.9, 0.95)
 ADAMW_EPS = 1e-8
@@ -128,9 +127,9 @@ class OptimizerSet:
         undecayed = list(groups.undecayed.values())
         fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
         # The fp16 scaler cannot unscale sharded and replicated gradients together: one optimiser for each.
-        for is_sharded in sorted({isinstance(p, DTensor) for p in (*decayed, *undecayed)}):
+        for is_sharded in sorted({as_sharded(p) is not None for p in (*decayed, *undecayed)}):
             parts = [
-                {"params": [p for p in params if isinstance(p, DTensor) == is_sharded], "weight_decay": decay}
+                {"params": [p for p in params if (as_sharded(p) is not None) == is_sharded], "weight_decay": decay}
                 for params, decay in ((decayed, weight_decay), (undecayed, 0.0))
             ]
             self.optimizers.append(torch.optim.AdamW(parts, betas=ADAMW_BETAS, eps=ADAMW_EPS, fused=fused))

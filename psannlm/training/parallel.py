@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from psannlm.kernels.torch_private import foreach_copy_, foreach_mul_
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import Precision
-from psannlm.runtime.distributed import World, full_tensor, shard_like
+from psannlm.runtime.distributed import World, as_sharded, full_tensor, shard_like
 from psannlm.training.optim import group_parameters
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def replicate(model: nn.Module, world: World, device: torch.device) -> nn.Module:
@@ -43,6 +45,9 @@ def shard(source: Transformer, world: World, precision: Precision) -> Transforme
     Args:
         source: the weights, on the CPU. The values of rank 0 are used; other ranks may pass tensors on the meta device.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     device = precision.device
     mesh = init_device_mesh(device.type, (world.size,), mesh_dim_names=("ranks",))
     with torch.device("meta"):
@@ -68,7 +73,13 @@ def shard(source: Transformer, world: World, precision: Precision) -> Transforme
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether ``model`` came from :func:`shard`."""
-    return isinstance(model, FSDPModule)
+    return _as_fsdp(model) is not None
+
+
+def _as_fsdp(model: nn.Module) -> FSDPModule | None:
+    """Return ``model`` if it is sharded; the module of its class is only loaded by :func:`shard`."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return model if module is not None and isinstance(model, module.FSDPModule) else None
 
 
 @torch.no_grad()
@@ -86,8 +97,9 @@ def gradient_sync(model: nn.Module, is_due: bool) -> AbstractContextManager[obje
 
     If not, a sharded model keeps unsharded gradients between the micro-batches of a step: 4 bytes per parameter.
     """
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(is_due)
+    sharded = _as_fsdp(model)
+    if sharded is not None:
+        sharded.set_requires_gradient_sync(is_due)
         return nullcontext()
     no_sync: Callable[[], AbstractContextManager[object]] | None = getattr(model, "no_sync", None)
     return nullcontext() if is_due or no_sync is None else no_sync()
@@ -95,9 +107,9 @@ def gradient_sync(model: nn.Module, is_due: bool) -> AbstractContextManager[obje
 
 def all_reduce_replicated_grads(model: nn.Module, world: World) -> None:
     """Average the gradients of the replicated parameters of a sharded ``model`` over the ranks, once per step."""
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         return
-    grads = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
+    grads = [p.grad for p in model.parameters() if p.grad is not None and as_sharded(p) is None]
     if grads:
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
@@ -114,11 +126,11 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     non-finite norm makes every gradient NaN.
     """
     limit = math.inf if max_norm is None else max_norm
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         return nn.utils.clip_grad_norm_(model.parameters(), limit)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    parts = [grad.to_local() for grad in grads if isinstance(grad, DTensor)]
-    copies = [grad for grad in grads if not isinstance(grad, DTensor)]
+    parts = [sharded.to_local() for grad in grads if (sharded := as_sharded(grad)) is not None]
+    copies = [grad for grad in grads if as_sharded(grad) is None]
     # Shards add up over the ranks; replicated gradients count once.
     square = nn.utils.get_total_norm(parts).square()
     dist.all_reduce(square)

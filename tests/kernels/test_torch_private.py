@@ -101,3 +101,23 @@ def test_processor_and_build_features_are_booleans() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_graph_manager_is_none_before_a_graph() -> None:
     assert private.cuda_graph_manager(torch.cuda.current_device()) is None
+
+
+def test_uncompiled_function_is_never_traced() -> None:
+    seen: list[bool] = []
+
+    @private.uncompiled
+    def shift(x: torch.Tensor, by: float) -> torch.Tensor:
+        seen.append(torch.compiler.is_compiling())
+        return x + by
+
+    @torch.compile(backend="eager")
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return shift(x * 2, 3.0) * 2
+
+    x = torch.arange(4.0)
+    for _ in range(2):
+        torch.testing.assert_close(outer(x), (x * 2 + 3) * 2)
+    assert seen == [False, False], "compiled, the second call would run a graph and not this function"
+    assert shift(x, 1.0)[0] == 1
+    assert shift.__name__ == "shift"
