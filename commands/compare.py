@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,10 +26,17 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from psannlm.experiments.gpu_slots import Placement
+    from psannlm.experiments.launchers import Launching
     from psannlm.experiments.model import Study
     from psannlm.reports.page_model import Table
     from psannlm.reports.schemas.study import StudyMetrics
+
+
+class LauncherName(str, Enum):
+    """Where the runs of a study are trained."""
+
+    LOCAL = "local"
+    SLURM = "slurm"
 
 
 # Variant, loss, difference, interval, bits per byte, learning rate: the columns that fit into 80 characters.
@@ -60,6 +69,19 @@ def compare(
         bool,
         typer.Option("--share-gpus", help="Allow more jobs than GPUs; throughput is then left out of the results."),
     ] = False,
+    launcher: Annotated[
+        LauncherName,
+        typer.Option("--launcher", help="Where runs are trained: local (this machine), or slurm (one job per run)."),
+    ] = LauncherName.LOCAL,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slurm",
+            metavar="KEY=VALUE",
+            help="Option of sbatch for each job, such as partition=gpu or time=4:00:00 (default: 1 hour; a run that "
+            "reaches it saves and is requeued); may be repeated.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print all runs with parameters, tokens and estimated time, and write nothing."),
@@ -82,7 +104,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Train variants of one configuration at equal size and compare their validation losses, with intervals."""
-    from psannlm.experiments.gpu_slots import place_runs
+    from psannlm.experiments.launchers import choose_launching
     from psannlm.experiments.lr_selection import with_selected_lrs
     from psannlm.experiments.plan import load_plan
     from psannlm.experiments.results import study_figures
@@ -100,23 +122,25 @@ def compare(
     settled = load_plan(plan)
     wanted = _checked(only or [], [variant.name for variant in settled.variants])
     devices = [variant.config.train.device for variant in settled.variants]
-    placement = place_runs(devices, gpus, jobs, share_gpus)
+    launching = choose_launching(
+        launcher.value, devices, gpus=gpus, jobs=jobs, share_gpus=share_gpus, slurm=slurm or []
+    )
 
     if not dry_run:
         require_folder("ablations", out)
     with live_line(stderr_console()) as line:
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name)
         if not dry_run:
-            sized = with_selected_lrs(sized) if no_train else _train(sized, wanted, placement, line)
+            sized = with_selected_lrs(sized) if no_train else _train(sized, wanted, launching, line)
             answers = score_runs(sized, line.show)
     if dry_run:
         sized = with_selected_lrs(sized)
         shown = _run_names(sized, wanted)
-        _show_plan(replace(sized, runs=tuple(run for run in sized.runs if run.name in shown)), placement, as_json)
+        _show_plan(replace(sized, runs=tuple(run for run in sized.runs if run.name in shown)), launching, as_json)
         return
     figures = study_figures(sized, answers)
     n_more = len(settled.settings.also_compare_to) + (2 if settled.settings.answers else 1)
-    _publish(figures, n_more, placement, out, as_json)
+    _publish(figures, n_more, launching, out, as_json)
     if not no_train:
         _refuse_failures(figures)
 
@@ -125,20 +149,23 @@ def _run_names(study: Study, variants: Collection[str], but: Collection[str] = (
     return [run.name for run in study.runs if run.variant.variant.name in variants and run.name not in but]
 
 
-def _train(study: Study, variants: Collection[str], placement: Placement, line: LiveLine) -> Study:
+def _train(study: Study, variants: Collection[str], launching: Launching, line: LiveLine) -> Study:
     """Train the runs of ``lr_seeds``, then those of the other seeds, and return the study with all of them."""
     from psannlm.experiments.lr_selection import with_selected_lrs
     from psannlm.experiments.runner import run_all
 
+    train = partial(
+        run_all, placement=launching.placement, launcher=launching.launcher(study.folder), on_status=line.show
+    )
     search_runs = _run_names(study, variants)
-    run_all(study, placement=placement, only=search_runs, on_status=line.show)
+    train(study, only=search_runs)
     study = with_selected_lrs(study)
     if others := _run_names(study, variants, but=search_runs):
-        run_all(study, placement=placement, only=others, on_status=line.show)
+        train(study, only=others)
     return study
 
 
-def _publish(figures: StudyMetrics, n_more: int, placement: Placement, out: Path | None, as_json: bool) -> None:
+def _publish(figures: StudyMetrics, n_more: int, launching: Launching, out: Path | None, as_json: bool) -> None:
     """Write all figures, tables and plots; print the main table and the ``n_more`` tables after it."""
     from psannlm.io.atomic import write_bytes
     from psannlm.io.run_metadata import system_info
@@ -158,7 +185,7 @@ def _publish(figures: StudyMetrics, n_more: int, placement: Placement, out: Path
         as_json,
         shown=[_rich(tables[0], _MAIN_COLUMNS), *map(_rich, tables[1 : 1 + n_more])],
         draw=draw,
-        system={**system_info(), **placement.as_dict()},
+        system={**system_info(), **launching.placement.as_dict()},
         remark=": all columns and runs in table.txt, and on the page of psannlm report",
     )
 
@@ -188,7 +215,7 @@ def _refuse_failures(figures: StudyMetrics) -> None:
         )
 
 
-def _show_plan(study: Study, placement: Placement, as_json: bool) -> None:
+def _show_plan(study: Study, launching: Launching, as_json: bool) -> None:
     from psannlm.experiments.results import plan_tables, seconds_per_step
 
     with live_line(stderr_console()) as line:
@@ -198,7 +225,7 @@ def _show_plan(study: Study, placement: Placement, as_json: bool) -> None:
             if name not in seconds:
                 line.show(f"timing steps: {name}")
                 seconds[name] = seconds_per_step(run, study)
-    tables = plan_tables(study, seconds, placement.jobs)
+    tables = plan_tables(study, seconds, min(launching.placement.jobs, len(study.runs)))
     if as_json:
         keys = ("parameters", "n_steps", "n_tokens", "was_solved")
         variants = {

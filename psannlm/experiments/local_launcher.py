@@ -6,11 +6,13 @@ import os
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from psannlm.experiments.model import StudyRun
 from psannlm.io.atomic import explain_write_errors
 from psannlm.runtime.processes import python_command
+
+if TYPE_CHECKING:
+    from psannlm.experiments.model import StudyRun
 
 # First words of the log of every attempt of a run.
 LOG_START = "psannlm compare starts "
@@ -26,7 +28,7 @@ class Process(Protocol):
         """Ask the process to save a checkpoint and exit."""
 
 
-Launcher = Callable[[StudyRun, Mapping[str, str]], Process]
+Launcher = Callable[["StudyRun", Mapping[str, str]], Process]
 
 
 def launch(run: StudyRun, environment: Mapping[str, str]) -> Process:

@@ -6,12 +6,13 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from psannlm.errors import EXIT_INTERRUPTED, Interrupted
+from psannlm.errors import EXIT_INTERRUPTED, Interrupted, PsannlmError
 from psannlm.experiments.gpu_slots import GpuSlots, Placement
 from psannlm.experiments.local_launcher import LOG_START, Launcher, Process, launch
 from psannlm.experiments.model import Study, StudyRun, fits_tokenizer, tokenizer_path
@@ -131,7 +132,7 @@ def run_all(
         scheduler = _Scheduler(len(wanted), waiting, launcher, GpuSlots(placement), clock)
         stop = threading.Event()
         next_status = clock()
-        with explain_write_errors(study.folder), stopping_on_signals(stop):
+        with explain_write_errors(study.folder), stopping_on_signals(stop), scheduler.stopping_on_error(sleep):
             while scheduler.is_busy:
                 if stop.is_set():
                     scheduler.stop(sleep)
@@ -239,12 +240,22 @@ class _Scheduler:
                 lines.append(f"{run.name}: {state.reason or f'ended with exit code {code}'}; see {run.log_path}")
         return lines
 
+    @contextmanager
+    def stopping_on_error(self, sleep: Callable[[float], None]) -> Iterator[None]:
+        """Stop all processes if an error leaves the context: a run could not be started, or a file not be written."""
+        try:
+            yield
+        except (PsannlmError, OSError):
+            self.stop(sleep)
+            raise
+
     def stop(self, sleep: Callable[[float], None]) -> None:
         """Ask all processes to save and exit, and wait for them."""
         for _, process, _ in self._active.values():
             process.terminate()
         while any(process.poll() is None for _, process, _ in self._active.values()):
             sleep(_POLL_S)
+        self._active.clear()
 
     def _left(self, run: StudyRun, step: int) -> float:
         return run.flops * (1 - step / run.variant.n_steps)

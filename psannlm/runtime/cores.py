@@ -7,7 +7,8 @@ import os
 from psannlm.io.cgroups import cpu_quota
 
 _THREADS = "OMP_NUM_THREADS"
-_was_set_here = False
+# Set beside it where the number is of a quota: processes started from here may be in another control group.
+_OF_QUOTA = "PSANNLM_THREADS_OF_QUOTA"
 
 
 def usable_cores() -> int:
@@ -28,9 +29,11 @@ def threads_for(n_processes: int) -> dict[str, str]:
 
     Empty where the user has set the number of threads, which then holds for every process.
     """
-    if _THREADS in os.environ and not _was_set_here:
+    is_of_quota = bool(os.environ.get(_OF_QUOTA))
+    if _THREADS in os.environ and not is_of_quota:
         return {}
-    return {_THREADS: str(max(1, usable_cores() // n_processes))}
+    # A share is a number like the user's: the mark is emptied.
+    return {_THREADS: str(max(1, usable_cores() // n_processes)), **({_OF_QUOTA: ""} if is_of_quota else {})}
 
 
 def limit_threads() -> None:
@@ -39,7 +42,7 @@ def limit_threads() -> None:
     torch counts the cores of the affinity mask and does not know quotas: its threads would be paused in every period.
     An ``OMP_NUM_THREADS`` of the user's stays.
     """
-    global _was_set_here
+    if os.environ.pop(_OF_QUOTA, ""):
+        del os.environ[_THREADS]
     if _THREADS not in os.environ and usable_cores() < _bound_cores():
-        os.environ[_THREADS] = str(usable_cores())
-        _was_set_here = True
+        os.environ[_THREADS] = os.environ[_OF_QUOTA] = str(usable_cores())

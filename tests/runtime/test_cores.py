@@ -15,8 +15,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """16 cores, no quota, and no number of threads in the environment."""
     monkeypatch.setattr(cores, "_bound_cores", lambda: 16)
     monkeypatch.setattr(cores, "cpu_quota", lambda: None)
-    monkeypatch.setattr(cores, "_was_set_here", False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "PSANNLM_THREADS_OF_QUOTA"):
+        # Set first, so that what a test leaves is undone.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     return monkeypatch
 
 
@@ -44,5 +46,13 @@ def test_quota_sets_threads_before_torch(machine: pytest.MonkeyPatch) -> None:
     machine.delenv("OMP_NUM_THREADS")
     limit_threads()
     assert os.environ["OMP_NUM_THREADS"] == "4"
-    assert threads_for(2) == {"OMP_NUM_THREADS": "2"}, "the quota is divided, and is not a number of the user's"
-    machine.delenv("OMP_NUM_THREADS")
+    share = threads_for(2)
+    assert share["OMP_NUM_THREADS"] == "2", "the quota is divided, and is not a number of the user's"
+
+    machine.setattr(cores, "cpu_quota", lambda: 8.0)
+    limit_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "8", "a process started here may have another quota"
+    for name, value in share.items():
+        machine.setenv(name, value)
+    limit_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "2", "but a share stays"
