@@ -57,7 +57,7 @@ def test_bench_tokenizers_accepts_held_out_text(psannlm, project: Path, monkeypa
 
 @pytest.mark.slow
 def test_bench_tokenizers_times_prep(psannlm, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = {name: bench.KINDS[name] for name in ("sentencepiece unigram", "byte-level bpe", "characters")}
+    kinds = {name: bench.KINDS[name] for name in ("sentencepiece unigram", "byte-level bpe")}
     monkeypatch.setattr(bench, "KINDS", kinds)
     done = psannlm("bench-tokenizers", *TINY, "--prep", "--out", "here")
     assert done.code == 0, done.err

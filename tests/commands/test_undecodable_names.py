@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from psannlm.benchmarks.tokenization import bench
 from psannlm.commands.app import app, main
 from psannlm.config.run import config_from_mapping, load_config
 from psannlm.data.corpus.documents import parquet_texts
@@ -98,7 +99,10 @@ def test_commands_take_and_write_undecodable_names(psannlm, folder: Path) -> Non
 
 
 @pytest.mark.slow
-def test_study_and_tokenizer_benchmark_take_undecodable_names(psannlm, folder: Path) -> None:
+def test_study_and_tokenizer_benchmark_take_undecodable_names(
+    psannlm, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "KINDS", {"characters": bench.KINDS["characters"]})
     plan = folder / f"{NAME}.plan.yaml"
     plan.write_text(
         f'base: "{ESCAPED}.yaml"\nbudget: {{tokens: 128}}\nseeds: [1]\nlearning_rates: [1e-3]\n'
