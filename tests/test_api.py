@@ -333,6 +333,7 @@ def test_generate_warns_when_context_is_full(fitted: psannLM) -> None:
         fitted.generate("The", max_new_tokens=40, seed=0, context="slide")
 
 
+@pytest.mark.slow
 def test_two_short_texts_suffice_to_train_and_generate() -> None:
     for packs in (True, False):
         texts = ["hello world", "goodnight moon"]

@@ -316,6 +316,7 @@ def test_commands_leave_file_in_place_of_out(name: str, tmp_path: Path) -> None:
         assert state_of(here) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize(
     "words",

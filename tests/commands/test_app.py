@@ -141,6 +141,7 @@ def test_broken_pipe_exits_1_silently() -> None:
     assert done.stderr == b""
 
 
+@pytest.mark.slow
 def test_every_command_has_a_help_text() -> None:
     for command in root.app.registered_commands:
         shown = CliRunner().invoke(root.app, [str(command.name), "--help"])

@@ -65,6 +65,7 @@ def test_bench_kv_table_fits_80_columns(psannlm, project: Path, monkeypatch: pyt
     assert "4 of 20 forward passes of a row timed" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_bench_kv_int8_reports_perplexity_cost(psannlm, project: Path) -> None:
     done = psannlm("bench-kv", *QUICK, "--dtype", "int8", "--cases", "cached", "--out", "here")
     assert done.code == 0, done.err
@@ -76,6 +77,7 @@ def test_bench_kv_int8_reports_perplexity_cost(psannlm, project: Path) -> None:
     assert [case["name"] for case in metrics["cases"]] == ["cache on, batch", "cache on, row by row"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_bench_kv_wrong_token_exits_3(dtype: str, psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that forgets how long it is: every token after the prompt is decoded at the place of the first."""
@@ -97,6 +99,7 @@ def test_bench_kv_wrong_token_exits_3(dtype: str, psannlm, project: Path, monkey
     assert json.loads(Path("here/metrics.json").read_text())["outputs_are_equal"] is False
 
 
+@pytest.mark.slow
 def test_bench_kv_checkpoint_has_its_own_sizes(psannlm, project: Path, trained: Path) -> None:
     model = str(trained / "runs/tiny")
     lengths = ("--batch-size", "2", "--prompt-length", "4", "--max-new-tokens", "5", "--repeats", "1")
@@ -144,6 +147,7 @@ def test_bench_kv_loads_reference_model_only_on_request(
     assert done.code == 0, done.err
 
 
+@pytest.mark.slow
 def test_bench_kv_time_limit_states_omissions(psannlm, project: Path) -> None:
     at = TINY.index("--repeats")
     sizes = [*TINY[:at], *TINY[at + 2 :]]
@@ -158,6 +162,7 @@ def test_bench_kv_time_limit_states_omissions(psannlm, project: Path) -> None:
     assert "no context length was measured" in notices
 
 
+@pytest.mark.slow
 def test_bench_kv_explicit_repeats_have_no_limit(psannlm, project: Path) -> None:
     metrics = json.loads(psannlm("bench-kv", *QUICK, "--out", "here", "--json").out)
     assert metrics["time_limit_s"] is None

@@ -94,6 +94,7 @@ def test_compare_refuses_runs_of_another_plan(psannlm, project: Path, other: str
         )
 
 
+@pytest.mark.slow
 def test_compare_refuses_run_without_settings(psannlm, project: Path) -> None:
     Path("plan.yaml").write_text(PLAN)
     _train_swiglu(psannlm, "model.mlp=swiglu")

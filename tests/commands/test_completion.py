@@ -40,6 +40,7 @@ def complete(line: str) -> list[str]:
     return ask(_PSANNLM_COMPLETE="complete_bash", **words).split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", HOOKS)
 def test_completion_script_is_printed_for_each_shell(shell: str) -> None:
     # Typer's own variable for tests: the option takes the shell as a value instead of detecting it.

@@ -89,6 +89,7 @@ def test_generate_batch_equals_single_prompts(psannlm, in_trained: Path, tmp_pat
     assert together == alone
 
 
+@pytest.mark.slow
 def test_generate_reads_prompts_from_file_and_stdin_alike(
     psannlm, in_trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +350,7 @@ def test_generate_interactive_interrupt_stops_the_answer_only(in_trained: Path) 
         os.close(terminal.master)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="terminals of Linux")
 def test_generate_interactive_answers_and_survives_refused_prompts(psannlm, in_trained: Path) -> None:
     (row,) = json.loads(psannlm("generate", "-p", "Say", *GREEDY, "--json").out)["completions"]

@@ -62,6 +62,7 @@ def test_gpu_validate_missed_limit_exits_3(psannlm: Run, rate: Callable[[float],
     assert "MISSED" in Path("here/table.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_gpu_validate_regression_exits_3(psannlm: Run, rate: Callable[[float], None]) -> None:
     assert psannlm("gpu-validate", "--device", "cpu", "--out", "before").code == 0
     rate(95.0)

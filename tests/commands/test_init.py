@@ -47,6 +47,7 @@ def test_init_without_data_uses_builtin_text_with_notice(psannlm, empty: Path) -
     ]
 
 
+@pytest.mark.slow
 def test_printed_commands_run_as_they_are(psannlm, empty: Path) -> None:
     (empty / "my texts").mkdir()
     (empty / "my texts" / "a.txt").write_text(TEXT * 200, encoding="utf-8")
@@ -95,6 +96,7 @@ def test_init_names_option_of_refused_value(psannlm, empty: Path) -> None:
     assert psannlm("init", "--data", "").err.startswith("error: an empty path names no text")
 
 
+@pytest.mark.slow
 def test_init_imports_no_torch_unless_gpu_is_asked_for(empty: Path) -> None:
     program = (
         "import sys\nfrom psannlm.commands.app import main\n"

@@ -25,6 +25,7 @@ def tokenizer(tiny_texts: list[str], tmp_path: Path) -> Path:
     return fit_tokenizer(tiny_texts, "simple", 300).save(tmp_path / "tokenizer.json")
 
 
+@pytest.mark.slow
 def test_prep_and_again(psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["prep", str(tiny_corpus), "--per-line", "--tokenizer", str(tokenizer), "--out", str(out)]
@@ -43,6 +44,7 @@ def test_prep_and_again(psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_pa
     assert "val_split: 0.2 then, 0.3 now" in other.err
 
 
+@pytest.mark.slow
 def test_prep_and_load_corpus_print_the_same_tokens(
     psannlm: Run, tiny_corpus: Path, tokenizer: Path, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
@@ -113,6 +115,7 @@ def test_prep_wrong_usage_names_the_option(psannlm: Run, tokenizer: Path, argume
     assert said in result.err
 
 
+@pytest.mark.slow
 def test_errors_are_one_line(psannlm: Run, tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff")
     result = psannlm("prep", str(tmp_path / "a.txt"), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out"))

@@ -30,6 +30,7 @@ def test_schema_of_another_kind_is_wrong_usage(psannlm) -> None:
     assert "'model' is not one of 'config', 'plan'" in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["config", "plan"])
 def test_schema_loads_neither_torch_nor_numpy(kind: str) -> None:
     program = (

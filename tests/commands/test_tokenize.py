@@ -142,6 +142,7 @@ def test_tokenize_jsonl_pipeline_round_trips_text_and_keys(fitted: str) -> None:
     assert list(first) == ["n", "ids", "z"], "in the order they came"
 
 
+@pytest.mark.slow
 def test_tokenize_ends_quietly_when_its_reader_closes(fitted: str) -> None:
     Path("long.txt").write_text("a line\n" * 50_000)
     done = shell(f"{fitted} --file long.txt | head -n 1")

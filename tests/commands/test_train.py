@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 def test_train_writes_its_run_and_prints_the_folder(psannlm, project: Path) -> None:
     done = psannlm("train", "config.yaml")
     assert done.code == 0
@@ -32,6 +33,7 @@ def test_train_writes_its_run_and_prints_the_folder(psannlm, project: Path) -> N
     assert "left" in done.err
 
 
+@pytest.mark.slow
 def test_json_prints_one_document_and_nothing_else(psannlm, project: Path) -> None:
     done = psannlm("train", "config.yaml", "--json")
     result = json.loads(done.out)
@@ -40,6 +42,7 @@ def test_json_prints_one_document_and_nothing_else(psannlm, project: Path) -> No
     assert Path(result["checkpoint"]).is_dir()
 
 
+@pytest.mark.slow
 def test_set_and_out_override_the_file(psannlm, project: Path) -> None:
     done = psannlm("train", "config.yaml", "--set", "train.max_steps=2", "--out", "elsewhere, here", "--json")
     assert json.loads(done.out)["steps"] == 2
@@ -47,6 +50,7 @@ def test_set_and_out_override_the_file(psannlm, project: Path) -> None:
     assert not (project / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["it's", 'a "b"', "back\\slash", "[/b] [red]x", "wörter 中", "a: #b", "$x_{$"])
 def test_out_takes_any_name_and_shows_it(psannlm, project: Path, name: str) -> None:
     done = psannlm("train", "config.yaml", "--set", "train.max_steps=1", "--out", name)
@@ -55,6 +59,7 @@ def test_out_takes_any_name_and_shows_it(psannlm, project: Path, name: str) -> N
     assert name in done.out
 
 
+@pytest.mark.slow
 def test_the_next_command_finds_the_model(psannlm, project: Path) -> None:
     for out in ("elsewhere, here", "runs/inside"):
         told = psannlm("train", "config.yaml", "--set", "train.max_steps=1", "--out", out).out
@@ -75,6 +80,7 @@ def test_train_ends_at_time_budget_or_step_count(psannlm, project: Path) -> None
     assert json.loads(psannlm("train", "config.yaml", "--max-steps", "3", "--out", "b", "--json").out)["steps"] == 3
 
 
+@pytest.mark.slow
 def test_samples_are_printed_on_the_way(psannlm, project: Path) -> None:
     said = psannlm("train", "config.yaml", "--set", "train.sample_prompts=[The tide]").err
     assert "sample at step 2: The tide" in said
@@ -90,6 +96,7 @@ def test_one_rank_of_several_prints_the_result(psannlm, project: Path, monkeypat
     assert psannlm("train", "config.yaml", "--json").out == ""
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing_and_adds_up(psannlm, project: Path) -> None:
     before = sorted(path.name for path in project.rglob("*"))
     plan = json.loads(psannlm("train", "config.yaml", "--dry-run", "--json").out)
@@ -161,6 +168,7 @@ def test_bytes_not_utf8_are_refused_with_their_position(psannlm, project: Path) 
     assert "17" in refused.err
 
 
+@pytest.mark.slow
 def test_a_corpus_shorter_than_one_window_is_trained_on(psannlm, project: Path) -> None:
     overrides = ["--set", "data.max_length=5000", "--set", "train.batch_tokens=5000", "--max-steps", "1"]
     done = psannlm("train", "config.yaml", *overrides)

@@ -345,6 +345,7 @@ _TRAIN = st.builds(
 _RUNS = st.builds(RunConfig, model=_MODELS, data=_DATA, train=_TRAIN)
 
 
+@pytest.mark.slow
 @given(_RUNS)
 @settings(deadline=None, max_examples=60)
 def test_config_yaml_roundtrip(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> None:

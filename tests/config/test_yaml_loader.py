@@ -92,6 +92,7 @@ def _bomb(width: int, levels: int) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

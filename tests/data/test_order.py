@@ -68,6 +68,7 @@ def chi_square(counts: np.ndarray) -> float:  # type: ignore[type-arg]
     return float(((counts - expected) ** 2 / expected).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "limit"), [(2, 15.1), (3, 18.4), (5, 23.5), (10, 33.7), (37, 75.0)])
 def test_first_and_last_places_are_even_over_epochs(n: int, limit: float) -> None:
     """Limits are the chi-square of n - 1 degrees that chance exceeds once in 10,000 times."""

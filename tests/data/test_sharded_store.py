@@ -63,6 +63,7 @@ def in_shards(folder: Path, store: InMemoryTokens, sizes: Sequence[int]) -> Shar
 ragged = st.lists(st.integers(0, 30) | st.sampled_from([0, 1, 200]), max_size=14)
 
 
+@pytest.mark.slow
 @given(
     lengths=ragged,
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=3),

@@ -94,6 +94,7 @@ def test_windows_batch_keeps_requested_order(lengths: list[int], seq_len: int, p
         assert (input_ids[row].tolist(), labels[row].tolist()) == (ids.tolist(), marks.tolist())
 
 
+@pytest.mark.slow
 @given(lengths=ragged, seq_len=st.integers(1, 40))
 def test_unpacked_windows_hold_one_document(lengths: list[int], seq_len: int) -> None:
     windows = windows_of(lengths, seq_len, pack=False)

@@ -244,6 +244,7 @@ def test_study_differences_are_paired_and_mirrored(finished: Study) -> None:
     assert (mirrored.mean, mirrored.high) == (-sine.difference.mean, -sine.difference.low)
 
 
+@pytest.mark.slow
 def test_study_tables_pictures_and_headline(finished: Study) -> None:
     figures = study_figures(finished)
     sine = figures.variants[1]

@@ -143,6 +143,7 @@ def test_a_model_without_tokenizer_is_refused(save_tiny: Callable[..., Path]) ->
     assert names(path.parent) == {path.name}
 
 
+@pytest.mark.slow
 def test_a_run_without_checkpoint_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
@@ -153,6 +154,7 @@ def test_a_run_without_checkpoint_is_one_line(tmp_path: Path) -> None:
     assert names(tmp_path) == {"run"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -192,6 +194,7 @@ def test_model_card_states_origin_and_loaders(save_tiny: Callable[..., Path]) ->
     assert "This folder was not verified." in text
 
 
+@pytest.mark.slow
 def test_json_output_is_one_document(save_tiny: Callable[..., Path]) -> None:
     path = save_tiny("qwen3")
     done = run("export", path.name, "--out", "out", "--no-verify", "--json", cwd=path.parent)

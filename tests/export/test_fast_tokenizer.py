@@ -50,6 +50,7 @@ def differences(ours: Tokenizer, theirs: Any, texts: Sequence[str]) -> list[str]
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_and_text_agree_with_transformers(
     fitted: Callable[[str], Tokenizer], fast: Callable[[Tokenizer], Any], tiny_texts: list[str], kind: str

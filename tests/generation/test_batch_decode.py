@@ -349,6 +349,7 @@ def counts_of(decoding: BatchDecoder) -> dict[tuple[int, ...], int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("seeds_that_repeat")
 @pytest.mark.parametrize("speculate", [0, 1, 2, 4])
 def test_speculation_keeps_the_sampling_distribution(speculate: int, build_tiny: Build, decode: Decode) -> None:
@@ -361,6 +362,7 @@ def test_speculation_keeps_the_sampling_distribution(speculate: int, build_tiny:
         assert 0 < decoding.n_accepted < decoding.n_drafted
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("seeds_that_repeat")
 def test_speculation_distribution_test_detects_accepting_everything(
     build_tiny: Build, decode: Decode, monkeypatch: pytest.MonkeyPatch

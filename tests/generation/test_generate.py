@@ -99,6 +99,7 @@ def test_generate_streams_rows_separately(byte_tokenizer: Tokenizer, build_tiny:
     assert completions == streamed(model, byte_tokenizer, ["a", "the", "", "é"], 30)[0]
 
 
+@pytest.mark.slow
 def test_generate_seed_determines_text(byte_tokenizer: Tokenizer, build_tiny: Build) -> None:
     model = build_for(byte_tokenizer, build_tiny)
 

@@ -379,6 +379,7 @@ def test_unsafe_call_scanner_detects_unsafe_calls(source: str) -> None:
     assert not unsafe("import json\nmodel.eval()\nre.compile('x')\nyaml.safe_load(x)\ntorch.compile(m)\nf(shell=False)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["psannlm", "psann", "commands", "scripts", "examples"])
 def test_sources_never_execute_file_content(folder: str) -> None:
     sources = sorted((REPOSITORY / folder).rglob("*.py"))

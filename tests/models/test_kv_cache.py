@@ -276,6 +276,7 @@ def test_kv_cache_grown_equals_preallocated(
     assert grown.capacity == before >= total
 
 
+@pytest.mark.slow
 @given(config=model_settings(), n_rows=st.integers(1, 4), capacity=st.integers(1, 20))
 @settings(deadline=None, max_examples=60)
 @torch.no_grad()

@@ -47,6 +47,7 @@ def test_sharded_memory_accumulated_gradients_are_whole() -> None:
     assert kept.gradients - sent.gradients == 4 * sum(sharded_elements(CONFIG)[:2])
 
 
+@pytest.mark.slow
 def test_sharded_memory_counts_no_autocast_copies() -> None:
     """What the copies take is found by running the pass on shapes; what is left must be what scales with the batch."""
     one, two = (training_memory(CONFIG, n, 32, dtype=torch.bfloat16) for n in (1, 2))

@@ -143,6 +143,7 @@ def test_build_model_without_seed_uses_global_generator() -> None:
     assert torch.equal(build_model(config).embedding.weight, one)
 
 
+@pytest.mark.slow
 def test_build_model_meta_allocates_nothing() -> None:
     huge = ModelConfig(d_model=8192, n_layers=100, n_heads=64, vocab_size=100_000)
     assert all(p.is_meta for p in build_model(resolve(huge), device="meta").parameters())

@@ -57,6 +57,7 @@ def test_short_conv_matches_causal_sum(kernel_size: int, dilation: int, activati
         assert torch.equal(inputs[:, : conv.state_length], torch.zeros(2, conv.state_length, D))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_tokens", [17, 30])
 @torch.no_grad()
 def test_short_conv_compiled_matches_causal_sum(n_tokens: int) -> None:

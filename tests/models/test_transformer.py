@@ -43,6 +43,7 @@ def logits_of(model: Transformer, input_ids: Tensor) -> Tensor:
     return model.logits(model.hidden_states(input_ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("position", POSITIONS)
 @torch.no_grad()

@@ -147,6 +147,7 @@ def test_prep_and_train_agree_on_every_corpus(
     agree(texts, kind, packing, ends, val_split, chunk_bytes, tokenizer_path, folders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("val_split", [0.0, 0.5])
 @pytest.mark.parametrize("texts", [[" " * 6_000, "wave" * 2_000, "tide"], ["tide", " \n" * 9_000, "wave" * 2_000]])
 def test_prep_chunk_of_blank_text_is_left_out(
@@ -155,6 +156,7 @@ def test_prep_chunk_of_blank_text_is_left_out(
     agree(texts, ".txt", "", False, val_split, 5_000, tokenizer_path, folders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [".txt", ".jsonl"])
 @pytest.mark.parametrize("texts", [["waves" * 60_000], ["waves" * 60_000, "日本語" * 60_000, "short"]], ids=len)
 def test_prep_and_train_cut_words_alike(texts: list[str], kind: str, tokenizer_path: Path, folders: Path) -> None:

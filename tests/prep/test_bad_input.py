@@ -27,6 +27,7 @@ FolderBytes = Callable[[Path], dict[str, str]]
 DocumentsIn = Callable[..., list[tuple[str, int, int]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -81,6 +82,7 @@ def test_prep_reports_the_first_fault_in_corpus_order(prepare: Prepare, tmp_path
             prepare(tmp_path / "*.jsonl", n_workers=n_workers, chunk_bytes=600)
 
 
+@pytest.mark.slow
 def test_surrogates_and_bytes_of_tables_are_replaced_and_counted(
     prepare: Prepare, tokenizer_path: Path, tmp_path: Path, documents_in: DocumentsIn, logged: pytest.LogCaptureFixture
 ) -> None:
@@ -155,6 +157,7 @@ def test_prep_errors_replace_counts_bytes(
         assert str(tmp_path / name) in said
 
 
+@pytest.mark.slow
 def test_prep_names_a_file_that_changes_meanwhile(
     prepare: Prepare, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +227,7 @@ def test_prep_resumes_after_full_disk(
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != limit
 
 
+@pytest.mark.slow
 def test_prep_disk_space_is_checked_early(
     prepare: Prepare, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +244,7 @@ def test_prep_reports_an_output_folder_it_cannot_make(prepare: Prepare, corpus: 
         prepare(corpus)
 
 
+@pytest.mark.slow
 def test_prep_names_damaged_files(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
     prepare(corpus)
     manifest = tmp_path / "out" / MANIFEST_FILE

@@ -57,6 +57,7 @@ def test_merged_parts_equal_the_whole_preparation(
         assert Path(path).read_text().split("\n")[record - 1] == text, "an origin names the file in the merged list"
 
 
+@pytest.mark.slow
 def test_shard_behind_relative_link_is_linked_itself(prepare: Prepare, tmp_path: Path) -> None:
     for name, text in (("a", "one\ntwo"), ("b", "three\nfour")):
         (tmp_path / f"{name}.txt").write_text(text)
@@ -71,6 +72,7 @@ def test_shard_behind_relative_link_is_linked_itself(prepare: Prepare, tmp_path:
     assert os.path.samefile(merged / "train_00000.safetensors", original)
 
 
+@pytest.mark.slow
 def test_merge_links_shards_it_keeps_whole(prepare: Prepare, tmp_path: Path, files: Path) -> None:
     for name, text in (("a", "one\ntwo"), ("b", "three\nfour")):
         (tmp_path / f"{name}.txt").write_text(text)
@@ -84,6 +86,7 @@ def test_merge_links_shards_it_keeps_whole(prepare: Prepare, tmp_path: Path, fil
         open_shard(merged / entry.file, entry, manifest.tokenizer.fingerprint).verify()
 
 
+@pytest.mark.slow
 def test_merge_copies_shards_without_hard_links(
     prepare: Prepare, tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +144,7 @@ def test_merge_refuses_an_incomplete_set_of_parts(prepare: Prepare, files: Path,
         merge_parts([tmp_path / "1", tmp_path / "2"], tmp_path / "1")
 
 
+@pytest.mark.slow
 def test_merge_refuses_a_damaged_part(prepare: Prepare, tmp_path: Path) -> None:
     """Also where merging needs nothing of the block that is damaged, and only gives its shard another name."""
     for name in ("a", "b"):
@@ -157,6 +161,7 @@ def test_merge_refuses_a_damaged_part(prepare: Prepare, tmp_path: Path) -> None:
     assert not (tmp_path / "merged" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_merge_refuses_single_document_in_all_parts(prepare: Prepare, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("the same text")

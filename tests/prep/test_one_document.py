@@ -48,6 +48,7 @@ def sides(
     return ours, [[document.text for document in side] for side in split]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_bytes", [262_143, 262_144, 262_145, 300_000, 1_100_000])
 def test_one_document_of_any_size_is_cut(
     prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, n_bytes: int
@@ -62,6 +63,7 @@ def test_one_document_of_any_size_is_cut(
     assert ours[0][0] + ours[1][0] == path.read_text("utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [".txt", ".txt.gz", ".jsonl", ".parquet"])
 @pytest.mark.parametrize(("n_bytes", "val_split"), [(2_000, 0.01), (600_001, 0.1), (600_001, 0.5)])
 def test_one_document_is_cut_alike_in_every_packing(

@@ -30,6 +30,7 @@ FolderBytes = Callable[[Path], dict[str, str]]
 DocumentsIn = Callable[..., list[tuple[str, int, int]]]
 
 
+@pytest.mark.slow
 def test_prep_bytes_do_not_depend_on_worker_count(
     prepare: Prepare, corpus: Path, tmp_path: Path, folder_bytes: FolderBytes
 ) -> None:
@@ -42,6 +43,7 @@ def test_prep_bytes_do_not_depend_on_worker_count(
     assert len([name for name in made[0] if name.startswith("train_")]) > 3
 
 
+@pytest.mark.slow
 def test_prep_holds_every_document_once(
     prepare: Prepare, corpus: Path, topics: list[str], tmp_path: Path, documents_in: DocumentsIn
 ) -> None:
@@ -57,6 +59,7 @@ def test_prep_holds_every_document_once(
     assert manifest.validation.documents > 2
 
 
+@pytest.mark.slow
 def test_prep_documents_keep_their_origin(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "a.txt").write_text("first file")
@@ -109,6 +112,7 @@ def test_prep_held_out_depends_on_text_and_seed(prepare: Prepare, tmp_path: Path
     assert len(held_out[0] & held_out[2]) < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("val_split", [0.0001, 0.9999])
 def test_neither_side_is_empty(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, val_split: float) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\nthree")
@@ -117,6 +121,7 @@ def test_neither_side_is_empty(prepare: Prepare, tmp_path: Path, documents_in: D
     assert sorted(sizes) == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
 def test_single_document_is_cut_in_two(prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, kind: str) -> None:
     text = "\n\n".join(f"Paragraph {i} has some words in it, ä and ö." for i in range(100))
@@ -408,6 +413,7 @@ def test_prep_encodes_a_damaged_chunk_again(
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_prep_manifest_records_its_settings(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
     prepare(corpus, val_split=0.25, seed=7, min_chars=4, max_chars=90_000, keep_duplicates=True, errors="replace")
     settings = read_manifest(tmp_path / "out").settings

@@ -62,6 +62,7 @@ def written(tmp_path: Path, make_run: Callable[..., Path], make_artifact: Callab
     return write_report(reports, [runs], SYSTEM, out=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_report_csv_and_json_equal_the_artifacts(written: Report) -> None:
     with open(written.folder / "throughput.csv", newline="") as file:
         rates = [row for row in csv.DictReader(file) if row["kind"] == "throughput"]
@@ -98,6 +99,7 @@ def test_html_page_loads_and_runs_nothing(written: Report) -> None:
     assert "default-src 'none'" in text
 
 
+@pytest.mark.slow
 def test_html_and_markdown_escape_hostile_names(written: Report) -> None:
     page = Page(written.page.read_text(encoding="utf-8"))
     assert HOSTILE.replace("\u202e", "\\u202e") in page.text
@@ -112,6 +114,7 @@ def test_html_and_markdown_escape_hostile_names(written: Report) -> None:
         assert all(len(re.findall(r"(?<!\\)\|", row)) == columns for row in rows[head - 1 : until])
 
 
+@pytest.mark.slow
 def test_report_lists_left_out_files_with_reason(written: Report) -> None:
     assert [(item.path.name, item.reason) for item in written.unread] == [
         ("20261120_080000", "not the figures of a training benchmark: model: field required and 19 more problems"),
@@ -121,6 +124,7 @@ def test_report_lists_left_out_files_with_reason(written: Report) -> None:
     assert "not a PNG picture" in text
 
 
+@pytest.mark.slow
 def test_report_benchmark_sections_show_command_and_machine(written: Report) -> None:
     text = Page(written.page.read_text(encoding="utf-8")).text
     assert "Abacus 9000, 2 threads, torch 2.13.0" in text
@@ -134,6 +138,7 @@ def test_report_without_input_raises_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_comparison_of_two_runs_known_values(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     first = make_run(tmp_path / "first")
     second = make_run(tmp_path / "second", base="transformer", shift=0.25)
@@ -199,6 +204,7 @@ def test_report_without_input_mentions_published_results(tmp_path: Path, make_ar
         write_report(tmp_path, [], SYSTEM)
 
 
+@pytest.mark.slow
 def test_metrics_csv_holds_the_steps_of_each_run(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     run = make_run(tmp_path / "runs" / "one")
     written = write_report(tmp_path / "reports", [run.parent], SYSTEM, out=tmp_path / "page")
@@ -223,6 +229,7 @@ def test_metrics_csv_without_runs_has_its_header(tmp_path: Path, make_artifact: 
     assert header.startswith("run,step,loss,")
 
 
+@pytest.mark.slow
 def test_memory_has_wall_time_and_grad_checkpoint(
     tmp_path: Path, make_run: Callable[..., Path], make_artifact: Callable[..., Path]
 ) -> None:
@@ -264,6 +271,7 @@ def test_report_lists_pictures_that_cannot_be_drawn(
         assert not list(written.folder.glob("*.png"))
 
 
+@pytest.mark.slow
 def test_report_shows_task_scores_of_runs_and_of_eval(
     tmp_path: Path, make_run: Callable[..., Path], make_artifact: Callable[..., Path]
 ) -> None:

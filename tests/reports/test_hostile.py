@@ -261,6 +261,7 @@ def test_readers_respect_size_limits(tmp_path: Path) -> None:
         read_json(path)
 
 
+@pytest.mark.slow
 def test_report_tables_bound_memory_of_long_keys(tmp_path: Path, make_artifact: Callable[..., Path]) -> None:
     path = tmp_path / "f.json"
     path.write_text(json.dumps({"k" * 1001: 1}))

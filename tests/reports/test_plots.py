@@ -52,6 +52,7 @@ def test_plot_legend_of_many_names_leaves_axes_readable(
         assert words.y1 <= sheet.y1
 
 
+@pytest.mark.slow
 def test_plot_styles_distinguish_35_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[tuple[object, ...]] = []
     plot = Axes.plot

@@ -92,6 +92,7 @@ def test_written_files_load_and_validate(paths: tuple[str, ...], size: SizeName,
     assert all(path.is_file() for path in project.files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.usefixtures("here")
 def test_tiny_configuration_trains_two_steps(base: BaseName) -> None:
@@ -255,6 +256,7 @@ def test_folders_globs_and_several_paths_are_one_corpus() -> None:
     assert [getattr(source, "path", "") for source in config.data.sources] == ["texts", "*.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_large_text_is_estimated_from_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.scaffold.survey.SAMPLE_BYTES", 200_000)

@@ -90,6 +90,7 @@ def refusal(folder: Path) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_checkpoint_any_flipped_bit_raises(save: Callable[..., Path], tmp_path: Path) -> None:
     folder = save(5)
     rng = random.Random(0)

@@ -96,6 +96,7 @@ def test_child_takes_weights_only(child: Callable[..., RunConfig], parent: Train
     assert (first["step"], first["lr"], first["tokens"]) == (1, of_parent["lr"], of_parent["tokens"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("parent")
 def test_interrupted_child_continues_without_its_parent(child: Callable[..., RunConfig], tmp_path: Path) -> None:
     unbroken = train(child(checkpoint_dir=str(tmp_path / "unbroken")))
@@ -109,6 +110,7 @@ def test_interrupted_child_continues_without_its_parent(child: Callable[..., Run
     assert [row["kind"] for row in read_metrics(resumed.folder)].count("parent") == 1
 
 
+@pytest.mark.slow
 def test_lineage_is_recorded_and_survives_a_resume(
     child: Callable[..., RunConfig], parent: TrainResult, tmp_path: Path
 ) -> None:
@@ -178,6 +180,7 @@ def test_missing_parent_is_named(child: Callable[..., RunConfig], tmp_path: Path
     assert not (tmp_path / "child").exists()
 
 
+@pytest.mark.slow
 def test_parent_without_tokenizer_needs_one_by_name(
     child: Callable[..., RunConfig], parent: TrainResult, tmp_path: Path
 ) -> None:

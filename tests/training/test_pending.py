@@ -131,6 +131,7 @@ SETTINGS = {"max_steps": 13, "log_interval_steps": 5, "eval_interval_steps": 7, 
 DUE = (1, 5, 7, 10, 11, 13)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_deferred_readback")
 @pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
 @pytest.mark.parametrize(
@@ -156,6 +157,7 @@ def test_deferred_step_waits_only_for_log_validation_or_save(
         assert events_of(config, monkeypatch) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"on_nonfinite": "skip"}, {"amp": "fp16"}])
 def test_undeferred_step_is_read_before_the_next(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]

@@ -71,6 +71,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in of_the_machine} for row in read_metrics(folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [True, False])
 def test_prepared_run_matches_documents_in_memory(runs: Callable[..., Any], pack: bool) -> None:
     text, shards = runs(pack=pack, max_steps=8, eval_interval_steps=3)
@@ -95,6 +96,7 @@ def test_prepared_run_marks_lossy_tokenizer(
     assert (LOSSY in dict(_result_rows(result))["bits per byte"]) is bool(is_lossy)
 
 
+@pytest.mark.slow
 def test_prepared_run_resumes_only_with_same_tokens(
     runs: Callable[..., Any], prepare_folder: Callable[..., Path], tiny_texts: list[str]
 ) -> None:

@@ -227,6 +227,7 @@ def test_resume_from_path_allows_other_learning_rate(tiny_run: TinyRun, logged: 
     assert notes.steps == []
 
 
+@pytest.mark.slow
 def test_resume_wsd_only_before_its_cooldown(tiny_run: TinyRun, tmp_path: Path) -> None:
     settings = {"schedule": "wsd", "cooldown_share": 0.5, "save_interval_steps": 1, "keep_checkpoints": 9}
     folder = train(tiny_run(**settings, max_steps=4)).folder
@@ -260,6 +261,7 @@ def test_resume_from_run_folder_suggests_checkpoint(tiny_run: TinyRun) -> None:
         train(tiny_run(max_steps=2), resume=str(folder))
 
 
+@pytest.mark.slow
 def test_resume_from_other_run_keeps_both(
     tiny_run: TinyRun, tmp_path: Path, contents: Callable[[Path], dict[str, str]]
 ) -> None:

@@ -547,6 +547,7 @@ def test_dry_run_of_million_layers_is_immediate(tiny_run: TinyRun, monkeypatch: 
     assert time.process_time() - started_s < 8.0
 
 
+@pytest.mark.slow
 def test_run_status_records_how_the_run_ended(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each attempt replaces the record of the one before."""
     config = tiny_run(max_steps=3, data={"val_split": 0.0})

@@ -96,6 +96,7 @@ def test_bench_kv_time_left_stays_within_the_limit() -> None:
     assert all(left_s <= limit_s - now for now, left_s in shown)
 
 
+@pytest.mark.slow
 def test_bench_kv_leaves_out_contexts_beyond_the_model() -> None:
     settings = replace(SETTINGS, contexts=(40, 64))
     model = build_random_model(TINY, settings, CPU)
@@ -119,6 +120,7 @@ def test_bench_kv_unknown_dtype_raises() -> None:
         measure(replace(SETTINGS, dtype="int4"))
 
 
+@pytest.mark.slow
 def test_bench_kv_seed_determines_prompts_and_weights() -> None:
     outputs = [measure(replace(SETTINGS, seed=seed, repeats=1)).runs[CASES[0]][0].ids for seed in (1, 1, 2)]
     assert outputs[0] == outputs[1] != outputs[2]
@@ -152,6 +154,7 @@ def corrupt(monkeypatch: pytest.MonkeyPatch, name: str, place: int, batch_size: 
     monkeypatch.setattr(modes, name, wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "batch_size", "names"),
     [
@@ -253,6 +256,7 @@ def eager_compile(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return made
 
 
+@pytest.mark.slow
 def test_bench_kv_measures_compiled_beside_plain_engine(eager_compile: list[bool]) -> None:
     report = measure(replace(SETTINGS, is_compiled=True))
     assert eager_compile == [False, True]

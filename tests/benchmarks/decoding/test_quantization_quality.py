@@ -42,6 +42,7 @@ def test_token_losses_match_cross_entropy_of_next_token(build_tiny: Callable[...
     torch.testing.assert_close(token_losses(model, ids, ignore), expected)
 
 
+@pytest.mark.slow
 def test_sample_texts_follow_the_model_distribution(build_tiny: Callable[..., Transformer]) -> None:
     """On its own samples a model's mean loss is its mean entropy; on anything else it would be larger."""
     model = build_tiny(seed=2)

@@ -49,6 +49,7 @@ class Target:
         os._exit(7)
 
 
+@pytest.mark.slow
 def test_isolated_process_has_own_memory_and_environment() -> None:
     ballast = bytearray(os.urandom(1 << 20) * 300)
     with IsolatedProcess(Target, 1, environment={"PSANNLM_TEST": "yes"}) as process:
@@ -59,6 +60,7 @@ def test_isolated_process_has_own_memory_and_environment() -> None:
     assert "PSANNLM_TEST" not in os.environ
 
 
+@pytest.mark.slow
 def test_isolated_process_reraises_errors() -> None:
     with IsolatedProcess(Target, 1) as process, pytest.raises(TokenizerError, match="no such piece"):
         process.call("refuse")

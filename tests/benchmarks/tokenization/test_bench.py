@@ -83,6 +83,7 @@ def measure(
     return figures
 
 
+@pytest.mark.slow
 def test_tokenizer_figures_known_values(monkeypatch: pytest.MonkeyPatch) -> None:
     # 4 + 5 characters, one of them two bytes: 10 bytes, 2 + 3 ids; 9 s to encode, 15 s to decode.
     figures = measure(["abab", "cdéfg"], monkeypatch)
@@ -104,6 +105,7 @@ def test_tokenizer_figures_known_values(monkeypatch: pytest.MonkeyPatch) -> None
     assert plain["fit_s"] == {"median": 7.0, "lowest": 6.0, "highest": 8.0}
 
 
+@pytest.mark.slow
 def test_lost_text_is_excerpted(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = measure(["abab", "abAB", "CD"], monkeypatch)
     assert not figures.is_lossless
@@ -111,6 +113,7 @@ def test_lost_text_is_excerpted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure(["x" * 100 + "Y" + "z" * 100], monkeypatch).lost == repr("x" * 20 + "Y" + "z" * 19)
 
 
+@pytest.mark.slow
 def test_measure_tokenizers_uses_one_and_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     class Counting(PairTokenizer):
         def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[list[int]]:
@@ -132,6 +135,7 @@ def test_raw_library_gives_the_same_ids(backend: str, tiny_texts: list[str]) -> 
         assert raw(tiny_texts) == tokenizer.encode_batch(tiny_texts)
 
 
+@pytest.mark.slow
 def test_ratio_to_raw_is_our_throughput_over_library(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = PairTokenizer()
 

@@ -59,6 +59,7 @@ def fake_clock() -> float:
     return FakeRun.now
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("peak_of_100")
 def test_bench_train_figures_follow_the_clock() -> None:
     settings = replace(SETTINGS, also=("gelu", "grad-checkpoint"))
@@ -92,6 +93,7 @@ def test_bench_train_figures_follow_the_clock() -> None:
     assert len(ours.losses) == 1 + 2 + 3 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("peak_of_100")
 def test_bench_train_run_lasts_about_one_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeRun, "seconds", {"waveresnet": 0.5, "waveresnet with GELU": 0.25})
@@ -148,6 +150,7 @@ def test_candidate_transformer_has_our_size_and_trains() -> None:
     assert report.sine_cost(is_compiled=False) is None
 
 
+@pytest.mark.slow
 def test_throughput_report_lists_non_finite_losses() -> None:
     report = bench_train(replace(SETTINGS, steps=1, repeats=1), CPU, measure_memory=None)
     report.rows[1].losses[-1] = float("nan")

@@ -106,6 +106,7 @@ def test_rolling_likelihood_equals_nats_of_eval(
         assert math.isfinite(found)
 
 
+@pytest.mark.slow
 def test_harness_scores_multiple_choice(scorer: Scorer, byte_tokenizer: Tokenizer, tasks_dir: Path) -> None:
     found = run(EngineModel(scorer, byte_tokenizer), ["colours"], tasks_dir)["colours"]
     best = []
@@ -122,6 +123,7 @@ def test_harness_scores_multiple_choice(scorer: Scorer, byte_tokenizer: Tokenize
     assert found.stderr == pytest.approx(float(torch.tensor(right).std()) / 2)
 
 
+@pytest.mark.slow
 def test_harness_scores_do_not_depend_on_batch_size(scorer: Scorer, byte_tokenizer: Tokenizer, tasks_dir: Path) -> None:
     names = ["colours", "texts", "spelling"]
     models = [EngineModel(Scorer(scorer.engine, size), byte_tokenizer) for size in (1, 3, 50)]
@@ -130,6 +132,7 @@ def test_harness_scores_do_not_depend_on_batch_size(scorer: Scorer, byte_tokeniz
     assert others == [alone, alone]
 
 
+@pytest.mark.slow
 def test_harness_word_perplexity_is_that_of_the_texts(
     scorer: Scorer, byte_tokenizer: Tokenizer, tasks_dir: Path
 ) -> None:

@@ -89,6 +89,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(KEYS, VALUES, max_size=5))
 def test_generic_tables_and_rows_take_any_figures(figures: dict[str, Any]) -> None:
     for table in tables_of(figures):
