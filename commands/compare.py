@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -28,6 +27,7 @@ from psannlm.commands.options import (
 if TYPE_CHECKING:
     from psannlm.experiments.launchers import Launching
     from psannlm.experiments.model import Study
+    from psannlm.experiments.reuse import KeptRun
     from psannlm.reports.page_model import Table
     from psannlm.reports.schemas.study import StudyMetrics
 
@@ -82,6 +82,15 @@ def compare(
             "reaches it saves and is requeued); may be repeated.",
         ),
     ] = None,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--reuse",
+            metavar="REPORT",
+            help="Report or study folder whose finished runs are taken over instead of being trained, where "
+            "configuration, text and code are the same; may be repeated.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print all runs with parameters, tokens and estimated time, and write nothing."),
@@ -104,10 +113,12 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Train variants of one configuration at equal size and compare their validation losses, with intervals."""
+    from psannlm.experiments.finished_runs import RUNS_FILE, write_finished_runs
     from psannlm.experiments.launchers import choose_launching
     from psannlm.experiments.lr_selection import with_selected_lrs
     from psannlm.experiments.plan import load_plan
     from psannlm.experiments.results import study_figures
+    from psannlm.experiments.reuse import read_kept_runs, reuse_runs
     from psannlm.experiments.sizing import size_study
     from psannlm.experiments.task_accuracy import score_runs
     from psannlm.io.run_metadata import require_folder
@@ -126,21 +137,25 @@ def compare(
         launcher.value, devices, gpus=gpus, jobs=jobs, share_gpus=share_gpus, slurm=slurm or []
     )
 
+    kept = read_kept_runs(reuse or [])
+
     if not dry_run:
         require_folder("ablations", out)
     with live_line(stderr_console()) as line:
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name)
         if not dry_run:
-            sized = with_selected_lrs(sized) if no_train else _train(sized, wanted, launching, line)
+            sized = _train(sized, wanted, kept, None if no_train else launching, line)
             answers = score_runs(sized, line.show)
     if dry_run:
         sized = with_selected_lrs(sized)
         shown = _run_names(sized, wanted)
+        reuse_runs(sized, shown, kept, is_dry=True)
         _show_plan(replace(sized, runs=tuple(run for run in sized.runs if run.name in shown)), launching, as_json)
         return
     figures = study_figures(sized, answers)
     n_more = len(settled.settings.also_compare_to) + (2 if settled.settings.answers else 1)
-    _publish(figures, n_more, launching, out, as_json)
+    folder = _publish(figures, n_more, launching, out, as_json)
+    write_finished_runs(folder / RUNS_FILE, sized, answers)
     if not no_train:
         _refuse_failures(figures)
 
@@ -149,24 +164,34 @@ def _run_names(study: Study, variants: Collection[str], but: Collection[str] = (
     return [run.name for run in study.runs if run.variant.variant.name in variants and run.name not in but]
 
 
-def _train(study: Study, variants: Collection[str], launching: Launching, line: LiveLine) -> Study:
-    """Train the runs of ``lr_seeds``, then those of the other seeds, and return the study with all of them."""
+def _train(
+    study: Study, variants: Collection[str], kept: Sequence[KeptRun], launching: Launching | None, line: LiveLine
+) -> Study:
+    """Reuse or train the runs of ``lr_seeds``, then those of the other seeds, and return the study with all of them.
+
+    Without ``launching``, nothing is trained.
+    """
     from psannlm.experiments.lr_selection import with_selected_lrs
+    from psannlm.experiments.reuse import reuse_runs
     from psannlm.experiments.runner import run_all
 
-    train = partial(
-        run_all, placement=launching.placement, launcher=launching.launcher(study.folder), on_status=line.show
-    )
+    launcher = None if launching is None else launching.launcher(study.folder)
+
+    def complete(names: list[str]) -> None:
+        reuse_runs(study, names, kept)
+        if launching is not None and launcher is not None:
+            run_all(study, placement=launching.placement, only=names, on_status=line.show, launcher=launcher)
+
     search_runs = _run_names(study, variants)
-    train(study, only=search_runs)
+    complete(search_runs)
     study = with_selected_lrs(study)
     if others := _run_names(study, variants, but=search_runs):
-        train(study, only=others)
+        complete(others)
     return study
 
 
-def _publish(figures: StudyMetrics, n_more: int, launching: Launching, out: Path | None, as_json: bool) -> None:
-    """Write all figures, tables and plots; print the main table and the ``n_more`` tables after it."""
+def _publish(figures: StudyMetrics, n_more: int, launching: Launching, out: Path | None, as_json: bool) -> Path:
+    """Write figures, tables and plots, print the main table and the ``n_more`` after it, and return the folder."""
     from psannlm.io.atomic import write_bytes
     from psannlm.io.run_metadata import system_info
     from psannlm.reports.tables.study import study_pictures, study_tables
@@ -177,7 +202,7 @@ def _publish(figures: StudyMetrics, n_more: int, launching: Launching, out: Path
         for picture in study_pictures(figures):
             write_bytes(folder / picture.file, picture.png)
 
-    publish(
+    written: Path = publish(
         "ablations",
         out,
         figures.as_dict(),
@@ -188,6 +213,7 @@ def _publish(figures: StudyMetrics, n_more: int, launching: Launching, out: Path
         system={**system_info(), **launching.placement.as_dict()},
         remark=": all columns and runs in table.txt, and on the page of psannlm report",
     )
+    return written
 
 
 def _checked(only: list[str], names: list[str]) -> frozenset[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from psannlm.experiments.lr_selection import Choice
 from psannlm.experiments.model import Study
-from psannlm.experiments.runner import RunState
+from psannlm.experiments.run_state import RunState
 from psannlm.io.readers import flatten
 from psannlm.io.run_metadata import GPU_IS_SHARED
 from psannlm.models.accounting import WIDTH_TOLERANCE
@@ -80,6 +80,12 @@ def _of_variants(study: Study) -> Iterator[str]:
 def _of_runs(states: Sequence[RunState]) -> Iterator[str]:
     if missing := sum(state.state in ("new", "stopped") for state in states):
         yield f"{missing} of {len(states)} runs are not done yet."
+    reused: dict[str, list[str]] = {}
+    for state in states:
+        if state.record is not None and (report := state.record.origin.get("report")):
+            reused.setdefault(str(report), []).append(state.run.name)
+    for report, names in reused.items():
+        yield f"{len(names)} of {len(states)} runs were reused from {report}: {', '.join(names)}."
     diverged = [state.run.name for state in states if state.is_diverged]
     failed = [state.run.name for state in states if state.state == "failed" and not state.is_diverged]
     for words, names in (("Diverged (non-finite) and excluded", diverged), ("Failed", failed)):

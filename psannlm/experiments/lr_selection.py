@@ -9,7 +9,7 @@ from typing import Any
 
 from psannlm.experiments.model import SizedVariant, Study
 from psannlm.experiments.plan import StudyPlan
-from psannlm.experiments.runner import RunState, read_status
+from psannlm.experiments.run_state import RunState, read_status
 from psannlm.experiments.sizing import with_best_lrs
 from psannlm.reports.runs import RunRecord
 from psannlm.reports.schemas.study import LrScore

@@ -12,7 +12,7 @@ from psannlm.errors import TrainingError
 from psannlm.experiments.caveats import any_shares_gpu, conditions, notes_of
 from psannlm.experiments.lr_selection import Choice, choose, score_of
 from psannlm.experiments.model import SizedVariant, Study, StudyRun
-from psannlm.experiments.runner import RunState, read_status
+from psannlm.experiments.run_state import RunState, read_status
 from psannlm.experiments.statistics import paired_difference
 from psannlm.models.registry import build_model
 from psannlm.reports.page_model import Table, format_value
@@ -137,6 +137,7 @@ def _run_figures(state: RunState, measure: str, answers: Mapping[str, AnswerScor
         peak_memory_bytes=None if record is None else record.peak_memory_bytes,
         folder=str(state.run.folder),
         answers=answers.get(state.run.name),
+        reused_from=None if record is None else record.origin.get("report"),
     )
 
 

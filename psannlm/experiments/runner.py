@@ -8,93 +8,30 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from psannlm.errors import EXIT_INTERRUPTED, Interrupted, PsannlmError
+from psannlm.experiments.finished_runs import RUNS_FILE, add_finished_run, is_own_runs_file
 from psannlm.experiments.gpu_slots import GpuSlots, Placement
 from psannlm.experiments.local_launcher import LOG_START, Launcher, Process, launch
 from psannlm.experiments.model import Study, StudyRun, fits_tokenizer, tokenizer_path
+from psannlm.experiments.run_state import read_status
 from psannlm.experiments.sizing import write_configs
 from psannlm.io.atomic import explain_write_errors, read_small, refuse_foreign, remove_leftovers
 from psannlm.io.lock import RunLock
-from psannlm.io.readers import Unreadable
 from psannlm.io.run_metadata import write_json
-from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
 from psannlm.runtime.signals import stopping_on_signals
-from psannlm.training.failures import NOT_FINITE
-from psannlm.training.run_folder import RunStatus, has_same_config, is_own_config, read_run_status
+from psannlm.training.run_folder import has_same_config, is_own_config
 
 log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.json"
 _POLL_S = 0.2
 _STATUS_S = 2.0
-_ERROR = "error: "
 _LIST_BYTES = 16 << 20
 _REMEDY = "or choose another folder with --study"
 _ONE_AT_A_TIME = Placement()
-
-
-@dataclass(frozen=True)
-class RunState:
-    """State of a run by its files: ``done``, ``failed`` (with the reason), ``stopped``, or ``new``.
-
-    ``status`` is that of ``status.json``; None for runs from before that file, and for runs that were killed.
-    """
-
-    run: StudyRun
-    state: str
-    step: int = 0
-    reason: str = ""
-    record: RunRecord | None = None
-    status: RunStatus | None = None
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the run needs no further training."""
-        return self.state == "done" or self.is_diverged
-
-    @property
-    def is_diverged(self) -> bool:
-        """Whether it failed because of a non-finite loss, gradient or parameter, and would fail again."""
-        if self.status is None:
-            # Study folders from before status.json: the log has the error message.
-            return self.state == "failed" and NOT_FINITE in self.reason
-        return self.status is RunStatus.DIVERGED
-
-
-def read_status(run: StudyRun) -> RunState:
-    """Read the status of a run from its files."""
-    record = None
-    if (run.folder / METRICS_FILE).is_file():
-        try:
-            record = read_run(run.folder, run.name)
-        except Unreadable:
-            record = None  # stopped before its first complete line
-    if record is not None:
-        last = run.variant.n_steps
-        if record.eval_rows and record.eval_rows[-1]["step"] >= last:
-            return RunState(run, "done", last, record=record)
-    step = record.train_rows[-1]["step"] if record is not None and record.train_rows else 0
-    status, message = read_run_status(run.folder) or (None, None)
-    reason = _last_error(run.log_path)
-    if reason or status in (RunStatus.DIVERGED, RunStatus.FAILED):
-        return RunState(run, "failed", step, reason or message or "", record, status)
-    return RunState(run, "stopped" if step else "new", step, record=record, status=status)
-
-
-def _last_error(path: Path) -> str:
-    """Return the error at the end of a run's log, or an empty string."""
-    if not path.is_file():
-        return ""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    starts = [at for at, line in enumerate(lines) if line.startswith(_ERROR)]
-    # The lines after an error belong to it, unless the run was started again since.
-    if not starts or any(line.startswith(LOG_START) for line in lines[starts[-1] :]):
-        return ""
-    return " ".join(line.strip() for line in lines[starts[-1] :]).removeprefix(_ERROR)[:400]
 
 
 def run_all(
@@ -162,6 +99,7 @@ def refuse_foreign_files(study: Study) -> None:
     with explain_write_errors(study.folder):
         remove_leftovers(study.folder)
     refuse_foreign(study.folder / STUDY_FILE, lambda path: _listed_runs(path) is not None, _REMEDY)
+    refuse_foreign(study.folder / RUNS_FILE, is_own_runs_file, _REMEDY)
     listed = _listed_runs(study.folder / STUDY_FILE) or []
     for config in study.data:
         if fits_tokenizer(config):
@@ -234,6 +172,7 @@ class _Scheduler:
             state = read_status(run)
             self.n_done += state.state == "done"
             if state.state == "done" and state.record is not None:
+                add_finished_run(run.study / RUNS_FILE, state)
                 loss = state.record.eval_rows[-1]["loss"]
                 lines.append(f"{run.name}: validation loss {loss:.4f} ({self.n_done} of {self._n_runs} done)")
             elif code != EXIT_INTERRUPTED:

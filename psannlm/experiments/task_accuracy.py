@@ -11,7 +11,8 @@ from psannlm.data.synthetic.algorithmic import TASKS
 from psannlm.data.windows import Windows
 from psannlm.errors import CorpusError
 from psannlm.experiments.model import Study
-from psannlm.experiments.runner import read_status
+from psannlm.experiments.run_state import read_status
+from psannlm.io.artifact_schema import read_figures
 from psannlm.models.artifact import load_model
 from psannlm.models.transformer import Transformer
 from psannlm.reports.schemas.study import AnswerScore
@@ -88,7 +89,10 @@ def score_runs(study: Study, on_status: Callable[[str], None] = lambda text: Non
     for run in study.runs:
         data = study.data[run.variant.variant.config.data]
         folder = read_pointer(run.folder, BEST if study.plan.settings.measure == "best" else LATEST)
-        if data.val is None or folder is None or read_status(run).state != "done":
+        state = read_status(run)
+        if folder is None and state.record is not None and isinstance(kept := state.record.origin.get("answers"), dict):
+            scores[run.name] = read_figures(AnswerScore, kept)
+        if data.val is None or folder is None or state.state != "done":
             continue
         on_status(f"scoring answers: {run.name}")
         model = load_model(folder).model.eval()

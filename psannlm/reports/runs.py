@@ -26,6 +26,8 @@ from psannlm.io.records import read_record
 from psannlm.reports.schemas.runs import RunRow
 
 METRICS_FILE, CONFIG_FILE, SYSTEM_FILE = "metrics.jsonl", "config.yaml", "system.json"
+# Key of ``system.json`` of a run whose results were taken from a kept report.
+REUSED_KEY = "reused_from"
 _DEEPEST = 6
 # exp of more exceeds a float.
 _LARGEST_LOSS = 709.0
@@ -34,6 +36,7 @@ _MAX_HEADER_BYTES = 64 << 20
 _LARGEST_WHOLE = 1 << 53
 _ROW_KINDS = ("train", "eval", "tasks")
 _MOST_DAMAGED_LINES = 10_000
+_HASHES = ("corpus_sha256", "tokenizer_fingerprint")
 _COUNTS, _FLAG = ("tokens", "peak_memory_bytes"), "lossy_tokenizer"
 
 
@@ -86,6 +89,12 @@ class RunRecord:
         details = [f"step {step:,}"] if isinstance(step, int) else []
         details += [digest[:12]] if isinstance(digest, str) else []
         return f"{found['path']} ({', '.join(details)})" if details else str(found["path"])
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where a reused run comes from (``report``, ``run``), with the hashes of its text; empty for other runs."""
+        found = self.system.get(REUSED_KEY)
+        return found if isinstance(found, dict) else {}
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -260,6 +269,9 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         except Unreadable as error:
             problems.append(f"{RECORD_FILE}: {error}")
     parameters, trained_on = _read_checkpoint(folder, problems)
+    if not trained_on and isinstance(reused := system.get(REUSED_KEY), dict):
+        trained_on = {key: value for key in _HASHES if isinstance(value := reused.get(key), str)}
+        parameters = n if type(n := reused.get("parameters")) is int and 0 <= n <= _LARGEST_WHOLE else None
     run = RunRecord(
         folder=folder,
         name=name or folder.name,
@@ -335,7 +347,7 @@ def _read_checkpoint(folder: Path, problems: list[str]) -> tuple[int | None, dic
     try:
         state = read_json(checkpoints[-1] / "trainer.json").get("state")
         found = state if isinstance(state, dict) else {}
-        hashes = {key: found.get(key) for key in ("corpus_sha256", "tokenizer_fingerprint")}
+        hashes = {key: found.get(key) for key in _HASHES}
         trained_on = {key: value for key, value in hashes.items() if isinstance(value, str)}
     except Unreadable as error:
         problems.append(f"{checkpoints[-1].name}: {error}")

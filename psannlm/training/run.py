@@ -24,6 +24,7 @@ from psannlm.errors import Interrupted, PictureError, StorageError, TrainingErro
 from psannlm.evaluation.tasks.validation import ValidationTasks
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_text
 from psannlm.io.lock import RunLock
+from psannlm.io.readers import Unreadable, read_json
 from psannlm.io.run_metadata import system_info, write_json
 from psannlm.kernels.compile import compiled
 from psannlm.models.accounting import Place, refuse_oversize
@@ -45,6 +46,7 @@ from psannlm.tokenizers.base import MIN_VOCAB_SIZE
 from psannlm.tokenizers.roundtrip import is_lossy
 from psannlm.training.callbacks import Callback
 from psannlm.training.checkpoint import BEST, TrainerState, read_pointer, step_folder
+from psannlm.training.code_identity import CODE_KEY, code_of_run
 from psannlm.training.console import ConsoleDisplay
 from psannlm.training.context import Run, Sampler, TimeBudget
 from psannlm.training.initial import Parent, load_parent, refuse_other_tokenizer, with_parent_model
@@ -157,7 +159,7 @@ def train(
             log.info(f"resuming from {start.found[0]}: step {state.step} of {run.total_steps}")
         _describe_run(run)
         if world.is_main:
-            _write_description(folder, config, state.lineage)
+            _write_description(folder, config, state.lineage, is_resumed=start.found is not None)
         began = time.monotonic()
         state = _run_loop(run, state, console if world.is_main else None)
         curve = _draw(run)
@@ -326,11 +328,21 @@ def _prepared_module(model: Transformer, world: World, device: torch.device, *, 
     return replicate(module, world, device)
 
 
-def _write_description(folder: Path, config: RunConfig, lineage: dict[str, Any] | None) -> None:
-    """Write the configuration, the description of the machine and the model started from to the run folder."""
+def _write_description(folder: Path, config: RunConfig, lineage: dict[str, Any] | None, *, is_resumed: bool) -> None:
+    """Write the configuration, the description of machine and code, and the model started from to the run folder."""
     if not has_same_config(folder / CONFIG_FILE, config):
         write_text(folder / CONFIG_FILE, to_yaml(config))
-    write_json(folder / SYSTEM_FILE, {**system_info(), **({} if lineage is None else {"init_from": lineage})})
+    former = (_read_system(folder) or {}) if is_resumed else None
+    parent = {} if lineage is None else {"init_from": lineage}
+    write_json(folder / SYSTEM_FILE, {**system_info(), CODE_KEY: code_of_run(former), **parent})
+
+
+def _read_system(folder: Path) -> dict[str, Any] | None:
+    """Return the ``system.json`` of the run that is resumed; None if it cannot be read."""
+    try:
+        return read_json(folder / SYSTEM_FILE)
+    except Unreadable:
+        return None
 
 
 def _describe_run(run: Run) -> None:

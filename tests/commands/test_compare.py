@@ -67,6 +67,19 @@ def test_compare_no_train_reports_finished_runs(psannlm, project: Path) -> None:
     assert told == {**json.loads(Path("results/metrics.json").read_text()), "folder": "results"}
     assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
 
+    # On another machine, from the report alone.
+    reused = ("compare", "plan.yaml", "--no-train", "--study", "other", "--reuse", "results")
+    told = json.loads(psannlm(*reused, "--out", "again", "--json").out)
+    assert [(run["state"], run["reused_from"]) for run in told["runs"]] == [("done", "results"), ("new", None)]
+    assert Path("again/runs.jsonl").read_text().count("\n") == 1
+
+
+def test_compare_reuse_of_nothing_is_refused(psannlm, project: Path) -> None:
+    Path("plan.yaml").write_text(PLAN)
+    done = psannlm("compare", "plan.yaml", "--reuse", "nowhere")
+    assert (done.code, "--reuse nowhere: no such report or study folder" in done.err) == (2, True), done.err
+    assert not Path("runs").exists()
+
 
 def _train_swiglu(psannlm, *others: str) -> None:
     told = json.loads(psannlm("compare", "plan.yaml", "--dry-run", "--json").out)["variants"]["swiglu"]

@@ -13,7 +13,8 @@ from psannlm.experiments import runner
 from psannlm.experiments.gpu_slots import GpuSlots, Placement, place_runs, visible_gpus
 from psannlm.experiments.local_launcher import Process
 from psannlm.experiments.model import SizedVariant, Study, StudyRun
-from psannlm.experiments.runner import RunState, run_all
+from psannlm.experiments.run_state import RunState
+from psannlm.experiments.runner import run_all
 
 NAMED = "CUDA_VISIBLE_DEVICES"
 

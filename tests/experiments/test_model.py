@@ -26,7 +26,8 @@ from psannlm.experiments.lr_selection import choose, with_selected_lrs
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.plan import load_plan
 from psannlm.experiments.results import plan_tables, seconds_per_step, study_figures
-from psannlm.experiments.runner import RunState, read_status, run_all
+from psannlm.experiments.run_state import RunState, read_status
+from psannlm.experiments.runner import run_all
 from psannlm.experiments.sizing import size_study, write_configs
 from psannlm.experiments.task_accuracy import score_runs
 from psannlm.io.artifact_schema import read_figures

@@ -17,7 +17,8 @@ from psannlm.errors import ConfigError, Interrupted, TrainingError
 from psannlm.experiments.launchers import choose_launching
 from psannlm.experiments.model import Study
 from psannlm.experiments.plan import load_plan
-from psannlm.experiments.runner import read_status, run_all
+from psannlm.experiments.run_state import read_status
+from psannlm.experiments.runner import run_all
 from psannlm.experiments.sizing import size_study, write_configs
 from psannlm.experiments.slurm_launcher import SlurmLauncher, SlurmProcess, slurm_parameters
 from psannlm.training.run import train

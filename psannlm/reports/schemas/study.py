@@ -86,7 +86,7 @@ class VariantFigures(Figures):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFigures(Figures):
-    """One run; figures of a run that is not finished are None."""
+    """One run; figures of a run that is not finished are None. ``reused_from``: the kept report they come from."""
 
     run: str
     variant: str
@@ -103,6 +103,7 @@ class RunFigures(Figures):
     peak_memory_bytes: Whole | None
     folder: str
     answers: AnswerScore | None = None
+    reused_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

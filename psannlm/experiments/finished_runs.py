@@ -1,0 +1,153 @@
+"""Record of a study's finished runs (``runs.jsonl``): all that a report needs of them, without their folders.
+
+It is written beside ``study.json`` as runs end, and into every report, and is a small fraction of the checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic.dataclasses import dataclass
+
+from psannlm.config.run import load_config
+from psannlm.display import json_text
+from psannlm.errors import ConfigError
+from psannlm.experiments.model import Study
+from psannlm.experiments.run_state import RunState, read_status
+from psannlm.io.artifact_schema import Figures, Whole, read_figures
+from psannlm.io.atomic import is_plain_file, write_text
+from psannlm.io.limits import MAX_LINE_BYTES, json_values
+from psannlm.io.readers import Unreadable, read_text
+from psannlm.reports.runs import CONFIG_FILE, RunRecord
+from psannlm.reports.schemas.study import AnswerScore
+from psannlm.training.code_identity import CODE_KEY
+
+RUNS_FILE = "runs.jsonl"
+_FORMAT = "psannlm-finished-run"
+_LARGEST_BYTES = 512 << 20
+_MOST_VALUES = 2 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun(Figures):
+    """One line of the file.
+
+    Attributes:
+        config: the configuration as written by the run, by section.
+        code: hashes of the code that trained it (``training.code_identity``); empty where it is unknown.
+        system: its ``system.json``.
+        rows: the lines of its ``metrics.jsonl`` with figures.
+        answers: its score on the plan's algorithmic task, and which model was scored (``measure`` of the plan).
+    """
+
+    format: str = _FORMAT
+    run: str
+    config: dict[str, Any]
+    corpus_sha256: str | None
+    tokenizer_fingerprint: str | None
+    code: list[str]
+    parameters: Whole | None
+    system: dict[str, Any]
+    rows: list[dict[str, Any]]
+    answers: AnswerScore | None = None
+    task: str | None = None
+    measure: str | None = None
+
+
+def finished_run(
+    record: RunRecord, answers: AnswerScore | None = None, task: str | None = None, measure: str | None = None
+) -> FinishedRun | None:
+    """Return the record of a finished run; None if its configuration cannot be read."""
+    try:
+        config = load_config(record.folder / CONFIG_FILE, check_files=False)
+    except ConfigError:
+        return None
+    code = record.system.get(CODE_KEY)
+    rows = [*record.train_rows, *record.eval_rows, *record.task_rows]
+    return FinishedRun(
+        run=record.name,
+        config=config.model_dump(mode="json"),
+        corpus_sha256=record.corpus_sha256,
+        tokenizer_fingerprint=record.tokenizer_fingerprint,
+        code=[str(each) for each in code] if isinstance(code, list) else [],
+        parameters=record.parameters,
+        system=dict(record.system),
+        rows=sorted(rows, key=lambda row: int(row["step"])),
+        answers=answers,
+        task=task if answers is not None else None,
+        measure=measure if answers is not None else None,
+    )
+
+
+def write_finished_runs(path: Path, study: Study, answers: Mapping[str, AnswerScore]) -> None:
+    """Write the finished runs of a study, with their scores by name, atomically. Raises StorageError if that fails."""
+    settings = study.plan.settings
+    lines = []
+    for state in map(read_status, study.runs):
+        if state.state == "done" and state.record is not None:
+            found = finished_run(state.record, answers.get(state.run.name), settings.answers, settings.measure)
+            lines += [] if found is None else [json_text(found.as_dict()) + "\n"]
+    write_text(path, "".join(lines))
+
+
+def add_finished_run(path: Path, state: RunState) -> None:
+    """Add a finished run to ``path``, in place of an earlier line of its name. Raises StorageError if that fails."""
+    found = None if state.record is None else finished_run(state.record)
+    if found is None:
+        return
+    former = path.read_text(encoding="utf-8").splitlines(keepends=True) if is_plain_file(path) else []
+    kept = [line for line in former if _name_in(line) != found.run]
+    write_text(path, "".join([*kept, json_text(found.as_dict()) + "\n"]))
+
+
+def is_own_runs_file(path: Path) -> bool:
+    """Whether every line of the file is a record of a finished run."""
+    try:
+        return all(_name_in(line) is not None for line in read_text(path, _LARGEST_BYTES).splitlines())
+    except Unreadable:
+        return False
+
+
+def _name_in(line: str) -> str | None:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return content.get("run") if isinstance(content, dict) and content.get("format") == _FORMAT else None
+
+
+def read_finished_runs(path: Path) -> list[FinishedRun]:
+    """Return the finished runs of a report, of a study's folder, or of the file itself.
+
+    Raises:
+        ConfigError: there is no such file, or a line of it cannot be used.
+    """
+    file = path / RUNS_FILE if path.is_dir() else path
+    if not file.is_file():
+        if path.is_dir():
+            raise ConfigError(
+                f"--reuse {path}: holds no {RUNS_FILE}, which reports and study folders of psannlm compare have since "
+                "this version"
+            )
+        raise ConfigError(f"--reuse {path}: no such report or study folder")
+    try:
+        lines = read_text(file, _LARGEST_BYTES).splitlines()
+        return [_read_line(line) for line in lines if line.strip()]
+    except Unreadable as error:
+        raise ConfigError(f"--reuse {path}: {file.name}: {error}") from error
+
+
+def _read_line(line: str) -> FinishedRun:
+    content = line.encode("utf-8")
+    if len(content) > MAX_LINE_BYTES or json_values(content) > _MOST_VALUES:
+        raise Unreadable("a line is too long")
+    try:
+        value = json.loads(line, parse_constant=lambda word: None)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable("a line is not JSON") from error
+    if not isinstance(value, dict) or value.get("format") != _FORMAT:
+        raise Unreadable("a line is not the record of a finished run")
+    return read_figures(FinishedRun, value)

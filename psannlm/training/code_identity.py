@@ -1,0 +1,41 @@
+"""Hash of the source files that decide what a run learns, recorded in its ``system.json``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+# Key of ``system.json``: the hashes of all code that trained the run, in order; a resumed run may have several.
+CODE_KEY = "code_sha256"
+UNKNOWN_CODE = "unknown"
+# Reports, exports and the command line change no loss. The configuration is compared by its values.
+_SOURCES = ("data", "evaluation", "kernels", "models", "runtime/device.py", "tokenizers", "training")
+
+
+@lru_cache(maxsize=1)
+def code_sha256() -> str:
+    """Return the SHA-256 of the names and contents of these files, comments included."""
+    root = Path(__file__).resolve().parents[1]
+    files = [path for name in _SOURCES for path in ((root / name).rglob("*.py") if "." not in name else [root / name])]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        content = path.read_bytes().replace(b"\r\n", b"\n")
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def code_of_run(former: Mapping[str, Any] | None) -> list[str]:
+    """Return the hashes of all code that trains a run.
+
+    Args:
+        former: ``system.json`` of the run that is resumed; None for a new run.
+    """
+    if former is None:
+        return [code_sha256()]
+    found = former.get(CODE_KEY)
+    codes = [str(code) for code in found] if isinstance(found, list) else [UNKNOWN_CODE]
+    return codes if codes[-1:] == [code_sha256()] else [*codes, code_sha256()]
