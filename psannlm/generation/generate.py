@@ -10,11 +10,12 @@ from numbers import Integral
 from typing import Literal
 
 from psannlm.errors import GenerationError
-from psannlm.generation.batch_decode import BatchDecoder, ContextRule, FinishReason, context_limit
+from psannlm.generation.batch_decode import BatchDecoder, ContextRule, context_limit
 from psannlm.generation.detokenize import IncrementalDetokenizer
 from psannlm.generation.engine import Engine
 from psannlm.generation.logprobs import TokenLogprob
 from psannlm.generation.quantize import WeightDtype
+from psannlm.generation.rows import FinishReason
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.generation.stop_texts import StopScanner, require_stop_texts
 from psannlm.models.transformer import Transformer

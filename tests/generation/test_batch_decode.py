@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from psannlm.config.model import BaseName, PositionKind
 from psannlm.errors import GenerationError
-from psannlm.generation import batch_decode as decoding_module
+from psannlm.generation import rows as rows_module
 from psannlm.generation.batch_decode import BatchDecoder, context_limit
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
@@ -370,7 +370,7 @@ def test_speculation_distribution_test_detects_accepting_everything(
     def take_all(chosen: Sequence[int], draft: Sequence[int]) -> list[int]:
         return [*draft, chosen[len(draft)]]
 
-    monkeypatch.setattr(decoding_module, "_accepted_tokens", take_all)
+    monkeypatch.setattr(rows_module, "accepted_tokens", take_all)
     model = build_tiny(vocab_size=4)
     decoding = decode(model, [PROMPT] * N_ROWS, SamplingConfig(temperature=1.0, top_p=None), 3, speculate=2)
     statistic, limit = chi_square(counts_of(decoding), expected_counts(model))
