@@ -293,7 +293,7 @@ def _rows(
 
 def _logprob_rows(prompt: str, done: Completion, tokenizer: Tokenizer) -> list[dict[str, object]]:
     """Return the log probabilities of a completion's tokens; the text of each is what it adds to the token before."""
-    from psannlm.generation.generate import continuation_text, encode_prompt
+    from psannlm.generation.row_text import continuation_text, encode_prompt
 
     before = encode_prompt(tokenizer, prompt)[-1]
     rows = []

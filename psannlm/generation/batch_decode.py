@@ -98,7 +98,7 @@ class BatchDecoder:
         self.slides = context == "slide" and self.limit is not None
         if self.slides and self.limit is not None and self.limit < 4:
             raise GenerationError(f"a context of {self.limit} tokens is too short to slide; use context stop")
-        _check_prompts(prompts, config.vocab_size or 0, None if self.slides else self.limit)
+        check_prompts(prompts, config.vocab_size or 0, None if self.slides else self.limit)
         self.engine = engine
         self.prompts = [self._cut(list(prompt)) for prompt in prompts]
         self.sampling = sampling
@@ -211,7 +211,8 @@ class BatchDecoder:
         return self.limit is not None and length >= self.limit
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, limit: int | None) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, limit: int | None) -> None:
+    """Raise GenerationError unless every prompt has ids of the vocabulary and leaves space for a new token."""
     if not prompts:
         raise GenerationError("there is no prompt; give one or more")
     for row, prompt in enumerate(prompts):

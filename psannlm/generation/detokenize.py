@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import commonprefix
 
 from psannlm.tokenizers.base import Tokenizer
 
@@ -26,7 +27,8 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._ids: list[int] = list(prompt_ids)
         self._n_context = len(self._ids)
-        self._n_returned = len(tokenizer.decode(self._ids))
+        self._prompt_text = tokenizer.decode(self._ids)
+        self._n_returned = len(self._prompt_text)
         self.length = 0
         """Characters returned so far."""
 
@@ -34,6 +36,9 @@ class IncrementalDetokenizer:
         """Append ``token`` and return the text that has become certain with it, often none."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
+        if not self.length and not text.startswith(self._prompt_text):
+            # The prompt ended inside a character; what differs from its text is new.
+            self._n_returned = len(commonprefix([text, self._prompt_text]))
         certain = text.rstrip(_MAY_CHANGE)
         new = certain[self._n_returned :]
         self._n_returned += len(new)

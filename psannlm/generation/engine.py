@@ -31,6 +31,11 @@ _ConvInputs = list[tuple[Tensor | None, Tensor | None]]
 _Step = Callable[[Tensor, Tensor, Tensor, _Tensors], tuple[Tensor, _ConvInputs]]
 
 
+def whole_query_blocks(n_tokens: int) -> int:
+    """Return the number of tokens of the fewest blocks of ``PREFILL_QUERIES`` that hold ``n_tokens``."""
+    return -(-n_tokens // PREFILL_QUERIES) * PREFILL_QUERIES
+
+
 class Engine:
     """A model prepared for inference, with its passes: prefill, one token per row, several tokens per row.
 
@@ -84,20 +89,37 @@ class Engine:
             prompts: ids of each row, at least one.
             max_new_tokens: expected number of new tokens, for the first capacity of the cache; it can grow.
         """
+        longest = max(map(len, prompts))
+        capacity = self._capacity(longest, whole_query_blocks(longest), max_new_tokens)
+        cache = self.new_cache(len(prompts), capacity)
+        hidden = self.extend(prompts, cache)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+        return self.next_logits(hidden[torch.arange(len(prompts), device=self.device), last]), cache
+
+    def new_cache(self, n_rows: int, capacity: int) -> KVCache:
+        """Return an empty cache with ``capacity`` slots or more for each row."""
+        return KVCache.allocate(self.model.config, n_rows, whole_blocks(capacity), self.device, self.cache_dtype)
+
+    @torch.inference_mode()
+    def extend(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        """Run the next part of each prompt, commit it to ``cache``, and return its hidden states (B, T, D).
+
+        T is the longest part's length in whole blocks of ``PREFILL_QUERIES``; the states behind a shorter part mean
+        nothing. A prompt in several parts gives the same numbers as in one, if each but the last is whole blocks.
+        """
         lengths = [len(prompt) for prompt in prompts]
         # Padded to whole blocks of queries, more than any decoding pass has: a row gets the same products and sums
         # whatever the lengths of the other rows.
-        padded = -(-max(lengths) // PREFILL_QUERIES) * PREFILL_QUERIES
-        capacity = self._capacity(max(lengths), padded, max_new_tokens)
-        cache = KVCache.allocate(self.model.config, len(prompts), capacity, self.device, self.cache_dtype)
-        input_ids = torch.zeros(len(prompts), padded, dtype=torch.long)
+        input_ids = torch.zeros(len(prompts), whole_query_blocks(max(lengths)), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             input_ids[row, : len(prompt)] = torch.tensor(prompt)
-        hidden = self.model.hidden_states(input_ids.to(self.device), cache, lengths)
-        last = torch.tensor([length - 1 for length in lengths], device=self.device)
-        at_last = hidden[torch.arange(len(prompts), device=self.device), last]
+        return self.model.hidden_states(input_ids.to(self.device), cache, lengths)
+
+    @torch.inference_mode()
+    def next_logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (B, V), float32, of hidden states (B, D), computed as in a decoding pass."""
         # As (B, 1, D): one token per row, as in decoding.
-        return self.model.logits(at_last.unsqueeze(1))[:, 0].float(), cache
+        return self.model.logits(hidden.unsqueeze(1))[:, 0].float()
 
     def _capacity(self, length: int, padded: int, max_new_tokens: int) -> int:
         """Return the slots of a new cache. A compiled step is for one number of slots: a power of two that suffices."""

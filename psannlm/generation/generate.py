@@ -11,13 +11,13 @@ from typing import Literal
 
 from psannlm.errors import GenerationError
 from psannlm.generation.batch_decode import BatchDecoder, ContextRule, context_limit
-from psannlm.generation.detokenize import IncrementalDetokenizer
 from psannlm.generation.engine import Engine
 from psannlm.generation.logprobs import TokenLogprob
 from psannlm.generation.quantize import WeightDtype
+from psannlm.generation.row_text import RowText, encode_prompt, forbidden_ids
 from psannlm.generation.rows import FinishReason
 from psannlm.generation.sampling import SamplingConfig
-from psannlm.generation.stop_texts import StopScanner, require_stop_texts
+from psannlm.generation.stop_texts import require_stop_texts
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.progress import OnProgress, Progress
 from psannlm.tokenizers.base import Tokenizer
@@ -48,24 +48,6 @@ class Completion:
     finish_reason: FinishReason
     stop_text: str | None = None
     logprobs: list[TokenLogprob] | None = None
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return the ids of a prompt after the BOS token that every training document starts with."""
-    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
-
-
-def continuation_text(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
-    """Return the text that ``new_ids`` add to that of ``prompt_ids``.
-
-    Prompt and new ids are decoded together. Decoded alone, the new ids would lose the space before their first word
-    with every tokenizer that drops a space before the first token (SentencePiece's ``add_dummy_prefix``).
-    """
-    before, whole = tokenizer.decode(prompt_ids), tokenizer.decode([*prompt_ids, *new_ids])
-    # A decoder that cleans up may alter the prompt's last characters; the text after the common prefix is new.
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return whole[next((i for i, (old, new) in enumerate(zip(before, whole, strict=False)) if old != new), len(whole)) :]
 
 
 def _texts(prompts: object) -> list[str]:
@@ -174,20 +156,18 @@ def complete_ids(
 ) -> list[Completion]:
     """Continue prompts given as ids, the BOS token included; otherwise :func:`generate`."""
     stops = require_stop_texts(stop)
-    special = tokenizer.special_ids - {tokenizer.eos_id}
-    unused = range(tokenizer.vocab_size, engine.model.config.vocab_size or 0)
     decoding = BatchDecoder(
         engine,
         prompt_ids,
         max_new_tokens=max_new_tokens,
         sampling=sampling or SamplingConfig(),
         eos_id=tokenizer.eos_id,
-        forbidden_ids=[*sorted(special), *unused],
+        forbidden_ids=forbidden_ids(tokenizer, engine.model.config.vocab_size or 0),
         speculate=speculate,
         context=context,
         logprobs=logprobs,
     )
-    rows = [_Row(tokenizer, ids, stops) for ids in prompt_ids]
+    texts = [RowText(tokenizer, ids, stops) for ids in prompt_ids]
     n_tokens = n_steps = 0
     began = time.monotonic()
     for event in decoding:
@@ -200,46 +180,26 @@ def complete_ids(
         n_tokens += 1
         if on_text is None and not stops:
             continue
-        part = rows[event.row].add(event.token)
+        part = texts[event.row].add(event.token)
         if on_text is not None and part:
             on_text(event.row, part)
-        if rows[event.row].scanner.found is not None:
+        if texts[event.row].stop_text is not None:
             decoding.finish(event.row)
-    return [_completion(decoding, number, row, on_text) for number, row in enumerate(rows)]
-
-
-class _Row:
-    """One row's text as it grows, up to a stop text."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: tuple[str, ...]) -> None:
-        self.tokenizer, self.prompt_ids, self.stops = tokenizer, prompt_ids, stops
-        self.n_returned = 0
-        self.scanner = StopScanner(stops)
-        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids)
-
-    def add(self, token: int) -> str:
-        """Append a token and return the text that has become certain with it, often none."""
-        part = self.scanner.add(self._detokenizer.add(token))
-        self.n_returned += len(part)
-        return part
+    return [_completion(decoding, number, text, on_text) for number, text in enumerate(texts)]
 
 
 def _completion(
-    decoding: BatchDecoder, number: int, row: _Row, on_text: Callable[[int, str], None] | None
+    decoding: BatchDecoder, number: int, text: RowText, on_text: Callable[[int, str], None] | None
 ) -> Completion:
     """Return the completion of a row that has ended, and pass on the text that was still held back."""
     ids = decoding.generated[number]
-    # The end of the text, uncertain while tokens could follow, can complete a stop text too.
-    scanner = StopScanner(row.stops)
-    whole = continuation_text(row.tokenizer, row.prompt_ids, ids)
-    text = scanner.add(whole)
-    if scanner.found is None:
-        text = whole
-    if on_text is not None and len(text) > row.n_returned:
-        on_text(number, text[row.n_returned :])
-    reason = decoding.finish_reasons[number] if scanner.found is None else "stop"
+    n_returned = text.n_returned
+    whole, stop_text = text.end(ids)
+    if on_text is not None and len(whole) > n_returned:
+        on_text(number, whole[n_returned:])
+    reason = decoding.finish_reasons[number] if stop_text is None else "stop"
     logprobs = None if decoding.n_top is None else decoding.logprobs[number]
-    return Completion(ids, text, reason, scanner.found, logprobs)
+    return Completion(ids, whole, reason, stop_text, logprobs)
 
 
 def draw_samples(

@@ -95,6 +95,10 @@ class InferenceLinear(nn.Module):
             and (self.in_bf16 or dtype == "float32")
             and has_onednn_linear()
         )
+        # Without bfloat16 hardware a weight of fewer bytes becomes float32 for each product.
+        self.is_widened = (
+            weight.device.type == "cpu" and dtype != "float32" and not self.in_bf16 and has_onednn_linear()
+        )
         if self.uses_onednn and not is_compiled:
             weight = onednn_reordered(weight, MAX_DECODE_TOKENS)
         self.register_buffer("weight", weight, persistent=False)
@@ -115,6 +119,11 @@ class InferenceLinear(nn.Module):
                 # oneDNN sums a single row of many inputs in another order than several rows: compute it twice.
                 pair = x.expand(*x.shape[:-2], 2, -1) if n_rows == 1 and self.n_inputs > 1024 else x
                 y = onednn_linear(pair, self.weight)[..., : x.shape[-2], :]
+        elif self.is_widened and not torch.compiler.is_compiling():
+            # oneDNN, which gives a row the same sums among others; MKL, torch's default for float32, does not.
+            pair = x.expand(*x.shape[:-2], 2, -1) if n_rows == 1 else x
+            y = onednn_linear(pair, self.weight.to(x.dtype))[..., : x.shape[-2], :]
+            y = y if self.scale is None else y * self.scale
         elif self.scale is None:
             y = F.linear(x, self.weight.to(x.dtype))
         elif self.in_bf16 and x.device.type == "cpu" and x.shape[-2] <= MAX_DECODE_TOKENS and self.n_inputs % 16 == 0:

@@ -209,20 +209,19 @@ class RowBatch:
 def choose_tokens(
     rows: Sequence[Row], logits: Tensor, drafts: Sequence[Sequence[int]], forbidden: Tensor
 ) -> list[list[int]]:
-    """Return the token chosen after each of the T positions of each row of ``logits`` (B, T, V).
+    """Return the token chosen after each of the T positions of each row of ``logits`` (B, T, V); none if finished.
 
     Raises:
         GenerationError: the logits are not finite.
     """
     groups: dict[SamplingConfig, list[int]] = {}
     for slot, row in enumerate(rows):
-        groups.setdefault(row.sampling, []).append(slot)
-    if len(groups) == 1:
-        return _choose(rows, rows[0].sampling, logits, drafts, forbidden)
+        if not row.is_finished:
+            groups.setdefault(row.sampling, []).append(slot)
     chosen: list[list[int]] = [[] for _ in rows]
     for sampling, slots in groups.items():
-        members = [rows[slot] for slot in slots]
-        found = _choose(members, sampling, logits[slots], [drafts[slot] for slot in slots], forbidden)
+        part = logits if len(slots) == len(rows) else logits[slots]
+        found = _choose([rows[s] for s in slots], sampling, part, [drafts[s] for s in slots], forbidden)
         for slot, tokens in zip(slots, found, strict=True):
             chosen[slot] = tokens
     return chosen

@@ -28,11 +28,12 @@ class AttentionContext:
     """Positions, RoPE tables and mask of one forward pass, shared by all blocks.
 
     Attributes:
-        positions: of the new tokens: (T,) when every row starts at its beginning, else (B, T); integers.
-        kv_len: S, the cache slots that attention reads; 0 where the new tokens are the only keys.
+        positions: of the new tokens: (T,) when all rows have equally many before them, else (B, T); integers.
+        kv_len: S, the cache slots that attention reads; 0 where ``positions`` end with the last of them.
         rope: cosines and sines, or None.
         mask: float (B or 1, H or 1, T, S), added to the scores, or None where the kernel's own causal mask is right.
-        is_prefill: whether T new tokens, a multiple of ``PREFILL_QUERIES``, start an empty cache.
+        is_prefill: whether T new tokens, a multiple of ``PREFILL_QUERIES``, start or continue a prompt in a cache.
+        n_before: tokens before the new ones in every row of a prefill.
     """
 
     positions: Tensor
@@ -40,6 +41,7 @@ class AttentionContext:
     rope: tuple[Tensor, Tensor] | None
     mask: Tensor | None
     is_prefill: bool = False
+    n_before: int = 0
 
 
 def attention_context(
@@ -50,18 +52,27 @@ def attention_context(
     Raises:
         GenerationError: the new tokens exceed the capacity of the cache.
     """
+    n_before = 0
+    is_prefill = cache is not None and n_tokens % PREFILL_QUERIES == 0
     if cache is not None:
         cache.check_capacity(n_tokens)
-        if any(cache.lengths):
+        n_before = cache.lengths[0]
+        # A part of a prompt has the same products and sums as the whole, if it starts with a block of queries.
+        is_prefill = is_prefill and n_before % PREFILL_QUERIES == 0 and len(set(cache.lengths)) == 1
+        if any(cache.lengths) and not is_prefill:
             kv_len = min(whole_blocks(max(cache.lengths) + n_tokens), cache.capacity)
             slots = torch.arange(kv_len, device=device)
             return cached_attention_context(config, cache.offsets, slots, n_tokens, cache.layers[0].keys.dtype)
-    positions = torch.arange(n_tokens, device=device)
+    positions = torch.arange(n_before, n_before + n_tokens, device=device)
     mask = None
     if config.positional_encoding == "alibi":
-        mask = alibi_bias(alibi_slopes(config.n_heads, device), positions, positions).unsqueeze(0)
-    is_prefill = cache is not None and n_tokens % PREFILL_QUERIES == 0
-    return AttentionContext(positions, 0, _rope(config, positions), mask, is_prefill)
+        keys = torch.arange(n_before + n_tokens, device=device)
+        mask = alibi_bias(alibi_slopes(config.n_heads, device), positions, keys).unsqueeze(0)
+    elif n_before and device.type != "cpu":
+        # The kernel's own causal mask is that of a square.
+        hidden = torch.ones(n_tokens, n_before + n_tokens, dtype=torch.bool, device=device).triu(n_before + 1)
+        mask = torch.zeros(hidden.shape, device=device).masked_fill(hidden, float("-inf"))[None, None]
+    return AttentionContext(positions, 0, _rope(config, positions), mask, is_prefill, n_before)
 
 
 def cached_attention_context(
@@ -141,14 +152,14 @@ class Attention(nn.Module):
         if is_decoding and torch.compiler.is_compiling():
             return self._attend_reduction(q, k, v, context)
         if context.is_prefill and not q.is_cuda:
-            return self._attend_prefill_blocks(q, k, v, context.mask)
+            return self._attend_prefill_blocks(q, k, v, context)
         if not context.kv_len and use_blocked_attention(q):
             return blocked_attention(q, k, v, context.mask)
         dtype = q.dtype
         if is_decoding and not q.is_cuda:
             # On a CPU the bfloat16 kernel is several times slower for few queries than widening what it would read.
             q, k, v = q.float(), k.float(), v.float()
-        elif context.kv_len:
+        elif q.dtype != k.dtype:
             q = q.to(k.dtype)
         mask = None if context.mask is None else context.mask.to(q.dtype)
         if mask is not None and is_decoding and q.shape[2] > 1 and not q.is_cuda:
@@ -162,20 +173,25 @@ class Attention(nn.Module):
         )
         return y.to(dtype)
 
-    def _attend_prefill_blocks(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the same for queries that start a sequence: ``PREFILL_QUERIES`` at a time over the keys up to them."""
+    def _attend_prefill_blocks(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """Return the same for the queries of a prompt: ``PREFILL_QUERIES`` at a time over the keys up to them."""
         wide_q, k, v = q.float(), k.float(), v.float()
         n = PREFILL_QUERIES
         causal = torch.full((n, n), float("-inf")).triu(1)
         y = torch.empty_like(wide_q)
         for start in range(0, q.shape[2], n):
             end = start + n
-            if bias is None:
-                mask = F.pad(causal, (start, 0))
+            n_keys = context.n_before + end
+            if context.mask is None:
+                mask = F.pad(causal, (n_keys - n, 0))
             else:
-                mask = bias[:, :, start:end, :end].float()
+                mask = context.mask[:, :, start:end, :n_keys].float()
             y[:, :, start:end] = F.scaled_dot_product_attention(
-                wide_q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask, enable_gqa=self.n_kv_heads != self.n_heads
+                wide_q[:, :, start:end],
+                k[:, :, :n_keys],
+                v[:, :, :n_keys],
+                mask,
+                enable_gqa=self.n_kv_heads != self.n_heads,
             )
         return y.to(q.dtype)
 
@@ -199,9 +215,11 @@ class Attention(nn.Module):
 def _update_cache(cache: LayerCache, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
     """Write new keys and values (B, G, T, K) into ``cache``; return those that attention reads, (B, G, S, K)."""
     if not context.kv_len:
-        cache.keys[:, :, : k.shape[2]] = k
-        cache.values[:, :, : v.shape[2]] = v
-        return k, v
+        first, end = context.n_before, context.n_before + k.shape[2]
+        cache.keys[:, :, first:end] = k
+        cache.values[:, :, first:end] = v
+        # Read back in the dtype of the cache, so that results do not depend on how a prompt was split into passes.
+        return cache.keys[:, :, :end], cache.values[:, :, :end]
     rows = torch.arange(k.shape[0], device=k.device)[:, None]
     cache.keys[rows, :, context.positions] = k.transpose(1, 2).to(cache.keys.dtype)
     cache.values[rows, :, context.positions] = v.transpose(1, 2).to(cache.values.dtype)

@@ -107,12 +107,38 @@ class KVCache:
         ]
         return KVCache(layers, [self.lengths[row] for row in rows], self.offsets[index])
 
+    def view(self, first: int, end: int) -> KVCache:
+        """Return rows ``first`` to ``end - 1`` as a cache that shares their memory until either grows.
+
+        Only the numbers in ``lengths`` are its own: whoever holds both caches keeps them equal.
+        """
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[first:end]
+
+        layers = [
+            LayerCache(c.keys[first:end], c.values[first:end], part(c.attn_conv_state), part(c.mlp_conv_state))
+            for c in self.layers
+        ]
+        return KVCache(layers, self.lengths[first:end], self.offsets[first:end])
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Make all rows empty; keys and values stay in memory, where no pass reads them."""
+        self.lengths = [0] * len(self.lengths)
+        self.offsets.zero_()
+        for layer in self.layers:
+            for state in (layer.attn_conv_state, layer.mlp_conv_state):
+                if state is not None:
+                    state.zero_()
+
     def copy(self, capacity: int) -> KVCache:
         """Return a cache of the same tokens that shares no tensor, with ``capacity`` slots or more."""
         copied = self.select(range(len(self.lengths)))
         copied.grow(capacity)
         return copied
 
+    @torch.inference_mode()
     def copy_rows_(self, rows: Sequence[int], other: KVCache) -> None:
         """Replace ``rows`` of this cache by the rows of ``other``, in that order."""
         index = torch.tensor(list(rows), device=self.offsets.device)
@@ -130,6 +156,19 @@ class KVCache:
         self.offsets[index] = other.offsets
         for row, length in zip(rows, other.lengths, strict=True):
             self.lengths[row] = length
+
+    @torch.inference_mode()
+    def copy_row_within_(self, source: int, target: int) -> None:
+        """Replace row ``target`` by row ``source``."""
+        length = self.lengths[source]
+        for layer in self.layers:
+            layer.keys[target, :, :length] = layer.keys[source, :, :length]
+            layer.values[target, :, :length] = layer.values[source, :, :length]
+            for state in (layer.attn_conv_state, layer.mlp_conv_state):
+                if state is not None:
+                    state[target] = state[source]
+        self.offsets[target] = self.offsets[source]
+        self.lengths[target] = length
 
     def grow(self, n_tokens: int) -> None:
         """Grow the capacity to ``n_tokens`` or more, in whole blocks and by half at least, so that copies stay few."""

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 
 from psannlm.generation.detokenize import IncrementalDetokenizer
-from psannlm.generation.generate import continuation_text
+from psannlm.generation.row_text import continuation_text
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, tokenizer_from_bytes
 

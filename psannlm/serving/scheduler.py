@@ -1,0 +1,383 @@
+"""Continuous batching: a scheduler whose rows join and leave the batch between two decoding steps.
+
+A row gets the tokens that it would get alone, whatever joins or leaves: every pass gives a row the same sums in any
+batch, a prompt in parts gives the same numbers as in one (``generation.engine``), and each row has settings and random
+numbers of its own (``generation.rows``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from psannlm.errors import GenerationError, PsannlmError
+from psannlm.generation.batch_decode import check_prompts, context_limit
+from psannlm.generation.engine import Engine, whole_query_blocks
+from psannlm.generation.logprobs import TokenLogprob, token_logprobs
+from psannlm.generation.row_text import RowText, forbidden_ids
+from psannlm.generation.rows import FinishReason, Row, RowBatch
+from psannlm.generation.sampling import SamplingConfig
+from psannlm.models.kv_cache import MAX_DECODE_TOKENS
+from psannlm.tokenizers.base import Tokenizer
+
+# Prompt tokens computed between two decoding steps: the longest that other rows wait for a prompt. Whole blocks of
+# queries, so that a prompt in parts gives the same numbers as in one.
+PREFILL_CHUNK_TOKENS = 128
+
+
+class QueueFullError(PsannlmError):
+    """A queue without space for another sequence."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One sequence to generate.
+
+    Attributes:
+        prompt: ids, the BOS token included.
+        max_new_tokens: most new tokens; 0 only scores the prompt.
+        sampling: how a token is chosen.
+        stop: texts before the first of which the text ends.
+        n_top: how many of the most likely tokens to record with each token; None: record no log probabilities.
+        scores_prompt: record the log probabilities of the prompt's tokens too.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: SamplingConfig
+    stop: tuple[str, ...] = ()
+    n_top: int | None = None
+    scores_prompt: bool = False
+
+
+@dataclass
+class Update:
+    """What one step added to a sequence.
+
+    Attributes:
+        text: new text, in whole characters.
+        ids: new tokens; with a stop text they include those that spell it.
+        offsets: of each new token, the characters of the completion before it.
+        logprobs: of each new token, where they are recorded.
+        prompt_logprobs: of the prompt's tokens from the second on, once they are all known.
+        finish_reason: set in the last update.
+        stop_text: the stop text that ended the sequence.
+        error: why the sequence ended without a result.
+    """
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_text: str | None = None
+    error: Exception | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the sequence has ended."""
+        return self.finish_reason is not None or self.error is not None
+
+
+class Handle:
+    """A submitted sequence, as its submitter and the scheduler know it.
+
+    Attributes:
+        request: what was asked for.
+        is_cancelled: whether nobody waits for the rest.
+    """
+
+    def __init__(self, request: GenerationRequest, on_update: Callable[[Update], None]) -> None:
+        self.request, self.on_update = request, on_update
+        self.is_cancelled = False
+        self.n_prefilled = 0
+        self.row: Row | None = None
+        self.text: RowText | None = None
+        self.update = Update()
+        self.prompt_logprobs: list[TokenLogprob] = []
+
+
+class Scheduler:
+    """Scheduler of sequences over one engine.
+
+    One thread calls :meth:`step`; any thread may submit and cancel.
+
+    Args:
+        engine: the model.
+        tokenizer: of the model.
+        max_batch: most rows that decode at a time.
+        max_queue: most sequences that wait for a row.
+        speculate: most draft tokens per pass, which do not change the result.
+
+    Attributes:
+        context: most tokens of a sequence, prompt included.
+        n_generated, n_prompt_tokens: tokens so far, of all sequences.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, *, max_batch: int = 16, max_queue: int = 64, speculate: int = 0
+    ) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self.max_batch, self.max_queue = max_batch, max_queue
+        config = engine.model.config
+        self._limit = context_limit(engine.model)
+        # With alibi a sequence has no limit, but a row of the cache has.
+        self.context = self._limit or config.max_seq_len or 0
+        self._vocab_size = config.vocab_size or 0
+        # Slots for every row at full context, and for draft tokens behind it, so that nothing grows under load.
+        capacity = self.context + MAX_DECODE_TOKENS
+        self._pool = engine.new_cache(max_batch, capacity)
+        self._staging = engine.new_cache(1, capacity)
+        forbidden = torch.tensor(forbidden_ids(tokenizer, self._vocab_size), dtype=torch.long, device=engine.device)
+        self._batch = RowBatch(
+            engine, [], self._pool.view(0, 0), forbidden=forbidden, speculate=speculate, limit=self._limit
+        )
+        self._speculates = speculate > 0
+        # An idle slot of a compiled step, whose batch size is fixed.
+        self._idle = Row([0], max_new_tokens=0, sampling=SamplingConfig(temperature=0.0), eos_id=None)
+        if engine.compiles:
+            self._batch.rows, self._batch.cache = [self._idle] * max_batch, self._pool
+        self._lock = threading.Condition()
+        self._waiting: deque[Handle] = deque()
+        self._prefilling: Handle | None = None
+        self._decoding: dict[Row, Handle] = {}
+        self.n_generated = self.n_prompt_tokens = 0
+
+    @property
+    def n_waiting(self) -> int:
+        """Sequences that wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def n_running(self) -> int:
+        """Sequences whose prompt is computed or that decode."""
+        return len(self._decoding) + (self._prefilling is not None)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._waiting or self._decoding or self._prefilling is not None)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise GenerationError for a prompt that is empty, has an unknown id, or is too long."""
+        # Space for one new token at least; what does not fit behind it ends the sequence, as in `psannlm generate`.
+        check_prompts([request.prompt], self._vocab_size, self.context + (request.max_new_tokens == 0))
+        n_tokens = len(request.prompt) + request.max_new_tokens
+        if self._limit is None and n_tokens > self.context:
+            raise GenerationError(
+                f"the prompt has {len(request.prompt)} tokens, {n_tokens} with the new ones, and the server has space "
+                f"for {self.context} in each row; shorten the prompt, or ask for fewer tokens"
+            )
+
+    def submit(self, requests: Sequence[GenerationRequest], on_update: Callable[[int, Update], None]) -> list[Handle]:
+        """Queue sequences, all or none, and return their handles.
+
+        Args:
+            on_update: called in the thread of :meth:`step` with (number in ``requests``, what a step added).
+
+        Raises:
+            GenerationError: a request is refused.
+            QueueFullError: the queue has no space for all of them.
+        """
+        for request in requests:
+            self.check(request)
+
+        def listener(number: int) -> Callable[[Update], None]:
+            return lambda update: on_update(number, update)
+
+        handles = [Handle(request, listener(number)) for number, request in enumerate(requests)]
+        with self._lock:
+            n_free = self.max_queue + max(0, self.max_batch - self.n_running)
+            if len(self._waiting) + len(handles) > n_free:
+                raise QueueFullError(f"{len(self._waiting)} sequences wait already; try again later")
+            self._waiting.extend(handles)
+            self._lock.notify_all()
+        return handles
+
+    def cancel(self, handles: Sequence[Handle]) -> None:
+        """Drop sequences: the next step frees their rows."""
+        with self._lock:
+            for handle in handles:
+                handle.is_cancelled = True
+            self._lock.notify_all()
+
+    def wait_for_work(self, timeout_s: float) -> None:
+        """Return once there is work, or after ``timeout_s``."""
+        with self._lock:
+            self._lock.wait_for(lambda: self.has_work, timeout_s)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Drop cancelled sequences, compute at most one chunk of prompts, then one pass over the decoding rows."""
+        self._drop_cancelled()
+        for handle in self._prefill():
+            self._publish(handle)
+        if self._decoding:
+            logits = self._batch.forward()
+            rows = list(self._batch.rows)
+            for slot, token in self._batch.settle(logits):
+                self._add_token(self._decoding[rows[slot]], token)
+            for handle in self._decoding.values():
+                self._publish(handle)
+            self._remove([slot for slot, row in enumerate(rows) if row.is_finished and row is not self._idle])
+
+    def fail_all(self, error: Exception) -> None:
+        """End every sequence with ``error``."""
+        with self._lock:
+            handles = [*self._waiting, *([] if self._prefilling is None else [self._prefilling])]
+            self._waiting.clear()
+        handles += self._decoding.values()
+        self._prefilling = None
+        self._remove([slot for slot, row in enumerate(self._batch.rows) if row is not self._idle])
+        for handle in handles:
+            if not handle.is_cancelled:
+                handle.on_update(Update(error=error))
+
+    def _drop_cancelled(self) -> None:
+        with self._lock:
+            if any(handle.is_cancelled for handle in self._waiting):
+                self._waiting = deque(handle for handle in self._waiting if not handle.is_cancelled)
+        if self._prefilling is not None and self._prefilling.is_cancelled:
+            self._prefilling = None
+        rows = self._batch.rows
+        self._remove(
+            [slot for slot, row in enumerate(rows) if row in self._decoding and self._decoding[row].is_cancelled]
+        )
+
+    def _prefill(self) -> list[Handle]:
+        """Compute at most ``PREFILL_CHUNK_TOKENS`` tokens of prompts; return the sequences that have news."""
+        changed = []
+        left = PREFILL_CHUNK_TOKENS
+        while (handle := self._next_to_prefill()) is not None:
+            part = handle.request.prompt[handle.n_prefilled : handle.n_prefilled + PREFILL_CHUNK_TOKENS]
+            left -= whole_query_blocks(len(part))
+            # One chunk fits always: a later prompt only where nothing of it would be left for another step.
+            if left < 0:
+                break
+            if self._extend(handle, part):
+                self._prefilling = None
+                changed.append(handle)
+        return changed
+
+    def _next_to_prefill(self) -> Handle | None:
+        if self._prefilling is None and len(self._decoding) < self.max_batch:
+            with self._lock:
+                self._prefilling = self._waiting.popleft() if self._waiting else None
+            if self._prefilling is not None:
+                self._start(self._prefilling)
+        return self._prefilling
+
+    def _start(self, handle: Handle) -> None:
+        request = handle.request
+        self._staging.clear()
+        handle.text = RowText(self.tokenizer, request.prompt, request.stop)
+        handle.row = Row(
+            request.prompt,
+            max_new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
+            eos_id=self.tokenizer.eos_id,
+            context=self._limit,
+            speculates=self._speculates,
+            n_top=request.n_top,
+        )
+
+    def _extend(self, handle: Handle, part: Sequence[int]) -> bool:
+        """Run the next part of a prompt; return whether it was the last, after which the row decodes or has ended."""
+        row, request = handle.row, handle.request
+        assert row is not None
+        hidden = self.engine.extend([part], self._staging)
+        if request.scores_prompt:
+            self._score(handle, hidden, len(part))
+        handle.n_prefilled += len(part)
+        self.n_prompt_tokens += len(part)
+        if handle.n_prefilled < len(request.prompt):
+            return False
+        if request.scores_prompt:
+            handle.update.prompt_logprobs = handle.prompt_logprobs
+        if not row.is_finished:
+            logits = self.engine.next_logits(hidden[:, len(part) - 1])
+            first = RowBatch(self.engine, [row], self._staging, forbidden=self._batch.forbidden)
+            for _, token in first.settle(logits.unsqueeze(1)):
+                self._add_token(handle, token)
+        if not row.is_finished:
+            self._join(row)
+            self._decoding[row] = handle
+        return True
+
+    def _score(self, handle: Handle, hidden: Tensor, n_tokens: int) -> None:
+        """Record the log probabilities of the prompt's tokens that follow the ``n_tokens`` of ``hidden``."""
+        following = list(handle.request.prompt[handle.n_prefilled + 1 : handle.n_prefilled + 1 + n_tokens])
+        if following:
+            logits = self.engine.model.logits(hidden[:, : len(following)])
+            handle.prompt_logprobs += token_logprobs(logits, [following], handle.request.n_top or 0)[0]
+
+    def _join(self, row: Row) -> None:
+        """Copy a prefilled row into a slot of the batch."""
+        batch = self._batch
+        if self.engine.compiles:
+            slot = batch.rows.index(self._idle)
+            batch.rows[slot] = row
+            self._pool.copy_rows_([slot], self._staging)
+            return
+        lengths = [*batch.cache.lengths, *self._staging.lengths]
+        self._pool.copy_rows_([len(batch.rows)], self._staging)
+        batch.rows.append(row)
+        self._show(lengths)
+
+    def _remove(self, slots: Sequence[int]) -> None:
+        """Free slots of the batch."""
+        batch = self._batch
+        for slot in sorted(slots, reverse=True):
+            del self._decoding[batch.rows[slot]]
+            if self.engine.compiles:
+                batch.rows[slot] = self._idle
+                self._pool.lengths[slot] = 0
+                self._pool.offsets[slot] = 0
+                continue
+            # The last row moves into the gap, so that the rows stay the first of the pool: no other one is copied.
+            last = len(batch.rows) - 1
+            if slot < last:
+                batch.cache.copy_row_within_(last, slot)
+                batch.rows[slot] = batch.rows[last]
+            batch.rows.pop()
+            self._show(batch.cache.lengths[:last])
+
+    def _show(self, lengths: list[int]) -> None:
+        """Set the cache of the batch to the first rows of the pool."""
+        self._batch.cache = self._pool.view(0, len(lengths))
+        self._batch.cache.lengths = lengths
+
+    def _add_token(self, handle: Handle, token: int) -> None:
+        """Add a token that its row has got to the sequence's text; a stop text ends the row."""
+        row, text, update = handle.row, handle.text, handle.update
+        assert row is not None
+        assert text is not None
+        self.n_generated += 1
+        update.ids.append(token)
+        update.offsets.append(text.n_certain)
+        if row.n_top is not None:
+            update.logprobs.append(row.logprobs[-1])
+        update.text += text.add(token)
+        if text.stop_text is not None:
+            row.finish()
+
+    def _publish(self, handle: Handle) -> None:
+        """Pass what a step added to the submitter, with the end of the text if the row has ended."""
+        row, text, update = handle.row, handle.text, handle.update
+        assert row is not None
+        assert text is not None
+        if row.is_finished:
+            n_returned = text.n_returned
+            whole, update.stop_text = text.end(row.generated)
+            update.text += whole[n_returned:]
+            update.finish_reason = row.finish_reason if update.stop_text is None else "stop"
+        if update.ids or update.text or update.is_last:
+            handle.update = Update()
+            if not handle.is_cancelled:
+                handle.on_update(update)

@@ -1,0 +1,172 @@
+"""Continuous batching against decoding alone: rows that come and go, prompts in parts, cancelled rows, full queues."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from psannlm.errors import GenerationError
+from psannlm.generation.engine import Engine
+from psannlm.generation.generate import Completion, complete_ids
+from psannlm.generation.quantize import WeightDtype
+from psannlm.generation.sampling import SamplingConfig
+from psannlm.models.transformer import Transformer
+from psannlm.serving.scheduler import PREFILL_CHUNK_TOKENS, GenerationRequest, QueueFullError, Scheduler
+
+from .conftest import CONTEXT, Served
+
+Serve = Callable[..., Served]
+GREEDY = SamplingConfig(temperature=0.0)
+
+
+def drawn_requests(seed: int, n: int) -> list[GenerationRequest]:
+    """Requests of many lengths and settings; some stop at a text, some fill the context, some score their prompt."""
+    draw = random.Random(seed)
+    requests = []
+    for number in range(n):
+        length = draw.choice([1, 5, 31, 32, 33, 90, PREFILL_CHUNK_TOKENS, 200, 300, CONTEXT - 5])
+        sampling = SamplingConfig(
+            temperature=draw.choice([0.0, 0.7, 1.0, 1.5]),
+            top_k=draw.choice([None, 5, 40]),
+            top_p=draw.choice([None, 0.9]),
+            min_p=draw.choice([None, 0.02]),
+            repetition_penalty=draw.choice([None, None, 1.3]),
+            seed=number,
+        )
+        requests.append(
+            GenerationRequest(
+                [1, *(draw.randrange(4, 260) for _ in range(length - 1))],
+                max_new_tokens=draw.choice([1, 3, 20, 40]),
+                sampling=sampling,
+                stop=draw.choice([(), (), ("e", "zz"), ("a",)]),
+                n_top=draw.choice([None, None, 0, 3]),
+                scores_prompt=draw.random() < 0.2,
+            )
+        )
+    return requests
+
+
+def alone(engine: Engine, tokenizer: Any, request: GenerationRequest) -> Completion:
+    """Return what ``psannlm generate`` gives for a request."""
+    (done,) = complete_ids(
+        engine,
+        tokenizer,
+        [request.prompt],
+        max_new_tokens=request.max_new_tokens,
+        sampling=request.sampling,
+        stop=request.stop,
+        logprobs=request.n_top,
+    )
+    return done
+
+
+def assert_equal_to_alone(served: Served, name: str, done: Completion) -> None:
+    last = served.last(name)
+    assert served.ids(name) == done.ids
+    assert served.text(name) == done.text
+    assert (last.finish_reason, last.stop_text) == (done.finish_reason, done.stop_text)
+    logprobs = [scored for update in served.updates[name] for scored in update.logprobs]
+    assert logprobs == (done.logprobs or [])
+
+
+@pytest.mark.parametrize(("dtype", "speculate"), [("float32", 0), ("float32", 3), ("bfloat16", 0), ("int8", 0)])
+def test_scheduler_gives_what_generate_gives(
+    dtype: WeightDtype, speculate: int, model: Transformer, serve: Serve, byte_tokenizer: Any
+) -> None:
+    """To the last bit of every log probability, with rows that come, go and are cancelled at any step."""
+    engine = Engine(model, dtype=dtype)
+    served = serve(engine=engine, max_batch=5, max_queue=100, speculate=speculate)
+    requests = drawn_requests(seed=len(dtype), n=24)
+    draw = random.Random(1)
+    left = list(enumerate(requests))
+    cancelled = []
+    while left or served.scheduler.has_work:
+        while left and draw.random() < 0.4:
+            number, request = left.pop()
+            handle = served.submit(str(number), request)
+            if number % 7 == 0:
+                cancelled.append((str(number), handle))
+        if cancelled and draw.random() < 0.1:
+            name, handle = cancelled.pop()
+            served.scheduler.cancel([handle])
+            del served.updates[name]
+        served.scheduler.step()
+    assert len(served.updates) >= 20
+    for name in served.updates:
+        assert_equal_to_alone(served, name, alone(engine, byte_tokenizer, requests[int(name)]))
+
+
+def test_scheduler_chunked_prompt_scores_match_whole_prompt(serve: Serve) -> None:
+    prompt = [1, *(4 + (7 * i) % 256 for i in range(299))]
+    request = GenerationRequest(prompt, 1, GREEDY, n_top=2, scores_prompt=True)
+    served = serve()
+    served.submit("whole", request)
+    served.run()
+    scored = served.updates["whole"][0].prompt_logprobs
+    assert scored is not None
+    assert [logprob.token for logprob in scored] == prompt[1:]
+    # A longer prompt scores its beginning alike.
+    served.submit("half", GenerationRequest(prompt[:150], 0, GREEDY, n_top=2, scores_prompt=True))
+    served.run()
+    assert served.updates["half"][0].prompt_logprobs == scored[:149]
+    assert served.last("half").finish_reason == "length"
+
+
+def test_scheduler_long_prompt_stalls_others_one_chunk(serve: Serve) -> None:
+    served = serve()
+    served.submit("short", GenerationRequest([1, 9], 30, GREEDY))
+    served.scheduler.step()
+    served.submit("long", GenerationRequest([1, *[7] * 299], 5, GREEDY))
+    for step in range(1, 4):
+        before = len(served.ids("short"))
+        served.scheduler.step()
+        assert len(served.ids("short")) == before + 1
+        assert bool(served.ids("long")) == (step * PREFILL_CHUNK_TOKENS >= 300)
+
+
+def test_scheduler_cancelled_row_is_free_after_one_step(serve: Serve) -> None:
+    served = serve(max_batch=2)
+    handles = [served.submit(name, GenerationRequest([1, 5], 100, GREEDY)) for name in "abc"]
+    for _ in range(3):
+        served.scheduler.step()
+    assert (served.scheduler.n_running, served.scheduler.n_waiting) == (2, 1)
+    n_before = len(served.ids("a"))
+    served.scheduler.cancel([handles[0]])
+    served.scheduler.step()
+    assert len(served.ids("a")) == n_before
+    assert served.ids("c")
+    assert (served.scheduler.n_running, served.scheduler.n_waiting) == (2, 0)
+    served.run()
+    assert served.ids("b") == served.ids("c")
+
+
+def test_scheduler_full_queue_refuses_all_or_none(serve: Serve) -> None:
+    served = serve(max_batch=1, max_queue=2)
+    request = GenerationRequest([1, 5], 3, GREEDY)
+    scheduler: Scheduler = served.scheduler
+    scheduler.submit([request] * 3, lambda number, update: None)
+    with pytest.raises(QueueFullError, match="3 sequences wait"):
+        scheduler.submit([request], lambda number, update: None)
+    served.run()
+    with pytest.raises(QueueFullError):
+        scheduler.submit([request] * 4, lambda number, update: None)
+    assert not scheduler.has_work
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n", "message"),
+    [
+        ([], 1, "no tokens"),
+        ([260], 1, "outside the vocabulary of 260"),
+        ([1] * CONTEXT, 1, f"context is {CONTEXT}"),
+        ([1] * (CONTEXT + 1), 0, "context is"),
+    ],
+)
+def test_scheduler_refuses_prompts_before_the_queue(prompt: list[int], n: int, message: str, serve: Serve) -> None:
+    served = serve()
+    with pytest.raises(GenerationError, match=message):
+        served.submit("bad", GenerationRequest(prompt, n, GREEDY))
+    assert not served.scheduler.has_work
