@@ -28,6 +28,7 @@ from psannlm.commands import init as init_command
 from psannlm.commands import prep as prep_command
 from psannlm.commands import report as report_command
 from psannlm.commands import schema as schema_command
+from psannlm.commands import serve as serve_command
 from psannlm.commands import tokenize as tokenize_command
 from psannlm.commands import train as train_command
 from psannlm.commands.options import print_message
@@ -122,6 +123,9 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "export": export_command.export,
         "import": import_command.import_model,
     },
+    "Serve": {
+        "serve": serve_command.serve,
+    },
     "Measure": {
         "compare": compare_command.compare,
         "report": report_command.report,
@@ -184,9 +188,13 @@ def main(arguments: list[str] | None = None) -> None:
     # GNU OpenMP reads this once, when torch is imported. Threads that wait in a long loop hold the cores that others
     # wait for as soon as anything else runs: training on two cores was ten times slower (docs/research/log.md).
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    decodes = any(name in arguments[:2] for name in ("generate", "serve", "bench-kv"))
+    if decodes:
+        # MKL's sums depend on the alignment of a thread's scratch memory unless it is asked for reproducible ones: a
+        # row would get other bits in another batch. MKL, too, reads this once.
+        os.environ.setdefault("MKL_CBWR", "AUTO")
     if "OMP_WAIT_POLICY" not in os.environ:
         # Decoding goes through thousands of very short parallel regions per second, and loses more by sleeping.
-        decodes = any(name in arguments[:2] for name in ("generate", "bench-kv"))
         os.environ.setdefault("GOMP_SPINCOUNT", "10000" if decodes else "1000")
     if "RANK" in os.environ:
         # When a rank fails, torch's C++ logs a stack for every broken connection; we print one line.

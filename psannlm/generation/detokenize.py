@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonprefix
 
 from psannlm.tokenizers.base import Tokenizer
 
 # A part of a character decodes to the replacement character until its other bytes follow. The private-use character
 # is SentencePiece's escape of its space mark; the next token decides whether it is the escape or a literal one.
 _MAY_CHANGE = "\ufffd\uf8f0"
+
+
+def common_length(a: str, b: str) -> int:
+    """Return the number of characters that two texts begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class IncrementalDetokenizer:
@@ -38,7 +42,7 @@ class IncrementalDetokenizer:
         text = self._tokenizer.decode(self._ids)
         if not self.length and not text.startswith(self._prompt_text):
             # The prompt ended inside a character; what differs from its text is new.
-            self._n_returned = len(commonprefix([text, self._prompt_text]))
+            self._n_returned = common_length(text, self._prompt_text)
         certain = text.rstrip(_MAY_CHANGE)
         new = certain[self._n_returned :]
         self._n_returned += len(new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from psannlm.generation.detokenize import IncrementalDetokenizer
+from psannlm.generation.detokenize import IncrementalDetokenizer, common_length
 from psannlm.generation.stop_texts import StopScanner
 from psannlm.tokenizers.base import Tokenizer
 
@@ -22,9 +22,7 @@ def continuation_text(tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: 
     """
     before, whole = tokenizer.decode(prompt_ids), tokenizer.decode([*prompt_ids, *new_ids])
     # A decoder that cleans up may alter the prompt's last characters; the text after the common prefix is new.
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return whole[next((i for i, (old, new) in enumerate(zip(before, whole, strict=False)) if old != new), len(whole)) :]
+    return whole[common_length(before, whole) :]
 
 
 def forbidden_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:

@@ -8,6 +8,7 @@ numbers of its own (``generation.rows``).
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -148,6 +149,7 @@ class Scheduler:
         self._prefilling: Handle | None = None
         self._decoding: dict[Row, Handle] = {}
         self.n_generated = self.n_prompt_tokens = 0
+        self._n_ended, self._began_s = 0, time.monotonic()
 
     @property
     def n_waiting(self) -> int:
@@ -206,6 +208,12 @@ class Scheduler:
             for handle in handles:
                 handle.is_cancelled = True
             self._lock.notify_all()
+
+    def expected_wait_s(self) -> int:
+        """Return whole seconds, 1 to 60, in which the waiting sequences may have got a row."""
+        elapsed_s = max(time.monotonic() - self._began_s, 1e-9)
+        per_s = self._n_ended / elapsed_s
+        return min(60, max(1, round(len(self._waiting) / per_s))) if per_s else 1
 
     def wait_for_work(self, timeout_s: float) -> None:
         """Return once there is work, or after ``timeout_s``."""
@@ -377,6 +385,7 @@ class Scheduler:
             whole, update.stop_text = text.end(row.generated)
             update.text += whole[n_returned:]
             update.finish_reason = row.finish_reason if update.stop_text is None else "stop"
+            self._n_ended += 1
         if update.ids or update.text or update.is_last:
             handle.update = Update()
             if not handle.is_cancelled:

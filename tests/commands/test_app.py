@@ -161,7 +161,7 @@ def test_help_groups_commands_and_cuts_no_sentence(monkeypatch: pytest.MonkeyPat
         elif panels and (name := line[2:].split(" ")[0]):
             [*_, commands] = panels.values()
             commands.append(name)
-    assert list(panels) == ["Data", "Models", "Measure"]
+    assert list(panels) == ["Data", "Models", "Serve", "Measure"]
     assert panels["Models"] == ["train", "generate", "eval", "export", "import"]
     assert sorted(name for names in panels.values() for name in names) == sorted(
         str(command.name) for command in root.app.registered_commands

@@ -1,8 +1,9 @@
-"""Fixtures: a tiny model with the vocabulary of bytes, and a scheduler of it that is driven step by step."""
+"""Fixtures: a tiny model with the vocabulary of bytes, its scheduler driven step by step, and a server of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,14 @@ import pytest
 from psannlm.generation.engine import Engine
 from psannlm.models.transformer import Transformer
 from psannlm.serving.scheduler import GenerationRequest, Handle, Scheduler, Update
+
+for package in ("starlette", "uvicorn", "sse_starlette", "prometheus_client"):
+    pytest.importorskip(package)
+
+from psannlm.serving.app import Service  # noqa: E402
+from psannlm.serving.guard import HostRule  # noqa: E402
+from psannlm.serving.metrics import Metrics  # noqa: E402
+from psannlm.serving.server import HttpServer, bind_socket  # noqa: E402
 
 CONTEXT = 400
 
@@ -59,3 +68,45 @@ def serve(engine: Engine, byte_tokenizer: Any) -> Callable[..., Served]:
         return Served(Scheduler(settings.pop("engine", engine), byte_tokenizer, **settings))
 
     return start
+
+
+class RunningServer:
+    """A server of the tiny model on a loopback port, in a thread of this process."""
+
+    def __init__(self, scheduler: Scheduler, *, key: str | None = None, max_tokens: int = 100) -> None:
+        self.scheduler = scheduler
+        bound = bind_socket("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        is_ready = threading.Event()
+        self.service = Service(
+            model="tiny",
+            tokenizer=scheduler.tokenizer,
+            context=CONTEXT,
+            max_tokens=max_tokens,
+            scheduler=lambda: None,
+            metrics=Metrics(),
+        )
+        self.http = HttpServer(self.service, lambda: scheduler, bound, HostRule("127.0.0.1"), key, is_ready.set)
+        self._thread = threading.Thread(target=self.http.run)
+        self._thread.start()
+        assert is_ready.wait(30)
+
+    def stop(self) -> None:
+        self.http.drain()
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def running(engine: Engine, byte_tokenizer: Any) -> Iterator[RunningServer]:
+    """A server without a key, shared by tests that leave nothing behind."""
+    server = RunningServer(Scheduler(engine, byte_tokenizer, max_batch=16))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client(running: RunningServer) -> Iterator[Any]:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        yield client
