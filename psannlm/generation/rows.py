@@ -60,9 +60,9 @@ class Row:
         # Rows with equal settings are sampled together; the seed is no setting of a batch.
         self.sampling = replace(sampling, seed=None)
         self.eos_id, self.n_top = eos_id, n_top
-        room = max_new_tokens if context is None else context - len(self.prompt)
-        self.max_new = min(max_new_tokens, room)
-        self.finish_reason: FinishReason = "context" if room < max_new_tokens else "length"
+        space = max_new_tokens if context is None else context - len(self.prompt)
+        self.max_new = min(max_new_tokens, space)
+        self.finish_reason: FinishReason = "context" if space < max_new_tokens else "length"
         self.generated: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.lookup = PromptLookup(self.prompt) if speculates else None
