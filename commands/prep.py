@@ -63,7 +63,9 @@ def prep(
     val_split: ValSplitOption = 0.01,
     seed: Annotated[int, typer.Option(help="Seed that decides which documents are held out.")] = 1337,
     shard_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in a shard.")] = 100_000_000,
-    workers: Annotated[int | None, typer.Option(help="Number of encoding processes; by default one per core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of encoding processes (default: one per core, within the memory).")
+    ] = None,
     per_line: Annotated[bool, typer.Option("--per-line", help="Read each line of a text file as a document.")] = False,
     text_key: Annotated[str, typer.Option(help="Key or column of the text in .jsonl and .parquet files.")] = "text",
     stdin_format: StdinFormatOption = "txt",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from psannlm.io.atomic import explain_write_errors
+from psannlm.io.platform_files import SAFE_FLAGS
 from psannlm.runtime.processes import python_command
 
 if TYPE_CHECKING:
@@ -48,10 +49,8 @@ def start_training(
     Raises:
         StorageError: the log cannot be written.
     """
-    # A FIFO in its place would wait for a reader, and a link would lead elsewhere. Windows has neither flag.
-    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with explain_write_errors(log_path):
-        handle = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | flags, 0o644)
+        handle = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | SAFE_FLAGS, 0o644)
     with open(handle, "a", encoding="utf-8") as log:
         gpu = environment.get("CUDA_VISIBLE_DEVICES")
         log.write(f"{LOG_START}{name}{f' on GPU {gpu}' if gpu else ''}\n")

@@ -22,12 +22,13 @@ from pathlib import Path
 from psannlm.display import shortened
 from psannlm.errors import StorageError
 from psannlm.io.filenames import utf8
+from psannlm.io.platform_files import SAFE_FLAGS
 
 _CHUNK_BYTES = 1 << 20
 _TEMPORARY = re.compile(r"\.psannlm-[0-9a-f]{16}\.tmp")
 _MARKER = ".psannlm-temporary"
 # O_NONBLOCK: opening a FIFO must not block.
-_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_READ_FLAGS = os.O_RDONLY | SAFE_FLAGS
 
 
 def sha256_file(path: Path) -> str:
@@ -41,7 +42,9 @@ def sha256_file(path: Path) -> str:
 
 def sync_file(path: Path) -> None:
     """Flush a file's bytes, or a folder's entries, to the disk (fsync)."""
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders, and flushes their entries itself
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -11,7 +11,6 @@ The package ``filelock`` is not used because it cannot keep three guarantees of 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import stat
@@ -21,6 +20,7 @@ from types import TracebackType
 
 from psannlm.errors import StorageError
 from psannlm.io.atomic import explain_write_errors
+from psannlm.io.platform_files import SAFE_FLAGS, lock_exclusively, read_start
 
 LOCK_FILE = ".lock"
 # A lock file holds the PID of the last owner. A file with any other content is never overwritten.
@@ -32,8 +32,8 @@ class RunLock:
     """Exclusive use of ``folder`` within the context; the folder is created if it is missing.
 
     The operating system releases the lock when the process ends, so a killed process blocks nobody. On release the lock
-    file is removed, and with it the folders that were created for it and are still empty. On a file system without
-    locks, nothing is locked.
+    file is removed, and with it the folders that were created for it and are still empty. On a file system or a
+    platform without locks, nothing is locked.
 
     Args:
         option: the setting that chooses another folder; named in the error message.
@@ -88,6 +88,7 @@ class RunLock:
                     self._handle, self._is_new = _locked(path, self._option)
             self._was_empty = os.fstat(self._handle).st_size == 0 and not self._is_new
             os.ftruncate(self._handle, 0)
+            os.lseek(self._handle, 0, os.SEEK_SET)
             os.write(self._handle, f"{os.getpid()}\n".encode())
 
     def _release(self, folder: Path) -> None:
@@ -105,7 +106,7 @@ class RunLock:
 
 def _locked(path: Path, option: str) -> tuple[int | None, bool]:
     """Return the open, locked file at ``path`` (None: it was removed meanwhile) and whether this call created it."""
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = os.O_RDWR | SAFE_FLAGS
     is_new = False
     try:
         handle = os.open(path, flags)
@@ -121,7 +122,7 @@ def _locked(path: Path, option: str) -> tuple[int | None, bool]:
         raise
     try:
         _refuse_foreign(handle, path, option)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_exclusively(handle, wait=False)
         is_there = _is_at(handle, path)
     except StorageError:
         os.close(handle)
@@ -129,7 +130,7 @@ def _locked(path: Path, option: str) -> tuple[int | None, bool]:
     except OSError as error:
         if error.errno in _NO_LOCKS_HERE:
             return handle, is_new
-        holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
+        holder = read_start(handle, 32).decode("ascii", "replace").strip()
         os.close(handle)
         if isinstance(error, BlockingIOError):
             raise StorageError(
@@ -147,7 +148,7 @@ def _refuse_foreign(handle: int, path: Path, option: str) -> None:
     """Raise StorageError unless the open file is regular, has a single name and the content of a lock file."""
     found = os.fstat(handle)
     # A link count of 0 is accepted: the previous owner has just removed the file.
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or not _CONTENT.fullmatch(os.pread(handle, 64, 0)):
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or not _CONTENT.fullmatch(read_start(handle, 64)):
         raise _not_a_lock(path, option)
 
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from psannlm.errors import ArtifactError
 from psannlm.io.lfs_pointers import POINTER_BYTES, pointer_in
 from psannlm.io.limits import MAX_HEADER_VALUES, json_values
+from psannlm.io.platform_files import SAFE_FLAGS
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 64 << 20
@@ -158,7 +159,7 @@ def file_metadata(path: Path, limit: int = MAX_HEADER_BYTES) -> dict[str, str]:
     Used to find out who wrote a file: only the header is read, and nothing is verified.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDONLY | SAFE_FLAGS)
     except OSError:
         return {}
     found = os.fstat(handle)

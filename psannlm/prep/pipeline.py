@@ -41,7 +41,7 @@ from psannlm.prep.pool import WorkerPool
 from psannlm.prep.reader import CorpusReader, Cut, Drops, SourceFile, deal, find_sources
 from psannlm.prep.selection import SPLITS, DocumentSelector, Selection, SingleDocument
 from psannlm.prep.shard_writer import DocumentStream, select_units
-from psannlm.runtime.cores import usable_cores
+from psannlm.runtime.cores import usable_workers
 from psannlm.runtime.malloc import trim_aggressively
 from psannlm.runtime.progress import OnProgress, Progress, ProgressCounter, ignore_progress
 from psannlm.runtime.signals import stopping_on_signals
@@ -50,6 +50,9 @@ from psannlm.tokenizers.resolve import load_tokenizer
 from psannlm.tokenizers.roundtrip import folder_warning, is_lossy, roundtrip_warning
 
 log = logging.getLogger(__name__)
+
+# A worker with its tokenizer and the texts and tokens of a chunk; by default there are no more than fit into memory.
+_WORKER_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,9 @@ def prepare_corpus(
                 raise ArtifactError(f"{damage} To prepare standard input again, remove {out} first.")
             log.warning(f"{damage} Preparing it again.")
             remove_finished(out, manifest)
-        preparation = _Preparation(out, plan, indices, tokenizer, n_workers or usable_cores(), on_progress, stop, drops)
+        preparation = _Preparation(
+            out, plan, indices, tokenizer, n_workers or usable_workers(_WORKER_BYTES), on_progress, stop, drops
+        )
         manifest = preparation.run()
         return PrepResult(out, manifest, time.monotonic() - began, preparation.n_bytes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from psannlm.io.cgroups import cpu_quota
+from psannlm.io.limits import machine_memory_bytes
 
 _THREADS = "OMP_NUM_THREADS"
 # Set beside it where the number is of a quota: processes started from here may be in another control group.
@@ -15,6 +16,16 @@ def usable_cores() -> int:
     """Return the number of cores this process may use: its affinity, or less where a cgroup has a CPU quota."""
     quota = cpu_quota()
     return _bound_cores() if quota is None else max(1, min(_bound_cores(), int(quota)))
+
+
+def usable_workers(bytes_each: int) -> int:
+    """Return how many worker processes the usable cores and the memory (or that of a cgroup) allow, at least one.
+
+    Args:
+        bytes_each: memory of a worker, in bytes.
+    """
+    memory = machine_memory_bytes()
+    return usable_cores() if memory is None else max(1, min(usable_cores(), memory // bytes_each))
 
 
 def _bound_cores() -> int:

@@ -51,8 +51,11 @@ def gpu_memory_bytes(device: torch.device) -> int | None:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory in bytes: allocated by torch on a GPU, else the resident memory of the process."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Return the peak memory in bytes: allocated by torch on a GPU, else the resident memory of the process.
+
+    None where the system does not report it.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return peak_resident_bytes()

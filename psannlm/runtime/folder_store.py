@@ -6,12 +6,13 @@ it is written every second; torch's FileStore appends.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
+
+from psannlm.io.platform_files import lock_exclusively
 
 _LOCK = ".lock"
 
@@ -76,7 +77,7 @@ class FolderStore:
             try:
                 # Overwrite a value of the same size in place: a heartbeat must not fail because the disk is full.
                 if os.fstat(handle).st_size == len(value):
-                    os.pwrite(handle, value, 0)
+                    os.write(handle, value)  # the position is 0: it has just been opened
                     return
             finally:
                 os.close(handle)
@@ -88,7 +89,8 @@ class FolderStore:
     def _locked(self) -> Iterator[None]:
         handle = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            if not lock_exclusively(handle, wait=True):
+                raise RuntimeError("this platform has no file locks, which ranks on one machine need")
             yield
         finally:
             os.close(handle)

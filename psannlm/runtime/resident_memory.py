@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # not a POSIX system
+    resource = None  # type: ignore[assignment]
 
 _STATUS = Path("/proc/self/status")
 
@@ -19,10 +23,12 @@ def resident_bytes() -> tuple[int, int] | None:
     return now, peak
 
 
-def peak_resident_bytes() -> int:
-    """Return the highest resident memory of this process so far."""
+def peak_resident_bytes() -> int | None:
+    """Return the highest resident memory of this process so far; None where the system does not report it."""
     # getrusage would count what the parent held when it started this process: only the fallback.
     if (resident := resident_bytes()) is not None:
         return resident[1]
+    if resource is None:
+        return None
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if sys.platform == "darwin" else highest * 1024

@@ -13,15 +13,17 @@ from psannlm.runtime.streams import discarding_lost_output
 
 # One Ctrl-C arrives twice if it reaches a group of processes and one of them forwards it.
 _ECHO_S = 1.0
+# Windows has no such signal.
+_HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
 
 
 def stop_signals() -> list[signal.Signals]:
     """Return the stop signals: SIGINT, SIGTERM, and SIGHUP, which a closed terminal or connection sends.
 
-    SIGHUP is left out if it is ignored, as under ``nohup``.
+    SIGHUP is left out if it is ignored, as under ``nohup``, or does not exist.
     """
-    is_handled = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if is_handled else [])]
+    is_handled = _HANGUP is not None and signal.getsignal(_HANGUP) != signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([_HANGUP] if _HANGUP is not None and is_handled else [])]
 
 
 @contextmanager
@@ -51,7 +53,7 @@ def stopping_on_signals(stop: threading.Event) -> Iterator[None]:
             signal.default_int_handler(number, frame)
 
     def lose() -> None:
-        if signal.SIGHUP in names:
+        if _HANGUP in names:
             stop.set()
 
     for name in names:

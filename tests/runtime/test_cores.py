@@ -7,7 +7,7 @@ import os
 import pytest
 
 from psannlm.runtime import cores
-from psannlm.runtime.cores import limit_threads, threads_for, usable_cores
+from psannlm.runtime.cores import limit_threads, threads_for, usable_cores, usable_workers
 
 
 @pytest.fixture
@@ -26,6 +26,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_usable_cores_respect_cpu_quota(machine: pytest.MonkeyPatch, quota: float | None, n_cores: int) -> None:
     machine.setattr(cores, "cpu_quota", lambda: quota)
     assert usable_cores() == n_cores
+
+
+@pytest.mark.parametrize(("memory", "n_workers"), [(None, 16), (64 << 30, 16), (2 << 30, 8), (1 << 20, 1)])
+def test_workers_fit_into_memory(machine: pytest.MonkeyPatch, memory: int | None, n_workers: int) -> None:
+    machine.setattr(cores, "machine_memory_bytes", lambda: memory)
+    assert usable_workers(256 << 20) == n_workers
 
 
 def test_processes_divide_usable_cores(machine: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from psannlm.config.data import PathSource, Source
 from psannlm.data.corpus.documents import Document, ReadReport, read_documents
 from psannlm.data.prepare import shared_text
 from psannlm.data.tokenizer_training import SAMPLE_SEGMENT_BYTES, sample_corpus
-from psannlm.errors import ConfigError
+from psannlm.errors import ConfigError, PsannlmError
 from psannlm.reports.schemas.measured import Spread
 from psannlm.reports.schemas.tokenizers import HeldOut, Speed, TokenizerFigures, TokenizerReport
 from psannlm.runtime.log import receiving_messages
@@ -194,7 +194,7 @@ class Fit:
         began = time.perf_counter()
         with receiving_messages(notices.append):
             tokenizer = fit_passages(self._passages, backend, vocab_size, model_type=model_type)
-        return Fitted(time.perf_counter() - began, tokenizer.to_bytes(), peak_resident_bytes(), tuple(notices))
+        return Fitted(time.perf_counter() - began, tokenizer.to_bytes(), _peak_bytes(), tuple(notices))
 
 
 def fit_interleaved(
@@ -225,6 +225,13 @@ def fit_interleaved(
     return fits
 
 
+def _peak_bytes() -> int:
+    """Return the peak memory of this process. Raises PsannlmError where the system does not report it."""
+    if (peak := peak_resident_bytes()) is None:
+        raise PsannlmError("this system does not report the memory of a process, which bench-tokenizers measures")
+    return peak
+
+
 class Bench:
     """A tokenizer and the text that it is measured on, at one number of threads (0: all)."""
 
@@ -232,7 +239,7 @@ class Bench:
         self._tokenizer = tokenizer_from_bytes(content)
         self._texts, self._threads, self._clock = list(texts), threads, clock
         self._rows = self._encode()
-        self._peak_bytes = peak_resident_bytes()
+        self._peak_bytes = _peak_bytes()
         self._raw = raw_encode(self._tokenizer, threads)
 
     def has_raw(self) -> bool:
