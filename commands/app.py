@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from psannlm import __version__
 from psannlm.commands import bench_kv as bench_kv_command
+from psannlm.commands import bench_serve as bench_serve_command
 from psannlm.commands import bench_tokenizers as bench_tokenizers_command
 from psannlm.commands import bench_train as bench_train_command
 from psannlm.commands import compare as compare_command
@@ -132,6 +133,7 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "bench-tokenizers": bench_tokenizers_command.bench_tokenizers,
         "bench-train": bench_train_command.bench_train,
         "bench-kv": bench_kv_command.bench_kv,
+        "bench-serve": bench_serve_command.bench_serve,
         "gpu-validate": gpu_validate_command.gpu_validate,
     },
 }

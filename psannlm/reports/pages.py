@@ -30,10 +30,12 @@ from psannlm.reports.page_model import (
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
 from psannlm.reports.runs import RunRecord
 from psannlm.reports.schemas.gpu import SuiteReport
+from psannlm.reports.schemas.serving import ServingMetrics
 from psannlm.reports.schemas.study import StudyMetrics
 from psannlm.reports.schemas.throughput import ThroughputMetrics
 from psannlm.reports.tables.generic import tables_of
 from psannlm.reports.tables.gpu import suite_headlines, suite_tables
+from psannlm.reports.tables.serving import serving_headlines, serving_pictures, serving_tables
 from psannlm.reports.tables.study import study_headline, study_pictures, study_tables
 from psannlm.reports.tables.throughput import throughput_tables
 from psannlm.runtime.progress import OnProgress, Progress, ignore_progress
@@ -54,6 +56,7 @@ _LONGEST_NAME_BYTES = 160
 _TITLES = {
     "tokenizers": "Tokenizers",
     "kv_cache": "Decoding with the cache",
+    "serving": "Serving under load",
     "throughput": "Training throughput",
     "ablations": "Comparison of models",
     "gpu": "GPU validation",
@@ -309,6 +312,9 @@ def _of_its_kind(
         return suite_tables(metrics), [], suite_headlines(metrics)
     if isinstance(metrics, ThroughputMetrics):
         return throughput_tables(metrics, artifact.figures), [], []
+    if isinstance(metrics, ServingMetrics):
+        pictures = drawn(artifact.folder, lambda: serving_pictures(metrics, prefix), unread)
+        return serving_tables(metrics, artifact.figures), pictures, serving_headlines(metrics)
     return list(tables_of(artifact.figures)), [], []
 
 

@@ -10,6 +10,7 @@ from psannlm.io.readers import Unreadable
 from psannlm.reports.schemas.decoding import DecodingMetrics
 from psannlm.reports.schemas.evaluation import EvaluationMetrics
 from psannlm.reports.schemas.gpu import SuiteReport
+from psannlm.reports.schemas.serving import ServingMetrics
 from psannlm.reports.schemas.study import StudyMetrics
 from psannlm.reports.schemas.throughput import ThroughputMetrics
 from psannlm.reports.schemas.tokenizers import TokenizerReport
@@ -21,6 +22,7 @@ SCHEMAS: dict[str, tuple[type[Figures], str]] = {
     "gpu": (SuiteReport, "a GPU validation"),
     "kv_cache": (DecodingMetrics, "a decoding benchmark"),
     "prep": (PrepRecord, "a corpus preparation"),
+    "serving": (ServingMetrics, "a serving benchmark"),
     "throughput": (ThroughputMetrics, "a training benchmark"),
     "tokenize": (TokenizerCard, "a fitted tokenizer"),
     "tokenizers": (TokenizerReport, "a tokenizer benchmark"),
