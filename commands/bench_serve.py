@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from psannlm.benchmarks.serving.servers import ServerSpec
     from psannlm.benchmarks.serving.subject import Subject
     from psannlm.reports.schemas.measured import Spread
-    from psannlm.reports.schemas.serving import Percentiles, ServingMetrics, ServingRow
+    from psannlm.reports.schemas.serving import Percentiles, ServingMetrics, ServingRow, SoakFigures
 
+_SOAK_REQUESTS = 10_000
 _SIZES = ("base", "d_model", "n_layers", "n_heads", "vocab_size")
 
 CheckpointArgument = Annotated[
@@ -79,7 +80,20 @@ CompileOption = Annotated[
     bool, typer.Option("--compile/--no-compile", help="Compile the decoding steps of our server (torch.compile).")
 ]
 CheckOption = Annotated[
-    int, typer.Option("--check", min=0, help="Number of answers to compare with the engine's own, bit for bit.")
+    int | None,
+    typer.Option(
+        "--check",
+        min=0,
+        help="Number of answers to compare with the engine's own, bit for bit; default: 16, and 500 with --soak.",
+    ),
+]
+SoakOption = Annotated[
+    bool,
+    typer.Option(
+        "--soak",
+        help="Instead of the figures, send 10,000 requests (or --requests) at the largest --concurrency, among them "
+        "clients that vanish, stall and send rubbish, and check answers, memory and the end.",
+    ),
 ]
 
 
@@ -106,7 +120,8 @@ def bench_serve(
         int, typer.Option(min=1, help="Number of requests that our server decodes together; the others wait.")
     ] = 16,
     against: AgainstServersOption = None,
-    check: CheckOption = 16,
+    check: CheckOption = None,
+    soak: SoakOption = False,
     device: DeviceOption = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Number of runs of each load; the median is reported.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, prompts, arrivals and sampling.")] = 1337,
@@ -119,10 +134,15 @@ def bench_serve(
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise typer.BadParameter(f"the checkpoint has sizes of its own; leave out {options}", param_hint="CHECKPOINT")
     levels = _levels(concurrency, rate)
+    if soak and (rate is not None or against):
+        raise typer.BadParameter("a soak has clients, and only our server; leave out --rate and --against")
+    if soak:
+        levels = (max(levels, key=lambda level: level.concurrency or 0),)
 
     import tempfile
 
     from psannlm.benchmarks.serving.bench import bench_serve as measure
+    from psannlm.benchmarks.serving.bench import soak_server
     from psannlm.benchmarks.serving.report import ServingSettings
     from psannlm.benchmarks.serving.servers import require_servers
     from psannlm.errors import LimitMissed
@@ -132,7 +152,7 @@ def bench_serve(
 
     settings = ServingSettings(
         levels=levels,
-        n_requests=requests,
+        n_requests=_SOAK_REQUESTS if soak and requests is None else requests,
         seconds=seconds,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -141,7 +161,7 @@ def bench_serve(
         is_compiled=is_compiled,
         max_batch=max_batch,
         repeats=repeats,
-        n_checked=check,
+        n_checked=(500 if soak else 16) if check is None else check,
         against=tuple(dict.fromkeys(against or ())),
         seed=seed,
     )
@@ -154,7 +174,10 @@ def bench_serve(
     with tempfile.TemporaryDirectory(prefix="psannlm-bench-serve-") as scratch, live_line(stderr_console()) as line:
         subject = _subject(checkpoint, sizes, settings, Path(scratch))
         specs = _specs(subject, settings, str(chosen), Path(scratch))
-        report = measure(subject, specs, settings, device=str(chosen), on_progress=line.show)
+        if soak:
+            report = soak_server(subject, specs[0], settings, device=str(chosen), on_progress=line.show)
+        else:
+            report = measure(subject, specs, settings, device=str(chosen), on_progress=line.show)
     metrics = report.metrics()
 
     def draw(folder: Path) -> None:
@@ -234,7 +257,8 @@ def _specs(subject: Subject, settings: ServingSettings, device: str, scratch: Pa
 
 
 def _tables(metrics: ServingMetrics) -> list[Table]:
-    return [_rows_table(metrics), figures_table("summary", _summary(metrics))]
+    summary = figures_table("summary", _summary(metrics))
+    return [_rows_table(metrics), summary] if metrics.rows else [summary]
 
 
 def _rows_table(metrics: ServingMetrics) -> Table:
@@ -279,10 +303,26 @@ def _summary(metrics: ServingMetrics) -> list[tuple[str, str]]:
             rows.append((f"ours / {row.server}, {row.level}", text))
         for reason, count in row.failures.items():
             rows.append((f"failed, {row.server}, {row.level}", f"{count:,} x {reason}"))
+    rows += [] if metrics.soak is None else _soak_rows(metrics.soak)
     if metrics.check is not None:
         check = metrics.check
         verdict = "all equal to the engine's own, bit for bit" if not check.wrong else f"{check.wrong:,} wrong"
         rows.append(("answers compared", f"{check.compared:,}: {verdict}"))
+    return rows
+
+
+def _soak_rows(soak: SoakFigures) -> list[tuple[str, str]]:
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(soak.kinds.items()))
+    rows = [
+        ("soak", f"{soak.requests:,} requests in {soak.seconds:,.0f} s at concurrency {soak.concurrency}: {kinds}"),
+        ("answered, lost", f"{soak.answered:,}, {soak.lost:,}"),
+        ("rubbish not refused", f"{soak.unrefused:,}"),
+    ]
+    rows += [("lost", f"{count:,} x {reason}") for reason, count in soak.lost_for.items()]
+    rows += [("not refused", f"{count:,} x {what}") for what, count in soak.unrefused_with.items()]
+    if soak.memory_growth is not None:
+        first, last = soak.resident_bytes[0] / 1e6, soak.resident_bytes[-1] / 1e6
+        rows.append(("memory", f"{soak.memory_growth:+.1%} after the first fifth; {first:,.0f} to {last:,.0f} MB"))
     return rows
 
 

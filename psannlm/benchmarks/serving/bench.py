@@ -16,6 +16,7 @@ from psannlm.benchmarks.serving.load import Level, LoadRun, draw_prompts, run_lo
 from psannlm.benchmarks.serving.own_engine import ENVIRONMENT, Asked, Expected, OwnEngine
 from psannlm.benchmarks.serving.report import ServingReport, ServingSettings, new_tokens_of
 from psannlm.benchmarks.serving.servers import OURS, Server, ServerSpec
+from psannlm.benchmarks.serving.soak import draws, pick_kind, soak
 from psannlm.benchmarks.serving.subject import Subject
 from psannlm.data.corpus.documents import builtin_documents
 from psannlm.reports.schemas.serving import AnswerCheck, ServedBy
@@ -200,22 +201,28 @@ def check_answers(
 ) -> AnswerCheck | None:
     """Compare a random sample of our server's whole answers with the engine's own; None for a sample of none."""
     answered = [
-        (level, number, answer)
+        (f"request {number} at {level}", asked(number), answer)
         for (server, level), made in runs.items()
         if server == OURS
         for run in made
         for number, answer in run.answers.items()
         if not answer.failure
     ]
+    return _compare(engine, answered, settings)
+
+
+def _compare(
+    engine: Engine, answered: Sequence[tuple[str, Asked, Answer]], settings: ServingSettings
+) -> AnswerCheck | None:
+    """Compare a random sample of named answers."""
     sample = random.Random(settings.seed).sample(answered, min(settings.n_checked, len(answered)))
     if not sample:
         return None
-    expected = engine.call("answers", [asked(number) for _, number, _ in sample])
-    wrong = [
-        f"request {number} at {level}: {difference}"
-        for (level, number, answer), right in zip(sample, expected, strict=True)
-        if (difference := difference_of(answer, right, settings.new_tokens))
-    ]
+    wrong = []
+    for name, asked, answer in sample:
+        (right,) = engine.call("answers", [asked])
+        if difference := difference_of(answer, right, asked.max_tokens):
+            wrong.append(f"{name}: {difference}")
     return AnswerCheck(compared=len(sample), wrong=len(wrong), first_difference=wrong[0] if wrong else "")
 
 
@@ -233,3 +240,71 @@ def difference_of(answer: Answer, right: Expected, max_tokens: int) -> str:
     if new_tokens_of(answer, max_tokens) != right.n_tokens:
         return f"{answer.n_tokens} new tokens were reported and {right.n_tokens} are right"
     return ""
+
+
+def soak_server(
+    subject: Subject,
+    spec: ServerSpec,
+    settings: ServingSettings,
+    *,
+    device: str = "cpu",
+    build_engine: EngineBuilder = isolated_engine,
+    on_progress: OnProgress = ignore_progress,
+) -> ServingReport:
+    """Start our server, soak it at the first level of ``settings``, compare answers, and stop it.
+
+    Prompts, new tokens and sampling vary up to those of ``settings``. What does not hold is in the report's
+    ``problems``.
+
+    Raises:
+        WorkerError: the server did not start, or ended under load; the message has what it printed.
+    """
+    texts = [document.text for document in builtin_documents()]
+    lengths = (4, max(4, settings.prompt_tokens // 2), settings.prompt_tokens)
+    prompts = [
+        prompt
+        for n_tokens in lengths
+        for prompt in draw_prompts(texts, subject.tokenizer, n_tokens, _N_PROMPTS // 2, settings.seed)
+    ]
+
+    def asked(number: int, rng: random.Random) -> Asked:
+        temperature, top_p = rng.choice(((0.0, 1.0), (0.8, 1.0), (1.2, 0.9)))
+        seed = rng.randrange(2**31)
+        return Asked(rng.choice(prompts), rng.randint(1, settings.new_tokens), temperature, seed, top_p)
+
+    level = settings.levels[0]
+    n_requests = settings.requests_at(level)
+    with ExitStack() as stack:
+        on_progress(Progress("starting the engine"))
+        engine = stack.enter_context(build_engine(subject, settings.dtype, settings.is_compiled, device))
+        on_progress(Progress(f"starting {spec.name}"))
+        server = stack.enter_context(Server(spec))
+        began = time.monotonic()
+
+        def count(done: int, total: int) -> None:
+            elapsed_s = time.monotonic() - began
+            left_s = elapsed_s * (total - done) / done
+            on_progress(Progress("soaking", done, total, "requests", elapsed_s, left_s))
+
+        done = soak(
+            server,
+            asked,
+            n_requests=n_requests,
+            concurrency=level.concurrency or 1,
+            timeout_s=settings.timeout_s,
+            seed=settings.seed,
+            count=count,
+        )
+        server.require_alive()
+        ready_s, exit_code = server.ready_s, server.stop()
+        on_progress(Progress("comparing answers with the engine's own"))
+        answered = []
+        for number, answer in done.answers.items():
+            rng = draws(settings.seed, number)
+            pick_kind(rng)
+            answered.append((f"request {number}", asked(number, rng), answer))
+        check = _compare(engine, answered, settings)
+        threads = engine.call("threads")
+    served = ServedBy(name=spec.name, description=spec.description, ready_s=ready_s, exit_code=exit_code)
+    figures = done.figures(level.concurrency or 1)
+    return ServingReport(settings, subject, device, threads, [served], {}, check=check, soak=figures)

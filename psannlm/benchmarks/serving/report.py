@@ -19,11 +19,13 @@ from psannlm.reports.schemas.serving import (
     ServedBy,
     ServingMetrics,
     ServingRow,
+    SoakFigures,
 )
 
 # Requests of a load for each of its clients, so that ramping up and down is a small part of it.
 _REQUESTS_PER_CLIENT, _FEWEST_REQUESTS = 4, 8
 _OPEN_LOOP_REQUESTS = 64
+MOST_MEMORY_GROWTH = 0.05
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class ServingReport:
     resident: dict[tuple[str, Level], list[int]] = field(default_factory=dict)
     engine_runs: list[tuple[int, float]] = field(default_factory=list)
     check: AnswerCheck | None = None
+    soak: SoakFigures | None = None
 
     def throughputs(self, server: str, level: Level) -> list[float]:
         """Return the new tokens per second of each run."""
@@ -140,6 +143,7 @@ class ServingReport:
         if self.check is not None and self.check.wrong:
             wrong = f"{self.check.wrong:,} of {self.check.compared:,} answers differ from the engine's own"
             found.append(f"{wrong}: {self.check.first_difference}")
+        found += [] if self.soak is None else soak_problems(self.soak)
         for served in self.servers:
             if served.name == OURS and served.exit_code not in (0, None):
                 found.append(f"our server ended with exit code {served.exit_code} after SIGTERM")
@@ -170,6 +174,7 @@ class ServingReport:
             engine_batch=self.engine_batch(),
             over_one_client=self.over_one_client(),
             check=self.check,
+            soak=self.soak,
             problems=self.problems,
         )
 
@@ -221,3 +226,17 @@ def _ratio(above: Sequence[float], below: Sequence[float]) -> Spread | None:
     """Return the ratio run by run; None without runs, or where one of those below is zero."""
     above, below = shared_rounds(above, below)
     return paired_ratio(above, below) if above and all(below) else None
+
+
+def soak_problems(figures: SoakFigures) -> list[str]:
+    """Return a line for each property that did not hold."""
+    found = []
+    if figures.lost:
+        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in figures.lost_for.items())
+        found.append(f"{figures.lost:,} of {figures.requests:,} requests lost: {reasons}")
+    if figures.unrefused:
+        reasons = ", ".join(f"{count:,} x {reason}" for reason, count in list(figures.unrefused_with.items())[:3])
+        found.append(f"{figures.unrefused:,} requests of rubbish not refused: {reasons}")
+    if figures.memory_growth is not None and figures.memory_growth > MOST_MEMORY_GROWTH:
+        found.append(f"memory grew by {figures.memory_growth:.1%}, more than {MOST_MEMORY_GROWTH:.0%}")
+    return found

@@ -103,6 +103,32 @@ class AnswerCheck(Figures):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SoakFigures(Figures):
+    """Thousands of requests at once, among them clients that vanish, stall and send rubbish.
+
+    Attributes:
+        kinds: how many requests of each kind were made.
+        answered: well-behaved requests with a whole answer.
+        lost, lost_for: well-behaved requests without one, and why.
+        unrefused, unrefused_with: requests of rubbish that were not refused, and what the server did.
+        resident_bytes: memory of the server and its child processes, at even steps of the work.
+        memory_growth: median of the last fifth of these over that after the first fifth, less one; None where unknown.
+    """
+
+    requests: Whole
+    concurrency: Whole
+    seconds: Figure
+    kinds: dict[str, Whole]
+    answered: Whole
+    lost: Whole
+    lost_for: dict[str, Whole]
+    unrefused: Whole
+    unrefused_with: dict[str, Whole]
+    resident_bytes: list[Whole]
+    memory_growth: OptionalFigure
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServingMetrics(Figures):
     """The whole file: settings, machine, servers, a row for each of them and each level, and what did not hold.
 
@@ -130,4 +156,5 @@ class ServingMetrics(Figures):
     engine_batch: EngineBatch | None
     over_one_client: dict[str, Spread]
     check: AnswerCheck | None
+    soak: SoakFigures | None = None
     problems: list[str] = field(default_factory=list)

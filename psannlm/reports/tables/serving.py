@@ -39,6 +39,11 @@ def serving_tables(metrics: ServingMetrics, figures: dict[str, Any]) -> list[Tab
         note += f" {metrics.check.compared:,} answers compared with the engine's own, {metrics.check.wrong:,} wrong."
     if metrics.problems:
         note += f" Problems: {'; '.join(metrics.problems)}."
+    if metrics.soak is not None:
+        soak = metrics.soak
+        note += f" Soak of {soak.requests:,} requests at concurrency {soak.concurrency}: {soak.lost:,} lost."
+    if not metrics.rows:
+        return [Table("", ("soak",), [[note]]), *tables_of(figures)]
     return [
         Table("", _HEADINGS, [_row(row) for row in metrics.rows], frozenset(range(1, len(_HEADINGS))), note),
         *(replace(table, is_folded=True) for table in tables_of(figures)),

@@ -20,6 +20,7 @@ from psannlm.errors import ConfigError, WorkerError
 from psannlm.reports.schemas.kinds import read_artifact_figures
 from psannlm.reports.schemas.serving import ServingMetrics
 from psannlm.reports.tables.serving import serving_headlines, serving_pictures, serving_tables
+from psannlm.tokenizers.base import Tokenizer
 
 pytest.importorskip("h11")
 
@@ -43,14 +44,18 @@ def known_engine(*_: Any) -> Iterator[KnownEngine]:
     yield KnownEngine()
 
 
+def small_subject(tokenizer: Tokenizer) -> Subject:
+    config = ModelConfig(base="transformer", vocab_size=tokenizer.vocab_size)
+    return Subject(Path("none"), config, tokenizer, "random", 1_000_000)
+
+
 Bench = Callable[..., ServingReport]
 
 
 @pytest.fixture
 def bench(byte_tokenizer) -> Bench:  # type: ignore[no-untyped-def]
     def run(*specs: ServerSpec, **settings: Any) -> ServingReport:
-        config = ModelConfig(base="transformer", vocab_size=byte_tokenizer.vocab_size)
-        subject = Subject(Path("none"), config, byte_tokenizer, "random", 1_000_000)
+        subject = small_subject(byte_tokenizer)
         given = {"levels": (Level(1), Level(2)), "max_batch": 2, "repeats": 2, "n_requests": 6, "new_tokens": 4}
         build: Callable[..., AbstractContextManager[KnownEngine]] = known_engine
         return bench_serve(subject, specs, ServingSettings(**{**given, **settings}), build_engine=build)
