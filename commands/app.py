@@ -195,7 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
         # MKL's sums depend on the alignment of a thread's scratch memory unless it is asked for reproducible ones: a
         # row would get other bits in another batch. MKL, too, reads this once.
         os.environ.setdefault("MKL_CBWR", "AUTO")
-    if "OMP_WAIT_POLICY" not in os.environ:
+    # The servers and the engine that bench-serve starts choose for themselves.
+    if "OMP_WAIT_POLICY" not in os.environ and "bench-serve" not in arguments[:2]:
         # Decoding goes through thousands of very short parallel regions per second, and loses more by sleeping.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000" if decodes else "1000")
     if "RANK" in os.environ:

@@ -169,6 +169,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _nothing_served(subject: Any, specs: Any, settings: Any, **_: Any) -> Any:
+    from psannlm.benchmarks.serving.report import ServingReport
+
+    return ServingReport(settings, subject, "cpu", 1, [], {})
+
+
 @pytest.fixture
 def cheap(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work in ``made``, with the measured work replaced where it is not the subject."""
@@ -181,9 +187,10 @@ def cheap(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psannlm.gpu_suite.suite.CHECKS", {"GPU-03": check})
     monkeypatch.setattr("psannlm.benchmarks.training.bench.matrix_peak", lambda *_, **__: lambda count: 1e9)
     monkeypatch.setattr("psannlm.benchmarks.decoding.bench.memory_reader", lambda *_, **__: lambda count: 1e9)
+    monkeypatch.setattr("psannlm.benchmarks.serving.bench.bench_serve", _nothing_served)
     monkeypatch.setattr("psannlm.benchmarks.tokenization.bench.KINDS", {"characters": ("simple", None)})
     # The runs of a study end at once and fail: the files that the study itself writes are the subject.
-    monkeypatch.setattr("psannlm.experiments.runner.python_command", lambda *words: ["true"])
+    monkeypatch.setattr("psannlm.experiments.local_launcher.python_command", lambda *words, **options: ["true"])
 
 
 KV = "--batch-size 2 --prompt-length 4 --max-new-tokens 5 --repeats 1 --no-context-growth"
@@ -205,6 +212,7 @@ WRITES_BELOW: dict[str, tuple[str, ...]] = {
     "compare": ("plan.yaml", "--no-train", "--study", "study", "--out"),
     "bench-train": (*TINY_MODEL, *"--seq-len 8 --batch-tokens 32 --steps 1 --amp fp32 --no-memory --out".split()),
     "bench-kv": (*TINY_MODEL, *KV.split(), "--out"),
+    "bench-serve": (*TINY_MODEL, "--vocab-size", "300", "--out"),
     "bench-tokenizers": ("--corpus", "corpus.txt", "--per-line", "--vocab-size", "300", "--repeats", "1", "--out"),
     "gpu-validate": ("--device", "cpu", "--only", "GPU-03", "--out"),
 }
