@@ -72,8 +72,8 @@ AgainstServersOption = Annotated[
     list[str] | None,
     typer.Option(
         "--against",
-        help="Reference server of the same weights: transformers (transformers serve) or llama.cpp "
-        "(llama-cpp-python's server); may be repeated.",
+        help="Reference server of the same weights: transformers (transformers serve), transformers-batched (the same "
+        "with --continuous-batching) or llama.cpp (llama-cpp-python's server); may be repeated.",
     ),
 ]
 CompileOption = Annotated[
@@ -245,14 +245,21 @@ def _specs(subject: Subject, settings: ServingSettings, device: str, scratch: Pa
             device=device,
         )
     ]
+    n_tokens = settings.prompt_tokens + settings.new_tokens
+    shared = {"dtype": settings.dtype, "device": device}
     for name in settings.against:
-        if name == "transformers":
-            folder = export_folder(subject, scratch / "hf")
-            specs.append(servers.transformers(folder, dtype=settings.dtype, device=device))
-        else:
+        if name == "llama.cpp":
             file = export_gguf_file(subject, scratch / "gguf", settings.dtype)
-            n_context = max(256, settings.prompt_tokens + settings.new_tokens)
-            specs.append(servers.llama_cpp(file, n_context=n_context, threads=torch.get_num_threads()))
+            specs.append(servers.llama_cpp(file, n_context=max(256, n_tokens), threads=torch.get_num_threads()))
+            continue
+        folder = scratch / "hf"
+        if not folder.exists():
+            export_folder(subject, folder)
+        if name == "transformers":
+            specs.append(servers.transformers(folder, **shared))
+        else:
+            rows = 2 * settings.max_batch
+            specs.append(servers.transformers_batched(folder, **shared, n_rows=rows, n_tokens=n_tokens))
     return specs
 
 

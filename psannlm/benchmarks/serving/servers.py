@@ -36,6 +36,8 @@ from psannlm.runtime.processes import python_command
 
 OURS = "psannlm"
 _POLL_S = 0.1
+# Of the paged cache of transformers, and the tokens of all rows that it computes in one pass.
+_CACHE_BLOCK_TOKENS, _PASS_TOKENS = 32, 1024
 _LOG_LINES = 5
 _LONGEST_LOG_BYTES = 20_000
 # What our server takes to end open requests after SIGTERM, and a little more.
@@ -45,8 +47,10 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 # Packages that a reference server and the export for it need, and the extra that has the export's.
+_OF_TRANSFORMERS = (("transformers", "fastapi", "uvicorn", "openai"), "hf")
 _PACKAGES = {
-    "transformers": (("transformers", "fastapi", "uvicorn", "openai"), "hf"),
+    "transformers": _OF_TRANSFORMERS,
+    "transformers-batched": _OF_TRANSFORMERS,
     "llama.cpp": (
         ("gguf", "llama_cpp", "fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings"),
         "gguf",
@@ -97,14 +101,29 @@ def ours(
 
 
 def transformers(folder: Path, *, dtype: str, device: str) -> ServerSpec:
-    """Return ``transformers serve`` of the exported ``folder``."""
-
-    def command(port: int) -> list[str]:
-        options = ["--host", "127.0.0.1", "--port", str(port), "--device", device, "--dtype", dtype]
-        return python_command("transformers.cli.transformers", "serve", str(folder), *options, end_with_parent=True)
-
+    """Return ``transformers serve`` of the exported ``folder``, which answers one request at a time."""
     described = f"transformers serve {_version('transformers')}, --dtype {dtype}: one request at a time"
-    return ServerSpec("transformers", described, command, "/health", {"model": str(folder)}, _OFFLINE)
+    return _transformers("transformers", described, folder, ["--device", device, "--dtype", dtype])
+
+
+def transformers_batched(folder: Path, *, dtype: str, device: str, n_rows: int, n_tokens: int) -> ServerSpec:
+    """Return ``transformers serve --continuous-batching`` with a paged cache for ``n_rows`` rows of ``n_tokens``."""
+    # By default the cache takes most of the machine's memory.
+    n_blocks = n_rows * -(-n_tokens // _CACHE_BLOCK_TOKENS)
+    options = ["--device", device, "--dtype", dtype, "--continuous-batching"]
+    options += ["--cb-block-size", str(_CACHE_BLOCK_TOKENS), "--cb-num-blocks", str(n_blocks)]
+    options += ["--cb-max-batch-tokens", str(_PASS_TOKENS)]
+    described = f"transformers serve {_version('transformers')}, --dtype {dtype} --continuous-batching"
+    return _transformers("transformers-batched", described, folder, options)
+
+
+def _transformers(name: str, described: str, folder: Path, options: list[str]) -> ServerSpec:
+    def command(port: int) -> list[str]:
+        place = ["--host", "127.0.0.1", "--port", str(port)]
+        arguments = ["serve", str(folder), *place, *options]
+        return python_command("transformers.cli.transformers", *arguments, end_with_parent=True)
+
+    return ServerSpec(name, described, command, "/health", {"model": str(folder)}, _OFFLINE)
 
 
 def llama_cpp(model_file: Path, *, n_context: int, threads: int) -> ServerSpec:
