@@ -13,6 +13,8 @@ from psannlm.benchmarks.serving.load import Level
 from psannlm.benchmarks.serving.report import ServingReport, ServingSettings, soak_problems
 from psannlm.benchmarks.serving.servers import ServerSpec
 from psannlm.benchmarks.serving.soak import Soaked, draws, pick_kind
+from psannlm.reports.schemas.kinds import read_artifact_figures
+from psannlm.reports.tables.serving import serving_tables
 from tests.benchmarks.serving.test_bench import known_engine, small_subject
 
 pytest.importorskip("h11")
@@ -39,6 +41,10 @@ def test_soak_loses_no_request_of_right_server(soaked: Soak) -> None:
     assert figures.answered == sum(figures.kinds[kind] for kind in ("streamed", "whole", "stalled"))
     assert report.check is not None
     assert (report.check.compared, report.check.wrong) == (20, 0)
+    metrics = report.metrics()
+    assert read_artifact_figures("serving", metrics.as_dict()) == metrics
+    (note,) = serving_tables(metrics, metrics.as_dict())[0].rows[0]
+    assert "Soak of 80 requests at concurrency 8: 0 lost" in note
     # The small server takes whatever it is sent.
     assert figures.unrefused > 0
     assert [problem.partition(": ")[0] for problem in report.problems] == [
