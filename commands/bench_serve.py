@@ -147,7 +147,6 @@ def bench_serve(
     from psannlm.benchmarks.serving.servers import require_servers
     from psannlm.errors import LimitMissed
     from psannlm.io.run_metadata import require_folder
-    from psannlm.reports.tables.serving import PLOT_FILE, serving_pictures
     from psannlm.runtime.device import pick_device, require_compiler
 
     settings = ServingSettings(
@@ -177,8 +176,22 @@ def bench_serve(
         if soak:
             report = soak_server(subject, specs[0], settings, device=str(chosen), on_progress=line.show)
         else:
-            report = measure(subject, specs, settings, device=str(chosen), on_progress=line.show)
-    metrics = report.metrics()
+            report = measure(
+                subject,
+                specs,
+                settings,
+                device=str(chosen),
+                on_progress=line.show,
+                on_interrupt=lambda partial: _publish(partial.metrics(), out, as_json) if partial.runs else None,
+            )
+    _publish(report.metrics(), out, as_json)
+    if report.problems:
+        raise LimitMissed("; ".join(report.problems))
+
+
+def _publish(metrics: ServingMetrics, out: Path | None, as_json: bool) -> None:
+    """Write figures, tables and plot, and print them."""
+    from psannlm.reports.tables.serving import PLOT_FILE, serving_pictures
 
     def draw(folder: Path) -> None:
         from psannlm.io.atomic import write_bytes
@@ -187,8 +200,6 @@ def bench_serve(
             write_bytes(folder / PLOT_FILE, picture.png)
 
     publish("serving", out, metrics.as_dict(), _tables(metrics), as_json, draw=draw)
-    if report.problems:
-        raise LimitMissed("; ".join(report.problems))
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -276,7 +287,8 @@ def _rows_table(metrics: ServingMetrics) -> Table:
         f"{'one run' if metrics.repeats == 1 else f'medians of {metrics.repeats} runs'} of each load",
         *("server and load", "requests\nfailed", "tokens/s", "first token, ms\np50 / p95 / p99"),
         *("between tokens, ms\np50 / p95 / p99", "memory\nMB"),
-        caption="throughput with the lowest and highest run below",
+        caption="throughput with the lowest and highest run below"
+        + ("" if metrics.is_complete else "; interrupted: figures so far"),
     )
     for row in metrics.rows:
         table.add_row(

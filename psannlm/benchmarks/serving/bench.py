@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -51,6 +52,7 @@ def bench_serve(
     device: str = "cpu",
     build_engine: EngineBuilder = isolated_engine,
     on_progress: OnProgress = ignore_progress,
+    on_interrupt: Callable[[ServingReport], None] = lambda report: None,
     clock: Clock = time.perf_counter,
 ) -> ServingReport:
     """Start the servers, load them in turns, compare answers of ours with the engine's own, and stop them.
@@ -61,14 +63,16 @@ def bench_serve(
         specs: our server first, then the reference servers.
         device: of the engine.
         build_engine: starts the engine that computes the right answers.
+        on_interrupt: called with the figures so far when the user interrupts the loads, which ends in
+            KeyboardInterrupt.
 
     Raises:
         WorkerError: a server did not start, or ended under load; the message has what it printed.
     """
     texts = [document.text for document in builtin_documents()]
     prompts = draw_prompts(texts, subject.tokenizer, settings.prompt_tokens, _N_PROMPTS, settings.seed)
-    runs: dict[tuple[str, Level], list[LoadRun]] = {}
-    resident: dict[tuple[str, Level], list[int]] = {}
+    asked = partial(_asked, prompts, settings)
+    report = ServingReport(settings, subject, device, 0, [], {})
     with ExitStack() as stack:
         on_progress(Progress("starting the engine"))
         engine = stack.enter_context(build_engine(subject, settings.dtype, settings.is_compiled, device))
@@ -76,7 +80,7 @@ def bench_serve(
         for spec in specs:
             on_progress(Progress(f"starting {spec.name}"))
             servers.append(stack.enter_context(Server(spec)))
-        asked = partial(_asked, prompts, settings)
+        report = replace(report, threads=engine.call("threads"))
         candidates: dict[str, Callable[[Count], Any]] = {}
         keys: dict[str, tuple[Server, Level]] = {}
         for level in settings.levels:
@@ -88,26 +92,31 @@ def bench_serve(
                 candidates[_ENGINE] = partial(_engine_batch, engine, settings, asked)
 
         def keep(name: str, is_warm_up: bool, result: Any) -> None:
-            if name in keys:
-                server, level = keys[name]
-                server.require_alive()
-                if (held := server.resident_bytes()) is not None:
-                    resident.setdefault((server.spec.name, level), []).append(held)
+            if name not in keys:
+                report.engine_runs.append(result)
+                return
+            server, level = keys[name]
+            server.require_alive()
+            report.runs.setdefault((server.spec.name, level), []).append(result)
+            if (held := server.resident_bytes()) is not None:
+                report.resident.setdefault((server.spec.name, level), []).append(held)
 
         _warm_up(servers, engine, settings, asked, on_progress)
-        results = run_interleaved(
-            candidates,
-            settings.repeats,
-            warm_ups=0,
-            unit="requests",
-            clock=clock,
-            on_progress=on_progress,
-            on_result=keep,
-        )
-        runs = {(server.spec.name, level): results[name] for name, (server, level) in keys.items()}
+        try:
+            run_interleaved(
+                candidates,
+                settings.repeats,
+                warm_ups=0,
+                unit="requests",
+                clock=clock,
+                on_progress=on_progress,
+                on_result=keep,
+            )
+        except KeyboardInterrupt:
+            on_interrupt(replace(report, is_complete=False))
+            raise
         on_progress(Progress("comparing answers with the engine's own"))
-        check = check_answers(engine, runs, asked, settings)
-        threads = engine.call("threads")
+        check = check_answers(engine, report.runs, asked, settings)
         on_progress(Progress("stopping the servers"))
         served = [
             ServedBy(
@@ -118,17 +127,7 @@ def bench_serve(
             )
             for server in servers
         ]
-    return ServingReport(
-        settings=settings,
-        subject=subject,
-        device=device,
-        threads=threads,
-        servers=served,
-        runs=runs,
-        resident=resident,
-        engine_runs=results.get(_ENGINE, []),
-        check=check,
-    )
+    return replace(report, servers=served, check=check)
 
 
 def _asked(prompts: Sequence[str], settings: ServingSettings, number: int) -> Asked:

@@ -104,6 +104,7 @@ class ServingReport:
     engine_runs: list[tuple[int, float]] = field(default_factory=list)
     check: AnswerCheck | None = None
     soak: SoakFigures | None = None
+    is_complete: bool = True
 
     def throughputs(self, server: str, level: Level) -> list[float]:
         """Return the new tokens per second of each run."""
@@ -175,6 +176,7 @@ class ServingReport:
             over_one_client=self.over_one_client(),
             check=self.check,
             soak=self.soak,
+            is_complete=self.is_complete,
             problems=self.problems,
         )
 

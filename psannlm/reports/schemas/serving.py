@@ -132,7 +132,8 @@ class SoakFigures(Figures):
 class ServingMetrics(Figures):
     """The whole file: settings, machine, servers, a row for each of them and each level, and what did not hold.
 
-    ``over_one_client`` is our throughput at each number of clients over that of one client, paired by run.
+    ``over_one_client`` is our throughput at each number of clients over that of one client, paired by run. Without
+    ``is_complete``, the user interrupted the loads.
     """
 
     model: dict[str, Any]
@@ -157,4 +158,5 @@ class ServingMetrics(Figures):
     over_one_client: dict[str, Spread]
     check: AnswerCheck | None
     soak: SoakFigures | None = None
+    is_complete: Flag = True
     problems: list[str] = field(default_factory=list)

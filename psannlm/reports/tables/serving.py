@@ -37,6 +37,8 @@ def serving_tables(metrics: ServingMetrics, figures: dict[str, Any]) -> list[Tab
         note += "." if served is None else f"; served, {_spread(served)} of that."
     if metrics.check is not None:
         note += f" {metrics.check.compared:,} answers compared with the engine's own, {metrics.check.wrong:,} wrong."
+    if not metrics.is_complete:
+        note += " Interrupted: figures so far."
     if metrics.problems:
         note += f" Problems: {'; '.join(metrics.problems)}."
     if metrics.soak is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from psannlm.benchmarks.harness.interleaved import RunProgress
 from psannlm.benchmarks.serving.bench import bench_serve
 from psannlm.benchmarks.serving.load import Level
 from psannlm.benchmarks.serving.own_engine import Asked, Expected
@@ -20,6 +21,7 @@ from psannlm.errors import ConfigError, WorkerError
 from psannlm.reports.schemas.kinds import read_artifact_figures
 from psannlm.reports.schemas.serving import ServingMetrics
 from psannlm.reports.tables.serving import serving_headlines, serving_pictures, serving_tables
+from psannlm.runtime.progress import Progress
 from psannlm.tokenizers.base import Tokenizer
 
 pytest.importorskip("h11")
@@ -144,3 +146,22 @@ def test_exit_code_after_sigterm_is_checked(bench: Bench, small_server: Describe
 def test_int8_with_reference_servers_is_refused() -> None:
     with pytest.raises(ConfigError, match="int8"):
         ServingSettings(levels=(Level(1),), dtype="int8", against=("transformers",))
+
+
+def test_interrupted_loads_keep_their_figures(small_server: Describe, byte_tokenizer) -> None:  # type: ignore[no-untyped-def]
+    settings = ServingSettings(levels=(Level(1), Level(2)), max_batch=2, repeats=2, n_requests=6, new_tokens=4)
+    kept: list[ServingReport] = []
+
+    def stop(progress: Progress) -> None:
+        if isinstance(progress, RunProgress) and progress.run == 4:
+            raise KeyboardInterrupt
+
+    subject, spec = small_subject(byte_tokenizer), small_server("right")
+    with pytest.raises(KeyboardInterrupt):
+        bench_serve(subject, [spec], settings, build_engine=known_engine, on_progress=stop, on_interrupt=kept.append)
+    (report,) = kept
+    metrics = report.metrics()
+    assert not metrics.is_complete
+    assert [(row.concurrency, row.runs, row.new_tokens) for row in metrics.rows] == [(1, 1, 24), (2, 1, 24)]
+    assert len(report.engine_runs) == 1
+    assert read_artifact_figures("serving", metrics.as_dict()) == metrics
