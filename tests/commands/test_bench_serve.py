@@ -36,6 +36,9 @@ def test_bench_serve_names_missing_packages(monkeypatch: pytest.MonkeyPatch) -> 
     from psannlm.benchmarks.serving import servers
     from psannlm.errors import ConfigError
 
+    monkeypatch.setattr(servers, "find_spec", lambda name: None if name == "uvicorn" else "found")
+    with pytest.raises(ConfigError, match=r"the server needs uvicorn; .*\.\[serve\]"):
+        servers.require_servers([])
     monkeypatch.setattr(servers, "find_spec", lambda name: None if name in ("fastapi", "llama_cpp") else "found")
     servers.require_servers([])
     with pytest.raises(ConfigError, match=r"needs fastapi: .*pip install -c constraints.txt fastapi; or leave out"):
@@ -63,3 +66,21 @@ def test_bench_serve_wrong_answers_exit_with_3(tmp_path: Path, monkeypatch: pyte
     assert figures["check"]["wrong"] == 3
     assert {path.name for path in out.iterdir()} == {"metrics.json", "system.json", "table.txt", "serving.png"}
     assert "2 clients" in (out / "table.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["loads", "soak"])
+def test_bench_serve_finds_our_server_right(kind: str, tmp_path: Path) -> None:
+    """The whole command on the real server: every answer is the engine's, nothing is lost, and it stops cleanly."""
+    pytest.importorskip("starlette")
+    out = tmp_path / "out"
+    options = LOADS if kind == "loads" else "--soak --concurrency 16 --requests 150 --check 60 --max-batch 4".split()
+    result = runner.invoke(app, ["bench-serve", *SMALL, *options, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert figures["problems"] == []
+    assert figures["servers"][0]["exit_code"] == 0
+    assert figures["check"]["wrong"] == 0
+    if kind == "soak":
+        assert (figures["soak"]["lost"], figures["soak"]["unrefused"]) == (0, 0)
+        assert figures["check"]["compared"] == 60

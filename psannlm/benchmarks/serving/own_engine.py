@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Decoding goes through thousands of very short parallel regions per second, and loses more by sleeping between them.
-ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
+# As in `psannlm generate`: decoding goes through thousands of very short parallel regions per second, and loses more by
+# sleeping between them; MKL sums reproducibly.
+ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "MKL_CBWR": "AUTO"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class OwnEngine:
 
     def batch(self, asked: Sequence[Asked]) -> tuple[int, float]:
         """Decode all prompts as one batch, with the settings of the first; return its new tokens and its seconds."""
-        from psannlm.generation.generate import complete_ids, encode_prompt
+        from psannlm.generation.generate import complete_ids
+        from psannlm.generation.row_text import encode_prompt
 
         prompts = [encode_prompt(self.tokenizer, one.prompt) for one in asked]
         began = time.perf_counter()
@@ -84,7 +86,8 @@ class OwnEngine:
 
     def answers(self, asked: Sequence[Asked]) -> list[Expected]:
         """Return what each request generates, alone."""
-        from psannlm.generation.generate import complete_ids, encode_prompt
+        from psannlm.generation.generate import complete_ids
+        from psannlm.generation.row_text import encode_prompt
 
         found = []
         for one in asked:

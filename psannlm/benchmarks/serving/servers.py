@@ -46,7 +46,9 @@ _STOP_S = 40.0
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
-# Packages that a reference server and the export for it need, and the extra that has the export's.
+# Packages that our server needs; then those that a reference server and the export for it need, with the extra that has
+# the export's.
+_OUR_PACKAGES = ("starlette", "uvicorn", "h11", "sse_starlette", "prometheus_client")
 _OF_TRANSFORMERS = (("transformers", "fastapi", "uvicorn", "openai"), "hf")
 _PACKAGES = {
     "transformers": _OF_TRANSFORMERS,
@@ -140,11 +142,14 @@ def llama_cpp(model_file: Path, *, n_context: int, threads: int) -> ServerSpec:
 
 
 def require_servers(names: Sequence[str]) -> None:
-    """Check that the reference servers of ``names`` can be started.
+    """Check that our server and the reference servers of ``names`` can be started.
 
     Raises:
-        ConfigError: one of ``names`` is unknown, or a package that it needs is missing.
+        ConfigError: one of ``names`` is unknown, or a package that a server needs is missing.
     """
+    missing = [package for package in _OUR_PACKAGES if find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"the server needs {', '.join(missing)}; {install_extra('serve')}")
     for name in names:
         if name not in _PACKAGES:
             known = ", ".join(_PACKAGES)
