@@ -10,6 +10,7 @@ import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -22,7 +23,7 @@ from starlette.routing import Route
 from psannlm.errors import GenerationError
 from psannlm.serving.choices import Choice, joined, usage
 from psannlm.serving.errors import RequestError
-from psannlm.serving.guard import App, Guard, HostRule
+from psannlm.serving.guard import App, Guard, HostRule, Scope
 from psannlm.serving.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, PING_S
 from psannlm.serving.metrics import Metrics
 from psannlm.serving.page import load_page
@@ -94,12 +95,24 @@ def build_app(service: Service, host_rule: HostRule, key: str | None = None) -> 
         routes.append(Route("/", _route(service, show_page), methods=["GET"]))
     app = Starlette(routes=routes, exception_handlers={HTTPException: _unrouted})
     app.router.redirect_slashes = False
-    return Guard(app, host_rule, key, error_response)
+    return Guard(app, host_rule, key, partial(_refusal, service))
 
 
 def error_response(error: RequestError) -> Response:
     """Return the answer to a refused request."""
     return JSONResponse(error.body(), error.status, headers={**_HEADERS, **error.headers})
+
+
+def _refusal(service: Service, error: RequestError, scope: Scope) -> Response:
+    """Return the answer to a request that the guard refuses.
+
+    A browser that opens the page cannot send a key: it gets the page, with the status of the refusal. The page asks for
+    the key and sends it with its own requests; it is the same for everybody and says nothing of the model.
+    """
+    if error.status == 401 and service.has_page and scope["path"] == "/" and scope["method"] == "GET":
+        page = load_page()
+        return Response(page.content, error.status, headers={**page.headers, **error.headers})
+    return error_response(error)
 
 
 async def _unrouted(request: Request, error: Exception) -> Response:

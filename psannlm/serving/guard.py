@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -68,10 +66,12 @@ class Guard:
         app: gets the requests that pass.
         host_rule: which Host headers are ours.
         key: the API key; None: none is needed.
-        answer: an ASGI answer for a refused request.
+        answer: returns an ASGI answer for a request that is refused with an error.
     """
 
-    def __init__(self, app: App, host_rule: HostRule, key: str | None, answer: Callable[[RequestError], App]) -> None:
+    def __init__(
+        self, app: App, host_rule: HostRule, key: str | None, answer: Callable[[RequestError, Scope], App]
+    ) -> None:
         self._app, self._hosts, self._answer = app, host_rule, answer
         self._key = None if key is None else key.encode()
 
@@ -83,7 +83,7 @@ class Guard:
         try:
             self._check(scope)
         except RequestError as error:
-            await self._answer(error)(scope, receive, send)
+            await self._answer(error, scope)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -104,27 +104,19 @@ class Guard:
         if origin is not None and origin.decode("latin-1").partition("://")[2] != host:
             raise RequestError(403, "requests from pages of other sites are refused", code="origin_not_allowed")
         if self._key is not None and scope["path"] not in OPEN_ROUTES:
-            self._check_key(headers.get(b"authorization", b""), scope["path"])
+            self._check_key(headers.get(b"authorization", b""))
         self._check_length(headers.get(b"content-length"))
 
-    def _check_key(self, given: bytes, path: str) -> None:
-        """Take ``Bearer KEY``, and HTTP Basic with KEY as the password, which browsers ask their user for."""
+    def _check_key(self, given: bytes) -> None:
+        """Take ``Bearer KEY`` alone: what a browser asks its user for, it sends for pages of other sites too."""
         assert self._key is not None
         scheme, _, value = given.partition(b" ")
-        key = value.strip()
-        if scheme.lower() == b"basic":
-            try:
-                key = base64.b64decode(key, validate=True).partition(b":")[2]
-            except binascii.Error:
-                key = b""
-        if scheme.lower() not in (b"bearer", b"basic") or not hmac.compare_digest(key, self._key):
-            # Only the page asks a browser for the key: a program shall see its error and no dialog.
-            scheme_asked = 'Basic realm="psannlm: any name, the API key as password"' if path == "/" else "Bearer"
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(value.strip(), self._key):
             raise RequestError(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                 code="invalid_api_key",
-                headers={"WWW-Authenticate": scheme_asked},
+                headers={"WWW-Authenticate": "Bearer"},
             )
 
     def _check_length(self, given: bytes | None) -> None:

@@ -98,6 +98,12 @@ class RunningServer:
 
 
 @pytest.fixture(scope="session")
+def start_server() -> Callable[..., RunningServer]:
+    """Return a starter of servers, which the caller stops: ``start(scheduler, key=..., max_tokens=...)``."""
+    return RunningServer
+
+
+@pytest.fixture(scope="session")
 def running(engine: Engine, byte_tokenizer: Any) -> Iterator[RunningServer]:
     """A server without a key, shared by tests that leave nothing behind."""
     server = RunningServer(Scheduler(engine, byte_tokenizer, max_batch=16))

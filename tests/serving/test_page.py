@@ -5,22 +5,22 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from random import Random
-from threading import Thread
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from psannlm.errors import GenerationError
+from psannlm.generation.engine import Engine
 from psannlm.serving.page import load_page
+from psannlm.serving.scheduler import Scheduler
+from psannlm.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page
@@ -90,162 +90,78 @@ def test_page_fields_have_names_and_errors() -> None:
             assert f"{attributes['id']}-error" in (attributes["aria-describedby"] or "").split()
 
 
-# ---- A server that speaks the protocol, with the text of a script in the place of a model ----
+# ---- A server of a tiny model whose vocabulary is words, some of them hostile ----
 
-WORDS = [
-    " the",
-    " value",
-    " of",
-    " an",
-    " object",
-    " is",
-    "n instance",
-    ", which",
-    ".\n",
-    " The",
-    " class",
-    " may",
-    " be",
-]
+WORDS = [" the", " value", " of", " an", " object", " is", "n instance", ", which", ".\n", " class", " may", " be"]
 HOSTILE = [
     "<img src=x onerror=\"document.title='owned'\">",
     "<script>document.title='owned'</script>",
     " \x1b[31mred\x1b[0m",
     "\u202eevil\u202c",
     " שלום",
-    "é",
     "🌊",
 ]
-KEY = "0123-secret"
+# The two bytes of é are tokens of their own, often enough to follow each other.
+PIECES = [piece.encode() for piece in WORDS + HOSTILE] + [b"\xc3", b"\xa9"] * 4
+MODEL = "tide <b>model</b>"
+KEY = "0123456789-secret"
+MAX_TOKENS = 300
 
 
-class Script(BaseHTTPRequestHandler):
-    """Completions of random words, one per event; words of HOSTILE among them for a prompt that starts with h."""
+class WordTokenizer(Tokenizer):
+    """One id per piece; a prompt only steers the model, so that its characters are given ids without regard to them."""
 
-    protocol_version = "HTTP/1.1"
-    server: Site
+    backend = "words"
+    pad_id, bos_id, unk_id = range(3)
+    # No token ends a text: tests decide how long it is.
+    eos_id = -1
+    vocab_size = 3 + len(PIECES)
 
-    def log_message(self, *arguments: object) -> None:
-        """Nothing goes to standard error."""
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(character) % len(PIECES) for character in text]
 
-    def do_GET(self) -> None:
-        if self.path == "/":
-            self.answer(200, PAGE.content, PAGE.headers)
-        elif self.path == "/health":
-            self.answer(200, b"{}")
-        elif not self.is_refused():
-            model = {"id": "tide <b>model</b>", "object": "model", "max_model_len": 4096}
-            self.answer(200, json.dumps({"object": "list", "data": [model]}).encode())
+    def encode_batch(self, texts: Sequence[str], threads: int = 0) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.is_refused():
-            return
-        if body["max_tokens"] > 4096:
-            self.refuse(400, f"max_tokens {body['max_tokens']} is over the limit of 4096", "max_tokens")
-        elif body["prompt"] == "busy":
-            self.refuse(429, "64 requests are waiting already")
-        else:
-            self.server.n_running += 1
-            try:
-                self.stream(body)
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True
-            finally:
-                self.server.n_running -= 1
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(PIECES[id - 3] for id in ids if id >= 3).decode("utf-8", errors="replace")
 
-    def stream(self, body: dict[str, Any]) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        random = Random(body["seed"])
-        offset = len(body["prompt"])
-        for number in range(body["max_tokens"]):
-            if body["prompt"] == "cut" and number == 5:
-                self.close_connection = True
-                return
-            is_hostile = body["prompt"].startswith("h") and random.random() < 0.3
-            words = random.sample(WORDS, 5)
-            text = words[0] if not is_hostile else random.choice(HOSTILE)
-            top = {word: math.log(p) for word, p in zip(words, sorted(random.sample(range(1, 20), 5)), strict=True)}
-            top = {word: value - math.log(100) for word, value in top.items()}
-            logprob = top.get(text, -4.5)
-            tokens = [text] if text != "é" else ["bytes:\\xc3", "bytes:\\xa9"]
-            logprobs = {
-                "tokens": tokens,
-                "token_logprobs": [logprob] * len(tokens),
-                "top_logprobs": [top] * len(tokens),
-                "text_offset": [offset] * len(tokens),
-            }
-            offset += len(text)
-            self.event({"choices": [{"index": 0, "text": text, "logprobs": logprobs, "finish_reason": None}]})
-            time.sleep(0.01)
-        self.event({"choices": [{"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}]})
-        usage = {"prompt_tokens": 3, "completion_tokens": body["max_tokens"], "total_tokens": 3 + body["max_tokens"]}
-        self.event({"choices": [], "usage": usage})
-        self.chunk(b"data: [DONE]\r\n\r\n")
-        self.chunk(b"")
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [repr(PIECES[id - 3])[2:-1] if id >= 3 else f"<{id}>" for id in ids]
 
-    def event(self, content: object) -> None:
-        self.chunk(f": ping\r\n\r\ndata: {json.dumps(content)}\r\n\r\n".encode())
-
-    def chunk(self, content: bytes) -> None:
-        self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
-
-    def is_refused(self) -> bool:
-        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
-            self.refuse(401, "the API key is missing or wrong")
-            return True
-        return False
-
-    def refuse(self, status: int, message: str, param: str | None = None) -> None:
-        error = {"message": message, "type": "invalid_request_error", "param": param, "code": None}
-        self.answer(status, json.dumps({"error": error}).encode(), {"Retry-After": "3"} if status == 429 else {})
-
-    def answer(self, status: int, content: bytes, headers: Mapping[str, str] = MappingProxyType({})) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **headers}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+    def to_bytes(self) -> bytes:
+        return b"words"
 
 
-class Site(ThreadingHTTPServer):
-    """The scripted server on a free port of loopback."""
+class SlowScheduler(Scheduler):
+    """A scheduler with the speed of a larger model, so that a text can be stopped before its end."""
 
-    daemon_threads = True
-
-    def __init__(self, key: str = "") -> None:
-        super().__init__(("127.0.0.1", 0), Script)
-        self.key, self.n_running = key, 0
-        self.url = f"http://127.0.0.1:{self.server_port}/"
-
-    def wait_until_idle(self) -> None:
-        for _ in range(300):
-            if not self.n_running:
-                return
-            time.sleep(0.01)
-        raise AssertionError("the request still runs")
-
-
-@contextmanager
-def running(site: Site) -> Iterator[Site]:
-    thread = Thread(target=site.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield site
-    finally:
-        site.shutdown()
-        site.server_close()
-        thread.join()
+    def step(self) -> None:
+        time.sleep(0.005)
+        super().step()
 
 
 @pytest.fixture(scope="module")
-def site() -> Iterator[Site]:
-    with running(Site()) as site:
-        yield site
+def start_site(build_tiny: Callable[..., Any], start_server: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Return a starter of servers of the model; its keywords are those of the scheduler, and ``key``."""
+    model = build_tiny(vocab_size=WordTokenizer.vocab_size, max_seq_len=400)
+    servers = []
+
+    def start(key: str | None = None, **settings: Any) -> Any:
+        scheduler = SlowScheduler(Engine(model), WordTokenizer(), **{"max_batch": 4, **settings})
+        server = start_server(scheduler, key=key, max_tokens=MAX_TOKENS)
+        server.service.model = MODEL
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def site(start_site: Callable[..., Any]) -> Any:
+    return start_site()
 
 
 # ---- In a browser ----
@@ -315,7 +231,7 @@ def continuation(page: Page) -> str:
     return "".join(page.locator("#text .token").all_text_contents())
 
 
-def test_page_shows_text_while_it_streams(visit: Callable[..., Page], site: Site) -> None:
+def test_page_shows_text_while_it_streams(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     page.fill("#prompt", "The tide")
     page.fill("#max_tokens", "100")
@@ -330,20 +246,24 @@ def test_page_shows_text_while_it_streams(visit: Callable[..., Page], site: Site
     assert re.search(r"\d+ tokens/s\s+\d+ m?s to first token\s+100 tokens", page.inner_text("#figures"))
 
 
-def test_page_stop_ends_text_and_keeps_it(visit: Callable[..., Page], site: Site) -> None:
+def test_page_stop_ends_text_and_keeps_it(visit: Callable[..., Page], site: Any) -> None:
+    n_generated = site.scheduler.n_generated
     page = visit(site.url)
     page.fill("#prompt", "The tide")
-    page.fill("#max_tokens", "100")
+    page.fill("#max_tokens", str(MAX_TOKENS))
     page.press("#prompt", "Control+Enter")
     page.wait_for_selector("#text .token >> nth=3")
     page.click("#stop-button")
     finished(page)
     assert re.search(r"Stopped by you after \d+ tokens", page.inner_text("#status"))
-    assert 4 <= page.locator("#text .token").count() < 100
-    site.wait_until_idle()
+    assert 4 <= page.locator("#text .token").count() < MAX_TOKENS
+    while site.scheduler.has_work:
+        time.sleep(0.01)
+    assert site.scheduler.n_generated - n_generated < MAX_TOKENS
 
 
-def test_page_seed_decides_text(visit: Callable[..., Page], site: Site) -> None:
+@pytest.mark.slow
+def test_page_seed_decides_text(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     seed = 2**62 + 1  # more than the numbers of JavaScript hold
     first = generate(page, "The tide", max_tokens=12, temperature=1.5, top_p=1, seed=seed)
@@ -355,7 +275,7 @@ def test_page_seed_decides_text(visit: Callable[..., Page], site: Site) -> None:
     assert page.input_value("#seed") != str(seed)
 
 
-def test_page_explains_server_error_at_field(visit: Callable[..., Page], site: Site) -> None:
+def test_page_explains_server_error_at_field(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     page.fill("#prompt", "The tide")
     page.fill("#max_tokens", "99999")
@@ -370,7 +290,7 @@ def test_page_explains_server_error_at_field(visit: Callable[..., Page], site: S
     assert not error.is_visible()
 
 
-def test_page_explains_wrong_values_before_sending(visit: Callable[..., Page], site: Site) -> None:
+def test_page_explains_wrong_values_before_sending(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     sent: list[str] = []
     page.on("request", lambda request: sent.append(request.url))
@@ -385,7 +305,7 @@ def test_page_explains_wrong_values_before_sending(visit: Callable[..., Page], s
     assert sent == []
 
 
-def test_page_link_restores_settings_unsent(visit: Callable[..., Page], site: Site) -> None:
+def test_page_link_restores_settings_unsent(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url, permissions=["clipboard-read", "clipboard-write"])
     settings = {"prompt": "L'été &\n#1 ✓", "max_tokens": "9", "temperature": "1.25", "top_k": "40", "seed": str(2**62)}
     for name, value in settings.items():
@@ -405,7 +325,7 @@ def test_page_link_restores_settings_unsent(visit: Callable[..., Page], site: Si
     assert not [url for url in requested if str(2**62) in url]
 
 
-def test_page_works_by_keyboard(visit: Callable[..., Page], site: Site) -> None:
+def test_page_works_by_keyboard(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     focused = lambda: page.evaluate("() => document.activeElement.id")  # noqa: E731
     order = []
@@ -432,31 +352,36 @@ def test_page_works_by_keyboard(visit: Callable[..., Page], site: Site) -> None:
     assert not page.locator("#card").is_visible()
 
 
-def test_page_card_lists_alternatives_of_token(visit: Callable[..., Page], site: Site) -> None:
+def test_page_card_lists_alternatives_of_token(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
-    generate(page, "The tide", max_tokens=8, seed=1)
-    page.hover("#text .token >> nth=2")
+    generate(page, "The tide", max_tokens=30, temperature=2, top_p=1, seed=1)
+    at, word = next((at, text) for at, text in enumerate(page.locator(".token").all_text_contents()) if text in WORDS)
+    page.hover(f"#text .token >> nth={at}")
     rows = page.locator("#card li").all_inner_texts()
-    assert 5 <= len(rows) <= 6
-    assert page.locator("#card li.chosen").count() == 1
-    percents = [float(re.search(r"([\d.]+) %", row)[1]) for row in rows[:5]]
-    assert percents == sorted(percents, reverse=True)
+    assert 2 <= len(rows) <= 6
+    visible = word.replace(" ", "␣").replace("\n", "↵")
+    assert page.locator("#card li.chosen code").all_text_contents() == [f"{visible} (chosen)"]
+    percents = [float(number) for row in rows for number in re.findall(r"([\d.]+) %$", row)]
+    assert len(percents) == len(rows)
+    assert percents[:5] == sorted(percents[:5], reverse=True)
     page.hover("#prompt")
     page.wait_for_selector("#card", state="hidden")
 
 
 @pytest.mark.parametrize("viewport", [NARROW, WIDE], ids=["390", "1280"])
-def test_page_never_scrolls_sideways(visit: Callable[..., Page], site: Site, viewport: Any) -> None:
+def test_page_never_scrolls_sideways(visit: Callable[..., Page], site: Any, viewport: Any) -> None:
     page = visit(site.url, viewport=viewport)
     overflow = "() => document.documentElement.scrollWidth - innerWidth"
     assert page.evaluate(overflow) <= 0
     if page.locator("#unfold").is_visible():
         page.click("#unfold")
-    generate(page, "m" * 300, max_tokens=8, temperature=9)
+    generate(page, "m" * 300, max_tokens=8, temperature=9, seed=1)
     for at in (0, 3, -1):
         page.hover(f"#text .token >> nth={at}")
         assert page.locator("#card").is_visible()
         assert page.evaluate(overflow) <= 0
+        # It may lie over the next token.
+        page.keyboard.press("Escape")
     page.fill("#top_p", "7")
     page.press("#prompt", "Control+Enter")
     assert page.evaluate(overflow) <= 0
@@ -498,7 +423,7 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_text_has_contrast(visit: Callable[..., Page], site: Site, scheme: Any) -> None:
+def test_page_text_has_contrast(visit: Callable[..., Page], site: Any, scheme: Any) -> None:
     page = visit(site.url, color_scheme=scheme)
     ground = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
@@ -511,7 +436,7 @@ def test_page_text_has_contrast(visit: Callable[..., Page], site: Site, scheme: 
     assert [(name, ratio) for name, ratio in measured if ratio < 4.5] == []
 
 
-def test_page_moves_nothing_where_motion_is_unwanted(visit: Callable[..., Page], site: Site) -> None:
+def test_page_moves_nothing_where_motion_is_unwanted(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url, reduced_motion="reduce")
     page.fill("#prompt", "The tide")
     page.press("#prompt", "Control+Enter")
@@ -520,10 +445,11 @@ def test_page_moves_nothing_where_motion_is_unwanted(visit: Callable[..., Page],
     page.keyboard.press("Escape")
 
 
-def test_page_never_runs_text_of_the_model(visit: Callable[..., Page], site: Site) -> None:
+@pytest.mark.slow
+def test_page_never_runs_text_of_the_model(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     title = page.title()
-    text = generate(page, f"h {HOSTILE[0]}", max_tokens=120, seed=1)
+    text = generate(page, HOSTILE[0], max_tokens=40, temperature=2, top_p=1, seed=3)
     assert HOSTILE[0] in text
     assert HOSTILE[1] in text
     assert "é" in text
@@ -533,17 +459,17 @@ def test_page_never_runs_text_of_the_model(visit: Callable[..., Page], site: Sit
     page.hover(".token:has-text('img') >> nth=0")
     assert page.locator("main, header").locator("img, script, a, b:not(#model, #figures b), iframe").count() == 0
     assert page.title() == title
-    assert "tide <b>model</b>" in title
+    assert MODEL in title
 
 
-def test_page_refuses_text_as_html(visit: Callable[..., Page], site: Site) -> None:
+def test_page_refuses_text_as_html(visit: Callable[..., Page], site: Any) -> None:
     """Even if its own script had a fault that put text of others into the page as HTML."""
     page = visit(site.url)
     with pytest.raises(Exception, match="TrustedHTML"):
         page.evaluate("() => { document.body.innerHTML = '<img src=x onerror=alert(1)>'; }")
 
 
-def test_page_announces_states_and_not_tokens(visit: Callable[..., Page], site: Site) -> None:
+def test_page_announces_states_and_not_tokens(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     generate(page, "The tide", max_tokens=4)
     live = page.locator("[role=status], [role=alert], [aria-live]")
@@ -553,41 +479,108 @@ def test_page_announces_states_and_not_tokens(visit: Callable[..., Page], site: 
         assert page.get_by_label(label, exact=True).count() == 1
 
 
-def test_page_stretches_are_tokens_or_whole_characters(visit: Callable[..., Page], site: Site) -> None:
-    """Bytes of a character are one stretch, with both in its card; offsets count characters, of any plane."""
+@pytest.mark.slow
+def test_page_stretches_are_tokens_or_whole_characters(visit: Callable[..., Page], site: Any) -> None:
+    """Each stretch of text has the tokens that the API gives at its place; offsets count characters of any plane."""
     page = visit(site.url)
-    generate(page, "h", max_tokens=60, seed=1)
-    stretches = page.locator("#text .token").all_text_contents()
-    assert "🌊" in stretches
-    assert set(stretches) <= {re.sub("[\x1b\u202c\u202e]", lambda c: ascii(c[0])[1:-1], w) for w in WORDS + HOSTILE}
+    text = generate(page, "The tide", max_tokens=40, temperature=2, top_p=1, seed=0)
+    settings = {"temperature": 2.0, "top_p": 1.0, "max_tokens": 40, "seed": 0, "logprobs": 5}
+    body = json.dumps({"model": MODEL, "prompt": "The tide", **settings}).encode()
+    request = urllib.request.Request(f"{site.url}/v1/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        (choice,) = json.load(response)["choices"]
+    whole, offsets = choice["text"], choice["logprobs"]["text_offset"]
+    starts = sorted({offset for offset in offsets if offset < len(whole)})
+    expected = [whole[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    assert page.locator("#text .token").all_text_contents() == list(map(shown, expected))
+    assert text == shown(whole)
+    assert {"🌊", "é"} <= set(expected)
     page.locator("#text .token", has_text=re.compile("^é$")).first.hover()
-    assert page.locator("#card > p").all_inner_texts() == ["bytes:\\xc3\n1.1 %", "bytes:\\xa9\n1.1 %"]
+    at = offsets.index(starts[expected.index("é")])
+    assert page.locator("#card > p code").all_text_contents() == choice["logprobs"]["tokens"][at : at + 2]
+    assert offsets[at] == offsets[at + 1]
 
 
-def test_page_asks_for_key_only_where_needed(visit: Callable[..., Page], site: Site) -> None:
-    assert not visit(site.url).locator("#key").is_visible()
-    with running(Site(KEY)) as locked:
-        page = visit(locked.url, until="#key:visible")
-        page.fill("#key", "wrong")
-        page.press("#key", "Enter")
-        page.wait_for_selector("#key-error:visible")
-        assert page.evaluate("() => document.activeElement.id") == "key"
-        page.fill("#key", KEY)
-        page.press("#key", "Enter")
-        page.wait_for_selector(".state.ready")
-        assert not page.locator("#key").is_visible()
-        assert len(generate(page, "The tide", max_tokens=3)) > 3
-        assert page.evaluate("() => [localStorage.length, document.cookie]") == [0, ""]
-        page.reload()
-        page.wait_for_selector(".state.ready")
+def shown(text: str) -> str:
+    """The text with the control characters of HOSTILE as escapes."""
+    return re.sub("[\x1b\u202c\u202e]", lambda character: ascii(character[0])[1:-1], text)
 
 
-def test_page_keeps_text_when_connection_breaks(visit: Callable[..., Page], site: Site) -> None:
+@pytest.mark.slow
+def test_page_asks_for_key_only_where_needed(visit: Callable[..., Page], start_site: Callable[..., Any]) -> None:
+    locked = start_site(KEY)
+    page = visit(locked.url, until="#key:visible")
+    page.fill("#key", "wrong")
+    page.press("#key", "Enter")
+    page.wait_for_selector("#key-error:visible")
+    assert page.evaluate("() => document.activeElement.id") == "key"
+    page.fill("#key", KEY)
+    page.press("#key", "Enter")
+    page.wait_for_selector(".state.ready")
+    assert not page.locator("#key").is_visible()
+    assert generate(page, "The tide", max_tokens=3)
+    assert page.evaluate("() => [localStorage.length, document.cookie]") == [0, ""]
+    page.reload()
+    page.wait_for_selector(".state.ready")
+
+
+def test_page_without_key_is_refused_and_shown(start_site: Callable[..., Any]) -> None:
+    """The answer to a request without the key has the status of a refusal; its body is the page, which asks for it."""
+    locked = start_site(KEY)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(locked.url, timeout=30)
+    with refused.value as answer:
+        assert answer.status == 401
+        # No dialog of the browser's, after which it would send the key unasked, also for pages of other sites.
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert answer.headers["Content-Security-Policy"] == PAGE.headers["Content-Security-Policy"]
+        assert answer.read() == PAGE.content
+
+
+def test_page_keeps_text_when_connection_breaks(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
-    text = generate(page, "cut", max_tokens=60)
+    text = generate(page, "The tide", max_tokens=5)
+    page.route("**/v1/completions", lambda route: route.abort("connectionrefused"))
+    assert generate(page, "The tide") == text
+    assert "does not answer" in page.inner_text("#failure")
+    part = {"index": 0, "text": "half", "logprobs": None, "finish_reason": None}
+    broken = f": ping\r\n\r\ndata: {json.dumps({'choices': [part]})}\r\n\r\n"
+    page.unroute("**/v1/completions")
+    page.route("**/v1/completions", lambda route: route.fulfill(body=broken, content_type="text/event-stream"))
+    generate(page, "The tide")
     assert "connection ended before the text" in page.inner_text("#failure")
-    assert len(page.locator("#text .token").all()) == 5
-    generate(page, "busy")
-    assert "Try again in 3 seconds" in page.inner_text("#failure")
-    assert continuation(page) == text
-    assert "connection" not in page.inner_text("#failure")
+    assert page.inner_text("#text") == "The tidehalf"
+
+
+@pytest.mark.slow
+def test_page_explains_full_queue(visit: Callable[..., Page], start_site: Callable[..., Any]) -> None:
+    busy = start_site(max_batch=1, max_queue=0)
+    first, second = visit(busy.url), visit(busy.url)
+    first.fill("#max_tokens", str(MAX_TOKENS))
+    first.press("#prompt", "Control+Enter")
+    first.wait_for_selector("#text .token >> nth=3")
+    generate(second, "The tide")
+    assert re.search(r"busy.* Try again in \d+ seconds?\.", second.inner_text("#failure"))
+    first.keyboard.press("Escape")
+    while busy.scheduler.has_work:
+        time.sleep(0.01)
+    generate(second, "The tide", max_tokens=2)
+    assert not second.locator("#failure").is_visible()
+
+
+def test_page_shows_failure_within_stream(
+    visit: Callable[..., Page], start_site: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = start_site()
+    page = visit(broken.url)
+    page.fill("#max_tokens", str(MAX_TOKENS))
+    page.press("#prompt", "Control+Enter")
+    page.wait_for_selector("#text .token >> nth=3")
+
+    def fail() -> None:
+        raise GenerationError("the model's logits are not finite")
+
+    monkeypatch.setattr(broken.scheduler, "step", fail)
+    finished(page)
+    assert "logits are not finite" in page.inner_text("#failure")
+    assert page.locator("#text .token").count() > 3
