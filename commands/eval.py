@@ -191,7 +191,7 @@ def _measure_loss(
     require_folder("eval", out)
     path = find_model_file(*where)
     loaded = load_model(path)
-    precision = pick_precision(settings.amp, pick_device(settings.device))
+    precision = pick_precision(settings.amp, pick_device(settings.device, takes_mps=dtype == "float32"))
     loaded.model.to(precision.device)
     if dtype != "float32":
         if settings.amp != "fp32":

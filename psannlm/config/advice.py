@@ -192,3 +192,5 @@ def _devices(text: str) -> Iterator[str]:
         yield f"cuda:{int(match[1])}"
     if lowered in ("gpu", "nvidia", "cuda"):
         yield "cuda"
+    if lowered in ("mps", "metal", "apple"):
+        yield "mps"

@@ -125,7 +125,9 @@ class TrainConfig(Section):
         description="seed of the initial weights, the order of training windows and dropout; data.seed decides what "
         "is held out",
     )
-    device: Text = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N")
+    device: Text = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$", description="auto, cpu, cuda, cuda:N or mps"
+    )
 
     @model_validator(mode="before")
     @classmethod

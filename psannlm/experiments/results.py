@@ -27,7 +27,7 @@ from psannlm.reports.schemas.study import (
     VariantFigures,
     VariantTask,
 )
-from psannlm.runtime.device import pick_device, pick_precision
+from psannlm.runtime.device import pick_precision
 from psannlm.runtime.distributed import World
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.plan import build_loader
@@ -217,7 +217,7 @@ def _corpus(study: Study) -> StudyCorpus:
 def seconds_per_step(run: StudyRun, study: Study, clock: Callable[[], float] = time.perf_counter) -> float:
     """Measure the seconds of a training step of ``run``: the faster of two, after a warm-up step."""
     config = run.config
-    device = pick_device(config.train.device)
+    device = World().pick_device(config.train.device)
     precision = pick_precision(config.train.amp, device)
     model = build_model(run.variant.model, seed=run.seed).to(device).train()
     model.grad_checkpoint = config.train.grad_checkpoint

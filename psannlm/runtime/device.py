@@ -22,13 +22,22 @@ from psannlm.config.train import Amp
 from psannlm.errors import DeviceError, nearest
 from psannlm.runtime.resident_memory import peak_resident_bytes, resident_bytes
 
+_MPS_CANNOT = (
+    "mps trains and validates only, in float32 and one process, without compilation, samples and task scores, and was "
+    "never measured"
+)
 
-def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+
+def pick_device(name: str = "auto", local_rank: int = 0, *, takes_mps: bool = False) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; auto and cuda take the GPU of ``local_rank``.
 
+    ``mps``, the GPU of an Apple processor, is taken only by its name, and only where the caller ``takes_mps``.
+
     Raises:
-        DeviceError: the name is unknown, or the GPU does not exist.
+        DeviceError: the name is unknown, or the GPU does not exist or cannot do what the caller does.
     """
+    if name == "mps":
+        return _pick_mps(takes_mps)
     kind, colon, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (colon and not (kind == "cuda" and index.isdecimal())):
         raise DeviceError(
@@ -42,6 +51,21 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     if wanted >= torch.cuda.device_count():
         raise DeviceError(f"GPU {wanted} was requested, but there are {torch.cuda.device_count()}, counted from 0")
     return torch.device("cuda", wanted)
+
+
+def _pick_mps(is_taken: bool) -> torch.device:
+    if not is_taken:
+        raise DeviceError(f"device mps: {_MPS_CANNOT}; use device: cpu here")
+    if not torch.backends.mps.is_available():
+        raise DeviceError(
+            f"device mps was requested, but torch {torch.__version__} finds no Apple GPU; use device: cpu"
+        )
+    return torch.device("mps")
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of sums over a step: float64, which mps lacks, or float32 (exact to 16 million tokens)."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def gpu_memory_bytes(device: torch.device) -> int | None:
@@ -94,7 +118,14 @@ def pick_precision(amp: Amp, device: torch.device) -> Precision:
     """Return the precision for ``amp`` on ``device``; ``auto`` is bf16 with hardware support, else fp32.
 
     An explicit bf16 is always bf16: without hardware support, torch computes the same arithmetic in software.
+
+    Raises:
+        DeviceError: bf16 or fp16 on mps.
     """
+    if device.type == "mps":
+        if amp not in ("auto", "fp32"):
+            raise DeviceError(f"amp: {amp} with device mps: {_MPS_CANNOT}; use amp: fp32")
+        return Precision(device, torch.float32, f"fp32; {_MPS_CANNOT}")
     if amp == "fp32":
         return Precision(device, torch.float32, "fp32 as asked")
     if amp == "fp16":
@@ -116,7 +147,8 @@ class AsyncReadback:
 
     def __init__(self, numbers: Tensor) -> None:
         """Start the copy of ``numbers``, a vector that must not change afterwards."""
-        self._numbers = numbers.to("cpu", non_blocking=True)  # from a GPU: a copy to pinned memory
+        # From a GPU: a copy to pinned memory. From mps, a copy that is not waited for may hold anything.
+        self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
         self._arrival: torch.cuda.Event | None = None
         if numbers.is_cuda:
             self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -231,6 +263,8 @@ def require_compiler(device: torch.device, asked: str = "compile: true", instead
         asked: the requested setting, for the message.
         instead: the alternative, for the message.
     """
+    if device.type == "mps":
+        raise DeviceError(f"{asked} with device mps: {_MPS_CANNOT}; {instead}")
     fault = compiler_fault(device)
     if fault is not None:
         remedy = "repair it" if fault.startswith(_BROKEN) else "which is missing; install it"
@@ -258,5 +292,7 @@ def describe_device(device: torch.device) -> str:
     """Return the name of the GPU, or the number of CPU threads, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "GPU of an Apple processor (mps)"
     n_threads = torch.get_num_threads()
     return f"CPU, {n_threads} thread{'' if n_threads == 1 else 's'}"

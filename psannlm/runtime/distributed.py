@@ -21,7 +21,7 @@ from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from psannlm.errors import DeviceError, Interrupted
-from psannlm.runtime.device import AsyncReadback
+from psannlm.runtime.device import AsyncReadback, pick_device
 from psannlm.runtime.folder_store import FolderStore
 from psannlm.runtime.watchdog import RankWatchdog
 from psannlm.runtime.watchdog import Store as WatchdogStore
@@ -53,6 +53,12 @@ class World:
     def is_main(self) -> bool:
         """Whether this is rank 0, which prints and writes files."""
         return self.rank == 0
+
+    def pick_device(self, name: str) -> torch.device:
+        """Return the device of this rank for ``train.device``. Raises DeviceError if there is none."""
+        if name == "mps" and self.size > 1:
+            raise DeviceError(f"device mps trains in one process, and there are {self.size}; use device: cpu")
+        return pick_device(name, self.local_rank, takes_mps=True)
 
     def sum(self, value: float, device: torch.device) -> float:
         """Return the sum of ``value`` over all ranks, in float64. Every rank must call it."""

@@ -29,7 +29,7 @@ from psannlm.models.accounting import (
 )
 from psannlm.models.parallel_estimates import sharded_memory
 from psannlm.models.registry import resolve
-from psannlm.runtime.device import compiler_fault, gpu_memory_bytes, pick_device, pick_precision, require_compiler
+from psannlm.runtime.device import compiler_fault, gpu_memory_bytes, pick_precision, require_compiler
 from psannlm.runtime.distributed import World, local_ranks, world_from_env
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
 from psannlm.training.initial import load_parent, refuse_other_tokenizer, with_parent_model
@@ -89,7 +89,7 @@ def plan_training(config: RunConfig, n_ranks: int | None = None) -> TrainingPlan
         world = world_from_env(config.train.ddp, config.train.fsdp)
     else:
         world = World(size=n_ranks)
-    device = pick_device(config.train.device, world.local_rank)
+    device = world.pick_device(config.train.device)
     precision = pick_precision(config.train.amp, device)
     if config.train.compile is True:
         require_compiler(device)

@@ -35,7 +35,6 @@ from psannlm.runtime.device import (
     Precision,
     describe_device,
     missing_to_compile,
-    pick_device,
     pick_precision,
     require_compiler,
 )
@@ -126,7 +125,7 @@ def train(
         require_tensorboard()
     world = world_from_env(config.train.ddp, config.train.fsdp)
     plan_batches(config, world.size)  # refuses a global batch that the ranks cannot divide, before the corpus is read
-    device = pick_device(config.train.device, world.local_rank)
+    device = world.pick_device(config.train.device)
     precision = pick_precision(config.train.amp, device)
     if config.train.compile is True:
         require_compiler(device)
@@ -356,8 +355,16 @@ def _describe_run(run: Run) -> None:
         f"{run.model.config.base}: {_n_parameters(run.model):,} parameters; {steps} of {plan.tokens_per_step:,} "
         f"tokens{ranks}; {describe_device(run.precision.device)}; {run.precision.reason}"
     )
-    if is_sharded(run.model) and run.sampler is not None and run.config.train.sample_prompts:
-        log.warning("note: no samples with fsdp: full; psannlm generate samples from any checkpoint")
+    hindrance = _hindrance(run)
+    if hindrance and run.sampler is not None and run.config.train.sample_prompts:
+        log.warning(f"note: no samples with {hindrance}; psannlm generate samples from any checkpoint")
+
+
+def _hindrance(run: Run) -> str | None:
+    """Return the setting that prevents samples and task scores during training, or None."""
+    if is_sharded(run.model):
+        return "fsdp: full"
+    return "device: mps" if run.precision.device.type == "mps" else None
 
 
 def _validation_tasks(run: Run) -> ValidationTasks | None:
@@ -365,8 +372,8 @@ def _validation_tasks(run: Run) -> ValidationTasks | None:
     names = run.config.train.eval_tasks
     if not names or run.tokenizer is None:
         return None
-    if is_sharded(run.model):
-        log.warning("note: no task scores with fsdp: full; psannlm eval --tasks scores any checkpoint")
+    if hindrance := _hindrance(run):
+        log.warning(f"note: no task scores with {hindrance}; psannlm eval --tasks scores any checkpoint")
         return None
     if run.val_windows is None:
         log.warning("note: no task scores without validations; set data.val_split")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from psannlm.data.loader import MicroBatch
-from psannlm.runtime.device import AsyncReadback, Precision
+from psannlm.runtime.device import AsyncReadback, Precision, sum_dtype
 from psannlm.runtime.distributed import World
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import all_reduce_replicated_grads, clip_gradients, gradient_sync
@@ -97,7 +97,7 @@ def train_step(
     """
     world = world or World()
     device = precision.device
-    n_labels = torch.full((), sum(batch.n_labels for batch in micro_batches), dtype=torch.float64, device=device)
+    n_labels = torch.full((), sum(batch.n_labels for batch in micro_batches), dtype=sum_dtype(device), device=device)
     n_labels = world.all_reduce_(n_labels)
     # Data parallelism averages gradients over the ranks: times world.size gives the sum.
     weight = (world.size / n_labels.clamp(min=1)).float()
@@ -108,8 +108,8 @@ def train_step(
         is_last = index == len(micro_batches) - 1
         with gradient_sync(model, is_last or not sync_once), precision.autocast():
             loss: Tensor = model(
-                batch.input_ids.to(device, non_blocking=True),
-                batch.labels.to(device, non_blocking=True),
+                batch.input_ids.to(device, non_blocking=device.type == "cuda"),
+                batch.labels.to(device, non_blocking=device.type == "cuda"),
                 label_smoothing,
             )
             total += loss.detach()
@@ -118,7 +118,9 @@ def train_step(
     for optimizer in optimizers.optimizers:
         scaler.unscale_(optimizer)
     grad_norm = clip_gradients(model, grad_clip)
-    metrics = AsyncReadback(torch.stack([world.all_reduce_(total.double()), n_labels, grad_norm.double()]))
+    metrics = AsyncReadback(
+        torch.stack([world.all_reduce_(total.to(n_labels.dtype)), n_labels, grad_norm.to(n_labels.dtype)])
+    )
     if not scaler.is_enabled():
         result = StepResult(metrics)
         if not sync_before_update or result.is_finite:

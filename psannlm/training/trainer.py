@@ -23,7 +23,8 @@ from psannlm.evaluation.loss import Evaluation, evaluate
 from psannlm.models.artifact import model_file, save_model
 from psannlm.models.registry import resolve
 from psannlm.models.transformer import Transformer
-from psannlm.runtime.device import pick_device, pick_precision
+from psannlm.runtime.device import pick_precision
+from psannlm.runtime.distributed import World
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.training.callbacks import Callback
 from psannlm.training.context import Sampler
@@ -167,7 +168,7 @@ class Trainer:
                 "there is nothing to evaluate on: give data here, val_data to the Trainer, or val_split to "
                 "psannLMDataPrep"
             )
-        device = pick_device(self.config.train.device)
+        device = World().pick_device(self.config.train.device)
         return evaluate(
             self.model.to(device),
             cut_windows(self.config, store, self.tokenizer),

@@ -47,7 +47,7 @@ def validate(run: Run, state: TrainerState, windows: Windows) -> tuple[TrainerSt
     log.info(event)
     run.notify(lambda callback: callback.on_validation(event))
     # No rank alone holds all weights of a sharded model.
-    if run.world.is_main and not is_sharded(run.model):
+    if run.world.is_main and not is_sharded(run.model) and run.precision.device.type != "mps":
         _sample(run, state.step)
         _score_tasks(run, state.step)
     best = {"step": state.step, **result.as_dict()} if is_best else state.best

@@ -182,7 +182,7 @@ def test_config_rule_skips_invalid_fields(tmp_path: Path) -> None:
         ("train: {eval_interval_steps: 5}", "train.eval_interval_steps", "nothing is held out"),
         ("train: {checkpoint_dir: 2024}", "train.checkpoint_dir", '2024 is not text; quote it: "2024"'),
         ("train: {lr: 0}", "train.lr", "0 is too small: it must be greater than 0"),
-        ("train: {device: gpu}", "train.device", "is not one of auto, cpu, cuda or cuda:N"),
+        ("train: {device: gpu}", "train.device", "is not one of auto, cpu, cuda, cuda:N or mps"),
         (
             "train: {max_steps: 10, schedule: wsd, cooldown_share: 0.5, warmup_steps: 6}",
             "train.cooldown_share",

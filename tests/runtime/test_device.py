@@ -14,7 +14,8 @@ import torch
 
 from psannlm.errors import DeviceError
 from psannlm.runtime import device
-from psannlm.runtime.device import describe_device, pick_device, pick_precision, require_compiler
+from psannlm.runtime.device import describe_device, pick_device, pick_precision, require_compiler, sum_dtype
+from psannlm.runtime.distributed import World
 from psannlm.training.plan import decide_compiling
 
 CPU = torch.device("cpu")
@@ -32,13 +33,38 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["gpu", "CUDA", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "cpu:0", "auto:1", "", "mps"]
+    "name", ["gpu", "CUDA", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "cpu:0", "auto:1", "", "mps:0"]
 )
 def test_pick_device_unknown_name_raises(gpus: Any, name: str) -> None:
     gpus(2)
     with pytest.raises(DeviceError, match="not one of auto, cpu, cuda, cuda:N") as caught:
         pick_device(name)
     assert f"'{name}'" in str(caught.value)
+
+
+def test_mps_states_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an Apple processor: what is refused there is refused before anything is computed."""
+    cannot = "mps trains and validates only, in float32 and one process, without compilation"
+    with pytest.raises(DeviceError, match=cannot):
+        pick_device("mps")  # to generate, serve or benchmark
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(DeviceError, match="finds no Apple GPU; use device: cpu"):
+        pick_device("mps", takes_mps=True)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    mps = World().pick_device("mps")
+    assert mps == torch.device("mps")
+    with pytest.raises(DeviceError, match="trains in one process, and there are 2"):
+        World(size=2).pick_device("mps")
+    assert pick_precision("auto", mps).dtype == pick_precision("fp32", mps).dtype == torch.float32
+    assert cannot in pick_precision("auto", mps).reason
+    for amp in ("bf16", "fp16"):
+        with pytest.raises(DeviceError, match=f"amp: {amp} with device mps: .*; use amp: fp32"):
+            pick_precision(amp, mps)
+    with pytest.raises(DeviceError, match=r"compile: true with device mps: .*; set compile: false"):
+        require_compiler(mps)
+    assert sum_dtype(mps) == torch.float32, "it has no float64"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert pick_device("auto", takes_mps=True) == CPU, "it is taken only by its name"
 
 
 def test_pick_device_suggests_nearest_name() -> None:

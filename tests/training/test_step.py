@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from psannlm.config.constants import IGNORE_INDEX
 from psannlm.data.loader import MicroBatch
@@ -94,6 +97,29 @@ def test_train_step_loss_is_mean_over_labels(build_tiny: Build) -> None:
     expected = -log_probabilities[counts].gather(1, labels[counts].unsqueeze(1)).mean()
     result = step(model, [batch(input_ids, labels)], OptimizerSet(model, "adamw", 0.0))
     assert result.loss == pytest.approx(float(expected), rel=1e-5)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses operations that mps lacks."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        assert torch.float64 not in {leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("base", ["respsann", "waveresnet", "transformer"])
+def test_train_step_without_float64_is_equal(build_tiny: Build, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [batch(*rows([8, 8, 1, 3])), batch(*rows([5, 0, 8, 2], seed=1))]
+    usual, without = build_tiny(base=base), build_tiny(base=base)
+    wanted = step(usual, parts, OptimizerSet(usual, "adamw", 0.1), grad_clip=1.0)
+    monkeypatch.setattr("psannlm.training.step.sum_dtype", lambda device: torch.float32)
+    optimizers = OptimizerSet(without, "adamw", 0.1)
+    with NoFloat64():
+        result = step(without, parts, optimizers, grad_clip=1.0)
+    assert (result.n_labels, result.loss) == (wanted.n_labels, pytest.approx(wanted.loss, rel=1e-6))
+    for a, b in zip(usual.parameters(), without.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("limit", [0.01, 0.5])
