@@ -61,7 +61,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,data,tensorboard,hf,eval,gguf,serve]'
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,data,tensorboard,hf,eval,gguf,serve,cluster]'
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
