@@ -23,12 +23,16 @@ from psannlm.generation.logprobs import TokenLogprob, token_logprobs
 from psannlm.generation.row_text import RowText, forbidden_ids
 from psannlm.generation.rows import FinishReason, Row, RowBatch
 from psannlm.generation.sampling import SamplingConfig
-from psannlm.models.kv_cache import MAX_DECODE_TOKENS
+from psannlm.models.attention import PREFILL_QUERIES
+from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache
 from psannlm.tokenizers.base import Tokenizer
 
-# Prompt tokens computed between two decoding steps: the longest that other rows wait for a prompt. Whole blocks of
-# queries, so that a prompt in parts gives the same numbers as in one.
-PREFILL_CHUNK_TOKENS = 128
+# Prompt tokens of one pass, the longest that other rows wait for a prompt. Whole blocks of queries, so that a prompt in
+# parts gives the same numbers as in one. A pass over half as many costs a quarter more per token (29.9M parameters on a
+# CPU with AVX2): reading and packing the weights takes as long as computing a hundred tokens.
+PREFILL_CHUNK_TOKENS = 256
+# Passes over whole prompts before a decoding step, while fewer rows decode than wait for a free row.
+_MOST_PREFILL_PASSES = 4
 
 
 class QueueFullError(PsannlmError):
@@ -134,7 +138,9 @@ class Scheduler:
         # Slots for every row at full context, and for draft tokens behind it, so that nothing grows under load.
         capacity = self.context + MAX_DECODE_TOKENS
         self._pool = engine.new_cache(max_batch, capacity)
+        # One row for a prompt in parts, and some for several whole prompts.
         self._staging = engine.new_cache(1, capacity)
+        self._group = engine.new_cache(min(max_batch, PREFILL_CHUNK_TOKENS // PREFILL_QUERIES), PREFILL_CHUNK_TOKENS)
         forbidden = torch.tensor(forbidden_ids(tokenizer, self._vocab_size), dtype=torch.long, device=engine.device)
         self._batch = RowBatch(
             engine, [], self._pool.view(0, 0), forbidden=forbidden, speculate=speculate, limit=self._limit
@@ -146,7 +152,8 @@ class Scheduler:
             self._batch.rows, self._batch.cache = [self._idle] * max_batch, self._pool
         self._lock = threading.Condition()
         self._waiting: deque[Handle] = deque()
-        self._prefilling: Handle | None = None
+        # Several that one pass computes wholly, or one that is computed in parts.
+        self._prefilling: list[Handle] = []
         self._decoding: dict[Row, Handle] = {}
         self.n_generated = self.n_prompt_tokens = 0
         self._n_ended, self._began_s = 0, time.monotonic()
@@ -159,12 +166,12 @@ class Scheduler:
     @property
     def n_running(self) -> int:
         """Sequences whose prompt is computed or that decode."""
-        return len(self._decoding) + (self._prefilling is not None)
+        return len(self._decoding) + len(self._prefilling)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._waiting or self._decoding or self._prefilling is not None)
+        return bool(self._waiting or self._decoding or self._prefilling)
 
     def check(self, request: GenerationRequest) -> None:
         """Raise GenerationError for a prompt that is empty, has an unknown id, or is too long."""
@@ -222,10 +229,15 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Drop cancelled sequences, compute at most one chunk of prompts, then one pass over the decoding rows."""
+        """Drop cancelled sequences, compute a pass over prompts or some, then one over the decoding rows."""
         self._drop_cancelled()
-        for handle in self._prefill():
-            self._publish(handle)
+        for _ in range(_MOST_PREFILL_PASSES):
+            for handle in self._prefill():
+                self._publish(handle)
+            # A pass over few rows takes hardly less time than one over many: the others join first.
+            n_joining = min(len(self._waiting), self.max_batch - len(self._decoding))
+            if self._prefilling or n_joining <= len(self._decoding):
+                break
         if self._decoding:
             logits = self._batch.forward()
             rows = list(self._batch.rows)
@@ -238,10 +250,10 @@ class Scheduler:
     def fail_all(self, error: Exception) -> None:
         """End every sequence with ``error``."""
         with self._lock:
-            handles = [*self._waiting, *([] if self._prefilling is None else [self._prefilling])]
+            handles = [*self._waiting, *self._prefilling]
             self._waiting.clear()
         handles += self._decoding.values()
-        self._prefilling = None
+        self._prefilling = []
         self._remove([slot for slot, row in enumerate(self._batch.rows) if row is not self._idle])
         for handle in handles:
             if not handle.is_cancelled:
@@ -251,39 +263,51 @@ class Scheduler:
         with self._lock:
             if any(handle.is_cancelled for handle in self._waiting):
                 self._waiting = deque(handle for handle in self._waiting if not handle.is_cancelled)
-        if self._prefilling is not None and self._prefilling.is_cancelled:
-            self._prefilling = None
+        self._prefilling = [handle for handle in self._prefilling if not handle.is_cancelled]
         rows = self._batch.rows
         self._remove(
             [slot for slot, row in enumerate(rows) if row in self._decoding and self._decoding[row].is_cancelled]
         )
 
     def _prefill(self) -> list[Handle]:
-        """Compute at most ``PREFILL_CHUNK_TOKENS`` tokens of prompts; return the sequences that have news."""
-        changed = []
-        left = PREFILL_CHUNK_TOKENS
-        while (handle := self._next_to_prefill()) is not None:
-            part = handle.request.prompt[handle.n_prefilled : handle.n_prefilled + PREFILL_CHUNK_TOKENS]
-            left -= whole_query_blocks(len(part))
-            # One chunk fits always: a later prompt only where nothing of it would be left for another step.
-            if left < 0:
-                break
-            if self._extend(handle, part):
-                self._prefilling = None
-                changed.append(handle)
-        return changed
+        """Make one pass over prompts; return the sequences whose prompts it has completed."""
+        handles = self._prefilling or self._take_next()
+        if not handles:
+            return []
+        first = handles[0].n_prefilled
+        parts = [handle.request.prompt[first : first + PREFILL_CHUNK_TOKENS] for handle in handles]
+        cache = self._staging
+        if first + len(parts[0]) == len(handles[0].request.prompt) <= PREFILL_CHUNK_TOKENS:
+            cache = self._group.view(0, len(handles))
+        if not first:
+            cache.clear()
+        hidden = self.engine.extend(parts, cache)
+        for at, (handle, part) in enumerate(zip(handles, parts, strict=True)):
+            if handle.request.scores_prompt:
+                self._score(handle, hidden[at : at + 1], len(part))
+            handle.n_prefilled += len(part)
+            self.n_prompt_tokens += len(part)
+        if handles[0].n_prefilled < len(handles[0].request.prompt):
+            return []
+        self._complete(handles, hidden, [len(part) - 1 for part in parts], cache)
+        self._prefilling = []
+        return handles
 
-    def _next_to_prefill(self) -> Handle | None:
-        if self._prefilling is None and len(self._decoding) < self.max_batch:
-            with self._lock:
-                self._prefilling = self._waiting.popleft() if self._waiting else None
-            if self._prefilling is not None:
-                self._start(self._prefilling)
+    def _take_next(self) -> list[Handle]:
+        """Take the next waiting sequences: as many as one pass over whole prompts holds, or a long one alone."""
+        n_free, longest = self.max_batch - len(self._decoding), 0
+        with self._lock:
+            while self._waiting and len(self._prefilling) < n_free:
+                longest = max(longest, whole_query_blocks(len(self._waiting[0].request.prompt)))
+                if self._prefilling and longest * (len(self._prefilling) + 1) > PREFILL_CHUNK_TOKENS:
+                    break
+                self._prefilling.append(self._waiting.popleft())
+        for handle in self._prefilling:
+            self._start(handle)
         return self._prefilling
 
     def _start(self, handle: Handle) -> None:
         request = handle.request
-        self._staging.clear()
         handle.text = RowText(self.tokenizer, request.prompt, request.stop)
         handle.row = Row(
             request.prompt,
@@ -295,28 +319,30 @@ class Scheduler:
             n_top=request.n_top,
         )
 
-    def _extend(self, handle: Handle, part: Sequence[int]) -> bool:
-        """Run the next part of a prompt; return whether it was the last, after which the row decodes or has ended."""
-        row, request = handle.row, handle.request
-        assert row is not None
-        hidden = self.engine.extend([part], self._staging)
-        if request.scores_prompt:
-            self._score(handle, hidden, len(part))
-        handle.n_prefilled += len(part)
-        self.n_prompt_tokens += len(part)
-        if handle.n_prefilled < len(request.prompt):
-            return False
-        if request.scores_prompt:
-            handle.update.prompt_logprobs = handle.prompt_logprobs
-        if not row.is_finished:
-            logits = self.engine.next_logits(hidden[:, len(part) - 1])
-            first = RowBatch(self.engine, [row], self._staging, forbidden=self._batch.forbidden)
-            for _, token in first.settle(logits.unsqueeze(1)):
-                self._add_token(handle, token)
-        if not row.is_finished:
-            self._join(row)
-            self._decoding[row] = handle
-        return True
+    def _complete(self, handles: Sequence[Handle], hidden: Tensor, last: Sequence[int], cache: KVCache) -> None:
+        """Choose the first tokens of prefilled rows, and let those join the batch that have not ended with them.
+
+        Args:
+            hidden: states (B, T, D) of the last pass.
+            last: index in T of each row's last token.
+            cache: of these rows.
+        """
+        rows = []
+        for handle in handles:
+            assert handle.row is not None
+            rows.append(handle.row)
+            if handle.request.scores_prompt:
+                handle.update.prompt_logprobs = handle.prompt_logprobs
+        if not all(row.is_finished for row in rows):
+            at = torch.arange(len(rows), device=hidden.device)
+            logits = self.engine.next_logits(hidden[at, torch.tensor(last, device=hidden.device)])
+            batch = RowBatch(self.engine, rows, cache, forbidden=self._batch.forbidden)
+            for slot, token in batch.settle(logits.unsqueeze(1)):
+                self._add_token(handles[slot], token)
+        joining = [slot for slot, row in enumerate(rows) if not row.is_finished]
+        if joining:
+            self._join([rows[slot] for slot in joining], cache if len(joining) == len(rows) else cache.select(joining))
+            self._decoding.update({rows[slot]: handles[slot] for slot in joining})
 
     def _score(self, handle: Handle, hidden: Tensor, n_tokens: int) -> None:
         """Record the log probabilities of the prompt's tokens that follow the ``n_tokens`` of ``hidden``."""
@@ -325,17 +351,18 @@ class Scheduler:
             logits = self.engine.model.logits(hidden[:, : len(following)])
             handle.prompt_logprobs += token_logprobs(logits, [following], handle.request.n_top or 0)[0]
 
-    def _join(self, row: Row) -> None:
-        """Copy a prefilled row into a slot of the batch."""
+    def _join(self, rows: Sequence[Row], cache: KVCache) -> None:
+        """Copy prefilled rows, which ``cache`` holds, into slots of the batch."""
         batch = self._batch
         if self.engine.compiles:
-            slot = batch.rows.index(self._idle)
-            batch.rows[slot] = row
-            self._pool.copy_rows_([slot], self._staging)
+            slots = [slot for slot, row in enumerate(batch.rows) if row is self._idle][: len(rows)]
+            for slot, row in zip(slots, rows, strict=True):
+                batch.rows[slot] = row
+            self._pool.copy_rows_(slots, cache)
             return
-        lengths = [*batch.cache.lengths, *self._staging.lengths]
-        self._pool.copy_rows_([len(batch.rows)], self._staging)
-        batch.rows.append(row)
+        lengths = [*batch.cache.lengths, *cache.lengths]
+        self._pool.copy_rows_(range(len(batch.rows), len(lengths)), cache)
+        batch.rows += rows
         self._show(lengths)
 
     def _remove(self, slots: Sequence[int]) -> None:

@@ -170,3 +170,26 @@ def test_scheduler_refuses_prompts_before_the_queue(prompt: list[int], n: int, m
     with pytest.raises(GenerationError, match=message):
         served.submit("bad", GenerationRequest(prompt, n, GREEDY))
     assert not served.scheduler.has_work
+
+
+def test_scheduler_waiting_prompts_share_passes(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short prompts that wait together are computed together, before the few rows that decode continue."""
+    served = serve(max_batch=8)
+    passes: list[int] = []
+    extend = served.scheduler.engine.extend
+
+    def counted(parts: Any, cache: Any) -> Any:
+        passes.append(len(parts))
+        return extend(parts, cache)
+
+    monkeypatch.setattr(served.scheduler.engine, "extend", counted)
+    for number in range(8):
+        served.submit(str(number), GenerationRequest([1, *[9 + number] * 99], 5, GREEDY))
+    served.scheduler.step()
+    # Two prompts of 128 padded tokens fill a pass; with four rows decoding and four waiting, decoding continues.
+    assert passes == [2, 2]
+    assert [len(served.ids(str(number))) for number in range(8)] == [2, 2, 2, 2, 0, 0, 0, 0]
+    served.scheduler.step()
+    assert passes == [2, 2, 2]
+    served.run()
+    assert passes == [2, 2, 2, 2]
