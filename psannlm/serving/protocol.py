@@ -28,11 +28,11 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """Body of a completion request. A field that is null has its default."""
+    """Body of a completion request. A field that is null has its default; ``model`` may be left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    model: str
+    model: str | None = None
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=0)] = 16
     temperature: float = 1.0
@@ -103,7 +103,7 @@ def parse_completion(body: bytes, model: str, max_tokens: int) -> CompletionRequ
         request = CompletionRequest.model_validate(fields)
     except ValidationError as error:
         raise _field_error(error) from error
-    if request.model != model:
+    if request.model not in (None, model):
         message = f"the model {request.model!r:.100} is not served here; use {model!r}"
         raise RequestError(404, message, param="model", code="model_not_found")
     _check_values(request, max_tokens)

@@ -12,6 +12,7 @@ from psannlm.generation.generate import Completion, generate
 from psannlm.generation.sampling import SamplingConfig
 
 openai = pytest.importorskip("openai")
+httpx2: Any = pytest.importorskip("httpx2")
 
 SETTINGS: dict[str, Any] = {"model": "tiny", "max_tokens": 30, "temperature": 0.8, "top_p": 0.95, "seed": 7}
 PROMPTS = [f"{number} tides of the sea " * (1 + number % 5) for number in range(17)]
@@ -98,6 +99,13 @@ def test_stop_text_ends_the_choice_before_it(client: Any, engine: Engine, byte_t
     (choice,) = client.completions.create(**asked).choices
     assert (choice.text, choice.finish_reason) == (done.text, "stop")
     assert all(offset < len(done.text) for offset in choice.logprobs.text_offset)
+
+
+def test_model_may_be_left_out(client: Any, running: Any) -> None:
+    asked = {key: value for key, value in SETTINGS.items() if key != "model"}
+    done = httpx2.post(f"{running.url}/v1/completions", json={**asked, "prompt": "The sea"}).json()
+    assert done["model"] == "tiny"
+    assert done["choices"][0]["text"] == client.completions.create(prompt="The sea", **SETTINGS).choices[0].text
 
 
 def test_models_list_the_one_model(client: Any) -> None:
