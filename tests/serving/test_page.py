@@ -524,6 +524,21 @@ def test_page_asks_for_key_only_where_needed(visit: Callable[..., Page], start_s
     page.wait_for_selector(".state.ready")
 
 
+@pytest.mark.slow
+def test_page_waits_for_model_to_load(visit: Callable[..., Page], start_site: Callable[..., Any]) -> None:
+    """The key is accepted meanwhile."""
+    locked = start_site(KEY)
+    scheduler = locked.service.scheduler
+    locked.service.scheduler = lambda: None
+    page = visit(locked.url, until="#key:visible")
+    page.fill("#key", KEY)
+    page.press("#key", "Enter")
+    page.wait_for_selector("#key", state="hidden")
+    page.wait_for_selector("#state:has-text('the model is loading')")
+    locked.service.scheduler = scheduler
+    page.wait_for_selector(".state.ready")
+
+
 def test_page_without_key_is_refused_and_shown(start_site: Callable[..., Any]) -> None:
     """The answer to a request without the key has the status of a refusal; its body is the page, which asks for it."""
     locked = start_site(KEY)
