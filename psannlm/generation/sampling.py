@@ -132,16 +132,16 @@ def next_tokens(
         raise GenerationError("the model's logits are not finite: its weights are damaged, or its training diverged")
     if config.repetition_penalty is not None and seen is not None:
         # An extreme penalty can overflow float32, and a softmax of infinities is NaN.
-        logits = penalise_repetition(logits, seen, config.repetition_penalty).clamp(_RANGE.min, _RANGE.max)
+        penalty = _in_range(config.repetition_penalty)
+        logits = penalise_repetition(logits, seen, penalty).clamp(_RANGE.min, _RANGE.max)
     if forbidden is not None:
         logits = logits.index_fill(1, forbidden, float("-inf"))
     if config.temperature == 0.0:
         return logits.argmax(dim=-1)
     if uniforms is None:
         raise ValueError("sampling needs a random number per row")
-    # Shifted so that the highest logit is 0: a tiny temperature cannot overflow. Division by at least the smallest
-    # normal float32 excludes 0 / 0.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(config.temperature, _RANGE.tiny)
+    # Shifted so that the highest logit is 0: a tiny temperature cannot overflow.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / _in_range(config.temperature)
     if config.top_k is not None:
         logits = keep_top_k(logits, config.top_k)
     if config.top_p is not None:
@@ -149,6 +149,11 @@ def next_tokens(
     if config.min_p is not None:
         logits = keep_min_p(logits, config.min_p)
     return _draw(logits, uniforms)
+
+
+def _in_range(value: float) -> float:
+    """Return a positive number as a normal float32: neither 0 / 0 nor infinity / infinity can come of it."""
+    return min(max(value, _RANGE.tiny), _RANGE.max)
 
 
 def _draw(logits: Tensor, uniforms: Tensor) -> Tensor:
