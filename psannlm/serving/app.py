@@ -24,6 +24,7 @@ from psannlm.errors import GenerationError
 from psannlm.serving.choices import Choice, joined, usage
 from psannlm.serving.errors import RequestError
 from psannlm.serving.guard import App, Guard, HostRule, Scope
+from psannlm.serving.inbox import Inbox
 from psannlm.serving.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, PING_S
 from psannlm.serving.metrics import Metrics
 from psannlm.serving.page import load_page
@@ -69,6 +70,13 @@ class Service:
     has_page: bool = True
     is_draining: bool = False
     created: int = 0
+    _inbox: Inbox | None = None
+
+    def inbox_of(self, loop: asyncio.AbstractEventLoop) -> Inbox:
+        """Return the inbox of the event loop that serves."""
+        if self._inbox is None or self._inbox.loop is not loop:
+            self._inbox = Inbox(loop)
+        return self._inbox
 
     def ready(self) -> Scheduler:
         """Return the scheduler. Raises RequestError while the server starts or ends."""
@@ -254,10 +262,10 @@ class Answer:
 
     def submit(self) -> None:
         """Queue the sequences. Raises RequestError where they are refused."""
-        loop = asyncio.get_running_loop()
+        inbox = self._service.inbox_of(asyncio.get_running_loop())
 
         def on_update(number: int, update: Update) -> None:
-            loop.call_soon_threadsafe(self._updates.put_nowait, (number, update))
+            inbox.put(self._updates, (number, update))
 
         self._scheduler = scheduler = self._service.ready()
         requests = generation_requests(self._request, list(self._prompts))
