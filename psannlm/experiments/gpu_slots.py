@@ -123,9 +123,13 @@ def _listed(gpus: str, found: tuple[str, ...]) -> tuple[str, ...]:
 
 @dataclass
 class GpuSlots:
-    """The GPUs of a placement, each with the number of runs on it now."""
+    """The GPUs of a placement, each with the number of runs on it now.
+
+    ``n_runs`` is the number of all runs: fewer than jobs get more threads each.
+    """
 
     placement: Placement
+    n_runs: int
     _n_runs: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -148,7 +152,8 @@ class GpuSlots:
     def environment(self, gpu: str | None) -> dict[str, str]:
         """Return the environment variables of a run on ``gpu``: what it may see, and its number of threads."""
         placement = self.placement
-        settings = threads_for(placement.jobs) if placement.jobs > 1 else {}
+        at_once = min(placement.jobs, self.n_runs)
+        settings = threads_for(at_once) if at_once > 1 else {}
         if placement.hides_gpus:
             settings[VISIBLE_GPUS_VARIABLE] = ""
         elif gpu is not None:

@@ -66,7 +66,7 @@ def run_all(
         write_json(study.folder / STUDY_FILE, content)
         wanted = [run for run in study.runs if only is None or run.name in only]
         waiting = [run for run in wanted if not read_status(run).is_settled]
-        scheduler = _Scheduler(len(wanted), waiting, launcher, GpuSlots(placement), clock)
+        scheduler = _Scheduler(len(wanted), waiting, launcher, GpuSlots(placement, len(waiting)), clock)
         stop = threading.Event()
         next_status = clock()
         with explain_write_errors(study.folder), stopping_on_signals(stop), scheduler.stopping_on_error(sleep):

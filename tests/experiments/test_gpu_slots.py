@@ -169,5 +169,13 @@ def test_twenty_runs_spread_over_gpus(
 
 def test_runs_without_gpus_see_none(gpus: Callable[..., None]) -> None:
     gpus(2)
-    assert GpuSlots(place_runs(["auto"], gpus="none")).environment(None) == {NAMED: ""}
-    assert GpuSlots(place_runs(["cpu"])).environment(None) == {}, "as before: one run at a time has the machine"
+    assert GpuSlots(place_runs(["auto"], gpus="none"), 9).environment(None) == {NAMED: ""}
+    assert GpuSlots(place_runs(["cpu"]), 9).environment(None) == {}, "as before: one run at a time has the machine"
+
+
+def test_few_runs_divide_all_cores(gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(8)
+    monkeypatch.setattr("psannlm.runtime.cores._bound_cores", lambda: 64)
+    slots = GpuSlots(place_runs(["auto"]), n_runs=2)
+    assert slots.environment(slots.take()) == {NAMED: "0", "OMP_NUM_THREADS": "32"}
+    assert slots.environment(slots.take()) == {NAMED: "1", "OMP_NUM_THREADS": "32"}
