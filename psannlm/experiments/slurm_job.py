@@ -45,7 +45,7 @@ class TrainingJob:
         before_end = {getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))}
         signal.pthread_sigmask(signal.SIG_BLOCK, before_end)
         try:
-            self._process = start_training(self._name, self._config, self._log_path, environment, end_with_parent=True)
+            self._process = self._start(environment)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, before_end)
         signal.signal(signal.SIGTERM, self._forward)
@@ -65,7 +65,10 @@ class TrainingJob:
         self._end()
         # Optional, so no import statement: every module needs declared dependencies only.
         helpers = import_module("submitit.helpers")
-        return helpers.DelayedSubmission(TrainingJob(self._name, self._config, self._log_path))
+        return helpers.DelayedSubmission(type(self)(self._name, self._config, self._log_path))
+
+    def _start(self, environment: dict[str, str]) -> Popen[bytes]:
+        return start_training(self._name, self._config, self._log_path, environment, end_with_parent=True)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         if self._process is not None:

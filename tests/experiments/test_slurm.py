@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from psannlm.config.run import load_config
 from psannlm.errors import ConfigError, Interrupted, TrainingError
+from psannlm.experiments.gpu_slots import Placement
 from psannlm.experiments.launchers import choose_launching
 from psannlm.experiments.model import Study
 from psannlm.experiments.plan import load_plan
 from psannlm.experiments.run_state import read_status
 from psannlm.experiments.runner import run_all
 from psannlm.experiments.sizing import size_study, write_configs
+from psannlm.experiments.slurm_job import TrainingJob
 from psannlm.experiments.slurm_launcher import SlurmLauncher, SlurmProcess, slurm_parameters
 from psannlm.training.run import train
 
@@ -181,34 +186,54 @@ def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> Any:
     return found
 
 
+# It trains for four seconds without a signal, counts on from what it saved, and saves at SIGTERM only.
+COUNTER = """
+import signal, sys, time
+from pathlib import Path
+saved, log = map(Path, sys.argv[1:])
+count, stop = int(saved.read_text()) if saved.exists() else 0, []
+signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+with open(log, "a") as file:
+    print("from", count, file=file, flush=True)
+    while count < 40 and not stop:
+        time.sleep(0.1)
+        count += 1
+        print(count, file=file, flush=True)
+saved.write_text(str(count))
+sys.exit(130 if stop else 0)
+"""
+
+
+class CountingJob(TrainingJob):
+    """A job whose training only counts."""
+
+    def _start(self, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-S", "-c", COUNTER, str(self._config), str(self._log_path)])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
-def test_requeued_job_resumes_to_same_losses(make: Callable[..., Study]) -> None:
-    """The job is told that its time is over, in the middle of the run: it saves, is requeued, resumes and ends."""
+def test_requeued_job_resumes_where_it_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like Slurm before a time limit, the test signals every process of the job."""
     pytest.importorskip("submitit")
-    study = make(tokens=10_000)
-    run = study.runs[0]
-    launcher = SlurmLauncher(study.folder, {"timeout_min": 5}, cluster="local")
-    processes: list[SlurmProcess] = []
-
-    def launch(run: Any, environment: Any) -> SlurmProcess:
-        processes.append(launcher(run, environment))
-        return processes[-1]
-
-    def interrupt(text: str) -> None:
-        if not interrupted and (run.folder / "metrics.jsonl").is_file() and read_status(run).step > 2:
-            job = processes[0]._job._process.pid
-            os.kill(wait_for(lambda: child_of(job)), signal.SIGUSR2)
-            interrupted.append(read_status(run).step)
-
-    interrupted: list[int] = []
-    run_all(study, launcher=launch, on_status=interrupt, sleep=lambda seconds: (interrupt(""), time.sleep(0.05))[1])
-    assert interrupted
-    assert interrupted[0] < run.variant.n_steps
-    log = run.log_path.read_text()
-    assert log.count("psannlm compare starts") == 2, "it was requeued once"
-    assert len(processes) == 1
-    assert losses(study) == trained_here(make("alone", tokens=10_000))
+    cloudpickle = pytest.importorskip("cloudpickle")
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr("psannlm.experiments.slurm_launcher.TrainingJob", CountingJob)
+    monkeypatch.setattr("psannlm.experiments.slurm_launcher._CHECK_S", 0.1)
+    run = SimpleNamespace(name="counter", config_path=tmp_path / "saved", log_path=tmp_path / "log")
+    process = SlurmLauncher(tmp_path, {"timeout_min": 5}, cluster="local")(run, {})  # type: ignore[arg-type]
+    wait_for(lambda: run.log_path.is_file() and "3\n" in run.log_path.read_text())
+    job = child_of(process._job._process.pid)
+    assert job is not None
+    for pid in (child_of(job), job):
+        assert pid is not None
+        os.kill(pid, signal.SIGUSR2)
+    saved = int(wait_for(lambda: run.config_path.is_file() and run.config_path.read_text()))
+    assert wait_for(lambda: {None: False, 0: "ended"}[process.poll()]) == "ended"
+    first, second = run.log_path.read_text().split("from ")[1:]
+    assert (first.split()[0], first.split()[-1]) == ("0", str(saved))
+    assert (second.split()[0], second.split()[-1]) == (str(saved), "40")
+    assert 3 <= saved < 40
 
 
 FAKE_SLURM = {
@@ -241,7 +266,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_ending_compare_cancels_jobs_which_save(make: Callable[..., Study], cluster: Path) -> None:
+def test_ending_compare_cancels_jobs_which_resume(make: Callable[..., Study], cluster: Path) -> None:
+    """The losses of two jobs, one of them cancelled, are those of one process on this machine."""
     study = make(tokens=10_000)
     run = study.runs[0]
 
@@ -259,7 +285,9 @@ def test_ending_compare_cancels_jobs_which_save(make: Callable[..., Study], clus
     assert f"#SBATCH --job-name=psannlm-{run.name}\n" in script
     assert (cluster / "cancelled").read_text() == "100\n"
     assert read_status(run).state == "stopped"
-    assert json.loads((study.folder / "slurm" / "jobs.json").read_text()) == {run.name: "100"}
+    run_all(study, placement=Placement(9), launcher=SlurmLauncher(study.folder, {}))
+    assert json.loads((study.folder / "slurm" / "jobs.json").read_text()) == {run.name: "101"}
+    assert losses(study) == trained_here(make("alone", tokens=10_000))
 
 
 def test_job_of_earlier_call_is_taken_over(make: Callable[..., Study], cluster: Path) -> None:
