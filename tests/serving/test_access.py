@@ -90,6 +90,13 @@ def test_key_opens_every_route(locked: RunningServer) -> None:
     assert headers["content-security-policy"].startswith("default-src 'none'")
 
 
+def test_server_without_page_refuses_root_in_json(locked: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locked.service, "has_page", False)
+    status, _, text = ask(locked, "/")
+    assert status == 401
+    assert json.loads(text)["error"]["code"] == "invalid_api_key"
+
+
 @pytest.mark.parametrize(
     "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "10.0.0.1", "", "[::1", "a:b:c"]
 )
