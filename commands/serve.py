@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,43 +112,43 @@ def serve(
     if compile:
         require_compiler(picked, "--compile", "leave it out")
     path = find_model_file(checkpoint, checkpoint)
-    bound = bind_socket(host, port)
-    loaded = load_model(path)
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
-        raise ArtifactError(f"{path} has no tokenizer, which the server needs")
-    loaded.model.to(picked)
-    refuse_oversize(loaded.model, max_batch, 4 if dtype == "float32" else 2)
-    at = bound.getsockname()[1]
+    with closing(bind_socket(host, port)) as bound:
+        loaded = load_model(path)
+        tokenizer = loaded.tokenizer
+        if tokenizer is None:
+            raise ArtifactError(f"{path} has no tokenizer, which the server needs")
+        loaded.model.to(picked)
+        refuse_oversize(loaded.model, max_batch, 4 if dtype == "float32" else 2)
+        at = bound.getsockname()[1]
 
-    def prepare() -> Scheduler:
-        from psannlm.generation.engine import Engine
-        from psannlm.serving.scheduler import Scheduler
+        def prepare() -> Scheduler:
+            from psannlm.generation.engine import Engine
+            from psannlm.serving.scheduler import Scheduler
 
-        engine = Engine(loaded.model, dtype=dtype, compile=compile)
-        for notice in engine.notices:
-            log.warning(notice)
-        return Scheduler(engine, tokenizer, max_batch=max_batch, max_queue=max_queue, speculate=speculate)
+            engine = Engine(loaded.model, dtype=dtype, compile=compile)
+            for notice in engine.notices:
+                log.warning(notice)
+            return Scheduler(engine, tokenizer, max_batch=max_batch, max_queue=max_queue, speculate=speculate)
 
-    service = Service(
-        model=model_name or checkpoint.resolve().name,
-        tokenizer=tokenizer,
-        context=loaded.model.config.max_seq_len or 0,
-        max_tokens=max_tokens,
-        scheduler=lambda: None,
-        metrics=Metrics() if metrics else None,
-        has_page=not no_page,
-        created=int(time.time()),
-    )
-    shown = f"[{host}]" if ":" in host else host
-    HttpServer(
-        service,
-        prepare,
-        bound,
-        HostRule(host, tuple(allowed_host or ())),
-        key,
-        lambda: log.info(f"serving {service.model} at http://{shown}:{at}/"),
-    ).run()
+        service = Service(
+            model=model_name or checkpoint.resolve().name,
+            tokenizer=tokenizer,
+            context=loaded.model.config.max_seq_len or 0,
+            max_tokens=max_tokens,
+            scheduler=lambda: None,
+            metrics=Metrics() if metrics else None,
+            has_page=not no_page,
+            created=int(time.time()),
+        )
+        shown = f"[{host}]" if ":" in host else host
+        HttpServer(
+            service,
+            prepare,
+            bound,
+            HostRule(host, tuple(allowed_host or ())),
+            key,
+            lambda: log.info(f"serving {service.model} at http://{shown}:{at}/"),
+        ).run()
     log.info("ended")
 
 

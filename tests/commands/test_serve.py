@@ -1,0 +1,179 @@
+"""``psannlm serve``: what is refused before the port opens, and a server's life as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psannlm.models.artifact import save_model
+from psannlm.models.transformer import Transformer
+
+from .conftest import Outcome
+
+for package in ("starlette", "uvicorn", "sse_starlette", "prometheus_client"):
+    pytest.importorskip(package)
+
+Psannlm = Callable[..., Outcome]
+PROMPT = "sesame opens"
+
+
+@pytest.fixture
+def without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test in which the port opens."""
+
+    def run(server: Any) -> None:
+        raise AssertionError("the port has opened")
+
+    monkeypatch.setattr("psannlm.serving.server.HttpServer.run", run)
+
+
+def refused(psannlm: Psannlm, *arguments: str, code: int = 2) -> str:
+    outcome = psannlm("serve", *arguments)
+    assert outcome.code == code, outcome
+    assert outcome.out == ""
+    return outcome.err
+
+
+@pytest.mark.usefixtures("without_a_server")
+def test_serve_refuses_a_port_in_use(psannlm: Psannlm, trained: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        said = refused(psannlm, str(trained / "runs/tiny"), "--port", str(port))
+    assert said == f"error: port {port} on 127.0.0.1 is in use; end what uses it, or give another --port\n"
+
+
+@pytest.mark.usefixtures("without_a_server")
+def test_serve_refuses_a_model_without_tokenizer(
+    psannlm: Psannlm, tmp_path: Path, build_tiny: Callable[..., Transformer]
+) -> None:
+    save_model(tmp_path / "bare.safetensors", build_tiny(), None)
+    said = refused(psannlm, str(tmp_path / "bare.safetensors"), "--port", "0", code=1)
+    assert "bare.safetensors has no tokenizer" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("without_a_server")
+def test_serve_refuses_a_batch_larger_than_memory(
+    psannlm: Psannlm, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psannlm.serving.server.machine_memory_bytes", lambda: 2_000_000)
+    said = refused(psannlm, str(trained / "runs/tiny"), "--port", "0", "--max-batch", "1000")
+    assert "1,000 rows of 16 tokens need" in said
+    assert "lower --max-batch" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("without_a_server")
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1"])
+def test_serve_refuses_other_hosts_without_a_key(host: str, psannlm: Psannlm, trained: Path) -> None:
+    assert "give --api-key-file" in refused(psannlm, str(trained / "runs/tiny"), "--host", host)
+
+
+@pytest.mark.usefixtures("without_a_server")
+@pytest.mark.parametrize("content", [b"", b"short\n", b"\n0123456789abcdef", b"0123456789 abcdef", "é".encode() * 20])
+def test_serve_refuses_weak_keys_without_printing_them(
+    content: bytes, psannlm: Psannlm, trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_bytes(content)
+    said = refused(psannlm, str(trained / "runs/tiny"), "--api-key-file", str(tmp_path / "key"))
+    assert "is not a key of 16 or more" in said
+    assert "short" not in said
+    assert "no file at" in refused(psannlm, str(trained / "runs/tiny"), "--api-key-file", str(tmp_path / "none"))
+
+
+@pytest.mark.usefixtures("without_a_server")
+def test_serve_without_its_extra_names_it(psannlm: Psannlm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psannlm.serving.app", None)
+    for name in [name for name in sys.modules if name.startswith("psannlm.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    said = refused(psannlm, str(trained / "runs/tiny"))
+    assert "the server needs uvicorn; run pip install -c constraints.txt '.[serve]'" in said
+
+
+class Process:
+    """A server in a process of its own."""
+
+    def __init__(self, model: Path, *arguments: str) -> None:
+        command = [sys.executable, "-m", "psannlm", "serve", str(model), "--port", "0", *arguments]
+        self.child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
+        assert self.child.stderr is not None
+        first = self.child.stderr.readline()
+        assert first.startswith("serving "), first
+        self.url = first.split()[-1]
+
+    def ask(self, path: str, body: Any = None) -> tuple[int, str]:
+        content = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory, build_tiny: Callable[..., Transformer]) -> Path:
+    """A model whose texts take seconds."""
+    from psannlm.tokenizers.resolve import fit_tokenizer
+
+    path = tmp_path_factory.mktemp("large") / "large.safetensors"
+    tokenizer = fit_tokenizer(["the sea and the tide"], "simple")
+    save_model(path, build_tiny(vocab_size=tokenizer.vocab_size, max_seq_len=2000, n_layers=4), tokenizer)
+    return path
+
+
+@pytest.mark.slow
+def test_serve_sigterm_ends_open_requests_and_refuses_new(large: Path) -> None:
+    server = Process(large, "--max-tokens", "1500")
+    long = {"model": "large.safetensors", "prompt": PROMPT, "max_tokens": 800, "seed": 1, "temperature": 1}
+    answers: list[tuple[int, str]] = []
+    asking = threading.Thread(target=lambda: answers.append(server.ask("v1/completions", long)))
+    asking.start()
+    time.sleep(0.5)
+    began = time.monotonic()
+    server.child.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    refused_new, text = server.ask("v1/completions", {**long, "max_tokens": 1})
+    assert (refused_new, json.loads(text)["error"]["code"]) == (503, "shutting_down")
+    assert server.ask("health")[0] == 503
+    asking.join(30)
+    _, err = server.child.communicate(timeout=30)
+    assert answers[0][0] == 200
+    assert json.loads(answers[0][1])["choices"][0]["finish_reason"] in ("length", "stop")
+    assert server.child.returncode == 0
+    assert time.monotonic() - began < 30
+    assert err == "ended\n"
+
+
+@pytest.mark.slow
+def test_serve_prints_neither_prompts_nor_tracebacks(large: Path) -> None:
+    server = Process(large)
+    for body in (
+        {"prompt": PROMPT},
+        {"model": "large.safetensors", "prompt": PROMPT},
+        {"prompt": [PROMPT] * 500},
+        [PROMPT],
+    ):
+        server.ask("v1/completions", body)
+    server.ask(f"v1/{'sesame'}")
+    server.child.send_signal(signal.SIGINT)
+    out, err = server.child.communicate(timeout=30)
+    assert server.child.returncode == 0
+    assert err == "ended\n"
+    assert not out
