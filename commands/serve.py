@@ -128,7 +128,9 @@ def serve(
             engine = Engine(loaded.model, dtype=dtype, compile=compile)
             for notice in engine.notices:
                 log.warning(notice)
-            return Scheduler(engine, tokenizer, max_batch=max_batch, max_queue=max_queue, speculate=speculate)
+            scheduler = Scheduler(engine, tokenizer, max_batch=max_batch, max_queue=max_queue, speculate=speculate)
+            scheduler.warm_up()
+            return scheduler
 
         service = Service(
             model=model_name or checkpoint.resolve().name,

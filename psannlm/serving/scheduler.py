@@ -158,6 +158,16 @@ class Scheduler:
         self.n_generated = self.n_prompt_tokens = 0
         self._n_ended, self._began_s = 0, time.monotonic()
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile the steps, where steps are compiled, which takes up to a minute."""
+        if self.engine.compiles:
+            for n_tokens in {1, 1 + self._batch.speculate}:
+                ids = torch.zeros(self.max_batch, n_tokens, dtype=torch.long, device=self.engine.device)
+                self.engine.forward_tokens(ids, self._pool)
+                self._pool.commit([0] * self.max_batch)
+            self._pool.clear()
+
     @property
     def n_waiting(self) -> int:
         """Sequences that wait for a row."""
