@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from itertools import count, product
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -21,6 +25,7 @@ from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.transformer import Transformer
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 Build = Callable[..., Transformer]
 Decode = Callable[..., BatchDecoder]
 Naively = Callable[..., list[int]]
@@ -183,6 +188,38 @@ def test_decoding_is_batch_invariant_per_dtype(
             alone = decode(engine, [prompt], sampling)
             assert together.generated[row] == alone.generated[0]
         assert len({tuple(ids) for ids in together.generated}) > 1
+
+
+# As the command line does before torch is loaded; then the logits of rows alone and together, on two threads.
+_ON_TWO_THREADS = """
+import os
+from psannlm.commands.app import main
+try:
+    main(["generate", "--help"])
+except SystemExit:
+    pass
+import torch
+from psannlm.config.model import ModelConfig
+from psannlm.generation.engine import Engine
+from psannlm.models.registry import build_model, resolve
+torch.set_num_threads(2)
+sizes = {"d_model": 128, "n_layers": 2, "n_heads": 4, "vocab_size": 50, "max_seq_len": 200}
+engine = Engine(build_model(resolve(ModelConfig(**sizes)), seed=0).eval())
+prompts = [[1 + (7 * row + at) % 49 for at in range(20 + 30 * row)] for row in range(4)]
+def logits(rows):
+    first, cache = engine.prefill(rows, 8)
+    return torch.stack([first, *(engine.decode(torch.full((len(rows),), 3), cache) for _ in range(4))], dim=1)
+together = logits(prompts)
+print([torch.equal(logits([prompt])[0], together[row]) for row, prompt in enumerate(prompts)])
+"""
+
+
+@pytest.mark.slow
+def test_decoding_is_batch_invariant_on_two_threads() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_CBWR")}
+    command = [sys.executable, "-c", _ON_TWO_THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=True)
+    assert done.stdout.splitlines()[-1] == str([True] * 4)
 
 
 def test_decoding_low_precision_stays_close(build_tiny: Build, decode: Decode) -> None:

@@ -247,8 +247,6 @@ def test_prepare_for_inference_unknown_dtype_raises(dtype: Any, said: str, build
 @pytest.mark.parametrize("n_inputs", [32, 512, 1408])
 @torch.no_grad()
 def test_inference_linear_is_batch_invariant_bitwise(dtype: WeightDtype, n_inputs: int) -> None:
-    if dtype != "float32" and not computes_in_bf16(CPU):
-        pytest.skip(f"this CPU has no bf16 hardware, and {dtype} is widened for products that depend on the batch")
     generator = torch.Generator().manual_seed(0)
     linear = InferenceLinear(torch.randn(64, n_inputs, generator=generator), None, dtype, is_compiled=False)
     rows = torch.randn(12, 1, n_inputs, generator=generator)

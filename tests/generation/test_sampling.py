@@ -145,6 +145,16 @@ def test_temperature_huge_is_uniform() -> None:
     assert next_tokens(logits, SamplingConfig(temperature=1e30, top_p=None), uniforms).tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e39, 1e308])
+@pytest.mark.parametrize("penalty", [None, 5e-324, 1e39, 1e308])
+def test_sampling_extreme_settings_choose_allowed_tokens(temperature: float, penalty: float | None) -> None:
+    logits = torch.tensor([[0.0, 50.0, -50.0, 0.0, 20.0]]).repeat(3, 1)
+    seen = torch.tensor([True, True, True, False, False]).repeat(3, 1)
+    sampling = SamplingConfig(temperature=temperature, top_p=0.9, min_p=0.0, repetition_penalty=penalty)
+    chosen = next_tokens(logits, sampling, torch.tensor([0.0, 0.5, BELOW_ONE]), seen, torch.tensor([4]))
+    assert set(chosen.tolist()) <= {0, 1, 2, 3}
+
+
 def test_sampling_inverts_cumulative_distribution() -> None:
     logits = logits_of(0.1, 0.2, 0.3, 0.4)
     for u, token in ((0.0, 0), (0.0999, 0), (0.1001, 1), (0.2999, 1), (0.3001, 2), (0.6001, 3), (BELOW_ONE, 3)):

@@ -118,7 +118,7 @@ def test_scheduler_compiled_steps_keep_tokens(
     requests = [replace(request, n_top=None) for request in drawn_requests(seed=3, n=24)]
     runs = []
     for order in (1, -1):
-        served = serve(engine=engine, max_batch=3, max_queue=100, speculate=2)
+        served = serve(engine=engine, max_batch=2, max_queue=100)
         served.scheduler.warm_up()
         run_with_traffic(served, requests[::order])
         runs.append({name if order == 1 else str(23 - int(name)): served.ids(name) for name in served.updates})
