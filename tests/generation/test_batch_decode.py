@@ -202,9 +202,14 @@ import torch
 from psannlm.config.model import ModelConfig
 from psannlm.generation.engine import Engine
 from psannlm.models.registry import build_model, resolve
+torch.manual_seed(0)
 torch.set_num_threads(2)
-sizes = {"d_model": 128, "n_layers": 2, "n_heads": 4, "vocab_size": 50, "max_seq_len": 200}
-engine = Engine(build_model(resolve(ModelConfig(**sizes)), seed=0).eval())
+sizes = {"base": "transformer", "d_model": 256, "n_layers": 3, "n_heads": 4, "vocab_size": 50, "max_seq_len": 200}
+model = build_model(resolve(ModelConfig(**sizes)), seed=0).eval()
+with torch.no_grad():
+    for matrix in (parameter for parameter in model.parameters() if parameter.ndim == 2):
+        matrix.copy_(torch.randn(matrix.shape) * matrix.shape[1] ** -0.5)
+engine = Engine(model)
 prompts = [[1 + (7 * row + at) % 49 for at in range(20 + 30 * row)] for row in range(4)]
 def logits(rows):
     first, cache = engine.prefill(rows, 8)
