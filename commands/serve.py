@@ -93,6 +93,7 @@ def serve(
     from psannlm.models.artifact import load_model
     from psannlm.models.kv_cache import MAX_DECODE_TOKENS
     from psannlm.runtime.device import pick_device, require_compiler
+    from psannlm.runtime.malloc import trim_aggressively
 
     try:
         from psannlm.serving.app import Service
@@ -108,6 +109,8 @@ def serve(
     key = None if api_key_file is None else read_key(api_key_file)
     if key is None and not is_loopback(host):
         raise typer.BadParameter(f"other machines reach {host}: give --api-key-file too", param_hint="--host")
+    # Bodies are parsed and encoded in threads, each of which would keep the memory of its largest one.
+    trim_aggressively()
     picked = pick_device(device)
     if compile:
         require_compiler(picked, "--compile", "leave it out")
