@@ -28,7 +28,8 @@ def serving_tables(metrics: ServingMetrics, figures: dict[str, Any]) -> list[Tab
     """Return a table of servers and loads, and every other of the artifact's ``figures`` in folded tables."""
     note = (
         f"Prompts of {metrics.prompt_tokens:,} tokens, {metrics.new_tokens:,} new; weights in {metrics.dtype}; "
-        f"{metrics.device}, {metrics.threads} threads. Medians of {metrics.repeats} interleaved runs."
+        f"{metrics.device}, {_count(metrics.threads, 'thread')}. Medians of "
+        f"{_count(metrics.repeats, 'interleaved run')}."
     )
     if metrics.engine_batch is not None:
         batch = metrics.engine_batch
@@ -95,6 +96,10 @@ def _row(row: ServingRow) -> list[str]:
         _milliseconds(row.between_tokens_s),
         "–" if row.resident_bytes is None else f"{row.resident_bytes / 1e6:,.0f}",
     ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _spread(spread: Any) -> str:
