@@ -19,11 +19,11 @@ from psannlm.experiments.model import Study
 from psannlm.experiments.run_state import RunState, read_status
 from psannlm.io.artifact_schema import Figures, Whole, read_figures
 from psannlm.io.atomic import is_plain_file, write_text
+from psannlm.io.code_identity import CODE_KEY
 from psannlm.io.limits import MAX_LINE_BYTES, json_values
 from psannlm.io.readers import Unreadable, read_text
 from psannlm.reports.runs import CONFIG_FILE, RunRecord
 from psannlm.reports.schemas.study import AnswerScore
-from psannlm.training.code_identity import CODE_KEY
 
 RUNS_FILE = "runs.jsonl"
 _FORMAT = "psannlm-finished-run"
@@ -37,7 +37,7 @@ class FinishedRun(Figures):
 
     Attributes:
         config: the configuration as written by the run, by section.
-        code: hashes of the code that trained it (``training.code_identity``); empty where it is unknown.
+        code: hashes of the code that trained it (``io.code_identity``); empty where it is unknown.
         system: its ``system.json``.
         rows: the lines of its ``metrics.jsonl`` with figures.
         answers: its score on the plan's algorithmic task, and which model was scored (``measure`` of the plan).

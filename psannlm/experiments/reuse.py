@@ -21,11 +21,11 @@ from psannlm.experiments.finished_runs import RUNS_FILE, FinishedRun, add_finish
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.run_state import read_status
 from psannlm.io.atomic import explain_write_errors, temporary_beside, write_text
+from psannlm.io.code_identity import code_sha256
 from psannlm.io.lock import RunLock
 from psannlm.io.readers import number
 from psannlm.io.run_metadata import write_json
 from psannlm.reports.runs import CONFIG_FILE, METRICS_FILE, REUSED_KEY, SYSTEM_FILE
-from psannlm.training.code_identity import code_sha256
 from psannlm.training.run_folder import RunStatus, write_status
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from psannlm.data.prepare import PreparedData, load_corpus
 from psannlm.errors import Interrupted, PictureError, StorageError, TrainingError
 from psannlm.evaluation.tasks.validation import ValidationTasks
 from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_text
+from psannlm.io.code_identity import CODE_KEY, code_of_run
 from psannlm.io.lock import RunLock
 from psannlm.io.readers import Unreadable, read_json
 from psannlm.io.run_metadata import system_info, write_json
@@ -45,7 +46,6 @@ from psannlm.tokenizers.base import MIN_VOCAB_SIZE
 from psannlm.tokenizers.roundtrip import is_lossy
 from psannlm.training.callbacks import Callback
 from psannlm.training.checkpoint import BEST, TrainerState, read_pointer, step_folder
-from psannlm.training.code_identity import CODE_KEY, code_of_run
 from psannlm.training.console import ConsoleDisplay
 from psannlm.training.context import Run, Sampler, TimeBudget
 from psannlm.training.initial import Parent, load_parent, refuse_other_tokenizer, with_parent_model

@@ -24,9 +24,9 @@ from psannlm.experiments.run_state import read_status
 from psannlm.experiments.runner import run_all
 from psannlm.experiments.sizing import size_study
 from psannlm.experiments.task_accuracy import score_runs
+from psannlm.io.code_identity import CODE_KEY, UNKNOWN_CODE, code_of_run, code_sha256
 from psannlm.reports.runs import read_run
 from psannlm.reports.schemas.study import AnswerScore
-from psannlm.training.code_identity import CODE_KEY, UNKNOWN_CODE, code_of_run, code_sha256
 from psannlm.training.run import train
 
 BASE = """\
@@ -258,6 +258,6 @@ def test_code_of_resumed_run_lists_all_code(finished: Study, monkeypatch: pytest
     assert system[CODE_KEY] == code_of_run(None) == [code_sha256()]
     assert code_of_run(system) == [code_sha256()]
     assert code_of_run({}) == [UNKNOWN_CODE, code_sha256()], "of a run from before this was recorded"
-    monkeypatch.setattr("psannlm.training.code_identity.code_sha256", lambda: "other")
+    monkeypatch.setattr("psannlm.io.code_identity.code_sha256", lambda: "other")
     assert code_of_run(system) == [system[CODE_KEY][0], "other"]
     assert reuse.code_sha256() != "other"
