@@ -99,3 +99,14 @@ def export_tiny(save_tiny: Callable[..., Path], tmp_path: Path) -> Callable[...,
         return export_hf(save_tiny(name, tokenizer), tmp_path / "out", ExportSettings(**settings))
 
     return export
+
+
+@pytest.fixture
+def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare tokenizers on a twentieth of the text, where the law is another one."""
+    from psannlm.export import gguf_verify, held_out, verify
+
+    monkeypatch.setattr(held_out, "TEXT_BYTES", held_out.TEXT_BYTES // 20)
+    few = held_out.random_texts(held_out.N_RANDOM // 20)
+    for module in (verify, gguf_verify):
+        monkeypatch.setattr(module, "random_texts", lambda: few)

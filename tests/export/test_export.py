@@ -50,6 +50,7 @@ def test_command_verifies_in_a_fresh_process(save_tiny: Callable[..., Path], nam
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("less_text")
 def test_a_changed_weight_fails_the_verification(
     export_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_changed_weight_fails_the_verification(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("less_text")
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
