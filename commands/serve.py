@@ -89,6 +89,7 @@ def serve(
 
     Ctrl-C or SIGTERM refuses new requests and ends once the open ones have ended, after 30 s at the latest.
     """
+    from psannlm.display import printable
     from psannlm.errors import ArtifactError, ConfigError, install_extra
     from psannlm.models.artifact import load_model
     from psannlm.models.kv_cache import MAX_DECODE_TOKENS
@@ -136,7 +137,7 @@ def serve(
             return scheduler
 
         service = Service(
-            model=model_name or checkpoint.resolve().name,
+            model=printable(model_name or checkpoint.resolve().name),
             tokenizer=tokenizer,
             context=loaded.model.config.max_seq_len or 0,
             max_tokens=max_tokens,

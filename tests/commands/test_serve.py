@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -104,6 +105,21 @@ def test_serve_without_its_extra_names_it(psannlm: Psannlm, trained: Path, monke
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     said = refused(psannlm, str(trained / "runs/tiny"))
     assert "the server needs uvicorn; run pip install -c constraints.txt '.[serve]'" in said
+
+
+def test_serve_escapes_an_undecodable_model_name(
+    psannlm: Psannlm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON cannot hold such a name: every answer of the server would fail."""
+    names = []
+    monkeypatch.setattr("psannlm.serving.server.HttpServer.run", lambda server: names.append(server._service.model))
+    run = tmp_path / os.fsdecode(b"caf\351")
+    try:
+        shutil.copytree(trained / "runs/tiny", run)
+    except OSError:
+        pytest.skip("this file system takes no names that are not UTF-8")
+    assert psannlm("serve", str(run), "--port", "0").code == 0
+    assert names == ["caf\\xe9"]
 
 
 class Process:

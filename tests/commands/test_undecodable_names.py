@@ -187,5 +187,6 @@ def test_undecodable_names_cover_every_command() -> None:
     """A new command must get its test of names, or its place among those that take no files of the user's."""
     tried = {"init", "tokenize", "prep", "train", "generate", "eval", "report", "compare", "bench-tokenizers"}
     tried |= {"export", "import"}
+    tried |= {"serve", "bench-serve"}  # tests/commands/test_serve.py; bench-serve starts serve on the file
     takes_none = {"bench-train", "bench-kv", "gpu-validate", "schema"}
     assert {str(command.name) for command in app.registered_commands} == tried | takes_none
