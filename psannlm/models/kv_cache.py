@@ -138,22 +138,23 @@ class KVCache:
         copied.grow(capacity)
         return copied
 
-    @torch.inference_mode()
     def copy_rows_(self, rows: Sequence[int], other: KVCache) -> None:
         """Replace ``rows`` of this cache by the rows of ``other``, in that order."""
-        index = torch.tensor(list(rows), device=self.offsets.device)
         longest = max(other.lengths)
+        # Not in inference mode: tensors that it makes can only be written to in that mode.
         self.grow(longest)
-        for ours, theirs in zip(self.layers, other.layers, strict=True):
-            ours.keys[index, :, :longest] = theirs.keys[:, :, :longest]
-            ours.values[index, :, :longest] = theirs.values[:, :, :longest]
-            for state, new in (
-                (ours.attn_conv_state, theirs.attn_conv_state),
-                (ours.mlp_conv_state, theirs.mlp_conv_state),
-            ):
-                if state is not None and new is not None:
-                    state[index] = new
-        self.offsets[index] = other.offsets
+        with torch.inference_mode():
+            index = torch.tensor(list(rows), device=self.offsets.device)
+            for ours, theirs in zip(self.layers, other.layers, strict=True):
+                ours.keys[index, :, :longest] = theirs.keys[:, :, :longest]
+                ours.values[index, :, :longest] = theirs.values[:, :, :longest]
+                for state, new in (
+                    (ours.attn_conv_state, theirs.attn_conv_state),
+                    (ours.mlp_conv_state, theirs.mlp_conv_state),
+                ):
+                    if state is not None and new is not None:
+                        state[index] = new
+            self.offsets[index] = other.offsets
         for row, length in zip(rows, other.lengths, strict=True):
             self.lengths[row] = length
 
