@@ -25,6 +25,7 @@ settings.load_profile("untimed")
 
 # One thread: sums repeat bit for bit, and suites that run beside each other do not fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+_MKL_CBWR = os.environ.get("MKL_CBWR")
 
 # Under nohup a hangup is ignored, by this process and by all that it starts; tests send it and expect the default.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
@@ -55,6 +56,12 @@ class ByteTokenizer(Tokenizer):
 
     def to_bytes(self) -> bytes:
         return b"bytes"
+
+
+def pytest_runtest_teardown() -> None:
+    """Take back what commands that run in this process set for its children, whose sums would differ from its own."""
+    if _MKL_CBWR is None:
+        os.environ.pop("MKL_CBWR", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
