@@ -527,7 +527,7 @@ def test_run_oversize_model_raises_before_writing(
 
 
 def test_run_model_too_large_for_gpu_raises(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.training.run.pick_device", lambda name, rank: torch.device("cuda", 0))
+    monkeypatch.setattr(World, "pick_device", lambda world, name: torch.device("cuda", 0))
     monkeypatch.setattr("psannlm.training.run.pick_precision", lambda amp, device: None)
     monkeypatch.setattr("psannlm.training.plan.gpu_memory_bytes", lambda device: 50_000)
     with pytest.raises(ConfigError, match=r"and the GPU has 0\.0 GB; .*train.fsdp: full"):
