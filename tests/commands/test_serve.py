@@ -111,8 +111,10 @@ def test_serve_escapes_an_undecodable_model_name(
     psannlm: Psannlm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """JSON cannot hold such a name: every answer of the server would fail."""
+    from psannlm.serving.server import HttpServer
+
     names = []
-    monkeypatch.setattr("psannlm.serving.server.HttpServer.run", lambda server: names.append(server._service.model))
+    monkeypatch.setattr(HttpServer, "run", lambda server: names.append(server._service.model))
     run = tmp_path / os.fsdecode(b"caf\351")
     try:
         shutil.copytree(trained / "runs/tiny", run)
