@@ -26,11 +26,13 @@ from psannlm.commands.options import (
     duration_s,
     figures_table,
     find_model_file,
+    is_given,
     live_line,
     model_config,
     open_table,
     print_path,
     publish,
+    refuse_sizes,
     stderr_console,
     stdout_console,
     table_text,
@@ -50,7 +52,6 @@ log = logging.getLogger(__name__)
 
 PLOT_FILE = "decode.png"
 _TIME_LIMIT_S = 100.0
-_SIZES = ("base", "d_model", "n_layers", "n_heads", "positional_encoding", "vocab_size")
 
 
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Number of prompts decoded together.")]
@@ -121,11 +122,9 @@ def bench_kv(
     as_json: JsonOption = False,
 ) -> None:
     """Measure decoding with and without the KV cache, batched and row by row, and check that the tokens agree."""
-    given = [name for name in _SIZES if _is_given(context, name)]
-    if checkpoint is not None and given:
-        options = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise typer.BadParameter(f"the checkpoint has sizes of its own; leave out {options}", param_hint="--checkpoint")
-    has_default_work = not any(_is_given(context, name) for name in ("repeats", "uncached_steps"))
+    if checkpoint is not None:
+        refuse_sizes(context, "--checkpoint")
+    has_default_work = not any(is_given(context, name) for name in ("repeats", "uncached_steps"))
 
     from psannlm.benchmarks.decoding.context_length import CONTEXTS
     from psannlm.benchmarks.decoding.report import KvSettings
@@ -251,12 +250,6 @@ class _Kept:
         write_text(self.folder / "table.txt", table_text(table))
         stdout_console().print(table)
         print_path(f"written to {self.folder}")
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    """Whether the user gave the option on the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _tables(report: KvReport) -> list[Table]:

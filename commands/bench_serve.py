@@ -25,6 +25,7 @@ from psannlm.commands.options import (
     model_config,
     open_table,
     publish,
+    refuse_sizes,
     stderr_console,
 )
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from psannlm.reports.schemas.serving import Percentiles, ServingMetrics, ServingRow, SoakFigures
 
 _SOAK_REQUESTS = 10_000
-_SIZES = ("base", "d_model", "n_layers", "n_heads", "vocab_size")
 
 CheckpointArgument = Annotated[
     Path | None,
@@ -129,10 +129,8 @@ def bench_serve(
     as_json: JsonOption = False,
 ) -> None:
     """Measure throughput and latency of the server under load, beside reference servers of the same weights."""
-    given = [name for name in _SIZES if _is_given(context, name)]
-    if checkpoint is not None and given:
-        options = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise typer.BadParameter(f"the checkpoint has sizes of its own; leave out {options}", param_hint="CHECKPOINT")
+    if checkpoint is not None:
+        refuse_sizes(context, "CHECKPOINT")
     levels = _levels(concurrency, rate)
     if soak and (rate is not None or against):
         raise typer.BadParameter("a soak has clients, and only our server; leave out --rate and --against")
@@ -200,12 +198,6 @@ def _publish(metrics: ServingMetrics, out: Path | None, as_json: bool) -> None:
             write_bytes(folder / PLOT_FILE, picture.png)
 
     publish("serving", out, metrics.as_dict(), _tables(metrics), as_json, draw=draw)
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    """Whether the user gave the option on the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _levels(concurrency: str, rate: str | None) -> tuple[Level, ...]:

@@ -227,6 +227,20 @@ def model_config(**sizes: str | int) -> ModelConfig:
         return section_from_kwargs(ModelConfig, "model", sizes)
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether the user gave the option on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse_sizes(context: typer.Context, hint: str) -> None:
+    """Refuse the size options of a model beside a checkpoint, which ``hint`` names."""
+    names = ("base", "d_model", "n_layers", "n_heads", "positional_encoding", "vocab_size")
+    given = ["--" + name.replace("_", "-") for name in names if is_given(context, name)]
+    if given:
+        raise typer.BadParameter(f"the checkpoint has sizes of its own; leave out {', '.join(given)}", param_hint=hint)
+
+
 @contextmanager
 def naming_options(section: str) -> Iterator[None]:
     """Name options instead of keys of a configuration file in errors about values that were given as options."""
