@@ -223,7 +223,7 @@ def _subject(checkpoint: Path | None, sizes: dict[str, str | int], settings: Ser
 
     n_tokens = settings.prompt_tokens + settings.new_tokens
     if checkpoint is not None:
-        return read_subject(find_model_file(checkpoint, DEFAULT_RUNS), n_tokens)
+        return read_subject(find_model_file(checkpoint, DEFAULT_RUNS, hint="CHECKPOINT"), n_tokens)
     return build_subject(model_config(**sizes), n_tokens, settings.seed, scratch)
 
 

@@ -296,7 +296,7 @@ def _score_tasks(
     names = require_tasks([task.strip() for task in tasks], run.settings, has_text=bool(run.sources))
     require_folder(TASKS_KIND, out)
     path = find_model_file(checkpoint, runs)
-    other = None if baseline is None else find_model_file(baseline, runs)
+    other = None if baseline is None else find_model_file(baseline, runs, hint="--baseline")
     with live_line(stderr_console()) as line:
         scores, about = run.score(path, names, line)
         figures: dict[str, Any] = {

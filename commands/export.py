@@ -93,7 +93,7 @@ def export(
         is_verified=is_verified,
         is_forced=is_forced,
     )
-    path = find_model_file(checkpoint, checkpoint)
+    path = find_model_file(checkpoint, checkpoint, hint="CHECKPOINT")
     with live_line(stderr_console()) as line:
         result = (export_hf if format == "hf" else export_gguf)(path, out, settings, line.show)
     if as_json:

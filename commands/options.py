@@ -184,8 +184,8 @@ def require_existing(option: str, *paths: Path, what: str = "file or folder") ->
             raise ConfigError(f"{option}: no {what} at {path} (looked from {Path.cwd()}); check the spelling")
 
 
-def find_model_file(checkpoint: Path | None, runs: Path) -> Path:
-    """Return the checkpoint asked for (of a run folder, its best), or the newest run's best.
+def find_model_file(checkpoint: Path | None, runs: Path, *, hint: str = "--checkpoint") -> Path:
+    """Return the checkpoint asked for with ``hint`` (of a run folder, its best), or the newest run's best.
 
     Raises:
         ConfigError: ``checkpoint``, or a ``runs`` other than the default, does not exist.
@@ -195,7 +195,7 @@ def find_model_file(checkpoint: Path | None, runs: Path) -> Path:
     from psannlm.training.checkpoint import find_checkpoint
 
     if checkpoint is not None:
-        require_existing("--checkpoint", checkpoint, what="model file, checkpoint folder or run")
+        require_existing(hint, checkpoint, what="model file, checkpoint folder or run")
         return find_checkpoint(checkpoint) or checkpoint
     if runs != DEFAULT_RUNS:
         require_existing("--runs", runs)

@@ -115,7 +115,7 @@ def serve(
     picked = pick_device(device)
     if compile:
         require_compiler(picked, "--compile", "leave it out")
-    path = find_model_file(checkpoint, checkpoint)
+    path = find_model_file(checkpoint, checkpoint, hint="CHECKPOINT")
     with closing(bind_socket(host, port)) as bound:
         loaded = load_model(path)
         tokenizer = loaded.tokenizer

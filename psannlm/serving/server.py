@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -193,6 +194,8 @@ class HttpServer:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
+        # One thread encodes prompts: each further one would keep memory of its own after the longest that it had.
+        self._loop.set_default_executor(ThreadPoolExecutor(1, "encoding"))
         self._engine.start()
         await self._server.serve(sockets=[self._bound])
 

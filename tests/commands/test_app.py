@@ -220,11 +220,24 @@ def test_number_option_error_suggests_a_value(psannlm, option: str, value: str, 
     assert done.err.strip().endswith(f"Invalid value for '{option}': {expected}")
 
 
-@pytest.mark.parametrize("arguments", [["generate", "--prompt", "x"], ["eval", "a.txt"], ["bench-kv"]])
-def test_missing_checkpoint_error_names_path(psannlm, project: Path, arguments: list[str]) -> None:
-    done = psannlm(*arguments, "--checkpoint", "runs/nope")
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["generate", "--prompt", "x", "--checkpoint"], "--checkpoint"),
+        (["eval", "a.txt", "--checkpoint"], "--checkpoint"),
+        (["bench-kv", "--checkpoint"], "--checkpoint"),
+        (["export", "--out", "out"], "CHECKPOINT"),
+        (["serve"], "CHECKPOINT"),
+        (["bench-serve"], "CHECKPOINT"),
+    ],
+)
+def test_missing_checkpoint_error_names_path_and_option(
+    psannlm, project: Path, arguments: list[str], hint: str
+) -> None:
+    done = psannlm(*arguments, "runs/nope")
     assert done.code == 2
-    assert f"no model file, checkpoint folder or run at runs/nope (looked from {project})" in done.err
+    expected = f"{hint}: no model file, checkpoint folder or run at runs/nope (looked from {project})"
+    assert expected in done.err
 
 
 # Each argument of every command that names a file or folder to read.
