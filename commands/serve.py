@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from contextlib import closing
 from pathlib import Path
@@ -147,7 +148,7 @@ def serve(
             created=int(time.time()),
         )
         shown = f"[{host}]" if ":" in host else host
-        HttpServer(
+        has_ended = HttpServer(
             service,
             prepare,
             bound,
@@ -156,6 +157,10 @@ def serve(
             lambda: log.info(f"serving {service.model} at http://{shown}:{at}/"),
         ).run()
     log.info("ended")
+    if not has_ended:
+        # The interpreter cannot end beside a thread that still compiles.
+        logging.shutdown()
+        os._exit(0)
 
 
 def read_key(path: Path) -> str:

@@ -167,6 +167,7 @@ def _model_card(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "psannlm",
         "max_model_len": service.context,
+        "max_completion_tokens": service.max_tokens,
     }
 
 

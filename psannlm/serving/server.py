@@ -177,8 +177,11 @@ class HttpServer:
         self._server = _Server(config, self.drain)
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def run(self) -> None:
+    def run(self) -> bool:
         """Serve until SIGTERM, SIGINT or a failure of the engine, which is raised.
+
+        Returns:
+            Whether the engine thread ended: one that still prepared the engine did not.
 
         Raises:
             ConfigError: another process has begun to listen on the port.
@@ -188,9 +191,10 @@ class HttpServer:
         except OSError as error:
             raise _bind_error(error, *self._bound.getsockname()[:2]) from error
         asyncio.run(self._serve())
-        self._engine.stop()
+        has_ended = self._engine.stop()
         if self._engine.failure is not None:
             raise self._engine.failure
+        return has_ended
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()

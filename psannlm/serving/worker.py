@@ -12,6 +12,8 @@ from psannlm.serving.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 _IDLE_S = 0.5
+# Seconds that a thread that still prepares the engine gets to end; compiling takes up to a minute.
+_PREPARE_END_S = 2.0
 
 
 class EngineThread:
@@ -37,12 +39,15 @@ class EngineThread:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread after its step, and wait for it."""
+    def stop(self) -> bool:
+        """End the thread after its step, and return whether it ended: one that prepares cannot be interrupted."""
         self._stop.set()
+        if self.scheduler is None:
+            self._thread.join(_PREPARE_END_S)
         if self.scheduler is not None:
             self.scheduler.cancel([])
-        self._thread.join()
+            self._thread.join()
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

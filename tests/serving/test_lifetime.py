@@ -1,0 +1,139 @@
+"""Start and end of the server: while the model loads, and on SIGTERM with requests that do not end in time."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from psannlm.generation.engine import Engine
+from psannlm.serving import app as app_module
+from psannlm.serving import server as server_module
+from psannlm.serving import worker as worker_module
+from psannlm.serving.app import Service
+from psannlm.serving.guard import HostRule
+from psannlm.serving.scheduler import Scheduler
+from psannlm.serving.server import HttpServer, bind_socket
+
+BODY = {"model": "tiny", "prompt": "the sea", "max_tokens": 4}
+
+
+class LoadingServer:
+    """A server whose engine is prepared when ``release`` is set."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        bound = bind_socket("127.0.0.1", 0)
+        self.port = bound.getsockname()[1]
+        self.release = threading.Event()
+
+        def prepare() -> Scheduler:
+            self.release.wait(60)
+            return scheduler
+
+        service = Service("tiny", scheduler.tokenizer, scheduler.context, 300, lambda: None)
+        self.http = HttpServer(service, prepare, bound, HostRule("127.0.0.1"), None, lambda: None)
+        self.has_ended: bool | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+        while self.ask("GET", "/v1/models")[0] != 200:
+            time.sleep(0.01)
+
+    def _run(self) -> None:
+        self.has_ended = self.http.run()
+
+    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, str], Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        content = None if body is None else json.dumps(body)
+        try:
+            connection.request(method, path, content, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, json.loads(answer.read())
+        except (ConnectionRefusedError, ConnectionResetError):
+            return 0, {}, None
+        finally:
+            connection.close()
+
+
+@pytest.fixture
+def loading(engine: Engine, byte_tokenizer: Any) -> Iterator[LoadingServer]:
+    server = LoadingServer(Scheduler(engine, byte_tokenizer))
+    yield server
+    server.release.set()
+    if server.thread.is_alive():
+        server.http.drain()
+    server.thread.join(30)
+
+
+def test_loading_server_answers_503_until_it_is_ready(loading: LoadingServer) -> None:
+    assert loading.ask("GET", "/health")[0] == 503
+    status, headers, body = loading.ask("POST", "/v1/completions", BODY)
+    assert (status, body["error"]["code"], headers["retry-after"]) == (503, "loading", "5")
+    loading.release.set()
+    deadline = time.monotonic() + 20
+    while loading.ask("GET", "/health")[0] != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert loading.ask("POST", "/v1/completions", BODY)[0] == 200
+
+
+def test_loading_server_ends_without_waiting_for_its_engine(
+    loading: LoadingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_PREPARE_END_S", 0.1)
+    loading.http.drain()
+    loading.thread.join(20)
+    assert loading.has_ended is False
+
+
+@pytest.fixture
+def wait_for(loading: LoadingServer) -> Callable[[], None]:
+    def wait() -> None:
+        loading.release.set()
+        while loading.ask("GET", "/health")[0] != 200:
+            time.sleep(0.01)
+
+    return wait
+
+
+def test_endless_request_is_cut_off_after_the_drain_limit(
+    loading: LoadingServer, wait_for: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "DRAIN_TIMEOUT_S", 0.5)
+    wait_for()
+    scheduler = loading.http._engine.scheduler
+    assert scheduler is not None
+    # An engine that hangs, so that the request can never end by itself.
+    monkeypatch.setattr(scheduler, "step", lambda: time.sleep(0.01))
+    body = json.dumps({**BODY, "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", loading.port), timeout=30) as raw:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        raw.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        assert b"200" in raw.recv(1000)
+        loading.http.drain()
+        time.sleep(0.2)
+        assert loading.thread.is_alive()
+        loading.thread.join(20)
+        assert loading.has_ended is True
+        received = b"x"
+        while received:
+            received = raw.recv(1000)
+
+
+def test_body_that_does_not_arrive_answers_408(
+    loading: LoadingServer, wait_for: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app_module, "BODY_TIMEOUT_S", 0.3)
+    wait_for()
+    with socket.create_connection(("127.0.0.1", loading.port), timeout=30) as raw:
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n"
+            b"Content-Type: application/json\r\n\r\n{"
+        )
+        received = raw.recv(1000)
+        assert b" 408 " in received
