@@ -40,6 +40,8 @@ _WIDE, _NARROW = (7.2, 3.9), (3.7, 3.5)
 # the number of lines (wide, narrow) that fit into the heights above.
 _TEXT, _MARK, _LINE_HEIGHT, _LEGEND_LINES = 9.5, 5.6, 0.21, {False: 2, True: 4}
 _MOST_POINTS = 400
+# So few values of a logarithmic axis are its ticks themselves.
+_MOST_TICKS = 8
 # Larger than any measured figure; comparing with it excludes NaN too.
 _LARGEST_DRAWN = 1e15
 _FONT = "DejaVu Sans"
@@ -110,6 +112,10 @@ def draw_curves(
             )
         if is_log_x:
             axes.set_xscale("log")
+            values = sorted({x for curve in curves for x in curve.x})
+            if len(values) <= _MOST_TICKS:
+                axes.set_xticks(values)
+                axes.minorticks_off()
         axes.xaxis.set_major_formatter(_thousands())
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)

@@ -59,7 +59,7 @@ def test_kept_artifact_is_written_again_with_the_same_figures(path: Path) -> Non
 
 
 def test_kept_artifacts_are_of_all_benchmark_kinds() -> None:
-    assert {path.parent.parent.name for path in KEPT} == SCHEMAS.keys() - {"prep", "serving", "tokenize"}
+    assert {path.parent.parent.name for path in KEPT} == SCHEMAS.keys() - {"prep", "tokenize"}
 
 
 def test_kept_preparation_record_is_read() -> None:
