@@ -9,7 +9,6 @@ import typer
 from rich.table import Table
 
 from psannlm.commands.options import (
-    AgainstOption,
     BaseOption,
     DeviceOption,
     HeadsOption,
@@ -53,6 +52,14 @@ AlsoOption = Annotated[
         "(compile), or a transformer of equal size; may be repeated.",
     ),
 ]
+TrainedAgainstOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--against",
+        help="Reference model of equal size: transformers, for its Llama (needs the extra hf), or pytorch, a GPT in "
+        "plain PyTorch; may be repeated.",
+    ),
+]
 StepsOption = Annotated[
     int | None,
     typer.Option(
@@ -85,7 +92,7 @@ def bench_train(
     grad_checkpoint: GradCheckpointOption = False,
     optimizer: Annotated[Literal["adamw", "muon"], typer.Option(help="Optimizer of every candidate.")] = "adamw",
     also: AlsoOption = None,
-    against: AgainstOption = None,
+    against: TrainedAgainstOption = None,
     measures_memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Measure peak memory, each candidate in its own process.")
     ] = True,
@@ -128,7 +135,7 @@ def bench_train(
         warmup=warmup,
         seed=seed,
         also=tuple(also or ()),  # type: ignore[arg-type]  # the settings check the names themselves
-        against=against,
+        against=tuple(against or ()),
     )
     require_folder("throughput", out)
     retain_freed_memory()

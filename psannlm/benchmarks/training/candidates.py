@@ -1,4 +1,4 @@
-"""Candidate models of the training benchmark: ours, its variants, the baseline, and a Llama of transformers."""
+"""Candidate models of the training benchmark: ours, its variants, the baseline, and models of other libraries."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from psannlm.benchmarks.harness.interleaved import Count
+from psannlm.benchmarks.harness.reference_gpt import TrainableGpt, gpt_flops_per_token, gpt_parameters, gpt_width
 from psannlm.benchmarks.harness.reference_llama import (
     TrainableLlama,
     llama_flops_per_token,
@@ -32,6 +33,9 @@ from psannlm.training.optim import OptimizerSet
 from psannlm.training.step import train_step
 
 Also = Literal["grad-checkpoint", "gelu", "silu", "transformer", "compile"]
+Maker = Literal["psannlm", "transformers", "pytorch"]
+# Models of other makers: the Llama of transformers, and a GPT in plain PyTorch.
+REFERENCE_MODELS = ("transformers", "pytorch")
 # Activations that may replace the sine, by their names in ``also``.
 _ACTIVATIONS = {"gelu": "GELU", "silu": "SiLU"}
 # The learning rate does not affect the timing; this one keeps the loss finite at every size.
@@ -48,7 +52,7 @@ class Candidate:
     """
 
     name: str
-    maker: Literal["psannlm", "transformers"] = "psannlm"
+    maker: Maker = "psannlm"
     activation: str = ""
     is_baseline: bool = False
     is_compiled: bool = False
@@ -65,7 +69,7 @@ class ThroughputSettings:
         also: further candidates: ours with gradient checkpointing (without it, where the settings have it), with GELU
             or SiLU instead of the sine, the base ``transformer`` of equal size, or ``compile``: ours and all of these
             but the one with checkpointing once more, compiled.
-        against: library whose model of equal size is trained in the same run, or None.
+        against: libraries whose models of equal size are trained in the same run, of ``REFERENCE_MODELS``.
 
     Raises:
         ConfigError: a number is too small to measure anything, a name is unknown, or a package is missing.
@@ -83,7 +87,7 @@ class ThroughputSettings:
     warmup: int = 2
     seed: int = 1337
     also: tuple[Also, ...] = ()
-    against: str | None = None
+    against: tuple[str, ...] = ()
     tokens_per_step: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -105,8 +109,14 @@ class ThroughputSettings:
                 )
         if "transformer" in self.also and self.model.base == "transformer":
             raise ConfigError("--also transformer adds the base transformer, which --base already is; leave one out")
-        if self.against is not None:
-            require_reference_model(self.against)
+        for library in self.against:
+            if library not in REFERENCE_MODELS:
+                meant = nearest(library, REFERENCE_MODELS)
+                raise ConfigError(f"--against {library!r:.40} is not one of {', '.join(REFERENCE_MODELS)}{meant}")
+            if library == "transformers":
+                require_reference_model(library)
+        if len(set(self.against)) < len(self.against):
+            raise ConfigError("--against names a library twice; name it once")
         object.__setattr__(self, "tokens_per_step", self.batch_tokens // self.seq_len * self.seq_len)
 
     def candidates(self) -> list[Candidate]:
@@ -120,8 +130,7 @@ class ThroughputSettings:
         ]
         if "transformer" in self.also:
             others.append(self._like(plain, "transformer", is_baseline=True))
-        if self.against is not None:
-            others.append(self._like(plain, self.against, maker="transformers"))
+        others += [self._like(plain, name, maker=name) for name in self.against]
         found = [plain, *others]
         if "grad-checkpoint" in self.also:
             word = "without" if self.grad_checkpoint else "with"
@@ -187,6 +196,9 @@ def size_of(candidate: Candidate, settings: ThroughputSettings) -> tuple[int, in
     if candidate.maker == "transformers":
         width = llama_width(config, ours)
         return llama_parameters(config, width), llama_flops_per_token(config, width, settings.seq_len)
+    if candidate.maker == "pytorch":
+        width = gpt_width(config, ours, settings.seq_len)
+        return gpt_parameters(config, width, settings.seq_len), gpt_flops_per_token(config, width, settings.seq_len)
     config = config_of(candidate, settings)
     sine = count_parameters(config).get("sine", 0) if candidate.activation else 0
     return sum(count_parameters(config).values()) - sine, flops_per_token(config, settings.seq_len)
@@ -219,10 +231,11 @@ def random_batch(settings: ThroughputSettings, device: torch.device) -> MicroBat
 def _build(candidate: Candidate, settings: ThroughputSettings) -> tuple[nn.Module, str]:
     """Return a candidate's model on the CPU, and its description."""
     config = settings.model
-    if candidate.maker == "transformers":
+    if candidate.maker != "psannlm":
         parameters = sum(count_parameters(config).values())
-        llama = TrainableLlama(config, parameters, settings.seq_len, settings.seed, candidate.grad_checkpoint)
-        return llama, llama.description
+        kind = TrainableLlama if candidate.maker == "transformers" else TrainableGpt
+        other = kind(config, parameters, settings.seq_len, settings.seed, candidate.grad_checkpoint)
+        return other, other.description
     config = config_of(candidate, settings)
     refuse_oversize(config, config.vocab_size or 1)
     model = build_model(config, seed=settings.seed)

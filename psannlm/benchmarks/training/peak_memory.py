@@ -104,7 +104,7 @@ def _main() -> None:
     given: dict[str, Any] = json.load(sys.stdin)
     torch.set_num_threads(given["threads"])
     retain_freed_memory()
-    rest = {**given["settings"], "also": tuple(given["settings"]["also"])}
+    rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given["settings"].items()}
     settings = ThroughputSettings(ModelConfig.model_validate(given["model"]), **rest)
     peak = measure_here(Candidate(**given["candidate"]), settings, torch.device(given["device"]))
     sys.stdout.write(f"{peak}\n")

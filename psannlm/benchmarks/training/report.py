@@ -114,7 +114,11 @@ class ThroughputReport:
     def metrics(self, timestamp: str, clock: str = "wall") -> ThroughputMetrics:
         """Return every figure as it is written; ``rows`` are flat, so that reports can collect them."""
         return ThroughputMetrics(
-            **{**asdict(self.settings), "model": self.settings.model.model_dump(mode="json")},
+            **{
+                **asdict(self.settings),
+                "model": self.settings.model.model_dump(mode="json"),
+                "against": ", ".join(self.settings.against) or None,
+            },
             device=self.device,
             threads=self.threads,
             precision=self.precision,

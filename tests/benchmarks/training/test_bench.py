@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from psannlm.benchmarks.harness import roofline as peaks
 from psannlm.benchmarks.harness.interleaved import Count
+from psannlm.benchmarks.harness.reference_gpt import TrainableGpt, gpt_parameters
 from psannlm.benchmarks.harness.reference_llama import (
     TrainableLlama,
     llama_flops_per_token,
@@ -163,7 +165,8 @@ def test_throughput_report_lists_non_finite_losses() -> None:
         ({"batch_tokens": 7}, "batch_tokens 7 is too small; use 8"),
         ({"repeats": 0}, "repeats 0 is too small"),
         ({"also": ("gleu",)}, "did you mean 'gelu'"),
-        ({"against": "transformer"}, "did you mean 'transformers'"),
+        ({"against": ("transformer",)}, "did you mean 'transformers'"),
+        ({"against": ("pytorch", "pytorch")}, "names a library twice"),
         ({"model": resolve(MODEL.model_copy(update={"base": "transformer", "mlp": "swiglu"}))}, "transformer has swig"),
     ],
 )
@@ -197,7 +200,7 @@ needs_transformers = pytest.mark.skipif(
 @pytest.mark.filterwarnings("ignore")
 def test_trainable_reference_model_has_our_size_and_learns() -> None:
     model = resolve(ModelConfig(d_model=64, n_layers=2, n_heads=2, vocab_size=500), max_seq_len=16)
-    settings = ThroughputSettings(model, seq_len=16, batch_tokens=64, amp="fp32", against="transformers")
+    settings = ThroughputSettings(model, seq_len=16, batch_tokens=64, amp="fp32", against=("transformers",))
     reference_model = settings.candidates()[1]
     run = TrainingRun(reference_model, settings, CPU)
     for _ in range(4):
@@ -220,6 +223,47 @@ def test_trainable_reference_model_sums_loss_over_labels() -> None:
     torch.testing.assert_close(llama(ids, ids + 1), wanted)
     with pytest.raises(PsannlmError, match="no label smoothing"):
         llama(ids, ids, 0.1)
+
+
+def test_gpt_computes_what_torch_encoder_layers_compute() -> None:
+    config = resolve(ModelConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=50, tie_embeddings=True), max_seq_len=12)
+    gpt = TrainableGpt(config, gpt_parameters(config, 48, 12), 12, 0, grad_checkpoint=False)
+    assert gpt.width == 48
+    ids = torch.randint(50, (3, 12), generator=torch.Generator().manual_seed(1))
+    x = gpt.embedding(ids) + gpt.positions(torch.arange(12))
+    for block in gpt.blocks:
+        layer = torch.nn.TransformerEncoderLayer(
+            32, 2, 48, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, bias=False
+        )
+        layer.self_attn.in_proj_weight = block.qkv.weight
+        layer.self_attn.out_proj.weight = block.out.weight
+        layer.linear1.weight, layer.linear2.weight = block.up.weight, block.down.weight
+        x = layer(x, src_mask=torch.nn.Transformer.generate_square_subsequent_mask(12), is_causal=True)
+    logits = torch.nn.functional.layer_norm(x, (32,)) @ gpt.embedding.weight.T
+    labels = ids.roll(-1, 1)
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(gpt(ids, labels), wanted)
+
+
+def test_gpt_trains_with_our_parameter_count() -> None:
+    model = resolve(ModelConfig(d_model=64, n_layers=2, n_heads=2, vocab_size=500), max_seq_len=16)
+    settings = ThroughputSettings(model, seq_len=16, batch_tokens=64, amp="fp32", against=("pytorch",))
+    ours, gpt = settings.candidates()
+    run = TrainingRun(gpt, settings, CPU)
+    for _ in range(4):
+        run.step()
+    assert run.losses[-1] < run.losses[0]
+    parameters, flops = size_of(gpt, settings)
+    assert sum(p.numel() for p in run._module.parameters()) == parameters
+    assert abs(parameters / size_of(ours, settings)[0] - 1) < 0.02
+    recomputing = TrainingRun(replace(gpt, grad_checkpoint=True), settings, CPU)
+    recomputing.step()
+    assert recomputing.losses == run.losses[:1]
+    # Forward and backward: three times the multiply-adds of the matrix products, each as two.
+    with FlopCounterMode(display=False) as counter:
+        run.step()
+    per_token = counter.get_total_flops() / settings.tokens_per_step
+    assert per_token == pytest.approx(flops, rel=0.1)
 
 
 @pytest.mark.parametrize("changes", [{"is_compiled": True}, {"also": ("compile",)}])
