@@ -337,7 +337,7 @@ def test_modules_import_in_any_order(is_reverse: bool, graph: dict[str, list[Imp
     assert result.returncode == 0, result.stderr
 
 
-_SCORE_AND_GENERATE = """
+_SCORE_GENERATE_AND_TRAIN = """
 import sys, torch
 from psannlm.config.model import ModelConfig
 from psannlm.generation.engine import Engine
@@ -345,7 +345,9 @@ from psannlm.generation.generate import complete_ids
 from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.artifact import load_model, save_model
 from psannlm.models.registry import build_model
+from psannlm.config.run import config_from_mapping
 from psannlm.tokenizers.resolve import fit_tokenizer
+from psannlm.training.run import train
 
 tokenizer = fit_tokenizer(["a wave is a wave"], "simple")
 config = ModelConfig(base=sys.argv[1], d_model=16, n_layers=1, n_heads=2, vocab_size=tokenizer.vocab_size)
@@ -355,16 +357,23 @@ ids = torch.tensor([tokenizer.encode("a wave")])
 with torch.no_grad():
     loaded.model(ids, labels=ids)
 complete_ids(Engine(loaded.model), tokenizer, [[1, 4]], max_new_tokens=4, sampling=SamplingConfig(seed=1))
+open("corpus.txt", "w").write("a wave is a wave\\n" * 40)
+data = {"sources": ["corpus.txt"], "tokenizer": "simple", "max_length": 16, "val_split": 0.1}
+settings = {"batch_tokens": 64, "device": "cpu", "optimizer": sys.argv[2], "checkpoint_dir": "run", "max_steps": 4}
+settings |= {"save_interval_steps": 2, "keep_checkpoints": 3}
+run = config_from_mapping({"model": config.model_dump(exclude={"vocab_size"}), "data": data, "train": settings})
+train(run)
+train(run, resume="run/step_00000002")
 print(*(name for name in ("torch._dynamo", "torch._inductor", "torch.distributed.fsdp") if name in sys.modules))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["waveresnet", "transformer"])
-def test_loading_scoring_and_generating_load_no_compiler(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("base", "optimizer"), [("waveresnet", "muon"), ("transformer", "adamw")])
+def test_scoring_generating_and_training_load_no_compiler(base: str, optimizer: str, tmp_path: Path) -> None:
     """It takes as long to import as torch itself."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    code = [sys.executable, "-c", _SCORE_AND_GENERATE, base]
+    code = [sys.executable, "-c", _SCORE_GENERATE_AND_TRAIN, base, optimizer]
     done = subprocess.run(code, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert (done.stdout.split(), done.returncode) == ([], 0), done.stderr
 

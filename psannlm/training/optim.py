@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from inspect import unwrap
 from typing import Any, Literal
 
 import torch
@@ -73,7 +74,27 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return x.T if is_tall else x
 
 
-class Muon(torch.optim.Muon):
+class _WithoutCompiler:
+    """Methods of torch's optimizers without a wrapper that imports torch.compile's modules at the first call.
+
+    The wrapper ends the graph of a compiled function there, and no graph of ours holds an optimizer. The import takes
+    as long as that of torch itself.
+    """
+
+    add_param_group: Any = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad: Any = unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(_WithoutCompiler, torch.optim.AdamW):
+    """torch's AdamW, which does not import torch.compile's modules."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update the parameters that have a gradient."""
+        return unwrap(torch.optim.AdamW.step)(self, closure)
+
+
+class Muon(_WithoutCompiler, torch.optim.Muon):
     """torch's Muon with the precision of the device and for sharded matrices; the updates are those of torch.
 
     torch always orthogonalizes in bfloat16. A CPU without bfloat16 hardware emulates it, which took two thirds of a
@@ -132,7 +153,7 @@ class OptimizerSet:
                 {"params": [p for p in params if (as_sharded(p) is not None) == is_sharded], "weight_decay": decay}
                 for params, decay in ((decayed, weight_decay), (undecayed, 0.0))
             ]
-            self.optimizers.append(torch.optim.AdamW(parts, betas=ADAMW_BETAS, eps=ADAMW_EPS, fused=fused))
+            self.optimizers.append(AdamW(parts, betas=ADAMW_BETAS, eps=ADAMW_EPS, fused=fused))
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next steps."""
