@@ -57,46 +57,71 @@ def run_in(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.slow
+def test_ranks_import_nothing_from_working_folder(hostile: Path) -> None:
+    done = run_in(hostile, [str(SCRIPT), "train", "config.yaml", "--nproc", "2"])
+    assert done.returncode == 0, done.stderr
+
+
+# Commands one after the other in a process that starts like the command psannlm, with the folder of a script first on
+# its path: loading torch for each would take longer than all that they do. What is loaded already is not looked for
+# again, so that the path itself is looked at too. They start fewer processes of a kind than a user's commands would.
+ONE_PROCESS = """
+import json, os, sys
+from dataclasses import replace
+from psannlm.commands.app import main
+from psannlm.benchmarks.tokenization import bench
+from psannlm.gpu_suite import suite
+from psannlm.gpu_suite.checks import parallel
+bench.KINDS = {"characters": bench.KINDS["characters"]}
+suite.DRY_RUN = replace(suite.DRY_RUN, n_steps=2)
+parallel._scaling = lambda *arguments: ([], "its ranks are started as those of the parity are")
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    paths = {os.path.realpath(entry) for entry in sys.path}
+    print("ENDED " + json.dumps([arguments[0], code, os.getcwd() in paths]), flush=True)
+"""
+STARTING = [
+    ["bench-tokenizers", "--corpus", "corpus.txt", "--vocab-size", "300", "--repeats", "1"],
+    ["bench-train", "--device", "cpu", "--steps", "1", "--repeats", "1", *SMALL, "--seq-len", "16"],
+    ["bench-kv", "--device", "cpu", "--repeats", "1", *SMALL, "--batch-size", "2", "--no-context-growth"],
+    ["compare", "plan.yaml"],
+    # Its ranks shard the model, which imports what those of GPU-05 and of train --nproc do not.
+    ["gpu-validate", "--device", "cpu", "--only", "GPU-06"],
+    ["tokenize", "corpus.txt", "--per-line", "--vocab-size", "300", "--out", "t.model"],
+    ["prep", "corpus.txt", "--per-line", "--tokenizer", "t.model", "--out", "p", "--workers", "2"],
+]
+
+
+@pytest.mark.slow
+def test_subprocess_commands_import_nothing_from_working_folder(
+    hostile: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    program = tmp_path_factory.mktemp("bin") / "several_commands.py"
+    program.write_text(ONE_PROCESS, encoding="utf-8")
+    done = run_in(hostile, [sys.executable, str(program), json.dumps(STARTING)])
+    ended = [line.removeprefix("ENDED ") for line in done.stdout.splitlines() if line.startswith("ENDED ")]
+    wanted = [(arguments[0], 0, False) for arguments in STARTING]
+    assert [(name, code or 0, is_on_path) for name, code, is_on_path in map(json.loads, ended)] == wanted, done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments",
+    "words",
     [
-        ["train", "config.yaml", "--nproc", "2"],
-        ["bench-tokenizers", "--corpus", "corpus.txt", "--vocab-size", "300", "--repeats", "1"],
-        ["bench-train", "--device", "cpu", "--steps", "1", "--repeats", "1", *SMALL, "--seq-len", "16"],
-        ["bench-kv", "--device", "cpu", "--repeats", "1", *SMALL, "--batch-size", "2", "--no-context-growth"],
-        ["compare", "plan.yaml"],
-        ["gpu-validate", "--device", "cpu", "--only", "GPU-05"],
-        ["gpu-validate", "--device", "cpu", "--only", "GPU-06"],
+        ["-m", "psannlm", "schema", "config"],
+        ["-mpsannlm", "schema", "config"],
+        ["-B", "-m", "psann.lm.train.cli", "--config", "config.yaml", "--dry-run"],
     ],
-    ids=lambda arguments: f"{arguments[0]} {arguments[-1]}",
+    ids=lambda words: words[0],
 )
-def test_subprocess_commands_import_nothing_from_working_folder(hostile: Path, arguments: list[str]) -> None:
-    done = run_in(hostile, [str(SCRIPT), *arguments])
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_prep_workers_import_nothing_from_working_folder(hostile: Path) -> None:
-    fitted = run_in(
-        hostile, [str(SCRIPT), "tokenize", "corpus.txt", "--per-line", "--vocab-size", "300", "--out", "t.model"]
-    )
-    assert fitted.returncode == 0, fitted.stderr
-    done = run_in(
-        hostile,
-        [str(SCRIPT), "prep", "corpus.txt", "--per-line", "--tokenizer", "t.model", "--out", "p", "--workers", "2"],
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "module", [["-m", "psannlm", "train"], ["-mpsannlm", "train"], ["-B", "-m", "psann.lm.train.cli", "--config"]]
-)
-def test_python_m_imports_nothing_from_working_folder(hostile: Path, module: list[str]) -> None:
+def test_python_m_imports_nothing_from_working_folder(hostile: Path, words: list[str]) -> None:
     """Python itself has looked there for what it needs to find a module; from then on nothing does."""
     for name in ("psannlm", "typing"):  # what Python itself looks for before our first line runs, on some versions
         (hostile / f"{name}.py").unlink()
-    done = run_in(hostile, [sys.executable, *module, "config.yaml", "--dry-run"])
+    done = run_in(hostile, [sys.executable, *words])
     assert done.returncode == 0, done.stderr
 
 
