@@ -50,7 +50,7 @@ def hostile(tmp_path: Path) -> Path:
 def run_in(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"}, timeout=300
+        command, cwd=folder, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"}, timeout=900
     )
     assert sorted(path.name for path in folder.glob("RUN_*")) == [], done.stderr
     return done
