@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,8 @@ from psannlm.data.manifest import read_manifest
 from psannlm.errors import ConfigError, CorpusError, StorageError
 from psannlm.io.atomic import sha256_file
 from psannlm.io.lock import RunLock
-from psannlm.prep.pipeline import PrepResult
+from psannlm.prep.job import PrepSettings
+from psannlm.prep.pipeline import PrepResult, prepare_corpus
 from psannlm.tokenizers.resolve import fit_tokenizer
 
 Prepare = Callable[..., PrepResult]
@@ -154,8 +157,7 @@ def test_prep_long_document_tokens_are_format_independent(
     prepare: Prepare, tmp_path: Path, documents_in: DocumentsIn, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Streamed in segments or at hand as a whole; segments go to several workers, and begin and end text once."""
-    source = random.Random(5)
-    text = " ".join("".join(source.choices("abcdeäß日", k=source.randrange(1, 9))) for _ in range(500_000))
+    text = long_text()
     assert len(text.encode()) > 2 << 20
     if kind == "parquet":
         arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -181,6 +183,13 @@ def test_prep_long_document_tokens_are_format_independent(
 
 
 LONG_TOKENS: dict[str, int] = {}
+
+
+@cache
+def long_text() -> str:
+    source = random.Random(5)
+    words = ["".join(source.choices("abcdeäß日", k=source.randrange(1, 9))) for _ in range(5_000)]
+    return " ".join(source.choices(words, k=500_000))
 
 
 def test_standard_input_is_read(
@@ -272,14 +281,21 @@ def test_two_preparations_of_one_folder_are_one_too_many(prepare: Prepare, corpu
         prepare(corpus)
 
 
-KILLABLE = """
-import sys
-from pathlib import Path
-from psannlm.prep.pipeline import prepare_corpus
-from psannlm.prep.job import PrepSettings
-settings = PrepSettings(val_split=0.1, shard_tokens=3000)
-prepare_corpus([sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]), settings, n_workers=2, chunk_bytes=2000)
-"""
+def fork_to_prepare(sources: list[Path], tokenizer: Path, out: Path, said: Path) -> int:
+    """Prepare in a fork of this process, which has everything imported, and return its id; stderr goes to ``said``."""
+    said.touch()
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.dup2(os.open(said, os.O_WRONLY), 2)
+        settings = PrepSettings(val_split=0.1, shard_tokens=3_000)
+        prepare_corpus(list(map(str, sources)), tokenizer, out, settings, n_workers=2, chunk_bytes=2000)
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+        raise
+    finally:
+        os._exit(0)
 
 
 @pytest.mark.slow
@@ -296,16 +312,18 @@ def test_prep_resumed_after_kills_gives_equal_bytes(
         out = tmp_path / f"killed{kill // 2}"
         is_second = bool(kill % 2)
         n_pieces, n_shards = source.randrange(1, 12), source.randrange(12)
-        arguments = [sys.executable, "-c", KILLABLE, str(corpus), str(tokenizer_path), str(out)]
-        process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
-        began = time.time()
-        while process.poll() is None and not (
+        began, said = time.time(), tmp_path / f"said{kill}.txt"
+        child, ended = fork_to_prepare([corpus], tokenizer_path, out, said), (0, 0)
+        while ended == (0, 0) and not (
             _n_new_shards(out, began) > n_shards if is_second else len(list(out.glob(".work/piece_*"))) >= n_pieces
         ):
             time.sleep(0.001)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.communicate()[1] == b""
-        if process.returncode:
+            ended = os.waitpid(child, os.WNOHANG)
+        if ended == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            ended = os.waitpid(child, 0)
+        assert said.read_text() == ""
+        if ended[1]:
             moments["shards" if _n_new_shards(out, began) else "pieces"] += 1
         if is_second:
             prepare(corpus, name=out.name, val_split=0.1, shard_tokens=3_000, chunk_bytes=2000)
