@@ -23,6 +23,8 @@ from tests.export.conftest import CUSTOM, PLAIN
 transformers = pytest.importorskip("transformers")
 
 ALL = [*PLAIN, *CUSTOM]
+# One of each class that computes an export.
+QUICK = ("llama", "qwen3", "arcee", "waveresnet")
 PROMPT_LENGTHS = (17, 9, 2)
 
 
@@ -59,7 +61,9 @@ def greedy(model: Transformer, ids: torch.Tensor, n_new: int, suppressed: Sequen
     return row[0, len(ids) :].tolist()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
+)
 @torch.no_grad()
 def test_every_base_and_option_agrees_with_transformers(
     save_tiny: Callable[..., Path], export_tiny: Callable[..., Any], name: str

@@ -238,6 +238,7 @@ def continuation(page: Page) -> str:
     return "".join(page.locator("#text .token").all_text_contents())
 
 
+@pytest.mark.slow
 def test_page_shows_text_while_it_streams(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     page.fill("#prompt", "The tide")
@@ -250,6 +251,7 @@ def test_page_shows_text_while_it_streams(visit: Callable[..., Page], site: Any)
     assert re.search(r"\d+ tokens/s\s+[\d.]+ m?s to first token\s+60 tokens", page.inner_text("#figures"))
 
 
+@pytest.mark.slow
 def test_page_stop_ends_text_and_keeps_it(visit: Callable[..., Page], site: Any) -> None:
     n_generated = site.scheduler.n_generated
     page = visit(site.url)
@@ -278,6 +280,7 @@ def test_page_seed_decides_text(visit: Callable[..., Page], site: Any) -> None:
     assert page.input_value("#seed") != str(seed)
 
 
+@pytest.mark.slow
 def test_page_explains_server_error_at_field(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     page.fill("#prompt", "The tide")
@@ -293,6 +296,7 @@ def test_page_explains_server_error_at_field(visit: Callable[..., Page], site: A
     assert not error.is_visible()
 
 
+@pytest.mark.slow
 def test_page_explains_wrong_values_before_sending(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     sent: list[str] = []
@@ -308,6 +312,7 @@ def test_page_explains_wrong_values_before_sending(visit: Callable[..., Page], s
     assert sent == []
 
 
+@pytest.mark.slow
 def test_page_link_restores_settings_unsent(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url, permissions=["clipboard-read", "clipboard-write"])
     settings = {"prompt": "L'été &\n#1 ✓", "max_tokens": "9", "temperature": "1.25", "top_k": "40", "seed": str(2**62)}
@@ -328,6 +333,7 @@ def test_page_link_restores_settings_unsent(visit: Callable[..., Page], site: An
     assert not [url for url in requested if str(2**62) in url]
 
 
+@pytest.mark.slow
 def test_page_works_by_keyboard(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     focused = lambda: page.evaluate("() => document.activeElement.id")  # noqa: E731
@@ -355,6 +361,7 @@ def test_page_works_by_keyboard(visit: Callable[..., Page], site: Any) -> None:
     assert not page.locator("#card").is_visible()
 
 
+@pytest.mark.slow
 def test_page_card_lists_alternatives_of_token(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     generate(page, "The tide", max_tokens=30, temperature=2, top_p=1, seed=1)
@@ -371,6 +378,7 @@ def test_page_card_lists_alternatives_of_token(visit: Callable[..., Page], site:
     page.wait_for_selector("#card", state="hidden")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("viewport", [NARROW, WIDE], ids=["390", "1280"])
 def test_page_never_scrolls_sideways(visit: Callable[..., Page], site: Any, viewport: Any) -> None:
     page = visit(site.url, viewport=viewport)
@@ -425,6 +433,7 @@ CONTRASTS = """() => {
 }"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_text_has_contrast(visit: Callable[..., Page], site: Any, scheme: Any) -> None:
     page = visit(site.url, color_scheme=scheme)
@@ -439,6 +448,7 @@ def test_page_text_has_contrast(visit: Callable[..., Page], site: Any, scheme: A
     assert [(name, ratio) for name, ratio in measured if ratio < 4.5] == []
 
 
+@pytest.mark.slow
 def test_page_moves_nothing_where_motion_is_unwanted(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url, reduced_motion="reduce")
     page.fill("#prompt", "The tide")
@@ -465,6 +475,7 @@ def test_page_never_runs_text_of_the_model(visit: Callable[..., Page], site: Any
     assert MODEL in title
 
 
+@pytest.mark.slow
 def test_page_refuses_text_as_html(visit: Callable[..., Page], site: Any) -> None:
     """Even if its own script had a fault that put text of others into the page as HTML."""
     page = visit(site.url)
@@ -472,6 +483,7 @@ def test_page_refuses_text_as_html(visit: Callable[..., Page], site: Any) -> Non
         page.evaluate("() => { document.body.innerHTML = '<img src=x onerror=alert(1)>'; }")
 
 
+@pytest.mark.slow
 def test_page_announces_states_and_not_tokens(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     generate(page, "The tide", max_tokens=4)
@@ -555,6 +567,7 @@ def test_page_without_key_is_refused_and_shown(start_site: Callable[..., Any]) -
         assert answer.read() == PAGE.content
 
 
+@pytest.mark.slow
 def test_page_keeps_text_when_connection_breaks(visit: Callable[..., Page], site: Any) -> None:
     page = visit(site.url)
     text = generate(page, "The tide", max_tokens=5)
@@ -585,6 +598,7 @@ def test_page_explains_full_queue(visit: Callable[..., Page], start_site: Callab
     assert not second.locator("#failure").is_visible()
 
 
+@pytest.mark.slow
 def test_page_shows_failure_within_stream(
     visit: Callable[..., Page], start_site: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
