@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -87,6 +88,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         config.addinivalue_line("filterwarnings", "ignore:.*deterministic.*")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_are_left_alone() -> None:
+    """Keep garbage collection short, with which runs and measurements end: it skips what is older than the module."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
-"""Fixtures of the GPU suite's tests: a context for a dry run, and no garbage collection in measured time."""
+"""Fixtures of the GPU suite's tests: a context for a dry run."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +9,6 @@ import pytest
 import torch
 
 from psannlm.gpu_suite.context import DRY_RUN, CheckContext
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _old_objects_are_left_alone() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
