@@ -33,11 +33,15 @@ Lead = Callable[[Engine, Callable[[int], int]], Any]
 GREEDY = SamplingConfig(temperature=0.0)
 SAMPLED = SamplingConfig(temperature=0.9, top_k=12, top_p=0.9, repetition_penalty=1.2, seed=11)
 RAGGED = [[1, 5, 9], [1], [1, 2, 3, 4, 5, 6, 7], [1, 16], [1, 9, 9, 2, 8]]
+BASES, POSITIONS, DTYPES = get_args(BaseName), get_args(PositionKind), get_args(WeightDtype)
 
 
-@pytest.mark.parametrize("base", get_args(BaseName))
-@pytest.mark.parametrize("position", get_args(PositionKind))
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def pairs(first: Sequence[Any], second: Sequence[Any], third: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+    """All pairs of values of three settings, in as few combinations as that takes: no code depends on all three."""
+    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
+
+
+@pytest.mark.parametrize(("base", "position", "sampling"), pairs(BASES, POSITIONS, [GREEDY, SAMPLED]))
 def test_decoding_ragged_batch_matches_uncached_rows(
     base: str, position: str, sampling: SamplingConfig, build_tiny: Build, decode: Decode, decode_naively: Naively
 ) -> None:
@@ -172,9 +176,7 @@ SAMPLINGS = [
 ]
 
 
-@pytest.mark.parametrize("base", get_args(BaseName))
-@pytest.mark.parametrize("position", get_args(PositionKind))
-@pytest.mark.parametrize("dtype", get_args(WeightDtype))
+@pytest.mark.parametrize(("base", "position", "dtype"), pairs(BASES, POSITIONS, DTYPES))
 def test_decoding_is_batch_invariant_per_dtype(
     base: str, position: str, dtype: WeightDtype, build_tiny: Build, decode: Decode
 ) -> None:
@@ -239,7 +241,7 @@ def test_decoding_low_precision_stays_close(build_tiny: Build, decode: Decode) -
 @pytest.fixture(scope="module")
 def engines(build_tiny: Build) -> dict[str, Engine]:
     """Engines of every base and precision."""
-    made = {base: Engine(build_tiny(base=base, max_seq_len=100)) for base in get_args(BaseName)}
+    made = {base: Engine(build_tiny(base=base, max_seq_len=100)) for base in BASES}
     made["int8"] = Engine(build_tiny(positional_encoding="alibi", n_kv_heads=1, max_seq_len=100), dtype="int8")
     made["bfloat16"] = Engine(build_tiny(d_model=24, max_seq_len=100), dtype="bfloat16")
     return made
@@ -253,7 +255,7 @@ repetitive = st.lists(
 
 @pytest.mark.slow
 @given(
-    name=st.sampled_from([*get_args(BaseName), "bfloat16", "int8"]),
+    name=st.sampled_from([*BASES, "bfloat16", "int8"]),
     prompts=st.lists(repetitive, min_size=1, max_size=4),
     speculate=st.integers(1, 15),
     temperature=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
@@ -289,7 +291,7 @@ def test_speculation_keeps_tokens_and_finish_reasons(
         assert guessed.n_passes >= n_settled - 1 - guessed.n_accepted
 
 
-@pytest.mark.parametrize("name", [*get_args(BaseName), "bfloat16", "int8"])
+@pytest.mark.parametrize("name", [*BASES, "bfloat16", "int8"])
 @pytest.mark.parametrize("speculate", [1, 4, 15])
 def test_speculation_accepted_drafts_save_passes(
     name: str, speculate: int, engines: dict[str, Engine], decode: Decode
@@ -424,9 +426,7 @@ def slid(text: Sequence[int], limit: int) -> list[int]:
     return list(text[-(limit // 2) :])
 
 
-@pytest.mark.parametrize("base", get_args(BaseName))
-@pytest.mark.parametrize("position", ["rope", "sinusoidal"])
-@pytest.mark.parametrize("limit", [4, 9, 16])
+@pytest.mark.parametrize(("base", "limit", "position"), pairs(BASES, [4, 9, 16], ["rope", "sinusoidal"]))
 def test_sliding_context_equals_reprompting_with_tail(
     base: str, position: str, limit: int, build_tiny: Build, decode: Decode, decode_naively: Naively
 ) -> None:
@@ -474,9 +474,7 @@ def test_sliding_context_truncates_long_prompt_to_its_end(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", get_args(BaseName))
-@pytest.mark.parametrize("position", ["rope", "sinusoidal"])
-@pytest.mark.parametrize("dtype", get_args(WeightDtype))
+@pytest.mark.parametrize(("base", "dtype", "position"), pairs(BASES, DTYPES, ["rope", "sinusoidal"]))
 def test_sliding_context_rows_slide_independently(
     base: str, position: str, dtype: WeightDtype, build_tiny: Build, decode: Decode
 ) -> None:
