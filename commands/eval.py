@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,7 @@ from psannlm.commands.options import (
     CheckpointOption,
     DeviceOption,
     DtypeOption,
+    EmaOption,
     ErrorsOption,
     JsonOption,
     LiveLine,
@@ -111,6 +114,7 @@ def evaluate(
     files: FilesArgument = None,
     checkpoint: CheckpointOption = None,
     runs: RunsOption = DEFAULT_RUNS,
+    ema: EmaOption = False,
     per_line: PerLineOption = False,
     text_key: Annotated[str, typer.Option(help="Key that holds the text in .jsonl and .parquet files.")] = "text",
     errors: ErrorsOption = "strict",
@@ -146,14 +150,15 @@ def evaluate(
             num_fewshot=num_fewshot, limit=limit, tasks_dir=tasks_dir, allow_download=allow_download
         )
         run = _TaskRun(sources, task_settings, dtype, device, batch_size)
-        _score_tasks(tasks.split(","), run, checkpoint, runs, baseline, out, as_json)
+        where = partial(find_model_file, checkpoint, runs, ema=ema)
+        _score_tasks(tasks.split(","), run, where, baseline, out, as_json)
         return
     _refuse_task_options(num_fewshot=num_fewshot, limit=limit, tasks_dir=tasks_dir, baseline=baseline)
     if not sources:
         raise typer.BadParameter("name files to evaluate on, or tasks with --tasks", param_hint="FILE")
     _measure_loss(
         sources,
-        where=(checkpoint, runs),
+        where=partial(find_model_file, checkpoint, runs, ema=ema),
         window=window,
         batch_size=batch_size,
         amp=amp,
@@ -167,7 +172,7 @@ def evaluate(
 def _measure_loss(
     sources: list[PathSource],
     *,
-    where: tuple[Path | None, Path],
+    where: Callable[[], Path],
     window: int | None,
     batch_size: int,
     amp: str,
@@ -189,7 +194,7 @@ def _measure_loss(
     with naming_options("train"):
         settings = section_from_kwargs(TrainConfig, "train", {"amp": amp, "device": device})
     require_folder("eval", out)
-    path = find_model_file(*where)
+    path = where()
     loaded = load_model(path)
     precision = pick_precision(settings.amp, pick_device(settings.device, takes_mps=dtype == "float32"))
     loaded.model.to(precision.device)
@@ -283,8 +288,7 @@ class _TaskRun:
 def _score_tasks(
     tasks: list[str],
     run: _TaskRun,
-    checkpoint: Path | None,
-    runs: Path,
+    where: Callable[[], Path],
     baseline: Path | None,
     out: Path | None,
     as_json: bool,
@@ -295,8 +299,8 @@ def _score_tasks(
 
     names = require_tasks([task.strip() for task in tasks], run.settings, has_text=bool(run.sources))
     require_folder(TASKS_KIND, out)
-    path = find_model_file(checkpoint, runs)
-    other = None if baseline is None else find_model_file(baseline, runs, hint="--baseline")
+    path = where()
+    other = None if baseline is None else find_model_file(baseline, baseline, hint="--baseline")
     with live_line(stderr_console()) as line:
         scores, about = run.score(path, names, line)
         figures: dict[str, Any] = {

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from psannlm.commands.options import (
+    EmaOption,
     JsonOption,
     find_model_file,
     live_line,
@@ -74,6 +75,7 @@ ForceOption = Annotated[
 def export(
     checkpoint: CheckpointArgument,
     out: OutOption,
+    ema: EmaOption = False,
     format: FormatOption = "hf",
     dtype: ExportDtypeOption = None,
     max_shard_size: ShardOption = "5GB",
@@ -93,7 +95,7 @@ def export(
         is_verified=is_verified,
         is_forced=is_forced,
     )
-    path = find_model_file(checkpoint, checkpoint, hint="CHECKPOINT")
+    path = find_model_file(checkpoint, checkpoint, hint="CHECKPOINT", ema=ema)
     with live_line(stderr_console()) as line:
         result = (export_hf if format == "hf" else export_gguf)(path, out, settings, line.show)
     if as_json:

@@ -17,6 +17,7 @@ from psannlm.commands.options import (
     CheckpointOption,
     DeviceOption,
     DtypeOption,
+    EmaOption,
     JsonOption,
     RunsOption,
     find_model_file,
@@ -119,6 +120,7 @@ def generate(
     interactive: InteractiveOption = False,
     checkpoint: CheckpointOption = None,
     runs: RunsOption = DEFAULT_RUNS,
+    ema: EmaOption = False,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate per prompt.")] = 128,
     stop: StopOption = None,
     temperature: TemperatureOption = 0.7,
@@ -157,7 +159,7 @@ def generate(
     sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed, min_p)
     stops = require_stop_texts(map(text_argument, stop or ()))
     require_logprobs(logprobs)
-    path, loaded, tokenizer = _load(checkpoint, runs, device, bool(compile))
+    path, loaded, tokenizer = _load(checkpoint, runs, ema, device, bool(compile))
     engine = Engine(
         loaded.model,
         dtype=dtype,
@@ -200,7 +202,9 @@ def _require_dialog(prompts: object, as_json: bool) -> None:
         )
 
 
-def _load(checkpoint: Path | None, runs: Path, device: str, compile: bool) -> tuple[Path, LoadedModel, Tokenizer]:
+def _load(
+    checkpoint: Path | None, runs: Path, ema: bool, device: str, compile: bool
+) -> tuple[Path, LoadedModel, Tokenizer]:
     """Return the model's path, the model on its device and its tokenizer. Raises ArtifactError without a tokenizer."""
     from psannlm.errors import ArtifactError
     from psannlm.models.artifact import load_model
@@ -208,7 +212,7 @@ def _load(checkpoint: Path | None, runs: Path, device: str, compile: bool) -> tu
 
     if compile:
         require_compiler(pick_device(device), "--compile", "leave it out")
-    path = find_model_file(checkpoint, runs)
+    path = find_model_file(checkpoint, runs, ema=ema)
     loaded = load_model(path)
     if loaded.tokenizer is None:
         raise ArtifactError(f"{path} has no tokenizer, which generation needs")

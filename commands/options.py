@@ -45,6 +45,14 @@ CheckpointOption = Annotated[
         "newest run in --runs.",
     ),
 ]
+EmaOption = Annotated[
+    bool,
+    typer.Option(
+        "--ema",
+        help="Take the exponential moving average of the weights, which checkpoints of runs with train.ema hold. "
+        "Default: the weights themselves.",
+    ),
+]
 WeightDtype = Literal["float32", "bfloat16", "int8"]
 DtypeOption = Annotated[
     WeightDtype,
@@ -184,13 +192,26 @@ def require_existing(option: str, *paths: Path, what: str = "file or folder") ->
             raise ConfigError(f"{option}: no {what} at {path} (looked from {Path.cwd()}); check the spelling")
 
 
-def find_model_file(checkpoint: Path | None, runs: Path, *, hint: str = "--checkpoint") -> Path:
+def find_model_file(checkpoint: Path | None, runs: Path, *, hint: str = "--checkpoint", ema: bool = False) -> Path:
     """Return the checkpoint asked for with ``hint`` (of a run folder, its best), or the newest run's best.
+
+    Args:
+        ema: return the file of its averaged weights.
 
     Raises:
         ConfigError: ``checkpoint``, or a ``runs`` other than the default, does not exist.
-        ArtifactError: there is no checkpoint in ``runs``; the message says how to make one.
+        ArtifactError: there is no checkpoint in ``runs``; the message says how to make one. Or there are no averaged
+            weights.
     """
+    found = _find_checkpoint(checkpoint, runs, hint)
+    if not ema:
+        return found
+    from psannlm.training.checkpoint import ema_file
+
+    return ema_file(found)
+
+
+def _find_checkpoint(checkpoint: Path | None, runs: Path, hint: str) -> Path:
     from psannlm.errors import ArtifactError
     from psannlm.training.checkpoint import find_checkpoint
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from psannlm.commands.options import DeviceOption, DtypeOption, find_model_file, require_existing
+from psannlm.commands.options import DeviceOption, DtypeOption, EmaOption, find_model_file, require_existing
 
 if TYPE_CHECKING:
     from psannlm.serving.scheduler import Scheduler
@@ -71,6 +71,7 @@ PageOption = Annotated[bool, typer.Option("--no-page", help="Serve no page at /.
 
 def serve(
     checkpoint: CheckpointArgument,
+    ema: EmaOption = False,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     api_key_file: KeyOption = None,
@@ -116,7 +117,7 @@ def serve(
     picked = pick_device(device)
     if compile:
         require_compiler(picked, "--compile", "leave it out")
-    path = find_model_file(checkpoint, checkpoint, hint="CHECKPOINT")
+    path = find_model_file(checkpoint, checkpoint, hint="CHECKPOINT", ema=ema)
     with closing(bind_socket(host, port)) as bound:
         loaded = load_model(path)
         tokenizer = loaded.tokenizer

@@ -185,6 +185,13 @@ def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
             ("perplexity", f"{result.best['perplexity']:.2f}"),
             ("bits per byte", f"{result.best['bits_per_byte']:.4f}{LOSSY if result.lossy_tokenizer else ''}"),
         ]
+    if result.ema is not None:
+        rows.append(
+            (
+                "validation loss, EMA of the weights",
+                f"{result.ema['loss']:.4f} nats per token, step {result.ema['step']:,}",
+            )
+        )
     if result.val_overlap:
         rows.append(
             ("held-out text also in training", f"{result.val_overlap:.1%}, verbatim: the validation loss is too low")

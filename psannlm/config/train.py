@@ -61,6 +61,13 @@ class TrainConfig(Section):
     weight_decay: Real = Field(
         0.1, ge=0, description="weight decay of matrices (never of norms, biases and sine parameters)"
     )
+    ema: Real | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of an exponential moving average (EMA) of the weights, such as 0.999 for about the last "
+        "1,000 steps; validations measure it and checkpoints keep it beside the weights; null: none",
+    )
     label_smoothing: Real = Field(
         0.0, ge=0, lt=1, description="label smoothing: probability mass spread over the vocabulary"
     )

@@ -83,3 +83,6 @@ class TrainRecord(Figures):
     best: dict[str, Any] | None = field(default=None)
     val_overlap: OptionalFigure = None
     lossy_tokenizer: Flag | None = None
+    ema: dict[str, Any] | None = field(default=None)
+
+    _serialize = absent_if_none("ema")

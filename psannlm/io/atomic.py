@@ -100,13 +100,23 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be made.
     """
-    folder = path.with_name(f".psannlm-{secrets.token_hex(8)}.tmp")
-    folder.mkdir(mode=0o700)
+    temporary = named_temporary(path, secrets.token_hex(8))
+    temporary.parent.mkdir(mode=0o700)
     try:
-        (folder / _MARKER).write_text(_marker_of(folder), encoding="ascii")
-        yield folder / path.name
+        (temporary.parent / _MARKER).write_text(_marker_of(temporary.parent), encoding="ascii")
+        yield temporary
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary.parent, ignore_errors=True)
+
+
+def named_temporary(path: Path, token: str) -> Path:
+    """Return the path that :func:`temporary_beside` yields where ``token`` is the random part of its folder's name."""
+    return path.with_name(f".psannlm-{token}.tmp") / path.name
+
+
+def token_of(temporary: Path) -> str:
+    """Return the random part of the path, 16 hexadecimal digits, that :func:`temporary_beside` yielded."""
+    return temporary.parent.name[len(".psannlm-") : -len(".tmp")]
 
 
 def _marker_of(folder: Path) -> str:

@@ -167,6 +167,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 class TrainingMemory:
     """Estimated bytes on one rank at the peak of a training step, short-lived buffers excepted.
 
+    ``average``: the exponential moving average of the weights (``train.ema``).
     ``scratch``: buffers of the backward pass of one feed-forward. ``gathered``: whole matrices and their gradients that
     a sharded model (``models/parallel_estimates.py``) holds temporarily.
     """
@@ -177,6 +178,7 @@ class TrainingMemory:
     activations: int
     scratch: int = 0
     gathered: int = 0
+    average: int = 0
 
     @property
     def total(self) -> int:
@@ -193,13 +195,15 @@ def training_memory(
     optimizer: Literal["adamw", "muon"] = "adamw",
     grad_checkpoint: bool = False,
     device_type: str = "cpu",
+    ema: bool = False,
 ) -> TrainingMemory:
     """Return the estimated memory of training micro-batches of ``micro_batch_size`` windows of ``seq_len`` tokens.
 
-    Weights, gradients and optimiser state are float32: AdamW keeps two numbers per parameter, Muon one per element of
-    the hidden matrices. Activations are what autograd saves, counted in a forward pass on fake tensors under ``dtype``;
-    with ``grad_checkpoint`` they are the inputs of all blocks and the activations of the block being recomputed. A CPU
-    saves less than a GPU (``kernels/recompute.py``), except for norms, which torch fuses on a GPU.
+    Weights, gradients, optimiser state and with ``ema`` the average of the weights are float32: AdamW keeps two numbers
+    per parameter, Muon one per element of the hidden matrices. Activations are what autograd saves, counted in a
+    forward pass on fake tensors under ``dtype``; with ``grad_checkpoint`` they are the inputs of all blocks and the
+    activations of the block being recomputed. A CPU saves less than a GPU (``kernels/recompute.py``), except for norms,
+    which torch fuses on a GPU.
     """
     total = sum(count_parameters(config).values())
     hidden_matrices = matrix_elements(config, "attention", "feed-forward") if optimizer == "muon" else 0
@@ -214,7 +218,9 @@ def training_memory(
     # down-projection; a GPU saves them among the activations.
     n_wide = (2 if config.mlp in GATED_KINDS else 1) + (device_type == "cpu")
     scratch = n_wide * micro_batch_size * seq_len * (config.d_mlp or 0) * dtype.itemsize
-    return TrainingMemory(4 * total, 4 * total, 8 * total - 4 * hidden_matrices, activations, scratch)
+    return TrainingMemory(
+        4 * total, 4 * total, 8 * total - 4 * hidden_matrices, activations, scratch, average=4 * total * ema
+    )
 
 
 def _saved_in_passes(

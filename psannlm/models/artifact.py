@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ArtifactError, ConfigError, TokenizerError
 from psannlm.io.limits import HASHED_FIRST_BYTES, describe_memory, machine_memory_bytes
 from psannlm.models.registry import build_model, resolve
-from psannlm.models.tensorfile import read_head, read_tensors, same_shapes, write_tensors
+from psannlm.models.tensorfile import read_head, read_tensors, same_shapes, stored_bytes, write_tensors
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import tokenizer_from_bytes
@@ -62,8 +63,18 @@ def model_file(path: Path) -> Path:
     return path / MODEL_FILE if path.is_dir() else path
 
 
-def save_model(path: Path, model: Transformer, tokenizer: Tokenizer | None, notes: dict[str, Any] | None = None) -> str:
-    """Write one model file atomically and return its SHA-256. ``notes`` must be plain JSON.
+def save_model(
+    path: Path,
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    notes: dict[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> str:
+    """Write one model file atomically and return its SHA-256.
+
+    Args:
+        notes: plain JSON that goes into the file.
+        tensors: weights to write instead of those of ``model``, with the same names and shapes.
 
     Raises:
         StorageError: the file cannot be written; a previous file at ``path`` is unchanged.
@@ -77,7 +88,7 @@ def save_model(path: Path, model: Transformer, tokenizer: Tokenizer | None, note
     if tokenizer is not None:
         metadata["tokenizer"] = base64.b64encode(tokenizer.to_bytes()).decode("ascii")
         metadata["tokenizer_fingerprint"] = tokenizer.fingerprint
-    return write_tensors(path, model.state_dict(), metadata)
+    return write_tensors(path, model.state_dict() if tensors is None else tensors, metadata)
 
 
 def load_model(path: Path | str) -> LoadedModel:
@@ -126,7 +137,7 @@ def refuse_oversize_file(path: Path) -> None:
     Raises:
         ArtifactError: its tensors are not those of its configuration, or need more memory than the machine has.
     """
-    if not path.is_file() or path.stat().st_size <= HASHED_FIRST_BYTES:
+    if stored_bytes(path) <= HASHED_FIRST_BYTES:
         return
     head = read_head(path)
     _refuse_other_version(path, head.metadata)

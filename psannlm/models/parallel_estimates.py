@@ -65,6 +65,7 @@ def sharded_memory(
     return replace(
         whole,
         weights=4 * own,
+        average=4 * own if whole.average else 0,
         gradients=4 * own + (4 * (hidden + ends) if waits_whole else 0),
         optimizer=optimizer,
         activations=activations,

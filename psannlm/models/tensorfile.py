@@ -1,18 +1,21 @@
 """Reading and writing of safetensors files with a SHA-256 that covers every byte.
 
 safetensors runs no code but does not detect a flipped bit. Here the header's metadata holds the hash of the whole file,
-computed with the 64 digits of the hash set to zeros; other readers of safetensors ignore it.
+computed with the 64 digits of the hash set to zeros; other readers of safetensors ignore it. Where a file lists shards
+(``models/tensorshards.py``), reading it includes them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,6 +26,7 @@ from psannlm.io.filenames import utf8_path
 from psannlm.io.lfs_pointers import refuse_pointer
 from psannlm.io.safetensors_header import (
     build_header,
+    file_metadata,
     parse_header,
     parse_metadata,
     parse_shapes,
@@ -30,7 +34,15 @@ from psannlm.io.safetensors_header import (
     read_header,
     refuse_wrong_length,
 )
-from psannlm.runtime.distributed import full_tensor
+from psannlm.models.tensorshards import (
+    SHARDS_KEY,
+    has_shards,
+    listed_shards,
+    read_layout,
+    read_shards,
+    verify_shards,
+    write_shards,
+)
 
 _HASH_KEY = "sha256"
 _BLANK = "0" * 64
@@ -68,21 +80,31 @@ class Verified:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
     """Write ``tensors`` and ``metadata`` to ``path`` atomically and return the SHA-256 recorded in the file.
 
-    Tensors are written one after the other, so that at most one is copied at any time. Of sharded tensors the other
-    ranks must send their shards meanwhile, with :func:`send_tensors`. Equal content gives equal files.
+    Tensors are written one after the other, so that at most one is copied at any time. Equal content gives equal files.
+
+    If tensors are sharded over ranks, every rank must call it with a ``path`` in a new folder that all of them see.
+    They write their shards beside ``path`` at the same time (``models/tensorshards.py``), and rank 0 then writes
+    ``path``, which lists them; the other ranks return an empty text.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; a previous file at ``path`` is unchanged.
     """
+    if not has_shards(tensors):
+        return _write_whole(path, tensors, metadata)
+    shards = write_shards(path, tensors)
+    if dist.get_rank() != 0:
+        return ""
+    return _write_whole(path, {}, {**metadata, SHARDS_KEY: json.dumps(shards, sort_keys=True)})
+
+
+def _write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
     layout = {name: (_DTYPES[tensors[name].dtype], tuple(tensors[name].shape)) for name in _file_order(tensors)}
     header = build_header(layout, {**metadata, _HASH_KEY: _BLANK})
     digest = hashlib.sha256(header)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(header)
         for name in _file_order(tensors):
-            content = (
-                full_tensor(tensors[name].detach()).to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
-            )
+            content = tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
             digest.update(content)
             file.write(content)
         file.seek(_hash_position(path, header))
@@ -90,12 +112,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def send_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Send this rank's shards to the rank that runs :func:`write_tensors` on the same tensors."""
-    for name in _file_order(tensors):
-        full_tensor(tensors[name].detach())
 
 
 def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -110,7 +126,10 @@ def read_tensors(path: Path) -> TensorFile:
         ArtifactError: the file is missing, truncated, damaged, or not such a file. No code from it is run, and no more
             memory is allocated than the file fills.
     """
+    path = Path(path)
     verified = verify_tensors(path)
+    if shards := listed_shards(path, verified.metadata):
+        return TensorFile(read_shards(shards), verified.metadata)
     try:
         with utf8_path(path) as readable:
             tensors = load_file(readable)
@@ -121,7 +140,7 @@ def read_tensors(path: Path) -> TensorFile:
 
 @dataclass(frozen=True)
 class Head:
-    """Unverified header of a file: metadata, shapes by name, bytes of all tensors."""
+    """Unverified header of a file and of its shards: metadata, shapes by name, bytes of all tensors."""
 
     metadata: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
@@ -135,11 +154,27 @@ def read_head(path: Path) -> Head:
         ArtifactError: as :func:`read_tensors`, or a shape does not match its number of bytes.
     """
     fields, n_bytes = read_fields(path)
-    return Head(parse_metadata(path, fields), parse_shapes(path, fields), n_bytes)
+    metadata = parse_metadata(path, fields)
+    if shards := listed_shards(path, metadata):
+        layout = read_layout(shards)
+        return Head(metadata, layout.shapes, layout.n_bytes)
+    return Head(metadata, parse_shapes(path, fields), n_bytes)
+
+
+def stored_bytes(path: Path) -> int:
+    """Return the size of a file and its shards; 0 for a file that is missing. Nothing is read of the tensors.
+
+    Raises:
+        ArtifactError: a shard is missing.
+    """
+    if not path.is_file():
+        return 0
+    shards = listed_shards(path, file_metadata(path))
+    return path.stat().st_size + sum(file.stat().st_size for file in shards)
 
 
 def verify_tensors(path: Path) -> Verified:
-    """Check the hash of a file without loading the tensors. Raises as :func:`read_tensors`."""
+    """Check the hash of a file, and of its shards, without loading the tensors. Raises as :func:`read_tensors`."""
     path = Path(path)
     try:
         if not path.is_file():
@@ -161,6 +196,7 @@ def verify_tensors(path: Path) -> Verified:
         raise ArtifactError(
             f"{path} is damaged: its bytes hash to {found[:12]}, the recorded hash is {str(recorded)[:12]}"
         )
+    verify_shards(listed_shards(path, metadata))
     return Verified(metadata, found)
 
 

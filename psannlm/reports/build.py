@@ -38,6 +38,7 @@ STEP_COLUMNS = (
     "val_loss",
     "perplexity",
     "bits_per_byte",
+    "ema_val_loss",
     "lr",
     "grad_norm",
     "tokens",

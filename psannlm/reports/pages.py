@@ -157,7 +157,7 @@ def _runs_section(runs: Sequence[RunRecord], n_in_studies: int, unread: list[Unr
 
 def runs_table(runs: Sequence[RunRecord]) -> Table:
     """Return a row for every run: its model, its progress and its best validation."""
-    headings = (
+    headings: tuple[str, ...] = (
         "run",
         "validation loss, nats per token",
         "bits per byte",
@@ -194,13 +194,18 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
                 "–" if peak is None else f"{peak / 1e6:,.0f}",
             ]
         )
+    if any(run.ema_rows for run in runs):
+        headings = (*headings, "validation loss, EMA of the weights")
+        rows = [[*row, format_value(run.row.ema_val_loss)] for row, run in zip(rows, runs, strict=True)]
     note = (
         "The best validation of each run. Losses and perplexities compare where corpus and tokenizer are the same, "
         "bits per byte compare on the same text."
     )
+    if any(run.ema_rows for run in runs):
+        note += " That of the averaged weights (train.ema) is of the last validation."
     if any(run.row.lossy_tokenizer for run in runs):
         note += LOSSY_NOTE
-    return Table("", headings, rows, frozenset((*range(1, 10), 12)), note)
+    return Table("", headings, rows, frozenset((*range(1, 10), 12, 13)), note)
 
 
 def tasks_table(runs: Sequence[RunRecord]) -> Table:
@@ -243,6 +248,9 @@ def loss_picture(runs: Sequence[RunRecord]) -> Picture:
             curves.append(Curve(run.name, [p[0] for p in steps], [p[2] for p in steps], is_faint))
         if evaluations:
             curves.append(Curve(run.name, [p[0] for p in evaluations], [p[2] for p in evaluations]))
+        if averaged := run.points("ema"):
+            name = f"{run.name}, EMA of the weights"
+            curves.append(Curve(name, [p[0] for p in averaged], [p[2] for p in averaged]))
     left_out = f" The newest {_MOST_CURVES} of {len(runs)} runs." if len(runs) > _MOST_CURVES else ""
     caption = (
         "Validation loss (marked), and the loss of single training steps (faint); on the right, perplexity, which is "

@@ -34,7 +34,7 @@ _LARGEST_LOSS = 709.0
 _MAX_HEADER_BYTES = 64 << 20
 # Above it a float does not represent every whole number; no step, size or throughput comes near.
 _LARGEST_WHOLE = 1 << 53
-_ROW_KINDS = ("train", "eval", "tasks")
+_ROW_KINDS = ("train", "eval", "ema", "tasks")
 _MOST_DAMAGED_LINES = 10_000
 _HASHES = ("corpus_sha256", "tokenizer_fingerprint")
 _COUNTS, _FLAG = ("tokens", "peak_memory_bytes"), "lossy_tokenizer"
@@ -49,6 +49,7 @@ class RunRecord:
         config: the settings by dotted key; empty where they cannot be read.
         train_rows, eval_rows: the lines of ``metrics.jsonl`` that can be read, in the order of their steps.
         task_rows: the same of task scores: by task, with ``/stderr`` and ``/chance`` after its name.
+        ema_rows: the same of the validations of averaged weights (``train.ema``).
         parameters: elements of the saved weights, or None without a checkpoint.
         corpus_sha256, tokenizer_fingerprint: of what it was trained on, or None without a checkpoint.
         problems: what could not be read, each with the reason.
@@ -67,6 +68,7 @@ class RunRecord:
     problems: tuple[str, ...]
     record: TrainRecord | None = None
     task_rows: tuple[dict[str, Any], ...] = ()
+    ema_rows: tuple[dict[str, Any], ...] = ()
 
     @property
     def timestamp(self) -> str | None:
@@ -150,6 +152,7 @@ class RunRecord:
             bits_per_byte=best.get("bits_per_byte"),
             lossy_tokenizer=best.get("lossy_tokenizer", None if record is None else record.lossy_tokenizer),
             final_val_loss=final.get("loss"),
+            ema_val_loss=self.ema_rows[-1]["loss"] if self.ema_rows else None,
             tokens_per_s=rates.get("median"),
             tokens_per_s_lowest=rates.get("lowest"),
             tokens_per_s_highest=rates.get("highest"),
@@ -174,6 +177,8 @@ class RunRecord:
                 "train_perplexity": math.exp(loss) if loss < _LARGEST_LOSS and not is_smoothed else None,
                 **{key: row.get(key) for key in ("lr", "grad_norm", "tokens", "tokens_per_s", "peak_memory_bytes")},
             }
+        for row in self.ema_rows:
+            rows.setdefault(row["step"], {})["ema_val_loss"] = row["loss"]
         for row in self.eval_rows:
             validation = {"val_loss": row["loss"], **{key: row.get(key) for key in ("perplexity", "bits_per_byte")}}
             rows.setdefault(row["step"], {}).update(validation)
@@ -190,12 +195,14 @@ class RunRecord:
         return {key: value for key, value in self.config.items() if key not in BOOKKEEPING_KEYS}
 
     def points(self, kind: str = "eval") -> list[tuple[int, float, float]]:
-        """Return (tokens seen, seconds of training, loss) of the validations, or of the logged steps (``train``).
+        """Return (tokens seen, seconds of training, loss) of the validations, or of the rows of another ``kind``.
+
+        ``ema``: the validations of the averaged weights; ``train``: the logged steps.
 
         Seconds are those of training alone, summed from the logged rates: validations and checkpoints take no part.
         """
         clock = dict(self._clock())
-        rows = self.eval_rows if kind == "eval" else self.train_rows
+        rows = {"eval": self.eval_rows, "ema": self.ema_rows, "train": self.train_rows}[kind]
         return [(*clock[row["step"]], row["loss"]) for row in rows if row["step"] in clock]
 
     def _clock(self) -> Iterator[tuple[int, tuple[int, float]]]:
@@ -285,6 +292,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         problems=tuple(problems),
         record=record,
         task_rows=tuple(row for row in rows if row["kind"] == "tasks"),
+        ema_rows=tuple(row for row in rows if row["kind"] == "ema"),
     )
     try:
         # Everything that a report reads: unusable figures must fail here, not while a page is written.
@@ -353,6 +361,9 @@ def _read_checkpoint(folder: Path, problems: list[str]) -> tuple[int | None, dic
         problems.append(f"{checkpoints[-1].name}: {error}")
     try:
         parameters = _count_elements(checkpoints[-1] / "model.safetensors")
+        # The shards of a sharded model.
+        shards = sorted((checkpoints[-1] / "model").glob("shard-*.safetensors"))
+        parameters += sum(_count_elements(path) for path in shards)
     except (ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError):
         problems.append(f"{checkpoints[-1].name}: model.safetensors is missing or damaged")
     return parameters, trained_on

@@ -87,6 +87,14 @@ class World:
         # Not torch.tensor: it copies from pageable memory and waits for the copy.
         return AsyncReadback(self.all_reduce_(torch.full((1,), float(value), dtype=torch.float64, device=device)))
 
+    def broadcast_bytes(self, content: bytes, device: torch.device) -> bytes:
+        """Return the ``content`` of rank 0, as long as that of the other ranks. Every rank must call it."""
+        if self.size == 1:
+            return content
+        values = torch.tensor(list(content), dtype=torch.uint8, device=device)
+        dist.broadcast(values, src=0)
+        return bytes(values.tolist())
+
     def wait(self) -> None:
         """Wait until every rank has called this (barrier)."""
         if self.size > 1:
@@ -227,6 +235,22 @@ def _loopback_listener(host: str, port: int) -> int | None:
     except OSError as error:
         raise DeviceError(f"MASTER_ADDR {host}, MASTER_PORT {port}: ranks cannot connect there: {error}") from error
     return listener.detach()
+
+
+def gather_bytes(content: bytes, device: torch.device) -> list[bytes]:
+    """Return the ``content`` of every rank, in their order. Every rank of the group must call it.
+
+    It travels as tensors on ``device``: torch's collectives of objects would send pickles.
+    """
+    size = torch.tensor([len(content)], device=device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    lengths = [int(each) for each in sizes]
+    own = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+    own[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+    found = [torch.empty_like(own) for _ in lengths]
+    dist.all_gather(found, own)
+    return [bytes(each[:length].tolist()) for each, length in zip(found, lengths, strict=True)]
 
 
 def as_sharded(tensor: Tensor) -> DTensor | None:

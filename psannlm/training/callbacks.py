@@ -35,18 +35,23 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class ValidationEvent:
-    """A validation after ``step``; ``result`` has the loss (nats per token), perplexity and bits per byte."""
+    """A validation after ``step``; ``result`` has the loss (nats per token), perplexity and bits per byte.
+
+    ``ema`` is the same of the averaged weights (``train.ema``), else None; ``is_best`` does not depend on it.
+    """
 
     step: int
     result: Evaluation
     is_best: bool
+    ema: Evaluation | None = None
 
     def __str__(self) -> str:
         figures = self.result
+        averaged = "" if self.ema is None else f"; EMA of the weights: loss {self.ema.loss:.4f}"
         return (
             f"validation at step {self.step}: loss {figures.loss:.4f}  perplexity {figures.perplexity:.2f}  "
             f"{figures.bits_per_byte:.4f} bits per byte{LOSSY if figures.lossy_tokenizer else ''}"
-            f"{'  (best so far)' if self.is_best else ''}"
+            f"{'  (best so far)' if self.is_best else ''}{averaged}"
         )
 
 

@@ -1,8 +1,8 @@
 """Checkpoints: atomic and hashed save, load, search for the latest valid one, pruning.
 
-``run/step_00000500/`` holds the model file, ``optimizer.safetensors`` and ``trainer.json``; the folder is written under
-a temporary name, flushed and renamed. ``run/latest`` and ``run/best`` hold the names of such folders; they are updated
-afterwards.
+``run/step_00000500/`` holds the model file, ``optimizer.safetensors`` and ``trainer.json``, and with ``train.ema`` the
+model file ``ema.safetensors``. The folder is written under a temporary name, flushed and renamed. ``run/latest`` and
+``run/best`` hold the names of such folders; they are updated afterwards.
 """
 
 from __future__ import annotations
@@ -35,14 +35,21 @@ from psannlm.io.lfs_pointers import refuse_pointer
 from psannlm.io.limits import HASHED_FIRST_BYTES
 from psannlm.io.safetensors_header import file_metadata
 from psannlm.models.artifact import MODEL_FILE, present_names, refuse_oversize_file, save_model
-from psannlm.models.tensorfile import read_head, read_tensors, send_tensors, verify_tensors, write_tensors
+from psannlm.models.tensorfile import read_head, read_tensors, stored_bytes, verify_tensors, write_tensors
+from psannlm.models.tensorshards import has_only_shards, shard_folder
 from psannlm.models.transformer import Transformer
+from psannlm.runtime.distributed import World
+from psannlm.runtime.shared_folder import shared_temporary
 from psannlm.tokenizers.base import Tokenizer
+from psannlm.training.averaging import WeightAverage
 
 log = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer.json"
+# A model file with the exponential moving average of the weights.
+EMA_FILE = "ema.safetensors"
+_TENSOR_FILES = (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE)
 LATEST, BEST = "latest", "best"
 # 2: parameter names as of `models.artifact.FORMAT_VERSION` 2.
 FORMAT_VERSION = 2
@@ -66,6 +73,7 @@ class TrainerState:
         config: the resolved run configuration, as plain data.
         corpus_sha256: hash of the training text; tokenizer_fingerprint: of the tokenizer.
         best: the evaluation with the lowest validation loss so far and its ``step``, or None.
+        ema: the last evaluation of the averaged weights and its ``step``, or None without ``train.ema``.
         metrics: those of the last step and the last validation.
         scaler: state of the fp16 gradient scaler, else empty; filled in when a checkpoint is saved.
         skipped: steps skipped so far because they were not finite; skipped_in_a_row: the most recent of them.
@@ -83,6 +91,7 @@ class TrainerState:
     corpus_sha256: str
     tokenizer_fingerprint: str
     best: dict[str, Any] | None = None
+    ema: dict[str, Any] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     skipped: int = 0
@@ -105,30 +114,33 @@ def save_checkpoint(
     tokenizer: Tokenizer | None,
     optimizer_tensors: dict[str, Tensor],
     state: TrainerState,
+    average: WeightAverage | None = None,
+    world: World | None = None,
 ) -> Path:
     """Write a checkpoint and make it the ``latest``; return its folder.
 
-    Only rank 0 calls it. If the model is sharded, the other ranks must call :func:`participate_in_save`; the files are
-    those of an unsharded model. torch's distributed checkpoint would write faster, each rank its own shards, but its
-    index is a pickle, and a flipped bit in it is not detected.
+    Rank 0 calls it. If the model is sharded, every rank of ``world`` must, and all write their shards at the same time;
+    rank 0 writes everything else.
 
     Raises:
         StorageError: it could not be written. Its files are removed, and earlier checkpoints are unchanged.
     """
-    final = step_folder(run, state.step)
-    with explain_write_errors(final):
-        run.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(run)
+    final, world = step_folder(run, state.step), world or World()
+    if world.is_main:
+        with explain_write_errors(final):
+            run.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(run)
     try:
-        with explain_write_errors(final), temporary_beside(final) as temporary:
-            temporary.mkdir()
-            _write_checkpoint(temporary, model, tokenizer, optimizer_tensors, state)
-            sync_file(temporary)
-            if os.path.lexists(final):  # the same step is saved again after a resume from an older checkpoint
-                remove_checkpoint(final)
-            os.replace(temporary, final)
-            sync_file(run)
-        point(run, LATEST, state.step)
+        with explain_write_errors(final), shared_temporary(final, world, next(model.parameters()).device) as temporary:
+            _write_checkpoint(temporary, model, tokenizer, optimizer_tensors, state, average, world)
+            if world.is_main:
+                sync_file(temporary)
+                if os.path.lexists(final):  # the same step is saved again after a resume from an older checkpoint
+                    remove_checkpoint(final)
+                os.replace(temporary, final)
+                sync_file(run)
+        if world.is_main:
+            point(run, LATEST, state.step)
     except StorageError as error:
         raise StorageError(f"{final} was not saved: {error}") from error
     return final
@@ -140,20 +152,27 @@ def _write_checkpoint(
     tokenizer: Tokenizer | None,
     optimizer_tensors: dict[str, Tensor],
     state: TrainerState,
+    average: WeightAverage | None,
+    world: World,
 ) -> None:
-    """Write the three files of a checkpoint into ``folder``; the state comes last, with the hashes of the others."""
+    """Write the files of a checkpoint into ``folder``; the state comes last, with the hashes of the others."""
     metadata = {"step": state.step, "tokens": state.tokens, **state.metrics}
-    hashes = {
-        MODEL_FILE: save_model(folder / MODEL_FILE, model, tokenizer, metadata),
-        OPTIMIZER_FILE: write_tensors(folder / OPTIMIZER_FILE, optimizer_tensors, _OPTIMIZER_METADATA),
-    }
-    write_text(folder / STATE_FILE, _dump_with_checksum({"files": hashes, "state": asdict(state)}))
+    hashes = {MODEL_FILE: save_model(folder / MODEL_FILE, model, tokenizer, metadata)}
+    # Before its first step an optimizer has no tensors that would be sharded.
+    if world.is_main or optimizer_tensors:
+        hashes[OPTIMIZER_FILE] = write_tensors(folder / OPTIMIZER_FILE, optimizer_tensors, _OPTIMIZER_METADATA)
+    if average is not None:
+        notes = {"step": state.step, "tokens": state.tokens, **average.notes(), **_ema_figures(state)}
+        hashes[EMA_FILE] = save_model(folder / EMA_FILE, model, tokenizer, notes, average.tensors())
+    if world.is_main:
+        write_text(folder / STATE_FILE, _dump_with_checksum({"files": hashes, "state": asdict(state)}))
 
 
-def participate_in_save(model: Transformer, optimizer_tensors: dict[str, Tensor]) -> None:
-    """Send this rank's shards of the model and of the optimiser state to rank 0, which saves them."""
-    send_tensors(model.state_dict())
-    send_tensors(optimizer_tensors)
+def _ema_figures(state: TrainerState) -> dict[str, Any]:
+    """Return the validation of the averaged weights as notes of their file, if it is that of this very step."""
+    if state.ema is None or state.ema["step"] != state.step:
+        return {}
+    return {f"val_{name}": value for name, value in state.ema.items() if name != "step"}
 
 
 def is_own_checkpoint(folder: Path) -> bool:
@@ -163,12 +182,14 @@ def is_own_checkpoint(folder: Path) -> bool:
     """
     if not is_plain_folder(folder) or not _FOLDER.fullmatch(folder.name):
         return False
-    names = {path.name for path in folder.iterdir()}
-    if not names <= {STATE_FILE, MODEL_FILE, OPTIMIZER_FILE} or not all(is_plain_file(folder / name) for name in names):
-        return False
+    shards = {shard_folder(folder / name): folder / name for name in _TENSOR_FILES}
+    for path in folder.iterdir():
+        if path in shards and not has_only_shards(shards[path]):
+            return False
+        if path not in shards and not (path.name in (STATE_FILE, *_TENSOR_FILES) and is_plain_file(path)):
+            return False
     return _is_own_state(folder / STATE_FILE) or any(
-        str(file_metadata(folder / name).get("format", "")).startswith("psannlm-")
-        for name in (MODEL_FILE, OPTIMIZER_FILE)
+        str(file_metadata(folder / name).get("format", "")).startswith("psannlm-") for name in _TENSOR_FILES
     )
 
 
@@ -243,6 +264,7 @@ def read_state(folder: Path) -> TrainerState:
         raise ArtifactError(f"{path} is damaged: its content does not match its hash")
     try:
         hashes = {name: content["files"][name] for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        hashes |= {name: digest for name, digest in content["files"].items() if name == EMA_FILE}
         stored = content["state"]
         seen = tuple(stored["source_windows"]) if "source_windows" in stored else ()
         state = TrainerState(**{**stored, "position": Position(**stored["position"]), "source_windows": seen})
@@ -262,8 +284,9 @@ def _refuse_oversize(folder: Path) -> None:
         ArtifactError: a file does not fit the model's configuration, or needs more memory than the machine has.
     """
     refuse_oversize_file(folder / MODEL_FILE)
+    refuse_oversize_file(folder / EMA_FILE)
     path = folder / OPTIMIZER_FILE
-    if not path.is_file() or path.stat().st_size <= HASHED_FIRST_BYTES:
+    if stored_bytes(path) <= HASHED_FIRST_BYTES:
         return
     model = read_head(folder / MODEL_FILE)
     n_elements = sum(math.prod(shape) for shape in model.shapes.values())
@@ -304,8 +327,9 @@ def latest_valid_checkpoint(run: Path) -> tuple[Path, TrainerState] | None:
     """
     folders = list_checkpoints(run)
     for folder in reversed(folders):
-        for name in (STATE_FILE, MODEL_FILE, OPTIMIZER_FILE):
-            refuse_pointer(folder / name, ArtifactError)
+        shards = (file for name in _TENSOR_FILES for file in shard_folder(folder / name).glob("*.safetensors"))
+        for path in (*(folder / name for name in (STATE_FILE, *_TENSOR_FILES)), *shards):
+            refuse_pointer(path, ArtifactError)
         try:
             return folder, read_state(folder)
         except ArtifactError as error:
@@ -353,6 +377,15 @@ def find_checkpoint(root: Path) -> Path | None:
         return None
     newest = max(runs, key=_saved_at)
     return read_pointer(newest, BEST) or read_pointer(newest, LATEST) or _latest_valid_model(newest)
+
+
+def ema_file(checkpoint: Path) -> Path:
+    """Return the model file with the averaged weights of a checkpoint folder. Raises ArtifactError if it has none."""
+    if not (checkpoint / EMA_FILE).is_file():
+        raise ArtifactError(
+            f"{checkpoint} has no averaged weights: {EMA_FILE} is in the checkpoint folders of runs with train.ema"
+        )
+    return checkpoint / EMA_FILE
 
 
 def _saved_at(run: Path) -> int:

@@ -20,6 +20,7 @@ from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import Precision
 from psannlm.runtime.distributed import World
 from psannlm.tokenizers.base import Tokenizer
+from psannlm.training.averaging import WeightAverage
 from psannlm.training.callbacks import Callback
 from psannlm.training.metrics import MetricsLog
 from psannlm.training.optim import OptimizerSet
@@ -49,6 +50,9 @@ class Run:
     Attributes:
         module: ``model``, compiled or wrapped for several ranks.
         total_steps: number of the last step.
+        full_model: on rank 0 of a sharded run a model in the machine's memory, whose weights are those of the last
+            :func:`~psannlm.training.parallel.gather_into`.
+        average: exponential moving average of the weights, with ``train.ema``.
         display: gets the events that callbacks get, and never makes the run wait for the device.
         lost_fraction: as in ``PreparedData``.
         stop: set by a signal: finish the current step, save, and raise ``Interrupted``.
@@ -69,6 +73,8 @@ class Run:
     log: MetricsLog | None
     total_steps: int
     lost_fraction: float | None = None
+    full_model: Transformer | None = None
+    average: WeightAverage | None = None
     sampler: Sampler | None = None
     tasks: ValidationTasks | None = None
     budget: TimeBudget = field(default_factory=TimeBudget)

@@ -8,10 +8,12 @@ from itertools import chain
 
 from psannlm.errors import DivergedError, Interrupted
 from psannlm.runtime.device import AsyncReadback
+from psannlm.runtime.distributed import World
 from psannlm.training.callbacks import SaveEvent
-from psannlm.training.checkpoint import BEST, TrainerState, participate_in_save, point, prune, save_checkpoint
+from psannlm.training.checkpoint import BEST, TrainerState, point, prune, save_checkpoint
 from psannlm.training.context import Run
 from psannlm.training.failures import NOT_FINITE, describe_last_checkpoint, explain_oom, find_non_finite
+from psannlm.training.parallel import is_sharded
 from psannlm.training.pending import PendingStep, PendingSteps
 from psannlm.training.step import seed_step, train_step
 from psannlm.training.validation import validate, validate_parent
@@ -55,6 +57,9 @@ def run_steps(run: Run, state: TrainerState) -> TrainerState:
                 world=run.world,
                 sync_before_update=not run.defer_readback,
             )
+        # Where the read-back is deferred, a non-finite step ends the run, and its average is never saved.
+        if run.average is not None and (run.defer_readback or result.is_finite):
+            run.average.update()
         is_last = step == run.total_steps
         is_logged = _is_due(step, settings.log_interval_steps) or is_last or step == 1
         is_validated = is_last or _is_due(step, settings.eval_interval_steps)
@@ -95,12 +100,16 @@ def _save(run: Run, state: TrainerState, is_best: bool) -> None:
             f"after step {state.step} {bad_tensor or 'a tensor of another rank'} is {NOT_FINITE}, and nothing was saved"
             f"; {describe_last_checkpoint(run.folder)}. Lower train.lr, or lengthen train.warmup_steps."
         )
-    if not run.world.is_main:
-        participate_in_save(run.model, optimizer_tensors)
+    # Every rank of a sharded model writes its shards; of replicas, one is enough.
+    writers = run.world if is_sharded(run.model) else World()
+    if not run.world.is_main and writers.size == 1:
         run.world.wait()
         return
     state = replace(state, scaler=run.scaler.state_dict())
-    folder = save_checkpoint(run.folder, run.model, run.tokenizer, optimizer_tensors, state)
+    folder = save_checkpoint(run.folder, run.model, run.tokenizer, optimizer_tensors, state, run.average, writers)
+    if not run.world.is_main:
+        run.world.wait()
+        return
     if is_best:
         point(run.folder, BEST, state.step)
     prune(run.folder, run.config.train.keep_checkpoints, None if state.best is None else state.best["step"])

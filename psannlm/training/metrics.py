@@ -22,15 +22,16 @@ METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss_curve.png"
 BOARD_FOLDER = "tensorboard"
 # Okabe and Ito's palette, distinguishable by colour-blind readers.
-_TRAIN_COLOUR, _VAL_COLOUR, _BEST_COLOUR = "#56B4E9", "#D55E00", "#009E73"
+_TRAIN_COLOUR, _VAL_COLOUR, _BEST_COLOUR, _EMA_COLOUR = "#56B4E9", "#D55E00", "#009E73", "#CC79A7"
 _TASK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 class MetricsLog:
     """Append-only log of a run in ``metrics.jsonl``.
 
-    Each row has a ``step`` and a ``kind``: ``train``, ``eval``, ``sample`` (a prompt and its continuation),
-    ``tasks`` (scores by task, with ``/stderr`` and ``/chance`` after its name) or ``skipped`` (a non-finite step).
+    Each row has a ``step`` and a ``kind``: ``train``, ``eval``, ``ema`` (a validation of the averaged weights),
+    ``sample`` (a prompt and its continuation), ``tasks`` (scores by task, with ``/stderr`` and ``/chance`` after its
+    name) or ``skipped`` (a non-finite step).
     """
 
     def __init__(
@@ -135,6 +136,7 @@ def _curve(title: str, rows: list[dict[str, Any]]) -> Figure:
 
     train = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
     evals = [(row["step"], row["loss"], row["bits_per_byte"]) for row in rows if row["kind"] == "eval"]
+    averaged = [(row["step"], row["loss"]) for row in rows if row["kind"] == "ema"]
     scored = [row for row in rows if row["kind"] == "tasks"]
     figure = Figure(figsize=(8, 7.5 if scored else 4.5), layout="constrained")
     axes, *below = figure.subplots(2 if scored else 1, sharex=True, squeeze=False)[:, 0]
@@ -152,6 +154,14 @@ def _curve(title: str, rows: list[dict[str, Any]]) -> Figure:
         best = losses.index(min(losses))
         label = f"best: {bits[best]:.3f} bits per byte at step {steps[best]}"
         axes.plot(steps[best], losses[best], "*", color=_BEST_COLOUR, markersize=16, label=label, zorder=3)
+    if averaged:
+        axes.plot(
+            *zip(*averaged, strict=True),
+            color=_EMA_COLOUR,
+            marker="s",
+            markersize=4,
+            label="validation, averaged weights",
+        )
     axes.set_title(title)
     (below[-1] if below else axes).set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per token)")

@@ -82,6 +82,14 @@ def _as_fsdp(model: nn.Module) -> FSDPModule | None:
     return model if module is not None and isinstance(model, module.FSDPModule) else None
 
 
+def reshard(model: nn.Module) -> None:
+    """Release the full weights that a sharded ``model`` has gathered for a forward pass; the next one gathers again."""
+    if _as_fsdp(model) is not None:
+        for module in model.modules():
+            if (sharded := _as_fsdp(module)) is not None:
+                sharded.reshard()
+
+
 @torch.no_grad()
 def gather_into(target: Transformer | None, model: Transformer) -> None:
     """Copy the full weights of a sharded ``model`` into ``target``. Every rank must call it, even without a target."""

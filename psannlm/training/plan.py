@@ -120,8 +120,9 @@ def plan_training(config: RunConfig, n_ranks: int | None = None) -> TrainingPlan
         optimizer=config.train.optimizer,
         grad_checkpoint=config.train.grad_checkpoint,
         device_type=device.type,
+        ema=config.train.ema is not None,
     )
-    checkpoint_bytes = memory.weights + memory.optimizer
+    checkpoint_bytes = memory.weights + memory.optimizer + memory.average
     for line in _disk_warnings(config, checkpoint_bytes):
         log.warning(line)
     if config.train.fsdp == "full":

@@ -28,6 +28,7 @@ class TrainResult:
         train_loss: loss of the last step in nats per token.
         best: ``step``, ``loss`` (nats per token), ``perplexity`` and ``bits_per_byte`` of the best validation; None
             without validation.
+        ema: the same of the averaged weights at the last validation; None without ``train.ema`` or without validation.
         val_overlap: fraction of the validation text that also occurs verbatim in the training text.
         lossy_tokenizer: whether the tokenizer loses text, which makes bits per byte too low; None: unknown.
     """
@@ -47,6 +48,7 @@ class TrainResult:
     best: dict[str, Any] | None
     val_overlap: float | None
     lossy_tokenizer: bool | None = None
+    ema: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields but ``model`` as plain data."""

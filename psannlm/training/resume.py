@@ -20,8 +20,10 @@ from psannlm.io.atomic import explain_write_errors
 from psannlm.io.lock import RunLock
 from psannlm.io.run_metadata import timestamp
 from psannlm.models.transformer import Transformer
+from psannlm.training.averaging import WeightAverage
 from psannlm.training.checkpoint import (
     BEST,
+    EMA_FILE,
     LATEST,
     TrainerState,
     is_own_checkpoint,
@@ -160,9 +162,15 @@ def same_model(loaded: Transformer, given: Transformer | None) -> Transformer:
 
 
 def restore(
-    found: tuple[Path, TrainerState], folder: Path, optimizers: OptimizerSet, scaler: torch.amp.GradScaler
+    found: tuple[Path, TrainerState],
+    folder: Path,
+    optimizers: OptimizerSet,
+    scaler: torch.amp.GradScaler,
+    average: WeightAverage | None = None,
 ) -> TrainerState:
-    """Load a checkpoint into the optimisers and the scaler; return the state to resume from.
+    """Load a checkpoint into the optimisers, the scaler and the average; return the state to resume from.
+
+    An average that the checkpoint lacks starts at its weights.
 
     Raises:
         ArtifactError: the state is damaged, or of another optimiser or precision.
@@ -175,11 +183,15 @@ def restore(
                 f"{checkpoint} has no state of the fp16 gradient scaler: it was trained in another precision"
             )
         scaler.load_state_dict(state.scaler)
+    if average is not None and (checkpoint / EMA_FILE).is_file():
+        average.load(checkpoint / EMA_FILE)
+    elif average is not None:
+        log.info(f"{checkpoint} has no average of the weights: that of train.ema starts at its weights")
     # A best checkpoint outside this run folder cannot be returned as a result: the next validation sets a new one.
     best = state.best
     if best is not None and not (_is_in(checkpoint, folder) and step_folder(folder, best["step"]).is_dir()):
         best = None
-    return replace(state, best=best)
+    return replace(state, best=best, ema=None if average is None else state.ema)
 
 
 def _is_in(checkpoint: Path, folder: Path) -> bool:

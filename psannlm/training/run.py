@@ -41,9 +41,11 @@ from psannlm.runtime.device import (
 )
 from psannlm.runtime.distributed import World, process_group, world_from_env
 from psannlm.runtime.log import without_messages
+from psannlm.runtime.shared_folder import require_shared
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE
 from psannlm.tokenizers.roundtrip import is_lossy
+from psannlm.training.averaging import WeightAverage
 from psannlm.training.callbacks import Callback
 from psannlm.training.checkpoint import BEST, TrainerState, read_pointer, step_folder
 from psannlm.training.console import ConsoleDisplay
@@ -146,6 +148,8 @@ def train(
                 move_aside(lock)
             refuse_foreign_files(folder, config, config.train.max_steps)
         world.wait()
+        if config.train.fsdp != "off":
+            require_shared(folder, world, device)
         start = _find_start(config, folder, resume, data, model, world, place)
         world.wait()
         run, state = _build(config, start, world, precision, folder)
@@ -187,6 +191,7 @@ def _result(
         seconds=seconds,
         train_loss=float(state.metrics.get("loss", float("nan"))),
         best=state.best,
+        ema=state.ema,
         val_overlap=start.data.val_overlap,
         lossy_tokenizer=is_lossy(start.data.lost_fraction),
     )
@@ -282,6 +287,7 @@ def _build(
     model.train().grad_checkpoint = config.train.grad_checkpoint
     loader = build_loader(config, data, world, pin_memory=precision.device.type == "cuda")
     optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
+    average = None if config.train.ema is None else WeightAverage(model, config.train.ema)
     scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.needs_scaler)
     progress = (0, Position()) if start.found is None else (start.found[1].step, start.found[1].position)
     n_steps = last_step(config, loader, *progress)
@@ -289,7 +295,7 @@ def _build(
     if start.found is None:
         state = TrainerState(**settings, lineage=start.lineage)
     else:
-        state = replace(restore(start.found, folder, optimizers, scaler), **settings)
+        state = replace(restore(start.found, folder, optimizers, scaler, average), **settings)
         refuse_past_schedule(start.found, n_steps)
     for line in config_warnings(config, loader, n_steps):
         log.warning(line)
@@ -316,6 +322,8 @@ def _build(
         log=None,
         total_steps=n_steps,
         lost_fraction=data.lost_fraction,
+        full_model=start.model if world.is_main and is_sharded(model) else None,
+        average=average,
     )
     return run, state
 
@@ -362,8 +370,6 @@ def _describe_run(run: Run) -> None:
 
 def _hindrance(run: Run) -> str | None:
     """Return the setting that prevents samples and task scores during training, or None."""
-    if is_sharded(run.model):
-        return "fsdp: full"
     return "device: mps" if run.precision.device.type == "mps" else None
 
 

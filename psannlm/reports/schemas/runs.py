@@ -13,6 +13,7 @@ from psannlm.io.artifact_schema import Figures, Flag, OptionalFigure, Whole
 class RunRow(Figures):
     """The figures of a run; None where they are unknown. Losses are in nats per token.
 
+    ``ema_val_loss`` is that of the averaged weights (``train.ema``) at the last validation.
     Settings (``base``, ``mlp``, ``seed``, ``lr``, ``batch_tokens``) are as the run's configuration has them.
     """
 
@@ -42,6 +43,7 @@ class RunRow(Figures):
     epochs: OptionalFigure
     val_overlap: OptionalFigure
     folder: str
+    ema_val_loss: OptionalFigure = None
 
 
 @dataclass(frozen=True, kw_only=True)
