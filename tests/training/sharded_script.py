@@ -1,7 +1,7 @@
 """One rank that trains from several configurations: ``sharded_script.py JOBS``, a JSON list; a JSON line for each.
 
-A job is ``{"config": path, "resume": ..., "hold": [rank, save]}``; a rank with ``hold`` stops in that save, counted from
-1, until it is killed.
+A job is ``{"config": path, "resume": ..., "hold": [rank, save]}``; a rank with ``hold`` stops in that save, counted
+from 1, until it is killed.
 """
 
 from __future__ import annotations

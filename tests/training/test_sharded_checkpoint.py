@@ -140,7 +140,7 @@ def test_sharded_files_hold_what_one_process_writes(runs: Runs) -> None:
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
-def test_samples_and_scores_of_a_sharded_run_are_those_of_one_process(runs: Runs) -> None:
+def test_sharded_samples_and_scores_match_one_process(runs: Runs) -> None:
     texts = [(row["step"], row["prompt"], row["text"]) for row in runs.rows("one", "sample")]
     assert len(texts) == 4
     assert [(row["step"], row["prompt"], row["text"]) for row in runs.rows("full", "sample")] == texts
