@@ -148,6 +148,7 @@ OTHER_TRAIN_KEYS = {"compile", "ddp", "device", "grad_checkpoint"}
 OTHER_TRAIN_KEYS |= {"fsdp", "grad_sync"}  # test_parallel.py
 OTHER_TRAIN_KEYS |= {"init_from"}  # test_init_from.py
 OTHER_TRAIN_KEYS |= {"eval_tasks"}  # test_eval_tasks.py
+OTHER_TRAIN_KEYS |= {"ema"}  # test_averaging.py
 OTHER_TRAIN_KEYS |= {"on_nonfinite", "sample_prompts", "sample_tokens", "tensorboard"}
 
 DATA_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
