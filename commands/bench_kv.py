@@ -143,7 +143,7 @@ def bench_kv(
         cases=cases,  # type: ignore[arg-type]  # the settings check the name themselves
         uncached_steps=uncached_steps,
         contexts=CONTEXTS if context_growth else (),
-        against=against,
+        against=tuple(against or ()),
         time_limit_s=_TIME_LIMIT_S if time_limit is None and has_default_work else time_limit,
     )
     require_folder("kv_cache", out)
@@ -268,8 +268,8 @@ def _cases_table(report: KvReport) -> Table:
     )
     for case, runs in report.runs.items():
         _add_runs(table, _name(case), runs)
-    if report.reference_model is not None:
-        _add_runs(table, report.reference_model.name, report.reference_model.runs)
+    for reference_model in report.reference_models:
+        _add_runs(table, reference_model.name, reference_model.runs)
     notes = []
     if any(not case.is_batched for case in report.runs):
         notes.append("row by row: prefill is the sum over rows, first token the mean over rows")
@@ -316,14 +316,15 @@ def _summary(report: KvReport) -> list[tuple[str, str]]:
     rows += [(name, f"{_spread(ratio)} x the decode throughput") for name, ratio in ratios if ratio is not None]
     for case, seconds in report.compile_s().items():
         rows.append((f"compilation, {_rows_of(case.is_batched)}", f"{seconds:,.1f} s, once"))
-    if report.reference_model is not None:
-        ratio = report.over_reference_model()
+    if report.reference_models:
+        rows.append(("our parameters", f"{report.parameters:,}; {report.settings.dtype}; {report.ours}"))
+    for reference_model in report.reference_models:
+        name, ratio = reference_model.name, report.over_reference_model(reference_model)
         rows += [
-            ("reference model", report.reference_model.description),
-            ("our parameters", f"{report.parameters:,}; {report.settings.dtype}; {report.ours}"),
-            ("ours / reference, whole", f"{_spread(ratio['whole'])} x the throughput"),
-            ("ours / reference, decode", f"{_spread(ratio['decode'])} x the throughput after the first token"),
-            ("reference, first run", f"{report.reference_model.first_s:,.1f} s, compilation included"),
+            ("reference model", reference_model.description),
+            (f"ours / {name}, whole", f"{_spread(ratio['whole'])} x the throughput"),
+            (f"ours / {name}, decode", f"{_spread(ratio['decode'])} x the throughput after the first token"),
+            (f"{name}, first run", f"{reference_model.first_s:,.1f} s, compilation included"),
         ]
     if report.packing is not None:
         cost = report.packing

@@ -79,8 +79,12 @@ PositionsOption = Annotated[
 ]
 VocabularyOption = Annotated[int, typer.Option("--vocab-size", help="Vocabulary size of the model, in tokens.")]
 AgainstOption = Annotated[
-    str | None,
-    typer.Option("--against", help="Reference model of equal size: transformers, for its Llama (needs the extra hf)."),
+    list[str] | None,
+    typer.Option(
+        "--against",
+        help="Reference model of equal size: transformers, for its Llama (needs the extra hf), or llama.cpp, for our "
+        "transformer exported as GGUF (needs the extra gguf and llama-cpp-python); may be repeated.",
+    ),
 ]
 DEFAULT_RUNS = Path("runs")
 RunsOption = Annotated[

@@ -18,17 +18,26 @@ from torch import Tensor
 
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, install_extra
-from psannlm.export.gguf_tokenizer import gguf_tokenizer
+from psannlm.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from psannlm.export.plain_mapping import our_name, plain_class, plain_tensors, why_not_plain
 from psannlm.models.registry import build_model
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer
 
 GgufType = Literal["float32", "bfloat16", "float16"]
+# Blocks of 32 int8 with a scale each: what benchmarks compare our int8 with.
+Q8_0 = "q8_0"
+# The length of a row of such a matrix is a multiple of it.
+Q8_0_BLOCK = 32
 _INSTEAD = "export it with --format hf"
 _TORCH_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Names of the package's two enumerations: of a tensor's type, and of the type of most of a file's tensors.
-_TYPE_NAMES = {"float32": ("F32", "ALL_F32"), "bfloat16": ("BF16", "MOSTLY_BF16"), "float16": ("F16", "MOSTLY_F16")}
+_TYPE_NAMES = {
+    "float32": ("F32", "ALL_F32"),
+    "bfloat16": ("BF16", "MOSTLY_BF16"),
+    "float16": ("F16", "MOSTLY_F16"),
+    Q8_0: ("Q8_0", "MOSTLY_Q8_0"),
+}
 # model_type of transformers -> its one activation in llama.cpp. The architecture has the same name there.
 _ACTIVATIONS = {"llama": "silu", "qwen3": "silu", "arcee": "relu2"}
 # llama.cpp rotates neighbouring features of a head in these, and the two halves of a head, as we do, in qwen3.
@@ -70,8 +79,12 @@ def gguf_architecture(config: ModelConfig) -> str:
     return known.model_type
 
 
-def write_gguf(path: Path, model: Transformer, tokenizer: Tokenizer, dtype: GgufType = "float32") -> GgufFile:
+def write_gguf(
+    path: Path, model: Transformer, tokenizer: Tokenizer | None, dtype: GgufType | Literal["q8_0"] = "float32"
+) -> GgufFile:
     """Write ``model`` and ``tokenizer`` to ``path``; matrices in ``dtype``, norms in float32.
+
+    Without a tokenizer, programs that read the file take and return token ids alone.
 
     Raises:
         ConfigError: GGUF cannot express the model, or a weight is too large for float16.
@@ -81,7 +94,9 @@ def write_gguf(path: Path, model: Transformer, tokenizer: Tokenizer, dtype: Gguf
     require_gguf()
     gguf = _gguf()
     architecture = gguf_architecture(model.config)
-    described = gguf_tokenizer(tokenizer, model.config.vocab_size or 0)
+    described = GgufTokenizer({"tokenizer_model": "none"})
+    if tokenizer is not None:
+        described = gguf_tokenizer(tokenizer, model.config.vocab_size or 0)
     tensor_type, file_type = _TYPE_NAMES[dtype]
     writer = gguf.GGUFWriter(path, architecture)
     try:
@@ -92,6 +107,9 @@ def write_gguf(path: Path, model: Transformer, tokenizer: Tokenizer, dtype: Gguf
         for name, tensor in gguf_tensors(model):
             is_matrix = tensor.ndim == 2
             kind = gguf.GGMLQuantizationType[tensor_type if is_matrix else "F32"]
+            if is_matrix and dtype == Q8_0:
+                writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+                continue
             stored = _in_type(name, tensor, _TORCH_TYPES[dtype] if is_matrix else torch.float32)
             # NumPy has no bfloat16: the bytes of each row are passed on.
             writer.add_tensor(name, stored.contiguous().view(torch.uint8).numpy(), raw_dtype=kind)

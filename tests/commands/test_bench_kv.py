@@ -132,7 +132,7 @@ def test_bench_kv_invalid_sizes_exit_2(psannlm, project: Path) -> None:
 
 
 def test_bench_kv_missing_reference_model_fails_early(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.benchmarks.harness.reference_llama.util.find_spec", lambda name: None)
+    monkeypatch.setattr("psannlm.benchmarks.harness.reference_models.util.find_spec", lambda name: None)
     done = psannlm("bench-kv", *TINY, "--against", "transformers")
     assert done.code == 2
     assert "pip install -c constraints.txt '.[hf]'" in done.err

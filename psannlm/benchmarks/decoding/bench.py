@@ -6,10 +6,9 @@ import copy
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from psannlm.benchmarks.decoding.context_length import longest_state, measure_growth
 from psannlm.benchmarks.decoding.modes import Case, DecodeRun, Prompts, decode, decode_uncached, spread_places
@@ -17,7 +16,14 @@ from psannlm.benchmarks.decoding.quantization_quality import TOKENS_PER_ROW, mea
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings, case_figures, headline
 from psannlm.benchmarks.decoding.token_parity import Rounding, compare
 from psannlm.benchmarks.harness.interleaved import Clock, Count, run_interleaved
-from psannlm.benchmarks.harness.reference_llama import ReferenceModel, ReferenceRuns, build_reference_model, decode_with
+from psannlm.benchmarks.harness.random_weights import randomize_parameters
+from psannlm.benchmarks.harness.reference_models import (
+    ReferenceModel,
+    ReferenceRuns,
+    build_reference_model,
+    decode_with,
+)
+from psannlm.benchmarks.harness.reference_task import ReferenceTask
 from psannlm.benchmarks.harness.roofline import memory_reader, step_bytes
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError
@@ -40,14 +46,7 @@ _FIRST = "first run, "
 _READING = {True: "reading memory, batch", False: "reading memory, one row"}
 
 
-class ReferenceModelBuilder(Protocol):
-    """Builder of reference models, such as ``reference_llama.build_reference_model``."""
-
-    def __call__(
-        self, name: str, config: ModelConfig, parameters: int, seq_len: int, device: torch.device
-    ) -> ReferenceModel:
-        """Return the reference model ``name`` for rows of at most ``seq_len`` tokens."""
-        ...
+ReferenceModelBuilder = Callable[[str, ReferenceTask], ReferenceModel]
 
 
 def bench_kv(
@@ -91,12 +90,11 @@ def bench_kv(
     bench = _Bench(
         model, settings, clock, on_progress, lambda metrics: on_partial(replace(metrics, **described)), began
     )
-    reference_model = None
-    if settings.against is not None:
-        reference_model = make_reference(settings.against, config, parameters, settings.n_tokens, device)
-    firsts = bench.run_first(reference_model)
+    task = ReferenceTask(config, parameters, settings.batch_size, settings.n_tokens, settings.dtype, device)
+    reference_models = [make_reference(name, task) for name in settings.against]
+    firsts = bench.run_first(reference_models)
     reference = firsts[str(REFERENCE)]
-    runs, reference_runs, reads = bench.run_cases(reference.ids, reference_model)
+    runs, reference_runs, reads = bench.run_cases(reference.ids, reference_models)
     contexts, left_out = bench.contexts_within(limit)
     return KvReport(
         settings=settings,
@@ -116,15 +114,10 @@ def bench_kv(
         growth=bench.measure_contexts(contexts),
         left_out=left_out,
         packing=None if settings.dtype == "float32" else bench.measure_packing(),
-        reference_model=None
-        if reference_model is None
-        else ReferenceRuns(
-            reference_model.name,
-            reference_model.description,
-            reference_model.parameters,
-            firsts[reference_model.name].total_s,
-            reference_runs,
-        ),
+        reference_models=[
+            ReferenceRuns(model.name, model.description, model.parameters, firsts[model.name].total_s, of_model)
+            for model, of_model in zip(reference_models, reference_runs, strict=True)
+        ],
     )
 
 
@@ -160,28 +153,26 @@ class _Bench:
         limit = self._settings.time_limit_s
         return None if limit is None else self._began + fraction * limit
 
-    def run_first(self, reference_model: ReferenceModel | None) -> dict[str, DecodeRun]:
+    def run_first(self, reference_models: Sequence[ReferenceModel]) -> dict[str, DecodeRun]:
         """Return the first run of every candidate with one-time work, such as compilation."""
         cases = [case for case in self.cases if case.is_compiled or case == REFERENCE]
         candidates = {str(case): self._cached(case) for case in cases}
-        if reference_model is not None:
-            candidates[reference_model.name] = self._reference_model(reference_model)
+        candidates |= {model.name: self._reference_model(model) for model in reference_models}
         # Without progress counts: the first tokens wait for the compiler and do not predict the remaining time.
         silent = {f"{_FIRST}{name}": _silent(candidate) for name, candidate in candidates.items()}
         taken = self._run_interleaved(silent, repeats=1, warm_ups=0)
         return {name.removeprefix(_FIRST): _runs_of(results)[0] for name, results in taken.items()}
 
     def run_cases(
-        self, given: Prompts, reference_model: ReferenceModel | None
-    ) -> tuple[dict[Case, list[DecodeRun]], list[DecodeRun], dict[bool, list[float]]]:
-        """Return the runs of every case, those of the reference model, and memory bandwidths, all interleaved."""
+        self, given: Prompts, reference_models: Sequence[ReferenceModel]
+    ) -> tuple[dict[Case, list[DecodeRun]], list[list[DecodeRun]], dict[bool, list[float]]]:
+        """Return the runs of every case, those of each reference model, and memory bandwidths, all interleaved."""
         steps = self._uncached_steps(given)
         candidates: dict[str, Candidate] = {
             str(case): self._cached(case) if case.use_cache else self._uncached(case, given, steps)
             for case in self.cases
         }
-        if reference_model is not None:
-            candidates[reference_model.name] = self._reference_model(reference_model)
+        candidates |= {model.name: self._reference_model(model) for model in reference_models}
         for is_batched, n_bytes in self.n_bytes.items():
             candidates[_READING[is_batched]] = memory_reader(n_bytes, self._device, clock=self._clock)
         # Under a time limit a long run has no warm-up: the first runs of all cases have warmed up the kernels.
@@ -196,7 +187,7 @@ class _Bench:
             )
         return (
             {case: _runs_of(taken[str(case)]) for case in self.cases},
-            [] if reference_model is None else _runs_of(taken[reference_model.name]),
+            [_runs_of(taken[model.name]) for model in reference_models],
             {is_batched: _rates_of(taken[_READING[is_batched]]) for is_batched in self.n_bytes},
         )
 
@@ -367,19 +358,3 @@ def random_prompts(config: ModelConfig, settings: KvSettings) -> Prompts:
     size = (settings.batch_size, settings.prompt_length)
     drawn: Prompts = torch.randint(config.vocab_size or 0, size, generator=generator).tolist()
     return drawn
-
-
-def randomize_parameters(model: nn.Module, seed: int) -> None:
-    """Set all parameters to random values that depend on ``seed`` alone, none of them zero.
-
-    With the initialization for training, residual branches and short convolutions start at zero, and errors of a cache
-    or a kernel in them would go unnoticed.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-            if parameter.ndim == 2:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
-            else:
-                parameter.add_(noise * 0.3)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from psannlm.benchmarks.decoding.context_length import CONTEXTS
 from psannlm.benchmarks.decoding.modes import CASES, Case, DecodeRun
 from psannlm.benchmarks.harness.interleaved import paired_ratio, shared_rounds
-from psannlm.benchmarks.harness.reference_llama import ReferenceRuns, require_reference_model
+from psannlm.benchmarks.harness.reference_models import ReferenceRuns, require_reference_model
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, nearest
 from psannlm.generation.quantize import WeightDtype
@@ -42,7 +42,7 @@ class KvSettings:
         cases: ``all``; ``batch`` leaves out decoding row by row, ``cached`` decoding without the cache.
         uncached_steps: full forward passes that are timed after a row's first, spread evenly; None: all.
         contexts: context lengths at which a decoding step is timed.
-        against: library whose model of equal size decodes the same prompts, or None.
+        against: reference models of equal size that decode the same prompts, of ``REFERENCE_MODELS``.
         time_limit_s: time limit in seconds. Uncached passes, repeats and contexts beyond it are left out, and the
             report states each. None: no limit.
 
@@ -60,7 +60,7 @@ class KvSettings:
     cases: Cases = "all"
     uncached_steps: int | None = None
     contexts: tuple[int, ...] = CONTEXTS
-    against: str | None = None
+    against: tuple[str, ...] = ()
     time_limit_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -75,8 +75,10 @@ class KvSettings:
             raise ConfigError(f"cases {self.cases!r:.40} is not one of {', '.join(known)}{nearest(self.cases, known)}")
         if self.time_limit_s is not None and not self.time_limit_s > 0:
             raise ConfigError(f"time_limit_s {self.time_limit_s} is not a duration; use more than 0")
-        if self.against is not None:
-            require_reference_model(self.against)
+        for library in self.against:
+            require_reference_model(library)
+        if len(set(self.against)) < len(self.against):
+            raise ConfigError("--against names a reference model twice; name it once")
 
     @property
     def n_tokens(self) -> int:
@@ -131,7 +133,7 @@ class KvReport:
     growth: list[GrowthPoint] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
     packing: PackingCost | None = None
-    reference_model: ReferenceRuns | None = None
+    reference_models: list[ReferenceRuns] = field(default_factory=list)
 
     def throughput(self, case: Case) -> Spread:
         """Return the decode throughput of a case in tokens per second, after the first token."""
@@ -178,11 +180,9 @@ class KvReport:
         compiled = Case(True, True, True)
         return compiled if compiled in self.runs else Case(True, True)
 
-    def over_reference_model(self) -> dict[str, Spread]:
-        """Return our throughput over the reference model's, run by run: of all tokens, and of those after the first."""
-        if self.reference_model is None:
-            return {}
-        mine, theirs = self.runs[self.ours], self.reference_model.runs
+    def over_reference_model(self, reference_model: ReferenceRuns) -> dict[str, Spread]:
+        """Return our throughput over a reference model's, run by run: of all tokens, and of those after the first."""
+        mine, theirs = self.runs[self.ours], reference_model.runs
         return {
             "whole": _whole_ratio(mine, theirs),
             "decode": paired_ratio(*shared_rounds(_decode_throughputs(mine), _decode_throughputs(theirs))),
@@ -263,7 +263,11 @@ class KvReport:
         }
         predicted, slots = self.predicted_cache_bytes(), self.cache_slots()
         return DecodingMetrics(
-            **{**asdict(self.settings), "cases": [case_figures(case, runs) for case, runs in self.runs.items()]},
+            **{
+                **asdict(self.settings),
+                "against": ", ".join(self.settings.against) or None,
+                "cases": [case_figures(case, runs) for case, runs in self.runs.items()],
+            },
             **headline(self.settings, self.runs),
             device=self.device,
             threads=self.threads,
@@ -282,7 +286,8 @@ class KvReport:
             context_growth=self.growth,
             contexts_left_out=self.left_out,
             packing_cost=self.packing,
-            reference_model=None if self.reference_model is None else self._reference_model(self.reference_model),
+            reference_model=next(map(self._reference_model, self.reference_models), None),
+            reference_models=[self._reference_model(model) for model in self.reference_models],
             agreement=self.agreement,
             outputs_are_equal=self.agreement.difference is None,
             distinct_tokens=self.distinct_tokens,
@@ -297,7 +302,7 @@ class KvReport:
             first_s=reference_model.first_s,
             **figures(reference_model.runs),
             ours=str(self.ours),
-            our_rate_over_its=self.over_reference_model(),
+            our_rate_over_its=self.over_reference_model(reference_model),
         )
 
 

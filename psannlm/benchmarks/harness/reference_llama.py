@@ -3,100 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import util
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from psannlm.benchmarks.decoding.modes import DecodeRun, Prompts
-from psannlm.benchmarks.harness.interleaved import Clock
+from psannlm.benchmarks.decoding.modes import Prompts
 from psannlm.config.model import ModelConfig
-from psannlm.errors import ConfigError, PsannlmError, install_extra, nearest
+from psannlm.errors import PsannlmError
 
-REFERENCE_MODELS = ("transformers",)
 # Widths that are not a multiple of it would slow the reference model's matrix products down.
 _WIDTH_STEP = 16
-
-
-class ReferenceModel(Protocol):
-    """Decoder-only model of another library, with random weights."""
-
-    name: str
-    description: str
-    parameters: int
-
-    def generate(self, prompts: Prompts, max_new_tokens: int) -> Prompts:
-        """Return the greedy continuation of each prompt, ``max_new_tokens`` tokens long."""
-        ...
-
-
-def require_reference_model(name: str) -> None:
-    """Raise ConfigError if the reference model is unknown or its package is not installed."""
-    if name not in REFERENCE_MODELS:
-        raise ConfigError(
-            f"--against {name!r:.40} is not one of {', '.join(REFERENCE_MODELS)}{nearest(name, REFERENCE_MODELS)}"
-        )
-    if util.find_spec(name) is None:
-        raise ConfigError(f"--against {name} needs the package {name}, which is not installed; {install_extra('hf')}")
-
-
-def build_reference_model(
-    name: str, config: ModelConfig, parameters: int, seq_len: int, device: torch.device
-) -> ReferenceModel:
-    """Build the reference model ``name`` at the size of our model.
-
-    Args:
-        config: our model's resolved configuration.
-        parameters: parameter count of our model, which the reference model approaches as closely as its width allows.
-        seq_len: maximum number of tokens of a row.
-
-    Raises:
-        ConfigError: the reference model is unknown, or its package is not installed.
-    """
-    require_reference_model(name)
-    return Llama(config, parameters, seq_len, device)
-
-
-@dataclass(frozen=True)
-class ReferenceRuns:
-    """Runs of a reference model; ``first_s`` are the seconds of its first run, compilation included."""
-
-    name: str
-    description: str
-    parameters: int
-    first_s: float
-    runs: list[DecodeRun]
-
-
-def decode_with(
-    reference_model: ReferenceModel, prompts: Prompts, max_new_tokens: int, clock: Clock = time.perf_counter
-) -> DecodeRun:
-    """Decode the prompts with ``reference_model``; its prefill time is that of generating one token.
-
-    Raises:
-        PsannlmError: it generated fewer tokens than requested, or one token took longer than all of them.
-    """
-    began = clock()
-    reference_model.generate(prompts, 1)
-    between = clock()
-    ids = reference_model.generate(prompts, max_new_tokens)
-    ended = clock()
-    if any(len(row) != max_new_tokens for row in ids) or len(ids) != len(prompts):
-        raise PsannlmError(
-            f"{reference_model.name} generated {[len(row) for row in ids]} tokens per row instead of {max_new_tokens}"
-        )
-    prefill_s, total_s = between - began, ended - between
-    if prefill_s >= total_s:
-        raise PsannlmError(
-            f"{reference_model.name} took {total_s:.4f} s for {max_new_tokens} tokens and {prefill_s:.4f} s for one: "
-            "too few to separate decoding from prefill; raise --max-new-tokens"
-        )
-    return DecodeRun(ids, max_new_tokens, prefill_s, prefill_s, total_s - prefill_s, total_s)
 
 
 def llama_parameters(config: ModelConfig, width: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from psannlm.benchmarks.decoding.bench import randomize_parameters
+from psannlm.benchmarks.harness.random_weights import randomize_parameters
 from psannlm.config.model import ModelConfig
 from psannlm.data.corpus.documents import builtin_documents
 from psannlm.errors import ConfigError

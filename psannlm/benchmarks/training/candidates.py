@@ -17,8 +17,8 @@ from psannlm.benchmarks.harness.reference_llama import (
     llama_flops_per_token,
     llama_parameters,
     llama_width,
-    require_reference_model,
 )
+from psannlm.benchmarks.harness.reference_models import require_reference_model
 from psannlm.config.model import ModelConfig
 from psannlm.config.train import Amp
 from psannlm.data.loader import MicroBatch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psannlm.benchmarks.decoding.bench import randomize_parameters
+from psannlm.benchmarks.harness.random_weights import randomize_parameters
 from psannlm.config.model import PositionKind
 from psannlm.gpu_suite.context import BASE_NAMES, CheckContext, Trainer, draw_tokens, dtype_name
 from psannlm.gpu_suite.measures import at_least, at_most, largest, largest_distance, none_of

@@ -183,6 +183,7 @@ class DecodingMetrics(Figures):
         cached_tokens_per_s, naive_tokens_per_s, cached_over_naive: throughput of all new tokens, prefill included, of
             the cached batch and of the naive loop, and their ratio; None where one of them was not run.
         compile_s: seconds that the first run of each compiled case took beyond its median run.
+        reference_model: the first of ``reference_models``, which earlier files had alone.
         interrupted_in: the run that was interrupted.
     """
 
@@ -220,6 +221,7 @@ class DecodingMetrics(Figures):
     reference_model: Annotated[
         ReferenceFigures | None, Field(validation_alias=AliasChoices("reference_model", "rival"))
     ] = None
+    reference_models: list[ReferenceFigures] = Field(default_factory=list)
     agreement: Agreement | None = None
     outputs_are_equal: Flag | None = None
     distinct_tokens: Whole | None = None

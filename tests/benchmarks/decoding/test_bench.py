@@ -16,6 +16,7 @@ from psannlm.benchmarks.decoding.bench import bench_kv, build_random_model
 from psannlm.benchmarks.decoding.modes import CASES, Case, DecodeRun, Prompts
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings
 from psannlm.benchmarks.harness.interleaved import RunProgress
+from psannlm.benchmarks.harness.reference_task import ReferenceTask
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, GenerationError
 
@@ -216,13 +217,11 @@ def test_bench_kv_interleaves_the_reference_model(monkeypatch: pytest.MonkeyPatc
 
     order: list[str] = []
     report = measure(
-        replace(SETTINGS, against="fake", cases="batch"),
+        replace(SETTINGS, against=("fake",), cases="batch"),
         make_reference=make,
         on_progress=lambda progress: None if order[-1:] == [progress.candidate] else order.append(progress.candidate),
     )
-    [(name, config, parameters, seq_len, device)] = built
-    assert (name, config, seq_len, device) == ("fake", report.model, 9, CPU)
-    assert parameters == report.parameters
+    assert built == [("fake", ReferenceTask(report.model, report.parameters, 2, 9, "float32", CPU))]
     # Its first call, a warm-up and two counted runs; each of them for one token and for all.
     assert reference_model.asked == [(2, 1), (2, 5)] * 4
     assert order == [
@@ -230,11 +229,11 @@ def test_bench_kv_interleaves_the_reference_model(monkeypatch: pytest.MonkeyPatc
         "first run, fake",
         *["cache on, batch", "cache off, batch", "fake", "reading memory, batch"] * 3,
     ]
-    assert report.reference_model is not None
-    assert report.reference_model.parameters == 7
-    assert len(report.reference_model.runs) == 2
-    assert report.reference_model.first_s > 0
-    assert set(report.over_reference_model()) == {"whole", "decode"}
+    [runs] = report.reference_models
+    assert runs.parameters == 7
+    assert len(runs.runs) == 2
+    assert runs.first_s > 0
+    assert set(report.over_reference_model(runs)) == {"whole", "decode"}
     # What a reference model of other weights writes is not compared.
     assert report.problems == []
 

@@ -6,7 +6,7 @@ import pytest
 
 from psannlm.benchmarks.decoding.modes import CASES, Case, DecodeRun
 from psannlm.benchmarks.decoding.report import KvReport, KvSettings
-from psannlm.benchmarks.harness.reference_llama import ReferenceRuns
+from psannlm.benchmarks.harness.reference_models import ReferenceRuns
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError
 from psannlm.models.accounting import cache_bytes
@@ -82,16 +82,19 @@ def test_speedup_of_missing_case_is_none() -> None:
 def test_reference_model_is_paired_with_fastest_engine() -> None:
     theirs = [run_at(rate) for rate in (200.0, 100.0, 200.0)]
     reference_model = ReferenceRuns("fake", "a fake", 7, 12.5, theirs)
-    plain = report_of(FOUR, reference_model=reference_model)
+    plain = report_of(FOUR, reference_models=[reference_model])
     assert plain.ours == Case(True, True)
-    assert plain.over_reference_model()["decode"] == Spread(*[pytest.approx(4)] * 3)
+    assert plain.over_reference_model(reference_model)["decode"] == Spread(*[pytest.approx(4)] * 3)
     # A second of prefill on both sides: 20 tokens at 800 and at 200 a second.
-    assert plain.over_reference_model()["whole"] == Spread(*map(pytest.approx, (1.1 / 1.025, 1.1 / 1.025, 1.2 / 1.05)))
-    compiled = report_of({**FOUR, COMPILED: [1600.0] * 3}, reference_model=reference_model)
+    assert plain.over_reference_model(reference_model)["whole"] == Spread(
+        *map(pytest.approx, (1.1 / 1.025, 1.1 / 1.025, 1.2 / 1.05))
+    )
+    compiled = report_of({**FOUR, COMPILED: [1600.0] * 3}, reference_models=[reference_model])
     assert compiled.ours == COMPILED
-    assert compiled.over_reference_model()["decode"].median == pytest.approx(8)
+    assert compiled.over_reference_model(reference_model)["decode"].median == pytest.approx(8)
     figures = compiled.metrics().as_dict()["reference_model"]
     assert compiled.metrics().as_dict()["rival"] == figures
+    assert compiled.metrics().as_dict()["reference_models"] == [figures]
     assert figures["our_rate_over_its"]["decode"]["median"] == pytest.approx(8)
     assert (figures["parameters"], figures["first_s"]) == (7, 12.5)
 
@@ -151,9 +154,9 @@ def test_kv_settings_refuse_unknown_values(monkeypatch: pytest.MonkeyPatch) -> N
         KvSettings(uncached_steps=1)
     with pytest.raises(ConfigError, match="did you mean 'cached'"):
         KvSettings(cases="cache")  # type: ignore[arg-type]
-    monkeypatch.setattr("psannlm.benchmarks.harness.reference_llama.util.find_spec", lambda name: None)
+    monkeypatch.setattr("psannlm.benchmarks.harness.reference_models.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs the package transformers"):
-        KvSettings(against="transformers")
+        KvSettings(against=("transformers",))
 
 
 def test_mean_context_is_mean_over_steps() -> None:
