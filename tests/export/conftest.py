@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,11 +106,49 @@ def export_tiny(save_tiny: Callable[..., Path], tmp_path: Path) -> Callable[...,
     return export
 
 
-@pytest.fixture
-def less_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare tokenizers on a twentieth of the text, where the law is another one."""
-    from psannlm.export import gguf_verify, held_out, verify
+# What a client of forking_process.py does: it ends as the program that it sends does.
+CLIENT = """
+import json, os, socket, sys
+path, program, *arguments = sys.argv[1:]
+request = json.dumps({"program": program, "arguments": arguments, "environment": dict(os.environ)}).encode()
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(path)
+socket.send_fds(connection, [request[:1]], [2])
+connection.sendall(request[1:])
+connection.shutdown(socket.SHUT_WR)
+sys.exit(int(connection.recv(16)))
+"""
 
+
+@pytest.fixture(scope="session")
+def loaded_process() -> Iterator[str]:
+    """The socket of a process that has loaded torch and transformers, which takes a fresh one eight seconds."""
+    pytest.importorskip("transformers")
+    with tempfile.TemporaryDirectory() as folder:  # a socket has a short path
+        path = f"{folder}/socket"
+        settings = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": f"{folder}/cache"}
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("forking_process.py")), path],
+            cwd=folder,
+            env={**os.environ, **settings, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"},
+        )
+        while not os.path.exists(path):
+            assert process.poll() is None
+            time.sleep(0.05)
+        yield path
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def less_text(monkeypatch: pytest.MonkeyPatch, loaded_process: str) -> None:
+    """Compare on a twentieth of the text, in a process that is not started anew, where the law is another one."""
+    from psannlm.export import comparison, gguf_verify, held_out, verify
+
+    def forked(program: str, *arguments: str) -> list[str]:
+        return [sys.executable, "-I", "-S", "-c", CLIENT, loaded_process, program, *arguments]
+
+    monkeypatch.setattr(comparison, "python_program", forked)
     monkeypatch.setattr(held_out, "TEXT_BYTES", held_out.TEXT_BYTES // 20)
     few = held_out.random_texts(held_out.N_RANDOM // 20)
     for module in (verify, gguf_verify):

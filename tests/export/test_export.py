@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from psannlm.commands.app import main
 from psannlm.errors import ArtifactError, ConfigError, StorageError
 from psannlm.export import hf
 from psannlm.export.comparison import VerificationFailed
@@ -29,6 +30,24 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "psannlm", *arguments]
     root = str(Path(__file__).resolve().parents[2])
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "PYTHONPATH": root})
+
+
+@pytest.fixture
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that does what ``run`` does in this process."""
+
+    def run_line(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        said = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), said.out, said.err)
+
+    return run_line
 
 
 @pytest.mark.slow
@@ -145,18 +164,16 @@ def test_a_model_without_tokenizer_is_refused(save_tiny: Callable[..., Path]) ->
     assert names(path.parent) == {path.name}
 
 
-@pytest.mark.slow
-def test_a_run_without_checkpoint_is_one_line(tmp_path: Path) -> None:
+def test_a_run_without_checkpoint_is_one_line(run_here: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
-    done = run("export", "run", "--out", "out", "--no-verify", cwd=tmp_path)
+    done = run_here("export", "run", "--out", "out", "--no-verify", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "run" in done.stderr
     assert names(tmp_path) == {"run"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -165,9 +182,11 @@ def test_a_run_without_checkpoint_is_one_line(tmp_path: Path) -> None:
         (["tiny.safetensors", "--out", "out", "--dtype", "int4"], "int4"),
     ],
 )
-def test_wrong_usage_exits_2(save_tiny: Callable[..., Path], arguments: list[str], message: str) -> None:
+def test_wrong_usage_exits_2(
+    run_here: Callable[..., Any], save_tiny: Callable[..., Path], arguments: list[str], message: str
+) -> None:
     path = save_tiny("llama")
-    done = run("export", *arguments, cwd=path.parent)
+    done = run_here("export", *arguments, cwd=path.parent)
     assert done.returncode == 2
     assert message in done.stderr
     assert names(path.parent) == {path.name}
@@ -196,10 +215,9 @@ def test_model_card_states_origin_and_loaders(save_tiny: Callable[..., Path]) ->
     assert "This folder was not verified." in text
 
 
-@pytest.mark.slow
-def test_json_output_is_one_document(save_tiny: Callable[..., Path]) -> None:
+def test_json_output_is_one_document(run_here: Callable[..., Any], save_tiny: Callable[..., Path]) -> None:
     path = save_tiny("qwen3")
-    done = run("export", path.name, "--out", "out", "--no-verify", "--json", cwd=path.parent)
+    done = run_here("export", path.name, "--out", "out", "--no-verify", "--json", cwd=path.parent)
     found = json.loads(done.stdout)
     assert found["architecture"] == "Qwen3ForCausalLM"
     assert found["loaders"]["llama.cpp"]["able"] is True
