@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from psannlm.errors import DeviceError, Interrupted
 from psannlm.runtime.device import AsyncReadback, pick_device
 from psannlm.runtime.folder_store import FolderStore
+from psannlm.runtime.launch import STORE_FOLDER
 from psannlm.runtime.watchdog import RankWatchdog
 from psannlm.runtime.watchdog import Store as WatchdogStore
 
@@ -34,8 +35,6 @@ _HOW = "psannlm train --nproc N CONFIG, or torchrun --nproc-per-node N -m psannl
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Time limit for all ranks to join: machines do not start at the same time.
 _JOIN_TIMEOUT = timedelta(minutes=5)
-# Environment variable with the private folder of the key-value store of one machine; torchrun uses a port instead.
-STORE_FOLDER = "PSANNLM_STORE_FOLDER"
 _connections: list[Store] = []
 # Number of process groups so far; ranks create and leave them together.
 _groups = count()

@@ -23,16 +23,19 @@ from typing import IO
 from psannlm.config.run import RunConfig, to_yaml
 from psannlm.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, ConfigError, DeviceError
 from psannlm.runtime.cores import threads_for
-from psannlm.runtime.distributed import STORE_FOLDER
 from psannlm.runtime.processes import python_command
 from psannlm.runtime.signals import stop_signals
-from psannlm.runtime.watchdog import LAUNCHED
 
 # After a signal, ranks get time to write a large checkpoint. After a failure there is nothing to save.
 _STOP_S = 3600.0
 _FAILED_S = 30.0
 _POLL_S = 0.05
 _CONFIG_FILE = "config.yaml"
+# Environment variables of the ranks: a launcher itself reports which rank was killed; and the private folder of the
+# key-value store of one machine, where torchrun uses a port. They stand here because the modules that read them import
+# torch, which takes the launching process seconds, and which it needs only to count GPUs.
+LAUNCHED = "PSANNLM_LAUNCHED"
+STORE_FOLDER = "PSANNLM_STORE_FOLDER"
 _LOOPBACK = ("lo", "lo0")
 
 Process = subprocess.Popen[bytes]
@@ -53,9 +56,11 @@ def check_launch(n_ranks: int, device: str) -> None:
         )
     if device.startswith("cuda:") and n_ranks > 1:
         raise ConfigError(f"train.device {device} is one GPU for {n_ranks} ranks; use device: cuda, one GPU for each")
+    if device == "cpu":
+        return
     import torch
 
-    n_gpus = torch.cuda.device_count() if device != "cpu" else 0
+    n_gpus = torch.cuda.device_count()
     if n_gpus and n_ranks > n_gpus:
         raise DeviceError(f"--nproc {n_ranks} needs {n_ranks} GPUs, and there are {n_gpus}; use --nproc {n_gpus}")
 

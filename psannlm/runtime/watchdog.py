@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 import torch.distributed as dist
 
 from psannlm.errors import EXIT_FAILED, AlreadyReported, Interrupted, PsannlmError, RankError, describe
+from psannlm.runtime.launch import LAUNCHED
 from psannlm.runtime.streams import is_terminal, print_error_line
 
 T = TypeVar("T")
@@ -34,8 +35,6 @@ _GRACE_S = 3.0
 _REPORT_S = 8.0
 # Rank 0 gets this long to finish (the loss curve) after an end that all ranks agreed on.
 _AGREED_S = 60.0
-# Environment variable set by a launcher that itself reports which rank was killed.
-LAUNCHED = "PSANNLM_LAUNCHED"
 # A broken connection is detected before the rank that caused it is known: look for it during this many heartbeats.
 _SEARCH_BEATS = 5
 

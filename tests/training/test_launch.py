@@ -268,6 +268,14 @@ def test_check_launch_refuses_impossible_settings(monkeypatch: pytest.MonkeyPatc
         check_launch(2, "cpu")
 
 
+def test_launcher_of_ranks_on_cpu_loads_no_torch() -> None:
+    program = (
+        "import sys; from psannlm.runtime.launch import check_launch, launch; check_launch(2, 'cpu'); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("family", "address", "shown"),
