@@ -84,10 +84,10 @@ def assert_same_run(a: Path, b: Path, step: int) -> None:
 @pytest.mark.parametrize(
     ("base", "optimizer", "amp"),
     [
-        ("respsann", "adamw", "fp32"),
         ("waveresnet", "muon", "fp32"),
-        ("transformer", "adamw", "fp32"),
-        ("waveresnet", "adamw", "fp16"),
+        pytest.param("respsann", "adamw", "fp32", marks=pytest.mark.slow),
+        pytest.param("transformer", "adamw", "fp32", marks=pytest.mark.slow),
+        pytest.param("waveresnet", "adamw", "fp16", marks=pytest.mark.slow),
     ],
 )
 def test_resume_is_exact(tiny_run: TinyRun, tmp_path: Path, base: str, optimizer: str, amp: str) -> None:
