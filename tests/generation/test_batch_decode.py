@@ -481,14 +481,14 @@ def test_sliding_context_rows_slide_independently(
     engine = Engine(build_tiny(base=base, positional_encoding=position, max_seq_len=9), dtype=dtype)
     prompts = [*RAGGED, [4] * 8, [2, 3] * 9]
     for sampling in SAMPLINGS[:2]:
-        alone = [decode(engine, [prompt], sampling, 25, context="slide").generated[0] for prompt in prompts]
+        alone = [decode(engine, [prompt], sampling, 16, context="slide").generated[0] for prompt in prompts]
         eos = next(token for token in range(17) if 1 < sum(token in ids for ids in alone) < 7)
-        assert decode(engine, prompts, sampling, 25, context="slide").generated == alone
+        assert decode(engine, prompts, sampling, 16, context="slide").generated == alone
         # Rows that leave do not disturb those that slide.
         cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in alone]
-        assert decode(engine, prompts, sampling, 25, context="slide", eos_id=eos).generated == cut
+        assert decode(engine, prompts, sampling, 16, context="slide", eos_id=eos).generated == cut
         for speculate in (1, 3, 15):
-            guessed = decode(engine, prompts, sampling, 25, context="slide", eos_id=eos, speculate=speculate)
+            guessed = decode(engine, prompts, sampling, 16, context="slide", eos_id=eos, speculate=speculate)
             assert guessed.generated == cut
 
 
