@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,12 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich import box
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from psannlm.display import json_text, printable
 from psannlm.runtime.consoles import FiguresTable, make_console, print_line
+from psannlm.runtime.live_line import LiveLine as LiveLine
+from psannlm.runtime.live_line import live_line as live_line
 
 if TYPE_CHECKING:
     from psannlm.config.model import ModelConfig
@@ -359,48 +359,11 @@ def publish(
     return folder
 
 
-def keep_record(folder: Path, kind: str, figures: dict[str, Any], *tables: Table) -> None:
-    """Write a record of a command beside its result; log a warning where files of something else have its names."""
+def keep_record(folder: Path | str, kind: str, figures: dict[str, Any], *tables: Table) -> None:
+    """Write a record beside the result of a command, a folder or a URL; log a warning where other files are there."""
     from psannlm.io.records import write_record
 
     if not write_record(folder, kind, figures, table_text(*tables)):
         log.warning(
             f"note: no record was written: {folder} holds metrics.json, system.json or table.txt of something else"
         )
-
-
-class LiveLine:
-    """Progress of the work: one line that is rewritten on a terminal, elsewhere a plain line every few seconds.
-
-    Drawn by the working thread, at most once per second: a second thread would disturb measurements.
-    """
-
-    _REDRAW_S = 1.0
-    _PLAIN_S = 5.0
-
-    def __init__(self, console: Console, live: Live | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console, self._live, self._clock = console, live, clock
-        self._interval = self._PLAIN_S if live is None else self._REDRAW_S
-        # The first plain line comes early, so that the user sees that work is in progress.
-        self._next = clock() + self._REDRAW_S
-
-    def show(self, progress: object) -> None:
-        """Replace the line by the text of ``progress``, unless it was replaced a moment ago."""
-        now = self._clock()
-        if now < self._next:
-            return
-        self._next = now + self._interval
-        if self._live is None:
-            print_line(self._console, progress)
-        else:
-            self._live.update(Text(printable(progress), no_wrap=True, overflow="ellipsis"), refresh=True)
-
-
-@contextmanager
-def live_line(console: Console) -> Iterator[LiveLine]:
-    """Yield a :class:`LiveLine` on ``console``; it is gone from a terminal at the end."""
-    if not (console.is_terminal and console.is_interactive):
-        yield LiveLine(console, None)
-        return
-    with Live(console=console, auto_refresh=False, transient=True) as live:
-        yield LiveLine(console, live)

@@ -53,13 +53,30 @@ PartOption = Annotated[
     str | None,
     typer.Option(metavar="I/N", help="Prepare only the I-th of N parts of the corpus, to be joined with --merge."),
 ]
-MergeOption = Annotated[bool, typer.Option("--merge", help="Join prepared parts: CORPUS are the folders of all parts.")]
+MergeOption = Annotated[
+    bool, typer.Option("--merge", help="Join prepared parts: CORPUS are the folders or URLs of all parts.")
+]
+OutOption = Annotated[
+    str | None,
+    typer.Option(
+        "--out", metavar="FOLDER", help="Folder for the shards and the manifest, or a URL such as s3://bucket/shards."
+    ),
+]
+CacheDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir",
+        metavar="FOLDER",
+        help="Folder on a local disk for unfinished work while --out is a URL, and for copies of parts at URLs "
+        "(default: $PSANNLM_CACHE_DIR, or ~/.cache/psannlm).",
+    ),
+]
 
 
 def prep(
     corpus: CorpusArgument = None,
     tokenizer: TokenizerOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the shards and the manifest.")] = None,
+    out: OutOption = None,
     val_split: ValSplitOption = 0.01,
     seed: Annotated[int, typer.Option(help="Seed that decides which documents are held out.")] = 1337,
     shard_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in a shard.")] = 100_000_000,
@@ -75,6 +92,7 @@ def prep(
     keep_duplicates: KeepDuplicatesOption = False,
     part: PartOption = None,
     merge: MergeOption = False,
+    cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn a corpus into token shards and a manifest, in bounded memory and on all cores.
@@ -88,10 +106,12 @@ def prep(
         raise typer.BadParameter("name the folder to make", param_hint="--out")
     with live_line(stderr_console()) as line:
         if merge:
+            from psannlm.io.urls import is_remote
             from psannlm.prep.merge import merge_parts
 
-            require_existing("CORPUS", *map(Path, corpus), what="prepared folder")
-            result = merge_parts([Path(folder) for folder in corpus], out, on_progress=line.show)
+            folders = [folder if is_remote(folder) else Path(folder) for folder in corpus]
+            require_existing("CORPUS", *(each for each in folders if isinstance(each, Path)), what="prepared folder")
+            result = merge_parts(folders, out, on_progress=line.show, cache_dir=cache_dir)
         else:
             if tokenizer is None:
                 raise typer.BadParameter("name a tokenizer; psannlm tokenize makes one", param_hint="--tokenizer")
@@ -114,7 +134,14 @@ def prep(
                     keep_duplicates=keep_duplicates,
                 )
             result = prepare_corpus(
-                corpus, tokenizer, out, settings, n_workers=workers, part=_part(part), on_progress=line.show
+                corpus,
+                tokenizer,
+                out,
+                settings,
+                n_workers=workers,
+                part=_part(part),
+                on_progress=line.show,
+                cache_dir=cache_dir,
             )
     if not result.was_done:
         keep_record(
@@ -181,7 +208,8 @@ def _show(result: PrepResult) -> None:
         # In a clone the shipped configuration exists; elsewhere the user has to name one.
         config = _SHIPPED_CONFIG if Path(_SHIPPED_CONFIG).is_file() else "CONFIG"
         sources = f"data.sources=[{yaml_scalar(result.folder)}]"
-        out = f"runs/{Path(result.folder).resolve().name}"
+        is_url = isinstance(result.folder, str)
+        out = f"runs/{(Path(result.folder) if is_url else Path(result.folder).resolve()).name}"
         command = shell_command("psannlm", "train", config, "--set", sources, "--set", "data.val_split=0", "--out", out)
         note = "" if config != "CONFIG" else ", with your configuration file for CONFIG"
         print_path(f"next{note}: {command}", style="bold")

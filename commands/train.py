@@ -15,6 +15,7 @@ from psannlm.commands.options import (
     duration_s,
     figures_table,
     keep_record,
+    live_line,
     print_json,
     print_path,
     stderr_console,
@@ -95,7 +96,8 @@ def train(
     if dry_run:
         from psannlm.training.plan import plan_training
 
-        plan = plan_training(run_config, n_ranks=n_ranks)
+        with live_line(stderr_console()) as line:
+            plan = plan_training(run_config, n_ranks=n_ranks, on_progress=line.show)
         if as_json:
             print_json(plan.as_dict())
         else:

@@ -23,6 +23,7 @@ from psannlm.data.corpus.files import KNOWN_SUFFIXES, split_suffix
 from psannlm.data.dataset import LMDataset
 from psannlm.data.memory_store import encode_documents
 from psannlm.data.prepare import PreparedData, load_corpus, load_documents
+from psannlm.data.remote_prepared import find_remote_prepared
 from psannlm.data.stream import Stream
 from psannlm.errors import CorpusError, GenerationError, Interrupted
 from psannlm.generation.batch_decode import ContextRule
@@ -30,6 +31,7 @@ from psannlm.generation.engine import Engine
 from psannlm.generation.generate import Completion, choose_compiling, draw_samples, generate
 from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.sampling import SamplingConfig
+from psannlm.io.urls import is_remote, refusal
 from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.artifact import load_model, model_file, save_model
 from psannlm.models.registry import build_model, resolve
@@ -526,7 +528,8 @@ def _listed(texts_or_paths: Texts) -> list[str | os.PathLike[str]]:
 def _prepared_paths(given: Sequence[str | os.PathLike[str]]) -> list[str]:
     """Return the sources if a prepared folder is among them, else an empty list; a text counts as a source too."""
     paths = [os.fspath(item) if isinstance(item, os.PathLike) or _is_path(item) else _GIVEN_IN_PYTHON for item in given]
-    return paths if any(prepared_manifest(path) is not None for path in paths) else []
+    is_found = any(prepared_manifest(path) is not None or find_remote_prepared(path) is not None for path in paths)
+    return paths if is_found else []
 
 
 def _is_path(text: object) -> bool:
@@ -536,6 +539,8 @@ def _is_path(text: object) -> bool:
     if len(text) > 4096 or "\n" in text or "\0" in text:
         return False
     if text and os.path.exists(os.path.expanduser(text)):
+        return True
+    if is_remote(text) and refusal(text) is None:
         return True
     if any(character.isspace() for character in text):
         return False

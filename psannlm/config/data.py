@@ -23,11 +23,11 @@ def _weight() -> Any:
 
 
 class PathSource(Section):
-    """A file, folder, glob or URL of text, or a folder prepared by ``psannlm prep``."""
+    """A file, folder, glob or URL of text, or a folder or URL prepared by ``psannlm prep``."""
 
     path: FileName = Field(
-        description="file, folder, glob or URL, or a folder of psannlm prep as the only source; relative to the "
-        "working folder"
+        description="file, folder, glob or URL, or the folder or URL that psannlm prep wrote, as the only source; "
+        "relative to the working folder"
     )
     per_line: Flag = Field(False, description="read each line of a .txt file as a document; false: the whole file")
     text_key: Text = Field("text", description="key or column of the text in .jsonl and .parquet files")
@@ -67,7 +67,8 @@ class DataConfig(Section):
 
     sources: tuple[_TaggedSource, ...] = Field(
         (BuiltinSource(builtin="python-reference"),),
-        description="corpus: list of paths, {path: ...} or {builtin: python-reference}; or one prepared folder",
+        description="corpus: list of paths, {path: ...} or {builtin: python-reference}; or one prepared folder, also "
+        "at a URL",
     )
     tokenizer: TokenizerBackend = Field(
         "auto", description="tokenizer library; auto: first installed of sentencepiece, tokenizers, simple"
@@ -95,6 +96,11 @@ class DataConfig(Section):
         ge=0,
         description="seed of the validation split and of the tokenizer's sample; train.seed decides the order of "
         "training",
+    )
+    cache_dir: FileName | None = Field(
+        None,
+        description="folder for local copies of a prepared folder at a URL; null: $PSANNLM_CACHE_DIR, or "
+        "~/.cache/psannlm",
     )
 
     @field_validator("sources", mode="before")

@@ -12,7 +12,7 @@ from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.validation import ConfigIssue
 from psannlm.config.yaml_loader import nearest_sibling
 from psannlm.io.lfs_pointers import pointer_at
-from psannlm.io.urls import literal_beginning, local_path, protocol_of, refusal
+from psannlm.io.urls import is_remote, literal_beginning, local_path, protocol_of, refusal
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_MARK = "psannlm-shards-"
@@ -21,6 +21,7 @@ WORK_FOLDER, PLAN_FILE = ".work", "plan.json"
 _SHARDS = "train_*.safetensors"
 _HEAD_BYTES = 4096
 _MISSING_SHOWN = 3
+_TEXT_ENDINGS = (".txt", ".jsonl", ".ndjson", ".gz", ".zst", ".parquet")
 # Errors of reading a manifest here; they are reported when the folder is opened.
 _NOT_READ = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
@@ -31,11 +32,25 @@ def prepared_manifest(path: str | Path) -> Path | None:
     A folder of text may hold a ``manifest.json`` of another tool: a manifest counts only if it begins as those of
     psannlm do, or if shards are beside it.
     """
-    whole = Path(os.path.expanduser(path))
+    named = local_path(str(path)) if protocol_of(str(path)) == "file" else None
+    whole = Path(os.path.expanduser(named or path))
     manifest = whole / MANIFEST_FILE if _is_folder(whole) else whole
     if manifest.name != MANIFEST_FILE or not _is_file(manifest):
         return None
     return manifest if is_own_manifest(manifest) or any(manifest.parent.glob(_SHARDS)) else None
+
+
+def may_be_prepared(path: str) -> bool:
+    """Return whether a URL may name a prepared folder, or its manifest; only a look at it decides.
+
+    Servers of web pages have no folders: there the manifest itself is to be named.
+    """
+    if not is_remote(path) or refusal(path) is not None:
+        return False
+    name = path.rstrip("/").rpartition("/")[2].lower()
+    if protocol_of(path) in ("http", "https"):
+        return name == MANIFEST_FILE
+    return not glob.has_magic(path) and not name.endswith(_TEXT_ENDINGS)
 
 
 def is_own_manifest(path: Path) -> bool:

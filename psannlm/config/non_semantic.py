@@ -23,6 +23,7 @@ class NonSemanticKey:
 # A run may resume with other values of these keys. Every other key of the configuration must stay the same.
 NON_SEMANTIC_KEYS: dict[str, NonSemanticKey] = {
     "train.checkpoint_dir": NonSemanticKey("place of the run folder", True, True),
+    "data.cache_dir": NonSemanticKey("place of copies of a prepared folder at a URL", True, True),
     "train.log_interval_steps": NonSemanticKey("number of logged steps", True, True),
     "train.save_interval_steps": NonSemanticKey("number of checkpoints", True, True),
     "train.keep_checkpoints": NonSemanticKey("number of checkpoints kept on disk", True, True),

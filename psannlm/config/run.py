@@ -11,7 +11,7 @@ from pydantic import Field
 
 from psannlm.config.base import Check, Section
 from psannlm.config.data import DataConfig, PathSource
-from psannlm.config.files import holds_out, is_prepared, missing_files
+from psannlm.config.files import holds_out, is_prepared, may_be_prepared, missing_files
 from psannlm.config.model import ModelConfig
 from psannlm.config.overrides import Origin, apply_override
 from psannlm.config.train import TrainConfig
@@ -178,7 +178,10 @@ def _evaluation_without_data(config: RunConfig) -> list[Check]:
     if config.train.eval_interval_steps is None or config.data.val_split > 0:
         return []
     asked = f"asks for a validation every {config.train.eval_interval_steps} steps, but"
-    folders = [source for source in config.data.sources if isinstance(source, PathSource) and is_prepared(source)]
+    paths = [source for source in config.data.sources if isinstance(source, PathSource)]
+    if any(may_be_prepared(source.path) for source in paths):
+        return []  # refused when the corpus is opened, if nothing is held out
+    folders = [source for source in paths if is_prepared(source)]
     if folders:
         if any(holds_out(source) for source in folders):
             return []

@@ -20,6 +20,7 @@ from psannlm.config.base import (
 )
 from psannlm.config.constants import TaskPack
 from psannlm.errors import Problem, UnknownKeyError
+from psannlm.io.urls import is_remote
 
 Amp = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -170,6 +171,11 @@ class TrainConfig(Section):
 
     def checks(self) -> list[Check]:
         found: list[Check] = []
+        if is_remote(self.checkpoint_dir):
+            message = (
+                f"{self.checkpoint_dir!r} is a URL; a run is written to a folder: name one, and copy it afterwards"
+            )
+            found.append(Check(("checkpoint_dir",), message))
         if self.min_lr > self.lr:
             found.append(Check(("min_lr", "lr"), f"min_lr {self.min_lr:g} exceeds lr {self.lr:g}"))
         if self.max_steps is not None and self.warmup_steps > self.max_steps:

@@ -27,7 +27,7 @@ from psannlm.io.limits import MAX_PARTS
 
 MANIFEST_FILE = files.MANIFEST_FILE
 FORMAT = f"{files.MANIFEST_MARK}1"
-_MAX_BYTES = 256 << 20
+MAX_MANIFEST_BYTES = 256 << 20
 _PART = re.compile(r"([0-9]{1,9})/([0-9]{1,9})", re.ASCII)
 _CONTENT_KEY, _OWN_KEY = "content_sha256", "manifest_sha256"
 # Strict like Count: pydantic would otherwise take "3" and True for numbers.
@@ -144,15 +144,20 @@ class Manifest:
 _MANIFEST = TypeAdapter(Manifest)
 
 
+def manifest_text(manifest: Manifest) -> str:
+    """Return the content of ``manifest.json``; equal manifests give equal text."""
+    fields = {"format": FORMAT, **_plain(manifest), _CONTENT_KEY: manifest.content_sha256}
+    return json.dumps({**fields, _OWN_KEY: _digest(fields)}, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
-    """Write ``manifest.json`` atomically and return its path; equal manifests give equal bytes.
+    """Write ``manifest.json`` atomically and return its path.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    fields = {"format": FORMAT, **_plain(manifest), _CONTENT_KEY: manifest.content_sha256}
     path = Path(folder) / MANIFEST_FILE
-    write_text(path, json.dumps({**fields, _OWN_KEY: _digest(fields)}, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, manifest_text(manifest))
     return path
 
 
@@ -165,31 +170,41 @@ def read_manifest(path: Path) -> Manifest:
     """
     path = Path(path)
     path = path / MANIFEST_FILE if path.is_dir() else path
-    fields = _read_fields(path)
+    return parse_manifest(_read_content(path), path)
+
+
+def parse_manifest(content: bytes, path: Path | str) -> Manifest:
+    """Return the manifest with this content, read from ``path``, a file or a URL. Raises as :func:`read_manifest`."""
+    fields = _parsed_fields(content, path)
     found = fields.pop("format", None)
     if found != FORMAT:
         raise ArtifactError(f"{path} is not a manifest of this version: its format is {found!r:.80}, not {FORMAT!r}")
-    content, own = fields.pop(_CONTENT_KEY, None), fields.pop(_OWN_KEY, None)
+    tokens, own = fields.pop(_CONTENT_KEY, None), fields.pop(_OWN_KEY, None)
     try:
         manifest = _MANIFEST.validate_python(fields)
     except ValidationError as error:
         raise ArtifactError(_explained(path, error.errors(include_url=False))) from error
     _refuse_contradiction(path, manifest)
-    if content != manifest.content_sha256 or own != _digest({"format": FORMAT, **fields, _CONTENT_KEY: content}):
+    if tokens != manifest.content_sha256 or own != _digest({"format": FORMAT, **fields, _CONTENT_KEY: tokens}):
         raise ArtifactError(f"{path} is damaged, or was changed by hand: it does not agree with its own hashes")
     return manifest
 
 
-def _read_fields(path: Path) -> dict[str, Any]:
+def _read_content(path: Path) -> bytes:
     refuse_pointer(path, ArtifactError)
     try:
         if path.exists() and not path.is_file():  # reading a FIFO would block
             raise ArtifactError(f"{path} is not a regular file")
-        if path.stat().st_size > _MAX_BYTES:
-            raise ArtifactError(f"{path} is not a manifest: it is larger than {_MAX_BYTES:,} bytes")
-        fields = json.loads(path.read_bytes())
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ArtifactError(f"{path} is not a manifest: it is larger than {MAX_MANIFEST_BYTES:,} bytes")
+        return path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _parsed_fields(content: bytes, path: Path | str) -> dict[str, Any]:
+    try:
+        fields = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged or is not a manifest: it is not JSON") from error
     if not isinstance(fields, dict):
@@ -217,7 +232,7 @@ _WANTED = {
 }
 
 
-def _explained(path: Path, errors: list[ErrorDetails]) -> str:
+def _explained(path: Path | str, errors: list[ErrorDetails]) -> str:
     """Return one line about the first error: the file, the key and the value."""
     details = errors[0]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"]).removeprefix(".")
@@ -234,7 +249,7 @@ def _explained(path: Path, errors: list[ErrorDetails]) -> str:
     return f"{path}: {key} is {value!r:.60}, not {_WANTED.get(kind, 'a table')}"
 
 
-def _refuse_contradiction(path: Path, manifest: Manifest) -> None:
+def _refuse_contradiction(path: Path | str, manifest: Manifest) -> None:
     if (found := _PART.fullmatch(manifest.part)) is None or not 1 <= int(found[1]) <= int(found[2]) <= MAX_PARTS:
         raise ArtifactError(
             f"{path}: part is {manifest.part!r:.60}, not i/n with i from 1 to n and n up to {MAX_PARTS:,}"

@@ -20,10 +20,11 @@ from psannlm.config.data import DataConfig
 from psannlm.data.corpus.documents import Document, ReadReport, keep_text, read_documents
 from psannlm.data.framing import HASH_BYTES, text_hash
 from psannlm.data.memory_store import encode_documents
-from psannlm.data.prepared import check_compatible, find_prepared, open_folder
+from psannlm.data.prepared import PreparedSource, check_compatible, find_prepared
 from psannlm.data.split import SEGMENT_BYTES, cut_text, held_out, held_out_by_number
 from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError, CorpusError, Problem
+from psannlm.runtime.progress import OnProgress, ignore_progress
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import fit_tokenizer, load_tokenizer
 from psannlm.tokenizers.roundtrip import RoundTripMeter, check_roundtrip, folder_warning
@@ -61,11 +62,19 @@ class PreparedData:
     first_documents: tuple[int, ...] = ()
 
 
-def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None, preparation: int = PREPARATION) -> PreparedData:
+def load_corpus(
+    config: DataConfig,
+    tokenizer: Tokenizer | None = None,
+    preparation: int = PREPARATION,
+    *,
+    on_progress: OnProgress = ignore_progress,
+) -> PreparedData:
     """Read the configured sources, split them, fit or load the tokenizer and encode.
 
     ``tokenizer`` and the version ``preparation`` are those of a run that is resumed. A prepared folder is opened
-    instead, with its own tokenizer and validation split.
+    instead, with its own tokenizer and validation split; from a URL it is copied to local disk first.
+
+    ``on_progress`` gets the bytes copied so far.
 
     Raises:
         CorpusError: a source is missing or cannot be read, or there is no text.
@@ -73,10 +82,11 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None, preparat
         ConfigError: the tokenizer file is of another backend than the configured one; or a prepared folder does not
             match the configuration, or is configured with other sources.
         ArtifactError: a prepared folder is damaged.
+        StorageError: there is no space for the copy of a prepared folder.
     """
-    manifest = find_prepared(config.sources)
-    if manifest is not None:
-        return _from_folder(manifest, config)
+    source = find_prepared(config.sources)
+    if source is not None:
+        return _from_folder(source, config, on_progress)
     log.info("reading and tokenizing the corpus")
     report = ReadReport()
     documents = read_documents(config.sources, report, replace_option=_REPLACE_OPTION)
@@ -123,8 +133,8 @@ def _load(
     return PreparedData(tokenizer, train, val, report, overlap, made_by, meter.fraction, firsts)
 
 
-def _from_folder(manifest: Path, config: DataConfig) -> PreparedData:
-    folder = open_folder(manifest)
+def _from_folder(source: PreparedSource, config: DataConfig, on_progress: OnProgress) -> PreparedData:
+    folder = source.open(config.cache_dir, on_progress)
     check_compatible(config, folder)
     report, made = folder.report(), folder.manifest
     part = "" if made.part == "1/1" else f", part {made.part} of a corpus"

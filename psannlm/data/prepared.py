@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,22 +12,38 @@ from psannlm.config.data import DataConfig, PathSource, Source
 from psannlm.config.files import prepared_manifest
 from psannlm.data.corpus.documents import ReadReport
 from psannlm.data.manifest import Manifest, SplitEntry, TokenizerEntry, read_manifest
-from psannlm.data.shard_file import open_shard
+from psannlm.data.remote_prepared import SPLITS, RemotePrepared, copy_files, find_remote_prepared
+from psannlm.data.shard_file import RESTORE_ADVICE, open_shard
 from psannlm.data.sharded_store import ShardedTokens
 from psannlm.errors import ArtifactError, ConfigError, Problem, TokenizerError
+from psannlm.runtime.progress import OnProgress, ignore_progress
 from psannlm.tokenizers.base import Tokenizer
 from psannlm.tokenizers.resolve import load_tokenizer
 
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """An open prepared folder; ``validation`` is None if nothing is held out."""
+    """An open prepared folder. ``path``: the folder or its URL; ``splits``: those that were opened, by name."""
 
-    path: Path
+    path: Path | str
     manifest: Manifest
     tokenizer: Tokenizer
-    train: ShardedTokens
-    validation: ShardedTokens | None
+    splits: Mapping[str, ShardedTokens]
+
+    @property
+    def train(self) -> ShardedTokens:
+        """The training split, which must have been opened."""
+        return self.splits["train"]
+
+    @property
+    def validation(self) -> ShardedTokens | None:
+        """The validation split; None if nothing is held out."""
+        return self.splits.get("validation")
+
+    @property
+    def held_out(self) -> ShardedTokens:
+        """What :meth:`PreparedSource.open_held_out` opened: the validation split, or all where nothing is held out."""
+        return self.splits["train"] if self.validation is None else self.validation
 
     def report(self) -> ReadReport:
         """Return the read report of the corpus, from the manifest."""
@@ -45,20 +61,57 @@ class PreparedFolder:
         )
 
 
-def find_prepared(sources: Sequence[Source]) -> Path | None:
-    """Return the manifest of the prepared folder in ``sources``, or None if all are sources of text.
+@dataclass(frozen=True)
+class PreparedSource:
+    """A prepared folder that is named as a source: ``place`` is its manifest, or what was found at its URL."""
+
+    place: Path | RemotePrepared
+
+    def read_manifest(self) -> Manifest:
+        """Return the manifest; nothing is copied. Raises ArtifactError if it is damaged."""
+        return read_manifest(self.place) if isinstance(self.place, Path) else self.place.manifest
+
+    def open(self, cache_dir: str | None = None, on_progress: OnProgress = ignore_progress) -> PreparedFolder:
+        """Open both splits; files at a URL are copied first, to ``cache_dir`` as of ``data.cache_dir``.
+
+        Raises:
+            ArtifactError: the manifest, the tokenizer or a shard is missing, damaged, or does not match the manifest.
+            CorpusError: a URL cannot be read.
+            StorageError: the disk is too small for a copy, or cannot be written.
+        """
+        return self._open(SPLITS, cache_dir, on_progress)
+
+    def open_held_out(self, cache_dir: str | None = None, on_progress: OnProgress = ignore_progress) -> PreparedFolder:
+        """Open the validation split alone, or the training split where nothing is held out; raises as :meth:`open`."""
+        split = "validation" if self.read_manifest().validation.documents else "train"
+        return self._open((split,), cache_dir, on_progress)
+
+    def _open(self, splits: Sequence[str], cache_dir: str | None, on_progress: OnProgress) -> PreparedFolder:
+        if isinstance(self.place, Path):
+            return open_folder(self.place, splits)
+        source = self.place
+        folder = copy_files(source, splits, cache_dir, on_progress)
+        advice = f"Remove the file, and it is copied again from {source.url}"
+        return _opened(folder, source.url, source.manifest, splits, advice)
+
+
+def find_prepared(sources: Sequence[Source]) -> PreparedSource | None:
+    """Return the prepared folder in ``sources``, or None if all are sources of text.
 
     Raises:
         ConfigError: a prepared folder is configured with other sources, or with settings that apply only to text.
+        CorpusError: a URL, which may be that of a prepared folder, cannot be read.
+        ArtifactError: the manifest at a URL is damaged, or of an unfinished preparation.
     """
     found = [
-        (index, source, manifest)
+        (index, source, place)
         for index, source in enumerate(sources)
-        if isinstance(source, PathSource) and (manifest := prepared_manifest(source.path)) is not None
+        if isinstance(source, PathSource)
+        and (place := prepared_manifest(source.path) or find_remote_prepared(source.path)) is not None
     ]
     if not found:
         return None
-    index, source, manifest = found[0]
+    index, source, place = found[0]
     if len(found) > 1:
         raise ConfigError(
             Problem(
@@ -79,21 +132,30 @@ def find_prepared(sources: Sequence[Source]) -> Path | None:
         if getattr(source, key) != PathSource.model_fields[key].default:
             message = f"{source.path} is a prepared folder: {key} was decided by psannlm prep; leave it out here"
             raise ConfigError(Problem(f"data.sources[{index}].{key}", message))
-    return manifest
+    return PreparedSource(place)
 
 
-def open_folder(manifest_path: Path) -> PreparedFolder:
-    """Open the folder of a manifest: load the tokenizer, map the shards and check their headers.
+def open_folder(manifest_path: Path, splits: Sequence[str] = SPLITS) -> PreparedFolder:
+    """Open the folder of a manifest: load the tokenizer, map the shards of ``splits`` and check their headers.
 
     Raises:
         ArtifactError: the manifest, the tokenizer or a shard is missing, damaged, or does not match the manifest.
     """
     manifest = read_manifest(manifest_path)
     folder = Path(manifest_path).parent
+    return _opened(folder, folder, manifest, splits)
+
+
+def _opened(
+    folder: Path, path: Path | str, manifest: Manifest, splits: Sequence[str], advice: str = RESTORE_ADVICE
+) -> PreparedFolder:
     tokenizer = _load_tokenizer(folder / manifest.tokenizer.file, manifest.tokenizer)
-    train = _open_split(folder, manifest, manifest.train)
-    validation = _open_split(folder, manifest, manifest.validation) if manifest.validation.documents else None
-    return PreparedFolder(folder, manifest, tokenizer, train, validation)
+    opened = {
+        split: _open_split(folder, manifest, getattr(manifest, split), advice)
+        for split in splits
+        if split == "train" or manifest.validation.documents
+    }
+    return PreparedFolder(path, manifest, tokenizer, opened)
 
 
 def check_compatible(config: DataConfig, folder: PreparedFolder) -> None:
@@ -147,10 +209,11 @@ def _load_tokenizer(path: Path, entry: TokenizerEntry) -> Tokenizer:
     return tokenizer
 
 
-def _open_split(folder: Path, manifest: Manifest, split: SplitEntry) -> ShardedTokens:
+def _open_split(folder: Path, manifest: Manifest, split: SplitEntry, advice: str) -> ShardedTokens:
     made_with = manifest.tokenizer
     shards = [
-        open_shard(folder / entry.file, entry, made_with.fingerprint, made_with.vocab_size) for entry in split.shards
+        open_shard(folder / entry.file, entry, made_with.fingerprint, made_with.vocab_size, advice)
+        for entry in split.shards
     ]
     for shard in shards:
         if shard.dtype.name != manifest.dtype:

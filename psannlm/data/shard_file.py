@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -28,7 +28,7 @@ from pydantic import ConfigDict, Field
 from psannlm.data.framing import HASH_BYTES, DocumentBatch
 from psannlm.data.mapping import map_bytes
 from psannlm.errors import ArtifactError
-from psannlm.io.atomic import replacing
+from psannlm.io.atomic import is_plain_file, replacing
 from psannlm.io.lfs_pointers import refuse_pointer
 from psannlm.io.safetensors_header import build_header, parse_header, parse_metadata, read_header, refuse_wrong_length
 
@@ -41,7 +41,7 @@ _SUM_BYTES = 32
 Count = Annotated[int, Field(strict=True, ge=0)]
 # A fixed size: the header is written last, when the number of distinct lengths is known.
 _HEADER_BYTES = 2048
-_REMEDY = "Restore it from a copy, or run psannlm prep again"
+RESTORE_ADVICE = "Restore it from a copy, or run psannlm prep again"
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,40 @@ def _block_sums(file: BinaryIO, end: int) -> Iterable[bytes]:
         yield hashlib.sha256(file.read(min(BLOCK_BYTES, end - start))).digest()
 
 
+def is_shard_of(entry: ShardEntry, size: int, read: Callable[[int, int], bytes]) -> bool:
+    """Return whether a file has the size, the header and the block sums of a manifest ``entry``.
+
+    Its blocks are not read: the sums verify them later. ``read(start, end)`` returns the bytes of a range of the file.
+    """
+    if size != entry.file_bytes or size < _HEADER_BYTES:
+        return False
+    # Each block of at most BLOCK_BYTES has one sum at the end of the file.
+    n_blocks = -(-size // (BLOCK_BYTES + _SUM_BYTES))
+    found = hashlib.sha256(read(0, _HEADER_BYTES) + read(size - n_blocks * _SUM_BYTES, size)).hexdigest()
+    return found == entry.header_and_sums_sha256
+
+
+def is_shard_at(path: Path, entry: ShardEntry) -> bool:
+    """Return whether a local file is the shard of a manifest ``entry``, as :func:`is_shard_of` judges it."""
+    if not is_plain_file(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+
+            def read(start: int, end: int) -> bytes:
+                file.seek(start)
+                return file.read(end - start)
+
+            return is_shard_of(entry, os.fstat(file.fileno()).st_size, read)
+    except OSError:
+        return False
+
+
+def begins_as_shard(head: bytes) -> bool:
+    """Return whether the first 2 KiB of a file are the beginning of a token shard of psannlm."""
+    return f'"format":"{FORMAT}"'.encode() in head[:_HEADER_BYTES]
+
+
 class Shard:
     """An open shard, a ``stream.Segment``: read-only views of the file, verified when they are first read.
 
@@ -188,9 +222,11 @@ class Shard:
         dtype: np.dtype[Any],
         file: BinaryIO,
         vocab_size: int | None = None,
+        remedy: str = RESTORE_ADVICE,
     ) -> None:
         """For :func:`open_shard`, which has checked ``file``."""
         self.path, self.entry, self.dtype, self.vocab_size = path, entry, dtype, vocab_size
+        self._remedy = remedy
         self.n_framed_tokens, self.n_documents = entry.tokens, entry.documents
         self._layout = layout
         # A plain array over the map: numpy's memmap class costs microseconds at every slice.
@@ -205,7 +241,7 @@ class Shard:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process maps the file itself: pickled arrays would contain the whole file.
-        return open_shard, (self.path.absolute(), self.entry, self._layout.fingerprint, self.vocab_size)
+        return open_shard, (self.path.absolute(), self.entry, self._layout.fingerprint, self.vocab_size, self._remedy)
 
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
         """Return a slice of the framed stream, (stop - start,) uint16 or uint32."""
@@ -226,7 +262,7 @@ class Shard:
                 self._check_block(int(block))
         if np.any((self._starts[found] > positions) | (positions >= self._starts[found + 1])):
             self._check(self._layout.starts, 8, 0, self.n_documents + 1)
-            raise ArtifactError(f"{self.path} is inconsistent: its documents overlap. {_REMEDY}.")
+            raise ArtifactError(f"{self.path} is inconsistent: its documents overlap. {self._remedy}.")
         return found
 
     def length_counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -272,7 +308,8 @@ class Shard:
         end = min((block + 1) * BLOCK_BYTES, self._layout.sums)
         found = hashlib.sha256(self._bytes[block * BLOCK_BYTES : end].data).digest()
         if found != self._sums[_SUM_BYTES * block : _SUM_BYTES * (block + 1)]:
-            raise ArtifactError(f"{self.path} is damaged between bytes {block * BLOCK_BYTES:,} and {end:,}. {_REMEDY}.")
+            where = f"between bytes {block * BLOCK_BYTES:,} and {end:,}"
+            raise ArtifactError(f"{self.path} is damaged {where}. {self._remedy}.")
         self._refuse_unknown_ids(block * BLOCK_BYTES, end)
         self._is_checked[block] = 1
 
@@ -284,13 +321,16 @@ class Shard:
         largest = int(self._bytes[first:last].view(self._tokens.dtype).max())
         if largest >= self.vocab_size:
             message = f"{self.path} holds the token id {largest:,}, and its tokenizer has {self.vocab_size:,} ids"
-            raise ArtifactError(f"{message}. {_REMEDY}.")
+            raise ArtifactError(f"{message}. {self._remedy}.")
 
 
-def open_shard(path: Path, entry: ShardEntry, fingerprint: str, vocab_size: int | None = None) -> Shard:
+def open_shard(
+    path: Path, entry: ShardEntry, fingerprint: str, vocab_size: int | None = None, remedy: str = RESTORE_ADVICE
+) -> Shard:
     """Map the shard of a manifest ``entry`` into memory; only its header and block sums are read now.
 
-    With a ``vocab_size``, blocks are also checked for token ids outside the vocabulary.
+    With a ``vocab_size``, blocks are also checked for token ids outside the vocabulary. ``remedy``: what errors about
+    a block recommend.
 
     Raises:
         ArtifactError: the file is missing, truncated, damaged, of another format or tokenizer, or is not the shard of
@@ -299,11 +339,11 @@ def open_shard(path: Path, entry: ShardEntry, fingerprint: str, vocab_size: int 
     path = Path(path)
     if not path.is_file():
         refuse_pointer(path, ArtifactError)
-        raise ArtifactError(f"{path} is missing, but listed in the manifest. {_REMEDY}.")
+        raise ArtifactError(f"{path} is missing, but listed in the manifest. {RESTORE_ADVICE}.")
     try:
         with open(path, "rb") as file:
             layout, dtype = _checked_layout(path, entry, fingerprint, file)
-            return Shard(path, entry, layout, dtype, file, vocab_size)
+            return Shard(path, entry, layout, dtype, file, vocab_size, remedy)
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -319,7 +359,7 @@ def _checked_layout(path: Path, entry: ShardEntry, fingerprint: str, file: Binar
     if made_with != fingerprint:
         raise ArtifactError(
             f"{path} was made with another tokenizer: its fingerprint is {made_with[:64]!r}, the folder's "
-            f"{fingerprint!r}. {_REMEDY}."
+            f"{fingerprint!r}. {RESTORE_ADVICE}."
         )
     refuse_wrong_length(path, size, len(header), fields)
     n_lengths = _n_lengths(fields, entry.documents)
@@ -330,13 +370,13 @@ def _checked_layout(path: Path, entry: ShardEntry, fingerprint: str, file: Binar
     if not fitting:
         raise ArtifactError(
             f"{path} is another shard than the manifest names, which has {entry.documents:,} documents of "
-            f"{entry.tokens:,} tokens in all. {_REMEDY}."
+            f"{entry.tokens:,} tokens in all. {RESTORE_ADVICE}."
         )
     layout = layouts[fitting[0]]
     file.seek(layout.sums)
     sums = file.read(size - layout.sums)
     if hashlib.sha256(header + sums).hexdigest() != entry.header_and_sums_sha256:
-        raise ArtifactError(f"{path} is damaged, or is another shard than the manifest names. {_REMEDY}.")
+        raise ArtifactError(f"{path} is damaged, or is another shard than the manifest names. {RESTORE_ADVICE}.")
     return layout, np.dtype(fitting[0])
 
 

@@ -15,7 +15,7 @@ from psannlm.config.data import Source
 from psannlm.config.model import ModelConfig
 from psannlm.data.corpus.documents import ReadReport, read_documents
 from psannlm.data.memory_store import encode_documents
-from psannlm.data.prepared import find_prepared, open_folder
+from psannlm.data.prepared import find_prepared
 from psannlm.data.stream import Stream
 from psannlm.data.windows import Windows
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, TokenizerError
@@ -147,7 +147,7 @@ def evaluate_sources(
     longest = config.max_seq_len or 256
     if window is not None and window > longest and config.positional_encoding != "alibi":
         raise CorpusError(f"a window of {window} tokens is longer than the model's context of {longest}")
-    store, report, lost_fraction = _read(sources, loaded.tokenizer, replace_option)
+    store, report, lost_fraction = _read(sources, loaded.tokenizer, replace_option, on_progress)
     windows = Windows(store, window or longest, pad_id=loaded.tokenizer.pad_id)
     _refuse_oversize(config, windows, batch_size, precision.device)
     result = evaluate(loaded.model, windows, precision=precision, batch_size=batch_size, on_progress=on_progress)
@@ -191,23 +191,23 @@ def _refuse_oversize(config: ModelConfig, windows: Windows, batch_size: int, dev
 
 
 def _read(
-    sources: Sequence[Source], tokenizer: Tokenizer, replace_option: str
+    sources: Sequence[Source], tokenizer: Tokenizer, replace_option: str, on_progress: OnProgress = ignore_progress
 ) -> tuple[Stream, ReadReport, float | None]:
     """Return the tokens to evaluate on, a report of what was read, and the fraction of text the tokenizer lost."""
-    manifest = find_prepared(sources)
-    if manifest is None:
+    source = find_prepared(sources)
+    if source is None:
         report = ReadReport()
         meter = RoundTripMeter()
         documents = read_documents(sources, report, replace_option=replace_option)
         watched = check_roundtrip(tokenizer, documents, report.warnings.append, meter)
         return encode_documents(watched, tokenizer), report, meter.fraction
-    folder = open_folder(manifest)
+    folder = source.open_held_out(on_progress=on_progress)
     if folder.tokenizer.fingerprint != tokenizer.fingerprint:
         raise TokenizerError(
             f"{folder.path} was prepared with tokenizer {folder.tokenizer.fingerprint}, the model was trained with "
             f"{tokenizer.fingerprint}; name the text itself, or prepare it with the model's tokenizer"
         )
-    part = folder.train if folder.validation is None else folder.validation
+    part = folder.held_out
     report = folder.report()
     report.documents, report.bytes = part.n_documents, part.n_bytes
     name = "training part: nothing was held out" if folder.validation is None else "validation part"

@@ -17,6 +17,7 @@ from psannlm.config.overrides import Origin
 from psannlm.config.run import RunConfig, config_from_mapping
 from psannlm.config.validation import SECTIONS, ConfigIssue, dotted, examine, present_path, show, with_present_keys
 from psannlm.config.yaml_loader import KeyPath, YamlTree, read_yaml
+from psannlm.data.remote_prepared import find_remote_prepared
 from psannlm.data.synthetic.algorithmic import TaskName
 from psannlm.errors import ConfigError, Problem, nearest
 
@@ -333,7 +334,8 @@ class VariantKeys(Section):
 
 def reads_folder(data: DataConfig) -> bool:
     """Whether the corpus is a prepared folder, which holds its tokenizer and validation split."""
-    return any(isinstance(source, PathSource) and is_prepared(source) for source in data.sources)
+    paths = [source for source in data.sources if isinstance(source, PathSource)]
+    return any(is_prepared(source) or find_remote_prepared(source.path) is not None for source in paths)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from psannlm.config.data import DataConfig
 from psannlm.data.corpus.documents import Document, read_documents
 from psannlm.data.prepare import split_documents
-from psannlm.data.prepared import find_prepared, open_folder
+from psannlm.data.prepared import PreparedSource, find_prepared
 from psannlm.errors import PsannlmError
 from psannlm.io.atomic import read_small
 from psannlm.tokenizers.base import SPECIALS, Tokenizer
@@ -89,9 +89,9 @@ def _held_out_texts(checkpoint: Path, tokenizer: Tokenizer) -> Iterator[str]:
         raise LookupError("a model file does not record its corpus")
     state: dict[str, Any] = json.loads(content)["state"]
     data = DataConfig.model_validate(state["config"]["data"])
-    manifest = find_prepared(data.sources)
-    if manifest is not None:
-        return _prepared_texts(manifest, tokenizer)
+    prepared = find_prepared(data.sources)
+    if prepared is not None:
+        return _prepared_texts(prepared, data, tokenizer)
     total, documents = 0, []
     for document in read_documents(data.sources):
         documents.append(document)
@@ -107,10 +107,10 @@ def _held_out(documents: list[Document], data: DataConfig, state: dict[str, Any]
     return split_documents(documents, data.val_split, data.seed, **version)[1]
 
 
-def _prepared_texts(manifest: Path, tokenizer: Tokenizer) -> Iterator[str]:
-    validation = open_folder(manifest).validation
-    if validation is None:
+def _prepared_texts(prepared: PreparedSource, data: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    if not prepared.read_manifest().validation.documents:
         raise LookupError("the prepared folder holds no text out")
+    validation = prepared.open_held_out(data.cache_dir).held_out
     ids = validation.tokens(0, min(_TOKENS, validation.n_framed_tokens)).tolist()
     starts = [at for at, token in enumerate(ids) if token == tokenizer.bos_id]
     spans = zip(starts, [*starts[1:], len(ids)], strict=True)

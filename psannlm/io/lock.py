@@ -28,6 +28,10 @@ _CONTENT = re.compile(rb"(?:[0-9]{1,20}\n)?")
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+class FolderInUse(StorageError):
+    """Another process holds the lock of a folder."""
+
+
 class RunLock:
     """Exclusive use of ``folder`` within the context; the folder is created if it is missing.
 
@@ -39,8 +43,8 @@ class RunLock:
         option: the setting that chooses another folder; named in the error message.
 
     Raises:
-        StorageError: another process uses the folder, it cannot be written, or a file at the path of the lock is not a
-            lock file of psannlm.
+        FolderInUse: another process uses the folder.
+        StorageError: it cannot be written, or a file at the path of the lock is not a lock file of psannlm.
     """
 
     def __init__(self, folder: Path, option: str = "train.checkpoint_dir") -> None:
@@ -133,7 +137,7 @@ def _locked(path: Path, option: str) -> tuple[int | None, bool]:
         holder = read_start(handle, 32).decode("ascii", "replace").strip()
         os.close(handle)
         if isinstance(error, BlockingIOError):
-            raise StorageError(
+            raise FolderInUse(
                 f"process {holder or 'unknown'} is using {path.parent}; wait for it to end, or choose another "
                 f"folder with {option}"
             ) from None

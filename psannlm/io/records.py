@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from psannlm.errors import StorageError
 from psannlm.io.atomic import explain_write_errors, is_plain_file, read_small, write_text
 from psannlm.io.filenames import utf8
 from psannlm.io.readers import Unreadable, read_json
+from psannlm.io.remote_folder import RemoteFolder
 from psannlm.io.run_metadata import system_info, write_json
 
 FIGURES_FILE, SYSTEM_FILE, TABLE_FILE = "metrics.json", "system.json", "table.txt"
@@ -24,15 +27,17 @@ _DEEPEST = 2
 _LINE_BYTES = 1 << 20
 
 
-def write_record(folder: Path, kind: str, figures: dict[str, Any], table: str) -> bool:
+def write_record(folder: Path | str, kind: str, figures: dict[str, Any], table: str) -> bool:
     """Write ``metrics.json``, ``system.json`` and ``table.txt`` to ``folder``; an earlier record is replaced.
 
-    A run folder keeps the ``system.json`` of its training. Returns false, and writes nothing, where a file of one of
-    these names is there that is not part of a record.
+    A folder given as text is a URL. A run folder keeps the ``system.json`` of its training. Returns false, and writes
+    nothing, where a file of one of these names is there that is not part of a record.
 
     Raises:
         StorageError: the record cannot be written.
     """
+    if isinstance(folder, str):
+        return _write_remote_record(folder, kind, figures, table)
     names = [FIGURES_FILE, TABLE_FILE, *([] if kind == "train" else [SYSTEM_FILE])]
     if not all(is_own_file(folder / name) for name in names if os.path.lexists(folder / name)):
         return False
@@ -45,6 +50,28 @@ def write_record(folder: Path, kind: str, figures: dict[str, Any], table: str) -
         write_json(folder / SYSTEM_FILE, system_info())
     write_text(folder / TABLE_FILE, table)
     return True
+
+
+def _write_remote_record(url: str, kind: str, figures: dict[str, Any], table: str) -> bool:
+    remote = RemoteFolder(url, StorageError, is_output=True)
+    names = (FIGURES_FILE, SYSTEM_FILE, TABLE_FILE)
+    if remote.names().intersection(names) and not _is_record(remote, kind):
+        return False
+    with tempfile.TemporaryDirectory(prefix="psannlm-record-") as scratch:
+        write_record(Path(scratch), kind, figures, table)
+        for name in names:
+            remote.put(Path(scratch) / name, name)
+    return True
+
+
+def _is_record(remote: RemoteFolder, kind: str) -> bool:
+    if (remote.size(FIGURES_FILE) or 0) > _MOST_BYTES:
+        return False
+    try:
+        former = json.loads(remote.read(FIGURES_FILE) or b"")
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(former, dict) and former.get(KIND_KEY) == kind
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

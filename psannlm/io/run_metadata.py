@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.display import json_text
+from psannlm.errors import ConfigError
 from psannlm.io.atomic import explain_write_errors, require_writable, write_text
+from psannlm.io.urls import is_remote
 
 VISIBLE_GPUS_VARIABLE = "CUDA_VISIBLE_DEVICES"
 # Set for the runs of a study that share a GPU, so that their records say it.
@@ -34,8 +36,10 @@ def new_folder(kind: str, out: Path | None = None) -> Path:
     ``<ts>`` is numbered on (``<ts>_2``) should two start in one second. Nothing that exists is ever written to.
 
     Raises:
+        ConfigError: ``out`` is a URL.
         StorageError: the folder cannot be made.
     """
+    _refuse_url(out)
     if out is not None and not os.path.lexists(out):
         with explain_write_errors(out):
             out.mkdir(parents=True)
@@ -59,10 +63,18 @@ def require_folder(kind: str, out: Path | None = None) -> None:
     """Check before the work that :func:`new_folder` will be able to make its folder and files in it.
 
     Raises:
+        ConfigError: ``out`` is a URL.
         StorageError: it cannot.
     """
+    _refuse_url(out)
     folder = out if out is not None and not os.path.lexists(out) else (out or Path("reports") / kind) / timestamp()
     require_writable(folder / "metrics.json")
+
+
+def _refuse_url(out: Path | None) -> None:
+    # A path has lost the second slash of s3://.
+    if out is not None and is_remote(str(out)):
+        raise ConfigError(f"{out} is a URL, and only psannlm prep writes to URLs; name a folder and copy it afterwards")
 
 
 def system_info() -> dict[str, Any]:

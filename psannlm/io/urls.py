@@ -33,6 +33,11 @@ def protocol_of(path: str) -> str | None:
     return found[1].lower()
 
 
+def is_remote(path: str) -> bool:
+    """Return whether ``path`` is a URL (``https://x``, ``s3://x``), which fsspec opens; ``file:`` names a path."""
+    return protocol_of(path) not in (None, "file")
+
+
 def refusal(url: str) -> str | None:
     """Return why a URL with a protocol may not be read, or None."""
     protocol = protocol_of(url)

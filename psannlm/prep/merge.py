@@ -19,16 +19,19 @@ from numpy.typing import NDArray
 
 from psannlm.config.files import WORK_FOLDER
 from psannlm.data.framing import DocumentBatch, unpack_origin
-from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, read_manifest, write_manifest
+from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, read_manifest
+from psannlm.data.remote_prepared import RemotePrepared, copy_files, find_remote_prepared
 from psannlm.data.shard_file import Shard, ShardEntry, open_shard, write_shard
 from psannlm.data.split import uniform_from_hash
 from psannlm.errors import ConfigError, CorpusError, Interrupted
-from psannlm.io.atomic import explain_write_errors, remove_leftovers, replacing, write_bytes
+from psannlm.io.atomic import explain_write_errors, remove_leftovers, replacing
 from psannlm.io.lock import RunLock
+from psannlm.io.urls import is_remote
 from psannlm.prep.dedup import Bits, DuplicateFinder
 from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remove_work
+from psannlm.prep.output import Output, open_output
 from psannlm.prep.pipeline import PrepResult, shard_name
-from psannlm.prep.plan import is_merge, source_differences, write_merge_plan
+from psannlm.prep.plan import is_merge, merge_plan, source_differences, write_merge_plan
 from psannlm.prep.selection import SPLITS, TRAIN, VALIDATION
 from psannlm.runtime.progress import OnProgress, Progress, ignore_progress
 from psannlm.runtime.signals import stopping_on_signals
@@ -40,6 +43,7 @@ log = logging.getLogger(__name__)
 _DOCUMENTS_AT_ONCE = 1 << 16
 _TOKENS_AT_ONCE = 1 << 22
 _MISSING_SHOWN = 10
+_Place = Path | RemotePrepared
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,16 @@ class _PartShard:
     first: int
 
 
-def merge_parts(folders: Sequence[Path], out: Path, *, on_progress: OnProgress = ignore_progress) -> PrepResult:
+def merge_parts(
+    folders: Sequence[Path | str],
+    out: Path | str,
+    *,
+    on_progress: OnProgress = ignore_progress,
+    cache_dir: Path | None = None,
+) -> PrepResult:
     """Join the prepared parts of one corpus, given in any order, in the folder ``out``.
+
+    Parts and ``out`` may be URLs, given as text. Parts at URLs are copied to ``cache_dir``, or the user's cache, first.
 
     The documents, and those that are held out, are the same as in one preparation of the whole corpus; their order is
     that of the parts. An interrupted merge starts again from the beginning: most of its work is linking files.
@@ -62,34 +74,49 @@ def merge_parts(folders: Sequence[Path], out: Path, *, on_progress: OnProgress =
             are named), or ``out`` is prepared already.
         ArtifactError: a manifest or a shard is damaged.
         CorpusError: the parts hold a single document, or none.
-        StorageError: the folder cannot be written.
+        StorageError: the folder cannot be written, or the disk is too small for copies of the parts.
     """
     began = time.monotonic()
-    parts = _in_order(folders)
+    found = _in_order(folders)
+    output = open_output(out, cache_dir)
     stop = threading.Event()
-    with RunLock(out, "--out"), stopping_on_signals(stop):
-        if (out / MANIFEST_FILE).is_file():
+    with RunLock(output.folder, "--out"), stopping_on_signals(stop):
+        if output.has_manifest():
             raise ConfigError(
-                f"{out} is prepared already: {out / MANIFEST_FILE} is there; choose another folder with --out"
+                f"{output.name} is prepared already: its {MANIFEST_FILE} is there; choose another folder with --out"
             )
-        manifest = _Merge(parts, out, on_progress, stop).run()
+        parts = [
+            (place if isinstance(place, Path) else copy_files(place, SPLITS, cache_dir, on_progress), manifest)
+            for place, manifest in found
+        ]
+        manifest = _Merge(parts, output, on_progress, stop).run()
     n_bytes = sum(source.bytes for source in manifest.sources)
-    return PrepResult(out, manifest, time.monotonic() - began, n_bytes)
+    return PrepResult(output.name, manifest, time.monotonic() - began, n_bytes)
 
 
-def _in_order(folders: Sequence[Path]) -> list[tuple[Path, Manifest]]:
+def _located(folder: Path | str) -> tuple[_Place, Manifest]:
+    if isinstance(folder, Path) or not is_remote(folder):
+        return Path(folder), read_manifest(Path(folder))
+    source = find_remote_prepared(folder)
+    if source is None:
+        raise ConfigError(f"{folder} is not a prepared folder: there is no {MANIFEST_FILE} of psannlm prep")
+    return source, source.manifest
+
+
+def _in_order(folders: Sequence[Path | str]) -> list[tuple[_Place, Manifest]]:
     """Return the parts by number, each with its manifest, after checking that they belong to one preparation."""
-    found: dict[int, tuple[Path, Manifest]] = {}
-    first: tuple[Path, Manifest] | None = None
+    found: dict[int, tuple[_Place, Manifest]] = {}
+    names: dict[int, Path | str] = {}
+    first: tuple[Path | str, Manifest] | None = None
     for folder in folders:
-        manifest = read_manifest(folder)
+        place, manifest = _located(folder)
         index, of = (int(number) for number in manifest.part.split("/"))
         if first is None:
             first = (folder, manifest)
         _refuse_unlike(first, (folder, manifest))
         if index in found:
-            raise ConfigError(f"{folder} and {found[index][0]} are both part {manifest.part}; give each part once")
-        found[index] = (folder, manifest)
+            raise ConfigError(f"{folder} and {names[index]} are both part {manifest.part}; give each part once")
+        found[index], names[index] = (place, manifest), folder
     if first is None:
         raise ConfigError("no parts to merge; name their folders")
     of = int(first[1].part.split("/")[1])
@@ -100,7 +127,7 @@ def _in_order(folders: Sequence[Path]) -> list[tuple[Path, Manifest]]:
     return [found[index] for index in sorted(found)]
 
 
-def _refuse_unlike(first: tuple[Path, Manifest], other: tuple[Path, Manifest]) -> None:
+def _refuse_unlike(first: tuple[Path | str, Manifest], other: tuple[Path | str, Manifest]) -> None:
     (folder, one), (path, two) = first, other
     differing = []
     if one.tokenizer != two.tokenizer:
@@ -123,9 +150,10 @@ class _Merge:
     """One merge. Documents are numbered part by part, training before validation."""
 
     def __init__(
-        self, parts: list[tuple[Path, Manifest]], out: Path, on_progress: OnProgress, stop: threading.Event
+        self, parts: list[tuple[Path, Manifest]], output: Output, on_progress: OnProgress, stop: threading.Event
     ) -> None:
-        self._parts, self._out, self._on_progress, self._stop = parts, out, on_progress, stop
+        self._parts, self._output, self._on_progress, self._stop = parts, output, on_progress, stop
+        self._out = output.folder
         self._like = parts[0][1]
         self._shards: list[_PartShard] = []
         number = 0
@@ -142,6 +170,7 @@ class _Merge:
         refuse_foreign_work(work)
         content = (self._parts[0][0] / self._like.tokenizer.file).read_bytes()
         refuse_foreign_files(self._out, self._like.tokenizer.file, content, has_work=is_merge(work))
+        self._output.begin(merge_plan(self._like), self._like.tokenizer.file, content)
         remove_work(work)
         write_merge_plan(work, self._like)
         with explain_write_errors(self._out):
@@ -150,12 +179,12 @@ class _Merge:
         moved = self._moved(dropped)
         self._documents_of = np.zeros(len(self._like.sources), np.int64)
         splits = {split: self._write_split(split, dropped, moved) for split in SPLITS}
-        write_bytes(self._out / self._like.tokenizer.file, content)
         manifest = self._manifest(splits)
-        write_manifest(self._out, manifest)
-        if (warning := folder_warning(str(self._out), manifest.lost_fraction)) is not None:
+        self._output.finish(manifest, content)
+        if (warning := folder_warning(str(self._output.name), manifest.lost_fraction)) is not None:
             log.warning(warning)
         remove_work(work)
+        self._output.close()
         return manifest
 
     def _raise_if_stopped(self) -> None:
@@ -219,6 +248,7 @@ class _Merge:
                 else:
                     log.info(f"rewriting {shard.path} without {int((~wanted).sum()):,} documents")
                     entries.append(_rewrite(shard, wanted, path, self._like.tokenizer.fingerprint))
+                self._output.keep(entries[-1])
                 self._count_origins(shard, wanted)
                 done, total = sum(e.tokens for e in entries), sum(s.shard.n_framed_tokens for s in self._shards)
                 self._on_progress(Progress("writing shards", done, total, "tokens"))

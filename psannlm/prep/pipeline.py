@@ -23,12 +23,12 @@ from psannlm.config.files import WORK_FOLDER
 from psannlm.data.corpus.documents import replaced_line
 from psannlm.data.corpus.files import JSON_LINES_SUFFIXES
 from psannlm.data.framing import unpack_origin
-from psannlm.data.manifest import MANIFEST_FILE, Manifest, SourceEntry, SplitEntry, write_manifest
+from psannlm.data.manifest import Manifest, SourceEntry, SplitEntry
 from psannlm.data.memory_store import token_dtype
 from psannlm.data.record_figures import PrepRecord
 from psannlm.data.shard_file import ShardEntry, write_shard
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, Interrupted, StorageError
-from psannlm.io.atomic import explain_write_errors, remove_leftovers, write_bytes
+from psannlm.io.atomic import explain_write_errors, remove_leftovers
 from psannlm.io.limits import MAX_PARTS
 from psannlm.io.lock import RunLock
 from psannlm.prep.chunks import Chunk, chunk_bytes_for, gather
@@ -36,7 +36,8 @@ from psannlm.prep.encode_worker import setup_message
 from psannlm.prep.encoded_chunk import encoded_chunk_path, read_encoded_chunk
 from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remove_work
 from psannlm.prep.job import STDIN, PrepSettings
-from psannlm.prep.plan import Plan, check_finished, damage_of, remove_finished, resume_plan, tokenizer_entry, write_plan
+from psannlm.prep.output import Output, open_output
+from psannlm.prep.plan import Plan, resume_plan, tokenizer_entry, write_plan
 from psannlm.prep.pool import WorkerPool
 from psannlm.prep.reader import CorpusReader, Cut, Drops, SourceFile, deal, find_sources
 from psannlm.prep.selection import SPLITS, DocumentSelector, Selection, SingleDocument
@@ -57,9 +58,12 @@ _WORKER_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class PrepResult:
-    """Result of a preparation. ``n_corpus_bytes``: stored bytes read; ``was_done``: the folder was finished before."""
+    """Result of a preparation. ``n_corpus_bytes``: stored bytes read; ``was_done``: the folder was finished before.
 
-    folder: Path
+    ``folder`` is a path, or the text of a URL.
+    """
+
+    folder: Path | str
     manifest: Manifest
     seconds: float
     n_corpus_bytes: int
@@ -90,23 +94,26 @@ class PrepResult:
 def prepare_corpus(
     patterns: Sequence[str],
     tokenizer_path: Path,
-    out: Path,
+    out: Path | str,
     settings: PrepSettings,
     *,
     n_workers: int | None = None,
     part: tuple[int, int] | None = None,
     on_progress: OnProgress = ignore_progress,
     chunk_bytes: int | None = None,
+    cache_dir: Path | None = None,
 ) -> PrepResult:
     """Prepare the files that ``patterns`` match into the folder ``out``; resume an interrupted call.
 
     A finished folder is verified, and rebuilt if a file is missing or damaged.
 
     Args:
+        out: a folder, or the text of a URL, to which shards are copied as they are written.
         n_workers: number of encoding processes; None takes one per usable core.
         part: (i, n): prepare the i-th of n parts of the corpus, to be merged later.
         on_progress: gets the stored bytes read and encoded so far, then the tokens written to shards.
         chunk_bytes: bytes of text per chunk; None depends on the size of the corpus.
+        cache_dir: folder for unfinished work while ``out`` is a URL; None is the user's cache.
 
     Raises:
         ArtifactError: ``out`` is finished and damaged, and its corpus came from standard input.
@@ -131,27 +138,21 @@ def prepare_corpus(
     plan = _plan(sources, settings, tokenizer, part, chunk_bytes)
     indices = list(range(len(sources))) if part is None else deal(sources, part[1])[part[0] - 1]
     stop = threading.Event()
-    with RunLock(out, "--out"), stopping_on_signals(stop):
-        work = out / WORK_FOLDER
-        if (out / MANIFEST_FILE).is_file():
-            manifest = check_finished(out, plan)
-            damage = damage_of(out)
-            if damage is None:
-                remove_work(work)
-                n_bytes = _known_bytes(sources, indices)
-                if (warning := folder_warning(str(out), manifest.lost_fraction)) is not None:
-                    log.warning(warning)
-                return PrepResult(out, manifest, time.monotonic() - began, n_bytes, was_done=True)
-            if any(source.path == STDIN for source in sources):
-                # Standard input may hold another text now, which could not be noticed.
-                raise ArtifactError(f"{damage} To prepare standard input again, remove {out} first.")
-            log.warning(f"{damage} Preparing it again.")
-            remove_finished(out, manifest)
+    output = open_output(out, cache_dir)
+    with RunLock(output.folder, "--out"), stopping_on_signals(stop):
+        manifest = output.finished(plan)
+        if manifest is not None:
+            remove_work(output.folder / WORK_FOLDER)
+            output.close()
+            n_bytes = _known_bytes(sources, indices)
+            if (warning := folder_warning(str(output.name), manifest.lost_fraction)) is not None:
+                log.warning(warning)
+            return PrepResult(output.name, manifest, time.monotonic() - began, n_bytes, was_done=True)
         preparation = _Preparation(
-            out, plan, indices, tokenizer, n_workers or usable_workers(_WORKER_BYTES), on_progress, stop, drops
+            output, plan, indices, tokenizer, n_workers or usable_workers(_WORKER_BYTES), on_progress, stop, drops
         )
         manifest = preparation.run()
-        return PrepResult(out, manifest, time.monotonic() - began, preparation.n_bytes)
+        return PrepResult(output.name, manifest, time.monotonic() - began, preparation.n_bytes)
 
 
 def _plan(
@@ -184,7 +185,7 @@ class _Preparation:
 
     def __init__(
         self,
-        out: Path,
+        output: Output,
         plan: Plan,
         indices: list[int],
         tokenizer: Tokenizer,
@@ -194,7 +195,8 @@ class _Preparation:
         drops: Drops,
     ) -> None:
         self.n_bytes = 0
-        self._out, self._work, self._plan, self._indices = out, out / WORK_FOLDER, plan, indices
+        self._output, self._out, self._work = output, output.folder, output.folder / WORK_FOLDER
+        self._plan, self._indices = plan, indices
         self._tokenizer, self._n_workers, self._on_progress, self._stop = tokenizer, n_workers, on_progress, stop
         self._found_drops = drops
         self._names = [source.path for source in plan.sources]
@@ -224,8 +226,9 @@ class _Preparation:
         self._report_text_issues(selector, reader)
         splits = {split: self._write_split(paths, selection, split) for split in SPLITS}
         manifest = self._manifest(reader, selector, selection, splits)
-        write_manifest(self._out, manifest)
+        self._output.finish(manifest, self._tokenizer.to_bytes())
         remove_work(self._work)
+        self._output.close()
         return manifest
 
     def _begin(self) -> None:
@@ -233,12 +236,13 @@ class _Preparation:
         plan = resume_plan(self._work, self._plan) if self._has_encoded_chunks() else None
         entry = tokenizer_entry(self._tokenizer)
         refuse_foreign_files(self._out, entry.file, self._tokenizer.to_bytes(), has_work=plan is not None)
+        self._output.begin(self._plan.as_dict(), entry.file, self._tokenizer.to_bytes())
         if plan is None:
             remove_work(self._work)
             write_plan(self._work, self._plan)
         else:
             self._plan = plan
-            log.info(f"resuming the preparation in {self._out}")
+            log.info(f"resuming the preparation in {self._output.name}")
         with explain_write_errors(self._work):
             remove_leftovers(self._work)
             remove_leftovers(self._out)
@@ -264,7 +268,7 @@ class _Preparation:
         for reason, count in self._found_drops.counts.items():
             drops.merge(reason, count, self._found_drops.examples[reason])
         reader = CorpusReader(plan.sources, self._indices, plan.settings, plan.chunk_bytes, drops, plan.cut)
-        disk_space = _DiskSpaceCheck(self._out, self._total)
+        disk_space = _DiskSpaceCheck(self._output, self._total)
         report = ProgressCounter(self._on_progress, "encoding", "bytes", self._total)
         n_chunks = n_tokens = 0
 
@@ -317,8 +321,8 @@ class _Preparation:
             names = list(chunk.names.values())
             more = f" or one of the {len(names) - 1:,} files after it" if len(names) > 1 else ""
             raise CorpusError(
-                f"{names[0]}{more} changed since the preparation in {self._out} began; restore the former content, "
-                f"or remove {self._work} to start from scratch"
+                f"{names[0]}{more} changed since the preparation in {self._output.name} began; restore the former "
+                f"content, or remove {self._work} to start from scratch"
             )
         return len(encoded.tokens)
 
@@ -368,6 +372,7 @@ class _Preparation:
                     batches=stream.take(size.n_documents),
                 )
             )
+            self._output.keep(entries[-1])
             done += size.n_tokens
             self._on_progress(Progress("writing shards", done, total, "tokens"))
         return SplitEntry.of(tuple(entries))
@@ -375,12 +380,9 @@ class _Preparation:
     def _manifest(
         self, reader: CorpusReader, selector: DocumentSelector, selection: Selection, splits: dict[str, SplitEntry]
     ) -> Manifest:
-        content = self._tokenizer.to_bytes()
-        entry = tokenizer_entry(self._tokenizer)
-        write_bytes(self._out / entry.file, content)
         part = self._plan.part or (1, 1)
         return Manifest(
-            tokenizer=entry,
+            tokenizer=tokenizer_entry(self._tokenizer),
             dtype=np.dtype(token_dtype(self._tokenizer.vocab_size)).name,
             settings=self._plan.settings.for_manifest(),
             part=f"{part[0]}/{part[1]}",
@@ -423,8 +425,8 @@ class _Interruptible(Sequence[Path]):
 class _DiskSpaceCheck:
     """Estimates from the first encoded chunk the disk space of the whole preparation, and checks that it is free."""
 
-    def __init__(self, out: Path, total: int | None) -> None:
-        self._out, self._total = out, total
+    def __init__(self, output: Output, total: int | None) -> None:
+        self._output, self._total = output, total
         self._sent: dict[int, tuple[int, int]] = {}
         self._is_done = total is None
 
@@ -442,12 +444,12 @@ class _DiskSpaceCheck:
         read = max(stored for _, stored in self._sent.values())
         unpacked = sum(content for content, _ in self._sent.values())
         left = max(0, self._total - read) * max(1.0, unpacked / max(1, read))
-        # Twice: every token is stored in an encoded chunk and in a shard before encoded chunks are removed.
-        needed = int(2 * (left + unpacked) * n_bytes / max(1, content))
-        free = shutil.disk_usage(self._out).free
+        needed = int(self._output.n_copies * (left + unpacked) * n_bytes / max(1, content))
+        folder = self._output.folder
+        free = shutil.disk_usage(folder).free
         if needed > free:
             raise StorageError(
-                f"{self._out} needs about {needed / 1e6:,.0f} MB for encoded chunks and shards, and "
-                f"{free / 1e6:,.0f} MB are free. Free some space, choose another --out, or prepare "
+                f"{folder} needs about {needed / 1e6:,.0f} MB for encoded chunks and shards, and "
+                f"{free / 1e6:,.0f} MB are free. Free some space, {self._output.disk_advice}, or prepare "
                 "the corpus in parts on several disks"
             )

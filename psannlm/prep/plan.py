@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.config.files import PLAN_FILE
-from psannlm.data.corpus.files import is_remote
-from psannlm.data.manifest import MANIFEST_FILE, Manifest, TokenizerEntry, read_manifest
+from psannlm.data.manifest import MANIFEST_FILE, Manifest, TokenizerEntry
 from psannlm.data.prepared import open_folder
 from psannlm.errors import ArtifactError, ConfigError
 from psannlm.io.atomic import explain_write_errors, refuse_foreign, sha256_file, write_text
+from psannlm.io.urls import is_remote
 from psannlm.prep.folder import is_own_shard, remove_files
 from psannlm.prep.job import STDIN, PrepSettings
 from psannlm.prep.reader import Cut, SourceFile
@@ -64,14 +64,18 @@ def write_merge_plan(work: Path, manifest: Manifest) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    record = {
+    write_text(work / PLAN_FILE, json.dumps(merge_plan(manifest), indent=1) + "\n")
+
+
+def merge_plan(manifest: Manifest) -> dict[str, Any]:
+    """Return the plan of a merge of parts like ``manifest`` as JSON values."""
+    return {
         "version": _VERSION,
         "merge": manifest.part.split("/")[1],
         "settings": vars(manifest.settings),
         "tokenizer_fingerprint": manifest.tokenizer.fingerprint,
         "sources": [{"path": source.path, "bytes": source.bytes} for source in manifest.sources],
     }
-    write_text(work / PLAN_FILE, json.dumps(record, indent=1) + "\n")
 
 
 def is_merge(work: Path) -> bool:
@@ -158,16 +162,15 @@ def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
     )
 
 
-def check_finished(out: Path, plan: Plan) -> Manifest:
-    """Return the manifest of a finished folder, after checking that it was prepared by ``plan``.
+def check_finished(out: Path | str, manifest: Manifest, made_s: float, plan: Plan) -> None:
+    """Check that the finished folder or URL ``out`` was prepared by ``plan``.
 
-    A source modified after the manifest is hashed again; the others are compared by size.
+    A source modified after the manifest, ``made_s`` seconds since 1970, is hashed again; the others are compared by
+    size.
 
     Raises:
         ConfigError: the folder was made with other settings, tokenizer or corpus; names every difference.
-        ArtifactError: the manifest is damaged.
     """
-    manifest = read_manifest(out)
     changed = []
     if manifest.tokenizer.fingerprint != plan.fingerprint:
         changed.append(f"tokenizer: {manifest.tokenizer.fingerprint:.12} then, {plan.fingerprint:.12} now")
@@ -180,9 +183,8 @@ def check_finished(out: Path, plan: Plan) -> Manifest:
     sources = [{"path": each.path, "bytes": each.n_bytes} for each in plan.sources if each.path != STDIN]
     changed += source_differences(former, sources)
     if not changed:
-        made = (out / MANIFEST_FILE).stat().st_mtime
         for source in manifest.sources:
-            is_newer = source.path != STDIN and not is_remote(source.path) and os.stat(source.path).st_mtime > made
+            is_newer = source.path != STDIN and not is_remote(source.path) and os.stat(source.path).st_mtime > made_s
             if source.sha256 and is_newer and sha256_file(Path(source.path)) != source.sha256:
                 changed.append(f"{source.path}: its content changed")
     if changed:
@@ -191,7 +193,6 @@ def check_finished(out: Path, plan: Plan) -> Manifest:
             + "\n  ".join(changed)
             + "\nUse the former settings, or choose another folder with --out."
         )
-    return manifest
 
 
 def damage_of(out: Path) -> ArtifactError | None:

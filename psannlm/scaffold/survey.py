@@ -11,7 +11,7 @@ from psannlm.config.data import BuiltinSource, DataConfig, PathSource, Source
 from psannlm.config.run import section_from_kwargs
 from psannlm.data.corpus.documents import ReadReport, read_documents
 from psannlm.data.corpus.files import JSON_LINES_SUFFIXES, file_bytes, find_all, split_suffix
-from psannlm.data.manifest import Manifest, read_manifest
+from psannlm.data.manifest import Manifest
 from psannlm.data.prepared import find_prepared
 from psannlm.errors import CorpusError
 from psannlm.runtime.cores import usable_cores
@@ -74,9 +74,9 @@ def survey_text(sources: Sequence[Source]) -> TextSurvey:
         ConfigError: a prepared folder is named beside other sources.
         ArtifactError: a prepared folder is damaged.
     """
-    manifest_path = find_prepared(sources)
-    if manifest_path is not None:
-        return _survey_prepared(tuple(sources), read_manifest(manifest_path))
+    prepared = find_prepared(sources)
+    if prepared is not None:
+        return _survey_prepared(tuple(sources), prepared.read_manifest())
     report = ReadReport()
     is_cut_short = False
     whole_files: set[str] = set()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from psannlm.config.data import PathSource
+from psannlm.config.files import may_be_prepared
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import BatchPlan, RunConfig, plan_batches, total_steps
 from psannlm.data.dataset import LMDataset
@@ -18,6 +19,7 @@ from psannlm.data.mixture import Mixture
 from psannlm.data.prepare import PreparedData, load_corpus
 from psannlm.data.stream import Stream
 from psannlm.data.windows import Windows
+from psannlm.errors import ConfigError, Problem
 from psannlm.io.atomic import free_bytes
 from psannlm.models.accounting import (
     Place,
@@ -31,6 +33,7 @@ from psannlm.models.parallel_estimates import sharded_memory
 from psannlm.models.registry import resolve
 from psannlm.runtime.device import compiler_fault, gpu_memory_bytes, pick_precision, require_compiler
 from psannlm.runtime.distributed import World, local_ranks, world_from_env
+from psannlm.runtime.progress import OnProgress, ignore_progress
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
 from psannlm.training.initial import load_parent, refuse_other_tokenizer, with_parent_model
 
@@ -75,11 +78,14 @@ class TrainingPlan:
         return {**plain, "config": config, "batches": asdict(self.batches), **tokens}
 
 
-def plan_training(config: RunConfig, n_ranks: int | None = None) -> TrainingPlan:
+def plan_training(
+    config: RunConfig, n_ranks: int | None = None, *, on_progress: OnProgress = ignore_progress
+) -> TrainingPlan:
     """Read and tokenize the corpus, without building weights or writing files; return the :class:`TrainingPlan`.
 
     Args:
         n_ranks: number of processes to plan for; None: those that torchrun started, or this one.
+        on_progress: gets the bytes copied of a prepared folder at a URL.
 
     Raises:
         PsannlmError: any error that would stop the run before its first step.
@@ -98,7 +104,8 @@ def plan_training(config: RunConfig, n_ranks: int | None = None) -> TrainingPlan
     if config.model.n_layers > _MAX_LAYERS:
         refuse_oversize(config.model, MIN_VOCAB_SIZE, place)
     parent = None if config.train.init_from is None else load_parent(config)
-    data = load_corpus(config.data, None if parent is None else parent.tokenizer)
+    data = load_corpus(config.data, None if parent is None else parent.tokenizer, on_progress=on_progress)
+    refuse_validation_without_data(config, data)
     if parent is not None:
         refuse_other_tokenizer(parent, data)
     model = resolve(config.model, vocab_size=data.tokenizer.vocab_size, max_seq_len=config.data.max_length)
@@ -147,6 +154,21 @@ def plan_training(config: RunConfig, n_ranks: int | None = None) -> TrainingPlan
         memory={**asdict(memory), "total": memory.total},
         checkpoint_bytes=checkpoint_bytes,
     )
+
+
+def refuse_validation_without_data(config: RunConfig, data: PreparedData) -> None:
+    """Raise ConfigError if validations are asked for and a corpus at a URL has nothing held out.
+
+    Of other corpora the configuration alone decides, before anything is read.
+    """
+    urls = [source.path for source in config.data.sources if isinstance(source, PathSource)]
+    if config.train.eval_interval_steps is not None and data.val is None and any(map(may_be_prepared, urls)):
+        message = (
+            f"asks for a validation every {config.train.eval_interval_steps} steps, but {urls[0]} has nothing held "
+            "out; set data.val_split for text, prepare it with psannlm prep --val-split, or drop this key "
+            "(--set train.eval_interval_steps=null)"
+        )
+        raise ConfigError(Problem("train.eval_interval_steps", message))
 
 
 def _disk_warnings(config: RunConfig, checkpoint_bytes: int) -> list[str]:

@@ -40,7 +40,9 @@ from psannlm.runtime.device import (
     require_compiler,
 )
 from psannlm.runtime.distributed import World, process_group, world_from_env
+from psannlm.runtime.live_line import live_line
 from psannlm.runtime.log import without_messages
+from psannlm.runtime.progress import OnProgress, ignore_progress
 from psannlm.runtime.shared_folder import require_shared
 from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE
@@ -62,6 +64,7 @@ from psannlm.training.plan import (
     decide_compiling,
     last_step,
     place_of,
+    refuse_validation_without_data,
     run_flops,
 )
 from psannlm.training.result import TrainResult
@@ -150,7 +153,9 @@ def train(
         world.wait()
         if config.train.fsdp != "off":
             require_shared(folder, world, device)
-        start = _find_start(config, folder, resume, data, model, world, place)
+        with live_line(console) if console is not None and world.is_main else nullcontext() as line:
+            on_progress = ignore_progress if line is None else line.show
+            start = _find_start(config, folder, resume, data, model, world, place, on_progress)
         world.wait()
         run, state = _build(config, start, world, precision, folder)
         run.sampler, run.budget, run.callbacks = sampler, budget, tuple(callbacks)
@@ -244,6 +249,7 @@ def _find_start(
     model: Transformer | None,
     world: World,
     place: Place,
+    on_progress: OnProgress,
 ) -> _Start:
     """Find the checkpoint, prepare the data and build or load the weights, unless they are given.
 
@@ -254,7 +260,8 @@ def _find_start(
     parent = load_parent(config) if found is None and config.train.init_from is not None else None
     if data is None:
         tokenizer = parent.tokenizer if parent is not None else None if loaded is None else loaded.tokenizer
-        data = load_corpus(config.data, tokenizer, preparation(found))
+        data = load_corpus(config.data, tokenizer, preparation(found), on_progress=on_progress)
+        refuse_validation_without_data(config, data)
     if found is not None:
         refuse_other_data(found, data)
     vocab_size = data.tokenizer.vocab_size

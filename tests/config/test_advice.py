@@ -107,8 +107,8 @@ WRONG = [
     *('"[0.1, 2]"', "0.1,2", "amplitude", "amplitude, decay", "MLP", "[MLP]", "[amp]", "{enabled: yes}", "{path: 5}"),
 ]
 _INTERNALS = re.compile(
-    r"pydantic|literal\[|union|[Ii]nput should|tuple\[|function-|validat|_type\b|_parsing|constrained|lax-or|"
-    r"\bbool\b|\bint\b|\bfloat\b|\bstr\b|\bdict\b|NoneType|Config\b|Section|object at 0x"
+    r"pydantic|literal\[|union|[Ii]nput should|tuple\[|function-|validat(?!ion every )|_type\b|_parsing|"
+    r"constrained|lax-or|\bbool\b|\bint\b|\bfloat\b|\bstr\b|\bdict\b|NoneType|Config\b|Section|object at 0x"
 )
 
 

@@ -10,16 +10,18 @@ import importlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from psannlm.config.files import MANIFEST_FILE
 from psannlm.errors import CorpusError, install_extra, nearest
 from psannlm.io.hub import content_stamp, pinned
 from psannlm.io.lfs_pointers import pointer_at
 from psannlm.io.records import is_own_output
-from psannlm.io.urls import file_system, literal_beginning, local_path, protocol_of, refusal
+from psannlm.io.remote_folder import explain_remote_errors
+from psannlm.io.urls import file_system, is_remote, literal_beginning, local_path, protocol_of, refusal
 
 STDIN = "-"
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -29,6 +31,7 @@ KNOWN_SUFFIXES = (*(text + packed for text in TEXT_SUFFIXES for packed in COMPRE
 _KNOWN = "a corpus is .txt, .jsonl or .ndjson, each also .gz or .zst, or .parquet"
 # A file named explicitly is read as plain text, whatever its suffix, except for these formats.
 _NOT_PLAIN_TEXT = (".json", ".csv", ".tsv", ".zip", ".tar", ".bz2", ".xz", ".7z", ".pdf", ".docx", ".odt", ".epub")
+_SHARD = re.compile(r"/train_[0-9]{5,}\.safetensors$")
 _LEADS_BACK = "this link leads back to"
 _PROBLEMS_SHOWN = 20
 # Keys for the time or the version of a file in the file systems of fsspec.
@@ -45,11 +48,6 @@ def split_suffix(path: str) -> tuple[str, str]:
     if last in (".gz", ".zst"):
         return os.path.splitext(name)[1], last
     return last, ""
-
-
-def is_remote(path: str) -> bool:
-    """Return whether ``path`` is a URL (``https://x``, ``s3://x``), which fsspec opens; ``file:`` names a path."""
-    return protocol_of(path) not in (None, "file")
 
 
 def find_all(patterns: Sequence[str], drop: Drop) -> list[list[str]]:
@@ -243,15 +241,9 @@ def remote_file_system(url: str) -> tuple[Any, str]:
         return file_system(url)
 
 
-@contextmanager
-def explained_remote_errors(url: str) -> Iterator[None]:
-    """Turn errors of fsspec and its libraries about a URL into one line."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        remedy = "install them" if isinstance(error, ImportError) else "check the URL, and that you may read it"
-        raise CorpusError(f"{url}: cannot be read: {reason}; {remedy}") from error
+def explained_remote_errors(url: str) -> AbstractContextManager[None]:
+    """Return a context that turns errors of fsspec and its libraries about a URL into one line."""
+    return explain_remote_errors(url, CorpusError)
 
 
 def _find_remote(url: str, drop: Drop) -> tuple[list[str], list[str]]:
@@ -269,11 +261,21 @@ def _find_remote(url: str, drop: Drop) -> tuple[list[str], list[str]]:
         elif not (names := sorted(system.glob(path))):
             return [], [f"{url}: nothing matches; check the spelling"]
         urls = [system.unstrip_protocol(name) for name in names if is_whole or system.isfile(name)]
-    files = urls if is_whole else [name for name in urls if _is_known(name, drop)]
+    files = urls if is_whole else [name for name in _without_shards(urls, drop) if _is_known(name, drop)]
     if not files:
         return [], [f"{url}: no text there; {_KNOWN}"]
     problems = [problem for name in files if (problem := _unknown_kind(name))]
     return files, problems
+
+
+def _without_shards(urls: list[str], drop: Drop) -> list[str]:
+    """Leave out what psannlm prep wrote: the tables beside its shards are not text."""
+    folders = {url.rpartition("/")[0] for url in urls if url.endswith(f"/{MANIFEST_FILE}")}
+    folders &= {url.rpartition("/")[0] for url in urls if _SHARD.search(url)}
+    for url in urls:
+        if url.rpartition("/")[0] in folders:
+            drop("output of psannlm", url)
+    return [url for url in urls if url.rpartition("/")[0] not in folders]
 
 
 def file_bytes(path: str) -> int:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from psannlm.data.corpus.files import is_remote
 from psannlm.data.corpus.formats import HEAD_BYTES, compression, why_not_text
 from psannlm.data.corpus.reading import opened, replaced
 from psannlm.display import shell_argument
 from psannlm.errors import CorpusError, nearest
 from psannlm.io.filenames import utf8_path
 from psannlm.io.limits import MAX_LINE_BYTES, max_document_bytes
+from psannlm.io.urls import is_remote
 
 _ROWS = 64
 _BATCH_BYTES = 256 << 20

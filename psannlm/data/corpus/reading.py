@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 from psannlm.data.corpus.files import (
     STDIN,
     explained_remote_errors,
-    is_remote,
     missing_module,
     remote_file_system,
     split_suffix,
@@ -24,6 +23,7 @@ from psannlm.display import shell_argument
 from psannlm.errors import CorpusError
 from psannlm.io.lfs_pointers import pointer_in, refuse_pointer
 from psannlm.io.limits import MAX_LINE_BYTES, max_document_bytes
+from psannlm.io.urls import is_remote
 
 REPLACEMENT = "\ufffd"
 _MARK = b"\xef\xbb\xbf"
