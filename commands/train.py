@@ -76,7 +76,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a model from a YAML configuration."""
-    from psannlm.config.run import load_config, to_yaml
+    from psannlm.config.run import load_config, plan_mesh, to_yaml
 
     if out is not None:
         # A JSON string is one in YAML too, whatever characters the path holds.
@@ -88,6 +88,8 @@ def train(
         from psannlm.runtime.launch import check_launch
 
         check_launch(n_ranks, run_config.train.device)
+        if n_ranks > 1:
+            plan_mesh(run_config.train, n_ranks, n_ranks)  # once, here: else every rank prints its error
     if run_config.train.init_from is not None:
         from psannlm.training.initial import with_parent_model
 

@@ -47,28 +47,29 @@ def rows() -> list[list[str]]:
         whole = training_memory(
             config, WINDOWS, SEQ_LEN, dtype=torch.bfloat16, grad_checkpoint=True, device_type="cuda"
         )
-        for fsdp in (False, True):
-            cells = [cell(config, whole, n, fsdp) for n in DEVICES]
-            found.append([f"{total / 1e9:.2f}B", "FSDP" if fsdp else "DDP", *cells])
+        for mode in ("off", "full", "hybrid"):
+            cells = [cell(config, whole, n, mode) for n in DEVICES]
+            found.append([f"{total / 1e9:.2f}B", f"`{mode}`", *cells])
     return found
 
 
-def cell(config: ModelConfig, whole: TrainingMemory, n_devices: int, fsdp: bool) -> str:
-    """Return GB per device and total thousands of tokens per second; a dash where it does not fit or apply."""
-    if fsdp and n_devices == 1:
+def cell(config: ModelConfig, whole: TrainingMemory, n_devices: int, mode: str) -> str:
+    """Return GB per device and total thousands of tokens per second; a dash where the mode does not apply."""
+    n_shards = {"off": 1, "full": n_devices, "hybrid": GPU.per_node}[mode]
+    if n_devices <= {"off": 0, "full": 1, "hybrid": GPU.per_node}[mode]:
         return "-"
     memory = whole
-    if fsdp:
-        memory = sharded_memory(whole, config, n_devices, dtype=torch.bfloat16, grad_checkpoint=True)
+    if mode != "off":
+        memory = sharded_memory(whole, config, n_shards, dtype=torch.bfloat16, grad_checkpoint=True)
     if memory.total > 0.9 * GPU.memory_bytes:
         return f"({memory.total / 1e9:,.0f} GB)"
     rate = tokens_per_s(
         config,
         GPU,
         n_devices,
+        n_shards,
         seq_len=SEQ_LEN,
         tokens_per_device=WINDOWS * SEQ_LEN,
-        fsdp=fsdp,
         grad_checkpoint=True,
     )
     return f"{memory.total / 1e9:,.1f} GB, {rate / 1e3:,.0f}k"

@@ -30,6 +30,7 @@ NON_SEMANTIC_KEYS: dict[str, NonSemanticKey] = {
     "train.device": NonSemanticKey("hardware; results differ by rounding", may_differ_in_study=True),
     "train.ddp": NonSemanticKey("number of processes"),
     "train.fsdp": NonSemanticKey("memory per rank; results differ by rounding"),
+    "train.shard_size": NonSemanticKey("memory per rank; results differ by rounding"),
     "train.grad_sync": NonSemanticKey("communication and memory per rank"),
     "train.compile": NonSemanticKey("speed; results differ by rounding"),
     "train.grad_checkpoint": NonSemanticKey("memory and speed"),

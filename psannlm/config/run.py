@@ -246,6 +246,42 @@ def plan_batches(config: RunConfig, world_size: int = 1) -> BatchPlan:
     return replace(plan, grad_accum_steps=n_steps)
 
 
+@dataclass(frozen=True)
+class RankMesh:
+    """Ranks as a grid: ``n_replicas`` groups of ``n_shards`` consecutive ranks, each group with one copy of the model.
+
+    One shard: every rank has a copy (DDP). One replica: all ranks share one copy (FSDP). Else both (hybrid, HSDP).
+    """
+
+    n_replicas: int = 1
+    n_shards: int = 1
+
+
+def plan_mesh(train: TrainConfig, n_ranks: int, n_local: int) -> RankMesh:
+    """Return the mesh of ``n_ranks`` ranks, of which ``n_local`` are on this machine, for ``train.fsdp``.
+
+    Raises:
+        ConfigError: ``train.shard_size`` does not divide the ranks, or is needed and null.
+    """
+    if train.fsdp != "hybrid":
+        return RankMesh(1, n_ranks) if train.is_sharded else RankMesh(n_ranks, 1)
+    n_shards = train.shard_size or n_local
+    divisors = [str(n) for n in range(2, n_ranks) if n_ranks % n == 0]
+    remedy = f"set it to {' or '.join(divisors[:4])}" if divisors else "set train.fsdp: full"
+    if train.shard_size is None and n_local >= n_ranks:
+        message = (
+            f"hybrid shards the model within each machine, and all {n_ranks} ranks are on one, where that is the same "
+            f"as fsdp: full; {remedy}"
+        )
+    elif train.shard_size is None and n_local == 1:
+        message = f"hybrid shards the model within each machine, and this one has one rank of {n_ranks}; {remedy}"
+    elif n_ranks % n_shards:
+        message = f"{n_shards} ranks for each copy of the model do not divide the {n_ranks} ranks; {remedy}"
+    else:
+        return RankMesh(n_ranks // n_shards, n_shards)
+    raise ConfigError(Problem("train.shard_size", message))
+
+
 def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
     """Return the number of optimizer steps of a run: ``max_steps`` if given, however many epochs that takes, else
     ``epochs`` times ``steps_per_epoch``."""

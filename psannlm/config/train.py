@@ -91,9 +91,15 @@ class TrainConfig(Section):
     ddp: Literal["auto", "on", "off"] = Field(
         "auto", description="data parallelism under torchrun; auto: on if there are several ranks"
     )
-    fsdp: Literal["off", "full"] = Field(
+    fsdp: Literal["off", "full", "hybrid"] = Field(
         "off",
-        description="full: shard weights, gradients and optimizer state over the ranks instead of replicating them",
+        description="full: shard weights, gradients and optimizer state over all ranks instead of replicating them; "
+        "hybrid: shard them over shard_size ranks, and replicate the shards over the groups of such ranks",
+    )
+    shard_size: PositiveWhole | None = Field(
+        None,
+        description="fsdp hybrid: number of ranks that share one copy of the model, a divisor of all ranks; null: the "
+        "ranks of a machine",
     )
     grad_sync: Literal["step", "micro_batch"] = Field(
         "step",
@@ -165,6 +171,11 @@ class TrainConfig(Section):
     def _zero_is_never(cls, value: object) -> object:
         return None if value == 0 and not isinstance(value, bool) else value
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights, gradients and optimizer state are sharded over ranks."""
+        return self.fsdp != "off"
+
     def cooldown_steps(self, total_steps: int) -> int:
         """Return the number of cooldown steps of ``total_steps``: 0 for all schedules but ``wsd``."""
         return max(1, round(self.cooldown_share * total_steps)) if self.schedule == "wsd" else 0
@@ -195,8 +206,20 @@ class TrainConfig(Section):
         if self.global_batch_tokens is not None and self.grad_accum_steps != 1:
             message = f"{self.grad_accum_steps} is given, and global_batch_tokens derives it; keep one of them"
             found.append(Check(("grad_accum_steps", "global_batch_tokens"), message))
-        if self.fsdp == "full" and self.ddp == "off":
-            found.append(Check(("fsdp", "ddp"), "full needs several ranks, and ddp: off allows only one; drop it"))
-        if self.fsdp == "full" and self.compile is True:
-            found.append(Check(("fsdp", "compile"), "full cannot be combined with compile: true; turn one of them off"))
+        return found + self._sharding_checks()
+
+    def _sharding_checks(self) -> list[Check]:
+        found: list[Check] = []
+        if self.is_sharded and self.ddp == "off":
+            message = f"{self.fsdp} needs several ranks, and ddp: off allows only one; drop it"
+            found.append(Check(("fsdp", "ddp"), message))
+        if self.is_sharded and self.compile is True:
+            message = f"{self.fsdp} cannot be combined with compile: true; turn one of them off"
+            found.append(Check(("fsdp", "compile"), message))
+        if self.shard_size is not None and self.fsdp != "hybrid":
+            message = f"has no effect with fsdp: {self.fsdp}; set train.fsdp: hybrid, or drop it"
+            found.append(Check(("shard_size", "fsdp"), message))
+        if self.shard_size == 1 and self.fsdp == "hybrid":
+            message = "1 rank for each copy of the model shards nothing; set train.fsdp: off, or raise it"
+            found.append(Check(("shard_size", "fsdp"), message))
         return found

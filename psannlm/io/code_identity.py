@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,20 @@ _SOURCES = ("data", "evaluation", "kernels", "models", "runtime/device.py", "tok
 @lru_cache(maxsize=1)
 def code_sha256() -> str:
     """Return the SHA-256 of the names and contents of these files, comments included."""
+    return _digest_of(_SOURCES)
+
+
+@lru_cache(maxsize=1)
+def package_sha256() -> str:
+    """Return the SHA-256 of all source files of the package, which the ranks of one run must have in common."""
+    return _digest_of((".",))
+
+
+def _digest_of(sources: Sequence[str]) -> str:
     root = Path(__file__).resolve().parents[1]
-    files = [path for name in _SOURCES for path in ((root / name).rglob("*.py") if "." not in name else [root / name])]
+    files = [
+        path for name in sources for path in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))
+    ]
     digest = hashlib.sha256()
     for path in sorted(files):
         content = path.read_bytes().replace(b"\r\n", b"\n")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import ip_address
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,10 +21,11 @@ from torch import Tensor
 from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from psannlm.errors import DeviceError, Interrupted
+from psannlm.errors import ConfigError, DeviceError, Interrupted
 from psannlm.runtime.device import AsyncReadback, pick_device
 from psannlm.runtime.folder_store import FolderStore
 from psannlm.runtime.launch import STORE_FOLDER
+from psannlm.runtime.rank_activity import entering_collective
 from psannlm.runtime.watchdog import RankWatchdog
 from psannlm.runtime.watchdog import Store as WatchdogStore
 
@@ -35,6 +37,7 @@ _HOW = "psannlm train --nproc N CONFIG, or torchrun --nproc-per-node N -m psannl
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Time limit for all ranks to join: machines do not start at the same time.
 _JOIN_TIMEOUT = timedelta(minutes=5)
+_IDENTITY = "identity"
 _connections: list[Store] = []
 # Number of process groups so far; ranks create and leave them together.
 _groups = count()
@@ -73,6 +76,7 @@ class World:
         Every rank must call it.
         """
         if self.size > 1:
+            entering_collective()
             dist.all_reduce(values)
         return values
 
@@ -97,6 +101,7 @@ class World:
     def wait(self) -> None:
         """Wait until every rank has called this (barrier)."""
         if self.size > 1:
+            entering_collective()
             dist.barrier()
 
 
@@ -106,18 +111,18 @@ def local_ranks() -> int:
     return max(1, int(text)) if text.isdecimal() else 1
 
 
-def world_from_env(ddp: Literal["auto", "on", "off"], fsdp: Literal["off", "full"] = "off") -> World:
+def world_from_env(ddp: Literal["auto", "on", "off"], fsdp: Literal["off", "full", "hybrid"] = "off") -> World:
     """Return the world that torchrun describes in the environment, or a world of size 1.
 
     Raises:
-        DeviceError: ``on`` or ``full`` without torchrun, ``off`` under torchrun with several processes, or an
-            incomplete environment.
+        DeviceError: ``on``, ``full`` or ``hybrid`` without torchrun, ``off`` under torchrun with several processes, or
+            an incomplete environment.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if ddp == "on" and "RANK" not in os.environ:
         raise DeviceError(f"ddp: on needs several processes: {_HOW} (or set ddp: auto to train in one process)")
-    if fsdp == "full" and size == 1:
-        raise DeviceError(f"fsdp: full shards a model over several processes, and this is one: {_HOW}; or fsdp: off")
+    if fsdp != "off" and size == 1:
+        raise DeviceError(f"fsdp: {fsdp} shards a model over several processes, and this is one: {_HOW}; or fsdp: off")
     if ddp == "off" and size > 1:
         raise DeviceError(
             f"ddp: off, but torchrun started {size} processes that would all write one run; use ddp: auto"
@@ -133,35 +138,32 @@ def world_from_env(ddp: Literal["auto", "on", "off"], fsdp: Literal["off", "full
 
 
 @contextmanager
-def process_group(world: World, device: torch.device) -> Iterator[World]:
+def process_group(world: World, device: torch.device, identity: Mapping[str, Any] | None = None) -> Iterator[World]:
     """Create a process group (nccl on GPUs, gloo on CPUs) for the context; nothing for a world of size 1.
 
     An error on one rank ends the context on all ranks within half a minute, with that error: see ``watchdog``.
 
+    Args:
+        identity: what must be equal on all ranks, such as the configuration, as plain data by name.
+
     Raises:
+        ConfigError: ``identity`` is another one than that of rank 0; the message lists what differs.
         RankError: another rank failed or died.
     """
     if world.size == 1:
         yield world
         return
     group_store, watchdog_store = _stores(world)
-    hook = sys.excepthook
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=group_store,
-        rank=world.rank,
-        world_size=world.size,
-        timeout=_COLLECTIVE_TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
-    )
-    sys.excepthook = hook  # torch wraps it in its own, which prefixes the lines of every rank
     watchdog = RankWatchdog(watchdog_store, world.rank, world.size)
     is_broken = False
     try:
-        world.wait()
         watchdog.start()
+        _refuse_other_identity(group_store, world, identity or {})
+        _init_group(group_store, world, device)
+        world.wait()
+        watchdog.join()
         yield world
         world.wait()
     except BaseException as error:  # whatever ends this rank, Ctrl-C included, ends the others; it is raised again
@@ -172,11 +174,40 @@ def process_group(world: World, device: torch.device) -> Iterator[World]:
         raise last from error
     finally:
         watchdog.close()
-        if is_broken and device.type == "cuda":
+        if is_broken and device.type == "cuda" and dist.is_initialized():
             # Destroying the group would wait for messages that the other ranks never send.
             dist.group.WORLD.abort()  # type: ignore[union-attr]
-        else:
+        elif dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _init_group(store: Store, world: World, device: torch.device) -> None:
+    hook = sys.excepthook
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=_COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    sys.excepthook = hook  # torch wraps it in its own, which prefixes the lines of every rank
+
+
+def _refuse_other_identity(store: Store, world: World, identity: Mapping[str, Any]) -> None:
+    """Raise ConfigError if ``identity`` differs from that of rank 0, which must be joining too."""
+    if world.is_main:
+        store.set(_IDENTITY, json.dumps(identity))
+        return
+    first: dict[str, Any] = json.loads(store.get(_IDENTITY))
+    changed = [key for key in {**first, **identity} if first.get(key) != identity.get(key)]
+    if changed:
+        values = "; ".join(f"{key} is {identity.get(key)!r} here and {first.get(key)!r} there" for key in changed[:3])
+        more = f"; and {len(changed) - 3} more" if changed[3:] else ""
+        raise ConfigError(
+            f"differs from rank 0: {values:.600}{more}. Start every rank with the same version of the code and the "
+            "same configuration"
+        )
 
 
 def leave_group(code: int) -> None:

@@ -8,12 +8,13 @@ the heartbeats of the others. Rank 0 prints the error, and every rank exits.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol, TypeVar
 
@@ -21,9 +22,11 @@ import torch.distributed as dist
 
 from psannlm.errors import EXIT_FAILED, AlreadyReported, Interrupted, PsannlmError, RankError, describe
 from psannlm.runtime.launch import LAUNCHED
+from psannlm.runtime.rank_activity import Activity, MainThread, StallMonitor
 from psannlm.runtime.streams import is_terminal, print_error_line
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 # A rank counts as dead after this many heartbeats of the observer without one of its own. Heartbeats are counted, not
 # seconds, because a clock keeps running while the whole job is suspended.
@@ -74,7 +77,10 @@ class Store(Protocol):
 
 
 class RankWatchdog:
-    """Watchdog thread of this rank, running from :meth:`start` to :meth:`close`; all ranks share ``store``."""
+    """Watchdog thread of this rank, running from :meth:`start` to :meth:`close`; all ranks share ``store``.
+
+    Until :meth:`join`, a rank without a heartbeat is one that has not started yet.
+    """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
         self._store, self.rank, self.size = store, rank, size
@@ -83,6 +89,8 @@ class RankWatchdog:
         self._is_store_lost = False
         self._failure: RankFailure | None = None
         self._is_leaving, self._closed = threading.Event(), threading.Event()
+        self._has_joined = threading.Event()
+        self._main_thread, self._stalls = MainThread(), StallMonitor()
         self._beats = 0
         self._seen: dict[int, bytes] = {}
         self._silent: dict[int, int] = {}
@@ -90,8 +98,12 @@ class RankWatchdog:
         self._beat()
 
     def start(self) -> None:
-        """Start the thread. Every rank must have constructed its watchdog before."""
+        """Start the thread."""
         self._thread.start()
+
+    def join(self) -> None:
+        """Watch all ranks from now on. Every rank must have constructed its watchdog before."""
+        self._has_joined.set()
 
     def close(self) -> None:
         """Stop the thread."""
@@ -148,26 +160,47 @@ class RankWatchdog:
         return self._publish(_dead(dead[0], self.rank)) if dead else None
 
     def _watch(self) -> None:
-        watched = range(self.size) if self.rank == 0 else range(1)
+        watched = list(range(self.size) if self.rank == 0 else range(1))
         while not self._closed.wait(_BEAT_S):
             self._beat()
             failure = self._first_failure()
             if failure is None and not self._is_leaving.is_set():
-                failure = self._silent_rank(watched)
+                has_joined = self._has_joined.is_set()
+                ranks = watched if has_joined else self._started(watched)
+                beats = self._heartbeats(ranks)
+                failure = self._silent_rank(ranks, beats) or (self._stalled_rank(beats) if has_joined else None)
             if failure is not None and not self._is_leaving.is_set():
                 if self.rank == 0:
                     self._report(failure)
                 if not self._is_leaving.wait(_GRACE_S):
                     self._exit(failure)
 
-    def _silent_rank(self, watched: range) -> RankFailure | None:
-        beats = self._heartbeats(watched)
-        for rank in watched:
+    def _started(self, ranks: Sequence[int]) -> list[int]:
+        """Return the ranks with a heartbeat: reading that of another one would wait for it."""
+        return [r for r in ranks if self._call(lambda key=f"alive/{r}": self._store.check([key]), False)]  # type: ignore[misc]
+
+    def _silent_rank(self, ranks: Sequence[int], beats: Mapping[int, bytes]) -> RankFailure | None:
+        for rank in ranks:
             is_silent = rank not in beats or beats[rank] == self._seen.get(rank)
             self._silent[rank] = self._silent.get(rank, 0) + 1 if is_silent else 0
             if self._silent[rank] >= _SILENT_BEATS and rank != self.rank:
                 return self._publish(_dead(rank, self.rank))
         self._seen.update(beats)
+        return None
+
+    def _stalled_rank(self, beats: Mapping[int, bytes]) -> RankFailure | None:
+        """Log a rank that the others wait for; return the failure if they will wait forever. Only rank 0 sees all."""
+        if self.rank != 0:
+            return None
+        texts = {rank: beat.partition(b" ")[2].decode("ascii", "replace") for rank, beat in beats.items()}
+        stall = self._stalls.update(
+            {rank: a for rank, text in texts.items() if (a := Activity.decode(text)) is not None}
+        )
+        if stall is None:
+            return None
+        if stall.is_deadlock:
+            return self._publish(RankFailure(stall.rank, stall.message, EXIT_FAILED, self.rank))
+        log.warning(f"note: rank {stall.rank} {stall.message}")
         return None
 
     def _exit(self, failure: RankFailure) -> None:
@@ -200,9 +233,10 @@ class RankWatchdog:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._call(lambda: self._store.set(f"alive/{self.rank}", f"{self._beats:012d}"), None)
+        beat = f"{self._beats:012d} {self._main_thread.observe().encode()}"
+        self._call(lambda: self._store.set(f"alive/{self.rank}", beat), None)
 
-    def _heartbeats(self, ranks: range) -> dict[int, bytes]:
+    def _heartbeats(self, ranks: Sequence[int]) -> dict[int, bytes]:
         keys = [f"alive/{rank}" for rank in ranks]
         found: list[bytes] = []
         found = self._call(lambda: self._store.multi_get(keys), found)

@@ -12,7 +12,7 @@ import torch
 from psannlm.config.data import PathSource
 from psannlm.config.files import may_be_prepared
 from psannlm.config.model import ModelConfig
-from psannlm.config.run import BatchPlan, RunConfig, plan_batches, total_steps
+from psannlm.config.run import BatchPlan, RunConfig, plan_batches, plan_mesh, total_steps
 from psannlm.data.dataset import LMDataset
 from psannlm.data.loader import Loader, Position
 from psannlm.data.mixture import Mixture
@@ -116,7 +116,7 @@ def plan_training(
     for line in config_warnings(config, loader, n_steps):
         log.warning(line)
     flops = run_flops(config, model, n_steps)
-    _, reason = decide_compiling(config.train.compile, device, flops, is_sharded=config.train.fsdp == "full")
+    _, reason = decide_compiling(config.train.compile, device, flops)
     if reason is not None:
         log.info(reason)
     memory = training_memory(
@@ -132,11 +132,11 @@ def plan_training(
     checkpoint_bytes = memory.weights + memory.optimizer + memory.average
     for line in _disk_warnings(config, checkpoint_bytes):
         log.warning(line)
-    if config.train.fsdp == "full":
+    if config.train.is_sharded:
         memory = sharded_memory(
             memory,
             model,
-            world.size,
+            place.n_shards,
             dtype=precision.dtype,
             grad_accum_steps=batches.grad_accum_steps,
             grad_sync=config.train.grad_sync,
@@ -188,10 +188,12 @@ def place_of(config: RunConfig, world: World, device: torch.device, n_local: int
 
     Args:
         n_local: ranks on this machine; None: as the launcher set it.
+
+    Raises:
+        ConfigError: ``train.shard_size`` does not divide the ranks, or is needed and null.
     """
     n_ranks = min(world.size, n_local or local_ranks())
-    n_shards = world.size if config.train.fsdp == "full" else 1
-    return Place(device.type, gpu_memory_bytes(device), n_ranks, n_shards)
+    return Place(device.type, gpu_memory_bytes(device), n_ranks, plan_mesh(config.train, world.size, n_ranks).n_shards)
 
 
 def last_step(config: RunConfig, loader: Loader, step: int, position: Position) -> int:
@@ -279,9 +281,7 @@ def run_flops(config: RunConfig, model: ModelConfig, n_steps: int) -> float:
     return float(flops_per_token(model, of_one_rank.seq_len)) * of_one_rank.tokens_per_step * n_steps
 
 
-def decide_compiling(
-    setting: bool | Literal["auto"], device: torch.device, flops: float, *, is_sharded: bool = False
-) -> tuple[bool, str | None]:
+def decide_compiling(setting: bool | Literal["auto"], device: torch.device, flops: float) -> tuple[bool, str | None]:
     """Return whether to compile the model, and for ``auto`` a message with the reason.
 
     The size of the run decides, not a clock: an interrupted run must decide the same when it resumes, because a
@@ -290,7 +290,6 @@ def decide_compiling(
     Args:
         setting: ``train.compile``.
         flops: floating-point operations of the whole run on this rank.
-        is_sharded: whether the model is sharded over ranks; such a model is never compiled.
 
     Raises:
         DeviceError: ``setting`` is true, and no compiler works.
@@ -302,8 +301,6 @@ def decide_compiling(
     needed = COMPILE_BREAK_EVEN_FLOPS.get(device.type, float("inf"))
     if flops < needed:
         return False, None
-    if is_sharded:
-        return False, "compile: auto leaves a sharded model uncompiled"
     missing = compiler_fault(device)
     if missing is not None:
         return False, f"compile: auto would pay off over {flops:.2g} operations, but needs {missing}: uncompiled"

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from psannlm.config.run import RunConfig, plan_batches, to_yaml
+from psannlm.config.run import RunConfig, plan_batches, plan_mesh, to_yaml
 from psannlm.data.loader import Position
 from psannlm.data.prepare import PreparedData, load_corpus
 from psannlm.errors import Interrupted, PictureError, StorageError, TrainingError
@@ -27,7 +26,6 @@ from psannlm.io.code_identity import CODE_KEY, code_of_run
 from psannlm.io.lock import RunLock
 from psannlm.io.readers import Unreadable, read_json
 from psannlm.io.run_metadata import system_info, write_json
-from psannlm.kernels.compile import compiled
 from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.artifact import load_model
 from psannlm.models.registry import build_model, resolve
@@ -39,7 +37,7 @@ from psannlm.runtime.device import (
     pick_precision,
     require_compiler,
 )
-from psannlm.runtime.distributed import World, process_group, world_from_env
+from psannlm.runtime.distributed import World, local_ranks, process_group, world_from_env
 from psannlm.runtime.live_line import live_line
 from psannlm.runtime.log import without_messages
 from psannlm.runtime.progress import OnProgress, ignore_progress
@@ -56,7 +54,7 @@ from psannlm.training.initial import Parent, load_parent, refuse_other_tokenizer
 from psannlm.training.loop import run_steps
 from psannlm.training.metrics import MetricsLog, TensorBoardLog, draw_curve, read_metrics, require_tensorboard
 from psannlm.training.optim import OptimizerSet
-from psannlm.training.parallel import gather_into, is_sharded, replicate, shard
+from psannlm.training.parallel import gather_into, is_sharded, place_model, rank_identity
 from psannlm.training.plan import (
     build_loader,
     config_warnings,
@@ -140,7 +138,7 @@ def train(
     folder = Path(os.path.expanduser(config.train.checkpoint_dir))
     # Take the lock inside the process group, so that all ranks end if it is refused.
     with (
-        process_group(world, device),
+        process_group(world, device, rank_identity(config) if world.size > 1 else None),
         nullcontext() if world.is_main else without_messages(),
         RunLock(folder) if world.is_main else nullcontext() as lock,
     ):
@@ -272,7 +270,7 @@ def _find_start(
     elif model is None:
         resolved = resolve(config.model, vocab_size=vocab_size, max_seq_len=config.data.max_length)
         refuse_oversize(resolved, vocab_size, place)
-        is_elsewhere = config.train.fsdp == "full" and not world.is_main
+        is_elsewhere = config.train.is_sharded and not world.is_main
         model = build_model(resolved, seed=config.train.seed, device="meta" if is_elsewhere else "cpu")
     else:
         resolve(model.config, vocab_size=vocab_size)  # refuses a model with fewer rows than ids
@@ -289,15 +287,15 @@ def _build(
     config: RunConfig, start: _Start, world: World, precision: Precision, folder: Path
 ) -> tuple[Run, TrainerState]:
     """Build the parts of a run and restore the checkpoint into them. Nothing is written."""
-    data, model = start.data, start.model
-    model = shard(model, world, precision) if config.train.fsdp == "full" else model.to(precision.device)
-    model.train().grad_checkpoint = config.train.grad_checkpoint
+    data = start.data
     loader = build_loader(config, data, world, pin_memory=precision.device.type == "cuda")
+    progress = (0, Position()) if start.found is None else (start.found[1].step, start.found[1].position)
+    n_steps = last_step(config, loader, *progress)
+    is_compiled = _decide_compiling(config, precision.device, run_flops(config, start.model.config, n_steps))
+    model, module = place_model(config.train, start.model, world, precision, is_compiled=is_compiled)
     optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
     average = None if config.train.ema is None else WeightAverage(model, config.train.ema)
     scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.needs_scaler)
-    progress = (0, Position()) if start.found is None else (start.found[1].step, start.found[1].position)
-    n_steps = last_step(config, loader, *progress)
     settings: dict[str, Any] = {"config": config.model_dump(mode="json"), "total_steps": n_steps, **identity(data)}
     if start.found is None:
         state = TrainerState(**settings, lineage=start.lineage)
@@ -306,20 +304,13 @@ def _build(
         refuse_past_schedule(start.found, n_steps)
     for line in config_warnings(config, loader, n_steps):
         log.warning(line)
-    is_compiled, reason = decide_compiling(
-        config.train.compile, precision.device, run_flops(config, model.config, n_steps), is_sharded=is_sharded(model)
-    )
-    if reason is not None:
-        log.info(reason)
-    elif precision.device.type == "cuda" and (missing := missing_to_compile(precision.device)) is not None:
-        log.warning(f"sine and loss are not fused on the GPU, which is slower; fusing needs {missing}")
     world.wait()
     run = Run(
         config=config,
         world=world,
         precision=precision,
         model=model,
-        module=_prepared_module(model, world, precision.device, is_compiled=is_compiled),
+        module=module,
         optimizers=optimizers,
         scaler=scaler,
         loader=loader,
@@ -335,11 +326,16 @@ def _build(
     return run, state
 
 
-def _prepared_module(model: Transformer, world: World, device: torch.device, *, is_compiled: bool) -> nn.Module:
-    if is_sharded(model):
-        return model
-    module: nn.Module = compiled(model) if is_compiled else model
-    return replicate(module, world, device)
+def _decide_compiling(config: RunConfig, device: torch.device, flops: float) -> bool:
+    """Return whether to compile the model, and log why."""
+    is_compiled, reason = decide_compiling(
+        config.train.compile if not config.train.is_sharded else False, device, flops
+    )
+    if reason is not None:
+        log.info(reason)
+    elif device.type == "cuda" and (missing := missing_to_compile(device)) is not None:
+        log.warning(f"sine and loss are not fused on the GPU, which is slower; fusing needs {missing}")
+    return is_compiled
 
 
 def _write_description(folder: Path, config: RunConfig, lineage: dict[str, Any] | None, *, is_resumed: bool) -> None:
@@ -365,7 +361,10 @@ def _describe_run(run: Run) -> None:
     steps = f"{run.total_steps:,} step{'' if run.total_steps == 1 else 's'}"
     ranks = f" on {run.world.size} ranks" if run.world.size > 1 else ""
     if is_sharded(run.model):
-        ranks += ", sharded"
+        mesh = plan_mesh(run.config.train, run.world.size, local_ranks())
+        ranks += (
+            ", sharded" if mesh.n_replicas == 1 else f", sharded over {mesh.n_shards} in {mesh.n_replicas} replicas"
+        )
     log.info(
         f"{run.model.config.base}: {_n_parameters(run.model):,} parameters; {steps} of {plan.tokens_per_step:,} "
         f"tokens{ranks}; {describe_device(run.precision.device)}; {run.precision.reason}"

@@ -106,7 +106,7 @@ def train_step(
     total = torch.zeros((), device=device)
     for index, batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
-        with gradient_sync(model, is_last or not sync_once), precision.autocast():
+        with gradient_sync(model, is_last or not sync_once, is_last=is_last), precision.autocast():
             loss: Tensor = model(
                 batch.input_ids.to(device, non_blocking=device.type == "cuda"),
                 batch.labels.to(device, non_blocking=device.type == "cuda"),

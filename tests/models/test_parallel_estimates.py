@@ -58,21 +58,31 @@ def test_sharded_memory_counts_no_autocast_copies() -> None:
 
 
 def test_bytes_sent_replicas_send_less_than_shards() -> None:
-    for fsdp in (False, True):
-        assert bytes_sent(CONFIG, 1, fsdp=fsdp, dtype=torch.float32) == 0
+    assert bytes_sent(CONFIG, 1, dtype=torch.float32).total == 0
     n = sum(count_parameters(CONFIG).values())
-    assert bytes_sent(CONFIG, 2, fsdp=False, dtype=torch.float32) == 4 * n
-    assert bytes_sent(CONFIG, 2, fsdp=False, dtype=torch.float32, micro_batches=3) == 4 * n
-    assert bytes_sent(CONFIG, 2, fsdp=False, dtype=torch.float32, micro_batches=3, each=True) == 12 * n
+    assert bytes_sent(CONFIG, 2, dtype=torch.float32).total == 4 * n
+    assert bytes_sent(CONFIG, 2, dtype=torch.float32, micro_batches=3).total == 4 * n
+    assert bytes_sent(CONFIG, 2, dtype=torch.float32, micro_batches=3, each=True).total == 12 * n
     hidden, ends, rest = sharded_elements(CONFIG)
     expected = (3 * (2 * 2 * hidden + 4 * ends) + 4 * (hidden + ends) + 8 * rest) / 2
-    assert bytes_sent(CONFIG, 2, fsdp=True, dtype=torch.bfloat16, micro_batches=3) == expected
+    assert bytes_sent(CONFIG, 2, 2, dtype=torch.bfloat16, micro_batches=3).total == expected
+
+
+def test_bytes_sent_hybrid_sends_little_between_groups() -> None:
+    """Within a group as if it were alone, and beyond it the gradients of one shard, once."""
+    hidden, ends, rest = sharded_elements(CONFIG)
+    alone = bytes_sent(CONFIG, 4, 4, dtype=torch.bfloat16, micro_batches=3)
+    for each in (False, True):
+        sent = bytes_sent(CONFIG, 32, 4, dtype=torch.bfloat16, micro_batches=3, each=each)
+        assert sent.beyond == pytest.approx(2 * 7 / 8 * (hidden + ends) + 2 * 31 / 32 * 4 * rest)
+        more = 2 * 3 / 4 * 4 * (hidden + ends) if each else 0
+        assert sent.within == pytest.approx(alone.within - 2 * 3 / 4 * 4 * rest + more)
 
 
 def test_tokens_per_s_is_bound_by_slower_resource() -> None:
     def rate(n_devices: int, tokens: int, device: Device = GPU) -> float:
         return tokens_per_s(
-            CONFIG, device, n_devices, seq_len=32, tokens_per_device=tokens, fsdp=True, grad_checkpoint=False
+            CONFIG, device, n_devices, n_devices, seq_len=32, tokens_per_device=tokens, grad_checkpoint=False
         )
 
     many = 1_000_000

@@ -40,8 +40,6 @@ def test_compile_auto_compiles_from_break_even_size(device: torch.device) -> Non
     assert decide_compiling("auto", device, 0.99 * needed) == (False, None)
     is_compiled, said = decide_compiling("auto", device, needed)
     assert (is_compiled, "compiles the model" in str(said)) == (True, True)
-    is_compiled, said = decide_compiling("auto", device, needed, is_sharded=True)
-    assert (is_compiled, "sharded" in str(said)) == (False, True)
 
 
 def test_compile_auto_gpu_break_even_exceeds_cpu() -> None:
