@@ -417,7 +417,7 @@ def test_prep_encodes_a_damaged_chunk_again(
 
     prepare(corpus, name="straight")
     with monkeypatch.context() as patch:
-        patch.setattr("psannlm.prep.pipeline.write_manifest", lambda *_: (_ for _ in ()).throw(PsannlmError("stopped")))
+        patch.setattr("psannlm.prep.output.write_manifest", lambda *_: (_ for _ in ()).throw(PsannlmError("stopped")))
         with pytest.raises(PsannlmError, match="stopped"):
             prepare(corpus)
     pieces = sorted((tmp_path / "out" / ".work").glob("piece_*"))

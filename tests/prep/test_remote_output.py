@@ -243,13 +243,13 @@ def test_parts_at_urls_are_merged_like_folders(
 
 
 def test_missing_bucket_is_named_before_the_work(
-    s3: Any, prepare_to: Callable[..., PrepResult], monkeypatch: pytest.MonkeyPatch
+    s3: Any, prepare_to: Callable[..., PrepResult], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("psannlm.prep.pipeline.WorkerPool", lambda *a: pytest.fail("started to encode"))
     with pytest.raises(StorageError, match=r"s3://no-bucket-here/x.*create the bucket, or check the spelling") as found:
         prepare_to("s3://no-bucket-here/x")
     assert "\n" not in str(found.value)
-    assert not s3.exists("no-bucket-here")
+    assert not s3.exists("no-bucket-here"), "it is not created"
+    assert not list((tmp_path / "cache").rglob("piece_*")), "nothing was encoded"
 
 
 def test_refused_credentials_are_named(
