@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -56,6 +56,12 @@ def bench_tokenizers(
     prep: Annotated[
         bool, typer.Option("--prep", help="Also time psannlm prep on the whole corpus, beside the raw libraries.")
     ] = False,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(
+            "--engine", help="With --prep: ray times prep on a Ray cluster of this machine too, beside local."
+        ),
+    ] = "local",
     per_line: Annotated[bool, typer.Option("--per-line", help="Read each line of a .txt file as a document.")] = False,
     text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
     out: Annotated[
@@ -73,6 +79,8 @@ def bench_tokenizers(
     def source(path: str) -> PathSource:
         return PathSource(path=path, per_line=per_line, text_key=text_key)
 
+    if engine != "local" and not prep:
+        raise typer.BadParameter("it chooses what prep is timed with; add --prep", param_hint="--engine")
     require_existing("--model", *(model or []), what="tokenizer")
     require_folder("tokenizers", out)
     with live_line(stderr_console()) as line:
@@ -86,6 +94,7 @@ def bench_tokenizers(
             seed=seed,
             sample_chars=SAMPLE_CHARS if sample_chars is None else sample_chars,
             with_prep=prep,
+            engine=engine,
             on_progress=line.show,
         )
     tables = [_table(report), *([_prep_table(report)] if report.prep else [])]
@@ -151,9 +160,26 @@ def _prep_table(report: TokenizerReport) -> Table:
         ("tokens", lambda row: f"{row.n_tokens:,}"),
         ("extra tokens", lambda row: f"{row.extra_tokens:,}"),
     ]
+    if any(row.ray is not None for row in report.prep):
+        rows += _RAY_ROWS
     for heading, figure in rows:
         table.add_row(heading, *(Text(figure(row)) for row in report.prep))
     return table
+
+
+_RAY_ROWS: list[tuple[str, Callable[[PrepFigures], str]]] = [
+    ("with Ray, MB/s", lambda row: "-" if row.ray is None else f"{row.mb_per_s(row.ray.prep_s):,.2f}"),
+    ("Ray / local", lambda row: "-" if row.ray is None else _ratio(row.ray.ratio_to_local, True)),
+    ("Ray's start, s", lambda row: "-" if row.ray is None else f"{row.ray.start_s.median:,.1f}"),
+    (
+        "Ray, CPU s",
+        lambda row: "-" if row.ray is None or row.ray.prep_cpu_s is None else f"{row.ray.prep_cpu_s.median:,.1f}",
+    ),
+    (
+        "Ray, peak, MB",
+        lambda row: "-" if row.ray is None or row.ray.peak_bytes is None else f"{row.ray.peak_bytes / 1e6:,.0f}",
+    ),
+]
 
 
 def _columns_table(title: str, caption: str, names: list[str]) -> Table:

@@ -49,6 +49,13 @@ KeepDuplicatesOption = Annotated[
         "--keep-duplicates", help="Keep documents whose text repeats an earlier one; by default they are left out."
     ),
 ]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Number of encoding processes (default: one per core, within the memory); with --ray-address, the number "
+        "of chunks that are encoded at once (default: one per core of the cluster)."
+    ),
+]
 PartOption = Annotated[
     str | None,
     typer.Option(metavar="I/N", help="Prepare only the I-th of N parts of the corpus, to be joined with --merge."),
@@ -73,6 +80,23 @@ CacheDirOption = Annotated[
 ]
 
 
+EngineOption = Annotated[
+    Literal["local", "ray"],
+    typer.Option(
+        "--engine",
+        help="What encodes the text: processes of this machine (local), or a Ray cluster. The shards are the same.",
+    ),
+]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Ray cluster for --engine ray, of which this machine is a node; by default one is started here for the "
+        "time of the command.",
+    ),
+]
+
+
 def prep(
     corpus: CorpusArgument = None,
     tokenizer: TokenizerOption = None,
@@ -80,9 +104,7 @@ def prep(
     val_split: ValSplitOption = 0.01,
     seed: Annotated[int, typer.Option(help="Seed that decides which documents are held out.")] = 1337,
     shard_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in a shard.")] = 100_000_000,
-    workers: Annotated[
-        int | None, typer.Option(help="Number of encoding processes (default: one per core, within the memory).")
-    ] = None,
+    workers: WorkersOption = None,
     per_line: Annotated[bool, typer.Option("--per-line", help="Read each line of a text file as a document.")] = False,
     text_key: Annotated[str, typer.Option(help="Key or column of the text in .jsonl and .parquet files.")] = "text",
     stdin_format: StdinFormatOption = "txt",
@@ -90,6 +112,8 @@ def prep(
     min_chars: Annotated[int, typer.Option(help="Leave out documents of fewer characters.")] = 1,
     max_chars: MaxCharsOption = None,
     keep_duplicates: KeepDuplicatesOption = False,
+    engine: EngineOption = "local",
+    ray_address: RayAddressOption = None,
     part: PartOption = None,
     merge: MergeOption = False,
     cache_dir: CacheDirOption = None,
@@ -106,6 +130,8 @@ def prep(
         raise typer.BadParameter("name the folder to make", param_hint="--out")
     with live_line(stderr_console()) as line:
         if merge:
+            if engine != "local" or ray_address is not None:
+                raise typer.BadParameter("--merge encodes nothing; leave out --engine", param_hint="--engine")
             from psannlm.io.urls import is_remote
             from psannlm.prep.merge import merge_parts
 
@@ -142,6 +168,8 @@ def prep(
                 part=_part(part),
                 on_progress=line.show,
                 cache_dir=cache_dir,
+                engine=engine,
+                ray_address=ray_address,
             )
     if not result.was_done:
         keep_record(

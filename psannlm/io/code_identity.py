@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,26 @@ UNKNOWN_CODE = "unknown"
 _SOURCES = ("data", "evaluation", "kernels", "models", "runtime/device.py", "tokenizers", "training")
 
 
-@lru_cache(maxsize=1)
 def code_sha256() -> str:
-    """Return the SHA-256 of the names and contents of these files, comments included."""
-    return _digest_of(_SOURCES)
+    """Return the SHA-256 of the names and contents of the files that decide what a run learns, comments included."""
+    return sources_sha256(_SOURCES)
 
 
-@lru_cache(maxsize=1)
 def package_sha256() -> str:
     """Return the SHA-256 of all source files of the package, which the ranks of one run must have in common."""
-    return _digest_of((".",))
+    return sources_sha256((".",))
 
 
-def _digest_of(sources: Sequence[str]) -> str:
+@lru_cache(maxsize=8)
+def sources_sha256(names: tuple[str, ...]) -> str:
+    """Return the SHA-256 of the names and contents of source files, comments included.
+
+    Args:
+        names: packages of psannlm, of which all modules count, and modules, by their paths.
+    """
     root = Path(__file__).resolve().parents[1]
     files = [
-        path for name in sources for path in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))
+        path for name in names for path in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))
     ]
     digest = hashlib.sha256()
     for path in sorted(files):

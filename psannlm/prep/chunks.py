@@ -49,7 +49,7 @@ class Chunk:
     index: int
     sections: tuple[Section, ...]
     names: dict[int, str]
-    payload: bytes
+    payload: bytes | memoryview
 
     def header(self) -> bytes:
         """Return everything except the payload as bytes, for :meth:`from_message`."""
@@ -57,7 +57,7 @@ class Chunk:
         return json.dumps([self.index, self.sections, names]).encode("utf-8")
 
     @classmethod
-    def from_message(cls, header: bytes, payload: bytes) -> Chunk:
+    def from_message(cls, header: bytes, payload: bytes | memoryview) -> Chunk:
         """Return the chunk with this header and payload."""
         index, sections, names = json.loads(header)
         return cls(

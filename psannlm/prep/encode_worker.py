@@ -23,7 +23,7 @@ from psannlm.data.memory_store import token_dtype
 from psannlm.data.split import SEGMENT_BYTES, cut_segments, find_cut
 from psannlm.errors import CorpusError, PsannlmError, StorageError, TokenizerError
 from psannlm.prep.chunks import BEGINS, ENDS, FILE, HALF, HAS_TEXT, JSON_LINES, TEXT, WHOLE, Chunk, Section
-from psannlm.prep.encoded_chunk import UNIT, EncodedChunk, encoded_chunk_path, write_encoded_chunk
+from psannlm.prep.encoded_chunk import UNIT, EncodedChunk, encoded_chunk_parts, encoded_chunk_path, write_encoded_chunk
 from psannlm.prep.job import REPLACE_ADVICE, REPLACE_OPTION, PrepSettings
 from psannlm.prep.reader import Cut
 from psannlm.runtime.malloc import trim_aggressively
@@ -39,6 +39,13 @@ _NAMES_KEPT = 5
 _CHECKED_ONE_IN = 64
 _DRAWN_CHARACTERS = 64
 _NO_HASH = bytes(HASH_BYTES)
+# Environment of a worker: it encodes with one thread.
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 # Columns of a unit: tokens (0 until it is encoded), bytes, characters, flags, origin, hash.
 Row = tuple[int, int, int, int, int, bytes]
 
@@ -253,6 +260,13 @@ def setup_message(folder: Path, settings: PrepSettings, cut: Cut | None) -> byte
     ).encode("utf-8")
 
 
+def encoder_of(setup: bytes, tokenizer: bytes) -> ChunkEncoder:
+    """Return the encoder that the first two messages to a worker describe."""
+    message = json.loads(setup)
+    cut = None if message["cut"] is None else Cut(**message["cut"])
+    return ChunkEncoder(tokenizer_from_bytes(tokenizer), PrepSettings(**message["settings"]), cut)
+
+
 def main() -> None:
     """Encode chunks until the connection ends; ``sys.argv``: its file descriptor and the parent's process id."""
     handle, parent = int(sys.argv[1]), int(sys.argv[2])
@@ -260,13 +274,12 @@ def main() -> None:
     trim_aggressively()
     with Connection(handle) as connection:
         try:
-            setup = json.loads(connection.recv_bytes())
-            cut = None if setup["cut"] is None else Cut(**setup["cut"])
-            tokenizer = tokenizer_from_bytes(connection.recv_bytes())
-            encoder = ChunkEncoder(tokenizer, PrepSettings(**setup["settings"]), cut)
+            setup = connection.recv_bytes()
+            encoder = encoder_of(setup, connection.recv_bytes())
+            folder = Path(json.loads(setup)["folder"])
             while True:
                 chunk = Chunk.from_message(connection.recv_bytes(), connection.recv_bytes())
-                connection.send_bytes(json.dumps(_answer(encoder, chunk, Path(setup["folder"]))).encode("utf-8"))
+                connection.send_bytes(json.dumps(_answer(encoder, chunk, folder)).encode("utf-8"))
         except (EOFError, ConnectionError):
             return
 
@@ -274,7 +287,7 @@ def main() -> None:
 def _answer(encoder: ChunkEncoder, chunk: Chunk, folder: Path) -> dict[str, Any]:
     try:
         encoded = encoder.encode(chunk)
-        n_bytes = write_encoded_chunk(encoded_chunk_path(folder, chunk.index), encoded)
+        n_bytes = write_encoded_chunk(encoded_chunk_path(folder, chunk.index), *encoded_chunk_parts(encoded))
     except tuple(ERRORS.values()) as error:
         return {"error": type(error).__name__, "message": str(error)}
     return {"tokens": len(encoded.tokens), "bytes": n_bytes}

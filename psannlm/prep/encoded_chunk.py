@@ -67,15 +67,8 @@ def encoded_chunk_path(folder: Path, index: int) -> Path:
     return folder / f"piece_{index:08d}"
 
 
-def write_encoded_chunk(path: Path, encoded: EncodedChunk) -> int:
-    """Write an encoded chunk to a temporary file and rename it; return the bytes written.
-
-    It is not flushed to the disk: a file that a power cut leaves half-written does not match its hashes, and its
-    chunk is encoded again. The folder must exist: a worker that outlives its run must not create it again.
-
-    Raises:
-        StorageError: the disk is full or the folder cannot be written.
-    """
+def encoded_chunk_parts(encoded: EncodedChunk) -> tuple[bytes, ...]:
+    """Return the content of the file of an encoded chunk, as parts to be joined."""
     units, tokens = encoded.units.tobytes(), encoded.tokens.tobytes()
     head = {
         "payload": encoded.payload,
@@ -87,12 +80,25 @@ def write_encoded_chunk(path: Path, encoded: EncodedChunk) -> int:
     }
     header = json.dumps(head, separators=(",", ":")).encode("ascii")
     prefix = _PREFIX.pack(_MAGIC, bytes.fromhex(_digest(header, units)), len(header))
+    return prefix, header, units, tokens
+
+
+def write_encoded_chunk(path: Path, *parts: bytes | memoryview) -> int:
+    """Write the parts of an encoded chunk to a temporary file and rename it; return the bytes written.
+
+    It is not flushed to the disk: a file that a power cut leaves half-written does not match its hashes, and its
+    chunk is encoded again. The folder must exist: a worker that outlives its run must not create it again.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    n_bytes = 0
     with explain_write_errors(path), temporary_beside(path) as temporary:
         with open(temporary, "wb") as file:
-            for part in (prefix, header, units, tokens):
-                file.write(part)
+            for part in parts:
+                n_bytes += file.write(part)
         os.replace(temporary, path)
-    return len(prefix) + len(header) + len(units) + len(tokens)
+    return n_bytes
 
 
 def is_encoded_chunk(path: Path) -> bool:

@@ -34,15 +34,14 @@ from psannlm.io.lock import RunLock
 from psannlm.prep.chunks import Chunk, chunk_bytes_for, gather
 from psannlm.prep.encode_worker import setup_message
 from psannlm.prep.encoded_chunk import encoded_chunk_path, read_encoded_chunk
+from psannlm.prep.engine import Engine
 from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remove_work
 from psannlm.prep.job import STDIN, PrepSettings
 from psannlm.prep.output import Output, open_output
 from psannlm.prep.plan import Plan, resume_plan, tokenizer_entry, write_plan
-from psannlm.prep.pool import WorkerPool
 from psannlm.prep.reader import CorpusReader, Cut, Drops, SourceFile, deal, find_sources
 from psannlm.prep.selection import SPLITS, DocumentSelector, Selection, SingleDocument
 from psannlm.prep.shard_writer import DocumentStream, select_units
-from psannlm.runtime.cores import usable_workers
 from psannlm.runtime.malloc import trim_aggressively
 from psannlm.runtime.progress import OnProgress, Progress, ProgressCounter, ignore_progress
 from psannlm.runtime.signals import stopping_on_signals
@@ -51,9 +50,6 @@ from psannlm.tokenizers.resolve import load_tokenizer
 from psannlm.tokenizers.roundtrip import folder_warning, is_lossy, roundtrip_warning
 
 log = logging.getLogger(__name__)
-
-# A worker with its tokenizer and the texts and tokens of a chunk; by default there are no more than fit into memory.
-_WORKER_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -102,6 +98,8 @@ def prepare_corpus(
     on_progress: OnProgress = ignore_progress,
     chunk_bytes: int | None = None,
     cache_dir: Path | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> PrepResult:
     """Prepare the files that ``patterns`` match into the folder ``out``; resume an interrupted call.
 
@@ -109,25 +107,27 @@ def prepare_corpus(
 
     Args:
         out: a folder, or the text of a URL, to which shards are copied as they are written.
-        n_workers: number of encoding processes; None takes one per usable core.
+        n_workers: number of encoding processes; None takes one per usable core. With ``ray_address``, the number of
+            chunks that the cluster encodes at once; None takes all of its cores.
         part: (i, n): prepare the i-th of n parts of the corpus, to be merged later.
         on_progress: gets the stored bytes read and encoded so far, then the tokens written to shards.
         chunk_bytes: bytes of text per chunk; None depends on the size of the corpus.
         cache_dir: folder for unfinished work while ``out`` is a URL; None is the user's cache.
+        engine: what encodes: ``local`` processes, or ``ray``; an interrupted call may be resumed with the other one.
+        ray_address: host:port of a Ray cluster; None starts one on this machine for the time of the call.
 
     Raises:
         ArtifactError: ``out`` is finished and damaged, and its corpus came from standard input.
         CorpusError: a file is missing, damaged, not UTF-8 or changed while it was read, or there is no text.
-        ConfigError: ``out`` holds other work, or an argument is out of range.
+        ConfigError: ``out`` holds other work, an argument is out of range, or a Ray cluster cannot be used.
         TokenizerError: the tokenizer cannot be read.
         StorageError: the disk is full, permission is missing, or another process works in ``out``.
-        WorkerError: a worker process died.
+        WorkerError: a worker process died; of a Ray cluster: three times at the same chunk.
         Interrupted: Ctrl-C or SIGTERM; the same call resumes.
     """
     began = time.monotonic()
     trim_aggressively()
-    if n_workers is not None and n_workers < 1:
-        raise ConfigError(f"n_workers is {n_workers}; it must be 1 or more")
+    encoding = Engine(engine, n_workers, ray_address)
     if part is not None and not 1 <= part[0] <= part[1]:
         raise ConfigError(f"part {part[0]}/{part[1]} does not exist; parts are 1/{part[1]} to {part[1]}/{part[1]}")
     if part is not None and part[1] > MAX_PARTS:
@@ -148,9 +148,7 @@ def prepare_corpus(
             if (warning := folder_warning(str(output.name), manifest.lost_fraction)) is not None:
                 log.warning(warning)
             return PrepResult(output.name, manifest, time.monotonic() - began, n_bytes, was_done=True)
-        preparation = _Preparation(
-            output, plan, indices, tokenizer, n_workers or usable_workers(_WORKER_BYTES), on_progress, stop, drops
-        )
+        preparation = _Preparation(output, plan, indices, tokenizer, encoding, on_progress, stop, drops)
         manifest = preparation.run()
         return PrepResult(output.name, manifest, time.monotonic() - began, preparation.n_bytes)
 
@@ -189,7 +187,7 @@ class _Preparation:
         plan: Plan,
         indices: list[int],
         tokenizer: Tokenizer,
-        n_workers: int,
+        engine: Engine,
         on_progress: OnProgress,
         stop: threading.Event,
         drops: Drops,
@@ -197,7 +195,7 @@ class _Preparation:
         self.n_bytes = 0
         self._output, self._out, self._work = output, output.folder, output.folder / WORK_FOLDER
         self._plan, self._indices = plan, indices
-        self._tokenizer, self._n_workers, self._on_progress, self._stop = tokenizer, n_workers, on_progress, stop
+        self._tokenizer, self._engine, self._on_progress, self._stop = tokenizer, engine, on_progress, stop
         self._found_drops = drops
         self._names = [source.path for source in plan.sources]
         is_known = all(plan.sources[index].n_bytes is not None for index in indices)
@@ -293,7 +291,7 @@ class _Preparation:
 
         setup = setup_message(self._work, plan.settings, plan.cut)
         try:
-            with WorkerPool(self._n_workers, setup, self._tokenizer.to_bytes()) as pool:
+            with self._engine.pool(setup, self._tokenizer.to_bytes(), self._work) as pool:
                 pool.encode(missing(), done, self._stop.is_set)
         except Interrupted:
             raise Interrupted(self._interruption(reader)) from None

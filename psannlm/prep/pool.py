@@ -1,4 +1,7 @@
-"""Pool of worker processes that encode chunks, with a one-line error when a process dies."""
+"""Pools that encode chunks: their common part, and the pool of processes on this machine.
+
+A pool of processes has a one-line error for a process that dies. ``ray_pool`` holds the pool of a Ray cluster.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import signal
 import socket
 import subprocess
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -16,18 +20,12 @@ from typing import Any
 
 from psannlm.errors import Interrupted, PsannlmError, WorkerError
 from psannlm.prep.chunks import Chunk
-from psannlm.prep.encode_worker import ERRORS
+from psannlm.prep.encode_worker import ERRORS, ONE_THREAD
 from psannlm.runtime.processes import python_program
 
 _PROGRAM = "from psannlm.prep.encode_worker import main; sys.exit(main())"
-_WAIT_S = 0.1
+WAIT_S = 0.1
 _END_S = 5.0
-_ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "RAYON_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 class _Worker:
@@ -43,7 +41,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                env={**os.environ, **_ONE_THREAD},
+                env={**os.environ, **ONE_THREAD},
             )
         self.connection = Connection(ours.detach())
         self._first = [setup, tokenizer]
@@ -75,34 +73,21 @@ class _Worker:
         )
 
 
-class WorkerPool:
-    """Context manager of ``n_workers`` processes. Raises WorkerError if one cannot be started."""
+class ChunkPool(ABC):
+    """Context manager that encodes chunks on workers; ``_answers`` holds what they answered, by chunk index."""
 
-    def __init__(self, n_workers: int, setup: bytes, tokenizer: bytes) -> None:
-        self._workers: list[_Worker] = []
-        self._threads: list[threading.Thread] = []
-        self._tasks: queue.Queue[Chunk | None] = queue.Queue(maxsize=2)
-        self._answers: queue.Queue[tuple[int, dict[str, Any] | WorkerError]] = queue.Queue()
+    def __init__(self) -> None:
+        self._answers: queue.Queue[tuple[int, dict[str, Any] | PsannlmError]] = queue.Queue()
         self._failures: list[tuple[int, PsannlmError]] = []
         self._n_open = 0
-        try:
-            for _ in range(n_workers):
-                self._workers.append(_Worker(setup, tokenizer))
-        except OSError as error:
-            self._end()
-            raise WorkerError(f"a worker process could not be started: {error.strerror or error}") from error
 
-    def __enter__(self) -> WorkerPool:
-        for worker in self._workers:
-            thread = threading.Thread(target=self._serve, args=(worker,), daemon=True)
-            thread.start()
-            self._threads.append(thread)
-        return self
+    @abstractmethod
+    def __enter__(self) -> ChunkPool: ...
 
+    @abstractmethod
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
+    ) -> None: ...
 
     def encode(
         self, chunks: Iterable[Chunk], done: Callable[[int, dict[str, Any]], None], stop: Callable[[], bool]
@@ -131,13 +116,13 @@ class WorkerPool:
                 raise min(self._failures, key=lambda failure: failure[0])[1] from None
             raise
 
+    @abstractmethod
     def _put(self, chunk: Chunk) -> bool:
-        try:
-            self._tasks.put(chunk, timeout=_WAIT_S)
-        except queue.Full:
-            return False
-        self._n_open += 1
-        return True
+        """Send a chunk to a worker within 0.1 s and count it in ``_n_open``; return whether there was room for it."""
+
+    @abstractmethod
+    def _drop_tasks(self) -> None:
+        """Take back, after an error or a stop, the chunks that no worker has begun: ``_n_open`` counts the others."""
 
     def _raise_if_stopped(self, stop: Callable[[], bool]) -> None:
         if self._failures:
@@ -149,17 +134,53 @@ class WorkerPool:
         """Process the answers that are available; with ``wait``, wait up to 0.1 s for the first."""
         while True:
             try:
-                index, answer = self._answers.get(wait, _WAIT_S)
+                index, answer = self._answers.get(wait, WAIT_S)
             except queue.Empty:
                 return
             wait = False
             self._n_open -= 1
-            if isinstance(answer, WorkerError):
+            if isinstance(answer, PsannlmError):
                 self._failures.append((index, answer))
             elif "error" in answer:
                 self._failures.append((index, ERRORS[answer["error"]](answer["message"])))
             else:
                 done(index, answer)
+
+
+class WorkerPool(ChunkPool):
+    """Context manager of ``n_workers`` processes. Raises WorkerError if one cannot be started."""
+
+    def __init__(self, n_workers: int, setup: bytes, tokenizer: bytes) -> None:
+        super().__init__()
+        self._workers: list[_Worker] = []
+        self._threads: list[threading.Thread] = []
+        self._tasks: queue.Queue[Chunk | None] = queue.Queue(maxsize=2)
+        try:
+            for _ in range(n_workers):
+                self._workers.append(_Worker(setup, tokenizer))
+        except OSError as error:
+            self._end()
+            raise WorkerError(f"a worker process could not be started: {error.strerror or error}") from error
+
+    def __enter__(self) -> WorkerPool:
+        for worker in self._workers:
+            thread = threading.Thread(target=self._serve, args=(worker,), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def _put(self, chunk: Chunk) -> bool:
+        try:
+            self._tasks.put(chunk, timeout=WAIT_S)
+        except queue.Full:
+            return False
+        self._n_open += 1
+        return True
 
     def _drop_tasks(self) -> None:
         while True:

@@ -83,6 +83,7 @@ def bench_tokenizers(
     sample_chars: int = SAMPLE_CHARS,
     min_run_s: float = MIN_RUN_S,
     with_prep: bool = False,
+    engine: str = "local",
     on_progress: OnProgress = ignore_progress,
 ) -> TokenizerReport:
     """Train every available backend on ``sources`` and measure it, and the ``models``, on held-out text.
@@ -95,6 +96,7 @@ def bench_tokenizers(
         sample_chars: maximum number of characters of ``sources`` to train on, before they are repeated.
         min_run_s: minimum duration of a run; see :func:`measure_tokenizers`.
         with_prep: also prepare all of ``sources`` with each tokenizer, see ``tokenization.prep.bench_prep``.
+        engine: ``ray`` prepares them on a Ray cluster of this machine too.
         repeats: counted runs of each, interleaved. Training has no warm-up run: a user waits for the first one.
         on_progress: gets the bytes of ``sources`` read so far, then the runs.
 
@@ -133,7 +135,7 @@ def bench_tokenizers(
     )
     prepared = []
     if with_prep:
-        prepared = bench_prep({**fitted, **loaded}, preparable, repeats=repeats, on_progress=on_progress)
+        prepared = bench_prep({**fitted, **loaded}, preparable, repeats=repeats, engine=engine, on_progress=on_progress)
     return TokenizerReport(
         corpus=[source.path if isinstance(source, PathSource) else source.builtin for source in sources],
         corpus_documents=report.documents,

@@ -1,7 +1,8 @@
 """Throughput of ``psannlm prep`` beside the encoding of the raw tokenizer library.
 
 Prep runs as a command, which starts, reads, hashes, encodes and writes. The library encodes the same texts from memory
-in batches, with as many threads, and writes nothing: only its encoding is timed.
+in batches, with as many threads, and writes nothing: only its encoding is timed. On request prep runs with a Ray
+cluster of this machine too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from psannlm.config.data import PathSource, Source
 from psannlm.data.corpus.documents import read_documents
 from psannlm.errors import ConfigError, WorkerError
 from psannlm.reports.schemas.measured import Spread
-from psannlm.reports.schemas.tokenizers import PrepFigures
+from psannlm.reports.schemas.tokenizers import PrepFigures, RayFigures
 from psannlm.runtime.cores import usable_cores
 from psannlm.runtime.processes import python_command
 from psannlm.runtime.progress import OnProgress, ignore_progress
@@ -35,6 +36,7 @@ from psannlm.tokenizers.resolve import tokenizer_from_bytes
 _BATCH_CHARS = 8_000_000
 _POLL_S = 0.1
 _PROC = Path("/proc")
+_ONE_LINE = b"one line\n"
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,15 @@ class PrepRun:
     """One run of the command: seconds, CPU seconds of all its processes, tokens and peak memory.
 
     ``n_tokens`` excludes BOS and EOS. ``peak_bytes`` is the peak memory of all processes together, with shared pages
-    counted once, or None without Linux's ``/proc``.
+    counted once, and ``sampled_cpu_s`` the CPU seconds of all processes, also of those that nobody waits for; both are
+    None without Linux's ``/proc``.
     """
 
     seconds: float
     cpu_s: float
     n_tokens: int
     peak_bytes: int | None
+    sampled_cpu_s: float | None = None
 
 
 class RawBench:
@@ -120,6 +124,7 @@ def bench_prep(
     sources: Sequence[PathSource],
     *,
     repeats: int,
+    engine: str = "local",
     on_progress: OnProgress = ignore_progress,
 ) -> list[PrepFigures]:
     """Prepare ``sources`` with each tokenizer that wraps a library, interleaved with that library.
@@ -129,6 +134,7 @@ def bench_prep(
 
     Args:
         sources: as :func:`check_preparable` returns them.
+        engine: ``ray`` also prepares them with ``--engine ray``.
 
     Raises:
         WorkerError: ``psannlm prep`` failed, or a measuring process ended early.
@@ -145,12 +151,52 @@ def bench_prep(
             candidates: dict[str, Callable[[Count], RawRun | PrepRun]] = {
                 f"{way} {name}": _raw_candidate(raw, way == "raw arrays") for way in ways
             }
-            candidates[f"prep {name}"] = lambda _, content=content: run_prep(sources, content, threads)  # type: ignore[misc]
+            candidates |= _prep_candidates(name, sources, content, threads, engine)
             runs: dict[str, list[Any]] = run_interleaved(candidates, repeats, warm_ups=0, on_progress=on_progress)
-        figures.append(
-            _figures(name, threads, runs[f"prep {name}"], runs[f"raw {name}"], runs.get(f"raw arrays {name}"))
-        )
+        of = _figures(name, threads, runs[f"prep {name}"], runs[f"raw {name}"], runs.get(f"raw arrays {name}"))
+        if engine == "ray":
+            of = replace(of, ray=_ray_figures(name, runs))
+        figures.append(of)
     return figures
+
+
+def _prep_candidates(
+    name: str, sources: Sequence[PathSource], content: bytes, threads: int, engine: str
+) -> dict[str, Callable[[Count], RawRun | PrepRun]]:
+    """Return the runs of the command: on the corpus and, where two engines are compared, on one line, with each."""
+
+    def run(engine: str) -> Callable[[Count], PrepRun]:
+        return lambda _: run_prep(sources, content, threads, engine)
+
+    def start(engine: str) -> Callable[[Count], PrepRun]:
+        def run_on_one_line(_: Count) -> PrepRun:
+            with tempfile.TemporaryDirectory(prefix="psannlm-prep-") as folder:
+                (Path(folder) / "line.txt").write_bytes(_ONE_LINE)
+                return run_prep([PathSource(path=f"{folder}/line.txt")], content, threads, engine)
+
+        return run_on_one_line
+
+    if engine == "local":
+        return {f"prep {name}": run("local")}
+    return {
+        f"prep {name}": run("local"),
+        f"prep with ray {name}": run("ray"),
+        f"start {name}": start("local"),
+        f"start with ray {name}": start("ray"),
+    }
+
+
+def _ray_figures(name: str, runs: Mapping[str, Sequence[PrepRun]]) -> RayFigures:
+    here, there = runs[f"prep {name}"], runs[f"prep with ray {name}"]
+    begun, begun_there = runs[f"start {name}"], runs[f"start with ray {name}"]
+    cpu_s = [run.sampled_cpu_s for run in there if run.sampled_cpu_s is not None]
+    return RayFigures(
+        prep_s=Spread.of([run.seconds for run in there]),
+        prep_cpu_s=Spread.of(cpu_s) if cpu_s else None,
+        peak_bytes=max((run.peak_bytes for run in there if run.peak_bytes is not None), default=None),
+        start_s=Spread.of([b.seconds - a.seconds for a, b in zip(begun, begun_there, strict=True)]),
+        ratio_to_local=paired_ratio([run.seconds for run in here], [run.seconds for run in there]),
+    )
 
 
 def _raw_candidate(raw: IsolatedProcess, as_arrays: bool) -> Callable[[Count], RawRun]:
@@ -189,7 +235,7 @@ def _figures(
     )
 
 
-def run_prep(sources: Sequence[PathSource], tokenizer: bytes, workers: int) -> PrepRun:
+def run_prep(sources: Sequence[PathSource], tokenizer: bytes, workers: int, engine: str = "local") -> PrepRun:
     """Run ``psannlm prep`` on ``sources`` into a temporary folder and measure the whole command.
 
     Raises:
@@ -201,13 +247,14 @@ def run_prep(sources: Sequence[PathSource], tokenizer: bytes, workers: int) -> P
         command = python_command("psannlm", "prep", *(source.path for source in sources))
         command += ["--tokenizer", str(folder / "tokenizer"), "--out", str(folder / "shards"), "--json"]
         command += ["--val-split", "0", "--keep-duplicates", "--workers", str(workers)]
+        command += ["--engine", engine]
         command += ["--text-key", sources[0].text_key, *(["--per-line"] if sources[0].per_line else [])]
         cpu_before = _children_cpu_s()
         began = time.perf_counter()
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        with _MemoryMonitor(process.pid) as monitor:
+        with _ProcessMonitor(process.pid) as monitor:
             out, err = process.communicate()
         seconds = time.perf_counter() - began
         if process.returncode != 0:
@@ -215,7 +262,7 @@ def run_prep(sources: Sequence[PathSource], tokenizer: bytes, workers: int) -> P
             raise WorkerError(f"psannlm prep ended with exit code {process.returncode}: {reason}")
         train = json.loads(out)["train"]
     n_text_tokens = train["tokens"] - 2 * train["documents"]
-    return PrepRun(seconds, _children_cpu_s() - cpu_before, n_text_tokens, monitor.peak_bytes)
+    return PrepRun(seconds, _children_cpu_s() - cpu_before, n_text_tokens, monitor.peak_bytes, monitor.cpu_s)
 
 
 def _children_cpu_s() -> float:
@@ -224,16 +271,17 @@ def _children_cpu_s() -> float:
     return times.children_user + times.children_system
 
 
-class _MemoryMonitor:
-    """Context that polls the memory of a process and its children every tenth of a second."""
+class _ProcessMonitor:
+    """Context that polls the memory and CPU time of a process and its descendants every tenth of a second."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
+        self._cpu_s: dict[int, float] = {}
         self.peak_bytes: int | None = None
 
-    def __enter__(self) -> _MemoryMonitor:
+    def __enter__(self) -> _ProcessMonitor:
         self._thread.start()
         return self
 
@@ -241,11 +289,31 @@ class _MemoryMonitor:
         self._ended.set()
         self._thread.join()
 
+    @property
+    def cpu_s(self) -> float | None:
+        """CPU seconds that the processes had used when they were last seen."""
+        return sum(self._cpu_s.values()) if self._cpu_s else None
+
     def _poll(self) -> None:
         while not self._ended.wait(_POLL_S):
             held = held_bytes(self._pid)
             if held is not None:
                 self.peak_bytes = max(held, self.peak_bytes or 0)
+                self._cpu_s.update(used_cpu_s(self._pid))
+
+
+def used_cpu_s(pid: int) -> dict[int, float]:
+    """Return the CPU seconds of a process and of each of its descendants, by process id; only with ``/proc``."""
+    tick_s = 1 / os.sysconf("SC_CLK_TCK")
+    used = {}
+    for folder in _descendants(pid):
+        try:
+            # The name of the program, in parentheses, may hold anything.
+            fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue
+        used[int(folder.name)] = tick_s * (int(fields[11]) + int(fields[12]))
+    return used
 
 
 def held_bytes(pid: int) -> int | None:
@@ -255,15 +323,25 @@ def held_bytes(pid: int) -> int | None:
     """
     if not (_PROC / "self" / "smaps_rollup").is_file():
         return None
-    total, waiting = 0, [pid]
+    total = 0
+    for folder in _descendants(pid):
+        try:
+            lines = (folder / "smaps_rollup").read_text(encoding="ascii").splitlines()
+        except OSError:
+            continue
+        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def _descendants(pid: int) -> Iterator[Path]:
+    """Yield the folders in ``/proc`` of a process and its descendants."""
+    waiting = [pid]
     while waiting:
         folder = _PROC / str(waiting.pop())
         try:
-            lines = (folder / "smaps_rollup").read_text(encoding="ascii").splitlines()
             waiting += [
                 int(child) for task in (folder / "task").iterdir() for child in (task / "children").read_text().split()
             ]
         except OSError:
             continue
-        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total
+        yield folder

@@ -118,10 +118,29 @@ class TokenizerFigures(Figures):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RayFigures(Figures):
+    """Results of preparing the same corpus on a Ray cluster of one machine, with as many cores.
+
+    Attributes:
+        prep_s: seconds of the command, starting and ending the cluster included.
+        prep_cpu_s: CPU seconds of all processes, Ray's own included, sampled; None without Linux's ``/proc``.
+        start_s: seconds that the engine adds to the command on a corpus of one line.
+        ratio_to_local: throughput with Ray over that with local processes, run by run.
+    """
+
+    prep_s: Spread
+    prep_cpu_s: Spread | None
+    peak_bytes: Whole | None
+    start_s: Spread
+    ratio_to_local: Spread
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepFigures(Figures):
     """Results of preparing a corpus with one tokenizer.
 
     Attributes:
+        ray: the same with ``--engine ray``; None if it was not measured.
         n_bytes: UTF-8 bytes of all texts.
         raw_s, raw_arrays_s: seconds of the raw library, with lists of ids as results, and with arrays (SentencePiece;
             None for other libraries).
@@ -143,6 +162,7 @@ class PrepFigures(Figures):
     raw_arrays_s: Spread | None
     raw_arrays_cpu_s: Spread | None
     ratio_to_raw_arrays: Spread | None
+    ray: RayFigures | None = None
 
     def mb_per_s(self, seconds: Spread) -> float:
         """Return the throughput in millions of bytes of text per second, from a median time."""
