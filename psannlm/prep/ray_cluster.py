@@ -81,8 +81,12 @@ def ray_connection(address: str | None, n_workers: int, store_bytes: int) -> Ite
                 _require_outer_address(ray, address)
             with _kept_handler(signal.SIGTERM), _silent_stderr():
                 ray.init(address="local" if address is None else address, **common, **(own if address is None else {}))
-        except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
-            raise _refusal(address, error) from error
+        except Exception as error:
+            # Where a node does not start in time, Ray raises the base class itself.
+            known = (ray.exceptions.RayError, OSError, RuntimeError, ValueError)
+            if isinstance(error, known) or type(error) is Exception:
+                raise _refusal(address, error) from error
+            raise
         try:
             yield ray
         finally:

@@ -42,14 +42,25 @@ class Cluster:
 
         (Path(os.environ["RAY_TMPDIR"]) / "ray").mkdir()
         head = {"num_cpus": 1, "include_dashboard": False}
-        self._cluster = RayCluster(initialize_head=True, head_node_args=head)
+        self._cluster = RayCluster()
+        self._add(**head)
         self.address: str = self._cluster.address
         self.nodes: list[Any] = []
 
     def add(self, **arguments: Any) -> Any:
-        node = self._cluster.add_node(num_cpus=1, **arguments)
+        node = self._add(num_cpus=1, include_log_monitor=False, **arguments)
         self.nodes.append(node)
         return node
+
+    def _add(self, **arguments: Any) -> Any:
+        """Start a node; Ray gives up after 30 s, which a machine that runs much else may take."""
+        for _ in range(2):
+            try:
+                return self._cluster.add_node(**arguments)
+            except Exception as error:
+                if "timed out during startup" not in str(error):
+                    raise
+        return self._cluster.add_node(**arguments)
 
     def grow_to(self, n_nodes: int) -> None:
         while len(self.nodes) + 1 < n_nodes:
