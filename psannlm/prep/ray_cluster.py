@@ -28,9 +28,12 @@ log = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
 _CONNECT_S = 5.0
+# As on Windows and macOS: otherwise Ray replaces a loopback address by one that the network reaches.
+_LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # Where something else than Ray listens, Ray repeats for minutes what fails; these bound it to ten seconds.
+_RETRIES = "NUM_REDIS_GET_RETRIES"
 _IMPATIENT = {
-    "RAY_NUM_REDIS_GET_RETRIES": "1",
+    f"RAY_{_RETRIES}": "1",
     "RAY_gcs_rpc_server_connect_timeout_s": "2",
     "RAY_py_gcs_connect_timeout_s": "4",
 }
@@ -59,7 +62,9 @@ def ray_connection(address: str | None, n_workers: int, store_bytes: int) -> Ite
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if address is None and not any(os.environ.get(name) for name in _TOKEN_NAMES):
             os.environ["RAY_AUTH_TOKEN"] = _OWN_TOKEN
-        if address is not None:
+        if address is None:
+            os.environ[_LOOPBACK_ONLY] = "0"
+        else:
             os.environ.update(_IMPATIENT)
             _require_listener(address)
         ray = _module()
@@ -104,11 +109,17 @@ def check_nodes(ray: Any, ours: Mapping[str, str]) -> int:
     report = ray.remote(num_cpus=0, max_retries=0)(version_reporter())
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     asked = [report.options(scheduling_strategy=affinity(node["NodeID"], soft=False)).remote() for node in nodes]
+    n_nodes = len(nodes)
     for node, reference in zip(nodes, asked, strict=True):
         name = node["NodeManagerAddress"]
         try:
             found = ray.get(reference, timeout=_NODES_S)
         except ray.exceptions.RayError as error:
+            # A node that ended a moment ago is listed until its heartbeats are missed.
+            is_gone = isinstance(error, ray.exceptions.TaskUnschedulableError)
+            if is_gone or not any(each["NodeID"] == node["NodeID"] and each["Alive"] for each in ray.nodes()):
+                n_nodes -= 1
+                continue
             raise WorkerError(f"the Ray node {name} does not run a task: {one_line(error)}") from error
         name = f"{found['host']} ({name})"
         if "missing" in found:
@@ -117,7 +128,7 @@ def check_nodes(ray: Any, ours: Mapping[str, str]) -> int:
             )
         if differing := differing_versions(found["versions"], ours):
             raise other_versions(name, differing)
-    return len(nodes)
+    return n_nodes
 
 
 def other_versions(node: str, differing: str) -> ConfigError:
@@ -140,6 +151,7 @@ def _module() -> Any:
         if is_loaded:
             # Ray read the environment when it was loaded, and this is how it reads it again.
             import_module("ray._raylet").Config.initialize("")
+            setattr(import_module("ray._private.ray_constants"), _RETRIES, int(os.environ.get(f"RAY_{_RETRIES}", 20)))
         return ray
     except ImportError:
         raise ConfigError(
