@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -434,7 +435,7 @@ def test_ray_started_by_prep_is_private_and_ends(tokenizer_path: Path, tmp_path:
             variables = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
             assert {b"RAY_AUTH_MODE=token", b"RAY_USAGE_STATS_ENABLED=0"} <= set(variables)
     assert not (tmp_path / "imported").exists()
-    folders = {part for line in lines for part in line.decode().split("/") if part.startswith("psannlm-ray-")}
+    folders = {name for line in lines for name in re.findall(r"psannlm-ray-\w+", line.decode())}
     assert len(folders) == 1
 
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
