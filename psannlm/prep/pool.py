@@ -118,7 +118,7 @@ class ChunkPool(ABC):
 
     @abstractmethod
     def _put(self, chunk: Chunk) -> bool:
-        """Send a chunk to a worker within 0.1 s and count it in ``_n_open``; return whether there was room for it."""
+        """Send a chunk to a worker within 0.1 s and count it in ``_n_open``; return whether it was accepted."""
 
     @abstractmethod
     def _drop_tasks(self) -> None:

@@ -99,7 +99,7 @@ class RayPool(ChunkPool):
     def _n_cores(self) -> int:
         return int(self._ray.cluster_resources().get("CPU", 0))
 
-    def _room(self) -> int:
+    def _most_tasks(self) -> int:
         """Return how many chunks may be on their way; nodes that join or leave change it."""
         now = time.monotonic()
         if now >= self._limit_until:
@@ -110,9 +110,9 @@ class RayPool(ChunkPool):
         return self._limit
 
     def _put(self, chunk: Chunk) -> bool:
-        room = self._room()
+        limit = self._most_tasks()
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self._tasks) < room, WAIT_S):
+            if not self._changed.wait_for(lambda: len(self._tasks) < limit, WAIT_S):
                 return False
         # An array of bytes is written into the shared memory once, and read there without a copy.
         payload = self._ray.put(np.frombuffer(chunk.payload, np.uint8))
