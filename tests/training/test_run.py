@@ -145,7 +145,7 @@ TRAIN_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
 # Keys whose effect is not one on figures have a test of their own below.
 OTHER_TRAIN_KEYS = {"compile", "ddp", "device", "grad_checkpoint"}
 # These have their tests in test_mishaps.py, test_samples.py and test_tensorboard.py.
-OTHER_TRAIN_KEYS |= {"fsdp", "grad_sync"}  # test_parallel.py
+OTHER_TRAIN_KEYS |= {"fsdp", "shard_size", "grad_sync"}  # test_parallel.py
 OTHER_TRAIN_KEYS |= {"init_from"}  # test_init_from.py
 OTHER_TRAIN_KEYS |= {"eval_tasks"}  # test_eval_tasks.py
 OTHER_TRAIN_KEYS |= {"ema"}  # test_averaging.py
