@@ -213,9 +213,6 @@ class TrainConfig(Section):
         if self.is_sharded and self.ddp == "off":
             message = f"{self.fsdp} needs several ranks, and ddp: off allows only one; drop it"
             found.append(Check(("fsdp", "ddp"), message))
-        if self.is_sharded and self.compile is True:
-            message = f"{self.fsdp} cannot be combined with compile: true; turn one of them off"
-            found.append(Check(("fsdp", "compile"), message))
         if self.shard_size is not None and self.fsdp != "hybrid":
             message = f"has no effect with fsdp: {self.fsdp}; set train.fsdp: hybrid, or drop it"
             found.append(Check(("shard_size", "fsdp"), message))

@@ -328,9 +328,7 @@ def _build(
 
 def _decide_compiling(config: RunConfig, device: torch.device, flops: float) -> bool:
     """Return whether to compile the model, and log why."""
-    is_compiled, reason = decide_compiling(
-        config.train.compile if not config.train.is_sharded else False, device, flops
-    )
+    is_compiled, reason = decide_compiling(config.train.compile, device, flops)
     if reason is not None:
         log.info(reason)
     elif device.type == "cuda" and (missing := missing_to_compile(device)) is not None:

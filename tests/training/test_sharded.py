@@ -27,10 +27,10 @@ LIMIT_S = 600
 Jobs = dict[str, dict[str, Any]]
 
 
-def build_config(folder: Path, corpus: Path, name: str, n_ranks: int, **changes: Any) -> str:
-    """Write a configuration with ragged windows, accumulation and two dilations; return its path."""
+def build_config(folder: Path, corpus: Path, name: str, n_ranks: int, is_packed: bool = False, **changes: Any) -> str:
+    """Write a configuration with ragged windows (else packed), accumulation and two dilations; return its path."""
     model = {"base": "waveresnet", "d_model": 16, "n_layers": 2, "n_heads": 2, "d_mlp": 24, "residual_scale": True}
-    data = {"tokenizer": "simple", "vocab_size": 512, "max_length": 12, "val_split": 0.2, "pack_sequences": False}
+    data = {"tokenizer": "simple", "vocab_size": 512, "max_length": 12, "val_split": 0.2, "pack_sequences": is_packed}
     train = {"max_steps": N_STEPS, "batch_tokens": 12 * 2, "grad_accum_steps": 8 // n_ranks, "lr": 3e-3, "amp": "fp32"}
     train |= {"device": "cpu", "log_interval_steps": 1, "eval_interval_steps": 4, "keep_checkpoints": 9}
     train |= {"save_interval_steps": STEPS_PER_SAVE, "sample_prompts": [], "checkpoint_dir": str(folder / name)}
@@ -66,7 +66,7 @@ class Runs:
         return [row for row in read_metrics(self.folder / name) if row["kind"] == kind]
 
     def tensors(self, name: str, file: str) -> dict[str, torch.Tensor]:
-        return read_tensors(step_folder(self.folder / name, N_STEPS) / file).tensors
+        return read_tensors(step_folder(self.folder / name, self.rows(name)[-1]["step"]) / file).tensors
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Runs:
         "alone": job("alone", 1, after("two", 4)),
         "four": job("four", 4, after("alone", 6), **hybrid),
         "full_to_hybrid": job("full_to_hybrid", 4, after("full", 4), **hybrid),
+        # Windows and batches of one size: torch compiles again for another.
+        "one_packed": job("one_packed", 1, is_packed=True, max_steps=4),
+        "compiled": job("compiled", 4, is_packed=True, max_steps=4, **hybrid, compile=True),
         "count": {"count": 4},
     }
     return Runs(folder, run_jobs(jobs, folder))
@@ -128,6 +131,12 @@ def test_sharded_on_four_ranks_matches_one_process(runs: Runs, name: str) -> Non
 @pytest.mark.slow
 def test_sharded_hybrid_muon_matches_one_process(runs: Runs) -> None:
     assert_same_run(runs, "hybrid_muon", "one_muon", atol=3e-3)
+
+
+@pytest.mark.slow
+def test_sharded_compiled_matches_eager(runs: Runs) -> None:
+    """Blocks of different dilation too, of which one would run with the dilation of the other."""
+    assert_same_run(runs, "compiled", "one_packed")
 
 
 @pytest.mark.slow
@@ -210,3 +219,4 @@ def test_shard_size_without_hybrid_is_refused(tiny_run: Callable[..., RunConfig]
     ):
         with pytest.raises(ConfigError, match=said):
             tiny_run(**settings)
+    assert tiny_run(fsdp="hybrid", shard_size=2, compile=True).train.compile is True
