@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KEY_FILE_BYTES = 4096
+# Addresses that listen on all addresses of the machine.
+_WILDCARDS = ("0.0.0.0", "::")
 
 CheckpointArgument = Annotated[
     Path,
@@ -149,16 +151,20 @@ def serve(
             created=int(time.time()),
         )
         shown = f"[{host}]" if ":" in host else host
-        has_ended = HttpServer(
+        elsewhere = ""
+        if host in _WILDCARDS:
+            shown, elsewhere = "127.0.0.1", " and at this machine's other addresses; names of it need --allowed-host"
+        log.info(f"preparing {path}")
+        is_left = HttpServer(
             service,
             prepare,
             bound,
             HostRule(host, tuple(allowed_host or ())),
             key,
-            lambda: log.info(f"serving {service.model} at http://{shown}:{at}/"),
+            lambda: log.info(f"serving {service.model} at http://{shown}:{at}/{elsewhere}"),
         ).run()
     log.info("ended")
-    if not has_ended:
+    if is_left:
         # The interpreter cannot end beside a thread that still compiles.
         logging.shutdown()
         os._exit(0)

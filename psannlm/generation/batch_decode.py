@@ -211,8 +211,16 @@ class BatchDecoder:
         return self.limit is not None and length >= self.limit
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, limit: int | None) -> None:
-    """Raise GenerationError unless every prompt has ids of the vocabulary and leaves space for a new token."""
+def check_prompts(
+    prompts: Sequence[Sequence[int]],
+    vocab_size: int,
+    limit: int | None,
+    remedy: str = "shorten the prompt, let the context slide, or train with a larger data.max_length",
+) -> None:
+    """Raise GenerationError unless every prompt has ids of the vocabulary and leaves space for a new token.
+
+    ``remedy`` says what to do about a prompt that is too long.
+    """
     if not prompts:
         raise GenerationError("there is no prompt; give one or more")
     for row, prompt in enumerate(prompts):
@@ -223,5 +231,5 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, limit: int 
         if limit is not None and len(prompt) >= limit:
             raise GenerationError(
                 f"prompt {row} has {len(prompt)} tokens, and the model's context is {limit}, new tokens included; "
-                "shorten the prompt, let the context slide, or train with a larger data.max_length"
+                f"{remedy}"
             )

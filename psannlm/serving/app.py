@@ -122,10 +122,17 @@ def _refusal(service: Service, error: RequestError, scope: Scope) -> Response:
 async def _unrouted(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     status = error.status_code
-    what = {404: "there is no such route", 405: f"the method {request.method} is not that of this route"}
+    allowed = (error.headers or {}).get("Allow", "another method")
+    what = {404: _missing_route(request.url.path), 405: f"{request.url.path} takes {allowed}, not {request.method}"}
     return error_response(
         RequestError(status, what.get(status, error.detail), code="not_found", headers=dict(error.headers or {}))
     )
+
+
+def _missing_route(path: str) -> str:
+    if path == "/metrics":
+        return "there are no metrics; start the server with --metrics"
+    return f"there is no {path:.100}; completions are at /v1/completions, so that the base URL of a client ends in /v1"
 
 
 def _route(service: Service, answer: Callable[[Service, Request], Any]) -> Callable[[Request], Any]:
@@ -205,7 +212,11 @@ async def _read_body(request: Request) -> bytes:
     """Return a JSON body of bounded size, read in bounded time."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise RequestError(415, "the Content-Type is not application/json", code="unsupported_media_type")
+        raise RequestError(
+            415,
+            "the Content-Type is not application/json; send the header Content-Type: application/json",
+            code="unsupported_media_type",
+        )
     body = bytearray()
 
     async def read() -> None:

@@ -77,6 +77,8 @@ class Choice:
             top = {}
             for other, logprob in scored.top:
                 top.setdefault(self._text(before, other), logprob)
+            # As OpenAI does: the token itself is among them, even if it is not one of the likeliest.
+            top.setdefault(self._text(before, token), scored.logprob)
         logprobs["top_logprobs"].append(top)
         logprobs["text_offset"].append(offset)
 

@@ -126,6 +126,7 @@ def _field_error(error: ValidationError) -> RequestError:
         "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
         "stop": "a string or a list of strings",
         "stream_options": 'an object such as {"include_usage": true}',
+        "logprobs": f"a whole number of 0 to {MAX_LOGPROBS}: the number of likely tokens to return with each",
     }.get(name)
     reason = f"is not {expected}" if expected else f"is refused: {problem['msg']}"
     return RequestError(400, f"{shown} {reason}", param=name, code="invalid_value")
@@ -149,7 +150,11 @@ def _check_values(request: CompletionRequest, max_tokens: int) -> None:
     except GenerationError as error:
         raise refuse("stop", str(error)) from error
     if request.max_tokens > max_tokens:
-        raise refuse("max_tokens", f"max_tokens {request.max_tokens} exceeds this server's limit of {max_tokens}")
+        raise refuse(
+            "max_tokens",
+            f"max_tokens {request.max_tokens} exceeds this server's limit of {max_tokens}"
+            "; ask for fewer, or start it with a larger --max-tokens",
+        )
     if request.max_tokens == 0 and not request.echo:
         raise refuse("max_tokens", "max_tokens 0 generates nothing; give 1 or more, or set echo to score the prompt")
     if request.stream_options is not None and not request.stream:

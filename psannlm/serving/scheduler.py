@@ -186,7 +186,8 @@ class Scheduler:
     def check(self, request: GenerationRequest) -> None:
         """Raise GenerationError for a prompt that is empty, has an unknown id, or is too long."""
         # Space for one new token at least; what does not fit behind it ends the sequence, as in `psannlm generate`.
-        check_prompts([request.prompt], self._vocab_size, self.context + (request.max_new_tokens == 0))
+        limit = self.context + (request.max_new_tokens == 0)
+        check_prompts([request.prompt], self._vocab_size, limit, remedy="shorten the prompt")
         n_tokens = len(request.prompt) + request.max_new_tokens
         if self._limit is None and n_tokens > self.context:
             raise GenerationError(
@@ -214,7 +215,8 @@ class Scheduler:
         with self._lock:
             n_free = self.max_queue + max(0, self.max_batch - self.n_running)
             if len(self._waiting) + len(handles) > n_free:
-                raise QueueFullError(f"{len(self._waiting)} sequences wait already; try again later")
+                n_waiting = len(self._waiting)
+                raise QueueFullError(f"{n_waiting} sequence{'s wait' if n_waiting != 1 else ' waits'}; try again later")
             self._waiting.extend(handles)
             self._lock.notify_all()
         return handles

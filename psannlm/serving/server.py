@@ -31,6 +31,8 @@ from psannlm.serving.worker import EngineThread
 log = logging.getLogger(__name__)
 
 _DRAIN_CHECK_S = 0.05
+# Seconds that the last events of requests that are cut off have to be sent.
+_CUT_OFF_S = 2.0
 # Connections that may wait to be accepted.
 _BACKLOG = 1024
 
@@ -119,11 +121,11 @@ class _TimedProtocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that drains before it ends: the first signal refuses new requests, a second one ends at once."""
+    """uvicorn that drains before it ends: the first signal refuses new requests, a second cuts off the open ones."""
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None], cut_off: Callable[[], None]) -> None:
         super().__init__(config)
-        self._drain = drain
+        self._drain, self._cut_off = drain, cut_off
         self._n_signals = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -131,7 +133,7 @@ class _Server(uvicorn.Server):
         if self._n_signals == 1:
             self._drain()
         elif sig == signal.SIGINT:
-            self.force_exit = self.should_exit = True
+            self._cut_off()
 
 
 class HttpServer:
@@ -174,14 +176,15 @@ class HttpServer:
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=2,
         )
-        self._server = _Server(config, self.drain)
+        self._server = _Server(config, self.drain, self._end_drain)
+        self._drain_ends_s = float("inf")
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self) -> bool:
         """Serve until SIGTERM, SIGINT or a failure of the engine, which is raised.
 
         Returns:
-            Whether the engine thread ended: one that still prepared the engine did not.
+            Whether a thread is left, which still prepares the engine: nothing can interrupt it.
 
         Raises:
             ConfigError: another process has begun to listen on the port.
@@ -191,10 +194,10 @@ class HttpServer:
         except OSError as error:
             raise _bind_error(error, *self._bound.getsockname()[:2]) from error
         asyncio.run(self._serve())
-        has_ended = self._engine.stop()
+        is_left = not self._engine.stop()
         if self._engine.failure is not None:
             raise self._engine.failure
-        return has_ended
+        return is_left
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -206,21 +209,36 @@ class HttpServer:
     def _end(self) -> None:
         self._server.should_exit = True
 
+    def _end_drain(self) -> None:
+        self._drain_ends_s = 0.0
+
     def drain(self) -> None:
         """Refuse new requests, and end once the open ones have ended or their time is over."""
         self._service.is_draining = True
+        if self._has_open_requests():
+            log.info(f"ending: open requests have {DRAIN_TIMEOUT_S:g} s; press Ctrl-C again to cut them off")
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._start_draining)
 
     def _start_draining(self) -> None:
         self._draining = asyncio.ensure_future(self._wait_and_end())
 
+    def _has_open_requests(self) -> bool:
+        scheduler = self._engine.scheduler
+        return scheduler is not None and bool(scheduler.has_work or self._server.server_state.tasks)
+
     async def _wait_and_end(self) -> None:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + DRAIN_TIMEOUT_S
-        while loop.time() < deadline:
-            scheduler = self._engine.scheduler
-            if scheduler is None or not (scheduler.has_work or self._server.server_state.tasks):
-                break
-            await asyncio.sleep(_DRAIN_CHECK_S)
+        began = asyncio.get_running_loop().time()
+        self._drain_ends_s = min(self._drain_ends_s, DRAIN_TIMEOUT_S)
+        await self._wait_for_requests(lambda: began + self._drain_ends_s)
+        if self._has_open_requests():
+            # Their streams end with an error instead of a lost connection.
+            self._engine.cut_off()
+            until = asyncio.get_running_loop().time() + _CUT_OFF_S
+            await self._wait_for_requests(lambda: until)
         self._end()
+
+    async def _wait_for_requests(self, deadline: Callable[[], float]) -> None:
+        loop = asyncio.get_running_loop()
+        while self._has_open_requests() and loop.time() < deadline():
+            await asyncio.sleep(_DRAIN_CHECK_S)

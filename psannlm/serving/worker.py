@@ -33,11 +33,18 @@ class EngineThread:
         self.scheduler: Scheduler | None = None
         self.failure: BaseException | None = None
         self._stop = threading.Event()
+        self._is_cut_off = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+
+    def cut_off(self) -> None:
+        """End all requests with an error after the step that is computed."""
+        self._is_cut_off = True
+        if self.scheduler is not None:
+            self.scheduler.cancel([])
 
     def stop(self) -> bool:
         """End the thread after its step, and return whether it ended: one that prepares cannot be interrupted."""
@@ -53,6 +60,8 @@ class EngineThread:
         try:
             self.scheduler = scheduler = self._prepare()
             while not self._stop.is_set():
+                if self._is_cut_off:
+                    scheduler.fail_all(GenerationError("the server is ending"))
                 if not scheduler.has_work:
                     scheduler.wait_for_work(_IDLE_S)
                     continue

@@ -123,7 +123,7 @@ def test_models_list_the_one_model(client: Any) -> None:
         ({"top_p": 2}, "top_p", "not in"),
         ({"max_tokens": 101}, "max_tokens", "limit of 100"),
         ({"max_tokens": 0}, "max_tokens", "generates nothing"),
-        ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
+        ({"logprobs": 6}, "logprobs", "not a whole number of 0 to 5"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"stop": ["a"] * 5}, "stop", "5 stop texts are too many"),
         ({"seed": -1}, "seed", "seed -1"),

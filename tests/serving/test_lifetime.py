@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
 import socket
 import threading
 import time
@@ -38,14 +39,14 @@ class LoadingServer:
 
         service = Service("tiny", scheduler.tokenizer, scheduler.context, 300, lambda: None)
         self.http = HttpServer(service, prepare, bound, HostRule("127.0.0.1"), None, lambda: None)
-        self.has_ended: bool | None = None
+        self.is_left: bool | None = None
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
         while self.ask("GET", "/v1/models")[0] != 200:
             time.sleep(0.01)
 
     def _run(self) -> None:
-        self.has_ended = self.http.run()
+        self.is_left = self.http.run()
 
     def ask(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, str], Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -88,7 +89,7 @@ def test_loading_server_ends_without_waiting_for_its_engine(
     monkeypatch.setattr(worker_module, "_PREPARE_END_S", 0.1)
     loading.http.drain()
     loading.thread.join(20)
-    assert loading.has_ended is False
+    assert loading.is_left is True
 
 
 @pytest.fixture
@@ -101,28 +102,35 @@ def wait_for(loading: LoadingServer) -> Callable[[], None]:
     return wait
 
 
-def test_endless_request_is_cut_off_after_the_drain_limit(
-    loading: LoadingServer, wait_for: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ends_by", ["drain limit", "second Ctrl-C"])
+def test_endless_request_is_cut_off_with_an_error(
+    ends_by: str, loading: LoadingServer, wait_for: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "DRAIN_TIMEOUT_S", 0.5)
+    if ends_by == "drain limit":
+        monkeypatch.setattr(server_module, "DRAIN_TIMEOUT_S", 0.5)
     wait_for()
     scheduler = loading.http._engine.scheduler
     assert scheduler is not None
-    # An engine that hangs, so that the request can never end by itself.
+    # An engine that makes no progress, so that the request can never end by itself.
     monkeypatch.setattr(scheduler, "step", lambda: time.sleep(0.01))
     body = json.dumps({**BODY, "stream": True}).encode()
-    with socket.create_connection(("127.0.0.1", loading.port), timeout=30) as raw:
+    with socket.create_connection(("127.0.0.1", loading.port), timeout=20) as raw:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         raw.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
         assert b"200" in raw.recv(1000)
-        loading.http.drain()
+        loading.http._server.handle_exit(signal.SIGINT, None)
         time.sleep(0.2)
         assert loading.thread.is_alive()
-        loading.thread.join(20)
-        assert loading.has_ended is True
-        received = b"x"
-        while received:
-            received = raw.recv(1000)
+        if ends_by == "second Ctrl-C":
+            loading.http._server.handle_exit(signal.SIGINT, None)
+        received = b""
+        while part := raw.recv(1000):
+            received += part
+    assert b"generation failed: the server is ending" in received
+    # The last chunk: the response is whole.
+    assert received.endswith(b"0\r\n\r\n")
+    loading.thread.join(20)
+    assert loading.is_left is False
 
 
 def test_body_that_does_not_arrive_answers_408(
