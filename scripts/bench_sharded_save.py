@@ -70,14 +70,14 @@ def start(options: argparse.Namespace) -> int:
 
 
 def sharded_model(options: argparse.Namespace, world: World) -> tuple[Transformer, OptimizerSet]:
-    """Return a sharded model of random weights, and AdamW after one step on random gradients."""
+    """Return a sharded model of random weights, and AdamW after one step."""
     sizes = {"d_model": options.d_model, "n_layers": options.n_layers, "n_heads": options.d_model // 64}
     config = resolve(ModelConfig(base="transformer", vocab_size=32_000, max_seq_len=1024, **sizes))
     source = build_model(config, seed=1, device="cpu" if world.is_main else "meta")
     model = shard(source, world, Precision(torch.device("cpu"), torch.float32, "benchmark"))
     optimizers = OptimizerSet(model, "adamw", 0.1)
     for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
+        parameter.grad = parameter.detach().clone()
     for optimizer in optimizers.optimizers:
         optimizer.step()
     optimizers.zero_grad()
