@@ -20,9 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from psannlm.config.model import ModelConfig
@@ -104,13 +106,26 @@ def save_gathered(folder: Path, files: Mapping[str, Mapping[str, Tensor]], world
             os.fsync(file.fileno())
 
 
-def timed(save: Callable[[], None], world: World) -> float:
-    """Return the seconds of a save, from when all ranks begin until the last one has ended."""
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a save, and the processor seconds of the rank that works most and of all ranks."""
+
+    seconds: float
+    busiest_cpu_s: float
+    all_cpu_s: float
+
+
+def timed(save: Callable[[], None], world: World) -> Cost:
+    """Return the cost of a save, from when all ranks begin until the last one has ended."""
     world.wait()
-    began = time.monotonic()
+    began, used = time.monotonic(), time.process_time()
     save()
+    own = torch.tensor(time.process_time() - used, dtype=torch.float64)
     world.wait()
-    return time.monotonic() - began
+    seconds = time.monotonic() - began
+    busiest = own.clone()
+    dist.all_reduce(busiest, op=dist.ReduceOp.MAX)
+    return Cost(seconds, float(busiest), float(world.all_reduce_(own)))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -123,18 +138,18 @@ def measure(options: argparse.Namespace) -> None:
         gathered, parallel = options.folder / "gathered", options.folder / "parallel"
         if world.is_main:
             gathered.mkdir()
-        seconds: dict[str, list[float]] = {"gathered": [], "parallel": []}
+        costs: dict[str, list[Cost]] = {"gathered": [], "parallel": []}
         for _ in range(options.rounds):
-            seconds["gathered"].append(timed(lambda: save_gathered(gathered, files, world), world))
+            costs["gathered"].append(timed(lambda: save_gathered(gathered, files, world), world))
             if world.is_main:
                 (gathered / OPTIMIZER_FILE).unlink()  # makes room on a disk in memory
-            seconds["parallel"].append(timed(lambda: save(parallel, model, optimizers, state, world), world))
+            costs["parallel"].append(timed(lambda: save(parallel, model, optimizers, state, world), world))
             if world.is_main:
                 compare(gathered, parallel / "step_00000001")
                 shutil.rmtree(parallel)
             world.wait()
         if world.is_main:
-            report(model, files, seconds, options.ranks)
+            report(model, files, costs, options.ranks)
 
 
 def save(run: Path, model: Transformer, optimizers: OptimizerSet, state: TrainerState, world: World) -> None:
@@ -153,7 +168,7 @@ def compare(gathered: Path, checkpoint: Path) -> None:
 
 
 def report(
-    model: Transformer, files: Mapping[str, Mapping[str, Tensor]], seconds: dict[str, list[float]], n_ranks: int
+    model: Transformer, files: Mapping[str, Mapping[str, Tensor]], costs: dict[str, list[Cost]], n_ranks: int
 ) -> None:
     """Print the figures as a JSON document."""
     n_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
@@ -164,13 +179,16 @@ def report(
         "bytes": n_bytes,
         "torch": torch.__version__,
     }
-    for name, times in seconds.items():
+    for name, found in costs.items():
+        times = [cost.seconds for cost in found]
         median = statistics.median(times)
         figures[name] = {
             "seconds": round(median, 2),
             "lowest": round(min(times), 2),
             "highest": round(max(times), 2),
             "mb_per_s": round(n_bytes / median / 1e6),
+            "cpu_s_busiest_rank": round(statistics.median(cost.busiest_cpu_s for cost in found), 2),
+            "cpu_s_all_ranks": round(statistics.median(cost.all_cpu_s for cost in found), 2),
         }
     sys.stdout.write(json.dumps(figures, indent=1) + "\n")
 
