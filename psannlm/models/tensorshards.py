@@ -65,8 +65,8 @@ def has_shards(tensors: Mapping[str, Tensor]) -> bool:
 def write_shards(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Write the shards of ``tensors`` beside ``path``, each rank its own; return the SHA-256 of each file by its name.
 
-    Every rank must call it, with tensors of the same names in the same order, and a folder that all ranks see. Each
-    rank hashes the file that it wrote.
+    Every rank must call it, with tensors of the same names, and a folder that all ranks see. Each rank hashes the file
+    that it wrote. Which tensors a file holds does not depend on their order, which a resumed run may change.
 
     Raises:
         StorageError: this rank could not write; the other ranks wait for it.
@@ -77,7 +77,8 @@ def write_shards(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     from torch.distributed.checkpoint.planner import SavePlan
 
     folder, rank = shard_folder(path), dist.get_rank()
-    own = {name: tensor for number, (name, tensor) in enumerate(tensors.items()) if _is_written_here(number, tensor)}
+    ordered = sorted(tensors.items(), key=lambda named: named[0])
+    own = {name: tensor for number, (name, tensor) in enumerate(ordered) if _is_written_here(number, tensor)}
     digests: dict[str, str] = {}
     # The steps of torch.distributed.checkpoint.save but for its exchange of plans, which sends pickles between ranks:
     # who writes what follows from the tensors.

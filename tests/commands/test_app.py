@@ -79,7 +79,7 @@ def test_unexpected_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
 def test_traceback_requires_debug(is_debug: bool, project: Path) -> None:
     program = (
         "import sys\nfrom psannlm.commands.app import main\n"
-        "def broken(*arguments):\n    raise ZeroDivisionError('as it happens')\n"
+        "def broken(*arguments, **named):\n    raise ZeroDivisionError('as it happens')\n"
         "sys.modules['psannlm.commands.generate'].find_model_file = broken\n"
         f"main({['generate', '--prompt', 'x', *(['--debug'] if is_debug else [])]!r})\n"
     )
@@ -123,7 +123,7 @@ def test_torchrun_prints_configuration_error_once(project: Path) -> None:
 
 
 def test_ctrl_c_before_training_exits_130(psannlm, monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["psannlm.commands.generate"], "find_model_file", interrupted)

@@ -213,7 +213,7 @@ SHORT_CONV_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     ("section", "covered"),
     [
         (TrainConfig, {*TRAIN_KEYS, *OTHER_TRAIN_KEYS}),
-        (DataConfig, {*DATA_KEYS}),
+        (DataConfig, {*DATA_KEYS, "cache_dir"}),  # data/test_remote_prepared.py
         (ModelConfig, {*MODEL_KEYS, "sine_params", "short_conv"}),
         (SineConfig, {*SINE_KEYS}),
         (ShortConvConfig, {*SHORT_CONV_KEYS}),

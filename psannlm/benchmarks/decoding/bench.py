@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -296,7 +296,7 @@ class _Bench:
             **counted,
         }
         cases = [case_figures(case, runs, is_warm_up=case not in counted) for case, runs in best.items()]
-        settings = {**asdict(self._settings), "cases": cases}
+        settings = {**self._settings.figures(), "cases": cases}
         self._on_partial(DecodingMetrics(is_complete=False, **settings, **headline(self._settings, best)))
 
     def _cached(self, case: Case) -> Candidate:

@@ -80,6 +80,10 @@ class KvSettings:
         if len(set(self.against)) < len(self.against):
             raise ConfigError("--against names a reference model twice; name it once")
 
+    def figures(self) -> dict[str, Any]:
+        """Return the settings as they are written to ``metrics.json``."""
+        return {**asdict(self), "against": ", ".join(self.against) or None}
+
     @property
     def n_tokens(self) -> int:
         """Tokens of a row at its end."""
@@ -264,8 +268,7 @@ class KvReport:
         predicted, slots = self.predicted_cache_bytes(), self.cache_slots()
         return DecodingMetrics(
             **{
-                **asdict(self.settings),
-                "against": ", ".join(self.settings.against) or None,
+                **self.settings.figures(),
                 "cases": [case_figures(case, runs) for case, runs in self.runs.items()],
             },
             **headline(self.settings, self.runs),
