@@ -17,7 +17,6 @@ from psannlm.config.overrides import Origin
 from psannlm.config.run import RunConfig, config_from_mapping
 from psannlm.config.validation import SECTIONS, ConfigIssue, dotted, examine, present_path, show, with_present_keys
 from psannlm.config.yaml_loader import KeyPath, YamlTree, read_yaml
-from psannlm.data.remote_prepared import find_remote_prepared
 from psannlm.data.synthetic.algorithmic import TaskName
 from psannlm.errors import ConfigError, Problem, nearest
 
@@ -335,6 +334,9 @@ class VariantKeys(Section):
 def reads_folder(data: DataConfig) -> bool:
     """Whether the corpus is a prepared folder, which holds its tokenizer and validation split."""
     paths = [source for source in data.sources if isinstance(source, PathSource)]
+    # It imports NumPy, which a plan does not need.
+    from psannlm.data.remote_prepared import find_remote_prepared
+
     return any(is_prepared(source) or find_remote_prepared(source.path) is not None for source in paths)
 
 

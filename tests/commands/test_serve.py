@@ -132,6 +132,8 @@ class Process:
         self.child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
         assert self.child.stderr is not None
         first = self.child.stderr.readline()
+        assert first.startswith(f"preparing {model}"), first
+        first = self.child.stderr.readline()
         assert first.startswith("serving "), first
         self.url = first.split()[-1]
 
