@@ -83,7 +83,8 @@ def merge_parts(
     with RunLock(output.folder, "--out"), stopping_on_signals(stop):
         if output.has_manifest():
             raise ConfigError(
-                f"{output.name} is prepared already: its {MANIFEST_FILE} is there; choose another folder with --out"
+                f"{output.name} is prepared already: {output.name}/{MANIFEST_FILE} is there; choose another folder "
+                "with --out"
             )
         parts = [
             (place if isinstance(place, Path) else copy_files(place, SPLITS, cache_dir, on_progress), manifest)
