@@ -215,7 +215,8 @@ class HttpServer:
     def drain(self) -> None:
         """Refuse new requests, and end once the open ones have ended or their time is over."""
         self._service.is_draining = True
-        if self._has_open_requests():
+        scheduler = self._engine.scheduler
+        if scheduler is not None and scheduler.has_work:
             log.info(f"ending: open requests have {DRAIN_TIMEOUT_S:g} s; press Ctrl-C again to cut them off")
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._start_draining)

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -162,20 +161,20 @@ def large(tmp_path_factory: pytest.TempPathFactory, build_tiny: Callable[..., Tr
 def test_serve_sigterm_ends_open_requests_and_refuses_new(large: Path) -> None:
     server = Process(large, "--max-tokens", "1500")
     long = {"model": "large.safetensors", "prompt": PROMPT, "max_tokens": 800, "seed": 1, "temperature": 1}
-    answers: list[tuple[int, str]] = []
-    asking = threading.Thread(target=lambda: answers.append(server.ask("v1/completions", long)))
-    asking.start()
-    time.sleep(0.5)
-    began = time.monotonic()
-    server.child.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
-    refused_new, text = server.ask("v1/completions", {**long, "max_tokens": 1})
-    assert (refused_new, json.loads(text)["error"]["code"]) == (503, "shutting_down")
-    assert server.ask("health")[0] == 503
-    asking.join(30)
+    content = json.dumps({**long, "stream": True}).encode()
+    request = urllib.request.Request(server.url + "v1/completions", content, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.readline().startswith(b"data: ")
+        began = time.monotonic()
+        server.child.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        refused_new, text = server.ask("v1/completions", {**long, "max_tokens": 1})
+        assert (refused_new, json.loads(text)["error"]["code"]) == (503, "shutting_down")
+        assert server.ask("health")[0] == 503
+        *_, last, done = (line for line in answer.read().splitlines() if line)
     _, err = server.child.communicate(timeout=30)
-    assert answers[0][0] == 200
-    assert json.loads(answers[0][1])["choices"][0]["finish_reason"] in ("length", "stop")
+    assert done == b"data: [DONE]"
+    assert json.loads(last.removeprefix(b"data: "))["choices"][0]["finish_reason"] in ("length", "stop")
     assert server.child.returncode == 0
     assert time.monotonic() - began < 30
     assert err.splitlines() == ["ending: open requests have 30 s; press Ctrl-C again to cut them off", "ended"]
