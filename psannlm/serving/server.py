@@ -157,12 +157,7 @@ class HttpServer:
     ) -> None:
         self._service, self._bound = service, bound
 
-        def prepare_and_report() -> Scheduler:
-            scheduler = prepare()
-            on_ready()
-            return scheduler
-
-        self._engine = EngineThread(prepare_and_report, self._end)
+        self._engine = EngineThread(prepare, on_ready, self._end)
         service.scheduler = lambda: self._engine.scheduler
         config = uvicorn.Config(
             build_app(service, host_rule, key),

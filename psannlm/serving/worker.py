@@ -21,6 +21,7 @@ class EngineThread:
 
     Args:
         prepare: makes the scheduler, in the thread, which may take a minute where steps are compiled.
+        on_ready: called in the thread once ``scheduler`` is set.
         on_failure: called in the thread when it ends with an error, which is then in ``failure``.
 
     Attributes:
@@ -28,8 +29,10 @@ class EngineThread:
         failure: the error that ended the thread.
     """
 
-    def __init__(self, prepare: Callable[[], Scheduler], on_failure: Callable[[], None]) -> None:
-        self._prepare, self._on_failure = prepare, on_failure
+    def __init__(
+        self, prepare: Callable[[], Scheduler], on_ready: Callable[[], None], on_failure: Callable[[], None]
+    ) -> None:
+        self._prepare, self._on_ready, self._on_failure = prepare, on_ready, on_failure
         self.scheduler: Scheduler | None = None
         self.failure: BaseException | None = None
         self._stop = threading.Event()
@@ -59,6 +62,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             self.scheduler = scheduler = self._prepare()
+            self._on_ready()
             while not self._stop.is_set():
                 if self._is_cut_off:
                     scheduler.fail_all(GenerationError("the server is ending"))

@@ -66,7 +66,7 @@ def mutated(draw: random.Random) -> bytes:
 def ask(engine: Any, byte_tokenizer: Any) -> Iterator[Callable[[list[bytes]], list[tuple[int, bytes]]]]:
     """Return a function that posts bodies one after the other, and returns (status, answer) of each."""
     scheduler = Scheduler(engine, byte_tokenizer)
-    thread = EngineThread(lambda: scheduler, lambda: None)
+    thread = EngineThread(lambda: scheduler, lambda: None, lambda: None)
     thread.start()
     service = Service("tiny", byte_tokenizer, scheduler.context, 100, lambda: scheduler)
     app = build_app(service, HostRule("127.0.0.1"))
