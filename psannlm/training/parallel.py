@@ -30,6 +30,8 @@ from psannlm.training.optim import group_parameters
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
+# Keys that name folders: ranks on several machines may have them in different places.
+_PLACES = ("train.checkpoint_dir", "data.cache_dir")
 # (plain forward of a block, x (B, T, D), context) -> (B, T, D)
 _BlockForward = Callable[[Callable[..., Tensor], Tensor, AttentionContext], Tensor]
 
@@ -262,7 +264,7 @@ def _n_replicas(tensors: Sequence[Tensor]) -> int:
 
 
 def rank_identity(config: RunConfig) -> dict[str, Any]:
-    """Return what must be equal on all ranks of a run, by name: code, library and configuration."""
+    """Return what must be equal on all ranks of a run, by name: code, library, and configuration but for places."""
     found: dict[str, Any] = {
         "the source of psannlm (SHA-256)": package_sha256()[:12],
         "the version of torch": torch.__version__,
@@ -271,6 +273,6 @@ def rank_identity(config: RunConfig) -> dict[str, Any]:
     for prefix, value in sections:
         if isinstance(value, dict):
             sections += [(f"{prefix}.{key}" if prefix else key, inner) for key, inner in value.items()]
-        else:
+        elif prefix not in _PLACES:
             found[prefix] = value
     return found

@@ -182,7 +182,6 @@ def test_sharded_fault_is_one_line_on_its_rank(faults: dict[str, dict[str, Any]]
     (line,) = [line for lines in fault["errors"] for line in lines]
     assert re.search(said, line), line
     assert 0 not in fault["codes"]
-    assert fault["seconds"] < 30
 
 
 @pytest.mark.slow
