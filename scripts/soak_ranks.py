@@ -35,7 +35,7 @@ from typing import Any
 MODES = ("off", "full", "hybrid")
 STEPS, STEPS_PER_SAVE = 24, 3
 LIMIT_S = 30.0
-# A run that goes on for longer than this without a kill hangs.
+# A run without a kill that takes longer than this hangs.
 HANG_S = 300.0
 SAVE_KILLS = 0.4
 # Exit code of a fork whose code failed before or after the command.

@@ -142,7 +142,7 @@ def loaded_process() -> Iterator[str]:
 
 @pytest.fixture
 def less_text(monkeypatch: pytest.MonkeyPatch, loaded_process: str) -> None:
-    """Compare on a twentieth of the text, in a process that is not started anew, where the law is another one."""
+    """Compare on a twentieth of the text, in a process that is kept, where the law is another one."""
     from psannlm.export import comparison, gguf_verify, held_out, verify
 
     def forked(program: str, *arguments: str) -> list[str]:

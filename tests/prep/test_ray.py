@@ -132,7 +132,7 @@ def test_ray_bytes_equal_local_on_any_number_of_nodes(
 
 
 def _after_chunks(work: Path, n_chunks: int, act: Callable[[], None]) -> threading.Thread:
-    """Call ``act`` in a thread once so many chunks are encoded."""
+    """Call ``act`` in a thread once ``n_chunks`` are encoded."""
 
     def wait() -> None:
         while len(list(work.glob("piece_*"))) < n_chunks:
@@ -397,6 +397,22 @@ def _listening_hosts(processes: list[int]) -> set[str]:
     return found
 
 
+def _until_encoded(process: subprocess.Popen[bytes], out: Path) -> str:
+    """Write text to ``process`` until its first chunk is encoded; return "", or what it said if it ended before."""
+    assert process.stdin is not None
+    # A chunk is handed over when it is full, which the second block that is read makes it.
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(b"the value of object 7 is an object\n" * 250_000)
+        process.stdin.flush()
+    patience = time.monotonic() + 120
+    while not list(out.glob(".work/piece_*")):
+        if process.poll() is not None:
+            return process.communicate()[1].decode() or f"exit code {process.returncode}"
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+    return ""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="processes and sockets are found in /proc")
 def test_ray_started_by_prep_is_private_and_ends(tokenizer_path: Path, tmp_path: Path) -> None:
     """Loopback sockets, a token, no usage report; nothing imported from the working folder; Ctrl-C ends it all."""
@@ -408,23 +424,15 @@ def test_ray_started_by_prep_is_private_and_ends(tokenizer_path: Path, tmp_path:
     command = python_command("psannlm", "prep", "-", "--per-line", "--engine", "ray", "--workers", "1")
     command += ["--tokenizer", str(tokenizer_path), "--out", str(tmp_path / "out"), "--json"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=here, env=environment, start_new_session=True
-    )
-    assert process.stdin is not None
-    # A chunk is handed over when it is full, which the second block that is read makes it.
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(b"the value of object 7 is an object\n" * 250_000)
-        process.stdin.flush()
-    patience = time.monotonic() + 120
-    while not list(tmp_path.glob("out/.work/piece_*")):
-        if process.poll() is not None:
-            said = process.communicate()[1].decode()
-            if "timed out during startup" in said:
-                pytest.skip("Ray does not start within its 30 s on a machine with so much other work")
-            pytest.fail(said)
-        assert time.monotonic() < patience
-        time.sleep(0.05)
+    # Ray gives up on a node that does not start within 30 s, which a busy machine may need more than once.
+    for _ in range(3):
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=here, env=environment, start_new_session=True
+        )
+        said = _until_encoded(process, tmp_path / "out")
+        if "timed out during startup" not in said:
+            break
+    assert not said, said
     others = _descendants(process.pid)
     lines = [(Path("/proc") / str(pid) / "cmdline").read_bytes() for pid in others]
     assert any(b"raylet" in line for line in lines)

@@ -50,7 +50,7 @@ def held_and_faults(function: str, **environment: str) -> tuple[int, int]:
 def test_retain_freed_memory_reuses_pages() -> None:
     held, faults = held_and_faults("retain_freed_memory")
     assert held > 500
-    assert faults < PAGES / 50, "what was freed was cleared anew"
+    assert faults < PAGES / 50, "what was freed was cleared again"
 
 
 def test_trim_aggressively_returns_freed_memory() -> None:

@@ -167,14 +167,14 @@ def test_ema_skips_a_skipped_step(tiny_run: Callable[..., RunConfig], monkeypatc
 
     original, calls = loop.train_step, []
 
-    def spoilt(module: Any, *args: Any, **kwargs: Any) -> Any:
+    def corrupted(module: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(None)
         hook = module.final_norm.weight.register_hook(lambda grad: grad * (float("nan") if len(calls) == 2 else 1.0))
         result = original(module, *args, **kwargs)
         hook.remove()
         return result
 
-    monkeypatch.setattr(loop, "train_step", spoilt)
+    monkeypatch.setattr(loop, "train_step", corrupted)
     result = train(tiny_run(max_steps=3, on_nonfinite="skip", ema=DECAY))
     loaded = load_model(ema_file(step_folder(result.folder, 3)))
     assert result.skipped == 1

@@ -46,14 +46,14 @@ class Notes(Callback):
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[bool]]:
     """Let the gradients or losses of chosen steps be other than finite; return whether each such step changed nothing.
 
-    The gradient is spoilt on its way back from the second of the step's micro-batches, so that the first one's is
+    The gradient is corrupted on its way back from the second of the step's micro-batches, so that the first one's is
     there already.
     """
 
     def arrange(steps: dict[int, float], where: str = "gradient") -> list[bool]:
         original, calls, untouched = loop.train_step, [0], []
 
-        def spoilt(module: Any, micro_batches: Any, optimizers: OptimizerSet, **settings: Any) -> Any:
+        def corrupted(module: Any, micro_batches: Any, optimizers: OptimizerSet, **settings: Any) -> Any:
             calls[0] += 1
             value = steps.get(calls[0])
             if value is None:
@@ -74,7 +74,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[bool]]:
             )
             return result
 
-        monkeypatch.setattr(loop, "train_step", spoilt)
+        monkeypatch.setattr(loop, "train_step", corrupted)
         return untouched
 
     return arrange
@@ -191,7 +191,7 @@ def test_resume_continues_count_of_skipped_steps(tiny_run: TinyRun, spoil: Calla
     folder = Path(config.train.checkpoint_dir)
     state = read_state(step_folder(folder, 2))
     assert (state.skipped, state.skipped_in_a_row) == (1, 1)
-    # Step 3 is made anew, and is the fourth call: not finite again.
+    # Step 3 is repeated, as the fourth call: not finite again.
     notes = Notes()
     result = train(config, callbacks=[notes])
     assert notes.left_out == [(3, 2)]

@@ -62,7 +62,7 @@ def start(arguments: list[str], world_size: int) -> list[subprocess.Popen[str]]:
 
 
 def heard(rank: subprocess.Popen[str]) -> tuple[str, str]:
-    """What a rank said until it ended; one that goes on for longer than its own limit is ended here."""
+    """What a rank said until it ended; one that exceeds its own time limit is ended here."""
     timer = threading.Timer(LIMIT_S, rank.kill)
     timer.start()
     said = rank.communicate()

@@ -261,7 +261,7 @@ def test_deferred_nonfinite_step_is_named_and_never_saved(
     """At a step that is logged (1), saved (4), the last one (7), and between."""
     original, seen = loop.train_step, []
 
-    def spoilt(module: Any, micro_batches: Any, *rest: Any, **settings: Any) -> Any:
+    def corrupted(module: Any, micro_batches: Any, *rest: Any, **settings: Any) -> Any:
         seen.append([int(window) for batch in micro_batches for window in batch.window_ids])
         if len(seen) != step:
             return original(module, micro_batches, *rest, **settings)
@@ -274,7 +274,7 @@ def test_deferred_nonfinite_step_is_named_and_never_saved(
         hook.remove()
         return result
 
-    monkeypatch.setattr(loop, "train_step", spoilt)
+    monkeypatch.setattr(loop, "train_step", corrupted)
     config = tiny_run(
         max_steps=7, log_interval_steps=50, save_interval_steps=2, keep_checkpoints=9, data={"val_split": 0.0}
     )

@@ -65,7 +65,7 @@ def start(jobs: list[dict[str, Any]], folder: Path, n_ranks: int = N_RANKS) -> l
 
 
 def finish(ranks: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
-    """Return what each rank printed; one that goes on for longer than its own limit is ended here."""
+    """Return what each rank printed; one that exceeds its own time limit is ended here."""
     timers = [threading.Timer(LIMIT_S, rank.kill) for rank in ranks]
     for timer in timers:
         timer.start()
