@@ -23,6 +23,7 @@ from psannlm.commands.options import (
     PositionsOption,
     VocabularyOption,
     WidthOption,
+    chosen_device,
     duration_s,
     figures_table,
     find_model_file,
@@ -130,7 +131,6 @@ def bench_kv(
     from psannlm.benchmarks.decoding.report import KvSettings
     from psannlm.errors import LimitMissed
     from psannlm.io.run_metadata import require_folder
-    from psannlm.runtime.device import pick_device, require_compiler
 
     settings = KvSettings(
         batch_size=batch_size,
@@ -147,9 +147,7 @@ def bench_kv(
         time_limit_s=_TIME_LIMIT_S if time_limit is None and has_default_work else time_limit,
     )
     require_folder("kv_cache", out)
-    chosen = pick_device(device)
-    if is_compiled:
-        require_compiler(chosen, "--compile", "leave it out")
+    chosen = chosen_device(device, is_compiled=is_compiled)
     sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
     sizes_and_kinds = {"base": base, "positional_encoding": positional_encoding, **sizes}
     model, weights = _build(sizes_and_kinds, settings, chosen) if checkpoint is None else _load(checkpoint, chosen)

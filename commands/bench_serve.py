@@ -18,6 +18,7 @@ from psannlm.commands.options import (
     LayersOption,
     VocabularyOption,
     WidthOption,
+    chosen_device,
     duration_s,
     figures_table,
     find_model_file,
@@ -68,6 +69,12 @@ SecondsOption = Annotated[
         "--seconds", metavar="DURATION", parser=duration_s, help="Time after which a load sends no further request."
     ),
 ]
+TemperatureOption = Annotated[
+    float, typer.Option(min=0.0, help="Temperature of sampling; 0 takes the most likely token.")
+]
+MaxBatchOption = Annotated[
+    int, typer.Option(min=1, help="Number of requests that our server decodes together; the others wait.")
+]
 AgainstServersOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -106,9 +113,7 @@ def bench_serve(
     seconds: SecondsOption = "60s",  # type: ignore[assignment]  # parsed by duration_s
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Length of each prompt, in tokens.")] = 96,
     new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens of each request.")] = 64,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="Temperature of sampling; 0 takes the most likely token.")
-    ] = 0.8,
+    temperature: TemperatureOption = 0.8,
     base: BaseOption = "transformer",
     d_model: WidthOption = 512,
     n_layers: LayersOption = 8,
@@ -116,9 +121,7 @@ def bench_serve(
     vocab_size: VocabularyOption = 4096,
     dtype: DtypeOption = "float32",
     is_compiled: CompileOption = False,
-    max_batch: Annotated[
-        int, typer.Option(min=1, help="Number of requests that our server decodes together; the others wait.")
-    ] = 16,
+    max_batch: MaxBatchOption = 16,
     against: AgainstServersOption = None,
     check: CheckOption = None,
     soak: SoakOption = False,
@@ -131,11 +134,8 @@ def bench_serve(
     """Measure throughput and latency of the server under load, beside reference servers of the same weights."""
     if checkpoint is not None:
         refuse_sizes(context, "CHECKPOINT")
-    levels = _levels(concurrency, rate)
     if soak and (rate is not None or against):
         raise typer.BadParameter("a soak has clients, and only our server; leave out --rate and --against")
-    if soak:
-        levels = (max(levels, key=lambda level: level.concurrency or 0),)
 
     import tempfile
 
@@ -145,10 +145,9 @@ def bench_serve(
     from psannlm.benchmarks.serving.servers import require_servers
     from psannlm.errors import LimitMissed
     from psannlm.io.run_metadata import require_folder
-    from psannlm.runtime.device import pick_device, require_compiler
 
     settings = ServingSettings(
-        levels=levels,
+        levels=_levels(concurrency, rate, only_largest=soak),
         n_requests=_SOAK_REQUESTS if soak and requests is None else requests,
         seconds=seconds,
         prompt_tokens=prompt_tokens,
@@ -164,9 +163,7 @@ def bench_serve(
     )
     require_folder("serving", out)
     require_servers(settings.against)
-    chosen = pick_device(device)
-    if is_compiled:
-        require_compiler(chosen, "--compile", "leave it out")
+    chosen = chosen_device(device, is_compiled=is_compiled)
     sizes = {"base": base, "d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size}
     with tempfile.TemporaryDirectory(prefix="psannlm-bench-serve-") as scratch, live_line(stderr_console()) as line:
         subject = _subject(checkpoint, sizes, settings, Path(scratch))
@@ -200,8 +197,8 @@ def _publish(metrics: ServingMetrics, out: Path | None, as_json: bool) -> None:
     publish("serving", out, metrics.as_dict(), _tables(metrics), as_json, draw=draw)
 
 
-def _levels(concurrency: str, rate: str | None) -> tuple[Level, ...]:
-    """Return the levels of load. Raises BadParameter for anything but a list of numbers above zero."""
+def _levels(concurrency: str, rate: str | None, *, only_largest: bool) -> tuple[Level, ...]:
+    """Return the levels of load, or only the largest. Raises BadParameter for anything but numbers above zero."""
     from psannlm.benchmarks.serving.load import Level
 
     text, option = (concurrency, "--concurrency") if rate is None else (rate, "--rate")
@@ -213,7 +210,7 @@ def _levels(concurrency: str, rate: str | None) -> tuple[Level, ...]:
     if not numbers or not all(0 < number < 1e6 for number in numbers):
         example = "1,4,16,64" if rate is None else "0.5,2,8"
         raise typer.BadParameter(f"{text!r} is not a list of numbers above 0; write {example}", param_hint=option)
-    unique = dict.fromkeys(numbers)
+    unique = [max(numbers)] if only_largest else dict.fromkeys(numbers)
     return tuple(Level(concurrency=int(n)) if rate is None else Level(rate=float(n)) for n in unique)
 
 

@@ -12,6 +12,8 @@ from rich.text import Text
 
 from psannlm.commands.options import (
     JsonOption,
+    PerLineOption,
+    TextKeyOption,
     live_line,
     publish,
     require_existing,
@@ -22,26 +24,31 @@ if TYPE_CHECKING:
     from psannlm.reports.schemas.measured import Spread
     from psannlm.reports.schemas.tokenizers import PrepFigures, Speed, TokenizerFigures, TokenizerReport
 
+CorpusOption = Annotated[
+    list[str] | None,
+    typer.Option("--corpus", help="Corpus file, folder or glob; may be repeated. Default: Python's reference manual."),
+]
+CorpusRepeatOption = Annotated[
+    int,
+    typer.Option(
+        "--corpus-repeat",
+        min=1,
+        help="Number of copies of the text, made after the split, so that a small corpus can be timed.",
+    ),
+]
+EngineOption = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--engine", help="With --prep: ray times prep on a Ray cluster of this machine too, beside local."),
+]
+
 
 def bench_tokenizers(
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--corpus", help="Corpus file, folder or glob; may be repeated. Default: Python's reference manual."
-        ),
-    ] = None,
+    corpus: CorpusOption = None,
     held_out: Annotated[
         str | None, typer.Option("--held-out", help="Held-out text to measure on; default: about 10% of the corpus.")
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Maximum vocabulary size of the trained tokenizers.")] = 4096,
-    corpus_repeat: Annotated[
-        int,
-        typer.Option(
-            "--corpus-repeat",
-            min=1,
-            help="Number of copies of the text, made after the split, so that a small corpus can be timed.",
-        ),
-    ] = 1,
+    corpus_repeat: CorpusRepeatOption = 1,
     repeats: Annotated[
         int, typer.Option("--repeats", "--repeat", min=1, help="Number of timed runs of each; the median is reported.")
     ] = 3,
@@ -56,14 +63,9 @@ def bench_tokenizers(
     prep: Annotated[
         bool, typer.Option("--prep", help="Also time psannlm prep on the whole corpus, beside the raw libraries.")
     ] = False,
-    engine: Annotated[
-        Literal["local", "ray"],
-        typer.Option(
-            "--engine", help="With --prep: ray times prep on a Ray cluster of this machine too, beside local."
-        ),
-    ] = "local",
-    per_line: Annotated[bool, typer.Option("--per-line", help="Read each line of a .txt file as a document.")] = False,
-    text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
+    engine: EngineOption = "local",
+    per_line: PerLineOption = False,
+    text_key: TextKeyOption = "text",
     out: Annotated[
         Path | None, typer.Option("--out", help="Output folder; default: reports/tokenizers/<time>.")
     ] = None,

@@ -42,74 +42,85 @@ class LauncherName(str, Enum):
 # Variant, loss, difference, interval, bits per byte, learning rate: the columns that fit into 80 characters.
 _MAIN_COLUMNS = (0, 1, 3, 4, 5, 6)
 
+PlanArgument = Annotated[
+    Path,
+    typer.Argument(metavar="PLAN", help="Study configuration (YAML): base, variants, baseline, seeds, budget."),
+]
+JobsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        min=1,
+        help="Number of runs trained at the same time; they divide the CPU cores (default: one per GPU, or 1).",
+    ),
+]
+GpusOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpus",
+        metavar="all|none|LIST",
+        help="GPUs that runs are assigned to, one each: all, none, or entries of CUDA_VISIBLE_DEVICES, or indices, "
+        "separated by commas (default: all, if the plan's train.device is auto or cuda).",
+    ),
+]
+ShareGpusOption = Annotated[
+    bool,
+    typer.Option("--share-gpus", help="Allow more jobs than GPUs; throughput is then left out of the results."),
+]
+LauncherOption = Annotated[
+    LauncherName,
+    typer.Option("--launcher", help="Where runs are trained: local (this machine), or slurm (one job per run)."),
+]
+SlurmOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--slurm",
+        metavar="KEY=VALUE",
+        help="Option of sbatch for each job, such as partition=gpu or time=4:00:00 (default: 1 hour; a run that "
+        "reaches it saves and is requeued); may be repeated.",
+    ),
+]
+ReuseOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--reuse",
+        metavar="REPORT",
+        help="Report or study folder whose finished runs are taken over instead of being trained, where "
+        "configuration, text and code are the same; may be repeated.",
+    ),
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print all runs with parameters, tokens and estimated time, and write nothing."),
+]
+NoTrainOption = Annotated[
+    bool, typer.Option("--no-train", help="Write the results of the finished runs, and train nothing.")
+]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="VARIANT", help="Train only this variant; may be repeated. The results show all."),
+]
+StudyOption = Annotated[
+    Path | None, typer.Option("--study", help="Folder of the runs; default: runs/<name of the plan>.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Output folder of the results; default: reports/ablations/<time>.")
+]
+
 
 def compare(
-    plan: Annotated[
-        Path,
-        typer.Argument(metavar="PLAN", help="Study configuration (YAML): base, variants, baseline, seeds, budget."),
-    ],
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            "--jobs",
-            min=1,
-            help="Number of runs trained at the same time; they divide the CPU cores (default: one per GPU, or 1).",
-        ),
-    ] = None,
-    gpus: Annotated[
-        str | None,
-        typer.Option(
-            "--gpus",
-            metavar="all|none|LIST",
-            help="GPUs that runs are assigned to, one each: all, none, or entries of CUDA_VISIBLE_DEVICES, or indices, "
-            "separated by commas (default: all, if the plan's train.device is auto or cuda).",
-        ),
-    ] = None,
-    share_gpus: Annotated[
-        bool,
-        typer.Option("--share-gpus", help="Allow more jobs than GPUs; throughput is then left out of the results."),
-    ] = False,
-    launcher: Annotated[
-        LauncherName,
-        typer.Option("--launcher", help="Where runs are trained: local (this machine), or slurm (one job per run)."),
-    ] = LauncherName.LOCAL,
-    slurm: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--slurm",
-            metavar="KEY=VALUE",
-            help="Option of sbatch for each job, such as partition=gpu or time=4:00:00 (default: 1 hour; a run that "
-            "reaches it saves and is requeued); may be repeated.",
-        ),
-    ] = None,
-    reuse: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--reuse",
-            metavar="REPORT",
-            help="Report or study folder whose finished runs are taken over instead of being trained, where "
-            "configuration, text and code are the same; may be repeated.",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print all runs with parameters, tokens and estimated time, and write nothing."),
-    ] = False,
-    no_train: Annotated[
-        bool, typer.Option("--no-train", help="Write the results of the finished runs, and train nothing.")
-    ] = False,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--only", metavar="VARIANT", help="Train only this variant; may be repeated. The results show all."
-        ),
-    ] = None,
-    study: Annotated[
-        Path | None, typer.Option("--study", help="Folder of the runs; default: runs/<name of the plan>.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Output folder of the results; default: reports/ablations/<time>.")
-    ] = None,
+    plan: PlanArgument,
+    jobs: JobsOption = None,
+    gpus: GpusOption = None,
+    share_gpus: ShareGpusOption = False,
+    launcher: LauncherOption = LauncherName.LOCAL,
+    slurm: SlurmOption = None,
+    reuse: ReuseOption = None,
+    dry_run: DryRunOption = False,
+    no_train: NoTrainOption = False,
+    only: OnlyOption = None,
+    study: StudyOption = None,
+    out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train variants of one configuration at equal size and compare their validation losses, with intervals."""

@@ -20,7 +20,9 @@ from psannlm.commands.options import (
     ErrorsOption,
     JsonOption,
     LiveLine,
+    PerLineOption,
     RunsOption,
+    TextKeyOption,
     WeightDtype,
     columns_table,
     figures_table,
@@ -99,10 +101,6 @@ BaselineOption = Annotated[
         "the 95 % interval of the paired difference excludes zero.",
     ),
 ]
-PerLineOption = Annotated[
-    bool,
-    typer.Option("--per-line", help="Treat each line of a .txt file as a document. Default: the file is one document."),
-]
 WindowOption = Annotated[
     int | None,
     typer.Option(min=1, help="Length of an evaluation window in tokens. Default: the window length of training."),
@@ -116,7 +114,7 @@ def evaluate(
     runs: RunsOption = DEFAULT_RUNS,
     ema: EmaOption = False,
     per_line: PerLineOption = False,
-    text_key: Annotated[str, typer.Option(help="Key that holds the text in .jsonl and .parquet files.")] = "text",
+    text_key: TextKeyOption = "text",
     errors: ErrorsOption = "strict",
     window: WindowOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows, or answers to score, per forward pass.")] = 16,

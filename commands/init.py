@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from psannlm.commands.options import ErrorsOption, JsonOption, print_json, print_path
+from psannlm.commands.options import ErrorsOption, JsonOption, TextKeyOption, print_json, print_path
 
 if TYPE_CHECKING:
     from psannlm.scaffold.files import Project
@@ -35,7 +35,7 @@ def init(
         Literal["respsann", "waveresnet", "transformer"],
         typer.Option("--base", help="Network; plan.yaml compares it with the plain transformer."),
     ] = "waveresnet",
-    text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl and .parquet files.")] = "text",
+    text_key: TextKeyOption = "text",
     errors: ErrorsOption = "strict",
     as_json: JsonOption = False,
 ) -> None:

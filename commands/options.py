@@ -26,6 +26,8 @@ from psannlm.runtime.live_line import LiveLine as LiveLine
 from psannlm.runtime.live_line import live_line as live_line
 
 if TYPE_CHECKING:
+    import torch
+
     from psannlm.config.model import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,13 @@ ErrorsOption = Annotated[
         help="What to do with bytes that are not UTF-8 and with lone surrogates: strict stops, replace puts "
         "U+FFFD in their place and counts them.",
     ),
+]
+PerLineOption = Annotated[
+    bool,
+    typer.Option("--per-line", help="Read each line of a text file as a document. Default: the file is one document."),
+]
+TextKeyOption = Annotated[
+    str, typer.Option("--text-key", help="Key or column of the text in .jsonl and .parquet files.")
 ]
 BaseOption = Annotated[str, typer.Option("--base", help="Model base: respsann, waveresnet or transformer.")]
 WidthOption = Annotated[int, typer.Option("--d-model", help="Model width: features of a token's hidden state.")]
@@ -181,6 +190,16 @@ def columns_table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     return table
+
+
+def chosen_device(name: str, *, is_compiled: bool) -> torch.device:
+    """Return the device of ``--device``. Raises DeviceError for one that is not there, or cannot do ``--compile``."""
+    from psannlm.runtime.device import pick_device, require_compiler
+
+    device = pick_device(name)
+    if is_compiled:
+        require_compiler(device, "--compile", "leave it out")
+    return device
 
 
 def require_existing(option: str, *paths: Path, what: str = "file or folder") -> None:

@@ -11,6 +11,9 @@ from rich.table import Table
 from psannlm.commands.options import (
     ErrorsOption,
     JsonOption,
+    LiveLine,
+    PerLineOption,
+    TextKeyOption,
     figures_table,
     keep_record,
     live_line,
@@ -105,8 +108,8 @@ def prep(
     seed: Annotated[int, typer.Option(help="Seed that decides which documents are held out.")] = 1337,
     shard_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in a shard.")] = 100_000_000,
     workers: WorkersOption = None,
-    per_line: Annotated[bool, typer.Option("--per-line", help="Read each line of a text file as a document.")] = False,
-    text_key: Annotated[str, typer.Option(help="Key or column of the text in .jsonl and .parquet files.")] = "text",
+    per_line: PerLineOption = False,
+    text_key: TextKeyOption = "text",
     stdin_format: StdinFormatOption = "txt",
     errors: ErrorsOption = "strict",
     min_chars: Annotated[int, typer.Option(help="Leave out documents of fewer characters.")] = 1,
@@ -132,12 +135,7 @@ def prep(
         if merge:
             if engine != "local" or ray_address is not None:
                 raise typer.BadParameter("--merge encodes nothing; leave out --engine", param_hint="--engine")
-            from psannlm.io.urls import is_remote
-            from psannlm.prep.merge import merge_parts
-
-            folders = [folder if is_remote(folder) else Path(folder) for folder in corpus]
-            require_existing("CORPUS", *(each for each in folders if isinstance(each, Path)), what="prepared folder")
-            result = merge_parts(folders, out, on_progress=line.show, cache_dir=cache_dir)
+            result = _merge(corpus, out, cache_dir, line)
         else:
             if tokenizer is None:
                 raise typer.BadParameter("name a tokenizer; psannlm tokenize makes one", param_hint="--tokenizer")
@@ -179,6 +177,15 @@ def prep(
         print_json(result.as_dict())
     else:
         _show(result)
+
+
+def _merge(corpus: list[str], out: str, cache_dir: Path | None, line: LiveLine) -> PrepResult:
+    from psannlm.io.urls import is_remote
+    from psannlm.prep.merge import merge_parts
+
+    folders = [folder if is_remote(folder) else Path(folder) for folder in corpus]
+    require_existing("CORPUS", *(each for each in folders if isinstance(each, Path)), what="prepared folder")
+    return merge_parts(folders, out, on_progress=line.show, cache_dir=cache_dir)
 
 
 def _part(text: str | None) -> tuple[int, int] | None:

@@ -5,16 +5,29 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from psannlm.commands.options import DeviceOption, DtypeOption, EmaOption, find_model_file, require_existing
+from psannlm.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    EmaOption,
+    chosen_device,
+    find_model_file,
+    require_existing,
+)
 
 if TYPE_CHECKING:
+    import torch
+
+    from psannlm.generation.engine import Engine
+    from psannlm.models.transformer import Transformer
     from psannlm.serving.scheduler import Scheduler
+    from psannlm.tokenizers.base import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -94,21 +107,14 @@ def serve(
     Ctrl-C or SIGTERM refuses new requests and ends once the open ones have ended, after 30 s at the latest.
     """
     from psannlm.display import printable
-    from psannlm.errors import ArtifactError, ConfigError, install_extra
-    from psannlm.models.artifact import load_model
     from psannlm.models.kv_cache import MAX_DECODE_TOKENS
-    from psannlm.runtime.device import pick_device, require_compiler
     from psannlm.runtime.malloc import trim_aggressively
 
-    try:
+    with _explaining_a_missing_package():
         from psannlm.serving.app import Service
         from psannlm.serving.guard import HostRule, is_loopback
         from psannlm.serving.metrics import Metrics
-        from psannlm.serving.server import HttpServer, bind_socket, refuse_oversize
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("starlette", "uvicorn", "sse_starlette", "prometheus_client"):
-            raise ConfigError(f"the server needs {error.name}; {install_extra('serve')}") from error
-        raise
+        from psannlm.serving.server import HttpServer, bind_socket
     if not speculate < MAX_DECODE_TOKENS:
         raise typer.BadParameter(f"{speculate} is more than {MAX_DECODE_TOKENS - 1}", param_hint="--speculate")
     key = None if api_key_file is None else read_key(api_key_file)
@@ -116,44 +122,28 @@ def serve(
         raise typer.BadParameter(f"other machines reach {host}: give --api-key-file too", param_hint="--host")
     # Bodies are parsed and encoded in threads, each of which would keep the memory of its largest one.
     trim_aggressively()
-    picked = pick_device(device)
-    if compile:
-        require_compiler(picked, "--compile", "leave it out")
+    picked = chosen_device(device, is_compiled=compile)
     path = find_model_file(checkpoint, checkpoint, hint="CHECKPOINT", ema=ema)
     with closing(bind_socket(host, port)) as bound:
-        loaded = load_model(path)
-        tokenizer = loaded.tokenizer
-        if tokenizer is None:
-            raise ArtifactError(f"{path} has no tokenizer, which the server needs")
-        loaded.model.to(picked)
-        refuse_oversize(loaded.model, max_batch, 4 if dtype == "float32" else 2)
+        model, tokenizer = _load(path, picked, max_batch, 4 if dtype == "float32" else 2)
         at = bound.getsockname()[1]
 
         def prepare() -> Scheduler:
             from psannlm.generation.engine import Engine
-            from psannlm.serving.scheduler import Scheduler
 
-            engine = Engine(loaded.model, dtype=dtype, compile=compile)
-            for notice in engine.notices:
-                log.warning(notice)
-            scheduler = Scheduler(engine, tokenizer, max_batch=max_batch, max_queue=max_queue, speculate=speculate)
-            scheduler.warm_up()
-            return scheduler
+            engine = Engine(model, dtype=dtype, compile=compile)
+            return _warm_scheduler(engine, tokenizer, max_batch=max_batch, max_queue=max_queue, speculate=speculate)
 
         service = Service(
             model=printable(model_name or checkpoint.resolve().name),
             tokenizer=tokenizer,
-            context=loaded.model.config.max_seq_len or 0,
+            context=model.config.max_seq_len or 0,
             max_tokens=max_tokens,
             scheduler=lambda: None,
             metrics=Metrics() if metrics else None,
             has_page=not no_page,
             created=int(time.time()),
         )
-        shown = f"[{host}]" if ":" in host else host
-        elsewhere = ""
-        if host in _WILDCARDS:
-            shown, elsewhere = "127.0.0.1", " and at this machine's other addresses; names of it need --allowed-host"
         log.info(f"preparing {path}")
         is_left = HttpServer(
             service,
@@ -161,13 +151,57 @@ def serve(
             bound,
             HostRule(host, tuple(allowed_host or ())),
             key,
-            lambda: log.info(f"serving {service.model} at http://{shown}:{at}/{elsewhere}"),
+            lambda: log.info(f"serving {service.model} at {_address(host, at)}"),
         ).run()
     log.info("ended")
     if is_left:
         # The interpreter cannot end beside a thread that still compiles.
         logging.shutdown()
         os._exit(0)
+
+
+@contextmanager
+def _explaining_a_missing_package() -> Iterator[None]:
+    """Turn the error of an import that lacks a package of the extra ``serve`` into a ConfigError that names it."""
+    from psannlm.errors import ConfigError, install_extra
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("starlette", "uvicorn", "sse_starlette", "prometheus_client"):
+            raise ConfigError(f"the server needs {error.name}; {install_extra('serve')}") from error
+        raise
+
+
+def _load(path: Path, device: torch.device, max_batch: int, n_bytes: int) -> tuple[Transformer, Tokenizer]:
+    """Return model and tokenizer. Raises an error where there is no tokenizer, or the cache would not fit."""
+    from psannlm.errors import ArtifactError
+    from psannlm.models.artifact import load_model
+    from psannlm.serving.server import refuse_oversize
+
+    loaded = load_model(path)
+    if loaded.tokenizer is None:
+        raise ArtifactError(f"{path} has no tokenizer, which the server needs")
+    loaded.model.to(device)
+    refuse_oversize(loaded.model, max_batch, n_bytes)
+    return loaded.model, loaded.tokenizer
+
+
+def _warm_scheduler(engine: Engine, tokenizer: Tokenizer, **settings: int) -> Scheduler:
+    from psannlm.serving.scheduler import Scheduler
+
+    for notice in engine.notices:
+        log.warning(notice)
+    scheduler = Scheduler(engine, tokenizer, **settings)
+    scheduler.warm_up()
+    return scheduler
+
+
+def _address(host: str, port: int) -> str:
+    """Return the URL that reaches the server from this machine, with a note where it has other addresses."""
+    if host in _WILDCARDS:
+        return f"http://127.0.0.1:{port}/ and at this machine's other addresses; names of it need --allowed-host"
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 def read_key(path: Path) -> str:

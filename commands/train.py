@@ -26,8 +26,8 @@ from psannlm.errors import EXIT_OK, AlreadyReported
 from psannlm.runtime.streams import write_output
 
 if TYPE_CHECKING:
+    from psannlm.training.callbacks import TrainResult
     from psannlm.training.plan import TrainingPlan
-    from psannlm.training.result import TrainResult
 
 
 ConfigArgument = Annotated[

@@ -40,9 +40,8 @@ from psannlm.runtime.consoles import make_console, print_line
 from psannlm.runtime.device import gpu_memory_bytes, pick_device
 from psannlm.runtime.log import receiving_messages
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer
-from psannlm.training.callbacks import Callback
+from psannlm.training.callbacks import Callback, TrainResult
 from psannlm.training.checkpoint import find_checkpoint
-from psannlm.training.result import TrainResult
 from psannlm.training.trainer import Trainer
 
 __all__ = ["Callback", "LMDataset", "Trainer", "psannLM", "psannLMDataPrep"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ else:
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_FILE_BYTES = 2_000_000
+MAX_FUNCTION_LINES = 80
+MAX_MODULES = 20
+MAX_PACKAGE_SHARE = 0.15
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +163,33 @@ def test_make_lists_its_targets() -> None:
     (phony,) = re.findall(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)
     explained = re.findall(r"^([a-z-]+):.* ## ", text, flags=re.MULTILINE)
     assert explained == phony.split()
+
+
+def _modules() -> dict[Path, list[str]]:
+    """Every module of the library with its lines."""
+    files = [file for top in ("psannlm", "commands", "psann") for file in (REPOSITORY / top).rglob("*.py")]
+    return {file.relative_to(REPOSITORY): file.read_text(encoding="utf-8").splitlines() for file in files}
+
+
+def test_no_function_is_longer_than_eighty_lines() -> None:
+    longer = {}
+    for path, lines in _modules().items():
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                n_lines = (node.end_lineno or first) - first + 1
+                if n_lines > MAX_FUNCTION_LINES:
+                    longer[f"{path}: {node.name}"] = n_lines
+    assert longer == {}
+
+
+def test_folders_and_packages_stay_small() -> None:
+    """A folder that can be taken in at one look, and no package that outgrows the others."""
+    modules = _modules()
+    counts = Counter(path.parent for path in modules if path.name != "__init__.py")
+    assert {folder: count for folder, count in counts.items() if count > MAX_MODULES} == {}
+    sizes: Counter[str] = Counter()
+    for path, lines in modules.items():
+        sizes["/".join(path.parts[:2]) if path.parts[0] == "psannlm" else path.parts[0]] += len(lines)
+    limit = MAX_PACKAGE_SHARE * sizes.total()
+    assert {package: size for package, size in sizes.items() if size > limit} == {}

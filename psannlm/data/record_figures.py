@@ -67,7 +67,7 @@ class PrepRecord(Figures):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecord(Figures):
-    """A finished training run; the fields are those of ``training.result.TrainResult``."""
+    """A finished training run; the fields are those of ``training.callbacks.TrainResult``."""
 
     folder: str
     checkpoint: str

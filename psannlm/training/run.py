@@ -46,7 +46,7 @@ from psannlm.runtime.signals import stopping_on_signals
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE
 from psannlm.tokenizers.roundtrip import is_lossy
 from psannlm.training.averaging import WeightAverage
-from psannlm.training.callbacks import Callback
+from psannlm.training.callbacks import Callback, TrainResult
 from psannlm.training.checkpoint import BEST, TrainerState, read_pointer, step_folder
 from psannlm.training.console import ConsoleDisplay
 from psannlm.training.context import Run, Sampler, TimeBudget
@@ -65,7 +65,6 @@ from psannlm.training.plan import (
     refuse_validation_without_data,
     run_flops,
 )
-from psannlm.training.result import TrainResult
 from psannlm.training.resume import (
     archive_newer_checkpoints,
     find_state,
@@ -143,11 +142,7 @@ def train(
         RunLock(folder) if world.is_main else nullcontext() as lock,
     ):
         if lock is not None:
-            with explain_write_errors(folder):
-                remove_leftovers(folder)
-            if resume == "never":
-                move_aside(lock)
-            refuse_foreign_files(folder, config, config.train.max_steps)
+            _clear_folder(lock, folder, config, resume)
         world.wait()
         if config.train.fsdp != "off":
             require_shared(folder, world, device)
@@ -159,13 +154,7 @@ def train(
         run.sampler, run.budget, run.callbacks = sampler, budget, tuple(callbacks)
         run.ending = ending or run.ending
         run.tasks = _validation_tasks(run)
-        if start.found is not None:
-            if lock is not None:
-                archive_newer_checkpoints(lock, start.found[0], state.best)
-            log.info(f"resuming from {start.found[0]}: step {state.step} of {run.total_steps}")
-        _describe_run(run)
-        if world.is_main:
-            _write_description(folder, config, state.lineage, is_resumed=start.found is not None)
+        _announce(run, state, start, lock)
         began = time.monotonic()
         state = _run_loop(run, state, console if world.is_main else None)
         curve = _draw(run)
@@ -175,6 +164,26 @@ def train(
         result = _result(run, state, start, folder, curve, time.monotonic() - began)
         run.notify(lambda callback: callback.on_end(result))
         return result
+
+
+def _clear_folder(lock: RunLock, folder: Path, config: RunConfig, resume: str) -> None:
+    """Remove what a killed run left half written, and with ``resume`` never the former run too."""
+    with explain_write_errors(folder):
+        remove_leftovers(folder)
+    if resume == "never":
+        move_aside(lock)
+    refuse_foreign_files(folder, config, config.train.max_steps)
+
+
+def _announce(run: Run, state: TrainerState, start: _Start, lock: RunLock | None) -> None:
+    """Log what is trained and from where, and describe it in the run folder, whose later checkpoints move aside."""
+    if start.found is not None:
+        if lock is not None:
+            archive_newer_checkpoints(lock, start.found[0], state.best)
+        log.info(f"resuming from {start.found[0]}: step {state.step} of {run.total_steps}")
+    _describe_run(run)
+    if run.world.is_main:
+        _write_description(run.folder, run.config, state.lineage, is_resumed=start.found is not None)
 
 
 def _result(

@@ -26,10 +26,9 @@ from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import pick_precision
 from psannlm.runtime.distributed import World
 from psannlm.tokenizers.base import Tokenizer
-from psannlm.training.callbacks import Callback
+from psannlm.training.callbacks import Callback, TrainResult
 from psannlm.training.context import Sampler
 from psannlm.training.plan import cut_windows
-from psannlm.training.result import TrainResult
 from psannlm.training.run import train
 
 _EVENTS = ("on_step", "on_validation", "on_save", "on_end")

@@ -22,11 +22,10 @@ from psannlm.models.transformer import Transformer
 from psannlm.reports.runs import read_run
 from psannlm.runtime.device import Precision
 from psannlm.training.averaging import WeightAverage
-from psannlm.training.callbacks import Callback, StepEvent, ValidationEvent
+from psannlm.training.callbacks import Callback, StepEvent, TrainResult, ValidationEvent
 from psannlm.training.checkpoint import EMA_FILE, ema_file, is_own_checkpoint, read_state, step_folder
 from psannlm.training.metrics import read_metrics
 from psannlm.training.plan import cut_windows
-from psannlm.training.result import TrainResult
 from psannlm.training.run import train
 
 pytestmark = pytest.mark.usefixtures("_no_curve")

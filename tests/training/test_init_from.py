@@ -16,10 +16,10 @@ from psannlm.config.run import RunConfig, config_from_mapping
 from psannlm.errors import ArtifactError, ConfigError
 from psannlm.models.artifact import load_model, save_model
 from psannlm.tokenizers.char import CharTokenizer
+from psannlm.training.callbacks import TrainResult
 from psannlm.training.checkpoint import read_state
 from psannlm.training.metrics import read_metrics
 from psannlm.training.plan import plan_training
-from psannlm.training.result import TrainResult
 from psannlm.training.run import train
 
 TinyRun = Callable[..., RunConfig]

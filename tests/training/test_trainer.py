@@ -13,8 +13,7 @@ from psannlm import psannLM, psannLMDataPrep
 from psannlm.config.train import TrainConfig
 from psannlm.data.dataset import LMDataset
 from psannlm.errors import ConfigError, TokenizerError, TrainingError
-from psannlm.training.callbacks import Callback, SaveEvent, StepEvent, ValidationEvent
-from psannlm.training.result import TrainResult
+from psannlm.training.callbacks import Callback, SaveEvent, StepEvent, TrainResult, ValidationEvent
 from psannlm.training.trainer import Trainer
 
 SETTINGS: dict[str, Any] = {"max_steps": 4, "batch_tokens": 64, "lr": 1e-2, "amp": "fp32", "device": "cpu"}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from psannlm.training.callbacks import Callback, SaveEvent, StepEvent, ValidationEvent
-from psannlm.training.result import TrainResult
+from psannlm.training.callbacks import Callback, SaveEvent, StepEvent, TrainResult, ValidationEvent
 from psannlm.training.trainer import Trainer
 
 __all__ = ["Callback", "SaveEvent", "StepEvent", "TrainResult", "Trainer", "ValidationEvent"]

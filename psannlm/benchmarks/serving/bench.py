@@ -118,16 +118,18 @@ def bench_serve(
         on_progress(Progress("comparing answers with the engine's own"))
         check = check_answers(engine, report.runs, asked, settings)
         on_progress(Progress("stopping the servers"))
-        served = [
-            ServedBy(
-                name=server.spec.name,
-                description=server.spec.description,
-                ready_s=server.ready_s,
-                exit_code=server.stop(),
-            )
-            for server in servers
-        ]
+        served = [_stopped(server) for server in servers]
     return replace(report, servers=served, check=check)
+
+
+def _stopped(server: Server) -> ServedBy:
+    """Stop a server and return its description."""
+    return ServedBy(
+        name=server.spec.name,
+        description=server.spec.description,
+        ready_s=server.ready_s,
+        exit_code=server.stop(),
+    )
 
 
 def _asked(prompts: Sequence[str], settings: ServingSettings, number: int) -> Asked:
