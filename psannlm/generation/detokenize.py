@@ -48,12 +48,15 @@ class IncrementalDetokenizer:
         self._n_returned += len(new)
         self.length += len(new)
         if new and certain == text:
-            # With a context that decodes to nothing, the space before the next token would be dropped too.
             newest = self._ids[self._n_context :]
-            if self._tokenizer.decode(newest):
+            context = self._tokenizer.decode(newest)
+            if context:
                 self._ids = newest
             elif self._n_returned > len(new):
+                # With a context that decodes to nothing, the space before the next token would be dropped too.
                 self._ids = self._ids[: self._n_context]
-            self._n_context = len(self._ids)
-            self._n_returned = len(self._tokenizer.decode(self._ids))
+                context = self._tokenizer.decode(self._ids)
+            else:
+                context = text
+            self._n_context, self._n_returned = len(self._ids), len(context)
         return new

@@ -181,7 +181,6 @@ class RowBatch:
             return []
         return row.draft(self.speculate if self.limit is None else min(self.speculate, self.limit - length - 1))
 
-    @torch.inference_mode()
     def settle(self, logits: Tensor) -> Iterator[tuple[int, int]]:
         """Choose the tokens of a pass, append them to the rows and commit them to the cache.
 
@@ -206,6 +205,7 @@ class RowBatch:
             self.cache.commit(n_kept)
 
 
+@torch.no_grad()
 def choose_tokens(
     rows: Sequence[Row], logits: Tensor, drafts: Sequence[Sequence[int]], forbidden: Tensor
 ) -> list[list[int]]:
@@ -248,6 +248,7 @@ def _choose(
     return chosen
 
 
+@torch.no_grad()
 def _score(rows: Sequence[Row], logits: Tensor, chosen: Sequence[Sequence[int]]) -> dict[int, list[TokenLogprob]]:
     """Return the log probabilities of the chosen tokens of the rows that record them, by slot."""
     slots_by_n_top: dict[int, list[int]] = {}

@@ -282,7 +282,7 @@ class Answer:
             message = f"{len(requests)} choices are more than the {n_most} that this server holds; ask for fewer"
             raise RequestError(400, message, param="n" if self._request.n > 1 else "prompt", code="invalid_value")
         try:
-            self._handles = scheduler.submit(requests, on_update)
+            self._handles = scheduler.submit(requests, on_update, inbox.deliver)
         except QueueFullError as error:
             wait_s = scheduler.expected_wait_s()
             raise RequestError(

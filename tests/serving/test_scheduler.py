@@ -167,6 +167,9 @@ def test_scheduler_cancelled_row_is_free_after_one_step(serve: Serve) -> None:
     served.scheduler.cancel([handles[0]])
     served.scheduler.step()
     assert len(served.ids("a")) == n_before
+    assert served.scheduler.n_running == 1
+    for _ in range(2):
+        served.scheduler.step()
     assert served.ids("c")
     assert (served.scheduler.n_running, served.scheduler.n_waiting) == (2, 0)
     served.run()
@@ -200,6 +203,32 @@ def test_scheduler_refuses_prompts_before_the_queue(prompt: list[int], n: int, m
     with pytest.raises(GenerationError, match=message):
         served.submit("bad", GenerationRequest(prompt, n, GREEDY))
     assert not served.scheduler.has_work
+
+
+def test_scheduler_short_prompt_waits_two_steps_for_company(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of half a pass or more, and any prompt where nothing decodes, does not wait."""
+    served = serve(max_batch=8)
+    passes: list[int] = []
+    extend = served.scheduler.engine.extend
+    monkeypatch.setattr(
+        served.scheduler.engine, "extend", lambda parts, cache: passes.append(len(parts)) or extend(parts, cache)
+    )
+
+    def steps_until_computed(*names: str, length: int = 20) -> int:
+        n_before = len(passes)
+        for at in range(5):
+            if at < len(names):
+                served.submit(names[at], GenerationRequest([1, *[9 + at] * (length - 1)], 90, GREEDY))
+            served.scheduler.step()
+            if len(passes) > n_before:
+                return at + 1
+        raise AssertionError("never computed")
+
+    assert steps_until_computed("first") == 1
+    assert steps_until_computed("lone") == 3
+    assert steps_until_computed("long", length=PREFILL_CHUNK_TOKENS // 2) == 1
+    assert steps_until_computed("a", "b") == 3
+    assert passes == [1, 1, 1, 2]
 
 
 def test_scheduler_waiting_prompts_share_passes(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
