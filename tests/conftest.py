@@ -26,6 +26,8 @@ settings.load_profile("untimed")
 
 # One thread: sums repeat bit for bit, and suites that run beside each other do not fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compile in the process itself: processes for it load torch once more, which takes longer than what tests compile.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 _MKL_CBWR = os.environ.get("MKL_CBWR")
 
 # Under nohup a hangup is ignored, by this process and by all that it starts; tests send it and expect the default.

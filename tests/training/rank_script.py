@@ -1,9 +1,9 @@
-"""One rank that goes through several jobs: ``rank_script.py JOBS``, a JSON list; prints one JSON line for each.
+"""Forks ranks, each of which goes through several jobs, a JSON file of a list; prints one JSON line for each.
 
 A job is ``{"config": path, "resume": ..., "defer_readback": ..., "stop": [rank, step]}`` for a run,
 ``{"fit": texts}`` for ``psannLM.fit`` with a callback, or ``{"count": kind}`` for the number of gradient exchanges in
 a step of three micro-batches.
-``rank_script.py PLACE RANK HOW ARGUMENTS...`` is the command line with an injected fault.
+The arguments ``PLACE RANK HOW ARGUMENTS...`` of a rank are the command line with an injected fault.
 """
 
 from __future__ import annotations
@@ -35,9 +35,42 @@ from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import clip_gradients, replicate, shard
 from psannlm.training.step import train_step
 
-RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 LIMIT_S = 300
 PLACES = {"forward": (loop, "train_step"), "evaluation": (validation, "evaluate"), "save": (loop, "_save")}
+
+
+def this_rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def n_ranks() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def become_ranks() -> list[str]:
+    """Fork the ranks that each line of stdin lists, and answer with the exit code and the end of each.
+
+    Return the arguments, in each rank.
+    """
+    for line in sys.stdin:
+        ranks = json.loads(line)
+        numbers = {}
+        for number, rank in enumerate(ranks):
+            pid = os.fork()
+            if not pid:
+                os.environ.update(rank["environment"])
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                for handle, name in ((1, "out"), (2, "err")):
+                    os.dup2(os.open(rank[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
+                return list(rank["arguments"])
+            numbers[pid] = number
+        ended: list[tuple[int, float]] = [(0, 0.0)] * len(ranks)
+        for _ in ranks:
+            pid, status = os.wait()
+            ended[numbers[pid]] = (os.waitstatus_to_exitcode(status), time.time())
+        sys.stdout.write(json.dumps(ended) + "\n")
+        sys.stdout.flush()
+    sys.exit()
 
 
 def fail(how: str) -> None:
@@ -55,7 +88,7 @@ def put_fault(place: str, rank: int, how: str) -> None:
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
-        if len(calls) == 2 and rank == RANK:
+        if len(calls) == 2 and rank == this_rank():
             fail(how)
         return original(*args, **kwargs)
 
@@ -99,7 +132,7 @@ def fit(texts: list[str]) -> dict[str, Any]:
     data = psannLMDataPrep(texts, tokenizer="simple", max_length=12, val_split=0.2, vocab_size=300)
     model = psannLM(d_model=16, n_layers=1, n_heads=2, vocab_size=data.vocab_size)
     settings: dict[str, Any] = {"amp": "fp32", "device": "cpu", "max_steps": 4, "eval_interval_steps": 2}
-    model.fit(data, batch_tokens=24, lr=1e-2, grad_accum_steps=2 // SIZE, callbacks=[Recorder()], **settings)
+    model.fit(data, batch_tokens=24, lr=1e-2, grad_accum_steps=2 // n_ranks(), callbacks=[Recorder()], **settings)
     return {"events": events, "text": model.generate("the", max_new_tokens=8, temperature=0.0)}
 
 
@@ -109,7 +142,7 @@ def stopping(rank: int, step: int) -> Any:
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
-        if len(calls) == step and rank == RANK:
+        if len(calls) == step and rank == this_rank():
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(*args, **kwargs)
 
@@ -127,7 +160,7 @@ class Exchanges(TorchDispatchMode):
 
 
 def micro_batches() -> list[MicroBatch]:
-    ids = torch.randint(0, 17, (3, 2, 9), generator=torch.Generator().manual_seed(RANK))
+    ids = torch.randint(0, 17, (3, 2, 9), generator=torch.Generator().manual_seed(this_rank()))
     return [MicroBatch(part[:, :-1], part[:, 1:], 16, None) for part in ids]  # type: ignore[arg-type]
 
 
@@ -139,7 +172,7 @@ def count(kind: str) -> dict[str, Any]:
     precision = Precision(device, torch.float32, "test")
     model = build_model(resolve(ModelConfig(base="respsann", d_model=16, n_layers=2, n_heads=2, vocab_size=17)), seed=1)
     found: dict[str, Any] = {}
-    with process_group(World(RANK, RANK, SIZE), device) as world:
+    with process_group(World(this_rank(), this_rank(), n_ranks()), device) as world:
         exchanged: list[Any] = []
 
         def hook(state: Any, bucket: Any) -> Any:
@@ -176,13 +209,14 @@ def count(kind: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    arguments = become_ranks()
     # Should ranks ever wait for each other without end, the test shall fail with the place they stand at.
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
-    if len(sys.argv) > 2:
-        put_fault(sys.argv[1], int(sys.argv[2]), sys.argv[3])
-        main(sys.argv[4:])
+    if len(arguments) > 1:
+        put_fault(arguments[0], int(arguments[1]), arguments[2])
+        main(arguments[3:])
         sys.exit()
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    for job in json.loads(Path(arguments[0]).read_text()):
         if "fit" in job:
             answer = fit(job["fit"])
         else:

@@ -10,8 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from psannlm.training.checkpoint import OPTIMIZER_FILE, read_state, step_folder
 from psannlm.training.metrics import read_metrics
 from psannlm.training.run import train
 
-# Starting two ranks takes long, and most tests share one start.
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("rank_script.py")
 N_STEPS, HALF = 20, 10
@@ -45,39 +43,70 @@ SHARED: dict[str, Any] = {
 }
 
 
-def start(arguments: list[str], world_size: int) -> list[subprocess.Popen[str]]:
-    """Start ranks as a launcher would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    place |= {"WORLD_SIZE": str(world_size), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    ranks = []
-    for rank in range(world_size):
-        environment = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, str(SCRIPT), *arguments]
-        pipe = subprocess.PIPE
-        ranks.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment))
-    return ranks
+@dataclass(frozen=True)
+class Rank:
+    """How a rank ended: its exit code (below zero: a signal), the time, and what it said."""
+
+    code: int
+    ended: float
+    out: str
+    err: str
 
 
-def heard(rank: subprocess.Popen[str]) -> tuple[str, str]:
-    """What a rank said until it ended; one that exceeds its own time limit is ended here."""
-    timer = threading.Timer(LIMIT_S, rank.kill)
-    timer.start()
-    said = rank.communicate()
-    timer.cancel()
-    return said
+class Launcher:
+    """Starts ranks as a launcher would, but as forks of one process: loading torch takes longer than their runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(SCRIPT)], stdin=pipe, stdout=pipe, text=True, env=environment, start_new_session=True
+        )
+
+    def run(self, *launches: tuple[list[str], int]) -> list[list[Rank]]:
+        """Run the ranks of all launches, each arguments and a number of ranks, at once, and return how they ended."""
+        asked = [rank for arguments, size in launches for rank in self._ranks(arguments, size)]
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        # Each rank ends itself after LIMIT_S, and this is for a rank that cannot.
+        timer = threading.Timer(LIMIT_S + 30, os.killpg, (self.process.pid, signal.SIGKILL))
+        timer.start()
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        ended = json.loads(self.process.stdout.readline())
+        timer.cancel()
+        ranks = [
+            Rank(code, at, Path(rank["out"]).read_text(encoding="utf-8"), Path(rank["err"]).read_text(encoding="utf-8"))
+            for (code, at), rank in zip(ended, asked, strict=True)
+        ]
+        return [[ranks.pop(0) for _ in range(size)] for _, size in launches]
+
+    def _ranks(self, arguments: list[str], size: int) -> list[dict[str, Any]]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+        ranks = []
+        for rank in range(size):
+            files = {name: str(self.folder / f"{port}_{rank}.{name}") for name in ("out", "err")}
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append({"arguments": arguments, "environment": {**group, **own}, **files})
+        return ranks
+
+    def answers(self, jobs: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
+        """Let ranks go through jobs, and return what each answered to each job."""
+        path = self.folder / "jobs.json"
+        path.write_text(json.dumps(jobs), encoding="utf-8")
+        (ranks,) = self.run(([str(path)], size))
+        assert [rank.code for rank in ranks] == [0] * size, "\n".join(rank.err for rank in ranks)
+        return [[json.loads(line) for line in rank.out.splitlines()] for rank in ranks]
 
 
-def launch(jobs: list[dict[str, Any]], folder: Path, world_size: int) -> list[list[dict[str, Any]]]:
-    """Let ranks go through jobs, and return what each answered to each job."""
-    path = folder / "jobs.json"
-    path.write_text(json.dumps(jobs), encoding="utf-8")
-    ranks = start([str(path)], world_size)
-    spoken = [heard(rank) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(said for _, said in spoken)
-    return [[json.loads(line) for line in text.splitlines()] for text, _ in spoken]
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    found = Launcher(tmp_path_factory.mktemp("ranks"))
+    with found.process:
+        yield found
 
 
 @dataclass
@@ -106,8 +135,10 @@ def build_config(folder: Path, corpus: Path, name: str, world_size: int, **chang
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Runs:
-    """One launch of two ranks for all laws: starting them takes longer than all their runs."""
+def runs(
+    launcher: Launcher, tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_texts: list[str]
+) -> Runs:
+    """One launch of two ranks for most laws."""
     folder = tmp_path_factory.mktemp("parallel")
     found = Runs(folder, {}, {})
 
@@ -140,8 +171,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Runs:
         "gone on": {"config": str(folder / "stopped.yaml")},
         "count ddp": {"count": "ddp"},
         "count fsdp": {"count": "fsdp"},
+        "fit": {"fit": tiny_texts},
     }
-    answers = launch(list(jobs.values()), folder, 2)
+    answers = launcher.answers(list(jobs.values()), 2)
     for index, name in enumerate(jobs):
         found.answers[name] = [rank[index] for rank in answers]
     config("fsdp_to_one", 1)
@@ -218,11 +250,11 @@ def test_parallel_resume_with_other_parallelism(runs: Runs, name: str) -> None:
     assert_same_run(runs, name)
 
 
-def test_parallel_resume_with_four_ranks(runs: Runs, tiny_corpus: Path) -> None:
+def test_parallel_resume_with_four_ranks(runs: Runs, launcher: Launcher, tiny_corpus: Path) -> None:
     """More ranks than some matrices have blocks of rows, and windows that some steps do not have for all of them."""
     runs.configs["to_four"] = build_config(runs.folder, tiny_corpus, "to_four", 4, fsdp="full")
     resume = str(step_folder(runs.folder / "ddp", HALF))
-    answers = launch([{"config": str(runs.folder / "to_four.yaml"), "resume": resume}], runs.folder, 4)
+    answers = launcher.answers([{"config": str(runs.folder / "to_four.yaml"), "resume": resume}], 4)
     assert [answer[0]["ended"] for answer in answers] == ["done"] * 4
     assert_same_run(runs, "to_four")
 
@@ -241,55 +273,49 @@ def test_ddp_and_fsdp_exchange_gradients_once_per_step(runs: Runs, kind: str) ->
         assert answer["norm"] == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_fit_on_two_ranks_calls_back_on_rank_0(tmp_path: Path, tiny_texts: list[str]) -> None:
-    ((alone,),), (first, second) = (launch([{"fit": tiny_texts}], tmp_path, size) for size in (1, 2))
-    assert second[0]["events"] == []
-    assert [event[:3] for event in first[0]["events"]] == [event[:3] for event in alone["events"]]
-    assert [event[3] for event in first[0]["events"]] == pytest.approx(
-        [event[3] for event in alone["events"]], abs=1e-5
-    )
+def test_fit_on_two_ranks_calls_back_on_rank_0(runs: Runs, launcher: Launcher, tiny_texts: list[str]) -> None:
+    ((alone,),) = launcher.answers([{"fit": tiny_texts}], 1)
+    first, second = runs.answers["fit"]
+    assert second["events"] == []
+    assert [event[:3] for event in first["events"]] == [event[:3] for event in alone["events"]]
+    assert [event[3] for event in first["events"]] == pytest.approx([event[3] for event in alone["events"]], abs=1e-5)
     assert [name for name, *_ in alone["events"]].count("validation") == 2
-    assert first[0]["text"] == second[0]["text"] == alone["text"]
+    assert first["text"] == second["text"] == alone["text"]
 
 
-def break_runs(faults: dict[str, tuple[str, int, str]], folder: Path, corpus: Path) -> dict[str, list[list[str]]]:
-    """Start a command of two ranks for each fault, all at once; return what the ranks of each said, after its time."""
-    started = {}
-    for name, fault in faults.items():
-        build_config(folder, corpus, name, 2, fsdp="full" if fault[1] == 0 else "off", eval_interval_steps=4)
-        arguments = [fault[0], str(fault[1]), fault[2], "train", str(folder / f"{name}.yaml")]
-        started[name] = (start(arguments, 2), fault)
+def break_runs(
+    launcher: Launcher, faults: dict[str, tuple[str, int, str]], folder: Path, corpus: Path
+) -> dict[str, list[list[str]]]:
+    """Run a command of two ranks for each fault, all at once; return the errors that the ranks of each named."""
+    launches = []
+    for name, (place, rank, how) in faults.items():
+        build_config(folder, corpus, name, 2, fsdp="full" if rank == 0 else "off", eval_interval_steps=4)
+        launches.append(([place, str(rank), how, "train", str(folder / f"{name}.yaml")], 2))
     found = {}
-    for name, (ranks, (_, rank, how)) in started.items():
-        said = [heard(each)[1] for each in ranks]
-        ended = time.time()
-        codes = [each.returncode for each in ranks]
-        assert codes[1 - rank] == 1, (name, codes, said)
-        assert codes[rank] == (-signal.SIGKILL if how == "kill" else 1), (name, codes, said)
+    for (name, (_, rank, how)), ranks in zip(faults.items(), launcher.run(*launches), strict=True):
+        said = [each.err for each in ranks]
+        assert ranks[1 - rank].code == 1, (name, ranks)
+        assert ranks[rank].code == (-signal.SIGKILL if how == "kill" else 1), (name, ranks)
         failed = float(re.findall("failing at (.*)", said[rank])[0])
-        assert ended - failed < 30, name
+        assert max(each.ended for each in ranks) - failed < 30, name
         assert "Traceback" not in said[0] + said[1]
         found[name] = [[line for line in text.splitlines() if "error" in line] for text in said]
     return found
 
 
-def test_parallel_error_on_one_rank_ends_all(tmp_path: Path, tiny_corpus: Path) -> None:
+def test_parallel_any_failure_ends_all(launcher: Launcher, tmp_path: Path, tiny_corpus: Path) -> None:
     """Rank 0 names it, the others keep quiet."""
-    said = break_runs({"forward": ("forward", 1, "boom")}, tmp_path, tiny_corpus)
-    expected = "error: rank 1: unexpected ValueError: boom (run again with --debug for the traceback)"
-    assert said["forward"] == [[expected], []]
-
-
-def test_parallel_any_failure_ends_all(tmp_path: Path, tiny_corpus: Path) -> None:
     faults = {
+        "forward": ("forward", 1, "boom"),
         "evaluation": ("evaluation", 1, "boom"),
         "save": ("save", 0, "no room"),
         "first": ("forward", 0, "boom"),
         "killed": ("forward", 1, "kill"),
         "first_killed": ("forward", 0, "kill"),
     }
-    said = break_runs(faults, tmp_path, tiny_corpus)
+    said = break_runs(launcher, faults, tmp_path, tiny_corpus)
     boom = "unexpected ValueError: boom (run again with --debug for the traceback)"
+    assert said["forward"] == [[f"error: rank 1: {boom}"], []]
     assert said["evaluation"] == [[f"error: rank 1: {boom}"], []]
     assert said["save"] == [["error: no room"], []]
     assert said["first"] == [[f"error: {boom}"], []]

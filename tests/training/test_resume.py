@@ -115,10 +115,9 @@ def test_resume_is_exact(tiny_run: TinyRun, tmp_path: Path, base: str, optimizer
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="there is no C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("amp", ["fp32", "bf16"])
-def test_resume_is_exact_when_compiled(tiny_run: TinyRun, tmp_path: Path, amp: str) -> None:
+def test_resume_is_exact_when_compiled(tiny_run: TinyRun, tmp_path: Path) -> None:
     """Compiled anew after the crash, and with an epoch's last batch, which is smaller."""
-    config = tiny_run(model={"base": "waveresnet", "dropout": 0.2}, amp=amp, compile=True, device="cpu", max_steps=7)
+    config = tiny_run(model={"base": "waveresnet", "dropout": 0.2}, amp="bf16", compile=True, device="cpu", max_steps=7)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train(moved(config, straight))
     torch._dynamo.reset()
