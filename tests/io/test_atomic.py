@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,6 @@ from psannlm.io.atomic import (
     write_bytes,
     write_text,
 )
-
-
-@contextmanager
-def largest_file(n_bytes: int) -> Iterator[None]:
-    """Let the system refuse to write beyond ``n_bytes`` in any file, as it would on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_require_writable_leaves_no_file(tmp_path: Path) -> None:
@@ -111,7 +99,9 @@ def test_the_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: p
     assert events == ["sync file", "rename to file", f"sync {tmp_path.name}"]
 
 
-def test_full_disk_error_names_path_and_keeps_old_file(tmp_path: Path) -> None:
+def test_full_disk_error_names_path_and_keeps_old_file(
+    tmp_path: Path, largest_file: Callable[[int], AbstractContextManager[None]]
+) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old")
     with largest_file(1000), pytest.raises(StorageError) as caught:

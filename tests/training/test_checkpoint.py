@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -293,17 +292,6 @@ def test_find_checkpoint_takes_best_of_last_saved_run(save: Callable[..., Path],
     assert find_checkpoint(tmp_path / "runs") == step_folder(a, 1)
 
 
-@contextmanager
-def largest_file(n_bytes: int) -> Iterator[None]:
-    """Let the system refuse to write beyond ``n_bytes`` in any file, as it would on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize(
     ("limit", "n_numbers", "tokenizer"),
     [
@@ -315,6 +303,7 @@ def largest_file(n_bytes: int) -> Iterator[None]:
 def test_save_on_full_disk_keeps_older_checkpoints_only(
     save: Callable[..., Path],
     contents: Callable[[Path], dict[str, str]],
+    largest_file: Callable[[int], AbstractContextManager[None]],
     limit: int,
     n_numbers: int,
     tokenizer: Tokenizer | None,
