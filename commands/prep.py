@@ -98,6 +98,13 @@ RayAddressOption = Annotated[
         "time of the command.",
     ),
 ]
+ReadOnOption = Annotated[
+    Literal["driver", "workers"],
+    typer.Option(
+        help="With --engine ray, what reads the corpus: the machine of the command (driver), or the workers, all of "
+        "which must see the same files or URLs."
+    ),
+]
 
 
 def prep(
@@ -117,6 +124,7 @@ def prep(
     keep_duplicates: KeepDuplicatesOption = False,
     engine: EngineOption = "local",
     ray_address: RayAddressOption = None,
+    read_on: ReadOnOption = "driver",
     part: PartOption = None,
     merge: MergeOption = False,
     cache_dir: CacheDirOption = None,
@@ -133,7 +141,7 @@ def prep(
         raise typer.BadParameter("name the folder to make", param_hint="--out")
     with live_line(stderr_console()) as line:
         if merge:
-            if engine != "local" or ray_address is not None:
+            if engine != "local" or ray_address is not None or read_on != "driver":
                 raise typer.BadParameter("--merge encodes nothing; leave out --engine", param_hint="--engine")
             result = _merge(corpus, out, cache_dir, line)
         else:
@@ -168,6 +176,7 @@ def prep(
                 cache_dir=cache_dir,
                 engine=engine,
                 ray_address=ray_address,
+                read_on=read_on,
             )
     if not result.was_done:
         keep_record(

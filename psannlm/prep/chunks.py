@@ -30,7 +30,9 @@ class Section(NamedTuple):
     """Consecutive bytes of one source in the payload of a chunk.
 
     ``record``: line or row of its first document, from 1; 0 for a whole file. ``offset``: its position in the file, or,
-    for a segment, in the document. ``digest``: hash of the whole document, in its last segment.
+    for a segment, in the document. ``digest``: hash of the whole document, in its last segment. ``at``: position of the
+    bytes in the unpacked file, -1 where they are not in it as such. ``check``: their CRC-32 where the payload does not
+    hold them and the worker reads them from the file, else -1.
     """
 
     kind: str
@@ -40,16 +42,37 @@ class Section(NamedTuple):
     n_bytes: int
     flags: int = WHOLE
     digest: str = ""
+    at: int = -1
+    check: int = -1
+
+    @property
+    def is_in_file(self) -> bool:
+        """Whether the worker reads the bytes from the file of their source."""
+        return self.check >= 0
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Sections in reading order, and the names of their sources."""
+    """Sections in reading order, the names of their sources, and the bytes of sections that are not read from files.
+
+    ``former``: SHA-256 of the bytes that an earlier run encoded, where only the worker can compare them.
+    """
 
     index: int
     sections: tuple[Section, ...]
     names: dict[int, str]
     payload: bytes | memoryview
+    former: str = ""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all sections."""
+        return sum(section.n_bytes for section in self.sections)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the payload holds the bytes of every section."""
+        return not any(section.is_in_file for section in self.sections)
 
     def header(self) -> bytes:
         """Return everything except the payload as bytes, for :meth:`from_message`."""
@@ -68,7 +91,7 @@ class Chunk:
         )
 
     def contents(self) -> Iterator[tuple[Section, memoryview]]:
-        """Yield each section and its bytes."""
+        """Yield each section of a whole chunk and its bytes."""
         view = memoryview(self.payload)
         at = 0
         for section in self.sections:
@@ -82,7 +105,7 @@ def gather(sections: Iterable[tuple[Section, bytes]], names: list[str], chunk_by
     n_bytes = index = 0
     for section, content in sections:
         held.append((section, content))
-        n_bytes += len(content)
+        n_bytes += section.n_bytes
         if n_bytes >= chunk_bytes:
             yield _joined(index, held, names)
             held, n_bytes, index = [], 0, index + 1
@@ -93,4 +116,4 @@ def gather(sections: Iterable[tuple[Section, bytes]], names: list[str], chunk_by
 def _joined(index: int, held: list[tuple[Section, bytes]], names: list[str]) -> Chunk:
     sections = tuple(section for section, _ in held)
     used = {section.source: names[section.source] for section in sections}
-    return Chunk(index, sections, used, b"".join(content for _, content in held))
+    return Chunk(index, sections, used, held[0][1] if len(held) == 1 else b"".join(content for _, content in held))

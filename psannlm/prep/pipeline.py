@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from psannlm.io.limits import MAX_PARTS
 from psannlm.io.lock import RunLock
 from psannlm.prep.chunks import Chunk, chunk_bytes_for, gather
 from psannlm.prep.encode_worker import setup_message
-from psannlm.prep.encoded_chunk import encoded_chunk_path, read_encoded_chunk
+from psannlm.prep.encoded_chunk import EncodedChunk, encoded_chunk_path, read_encoded_chunk
 from psannlm.prep.engine import Engine
 from psannlm.prep.folder import refuse_foreign_files, refuse_foreign_work, remove_work
 from psannlm.prep.job import STDIN, PrepSettings
@@ -100,6 +100,7 @@ def prepare_corpus(
     cache_dir: Path | None = None,
     engine: str = "local",
     ray_address: str | None = None,
+    read_on: str = "driver",
 ) -> PrepResult:
     """Prepare the files that ``patterns`` match into the folder ``out``; resume an interrupted call.
 
@@ -115,6 +116,8 @@ def prepare_corpus(
         cache_dir: folder for unfinished work while ``out`` is a URL; None is the user's cache.
         engine: what encodes: ``local`` processes, or ``ray``; an interrupted call may be resumed with the other one.
         ray_address: host:port of a Ray cluster; None starts one on this machine for the time of the call.
+        read_on: what reads the corpus with the engine ``ray``: this process (``driver``), or the ``workers``, which
+            must all see the same files.
 
     Raises:
         ArtifactError: ``out`` is finished and damaged, and its corpus came from standard input.
@@ -127,7 +130,7 @@ def prepare_corpus(
     """
     began = time.monotonic()
     trim_aggressively()
-    encoding = Engine(engine, n_workers, ray_address)
+    encoding = Engine(engine, n_workers, ray_address, read_on)
     if part is not None and not 1 <= part[0] <= part[1]:
         raise ConfigError(f"part {part[0]}/{part[1]} does not exist; parts are 1/{part[1]} to {part[1]}/{part[1]}")
     if part is not None and part[1] > MAX_PARTS:
@@ -265,36 +268,50 @@ class _Preparation:
         drops = Drops()
         for reason, count in self._found_drops.counts.items():
             drops.merge(reason, count, self._found_drops.examples[reason])
-        reader = CorpusReader(plan.sources, self._indices, plan.settings, plan.chunk_bytes, drops, plan.cut)
         disk_space = _DiskSpaceCheck(self._output, self._total)
         report = ProgressCounter(self._on_progress, "encoding", "bytes", self._total)
         n_chunks = n_tokens = 0
+        compared: dict[int, tuple[Chunk, int]] = {}  # chunks whose bytes a worker compares, and their tokens
 
         def missing() -> Iterator[Chunk]:
             nonlocal n_chunks, n_tokens
             for chunk in gather(reader.sections(), self._names, plan.chunk_bytes):
                 self._raise_if_stopped()
                 n_chunks += 1
-                n_former = self._former_tokens(chunk)
-                if n_former is None:
-                    disk_space.chunk_sent(chunk.index, len(chunk.payload), reader.n_bytes)
+                former = self._former(chunk)
+                if former is None:
+                    disk_space.chunk_sent(chunk.index, chunk.n_bytes, reader.n_bytes)
                     yield chunk
-                else:
-                    n_tokens += n_former
+                elif not chunk.is_whole:
+                    compared[chunk.index] = replace(chunk, payload=b""), len(former.tokens)
+                    yield replace(chunk, former=former.payload)
+                elif former.payload == hashlib.sha256(chunk.payload).hexdigest():
+                    n_tokens += len(former.tokens)
                     report.at(reader.n_bytes, f"{n_tokens:,} tokens")
+                else:
+                    raise self._changed(chunk)
 
         def done(index: int, answer: dict[str, Any]) -> None:
             nonlocal n_tokens
-            n_tokens += answer["tokens"]
-            disk_space.chunk_encoded(index, answer["bytes"])
+            if index in compared:
+                chunk, n_former = compared.pop(index)
+                if not answer["is_former"]:
+                    raise self._changed(chunk)
+                n_tokens += n_former
+            else:
+                n_tokens += answer["tokens"]
+                disk_space.chunk_encoded(index, answer["bytes"])
             report.at(reader.n_bytes, f"{n_tokens:,} tokens")
 
         setup = setup_message(self._work, plan.settings, plan.cut)
-        try:
-            with self._engine.pool(setup, self._tokenizer.to_bytes(), self._work) as pool:
+        with self._engine.pool(setup, self._tokenizer.to_bytes(), self._work) as pool:
+            reader = pool.reader(
+                plan.sources, self._indices, plan.settings, plan.chunk_bytes, drops, plan.cut, self._raise_if_stopped
+            )
+            try:
                 pool.encode(missing(), done, self._stop.is_set)
-        except Interrupted:
-            raise Interrupted(self._interruption(reader)) from None
+            except Interrupted:
+                raise Interrupted(self._interruption(reader)) from None
         self.n_bytes = reader.n_bytes
         return [encoded_chunk_path(self._work, index) for index in range(n_chunks)], reader, drops
 
@@ -302,27 +319,24 @@ class _Preparation:
         of = "" if self._total is None else f" of {self._total / 1e6:,.1f}"
         return f"interrupted after {reader.n_bytes / 1e6:,.1f}{of} MB; run the same command to resume"
 
-    def _former_tokens(self, chunk: Chunk) -> int | None:
-        """Return the number of tokens of this chunk if an earlier run encoded it, or None.
-
-        Raises:
-            CorpusError: the earlier run encoded other bytes.
-        """
+    def _former(self, chunk: Chunk) -> EncodedChunk | None:
+        """Return what an earlier run encoded of a chunk of this number, or None."""
         path = encoded_chunk_path(self._work, chunk.index)
         if not path.exists():
             return None
         try:
-            encoded = read_encoded_chunk(path)
+            return read_encoded_chunk(path)
         except ArtifactError:
             return None
-        if encoded.payload != hashlib.sha256(chunk.payload).hexdigest():
-            names = list(chunk.names.values())
-            more = f" or one of the {len(names) - 1:,} files after it" if len(names) > 1 else ""
-            raise CorpusError(
-                f"{names[0]}{more} changed since the preparation in {self._output.name} began; restore the former "
-                f"content, or remove {self._work} to start from scratch"
-            )
-        return len(encoded.tokens)
+
+    def _changed(self, chunk: Chunk) -> CorpusError:
+        """Return the error for a chunk of which an earlier run encoded other bytes."""
+        names = list(chunk.names.values())
+        more = f" or one of the {len(names) - 1:,} files after it" if len(names) > 1 else ""
+        return CorpusError(
+            f"{names[0]}{more} changed since the preparation in {self._output.name} began; restore the former "
+            f"content, or remove {self._work} to start from scratch"
+        )
 
     def _select(self, paths: list[Path], drops: Drops) -> tuple[DocumentSelector, Selection | SingleDocument]:
         selector = DocumentSelector(

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,8 @@ from typing import Any
 from psannlm.errors import Interrupted, PsannlmError, WorkerError
 from psannlm.prep.chunks import Chunk
 from psannlm.prep.encode_worker import ERRORS, ONE_THREAD
+from psannlm.prep.job import PrepSettings
+from psannlm.prep.reader import CorpusReader, Cut, Drops, SourceFile
 from psannlm.runtime.processes import python_program
 
 _PROGRAM = "from psannlm.prep.encode_worker import main; sys.exit(main())"
@@ -88,6 +90,19 @@ class ChunkPool(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+    def reader(
+        self,
+        sources: Sequence[SourceFile],
+        indices: Sequence[int],
+        settings: PrepSettings,
+        chunk_bytes: int,
+        drops: Drops,
+        cut: Cut | None,
+        raise_if_stopped: Callable[[], None],
+    ) -> CorpusReader:
+        """Return the reader of the corpus, whose sections become the chunks; this process reads it."""
+        return CorpusReader(sources, indices, settings, chunk_bytes, drops, cut)
 
     def encode(
         self, chunks: Iterable[Chunk], done: Callable[[int, dict[str, Any]], None], stop: Callable[[], bool]

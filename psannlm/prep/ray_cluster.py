@@ -15,14 +15,15 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from psannlm.errors import ConfigError, WorkerError, install_extra
-from psannlm.prep.ray_worker import differing_versions, version_reporter
+from psannlm.prep.ray_worker import differing_file, differing_versions, version_reporter
+from psannlm.prep.reader import SourceFile
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ _IMPATIENT = {
     "RAY_py_gcs_connect_timeout_s": "4",
 }
 _NODES_S = 60.0
+_FILES_CHECKED = 64
 # Of a local cluster, for its process's life: Ray reads a token once. It is in the environment of our processes alone.
 _OWN_TOKEN = secrets.token_hex(32)
 _TOKEN_NAMES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -105,22 +107,9 @@ def check_nodes(ray: Any, ours: Mapping[str, str]) -> int:
         ConfigError: a node has other versions, or no psannlm; names it.
         WorkerError: a node does not answer.
     """
-    affinity = import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
-    report = ray.remote(num_cpus=0, max_retries=0)(version_reporter())
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    asked = [report.options(scheduling_strategy=affinity(node["NodeID"], soft=False)).remote() for node in nodes]
-    n_nodes = len(nodes)
-    for node, reference in zip(nodes, asked, strict=True):
-        name = node["NodeManagerAddress"]
-        try:
-            found = ray.get(reference, timeout=_NODES_S)
-        except ray.exceptions.RayError as error:
-            # A node that ended a moment ago is listed until its heartbeats are missed.
-            is_gone = isinstance(error, ray.exceptions.TaskUnschedulableError)
-            if is_gone or not any(each["NodeID"] == node["NodeID"] and each["Alive"] for each in ray.nodes()):
-                n_nodes -= 1
-                continue
-            raise WorkerError(f"the Ray node {name} does not run a task: {one_line(error)}") from error
+    n_nodes = 0
+    for name, found in _ask_nodes(ray, version_reporter()):
+        n_nodes += 1
         name = f"{found['host']} ({name})"
         if "missing" in found:
             raise ConfigError(
@@ -129,6 +118,48 @@ def check_nodes(ray: Any, ours: Mapping[str, str]) -> int:
         if differing := differing_versions(found["versions"], ours):
             raise other_versions(name, differing)
     return n_nodes
+
+
+def check_files(ray: Any, files: Sequence[SourceFile]) -> None:
+    """Check that every node with cores sees the files of a corpus as this machine does.
+
+    Of many files, 64 are looked at; a task checks those that it reads itself.
+
+    Raises:
+        ConfigError: a node cannot read a file, or sees another size or time; names both.
+        WorkerError: a node does not answer.
+    """
+    step = max(1, len(files) // _FILES_CHECKED)
+    for name, (host, problem) in _ask_nodes(ray, differing_file, list(files[::step])):
+        if problem:
+            raise ConfigError(
+                f"--read-on workers: the Ray node {host} ({name}) does not see the corpus as this machine does: "
+                f"{problem}. Make the same files readable on every node, or give --read-on driver"
+            )
+
+
+def _ask_nodes(ray: Any, function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[str, Any]]:
+    """Run a function on every node with cores; yield the address of each and its result.
+
+    Raises:
+        WorkerError: a node does not answer.
+    """
+    affinity = import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    asked = [
+        task.options(scheduling_strategy=affinity(node["NodeID"], soft=False)).remote(*arguments) for node in nodes
+    ]
+    for node, reference in zip(nodes, asked, strict=True):
+        name = node["NodeManagerAddress"]
+        try:
+            yield name, ray.get(reference, timeout=_NODES_S)
+        except ray.exceptions.RayError as error:
+            # A node that ended a moment ago is listed until its heartbeats are missed.
+            is_gone = isinstance(error, ray.exceptions.TaskUnschedulableError)
+            if is_gone or not any(each["NodeID"] == node["NodeID"] and each["Alive"] for each in ray.nodes()):
+                continue
+            raise WorkerError(f"the Ray node {name} does not run a task: {one_line(error)}") from error
 
 
 def other_versions(node: str, differing: str) -> ConfigError:

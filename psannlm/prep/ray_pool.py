@@ -1,7 +1,7 @@
 """Pool of the workers of a Ray cluster: chunks travel as arguments of tasks, encoded chunks as their results.
 
-This process reads the corpus and writes every file. Twice as many chunks as the cluster has cores are on their way at
-once, so that each core has its next one and memory stays flat for a corpus of any size.
+This process writes every file, and reads the corpus unless the workers do. Twice as many chunks as the cluster has
+cores are on their way at once, so that each core has its next one and memory stays flat for a corpus of any size.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,9 +23,12 @@ import numpy as np
 from psannlm.errors import StorageError, WorkerError
 from psannlm.prep.chunks import LARGEST_CHUNK_BYTES, TEXT, Chunk, Section
 from psannlm.prep.encoded_chunk import encoded_chunk_path, write_encoded_chunk
+from psannlm.prep.job import PrepSettings
 from psannlm.prep.pool import WAIT_S, ChunkPool
-from psannlm.prep.ray_cluster import check_nodes, one_line, other_versions, ray_connection
+from psannlm.prep.ray_cluster import check_files, check_nodes, one_line, other_versions, ray_connection
+from psannlm.prep.ray_reader import BLOCKS_AHEAD, CORES_PER_SCAN, ClusterReader, locate
 from psannlm.prep.ray_worker import encode_on_ray, versions
+from psannlm.prep.reader import CorpusReader, Cut, Drops, SourceFile
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ class _Task:
     index: int
     header: bytes
     payload: Any
+    files: dict[int, SourceFile]
+    former: str
     n_failures: int = 0
 
 
@@ -57,8 +62,19 @@ class RayPool(ChunkPool):
         WorkerError: a node runs no task.
     """
 
-    def __init__(self, n_workers: int | None, setup: bytes, tokenizer: bytes, work: Path, address: str | None) -> None:
+    def __init__(
+        self,
+        n_workers: int | None,
+        setup: bytes,
+        tokenizer: bytes,
+        work: Path,
+        address: str | None,
+        *,
+        workers_read: bool = False,
+    ) -> None:
         super().__init__()
+        self._workers_read = workers_read
+        self._located: list[SourceFile] = []
         self._n_workers, self._work, self._address = n_workers, work, address
         self._job = (setup, tokenizer, versions())
         self._key = hashlib.sha256(setup + tokenizer).hexdigest()
@@ -72,6 +88,8 @@ class RayPool(ChunkPool):
     def __enter__(self) -> RayPool:
         n_local = self._n_workers or 1
         store_bytes = max(_SMALLEST_STORE_BYTES, n_local * _PER_CORE * _STORE_BYTES)
+        if self._workers_read:
+            store_bytes += _n_scans(n_local) * BLOCKS_AHEAD * _STORE_BYTES
         with ExitStack() as stack:
             ray = self._ray = stack.enter_context(ray_connection(self._address, n_local, store_bytes))
             n_nodes = check_nodes(ray, self._job[2])
@@ -90,6 +108,30 @@ class RayPool(ChunkPool):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._connection.close()
+
+    def reader(
+        self,
+        sources: Sequence[SourceFile],
+        indices: Sequence[int],
+        settings: PrepSettings,
+        chunk_bytes: int,
+        drops: Drops,
+        cut: Cut | None,
+        raise_if_stopped: Callable[[], None],
+    ) -> CorpusReader:
+        """Return the reader of the corpus: this process, or the cluster.
+
+        Raises:
+            ConfigError: a node that is to read does not see a source, or sees another size or time.
+        """
+        if not self._workers_read:
+            return super().reader(sources, indices, settings, chunk_bytes, drops, cut, raise_if_stopped)
+        self._located = locate(sources)
+        check_files(self._ray, [self._located[index] for index in indices])
+        n_scans = _n_scans(self._n_cores())
+        return ClusterReader(
+            self._ray, self._shared, self._located, indices, chunk_bytes, drops, n_scans, raise_if_stopped
+        )
 
     def _end(self) -> None:
         with self._changed:
@@ -115,13 +157,15 @@ class RayPool(ChunkPool):
             if not self._changed.wait_for(lambda: len(self._tasks) < limit, WAIT_S):
                 return False
         # An array of bytes is written into the shared memory once, and read there without a copy.
-        payload = self._ray.put(np.frombuffer(chunk.payload, np.uint8))
+        content = np.frombuffer(chunk.payload, np.uint8)
+        payload = self._ray.put(content) if len(content) else content
+        files = {section.source: self._located[section.source] for section in chunk.sections if section.is_in_file}
         self._n_open += 1
-        self._send(_Task(chunk.index, chunk.header(), payload))
+        self._send(_Task(chunk.index, chunk.header(), payload, files, chunk.former))
         return True
 
     def _send(self, task: _Task) -> None:
-        reference = self._encode.remote(self._key, self._shared, task.header, task.payload)
+        reference = self._encode.remote(self._key, self._shared, task.header, task.payload, task.files, task.former)
         with self._changed:
             self._tasks[reference] = task
             self._changed.notify_all()
@@ -185,6 +229,11 @@ class RayPool(ChunkPool):
         except StorageError as error:
             return error
         return {**figures, "bytes": n_bytes}
+
+
+def _n_scans(n_cores: int) -> int:
+    """Return how many tasks read files at once."""
+    return 2 + n_cores // CORES_PER_SCAN
 
 
 def _failure(task: _Task, error: Exception) -> WorkerError:

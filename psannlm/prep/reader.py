@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, BinaryIO
@@ -57,20 +57,23 @@ class CorpusReader:
 
     def __init__(
         self,
-        sources: Sequence[SourceFile],
+        sources: Sequence[SourceFile] | Mapping[int, SourceFile],
         indices: Iterable[int],
         settings: PrepSettings,
         chunk_bytes: int,
         drops: Drops,
         cut: Cut | None = None,
     ) -> None:
+        self._reset()
+        self._sources, self._indices, self._settings = sources, indices, settings
+        self._chunk_bytes, self._drops, self._cut = chunk_bytes, drops, cut
+        self._digest: Any = None
+
+    def _reset(self) -> None:
         self.n_bytes = 0
         self.byte_order_marks = 0
         self.replaced = Replaced()
         self.digests: dict[int, str] = {}
-        self._sources, self._indices, self._settings = sources, indices, settings
-        self._chunk_bytes, self._drops, self._cut = chunk_bytes, drops, cut
-        self._digest: Any = None
 
     def sections(self) -> Iterator[tuple[Section, bytes]]:
         """Yield sections and their bytes.
@@ -122,34 +125,36 @@ class CorpusReader:
             if len(content) <= SEGMENT_BYTES:
                 yield Section(TEXT, index, row, 0, len(content)), content
             else:
-                yield from self._long(index, row, [content])
+                yield from self._long(index, row, [content], _Place(-1, is_stored=False))
 
     def _whole(self, index: int, file: BinaryIO) -> Iterator[tuple[Section, bytes]]:
         content = _read_full(file, SEGMENT_BYTES + 1)
         if len(content) <= SEGMENT_BYTES:
-            yield Section(FILE, index, 0, 0, len(content)), content
+            yield Section(FILE, index, 0, 0, len(content), at=0), content
         else:
             rest = iter(lambda: file.read(SEGMENT_BYTES), b"")
             stored = self._sources[index].n_bytes
             n_stored = None if stored is None else stored - len(_MARK) * content.startswith(_MARK)
-            yield from self._long(index, 0, self._checked(index, 0, chain([content], rest), 0), n_stored)
+            place = _Place(0)
+            blocks = self._checked(index, 0, chain([content], rest), place)
+            yield from self._long(index, 0, blocks, place, n_stored)
 
     def _lines(self, index: int, file: BinaryIO, kind: str) -> Iterator[tuple[Section, bytes]]:
-        held = bytearray()
-        record, offset = 1, 0  # of the line that ``held`` begins with
+        held = bytearray()  # the beginning of a line whose end is not read yet
+        record, offset = 1, 0  # of that line
         while block := _read_full(file, self._chunk_bytes):
-            n_before = len(held)
-            held += block
-            end = held.rfind(b"\n", n_before) + 1
+            end = block.rfind(b"\n") + 1
             if end:
-                yield Section(kind, index, record, offset, end), bytes(held[:end])
-                record += held.count(b"\n", 0, end)
-                offset += end
-                del held[:end]
-            elif kind == LINES and len(held) > SEGMENT_BYTES:
-                line = _Line(bytes(held), file)
-                blocks = self._checked(index, record, line, offset)
-                yield from self._long(index, record, blocks)
+                content = b"".join((held, memoryview(block)[:end]))
+                yield Section(kind, index, record, offset, len(content), at=offset), content
+                record += content.count(b"\n")
+                offset += len(content)
+                held = bytearray(memoryview(block)[end:])
+                continue
+            held += block
+            if kind == LINES and len(held) > SEGMENT_BYTES:
+                line, place = _Line(bytes(held), file), _Place(offset)
+                yield from self._long(index, record, self._checked(index, record, line, place), place)
                 record, offset, held = record + 1, offset + line.n_bytes, bytearray(line.rest)
             elif len(held) > LONGEST_JSON_LINE_BYTES:
                 raise CorpusError(
@@ -157,11 +162,11 @@ class CorpusReader:
                     "the maximum for JSON; save so long a text as a .txt file"
                 )
         if held:
-            yield Section(kind, index, record, offset, len(held)), bytes(held)
+            yield Section(kind, index, record, offset, len(held), at=offset), bytes(held)
 
-    def _checked(self, index: int, record: int, blocks: Iterable[bytes], offset: int) -> Iterator[bytes]:
-        """Yield the bytes as valid UTF-8, cut between characters; ``offset`` is their position in the file."""
-        path = self._sources[index].path
+    def _checked(self, index: int, record: int, blocks: Iterable[bytes], place: _Place) -> Iterator[bytes]:
+        """Yield the bytes, which begin at ``place``, as valid UTF-8 that is cut between characters."""
+        path, offset = self._sources[index].path, place.at
         decoder = codecs.getincrementaldecoder("utf-8")(self._settings.errors)
         for block in chain(filter(None, blocks), [b""]):
             content = decoder.getstate()[0] + block
@@ -169,7 +174,7 @@ class CorpusReader:
                 self.byte_order_marks += 1
                 decoder.reset()
                 block = content = content[len(_MARK) :]
-                offset = len(_MARK)
+                offset = place.at = len(_MARK)
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError:
@@ -181,11 +186,12 @@ class CorpusReader:
                 self.replaced.n_bytes += n_bytes
                 self.replaced.names.append(f"{path}:{record}" if record else path)
                 valid = text.encode("utf-8")
+                place.is_stored = False
             if valid:
                 yield valid
 
     def _long(
-        self, index: int, record: int, blocks: Iterable[bytes], n_stored: int | None = None
+        self, index: int, record: int, blocks: Iterable[bytes], place: _Place, n_stored: int | None = None
     ) -> Iterator[tuple[Section, bytes]]:
         """Yield the segments of a long document, or of both halves of it where the corpus is cut.
 
@@ -193,15 +199,25 @@ class CorpusReader:
         """
         cut = self._cut
         if cut is None or (cut.source, cut.record) != (index, record):
-            yield from _document(index, record, blocks, 0)
+            yield from _document(index, record, blocks, place, 0)
             return
         n_bytes = n_stored if cut.n_bytes is None else cut.n_bytes
         assert n_bytes is not None, "only a whole file is cut before its length is known"
         for half in cut_blocks(blocks, n_bytes, self._settings.val_split):
-            yield from _document(index, record, half, HALF)
+            yield from _document(index, record, half, place, HALF)
 
 
-def _document(index: int, record: int, blocks: Iterable[bytes], half: int) -> Iterator[tuple[Section, bytes]]:
+@dataclass
+class _Place:
+    """Position in a file of the next segment of a long document; ``is_stored``: its bytes are there as such."""
+
+    at: int
+    is_stored: bool = True
+
+
+def _document(
+    index: int, record: int, blocks: Iterable[bytes], place: _Place, half: int
+) -> Iterator[tuple[Section, bytes]]:
     """Yield the segments of one document that is read in blocks."""
     digest = hashlib.blake2b(digest_size=HASH_BYTES)
     flags, offset = BEGINS | half, 0
@@ -209,8 +225,10 @@ def _document(index: int, record: int, blocks: Iterable[bytes], half: int) -> It
         digest.update(content)
         flags |= ENDS if is_last else 0
         hashed = digest.hexdigest() if is_last else ""
-        yield Section(TEXT, index, record, offset, len(content), flags, hashed), content
+        at = place.at if place.is_stored else -1
+        yield Section(TEXT, index, record, offset, len(content), flags, hashed, at), content
         offset += len(content)
+        place.at += len(content)
         flags = half
 
 

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 
 from psannlm.errors import ConfigError, CorpusError, Interrupted, WorkerError
-from psannlm.prep import ray_pool
+from psannlm.prep import ray_pool, ray_reader
 from psannlm.prep.chunks import JSON_LINES, TEXT, Chunk, Section
 from psannlm.prep.encode_worker import setup_message
+from psannlm.prep.engine import READERS
 from psannlm.prep.job import PrepSettings
 from psannlm.prep.pipeline import PrepResult, prepare_corpus
 from psannlm.prep.ray_cluster import ray_connection
@@ -117,9 +118,18 @@ def on_ray(corpus: Path, tokenizer_path: Path, tmp_path: Path, cluster: Cluster)
     return run
 
 
+@pytest.fixture
+def all_ranges_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``read_on`` workers, no section is so small that its bytes are sent instead."""
+    monkeypatch.setattr(ray_reader, "SMALLEST_RANGE_BYTES", 1)
+
+
+@pytest.mark.parametrize("read_on", READERS)
 @pytest.mark.parametrize("n_nodes", [1, 2, 3])
 def test_ray_bytes_equal_local_on_any_number_of_nodes(
     n_nodes: int,
+    read_on: str,
+    all_ranges_are_read: None,
     on_ray: Callable[..., PrepResult],
     cluster: Cluster,
     expected: dict[str, str],
@@ -127,7 +137,7 @@ def test_ray_bytes_equal_local_on_any_number_of_nodes(
     folder_bytes: FolderBytes,
 ) -> None:
     cluster.grow_to(n_nodes)
-    on_ray()
+    on_ray(read_on=read_on)
     assert folder_bytes(tmp_path / "ray") == expected
 
 
@@ -159,7 +169,10 @@ def _encoding_processes() -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are found in /proc")
+@pytest.mark.parametrize("read_on", READERS)
 def test_ray_bytes_equal_local_with_worker_and_node_killed(
+    read_on: str,
+    all_ranges_are_read: None,
     on_ray: Callable[..., PrepResult],
     cluster: Cluster,
     expected: dict[str, str],
@@ -180,7 +193,7 @@ def test_ray_bytes_equal_local_with_worker_and_node_killed(
         _after_chunks(work, 5, kill_worker),
         _after_chunks(work, 15, lambda: cluster.kill(cluster.nodes[0])),
     ]
-    on_ray()
+    on_ray(read_on=read_on)
     for thread in threads:
         thread.join()
     assert killed
@@ -198,7 +211,7 @@ def test_ray_chunk_failing_thrice_names_source_and_bytes(
     poison = (corpus / "03.txt").read_bytes()[:200]
     attempts = tmp_path / "attempts"
 
-    def encode_or_die(key: str, job: list[Any], header: bytes, payload: Any) -> Any:
+    def encode_or_die(key: str, job: list[Any], header: bytes, payload: Any, *rest: Any) -> Any:
         import os
 
         from psannlm.prep.ray_worker import encode_on_ray
@@ -207,7 +220,7 @@ def test_ray_chunk_failing_thrice_names_source_and_bytes(
             with open(attempts, "a") as file:
                 file.write("x")
             os._exit(1)
-        return encode_on_ray(key, job, header, payload)
+        return encode_on_ray(key, job, header, payload, *rest)
 
     monkeypatch.setattr(ray_pool, "encode_on_ray", encode_or_die)
     with pytest.raises(
@@ -222,7 +235,10 @@ def test_ray_chunk_failing_thrice_names_source_and_bytes(
     assert folder_bytes(tmp_path / "ray") == expected
 
 
+@pytest.mark.parametrize("read_on", READERS)
 def test_ray_resumes_what_local_processes_began(
+    read_on: str,
+    all_ranges_are_read: None,
     on_ray: Callable[..., PrepResult],
     expected: dict[str, str],
     tmp_path: Path,
@@ -243,7 +259,7 @@ def test_ray_resumes_what_local_processes_began(
         if not kept and work.is_dir():
             kept.append(sum(path.stat().st_mtime_ns == at for path, at in before.items() if path.exists()))
 
-    on_ray(on_progress=look)
+    on_ray(on_progress=look, read_on=read_on)
     assert kept == [len(before)], "what was encoded before is not encoded again"
     assert folder_bytes(tmp_path / "ray") == expected
 
@@ -303,6 +319,29 @@ def test_ray_refuses_other_versions_before_the_first_chunk(
             ConfigError, match=rf"has tokenizers 0\.0\.1 instead of {versions()['tokenizers']}"
         ) as caught:
             on_ray()
+    finally:
+        cluster.kill(other)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "ray" / ".work").glob("piece_*")) == []
+
+
+def test_ray_refuses_a_node_that_does_not_see_the_corpus(
+    on_ray: Callable[..., PrepResult], cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nstat = os.stat\n"
+        "def hidden(path, *args, **names):\n"
+        f"    if str(path).startswith({str(corpus)!r}):\n"
+        "        raise FileNotFoundError(2, 'No such file or directory')\n"
+        "    return stat(path, *args, **names)\n"
+        "os.stat = hidden\n"
+    )
+    other = cluster.add(env_vars={"PYTHONPATH": str(tmp_path)})
+    try:
+        with pytest.raises(
+            ConfigError, match=r"Ray node .* does not see the corpus .*00\.txt: cannot be read"
+        ) as caught:
+            on_ray(read_on="workers")
     finally:
         cluster.kill(other)
     assert "\n" not in str(caught.value)

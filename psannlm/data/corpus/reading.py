@@ -121,6 +121,24 @@ def opened(path: str, seen: Seen | None = None, *, waits: bool = True) -> Iterat
         raise CorpusError(f"{name}: memory ran out while it was read; split it into smaller files or lines") from error
 
 
+def read_range(path: str, start: int, n_bytes: int) -> bytes:
+    """Return ``n_bytes`` stored bytes of a file or URL from ``start``; fewer at its end.
+
+    Raises:
+        CorpusError: it cannot be read.
+    """
+    try:
+        if is_remote(path):
+            system, name = remote_file_system(path)
+            with explained_remote_errors(path):
+                return bytes(system.cat_file(name, start=start, end=start + n_bytes))
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(n_bytes)
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
 def is_compressed(path: str) -> bool:
     """Return whether a file is gzip or zstd, by its first bytes. Raises CorpusError if it cannot be read."""
     try:
