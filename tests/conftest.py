@@ -7,6 +7,8 @@ import logging
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -36,6 +38,17 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+# Ends with its standard input, and so with this process.
+_S3_SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
 
 
 class ByteTokenizer(Tokenizer):
@@ -165,6 +178,32 @@ def build_tiny() -> Callable[..., Transformer]:
         return model
 
     return build
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Any]:
+    """A file system of S3 with the empty bucket ``corpora``, on a server of its own."""
+    pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    command = [sys.executable, "-c", _S3_SERVER]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        assert server.stdin is not None
+        assert server.stdout is not None
+        try:
+            port = next(int(line) for line in server.stdout if line.strip().isdigit())
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            system = s3fs.S3FileSystem()
+            system.mkdir("s3://corpora")
+            yield system
+        finally:
+            s3fs.S3FileSystem.clear_instance_cache()
+            server.stdin.close()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
@@ -207,15 +207,17 @@ def scan_on_ray(
     drops = Drops()
     reader = CorpusReader(files, list(files), settings, chunk_bytes, drops, cut)
     error: PsannlmError | None = None
+    plain: set[int] = set()
 
     def sections() -> Iterator[tuple[Section, bytes]]:
         nonlocal error
         try:
+            plain.update(plain_files(files, smallest_bytes))
             yield from reader.sections()
         except tuple(ERRORS.values()) as raised:
             error = raised
 
-    blocks = find_blocks(sections(), files, chunk_bytes, smallest_bytes)
+    blocks = find_blocks(sections(), plain, chunk_bytes, smallest_bytes)
     for found, content in islice(blocks, n_known, None):
         yield {"sections": found, "reader": _state(reader, drops)}, np.frombuffer(content, np.uint8)
     if error is not None:
@@ -234,20 +236,24 @@ def _state(reader: CorpusReader, drops: Drops) -> dict[str, Any]:
     }
 
 
+def plain_files(files: Mapping[int, SourceFile], smallest_bytes: int) -> set[int]:
+    """Return the files that can be read by position: not compressed, and of ``smallest_bytes`` or more."""
+    return {index for index, file in files.items() if (file.n_bytes or 0) >= smallest_bytes and not file.is_compressed}
+
+
 def find_blocks(
-    sections: Iterable[tuple[Section, bytes]], files: Mapping[int, SourceFile], chunk_bytes: int, smallest_bytes: int
+    sections: Iterable[tuple[Section, bytes]], plain: Container[int], chunk_bytes: int, smallest_bytes: int
 ) -> Iterator[tuple[list[tuple[Any, ...]], bytes]]:
-    """Yield sections as tuples, and the bytes of those that are sent."""
+    """Yield sections as tuples, and the bytes of those that are sent: of files that are not ``plain``, and small ones.
+
+    ``plain`` is first looked at when the first section is there.
+    """
     found: list[tuple[Any, ...]] = []
     parts: list[bytes] = []
     n_read = n_sent = 0
-    is_packed: dict[int, bool] = {}
     for section, content in sections:
         n_read += len(content)
-        is_in_file = section.at >= 0 and section.n_bytes >= smallest_bytes
-        if is_in_file and section.source not in is_packed:
-            is_packed[section.source] = files[section.source].is_compressed
-        if is_in_file and not is_packed[section.source]:
+        if section.at >= 0 and section.n_bytes >= smallest_bytes and section.source in plain:
             found.append(tuple(section._replace(check=zlib.crc32(content))))
         else:
             found.append(tuple(section))

@@ -98,6 +98,28 @@ def test_bench_tokenizers_times_prep(psannlm, project: Path, tmp_path: Path, mon
         assert words in Path("here/table.txt").read_text()
 
 
+@pytest.mark.slow
+def test_bench_tokenizers_times_prep_on_ray(psannlm, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setattr(bench, "KINDS", {"byte-level bpe": bench.KINDS["byte-level bpe"]})
+    n_tokens: dict[str, set[int]] = {}
+    run_prep = prep.run_prep
+
+    def noting(sources: Any, tokenizer: bytes, workers: int, engine: str = "local") -> prep.PrepRun:
+        made = run_prep(sources, tokenizer, workers, engine)
+        n_tokens.setdefault(engine, set()).add(made.n_tokens)
+        return made
+
+    monkeypatch.setattr(prep, "run_prep", noting)
+    done = psannlm("bench-tokenizers", *TINY, "--prep", "--engine", "ray", "--out", "here")
+    assert done.code == 0, done.err
+    assert n_tokens["ray"] == n_tokens["local"], "of the corpus, and of one line"
+    (row,) = json.loads(Path("here/metrics.json").read_text())["prep"]
+    assert row["ray"].keys() >= {"prep_s", "start_s", "ratio_to_local"}
+    for words in ("with Ray, MB/s", "Ray / local", "Ray's start, s"):
+        assert words in Path("here/table.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -219,3 +220,33 @@ def test_eval_tasks_wrong_usage_is_refused_before_work(
     refused = psannlm("eval", *arguments)
     assert (refused.code, refused.out) == (2, "")
     assert said in " ".join(refused.err.replace("│", " ").split())
+
+
+@pytest.mark.slow
+def test_train_and_eval_take_a_prepared_url(psannlm, project: Path, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From text at a URL to the loss of the run on the folder at a URL, and on a text at one."""
+    from psannlm.tokenizers.resolve import fit_tokenizer
+
+    monkeypatch.setenv("PSANNLM_CACHE_DIR", str(project / "cache"))
+    lines = (project / "corpus.txt").read_text().splitlines()
+    fit_tokenizer(lines * 20, "tokenizers", 280).save(project / "t.json")
+    s3.put_file("corpus.txt", "corpora/corpus.txt")
+    arguments = ["--per-line", "--tokenizer", "t.json", "--val-split", "0.4", "--workers", "1"]
+    done = psannlm("prep", "s3://corpora/corpus.txt", *arguments, "--out", "s3://corpora/shards")
+    assert done.code == 0, done.err
+    assert "data.sources=[s3://corpora/shards]" in done.out.replace('"', "")
+    assert json.loads(s3.cat_file("corpora/shards/metrics.json"))["record"] == "prep"
+    sources = ["--set", "data.sources=[s3://corpora/shards]", "--set", "data.val_split=0"]
+    done = psannlm("train", "config.yaml", *sources, "--set", "data.tokenizer=auto")
+    assert done.code == 0, done.err
+    assert "s3://corpora/shards: copying" in done.err
+    rows = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    best = min(row["loss"] for row in rows if row["kind"] == "eval")
+
+    def loss_on(*files: str) -> float:
+        done = psannlm("eval", *files, "--device", "cpu", "--out", "figures", "--json")
+        assert done.code == 0, done.err
+        return float(json.loads(done.out)["loss"])
+
+    assert loss_on("s3://corpora/shards") == pytest.approx(best, abs=1e-5)
+    assert loss_on("s3://corpora/corpus.txt", "--per-line") == loss_on("corpus.txt", "--per-line")

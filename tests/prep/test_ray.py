@@ -87,6 +87,8 @@ def cluster() -> Iterator[Cluster]:
             "RAY_AUTH_TOKEN": "t" * 64,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": folder,
+            # A killed node is noticed after five failed checks, by default of three seconds each.
+            "RAY_health_check_period_ms": "500",
         }.items():
             environment.setenv(name, value)
         pytest.importorskip("ray")

@@ -17,7 +17,7 @@ from psannlm.prep.chunks import Chunk, Section, gather
 from psannlm.prep.engine import Engine
 from psannlm.prep.job import PrepSettings
 from psannlm.prep.ray_reader import locate
-from psannlm.prep.ray_worker import differing_file, find_blocks, with_bytes_of_files
+from psannlm.prep.ray_worker import differing_file, find_blocks, plain_files, with_bytes_of_files
 from psannlm.prep.reader import CorpusReader, Cut, Drops, SourceFile, find_sources
 
 _LONG = ("sine waves of a long text, naïve and Ærøskøbing\r\n" * 12_000).encode()
@@ -44,7 +44,7 @@ def _chunks(files: dict[int, SourceFile], settings: PrepSettings, cut: Cut | Non
     reader = CorpusReader(files, list(files), settings, 20_000, Drops(), cut)
 
     def sections() -> Iterator[tuple[Section, bytes]]:
-        for found, content in find_blocks(reader.sections(), files, 20_000, 64):
+        for found, content in find_blocks(reader.sections(), plain_files(files, 64), 20_000, 64):
             at = 0
             for values in found:
                 section = Section(*values)
@@ -88,6 +88,16 @@ def test_small_sections_are_sent_instead_of_requested(tmp_path: Path) -> None:
     files = dict(enumerate(find_sources([str(tmp_path)], Drops())))
     (chunk,) = _chunks(files, PrepSettings(), None, ["0", "1", "2", "3", "4"])
     assert (len(chunk.payload), chunk.is_whole) == (250, True)
+
+
+def test_ranges_of_urls_are_read() -> None:
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").pipe_file("/ranges/a.jsonl", _LINES)
+    (source,) = find_sources(["memory://ranges/a.jsonl"], Drops())
+    chunks = list(_chunks({0: source}, PrepSettings(), None, [source.path]))
+    assert sum(len(chunk.payload) for chunk in chunks) == 0
+    assert b"".join(bytes(with_bytes_of_files(chunk, {0: source}).payload) for chunk in chunks) == _LINES
+    fsspec.filesystem("memory").rm("/ranges", recursive=True)
 
 
 def test_bytes_of_another_file_are_refused(tmp_path: Path) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +21,11 @@ from psannlm.prep.job import PrepSettings
 from psannlm.prep.merge import merge_parts
 from psannlm.prep.pipeline import PrepResult, prepare_corpus
 
-pytest.importorskip("moto.server")
 s3fs = pytest.importorskip("s3fs")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-BUCKET = "s3://corpora"
+BUCKET = "s3://corpora"  # of the fixture s3
 SETTINGS = {"val_split": 0.15, "shard_tokens": 400, "per_line": True}
-# Ends with its standard input, and so with this process.
-_SERVER = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[Any]:
-    """A file system of S3 with an empty bucket, on a server of its own."""
-    command = [sys.executable, "-c", _SERVER]
-    with (
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        assert server.stdin is not None
-        assert server.stdout is not None
-        try:
-            port = next(int(line) for line in server.stdout if line.strip().isdigit())
-            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-            patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-            patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            system = s3fs.S3FileSystem()
-            system.mkdir(BUCKET)
-            yield system
-        finally:
-            s3fs.S3FileSystem.clear_instance_cache()
-            server.stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -340,28 +305,3 @@ def test_killed_copy_is_finished_once_by_several_processes(
     assert len(read) == len(set(read)) == n_shards
     (copy,) = (cache / "prepared").iterdir()
     assert hashes_in(copy) == hashes_at(s3, url), "and neither locks nor leftovers of the killed process"
-
-
-CONFIG = """\
-model: {base: transformer, d_model: 16, n_layers: 1, n_heads: 2}
-data: {sources: [URL], max_length: 16}
-train: {max_steps: 1, batch_tokens: 64, amp: fp32, device: cpu, eval_interval_steps: 1, sample_prompts: []}
-"""
-
-
-@pytest.mark.slow
-def test_prep_and_train_take_a_url(s3: Any, url: str, files: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PSANNLM_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(REPOSITORY)}
-
-    def psannlm(*arguments: str) -> str:
-        command = [sys.executable, "-m", "psannlm", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
-
-    said = psannlm("prep", str(files), "--per-line", "--tokenizer", str(tokenizer_path), "--out", url, "--workers=1")
-    assert f"data.sources=[{url}]" in said.replace('"', "")
-    assert json.loads(s3.cat_file(f"{url}/metrics.json"))["record"] == "prep"
-    (tmp_path / "config.yaml").write_text(CONFIG.replace("URL", url), encoding="utf-8")
-    assert f"{url}: copying" in psannlm("train", "config.yaml", "--out", "run")
-    assert '"kind": "eval"' in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
