@@ -327,7 +327,7 @@ def test_ray_refuses_other_versions_before_the_first_chunk(
     assert list((tmp_path / "ray" / ".work").glob("piece_*")) == []
 
 
-def test_ray_refuses_a_node_that_does_not_see_the_corpus(
+def test_ray_refuses_a_node_without_the_corpus(
     on_ray: Callable[..., PrepResult], cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
