@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
@@ -60,9 +61,16 @@ def replicate(model: nn.Module, world: World, device: torch.device) -> nn.Module
     """Return ``model`` wrapped so that its gradients are averaged over the ranks (PyTorch DDP, arXiv 2006.15704)."""
     if world.size == 1:
         return model
-    # Gradients are views of the communication buckets: otherwise a rank holds each gradient twice.
+    # Gradients are views of the communication buckets: otherwise a rank holds each gradient twice. The search for
+    # unused parameters, of which there are none, keeps the buckets of the first step: DDP would rearrange them after
+    # it, and where an element lies decides in which order three or more ranks are added. A resumed run would end with
+    # other bits.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     return DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=True,
     )
 
 
