@@ -38,7 +38,9 @@ _WILDCARDS = ("0.0.0.0", "::")
 CheckpointArgument = Annotated[
     Path,
     typer.Argument(
-        metavar="CHECKPOINT", help="Model file, checkpoint folder or run folder, of which the best checkpoint is taken."
+        metavar="CHECKPOINT",
+        help="Model file, checkpoint folder or run folder, of which the best checkpoint is taken; of a folder of runs, "
+        "that of the run that saved last, as in psannlm generate.",
     ),
 ]
 HostOption = Annotated[
@@ -106,25 +108,28 @@ def serve(
 
     Ctrl-C or SIGTERM refuses new requests and ends once the open ones have ended, after 30 s at the latest.
     """
-    from psannlm.display import printable
-    from psannlm.models.kv_cache import MAX_DECODE_TOKENS
-    from psannlm.runtime.malloc import trim_aggressively
+    from psannlm.serving.guard import HostRule, is_loopback
+    from psannlm.serving.sockets import bind_socket
 
-    with _explaining_a_missing_package():
-        from psannlm.serving.app import Service
-        from psannlm.serving.guard import HostRule, is_loopback
-        from psannlm.serving.metrics import Metrics
-        from psannlm.serving.server import HttpServer, bind_socket
-    if not speculate < MAX_DECODE_TOKENS:
-        raise typer.BadParameter(f"{speculate} is more than {MAX_DECODE_TOKENS - 1}", param_hint="--speculate")
     key = None if api_key_file is None else read_key(api_key_file)
     if key is None and not is_loopback(host):
         raise typer.BadParameter(f"other machines reach {host}: give --api-key-file too", param_hint="--host")
-    # Bodies are parsed and encoded in threads, each of which would keep the memory of its largest one.
-    trim_aggressively()
-    picked = chosen_device(device, is_compiled=compile)
-    path = find_model_file(checkpoint, checkpoint, hint="CHECKPOINT", ema=ema)
+    # Before torch is imported, which takes seconds.
     with closing(bind_socket(host, port)) as bound:
+        from psannlm.display import printable
+        from psannlm.models.kv_cache import MAX_DECODE_TOKENS
+        from psannlm.runtime.malloc import trim_aggressively
+
+        with _explaining_a_missing_package():
+            from psannlm.serving.app import Service
+            from psannlm.serving.metrics import Metrics
+            from psannlm.serving.server import HttpServer
+        if not speculate < MAX_DECODE_TOKENS:
+            raise typer.BadParameter(f"{speculate} is more than {MAX_DECODE_TOKENS - 1}", param_hint="--speculate")
+        # Bodies are parsed and encoded in threads, each of which would keep the memory of its largest one.
+        trim_aggressively()
+        picked = chosen_device(device, is_compiled=compile)
+        path = find_model_file(checkpoint, checkpoint, hint="CHECKPOINT", ema=ema)
         model, tokenizer = _load(path, picked, max_batch, 4 if dtype == "float32" else 2)
         at = bound.getsockname()[1]
 

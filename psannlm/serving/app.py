@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -33,6 +33,9 @@ from psannlm.serving.scheduler import Handle, QueueFullError, Scheduler, Update
 from psannlm.tokenizers.base import Tokenizer
 
 log = logging.getLogger(__name__)
+
+# JSON of one line, as an event needs it; json.dumps would make an encoder for every event.
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 _CHAT = (
     "this server has base models, which continue a text and were trained on no dialogs; send the text to "
@@ -321,19 +324,21 @@ class Answer:
             metrics.count_request(status)
             metrics.request_s.observe(time.monotonic() - self._began)
 
-    async def events(self) -> AsyncIterator[ServerSentEvent]:
+    async def events(self) -> AsyncIterator[bytes]:
         """Yield the parts as events, then the usage where it is asked for, then ``[DONE]``."""
-        extra: dict[str, Any] = {"usage": None} if self._request.includes_usage else {}
+        # All but the part is the same in every event: it is encoded once.
+        before = f'data: {_to_json(self._head)[:-1]},"choices":['
+        after = ',"usage":null}\n\n' if self._request.includes_usage else "}\n\n"
         try:
             async for part in self._parts():
-                yield _event({**self._head, "choices": [part], **extra})
+                yield f"{before}{_to_json(part)}]{after}".encode()
         except RequestError as error:
             self._end(error.status)
             yield _event(error.body())
             return
         if self._request.includes_usage:
             yield _event({**self._head, "choices": [], "usage": usage(self._prompts, self._choices)})
-        yield ServerSentEvent("[DONE]", sep="\n")
+        yield b"data: [DONE]\n\n"
         self._end(200)
 
     async def whole(self, http: Request) -> dict[str, Any]:
@@ -365,5 +370,5 @@ async def _disconnect(http: Request) -> None:
         pass
 
 
-def _event(content: dict[str, Any]) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(content, ensure_ascii=False, separators=(",", ":")), sep="\n")
+def _event(content: dict[str, Any]) -> bytes:
+    return f"data: {_to_json(content)}\n\n".encode()

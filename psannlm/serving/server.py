@@ -1,11 +1,9 @@
-"""HTTP server: the socket, uvicorn with time limits, and the end on SIGTERM."""
+"""HTTP server: uvicorn with time limits, and the end on SIGTERM."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import os
 import signal
 import socket
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from psannlm.errors import ConfigError, GenerationError
+from psannlm.errors import GenerationError
 from psannlm.io.limits import describe_memory, machine_memory_bytes
 from psannlm.models.accounting import cache_bytes
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS
@@ -26,6 +24,7 @@ from psannlm.serving.app import Service, build_app
 from psannlm.serving.guard import HostRule
 from psannlm.serving.limits import DRAIN_TIMEOUT_S, HEADER_TIMEOUT_S, KEEP_ALIVE_S
 from psannlm.serving.scheduler import PREFILL_CHUNK_TOKENS, Scheduler
+from psannlm.serving.sockets import bind_error
 from psannlm.serving.worker import EngineThread
 
 log = logging.getLogger(__name__)
@@ -35,32 +34,6 @@ _DRAIN_CHECK_S = 0.05
 _CUT_OFF_S = 2.0
 # Connections that may wait to be accepted.
 _BACKLOG = 1024
-
-
-def bind_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound and does not listen yet.
-
-    Raises:
-        ConfigError: the port is in use or not allowed, or the host is no address of this machine.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise ConfigError(f"--host {host} has no address: {error.strerror}") from error
-    bound = socket.socket(family, kind)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise _bind_error(error, host, port) from error
-    return bound
-
-
-def _bind_error(error: OSError, host: str, port: int) -> ConfigError:
-    if error.errno == errno.EADDRINUSE:
-        return ConfigError(f"port {port} on {host} is in use; end what uses it, or give another --port")
-    return ConfigError(f"cannot listen on {host}, port {port}: {os.strerror(error.errno or 0)}")
 
 
 def refuse_oversize(model: Transformer, max_batch: int, bytes_per_element: int) -> None:
@@ -142,7 +115,7 @@ class HttpServer:
     Args:
         service: what the routes need, but the scheduler.
         prepare: makes the scheduler, in the engine thread.
-        bound: from :func:`bind_socket`.
+        bound: from :func:`psannlm.serving.sockets.bind_socket`.
         on_ready: called in the engine thread once requests are taken.
     """
 
@@ -187,7 +160,7 @@ class HttpServer:
         try:
             self._bound.listen(_BACKLOG)
         except OSError as error:
-            raise _bind_error(error, *self._bound.getsockname()[:2]) from error
+            raise bind_error(error, *self._bound.getsockname()[:2]) from error
         asyncio.run(self._serve())
         is_left = not self._engine.stop()
         if self._engine.failure is not None:

@@ -18,7 +18,8 @@ for package in ("starlette", "uvicorn", "sse_starlette", "prometheus_client"):
 from psannlm.serving.app import Service  # noqa: E402
 from psannlm.serving.guard import HostRule  # noqa: E402
 from psannlm.serving.metrics import Metrics  # noqa: E402
-from psannlm.serving.server import HttpServer, bind_socket  # noqa: E402
+from psannlm.serving.server import HttpServer  # noqa: E402
+from psannlm.serving.sockets import bind_socket  # noqa: E402
 
 CONTEXT = 400
 

@@ -20,7 +20,8 @@ from psannlm.serving import worker as worker_module
 from psannlm.serving.app import Service
 from psannlm.serving.guard import HostRule
 from psannlm.serving.scheduler import Scheduler
-from psannlm.serving.server import HttpServer, bind_socket
+from psannlm.serving.server import HttpServer
+from psannlm.serving.sockets import bind_socket
 
 BODY = {"model": "tiny", "prompt": "the sea", "max_tokens": 4}
 
