@@ -105,6 +105,13 @@ WindowOption = Annotated[
     int | None,
     typer.Option(min=1, help="Length of an evaluation window in tokens. Default: the window length of training."),
 ]
+IsolateOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--isolate-documents/--no-isolate-documents",
+        help="Keep the documents of a window apart, so that none is context of the next. Default: as in training.",
+    ),
+]
 AmpOption = Annotated[str, typer.Option(help="Precision of matrix products under autocast: auto, bf16, fp16 or fp32.")]
 
 
@@ -117,6 +124,7 @@ def evaluate(
     text_key: TextKeyOption = "text",
     errors: ErrorsOption = "strict",
     window: WindowOption = None,
+    isolate_documents: IsolateOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows, or answers to score, per forward pass.")] = 16,
     amp: AmpOption = "fp32",
     dtype: DtypeOption = "float32",
@@ -140,6 +148,8 @@ def evaluate(
     if tasks is not None:
         from psannlm.evaluation.tasks.suite import TaskSettings
 
+        if isolate_documents is not None:
+            raise typer.BadParameter("it does not go with --tasks", param_hint="--isolate-documents")
         if window is not None or amp != "fp32":
             raise typer.BadParameter("it does not go with --tasks", param_hint="--window" if window else "--amp")
         if tasks_dir is not None:
@@ -158,6 +168,7 @@ def evaluate(
         sources,
         where=partial(find_model_file, checkpoint, runs, ema=ema),
         window=window,
+        isolate_documents=isolate_documents,
         batch_size=batch_size,
         amp=amp,
         dtype=dtype,
@@ -172,6 +183,7 @@ def _measure_loss(
     *,
     where: Callable[[], Path],
     window: int | None,
+    isolate_documents: bool | None,
     batch_size: int,
     amp: str,
     dtype: WeightDtype,
@@ -208,6 +220,7 @@ def _measure_loss(
             precision=precision,
             batch_size=batch_size,
             window=window,
+            isolate_documents=isolate_documents,
             on_progress=line.show,
         )
         for text in report.lines():

@@ -63,6 +63,7 @@ class psannLMDataPrep:
         tokenizer_model_path: a tokenizer file to use instead of training one on the training texts.
         max_length: tokens per window.
         pack_sequences: join documents into full windows; False: at most one document per window.
+        isolate_documents: keep the documents of a window apart: nothing in the model reaches over a border.
         val_split: fraction of the documents for validation, at least one document; of a single document its end.
         seed: selects these documents, and the sample that the tokenizer is trained on. The training order, the
             initial weights and dropout depend on ``fit(..., seed=...)``.
@@ -85,6 +86,7 @@ class psannLMDataPrep:
         seed: int = 1337,
         *,
         vocab_size: int = 4096,
+        isolate_documents: bool = False,
     ) -> None:
         given = _listed(texts_or_paths)
         folder = _prepared_paths(given)
@@ -96,6 +98,7 @@ class psannLMDataPrep:
             "vocab_size": vocab_size,
             "max_length": max_length,
             "pack_sequences": pack_sequences,
+            "isolate_documents": isolate_documents,
             "val_split": val_split,
             "seed": seed,
         }
@@ -149,6 +152,7 @@ class psannLMDataPrep:
             self.max_length,
             pad_id=self.tokenizer.pad_id,
             pack=self.pack_sequences,
+            isolate_documents=self.config.isolate_documents,
             tokenizer=self.tokenizer,
             config=self.config,
             text_sha256=self.prepared.report.sha256,
@@ -562,6 +566,7 @@ def _validation(
         config.max_length,
         pad_id=tokenizer.pad_id,
         pack=config.pack_sequences,
+        isolate_documents=config.isolate_documents,
         tokenizer=tokenizer,
         config=config,
     )

@@ -84,6 +84,11 @@ class DataConfig(Section):
     pack_sequences: Flag = Field(
         True, description="pack several documents into a window; false: one document per window"
     )
+    isolate_documents: Flag = Field(
+        False,
+        description="keep the documents of a packed window apart, in training, validation and eval: attention and "
+        "short convolutions do not reach over a border, and positions restart at each document",
+    )
     val_split: Real = Field(
         0.0,
         ge=0,

@@ -27,6 +27,7 @@ class LMDataset(Windows, Dataset[tuple[Tensor, Tensor]]):
         seq_len: T, 1 or more.
         pad_id: id of padding, after the end of the text in the last window.
         pack: join documents into full windows; False never puts two into one window.
+        isolate_documents: also give the positions that keep the documents of a window apart (``document_positions``).
         tokenizer, config, text_sha256: origin of the tokens; a :class:`~psannlm.training.trainer.Trainer` needs them
             for its checkpoints.
         lost_fraction, preparation: as in :class:`~psannlm.data.prepare.PreparedData`; None is unknown.
@@ -42,13 +43,14 @@ class LMDataset(Windows, Dataset[tuple[Tensor, Tensor]]):
         *,
         pad_id: int,
         pack: bool = True,
+        isolate_documents: bool = False,
         tokenizer: Tokenizer | None = None,
         config: DataConfig | None = None,
         text_sha256: str = "",
         lost_fraction: float | None = None,
         preparation: int | None = None,
     ) -> None:
-        super().__init__(store, seq_len, pad_id=pad_id, pack=pack)
+        super().__init__(store, seq_len, pad_id=pad_id, pack=pack, isolate_documents=isolate_documents)
         self.tokenizer = tokenizer
         self.config = config
         self.text_sha256 = text_sha256
@@ -80,7 +82,11 @@ class LMDataset(Windows, Dataset[tuple[Tensor, Tensor]]):
             raise TypeError(
                 f"{self!r} has no tokenizer or no configuration; use psannLMDataPrep(...).dataset, or pass both"
             )
-        cut = {"max_length": self.seq_len, "pack_sequences": self.is_packed}
+        cut = {
+            "max_length": self.seq_len,
+            "pack_sequences": self.is_packed,
+            "isolate_documents": self.isolate_documents,
+        }
         return self.tokenizer, self.config.model_copy(update=cut)
 
     def __repr__(self) -> str:

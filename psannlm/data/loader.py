@@ -34,12 +34,14 @@ class MicroBatch:
     """Input of one forward pass: ``input_ids`` and ``labels`` (B, T) int64, and the number of valid labels.
 
     ``window_ids`` (B,) int64 are the indices of the windows; empty for a filler batch, which keeps ranks in step.
+    ``document_positions`` (B, T) int64 are those of ``Windows.document_positions``, or None.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     n_labels: int
     window_ids: NDArray[np.int64]
+    document_positions: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -172,13 +174,16 @@ class Loader:
         )
 
     def _micro_batch(self, window_ids: NDArray[np.int64]) -> MicroBatch:
+        document_positions = None
         if len(window_ids) == 0:
             shape = (1, self.windows.seq_len)
             input_ids = torch.full(shape, self.windows.pad_id, dtype=torch.int64)
             labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
         else:
             input_ids, labels = self.windows.batch(window_ids)
+            document_positions = self.windows.document_positions(window_ids)
         n_labels = int((labels != IGNORE_INDEX).sum())
         if self.pin_memory:
             input_ids, labels = input_ids.pin_memory(), labels.pin_memory()
-        return MicroBatch(input_ids, labels, n_labels, window_ids)
+            document_positions = None if document_positions is None else document_positions.pin_memory()
+        return MicroBatch(input_ids, labels, n_labels, window_ids, document_positions)

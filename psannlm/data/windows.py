@@ -26,13 +26,16 @@ class Windows:
     ``data.dataset.LMDataset`` gives one window at a time.
     """
 
-    def __init__(self, store: Stream, seq_len: int, *, pad_id: int, pack: bool = True) -> None:
+    def __init__(
+        self, store: Stream, seq_len: int, *, pad_id: int, pack: bool = True, isolate_documents: bool = False
+    ) -> None:
         """``seq_len`` is T. Raises ConfigError if it is below 1."""
         if seq_len < 1:
             raise ConfigError(f"a window of {seq_len} tokens is empty; set data.max_length to 1 or more")
         self.store = store
         self.seq_len = seq_len
         self.pad_id = pad_id
+        self.isolate_documents = isolate_documents
         self._unpacked_index = None if pack else UnpackedWindowIndex(store.segments, seq_len)
         packed = -(-max(0, store.n_framed_tokens - 1) // seq_len)
         self._n_windows = packed if self._unpacked_index is None else len(self._unpacked_index)
@@ -57,6 +60,28 @@ class Windows:
         """
         input_ids, labels = self._rows(self._checked(indices))
         return torch.from_numpy(input_ids), torch.from_numpy(labels)
+
+    def document_positions(self, indices: Sequence[int] | NDArray[np.int64]) -> torch.Tensor | None:
+        """Return the position (B, T) int64 of each input of the windows ``indices`` in its document.
+
+        A document that began in an earlier window counts from the start of this one. Padding continues the last
+        document. None where documents are not isolated or no window of the batch holds a border: then the pass without
+        a mask computes the same.
+
+        Raises IndexError for an index out of range.
+        """
+        if not (self.isolate_documents and self.is_packed):
+            return None
+        starts, stops = self._spans(self._checked(indices))
+        # Inputs end one id before the window does; a document that begins with its last label has no input in it.
+        first, last = self.store.documents_at(np.stack([starts, np.maximum(starts, stops - 2)]))
+        if np.array_equal(first, last):
+            return None
+        begins = np.zeros((len(starts), self.seq_len), dtype=np.int64)
+        for row, start in enumerate(starts.tolist()):
+            borders = self.store.starts(int(first[row]) + 1, int(last[row]) + 1) - start
+            begins[row, borders] = borders
+        return torch.from_numpy(np.arange(self.seq_len) - np.maximum.accumulate(begins, axis=1))
 
     def describe(self, index: int) -> str:
         """Return a description of the documents in window ``index``. Raises IndexError for an index out of range."""

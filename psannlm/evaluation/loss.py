@@ -20,7 +20,7 @@ from psannlm.data.stream import Stream
 from psannlm.data.windows import Windows
 from psannlm.errors import ArtifactError, ConfigError, CorpusError, TokenizerError
 from psannlm.io.limits import describe_memory, machine_memory_bytes
-from psannlm.models.artifact import LoadedModel
+from psannlm.models.artifact import ISOLATED_NOTE, LoadedModel
 from psannlm.runtime.device import Precision, gpu_memory_bytes
 from psannlm.runtime.distributed import World
 from psannlm.runtime.progress import OnProgress, ProgressCounter, ignore_progress
@@ -86,8 +86,9 @@ def evaluate(
 ) -> Evaluation:
     """Return the :class:`Evaluation` of ``model`` over every window, each token counted once.
 
-    The first tokens of a window are predicted from a short context, as in training. ``model`` maps (input_ids, labels)
-    to a summed loss and keeps its mode. Windows are divided among the ranks, and all ranks get the same result.
+    The first tokens of a window are predicted from a short context, as in training; so are those of each document where
+    ``windows`` isolates documents. ``model`` maps (input_ids, labels) to a summed loss and keeps its mode. Windows are
+    divided among the ranks, and all ranks get the same result.
 
     Raises:
         CorpusError: the text has no tokens.
@@ -103,11 +104,15 @@ def evaluate(
         # The same number of passes on every rank, because a sharded model is gathered from all of them. A rank that has
         # no window left repeats one with every label ignored.
         for start in range(0, -(-len(windows) // world.size), batch_size):
-            input_ids, labels = windows.batch(mine[start : start + batch_size] or range(1))
+            rows = mine[start : start + batch_size] or range(1)
+            input_ids, labels = windows.batch(rows)
+            positions = windows.document_positions(rows)
+            # Without a border the model is called as before, also a model that takes no positions.
+            isolated = {} if positions is None else {"document_positions": positions.to(precision.device)}
             if start >= len(mine):
                 labels = torch.full_like(labels, IGNORE_INDEX)
             with precision.autocast():
-                nats += float(model(input_ids.to(precision.device), labels.to(precision.device)))
+                nats += float(model(input_ids.to(precision.device), labels.to(precision.device), **isolated))
             count.at(min(start + batch_size, len(mine)))
     finally:
         model.train(was_training)
@@ -121,6 +126,7 @@ def evaluate_sources(
     precision: Precision,
     batch_size: int = 16,
     window: int | None = None,
+    isolate_documents: bool | None = None,
     replace_option: str = "",
     on_progress: OnProgress = ignore_progress,
 ) -> tuple[Evaluation, ReadReport]:
@@ -130,6 +136,7 @@ def evaluate_sources(
 
     Args:
         window: tokens per window; None: the length the model was trained with.
+        isolate_documents: keep the documents of a window apart; None: as the model was trained.
         replace_option: what errors recommend for bytes that are not UTF-8.
 
     Raises:
@@ -148,7 +155,9 @@ def evaluate_sources(
     if window is not None and window > longest and config.positional_encoding != "alibi":
         raise CorpusError(f"a window of {window} tokens is longer than the model's context of {longest}")
     store, report, lost_fraction = _read(sources, loaded.tokenizer, replace_option, on_progress)
-    windows = Windows(store, window or longest, pad_id=loaded.tokenizer.pad_id)
+    if isolate_documents is None:
+        isolate_documents = loaded.notes.get(ISOLATED_NOTE) is True
+    windows = Windows(store, window or longest, pad_id=loaded.tokenizer.pad_id, isolate_documents=isolate_documents)
     _refuse_oversize(config, windows, batch_size, precision.device)
     result = evaluate(loaded.model, windows, precision=precision, batch_size=batch_size, on_progress=on_progress)
     return replace(result, lost_fraction=lost_fraction), report

@@ -62,28 +62,35 @@ class _NormConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, taps: Tensor | None, eps: float, dilation: int, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        taps: Tensor | None,
+        eps: float,
+        dilation: int,
+        dtype: torch.dtype,
+        document_positions: Tensor | None,
     ) -> Tensor:
         # scale = 1 / sqrt(mean(x²) + eps), one per token
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, taps, scale)
+        ctx.save_for_backward(x, weight, taps, scale, document_positions)
         ctx.dilation = dilation
         # Norm and convolution in float32; the result is rounded once, to the dtype of the products.
         y = _normed(x, weight, scale)
         if taps is not None:
-            y = _add_conv(y, taps, dilation)
+            y = _add_conv(y, taps, dilation, document_positions)
         return y.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, taps, scale = ctx.saved_tensors
+        x, weight, taps, scale, positions = ctx.saved_tensors
         with _no_autocast():
             grad = grads[0].float()
             grad_taps = None
             # Back through the convolution, whose input is the norm recomputed from x and scale.
             if taps is not None:
-                grad_taps = _taps_gradient(grad, _normed(x, weight, scale), taps.shape[1], ctx.dilation)
-                grad = _add_conv(grad, taps, ctx.dilation, is_backwards=True)
+                grad_taps = _taps_gradient(grad, _normed(x, weight, scale), taps.shape[1], ctx.dilation, positions)
+                grad = _add_conv(grad, taps, ctx.dilation, positions, is_backwards=True)
             # n = x scale weight. With G = dL/dn and r = scale:
             # dL/dx = G weight r - x r³ mean(G weight x),  dL/dweight = sum over tokens of G x r
             by_input = grad * x
@@ -91,7 +98,7 @@ class _NormConv(torch.autograd.Function):
             grad_weight = scale.flatten() @ by_input.flatten(0, -2)
             # `along` is -r³ mean(G weight x); by_input is overwritten by G weight.
             grad_x = torch.mul(grad, weight, out=by_input).mul_(scale).addcmul_(x, along)
-        return grad_x, grad_weight, grad_taps, None, None, None
+        return grad_x, grad_weight, grad_taps, None, None, None, None
 
 
 def _normed(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -99,7 +106,9 @@ def _normed(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return (x * scale).mul_(weight)
 
 
-def _add_conv(h: Tensor, taps: Tensor, dilation: int, *, is_backwards: bool = False) -> Tensor:
+def _add_conv(
+    h: Tensor, taps: Tensor, dilation: int, document_positions: Tensor | None, *, is_backwards: bool = False
+) -> Tensor:
     """Return h plus its causal convolution over time; with ``is_backwards`` the transposed operation."""
     n_taps = taps.shape[1]
     # y[t] = h[t] + sum over w of taps[w] h[t - (W - 1 - w) dilation]; the last tap reads h[t] itself. Transposed, each
@@ -111,30 +120,49 @@ def _add_conv(h: Tensor, taps: Tensor, dilation: int, *, is_backwards: bool = Fa
         if reach < h.shape[1]:
             early, late = slice(None, -reach), slice(reach, None)
             into, source = (early, late) if is_backwards else (late, early)
-            y[:, into].addcmul_(h[:, source], taps[:, tap])
+            y[:, into].addcmul_(_inside(h[:, source], document_positions, reach), taps[:, tap])
     return y
 
 
-def _taps_gradient(grad: Tensor, h: Tensor, n_taps: int, dilation: int) -> Tensor:
+def _inside(x: Tensor, document_positions: Tensor | None, reach: int) -> Tensor:
+    """Return x (B, T - reach, D), zero where the tap of an output ``reach`` .. T - 1 reads another document."""
+    if document_positions is None or not reach:
+        return x
+    return x.where((document_positions[:, reach:] >= reach).unsqueeze(-1), 0)
+
+
+def _taps_gradient(grad: Tensor, h: Tensor, n_taps: int, dilation: int, document_positions: Tensor | None) -> Tensor:
     """Return (D, W): for every tap, the sum over tokens of the gradient times the input that the tap reads."""
     # dL/dtaps[w] = sum over b, t of G[b, t] h[b, t - (W - 1 - w) dilation]
     found = grad.new_zeros(n_taps, h.shape[-1])
     for tap in range(n_taps):
         reach = (n_taps - 1 - tap) * dilation
         if reach < h.shape[1]:
-            found[tap] = (grad[:, reach:] * h[:, : h.shape[1] - reach]).sum((0, 1))
+            read = _inside(h[:, : h.shape[1] - reach], document_positions, reach)
+            found[tap] = (grad[:, reach:] * read).sum((0, 1))
     return found.t()
 
 
-def fused_norm_conv(x: Tensor, weight: Tensor, eps: float, taps: Tensor | None = None, dilation: int = 1) -> Tensor:
+def fused_norm_conv(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    taps: Tensor | None = None,
+    dilation: int = 1,
+    document_positions: Tensor | None = None,
+) -> Tensor:
     """Return the RMS norm of ``x``, plus its short convolution where there are ``taps`` (D, W), in the products' dtype.
 
     Computes what ``models.short_conv.ShortConv`` computes from the start of a sequence, in one pass.
 
     Args:
         x: (B, T, D) float32.
+        document_positions: (B, T) of each token in its document, which zeros precede; None: one document per row.
     """
-    y: Tensor = _NormConv.apply(x, weight, taps, eps, dilation, matmul_dtype())  # type: ignore[no-untyped-call]
+    dtype = matmul_dtype()
+    y: Tensor = _NormConv.apply(  # type: ignore[no-untyped-call]
+        x, weight, taps, eps, dilation, dtype, document_positions
+    )
     return y
 
 

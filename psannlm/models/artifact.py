@@ -29,6 +29,8 @@ FORMAT_VERSION = 2
 _READABLE_VERSIONS = ("1", str(FORMAT_VERSION))
 _FORMER_PARTS = {"attention_wave": "attention_conv", "mlp_wave": "mlp_conv"}
 MODEL_FILE = "model.safetensors"
+# Note of a model that was trained with data.isolate_documents.
+ISOLATED_NOTE = "isolate_documents"
 T = TypeVar("T")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -34,6 +34,7 @@ class AttentionContext:
         mask: float (B or 1, H or 1, T, S), added to the scores, or None where the kernel's own causal mask is right.
         is_prefill: whether T new tokens, a multiple of ``PREFILL_QUERIES``, start or continue a prompt in a cache.
         n_before: tokens before the new ones in every row of a prefill.
+        document_positions: (B, T) of each token in its document, or None where each row is one document.
     """
 
     positions: Tensor
@@ -42,6 +43,7 @@ class AttentionContext:
     mask: Tensor | None
     is_prefill: bool = False
     n_before: int = 0
+    document_positions: Tensor | None = None
 
 
 def attention_context(
@@ -73,6 +75,28 @@ def attention_context(
         hidden = torch.ones(n_tokens, n_before + n_tokens, dtype=torch.bool, device=device).triu(n_before + 1)
         mask = torch.zeros(hidden.shape, device=device).masked_fill(hidden, float("-inf"))[None, None]
     return AttentionContext(positions, 0, _rope(config, positions), mask, is_prefill, n_before)
+
+
+def isolated_attention_context(config: ModelConfig, document_positions: Tensor) -> AttentionContext:
+    """Return the context of rows of several documents, in which a token attends to its own document only.
+
+    The mask takes B T² values, B H T² with ALiBi, and is shared by all blocks.
+
+    Args:
+        document_positions: (B, T) integers, 0 where a document begins.
+    """
+    places = torch.arange(document_positions.shape[1], device=document_positions.device)
+    begins = places - document_positions
+    # (B, 1, T, S): query t sees the keys from the start of its document up to itself.
+    hidden = (places > places[:, None]) | (places < begins[:, :, None])
+    hidden = hidden.unsqueeze(1)
+    if config.positional_encoding == "alibi":
+        mask = alibi_bias(alibi_slopes(config.n_heads, places.device), places, places)
+    else:
+        mask = torch.zeros((), device=places.device)
+    mask = mask.masked_fill(hidden, float("-inf"))
+    rope = _rope(config, document_positions.unsqueeze(1))
+    return AttentionContext(document_positions, 0, rope, mask, document_positions=document_positions)
 
 
 def cached_attention_context(

@@ -36,12 +36,15 @@ class ShortConv(nn.Module):
         if self.has_activation:
             self.activation = SineActivation(config.d_model, config.sine_params)
 
-    def forward(self, x: Tensor, conv_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, conv_state: Tensor | None = None, document_positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Convolve (B, T, D) over time.
 
         Args:
             x: the new inputs.
             conv_state: (B, R, D), the inputs before them; None: x starts the sequence, and zeros precede it.
+            document_positions: (B, T) of each input in its document, which zeros precede; None: one document per row.
 
         Returns:
             The output (B, T, D), and all inputs (B, R + T, D): the state followed by x.
@@ -52,7 +55,14 @@ class ShortConv(nn.Module):
             # Rounded to the state's dtype, so that results do not depend on how a sequence was split into passes.
             inputs = torch.cat((conv_state, x.to(conv_state.dtype)), dim=1).to(x.dtype)
         taps = self.weight.t().to(x.dtype) if self.taps is None else self.taps
-        if x.shape[1] == 1:
+        if document_positions is not None:
+            # mixed[t] = sum over w of inputs[t + w * dilation] * taps[w], where that input is of the same document.
+            mixed = torch.zeros_like(x)
+            for tap, weight in enumerate(taps):
+                at, reach = tap * self.dilation, self.state_length - tap * self.dilation
+                is_inside = (document_positions >= reach).unsqueeze(-1)
+                mixed = mixed + inputs[:, at : at + x.shape[1]].where(is_inside, 0) * weight
+        elif x.shape[1] == 1:
             mixed = (inputs[:, :: self.dilation] * taps).sum(1, keepdim=True)
         elif x.shape[1] <= MAX_DECODE_TOKENS or (conv_state is None and torch.compiler.is_compiling()):
             # mixed[t] = sum over w of inputs[t + w * dilation] * taps[w]. For few tokens setting up a convolution costs

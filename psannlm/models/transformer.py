@@ -17,7 +17,7 @@ from psannlm.config.model import ConvPlace, ModelConfig
 from psannlm.kernels.cross_entropy import chunked_cross_entropy, linear_cross_entropy
 from psannlm.kernels.onednn import Linear
 from psannlm.kernels.recompute import fused_norm_conv, use_recompute
-from psannlm.models.attention import Attention, AttentionContext, attention_context
+from psannlm.models.attention import Attention, AttentionContext, attention_context, isolated_attention_context
 from psannlm.models.kv_cache import KVCache, LayerCache, whole_blocks
 from psannlm.models.mlp import GatedMlp, Mlp, build_mlp
 from psannlm.models.positions import sinusoids
@@ -51,14 +51,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D), writing into ``cache`` where there is one."""
         if cache is None:
-            h = _norm_and_conv(x, self.attention_norm, self.attention_conv)
+            h = _norm_and_conv(x, self.attention_norm, self.attention_conv, context.document_positions)
         else:
             h = self.attention_norm(x)
             if self.attention_conv is not None:
                 h, cache.attn_conv_inputs = self.attention_conv(h, cache.attn_conv_state)
         x = self._added(x, self.attention(h, context, cache), self.attention_scale)
         if cache is None:
-            h = _norm_and_conv(x, self.mlp_norm, self.mlp_conv)
+            h = _norm_and_conv(x, self.mlp_norm, self.mlp_conv, context.document_positions)
         else:
             h = self.mlp_norm(x)
             if self.mlp_conv is not None:
@@ -70,15 +70,14 @@ class Block(nn.Module):
         return x + (branch if scale is None else branch * scale)
 
 
-def _norm_and_conv(x: Tensor, norm: nn.RMSNorm, conv: ShortConv | None) -> Tensor:
+def _norm_and_conv(x: Tensor, norm: nn.RMSNorm, conv: ShortConv | None, document_positions: Tensor | None) -> Tensor:
     """Return conv(norm(x)) of sequences from their beginning, in one fused pass where that is possible."""
     if use_recompute(x) and x.dtype == torch.float32 and (conv is None or not conv.has_activation):
         assert norm.eps is not None
-        return fused_norm_conv(
-            x, norm.weight, norm.eps, None if conv is None else conv.weight, conv.dilation if conv else 1
-        )
+        taps, dilation = (None, 1) if conv is None else (conv.weight, conv.dilation)
+        return fused_norm_conv(x, norm.weight, norm.eps, taps, dilation, document_positions)
     h: Tensor = norm(x)
-    return h if conv is None else conv(h)[0]
+    return h if conv is None else conv(h, None, document_positions)[0]
 
 
 def _embedding(n_rows: int, n_features: int) -> nn.Embedding:
@@ -133,7 +132,11 @@ class Transformer(nn.Module):
         return weight
 
     def hidden_states(
-        self, input_ids: Tensor, cache: KVCache | None = None, n_new: Sequence[int] | None = None
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        n_new: Sequence[int] | None = None,
+        document_positions: Tensor | None = None,
     ) -> Tensor:
         """Return the normalised hidden states (B, T, D) before the output matrix.
 
@@ -141,10 +144,21 @@ class Transformer(nn.Module):
             input_ids: (B, T) int64; with a ``cache``, the tokens that follow its committed ones.
             cache: KV cache, updated in place; pass the same object to the next call.
             n_new: how many of each row's T ids are real (the rest is padding on the right); None: all.
+            document_positions: as in :meth:`forward`; without a cache.
 
         Raises:
             GenerationError: the new tokens exceed the capacity of the cache.
+            ValueError: ``document_positions`` come with a cache, or are not (B, T).
         """
+        if document_positions is not None:
+            if cache is not None:
+                raise ValueError("a row of a KV cache is one document; give document_positions without a cache")
+            if document_positions.shape != input_ids.shape:
+                raise ValueError(
+                    f"document_positions has the shape {tuple(document_positions.shape)}; give that of input_ids, "
+                    f"{tuple(input_ids.shape)}"
+                )
+            return self.run_blocks(input_ids, isolated_attention_context(self.config, document_positions), None)
         hidden = self.forward_uncommitted(input_ids, cache)
         if cache is not None:
             cache.commit(n_new)
@@ -183,12 +197,16 @@ class Transformer(nn.Module):
         return logits
 
     @overload
-    def forward(self, input_ids: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor: ...
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, label_smoothing: float = 0.0, document_positions: Tensor | None = None
+    ) -> Tensor: ...
     @overload
     def forward(
         self,
         input_ids: Tensor,
         labels: None = None,
+        label_smoothing: float = 0.0,
+        document_positions: Tensor | None = None,
         *,
         past_kvs: KVCache | None = None,
         use_cache: Literal[False] = False,
@@ -202,6 +220,7 @@ class Transformer(nn.Module):
         input_ids: Tensor,
         labels: Tensor | None = None,
         label_smoothing: float = 0.0,
+        document_positions: Tensor | None = None,
         *,
         past_kvs: KVCache | None = None,
         use_cache: bool = False,
@@ -212,6 +231,8 @@ class Transformer(nn.Module):
             input_ids: (B, T) int64; with ``past_kvs``, the tokens that follow those it was computed from.
             labels: (B, T) int64; the token after the input at each position, or IGNORE_INDEX.
             label_smoothing: probability mass spread over the vocabulary, for the loss alone.
+            document_positions: (B, T) integers, the position of each token in its document: 0 where one begins. No
+                token depends on another document. None: each row is one document.
             past_kvs: the KV cache that an earlier call returned: keys, values and conv states of all rows. It is not
                 changed, so that several continuations can start from one.
             use_cache: return the KV cache too. Like any call with ``past_kvs``, such a call records no gradients.
@@ -222,14 +243,14 @@ class Transformer(nn.Module):
             ``use_cache`` the pair (logits, past_kvs).
 
         Raises:
-            ValueError: ``input_ids`` is not (B, T), has another number of rows than ``past_kvs``, or labels come with
-                a KV cache.
+            ValueError: ``input_ids`` is not (B, T), has another number of rows than ``past_kvs``, or labels or
+                ``document_positions`` come with a KV cache.
         """
         if labels is None:
-            return self._forward_logits(input_ids, past_kvs, use_cache)
+            return self._forward_logits(input_ids, past_kvs, use_cache, document_positions)
         if past_kvs is not None or use_cache:
             raise ValueError("a loss is computed without a KV cache; give labels, or use_cache and past_kvs")
-        flat = self.hidden_states(input_ids).flatten(0, 1)
+        flat = self.hidden_states(input_ids, document_positions=document_positions).flatten(0, 1)
         loss: Tensor
         if self.head is None or isinstance(self.head, nn.Linear):
             loss = linear_cross_entropy(flat, self.output_weight, labels.flatten(), label_smoothing)
@@ -238,12 +259,14 @@ class Transformer(nn.Module):
         return loss
 
     def _forward_logits(
-        self, input_ids: Tensor, past_kvs: KVCache | None, use_cache: bool
+        self, input_ids: Tensor, past_kvs: KVCache | None, use_cache: bool, document_positions: Tensor | None
     ) -> Tensor | tuple[Tensor, KVCache]:
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids has the shape {tuple(input_ids.shape)}; give (batch, time), time 1 or more")
         if past_kvs is None and not use_cache:
-            return self.logits(self.hidden_states(input_ids))
+            return self.logits(self.hidden_states(input_ids, document_positions=document_positions))
+        if document_positions is not None:
+            raise ValueError("a row of a KV cache is one document; give document_positions without use_cache, past_kvs")
         n_rows, n_new = input_ids.shape
         with torch.no_grad():
             if past_kvs is None:

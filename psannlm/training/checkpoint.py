@@ -34,7 +34,7 @@ from psannlm.io.atomic import (
 from psannlm.io.lfs_pointers import refuse_pointer
 from psannlm.io.limits import HASHED_FIRST_BYTES
 from psannlm.io.safetensors_header import file_metadata
-from psannlm.models.artifact import MODEL_FILE, present_names, refuse_oversize_file, save_model
+from psannlm.models.artifact import ISOLATED_NOTE, MODEL_FILE, present_names, refuse_oversize_file, save_model
 from psannlm.models.tensorfile import read_head, read_tensors, stored_bytes, verify_tensors, write_tensors
 from psannlm.models.tensorshards import has_only_shards, shard_folder
 from psannlm.models.transformer import Transformer
@@ -156,13 +156,15 @@ def _write_checkpoint(
     world: World,
 ) -> None:
     """Write the files of a checkpoint into ``folder``; the state comes last, with the hashes of the others."""
-    metadata = {"step": state.step, "tokens": state.tokens, **state.metrics}
+    # Only where it is on, so that the files of other runs keep their bytes.
+    isolated = {ISOLATED_NOTE: True} if state.config.get("data", {}).get("isolate_documents") else {}
+    metadata = {"step": state.step, "tokens": state.tokens, **state.metrics, **isolated}
     hashes = {MODEL_FILE: save_model(folder / MODEL_FILE, model, tokenizer, metadata)}
     # Before its first step an optimizer has no tensors that would be sharded.
     if world.is_main or optimizer_tensors:
         hashes[OPTIMIZER_FILE] = write_tensors(folder / OPTIMIZER_FILE, optimizer_tensors, _OPTIMIZER_METADATA)
     if average is not None:
-        notes = {"step": state.step, "tokens": state.tokens, **average.notes(), **_ema_figures(state)}
+        notes = {"step": state.step, "tokens": state.tokens, **average.notes(), **_ema_figures(state), **isolated}
         hashes[EMA_FILE] = save_model(folder / EMA_FILE, model, tokenizer, notes, average.tensors())
     if world.is_main:
         write_text(folder / STATE_FILE, _dump_with_checksum({"files": hashes, "state": asdict(state)}))

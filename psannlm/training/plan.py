@@ -233,8 +233,14 @@ def config_warnings(config: RunConfig, loader: Loader, n_steps: int) -> list[str
 
 
 def cut_windows(config: RunConfig, store: Stream, tokenizer: Tokenizer) -> LMDataset:
-    """Return the windows of ``store`` with the length and packing of ``config.data``."""
-    return LMDataset(store, config.data.max_length, pad_id=tokenizer.pad_id, pack=config.data.pack_sequences)
+    """Return the windows of ``store`` with the length, packing and isolation of ``config.data``."""
+    return LMDataset(
+        store,
+        config.data.max_length,
+        pad_id=tokenizer.pad_id,
+        pack=config.data.pack_sequences,
+        isolate_documents=config.data.isolate_documents,
+    )
 
 
 def build_loader(config: RunConfig, data: PreparedData, world: World, *, pin_memory: bool = False) -> Loader:

@@ -87,7 +87,8 @@ def train_step(
     """Run one optimiser step on the mean loss over all labels of all micro-batches of all ranks.
 
     Every label has the same weight, so that four micro-batches equal one large one, ragged or not.
-    ``model(input_ids, labels, label_smoothing)`` returns a *summed* loss.
+    ``model(input_ids, labels, label_smoothing)`` returns a *summed* loss; where a batch has ``document_positions``,
+    they are a fourth argument.
 
     Args:
         sync_once: ranks exchange gradients after the last micro-batch only.
@@ -106,12 +107,13 @@ def train_step(
     total = torch.zeros((), device=device)
     for index, batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
+        inputs, labels, *positions = (
+            tensor.to(device, non_blocking=device.type == "cuda")
+            for tensor in (batch.input_ids, batch.labels, batch.document_positions)
+            if tensor is not None
+        )
         with gradient_sync(model, is_last or not sync_once, is_last=is_last), precision.autocast():
-            loss: Tensor = model(
-                batch.input_ids.to(device, non_blocking=device.type == "cuda"),
-                batch.labels.to(device, non_blocking=device.type == "cuda"),
-                label_smoothing,
-            )
+            loss: Tensor = model(inputs, labels, label_smoothing, *positions)
             total += loss.detach()
             torch.autograd.backward(scaler.scale(loss * weight))
     all_reduce_replicated_grads(model, world)

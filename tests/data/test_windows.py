@@ -153,3 +153,23 @@ def test_windows_describe_their_documents() -> None:
     assert packed.describe(0) == "window 0: from text 1 to text 4 and 2 more between them"
     assert packed.describe(1) == "window 1: text 4, tokens 1 to 10 of 11"
     assert apart.describe(2) == "window 2: text 3, tokens 0 to 2 of 3"
+
+
+@given(ragged, st.integers(1, 20))
+def test_document_positions_restart_at_borders_of_inputs(lengths: list[int], seq_len: int) -> None:
+    windows = LMDataset(numbered(lengths), seq_len, pad_id=PAD, isolate_documents=True)
+    for index in range(len(windows)):
+        input_ids, _ = windows[index]
+        expected, has_border = [], False
+        for place, token in enumerate(input_ids.tolist()):
+            begins = token == BOS and place > 0
+            has_border |= begins
+            expected.append(0 if begins or place == 0 else expected[-1] + 1)
+        found = windows.document_positions([index])
+        assert (None if found is None else found[0].tolist()) == (expected if has_border else None)
+
+
+def test_document_positions_need_isolation_and_packing() -> None:
+    for changes in ({"isolate_documents": False}, {"isolate_documents": True, "pack": False}):
+        windows = LMDataset(numbered([3, 4]), 20, pad_id=PAD, **changes)  # type: ignore[arg-type]
+        assert windows.document_positions(range(len(windows))) is None

@@ -163,6 +163,7 @@ DATA_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     ),
     "max_length": ({}, {"max_length": 8}, "losses model", "corpus parameters held_out"),
     "pack_sequences": ({}, {"pack_sequences": False}, "tokens losses", "corpus held_out parameters"),
+    "isolate_documents": ({}, {"isolate_documents": True}, "losses", "corpus held_out parameters tokens"),
     "val_split": ({}, {"val_split": 0.5}, "held_out losses", "corpus"),
     "seed": ({}, {"seed": 4}, "held_out losses", "corpus rates"),
 }
