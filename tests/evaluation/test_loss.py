@@ -26,11 +26,11 @@ FP32 = Precision(torch.device("cpu"), torch.float32, "fp32 as asked")
 BOS, EOS, PAD = 1, 2, 0
 
 
-def windows_of(lengths: list[int], seq_len: int = 5, pack: bool = True) -> Windows:
+def windows_of(lengths: list[int], seq_len: int = 5, pack: bool = True, isolate: bool = False) -> Windows:
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(4, 17, (n,), generator=generator).tolist() for n in lengths]
     store = store_from_ids(documents, 17, bos_id=BOS, eos_id=EOS, doc_bytes=[3 * n for n in lengths])
-    return Windows(store, seq_len, pad_id=PAD, pack=pack)
+    return Windows(store, seq_len, pad_id=PAD, pack=pack, isolate_documents=isolate)
 
 
 class Scribe(nn.Module):
@@ -175,3 +175,12 @@ def test_evaluation_windows_beyond_memory_raise(monkeypatch: pytest.MonkeyPatch)
         _refuse_oversize(config, windows, 64, torch.device("cpu"))
     with pytest.raises(ConfigError, match="1,000,000 windows of 1,000 tokens"):
         _refuse_oversize(config, windows, 10**12, torch.device("cpu"))
+
+
+def test_evaluation_of_isolated_documents_equals_unpacked_windows(build_tiny: Callable[..., Transformer]) -> None:
+    lengths = [7, 0, 4, 12, 1]
+    model = build_tiny(max_seq_len=64)
+    apart = evaluate(model, windows_of(lengths, 64, pack=False), precision=FP32)
+    isolated = evaluate(model, windows_of(lengths, 64, isolate=True), precision=FP32)
+    assert isolated.nats == pytest.approx(apart.nats, rel=1e-6)
+    assert abs(evaluate(model, windows_of(lengths, 64), precision=FP32).nats - apart.nats) > 0.1

@@ -19,7 +19,7 @@ N_FIRST, N_SECOND = 5, 9
 DILATED = {"short_conv": {"enabled": True, "dilation_growth": 3, "kernel_size": 3, "activation": "sine"}}
 SETTINGS: list[dict[str, Any]] = [
     *({"base": base, "positional_encoding": kind} for base in get_args(BaseName) for kind in get_args(PositionKind)),
-    {"base": "waveresnet", "n_kv_heads": 1, "qk_norm": True},
+    {"base": "waveresnet", "n_kv_heads": 1},
     {"base": "transformer", **DILATED},
 ]
 
