@@ -113,6 +113,7 @@ def test_isolated_gradients_survive_activation_checkpointing(build_tiny: Build) 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_isolated_compiled_training_matches_uncompiled(build_tiny: Build) -> None:
     model = build_tiny().train()
     ids, positions = window()
