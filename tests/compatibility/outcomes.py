@@ -21,6 +21,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 FILES = HERE / "november_2026"
 EXPECTED = FILES / "expected.json"
+# The losses of the same version on a processor with other arithmetic.
+EXPECTED_AVX512 = FILES / "expected_avx512.json"
 CONFIGS = HERE.parents[1] / "configs"
 BASES = ("respsann", "waveresnet", "transformer")
 PRECISIONS = ("fp32", "bf16")
