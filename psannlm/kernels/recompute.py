@@ -128,6 +128,8 @@ def _inside(x: Tensor, document_positions: Tensor | None, reach: int) -> Tensor:
     """Return x (B, T - reach, D), zero where the tap of an output ``reach`` .. T - 1 reads another document."""
     if document_positions is None or not reach:
         return x
+    # Output t reads input t - reach, which is of the same document where at least `reach` of its tokens precede t. The
+    # gradient of output t flows back to that input, so that the transposed operation has the same mask.
     return x.where((document_positions[:, reach:] >= reach).unsqueeze(-1), 0)
 
 
@@ -159,6 +161,7 @@ def fused_norm_conv(
         x: (B, T, D) float32.
         document_positions: (B, T) of each token in its document, which zeros precede; None: one document per row.
     """
+    # Asked here, within the autocast region of the forward pass: the backward pass runs outside of it.
     dtype = matmul_dtype()
     y: Tensor = _NormConv.apply(  # type: ignore[no-untyped-call]
         x, weight, taps, eps, dilation, dtype, document_positions
