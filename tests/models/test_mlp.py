@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import get_args
 
 import pytest
@@ -59,8 +60,20 @@ def test_mlp_kinds_match_their_formulas(kind: MlpKind) -> None:
     sine = {"amp_init": 1.5, "freq_init": 2.0, "damp_init": 0.2}
     mlp = build_mlp(ModelConfig(mlp=kind, d_model=6, n_heads=1, d_mlp=10, sine_params=sine))
     assert isinstance(mlp, (Mlp, GatedMlp))
+    precise = copy.deepcopy(mlp).double()
     x = torch.randn(2, 3, 6)
-    torch.testing.assert_close(mlp(x), formula(mlp, kind, x), rtol=1e-5, atol=1e-6)
+    values, expected = mlp(x), formula(precise, kind, x.double())
+    torch.testing.assert_close(values, expected.float(), rtol=1e-5, atol=1e-6)
+    weights = torch.randn_like(values)
+    (values * weights).sum().backward()
+    (expected * weights).sum().backward()
+    # The formula's sine has constants: the gradients of amplitude, frequency and decay are those of test_damped_sine.
+    matrices = {name: p for name, p in precise.named_parameters() if "activation" not in name}
+    for name, parameter in matrices.items():
+        found = mlp.get_parameter(name).grad
+        assert found is not None
+        assert parameter.grad is not None
+        torch.testing.assert_close(found, parameter.grad.float(), rtol=1e-4, atol=1e-5)
     # Of all linear maps only the sine's has a bias: it is the phase.
     assert [name for name, _ in mlp.named_parameters() if "bias" in name] == (
         ["up_proj.bias"] if kind == "sine" else []
