@@ -16,7 +16,7 @@ import pytest
 
 from psannlm.tokenizers.char import CharTokenizer
 
-LIMIT_S = 150
+LIMIT_S = 400
 CONFIG = """\
 model: {base: transformer, d_model: 16, n_layers: 1, n_heads: 2}
 data:

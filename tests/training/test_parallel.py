@@ -350,6 +350,9 @@ def test_last_step_is_exact_after_change_of_ranks(tiny_run: Callable[..., RunCon
             ids = torch.zeros(len(indices), 4, dtype=torch.int64)
             return ids, ids
 
+        def document_positions(self, indices: Any) -> None:
+            return None
+
     config = tiny_run(max_steps=None, epochs=2)
     windows: Any = Hundred()
     loaders = {size: [Loader(windows, 4, rank=rank, world_size=size) for rank in range(size)] for size in (1, 2, 4)}
