@@ -40,7 +40,9 @@ class LauncherName(str, Enum):
 
 
 # Variant, loss, difference, interval, bits per byte, learning rate: the columns that fit into 80 characters.
-_MAIN_COLUMNS = (0, 1, 3, 4, 5, 6)
+_MAIN_COLUMNS = (0, 1, 3, 4, 6, 7)
+# Variant, difference, token ratio, pooled interval, corrected p-value.
+_COMPARED_COLUMNS = (0, 1, 3, 5, 6)
 
 PlanArgument = Annotated[
     Path,
@@ -164,7 +166,7 @@ def compare(
         _show_plan(replace(sized, runs=tuple(run for run in sized.runs if run.name in shown)), launching, as_json)
         return
     figures = study_figures(sized, answers)
-    n_more = len(settled.settings.also_compare_to) + (2 if settled.settings.answers else 1)
+    n_more = len(settled.settings.also_compare_to) + (3 if settled.settings.answers else 2)
     folder = _publish(figures, n_more, launching, out, as_json)
     write_finished_runs(folder / RUNS_FILE, sized, answers)
     if not no_train:
@@ -205,9 +207,12 @@ def _publish(figures: StudyMetrics, n_more: int, launching: Launching, out: Path
     """Write figures, tables and plots, print the main table and the ``n_more`` after it, and return the folder."""
     from psannlm.io.atomic import write_bytes
     from psannlm.io.run_metadata import system_info
-    from psannlm.reports.tables.study import study_pictures, study_tables
+    from psannlm.reports.tables.study import COMPARED, study_pictures, study_tables
 
     tables = study_tables(figures)
+
+    def short(table: Table) -> RichTable:
+        return _rich(table, _COMPARED_COLUMNS if table.title.startswith(COMPARED) else ())
 
     def draw(folder: Path) -> None:
         for picture in study_pictures(figures):
@@ -219,7 +224,7 @@ def _publish(figures: StudyMetrics, n_more: int, launching: Launching, out: Path
         figures.as_dict(),
         [_rich(table) for table in tables],
         as_json,
-        shown=[_rich(tables[0], _MAIN_COLUMNS), *map(_rich, tables[1 : 1 + n_more])],
+        shown=[_rich(tables[0], _MAIN_COLUMNS), *map(short, tables[1 : 1 + n_more])],
         draw=draw,
         system={**system_info(), **launching.placement.as_dict()},
         remark=": all columns and runs in table.txt, and on the page of psannlm report",

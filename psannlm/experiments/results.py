@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ from psannlm.experiments.model import SizedVariant, Study, StudyRun
 from psannlm.experiments.run_state import RunState, read_status
 from psannlm.experiments.statistics import paired_difference
 from psannlm.models.registry import build_model
+from psannlm.reports.comparisons import compare_variants
 from psannlm.reports.page_model import Table, format_value
 from psannlm.reports.schemas.measured import Mean, PairedDifference
 from psannlm.reports.schemas.study import (
@@ -51,7 +53,7 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
     settings = study.plan.settings
     base = chosen[settings.baseline]
     is_shared = any_shares_gpu(states)
-    return StudyMetrics(
+    metrics = StudyMetrics(
         study=study.plan.name,
         plan=str(study.plan.path),
         folder=str(study.folder),
@@ -73,6 +75,7 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
         also_compare_to={name: _differences_to(name, chosen) for name in settings.also_compare_to},
         curves=[curve for sized in study.variants for curve in _curves(chosen[sized.variant.name], is_shared)],
     )
+    return replace(metrics, comparisons=compare_variants(metrics))
 
 
 def _differences_to(other: str, chosen: Mapping[str, Choice]) -> dict[str, PairedDifference | None]:

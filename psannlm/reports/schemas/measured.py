@@ -60,3 +60,37 @@ class PairedDifference(Figures):
     def fraction(self) -> float:
         """The difference over the baseline's mean; NaN where that is zero."""
         return self.mean / self.baseline_mean if self.baseline_mean else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledDifference(Figures):
+    """Difference of two means with the interval and p-value of a variance pooled over the arms of a study.
+
+    ``std`` is the pooled standard deviation of one value, with ``degrees`` of freedom; ``p`` is two-sided, ``p_holm``
+    adjusted for the number of comparisons.
+    """
+
+    mean: Figure
+    std: Figure
+    degrees: Whole
+    low: Figure
+    high: Figure
+    p: Figure
+    p_holm: OptionalFigure = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRatio(Figures):
+    """Tokens that another variant needs for this variant's loss, over this variant's tokens.
+
+    Attributes:
+        ratio: the ratio, read on the other's loss curve; a bound where that is outside the curve.
+        outside: ``above`` if the other's curve does not reach the loss (the ratio is larger than ``ratio``), ``below``
+            if its first validation is lower already (smaller than ``ratio``), else empty.
+        own_ratio: with ``above``, the other's tokens over those at which this variant reached the other's last loss,
+            read on this variant's curve; None if that is outside the curve too.
+    """
+
+    ratio: Figure
+    outside: str = ""
+    own_ratio: OptionalFigure = None

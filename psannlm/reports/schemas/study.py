@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 
 from psannlm.io.artifact_schema import Figure, Figures, Flag, OptionalFigure, Whole
-from psannlm.reports.schemas.measured import Mean, PairedDifference
+from psannlm.reports.schemas.measured import Mean, PairedDifference, PooledDifference, TokenRatio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,16 @@ class LossCurve(Figures):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Comparison(Figures):
+    """Validation loss of ``variant`` minus that of ``against``, and the ratio of tokens for the same loss."""
+
+    variant: str
+    against: str
+    pooled: PooledDifference | None
+    token_ratio: TokenRatio | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudyCorpus(Figures):
     """The text of the baseline; ``val_overlap`` as in ``prepare.PreparedData``."""
 
@@ -160,3 +170,4 @@ class StudyMetrics(Figures):
         Field(validation_alias=AliasChoices("also_compare_to", "rivals")),
     ] = field(default_factory=dict)
     curves: list[LossCurve]
+    comparisons: list[Comparison] = field(default_factory=list)

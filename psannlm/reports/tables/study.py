@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from psannlm.reports.comparisons import compare_variants
 from psannlm.reports.page_model import Headline, Picture, Table, format_float, format_value, lossy_mark, signed
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
-from psannlm.reports.schemas.measured import PairedDifference
-from psannlm.reports.schemas.study import LossCurve, LrScore, StudyMetrics, VariantFigures
+from psannlm.reports.schemas.measured import PairedDifference, PooledDifference, TokenRatio
+from psannlm.reports.schemas.study import Comparison, LossCurve, LrScore, StudyMetrics, VariantFigures
 
 NATS = "nats per token"
+COMPARED = "Compared to"
 _SPEED = ("tokens/s", "training, s")
 
 
 def study_tables(metrics: StudyMetrics) -> list[Table]:
     """Return the tables of results, differences, answers, task scores, learning rates, parameters and runs."""
     answers = [_answers(metrics, metrics.task), _answers_by_rate(metrics)] if metrics.task else []
-    differences = [_against(name, found) for name, found in metrics.also_compare_to.items()]
+    to_baseline = {each.name: each.difference for each in metrics.variants if each.name != metrics.baseline}
+    references = {metrics.baseline: to_baseline, **metrics.also_compare_to}
+    compared = comparisons(metrics)
+    differences = [_against(name, found, compared) for name, found in references.items() if found]
     tasks = [_tasks(metrics)] if any(variant.tasks for variant in metrics.variants) else []
     details = [_learning_rates(metrics), _parameters(metrics), _runs(metrics)]
     return [_results(metrics), *differences, *answers, *tasks, *details]
+
+
+def comparisons(metrics: StudyMetrics) -> dict[tuple[str, str], Comparison]:
+    """Return the comparisons by (variant, compared to); those of earlier reports are computed from their figures."""
+    return {(each.variant, each.against): each for each in metrics.comparisons or compare_variants(metrics)}
 
 
 def _results(metrics: StudyMetrics) -> Table:
@@ -30,6 +40,7 @@ def _results(metrics: StudyMetrics) -> Table:
         "± over seeds",
         f"minus {baseline}, {NATS}",
         "95 % interval",
+        "token ratio",
         "bits per byte",
         "learning rate",
         "seeds",
@@ -39,6 +50,7 @@ def _results(metrics: StudyMetrics) -> Table:
         "peak memory, MB",
     )
     rows = []
+    compared = comparisons(metrics)
     for variant in metrics.variants:
         loss, bits, difference = variant.val_loss, variant.bits_per_byte, variant.difference
         rows.append(
@@ -48,6 +60,7 @@ def _results(metrics: StudyMetrics) -> Table:
                 "–" if loss is None or loss.std is None else f"{loss.std:.4f}",
                 _difference(variant, difference, baseline),
                 _interval(difference),
+                _token_ratio(compared.get((variant.name, baseline))),
                 "–" if bits is None else f"{bits.mean:.4f}{lossy_mark(variant.lossy_tokenizer)}",
                 _rate(variant),
                 format_value(0 if loss is None else loss.n),
@@ -75,28 +88,85 @@ def _without_speed(
     return tuple(headings[at] for at in kept), [[row[at] for at in kept] for row in rows]
 
 
-def _against(other: str, differences: dict[str, PairedDifference | None]) -> Table:
+def _against(
+    other: str, differences: dict[str, PairedDifference | None], compared: dict[tuple[str, str], Comparison]
+) -> Table:
+    headings = (
+        "variant",
+        f"minus {other}, {NATS}",
+        "in % of its loss",
+        "token ratio",
+        "95 % interval, paired",
+        "95 % interval, pooled variance",
+        "p, Holm",
+        "seeds",
+    )
     rows = []
     for name, difference in differences.items():
-        if difference is None:
-            rows.append([name, "–", "–", "–", "0"])
-            continue
+        comparison = compared.get((name, other))
+        pooled = None if comparison is None else comparison.pooled
         rows.append(
             [
                 name,
-                signed(difference.mean, 3),
+                "–" if difference is None else signed(difference.mean, 3),
+                "–" if difference is None else signed(100 * difference.fraction, 2),
+                _token_ratio(comparison),
                 _interval(difference),
-                signed(100 * difference.fraction, 2),
-                format_value(difference.n),
+                "–" if pooled is None else f"{signed(pooled.low, 3)} to {signed(pooled.high, 3)}",
+                "–" if pooled is None else _p_value(pooled),
+                format_value(0 if difference is None else difference.n),
             ]
         )
+    here = [each for each in compared.values() if each.against == other]
+    n_pairs = len({frozenset(pair) for pair, each in compared.items() if each.pooled is not None})
+    notes = [f"Each at its best learning rate. Paired: over the seeds that both have. {_ratio_note(other, here)}"]
+    notes += [_pooled_note([each.pooled for each in here if each.pooled is not None], n_pairs)]
     return Table(
-        f"Compared to {other}",
-        ("variant", f"minus {other}, {NATS}", "95 % interval", "in % of its loss", "seeds"),
-        rows,
-        frozenset(range(1, 5)),
-        "Paired over the seeds that both have, each at its best learning rate.",
+        f"{COMPARED} {other}", headings, rows, frozenset(range(1, len(headings))), "\n".join(filter(None, notes))
     )
+
+
+def _pooled_note(pooled: Sequence[PooledDifference], n_pairs: int) -> str:
+    if not pooled:
+        return ""
+    spreads = {(each.degrees, each.std): f"{each.std:.4f} with {each.degrees}" for each in pooled}
+    return (
+        "Pooled variance: the spread over seeds is taken to be the same in all variants with this budget, so that its "
+        f"estimate uses all of their runs (standard deviation {', '.join(spreads.values())} degrees of freedom). "
+        "p, Holm: how likely a difference this large is without a true one, corrected for the number of compared "
+        f"pairs of variants ({n_pairs}) by Holm's method; the intervals are not corrected."
+    )
+
+
+def _ratio_note(other: str, compared: Sequence[Comparison]) -> str:
+    ratios = [each.token_ratio for each in compared if each.token_ratio is not None]
+    if not ratios:
+        return ""
+    note = (
+        f"Token ratio: tokens that {other} needs for the variant's loss, over the variant's own; read on the mean loss "
+        f"curve of {other}, linearly in log tokens. Where the learning rate decays, it is nearer to 1 than runs of "
+        "several lengths would show."
+    )
+    if any(ratio.outside for ratio in ratios):
+        note += (
+            f" > or <: the loss is outside {other}'s curve. By own curve: {other}'s tokens over those at which the "
+            f"variant reached {other}'s last loss."
+        )
+    return note
+
+
+def _token_ratio(comparison: Comparison | None) -> str:
+    ratio: TokenRatio | None = None if comparison is None else comparison.token_ratio
+    if ratio is None:
+        return "–"
+    sign = {"above": "> ", "below": "< "}.get(ratio.outside, "")
+    own = "" if ratio.own_ratio is None else f"; {ratio.own_ratio:.2f} by own curve"
+    return f"{sign}{ratio.ratio:.2f}{own}"
+
+
+def _p_value(pooled: PooledDifference) -> str:
+    p = pooled.p if pooled.p_holm is None else pooled.p_holm
+    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
 
 
 def _difference(variant: VariantFigures, difference: PairedDifference | None, baseline: str, scale: float = 1) -> str:
@@ -338,7 +408,12 @@ def study_headline(metrics: StudyMetrics) -> Headline | None:
         if low <= 0 <= high:
             interval += ", not shown to differ"
     percent = f"{format_float(100 * abs(difference.fraction), 2)} % {'less' if difference.mean < 0 else 'more'}"
-    chosen = f"; the lowest of {len(found)} variants, not corrected for that choice" if len(found) > 1 else ""
+    comparison = comparisons(metrics).get((best, metrics.baseline))
+    pooled = None if comparison is None else comparison.pooled
+    holm = "" if pooled is None else f", p {_p_value(pooled)} by pooled variance after Holm's correction"
+    chosen = (
+        f"; the lowest of {len(found)} variants{holm or ', not corrected for that choice'}" if len(found) > 1 else ""
+    )
     return Headline(
         signed(difference.mean, 3),
         NATS,
