@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,9 +42,12 @@ if TYPE_CHECKING:
 
     from psannlm.config.data import PathSource
     from psannlm.data.corpus.documents import ReadReport
-    from psannlm.evaluation.loss import Evaluation
+    from psannlm.evaluation.loss import Evaluation, EvaluationText
     from psannlm.evaluation.tasks.score import TaskScore
     from psannlm.evaluation.tasks.suite import Comparison, TaskSettings
+    from psannlm.models.artifact import LoadedModel
+    from psannlm.reports.schemas.evaluation import DocumentComparison
+    from psannlm.runtime.device import Precision
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +100,12 @@ BaselineOption = Annotated[
     typer.Option(
         "--baseline",
         metavar="PATH",
-        help="Checkpoint to compare with on the same questions of --tasks; a model is called better or worse only if "
-        "the 95 % interval of the paired difference excludes zero.",
+        help="Checkpoint to compare with on the same documents, or the same questions of --tasks: the difference with "
+        "its 95 % interval. On tasks, a model is called better or worse only if the interval excludes zero.",
     ),
+]
+SeedOption = Annotated[
+    int, typer.Option(min=0, help="Seed of the documents that the bootstrap of --baseline draws (default 0).")
 ]
 WindowOption = Annotated[
     int | None,
@@ -135,6 +141,7 @@ def evaluate(
     tasks_dir: TasksDirOption = None,
     allow_download: DownloadOption = False,
     baseline: BaselineOption = None,
+    seed: SeedOption = 0,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder to write to. Default: reports/eval/<time>, or reports/tasks/<time>."),
@@ -161,78 +168,99 @@ def evaluate(
         where = partial(find_model_file, checkpoint, runs, ema=ema)
         _score_tasks(tasks.split(","), run, where, baseline, out, as_json)
         return
-    _refuse_task_options(num_fewshot=num_fewshot, limit=limit, tasks_dir=tasks_dir, baseline=baseline)
+    _refuse_task_options(num_fewshot=num_fewshot, limit=limit, tasks_dir=tasks_dir)
     if not sources:
         raise typer.BadParameter("name files to evaluate on, or tasks with --tasks", param_hint="FILE")
     _measure_loss(
-        sources,
+        _LossRun(sources, window, isolate_documents, batch_size, amp, dtype, device),
         where=partial(find_model_file, checkpoint, runs, ema=ema),
-        window=window,
-        isolate_documents=isolate_documents,
-        batch_size=batch_size,
-        amp=amp,
-        dtype=dtype,
-        device=device,
+        baseline=baseline,
+        seed=seed,
         out=out,
         as_json=as_json,
     )
 
 
-def _measure_loss(
-    sources: list[PathSource],
-    *,
-    where: Callable[[], Path],
-    window: int | None,
-    isolate_documents: bool | None,
-    batch_size: int,
-    amp: str,
-    dtype: WeightDtype,
-    device: str,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    """Print and write the loss of a model on a text."""
-    from psannlm.config.run import section_from_kwargs
-    from psannlm.config.train import TrainConfig
-    from psannlm.evaluation.loss import evaluate_sources
-    from psannlm.generation.quantize import prepare_for_inference
-    from psannlm.io.run_metadata import new_folder, require_folder
-    from psannlm.models.artifact import load_model
-    from psannlm.reports.schemas.evaluation import EvaluationMetrics
-    from psannlm.runtime.device import pick_device, pick_precision
+@dataclass(frozen=True)
+class _LossRun:
+    """How a text is read and evaluated, with every model alike."""
 
-    with naming_options("train"):
-        settings = section_from_kwargs(TrainConfig, "train", {"amp": amp, "device": device})
-    require_folder("eval", out)
-    path = where()
-    loaded = load_model(path)
-    precision = pick_precision(settings.amp, pick_device(settings.device, takes_mps=dtype == "float32"))
-    loaded.model.to(precision.device)
-    if dtype != "float32":
-        if settings.amp != "fp32":
-            raise typer.BadParameter(f"{dtype} weights determine the precision; leave out --amp", param_hint="--dtype")
-        loaded = replace(loaded, model=prepare_for_inference(loaded.model, dtype))
-    with live_line(stderr_console()) as line:
-        result, report = evaluate_sources(
+    sources: list[PathSource]
+    window: int | None
+    isolate_documents: bool | None
+    batch_size: int
+    amp: str
+    dtype: WeightDtype
+    device: str
+
+    @cached_property
+    def precision(self) -> Precision:
+        from psannlm.config.run import section_from_kwargs
+        from psannlm.config.train import TrainConfig
+        from psannlm.runtime.device import pick_device, pick_precision
+
+        with naming_options("train"):
+            settings = section_from_kwargs(TrainConfig, "train", {"amp": self.amp, "device": self.device})
+        if self.dtype != "float32" and settings.amp != "fp32":
+            raise typer.BadParameter(
+                f"{self.dtype} weights determine the precision; leave out --amp", param_hint="--dtype"
+            )
+        return pick_precision(settings.amp, pick_device(settings.device, takes_mps=self.dtype == "float32"))
+
+    def open(self, path: Path, line: LiveLine) -> tuple[LoadedModel, EvaluationText]:
+        """Load a model and read the text as windows for it."""
+        from psannlm.evaluation.loss import read_windows
+        from psannlm.generation.quantize import prepare_for_inference
+        from psannlm.models.artifact import load_model
+
+        loaded = load_model(path)
+        loaded.model.to(self.precision.device)
+        if self.dtype != "float32":
+            loaded = replace(loaded, model=prepare_for_inference(loaded.model, self.dtype))
+        text = read_windows(
             loaded,
-            sources,
+            self.sources,
+            precision=self.precision,
+            batch_size=self.batch_size,
+            window=self.window,
+            isolate_documents=self.isolate_documents,
             replace_option="--errors replace",
-            precision=precision,
-            batch_size=batch_size,
-            window=window,
-            isolate_documents=isolate_documents,
             on_progress=line.show,
         )
-        for text in report.lines():
-            log.info(text)
+        return loaded, text
+
+
+def _measure_loss(
+    run: _LossRun, *, where: Callable[[], Path], baseline: Path | None, seed: int, out: Path | None, as_json: bool
+) -> None:
+    """Print and write the loss of a model on a text, and the difference to the baseline."""
+    from psannlm.evaluation.loss import evaluate
+    from psannlm.io.run_metadata import new_folder, require_folder
+    from psannlm.reports.schemas.evaluation import EvaluationMetrics
+
+    precision = run.precision
+    require_folder("eval", out)
+    path = where()
+    other = None if baseline is None else find_model_file(baseline, baseline, hint="--baseline")
+    with live_line(stderr_console()) as line:
+        loaded, text = run.open(path, line)
+        found = evaluate(
+            loaded.model, text.windows, precision=precision, batch_size=run.batch_size, on_progress=line.show
+        )
+        result = replace(found, lost_fraction=text.lost_fraction)
+        for message in text.report.lines():
+            log.info(message)
+        comparison = None if other is None else _compare_documents(run, (loaded, text), other, seed, line)
     metrics = EvaluationMetrics(
         checkpoint=str(path),
-        dtype=dtype,
-        files=[source.path for source in sources],
-        corpus_sha256=report.sha256,
+        dtype=run.dtype,
+        files=[source.path for source in run.sources],
+        corpus_sha256=text.report.sha256,
         **result.as_dict(),
+        comparison=comparison,
     ).as_dict()
-    rows = _result_rows(f"{path}, {dtype} weights", result, report)
+    rows = _result_rows(f"{path}, {run.dtype} weights", result, text.report)
+    rows += [] if comparison is None else _comparison_rows(comparison)
     folder: Path | None = None
     try:
         folder = new_folder("eval", out)
@@ -244,6 +272,45 @@ def _measure_loss(
             print_json({**metrics, "folder": None if folder is None else str(folder)})
         else:
             stdout_console().print(figures_table("evaluation", rows))
+
+
+def _compare_documents(
+    run: _LossRun, ours: tuple[LoadedModel, EvaluationText], other: Path, seed: int, line: LiveLine
+) -> DocumentComparison:
+    """Return the difference of a model's loss to that of the model file ``other``, with its interval over documents."""
+    from psannlm.errors import TokenizerError
+    from psannlm.evaluation.documents import N_RESAMPLES, bootstrap_difference, evaluate_documents
+    from psannlm.reports.schemas.evaluation import DocumentComparison
+
+    loaded, text = run.open(other, line)
+    fingerprints = [None if each.tokenizer is None else each.tokenizer.fingerprint for each in (ours[0], loaded)]
+    if fingerprints[0] != fingerprints[1]:
+        raise TokenizerError(
+            f"--baseline {other} has another tokenizer, so that losses per token cannot be compared; evaluate both "
+            "alone and compare bits per byte"
+        )
+    mine, theirs = (
+        evaluate_documents(
+            each.model, here.windows, precision=run.precision, batch_size=run.batch_size, on_progress=line.show
+        )
+        for each, here in (ours, (loaded, text))
+    )
+    found = bootstrap_difference([mine], [theirs], seed=seed)
+    return DocumentComparison(
+        checkpoint=str(other), loss=theirs.loss(), **asdict(found), n_resamples=N_RESAMPLES, seed=seed
+    )
+
+
+def _comparison_rows(found: DocumentComparison) -> list[tuple[str, str]]:
+    interval = "no interval: one document"
+    if found.low is not None and found.high is not None:
+        interval = (
+            f"95 % interval {found.low:+.4f} to {found.high:+.4f}, bootstrap over {found.n_documents:,} documents"
+        )
+    return [
+        ("baseline", f"{found.checkpoint}: {found.loss:.4f} nats per token"),
+        ("difference", f"{found.mean:+.4f} nats per token; {interval}"),
+    ]
 
 
 def _result_rows(model: str, result: Evaluation, report: ReadReport) -> list[tuple[str, str]]:

@@ -83,6 +83,15 @@ class Windows:
             begins[row, borders] = borders
         return torch.from_numpy(np.arange(self.seq_len) - np.maximum.accumulate(begins, axis=1))
 
+    def label_documents(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number (B, T) int64 of the document that each label of the windows ``indices`` belongs to.
+
+        Of padding it is that of any document. Raises IndexError for an index out of range.
+        """
+        starts, _ = self._spans(self._checked(indices))
+        positions = starts[:, None] + 1 + np.arange(self.seq_len)
+        return self.store.documents_at(np.minimum(positions, self.store.n_framed_tokens - 1))
+
     def describe(self, index: int) -> str:
         """Return a description of the documents in window ``index``. Raises IndexError for an index out of range."""
         start, stop = (int(bound[0]) for bound in self._spans(self._checked([index])))

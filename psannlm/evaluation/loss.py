@@ -119,6 +119,46 @@ def evaluate(
     return Evaluation(world.sum(nats, precision.device), windows.n_labels, windows.store.n_bytes)
 
 
+@dataclass(frozen=True)
+class EvaluationText:
+    """Windows of a text to evaluate on, what was read, and the fraction that the tokenizer lost (None: unknown)."""
+
+    windows: Windows
+    report: ReadReport
+    lost_fraction: float | None
+
+
+def read_windows(
+    loaded: LoadedModel,
+    sources: Sequence[Source],
+    *,
+    precision: Precision,
+    batch_size: int = 16,
+    window: int | None = None,
+    isolate_documents: bool | None = None,
+    replace_option: str = "",
+    on_progress: OnProgress = ignore_progress,
+) -> EvaluationText:
+    """Return all text of ``sources`` as windows for a loaded model, which is on the device of ``precision``.
+
+    Arguments and errors are those of :func:`evaluate_sources`.
+    """
+    if loaded.tokenizer is None:
+        raise ArtifactError(
+            "the model file has no tokenizer, and text can only be evaluated with the one it was trained with"
+        )
+    config = loaded.model.config
+    longest = config.max_seq_len or 256
+    if window is not None and window > longest and config.positional_encoding != "alibi":
+        raise CorpusError(f"a window of {window} tokens is longer than the model's context of {longest}")
+    store, report, lost_fraction = _read(sources, loaded.tokenizer, replace_option, on_progress)
+    if isolate_documents is None:
+        isolate_documents = loaded.notes.get(ISOLATED_NOTE) is True
+    windows = Windows(store, window or longest, pad_id=loaded.tokenizer.pad_id, isolate_documents=isolate_documents)
+    _refuse_oversize(config, windows, batch_size, precision.device)
+    return EvaluationText(windows, report, lost_fraction)
+
+
 def evaluate_sources(
     loaded: LoadedModel,
     sources: Sequence[Source],
@@ -146,21 +186,18 @@ def evaluate_sources(
             fit into memory.
         CorpusError: a source cannot be read, holds no text, or ``window`` is longer than the model's context.
     """
-    if loaded.tokenizer is None:
-        raise ArtifactError(
-            "the model file has no tokenizer, and text can only be evaluated with the one it was trained with"
-        )
-    config = loaded.model.config
-    longest = config.max_seq_len or 256
-    if window is not None and window > longest and config.positional_encoding != "alibi":
-        raise CorpusError(f"a window of {window} tokens is longer than the model's context of {longest}")
-    store, report, lost_fraction = _read(sources, loaded.tokenizer, replace_option, on_progress)
-    if isolate_documents is None:
-        isolate_documents = loaded.notes.get(ISOLATED_NOTE) is True
-    windows = Windows(store, window or longest, pad_id=loaded.tokenizer.pad_id, isolate_documents=isolate_documents)
-    _refuse_oversize(config, windows, batch_size, precision.device)
-    result = evaluate(loaded.model, windows, precision=precision, batch_size=batch_size, on_progress=on_progress)
-    return replace(result, lost_fraction=lost_fraction), report
+    text = read_windows(
+        loaded,
+        sources,
+        precision=precision,
+        batch_size=batch_size,
+        window=window,
+        isolate_documents=isolate_documents,
+        replace_option=replace_option,
+        on_progress=on_progress,
+    )
+    result = evaluate(loaded.model, text.windows, precision=precision, batch_size=batch_size, on_progress=on_progress)
+    return replace(result, lost_fraction=text.lost_fraction), text.report
 
 
 def read_texts(sources: Sequence[Source], tokenizer: Tokenizer, *, replace_option: str = "") -> Iterator[str]:

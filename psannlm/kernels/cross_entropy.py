@@ -178,3 +178,18 @@ def chunked_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, label
             logits, target, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing
         )
     return total
+
+
+def token_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each label, (M,) float32 in nats, and 0 where it is IGNORE_INDEX.
+
+    Args:
+        hidden: (M, D). labels: (M,) int64.
+        head: maps (1, m, D) to logits (1, m, V).
+    """
+    losses = hidden.new_zeros(len(labels), dtype=torch.float32)
+    for start in range(0, len(labels), _HEAD_ROWS):
+        rows = slice(start, start + _HEAD_ROWS)
+        logits = head(hidden[None, rows])[0].float()
+        losses[rows] = F.cross_entropy(logits, labels[rows], ignore_index=IGNORE_INDEX, reduction="none")
+    return losses

@@ -250,3 +250,26 @@ def test_train_and_eval_take_a_prepared_url(psannlm, project: Path, s3: Any, mon
 
     assert loss_on("s3://corpora/shards") == pytest.approx(best, abs=1e-5)
     assert loss_on("s3://corpora/corpus.txt", "--per-line") == loss_on("corpus.txt", "--per-line")
+
+
+def test_eval_baseline_reports_difference_over_documents(psannlm, in_trained: Path, tmp_path: Path) -> None:
+    """Against itself the difference is zero in every resample; against an untrained model it is that of the losses."""
+    from psannlm.models.artifact import load_model, save_model
+
+    arguments = ("eval", "corpus.txt", "--per-line", "--device", "cpu", "--json")
+    same = psannlm(*arguments, "--baseline", "runs/tiny", "--out", str(tmp_path / "same"))
+    found = json.loads(same.out)["comparison"]
+    assert (found["mean"], found["low"], found["high"]) == (0.0, 0.0, 0.0)
+    loaded = load_model(Path("runs/tiny") / Path("runs/tiny/best").read_text().strip())
+    for parameter in loaded.model.parameters():
+        parameter.data *= 0.5
+    save_model(tmp_path / "other.safetensors", loaded.model, loaded.tokenizer)
+    done = psannlm(*arguments, "--baseline", str(tmp_path / "other.safetensors"), "--out", str(tmp_path / "out"))
+    figures = json.loads(done.out)
+    found = figures["comparison"]
+    assert found["loss"] > figures["loss"]
+    assert found["mean"] == pytest.approx(figures["loss"] - found["loss"], abs=1e-5)
+    assert found["low"] < found["mean"] < found["high"] < 0
+    lines = Path("corpus.txt").read_text().splitlines()
+    assert found["n_documents"] == len([line for line in lines if line.strip()])
+    assert "bootstrap over" in (tmp_path / "out" / "table.txt").read_text()

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pydantic.dataclasses import dataclass
 
-from psannlm.io.artifact_schema import Figures, Flag, OptionalFigure, Whole
+from psannlm.io.artifact_schema import Figure, Figures, Flag, OptionalFigure, Whole
+from psannlm.reports.schemas.measured import BootstrapDifference
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentComparison(BootstrapDifference):
+    """Difference to another model, ``checkpoint`` with ``loss``, on the same documents."""
+
+    checkpoint: str
+    loss: Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,3 +30,4 @@ class EvaluationMetrics(Figures):
     tokens: Whole
     bytes: Whole
     lossy_tokenizer: Flag | None = None
+    comparison: DocumentComparison | None = None

@@ -94,3 +94,15 @@ class TokenRatio(Figures):
     ratio: Figure
     outside: str = ""
     own_ratio: OptionalFigure = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BootstrapDifference(Figures):
+    """Difference in nats per token with its 95% bootstrap interval over ``n_documents`` (None for fewer than two)."""
+
+    mean: Figure
+    low: OptionalFigure
+    high: OptionalFigure
+    n_documents: Whole
+    n_resamples: Whole
+    seed: Whole
