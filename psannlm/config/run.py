@@ -14,7 +14,7 @@ from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.files import holds_out, is_prepared, may_be_prepared, missing_files
 from psannlm.config.model import ModelConfig
 from psannlm.config.overrides import Origin, apply_override
-from psannlm.config.train import TrainConfig
+from psannlm.config.train import TIED_HEAD, TrainConfig
 from psannlm.config.validation import (
     SECTIONS,
     ConfigIssue,
@@ -52,6 +52,8 @@ class RunConfig(Section):
                 "raise it, or leave it null"
             )
             found.append(Check(("model.max_seq_len", "data.max_length"), message))
+        if self.model.tie_embeddings and self.train.lr_scale.head is not None:
+            found.append(Check(("train.lr_scale.head", "model.tie_embeddings"), TIED_HEAD))
         return found
 
 

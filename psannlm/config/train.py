@@ -33,6 +33,36 @@ NO_DEEPSPEED = (
 DEEPSPEED_KEYS = ("deepspeed", "deepspeed_config", "zero_stage")
 
 
+TIED_HEAD = (
+    "the output matrix is tied to the embedding (model.tie_embeddings), and one matrix has one learning rate; set "
+    "train.lr_scale.embedding, and drop it"
+)
+
+
+class LrScaleConfig(Section):
+    """Learning rates of groups of parameters, as multiples of the schedule's; their weight decay scales alike."""
+
+    embedding: Real = Field(1.0, gt=0, description="multiplier of the learning rate of the embedding matrix")
+    head: Real | None = Field(
+        None,
+        gt=0,
+        description="multiplier of the learning rate of the output matrix; null: 1, or that of the embedding where the "
+        "two are tied, which have one rate",
+    )
+    scalars: Real = Field(
+        1.0,
+        gt=0,
+        description="multiplier of the learning rate of all parameters that are not matrices: norms, biases, taps of "
+        "short convolutions, residual scales, and parameters of activations",
+    )
+    activations: Real | None = Field(
+        None,
+        gt=0,
+        description="multiplier of the learning rate of the parameters of activations (those of the sine, and gains); "
+        "null: scalars",
+    )
+
+
 class TrainConfig(Section):
     """Settings of a training run. A step is one optimizer update."""
 
@@ -61,6 +91,12 @@ class TrainConfig(Section):
     )
     weight_decay: Real = Field(
         0.1, ge=0, description="weight decay of matrices (never of norms, biases and sine parameters)"
+    )
+    decay_embeddings: Flag = Field(
+        True, description="apply weight decay to the embedding matrix, and to the output matrix where it is tied to it"
+    )
+    lr_scale: LrScaleConfig = Field(
+        default_factory=LrScaleConfig, description="learning rates of groups of parameters, as multiples of lr"
     )
     ema: Real | None = Field(
         None,

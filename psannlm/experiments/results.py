@@ -31,7 +31,7 @@ from psannlm.reports.schemas.study import (
 )
 from psannlm.runtime.device import pick_precision
 from psannlm.runtime.distributed import World
-from psannlm.training.optim import OptimizerSet
+from psannlm.training.optim import build_optimizers
 from psannlm.training.plan import build_loader
 from psannlm.training.step import seed_step, train_step
 
@@ -224,7 +224,7 @@ def seconds_per_step(run: StudyRun, study: Study, clock: Callable[[], float] = t
     precision = pick_precision(config.train.amp, device)
     model = build_model(run.variant.model, seed=run.seed).to(device).train()
     model.grad_checkpoint = config.train.grad_checkpoint
-    optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
+    optimizers = build_optimizers(model, config.train)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.needs_scaler)
     loader = build_loader(config, study.data[run.variant.variant.config.data], World())
     times = []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from psannlm.config.model import BaseName, MlpKind, ModelConfig, ShortConvConfig, SineConfig
+from psannlm.models.activations import is_activation_parameter
 from psannlm.models.mlp import GATED_KINDS
 
 ARCHITECTURE = "PsannLMForCausalLM"
@@ -164,6 +165,5 @@ def custom_tensors(state: Mapping[str, Tensor], dtype: torch.dtype | None = None
         dtype: to convert to; None keeps that of each tensor. Parameters of the sine stay float32 in any case.
     """
     for name, tensor in state.items():
-        is_sine = ".raw_" in name
         wanted = tensor.dtype if dtype is None else dtype
-        yield custom_name(name), tensor.to(torch.float32 if is_sine else wanted)
+        yield custom_name(name), tensor.to(torch.float32 if is_activation_parameter(name) else wanted)

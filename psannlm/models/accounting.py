@@ -19,6 +19,7 @@ from psannlm.errors import ConfigError, Problem
 from psannlm.io.limits import describe_memory, machine_memory_bytes
 from psannlm.kernels.recompute import recompute_disabled
 from psannlm.kernels.torch_private import FakeTensorMode, storage_key
+from psannlm.models.activations import is_activation_parameter
 from psannlm.models.mlp import GATED_KINDS
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
@@ -79,7 +80,7 @@ def _parameters(config: ModelConfig) -> tuple[tuple[str, int, int], ...]:
 
 def _group(name: str) -> str:
     parts = name.split(".")
-    if parts[-1].startswith("raw_"):
+    if is_activation_parameter(name):
         return "sine"
     if any(part.endswith("_norm") for part in parts):
         return "norms"

@@ -15,6 +15,11 @@ def inverse_softplus(value: Tensor) -> Tensor:
     return value + torch.log(-torch.expm1(-value))
 
 
+def is_activation_parameter(name: str) -> bool:
+    """Whether the parameter or buffer ``name`` is one of an activation: kept in float32, in files of 16 bits too."""
+    return name.rpartition(".")[2].startswith("raw_")
+
+
 class SineActivation(nn.Module):
     """Damped sine with an amplitude, frequency and decay per feature, each positive: softplus of a raw parameter.
 

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from psannlm.errors import ArtifactError
+from psannlm.config.train import TIED_HEAD, LrScaleConfig, TrainConfig
+from psannlm.errors import ArtifactError, ConfigError, Problem
+from psannlm.models.activations import is_activation_parameter
 from psannlm.runtime.device import computes_in_bf16
 from psannlm.runtime.distributed import as_sharded, full_tensor, shard_like
 
@@ -24,10 +26,11 @@ _NORM_FLOOR = 1e-7
 
 @dataclass(frozen=True)
 class ParameterGroups:
-    """Parameters by name: hidden matrices, embedding and output matrix, and parameters without weight decay."""
+    """Parameters by name: hidden matrices, embedding, output matrix, and all others, which are never decayed."""
 
     hidden: dict[str, nn.Parameter]
     embedding: dict[str, nn.Parameter]
+    head: dict[str, nn.Parameter]
     undecayed: dict[str, nn.Parameter]
 
 
@@ -37,18 +40,25 @@ def group_parameters(model: nn.Module) -> ParameterGroups:
     Weight decay pulls towards zero, which is neutral for a matrix, but not for the raw parameters of a sine (softplus
     of zero is 0.69, far from a decay of 0.01), norms, biases, residual scales and the few taps of a short convolution.
     """
-    groups = ParameterGroups({}, {}, {})
+    groups = ParameterGroups({}, {}, {}, {})
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if name in linear and name.startswith("blocks."):
             groups.hidden[name] = parameter
-        elif name in linear or name.startswith("embedding."):
+        elif name == "embedding.weight":
             groups.embedding[name] = parameter
+        elif name in linear:
+            groups.head[name] = parameter
         else:
             groups.undecayed[name] = parameter
     return groups
+
+
+def build_optimizers(model: nn.Module, settings: TrainConfig) -> OptimizerSet:
+    """Return the optimizers of ``model`` that the ``train`` section asks for; errors as in ``OptimizerSet``."""
+    return OptimizerSet(model, settings.optimizer, settings.weight_decay, settings.lr_scale, settings.decay_embeddings)
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,11 +137,28 @@ class OptimizerSet:
 
     Muon (Jordan et al. 2024) moves along the orthogonalised momentum; its step is scaled to AdamW's usual size (Liu et
     al. 2025, arXiv 2502.16982), so that one learning rate and one weight decay serve both.
+
+    Args:
+        lr_scale: multiples of the learning rate by group; None: all 1.
+        decay_embeddings: decay the embedding, and with it an output matrix that is tied to it.
+
+    Raises:
+        ConfigError: ``lr_scale`` has a rate for the output matrix of a model whose embeddings are tied.
     """
 
-    def __init__(self, model: nn.Module, name: Literal["adamw", "muon"], weight_decay: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        name: Literal["adamw", "muon"],
+        weight_decay: float,
+        lr_scale: LrScaleConfig | None = None,
+        decay_embeddings: bool = True,
+    ) -> None:
         groups = group_parameters(model)
-        decayed = list(groups.embedding.values())
+        scale = lr_scale or LrScaleConfig()
+        is_tied = getattr(model, "head", None) is None
+        if scale.head is not None and is_tied:
+            raise ConfigError(Problem("train.lr_scale.head", TIED_HEAD))
         self._names = {id(p): n for part in vars(groups).values() for n, p in part.items()}
         self.optimizers: list[torch.optim.Optimizer] = []
         if name == "muon":
@@ -143,23 +170,48 @@ class OptimizerSet:
                     adjust_lr_fn="match_rms_adamw",
                 )
             )
-        else:
-            decayed += groups.hidden.values()
-        undecayed = list(groups.undecayed.values())
+        hidden = {} if name == "muon" else groups.hidden
+        of_embedding = weight_decay if decay_embeddings else 0.0
+        # (multiple of the learning rate, weight decay) -> parameters
+        parts: dict[tuple[float, float], list[nn.Parameter]] = {}
+        of_activations = scale.scalars if scale.activations is None else scale.activations
+        self._scales = {
+            "embedding": scale.embedding,
+            "head": scale.embedding if is_tied else scale.head or 1.0,
+            "scalars": scale.scalars,
+            "activations": of_activations,
+        }
+        for named, times, decay in (
+            (groups.embedding, scale.embedding, of_embedding),
+            (groups.head, scale.head or 1.0, weight_decay),
+            (hidden, 1.0, weight_decay),
+            (groups.undecayed, scale.scalars, 0.0),
+        ):
+            for key, parameter in named.items():
+                own = of_activations if is_activation_parameter(key) else times
+                parts.setdefault((own, decay), []).append(parameter)
         fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
         # The fp16 scaler cannot unscale sharded and replicated gradients together: one optimiser for each.
-        for is_sharded in sorted({as_sharded(p) is not None for p in (*decayed, *undecayed)}):
-            parts = [
-                {"params": [p for p in params if (as_sharded(p) is not None) == is_sharded], "weight_decay": decay}
-                for params, decay in ((decayed, weight_decay), (undecayed, 0.0))
+        for is_sharded in sorted({as_sharded(p) is not None for params in parts.values() for p in params}):
+            split = [
+                {
+                    "params": [p for p in params if (as_sharded(p) is not None) == is_sharded],
+                    "weight_decay": decay,
+                    "lr_scale": times,
+                }
+                for (times, decay), params in parts.items()
             ]
-            self.optimizers.append(AdamW(parts, betas=ADAMW_BETAS, eps=ADAMW_EPS, fused=fused))
+            self.optimizers.append(AdamW(split, betas=ADAMW_BETAS, eps=ADAMW_EPS, fused=fused))
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next steps."""
+        """Set the schedule's learning rate for the next steps; each group gets its multiple of it."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    def scaled_rates(self, lr: float) -> dict[str, float]:
+        """Return the learning rates that differ from the schedule's ``lr``, by group, for the metrics of a step."""
+        return {f"lr/{name}": lr * times for name, times in self._scales.items() if times != 1.0}
 
     def zero_grad(self) -> None:
         """Release all gradients."""

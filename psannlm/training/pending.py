@@ -98,6 +98,7 @@ class PendingSteps:
         """Log and report a step that updated the weights; return the state after it."""
         run, step, result, after = self._run, pending.step, pending.result, pending.batch.after
         metrics = {"loss": result.loss, "lr": pending.lr, "grad_norm": result.grad_norm}
+        rates = run.optimizers.scaled_rates(pending.lr)
         seen = _add(state.source_windows, pending.batch.source_windows)
         tokens, tokens_per_s = state.tokens + result.n_labels, self.throughput.tokens_per_s
         if pending.is_logged and run.log is not None:
@@ -109,7 +110,7 @@ class PendingSteps:
             }
             skipped = {"skipped": state.skipped} if state.skipped else {}
             sources = {"source_windows": list(seen)} if seen else {}
-            run.log.write("train", step, {**metrics, **timing, **skipped, **sources})
+            run.log.write("train", step, {**metrics, **rates, **timing, **skipped, **sources})
         self._notify(pending, tokens, state.skipped, is_skipped=False)
         state = replace(state, step=step, position=after, tokens=tokens, metrics=metrics, skipped_in_a_row=0)
         return replace(state, source_windows=seen)

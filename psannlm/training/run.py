@@ -53,7 +53,7 @@ from psannlm.training.context import Run, Sampler, TimeBudget
 from psannlm.training.initial import Parent, load_parent, refuse_other_tokenizer, with_parent_model
 from psannlm.training.loop import run_steps
 from psannlm.training.metrics import MetricsLog, TensorBoardLog, draw_curve, read_metrics, require_tensorboard
-from psannlm.training.optim import OptimizerSet
+from psannlm.training.optim import build_optimizers
 from psannlm.training.parallel import gather_into, is_sharded, place_model, rank_identity
 from psannlm.training.plan import (
     build_loader,
@@ -302,7 +302,7 @@ def _build(
     n_steps = last_step(config, loader, *progress)
     is_compiled = _decide_compiling(config, precision.device, run_flops(config, start.model.config, n_steps))
     model, module = place_model(config.train, start.model, world, precision, is_compiled=is_compiled)
-    optimizers = OptimizerSet(model, config.train.optimizer, config.train.weight_decay)
+    optimizers = build_optimizers(model, config.train)
     average = None if config.train.ema is None else WeightAverage(model, config.train.ema)
     scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.needs_scaler)
     settings: dict[str, Any] = {"config": config.model_dump(mode="json"), "total_steps": n_steps, **identity(data)}

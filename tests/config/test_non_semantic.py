@@ -18,6 +18,8 @@ SEMANTIC_KEYS = {
     "warmup_steps",
     "cooldown_share",
     "weight_decay",
+    "decay_embeddings",
+    "lr_scale",
     "label_smoothing",
     "grad_clip",
     "optimizer",

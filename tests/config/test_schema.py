@@ -123,7 +123,7 @@ def test_every_key_has_description_and_default() -> None:
 
     listed = dict(walk(config_schema()))
     assert len(listed) > 60
-    groups = {*SECTIONS, "sine_params", "short_conv", "wave"}
+    groups = {*SECTIONS, "sine_params", "short_conv", "wave", "lr_scale"}
     assert [name for name, schema in listed.items() if not schema.get("description")] == []
     assert {name for name, schema in listed.items() if "default" not in schema} == {*groups, "path", "builtin"}
     assert listed["optimizer"]["enum"] == ["adamw", "muon"]

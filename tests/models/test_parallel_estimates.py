@@ -21,7 +21,8 @@ GPU = Device("any", 1e9, 1e12, 0.5, 1e9, 1e8)
 
 def test_sharded_elements_are_the_decayed_ones() -> None:
     groups = group_parameters(build_model(CONFIG, device="meta"))
-    sizes = [sum(p.numel() for p in part.values()) for part in (groups.hidden, groups.embedding, groups.undecayed)]
+    ends = groups.embedding | groups.head
+    sizes = [sum(p.numel() for p in part.values()) for part in (groups.hidden, ends, groups.undecayed)]
     assert list(sharded_elements(CONFIG)) == sizes
     assert sum(sizes) == sum(count_parameters(CONFIG).values())
 

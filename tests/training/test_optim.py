@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from psannlm.errors import ArtifactError
+from psannlm.config.run import config_from_mapping
+from psannlm.config.train import LrScaleConfig
+from psannlm.errors import ArtifactError, ConfigError
 from psannlm.models.transformer import Transformer
 from psannlm.training import optim
 from psannlm.training.optim import OptimizerSet, group_parameters
@@ -73,6 +75,66 @@ def test_muon_takes_the_hidden_matrices_only(build_tiny: Build, base: str, tied:
     assert taken == {name for name in name_of.values() if name.startswith("blocks.") and "_proj.weight" in name}
     left = {name_of[id(p)] for group in adamw.param_groups for p in group["params"]}
     assert {"embedding.weight"} | (set() if tied else {"head.weight"}) <= left
+
+
+GROUPS = {
+    "embedding": lambda name: name == "embedding.weight",
+    "head": lambda name: name == "head.weight",
+    "scalars": lambda name: stays_put(name) and "raw_" not in name,
+    "activations": lambda name: "raw_" in name,
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_lr_scale_gives_its_group_another_rate(build_tiny: Build, optimizer: str, group: str) -> None:
+    """The group moves as under the multiplied rate, and every other parameter as under the rate itself."""
+    settings = {"short_conv": {"activation": "sine"}, "residual_scale": True, "mlp": "sine"}
+    scale = LrScaleConfig.model_validate({group: 4.0, **({"activations": 1.0} if group == "scalars" else {})})
+
+    def moved(lr: float, scale: LrScaleConfig | None) -> dict[str, Tensor]:
+        model = build_tiny(**settings)
+        optimizers = OptimizerSet(model, optimizer, 0.5, scale)
+        optimizers.set_lr(lr)
+        model(torch.arange(9)[None] % 17, torch.arange(1, 10)[None] % 17).backward()
+        for each in optimizers.optimizers:
+            each.step()
+        assert optimizers.scaled_rates(lr) == ({} if scale is None else {f"lr/{group}": 4.0 * lr})
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    found, usual, faster = moved(0.01, scale), moved(0.01, None), moved(0.04, None)
+    of_group = {name for name in found if GROUPS[group](name)}
+    assert of_group
+    for name, value in found.items():
+        assert torch.equal(value, (faster if name in of_group else usual)[name]), name
+    assert any(not torch.equal(usual[name], faster[name]) for name in of_group)
+
+
+def test_lr_scale_of_activations_is_that_of_scalars(build_tiny: Build) -> None:
+    adamw = OptimizerSet(build_tiny(), "adamw", 0.1, LrScaleConfig(scalars=2.0))
+    assert adamw.scaled_rates(1.0) == {"lr/scalars": 2.0, "lr/activations": 2.0}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_decay_embeddings_false_leaves_the_embedding_undecayed(build_tiny: Build, tied: bool) -> None:
+    model = build_tiny(tie_embeddings=tied)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = OptimizerSet(model, "adamw", 0.5, decay_embeddings=False)
+    optimizers.set_lr(0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for each in optimizers.optimizers:
+        each.step()
+    unmoved = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+    assert unmoved == {name for name in before if stays_put(name)} | {"embedding.weight"}
+    assert tied == ("head.weight" not in before)
+
+
+def test_lr_scale_of_a_tied_head_is_refused(build_tiny: Build) -> None:
+    with pytest.raises(ConfigError, match=r"train\.lr_scale\.head.*tied"):
+        OptimizerSet(build_tiny(tie_embeddings=True), "adamw", 0.1, LrScaleConfig(head=1.0))
+    with pytest.raises(ConfigError, match=r"train\.lr_scale\.head.*tied"):
+        config_from_mapping({"model": {"tie_embeddings": True}, "train": {"lr_scale": {"head": 1.0}}})
 
 
 def test_parameter_groups_leave_out_frozen_parameters(build_tiny: Build) -> None:

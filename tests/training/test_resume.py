@@ -92,10 +92,12 @@ def assert_same_run(a: Path, b: Path, step: int) -> None:
 )
 def test_resume_is_exact(tiny_run: TinyRun, tmp_path: Path, base: str, optimizer: str, amp: str) -> None:
     """With dropout, accumulation and shuffling, killed after 5 steps and after 7, over the end of the epoch at 6."""
+    groups = {"lr_scale": {"embedding": 4.0, "scalars": 0.5}, "decay_embeddings": False} if optimizer == "muon" else {}
     config = tiny_run(
         model={"base": base, "dropout": 0.2},
         optimizer=optimizer,
         amp=amp,
+        **groups,
         max_steps=9,
         warmup_steps=3,
         eval_interval_steps=2,
@@ -110,6 +112,9 @@ def test_resume_is_exact(tiny_run: TinyRun, tmp_path: Path, base: str, optimizer
     assert result.steps == 9
     assert read_state(step_folder(broken, 9)).position.epoch == 1
     assert_same_run(straight, broken, 9)
+    if optimizer == "muon":
+        rows = [row for row in read_metrics(broken) if row["kind"] == "train"]
+        assert [row["lr/embedding"] for row in rows] == [4.0 * row["lr"] for row in rows]
 
 
 @pytest.mark.slow

@@ -82,13 +82,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Runs:
         return str(step_folder(folder / name, step))
 
     hybrid: dict[str, Any] = {"fsdp": "hybrid", "shard_size": 2}
+    rates = {"lr_scale": {"embedding": 4.0, "head": 0.5, "scalars": 2.0, "activations": 0.1}, "decay_embeddings": False}
     jobs: Jobs = {
         "one": job("one", 1),
-        "one_muon": job("one_muon", 1, optimizer="muon"),
+        "one_muon": job("one_muon", 1, optimizer="muon", **rates),
         "ddp": job("ddp", 4, ddp="on"),
         "full": job("full", 4, fsdp="full", grad_checkpoint=True),
         "hybrid": job("hybrid", 4, **hybrid, grad_sync="micro_batch"),
-        "hybrid_muon": job("hybrid_muon", 4, **hybrid, optimizer="muon"),
+        "hybrid_muon": job("hybrid_muon", 4, **hybrid, optimizer="muon", **rates),
         "two": job("two", 2, after("full", 2), fsdp="full"),
         "alone": job("alone", 1, after("two", 4)),
         "four": job("four", 4, after("alone", 6), **hybrid),
