@@ -126,6 +126,8 @@ TRAIN_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "cooldown_share": ({"schedule": "wsd"}, {"cooldown_share": 0.5}, "rates weights", "tokens"),
     "warmup_steps": ({}, {"warmup_steps": 3}, "rates weights", "tokens"),
     "weight_decay": ({}, {"weight_decay": 0.5}, "weights", "tokens rates"),
+    "decay_embeddings": ({"weight_decay": 0.5}, {"decay_embeddings": False}, "weights", "tokens rates"),
+    "lr_scale": ({}, {"lr_scale": {"embedding": 2.0}}, "weights", "tokens rates"),
     "label_smoothing": ({}, {"label_smoothing": 0.2}, "losses weights", "tokens rates"),
     "grad_clip": ({"grad_clip": None}, {"grad_clip": 1e-3}, "losses weights", "tokens rates"),
     "optimizer": ({}, {"optimizer": "muon"}, "losses weights", "tokens rates"),
