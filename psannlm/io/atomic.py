@@ -16,7 +16,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from psannlm.display import shortened
@@ -106,7 +106,8 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         (temporary.parent / _MARKER).write_text(_marker_of(temporary.parent), encoding="ascii")
         yield temporary
     finally:
-        shutil.rmtree(temporary.parent, ignore_errors=True)
+        with suppress(OSError):
+            _remove_temporary(temporary.parent)
 
 
 def named_temporary(path: Path, token: str) -> Path:
@@ -171,9 +172,19 @@ def remove_leftovers(folder: Path) -> None:
         marker = read_small(path / _MARKER, 200)
         names = [entry.name for entry in path.iterdir()]
         if marker == _marker_of(path).encode("ascii") or (marker == b"" and names == [_MARKER]):
-            shutil.rmtree(path)
+            _remove_temporary(path)
         elif not names:
             path.rmdir()
+
+
+def _remove_temporary(folder: Path) -> None:
+    """Remove a temporary folder, its marker last: a process killed in between leaves what is still known as ours."""
+    for path in folder.iterdir():
+        if is_plain_folder(path):
+            shutil.rmtree(path)
+        elif path.name != _MARKER:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 @contextmanager

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,6 +185,37 @@ def test_leftovers_are_removed_by_content_not_name(tmp_path: Path) -> None:
         remove_leftovers(tmp_path)
         assert not ours.parent.exists()
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_removal_killed_at_any_file_is_finished_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The marker goes last, in whichever order the file system lists a folder."""
+    n_left, unlink, rmdir = 0, os.unlink, os.rmdir
+
+    def counting(remove: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        nonlocal n_left
+        n_left -= 1
+        if n_left < 0:
+            raise KeyboardInterrupt  # in place of a kill
+        remove(*args, **kwargs)
+
+    for n_removed, of_a_resume in product(range(8), (False, True)):
+        n_left = -1
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", partial(counting, unlink))
+            patch.setattr(os, "rmdir", partial(counting, rmdir))
+            with suppress(KeyboardInterrupt), temporary_beside(tmp_path / "checkpoint") as temporary:
+                temporary.mkdir()
+                for name in ("a", "model", "state", "z"):
+                    (temporary / name).write_text("x", encoding="utf-8")
+                    (temporary.parent / name).write_text("x", encoding="utf-8")
+                n_left = 0 if of_a_resume else n_removed
+            if of_a_resume:
+                n_left = n_removed
+                with suppress(KeyboardInterrupt):
+                    remove_leftovers(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 1
+        remove_leftovers(tmp_path)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_temporary_names_cannot_be_guessed(tmp_path: Path) -> None:
