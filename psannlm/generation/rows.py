@@ -41,6 +41,7 @@ class Row:
     Attributes:
         generated: the new ids.
         logprobs: of each new token; empty unless they are recorded.
+        end_logprob: of the token ``eos_id`` that ended the row, where they are recorded.
         finish_reason: ``stop`` (end of text, or :meth:`finish`), ``length`` (``max_new_tokens``) or ``context``
             (full). It means something once the row has finished.
     """
@@ -65,6 +66,7 @@ class Row:
         self.finish_reason: FinishReason = "context" if space < max_new_tokens else "length"
         self.generated: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.end_logprob: TokenLogprob | None = None
         self.lookup = PromptLookup(self.prompt) if speculates else None
         seed = int(torch.randint(2**63 - 1, ())) if sampling.seed is None else int(sampling.seed)
         self._generator = torch.Generator().manual_seed(seed)
@@ -115,6 +117,7 @@ class Row:
         for at, token in enumerate(tokens):
             if token == self.eos_id:
                 self.finish()
+                self.end_logprob = None if logprobs is None else logprobs[at]
                 break
             self.generated.append(token)
             if logprobs is not None:

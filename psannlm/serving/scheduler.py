@@ -70,8 +70,9 @@ class Update:
     Attributes:
         text: new text, in whole characters.
         ids: new tokens; with a stop text they include those that spell it.
-        offsets: of each new token, the characters of the completion before it.
-        logprobs: of each new token, where they are recorded.
+        offsets: of each token that may have a log probability, the characters of the completion before it.
+        logprobs: of each new token, where they are recorded, and of the end-of-text token that ended the sequence: it
+            is no part of the text, but clients that score a text count tokens from the end of this list.
         prompt_logprobs: of the prompt's tokens from the second on, once they are all known.
         finish_reason: set in the last update.
         stop_text: the stop text that ended the sequence.
@@ -452,6 +453,9 @@ class Scheduler:
             whole, update.stop_text = text.end(row.generated)
             update.text += whole[n_returned:]
             update.finish_reason = row.finish_reason if update.stop_text is None else "stop"
+            if row.end_logprob is not None and update.stop_text is None:
+                update.logprobs.append(row.end_logprob)
+                update.offsets.append(len(whole))
             self._n_ended += 1
         if update.ids or update.text or update.is_last:
             handle.update = Update()
