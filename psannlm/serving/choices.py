@@ -37,6 +37,9 @@ class Choice:
         self._n_characters += len(update.text)
         if self._request.logprobs is not None:
             self._held += zip(update.offsets, update.logprobs, strict=True)
+            if update.end_logprob is not None and update.stop_text is None:
+                # It has no text, but clients that score a text count tokens from the end of the list.
+                self._held.append((self._n_characters, update.end_logprob))
             shown = self._take_shown(update)
             logprobs = _empty_logprobs()
             if self._is_first and self._request.echo:

@@ -70,9 +70,9 @@ class Update:
     Attributes:
         text: new text, in whole characters.
         ids: new tokens; with a stop text they include those that spell it.
-        offsets: of each token that may have a log probability, the characters of the completion before it.
-        logprobs: of each new token, where they are recorded, and of the end-of-text token that ended the sequence: it
-            is no part of the text, but clients that score a text count tokens from the end of this list.
+        offsets: of each new token, the characters of the completion before it.
+        logprobs: of each new token, where they are recorded.
+        end_logprob: of the end-of-text token that ended the sequence, where they are recorded.
         prompt_logprobs: of the prompt's tokens from the second on, once they are all known.
         finish_reason: set in the last update.
         stop_text: the stop text that ended the sequence.
@@ -86,6 +86,7 @@ class Update:
     prompt_logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     stop_text: str | None = None
+    end_logprob: TokenLogprob | None = None
     error: Exception | None = None
 
     @property
@@ -453,9 +454,7 @@ class Scheduler:
             whole, update.stop_text = text.end(row.generated)
             update.text += whole[n_returned:]
             update.finish_reason = row.finish_reason if update.stop_text is None else "stop"
-            if row.end_logprob is not None and update.stop_text is None:
-                update.logprobs.append(row.end_logprob)
-                update.offsets.append(len(whole))
+            update.end_logprob = row.end_logprob
             self._n_ended += 1
         if update.ids or update.text or update.is_last:
             handle.update = Update()

@@ -73,6 +73,8 @@ def assert_equal_to_alone(served: Served, name: str, done: Completion) -> None:
     assert (last.finish_reason, last.stop_text) == (done.finish_reason, done.stop_text)
     logprobs = [scored for update in served.updates[name] for scored in update.logprobs]
     assert logprobs == (done.logprobs or [])
+    ends_with_token = done.finish_reason == "stop" and done.stop_text is None and done.logprobs is not None
+    assert (last.end_logprob is not None) == ends_with_token
 
 
 @pytest.mark.parametrize(("dtype", "speculate"), [("float32", 0), ("float32", 3), ("bfloat16", 0), ("int8", 0)])
