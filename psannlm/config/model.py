@@ -10,7 +10,23 @@ from pydantic import Field
 from psannlm.config.base import Check, Flag, PositiveWhole, Real, Section, Whole
 
 BaseName = Literal["respsann", "waveresnet", "transformer"]
-MlpKind = Literal["sine", "sineglu", "gelu", "geglu", "swiglu", "relu2"]
+MlpKind = Literal[
+    "sine",
+    "sineglu",
+    "gelu",
+    "geglu",
+    "swiglu",
+    "relu2",
+    "silu",
+    "tanh",
+    "tanhglu",
+    "sigmoid",
+    "sigmoidglu",
+    "clampedsine",
+    "clampedsineglu",
+    "gelusine",
+    "sinerelu2",
+]
 PositionKind = Literal["rope", "alibi", "sinusoidal"]
 SineParameter = Literal["amplitude", "frequency", "decay"]
 ConvPlace = Literal["attention", "mlp"]
@@ -96,7 +112,9 @@ class ModelConfig(Section):
     d_mlp: PositiveWhole | None = Field(
         None, description="hidden width; null: 4 d_model, for gated kinds 8/3 d_model rounded up to a multiple of 64"
     )
-    mlp: MlpKind | None = Field(None, description="kind of feed-forward; null: that of the base")
+    mlp: MlpKind | None = Field(
+        None, description="kind of feed-forward (docs/guides/feed-forward.md); null: that of the base"
+    )
     vocab_size: PositiveWhole | None = Field(None, description="vocabulary size; null: that of the tokenizer")
     max_seq_len: PositiveWhole | None = Field(
         None, description="maximum context in tokens; null: data.max_length (alibi may exceed it)"

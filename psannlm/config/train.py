@@ -90,7 +90,7 @@ class TrainConfig(Section):
         0.2, gt=0, le=1, description="wsd: fraction of all steps at the end over which the rate falls to min_lr"
     )
     weight_decay: Real = Field(
-        0.1, ge=0, description="weight decay of matrices (never of norms, biases and sine parameters)"
+        0.1, ge=0, description="weight decay of matrices (never of norms, biases and parameters of activations)"
     )
     decay_embeddings: Flag = Field(
         True, description="apply weight decay to the embedding matrix, and to the output matrix where it is tied to it"

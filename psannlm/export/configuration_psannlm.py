@@ -14,7 +14,8 @@ class PsannLMConfig(PreTrainedConfig):
     """Pre-norm decoder with damped sine feed-forwards, short causal convolutions and any position encoding of psannlm.
 
     Attributes:
-        hidden_act: ``sine``, ``gelu`` (erf), ``silu`` or ``relu2``; of the gate where ``is_gated_mlp``.
+        hidden_act: ``sine``, ``clampedsine``, ``gelusine``, ``sinerelu2``, ``gelu`` (erf), ``silu``, ``relu2``,
+            ``tanh`` or ``sigmoid``; of the gate where ``is_gated_mlp``.
         position_encoding: ``rope``, ``alibi`` or ``sinusoidal``.
         residual_scale: multiply each residual branch by a learned scalar.
         short_conv_places: the sublayers, of ``attention`` and ``mlp``, whose normalized input is convolved over time.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psannlm.config.model import BaseName, MlpKind, ModelConfig, ShortConvConfig, SineConfig
+from psannlm.config.model import BaseName, ModelConfig, ShortConvConfig, SineConfig
 from psannlm.models.activations import is_activation_parameter
-from psannlm.models.mlp import GATED_KINDS
+from psannlm.models.mlp import KINDS
 
 ARCHITECTURE = "PsannLMForCausalLM"
 MODEL_TYPE = "psannlm"
@@ -21,7 +21,6 @@ _AUTO_MAP = {
     "AutoModel": "modeling_psannlm.PsannLMModel",
     "AutoModelForCausalLM": "modeling_psannlm.PsannLMForCausalLM",
 }
-_ACTIVATIONS = {"sine": "sine", "sineglu": "sine", "gelu": "gelu", "geglu": "gelu", "swiglu": "silu", "relu2": "relu2"}
 _BOUNDS = {"amplitude": "amp_bounds", "frequency": "freq_bounds", "decay": "damp_bounds"}
 _TOP_NAMES = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
 _PARTS = {
@@ -53,8 +52,8 @@ def custom_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> di
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.d_model // config.n_heads,
-        "hidden_act": _ACTIVATIONS[config.mlp],
-        "is_gated_mlp": config.mlp in GATED_KINDS,
+        "hidden_act": KINDS[config.mlp].activation,
+        "is_gated_mlp": KINDS[config.mlp].is_gated,
         "position_encoding": config.positional_encoding,
         "rotary_base": config.rope_theta,
         "max_position_embeddings": config.max_seq_len,
@@ -85,14 +84,7 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
         ValidationError: a field has a wrong type or is out of range.
         KeyError: a field is missing, or its value is unknown.
     """
-    mlp: dict[tuple[str, bool], MlpKind] = {
-        ("sine", False): "sine",
-        ("sine", True): "sineglu",
-        ("gelu", False): "gelu",
-        ("gelu", True): "geglu",
-        ("silu", True): "swiglu",
-        ("relu2", False): "relu2",
-    }
+    mlp = {(kind.activation, kind.is_gated): name for name, kind in KINDS.items()}
     base: BaseName = fields["psannlm_base"]
     places = fields["short_conv_places"]
     bounds = {key: fields["sine_bounds"][name] for name, key in _BOUNDS.items()}

@@ -31,6 +31,7 @@ from .configuration_psannlm import PsannLMConfig
 # transformers 5.24 calls the cache `cache`; earlier versions called it `past_key_values`.
 _CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 _SINE_PARAMETERS = ("amplitude", "frequency", "decay")
+_ADDED_SINE_WEIGHT = 0.1
 _SINUSOID_STD = 0.02
 _SINUSOID_BASE = 10_000.0
 
@@ -48,10 +49,14 @@ class PsannLMRMSNorm(nn.Module):
 
 
 class PsannLMSine(nn.Module):
-    """A exp(-d g(z)) sin(f z) with A, f and d per feature: softplus of raw parameters, within their bounds."""
+    """A exp(-d g(z)) sin(f z) with A, f and d per feature: softplus of raw parameters, within their bounds.
 
-    def __init__(self, config: PsannLMConfig, size: int) -> None:
+    Clamped, f z is limited to [-π/2, π/2].
+    """
+
+    def __init__(self, config: PsannLMConfig, size: int, is_clamped: bool = False) -> None:
         super().__init__()
+        self.is_clamped = is_clamped
         self.decay_mode = config.sine_decay_mode
         self.bounds = config.sine_bounds or {}
         self.learnable = _SINE_PARAMETERS if config.sine_learnable is None else tuple(config.sine_learnable)
@@ -67,11 +72,35 @@ class PsannLMSine(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         wide = z.float()
-        y = self._value("amplitude") * torch.sin(self._value("frequency") * wide)
+        phase = self._value("frequency") * wide
+        if self.is_clamped:
+            phase = phase.clamp(-math.pi / 2, math.pi / 2)
+        y = self._value("amplitude") * torch.sin(phase)
         if self.decay_mode != "none":
             envelope = wide.abs() if self.decay_mode == "abs" else wide.clamp(min=0.0)
             y = y * torch.exp(-self._value("decay") * envelope)
         return y.to(z.dtype)
+
+
+class PsannLMGeluSine(nn.Module):
+    """GELU(z) + a sin(f z), with a signed weight a and a positive frequency f per feature."""
+
+    def __init__(self, config: PsannLMConfig, size: int) -> None:
+        super().__init__()
+        self.bounds = (config.sine_bounds or {}).get("frequency")
+        self.learnable = _SINE_PARAMETERS if config.sine_learnable is None else tuple(config.sine_learnable)
+        self.sine_weight = nn.Parameter(torch.zeros(size))
+        self.raw_frequency = nn.Parameter(torch.zeros(size))
+
+    def forward(self, z: Tensor) -> Tensor:
+        # Loading replaces the parameters, so that requires_grad=False would be lost.
+        weight = self.sine_weight if "amplitude" in self.learnable else self.sine_weight.detach()
+        raw = self.raw_frequency if "frequency" in self.learnable else self.raw_frequency.detach()
+        frequency = F.softplus(raw.float())
+        if self.bounds is not None:
+            frequency = frequency.clamp(*self.bounds)
+        wide = z.float()
+        return (F.gelu(wide) + weight.float() * torch.sin(frequency * wide)).to(z.dtype)
 
 
 class PsannLMSquaredReLU(nn.Module):
@@ -81,13 +110,36 @@ class PsannLMSquaredReLU(nn.Module):
         return F.relu(z).square()
 
 
+class PsannLMSineSquaredReLU(nn.Module):
+    """The sine on the first half of the features, squared ReLU on the others."""
+
+    def __init__(self, config: PsannLMConfig, size: int) -> None:
+        super().__init__()
+        self.n_sines = size // 2
+        self.sine = PsannLMSine(config, self.n_sines)
+
+    def forward(self, z: Tensor) -> Tensor:
+        sines, others = self.sine(z[..., : self.n_sines]), F.relu(z[..., self.n_sines :]).square()
+        return torch.cat((sines, others), dim=-1)
+
+
+_ACTIVATIONS: dict[str, Callable[[PsannLMConfig, int], nn.Module]] = {
+    "sine": PsannLMSine,
+    "clampedsine": lambda config, size: PsannLMSine(config, size, is_clamped=True),
+    "gelusine": PsannLMGeluSine,
+    "sinerelu2": PsannLMSineSquaredReLU,
+    "gelu": lambda config, size: nn.GELU(),
+    "silu": lambda config, size: nn.SiLU(),
+    "relu2": lambda config, size: PsannLMSquaredReLU(),
+    "tanh": lambda config, size: nn.Tanh(),
+    "sigmoid": lambda config, size: nn.Sigmoid(),
+}
+
+
 def _activation(config: PsannLMConfig) -> nn.Module:
-    if config.hidden_act == "sine":
-        return PsannLMSine(config, config.intermediate_size)
-    known: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "silu": nn.SiLU, "relu2": PsannLMSquaredReLU}
-    if config.hidden_act not in known:
-        raise ValueError(f"hidden_act {config.hidden_act!r} is not one of sine, {', '.join(known)}")
-    return known[config.hidden_act]()
+    if config.hidden_act not in _ACTIVATIONS:
+        raise ValueError(f"hidden_act {config.hidden_act!r} is not one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[config.hidden_act](config, config.intermediate_size)
 
 
 class PsannLMMLP(nn.Module):
@@ -96,7 +148,7 @@ class PsannLMMLP(nn.Module):
     def __init__(self, config: PsannLMConfig) -> None:
         super().__init__()
         self.gate_proj: nn.Module | None = None
-        has_phase = config.hidden_act == "sine" and not config.is_gated_mlp
+        has_phase = config.hidden_act in ("sine", "clampedsine") and not config.is_gated_mlp
         if config.is_gated_mlp:
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=has_phase)
@@ -315,7 +367,7 @@ class PsannLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     # Rounded to bfloat16, a frequency would be off by up to 0.4 percent.
-    _keep_in_fp32_modules_strict = {"raw_amplitude", "raw_frequency", "raw_decay"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {"raw_amplitude", "raw_frequency", "raw_decay", "sine_weight"}  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": PsannLMDecoderLayer,
         "attentions": PsannLMAttention,
@@ -327,6 +379,9 @@ class PsannLMPreTrainedModel(PreTrainedModel):
             # softplus(raw) is 1, 1 and 0.01, the defaults of psannlm.
             for name, value in zip(_SINE_PARAMETERS, (1.0, 1.0, 0.01), strict=True):
                 init.constant_(getattr(module, f"raw_{name}"), value + math.log(-math.expm1(-value)))
+        elif isinstance(module, PsannLMGeluSine):
+            init.constant_(module.sine_weight, _ADDED_SINE_WEIGHT)
+            init.constant_(module.raw_frequency, 1.0 + math.log(-math.expm1(-1.0)))
         elif isinstance(module, PsannLMShortConv):
             init.zeros_(module.weight)
         elif isinstance(module, PsannLMDecoderLayer):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from psannlm.errors import GenerationError, nearest
 from psannlm.kernels.compile import realize
 from psannlm.kernels.torch_private import has_amx, has_onednn_linear, int8_matmul, onednn_linear, onednn_reordered
-from psannlm.models.activations import SineActivation
+from psannlm.models.activations import ParametricActivation
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS
 from psannlm.models.mlp import GatedMlp
 from psannlm.models.short_conv import ShortConv
@@ -156,8 +156,8 @@ def prepare_for_inference(model: Transformer, dtype: WeightDtype, *, is_compiled
     """Return a copy of ``model`` for inference, which shares norms and convolutions with it; ``model`` is not changed.
 
     The projections of queries, keys and values become one product, gate and up projection another. Residual scales are
-    folded into the weights they multiply, and the sine's parameters are stored as values. The embedding is stored in
-    bfloat16 unless ``dtype`` is float32. Norms, short convolutions and sines stay float32.
+    folded into the weights they multiply, and parameters of activations are stored as values. The embedding is stored
+    in bfloat16 unless ``dtype`` is float32. Norms, short convolutions and parameters of activations stay float32.
 
     Raises:
         GenerationError: unknown ``dtype``.
@@ -192,7 +192,7 @@ def prepare_for_inference(model: Transformer, dtype: WeightDtype, *, is_compiled
         mlp.down_proj = joined(mlp.down_proj, scale=block.mlp_scale)
         block.attention_scale = block.mlp_scale = None
     for module in copied.modules():
-        if isinstance(module, SineActivation):
+        if isinstance(module, ParametricActivation):
             module.freeze()
         elif isinstance(module, ShortConv):
             module.taps = module.weight.detach().t().contiguous()

@@ -26,6 +26,7 @@ measured": no entry measures this implementation alone.
 | damped sine | CPU, compiled | formula with `realize` | bfloat16 backward 7.05 -> 3.29 ns an element (11-26) |
 | damped sine | GPU | formula, compiled also in an uncompiled model | not measured |
 | GELU, SiLU | CPU, training | `recompute.fused_act_down_proj` | not measured alone |
+| other activations | all | plain formulas of `models.activations`, which a compiler fuses | default |
 | output layer and loss | CPU, training | `cross_entropy`, chunks of 8 MiB, in place | not measured alone |
 | output layer and loss | GPU, training | `cross_entropy`, chunks of 128 MiB, compiled | not measured |
 

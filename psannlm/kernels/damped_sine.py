@@ -30,14 +30,16 @@ def _envelope_argument(z: Tensor, mode: DecayMode) -> Tensor:
     return z.abs() if mode == "abs" else z.clamp(min=0.0)
 
 
+def damp(y: Tensor, z: Tensor, decay: Tensor, mode: DecayMode) -> Tensor:
+    """Return y exp(-d g(z)) for y and z (..., F), without in-place operations."""
+    return y if mode == "none" else y * torch.exp(-decay * _envelope_argument(z, mode))
+
+
 def damped_sine_formula(z: Tensor, amplitude: Tensor, frequency: Tensor, decay: Tensor, mode: DecayMode) -> Tensor:
     """Return the activation of (M, F) without in-place operations; torch.compile fuses it into one kernel."""
     # y = A sin(f z) exp(-d g(z)), in float32
     wide = z.float()
-    y = amplitude * torch.sin(frequency * wide)
-    if mode != "none":
-        y = y * torch.exp(-decay * _envelope_argument(wide, mode))
-    return y.to(z.dtype)
+    return damp(amplitude * torch.sin(frequency * wide), wide, decay, mode).to(z.dtype)
 
 
 def _gradients(

@@ -1,13 +1,24 @@
-"""Activation modules: damped sine with learnable amplitude, frequency and decay, and squared ReLU."""
+"""Activation modules: the damped sine with learnable amplitude, frequency and decay, its variants, and squared ReLU.
+
+Letters as in ``psannlm.models``. Only ``SineActivation`` has hand-written kernels; the variants are plain formulas,
+which a compiler fuses.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psannlm.config.model import SineConfig
-from psannlm.kernels.damped_sine import DecayMode, damped_sine, damped_sine_formula
+from psannlm.config.model import SineConfig, SineParameter
+from psannlm.kernels.damped_sine import DecayMode, damp, damped_sine, damped_sine_formula
+
+# Start of the learned weight of the sine that is added to a GELU: small, so that training starts as that of a GELU.
+ADDED_SINE_WEIGHT = 0.1
+# Parameters of activations that are used as they are stored. All others are softplus of a raw parameter.
+_SIGNED_PARAMETERS = frozenset(("sine_weight",))
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
@@ -17,10 +28,69 @@ def inverse_softplus(value: Tensor) -> Tensor:
 
 def is_activation_parameter(name: str) -> bool:
     """Whether the parameter or buffer ``name`` is one of an activation: kept in float32, in files of 16 bits too."""
-    return name.rpartition(".")[2].startswith("raw_")
+    leaf = name.rpartition(".")[2]
+    return leaf.startswith("raw_") or leaf in _SIGNED_PARAMETERS
 
 
-class SineActivation(nn.Module):
+class ParametricActivation(nn.Module):
+    """Activation with float32 parameters per feature: positive ones (softplus of a raw parameter) and signed ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bounds: dict[str, tuple[float, float] | None] = {}
+        self._frozen: dict[str, Tensor] = {}
+
+    def _add_positive(
+        self,
+        name: str,
+        n_features: int,
+        start: tuple[float, float],
+        bounds: tuple[float, float] | None,
+        *,
+        is_learnable: bool,
+    ) -> None:
+        """Register ``raw_<name>``, a parameter or else a buffer, from ``start``: mean and standard deviation."""
+        mean, spread = start
+        self.bounds[name] = bounds
+        value = torch.full((n_features,), mean)
+        if spread and not value.is_meta:
+            # The raw parameter exists for positive values only; values below mean / 1000 are clamped.
+            value = (value + spread * torch.randn(n_features)).clamp(min=mean / 1000)
+        self._add(f"raw_{name}", value if value.is_meta else inverse_softplus(value.double()).float(), is_learnable)
+
+    def _add_signed(self, name: str, n_features: int, start: float, *, is_learnable: bool) -> None:
+        """Register ``name``, a parameter or else a buffer that is used as it is, from ``start``."""
+        self.bounds[name] = None
+        self._add(name, torch.full((n_features,), start), is_learnable)
+
+    def _add(self, name: str, value: Tensor, is_learnable: bool) -> None:
+        if is_learnable:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    def value_of(self, name: str) -> Tensor:
+        """Return the (F,) float32 values of a parameter, such as ``amplitude``, within its bounds."""
+        if name in self._frozen:
+            return self._frozen[name]
+        if name in _SIGNED_PARAMETERS:
+            signed: Tensor = getattr(self, name)
+            return signed.float()
+        value = F.softplus(getattr(self, f"raw_{name}").float())
+        bounds = self.bounds[name]
+        return value if bounds is None else value.clamp(*bounds)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether :meth:`freeze` was called."""
+        return bool(self._frozen)
+
+    def freeze(self) -> None:
+        """Compute the parameters once, for inference; training and loading do not change them afterwards."""
+        self._frozen = {name: self.value_of(name).detach().clone() for name in self.bounds}
+
+
+class SineActivation(ParametricActivation):
     """Damped sine with an amplitude, frequency and decay per feature, each positive: softplus of a raw parameter.
 
     Args:
@@ -31,47 +101,20 @@ class SineActivation(nn.Module):
     def __init__(self, n_features: int, config: SineConfig) -> None:
         super().__init__()
         self.mode: DecayMode = config.decay_mode
-        self.bounds = {"amplitude": config.amp_bounds, "frequency": config.freq_bounds, "decay": config.damp_bounds}
-        starts = {
-            "amplitude": (config.amp_init, config.amp_std),
-            "frequency": (config.freq_init, config.freq_std),
-            "decay": (config.damp_init, config.damp_std),
-        }
         learnable = config.learnable_parameters()
-        self._frozen: dict[str, Tensor] = {}
-        for name, (mean, spread) in starts.items():
-            value = torch.full((n_features,), mean)
-            if spread and not value.is_meta:
-                # The raw parameter exists for positive values only; values below mean / 1000 are clamped.
-                value = (value + spread * torch.randn(n_features)).clamp(min=mean / 1000)
-            raw = value if value.is_meta else inverse_softplus(value.double()).float()
-            if name in learnable:
-                self.register_parameter(f"raw_{name}", nn.Parameter(raw))
-            else:
-                self.register_buffer(f"raw_{name}", raw)
-
-    def value_of(self, name: str) -> Tensor:
-        """Return the (F,) float32 values of ``amplitude``, ``frequency`` or ``decay``, within their bounds."""
-        if name in self._frozen:
-            return self._frozen[name]
-        value = F.softplus(getattr(self, f"raw_{name}").float())
-        bounds = self.bounds[name]
-        return value if bounds is None else value.clamp(*bounds)
+        starts: dict[SineParameter, tuple[tuple[float, float], tuple[float, float] | None]] = {
+            "amplitude": ((config.amp_init, config.amp_std), config.amp_bounds),
+            "frequency": ((config.freq_init, config.freq_std), config.freq_bounds),
+            "decay": ((config.damp_init, config.damp_std), config.damp_bounds),
+        }
+        for name, (start, bounds) in starts.items():
+            self._add_positive(name, n_features, start, bounds, is_learnable=name in learnable)
 
     def values(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return amplitude, frequency and decay as :meth:`value_of` does, whatever the autocast."""
         raw: Tensor = getattr(self, "raw_amplitude")  # noqa: B009
         with torch.autocast(raw.device.type, enabled=False):
             return self.value_of("amplitude"), self.value_of("frequency"), self.value_of("decay")
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether :meth:`freeze` was called."""
-        return bool(self._frozen)
-
-    def freeze(self) -> None:
-        """Compute the parameters once, for inference; training and loading do not change them afterwards."""
-        self._frozen = {name: self.value_of(name).detach() for name in ("amplitude", "frequency", "decay")}
 
     def forward(self, z: Tensor) -> Tensor:
         """Map (..., F) to (..., F), same dtype."""
@@ -85,9 +128,61 @@ class SineActivation(nn.Module):
         return f"n_features={len(self.value_of('amplitude'))}, decay_mode={self.mode}"
 
 
+class ClampedSine(SineActivation):
+    """A exp(-d g(z)) sin(clamp(f z, -π/2, π/2)): as bounded as the sine, without its period.
+
+    With the decay mode ``none`` it is monotone. Parameters have the names of ``SineActivation``, so that the weights of
+    a model with one can be loaded into a model with the other.
+    """
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map (..., F) to (..., F), same dtype; computed in float32."""
+        with torch.autocast(z.device.type, enabled=False):
+            amplitude, frequency, decay = self.values()
+            wide = z.float()
+            phase = (frequency * wide).clamp(-math.pi / 2, math.pi / 2)
+            return damp(amplitude * torch.sin(phase), wide, decay, self.mode).to(z.dtype)
+
+
+class GeluSine(ParametricActivation):
+    """GELU(z) + a sin(f z) with a signed weight a and a positive frequency f per feature (arXiv 2602.05688).
+
+    GELU is the case a = 0. The weight starts at ``ADDED_SINE_WEIGHT``; the frequency as that of ``SineActivation``.
+    ``config.learnable`` names the weight ``amplitude``; amplitude and decay settings have no effect.
+    """
+
+    def __init__(self, n_features: int, config: SineConfig) -> None:
+        super().__init__()
+        learnable = config.learnable_parameters()
+        self._add_signed("sine_weight", n_features, ADDED_SINE_WEIGHT, is_learnable="amplitude" in learnable)
+        start = (config.freq_init, config.freq_std)
+        self._add_positive("frequency", n_features, start, config.freq_bounds, is_learnable="frequency" in learnable)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map (..., F) to (..., F), same dtype; computed in float32."""
+        with torch.autocast(z.device.type, enabled=False):
+            wide = z.float()
+            sine = self.value_of("sine_weight") * torch.sin(self.value_of("frequency") * wide)
+            return (F.gelu(wide) + sine).to(z.dtype)
+
+
 class SquaredReLU(nn.Module):
     """max(z, 0) squared (So et al. 2021, arXiv 2109.08668)."""
 
     def forward(self, z: Tensor) -> Tensor:
         """Map a tensor of any shape to one of the same shape."""
         return F.relu(z).square()
+
+
+class SineSquaredReLU(nn.Module):
+    """The damped sine on the first F // 2 features, squared ReLU on the others."""
+
+    def __init__(self, n_features: int, config: SineConfig) -> None:
+        super().__init__()
+        self.n_sines = n_features // 2
+        self.sine = SineActivation(self.n_sines, config)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map (..., F) to (..., F), same dtype."""
+        sines, others = self.sine(z[..., : self.n_sines]), F.relu(z[..., self.n_sines :]).square()
+        return torch.cat((sines, others), dim=-1)

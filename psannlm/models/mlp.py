@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from psannlm.config.model import MlpKind, ModelConfig
 from psannlm.kernels.onednn import Linear
 from psannlm.kernels.recompute import fused_act_down_proj, fused_sine_down_proj, use_recompute
-from psannlm.models.activations import SineActivation, SquaredReLU
+from psannlm.models.activations import ClampedSine, GeluSine, SineActivation, SineSquaredReLU, SquaredReLU
 
-GATED_KINDS: frozenset[MlpKind] = frozenset(("sineglu", "geglu", "swiglu"))
+# Name of an activation -> its builder, from the configuration and the number of features.
+ACTIVATIONS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
+    "sine": lambda config, n_features: SineActivation(n_features, config.sine_params),
+    "clampedsine": lambda config, n_features: ClampedSine(n_features, config.sine_params),
+    "gelusine": lambda config, n_features: GeluSine(n_features, config.sine_params),
+    "sinerelu2": lambda config, n_features: SineSquaredReLU(n_features, config.sine_params),
+    "gelu": lambda config, n_features: nn.GELU(),
+    "silu": lambda config, n_features: nn.SiLU(),
+    "relu2": lambda config, n_features: SquaredReLU(),
+    "tanh": lambda config, n_features: nn.Tanh(),
+    "sigmoid": lambda config, n_features: nn.Sigmoid(),
+}
+
+
+@dataclass(frozen=True)
+class FeedForwardKind:
+    """A kind of feed-forward: its activation, whether that is a gate, and whether its input has a bias."""
+
+    activation: str
+    is_gated: bool = False
+    has_bias: bool = False
+
+
+# Every kind of feed-forward. The bias is the phase of an ungated sine.
+KINDS: dict[MlpKind, FeedForwardKind] = {
+    "sine": FeedForwardKind("sine", has_bias=True),
+    "sineglu": FeedForwardKind("sine", is_gated=True),
+    "gelu": FeedForwardKind("gelu"),
+    "geglu": FeedForwardKind("gelu", is_gated=True),
+    "swiglu": FeedForwardKind("silu", is_gated=True),
+    "relu2": FeedForwardKind("relu2"),
+    "silu": FeedForwardKind("silu"),
+    "tanh": FeedForwardKind("tanh"),
+    "tanhglu": FeedForwardKind("tanh", is_gated=True),
+    "sigmoid": FeedForwardKind("sigmoid"),
+    "sigmoidglu": FeedForwardKind("sigmoid", is_gated=True),
+    "clampedsine": FeedForwardKind("clampedsine", has_bias=True),
+    "clampedsineglu": FeedForwardKind("clampedsine", is_gated=True),
+    "gelusine": FeedForwardKind("gelusine"),
+    "sinerelu2": FeedForwardKind("sinerelu2"),
+}
+GATED_KINDS = frozenset(name for name, kind in KINDS.items() if kind.is_gated)
 
 
 def default_d_mlp(kind: MlpKind, d_model: int) -> int:
@@ -17,18 +61,13 @@ def default_d_mlp(kind: MlpKind, d_model: int) -> int:
     return -(-8 * d_model // (3 * 64)) * 64 if kind in GATED_KINDS else 4 * d_model
 
 
-def _activation(config: ModelConfig, d_mlp: int) -> nn.Module:
-    match config.mlp:
-        case "sine" | "sineglu":
-            return SineActivation(d_mlp, config.sine_params)
-        case "gelu" | "geglu":
-            return nn.GELU()
-        case "relu2":
-            return SquaredReLU()
-        case "swiglu":
-            return nn.SiLU()
-        case kind:
-            raise ValueError(f"no activation for the feed-forward kind {kind}")
+def _kind(config: ModelConfig) -> FeedForwardKind:
+    assert config.mlp is not None
+    return KINDS[config.mlp]
+
+
+def _activation(config: ModelConfig, n_features: int) -> nn.Module:
+    return ACTIVATIONS[_kind(config).activation](config, n_features)
 
 
 def _project_down(activation: nn.Module, z: Tensor, up: Tensor | None, down: nn.Module) -> Tensor:
@@ -44,12 +83,11 @@ def _project_down(activation: nn.Module, z: Tensor, up: Tensor | None, down: nn.
 
 
 class Mlp(nn.Module):
-    """``down(act(up(x)))`` with ``gelu``, ``relu2`` or PSANN's ``sine``, whose bias is a phase."""
+    """``down(act(up(x)))`` with an activation of ``ACTIVATIONS``."""
 
     def __init__(self, config: ModelConfig, d_mlp: int) -> None:
         super().__init__()
-        is_sine = config.mlp == "sine"
-        self.up_proj: nn.Module = Linear(config.d_model, d_mlp, bias=is_sine)
+        self.up_proj: nn.Module = Linear(config.d_model, d_mlp, bias=_kind(config).has_bias)
         self.activation = _activation(config, d_mlp)
         self.down_proj: nn.Module = Linear(d_mlp, config.d_model, bias=False)
 
@@ -59,7 +97,7 @@ class Mlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """``down(act(gate(x)) * up(x))`` (Shazeer 2020, arXiv 2002.05202) with the sine, GELU or SiLU as gate."""
+    """``down(act(gate(x)) * up(x))`` (Shazeer 2020, arXiv 2002.05202) with an activation of ``ACTIVATIONS``."""
 
     def __init__(self, config: ModelConfig, d_mlp: int) -> None:
         super().__init__()

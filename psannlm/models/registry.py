@@ -37,7 +37,8 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
 
     Raises:
         ConfigError: no vocabulary size is known, or the given one is smaller than the tokenizer's; or the taps of a
-            short convolution are further apart than the context is long, or reach further than ``limits`` allows.
+            short convolution are further apart than the context is long, or reach further than ``limits`` allows; or
+            the feed-forward is too narrow for its kind.
     """
     defaults = BASES[config.base]
     if config.vocab_size is None and vocab_size is None:
@@ -52,10 +53,15 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
     context = config.max_seq_len or max_seq_len
     if enabled:
         _refuse_unreachable_taps(config, context)
+    d_mlp = config.d_mlp or default_d_mlp(mlp, config.d_model)
+    if mlp == "sinerelu2" and d_mlp < 2:
+        raise ConfigError(
+            Problem("model.d_mlp", f"{d_mlp} feature has no two halves for mlp: sinerelu2; set 2 or more")
+        )
     return config.model_copy(
         update={
             "mlp": mlp,
-            "d_mlp": config.d_mlp or default_d_mlp(mlp, config.d_model),
+            "d_mlp": d_mlp,
             "n_kv_heads": config.n_kv_heads or config.n_heads,
             "vocab_size": config.vocab_size or vocab_size,
             "max_seq_len": context,

@@ -154,7 +154,8 @@ def test_config_rule_skips_invalid_fields(tmp_path: Path) -> None:
         (
             "model: {mlp: swiglo}",
             "model.mlp",
-            "sine, sineglu, gelu, geglu, swiglu, relu2, null (did you mean 'swiglu'?)",
+            "sine, sineglu, gelu, geglu, swiglu, relu2, silu, tanh, tanhglu, sigmoid, sigmoidglu, clampedsine, "
+            "clampedsineglu, gelusine, sinerelu2, null (did you mean 'swiglu'?)",
         ),
         ("model: {tie_embeddings: y}", "model.tie_embeddings", "'y' is not true or false; write true"),
         ("model: {tie_embeddings: 0}", "model.tie_embeddings", "write false"),

@@ -53,6 +53,13 @@ CUSTOM = {
     "transformer-short-conv": {"base": "transformer", "short_conv": {"enabled": True}},
     "relu2-qk-norm": {"base": "transformer", "mlp": "relu2", "qk_norm": True},
     "gelu-qk-norm": {"base": "transformer", "mlp": "gelu", "qk_norm": True},
+    "clampedsine": {"base": "respsann", "mlp": "clampedsine", "sine_params": {"freq_init": 2.0}},
+    "clampedsineglu": {"base": "waveresnet", "mlp": "clampedsineglu"},
+    "gelusine": {"base": "transformer", "mlp": "gelusine", "sine_params": {"freq_bounds": [0.9, 1.1]}},
+    "sinerelu2": {"base": "transformer", "mlp": "sinerelu2"},
+    "silu": {"base": "transformer", "mlp": "silu"},
+    "tanhglu": {"base": "transformer", "mlp": "tanhglu"},
+    "sigmoidglu": {"base": "waveresnet", "mlp": "sigmoidglu"},
 }
 SETTINGS: dict[str, dict[str, Any]] = {name: settings for name, (settings, _) in PLAIN.items()} | CUSTOM
 

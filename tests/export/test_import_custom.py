@@ -54,7 +54,7 @@ def test_imported_tokenizer_encodes_alike(
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"hidden_act": "tanh"}, ConfigError, "missing or unknown"),
+        ({"hidden_act": "softsign"}, ConfigError, "missing or unknown"),
         ({"short_conv_places": 7}, ConfigError, "damaged"),
         ({"sine_bounds": None}, ConfigError, "damaged"),
         ({"num_hidden_layers": 9}, ArtifactError, "does not fit|configured with"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import get_args
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from psannlm.config.model import MlpKind, ModelConfig
 from psannlm.models.accounting import count_parameters
-from psannlm.models.mlp import GatedMlp, Mlp, build_mlp, default_d_mlp
+from psannlm.models.mlp import ACTIVATIONS, KINDS, GatedMlp, Mlp, build_mlp, default_d_mlp
 from psannlm.models.registry import resolve
 
 
@@ -44,12 +45,19 @@ def test_mlp_kinds_have_equal_parameters(d_model: int) -> None:
 def formula(mlp: Mlp | GatedMlp, kind: MlpKind, x: torch.Tensor) -> torch.Tensor:
     up = F.linear(x, mlp.up_proj.weight, mlp.up_proj.bias)
     gate = F.linear(x, mlp.gate_proj.weight) if isinstance(mlp, GatedMlp) else up
+    damped = 1.5 * torch.exp(-0.2 * gate.abs())
+    gelu, relu2 = 0.5 * gate * (1 + torch.erf(gate / 2**0.5)), gate.clamp(min=0) ** 2
     active = {
-        "sine": 1.5 * torch.exp(-0.2 * gate.abs()) * torch.sin(2.0 * gate),
-        "gelu": 0.5 * gate * (1 + torch.erf(gate / 2**0.5)),
+        "sine": damped * torch.sin(2.0 * gate),
+        "clampedsine": damped * torch.where(gate.abs() < math.pi / 4, torch.sin(2.0 * gate), gate.sign()),
+        "gelusine": gelu + 0.1 * torch.sin(2.0 * gate),
+        "sinerelu2": torch.where(torch.arange(10) < 5, damped * torch.sin(2.0 * gate), relu2),
+        "gelu": gelu,
         "silu": gate / (1 + torch.exp(-gate)),
-        "relu2": gate.clamp(min=0) ** 2,
-    }[{"sineglu": "sine", "geglu": "gelu", "swiglu": "silu"}.get(kind, kind)]
+        "relu2": relu2,
+        "tanh": 2 / (1 + torch.exp(-2 * gate)) - 1,
+        "sigmoid": 1 / (1 + torch.exp(-gate)),
+    }[{"geglu": "gelu", "swiglu": "silu"}.get(kind, kind.removesuffix("glu"))]
     hidden = active * up if isinstance(mlp, GatedMlp) else active
     return F.linear(hidden, mlp.down_proj.weight)
 
@@ -76,8 +84,15 @@ def test_mlp_kinds_match_their_formulas(kind: MlpKind) -> None:
         torch.testing.assert_close(found, parameter.grad.float(), rtol=1e-4, atol=1e-5)
     # Of all linear maps only the sine's has a bias: it is the phase.
     assert [name for name, _ in mlp.named_parameters() if "bias" in name] == (
-        ["up_proj.bias"] if kind == "sine" else []
+        ["up_proj.bias"] if kind in ("sine", "clampedsine") else []
     )
+
+
+def test_mlp_kinds_table_is_complete() -> None:
+    assert set(KINDS) == set(get_args(MlpKind))
+    assert {kind.activation for kind in KINDS.values()} == set(ACTIVATIONS)
+    # Exports name the activation and the gate: no two kinds may share both.
+    assert len({(kind.activation, kind.is_gated) for kind in KINDS.values()}) == len(KINDS)
 
 
 def test_mlp_unresolved_config_raises() -> None:

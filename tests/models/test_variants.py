@@ -1,0 +1,94 @@
+"""Variants of the feed-forward in whole models: decoding, files, preparation for inference, counts and optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from psannlm.generation.quantize import prepare_for_inference
+from psannlm.models.accounting import count_parameters, flops_per_token
+from psannlm.models.artifact import load_model, save_model
+from psannlm.models.transformer import Transformer
+from psannlm.training.optim import group_parameters
+
+Build = Callable[..., Transformer]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "silu": {"mlp": "silu"},
+    "tanh": {"mlp": "tanh"},
+    "tanhglu": {"mlp": "tanhglu"},
+    "sigmoid": {"mlp": "sigmoid"},
+    "sigmoidglu": {"mlp": "sigmoidglu"},
+    "clampedsine": {"mlp": "clampedsine"},
+    "clampedsineglu": {"mlp": "clampedsineglu", "sine_params": {"learnable": ["frequency"]}},
+    "gelusine": {"mlp": "gelusine"},
+    "sinerelu2": {"mlp": "sinerelu2"},
+}
+IDS = torch.randint(0, 17, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request: pytest.FixtureRequest, build_tiny: Build) -> Transformer:
+    return build_tiny(**{"base": "transformer", **VARIANTS[request.param]})
+
+
+@torch.no_grad()
+def logits(model: Transformer) -> Tensor:
+    return model.logits(model.hidden_states(IDS)).float()
+
+
+@torch.no_grad()
+def test_variant_decodes_with_a_cache_as_without(model: Transformer) -> None:
+    whole = model(IDS)
+    start, cache = model(IDS[:, :9], use_cache=True)
+    steps = [start]
+    for at in range(9, 20):
+        step, cache = model(IDS[:, at : at + 1], past_kvs=cache, use_cache=True)
+        steps.append(step)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_variant_file_gives_the_same_model(model: Transformer, tmp_path: Path) -> None:
+    save_model(tmp_path / "m", model, None)
+    loaded = load_model(tmp_path / "m").model
+    assert loaded.config == model.config
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_variant_prepared_for_inference_computes_the_same(model: Transformer, is_compiled: bool) -> None:
+    expected = logits(model)
+    prepared = prepare_for_inference(model, "float32", is_compiled=is_compiled)
+    torch.testing.assert_close(logits(prepared), expected, rtol=0, atol=1e-4)
+    narrow = logits(prepare_for_inference(model, "int8", is_compiled=is_compiled))
+    assert (narrow - expected).norm() < 0.1 * expected.norm()
+
+
+def test_variant_counts_equal_the_parameters(model: Transformer) -> None:
+    assert sum(count_parameters(model.config).values()) == sum(p.numel() for p in model.parameters())
+    # Six operations for each element of a matrix that tokens are multiplied by, and attention's 12 L D T.
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "embedding.weight")
+    assert flops_per_token(model.config, 8) == 6 * matrices + 12 * 2 * 12 * 8
+
+
+def test_variant_learns_in_every_parameter(model: Transformer) -> None:
+    model.train()(IDS, IDS).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    # Only matrices are decayed.
+    assert all(p.ndim < 2 for p in group_parameters(model).undecayed.values())
+
+
+def test_variant_trains_alike_with_activation_checkpointing(model: Transformer) -> None:
+    def gradients() -> list[Tensor]:
+        return list(torch.autograd.grad(model(IDS, IDS), list(model.parameters())))
+
+    plain = gradients()
+    model.train().grad_checkpoint = True
+    torch.testing.assert_close(gradients(), plain, rtol=1e-6, atol=1e-6)
