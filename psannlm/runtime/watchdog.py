@@ -136,7 +136,7 @@ class RankWatchdog:
                 return AlreadyReported(str(failure), failure.exit_code)
             # An error that occurs on all ranks is raised as rank 0's own.
             return error if failure.message == own.message else RankError(str(failure), failure.exit_code)
-        if failure.by != self.rank or self._wait_until_reported(_REPORT_S):
+        if failure.by != self.rank or self._is_reported_elsewhere(failure):
             return AlreadyReported(str(failure), failure.exit_code)
         return error if failure == own else RankError(str(failure), failure.exit_code)
 
@@ -205,7 +205,7 @@ class RankWatchdog:
 
     def _exit(self, failure: RankFailure) -> None:
         """End the process from this thread: the main thread is blocked in a collective, which no exception ends."""
-        if failure.by == self.rank != 0 and not self._wait_until_reported(_REPORT_S) and not self._is_leaving.is_set():
+        if failure.by == self.rank != 0 and not self._is_reported_elsewhere(failure) and not self._is_leaving.is_set():
             self._report(failure)
         if not self._is_leaving.is_set():
             os._exit(failure.exit_code)
@@ -244,6 +244,10 @@ class RankWatchdog:
 
     def _mark_reported(self) -> None:
         self._call(lambda: self._store.set("reported", "yes"), None)
+
+    def _is_reported_elsewhere(self, failure: RankFailure) -> bool:
+        """Wait for rank 0 to print ``failure``, unless it is the one that is dead; return whether it did."""
+        return not (failure.is_dead and failure.rank == 0) and self._wait_until_reported(_REPORT_S)
 
     def _wait_until_reported(self, within_s: float) -> bool:
         return self._until(lambda: self._call(lambda: self._store.check(["reported"]), False), within_s)

@@ -1,0 +1,67 @@
+"""Watchdog of ranks: who prints which failure, and for whom it waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch.distributed as dist
+
+from psannlm.errors import AlreadyReported, RankError
+from psannlm.runtime import watchdog as watchdog_module
+from psannlm.runtime.watchdog import RankWatchdog, Store
+
+BROKEN = RuntimeError("Connection closed by peer")
+
+
+@dataclass
+class Clock:
+    """In place of the module ``time``: every reading and every sleep lets it run, and the ranks that live beat."""
+
+    now: float = 0.0
+    beat: Callable[[str], None] = lambda now: None
+
+    def monotonic(self) -> float:
+        self.now += 0.1
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.beat(str(self.now))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(watchdog_module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def store() -> Store:
+    """The store of three ranks that have joined."""
+    store = dist.HashStore()
+    for rank in range(3):
+        store.set(f"alive/{rank}", "1")
+    return store
+
+
+def test_watchdog_waits_for_no_report_of_dead_rank_0(store: Store, clock: Clock) -> None:
+    clock.beat = lambda now: store.set("alive/2", now)
+    error = RankWatchdog(store, 1, 3).resolve_error(BROKEN)
+    assert isinstance(error, RankError)
+    assert "rank 0: gone" in str(error)
+    assert clock.now < watchdog_module._SEARCH_BEATS + 1
+
+
+def test_watchdog_lets_rank_0_report_another_dead_rank(store: Store, clock: Clock) -> None:
+    def rank_0_lives(now: str) -> None:
+        store.set("alive/0", now)
+        if store.check(["failure"]) and clock.now > watchdog_module._SEARCH_BEATS + 2:
+            store.set("reported", "yes")
+
+    clock.beat = rank_0_lives
+    error = RankWatchdog(store, 1, 3).resolve_error(BROKEN)
+    assert isinstance(error, AlreadyReported)
+    assert "rank 2: gone" in str(error)
