@@ -126,6 +126,11 @@ class ModelConfig(Section):
         10_000.0, ge=1, description="base of rope's wavelengths, which grow from 2π to rope_theta x 2π positions"
     )
     sine_params: SineConfig = Field(default_factory=SineConfig, description="the sine activation")
+    activation_gains: Flag = Field(
+        False,
+        description="learn a positive gain of the activation's input and one of its output for each hidden feature, in "
+        "any kind of feed-forward",
+    )
     short_conv: ShortConvConfig = Field(
         default_factory=ShortConvConfig, description="the short causal depthwise convolution"
     )

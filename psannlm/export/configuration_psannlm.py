@@ -16,6 +16,7 @@ class PsannLMConfig(PreTrainedConfig):
     Attributes:
         hidden_act: ``sine``, ``clampedsine``, ``gelusine``, ``sinerelu2``, ``gelu`` (erf), ``silu``, ``relu2``,
             ``tanh`` or ``sigmoid``; of the gate where ``is_gated_mlp``.
+        activation_gains: multiply input and output of the activation by a learned positive gain per feature.
         position_encoding: ``rope``, ``alibi`` or ``sinusoidal``.
         residual_scale: multiply each residual branch by a learned scalar.
         short_conv_places: the sublayers, of ``attention`` and ``mlp``, whose normalized input is convolved over time.
@@ -40,6 +41,7 @@ class PsannLMConfig(PreTrainedConfig):
     head_dim: int = 64
     hidden_act: str = "sine"
     is_gated_mlp: bool = True
+    activation_gains: bool = False
     position_encoding: str = "rope"
     rotary_base: float = 10000.0
     max_position_embeddings: int = 1024

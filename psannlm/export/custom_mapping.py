@@ -54,6 +54,7 @@ def custom_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> di
         "head_dim": config.d_model // config.n_heads,
         "hidden_act": KINDS[config.mlp].activation,
         "is_gated_mlp": KINDS[config.mlp].is_gated,
+        "activation_gains": config.activation_gains,
         "position_encoding": config.positional_encoding,
         "rotary_base": config.rope_theta,
         "max_position_embeddings": config.max_seq_len,
@@ -103,6 +104,8 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
             "n_kv_heads": fields["num_key_value_heads"],
             "d_mlp": fields["intermediate_size"],
             "mlp": mlp[fields["hidden_act"], bool(fields["is_gated_mlp"])],
+            # Folders that were exported before the key existed lack it.
+            "activation_gains": fields.get("activation_gains", False),
             "vocab_size": fields["vocab_size"],
             "max_seq_len": fields["max_position_embeddings"],
             "positional_encoding": fields["position_encoding"],

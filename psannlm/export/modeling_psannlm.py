@@ -103,6 +103,20 @@ class PsannLMGeluSine(nn.Module):
         return (F.gelu(wide) + weight.float() * torch.sin(frequency * wide)).to(z.dtype)
 
 
+class PsannLMGainedActivation(nn.Module):
+    """c · act(b z) with positive gains b and c per feature: softplus of raw parameters."""
+
+    def __init__(self, activation: nn.Module, size: int) -> None:
+        super().__init__()
+        self.raw_input_gain = nn.Parameter(torch.zeros(size))
+        self.raw_output_gain = nn.Parameter(torch.zeros(size))
+        self.activation = activation
+
+    def forward(self, z: Tensor) -> Tensor:
+        y = self.activation(z.float() * F.softplus(self.raw_input_gain.float()))
+        return (y * F.softplus(self.raw_output_gain.float())).to(z.dtype)
+
+
 class PsannLMSquaredReLU(nn.Module):
     """max(z, 0) squared."""
 
@@ -139,7 +153,8 @@ _ACTIVATIONS: dict[str, Callable[[PsannLMConfig, int], nn.Module]] = {
 def _activation(config: PsannLMConfig) -> nn.Module:
     if config.hidden_act not in _ACTIVATIONS:
         raise ValueError(f"hidden_act {config.hidden_act!r} is not one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[config.hidden_act](config, config.intermediate_size)
+    activation = _ACTIVATIONS[config.hidden_act](config, config.intermediate_size)
+    return PsannLMGainedActivation(activation, config.intermediate_size) if config.activation_gains else activation
 
 
 class PsannLMMLP(nn.Module):
@@ -355,6 +370,11 @@ class PsannLMDecoderLayer(GradientCheckpointingLayer):
         return x + (branch if scale is None else branch * scale.to(branch.dtype))
 
 
+def _raw(value: float) -> float:
+    """Return x such that softplus(x) = ``value``."""
+    return value + math.log(-math.expm1(-value))
+
+
 class PsannLMPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialization."""
 
@@ -367,7 +387,14 @@ class PsannLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     # Rounded to bfloat16, a frequency would be off by up to 0.4 percent.
-    _keep_in_fp32_modules_strict = {"raw_amplitude", "raw_frequency", "raw_decay", "sine_weight"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {  # noqa: RUF012
+        "raw_amplitude",
+        "raw_frequency",
+        "raw_decay",
+        "sine_weight",
+        "raw_input_gain",
+        "raw_output_gain",
+    }
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": PsannLMDecoderLayer,
         "attentions": PsannLMAttention,
@@ -378,10 +405,13 @@ class PsannLMPreTrainedModel(PreTrainedModel):
         if isinstance(module, PsannLMSine):
             # softplus(raw) is 1, 1 and 0.01, the defaults of psannlm.
             for name, value in zip(_SINE_PARAMETERS, (1.0, 1.0, 0.01), strict=True):
-                init.constant_(getattr(module, f"raw_{name}"), value + math.log(-math.expm1(-value)))
+                init.constant_(getattr(module, f"raw_{name}"), _raw(value))
         elif isinstance(module, PsannLMGeluSine):
             init.constant_(module.sine_weight, _ADDED_SINE_WEIGHT)
-            init.constant_(module.raw_frequency, 1.0 + math.log(-math.expm1(-1.0)))
+            init.constant_(module.raw_frequency, _raw(1.0))
+        elif isinstance(module, PsannLMGainedActivation):
+            init.constant_(module.raw_input_gain, _raw(1.0))
+            init.constant_(module.raw_output_gain, _raw(1.0))
         elif isinstance(module, PsannLMShortConv):
             init.zeros_(module.weight)
         elif isinstance(module, PsannLMDecoderLayer):

@@ -63,6 +63,8 @@ def why_not_plain(config: ModelConfig) -> str | None:
         return f"model.positional_encoding: {config.positional_encoding}"
     if config.short_conv.enabled:
         return "the short convolutions (model.short_conv)"
+    if config.activation_gains:
+        return "gains of the activation (model.activation_gains)"
     if config.mlp in ("sine", "sineglu"):
         return f"the sine activation (model.mlp: {config.mlp})"
     if (config.mlp, config.qk_norm) not in _CLASSES:

@@ -80,6 +80,8 @@ def _parameters(config: ModelConfig) -> tuple[tuple[str, int, int], ...]:
 
 def _group(name: str) -> str:
     parts = name.split(".")
+    if parts[-1].endswith("_gain"):
+        return "gains"
     if is_activation_parameter(name):
         return "sine"
     if any(part.endswith("_norm") for part in parts):

@@ -166,6 +166,25 @@ class GeluSine(ParametricActivation):
             return (F.gelu(wide) + sine).to(z.dtype)
 
 
+class GainedActivation(ParametricActivation):
+    """c · act(b z) with positive gains b of the input and c of the output per feature, both 1 at the start.
+
+    With it any activation has the freedom that amplitude and frequency give the sine.
+    """
+
+    def __init__(self, activation: nn.Module, n_features: int) -> None:
+        super().__init__()
+        self._add_positive("input_gain", n_features, (1.0, 0.0), None, is_learnable=True)
+        self._add_positive("output_gain", n_features, (1.0, 0.0), None, is_learnable=True)
+        self.activation = activation
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map (..., F) to (..., F), same dtype; computed in float32."""
+        with torch.autocast(z.device.type, enabled=False):
+            y: Tensor = self.activation(z.float() * self.value_of("input_gain"))
+            return (y * self.value_of("output_gain")).to(z.dtype)
+
+
 class SquaredReLU(nn.Module):
     """max(z, 0) squared (So et al. 2021, arXiv 2109.08668)."""
 

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from psannlm.config.model import MlpKind, ModelConfig
 from psannlm.kernels.onednn import Linear
 from psannlm.kernels.recompute import fused_act_down_proj, fused_sine_down_proj, use_recompute
-from psannlm.models.activations import ClampedSine, GeluSine, SineActivation, SineSquaredReLU, SquaredReLU
+from psannlm.models.activations import (
+    ClampedSine,
+    GainedActivation,
+    GeluSine,
+    SineActivation,
+    SineSquaredReLU,
+    SquaredReLU,
+)
 
 # Name of an activation -> its builder, from the configuration and the number of features.
 ACTIVATIONS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
@@ -67,7 +74,8 @@ def _kind(config: ModelConfig) -> FeedForwardKind:
 
 
 def _activation(config: ModelConfig, n_features: int) -> nn.Module:
-    return ACTIVATIONS[_kind(config).activation](config, n_features)
+    activation = ACTIVATIONS[_kind(config).activation](config, n_features)
+    return GainedActivation(activation, n_features) if config.activation_gains else activation
 
 
 def _project_down(activation: nn.Module, z: Tensor, up: Tensor | None, down: nn.Module) -> Tensor:

@@ -57,6 +57,8 @@ CUSTOM = {
     "clampedsineglu": {"base": "waveresnet", "mlp": "clampedsineglu"},
     "gelusine": {"base": "transformer", "mlp": "gelusine", "sine_params": {"freq_bounds": [0.9, 1.1]}},
     "sinerelu2": {"base": "transformer", "mlp": "sinerelu2"},
+    "gains": {"base": "transformer", "activation_gains": True},
+    "gains-sineglu": {"base": "waveresnet", "activation_gains": True},
     "silu": {"base": "transformer", "mlp": "silu"},
     "tanhglu": {"base": "transformer", "mlp": "tanhglu"},
     "sigmoidglu": {"base": "waveresnet", "mlp": "sigmoidglu"},

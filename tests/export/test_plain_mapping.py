@@ -99,6 +99,7 @@ def test_tensors_without_scales_are_the_same_bits(build_tiny: Build) -> None:
         ({"short_conv": {"enabled": True}}, "short convolutions"),
         ({"mlp": "sine"}, "sine activation"),
         ({"mlp": "sineglu"}, "sine activation"),
+        ({"activation_gains": True}, "activation_gains"),
         ({"mlp": "relu2", "qk_norm": True}, "qk_norm"),
         ({"mlp": "gelu", "qk_norm": True}, "qk_norm"),
     ],

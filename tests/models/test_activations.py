@@ -15,6 +15,7 @@ from psannlm.kernels.compile import compiled
 from psannlm.models.activations import (
     ADDED_SINE_WEIGHT,
     ClampedSine,
+    GainedActivation,
     GeluSine,
     ParametricActivation,
     SineActivation,
@@ -59,16 +60,34 @@ def sine_relu2(z: Tensor, p: dict[str, Tensor]) -> Tensor:
     return torch.cat((sines, torch.where(others > 0, others**2, 0)), -1)
 
 
+def gained_silu(z: Tensor, p: dict[str, Tensor]) -> Tensor:
+    z = positive(p["raw_input_gain"]) * z
+    return positive(p["raw_output_gain"]) * z / (1 + torch.exp(-z))
+
+
+def gained_sine(z: Tensor, p: dict[str, Tensor]) -> Tensor:
+    z = positive(p["raw_input_gain"]) * z
+    sine = damped(z, p, torch.sin(bounded(p["activation.raw_frequency"]) * z), "activation.")
+    return positive(p["raw_output_gain"]) * sine
+
+
 FORMULAS: dict[str, tuple[Callable[[], nn.Module], Formula]] = {
     "clampedsine": (lambda: ClampedSine(N_FEATURES, SINE), clamped_sine),
     "gelusine": (lambda: GeluSine(N_FEATURES, SINE), gelu_sine),
     "sinerelu2": (lambda: SineSquaredReLU(N_FEATURES, SINE), sine_relu2),
+    "gained silu": (lambda: GainedActivation(nn.SiLU(), N_FEATURES), gained_silu),
+    "gained sine": (lambda: GainedActivation(SineActivation(N_FEATURES, SINE), N_FEATURES), gained_sine),
 }
 
 
 def built(name: str) -> nn.Module:
+    """Return the activation with parameters of which no two features have the same."""
     torch.manual_seed(0)
-    return FORMULAS[name][0]()
+    activation = FORMULAS[name][0]()
+    with torch.no_grad():
+        for parameter in activation.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return activation
 
 
 def value_and_gradients(function: Callable[[Tensor], Tensor], z: Tensor, *parameters: Tensor) -> list[Tensor]:
@@ -144,6 +163,10 @@ def test_clamped_sine_takes_parameters_of_a_sine() -> None:
     clamped.load_state_dict(sine.state_dict())
     near = torch.linspace(-0.1, 0.1, 8).view(2, 4)
     torch.testing.assert_close(clamped(near), sine(near))
+
+
+def test_gains_start_as_the_activation_alone() -> None:
+    torch.testing.assert_close(GainedActivation(nn.GELU(), N_FEATURES)(Z), nn.functional.gelu(Z))
 
 
 def test_gelu_sine_starts_near_gelu_and_learns_weight() -> None:

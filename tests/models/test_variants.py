@@ -28,6 +28,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clampedsineglu": {"mlp": "clampedsineglu", "sine_params": {"learnable": ["frequency"]}},
     "gelusine": {"mlp": "gelusine"},
     "sinerelu2": {"mlp": "sinerelu2"},
+    "gains of swiglu": {"mlp": "swiglu", "activation_gains": True},
+    "gains of gelu": {"mlp": "gelu", "activation_gains": True},
+    "gains of relu2": {"mlp": "relu2", "activation_gains": True},
+    "gains of sineglu": {"mlp": "sineglu", "activation_gains": True},
+    "gains of sinerelu2": {"mlp": "sinerelu2", "activation_gains": True},
 }
 IDS = torch.randint(0, 17, (2, 20), generator=torch.Generator().manual_seed(0))
 

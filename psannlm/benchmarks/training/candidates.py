@@ -25,7 +25,7 @@ from psannlm.data.loader import MicroBatch
 from psannlm.errors import ConfigError, nearest
 from psannlm.kernels.compile import compiled
 from psannlm.models.accounting import count_parameters, flops_per_token, match_mlp_width, refuse_oversize
-from psannlm.models.activations import SineActivation
+from psannlm.models.activations import GainedActivation, SineActivation
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import pick_precision, require_compiler
@@ -250,5 +250,6 @@ def replace_sine(model: Transformer, activation: str) -> None:
     """Replace the sine by ``GELU`` or ``SiLU`` in every feed-forward; everything else, biases included, stays."""
     for block in model.blocks:
         mlp: Any = block.mlp
-        if isinstance(mlp.activation, SineActivation):
-            mlp.activation = getattr(nn, activation)()
+        holder = mlp.activation if isinstance(mlp.activation, GainedActivation) else mlp
+        if isinstance(holder.activation, SineActivation):
+            holder.activation = getattr(nn, activation)()
