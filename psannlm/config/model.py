@@ -110,7 +110,9 @@ class ModelConfig(Section):
         None, description="number of key/value heads; must divide n_heads; null: n_heads"
     )
     d_mlp: PositiveWhole | None = Field(
-        None, description="hidden width; null: 4 d_model, for gated kinds 8/3 d_model rounded up to a multiple of 64"
+        None,
+        description="hidden width; null: 4 d_model, for gated kinds 8/3 d_model rounded up to a multiple of 64 (with "
+        "sine_quadrature 16/3 and 16/5 d_model, rounded to a multiple of 32)",
     )
     mlp: MlpKind | None = Field(
         None, description="kind of feed-forward (docs/guides/feed-forward.md); null: that of the base"
@@ -126,6 +128,16 @@ class ModelConfig(Section):
         10_000.0, ge=1, description="base of rope's wavelengths, which grow from 2π to rope_theta x 2π positions"
     )
     sine_params: SineConfig = Field(default_factory=SineConfig, description="the sine activation")
+    sine_phase: Real | None = Field(
+        None,
+        description="initial phase p, in radians, of a sine A exp(-d g(z)) (sin(f z + p) - sin p) with a learned p per "
+        "hidden feature, in every kind of feed-forward with a sine; null: no phase",
+    )
+    sine_quadrature: Flag = Field(
+        False,
+        description="make two hidden features, sin(f z) and cos(f z), from each row of the matrix before the sine, in "
+        "sine and sineglu; d_mlp counts both",
+    )
     activation_gains: Flag = Field(
         False,
         description="learn a positive gain of the activation's input and one of its output for each hidden feature, in "
@@ -160,6 +172,9 @@ class ModelConfig(Section):
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             message = f"{self.n_kv_heads} key/value heads do not divide {self.n_heads} query heads"
             found.append(Check(("n_kv_heads", "n_heads"), message))
+        if self.sine_quadrature and self.sine_phase is not None:
+            message = "sine and cosine of a row already add up to any phase; drop it, or sine_quadrature"
+            found.append(Check(("sine_phase", "sine_quadrature"), message))
         return found
 
     def _nearby_heads(self) -> str:

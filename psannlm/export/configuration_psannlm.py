@@ -17,6 +17,8 @@ class PsannLMConfig(PreTrainedConfig):
         hidden_act: ``sine``, ``clampedsine``, ``gelusine``, ``sinerelu2``, ``gelu`` (erf), ``silu``, ``relu2``,
             ``tanh`` or ``sigmoid``; of the gate where ``is_gated_mlp``.
         activation_gains: multiply input and output of the activation by a learned positive gain per feature.
+        sine_phase: the sine of a feed-forward has a learned phase per feature, from this start in radians; None: none.
+        sine_quadrature: the sine makes a sine and a cosine of each of its inputs, together ``intermediate_size``.
         position_encoding: ``rope``, ``alibi`` or ``sinusoidal``.
         residual_scale: multiply each residual branch by a learned scalar.
         short_conv_places: the sublayers, of ``attention`` and ``mlp``, whose normalized input is convolved over time.
@@ -42,6 +44,8 @@ class PsannLMConfig(PreTrainedConfig):
     hidden_act: str = "sine"
     is_gated_mlp: bool = True
     activation_gains: bool = False
+    sine_phase: float | None = None
+    sine_quadrature: bool = False
     position_encoding: str = "rope"
     rotary_base: float = 10000.0
     max_position_embeddings: int = 1024

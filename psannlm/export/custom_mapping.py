@@ -21,6 +21,8 @@ _AUTO_MAP = {
     "AutoModel": "modeling_psannlm.PsannLMModel",
     "AutoModelForCausalLM": "modeling_psannlm.PsannLMForCausalLM",
 }
+# Keys of the same name in both, which folders that were exported before them lack.
+_LATER_KEYS = ("activation_gains", "sine_phase", "sine_quadrature")
 _BOUNDS = {"amplitude": "amp_bounds", "frequency": "freq_bounds", "decay": "damp_bounds"}
 _TOP_NAMES = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
 _PARTS = {
@@ -55,6 +57,8 @@ def custom_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> di
         "hidden_act": KINDS[config.mlp].activation,
         "is_gated_mlp": KINDS[config.mlp].is_gated,
         "activation_gains": config.activation_gains,
+        "sine_phase": config.sine_phase,
+        "sine_quadrature": config.sine_quadrature,
         "position_encoding": config.positional_encoding,
         "rotary_base": config.rope_theta,
         "max_position_embeddings": config.max_seq_len,
@@ -104,8 +108,7 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
             "n_kv_heads": fields["num_key_value_heads"],
             "d_mlp": fields["intermediate_size"],
             "mlp": mlp[fields["hidden_act"], bool(fields["is_gated_mlp"])],
-            # Folders that were exported before the key existed lack it.
-            "activation_gains": fields.get("activation_gains", False),
+            **{key: fields[key] for key in _LATER_KEYS if key in fields},
             "vocab_size": fields["vocab_size"],
             "max_seq_len": fields["max_position_embeddings"],
             "positional_encoding": fields["position_encoding"],

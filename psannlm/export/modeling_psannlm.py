@@ -51,17 +51,30 @@ class PsannLMRMSNorm(nn.Module):
 class PsannLMSine(nn.Module):
     """A exp(-d g(z)) sin(f z) with A, f and d per feature: softplus of raw parameters, within their bounds.
 
-    Clamped, f z is limited to [-π/2, π/2].
+    Clamped, the angle is limited to ±π/2. With a phase p, sin(f z) is sin(f z + p) - sin p. In quadrature, the same
+    with the cosine of each input follows, up to ``size`` features.
     """
 
-    def __init__(self, config: PsannLMConfig, size: int, is_clamped: bool = False) -> None:
+    def __init__(
+        self,
+        config: PsannLMConfig,
+        size: int,
+        is_clamped: bool = False,
+        phase: float | None = None,
+        is_quadrature: bool = False,
+    ) -> None:
         super().__init__()
+        self.size = size
         self.is_clamped = is_clamped
+        self.is_quadrature = is_quadrature
+        self.phase_start = phase
         self.decay_mode = config.sine_decay_mode
         self.bounds = config.sine_bounds or {}
         self.learnable = _SINE_PARAMETERS if config.sine_learnable is None else tuple(config.sine_learnable)
         for name in _SINE_PARAMETERS:
-            self.register_parameter(f"raw_{name}", nn.Parameter(torch.zeros(size)))
+            n_values = (size + 1) // 2 if is_quadrature and name != "amplitude" else size
+            self.register_parameter(f"raw_{name}", nn.Parameter(torch.zeros(n_values)))
+        self.phase = None if phase is None else nn.Parameter(torch.zeros(size))
 
     def _value(self, name: str) -> Tensor:
         raw = getattr(self, f"raw_{name}").float()
@@ -70,20 +83,35 @@ class PsannLMSine(nn.Module):
         bounds = self.bounds.get(name)
         return value if bounds is None else value.clamp(*bounds)
 
+    def _sine(self, angle: Tensor) -> Tensor:
+        return torch.sin(angle.clamp(-math.pi / 2, math.pi / 2) if self.is_clamped else angle)
+
     def forward(self, z: Tensor) -> Tensor:
         wide = z.float()
-        phase = self._value("frequency") * wide
-        if self.is_clamped:
-            phase = phase.clamp(-math.pi / 2, math.pi / 2)
-        y = self._value("amplitude") * torch.sin(phase)
-        if self.decay_mode != "none":
-            envelope = wide.abs() if self.decay_mode == "abs" else wide.clamp(min=0.0)
-            y = y * torch.exp(-self._value("decay") * envelope)
-        return y.to(z.dtype)
+        angle = self._value("frequency") * wide
+        if self.phase is None:
+            y = self._sine(angle)
+        else:
+            y = self._sine(angle + self.phase.float()) - self._sine(self.phase.float())
+        if self.is_quadrature:
+            return (self._value("amplitude") * self._with_cosines(y, angle, wide)).to(z.dtype)
+        return self._damped(self._value("amplitude") * y, wide).to(z.dtype)
+
+    def _with_cosines(self, sines: Tensor, angle: Tensor, z: Tensor) -> Tensor:
+        both = (self._damped(sines, z), self._damped(torch.cos(angle), z)[..., : self.size // 2])
+        return torch.cat(both, dim=-1)
+
+    def _damped(self, y: Tensor, z: Tensor) -> Tensor:
+        if self.decay_mode == "none":
+            return y
+        return y * torch.exp(-self._value("decay") * (z.abs() if self.decay_mode == "abs" else z.clamp(min=0.0)))
 
 
 class PsannLMGeluSine(nn.Module):
-    """GELU(z) + a sin(f z), with a signed weight a and a positive frequency f per feature."""
+    """GELU(z) + a sin(f z), with a signed weight a and a positive frequency f per feature.
+
+    With a phase p, sin(f z) is sin(f z + p) - sin p.
+    """
 
     def __init__(self, config: PsannLMConfig, size: int) -> None:
         super().__init__()
@@ -91,6 +119,8 @@ class PsannLMGeluSine(nn.Module):
         self.learnable = _SINE_PARAMETERS if config.sine_learnable is None else tuple(config.sine_learnable)
         self.sine_weight = nn.Parameter(torch.zeros(size))
         self.raw_frequency = nn.Parameter(torch.zeros(size))
+        self.phase_start = config.sine_phase
+        self.phase = None if config.sine_phase is None else nn.Parameter(torch.zeros(size))
 
     def forward(self, z: Tensor) -> Tensor:
         # Loading replaces the parameters, so that requires_grad=False would be lost.
@@ -100,15 +130,20 @@ class PsannLMGeluSine(nn.Module):
         if self.bounds is not None:
             frequency = frequency.clamp(*self.bounds)
         wide = z.float()
-        return (F.gelu(wide) + weight.float() * torch.sin(frequency * wide)).to(z.dtype)
+        angle = frequency * wide
+        if self.phase is None:
+            sine = torch.sin(angle)
+        else:
+            sine = torch.sin(angle + self.phase.float()) - torch.sin(self.phase.float())
+        return (F.gelu(wide) + weight.float() * sine).to(z.dtype)
 
 
 class PsannLMGainedActivation(nn.Module):
     """c · act(b z) with positive gains b and c per feature: softplus of raw parameters."""
 
-    def __init__(self, activation: nn.Module, size: int) -> None:
+    def __init__(self, activation: nn.Module, n_inputs: int, size: int) -> None:
         super().__init__()
-        self.raw_input_gain = nn.Parameter(torch.zeros(size))
+        self.raw_input_gain = nn.Parameter(torch.zeros(n_inputs))
         self.raw_output_gain = nn.Parameter(torch.zeros(size))
         self.activation = activation
 
@@ -130,7 +165,7 @@ class PsannLMSineSquaredReLU(nn.Module):
     def __init__(self, config: PsannLMConfig, size: int) -> None:
         super().__init__()
         self.n_sines = size // 2
-        self.sine = PsannLMSine(config, self.n_sines)
+        self.sine = PsannLMSine(config, self.n_sines, phase=config.sine_phase)
 
     def forward(self, z: Tensor) -> Tensor:
         sines, others = self.sine(z[..., : self.n_sines]), F.relu(z[..., self.n_sines :]).square()
@@ -138,8 +173,10 @@ class PsannLMSineSquaredReLU(nn.Module):
 
 
 _ACTIVATIONS: dict[str, Callable[[PsannLMConfig, int], nn.Module]] = {
-    "sine": PsannLMSine,
-    "clampedsine": lambda config, size: PsannLMSine(config, size, is_clamped=True),
+    "sine": lambda config, size: PsannLMSine(
+        config, size, phase=config.sine_phase, is_quadrature=config.sine_quadrature
+    ),
+    "clampedsine": lambda config, size: PsannLMSine(config, size, is_clamped=True, phase=config.sine_phase),
     "gelusine": PsannLMGeluSine,
     "sinerelu2": PsannLMSineSquaredReLU,
     "gelu": lambda config, size: nn.GELU(),
@@ -153,20 +190,27 @@ _ACTIVATIONS: dict[str, Callable[[PsannLMConfig, int], nn.Module]] = {
 def _activation(config: PsannLMConfig) -> nn.Module:
     if config.hidden_act not in _ACTIVATIONS:
         raise ValueError(f"hidden_act {config.hidden_act!r} is not one of {', '.join(_ACTIVATIONS)}")
-    activation = _ACTIVATIONS[config.hidden_act](config, config.intermediate_size)
-    return PsannLMGainedActivation(activation, config.intermediate_size) if config.activation_gains else activation
+    size = config.intermediate_size
+    activation = _ACTIVATIONS[config.hidden_act](config, size)
+    return PsannLMGainedActivation(activation, _n_inputs(config), size) if config.activation_gains else activation
+
+
+def _n_inputs(config: PsannLMConfig) -> int:
+    """Return the number of inputs of the activation."""
+    return (config.intermediate_size + 1) // 2 if config.sine_quadrature else config.intermediate_size
 
 
 class PsannLMMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), or down(act(up(x))); the sine's up projection has a bias, its phase."""
+    """down(act(gate(x)) * up(x)), or down(act(up(x))); the up projection of an ungated sine has a bias."""
 
     def __init__(self, config: PsannLMConfig) -> None:
         super().__init__()
         self.gate_proj: nn.Module | None = None
-        has_phase = config.hidden_act in ("sine", "clampedsine") and not config.is_gated_mlp
+        has_bias = config.hidden_act in ("sine", "clampedsine") and not config.is_gated_mlp
         if config.is_gated_mlp:
-            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=has_phase)
+            self.gate_proj = nn.Linear(config.hidden_size, _n_inputs(config), bias=False)
+        n_rows = config.intermediate_size if config.is_gated_mlp else _n_inputs(config)
+        self.up_proj = nn.Linear(config.hidden_size, n_rows, bias=has_bias)
         self.activation = _activation(config)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
@@ -375,6 +419,11 @@ def _raw(value: float) -> float:
     return value + math.log(-math.expm1(-value))
 
 
+def _init_phase(module: PsannLMSine | PsannLMGeluSine) -> None:
+    if module.phase is not None:
+        init.constant_(module.phase, module.phase_start)
+
+
 class PsannLMPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialization."""
 
@@ -392,6 +441,7 @@ class PsannLMPreTrainedModel(PreTrainedModel):
         "raw_frequency",
         "raw_decay",
         "sine_weight",
+        "phase",
         "raw_input_gain",
         "raw_output_gain",
     }
@@ -406,7 +456,9 @@ class PsannLMPreTrainedModel(PreTrainedModel):
             # softplus(raw) is 1, 1 and 0.01, the defaults of psannlm.
             for name, value in zip(_SINE_PARAMETERS, (1.0, 1.0, 0.01), strict=True):
                 init.constant_(getattr(module, f"raw_{name}"), _raw(value))
+            _init_phase(module)
         elif isinstance(module, PsannLMGeluSine):
+            _init_phase(module)
             init.constant_(module.sine_weight, _ADDED_SINE_WEIGHT)
             init.constant_(module.raw_frequency, _raw(1.0))
         elif isinstance(module, PsannLMGainedActivation):

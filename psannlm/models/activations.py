@@ -18,7 +18,7 @@ from psannlm.kernels.damped_sine import DecayMode, damp, damped_sine, damped_sin
 # Start of the learned weight of the sine that is added to a GELU: small, so that training starts as that of a GELU.
 ADDED_SINE_WEIGHT = 0.1
 # Parameters of activations that are used as they are stored. All others are softplus of a raw parameter.
-_SIGNED_PARAMETERS = frozenset(("sine_weight",))
+_SIGNED_PARAMETERS = frozenset(("sine_weight", "phase"))
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class ParametricActivation(nn.Module):
             value = (value + spread * torch.randn(n_features)).clamp(min=mean / 1000)
         self._add(f"raw_{name}", value if value.is_meta else inverse_softplus(value.double()).float(), is_learnable)
 
-    def _add_signed(self, name: str, n_features: int, start: float, *, is_learnable: bool) -> None:
+    def _add_signed(self, name: str, n_features: int, start: float, *, is_learnable: bool = True) -> None:
         """Register ``name``, a parameter or else a buffer that is used as it is, from ``start``."""
         self.bounds[name] = None
         self._add(name, torch.full((n_features,), start), is_learnable)
@@ -96,9 +96,10 @@ class SineActivation(ParametricActivation):
     Args:
         n_features: size F of the last dimension.
         config: initial values, spread, bounds, and which of the three are learnable; the others are buffers.
+        n_amplitudes: number of amplitudes; None: F.
     """
 
-    def __init__(self, n_features: int, config: SineConfig) -> None:
+    def __init__(self, n_features: int, config: SineConfig, n_amplitudes: int | None = None) -> None:
         super().__init__()
         self.mode: DecayMode = config.decay_mode
         learnable = config.learnable_parameters()
@@ -108,7 +109,8 @@ class SineActivation(ParametricActivation):
             "decay": ((config.damp_init, config.damp_std), config.damp_bounds),
         }
         for name, (start, bounds) in starts.items():
-            self._add_positive(name, n_features, start, bounds, is_learnable=name in learnable)
+            size = n_amplitudes if name == "amplitude" and n_amplitudes is not None else n_features
+            self._add_positive(name, size, start, bounds, is_learnable=name in learnable)
 
     def values(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return amplitude, frequency and decay as :meth:`value_of` does, whatever the autocast."""
@@ -128,58 +130,122 @@ class SineActivation(ParametricActivation):
         return f"n_features={len(self.value_of('amplitude'))}, decay_mode={self.mode}"
 
 
-class ClampedSine(SineActivation):
-    """A exp(-d g(z)) sin(clamp(f z, -π/2, π/2)): as bounded as the sine, without its period.
+class PhasedSine(SineActivation):
+    """A exp(-d g(z)) (sin(f z + p) - sin p) with a learned phase p per feature, so that it is 0 at z = 0.
 
-    With the decay mode ``none`` it is monotone. Parameters have the names of ``SineActivation``, so that the weights of
-    a model with one can be loaded into a model with the other.
+    Args:
+        phase: initial p in radians; None: no phase.
     """
+
+    def __init__(self, n_features: int, config: SineConfig, phase: float | None) -> None:
+        super().__init__(n_features, config)
+        self.has_phase = phase is not None
+        if phase is not None:
+            self._add_signed("phase", n_features, phase)
+
+    def _sine(self, angle: Tensor) -> Tensor:
+        return torch.sin(angle)
 
     def forward(self, z: Tensor) -> Tensor:
         """Map (..., F) to (..., F), same dtype; computed in float32."""
         with torch.autocast(z.device.type, enabled=False):
             amplitude, frequency, decay = self.values()
             wide = z.float()
-            phase = (frequency * wide).clamp(-math.pi / 2, math.pi / 2)
-            return damp(amplitude * torch.sin(phase), wide, decay, self.mode).to(z.dtype)
+            if self.has_phase:
+                phase = self.value_of("phase")
+                y = self._sine(frequency * wide + phase) - self._sine(phase)
+            else:
+                y = self._sine(frequency * wide)
+            return damp(amplitude * y, wide, decay, self.mode).to(z.dtype)
+
+
+class ClampedSine(PhasedSine):
+    """The same with the sine's angle clamped to ±π/2: as bounded as the sine, without its period.
+
+    With the decay mode ``none`` it is monotone. Parameters have the names of ``SineActivation``, so that the weights of
+    a model with one can be loaded into a model with the other.
+    """
+
+    def _sine(self, angle: Tensor) -> Tensor:
+        return torch.sin(angle.clamp(-math.pi / 2, math.pi / 2))
+
+
+class QuadratureSine(SineActivation):
+    """A exp(-d g(z)) sin(f z), followed by A exp(-d g(z)) cos(f z): two features from each row of the matrix before.
+
+    Frequency and decay belong to a row, amplitudes to a feature.
+
+    Args:
+        n_features: F, sines and cosines together. For an odd F the last row has no cosine.
+    """
+
+    def __init__(self, n_features: int, config: SineConfig) -> None:
+        super().__init__(n_rows_of_pairs(n_features), config, n_amplitudes=n_features)
+        self.n_cosines = n_features // 2
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map the (..., R) rows, R = ceil(F / 2), to (..., F), same dtype; computed in float32."""
+        with torch.autocast(z.device.type, enabled=False):
+            amplitude, frequency, decay = self.values()
+            wide = z.float()
+            angle = frequency * wide
+            sines, cosines = (damp(y, wide, decay, self.mode) for y in (torch.sin(angle), torch.cos(angle)))
+            return (amplitude * torch.cat((sines, cosines[..., : self.n_cosines]), dim=-1)).to(z.dtype)
+
+
+def n_rows_of_pairs(n_features: int) -> int:
+    """Return the rows that give ``n_features`` where each row gives a sine and a cosine."""
+    return (n_features + 1) // 2
 
 
 class GeluSine(ParametricActivation):
     """GELU(z) + a sin(f z) with a signed weight a and a positive frequency f per feature (arXiv 2602.05688).
 
     GELU is the case a = 0. The weight starts at ``ADDED_SINE_WEIGHT``; the frequency as that of ``SineActivation``.
-    ``config.learnable`` names the weight ``amplitude``; amplitude and decay settings have no effect.
+    ``config.learnable`` names the weight ``amplitude``; amplitude and decay settings have no effect. With a ``phase``,
+    the initial p in radians, it is GELU(z) + a (sin(f z + p) - sin p).
     """
 
-    def __init__(self, n_features: int, config: SineConfig) -> None:
+    def __init__(self, n_features: int, config: SineConfig, phase: float | None) -> None:
         super().__init__()
         learnable = config.learnable_parameters()
         self._add_signed("sine_weight", n_features, ADDED_SINE_WEIGHT, is_learnable="amplitude" in learnable)
         start = (config.freq_init, config.freq_std)
         self._add_positive("frequency", n_features, start, config.freq_bounds, is_learnable="frequency" in learnable)
+        self.has_phase = phase is not None
+        if phase is not None:
+            self._add_signed("phase", n_features, phase)
 
     def forward(self, z: Tensor) -> Tensor:
         """Map (..., F) to (..., F), same dtype; computed in float32."""
         with torch.autocast(z.device.type, enabled=False):
             wide = z.float()
-            sine = self.value_of("sine_weight") * torch.sin(self.value_of("frequency") * wide)
-            return (F.gelu(wide) + sine).to(z.dtype)
+            angle = self.value_of("frequency") * wide
+            if self.has_phase:
+                phase = self.value_of("phase")
+                sine = torch.sin(angle + phase) - torch.sin(phase)
+            else:
+                sine = torch.sin(angle)
+            return (F.gelu(wide) + self.value_of("sine_weight") * sine).to(z.dtype)
 
 
 class GainedActivation(ParametricActivation):
     """c · act(b z) with positive gains b of the input and c of the output per feature, both 1 at the start.
 
     With it any activation has the freedom that amplitude and frequency give the sine.
+
+    Args:
+        activation: from ``n_inputs`` (None: the same number) to ``n_features``.
     """
 
-    def __init__(self, activation: nn.Module, n_features: int) -> None:
+    def __init__(self, activation: nn.Module, n_features: int, n_inputs: int | None = None) -> None:
         super().__init__()
-        self._add_positive("input_gain", n_features, (1.0, 0.0), None, is_learnable=True)
+        self._add_positive("input_gain", n_inputs or n_features, (1.0, 0.0), None, is_learnable=True)
         self._add_positive("output_gain", n_features, (1.0, 0.0), None, is_learnable=True)
         self.activation = activation
 
     def forward(self, z: Tensor) -> Tensor:
-        """Map (..., F) to (..., F), same dtype; computed in float32."""
+        """Map the (..., inputs) to (..., F), same dtype; computed in float32."""
         with torch.autocast(z.device.type, enabled=False):
             y: Tensor = self.activation(z.float() * self.value_of("input_gain"))
             return (y * self.value_of("output_gain")).to(z.dtype)
@@ -194,12 +260,14 @@ class SquaredReLU(nn.Module):
 
 
 class SineSquaredReLU(nn.Module):
-    """The damped sine on the first F // 2 features, squared ReLU on the others."""
+    """The damped sine on the first F // 2 features, with a phase where one is given; squared ReLU on the others."""
 
-    def __init__(self, n_features: int, config: SineConfig) -> None:
+    def __init__(self, n_features: int, config: SineConfig, phase: float | None) -> None:
         super().__init__()
         self.n_sines = n_features // 2
-        self.sine = SineActivation(self.n_sines, config)
+        self.sine: nn.Module = SineActivation(self.n_sines, config)
+        if phase is not None:
+            self.sine = PhasedSine(self.n_sines, config, phase)
 
     def forward(self, z: Tensor) -> Tensor:
         """Map (..., F) to (..., F), same dtype."""

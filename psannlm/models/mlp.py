@@ -14,17 +14,29 @@ from psannlm.models.activations import (
     ClampedSine,
     GainedActivation,
     GeluSine,
+    PhasedSine,
+    QuadratureSine,
     SineActivation,
     SineSquaredReLU,
     SquaredReLU,
+    n_rows_of_pairs,
 )
+
+
+def _sine(config: ModelConfig, n_features: int) -> nn.Module:
+    if config.sine_quadrature:
+        return QuadratureSine(n_features, config.sine_params)
+    if config.sine_phase is not None:
+        return PhasedSine(n_features, config.sine_params, config.sine_phase)
+    return SineActivation(n_features, config.sine_params)
+
 
 # Name of an activation -> its builder, from the configuration and the number of features.
 ACTIVATIONS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
-    "sine": lambda config, n_features: SineActivation(n_features, config.sine_params),
-    "clampedsine": lambda config, n_features: ClampedSine(n_features, config.sine_params),
-    "gelusine": lambda config, n_features: GeluSine(n_features, config.sine_params),
-    "sinerelu2": lambda config, n_features: SineSquaredReLU(n_features, config.sine_params),
+    "sine": _sine,
+    "clampedsine": lambda config, n_features: ClampedSine(n_features, config.sine_params, config.sine_phase),
+    "gelusine": lambda config, n_features: GeluSine(n_features, config.sine_params, config.sine_phase),
+    "sinerelu2": lambda config, n_features: SineSquaredReLU(n_features, config.sine_params, config.sine_phase),
     "gelu": lambda config, n_features: nn.GELU(),
     "silu": lambda config, n_features: nn.SiLU(),
     "relu2": lambda config, n_features: SquaredReLU(),
@@ -63,8 +75,19 @@ KINDS: dict[MlpKind, FeedForwardKind] = {
 GATED_KINDS = frozenset(name for name, kind in KINDS.items() if kind.is_gated)
 
 
-def default_d_mlp(kind: MlpKind, d_model: int) -> int:
-    """Return F: 4 D, for the gated kinds 8/3 D rounded up to a multiple of 64, so that parameters are about equal."""
+# Kinds of which ``sine_phase`` gives the sine a phase, and of which ``sine_quadrature`` gives it a cosine.
+PHASE_KINDS = frozenset(name for name, kind in KINDS.items() if "sine" in kind.activation)
+QUADRATURE_KINDS = frozenset(name for name, kind in KINDS.items() if kind.activation == "sine")
+
+
+def default_d_mlp(kind: MlpKind, d_model: int, *, is_quadrature: bool = False) -> int:
+    """Return F: 4 D, for the gated kinds 8/3 D rounded up to a multiple of 64, so that parameters are about equal.
+
+    With ``is_quadrature``, where the matrix before the activation has half as many rows, 16/3 D and 16/5 D instead,
+    both rounded to a multiple of 32.
+    """
+    if is_quadrature:
+        return 32 * max(1, round(d_model / (10 if kind in GATED_KINDS else 6)))
     return -(-8 * d_model // (3 * 64)) * 64 if kind in GATED_KINDS else 4 * d_model
 
 
@@ -73,9 +96,15 @@ def _kind(config: ModelConfig) -> FeedForwardKind:
     return KINDS[config.mlp]
 
 
+def _n_activation_inputs(config: ModelConfig, d_mlp: int) -> int:
+    return n_rows_of_pairs(d_mlp) if config.sine_quadrature else d_mlp
+
+
 def _activation(config: ModelConfig, n_features: int) -> nn.Module:
     activation = ACTIVATIONS[_kind(config).activation](config, n_features)
-    return GainedActivation(activation, n_features) if config.activation_gains else activation
+    if config.activation_gains:
+        return GainedActivation(activation, n_features, _n_activation_inputs(config, n_features))
+    return activation
 
 
 def _project_down(activation: nn.Module, z: Tensor, up: Tensor | None, down: nn.Module) -> Tensor:
@@ -95,7 +124,8 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ModelConfig, d_mlp: int) -> None:
         super().__init__()
-        self.up_proj: nn.Module = Linear(config.d_model, d_mlp, bias=_kind(config).has_bias)
+        n_inputs = _n_activation_inputs(config, d_mlp)
+        self.up_proj: nn.Module = Linear(config.d_model, n_inputs, bias=_kind(config).has_bias)
         self.activation = _activation(config, d_mlp)
         self.down_proj: nn.Module = Linear(d_mlp, config.d_model, bias=False)
 
@@ -109,7 +139,8 @@ class GatedMlp(nn.Module):
 
     def __init__(self, config: ModelConfig, d_mlp: int) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.d_model, d_mlp, bias=False)
+        self.sizes = (_n_activation_inputs(config, d_mlp), d_mlp)
+        self.gate_proj = Linear(config.d_model, self.sizes[0], bias=False)
         self.up_proj = Linear(config.d_model, d_mlp, bias=False)
         self.activation = _activation(config, d_mlp)
         self.down_proj: nn.Module = Linear(d_mlp, config.d_model, bias=False)
@@ -121,7 +152,7 @@ class GatedMlp(nn.Module):
         if self.gate_up_proj is None:
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+            gate, up = self.gate_up_proj(x).split(self.sizes, dim=-1)
         return _project_down(self.activation, gate, up, self.down_proj)
 
 

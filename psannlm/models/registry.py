@@ -10,7 +10,7 @@ import torch
 from psannlm.config.model import BaseName, MlpKind, ModelConfig
 from psannlm.errors import ConfigError, Problem
 from psannlm.io.limits import MAX_CONV_REACH, MAX_DILATION
-from psannlm.models.mlp import default_d_mlp
+from psannlm.models.mlp import PHASE_KINDS, QUADRATURE_KINDS, default_d_mlp
 from psannlm.models.transformer import Transformer
 
 
@@ -38,7 +38,7 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
     Raises:
         ConfigError: no vocabulary size is known, or the given one is smaller than the tokenizer's; or the taps of a
             short convolution are further apart than the context is long, or reach further than ``limits`` allows; or
-            the feed-forward is too narrow for its kind.
+            the feed-forward is too narrow for its kind, or of a kind in which a key of the sine has no effect.
     """
     defaults = BASES[config.base]
     if config.vocab_size is None and vocab_size is None:
@@ -53,11 +53,11 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
     context = config.max_seq_len or max_seq_len
     if enabled:
         _refuse_unreachable_taps(config, context)
-    d_mlp = config.d_mlp or default_d_mlp(mlp, config.d_model)
+    _refuse_sine_keys(config, mlp)
+    d_mlp = config.d_mlp or default_d_mlp(mlp, config.d_model, is_quadrature=config.sine_quadrature)
     if mlp == "sinerelu2" and d_mlp < 2:
-        raise ConfigError(
-            Problem("model.d_mlp", f"{d_mlp} feature has no two halves for mlp: sinerelu2; set 2 or more")
-        )
+        message = f"{d_mlp} feature has no two halves for mlp: sinerelu2; set 2 or more"
+        raise ConfigError(Problem("model.d_mlp", message))
     return config.model_copy(
         update={
             "mlp": mlp,
@@ -69,6 +69,20 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
             "residual_scale": defaults.residual_scale if config.residual_scale is None else config.residual_scale,
         }
     )
+
+
+def _refuse_sine_keys(config: ModelConfig, mlp: MlpKind) -> None:
+    """Raise ConfigError if a key of the sine would have no effect in the feed-forward ``mlp``."""
+    problems = [
+        Problem(f"model.{key}", f"has no effect with mlp: {mlp}; set mlp to {' or '.join(sorted(kinds))}, or drop it")
+        for key, is_set, kinds in (
+            ("sine_phase", config.sine_phase is not None, PHASE_KINDS),
+            ("sine_quadrature", config.sine_quadrature, QUADRATURE_KINDS),
+        )
+        if is_set and mlp not in kinds
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _refuse_unreachable_taps(config: ModelConfig, context: int | None) -> None:

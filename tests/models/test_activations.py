@@ -18,6 +18,8 @@ from psannlm.models.activations import (
     GainedActivation,
     GeluSine,
     ParametricActivation,
+    PhasedSine,
+    QuadratureSine,
     SineActivation,
     SineSquaredReLU,
     is_activation_parameter,
@@ -49,6 +51,30 @@ def clamped_sine(z: Tensor, p: dict[str, Tensor]) -> Tensor:
     return damped(z, p, torch.where(angle.abs() < math.pi / 2, torch.sin(angle), angle.detach().sign()))
 
 
+def phased_sine(z: Tensor, p: dict[str, Tensor]) -> Tensor:
+    angle = bounded(p["raw_frequency"]) * z
+    return damped(z, p, torch.sin(angle) * torch.cos(p["phase"]) + (torch.cos(angle) - 1) * torch.sin(p["phase"]))
+
+
+def clamped_phased_sine(z: Tensor, p: dict[str, Tensor]) -> Tensor:
+    angle = bounded(p["raw_frequency"]) * z + p["phase"]
+    clamped = torch.where(angle.abs() < math.pi / 2, torch.sin(angle), angle.detach().sign())
+    return damped(z, p, clamped - torch.sin(p["phase"]))
+
+
+def sine_and_cosine(z: Tensor, p: dict[str, Tensor]) -> Tensor:
+    angle = bounded(p["raw_frequency"]) * z
+    both = torch.cat((torch.sin(angle), torch.sin(angle + math.pi / 2)), -1)
+    envelope = torch.exp(-positive(p["raw_decay"]) * z.abs()).repeat(1, 2)
+    return (positive(p["raw_amplitude"]) * (envelope * both)[:, : p["raw_amplitude"].numel()]).squeeze()
+
+
+def gelu_phased_sine(z: Tensor, p: dict[str, Tensor]) -> Tensor:
+    gelu = 0.5 * z * (1 + torch.erf(z / 2**0.5))
+    sine = torch.sin(bounded(p["raw_frequency"]) * z + p["phase"]) - torch.sin(p["phase"])
+    return gelu + p["sine_weight"] * sine
+
+
 def gelu_sine(z: Tensor, p: dict[str, Tensor]) -> Tensor:
     gelu = 0.5 * z * (1 + torch.erf(z / 2**0.5))
     return gelu + p["sine_weight"] * torch.sin(bounded(p["raw_frequency"]) * z)
@@ -72,9 +98,14 @@ def gained_sine(z: Tensor, p: dict[str, Tensor]) -> Tensor:
 
 
 FORMULAS: dict[str, tuple[Callable[[], nn.Module], Formula]] = {
-    "clampedsine": (lambda: ClampedSine(N_FEATURES, SINE), clamped_sine),
-    "gelusine": (lambda: GeluSine(N_FEATURES, SINE), gelu_sine),
-    "sinerelu2": (lambda: SineSquaredReLU(N_FEATURES, SINE), sine_relu2),
+    "clampedsine": (lambda: ClampedSine(N_FEATURES, SINE, None), clamped_sine),
+    "gelusine": (lambda: GeluSine(N_FEATURES, SINE, None), gelu_sine),
+    "sinerelu2": (lambda: SineSquaredReLU(N_FEATURES, SINE, None), sine_relu2),
+    "phased sine": (lambda: PhasedSine(N_FEATURES, SINE, 0.8), phased_sine),
+    "phased clampedsine": (lambda: ClampedSine(N_FEATURES, SINE, 0.8), clamped_phased_sine),
+    "phased gelusine": (lambda: GeluSine(N_FEATURES, SINE, 0.8), gelu_phased_sine),
+    "quadrature": (lambda: QuadratureSine(2 * N_FEATURES, SINE), sine_and_cosine),
+    "quadrature, odd": (lambda: QuadratureSine(2 * N_FEATURES - 1, SINE), sine_and_cosine),
     "gained silu": (lambda: GainedActivation(nn.SiLU(), N_FEATURES), gained_silu),
     "gained sine": (lambda: GainedActivation(SineActivation(N_FEATURES, SINE), N_FEATURES), gained_sine),
 }
@@ -151,7 +182,10 @@ def test_parameters_of_activations_are_recognized_by_name() -> None:
 def test_clamped_sine_is_monotone_without_decay() -> None:
     z = torch.linspace(-20, 20, 401)[:, None]
     settings: dict[str, Any] = {"freq_init": 2.0, "decay_mode": "none"}
-    clamped, sine = (kind(1, SineConfig(**settings))(z) for kind in (ClampedSine, SineActivation))
+    clamped, sine = (
+        activation(z)
+        for activation in (ClampedSine(1, SineConfig(**settings), None), SineActivation(1, SineConfig(**settings)))
+    )
     assert (clamped.diff(dim=0) >= 0).all()
     assert clamped.abs().max() <= 1 + 1e-6
     inside = z.abs() < math.pi / 4
@@ -159,7 +193,7 @@ def test_clamped_sine_is_monotone_without_decay() -> None:
 
 
 def test_clamped_sine_takes_parameters_of_a_sine() -> None:
-    clamped, sine = ClampedSine(4, SINE), SineActivation(4, SINE)
+    clamped, sine = ClampedSine(4, SINE, None), SineActivation(4, SINE)
     clamped.load_state_dict(sine.state_dict())
     near = torch.linspace(-0.1, 0.1, 8).view(2, 4)
     torch.testing.assert_close(clamped(near), sine(near))
@@ -170,8 +204,8 @@ def test_gains_start_as_the_activation_alone() -> None:
 
 
 def test_gelu_sine_starts_near_gelu_and_learns_weight() -> None:
-    assert GeluSine(3, SineConfig()).value_of("sine_weight").tolist() == pytest.approx([ADDED_SINE_WEIGHT] * 3)
-    without = GeluSine(3, SineConfig(learnable=("frequency",)))
+    assert GeluSine(3, SineConfig(), None).value_of("sine_weight").tolist() == pytest.approx([ADDED_SINE_WEIGHT] * 3)
+    without = GeluSine(3, SineConfig(learnable=("frequency",)), None)
     assert [name for name, _ in without.named_parameters()] == ["raw_frequency"]
     assert "sine_weight" in without.state_dict()
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from psannlm.config.model import MlpKind, ModelConfig
 from psannlm.models.accounting import count_parameters
-from psannlm.models.mlp import ACTIVATIONS, KINDS, GatedMlp, Mlp, build_mlp, default_d_mlp
+from psannlm.models.mlp import ACTIVATIONS, KINDS, QUADRATURE_KINDS, GatedMlp, Mlp, build_mlp, default_d_mlp
 from psannlm.models.registry import resolve
 
 
@@ -35,11 +35,15 @@ def test_mlp_default_width(kind: MlpKind, d_model: int, d_mlp: int) -> None:
 
 @pytest.mark.parametrize("d_model", [192, 512])
 def test_mlp_kinds_have_equal_parameters(d_model: int) -> None:
-    sizes = {}
+    sizes: dict[str, int] = {}
     for kind in get_args(MlpKind):
         config = ModelConfig(base="transformer", mlp=kind, d_model=d_model, n_heads=8, n_layers=8, vocab_size=4096)
         sizes[kind] = sum(count_parameters(resolve(config)).values())
     assert max(sizes.values()) < 1.02 * min(sizes.values())
+    for kind in QUADRATURE_KINDS:
+        settings: dict[str, Any] = {"base": "transformer", "mlp": kind, "d_model": d_model, "sine_quadrature": True}
+        in_pairs = sum(count_parameters(resolve(ModelConfig(**settings, vocab_size=4096))).values())
+        assert in_pairs == pytest.approx(sizes["gelu"], rel=0.01)
 
 
 def formula(mlp: Mlp | GatedMlp, kind: MlpKind, x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -74,6 +75,22 @@ def test_resolve_taps_beyond_context_raise() -> None:
     with pytest.raises(ConfigError, match="dilation_growth"):
         resolve(ModelConfig(**{**TINY, "n_layers": 2**62}, short_conv=huge, max_seq_len=2**62))
     assert resolve(ModelConfig(base="transformer", **TINY, short_conv=huge), max_seq_len=8).short_conv.enabled is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mlp": "swiglu", "sine_phase": 0.5}, "model.sine_phase: has no effect with mlp: swiglu; set mlp to "),
+        ({"base": "transformer", "sine_phase": 0.0}, "model.sine_phase: has no effect with mlp: swiglu"),
+        ({"mlp": "gelu", "sine_quadrature": True}, "model.sine_quadrature: has no effect with mlp: gelu"),
+        ({"mlp": "clampedsine", "sine_quadrature": True}, "set mlp to sine or sineglu, or drop it"),
+        ({"mlp": "sine", "sine_quadrature": True, "sine_phase": 0.5}, "already add up to any phase"),
+        ({"mlp": "sinerelu2", "d_mlp": 1}, "1 feature has no two halves"),
+    ],
+)
+def test_resolve_refuses_keys_without_effect(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        resolve(ModelConfig(**TINY, **settings))
 
 
 def test_resolve_is_idempotent() -> None:

@@ -184,6 +184,8 @@ MODEL_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "positional_encoding": ({}, {"positional_encoding": "alibi"}, "losses", "tokens parameters"),
     "rope_theta": ({}, {"rope_theta": 10.0}, "losses", "tokens parameters"),
     "residual_scale": ({}, {"residual_scale": True}, "losses parameters", "tokens"),
+    "sine_phase": (SINE, {"sine_phase": 0.5}, "losses parameters", "tokens"),
+    "sine_quadrature": (SINE, {"sine_quadrature": True}, "losses parameters", "tokens"),
     "activation_gains": ({}, {"activation_gains": True}, "losses parameters", "tokens"),
     "qk_norm": ({}, {"qk_norm": True}, "losses parameters", "tokens"),
     "norm_eps": ({}, {"norm_eps": 1e-2}, "losses", "tokens parameters"),

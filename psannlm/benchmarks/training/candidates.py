@@ -107,6 +107,8 @@ class ThroughputSettings:
                     f"--also {name} replaces the sine with {_ACTIVATIONS[name]}, but {self.model.base} has "
                     f"{self.model.mlp}; use --base respsann or waveresnet"
                 )
+            if self.model.sine_quadrature:
+                raise ConfigError(f"--also {name} replaces the sine, and model.sine_quadrature needs it; leave one out")
         if "transformer" in self.also and self.model.base == "transformer":
             raise ConfigError("--also transformer adds the base transformer, which --base already is; leave one out")
         for library in self.against:
