@@ -215,10 +215,10 @@ def norms_of_a_gpu() -> Callable[[], AbstractContextManager[None]]:
         """A norm that saves what ``aten._fused_rms_norm`` does: input, weight, and the factor of each row."""
 
         @staticmethod
-        def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
             factor = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
             ctx.save_for_backward(x, weight, factor)
-            return x * factor * weight
+            return x * factor if weight is None else x * factor * weight
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor) -> Any:

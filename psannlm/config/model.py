@@ -143,6 +143,16 @@ class ModelConfig(Section):
         description="learn a positive gain of the activation's input and one of its output for each hidden feature, in "
         "any kind of feed-forward",
     )
+    activation_norm: Flag = Field(
+        False,
+        description="RMSNorm, without weights, of the input of the feed-forward's activation over the hidden features",
+    )
+    gate_init_scale: Real = Field(
+        1.0,
+        gt=0,
+        description="factor of the initial weights of the matrix before the activation: that of the gate in gated "
+        "kinds, else the first; without it they are drawn for an input of unit variance",
+    )
     short_conv: ShortConvConfig = Field(
         default_factory=ShortConvConfig, description="the short causal depthwise convolution"
     )
@@ -150,6 +160,9 @@ class ModelConfig(Section):
         None, description="scale each residual branch by a learnable factor; null: the setting of the base"
     )
     qk_norm: Flag = Field(False, description="QK-norm: RMSNorm on the queries and keys of each head")
+    embedding_norm: Flag = Field(
+        False, description="RMSNorm of the embedding, positions of sinusoidal included, before the first block"
+    )
     norm_eps: Real = Field(
         1e-6, ge=1e-12, lt=1, description="epsilon of every RMSNorm, added to the mean square before the root"
     )
@@ -172,6 +185,9 @@ class ModelConfig(Section):
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             message = f"{self.n_kv_heads} key/value heads do not divide {self.n_heads} query heads"
             found.append(Check(("n_kv_heads", "n_heads"), message))
+        if self.activation_norm and self.gate_init_scale != 1.0:
+            message = "has no effect with activation_norm, which divides by the scale of its input; drop one of them"
+            found.append(Check(("gate_init_scale", "activation_norm"), message))
         if self.sine_quadrature and self.sine_phase is not None:
             message = "sine and cosine of a row already add up to any phase; drop it, or sine_quadrature"
             found.append(Check(("sine_phase", "sine_quadrature"), message))

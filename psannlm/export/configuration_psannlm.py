@@ -19,6 +19,8 @@ class PsannLMConfig(PreTrainedConfig):
         activation_gains: multiply input and output of the activation by a learned positive gain per feature.
         sine_phase: the sine of a feed-forward has a learned phase per feature, from this start in radians; None: none.
         sine_quadrature: the sine makes a sine and a cosine of each of its inputs, together ``intermediate_size``.
+        activation_norm: RMSNorm, without weights, of the input of the activation.
+        embedding_norm: RMSNorm of the embedding, positions of ``sinusoidal`` included.
         position_encoding: ``rope``, ``alibi`` or ``sinusoidal``.
         residual_scale: multiply each residual branch by a learned scalar.
         short_conv_places: the sublayers, of ``attention`` and ``mlp``, whose normalized input is convolved over time.
@@ -46,6 +48,8 @@ class PsannLMConfig(PreTrainedConfig):
     activation_gains: bool = False
     sine_phase: float | None = None
     sine_quadrature: bool = False
+    activation_norm: bool = False
+    embedding_norm: bool = False
     position_encoding: str = "rope"
     rotary_base: float = 10000.0
     max_position_embeddings: int = 1024

@@ -22,9 +22,14 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_psannlm.PsannLMForCausalLM",
 }
 # Keys of the same name in both, which folders that were exported before them lack.
-_LATER_KEYS = ("activation_gains", "sine_phase", "sine_quadrature")
+_LATER_KEYS = ("activation_gains", "sine_phase", "sine_quadrature", "activation_norm", "embedding_norm")
 _BOUNDS = {"amplitude": "amp_bounds", "frequency": "freq_bounds", "decay": "damp_bounds"}
-_TOP_NAMES = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+_TOP_NAMES = {
+    "embedding": "model.embed_tokens",
+    "embedding_norm": "model.embed_norm",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+}
 _PARTS = {
     "attention_norm": "input_layernorm",
     "attention": "self_attn",
@@ -38,7 +43,7 @@ _OUR_PARTS = {theirs: ours for ours, theirs in _PARTS.items()}
 def custom_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Return the fields of ``config.json`` that describe the network of a resolved ``config``; token ids are not set.
 
-    Initial values of the sine are not among them: they have no effect on a trained model.
+    Initial values (those of the sine, ``gate_init_scale``) are not among them: they have no effect on a trained model.
     """
     assert config.mlp is not None
     sine = config.sine_params
@@ -59,6 +64,8 @@ def custom_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> di
         "activation_gains": config.activation_gains,
         "sine_phase": config.sine_phase,
         "sine_quadrature": config.sine_quadrature,
+        "activation_norm": config.activation_norm,
+        "embedding_norm": config.embedding_norm,
         "position_encoding": config.positional_encoding,
         "rotary_base": config.rope_theta,
         "max_position_embeddings": config.max_seq_len,

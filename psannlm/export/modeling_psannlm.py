@@ -212,12 +212,18 @@ class PsannLMMLP(nn.Module):
         n_rows = config.intermediate_size if config.is_gated_mlp else _n_inputs(config)
         self.up_proj = nn.Linear(config.hidden_size, n_rows, bias=has_bias)
         self.activation = _activation(config)
+        self.norm_eps = config.rms_norm_eps if config.activation_norm else None
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(self.activation(self._normed(self.up_proj(x))))
+        return self.down_proj(self.activation(self._normed(self.gate_proj(x))) * self.up_proj(x))
+
+    def _normed(self, z: Tensor) -> Tensor:
+        if self.norm_eps is None:
+            return z
+        return F.rms_norm(z.float(), z.shape[-1:], eps=self.norm_eps).to(z.dtype)
 
 
 class PsannLMShortConv(nn.Module):
@@ -486,6 +492,7 @@ class PsannLMModel(PsannLMPreTrainedModel):
         if config.short_conv_places and implementation == "vllm":
             raise ValueError("vLLM's transformers backend keeps no states of convolutions; serve with transformers")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = PsannLMRMSNorm(config.hidden_size, config.rms_norm_eps) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(PsannLMDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = PsannLMRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -521,6 +528,8 @@ class PsannLMModel(PsannLMPreTrainedModel):
         elif self.config.position_encoding == "sinusoidal":
             sinusoids = _sinusoids(position_ids, self.config.hidden_size)
             x = x + _SINUSOID_STD * sinusoids.to(x.dtype)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         x = self.dropout(x)
         for layer in self.layers:
             x = layer(x, attention_mask=causal_mask, conv_mask=conv_mask, rope=rope, cache=cache, **kwargs)

@@ -65,6 +65,9 @@ def why_not_plain(config: ModelConfig) -> str | None:
         return "the short convolutions (model.short_conv)"
     if config.activation_gains:
         return "gains of the activation (model.activation_gains)"
+    for key in ("activation_norm", "embedding_norm"):
+        if getattr(config, key):
+            return f"model.{key}"
     if config.mlp in ("sine", "sineglu"):
         return f"the sine activation (model.mlp: {config.mlp})"
     if (config.mlp, config.qk_norm) not in _CLASSES:

@@ -255,9 +255,9 @@ class _FusedNorm(torch.autograd.Function):
     """Saves what torch's fused RMS norm saves on a GPU: the input and one number per row, not the normalised input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, x.mean(-1, keepdim=True))
-        return x * weight
+        return x.clone() if weight is None else x * weight
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
@@ -271,7 +271,7 @@ def _keep_as_fused_norms(model: Transformer) -> None:
             module.forward = partial(_fused_norm, module.weight)  # type: ignore[method-assign]
 
 
-def _fused_norm(weight: Tensor, x: Tensor) -> Tensor:
+def _fused_norm(weight: Tensor | None, x: Tensor) -> Tensor:
     normed: Tensor = _FusedNorm.apply(x, weight)  # type: ignore[no-untyped-call]
     return normed
 

@@ -107,6 +107,21 @@ def _activation(config: ModelConfig, n_features: int) -> nn.Module:
     return activation
 
 
+def _activation_norm(config: ModelConfig, d_mlp: int) -> nn.RMSNorm | None:
+    # Without weights: a gain per feature is a key of its own, and the sine has one.
+    if not config.activation_norm:
+        return None
+    return nn.RMSNorm(_n_activation_inputs(config, d_mlp), eps=config.norm_eps, elementwise_affine=False)
+
+
+def _normed(norm: nn.RMSNorm | None, z: Tensor) -> Tensor:
+    """Return the norm of z, whose mean squares are in float32 where the projections are bfloat16."""
+    if norm is None:
+        return z
+    y: Tensor = norm(z.float())
+    return y.to(z.dtype)
+
+
 def _project_down(activation: nn.Module, z: Tensor, up: Tensor | None, down: nn.Module) -> Tensor:
     """Return ``down(activation(z) * up)``; training on a CPU recomputes the activation in the backward pass."""
     if use_recompute(z) and type(down) is Linear:
@@ -126,12 +141,18 @@ class Mlp(nn.Module):
         super().__init__()
         n_inputs = _n_activation_inputs(config, d_mlp)
         self.up_proj: nn.Module = Linear(config.d_model, n_inputs, bias=_kind(config).has_bias)
+        self.activation_norm = _activation_norm(config, d_mlp)
         self.activation = _activation(config, d_mlp)
         self.down_proj: nn.Module = Linear(d_mlp, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        return _project_down(self.activation, self.up_proj(x), None, self.down_proj)
+        return _project_down(self.activation, _normed(self.activation_norm, self.up_proj(x)), None, self.down_proj)
+
+    @property
+    def activation_proj(self) -> nn.Module:
+        """The matrix whose result is the input of the activation."""
+        return self.up_proj
 
 
 class GatedMlp(nn.Module):
@@ -142,6 +163,7 @@ class GatedMlp(nn.Module):
         self.sizes = (_n_activation_inputs(config, d_mlp), d_mlp)
         self.gate_proj = Linear(config.d_model, self.sizes[0], bias=False)
         self.up_proj = Linear(config.d_model, d_mlp, bias=False)
+        self.activation_norm = _activation_norm(config, d_mlp)
         self.activation = _activation(config, d_mlp)
         self.down_proj: nn.Module = Linear(d_mlp, config.d_model, bias=False)
         # Both projections as one, in a model prepared for inference.
@@ -153,7 +175,12 @@ class GatedMlp(nn.Module):
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
             gate, up = self.gate_up_proj(x).split(self.sizes, dim=-1)
-        return _project_down(self.activation, gate, up, self.down_proj)
+        return _project_down(self.activation, _normed(self.activation_norm, gate), up, self.down_proj)
+
+    @property
+    def activation_proj(self) -> nn.Module:
+        """The matrix whose result is the input of the activation."""
+        return self.gate_proj
 
 
 def build_mlp(config: ModelConfig) -> Mlp | GatedMlp:

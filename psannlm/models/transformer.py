@@ -99,6 +99,7 @@ class Transformer(nn.Module):
         self.config = config
         self.grad_checkpoint = False
         self.embedding = _embedding(config.vocab_size, config.d_model)
+        self.embedding_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.final_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
@@ -112,6 +113,7 @@ class Transformer(nn.Module):
         if self.embedding.weight.is_meta:
             return
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
+        before_activations = {block.mlp.activation_proj for block in self.blocks if isinstance(block, Block)}
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
@@ -120,7 +122,8 @@ class Transformer(nn.Module):
             elif name == "head":
                 nn.init.normal_(module.weight, std=_EMBEDDING_STD)
             else:
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                scale = self.config.gate_init_scale if module in before_activations else 1.0
+                nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -181,6 +184,8 @@ class Transformer(nn.Module):
         x = self.embedding(input_ids).to(self.final_norm.weight.dtype)
         if self.config.positional_encoding == "sinusoidal":
             x = x + _EMBEDDING_STD * sinusoids(context.positions, self.config.d_model).to(x.dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         x = self.dropout(x)
         for index, block in enumerate(self.blocks):
             # Never with a cache: recomputation would write into it a second time.

@@ -39,6 +39,8 @@ CONFIGS = [
         ("transformer", "gelusine", True, False),
     )
 ]
+NORMED = {"activation_norm": True, "embedding_norm": True}
+CONFIGS.append(resolve(ModelConfig(base="respsann", short_conv={"activation": "sine"}, **NORMED, **TINY)))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.base}-{c.mlp}")
@@ -48,7 +50,7 @@ def test_count_parameters_groups_sum_to_the_model(config: ModelConfig) -> None:
     assert counts["embedding"] == 50 * 16
     assert counts.get("output matrix", 0) == (0 if config.tie_embeddings else 50 * 16)
     assert counts["attention"] == 2 * (2 * 16 * 16 + 2 * 8 * 16)
-    assert counts["norms"] == 5 * 16
+    assert counts["norms"] == (5 + config.embedding_norm) * 16
     assert counts.get("residual scales", 0) == (4 if config.base == "respsann" else 0)
     assert counts.get("short convolution", 0) == (2 * 2 * 16 * 4 if config.short_conv.enabled else 0)
     per_feature = {"sine": 3, "sineglu": 3, "gelusine": 2}.get(config.mlp or "", 0)
@@ -121,7 +123,7 @@ def test_training_memory_matches_a_real_pass(
 
 
 # Without gelusine, of which a CPU recomputes nothing.
-@pytest.mark.parametrize("config", CONFIGS[:-1], ids=lambda c: f"{c.base}-{c.mlp}")
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.mlp != "gelusine"], ids=lambda c: f"{c.base}-{c.mlp}")
 def test_training_memory_gpu_exceeds_cpu(config: ModelConfig) -> None:
     on_cpu, on_gpu = (training_memory(config, 4, 32, device_type=name).activations for name in ("cpu", "cuda"))
     assert on_gpu > on_cpu

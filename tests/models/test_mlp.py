@@ -99,6 +99,22 @@ def test_mlp_kinds_table_is_complete() -> None:
     assert len({(kind.activation, kind.is_gated) for kind in KINDS.values()}) == len(KINDS)
 
 
+@pytest.mark.parametrize("kind", ["swiglu", "gelu", "sine"])
+def test_activation_norm_is_on_the_activation_input_alone(kind: MlpKind) -> None:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"mlp": kind, "d_model": 6, "n_heads": 1, "d_mlp": 10, "norm_eps": 1e-3}
+    mlp = build_mlp(ModelConfig(**settings, activation_norm=True))
+    plain = build_mlp(ModelConfig(**settings)).double()
+    plain.load_state_dict(mlp.state_dict())
+    x = torch.randn(2, 3, 6)
+    with torch.no_grad():
+        z = (plain.gate_proj if isinstance(plain, GatedMlp) else plain.up_proj)(x.double())
+        hidden = plain.activation(z / (z.square().mean(-1, keepdim=True) + 1e-3).sqrt())
+        if isinstance(plain, GatedMlp):
+            hidden = hidden * plain.up_proj(x.double())
+        torch.testing.assert_close(mlp(x).double(), plain.down_proj(hidden), rtol=1e-5, atol=1e-6)
+
+
 def test_mlp_unresolved_config_raises() -> None:
     with pytest.raises(ValueError, match="resolve"):
         build_mlp(ModelConfig())

@@ -85,6 +85,7 @@ def test_resolve_taps_beyond_context_raise() -> None:
         ({"mlp": "gelu", "sine_quadrature": True}, "model.sine_quadrature: has no effect with mlp: gelu"),
         ({"mlp": "clampedsine", "sine_quadrature": True}, "set mlp to sine or sineglu, or drop it"),
         ({"mlp": "sine", "sine_quadrature": True, "sine_phase": 0.5}, "already add up to any phase"),
+        ({"activation_norm": True, "gate_init_scale": 0.4}, "gate_init_scale: has no effect with activation_norm"),
         ({"mlp": "sinerelu2", "d_mlp": 1}, "1 feature has no two halves"),
     ],
 )
@@ -127,6 +128,15 @@ def test_build_model_parts_follow_config() -> None:
     block = build_model(resolve(placed)).blocks[1]
     assert block.attention_conv is None
     assert block.mlp_conv.dilation == 3
+
+
+@pytest.mark.parametrize(("mlp", "matrix"), [("swiglu", "gate_proj"), ("sine", "up_proj")])
+def test_gate_init_scale_scales_the_matrix_before_the_activation(mlp: str, matrix: str) -> None:
+    settings: dict[str, Any] = {**TINY, "mlp": mlp, "sine_params": {"freq_std": 0.1}}
+    plain = build_model(resolve(ModelConfig(**settings)), seed=3).state_dict()
+    scaled = build_model(resolve(ModelConfig(**settings, gate_init_scale=0.25)), seed=3).state_dict()
+    for name, weight in plain.items():
+        assert torch.equal(scaled[name], weight * (0.25 if f"mlp.{matrix}.weight" in name else 1.0)), name
 
 
 def test_build_model_weights_depend_on_seed_alone() -> None:

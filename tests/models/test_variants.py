@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from psannlm.config.model import ModelConfig, PositionKind
 from psannlm.generation.quantize import prepare_for_inference
 from psannlm.models.accounting import count_parameters, flops_per_token
 from psannlm.models.artifact import load_model, save_model
+from psannlm.models.positions import sinusoids
+from psannlm.models.registry import build_model
 from psannlm.models.transformer import Transformer
 from psannlm.training.optim import group_parameters
 
@@ -35,6 +38,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quadrature of sine": {"mlp": "sine", "sine_quadrature": True},
     "quadrature of sineglu": {"mlp": "sineglu", "sine_quadrature": True},
     "quadrature of an odd width": {"mlp": "sineglu", "sine_quadrature": True, "d_mlp": 15, "activation_gains": True},
+    "norm of swiglu's gate": {"mlp": "swiglu", "activation_norm": True},
+    "norm of a sine": {"mlp": "sine", "activation_norm": True, "activation_gains": True},
+    "norm of an embedding": {"embedding_norm": True, "positional_encoding": "sinusoidal"},
     "gains of swiglu": {"mlp": "swiglu", "activation_gains": True},
     "gains of gelu": {"mlp": "gelu", "activation_gains": True},
     "gains of relu2": {"mlp": "relu2", "activation_gains": True},
@@ -52,6 +58,41 @@ def model(request: pytest.FixtureRequest, build_tiny: Build) -> Transformer:
 @torch.no_grad()
 def logits(model: Transformer) -> Tensor:
     return model.logits(model.hidden_states(IDS)).float()
+
+
+@pytest.mark.parametrize("positions", ["rope", "sinusoidal"])
+def test_embedding_norm_matches_its_formula(positions: PositionKind) -> None:
+    config = ModelConfig(
+        base="transformer",
+        d_model=6,
+        n_heads=1,
+        n_layers=1,
+        vocab_size=17,
+        norm_eps=1e-3,
+        embedding_norm=True,
+        positional_encoding=positions,
+    )
+    model = build_model(config, seed=0)
+    assert model.embedding_norm is not None
+    with torch.no_grad():
+        model.embedding_norm.weight.uniform_(0.5, 2.0)
+        model.embedding.weight.mul_(3.0)
+    weight, table = (
+        p.detach().double().requires_grad_() for p in (model.embedding_norm.weight, model.embedding.weight)
+    )
+    # The branches of a new model are zero: what is left are the norms of the embedding and of the end.
+    x = table[IDS]
+    if positions == "sinusoidal":
+        x = x + 0.02 * sinusoids(torch.arange(IDS.shape[1]), 6).double()
+    normed = weight * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    expected = normed / (normed.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    found = model.hidden_states(IDS)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
+    factors = torch.cos(torch.arange(found.numel())).view(found.shape)
+    gradients = torch.autograd.grad((found * factors).sum(), (model.embedding_norm.weight, model.embedding.weight))
+    exact = torch.autograd.grad((expected * factors).sum(), (weight, table))
+    for gradient, wanted in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(gradient, wanted.float(), rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
