@@ -121,9 +121,9 @@ def serve(
         from psannlm.runtime.malloc import trim_aggressively
 
         with _explaining_a_missing_package():
-            from psannlm.serving.app import Service
             from psannlm.serving.metrics import Metrics
             from psannlm.serving.server import HttpServer
+            from psannlm.serving.service import Service
         if not speculate < MAX_DECODE_TOKENS:
             raise typer.BadParameter(f"{speculate} is more than {MAX_DECODE_TOKENS - 1}", param_hint="--speculate")
         # Bodies are parsed and encoded in threads, each of which would keep the memory of its largest one.
@@ -173,7 +173,7 @@ def _explaining_a_missing_package() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("starlette", "uvicorn", "sse_starlette", "prometheus_client"):
+        if (error.name or "").partition(".")[0] in ("starlette", "uvicorn", "prometheus_client"):
             raise ConfigError(f"the server needs {error.name}; {install_extra('serve')}") from error
         raise
 

@@ -90,7 +90,14 @@ NEVER_TORCH = (
     "commands",
 )
 # Modules that need the extra `serve` to be imported; the command says so where it is missing.
-OF_SERVE = ("psannlm.serving.app", "psannlm.serving.metrics", "psannlm.serving.server")
+OF_SERVE = (
+    "psannlm.serving.answer",
+    "psannlm.serving.app",
+    "psannlm.serving.events",
+    "psannlm.serving.metrics",
+    "psannlm.serving.server",
+    "psannlm.serving.service",
+)
 # Modules that extend classes of the extra `hf`, and need it to be imported.
 OF_TRANSFORMERS = (
     "psannlm.hf",
@@ -320,7 +327,6 @@ def test_modules_import_in_any_order(is_reverse: bool, graph: dict[str, list[Imp
         "tensorboard",
         "starlette",
         "uvicorn",
-        "sse_starlette",
         "prometheus_client",
         "submitit",
         "pytest",

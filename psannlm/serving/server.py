@@ -20,10 +20,11 @@ from psannlm.models.accounting import cache_bytes
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import gpu_memory_bytes
-from psannlm.serving.app import Service, build_app
+from psannlm.serving.app import build_app
 from psannlm.serving.guard import HostRule
 from psannlm.serving.limits import DRAIN_TIMEOUT_S, HEADER_TIMEOUT_S, KEEP_ALIVE_S
 from psannlm.serving.scheduler import PREFILL_CHUNK_TOKENS, Scheduler
+from psannlm.serving.service import Service
 from psannlm.serving.sockets import bind_error
 from psannlm.serving.worker import EngineThread
 

@@ -23,7 +23,7 @@ from psannlm.models.transformer import Transformer
 
 from .conftest import Outcome
 
-for package in ("starlette", "uvicorn", "sse_starlette", "prometheus_client"):
+for package in ("starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(package)
 
 Psannlm = Callable[..., Outcome]

@@ -12,13 +12,13 @@ from psannlm.generation.engine import Engine
 from psannlm.models.transformer import Transformer
 from psannlm.serving.scheduler import GenerationRequest, Handle, Scheduler, Update
 
-for package in ("starlette", "uvicorn", "sse_starlette", "prometheus_client"):
+for package in ("starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(package)
 
-from psannlm.serving.app import Service  # noqa: E402
 from psannlm.serving.guard import HostRule  # noqa: E402
 from psannlm.serving.metrics import Metrics  # noqa: E402
 from psannlm.serving.server import HttpServer  # noqa: E402
+from psannlm.serving.service import Service  # noqa: E402
 from psannlm.serving.sockets import bind_socket  # noqa: E402
 
 CONTEXT = 400

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from psannlm.serving.app import Service, build_app
+from psannlm.serving.app import build_app
 from psannlm.serving.guard import HostRule
 from psannlm.serving.scheduler import Scheduler
+from psannlm.serving.service import Service
 from psannlm.serving.worker import EngineThread
 
 VALID: dict[str, Any] = {

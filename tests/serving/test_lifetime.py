@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,12 +16,13 @@ import pytest
 
 from psannlm.generation.engine import Engine
 from psannlm.serving import app as app_module
+from psannlm.serving import events as events_module
 from psannlm.serving import server as server_module
 from psannlm.serving import worker as worker_module
-from psannlm.serving.app import Service
 from psannlm.serving.guard import HostRule
 from psannlm.serving.scheduler import Scheduler
 from psannlm.serving.server import HttpServer
+from psannlm.serving.service import Service
 from psannlm.serving.sockets import bind_socket
 
 BODY = {"model": "tiny", "prompt": "the sea", "max_tokens": 4}
@@ -152,3 +154,35 @@ def test_body_that_does_not_arrive_answers_408(
         )
         received = raw.recv(1000)
         assert b" 408 " in received
+
+
+def test_stream_without_progress_shows_that_it_lives(
+    loading: LoadingServer, wait_for: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By comments between the events, which proxies and clients count as activity; a running stream has none."""
+    monkeypatch.setattr(events_module, "PING_S", 0.2)
+    wait_for()
+    scheduler = loading.http._engine.scheduler
+    assert scheduler is not None
+    step, n_steps = scheduler.step, 0
+
+    def halting_step() -> None:
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps == 4:
+            time.sleep(1.0)
+        step()
+
+    monkeypatch.setattr(scheduler, "step", halting_step)
+    asked = urllib.request.Request(
+        f"http://127.0.0.1:{loading.port}/v1/completions",
+        json.dumps({**BODY, "max_tokens": 200, "stream": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        events = answer.read().decode().split("\n\n")
+    pings = [at for at, event in enumerate(events) if event == ": ping"]
+    assert 2 <= len(pings) <= 5
+    assert pings[-1] - pings[0] < len(pings)
+    assert all(event == ": ping" or event.startswith("data: ") for event in events[:-1])
+    assert events[-2:] == ["data: [DONE]", ""]

@@ -48,7 +48,7 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 # Packages that our server needs; then those that a reference server and the export for it need, with the extra that has
 # the export's.
-_OUR_PACKAGES = ("starlette", "uvicorn", "h11", "sse_starlette", "prometheus_client")
+_OUR_PACKAGES = ("starlette", "uvicorn", "h11", "prometheus_client")
 _OF_TRANSFORMERS = (("transformers", "fastapi", "uvicorn", "openai"), "hf")
 _PACKAGES = {
     "transformers": _OF_TRANSFORMERS,
