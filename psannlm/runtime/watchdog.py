@@ -38,8 +38,9 @@ _GRACE_S = 3.0
 _REPORT_S = 8.0
 # Rank 0 gets this long to finish (the loss curve) after an end that all ranks agreed on.
 _AGREED_S = 60.0
-# A broken connection is detected before the rank that caused it is known: look for it during this many heartbeats.
-_SEARCH_BEATS = 5
+# A broken connection is detected before the rank that caused it is known: look for it during this many heartbeats, and
+# longer where several ranks are silent, since on a busy machine a living one can be late.
+_SEARCH_BEATS, _MOST_SEARCH_BEATS = 5, 12
 
 
 @dataclass(frozen=True)
@@ -151,13 +152,16 @@ class RankWatchdog:
     def _find_failed_rank(self) -> RankFailure | None:
         """Return, after a connection broke, the error of another rank, or the rank without heartbeats, or None."""
         before = self._heartbeats(range(self.size))
-        for _ in range(_SEARCH_BEATS):
+        silent = [rank for rank in before if rank != self.rank]
+        for n_beats in range(1, _MOST_SEARCH_BEATS + 1):
             if (failure := self._first_failure()) is not None:
                 return failure
             time.sleep(_BEAT_S)
-        after = self._heartbeats(range(self.size))
-        dead = [rank for rank in before if rank != self.rank and before[rank] == after.get(rank)]
-        return self._publish(_dead(dead[0], self.rank)) if dead else None
+            now = self._heartbeats(range(self.size))
+            silent = [rank for rank in silent if before[rank] == now.get(rank)]
+            if n_beats >= _SEARCH_BEATS and len(silent) <= 1:
+                break
+        return self._publish(_dead(silent[0], self.rank)) if silent else None
 
     def _watch(self) -> None:
         watched = list(range(self.size) if self.rank == 0 else range(1))

@@ -65,3 +65,11 @@ def test_watchdog_lets_rank_0_report_another_dead_rank(store: Store, clock: Cloc
     error = RankWatchdog(store, 1, 3).resolve_error(BROKEN)
     assert isinstance(error, AlreadyReported)
     assert "rank 2: gone" in str(error)
+
+
+def test_watchdog_tells_a_late_rank_from_a_dead_one(store: Store, clock: Clock) -> None:
+    """On a busy machine a rank may be silent for longer than the search takes at least."""
+    clock.beat = lambda now: store.set("alive/1", "late" if clock.now > watchdog_module._SEARCH_BEATS + 3 else "1")
+    error = RankWatchdog(store, 0, 3).resolve_error(BROKEN)
+    assert isinstance(error, RankError)
+    assert "rank 2: gone" in str(error)
