@@ -157,7 +157,7 @@ def process_group(world: World, device: torch.device, identity: Mapping[str, Any
     if device.type == "cuda":
         torch.cuda.set_device(device)
     watchdog = RankWatchdog(watchdog_store, world.rank, world.size)
-    is_broken = False
+    is_broken = is_done = False
     try:
         watchdog.start()
         _refuse_other_identity(group_store, world, identity or {})
@@ -166,6 +166,7 @@ def process_group(world: World, device: torch.device, identity: Mapping[str, Any
         watchdog.join()
         yield world
         world.wait()
+        is_done = True
     except BaseException as error:  # whatever ends this rank, Ctrl-C included, ends the others; it is raised again
         is_broken = not isinstance(error, Interrupted)
         last = watchdog.resolve_error(error)
@@ -173,7 +174,7 @@ def process_group(world: World, device: torch.device, identity: Mapping[str, Any
             raise
         raise last from error
     finally:
-        watchdog.close()
+        watchdog.close(is_done=is_done)
         if is_broken and device.type == "cuda" and dist.is_initialized():
             # Destroying the group would wait for messages that the other ranks never send.
             dist.group.WORLD.abort()  # type: ignore[union-attr]

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 # seconds, because a clock keeps running while the whole job is suspended.
 _BEAT_S = 1.0
 _SILENT_BEATS = 18
+# In place of the heartbeat of a rank that has left with its work done.
+_DONE = b"done"
 # After an error on another rank, the main thread gets this long to fail in a broken collective by itself and clean up.
 _GRACE_S = 3.0
 # A rank with an error waits this long for rank 0 to print it, then prints it itself.
@@ -106,12 +108,14 @@ class RankWatchdog:
         """Watch all ranks from now on. Every rank must have constructed its watchdog before."""
         self._has_joined.set()
 
-    def close(self) -> None:
-        """Stop the thread."""
+    def close(self, *, is_done: bool = False) -> None:
+        """Stop the thread. ``is_done`` says that this rank needs nothing more of the others, and is no dead one."""
         self._is_leaving.set()
         self._closed.set()
         if self._thread.ident is not None:
             self._thread.join(timeout=_REPORT_S)
+        if is_done:
+            self._call(lambda: self._store.set(f"alive/{self.rank}", _DONE.decode("ascii")), None)
 
     def resolve_error(self, error: BaseException) -> BaseException:
         """Return the exception that the main thread must raise because of ``error``, so that one rank prints one error.
@@ -158,7 +162,7 @@ class RankWatchdog:
                 return failure
             time.sleep(_BEAT_S)
             now = self._heartbeats(range(self.size))
-            silent = [rank for rank in silent if before[rank] == now.get(rank)]
+            silent = [rank for rank in silent if before[rank] == now.get(rank) != _DONE]
             if n_beats >= _SEARCH_BEATS and len(silent) <= 1:
                 break
         return self._publish(_dead(silent[0], self.rank)) if silent else None
@@ -185,7 +189,7 @@ class RankWatchdog:
 
     def _silent_rank(self, ranks: Sequence[int], beats: Mapping[int, bytes]) -> RankFailure | None:
         for rank in ranks:
-            is_silent = rank not in beats or beats[rank] == self._seen.get(rank)
+            is_silent = rank not in beats or beats[rank] == self._seen.get(rank) != _DONE
             self._silent[rank] = self._silent.get(rank, 0) + 1 if is_silent else 0
             if self._silent[rank] >= _SILENT_BEATS and rank != self.rank:
                 return self._publish(_dead(rank, self.rank))

@@ -65,13 +65,31 @@ def replicate(model: nn.Module, world: World, device: torch.device) -> nn.Module
     # unused parameters, of which there are none, keeps the buckets of the first step: DDP would rearrange them after
     # it, and where an element lies decides in which order three or more ranks are added. A resumed run would end with
     # other bits.
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    _swallow_warning(device)
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         find_unused_parameters=True,
     )
+
+
+def _swallow_warning(device: torch.device) -> None:
+    """Let DDP give, where nobody sees it, its one warning per process, of an unneeded search for unused parameters.
+
+    DDP's C++ code writes it to stderr past Python's filters, except within an autograd function.
+    """
+
+    class Swallowing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                DistributedDataParallel(nn.Linear(1, 1, device=device), find_unused_parameters=True)(x)
+            return x.clone()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        Swallowing.apply(torch.ones(1, 1, device=device))  # type: ignore[no-untyped-call]
 
 
 def shard(

@@ -67,9 +67,18 @@ def test_watchdog_lets_rank_0_report_another_dead_rank(store: Store, clock: Cloc
     assert "rank 2: gone" in str(error)
 
 
-def test_watchdog_tells_a_late_rank_from_a_dead_one(store: Store, clock: Clock) -> None:
+def test_watchdog_tells_a_late_rank_from_dead_one(store: Store, clock: Clock) -> None:
     """On a busy machine a rank may be silent for longer than the search takes at least."""
     clock.beat = lambda now: store.set("alive/1", "late" if clock.now > watchdog_module._SEARCH_BEATS + 3 else "1")
     error = RankWatchdog(store, 0, 3).resolve_error(BROKEN)
     assert isinstance(error, RankError)
     assert "rank 2: gone" in str(error)
+
+
+def test_watchdog_tells_a_done_rank_from_dead_one(store: Store, clock: Clock) -> None:
+    """A rank may be killed in the very last collective, which others have left."""
+    RankWatchdog(store, 1, 3).close(is_done=True)
+    error = RankWatchdog(store, 0, 3).resolve_error(BROKEN)
+    assert isinstance(error, RankError)
+    assert "rank 2: gone" in str(error)
+    assert clock.now < watchdog_module._SEARCH_BEATS + 4
