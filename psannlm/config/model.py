@@ -27,6 +27,9 @@ MlpKind = Literal[
     "gelusine",
     "sinerelu2",
 ]
+QkvFeaturesKind = Literal["fan", "fan_linear", "gelu"]
+# Rows of the matrix of qkv_features that give two features each, as a fraction of d_model.
+QKV_PAIRS_FRACTION = 0.25
 PositionKind = Literal["rope", "alibi", "sinusoidal"]
 SineParameter = Literal["amplitude", "frequency", "decay"]
 ConvPlace = Literal["attention", "mlp"]
@@ -160,6 +163,12 @@ class ModelConfig(Section):
         None, description="scale each residual branch by a learnable factor; null: the setting of the base"
     )
     qk_norm: Flag = Field(False, description="QK-norm: RMSNorm on the queries and keys of each head")
+    qkv_features: QkvFeaturesKind | None = Field(
+        None,
+        description="features from which queries, keys and values are projected: fan (a FAN layer: cosines and sines "
+        "of a quarter of the rows of a matrix, GELU of the others), fan_linear (the others without GELU, as in "
+        "FANformer), gelu (the same matrix with GELU alone); null: the input of attention itself",
+    )
     embedding_norm: Flag = Field(
         False, description="RMSNorm of the embedding, positions of sinusoidal included, before the first block"
     )
@@ -185,6 +194,11 @@ class ModelConfig(Section):
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             message = f"{self.n_kv_heads} key/value heads do not divide {self.n_heads} query heads"
             found.append(Check(("n_kv_heads", "n_heads"), message))
+        if self.qkv_features is not None and self.d_model * QKV_PAIRS_FRACTION < 1:
+            message = (
+                f"{self.qkv_features} needs a d_model of 4 or more, and it is {self.d_model}; raise it, or drop this"
+            )
+            found.append(Check(("qkv_features", "d_model"), message))
         if self.activation_norm and self.gate_init_scale != 1.0:
             message = "has no effect with activation_norm, which divides by the scale of its input; drop one of them"
             found.append(Check(("gate_init_scale", "activation_norm"), message))

@@ -21,6 +21,8 @@ class PsannLMConfig(PreTrainedConfig):
         sine_quadrature: the sine makes a sine and a cosine of each of its inputs, together ``intermediate_size``.
         activation_norm: RMSNorm, without weights, of the input of the activation.
         embedding_norm: RMSNorm of the embedding, positions of ``sinusoidal`` included.
+        qkv_features: features from which queries, keys and values are projected: ``fan``, ``fan_linear``, ``gelu`` or
+            None, the input itself.
         position_encoding: ``rope``, ``alibi`` or ``sinusoidal``.
         residual_scale: multiply each residual branch by a learned scalar.
         short_conv_places: the sublayers, of ``attention`` and ``mlp``, whose normalized input is convolved over time.
@@ -50,6 +52,7 @@ class PsannLMConfig(PreTrainedConfig):
     sine_quadrature: bool = False
     activation_norm: bool = False
     embedding_norm: bool = False
+    qkv_features: str | None = None
     position_encoding: str = "rope"
     rotary_base: float = 10000.0
     max_position_embeddings: int = 1024

@@ -22,7 +22,7 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_psannlm.PsannLMForCausalLM",
 }
 # Keys of the same name in both, which folders that were exported before them lack.
-_LATER_KEYS = ("activation_gains", "sine_phase", "sine_quadrature", "activation_norm", "embedding_norm")
+_LATER_KEYS = ("activation_gains", "sine_phase", "sine_quadrature", "activation_norm", "embedding_norm", "qkv_features")
 _BOUNDS = {"amplitude": "amp_bounds", "frequency": "freq_bounds", "decay": "damp_bounds"}
 _TOP_NAMES = {
     "embedding": "model.embed_tokens",
@@ -66,6 +66,7 @@ def custom_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> di
         "sine_quadrature": config.sine_quadrature,
         "activation_norm": config.activation_norm,
         "embedding_norm": config.embedding_norm,
+        "qkv_features": config.qkv_features,
         "position_encoding": config.positional_encoding,
         "rotary_base": config.rope_theta,
         "max_position_embeddings": config.max_seq_len,

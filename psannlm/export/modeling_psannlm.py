@@ -333,6 +333,28 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+class PsannLMQkvFeatures(nn.Module):
+    """[cos z, sin z, GELU(r)], z and r from one matrix; ``fan_linear`` without the GELU, ``gelu`` with nothing else."""
+
+    def __init__(self, size: int, kind: str) -> None:
+        super().__init__()
+        if kind not in ("fan", "fan_linear", "gelu"):
+            raise ValueError(f"qkv_features {kind!r} is not one of fan, fan_linear, gelu")
+        self.kind = kind
+        self.n_pairs = size // 4
+        self.proj = nn.Linear(size, size - self.n_pairs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected = self.proj(x)
+        wide = projected.float()
+        z, r = wide[..., : self.n_pairs], wide[..., self.n_pairs :]
+        if self.kind == "gelu":
+            parts = (F.gelu(z), F.gelu(-z), F.gelu(r))
+        else:
+            parts = (torch.cos(z), torch.sin(z), F.gelu(r) if self.kind == "fan" else r)
+        return torch.cat(parts, dim=-1).to(projected.dtype)
+
+
 class PsannLMAttention(nn.Module):
     """Causal attention without biases, with grouped queries and, where configured, norms of queries and keys."""
 
@@ -344,6 +366,9 @@ class PsannLMAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
+        self.features = None
+        if config.qkv_features is not None:
+            self.features = PsannLMQkvFeatures(config.hidden_size, config.qkv_features)
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
@@ -360,6 +385,8 @@ class PsannLMAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        if self.features is not None:
+            hidden_states = self.features(hidden_states)
         q = self.q_proj(hidden_states).view(shape)
         k = self.k_proj(hidden_states).view(shape)
         v = self.v_proj(hidden_states).view(shape).transpose(1, 2)

@@ -65,7 +65,7 @@ def why_not_plain(config: ModelConfig) -> str | None:
         return "the short convolutions (model.short_conv)"
     if config.activation_gains:
         return "gains of the activation (model.activation_gains)"
-    for key in ("activation_norm", "embedding_norm"):
+    for key in ("activation_norm", "embedding_norm", "qkv_features"):
         if getattr(config, key):
             return f"model.{key}"
     if config.mlp in ("sine", "sineglu"):

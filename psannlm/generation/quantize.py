@@ -181,6 +181,8 @@ def prepare_for_inference(model: Transformer, dtype: WeightDtype, *, is_compiled
     for block in copied.blocks:
         assert isinstance(block, Block)
         attention, mlp = block.attention, block.mlp
+        if attention.features is not None:
+            attention.features.proj = joined(attention.features.proj)
         attention.qkv_proj = joined(attention.q_proj, attention.k_proj, attention.v_proj)
         attention.out_proj = joined(attention.out_proj, scale=block.attention_scale)
         del attention.q_proj, attention.k_proj, attention.v_proj

@@ -17,6 +17,7 @@ from psannlm.kernels.cpu_attention import blocked_attention, use_blocked_attenti
 from psannlm.kernels.onednn import Linear
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache, LayerCache, whole_blocks
 from psannlm.models.positions import alibi_bias, alibi_slopes, apply_rotary_emb, rope_tables
+from psannlm.models.qkv_features import QkvFeatures
 
 # Queries per kernel call of a prefill on a CPU. The kernel sums by blocks whose size depends on the numbers of queries
 # and keys; with a fixed number of queries a row gets the same sums whatever the length of the other rows of its batch.
@@ -132,6 +133,9 @@ class Attention(nn.Module):
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         self.head_dim = config.d_model // config.n_heads
+        self.features = None
+        if config.qkv_features is not None:
+            self.features = QkvFeatures(config.d_model, config.qkv_features)
         self.q_proj = Linear(config.d_model, self.n_heads * self.head_dim, bias=False)
         self.k_proj = Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.v_proj = Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
@@ -144,6 +148,8 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values (B, T, H K or G K) of (B, T, D)."""
+        if self.features is not None:
+            x = self.features(x)
         if self.qkv_proj is None:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         sizes = [self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, self.n_kv_heads * self.head_dim]

@@ -100,6 +100,7 @@ def test_tensors_without_scales_are_the_same_bits(build_tiny: Build) -> None:
         ({"mlp": "sine"}, "sine activation"),
         ({"mlp": "sineglu"}, "sine activation"),
         ({"activation_gains": True}, "activation_gains"),
+        ({"qkv_features": "fan"}, "qkv_features"),
         ({"activation_norm": True}, "activation_norm"),
         ({"embedding_norm": True}, "embedding_norm"),
         ({"mlp": "relu2", "qk_norm": True}, "qk_norm"),

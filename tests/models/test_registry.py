@@ -86,12 +86,13 @@ def test_resolve_taps_beyond_context_raise() -> None:
         ({"mlp": "clampedsine", "sine_quadrature": True}, "set mlp to sine or sineglu, or drop it"),
         ({"mlp": "sine", "sine_quadrature": True, "sine_phase": 0.5}, "already add up to any phase"),
         ({"activation_norm": True, "gate_init_scale": 0.4}, "gate_init_scale: has no effect with activation_norm"),
+        ({"qkv_features": "fan", "d_model": 2, "n_heads": 1}, "needs a d_model of 4 or more"),
         ({"mlp": "sinerelu2", "d_mlp": 1}, "1 feature has no two halves"),
     ],
 )
 def test_resolve_refuses_keys_without_effect(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        resolve(ModelConfig(**TINY, **settings))
+        resolve(ModelConfig(**{**TINY, **settings}))
 
 
 def test_resolve_is_idempotent() -> None:

@@ -41,6 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "norm of swiglu's gate": {"mlp": "swiglu", "activation_norm": True},
     "norm of a sine": {"mlp": "sine", "activation_norm": True, "activation_gains": True},
     "norm of an embedding": {"embedding_norm": True, "positional_encoding": "sinusoidal"},
+    "fan": {"qkv_features": "fan", "n_kv_heads": 1, "d_model": 18, "n_heads": 3},
+    "linear fan": {"qkv_features": "fan_linear"},
+    "control of fan": {"qkv_features": "gelu"},
     "gains of swiglu": {"mlp": "swiglu", "activation_gains": True},
     "gains of gelu": {"mlp": "gelu", "activation_gains": True},
     "gains of relu2": {"mlp": "relu2", "activation_gains": True},
@@ -126,7 +129,7 @@ def test_variant_counts_equal_the_parameters(model: Transformer) -> None:
     assert sum(count_parameters(model.config).values()) == sum(p.numel() for p in model.parameters())
     # Six operations for each element of a matrix that tokens are multiplied by, and attention's 12 L D T.
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "embedding.weight")
-    assert flops_per_token(model.config, 8) == 6 * matrices + 12 * 2 * 12 * 8
+    assert flops_per_token(model.config, 8) == 6 * matrices + 12 * 2 * model.config.d_model * 8
 
 
 def test_variant_learns_in_every_parameter(model: Transformer) -> None:

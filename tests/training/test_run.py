@@ -189,6 +189,7 @@ MODEL_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "activation_norm": ({}, {"activation_norm": True}, "losses", "tokens parameters"),
     "embedding_norm": ({}, {"embedding_norm": True}, "losses parameters", "tokens"),
     "gate_init_scale": ({}, {"gate_init_scale": 0.4}, "losses", "tokens parameters"),
+    "qkv_features": ({}, {"qkv_features": "fan"}, "losses parameters", "tokens"),
     "activation_gains": ({}, {"activation_gains": True}, "losses parameters", "tokens"),
     "qk_norm": ({}, {"qk_norm": True}, "losses parameters", "tokens"),
     "norm_eps": ({}, {"norm_eps": 1e-2}, "losses", "tokens parameters"),
