@@ -1,8 +1,8 @@
 """Soak test of training on several ranks: kill random ranks, check that all end soon and resume to the same bits.
 
-Each attempt starts the ranks of ``psannlm train`` on a tiny model and kills one of them with SIGKILL, at a random time
-after it has joined or at a random moment of a save. The other ranks must end within ``--limit`` seconds, and one line
-must name the killed rank. The same command then resumes. When a run has reached its last step, the tensors of its
+Each attempt starts the ranks of ``psannlm train`` on a tiny model and kills one of them with SIGKILL: within a save,
+within a step, or at a random time after it has joined. The other ranks must end within ``--limit`` seconds, and one
+line must name the killed rank. The same command then resumes. When a run has reached its last step, the tensors of its
 checkpoint must equal, bit for bit, those of a run without kills. Such runs are repeated, in each mode of
 ``train.fsdp``, until ``--kills`` ranks were killed; then the figures are printed.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -37,7 +38,22 @@ STEPS, STEPS_PER_SAVE = 24, 3
 LIMIT_S = 30.0
 # A run without a kill that takes longer than this hangs.
 HANG_S = 300.0
-SAVE_KILLS = 0.4
+# Kinds of kills and the fraction of each; and the function of the training loop in which a rank kills itself.
+RANDOM = "at a random time"
+KINDS = {"within a save": 0.4, "within a step": 0.3, RANDOM: 0.3}
+FUNCTIONS = {"within a save": "_save", "within a step": "train_step"}
+# Seconds into the function at which it does, at most.
+WITHIN_S = 0.02
+LIBRARIES = (
+    "matplotlib.backends.backend_agg",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.default_planner",
+    "torch.distributed.checkpoint.hf_storage",
+    "torch.distributed.fsdp",
+    "psannlm.commands.app",
+    "psannlm.generation.generate",
+    "psannlm.training.run",
+)
 # Exit code of a fork whose code failed before or after the command.
 BROKEN = 70
 
@@ -111,19 +127,34 @@ def has_joined(place: dict[str, str], rank: int) -> bool:
     return any(Path(place[STORE_FOLDER]).glob(f"*alive%2F{rank}"))
 
 
-def kill_within_save(save: int, after_s: float) -> None:
-    """Let this process kill itself ``after_s`` seconds into its save number ``save``, counted from 0."""
-    from psannlm.training import loop
+@dataclass(frozen=True)
+class SelfKill:
+    """A rank that kills itself: ``after_s`` seconds into call ``call``, from 0, of a function of the training loop."""
 
-    original, calls = loop._save, []
+    rank: int
+    function: str
+    call: int
+    after_s: float
 
-    def save_and_die(*arguments: Any) -> None:
-        calls.append(None)
-        if len(calls) == save + 1:
-            threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        original(*arguments)
+    def prepare(self) -> None:
+        """Let this process kill itself when it gets there."""
+        from psannlm.training import loop
 
-    loop._save = save_and_die
+        original, calls = getattr(loop, self.function), []
+
+        def call_and_kill(*arguments: Any, **settings: Any) -> Any:
+            calls.append(None)
+            if len(calls) == self.call + 1:
+                threading.Timer(self.after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return original(*arguments, **settings)
+
+        setattr(loop, self.function, call_and_kill)
+
+
+def import_libraries() -> None:
+    """Import what the ranks use, once and before the forks: it takes longer than their runs."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
 
 
 @dataclass
@@ -133,6 +164,7 @@ class Soak:
     folder: Path
     mode: str
     n_ranks: int
+    n_steps: int
     limit_s: float
     rng: random.Random
     kills: Counter[str] = field(default_factory=Counter)
@@ -156,7 +188,7 @@ class Soak:
                 "val_split": 0.1,
             },
             "train": {
-                "max_steps": STEPS,
+                "max_steps": self.n_steps,
                 "batch_tokens": 32,
                 "grad_accum_steps": 2,
                 "lr": 1e-2,
@@ -176,13 +208,13 @@ class Soak:
         path.write_text(to_yaml(config_from_mapping(settings)), encoding="utf-8")
         return path
 
-    def start(self, config: Path, place: dict[str, str], doom: tuple[int, int, float] | None = None) -> Ranks:
-        """Start the ranks of a run; ``doom`` is a rank, a save and the seconds into it at which the rank dies."""
+    def start(self, config: Path, place: dict[str, str], self_kill: SelfKill | None = None) -> Ranks:
+        """Start the ranks of a run, one of which may kill itself."""
         from psannlm.commands.app import main
 
         def work(rank: int) -> None:
-            if doom is not None and rank == doom[0]:
-                kill_within_save(*doom[1:])
+            if self_kill is not None and rank == self_kill.rank:
+                self_kill.prepare()
             main(["train", str(config)])
 
         return fork_ranks(self.n_ranks, config.parent, place, work)
@@ -212,13 +244,15 @@ class Soak:
         """Start the run and kill a rank of it; return whether it was killed before the end of the run."""
         from psannlm.runtime.launch import private_store
 
-        rank, within_save = self.rng.randrange(self.n_ranks), self.rng.random() < SAVE_KILLS
-        after_s = self.rng.uniform(0, 0.02 if within_save else self.straight_s)
-        doom = (rank, self.rng.randrange(3), after_s) if within_save else None
+        # The kind that is furthest behind its fraction.
+        kind = min(KINDS, key=lambda kind: (self.kills[kind] + 1) / KINDS[kind])
+        rank, call = self.rng.randrange(self.n_ranks), self.rng.randrange(3)
+        after_s = self.rng.uniform(0, self.straight_s if kind == RANDOM else WITHIN_S)
+        self_kill = None if kind == RANDOM else SelfKill(rank, FUNCTIONS[kind], call, after_s)
         with private_store(self.n_ranks) as place:
-            ranks = self.start(config, place, doom)
+            ranks = self.start(config, place, self_kill)
             try:
-                if doom is None:
+                if self_kill is None:
                     while not has_joined(place, rank) and not ranks.wait(0.01):
                         pass
                     ranks.wait(after_s)
@@ -246,7 +280,7 @@ class Soak:
         if 1 in others and (len(reports) != 1 or f"rank {rank}: gone" not in reports[0]):
             raise SystemExit(f"fsdp {self.mode}: rank {rank} was killed, and the ranks reported {reports}")
         self.seconds.append(seconds)
-        self.kills["within a save" if within_save else "at a random time"] += 1
+        self.kills[kind] += 1
         return True
 
     def _finish(self, config: Path) -> None:
@@ -265,7 +299,7 @@ class Soak:
 
         from psannlm.models.tensorfile import read_tensors
 
-        last = self.folder / name / "run" / f"step_{STEPS:08d}"
+        last = self.folder / name / "run" / f"step_{self.n_steps:08d}"
         return {
             f"{file.name}: {name}": hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
             for file in sorted(last.glob("*.safetensors"))
@@ -285,16 +319,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=300, help="number of ranks to kill, over all modes (default 300)")
     parser.add_argument("--ranks", type=int, default=4, help="processes of each run (default 4)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of each run (default {STEPS})")
     parser.add_argument("--modes", default=",".join(MODES), help=f"values of train.fsdp (default {','.join(MODES)})")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help=f"seconds to end in (default {LIMIT_S:.0f})")
     parser.add_argument("--seed", type=int, default=0, help="seed of the kills (default 0)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: forks of a process with threads would hang
-    import psannlm.commands.app
-    import psannlm.generation.generate
-    import psannlm.training.run  # noqa: F401
-
+    import_libraries()
     with tempfile.TemporaryDirectory(prefix="psannlm-soak-") as folder:
         figures = soak(asked, Path(folder))
     if asked.json:
@@ -311,7 +343,7 @@ def soak(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for mode in asked.modes.split(","):
         (folder / mode).mkdir()
         write_text(folder / mode / "text.txt", rng)
-        parts.append(Soak(folder / mode, mode, asked.ranks, asked.limit, rng))
+        parts.append(Soak(folder / mode, mode, asked.ranks, asked.steps, asked.limit, rng))
         parts[-1].run_in_peace()
     while (left := asked.kills - sum(part.kills.total() for part in parts)) > 0:
         part = min(parts, key=lambda part: part.kills.total())
