@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from psannlm.errors import ArtifactError
+from psannlm.errors import ArtifactError, RankError, StorageError
 from psannlm.io.atomic import explain_write_errors, is_plain_file, is_plain_folder, sha256_file, sync_file
 from psannlm.io.filenames import utf8_path
 from psannlm.io.limits import MAX_HEADER_VALUES, json_values
@@ -69,36 +70,62 @@ def write_shards(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     that it wrote. Which tensors a file holds does not depend on their order, which a resumed run may change.
 
     Raises:
-        StorageError: this rank could not write; the other ranks wait for it.
+        StorageError: this rank could not write. Its files are removed.
+        RankError: another rank could not write.
+    """
+    problem, digests = "", {}
+    try:
+        digests = _write_own_shards(shard_folder(path), tensors)
+    except StorageError as error:
+        problem = str(error)
+    # A rank that failed takes part in the exchange too: no other rank waits for it without end, and rank 0 removes the
+    # folder that all of them write to when none of them does any more.
+    device = next(sharded.device for tensor in tensors.values() if (sharded := as_sharded(tensor)) is not None)
+    content = json.dumps({"problem": problem, "digests": digests}).encode("ascii")
+    answers = [json.loads(answer) for answer in gather_bytes(content, device)]
+    if problem:
+        raise StorageError(problem)
+    for rank, answer in enumerate(answers):
+        if answer["problem"]:
+            raise RankError(f"rank {rank}: {answer['problem']}", StorageError.exit_code)
+    return {name: digest for answer in answers for name, digest in answer["digests"].items()}
+
+
+def _write_own_shards(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write the shards of this rank into ``folder``; return the SHA-256 of each file by its name.
+
+    Raises:
+        StorageError: they could not be written. None of them is left: the space may be needed to report the error.
     """
     # DCP takes half a second to import.
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.planner import SavePlan
 
-    folder, rank = shard_folder(path), dist.get_rank()
+    rank = dist.get_rank()
     ordered = sorted(tensors.items(), key=lambda named: named[0])
     own = {name: tensor for number, (name, tensor) in enumerate(ordered) if _is_written_here(number, tensor)}
-    digests: dict[str, str] = {}
+    pattern = f"shard-{rank + 1:05d}-*"
     # The steps of torch.distributed.checkpoint.save but for its exchange of plans, which sends pickles between ranks:
     # who writes what follows from the tensors.
     with explain_write_errors(folder):
-        writer = HuggingFaceStorageWriter(str(folder), _file_numbers(own), save_distributed=True)
-        planner = DefaultSavePlanner()
-        planner.set_up_planner(own, is_coordinator=rank == 0)
-        writer.set_up_storage_writer(is_coordinator=rank == 0)
-        plan = writer.prepare_local_plan(planner.create_local_plan())
-        # Its place in this list is the number in the names of its files.
-        plan = writer.prepare_global_plan([*(SavePlan([]) for _ in range(rank)), plan])[rank]
-        writer.write_data(planner.finish_plan(plan), planner).wait()
-        for file in sorted(folder.glob(f"shard-{rank + 1:05d}-*")):
-            digests[file.name] = sha256_file(file)
-        sync_file(folder)
-    device = next(sharded.device for tensor in tensors.values() if (sharded := as_sharded(tensor)) is not None)
-    found: dict[str, str] = {}
-    for content in gather_bytes(json.dumps(digests).encode("ascii"), device):
-        found |= json.loads(content)
-    return found
+        try:
+            writer = HuggingFaceStorageWriter(str(folder), _file_numbers(own), save_distributed=True)
+            planner = DefaultSavePlanner()
+            planner.set_up_planner(own, is_coordinator=rank == 0)
+            writer.set_up_storage_writer(is_coordinator=rank == 0)
+            plan = writer.prepare_local_plan(planner.create_local_plan())
+            # Its place in this list is the number in the names of its files.
+            plan = writer.prepare_global_plan([*(SavePlan([]) for _ in range(rank)), plan])[rank]
+            writer.write_data(planner.finish_plan(plan), planner).wait()
+            digests = {file.name: sha256_file(file) for file in sorted(folder.glob(pattern))}
+            sync_file(folder)
+        except OSError:
+            for file in folder.glob(pattern):
+                with suppress(OSError):
+                    file.unlink()
+            raise
+    return digests
 
 
 def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int] | None:

@@ -127,7 +127,7 @@ class RankWatchdog:
         if isinstance(error, Interrupted):
             return self._handle_agreed(error)
         own = RankFailure(self.rank, describe(error), getattr(error, "exit_code", EXIT_FAILED), self.rank)
-        fault = self._find_failed_rank() if _is_broken_connection(error) else None
+        fault = self._fault_of_other(error)
         failure = fault or self._publish(own)
         if self.rank == 0:
             was_reported, self._is_reported = self._is_reported, True
@@ -144,6 +144,14 @@ class RankWatchdog:
         if failure.by != self.rank or self._is_reported_elsewhere(failure):
             return AlreadyReported(str(failure), failure.exit_code)
         return error if failure == own else RankError(str(failure), failure.exit_code)
+
+    def _fault_of_other(self, error: BaseException) -> RankFailure | None:
+        """Return the failure of another rank that ``error`` follows from, or None."""
+        if isinstance(error, RankError):
+            # All ranks have learned which one failed, and that one publishes its error.
+            is_published = self._until(lambda: self._call(lambda: self._store.check(["failure"]), False), _AGREED_S)
+            return self._first_failure() if is_published else None
+        return self._find_failed_rank() if _is_broken_connection(error) else None
 
     def _handle_agreed(self, error: PsannlmError) -> BaseException:
         """Handle an end that all ranks agreed on: rank 0 prints it when it is done."""

@@ -124,6 +124,7 @@ def save_checkpoint(
 
     Raises:
         StorageError: it could not be written. Its files are removed, and earlier checkpoints are unchanged.
+        RankError: the same, on the ranks that did write their shards while another could not.
     """
     final, world = step_folder(run, state.step), world or World()
     if world.is_main:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch.distributed as dist
 
-from psannlm.errors import AlreadyReported, RankError
+from psannlm.errors import EXIT_FAILED, AlreadyReported, RankError
 from psannlm.runtime import watchdog as watchdog_module
 from psannlm.runtime.watchdog import RankWatchdog, Store
 
@@ -82,3 +83,18 @@ def test_watchdog_tells_a_done_rank_from_dead_one(store: Store, clock: Clock) ->
     assert isinstance(error, RankError)
     assert "rank 2: gone" in str(error)
     assert clock.now < watchdog_module._SEARCH_BEATS + 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_watchdog_awaits_error_that_all_ranks_know(store: Store, clock: Clock, rank: int) -> None:
+    """Of the rank that failed, however long it takes: its message says more."""
+
+    def rank_2_publishes(now: str) -> None:
+        if clock.now > 4 * watchdog_module._SEARCH_BEATS and not store.check(["failure"]):
+            store.set("failure", json.dumps({"rank": 2, "message": "not saved: full", "exit_code": 1, "by": 2}))
+
+    clock.beat = rank_2_publishes
+    error = RankWatchdog(store, rank, 3).resolve_error(RankError("rank 2: full", EXIT_FAILED))
+    assert isinstance(error, RankError)
+    assert isinstance(error, AlreadyReported) == (rank != 0)
+    assert str(error) == "rank 2: not saved: full"

@@ -1,13 +1,14 @@
 """Runs of several ranks, each a fork of this process: ``rank_forks.py JOBS``, a JSON list; prints a JSON list.
 
-A job is ``{"configs": [path of each rank], "resume": ...}`` for a run, with ``"fault": [kind, rank]`` for one in which
-a rank does what it should not; or ``{"count": n_ranks}`` for the numbers of exchanges in a step.
+A job is ``{"configs": [path of each rank], "resume": ...}`` for a run, with ``"fault": [kind, rank, ...]`` for one in
+which ranks do what they should not; or ``{"count": n_ranks}`` for the numbers of exchanges in a step.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from importlib.util import module_from_spec, spec_from_file_location
@@ -18,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import psannlm.generation.generate
 from psannlm.commands.app import main
 from psannlm.config.model import ModelConfig
 from psannlm.config.run import RankMesh
@@ -54,6 +54,9 @@ def put_fault(kind: str, is_faulty: bool) -> None:
     if kind == "code":
         parallel.package_sha256 = lambda: "0" * 64  # type: ignore[assignment]
         return
+    if kind.startswith("full at "):
+        fill_disk(int(kind.removeprefix("full at ")))
+        return
     original_step, calls = loop.train_step, []
 
     def step(*arguments: Any, **settings: Any) -> Any:
@@ -68,6 +71,19 @@ def put_fault(kind: str, is_faulty: bool) -> None:
     loop.train_step = step
 
 
+def fill_disk(n_bytes: int) -> None:
+    """Let the system refuse this rank, from its second save on, to write beyond ``n_bytes`` in a file."""
+    original, calls = loop._save, []
+
+    def save(*arguments: Any) -> None:
+        calls.append(None)
+        if len(calls) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        original(*arguments)
+
+    loop._save = save
+
+
 def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     n_ranks = job.get("count") or len(job["configs"])
 
@@ -76,7 +92,7 @@ def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             (folder / f"count_{rank}.json").write_text(json.dumps(count(rank, n_ranks)), encoding="utf-8")
             return
         if "fault" in job:
-            put_fault(job["fault"][0], job["fault"][1] == rank)
+            put_fault(job["fault"][0], rank in job["fault"][1:])
         main(["train", job["configs"][rank], "--resume", job.get("resume", "auto")])
 
     began = time.monotonic()
@@ -138,6 +154,6 @@ def count(rank: int, n_ranks: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    assert psannlm.generation.generate is not None  # imported once, before the forks
+    soak_ranks.import_libraries()
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     sys.stdout.write(json.dumps([run(job, Path(sys.argv[1]).parent) for job in jobs]) + "\n")
