@@ -276,7 +276,7 @@ def test_folders_of_our_own_class_come_back(tmp_path: Path, build_tiny: Build, s
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hidden_act", "tanh"), ("hidden_size", "wide"), ("sine_bounds", None), ("short_conv_places", 3)],
+    [("hidden_act", "softsign"), ("hidden_size", "wide"), ("sine_bounds", None), ("short_conv_places", 3)],
 )
 def test_damaged_config_of_our_own_class_is_refused(tmp_path: Path, build_tiny: Build, key: str, value: Any) -> None:
     folder = tmp_path / "own"
