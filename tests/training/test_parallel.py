@@ -29,6 +29,9 @@ SCRIPT = Path(__file__).with_name("rank_script.py")
 N_STEPS, HALF = 20, 10
 LIMIT_S = 310
 LOW = ("bf16", "fp16")
+# Every third window has a border of documents.
+PACKED = {"data": {"pack_sequences": True, "max_length": 48}, "batch_tokens": 48 * 2}
+ISOLATED = {**PACKED, "data": {**PACKED["data"], "isolate_documents": True}}
 # Unpacked, so that windows hold 1 to 12 labels; with accumulation, validation, and epochs that end unevenly.
 SHARED: dict[str, Any] = {
     "max_steps": N_STEPS,
@@ -124,12 +127,14 @@ class Runs:
         return read_tensors(step_folder(self.folder / name, N_STEPS) / file).tensors
 
 
-def build_config(folder: Path, corpus: Path, name: str, world_size: int, **changes: Any) -> RunConfig:
+def build_config(
+    folder: Path, corpus: Path, name: str, world_size: int, data: dict[str, Any] | None = None, **changes: Any
+) -> RunConfig:
     steps = {**SHARED, "grad_accum_steps": 4 // world_size, "checkpoint_dir": str(folder / name)}
     model = {"base": "waveresnet", "d_model": 16, "n_layers": 2, "n_heads": 2, "d_mlp": 24, "residual_scale": True}
-    data = {"tokenizer": "simple", "vocab_size": 512, "max_length": 12, "val_split": 0.2, "pack_sequences": False}
+    shared = {"tokenizer": "simple", "vocab_size": 512, "max_length": 12, "val_split": 0.2, "pack_sequences": False}
     sources = [{"path": str(corpus), "per_line": True}]
-    config = {"model": model, "data": {**data, "sources": sources}, "train": {**steps, **changes}}
+    config = {"model": model, "data": {**shared, "sources": sources, **(data or {})}, "train": {**steps, **changes}}
     (folder / f"{name}.yaml").write_text(to_yaml(config_from_mapping(config)), encoding="utf-8")
     return config_from_mapping(config)
 
@@ -156,7 +161,12 @@ def runs(
     for amp in LOW:
         config(f"one_{amp}", 1, amp=amp)
         train(found.configs[f"one_{amp}"])
+    for name, changes in (("one_packed", PACKED), ("one_isolated", ISOLATED)):
+        config(name, 1, **changes)
+        train(found.configs[name])
     jobs: dict[str, dict[str, Any]] = {
+        "ddp_isolated": {"config": config("ddp_isolated", 2, **ISOLATED)},
+        "fsdp_isolated": {"config": config("fsdp_isolated", 2, fsdp="full", **ISOLATED)},
         "ddp": {"config": config("ddp", 2, ddp="on")},
         "fsdp": {"config": config("fsdp", 2, fsdp="full", grad_checkpoint=True, grad_sync="micro_batch")},
         "fsdp_muon": {"config": config("fsdp_muon", 2, fsdp="full", optimizer="muon")},
@@ -207,6 +217,15 @@ def assert_same_run(runs: Runs, name: str, one: str = "one", *, atol: float = 1e
 def test_ddp_and_fsdp_match_single_process(runs: Runs, name: str) -> None:
     assert [answer["ended"] for answer in runs.answers[name]] == ["done", "done"]
     assert_same_run(runs, name)
+
+
+@pytest.mark.parametrize("name", ["ddp_isolated", "fsdp_isolated"])
+def test_parallel_isolated_documents_match_single_process(runs: Runs, name: str) -> None:
+    """And not documents that see each other: those lead to other losses after the first step."""
+    assert_same_run(runs, name, "one_isolated")
+    for kind, first in (("train", 1), ("eval", 0)):
+        isolated, packed = ([row["loss"] for row in runs.rows(each, kind)][first:] for each in (name, "one_packed"))
+        assert min(abs(a - b) for a, b in zip(isolated, packed, strict=True)) > 5e-5
 
 
 def test_parallel_signal_to_one_rank_stops_all_alike(runs: Runs) -> None:
