@@ -132,16 +132,31 @@ def study_of(n_runs: int, folder: Path) -> Study:
     return Study(plan, folder, (sized,), tuple(runs), {})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("visible", "options"), [(None, {}), ("3,5", {}), ("3,5", {"jobs": 6, "share_gpus": True})])
+UUIDS = ",".join(f"GPU-8f6a000{at}" for at in range(8))
+# Of MIG instances torch counts the first only.
+MIGS = ",".join(f"MIG-11c0000{at}" for at in range(8))
+
+
+@pytest.mark.parametrize(
+    ("n_gpus", "visible", "options"),
+    [
+        (8, None, {}),
+        (8, UUIDS, {"jobs": 8}),
+        (1, MIGS, {"jobs": 8}),
+        (2, "3,5", {}),
+        (2, "3,5", {"jobs": 6, "share_gpus": True}),
+    ],
+)
 def test_twenty_runs_spread_over_gpus(
     gpus: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    n_gpus: int,
     visible: str | None,
     options: dict[str, int],
 ) -> None:
     """Never more runs on a GPU than its share, every GPU is used, a freed one at once, and all runs end."""
-    gpus(8 if visible is None else 2, visible)
+    gpus(n_gpus, visible)
     monkeypatch.setattr("psannlm.runtime.cores._bound_cores", lambda: 64)
     placement = place_runs(["auto"], **options)  # type: ignore[arg-type]
     in_use: dict[str, list[str]] = {}
@@ -164,7 +179,7 @@ def test_twenty_runs_spread_over_gpus(
     assert len(done) == 20
     assert most == dict.fromkeys(names, placement.jobs // len(names))
     assert {each["OMP_NUM_THREADS"] for each in environments} == {str(64 // placement.jobs)}
-    assert [each.get("PSANNLM_SHARED_GPU") for each in environments] == ["1" if options else None] * 20
+    assert [each.get("PSANNLM_SHARED_GPU") for each in environments] == ["1" if "share_gpus" in options else None] * 20
 
 
 def test_runs_without_gpus_see_none(gpus: Callable[..., None]) -> None:
