@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from psannlm.config.model import ModelConfig, PositionKind
+from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import prepare_for_inference
+from psannlm.kernels.compile import compiled
 from psannlm.models.accounting import count_parameters, flops_per_token
 from psannlm.models.artifact import load_model, save_model
 from psannlm.models.positions import sinusoids
@@ -50,6 +52,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gains of sineglu": {"mlp": "sineglu", "activation_gains": True},
     "gains of sinerelu2": {"mlp": "sinerelu2", "activation_gains": True},
 }
+# All keys at once, as far as they go together.
+TOGETHER: list[dict[str, Any]] = [
+    {"mlp": "gelusine", "sine_phase": 0.8, "activation_gains": True, "activation_norm": True, "qkv_features": "fan"},
+    {"mlp": "sineglu", "sine_quadrature": True, "activation_gains": True, "embedding_norm": True},
+    {"mlp": "clampedsineglu", "sine_phase": 0.8, "qkv_features": "gelu"},
+]
 IDS = torch.randint(0, 17, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -139,6 +147,31 @@ def test_variant_learns_in_every_parameter(model: Transformer) -> None:
         assert parameter.grad.abs().sum() > 0, name
     # Only matrices are decayed.
     assert all(p.ndim < 2 for p in group_parameters(model).undecayed.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("settings", TOGETHER, ids=lambda s: str(s["mlp"]))
+def test_variant_compiled_training_matches_uncompiled(settings: dict[str, Any], build_tiny: Build) -> None:
+    model = build_tiny(base="transformer", **settings).train()
+    plain, fused = (
+        torch.autograd.grad(function(IDS, IDS), list(model.parameters())) for function in (model, compiled(model))
+    )
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("settings", TOGETHER, ids=lambda s: str(s["mlp"]))
+def test_variant_compiled_decoding_matches_uncompiled(settings: dict[str, Any], build_tiny: Build) -> None:
+    model = build_tiny(base="transformer", **settings)
+    logits = []
+    for is_compiled in (False, True):
+        engine = Engine(model, dtype="float32", compile=is_compiled)
+        prefilled, cache = engine.prefill(IDS[:, :8].tolist(), 8)
+        logits.append(torch.stack([prefilled, *(engine.decode(IDS[:, at], cache) for at in range(8, 11))]))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[0].transpose(0, 1), model(IDS)[:, 7:11].detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_variant_trains_alike_with_activation_checkpointing(model: Transformer) -> None:

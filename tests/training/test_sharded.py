@@ -27,7 +27,20 @@ LIMIT_S = 600
 Jobs = dict[str, dict[str, Any]]
 
 
-def build_config(folder: Path, corpus: Path, name: str, n_ranks: int, is_packed: bool = False, **changes: Any) -> str:
+# Keys of the feed-forward and of attention that add parameters, matrices and vectors, in one model.
+VARIANT = {"sine_quadrature": True, "activation_gains": True, "activation_norm": True, "embedding_norm": True}
+VARIANT |= {"qkv_features": "fan"}
+
+
+def build_config(
+    folder: Path,
+    corpus: Path,
+    name: str,
+    n_ranks: int,
+    is_packed: bool = False,
+    variant: dict[str, Any] | None = None,
+    **changes: Any,
+) -> str:
     """Write a configuration with ragged windows (else packed), accumulation and two dilations; return its path."""
     model = {"base": "waveresnet", "d_model": 16, "n_layers": 2, "n_heads": 2, "d_mlp": 24, "residual_scale": True}
     data = {"tokenizer": "simple", "vocab_size": 512, "max_length": 12, "val_split": 0.2, "pack_sequences": is_packed}
@@ -35,7 +48,7 @@ def build_config(folder: Path, corpus: Path, name: str, n_ranks: int, is_packed:
     train |= {"device": "cpu", "log_interval_steps": 1, "eval_interval_steps": 4, "keep_checkpoints": 9}
     train |= {"save_interval_steps": STEPS_PER_SAVE, "sample_prompts": [], "checkpoint_dir": str(folder / name)}
     config = {
-        "model": {**model, "short_conv": {"dilation_growth": 2}},
+        "model": {**model, "short_conv": {"dilation_growth": 2}, **(variant or {})},
         "data": {**data, "sources": [{"path": str(corpus), "per_line": True}]},
         "train": {**train, **changes},
     }
@@ -97,6 +110,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Runs:
         # Windows and batches of one size: torch compiles again for another.
         "one_packed": job("one_packed", 1, is_packed=True, max_steps=4),
         "compiled": job("compiled", 4, is_packed=True, max_steps=4, **hybrid, compile=True),
+        "one_variant": job("one_variant", 1, variant=VARIANT, max_steps=4),
+        "full_variant": job("full_variant", 2, variant=VARIANT, max_steps=4, fsdp="full", grad_checkpoint=True),
         "count": {"count": 4},
     }
     return Runs(folder, run_jobs(jobs, folder))
@@ -132,6 +147,12 @@ def test_sharded_on_four_ranks_matches_one_process(runs: Runs, name: str) -> Non
 @pytest.mark.slow
 def test_sharded_hybrid_muon_matches_one_process(runs: Runs) -> None:
     assert_same_run(runs, "hybrid_muon", "one_muon", atol=3e-3)
+
+
+@pytest.mark.slow
+def test_sharded_variant_matches_one_process(runs: Runs) -> None:
+    """With gains, norms and a matrix before attention, which other models lack."""
+    assert_same_run(runs, "full_variant", "one_variant")
 
 
 @pytest.mark.slow
