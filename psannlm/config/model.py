@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -27,6 +27,11 @@ MlpKind = Literal[
     "gelusine",
     "sinerelu2",
 ]
+# Kinds that have a sine, and those that are nothing else: elsewhere the keys of the sine have no effect.
+PHASE_KINDS: frozenset[MlpKind] = frozenset(kind for kind in get_args(MlpKind) if "sine" in kind)
+QUADRATURE_KINDS: frozenset[MlpKind] = frozenset(("sine", "sineglu"))
+# Kind of feed-forward of a base where ``mlp`` is null.
+BASE_MLP: dict[BaseName, MlpKind] = {"respsann": "sine", "waveresnet": "sineglu", "transformer": "swiglu"}
 QkvFeaturesKind = Literal["fan", "fan_linear", "gelu"]
 # Rows of the matrix of qkv_features that give two features each, as a fraction of d_model.
 QKV_PAIRS_FRACTION = 0.25
@@ -202,6 +207,14 @@ class ModelConfig(Section):
         if self.activation_norm and self.gate_init_scale != 1.0:
             message = "has no effect with activation_norm, which divides by the scale of its input; drop one of them"
             found.append(Check(("gate_init_scale", "activation_norm"), message))
+        mlp = self.mlp or BASE_MLP[self.base]
+        for key, is_set, kinds in (
+            ("sine_phase", self.sine_phase is not None, PHASE_KINDS),
+            ("sine_quadrature", self.sine_quadrature, QUADRATURE_KINDS),
+        ):
+            if is_set and mlp not in kinds:
+                message = f"has no effect with mlp: {mlp}; set mlp to one of {', '.join(sorted(kinds))}, or drop it"
+                found.append(Check((key, "mlp", "base"), message))
         if self.sine_quadrature and self.sine_phase is not None:
             message = "sine and cosine of a row already add up to any phase; drop it, or sine_quadrature"
             found.append(Check(("sine_phase", "sine_quadrature"), message))

@@ -75,11 +75,6 @@ KINDS: dict[MlpKind, FeedForwardKind] = {
 GATED_KINDS = frozenset(name for name, kind in KINDS.items() if kind.is_gated)
 
 
-# Kinds of which ``sine_phase`` gives the sine a phase, and of which ``sine_quadrature`` gives it a cosine.
-PHASE_KINDS = frozenset(name for name, kind in KINDS.items() if "sine" in kind.activation)
-QUADRATURE_KINDS = frozenset(name for name, kind in KINDS.items() if kind.activation == "sine")
-
-
 def default_d_mlp(kind: MlpKind, d_model: int, *, is_quadrature: bool = False) -> int:
     """Return F: 4 D, for the gated kinds 8/3 D rounded up to a multiple of 64, so that parameters are about equal.
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from psannlm.config.model import BaseName, MlpKind, ModelConfig
+from psannlm.config.model import BASE_MLP, BaseName, MlpKind, ModelConfig
 from psannlm.errors import ConfigError, Problem
 from psannlm.io.limits import MAX_CONV_REACH, MAX_DILATION
-from psannlm.models.mlp import PHASE_KINDS, QUADRATURE_KINDS, default_d_mlp
+from psannlm.models.mlp import default_d_mlp
 from psannlm.models.transformer import Transformer
 
 
@@ -24,9 +24,9 @@ class BaseDefaults:
 
 
 BASES: dict[BaseName, BaseDefaults] = {
-    "respsann": BaseDefaults(mlp="sine", short_conv=False, residual_scale=True),
-    "waveresnet": BaseDefaults(mlp="sineglu", short_conv=True, residual_scale=False),
-    "transformer": BaseDefaults(mlp="swiglu", short_conv=False, residual_scale=False),
+    "respsann": BaseDefaults(BASE_MLP["respsann"], short_conv=False, residual_scale=True),
+    "waveresnet": BaseDefaults(BASE_MLP["waveresnet"], short_conv=True, residual_scale=False),
+    "transformer": BaseDefaults(BASE_MLP["transformer"], short_conv=False, residual_scale=False),
 }
 
 
@@ -38,7 +38,7 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
     Raises:
         ConfigError: no vocabulary size is known, or the given one is smaller than the tokenizer's; or the taps of a
             short convolution are further apart than the context is long, or reach further than ``limits`` allows; or
-            the feed-forward is too narrow for its kind, or of a kind in which a key of the sine has no effect.
+            the feed-forward is too narrow for its kind.
     """
     defaults = BASES[config.base]
     if config.vocab_size is None and vocab_size is None:
@@ -53,7 +53,6 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
     context = config.max_seq_len or max_seq_len
     if enabled:
         _refuse_unreachable_taps(config, context)
-    _refuse_sine_keys(config, mlp)
     d_mlp = config.d_mlp or default_d_mlp(mlp, config.d_model, is_quadrature=config.sine_quadrature)
     if mlp == "sinerelu2" and d_mlp < 2:
         message = f"{d_mlp} feature has no two halves for mlp: sinerelu2; set 2 or more"
@@ -69,20 +68,6 @@ def resolve(config: ModelConfig, *, vocab_size: int | None = None, max_seq_len: 
             "residual_scale": defaults.residual_scale if config.residual_scale is None else config.residual_scale,
         }
     )
-
-
-def _refuse_sine_keys(config: ModelConfig, mlp: MlpKind) -> None:
-    """Raise ConfigError if a key of the sine would have no effect in the feed-forward ``mlp``."""
-    problems = [
-        Problem(f"model.{key}", f"has no effect with mlp: {mlp}; set mlp to {' or '.join(sorted(kinds))}, or drop it")
-        for key, is_set, kinds in (
-            ("sine_phase", config.sine_phase is not None, PHASE_KINDS),
-            ("sine_quadrature", config.sine_quadrature, QUADRATURE_KINDS),
-        )
-        if is_set and mlp not in kinds
-    ]
-    if problems:
-        raise ConfigError(problems)
 
 
 def _refuse_unreachable_taps(config: ModelConfig, context: int | None) -> None:

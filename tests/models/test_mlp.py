@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from psannlm.config.model import MlpKind, ModelConfig
+from psannlm.config.model import PHASE_KINDS, QUADRATURE_KINDS, MlpKind, ModelConfig
 from psannlm.models.accounting import count_parameters
-from psannlm.models.mlp import ACTIVATIONS, KINDS, QUADRATURE_KINDS, GatedMlp, Mlp, build_mlp, default_d_mlp
+from psannlm.models.mlp import ACTIVATIONS, KINDS, GatedMlp, Mlp, build_mlp, default_d_mlp
 from psannlm.models.registry import resolve
 
 
@@ -95,6 +95,9 @@ def test_mlp_kinds_match_their_formulas(kind: MlpKind) -> None:
 def test_mlp_kinds_table_is_complete() -> None:
     assert set(KINDS) == set(get_args(MlpKind))
     assert {kind.activation for kind in KINDS.values()} == set(ACTIVATIONS)
+    has_sine = {name for name, kind in KINDS.items() if "sine" in kind.activation}
+    assert has_sine == PHASE_KINDS
+    assert {name for name, kind in KINDS.items() if kind.activation == "sine"} == QUADRATURE_KINDS
     # Exports name the activation and the gate: no two kinds may share both.
     assert len({(kind.activation, kind.is_gated) for kind in KINDS.values()}) == len(KINDS)
 
