@@ -234,8 +234,8 @@ def test_scheduler_short_prompt_waits_two_steps_for_company(serve: Serve, monkey
 
 
 def test_scheduler_waiting_prompts_share_passes(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short prompts that wait together are computed together, before the few rows that decode continue."""
-    served = serve(max_batch=8)
+    """Short prompts that wait together are computed together: many while few rows decode, few while many do."""
+    served = serve(max_batch=16)
     passes: list[int] = []
     extend = served.scheduler.engine.extend
 
@@ -244,13 +244,12 @@ def test_scheduler_waiting_prompts_share_passes(serve: Serve, monkeypatch: pytes
         return extend(parts, cache)
 
     monkeypatch.setattr(served.scheduler.engine, "extend", counted)
-    for number in range(8):
-        served.submit(str(number), GenerationRequest([1, *[9 + number] * 99], 5, GREEDY))
+    for number in range(12):
+        served.submit(str(number), GenerationRequest([1, *[9 + number % 8] * 99], 5, GREEDY))
     served.scheduler.step()
-    # Two prompts of 128 padded tokens fill a pass; with four rows decoding and four waiting, decoding continues.
-    assert passes == [2, 2]
-    assert [len(served.ids(str(number))) for number in range(8)] == [2, 2, 2, 2, 0, 0, 0, 0]
+    # Eight prompts of 128 padded tokens fill a pass for more than the rows that decode, two another one.
+    assert passes == [8]
+    assert [len(served.ids(str(number))) for number in range(12)] == [2] * 8 + [0] * 4
     served.scheduler.step()
-    assert passes == [2, 2, 2]
-    served.run()
-    assert passes == [2, 2, 2, 2]
+    assert passes == [8, 2]
+    assert [len(served.ids(str(number))) for number in range(12)] == [3] * 8 + [2] * 2 + [0] * 2
