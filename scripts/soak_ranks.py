@@ -21,6 +21,7 @@ import importlib
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import sys
@@ -54,6 +55,8 @@ LIBRARIES = (
     "psannlm.generation.generate",
     "psannlm.training.run",
 )
+# Lines that gloo writes to stderr by itself.
+_GLOO_LOG = re.compile(r"\[(/\S*/gloo/|E\d+ \S+ ProcessGroupGloo)")
 # Exit code of a fork whose code failed before or after the command.
 BROKEN = 70
 
@@ -84,9 +87,12 @@ class Ranks:
         self.wait(LIMIT_S)
 
     def errors(self) -> list[list[str]]:
-        """Return the lines of each rank that report an error."""
+        """Return the lines of each rank that report an error; gloo's log of its own connections is none of them."""
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in self.outputs]
-        return [[line for line in text.splitlines() if "rror" in line or "Traceback" in line] for text in texts]
+        return [
+            [line for line in text.splitlines() if re.search("rror|Traceback", line) and not _GLOO_LOG.match(line)]
+            for text in texts
+        ]
 
 
 def fork_ranks(n_ranks: int, folder: Path, place: dict[str, str], work: Callable[[int], Any]) -> Ranks:
