@@ -82,6 +82,7 @@ from psannlm.training.run_folder import (
     RunStatus,
     has_same_config,
     recording_failure,
+    recording_rank_failure,
     refuse_foreign_files,
     write_status,
 )
@@ -137,6 +138,7 @@ def train(
     folder = Path(os.path.expanduser(config.train.checkpoint_dir))
     # Take the lock inside the process group, so that all ranks end if it is refused.
     with (
+        recording_rank_failure(folder) if world.is_main else nullcontext(),
         process_group(world, device, rank_identity(config) if world.size > 1 else None),
         nullcontext() if world.is_main else without_messages(),
         RunLock(folder) if world.is_main else nullcontext() as lock,

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from psannlm.config.files import MANIFEST_FILE, is_own_manifest
 from psannlm.config.run import RunConfig, to_yaml
-from psannlm.errors import ConfigError, DivergedError, Interrupted, StorageError, describe
+from psannlm.errors import ConfigError, DivergedError, Interrupted, RankError, StorageError, describe
 from psannlm.io.atomic import explain_write_errors, is_plain_folder, read_small, refuse_foreign
 from psannlm.io.lock import LOCK_FILE
 from psannlm.io.records import FIGURES_FILE, TABLE_FILE, is_own_file, is_own_log
@@ -73,6 +73,22 @@ def recording_failure(folder: Path) -> Iterator[None]:
         # The error that ends the run matters more than a full disk that prevents its record.
         with suppress(StorageError):
             write_status(folder, status, describe(error))
+        raise
+
+
+@contextmanager
+def recording_rank_failure(folder: Path) -> Iterator[None]:
+    """Write into the ``status.json`` of a failed run which rank failed and why, if a RankError leaves the context.
+
+    :func:`recording_failure` saw only what followed from it on this rank, such as a broken connection.
+    """
+    try:
+        yield
+    except RankError as error:
+        found = read_run_status(folder)
+        if found is not None and found[0] is RunStatus.FAILED:
+            with suppress(StorageError):
+                write_status(folder, RunStatus.FAILED, describe(error))
         raise
 
 

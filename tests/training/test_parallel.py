@@ -23,6 +23,7 @@ from psannlm.models.tensorfile import read_tensors
 from psannlm.training.checkpoint import OPTIMIZER_FILE, read_state, step_folder
 from psannlm.training.metrics import read_metrics
 from psannlm.training.run import train
+from psannlm.training.run_folder import read_run_status
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("rank_script.py")
@@ -352,6 +353,10 @@ def test_parallel_any_failure_ends_all(launcher: Launcher, tmp_path: Path, tiny_
         assert said[name][rank] == []
         assert len(said[name][1 - rank]) == 1
         assert said[name][1 - rank][0].startswith(f"error: rank {rank}: gone")
+    # Rank 0 records it too, not the broken connection in which it noticed.
+    status = read_run_status(tmp_path / "killed")
+    assert status is not None
+    assert f"error: {status[1]}" == said["killed"][0][0]
 
 
 def test_last_step_is_exact_after_change_of_ranks(tiny_run: Callable[..., RunConfig]) -> None:
