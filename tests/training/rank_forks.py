@@ -1,7 +1,8 @@
 """Runs of several ranks, each a fork of this process: ``rank_forks.py JOBS``, a JSON list; prints a JSON list.
 
 A job is ``{"configs": [path of each rank], "resume": ...}`` for a run, with ``"fault": [kind, rank, ...]`` for one in
-which ranks do what they should not; or ``{"count": n_ranks}`` for the numbers of exchanges in a step.
+which ranks do what they should not, and with ``"graphs": true`` for one whose compiled graphs are counted; or
+``{"count": n_ranks}`` for the numbers of exchanges in a step.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from psannlm.runtime.device import Precision
 from psannlm.runtime.distributed import World, process_group
 from psannlm.runtime.launch import private_store
 from psannlm.training import loop, parallel
+from psannlm.training import run as training_run
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.parallel import clip_gradients, shard
 from psannlm.training.step import train_step
@@ -84,6 +86,20 @@ def fill_disk(n_bytes: int) -> None:
     loop._save = save
 
 
+def count_graphs(file: Path) -> None:
+    """Let this rank write to ``file`` how many graphs it has compiled when its last step is done."""
+    from torch._dynamo.utils import counters
+
+    original = training_run.run_steps
+
+    def run_steps(*arguments: Any) -> Any:
+        state = original(*arguments)
+        file.write_text(str(counters["stats"]["unique_graphs"]), encoding="utf-8")
+        return state
+
+    training_run.run_steps = run_steps
+
+
 def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     n_ranks = job.get("count") or len(job["configs"])
 
@@ -93,6 +109,8 @@ def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             return
         if "fault" in job:
             put_fault(job["fault"][0], rank in job["fault"][1:])
+        if "graphs" in job:
+            count_graphs(folder / f"graphs_{rank}.txt")
         main(["train", job["configs"][rank], "--resume", job.get("resume", "auto")])
 
     began = time.monotonic()
@@ -104,6 +122,9 @@ def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     answer: dict[str, Any] = {"codes": [ranks.codes[rank] for rank in range(n_ranks)] if has_ended else None}
     answer |= {"errors": ranks.errors(), "seconds": time.monotonic() - began}
     answer["said"] = [path.read_text(encoding="utf-8") for path in ranks.outputs]
+    if "graphs" in job:
+        files = [folder / f"graphs_{rank}.txt" for rank in range(n_ranks)]
+        answer["graphs"] = [int(file.read_text()) if file.exists() else 0 for file in files]
     if "count" in job and not any(answer["codes"] or [1]):
         answer["counts"] = [json.loads((folder / f"count_{rank}.json").read_text()) for rank in range(n_ranks)]
     return answer

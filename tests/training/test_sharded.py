@@ -1,4 +1,4 @@
-"""Sharded training over four ranks: full, hybrid, compiled and resumed with other ranks, all as one process trains."""
+"""Sharded training over several ranks: full, hybrid, compiled, resumed with other ranks, all as one process trains."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Runs:
         "alone": job("alone", 1, after("two", 4)),
         "four": job("four", 4, after("alone", 6), **hybrid),
         "full_to_hybrid": job("full_to_hybrid", 4, after("full", 4), **hybrid),
-        # Windows and batches of one size: torch compiles again for another.
+        # Windows and batches of one size: torch compiles again for another. Two ranks, each of which compiles.
         "one_packed": job("one_packed", 1, is_packed=True, max_steps=4),
-        "compiled": job("compiled", 4, is_packed=True, max_steps=4, **hybrid, compile=True),
+        "compiled": {**job("compiled", 2, is_packed=True, max_steps=4, fsdp="full", compile=True), "graphs": True},
         "one_variant": job("one_variant", 1, variant=VARIANT, max_steps=4),
         "full_variant": job("full_variant", 2, variant=VARIANT, max_steps=4, fsdp="full", grad_checkpoint=True),
         "count": {"count": 4},
@@ -159,6 +159,8 @@ def test_sharded_variant_matches_one_process(runs: Runs) -> None:
 def test_sharded_compiled_matches_eager(runs: Runs) -> None:
     """Blocks of different dilation too, of which one would run with the dilation of the other."""
     assert_same_run(runs, "compiled", "one_packed")
+    # One graph for each of the two blocks, and one of the trial of the compiler.
+    assert min(runs.answers["compiled"]["graphs"]) >= 3
 
 
 @pytest.mark.slow
