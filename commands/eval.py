@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from psannlm.config.data import PathSource
     from psannlm.data.corpus.documents import ReadReport
+    from psannlm.evaluation.activation_quantization import QuantizationSettings
     from psannlm.evaluation.loss import Evaluation, EvaluationText
     from psannlm.evaluation.tasks.score import TaskScore
     from psannlm.evaluation.tasks.suite import Comparison, TaskSettings
@@ -107,6 +108,34 @@ BaselineOption = Annotated[
 SeedOption = Annotated[
     int, typer.Option(min=0, help="Seed of the documents that the bootstrap of --baseline draws (default 0).")
 ]
+ActivationBitsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--activations-bits",
+        metavar="N,...",
+        help="Also measure the loss with the inputs of matrix products rounded to integers of N bits (2 to 16), static "
+        "and dynamic, such as 8,6,4; may be repeated. Weights stay as they are. Default: not measured.",
+    ),
+]
+ActivationPlacesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--activations-places",
+        metavar="NAME,...",
+        help="Inputs that --activations-bits rounds: qkv, attention_output, gate_up, down, head, and qkv_features in a "
+        "model that has them; may be repeated. Default: all of them.",
+    ),
+]
+CalibrationTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--activations-calibration-tokens",
+        metavar="N",
+        min=1,
+        help="Tokens at the beginning of the text that determine the static scales of --activations-bits and are not "
+        "scored with it, rounded up to whole windows. Default: 16384, at most a quarter of the text.",
+    ),
+]
 WindowOption = Annotated[
     int | None,
     typer.Option(min=1, help="Length of an evaluation window in tokens. Default: the window length of training."),
@@ -142,6 +171,9 @@ def evaluate(
     allow_download: DownloadOption = False,
     baseline: BaselineOption = None,
     seed: SeedOption = 0,
+    activations_bits: ActivationBitsOption = None,
+    activations_places: ActivationPlacesOption = None,
+    activations_calibration_tokens: CalibrationTokensOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder to write to. Default: reports/eval/<time>, or reports/tasks/<time>."),
@@ -152,6 +184,13 @@ def evaluate(
     from psannlm.config.data import PathSource
 
     sources = [PathSource(path=file, per_line=per_line, text_key=text_key, errors=errors) for file in files or ()]
+    where = partial(find_model_file, checkpoint, runs, ema=ema)
+    quantization = _quantization(
+        activations_bits,
+        activations_places,
+        activations_calibration_tokens,
+        {"--tasks": tasks is not None, "--baseline": baseline is not None, "--dtype": dtype != "float32"},
+    )
     if tasks is not None:
         from psannlm.evaluation.tasks.suite import TaskSettings
 
@@ -165,20 +204,30 @@ def evaluate(
             num_fewshot=num_fewshot, limit=limit, tasks_dir=tasks_dir, allow_download=allow_download
         )
         run = _TaskRun(sources, task_settings, dtype, device, batch_size)
-        where = partial(find_model_file, checkpoint, runs, ema=ema)
         _score_tasks(tasks.split(","), run, where, baseline, out, as_json)
         return
     _refuse_task_options(num_fewshot=num_fewshot, limit=limit, tasks_dir=tasks_dir)
     if not sources:
         raise typer.BadParameter("name files to evaluate on, or tasks with --tasks", param_hint="FILE")
-    _measure_loss(
-        _LossRun(sources, window, isolate_documents, batch_size, amp, dtype, device),
-        where=partial(find_model_file, checkpoint, runs, ema=ema),
-        baseline=baseline,
-        seed=seed,
-        out=out,
-        as_json=as_json,
-    )
+    loss_run = _LossRun(sources, window, isolate_documents, batch_size, amp, dtype, device, quantization)
+    _measure_loss(loss_run, where=where, baseline=baseline, seed=seed, out=out, as_json=as_json)
+
+
+def _quantization(
+    bits: list[str] | None, places: list[str] | None, calibration_tokens: int | None, refused: dict[str, bool]
+) -> QuantizationSettings | None:
+    """Return the settings of --activations-bits, which goes with none of ``refused`` that was given."""
+    if bits is None:
+        for name, value in (("--activations-places", places), ("--activations-calibration-tokens", calibration_tokens)):
+            if value is not None:
+                raise typer.BadParameter("it needs --activations-bits", param_hint=name)
+        return None
+    for name, is_given in refused.items():
+        if is_given:
+            raise typer.BadParameter("it does not go with --activations-bits", param_hint=name)
+    from psannlm.evaluation.activation_quantization import QuantizationSettings
+
+    return QuantizationSettings.parse(bits, places, calibration_tokens)
 
 
 @dataclass(frozen=True)
@@ -192,6 +241,7 @@ class _LossRun:
     amp: str
     dtype: WeightDtype
     device: str
+    quantization: QuantizationSettings | None = None
 
     @cached_property
     def precision(self) -> Precision:
@@ -233,10 +283,12 @@ class _LossRun:
 def _measure_loss(
     run: _LossRun, *, where: Callable[[], Path], baseline: Path | None, seed: int, out: Path | None, as_json: bool
 ) -> None:
-    """Print and write the loss of a model on a text, and the difference to the baseline."""
+    """Print and write the loss of a model on a text, the difference to the baseline, and quantized losses."""
+    from psannlm.evaluation.activation_quantization import evaluate_quantized
     from psannlm.evaluation.loss import evaluate
     from psannlm.io.run_metadata import new_folder, require_folder
-    from psannlm.reports.schemas.evaluation import EvaluationMetrics
+    from psannlm.reports.schemas.evaluation import ActivationFigures, EvaluationMetrics
+    from psannlm.reports.tables.activations import quantization_tables
 
     precision = run.precision
     require_folder("eval", out)
@@ -244,6 +296,16 @@ def _measure_loss(
     other = None if baseline is None else find_model_file(baseline, baseline, hint="--baseline")
     with live_line(stderr_console()) as line:
         loaded, text = run.open(path, line)
+        activations = None
+        if run.quantization is not None:
+            activations = evaluate_quantized(
+                loaded.model,
+                text.windows,
+                run.quantization,
+                precision=precision,
+                batch_size=run.batch_size,
+                on_progress=line.show,
+            )
         found = evaluate(
             loaded.model, text.windows, precision=precision, batch_size=run.batch_size, on_progress=line.show
         )
@@ -258,20 +320,23 @@ def _measure_loss(
         corpus_sha256=text.report.sha256,
         **result.as_dict(),
         comparison=comparison,
+        activations=None if activations is None else ActivationFigures(**asdict(activations)),
     ).as_dict()
     rows = _result_rows(f"{path}, {run.dtype} weights", result, text.report)
     rows += [] if comparison is None else _comparison_rows(comparison)
+    described = [] if activations is None else quantization_tables(activations)
+    more = [columns_table(table.title, table.headings, table.rows) for table in described]
     folder: Path | None = None
     try:
         folder = new_folder("eval", out)
         rows.append(("written to", str(folder)))
-        write_artifact(folder, metrics, [figures_table("evaluation", rows)])
+        write_artifact(folder, metrics, [figures_table("evaluation", rows), *more])
     finally:
         # Print the result even where it cannot be written, such as on a full disk.
         if as_json:
             print_json({**metrics, "folder": None if folder is None else str(folder)})
         else:
-            stdout_console().print(figures_table("evaluation", rows))
+            stdout_console().print(figures_table("evaluation", rows), *more)
 
 
 def _compare_documents(

@@ -273,3 +273,47 @@ def test_eval_baseline_reports_difference_over_documents(psannlm, in_trained: Pa
     lines = Path("corpus.txt").read_text().splitlines()
     assert found["n_documents"] == len([line for line in lines if line.strip()])
     assert "bootstrap over" in (tmp_path / "out" / "table.txt").read_text()
+
+
+def test_eval_activation_bits_are_printed_and_kept(psannlm, in_trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--device", "cpu", "--out", str(out))
+    bits = ("--activations-bits", "8,4", "--activations-bits", "8", "--activations-places", "down,head")
+    done = psannlm("eval", "corpus.txt", *options, *bits, "--activations-calibration-tokens", "40", "--json")
+    assert done.code == 0, done.err
+    printed = json.loads(done.out)
+    found = printed["activations"]
+    kinds = list(dict.fromkeys(each["scale"] for each in found["losses"]))
+    assert [(each["bits"], each["scale"]) for each in found["losses"]] == [(n, k) for n in (8, 4) for k in kinds]
+    assert kinds[0] == "static"
+    assert kinds[-1] == "dynamic"
+    assert [place["place"] for place in found["places"] if place["is_quantized"]] == ["down", "head"]
+    assert 32 < found["calibration_tokens"] <= 48  # three windows of 16 tokens
+    assert found["tokens"] + found["calibration_tokens"] == printed["tokens"]
+    for each in found["losses"]:
+        assert each["difference"] == pytest.approx(each["loss"] - found["loss"], abs=1e-12)
+        assert each["bits_per_byte"] / each["loss"] == pytest.approx(found["bits_per_byte"] / found["loss"])
+    assert json.loads((out / "metrics.json").read_text())["activations"] == found
+    table = (out / "table.txt").read_text()
+    assert f"{found['losses'][0]['difference']:+.4f}" in table
+    assert f"{found['places'][0]['max_over_rms']:.2f}" in table
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--activations-bits", "1"), "from 2 to 16"),
+        (("--activations-bits", "8,x"), "activations of 'x' bits"),
+        (("--activations-bits", "8", "--activations-places", "mlp"), "attention_output"),
+        (("--activations-places", "down"), "needs --activations-bits"),
+        (("--activations-bits", "8", "--dtype", "int8"), "--dtype"),
+        (("--activations-bits", "8", "--baseline", "runs/tiny"), "--baseline"),
+        (("--activations-bits", "8", "--activations-calibration-tokens", "1000000"), "fewer calibration tokens"),
+    ],
+)
+def test_eval_refuses_activation_options_that_cannot_work(
+    psannlm, in_trained: Path, options: tuple[str, ...], named: str
+) -> None:
+    refused = psannlm("eval", "corpus.txt", "--device", "cpu", *options)
+    assert refused.code == 2
+    assert named in " ".join(refused.err.split())

@@ -17,6 +17,55 @@ class DocumentComparison(BootstrapDifference):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizedLossFigures(Figures):
+    """One of ``evaluation.activation_quantization.QuantizedLoss``."""
+
+    bits: Whole
+    scale: str
+    loss: OptionalFigure
+    difference: OptionalFigure
+    bits_per_byte: OptionalFigure
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerActivationFigures(Figures):
+    """One of ``evaluation.activation_quantization.LayerActivations``; the layer of the head is null."""
+
+    layer: Whole | None
+    kurtosis: OptionalFigure
+    max_over_rms: OptionalFigure
+    max: OptionalFigure
+    rms: OptionalFigure
+    calibrated_max: OptionalFigure
+    known_max: OptionalFigure
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceActivationFigures(Figures):
+    """One of ``evaluation.activation_quantization.PlaceActivations``."""
+
+    place: str
+    is_quantized: Flag
+    kurtosis: OptionalFigure
+    largest_kurtosis: OptionalFigure
+    max_over_rms: OptionalFigure
+    largest_max_over_rms: OptionalFigure
+    layers: list[LayerActivationFigures]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationFigures(Figures):
+    """Figures of ``evaluation.activation_quantization.ActivationQuantization``."""
+
+    calibration_tokens: Whole
+    tokens: Whole
+    loss: OptionalFigure
+    bits_per_byte: OptionalFigure
+    losses: list[QuantizedLossFigures]
+    places: list[PlaceActivationFigures]
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationMetrics(Figures):
     """Model, text, and the figures of ``evaluation.loss.Evaluation``; the loss is in nats per token."""
 
@@ -31,3 +80,4 @@ class EvaluationMetrics(Figures):
     bytes: Whole
     lossy_tokenizer: Flag | None = None
     comparison: DocumentComparison | None = None
+    activations: ActivationFigures | None = None
