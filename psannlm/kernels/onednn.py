@@ -97,6 +97,8 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 def _use_onednn(x: Tensor, weight: Tensor) -> bool:
+    # Only in training: decoding reorders its weights beforehand, and compiled code and autocast choose their products
+    # themselves. With few rows the copies that oneDNN makes cost more than its faster products save.
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32

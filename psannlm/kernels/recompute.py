@@ -200,6 +200,7 @@ class _ActDownProj(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, up: Tensor | None, weight: Tensor, is_gelu: bool) -> Tensor:
+        # The hidden vector, as large as z, is not kept: y = (act(z) up) Wᵀ needs z and up only to be made again.
         ctx.save_for_backward(z, up, weight)
         ctx.is_gelu = is_gelu
         hidden = F.gelu(z) if is_gelu else F.silu(z)
