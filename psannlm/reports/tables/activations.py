@@ -15,8 +15,8 @@ def quantization_tables(found: ActivationQuantization) -> list[Table]:
     places = ", ".join(each.place for each in found.places if each.is_quantized)
     tokens = f"{found.tokens:,} tokens scored after {found.calibration_tokens:,} for calibration"
     losses = Table(
-        f"inputs quantized: {places}; {tokens}",
-        ("bits", "scale", "loss (nats per token)", "difference", "bits per byte"),
+        f"loss in nats per token, inputs quantized: {places}; {tokens}",
+        ("bits", "scale", "loss", "difference", "bits per byte"),
         [
             ["unquantized", "", f"{found.loss:.4f}", "", f"{found.bits_per_byte:.4f}"],
             *(
@@ -34,7 +34,7 @@ def quantization_tables(found: ActivationQuantization) -> list[Table]:
     )
     outliers = Table(
         "inputs, unquantized: mean and maximum over the layers (kurtosis of a normal distribution: 3)",
-        ("input", "kurtosis", "highest kurtosis", "max / RMS", "highest max / RMS"),
+        ("input", "kurtosis", "highest", "max / RMS", "highest"),
         [
             [
                 each.place,
