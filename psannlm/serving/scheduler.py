@@ -32,7 +32,7 @@ from psannlm.tokenizers.base import Tokenizer
 # CPU with AVX2): reading and packing the weights takes as long as computing a hundred tokens.
 PREFILL_CHUNK_TOKENS = 256
 # Prompt tokens of one pass while more sequences wait for a free row than decode: longer passes, which fewer rows wait
-# for, take less time per prompt (2 prompts of 96 tokens 33 ms, 8 of them 107 ms).
+# for, take less time per prompt (2 prompts of 96 tokens 40 ms, 8 of them 143 ms; the model and machine of below).
 _CROWD_TOKENS = 1024
 # Passes over whole prompts before a decoding step, in that case.
 _MOST_PREFILL_PASSES = 4
