@@ -151,9 +151,13 @@ def format_value(value: object, digits: int = 4) -> str:
         median, lowest, highest = (format_value(value[key], digits) for key in ("median", "lowest", "highest"))
         return f"{median} ({lowest} to {highest})"
     if isinstance(value, (list, tuple)):
-        joined = ", ".join(format_value(item, digits) for item in value) if len(value) <= 8 else f"{len(value):,} items"
+        has_records = any(isinstance(item, dict) and not is_spread(item) for item in value)
+        is_short = len(value) <= 8 and not has_records
+        joined = ", ".join(format_value(item, digits) for item in value) if is_short else f"{len(value):,} items"
         return shortened(joined, _LONGEST_CELL)
-    return "empty" if isinstance(value, dict) else shortened(value, _LONGEST_CELL)
+    if isinstance(value, dict):
+        return f"{len(value):,} value{'' if len(value) == 1 else 's'}" if value else "empty"
+    return shortened(value, _LONGEST_CELL)
 
 
 def _format_huge(value: int, digits: int) -> str:

@@ -293,6 +293,13 @@ def test_read_run_gives_up_on_foreign_logs(tmp_path: Path, make_run: Callable[..
     assert "is it a log?" in unread.reason
 
 
+def test_report_cell_counts_records_instead_of_calling_them_empty() -> None:
+    assert format_value([{"kurtosis": 3.0}, {"kurtosis": 4.0}]) == "2 items"
+    assert format_value({"kurtosis": 3.0}) == "1 value"
+    assert format_value({}) == "empty"
+    assert format_value([1, "a"]) == "1, a"
+
+
 def test_numbers_beyond_floats_are_none_but_formatted() -> None:
     assert number(10**400) is None
     assert number(10**300) == 10**300
