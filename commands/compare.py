@@ -41,8 +41,8 @@ class LauncherName(str, Enum):
 
 # Variant, loss, difference, interval, bits per byte, learning rate: the columns that fit into 80 characters.
 _MAIN_COLUMNS = (0, 1, 3, 4, 6, 7)
-# Variant, difference, token ratio, pooled interval, corrected p-value.
-_COMPARED_COLUMNS = (0, 1, 3, 5, 6)
+# Variant, difference, token ratio, pooled interval, interval over documents, corrected p-value.
+_COMPARED_COLUMNS = (0, 1, 3, 5, 6, 7)
 
 PlanArgument = Annotated[
     Path,
@@ -126,6 +126,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Train variants of one configuration at equal size and compare their validation losses, with intervals."""
+    from psannlm.experiments.document_losses import measure_documents
     from psannlm.experiments.finished_runs import RUNS_FILE, write_finished_runs
     from psannlm.experiments.launchers import choose_launching
     from psannlm.experiments.lr_selection import with_selected_lrs
@@ -159,16 +160,18 @@ def compare(
         if not dry_run:
             sized = _train(sized, wanted, kept, None if no_train else launching, line)
             answers = score_runs(sized, line.show)
+            documents = measure_documents(sized, is_kept=not no_train, on_status=line.show)
     if dry_run:
         sized = with_selected_lrs(sized)
         shown = _run_names(sized, wanted)
         reuse_runs(sized, shown, kept, is_dry=True)
         _show_plan(replace(sized, runs=tuple(run for run in sized.runs if run.name in shown)), launching, as_json)
         return
-    figures = study_figures(sized, answers)
+    figures = study_figures(sized, answers, documents)
     n_more = len(settled.settings.also_compare_to) + (3 if settled.settings.answers else 2)
     folder = _publish(figures, n_more, launching, out, as_json)
-    write_finished_runs(folder / RUNS_FILE, sized, answers)
+    records = {name: found.record for name, found in documents.items() if found.record is not None}
+    write_finished_runs(folder / RUNS_FILE, sized, answers, records)
     if not no_train:
         _refuse_failures(figures)
 

@@ -32,6 +32,15 @@ _MOST_VALUES = 2 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
+class DocumentRecord(Figures):
+    """Validation losses by document of the model of ``step``, as ``document_losses.encode_documents`` packs them."""
+
+    step: Whole
+    nats: str
+    tokens: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinishedRun(Figures):
     """One line of the file.
 
@@ -41,6 +50,7 @@ class FinishedRun(Figures):
         system: its ``system.json``.
         rows: the lines of its ``metrics.jsonl`` with figures.
         answers: its score on the plan's algorithmic task, and which model was scored (``measure`` of the plan).
+        documents: its validation losses by document; None where they were not measured.
     """
 
     format: str = _FORMAT
@@ -55,10 +65,15 @@ class FinishedRun(Figures):
     answers: AnswerScore | None = None
     task: str | None = None
     measure: str | None = None
+    documents: DocumentRecord | None = None
 
 
 def finished_run(
-    record: RunRecord, answers: AnswerScore | None = None, task: str | None = None, measure: str | None = None
+    record: RunRecord,
+    answers: AnswerScore | None = None,
+    task: str | None = None,
+    measure: str | None = None,
+    documents: DocumentRecord | None = None,
 ) -> FinishedRun | None:
     """Return the record of a finished run; None if its configuration cannot be read."""
     try:
@@ -79,23 +94,33 @@ def finished_run(
         answers=answers,
         task=task if answers is not None else None,
         measure=measure if answers is not None else None,
+        documents=documents,
     )
 
 
-def write_finished_runs(path: Path, study: Study, answers: Mapping[str, AnswerScore]) -> None:
-    """Write the finished runs of a study, with their scores by name, atomically. Raises StorageError if that fails."""
+def write_finished_runs(
+    path: Path, study: Study, answers: Mapping[str, AnswerScore], documents: Mapping[str, DocumentRecord] | None = None
+) -> None:
+    """Write the finished runs of a study, with scores and losses by document by name, atomically.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    documents = documents or {}
     settings = study.plan.settings
     lines = []
     for state in map(read_status, study.runs):
         if state.state == "done" and state.record is not None:
-            found = finished_run(state.record, answers.get(state.run.name), settings.answers, settings.measure)
+            name = state.run.name
+            score, kept = answers.get(name), documents.get(name)
+            found = finished_run(state.record, score, settings.answers, settings.measure, kept)
             lines += [] if found is None else [json_text(found.as_dict()) + "\n"]
     write_text(path, "".join(lines))
 
 
-def add_finished_run(path: Path, state: RunState) -> None:
+def add_finished_run(path: Path, state: RunState, documents: DocumentRecord | None = None) -> None:
     """Add a finished run to ``path``, in place of an earlier line of its name. Raises StorageError if that fails."""
-    found = None if state.record is None else finished_run(state.record)
+    found = None if state.record is None else finished_run(state.record, documents=documents)
     if found is None:
         return
     former = path.read_text(encoding="utf-8").splitlines(keepends=True) if is_plain_file(path) else []

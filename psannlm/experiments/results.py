@@ -11,6 +11,7 @@ import torch
 
 from psannlm.errors import TrainingError
 from psannlm.experiments.caveats import any_shares_gpu, conditions, notes_of
+from psannlm.experiments.document_losses import RunDocuments, with_document_intervals
 from psannlm.experiments.lr_selection import Choice, choose, score_of
 from psannlm.experiments.model import SizedVariant, Study, StudyRun
 from psannlm.experiments.run_state import RunState, read_status
@@ -36,10 +37,15 @@ from psannlm.training.plan import build_loader
 from psannlm.training.step import seed_step, train_step
 
 
-def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None) -> StudyMetrics:
+def study_figures(
+    study: Study,
+    answers: Mapping[str, AnswerScore] | None = None,
+    documents: Mapping[str, RunDocuments] | None = None,
+) -> StudyMetrics:
     """Return all results of a study, from the run folders alone.
 
-    ``answers`` are the scores of runs by name, for the text of an algorithmic task (``score_runs``).
+    ``answers`` are the scores of runs by name, for the text of an algorithmic task (``score_runs``), ``documents``
+    their losses by document (``measure_documents``).
 
     Each variant is reported at its best learning rate (``lr_selection.choose``). Differences are paired by seed.
 
@@ -75,7 +81,7 @@ def study_figures(study: Study, answers: Mapping[str, AnswerScore] | None = None
         also_compare_to={name: _differences_to(name, chosen) for name in settings.also_compare_to},
         curves=[curve for sized in study.variants for curve in _curves(chosen[sized.variant.name], is_shared)],
     )
-    return replace(metrics, comparisons=compare_variants(metrics))
+    return replace(metrics, comparisons=with_document_intervals(compare_variants(metrics), chosen, documents or {}))
 
 
 def _differences_to(other: str, chosen: Mapping[str, Choice]) -> dict[str, PairedDifference | None]:

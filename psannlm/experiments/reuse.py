@@ -140,4 +140,4 @@ def _write_folder(study: Study, run: StudyRun, kept: KeptRun) -> None:
         write_json(beside / SYSTEM_FILE, {**kept.run.system, REUSED_KEY: origin})
         write_status(beside, RunStatus.FINISHED)
         os.rename(beside, run.folder)
-    add_finished_run(run.study / RUNS_FILE, read_status(run))
+    add_finished_run(run.study / RUNS_FILE, read_status(run), kept.run.documents)

@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 
 from psannlm.io.artifact_schema import Figure, Figures, Flag, OptionalFigure, Whole
-from psannlm.reports.schemas.measured import Mean, PairedDifference, PooledDifference, TokenRatio
+from psannlm.reports.schemas.measured import BootstrapDifference, Mean, PairedDifference, PooledDifference, TokenRatio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +124,17 @@ class LossCurve(Figures):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Figures):
-    """Validation loss of ``variant`` minus that of ``against``, and the ratio of tokens for the same loss."""
+    """Validation loss of ``variant`` minus that of ``against``, and the ratio of tokens for the same loss.
+
+    ``documents``: the interval by bootstrap over held-out documents; ``documents_missing`` says why there is none.
+    """
 
     variant: str
     against: str
     pooled: PooledDifference | None
     token_ratio: TokenRatio | None
+    documents: BootstrapDifference | None = None
+    documents_missing: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from psannlm.reports.schemas.study import Comparison, LossCurve, LrScore, StudyM
 NATS = "nats per token"
 COMPARED = "Compared to"
 _SPEED = ("tokens/s", "training, s")
+# Fewer documents than this make a bootstrap interval too narrow.
+_FEW_DOCUMENTS = 20
 
 
 def study_tables(metrics: StudyMetrics) -> list[Table]:
@@ -98,6 +100,7 @@ def _against(
         "token ratio",
         "95 % interval, paired",
         "95 % interval, pooled variance",
+        "95 % interval, documents",
         "p, Holm",
         "seeds",
     )
@@ -113,6 +116,7 @@ def _against(
                 _token_ratio(comparison),
                 _interval(difference),
                 "–" if pooled is None else f"{signed(pooled.low, 3)} to {signed(pooled.high, 3)}",
+                _document_interval(comparison),
                 "–" if pooled is None else _p_value(pooled),
                 format_value(0 if difference is None else difference.n),
             ]
@@ -120,7 +124,7 @@ def _against(
     here = [each for each in compared.values() if each.against == other]
     n_pairs = len({frozenset(pair) for pair, each in compared.items() if each.pooled is not None})
     notes = [f"Each at its best learning rate. Paired: over the seeds that both have. {_ratio_note(other, here)}"]
-    notes += [_pooled_note([each.pooled for each in here if each.pooled is not None], n_pairs)]
+    notes += [_pooled_note([each.pooled for each in here if each.pooled is not None], n_pairs), _document_note(here)]
     return Table(
         f"{COMPARED} {other}", headings, rows, frozenset(range(1, len(headings))), "\n".join(filter(None, notes))
     )
@@ -136,6 +140,30 @@ def _pooled_note(pooled: Sequence[PooledDifference], n_pairs: int) -> str:
         "p, Holm: how likely a difference this large is without a true one, corrected for the number of compared "
         f"pairs of variants ({n_pairs}) by Holm's method; the intervals are not corrected."
     )
+
+
+def _document_interval(comparison: Comparison | None) -> str:
+    found = None if comparison is None else comparison.documents
+    return "–" if found is None else f"{signed(found.low, 3)} to {signed(found.high, 3)}"
+
+
+def _document_note(compared: Sequence[Comparison]) -> str:
+    """Return what the interval over documents is, and why some comparisons have none."""
+    lines = []
+    found = next((each.documents for each in compared if each.documents is not None), None)
+    if found is not None:
+        few = " Of so few documents it is too narrow." if found.n_documents < _FEW_DOCUMENTS else ""
+        lines.append(
+            f"Documents: paired bootstrap over the {found.n_documents:,} held-out documents "
+            f"({found.n_resamples:,} resamples, the same ones for both variants, weighted by tokens). It covers other "
+            f"text of this kind; the intervals over seeds cover other training runs.{few}"
+        )
+    reasons: dict[str, list[str]] = {}
+    for each in compared:
+        if each.documents is None and each.documents_missing:
+            reasons.setdefault(each.documents_missing, []).append(each.variant)
+    lines += [f"No interval over documents for {', '.join(names)}: {reason}." for reason, names in reasons.items()]
+    return "\n".join(lines)
 
 
 def _ratio_note(other: str, compared: Sequence[Comparison]) -> str:

@@ -1,0 +1,232 @@
+"""Losses of held-out documents by run, kept with its record, and the bootstrap over documents between variants."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from psannlm.config.run import plan_batches
+from psannlm.errors import ConfigError
+from psannlm.evaluation.documents import N_RESAMPLES, DocumentLosses, bootstrap_difference, evaluate_documents
+from psannlm.experiments.finished_runs import RUNS_FILE, DocumentRecord, add_finished_run, read_finished_runs
+from psannlm.experiments.lr_selection import Choice, choose, score_of
+from psannlm.experiments.model import Study, StudyRun
+from psannlm.experiments.run_state import RunState, read_status
+from psannlm.io.atomic import explain_write_errors
+from psannlm.io.lock import RunLock
+from psannlm.models.artifact import load_model
+from psannlm.reports.schemas.measured import BootstrapDifference
+from psannlm.reports.schemas.study import Comparison
+from psannlm.runtime.device import pick_precision
+from psannlm.runtime.distributed import World
+from psannlm.training.checkpoint import BEST, LATEST, read_pointer, step_of
+from psannlm.training.plan import cut_windows
+
+SEED = 0
+# Draws of one comparison, documents times resamples, above which it takes fewer resamples: about a second.
+_MOST_DRAWS = 10**8
+_FEWEST_RESAMPLES = 1_000
+# Relative difference to the validation in the log up to which losses are those of the same model and text: sums in bf16
+# differ by rounding between a compiled and an uncompiled model.
+_TOLERANCE = 2e-3
+
+
+@dataclass(frozen=True)
+class RunDocuments:
+    """Losses of a run by document with their record, or the reason why there are none."""
+
+    losses: DocumentLosses | None
+    reason: str = ""
+    record: DocumentRecord | None = None
+
+
+def encode_documents(losses: DocumentLosses, step: int) -> DocumentRecord:
+    """Return the losses of the model of ``step`` as a record: float32 nats and int32 tokens, as base64 of their bytes.
+
+    32 bits are exact to one part in ten million, far below any difference between models.
+    """
+    nats, tokens = losses.nats.astype("<f4"), losses.tokens.astype("<i4")
+    return DocumentRecord(step=step, nats=_text(nats.tobytes()), tokens=_text(tokens.tobytes()))
+
+
+def decode_documents(record: DocumentRecord) -> DocumentLosses | None:
+    """Return the losses of a record; None if it is damaged."""
+    try:
+        nats = np.frombuffer(base64.b64decode(record.nats, validate=True), "<f4").astype(np.float64)
+        tokens = np.frombuffer(base64.b64decode(record.tokens, validate=True), "<i4").astype(np.int64)
+    except (binascii.Error, ValueError):
+        return None
+    is_sound = len(nats) == len(tokens) > 0 and bool(np.isfinite(nats).all()) and bool((tokens > 0).all())
+    return DocumentLosses(nats, tokens) if is_sound else None
+
+
+def _text(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def measure_documents(
+    study: Study, *, is_kept: bool = False, on_status: Callable[[str], None] = lambda text: None
+) -> dict[str, RunDocuments]:
+    """Return the losses by document, by name, of the finished runs that are compared.
+
+    They are those of the last step, or of the best validation if the plan measures that. Losses in the study's
+    ``runs.jsonl`` are taken from there; the others are measured with the checkpoints, on the device of the runs.
+
+    Args:
+        is_kept: add those measured here to the study's ``runs.jsonl``.
+
+    Raises:
+        ArtifactError: a checkpoint cannot be read.
+        StorageError: ``runs.jsonl`` cannot be written, or another process uses the folder.
+    """
+    states = compared_runs(study)
+    kept = _kept_records(study)
+    found: dict[str, RunDocuments] = {}
+    measured: list[tuple[RunState, DocumentRecord]] = []
+    for state in states:
+        assert state.record is not None
+        row = score_of(state.record, study.plan.settings.measure)
+        record = kept.get(state.run.name)
+        if record is not None and (known := _matching(study, state.run, record, row)) is not None:
+            found[state.run.name] = RunDocuments(known, "", record)
+            continue
+        if reason := _why_not(study, state, row["step"]):
+            found[state.run.name] = RunDocuments(None, reason)
+            continue
+        on_status(f"losses by document: {state.run.name}")
+        record = encode_documents(_evaluate(study, state.run), row["step"])
+        matching = _matching(study, state.run, record, row)
+        if matching is None:
+            found[state.run.name] = RunDocuments(None, "its checkpoint has another loss than its log")
+            continue
+        found[state.run.name] = RunDocuments(matching, "", record)
+        measured.append((state, record))
+    if is_kept and measured:
+        with RunLock(study.folder, "--study"), explain_write_errors(study.folder):
+            for state, record in measured:
+                add_finished_run(study.folder / RUNS_FILE, state, record)
+    return found
+
+
+def compared_runs(study: Study) -> list[RunState]:
+    """Return the finished runs at the best learning rate of each variant; none if fewer than two variants have any."""
+    states = [read_status(run) for run in study.runs]
+    chosen = {sized.variant.name: choose(sized, states, study.plan) for sized in study.variants}
+    names = {record.name for choice in chosen.values() for record in choice.done.values()}
+    if sum(bool(choice.done) for choice in chosen.values()) < 2:
+        return []
+    return [state for state in states if state.run.name in names]
+
+
+def _kept_records(study: Study) -> dict[str, DocumentRecord]:
+    """Return the records in the study's folder; those of a damaged file are measured again."""
+    if not (study.folder / RUNS_FILE).is_file():
+        return {}
+    try:
+        return {run.run: run.documents for run in read_finished_runs(study.folder) if run.documents is not None}
+    except ConfigError:
+        return {}
+
+
+def _matching(study: Study, run: StudyRun, record: DocumentRecord, row: Mapping[str, float]) -> DocumentLosses | None:
+    """Return the losses of a record if they are those of validation ``row`` on the present text."""
+    losses = decode_documents(record)
+    if losses is None or record.step != row["step"] or not np.array_equal(losses.tokens, _document_tokens(study, run)):
+        return None
+    return losses if abs(losses.loss() - row["loss"]) <= _TOLERANCE * abs(row["loss"]) else None
+
+
+def _document_tokens(study: Study, run: StudyRun) -> NDArray[np.int64]:
+    store = study.data[run.variant.variant.config.data].val
+    assert store is not None
+    return np.diff(store.starts(0, store.n_documents + 1)) - 1
+
+
+def _why_not(study: Study, state: RunState, step: int) -> str:
+    """Return why the losses of a run cannot be measured here; empty if they can."""
+    record = state.record
+    assert record is not None
+    folder = _checkpoint(study, state.run)
+    if folder is None:
+        return "the report it was reused from has none" if record.origin else "its checkpoint is gone"
+    if step_of(folder) != step:
+        return f"its checkpoint is that of step {step_of(folder)}, not {step}"
+    if record.system.get("gpus") and state.run.config.train.device != "cpu" and not torch.cuda.is_available():
+        return "it was trained on a GPU, and there is none here; use --no-train on a machine with one"
+    return ""
+
+
+def _checkpoint(study: Study, run: StudyRun) -> Path | None:
+    return read_pointer(run.folder, BEST if study.plan.settings.measure == "best" else LATEST)
+
+
+def _evaluate(study: Study, run: StudyRun) -> DocumentLosses:
+    """Return the losses of a run's measured checkpoint, in the precision and windows of its validations."""
+    folder, data = _checkpoint(study, run), study.data[run.variant.variant.config.data]
+    assert folder is not None
+    assert data.val is not None
+    wanted = run.config.train.device
+    device = World().pick_device("auto" if wanted.startswith("cuda") else wanted)
+    return evaluate_documents(
+        load_model(folder).model.to(device),
+        cut_windows(run.config, data.val, data.tokenizer),
+        precision=pick_precision(run.config.train.amp, device),
+        batch_size=plan_batches(run.config).micro_batch_size,
+    )
+
+
+def with_document_intervals(
+    comparisons: Sequence[Comparison], chosen: Mapping[str, Choice], documents: Mapping[str, RunDocuments]
+) -> list[Comparison]:
+    """Return the comparisons with their intervals over held-out documents, or the reason why one has none.
+
+    Both variants are averaged over the seeds that both have, document by document, so that the difference is that of
+    the interval paired over seeds. Every comparison draws the same documents.
+    """
+    return [
+        replace(each, **_interval(chosen[each.variant], chosen[each.against], documents))
+        if each.variant in chosen and each.against in chosen
+        else each
+        for each in comparisons
+    ]
+
+
+def _interval(ours: Choice, theirs: Choice, documents: Mapping[str, RunDocuments]) -> dict[str, Any]:
+    """Return the fields of a comparison about documents."""
+    seeds = sorted(ours.done.keys() & theirs.done.keys())
+    if not seeds:
+        return {"documents": None, "documents_missing": "the variants share no finished seed"}
+    sides: list[list[DocumentLosses]] = []
+    for choice in (ours, theirs):
+        side = []
+        for seed in seeds:
+            name = choice.done[seed].name
+            found = documents.get(name, RunDocuments(None, "they were not measured"))
+            if found.losses is None:
+                return {"documents": None, "documents_missing": f"{name}: {found.reason}"}
+            side.append(found.losses)
+        sides.append(side)
+    n_documents = len(sides[0][0].tokens)
+    n_resamples = min(N_RESAMPLES, max(_FEWEST_RESAMPLES, _MOST_DRAWS // n_documents))
+    found_difference = bootstrap_difference(*sides, seed=SEED, n_resamples=n_resamples)
+    if found_difference.low is None:
+        return {"documents": None, "documents_missing": "there is only one held-out document"}
+    return {
+        "documents": BootstrapDifference(
+            mean=found_difference.mean,
+            low=found_difference.low,
+            high=found_difference.high,
+            n_documents=n_documents,
+            n_resamples=n_resamples,
+            seed=SEED,
+        ),
+        "documents_missing": "",
+    }

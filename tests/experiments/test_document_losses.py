@@ -1,0 +1,207 @@
+"""Losses by document of a study's runs: paired intervals, kept with the record of a run, and reasons for a dash."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from psannlm.config.run import load_config
+from psannlm.evaluation.documents import DocumentLosses, bootstrap_difference
+from psannlm.experiments.document_losses import (
+    SEED,
+    RunDocuments,
+    decode_documents,
+    encode_documents,
+    measure_documents,
+)
+from psannlm.experiments.finished_runs import RUNS_FILE, read_finished_runs, write_finished_runs
+from psannlm.experiments.local_launcher import Process
+from psannlm.experiments.model import Study, StudyRun
+from psannlm.experiments.plan import load_plan
+from psannlm.experiments.results import study_figures
+from psannlm.experiments.reuse import read_kept_runs, reuse_runs
+from psannlm.experiments.runner import run_all
+from psannlm.experiments.sizing import size_study
+from psannlm.reports.schemas.study import Comparison
+from psannlm.reports.tables.study import COMPARED, study_tables
+from psannlm.training.run import train
+
+BASE = """\
+model: {{base: transformer, d_model: 16, n_layers: 1, n_heads: 2, mlp: swiglu}}
+data:
+  sources: [{{path: {corpus}, per_line: true}}]
+  tokenizer: simple
+  vocab_size: 512
+  max_length: 16
+  val_split: 0.2
+train: {{batch_tokens: 128, amp: fp32, device: cpu, eval_interval_steps: 2}}
+"""
+PLAN = """\
+base: base.yaml
+budget: {tokens: 500}
+seeds: [1, 2]
+baseline: swiglu
+variants:
+  swiglu: {learning_rates: [1e-2]}
+  sine: {model: {mlp: sine}, learning_rates: [1e-2, 1e-5]}
+"""
+
+
+class Ended:
+    def poll(self) -> int | None:
+        return 0
+
+    def terminate(self) -> None:
+        raise AssertionError("no process is active")
+
+
+def train_here(run: StudyRun, environment: Mapping[str, str]) -> Process:
+    train(load_config(run.config_path))
+    return Ended()
+
+
+def build(root: Path, corpus: Path) -> Study:
+    root.mkdir(exist_ok=True)
+    (root / "base.yaml").write_text(BASE.format(corpus=json.dumps(str(corpus))))
+    (root / "plan.yaml").write_text(PLAN)
+    return size_study(load_plan(root / "plan.yaml"), root / "study")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Study:
+    """Return a study whose six runs were trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psannlm.training.run.draw_curve", lambda folder, title, rows: folder / "loss_curve.png")
+        patch.setattr("os.fsync", lambda handle: None)
+        study = build(tmp_path_factory.mktemp("finished"), tiny_corpus)
+        run_all(study, launcher=train_here)
+    return study
+
+
+@pytest.fixture(scope="module")
+def documents(finished: Study) -> dict[str, RunDocuments]:
+    return measure_documents(finished)
+
+
+def compared(study: Study, documents: Mapping[str, RunDocuments]) -> Comparison:
+    [comparison] = study_figures(study, {}, documents).comparisons
+    return comparison
+
+
+def test_study_document_losses_sum_to_logged_loss(finished: Study, documents: dict[str, RunDocuments]) -> None:
+    figures = study_figures(finished)
+    chosen = {run.run: run.val_loss for run in figures.runs if run.run in documents}
+    assert len(chosen) == 4, "two seeds of two variants, and no run at another learning rate"
+    for name, loss in chosen.items():
+        losses = documents[name].losses
+        assert losses is not None
+        assert losses.loss() == pytest.approx(loss, rel=1e-5)
+
+
+def test_study_document_interval_is_paired_over_seeds(finished: Study, documents: dict[str, RunDocuments]) -> None:
+    found = compared(finished, documents).documents
+    assert found is not None
+
+    def losses(variant: str, lr: float) -> list[DocumentLosses]:
+        each = [documents[f"{variant}_lr{lr:g}_seed{seed}"].losses for seed in (1, 2)]
+        return [one for one in each if one is not None]
+
+    [sine] = [v for v in study_figures(finished).variants if v.name == "sine"]
+    assert sine.learning_rate is not None
+    wanted = bootstrap_difference(losses("sine", sine.learning_rate), losses("swiglu", 1e-2), seed=SEED)
+    assert (found.mean, found.low, found.high) == (wanted.mean, wanted.low, wanted.high)
+    assert sine.difference is not None
+    assert found.mean == pytest.approx(sine.difference.mean, rel=1e-4)
+    # A common offset of a document cancels: the documents of both variants are the same ones.
+    shifted = {
+        name: replace(
+            each, losses=DocumentLosses(each.losses.nats + np.arange(len(each.losses.nats)), each.losses.tokens)
+        )
+        for name, each in documents.items()
+        if each.losses is not None
+    }
+    again = compared(finished, shifted).documents
+    assert again is not None
+    assert (again.low, again.high) == pytest.approx((found.low, found.high), abs=1e-9)
+
+
+def test_reused_runs_keep_losses_by_document(
+    finished: Study, documents: dict[str, RunDocuments], tmp_path: Path, tiny_corpus: Path
+) -> None:
+    report = tmp_path / "report"
+    report.mkdir()
+    records = {name: each.record for name, each in documents.items() if each.record is not None}
+    write_finished_runs(report / RUNS_FILE, finished, {}, records)
+    study = build(tmp_path / "machine", tiny_corpus)
+    reuse_runs(study, [run.name for run in study.runs], read_kept_runs([report]))
+    assert compared(study, measure_documents(study)) == compared(finished, documents)
+    # The record grows in the study's folder too, for a report that is written without the checkpoints.
+    kept = {run.run: run.documents for run in read_finished_runs(study.folder)}
+    assert {name for name, record in kept.items() if record is not None} == set(documents)
+
+
+def test_records_without_documents_show_dash_and_reason(finished: Study, tmp_path: Path, tiny_corpus: Path) -> None:
+    report = tmp_path / "report"
+    report.mkdir()
+    write_finished_runs(report / RUNS_FILE, finished, {})
+    lines = [json.loads(line) for line in (report / RUNS_FILE).read_text().splitlines()]
+    for line in lines:
+        del line["documents"]  # as earlier versions wrote it
+    (report / RUNS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    study = build(tmp_path / "machine", tiny_corpus)
+    assert reuse_runs(study, [run.name for run in study.runs], read_kept_runs([report]))
+    [table] = [
+        table
+        for table in study_tables(study_figures(study, {}, measure_documents(study)))
+        if table.title.startswith(COMPARED)
+    ]
+    assert table.rows[0][list(table.headings).index("95 % interval, documents")] == "–"
+    assert (
+        "No interval over documents for sine: sine_lr0.01_seed1: the report it was reused from has none." in table.note
+    )
+
+
+@pytest.mark.parametrize("fault", ["step", "loss", "damaged"])
+def test_kept_losses_of_another_model_are_measured_again(
+    finished: Study, documents: dict[str, RunDocuments], tmp_path: Path, tiny_corpus: Path, fault: str
+) -> None:
+    shutil.copytree(finished.folder.parent, tmp_path / "copy")
+    study = build(tmp_path / "copy", tiny_corpus)
+    records = {}
+    for name, each in documents.items():
+        assert each.losses is not None
+        assert each.record is not None
+        others = DocumentLosses(each.losses.nats * 1.1, each.losses.tokens)
+        records[name] = {
+            "step": replace(each.record, step=each.record.step - 1),
+            "loss": encode_documents(others, each.record.step),
+            "damaged": replace(each.record, nats="?"),
+        }[fault]
+    write_finished_runs(study.folder / RUNS_FILE, study, {}, records)
+    assert compared(study, measure_documents(study, is_kept=True)) == compared(finished, documents)
+    kept = {run.run: run.documents for run in read_finished_runs(study.folder)}
+    assert kept == {run.name: documents[run.name].record if run.name in documents else None for run in study.runs}
+
+
+def test_document_record_keeps_losses_and_refuses_damage() -> None:
+    losses = DocumentLosses(np.array([1.25, 1e3 / 3, 7.0]), np.array([1, 200, 3]))
+    record = encode_documents(losses, 5)
+    found = decode_documents(record)
+    assert found is not None
+    assert (record.step, found.tokens.tolist()) == (5, [1, 200, 3])
+    assert found.nats == pytest.approx(losses.nats, rel=1e-7)
+    assert encode_documents(found, 5) == record
+    for nats in (
+        "",
+        record.nats[:-2],
+        record.nats[:8],
+        "\0",
+        encode_documents(replace(losses, nats=losses.nats * np.nan), 5).nats,
+    ):
+        assert decode_documents(replace(record, nats=nats)) is None
