@@ -19,6 +19,8 @@ from psannlm.experiments.statistics import paired_difference
 from psannlm.models.registry import build_model
 from psannlm.reports.comparisons import compare_variants
 from psannlm.reports.page_model import Table, format_value
+from psannlm.reports.plateau import PlateauExit, plateau_exit
+from psannlm.reports.runs import RunRecord
 from psannlm.reports.schemas.measured import Mean, PairedDifference
 from psannlm.reports.schemas.study import (
     AnswerScore,
@@ -130,6 +132,7 @@ def _run_figures(state: RunState, measure: str, answers: Mapping[str, AnswerScor
     record = state.record
     timed = None if is_shared else record
     score = score_of(record, measure) if record is not None and state.state == "done" else {}
+    left = _plateau_exit(record) if record is not None and state.state == "done" else PlateauExit(None)
     return RunFigures(
         run=state.run.name,
         variant=state.run.variant.variant.name,
@@ -147,7 +150,19 @@ def _run_figures(state: RunState, measure: str, answers: Mapping[str, AnswerScor
         folder=str(state.run.folder),
         answers=answers.get(state.run.name),
         reused_from=None if record is None else record.origin.get("report"),
+        plateau_exit_tokens=left.tokens,
+        plateau=left.reason,
     )
+
+
+def _plateau_exit(record: RunRecord) -> PlateauExit:
+    """Return where a run's validation loss leaves its plateau, by all of its validations."""
+    points: list[tuple[int, float]] = []
+    for tokens, _, loss in record.points():
+        # A log with steps of an earlier attempt may list tokens twice.
+        if tokens > (points[-1][0] if points else 0):
+            points.append((tokens, loss))
+    return plateau_exit([tokens for tokens, _ in points], [loss for _, loss in points])
 
 
 def _answers(choice: Choice, base: Choice, answers: Mapping[str, AnswerScore]) -> VariantAnswers | None:

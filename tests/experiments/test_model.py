@@ -329,6 +329,14 @@ def test_task_accuracy_uses_last_model_of_run(tmp_path: Path) -> None:
     table, by_rate = study_tables(figures)[2:4]
     assert table.rows[1][3] == signed(100 * sum(pairs) / 2, 3)
     assert [row[0] for row in table.rows] == ["swiglu", "sine"]
+    assert table.rows[0][-1] == "too few validations; too few validations"
+    runs = [
+        replace(run, plateau_exit_tokens=1e6 * run.seed, plateau="")
+        if (run.variant, run.lr) == ("swiglu", rate)
+        else run
+        for run in figures.runs
+    ]
+    assert study_tables(replace(figures, runs=runs))[2].rows[0][-1] == "1,000,000; 2,000,000"
     assert by_rate.headings == ["variant", "0.001", "0.01"]
     at_high = [f"{answers[f'sine_lr0.01_seed{seed}'].right:.1%}" for seed in (1, 2)]
     assert by_rate.rows[1] == ["sine", "", " ".join(at_high)]

@@ -86,7 +86,11 @@ class VariantFigures(Figures):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFigures(Figures):
-    """One run; figures of a run that is not finished are None. ``reused_from``: the kept report they come from."""
+    """One run; figures of a run that is not finished are None. ``reused_from``: the kept report they come from.
+
+    ``plateau_exit_tokens``: tokens at which the validation loss left its plateau (``reports.plateau``); where it is
+    None, ``plateau`` says why.
+    """
 
     run: str
     variant: str
@@ -104,6 +108,8 @@ class RunFigures(Figures):
     folder: str
     answers: AnswerScore | None = None
     reused_from: str | None = None
+    plateau_exit_tokens: OptionalFigure = None
+    plateau: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

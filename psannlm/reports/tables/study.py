@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from psannlm.reports.comparisons import compare_variants
 from psannlm.reports.page_model import Headline, Picture, Table, format_float, format_value, lossy_mark, signed
+from psannlm.reports.plateau import FEWEST_VALIDATIONS
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
 from psannlm.reports.schemas.measured import PairedDifference, PooledDifference, TokenRatio
-from psannlm.reports.schemas.study import Comparison, LossCurve, LrScore, StudyMetrics, VariantFigures
+from psannlm.reports.schemas.study import Comparison, LossCurve, LrScore, RunFigures, StudyMetrics, VariantFigures
 
 NATS = "nats per token"
 COMPARED = "Compared to"
@@ -229,7 +230,9 @@ def _answers(metrics: StudyMetrics, task: str) -> Table:
         f"minus {metrics.baseline}, percentage points",
         "documents with all answers correct",
         "nats per answer",
+        "tokens at the plateau's exit, by seed",
     )
+    exits = {(run.variant, run.lr, str(run.seed)): _plateau(run) for run in metrics.runs}
     rows = []
     for variant in metrics.variants:
         answers = variant.answers
@@ -244,6 +247,9 @@ def _answers(metrics: StudyMetrics, task: str) -> Table:
                 _difference(variant, answers.difference, metrics.baseline, scale=100),
                 f"{answers.documents_right:.1%}",
                 f"{answers.nats_per_answer:.4f}",
+                "; ".join(
+                    exits.get((variant.name, variant.learning_rate or 0.0, seed), "–") for seed in answers.right_by_seed
+                ),
             ]
         )
     return Table(
@@ -253,8 +259,16 @@ def _answers(metrics: StudyMetrics, task: str) -> Table:
         frozenset(range(1, len(headings))),
         "At the learning rate of the best validation loss. An answer is correct if its token is the most "
         "likely one. A seed learns the task or does not: such fractions are not normally distributed, so no interval "
-        "is given.",
+        "is given.\n"
+        "Plateau's exit: tokens at which the slope of the validation loss per doubling of tokens passes half way from "
+        "its flattest to the steepest after it. No plateau: no flat stretch before a fall. Flat at the "
+        "end: it has not left a plateau, or has nothing left to learn. "
+        f"It needs at least {FEWEST_VALIDATIONS} validations (train.eval_interval_steps).",
     )
+
+
+def _plateau(run: RunFigures) -> str:
+    return run.plateau or format_value(run.plateau_exit_tokens, 3)
 
 
 def _tasks(metrics: StudyMetrics) -> Table:
