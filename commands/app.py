@@ -6,8 +6,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from types import TracebackType
 from typing import Annotated, Any
 
@@ -15,23 +16,6 @@ import typer
 from typer.core import TyperGroup
 
 from psannlm import __version__
-from psannlm.commands import bench_kv as bench_kv_command
-from psannlm.commands import bench_serve as bench_serve_command
-from psannlm.commands import bench_tokenizers as bench_tokenizers_command
-from psannlm.commands import bench_train as bench_train_command
-from psannlm.commands import compare as compare_command
-from psannlm.commands import eval as eval_command
-from psannlm.commands import export as export_command
-from psannlm.commands import generate as generate_command
-from psannlm.commands import gpu_validate as gpu_validate_command
-from psannlm.commands import import_ as import_command
-from psannlm.commands import init as init_command
-from psannlm.commands import prep as prep_command
-from psannlm.commands import report as report_command
-from psannlm.commands import schema as schema_command
-from psannlm.commands import serve as serve_command
-from psannlm.commands import tokenize as tokenize_command
-from psannlm.commands import train as train_command
 from psannlm.commands.options import print_message
 from psannlm.display import printable
 from psannlm.errors import (
@@ -110,46 +94,57 @@ def _refused_number(error: Exception) -> str | None:
     return f"{problem['input']!r} is not {kind}{meant}"
 
 
-_PANELS: dict[str, dict[str, Callable[..., None]]] = {
+# Module and function of each command, by panel. Typer lists a command by its function: help loads them all.
+_PANELS: dict[str, dict[str, tuple[str, str]]] = {
     "Data": {
-        "init": init_command.init,
-        "schema": schema_command.schema,
-        "tokenize": tokenize_command.tokenize,
-        "prep": prep_command.prep,
+        "init": ("init", "init"),
+        "schema": ("schema", "schema"),
+        "tokenize": ("tokenize", "tokenize"),
+        "prep": ("prep", "prep"),
     },
     "Models": {
-        "train": train_command.train,
-        "generate": generate_command.generate,
-        "eval": eval_command.evaluate,
-        "export": export_command.export,
-        "import": import_command.import_model,
+        "train": ("train", "train"),
+        "generate": ("generate", "generate"),
+        "eval": ("eval", "evaluate"),
+        "export": ("export", "export"),
+        "import": ("import_", "import_model"),
     },
     "Serve": {
-        "serve": serve_command.serve,
+        "serve": ("serve", "serve"),
     },
     "Measure": {
-        "compare": compare_command.compare,
-        "report": report_command.report,
-        "bench-tokenizers": bench_tokenizers_command.bench_tokenizers,
-        "bench-train": bench_train_command.bench_train,
-        "bench-kv": bench_kv_command.bench_kv,
-        "bench-serve": bench_serve_command.bench_serve,
-        "gpu-validate": gpu_validate_command.gpu_validate,
+        "compare": ("compare", "compare"),
+        "report": ("report", "report"),
+        "bench-tokenizers": ("bench_tokenizers", "bench_tokenizers"),
+        "bench-train": ("bench_train", "bench_train"),
+        "bench-kv": ("bench_kv", "bench_kv"),
+        "bench-serve": ("bench_serve", "bench_serve"),
+        "gpu-validate": ("gpu_validate", "gpu_validate"),
     },
 }
 
-app = typer.Typer(
-    name="psannlm",
-    cls=_Group,
-    help="Language models with trainable sine activations: from a folder of text to a trained, measured model.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for _panel, _commands in _PANELS.items():
-    for _name, _function in _commands.items():
-        app.command(_name, rich_help_panel=_panel)(_function)
+
+def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
+    """Return the command line with all commands, or with the one that ``arguments`` name, which loads no other."""
+    # No option of the root takes a value, so that the first argument without a dash is the command.
+    named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    is_known = any(named in commands for commands in _PANELS.values())
+    app = typer.Typer(
+        name="psannlm",
+        cls=_Group,
+        help="Language models with trainable sine activations: from a folder of text to a trained, measured model.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for panel, commands in _PANELS.items():
+        for name, (module, function) in commands.items():
+            if name == named or not is_known:
+                command = getattr(import_module(f"psannlm.commands.{module}"), function)
+                app.command(name, rich_help_panel=panel)(command)
+    app.callback()(root)
+    return app
 
 
 def _show_version(wanted: bool) -> None:
@@ -158,7 +153,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
@@ -233,7 +227,7 @@ def _run(arguments: list[str], written: list[str]) -> None:
     """Run one command, and raise StreamError where it succeeds but its output cannot be written."""
     try:
         # Not app(...): Typer's own call puts its traceback printer back in place of ours.
-        typer.main.get_command(app)(arguments, prog_name="psannlm", obj=written)
+        typer.main.get_command(build_app(arguments))(arguments, prog_name="psannlm", obj=written)
     except SystemExit as end:
         if not end.code:
             flush_output()

@@ -26,6 +26,8 @@ from psannlm.commands.options import (
     stderr_console,
     text_argument,
 )
+from psannlm.io.self_hash import hash_ahead
+from psannlm.runtime.collection import pausing_collection
 from psannlm.runtime.streams import is_terminal, print_error_line, write_output
 
 if TYPE_CHECKING:
@@ -149,22 +151,26 @@ def generate(
     if not prompts and not interactive:
         raise typer.BadParameter("give --prompt TEXT, --prompts-file FILE or --interactive", param_hint="--prompt")
 
-    from psannlm.generation.engine import Engine
-    from psannlm.generation.generate import choose_compiling
-    from psannlm.generation.generate import generate as complete
-    from psannlm.generation.logprobs import require_logprobs
-    from psannlm.generation.sampling import SamplingConfig
-    from psannlm.generation.stop_texts import require_stop_texts
+    if checkpoint is not None and not ema:
+        # While torch is loaded, which takes longer.
+        hash_ahead(checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint)
+    with pausing_collection():
+        from psannlm.generation.engine import Engine
+        from psannlm.generation.generate import choose_compiling
+        from psannlm.generation.generate import generate as complete
+        from psannlm.generation.logprobs import require_logprobs
+        from psannlm.generation.sampling import SamplingConfig
+        from psannlm.generation.stop_texts import require_stop_texts
 
-    sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed, min_p)
-    stops = require_stop_texts(map(text_argument, stop or ()))
-    require_logprobs(logprobs)
-    path, loaded, tokenizer = _load(checkpoint, runs, ema, device, bool(compile))
-    engine = Engine(
-        loaded.model,
-        dtype=dtype,
-        compile=choose_compiling("auto" if compile is None else compile, max_new_tokens),
-    )
+        sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed, min_p)
+        stops = require_stop_texts(map(text_argument, stop or ()))
+        require_logprobs(logprobs)
+        path, loaded, tokenizer = _load(checkpoint, runs, ema, device, bool(compile))
+        engine = Engine(
+            loaded.model,
+            dtype=dtype,
+            compile=choose_compiling("auto" if compile is None else compile, max_new_tokens),
+        )
     for notice in engine.notices:
         log.warning(notice)
     answer = partial(

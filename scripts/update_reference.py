@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from psannlm.commands.app import app
+from psannlm.commands.app import build_app
 from psannlm.config.reference import markdown_table
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
@@ -32,7 +32,7 @@ def config_tables() -> str:
 
 def command_tables() -> str:
     """Return a heading, the usage and a table of arguments and options for each command."""
-    root: Any = typer.main.get_command(app)
+    root: Any = typer.main.get_command(build_app())
     return "\n\n".join("\n".join(_command_lines(name, command)) for name, command in root.commands.items())
 
 

@@ -14,7 +14,7 @@ import typer
 import yaml
 
 import psannlm
-from psannlm.commands.app import app
+from psannlm.commands.app import build_app
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
@@ -63,7 +63,7 @@ def test_documents_hold_commands_to_check() -> None:
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_documented_commands_and_options_exist(page: str, line: str) -> None:
     words = shlex.split(re.split(r"(?:^|bin/|-m )psannlm ", line, maxsplit=1)[1])
-    root: Any = typer.main.get_command(app)
+    root: Any = typer.main.get_command(build_app())
     command: Any = root if words[0].startswith("-") else root.commands[words[0]]
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {word for word in words if re.match("--?[a-z]", word)} <= known | {"--help", "--debug"}
@@ -120,7 +120,7 @@ def test_readme_results_stand_in_the_study() -> None:
 
 
 def test_readme_lists_every_command() -> None:
-    root: Any = typer.main.get_command(app)
+    root: Any = typer.main.get_command(build_app())
     rows = re.findall(r"^\| `psannlm ([\w-]+)` \|", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert sorted(rows) == sorted(root.commands)
 

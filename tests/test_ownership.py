@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 
-from psannlm.commands.app import app, main
+from psannlm.commands.app import build_app, main
 from psannlm.config.run import load_config
 from psannlm.data.corpus.files import find_files
 from psannlm.errors import PsannlmError
@@ -226,7 +226,7 @@ REFUSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 def test_ownership_covers_every_command_with_out() -> None:
     """A new command that writes must get a line in one of the three tables."""
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(build_app())
     writing = {
         name
         for name, command in group.commands.items()

@@ -34,6 +34,7 @@ from psannlm.io.safetensors_header import (
     read_header,
     refuse_wrong_length,
 )
+from psannlm.io.self_hash import BLANK, HASH_KEY, hash_position, hash_with_blank
 from psannlm.models.tensorshards import (
     SHARDS_KEY,
     has_shards,
@@ -44,9 +45,6 @@ from psannlm.models.tensorshards import (
     write_shards,
 )
 
-_HASH_KEY = "sha256"
-_BLANK = "0" * 64
-_CHUNK_BYTES = 1 << 20
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -99,7 +97,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 def _write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
     layout = {name: (_DTYPES[tensors[name].dtype], tuple(tensors[name].shape)) for name in _file_order(tensors)}
-    header = build_header(layout, {**metadata, _HASH_KEY: _BLANK})
+    header = build_header(layout, {**metadata, HASH_KEY: BLANK})
     digest = hashlib.sha256(header)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(header)
@@ -107,7 +105,7 @@ def _write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
             content = tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
             digest.update(content)
             file.write(content)
-        file.seek(_hash_position(path, header))
+        file.seek(hash_position(path, header))
         file.write(digest.hexdigest().encode("ascii"))
         file.flush()
         os.fsync(file.fileno())
@@ -186,10 +184,10 @@ def verify_tensors(path: Path) -> Verified:
         fields = parse_header(path, header)
         refuse_wrong_length(path, size, len(header), fields)
         metadata = parse_metadata(path, fields)
-        recorded = metadata.pop(_HASH_KEY, None)
+        recorded = metadata.pop(HASH_KEY, None)
         if recorded is None:
-            raise ArtifactError(f"{path} records no {_HASH_KEY}: it is not a psannlm file")
-        found = _hash_with_blank(path, _hash_position(path, header))
+            raise ArtifactError(f"{path} records no {HASH_KEY}: it is not a psannlm file")
+        found = hash_with_blank(path, hash_position(path, header))
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
     if recorded != found:
@@ -198,25 +196,6 @@ def verify_tensors(path: Path) -> Verified:
         )
     verify_shards(listed_shards(path, metadata))
     return Verified(metadata, found)
-
-
-def _hash_position(path: Path, header: bytes) -> int:
-    marker = f'"{_HASH_KEY}":"'.encode("ascii")
-    at = header.find(marker)
-    if at < 0 or at + len(marker) + len(_BLANK) > len(header):
-        raise ArtifactError(f"{path} has an incomplete {_HASH_KEY}: it is damaged or not a psannlm file")
-    return at + len(marker)
-
-
-def _hash_with_blank(path: Path, at: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        digest.update(file.read(at))
-        digest.update(_BLANK.encode("ascii"))
-        file.seek(at + len(_BLANK))
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def same_shapes(tensors: dict[str, Tensor], expected: dict[str, torch.Size]) -> str | None:

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from psannlm.config.train import Amp
 from psannlm.errors import DeviceError, nearest
 from psannlm.runtime.resident_memory import peak_resident_bytes, resident_bytes
+
+if TYPE_CHECKING:
+    from psannlm.config.train import Amp
 
 _MPS_CANNOT = (
     "mps trains and validates only, in float32 and one process, without compilation, samples and task scores, and was "

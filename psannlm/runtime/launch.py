@@ -18,13 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from psannlm.config.run import RunConfig, to_yaml
 from psannlm.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, ConfigError, DeviceError
 from psannlm.runtime.cores import threads_for
 from psannlm.runtime.processes import python_command
 from psannlm.runtime.signals import stop_signals
+
+if TYPE_CHECKING:
+    from psannlm.config.run import RunConfig
 
 # After a signal, ranks get time to write a large checkpoint. After a failure there is nothing to save.
 _STOP_S = 3600.0
@@ -78,6 +80,9 @@ def launch(config: RunConfig, n_ranks: int, options: Sequence[str] = (), *, debu
     Raises:
         DeviceError: this machine has no loopback interface that works.
     """
+    # Imported here: a module that only reads the names above should not load the whole configuration.
+    from psannlm.config.run import to_yaml
+
     environment = {LAUNCHED: "1"}
     with private_store(n_ranks) as place, _received() as signals:
         path = Path(place[STORE_FOLDER]) / _CONFIG_FILE

@@ -15,7 +15,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -41,7 +41,9 @@ from psannlm.models.transformer import Transformer
 from psannlm.runtime.distributed import World
 from psannlm.runtime.shared_folder import shared_temporary
 from psannlm.tokenizers.base import Tokenizer
-from psannlm.training.averaging import WeightAverage
+
+if TYPE_CHECKING:
+    from psannlm.training.averaging import WeightAverage
 
 log = logging.getLogger(__name__)
 

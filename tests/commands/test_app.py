@@ -32,6 +32,19 @@ def test_version_option_prints_version(psannlm) -> None:
     assert psannlm("--version").out.strip() == f"psannlm {__version__}"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "commands"),
+    [(["--debug", "generate", "train"], ["generate"]), (["train", "--help"], ["train"])],
+)
+def test_named_command_is_built_without_the_others(arguments: list[str], commands: list[str]) -> None:
+    assert [command.name for command in root.build_app(arguments).registered_commands] == commands
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["trian"]])
+def test_all_commands_are_built_where_none_is_named(arguments: list[str]) -> None:
+    assert len(root.build_app(arguments).registered_commands) == len(root.build_app().registered_commands) > 10
+
+
 def test_unknown_commands_and_options_exit_2(psannlm) -> None:
     assert psannlm("trian").code == 2
     assert psannlm("train", "x.yaml", "--fast").code == 2
@@ -126,7 +139,7 @@ def test_ctrl_c_before_training_exits_130(psannlm, monkeypatch: pytest.MonkeyPat
     def interrupted(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["psannlm.commands.generate"], "find_model_file", interrupted)
+    monkeypatch.setattr("psannlm.commands.generate.find_model_file", interrupted)
     done = psannlm("generate", "--prompt", "x")
     assert done.code == 130
     assert done.err == "interrupted\n"
@@ -143,15 +156,15 @@ def test_broken_pipe_exits_1_silently() -> None:
 
 @pytest.mark.slow
 def test_every_command_has_a_help_text() -> None:
-    for command in root.app.registered_commands:
-        shown = CliRunner().invoke(root.app, [str(command.name), "--help"])
+    for command in root.build_app().registered_commands:
+        shown = CliRunner().invoke(root.build_app(), [str(command.name), "--help"])
         assert shown.exit_code == 0
         assert len(shown.output) > 200
 
 
 def test_help_groups_commands_and_cuts_no_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    shown = CliRunner().invoke(root.app, ["--help"], prog_name="psannlm").output
+    shown = CliRunner().invoke(root.build_app(), ["--help"], prog_name="psannlm").output
     assert max(map(len, shown.splitlines())) <= 80
     assert "..." not in shown.partition("Options:")[2]
     panels: dict[str, list[str]] = {}
@@ -164,10 +177,10 @@ def test_help_groups_commands_and_cuts_no_sentence(monkeypatch: pytest.MonkeyPat
     assert list(panels) == ["Data", "Models", "Serve", "Measure"]
     assert panels["Models"] == ["train", "generate", "eval", "export", "import"]
     assert sorted(name for names in panels.values() for name in names) == sorted(
-        str(command.name) for command in root.app.registered_commands
+        str(command.name) for command in root.build_app().registered_commands
     )
     flat = " ".join(shown.split())
-    for command in root.app.registered_commands:
+    for command in root.build_app().registered_commands:
         sentence = " ".join((command.callback.__doc__ or "").split("\n\n")[0].split())  # type: ignore[union-attr]
         assert sentence.partition(". ")[0].rstrip(".") + "." in flat
 

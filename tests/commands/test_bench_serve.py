@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from psannlm.commands.app import app
+from psannlm.commands.app import build_app
 from tests.benchmarks.serving.conftest import small_servers
 
 runner = CliRunner()
@@ -27,7 +27,7 @@ LOADS = "--concurrency 1,2 --requests 4 --repeats 1 --max-batch 2 --check 3".spl
     ],
 )
 def test_bench_serve_refuses_wrong_usage(options: list[str], message: str) -> None:
-    result = runner.invoke(app, ["bench-serve", *options])
+    result = runner.invoke(build_app(), ["bench-serve", *options])
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())
 
@@ -58,7 +58,7 @@ def test_bench_serve_wrong_answers_exit_with_3(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(servers, "ours", lambda *args, **options: small_servers(tmp_path)("right"))
     out = tmp_path / "out"
-    result = runner.invoke(app, ["bench-serve", *SMALL, *LOADS, "--json", "--out", str(out)])
+    result = runner.invoke(build_app(), ["bench-serve", *SMALL, *LOADS, "--json", "--out", str(out)])
     assert isinstance(result.exception, LimitMissed)
     assert result.exception.exit_code == 3
     figures = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def test_bench_serve_finds_our_server_right(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("starlette")
     out = tmp_path / "out"
     options = LOADS if kind == "loads" else "--soak --concurrency 16 --requests 150 --check 60 --max-batch 4".split()
-    result = runner.invoke(app, ["bench-serve", *SMALL, *options, "--out", str(out)])
+    result = runner.invoke(build_app(), ["bench-serve", *SMALL, *options, "--out", str(out)])
     assert result.exit_code == 0, result.output
     figures = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert figures["problems"] == []

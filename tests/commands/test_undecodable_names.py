@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from psannlm.benchmarks.tokenization import bench
-from psannlm.commands.app import app, main
+from psannlm.commands.app import build_app, main
 from psannlm.config.run import config_from_mapping, load_config
 from psannlm.data.corpus.documents import parquet_texts
 from psannlm.data.manifest import read_manifest
@@ -189,4 +189,4 @@ def test_undecodable_names_cover_every_command() -> None:
     tried |= {"export", "import"}
     tried |= {"serve", "bench-serve"}  # tests/commands/test_serve.py; bench-serve starts serve on the file
     takes_none = {"bench-train", "bench-kv", "gpu-validate", "schema"}
-    assert {str(command.name) for command in app.registered_commands} == tried | takes_none
+    assert {str(command.name) for command in build_app().registered_commands} == tried | takes_none

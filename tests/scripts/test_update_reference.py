@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from psannlm.commands.app import app
+from psannlm.commands.app import build_app
 from psannlm.config.reference import keys
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def test_config_tables_hold_every_key_once(script: ModuleType) -> None:
 
 
 def test_command_tables_hold_every_command_and_option(script: ModuleType) -> None:
-    root: Any = typer.main.get_command(app)
+    root: Any = typer.main.get_command(build_app())
     sections = script.command_tables().split("## psannlm ")[1:]
     assert [section.splitlines()[0] for section in sections] == list(root.commands)
     for section, command in zip(sections, root.commands.values(), strict=True):
