@@ -25,7 +25,9 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from psannlm.experiments.document_losses import RunDocuments
     from psannlm.experiments.launchers import Launching
+    from psannlm.experiments.lr_selection import Halves
     from psannlm.experiments.model import Study
     from psannlm.experiments.reuse import KeptRun
     from psannlm.reports.page_model import Table
@@ -158,11 +160,11 @@ def compare(
     with live_line(stderr_console()) as line:
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name)
         if not dry_run:
-            sized = _train(sized, wanted, kept, None if no_train else launching, line)
+            sized, known = _train(sized, wanted, kept, None if no_train else launching, line)
             answers = score_runs(sized, line.show)
-            documents = measure_documents(sized, is_kept=not no_train, on_status=line.show)
+            documents = measure_documents(sized, known, is_kept=not no_train, on_status=line.show)
     if dry_run:
-        sized = with_selected_lrs(sized)
+        sized = with_selected_lrs(sized, _half_losses(sized)[0])
         shown = _run_names(sized, wanted)
         reuse_runs(sized, shown, kept, is_dry=True)
         _show_plan(replace(sized, runs=tuple(run for run in sized.runs if run.name in shown)), launching, as_json)
@@ -182,10 +184,13 @@ def _run_names(study: Study, variants: Collection[str], but: Collection[str] = (
 
 def _train(
     study: Study, variants: Collection[str], kept: Sequence[KeptRun], launching: Launching | None, line: LiveLine
-) -> Study:
-    """Reuse or train the runs of ``lr_seeds``, then those of the other seeds, and return the study with all of them.
+) -> tuple[Study, dict[str, RunDocuments]]:
+    """Reuse or train the runs of ``lr_seeds``, then those of the other seeds.
 
     Without ``launching``, nothing is trained.
+
+    Returns:
+        the study with all runs, and the losses by document that were measured to select learning rates.
     """
     from psannlm.experiments.lr_selection import with_selected_lrs
     from psannlm.experiments.reuse import reuse_runs
@@ -200,10 +205,23 @@ def _train(
 
     search_runs = _run_names(study, variants)
     complete(search_runs)
-    study = with_selected_lrs(study)
+    halves, known = _half_losses(study, line, is_kept=launching is not None)
+    study = with_selected_lrs(study, halves)
     if others := _run_names(study, variants, but=search_runs):
         complete(others)
-    return study
+    return study, known
+
+
+def _half_losses(
+    study: Study, line: LiveLine | None = None, *, is_kept: bool = False
+) -> tuple[Halves, dict[str, RunDocuments]]:
+    """Return the losses that select learning rates with ``choose_on: tune``, and those by document they follow from."""
+    from psannlm.experiments.document_losses import half_losses, measure_documents
+
+    if study.plan.settings.choose_on == "all":
+        return None, {}
+    known = measure_documents(study, is_kept=is_kept, on_status=(lambda text: None) if line is None else line.show)
+    return half_losses(study, known), known
 
 
 def _publish(figures: StudyMetrics, n_more: int, launching: Launching, out: Path | None, as_json: bool) -> Path:

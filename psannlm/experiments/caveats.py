@@ -47,13 +47,20 @@ def _of_losses(study: Study, chosen: Mapping[str, Choice]) -> Iterator[str]:
     settings = study.plan.settings
     where = "at the last step" if settings.measure == "final" else "the lowest of each run"
     yield f"Validation loss {where}, mean over seeds; differences are paired by seed."
+    if settings.choose_on == "tune":
+        yield (
+            "Losses, answers and intervals are those of one half of the held-out documents (choose_on: tune); loss "
+            "curves and token ratios are those of all of them."
+        )
     if len(settings.seeds) == 1:
         yield "One seed: there is no interval, and no conclusion."
     if any(len(sized.variant.learning_rates) > 1 for sized in study.variants):
         seeds = ""
         if settings.lr_seeds is not None and len(settings.lr_seeds) < len(settings.seeds):
             seeds = f", of seed {', '.join(map(str, settings.lr_seeds))} only"
-        yield f"Learning rates were selected by these losses{seeds}, which favours variants that tried more of them."
+        by = "these losses" if settings.choose_on == "all" else "the losses of the other half of the held-out documents"
+        favours = ", which favours variants that tried more of them" if settings.choose_on == "all" else ""
+        yield f"Learning rates were selected by {by}{seeds}{favours}."
     if edges := [name for name, choice in chosen.items() if choice.edge in ("lowest", "highest")]:
         yield f"Best learning rate at the edge of its grid: {', '.join(edges)}; extend the grid."
     if alone := [name for name, choice in chosen.items() if choice.edge == "only"]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from psannlm.config.run import plan_batches
+from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError
 from psannlm.evaluation.documents import N_RESAMPLES, DocumentLosses, bootstrap_difference, evaluate_documents
 from psannlm.experiments.finished_runs import RUNS_FILE, DocumentRecord, add_finished_run, read_finished_runs
-from psannlm.experiments.lr_selection import Choice, choose, score_of
+from psannlm.experiments.lr_selection import Choice, HalfLosses, Halves, choose, score_of
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.run_state import RunState, read_status
 from psannlm.io.atomic import explain_write_errors
@@ -48,6 +51,9 @@ class RunDocuments:
     record: DocumentRecord | None = None
 
 
+_NOT_MEASURED = RunDocuments(None, "they were not measured")
+
+
 def encode_documents(losses: DocumentLosses, step: int) -> DocumentRecord:
     """Return the losses of the model of ``step`` as a record: float32 nats and int32 tokens, as base64 of their bytes.
 
@@ -73,14 +79,19 @@ def _text(content: bytes) -> str:
 
 
 def measure_documents(
-    study: Study, *, is_kept: bool = False, on_status: Callable[[str], None] = lambda text: None
+    study: Study,
+    former: Mapping[str, RunDocuments] | None = None,
+    *,
+    is_kept: bool = False,
+    on_status: Callable[[str], None] = lambda text: None,
 ) -> dict[str, RunDocuments]:
-    """Return the losses by document, by name, of the finished runs that are compared.
+    """Return the losses by document, by name, of the finished runs that are compared (``compared_runs``).
 
     They are those of the last step, or of the best validation if the plan measures that. Losses in the study's
     ``runs.jsonl`` are taken from there; the others are measured with the checkpoints, on the device of the runs.
 
     Args:
+        former: losses that were measured before, which are not measured again.
         is_kept: add those measured here to the study's ``runs.jsonl``.
 
     Raises:
@@ -93,6 +104,9 @@ def measure_documents(
     measured: list[tuple[RunState, DocumentRecord]] = []
     for state in states:
         assert state.record is not None
+        if former is not None and state.run.name in former:
+            found[state.run.name] = former[state.run.name]
+            continue
         row = score_of(state.record, study.plan.settings.measure)
         record = kept.get(state.run.name)
         if record is not None and (known := _matching(study, state.run, record, row)) is not None:
@@ -117,13 +131,60 @@ def measure_documents(
 
 
 def compared_runs(study: Study) -> list[RunState]:
-    """Return the finished runs at the best learning rate of each variant; none if fewer than two variants have any."""
+    """Return the finished runs at the best learning rate of each variant; none if fewer than two variants have any.
+
+    With ``choose_on: tune`` the losses by document decide which learning rate is best: then all finished runs.
+    """
     states = [read_status(run) for run in study.runs]
+    if study.plan.settings.choose_on == "tune":
+        return [state for state in states if state.state == "done"]
     chosen = {sized.variant.name: choose(sized, states, study.plan) for sized in study.variants}
     names = {record.name for choice in chosen.values() for record in choice.done.values()}
     if sum(bool(choice.done) for choice in chosen.values()) < 2:
         return []
     return [state for state in states if state.run.name in names]
+
+
+def tuning_documents(store: Stream) -> NDArray[np.bool_]:
+    """Return which documents of ``store`` select learning rates (N,): every second one in the order of their hashes.
+
+    The hash is the SHA-256 of a document's tokens, so that neither the order of the files nor the run decides.
+    """
+    starts = store.starts(0, store.n_documents + 1).tolist()
+    hashes = [hashlib.sha256(store.tokens(start, end).tobytes()).digest() for start, end in pairwise(starts)]
+    is_tuning = np.zeros(len(hashes), dtype=np.bool_)
+    is_tuning[sorted(range(len(hashes)), key=lambda at: (hashes[at], at))[::2]] = True
+    return is_tuning
+
+
+def reported_documents(study: Study) -> NDArray[np.int64] | None:
+    """Return the numbers of the held-out documents whose figures are reported; None for all (``choose_on: all``)."""
+    store = study.data[study.plan.baseline.config.data].val
+    if study.plan.settings.choose_on == "all" or store is None:
+        return None
+    return np.flatnonzero(~tuning_documents(store))
+
+
+def half_losses(study: Study, documents: Mapping[str, RunDocuments]) -> Halves:
+    """Return the losses of both halves of the held-out documents by run; None with ``choose_on: all``.
+
+    Raises:
+        ConfigError: a finished run has no losses by document.
+    """
+    reported = reported_documents(study)
+    if reported is None:
+        return None
+    found = {}
+    for name in (state.run.name for state in compared_runs(study)):
+        each = documents.get(name)
+        if each is None:
+            continue  # another process finished it since
+        if each.losses is None:
+            message = f"{name} has no losses by document, which choose_on: tune needs: {each.reason}"
+            raise ConfigError(f"{message}; train it again, or write choose_on: all")
+        tuning = np.setdiff1d(np.arange(len(each.losses.tokens)), reported)
+        found[name] = HalfLosses(each.losses.loss(tuning), each.losses.loss(reported))
+    return found
 
 
 def _kept_records(study: Study) -> dict[str, DocumentRecord]:
@@ -184,22 +245,27 @@ def _evaluate(study: Study, run: StudyRun) -> DocumentLosses:
 
 
 def with_document_intervals(
-    comparisons: Sequence[Comparison], chosen: Mapping[str, Choice], documents: Mapping[str, RunDocuments]
+    comparisons: Sequence[Comparison],
+    chosen: Mapping[str, Choice],
+    documents: Mapping[str, RunDocuments],
+    reported: NDArray[np.int64] | None = None,
 ) -> list[Comparison]:
     """Return the comparisons with their intervals over held-out documents, or the reason why one has none.
 
     Both variants are averaged over the seeds that both have, document by document, so that the difference is that of
-    the interval paired over seeds. Every comparison draws the same documents.
+    the interval paired over seeds. Every comparison draws the same documents, of those numbered in ``reported``.
     """
     return [
-        replace(each, **_interval(chosen[each.variant], chosen[each.against], documents))
+        replace(each, **_interval(chosen[each.variant], chosen[each.against], documents, reported))
         if each.variant in chosen and each.against in chosen
         else each
         for each in comparisons
     ]
 
 
-def _interval(ours: Choice, theirs: Choice, documents: Mapping[str, RunDocuments]) -> dict[str, Any]:
+def _interval(
+    ours: Choice, theirs: Choice, documents: Mapping[str, RunDocuments], reported: NDArray[np.int64] | None
+) -> dict[str, Any]:
     """Return the fields of a comparison about documents."""
     seeds = sorted(ours.done.keys() & theirs.done.keys())
     if not seeds:
@@ -209,16 +275,16 @@ def _interval(ours: Choice, theirs: Choice, documents: Mapping[str, RunDocuments
         side = []
         for seed in seeds:
             name = choice.done[seed].name
-            found = documents.get(name, RunDocuments(None, "they were not measured"))
+            found = documents.get(name, _NOT_MEASURED)
             if found.losses is None:
                 return {"documents": None, "documents_missing": f"{name}: {found.reason}"}
             side.append(found.losses)
         sides.append(side)
-    n_documents = len(sides[0][0].tokens)
+    n_documents = len(sides[0][0].tokens) if reported is None else len(reported)
     n_resamples = min(N_RESAMPLES, max(_FEWEST_RESAMPLES, _MOST_DRAWS // n_documents))
-    found_difference = bootstrap_difference(*sides, seed=SEED, n_resamples=n_resamples)
+    found_difference = bootstrap_difference(*sides, seed=SEED, n_resamples=n_resamples, documents=reported)
     if found_difference.low is None:
-        return {"documents": None, "documents_missing": "there is only one held-out document"}
+        return {"documents": None, "documents_missing": "there is only one document"}
     return {
         "documents": BootstrapDifference(
             mean=found_difference.mean,

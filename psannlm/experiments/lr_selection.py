@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,18 @@ from psannlm.reports.schemas.study import LrScore
 
 
 @dataclass(frozen=True)
+class HalfLosses:
+    """A run's losses in nats per token: of the held-out documents that select learning rates, and of the others."""
+
+    tuning: float
+    reported: float
+
+
+# By the name of the run; None where the loss of all held-out documents both selects and is reported.
+Halves = Mapping[str, HalfLosses] | None
+
+
+@dataclass(frozen=True)
 class Choice:
     """A variant's best learning rate, and the finished runs at it by seed.
 
@@ -24,6 +36,7 @@ class Choice:
         edge: ``lowest`` or ``highest`` of the learning rates tried, ``only`` if there is one, else empty.
         is_provisional: whether missing runs may change it.
         rates: mean loss and number of runs by learning rate, over the plan's ``lr_seeds``.
+        halves: with ``choose_on: tune``, the losses of both halves of the held-out documents.
     """
 
     lr: float | None
@@ -32,11 +45,12 @@ class Choice:
     rates: list[LrScore]
     done: dict[int, RunRecord]
     measure: str
+    halves: Halves = None
 
     @property
     def scores(self) -> dict[int, dict[str, Any]]:
-        """The validation row that counts, by seed: the last, or the one with the lowest loss."""
-        return {seed: score_of(record, self.measure) for seed, record in self.done.items()}
+        """The validation row that counts, by seed: the last, or the one with the lowest loss; see ``reported_row``."""
+        return {seed: reported_row(record, self.measure, self.halves) for seed, record in self.done.items()}
 
     @property
     def losses(self) -> dict[int, float]:
@@ -49,7 +63,22 @@ def score_of(record: RunRecord, measure: str) -> dict[str, Any]:
     return (record.best or {}) if measure == "best" else record.eval_rows[-1]
 
 
-def with_selected_lrs(study: Study) -> Study:
+def reported_row(record: RunRecord, measure: str, halves: Halves) -> dict[str, Any]:
+    """Return the validation row that counts; with ``halves``, its loss is that of the reported half alone.
+
+    Bits per byte are then left out: the row has those of all held-out documents. Empty for a run without halves, which
+    another process finished since.
+    """
+    row = score_of(record, measure)
+    if halves is None or record.name not in halves:
+        return row if halves is None else {}
+    return {
+        **{key: value for key, value in row.items() if key != "bits_per_byte"},
+        "loss": halves[record.name].reported,
+    }
+
+
+def with_selected_lrs(study: Study, halves: Halves = None) -> Study:
     """Add the runs of the remaining seeds, for all variants whose learning rate is selected.
 
     It is selected once all runs of the plan's ``lr_seeds`` are finished.
@@ -58,23 +87,23 @@ def with_selected_lrs(study: Study) -> Study:
         ConfigError: the folder holds runs of another plan under their names.
     """
     states = [read_status(run) for run in study.runs]
-    found = {sized.variant.name: choose(sized, states, study.plan) for sized in study.variants}
+    found = {sized.variant.name: choose(sized, states, study.plan, halves) for sized in study.variants}
     best = {name: choice.lr for name, choice in found.items() if choice.lr is not None and not choice.is_provisional}
     return with_best_lrs(study, best)
 
 
-def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan) -> Choice:
+def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan, halves: Halves = None) -> Choice:
     """Select a variant's learning rate: the lowest mean loss over the seeds that all its learning rates have finished.
 
     Only the plan's ``lr_seeds`` take part. A learning rate at which a seed diverged (non-finite) is excluded, unless
     there is no other; a run that failed for another reason counts as missing. If the learning rates share no finished
-    seed, those with the most finished seeds are compared.
+    seed, those with the most finished seeds are compared. With ``halves``, the losses are those of the tuning half.
     """
     measure = plan.settings.measure
     mine = [state for state in states if state.run.variant is sized]
     searching = [state for state in mine if state.run.seed in plan.lr_seeds]
     by_rate = {lr: [state for state in searching if state.run.lr == lr] for lr in sized.variant.learning_rates}
-    losses = {lr: _losses(here, measure) for lr, here in by_rate.items()}
+    losses = {lr: _losses(here, measure, halves) for lr, here in by_rate.items()}
     diverged = {lr for lr, here in by_rate.items() if any(state.is_diverged for state in here)}
     scored = [lr for lr in by_rate if losses[lr]]
     candidates = [lr for lr in scored if lr not in diverged] or scored
@@ -89,7 +118,7 @@ def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan) -> 
         for lr, here in by_rate.items()
     ]
     if not candidates:
-        return Choice(None, "", True, rates, {}, measure)
+        return Choice(None, "", True, rates, {}, measure, halves)
     shared = set.intersection(*(set(losses[lr]) for lr in candidates))
     if not shared:
         most = max(len(losses[lr]) for lr in candidates)
@@ -107,18 +136,23 @@ def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan) -> 
         done={
             state.run.seed: state.record
             for state in mine
-            if state.run.lr == best and state.state == "done" and state.record is not None
+            if state.run.lr == best and _counts(state, halves) and state.record is not None
         },
         measure=measure,
+        halves=halves,
     )
 
 
-def _losses(states: Sequence[RunState], measure: str) -> dict[int, float]:
+def _losses(states: Sequence[RunState], measure: str, halves: Halves) -> dict[int, float]:
     return {
-        state.run.seed: score_of(state.record, measure)["loss"]
+        state.run.seed: score_of(state.record, measure)["loss"] if halves is None else halves[state.run.name].tuning
         for state in states
-        if state.state == "done" and state.record is not None
+        if _counts(state, halves) and state.record is not None
     }
+
+
+def _counts(state: RunState, halves: Halves) -> bool:
+    return state.state == "done" and (halves is None or state.run.name in halves)
 
 
 def _edge(best: float, tried: Sequence[float], n_rates: int) -> str:

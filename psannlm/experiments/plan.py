@@ -83,6 +83,11 @@ class PlanSettings(Section):
     measure: Literal["final", "best"] = Field(
         "final", description="validation loss that counts: of the last step (final), or the lowest of a run (best)"
     )
+    choose_on: Literal["all", "tune"] = Field(
+        "all",
+        description="held-out documents whose losses select the learning rates; tune: one half of them, and every "
+        "reported figure is that of the other half, so that trying more learning rates favours no variant",
+    )
     answers: TaskName | None = Field(
         None, description="algorithmic task of the text; the accuracy on its held-out documents is reported too"
     )
@@ -227,6 +232,9 @@ def _plan_issues(settings: PlanSettings) -> Iterator[ConfigIssue]:
             yield ConfigIssue(("also_compare_to", at), f"{message}: {', '.join(settings.variants)}")
     if settings.name is not None and not _NAME.match(settings.name):
         yield ConfigIssue(("name",), f"{show(settings.name)} is not a folder name; use letters, digits and . _ + -")
+    if settings.choose_on == "tune" and settings.measure == "best":
+        message = "tune needs measure: final; the best step of a run is selected by the loss of all held-out documents"
+        yield ConfigIssue(("choose_on",), message)
     yield from _owned(settings.overrides, ("overrides",))
 
 

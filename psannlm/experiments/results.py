@@ -11,8 +11,8 @@ import torch
 
 from psannlm.errors import TrainingError
 from psannlm.experiments.caveats import any_shares_gpu, conditions, notes_of
-from psannlm.experiments.document_losses import RunDocuments, with_document_intervals
-from psannlm.experiments.lr_selection import Choice, choose, score_of
+from psannlm.experiments.document_losses import RunDocuments, half_losses, reported_documents, with_document_intervals
+from psannlm.experiments.lr_selection import Choice, Halves, choose, reported_row
 from psannlm.experiments.model import SizedVariant, Study, StudyRun
 from psannlm.experiments.run_state import RunState, read_status
 from psannlm.experiments.statistics import paired_difference
@@ -57,7 +57,8 @@ def study_figures(
     states = [read_status(run) for run in study.runs]
     if not any(state.state == "done" for state in states):
         raise TrainingError(f"no run of the study is finished; the logs are in {study.folder}")
-    chosen = {sized.variant.name: choose(sized, states, study.plan) for sized in study.variants}
+    halves, reported = half_losses(study, documents or {}), reported_documents(study)
+    chosen = {sized.variant.name: choose(sized, states, study.plan, halves) for sized in study.variants}
     settings = study.plan.settings
     base = chosen[settings.baseline]
     is_shared = any_shares_gpu(states)
@@ -67,6 +68,8 @@ def study_figures(
         folder=str(study.folder),
         baseline=settings.baseline,
         measure=settings.measure,
+        choose_on=settings.choose_on,
+        reported_documents=None if reported is None else len(reported),
         task=settings.answers,
         budget=settings.budget.model_dump(mode="json"),
         seeds=list(settings.seeds),
@@ -79,11 +82,13 @@ def study_figures(
             _variant_figures(study, sized, chosen[sized.variant.name], base, answers or {}, is_shared)
             for sized in study.variants
         ],
-        runs=[_run_figures(state, settings.measure, answers or {}, is_shared) for state in states],
+        runs=[_run_figures(state, settings.measure, answers or {}, is_shared, halves) for state in states],
         also_compare_to={name: _differences_to(name, chosen) for name in settings.also_compare_to},
         curves=[curve for sized in study.variants for curve in _curves(chosen[sized.variant.name], is_shared)],
     )
-    return replace(metrics, comparisons=with_document_intervals(compare_variants(metrics), chosen, documents or {}))
+    return replace(
+        metrics, comparisons=with_document_intervals(compare_variants(metrics), chosen, documents or {}, reported)
+    )
 
 
 def _differences_to(other: str, chosen: Mapping[str, Choice]) -> dict[str, PairedDifference | None]:
@@ -99,7 +104,8 @@ def _variant_figures(
     timed = [] if is_shared else records
     rates = [record.tokens_per_s["median"] for record in timed if record.tokens_per_s is not None]
     peaks = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
-    losses, bits = list(choice.losses.values()), [score["bits_per_byte"] for score in choice.scores.values()]
+    losses = list(choice.losses.values())
+    bits = [score["bits_per_byte"] for score in choice.scores.values() if "bits_per_byte" in score]
     return VariantFigures(
         name=sized.variant.name,
         settings=sized.variant.changes,
@@ -128,10 +134,12 @@ def _variant_figures(
     )
 
 
-def _run_figures(state: RunState, measure: str, answers: Mapping[str, AnswerScore], is_shared: bool) -> RunFigures:
+def _run_figures(
+    state: RunState, measure: str, answers: Mapping[str, AnswerScore], is_shared: bool, halves: Halves
+) -> RunFigures:
     record = state.record
     timed = None if is_shared else record
-    score = score_of(record, measure) if record is not None and state.state == "done" else {}
+    score = reported_row(record, measure, halves) if record is not None and state.state == "done" else {}
     left = _plateau_exit(record) if record is not None and state.state == "done" else PlateauExit(None)
     return RunFigures(
         run=state.run.name,

@@ -17,6 +17,7 @@ from psannlm.config.non_semantic import KEYS_FREE_IN_STUDY
 from psannlm.config.run import config_from_mapping, differences, to_yaml
 from psannlm.display import json_text
 from psannlm.errors import ConfigError
+from psannlm.experiments.document_losses import reported_documents
 from psannlm.experiments.finished_runs import RUNS_FILE, FinishedRun, add_finished_run, read_finished_runs
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.run_state import read_status
@@ -116,6 +117,13 @@ def _differences(study: Study, run: StudyRun, kept: FinishedRun) -> Iterator[str
     settings = study.plan.settings
     if settings.answers is not None and (kept.task, kept.measure) != (settings.answers, settings.measure):
         yield f"its model was not scored on {settings.answers} ({settings.measure})"
+    elif settings.answers is not None and kept.answers is not None:
+        reported = reported_documents(study)
+        expected = (0 if data.val is None else data.val.n_documents) if reported is None else len(reported)
+        if kept.answers.n_documents != expected:
+            yield f"its answers are those of {kept.answers.n_documents} held-out documents, not of {expected}"
+    if settings.choose_on == "tune" and kept.documents is None:
+        yield "its losses by document are not recorded, which choose_on: tune needs"
 
 
 def _step(row: dict[str, object]) -> float:

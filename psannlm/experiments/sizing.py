@@ -42,6 +42,7 @@ def size_study(plan: StudyPlan, folder: Path) -> Study:
         if data[variant.config.data].val is None:
             message = "there is no validation split to compare losses on; prepare a corpus with one"
             raise ConfigError(Problem(f"variants.{variant.name}", message), str(plan.path))
+    _refuse_one_document(plan, data)
     _check_comparable_losses(plan, data)
     base = plan.baseline
     target = sum(count_parameters(_resolved(base, data)).values())
@@ -51,6 +52,14 @@ def size_study(plan: StudyPlan, folder: Path) -> Study:
     runs = _runs(plan, wanted, folder, data)
     check_existing_runs(plan, folder, runs, data)
     return Study(plan, folder, variants, runs, data)
+
+
+def _refuse_one_document(plan: StudyPlan, data: Mapping[DataConfig, PreparedData]) -> None:
+    """Raise ConfigError if the held-out documents cannot be divided into halves, and the plan wants that."""
+    val = data[plan.baseline.config.data].val
+    if plan.settings.choose_on == "tune" and val is not None and val.n_documents < 2:
+        message = "tune divides the held-out documents, and there is only one; write choose_on: all, or hold out more"
+        raise ConfigError(Problem("choose_on", message), str(plan.path))
 
 
 def with_best_lrs(study: Study, best: Mapping[str, float]) -> Study:

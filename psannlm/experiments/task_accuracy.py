@@ -10,6 +10,7 @@ from psannlm.data.stream import Stream
 from psannlm.data.synthetic.algorithmic import TASKS
 from psannlm.data.windows import Windows
 from psannlm.errors import CorpusError
+from psannlm.experiments.document_losses import reported_documents
 from psannlm.experiments.model import Study
 from psannlm.experiments.run_state import read_status
 from psannlm.io.artifact_schema import read_figures
@@ -24,23 +25,33 @@ Answers = Callable[[str], Sequence[int]]
 
 @torch.no_grad()
 def score_answers(
-    model: Transformer, store: Stream, tokenizer: Tokenizer, answers: Answers, *, batch_size: int = 64
+    model: Transformer,
+    store: Stream,
+    tokenizer: Tokenizer,
+    answers: Answers,
+    *,
+    batch_size: int = 64,
+    documents: Sequence[int] | None = None,
 ) -> AnswerScore:
     """Return a model's accuracy at the positions that ``answers`` names, each predicted from the text before it.
 
     Every document has a window of its own. An answer is correct if its token has the highest logit.
 
+    Args:
+        documents: numbers of the documents that count; None: all.
+
     Raises:
         CorpusError: there is no document, or a document is not of the task or not one token per character.
     """
-    if store.n_documents == 0:
+    chosen = range(store.n_documents) if documents is None else documents
+    if not chosen:
         raise CorpusError("there is no held-out document to score")
     starts = store.starts(0, store.n_documents + 1)
     windows = Windows(store, int((starts[1:] - starts[:-1]).max()) - 1, pad_id=tokenizer.pad_id, pack=False)
     right = whole = n_answers = 0
     nats = 0.0
-    for first in range(0, store.n_documents, batch_size):
-        rows = range(first, min(first + batch_size, store.n_documents))
+    for first in range(0, len(chosen), batch_size):
+        rows = chosen[first : first + batch_size]
         input_ids, labels = windows.batch(rows)
         logits = model.logits(model.hidden_states(input_ids)).float()
         is_right = logits.argmax(-1) == labels
@@ -59,7 +70,7 @@ def score_answers(
             nats += float(
                 torch.nn.functional.cross_entropy(logits[row, positions], labels[row, positions], reduction="sum")
             )
-    return AnswerScore(right / n_answers, whole / store.n_documents, nats / n_answers, n_answers, store.n_documents)
+    return AnswerScore(right / n_answers, whole / len(chosen), nats / n_answers, n_answers, len(chosen))
 
 
 def _positions(text: str, answers: Answers, name: str) -> Sequence[int]:
@@ -76,7 +87,8 @@ def _positions(text: str, answers: Answers, name: str) -> Sequence[int]:
 def score_runs(study: Study, on_status: Callable[[str], None] = lambda text: None) -> dict[str, AnswerScore]:
     """Return the scores, by name, of a study's finished runs on an algorithmic task.
 
-    A run's model is that of its last step, or of its best validation if the plan measures that.
+    A run's model is that of its last step, or of its best validation if the plan measures that. With ``choose_on:
+    tune``, only the reported half of the held-out documents counts.
 
     Raises:
         CorpusError: the text is not of the task.
@@ -86,6 +98,8 @@ def score_runs(study: Study, on_status: Callable[[str], None] = lambda text: Non
     if task is None:
         return {}
     scores = {}
+    reported = reported_documents(study)
+    documents = None if reported is None else reported.tolist()
     for run in study.runs:
         data = study.data[run.variant.variant.config.data]
         folder = read_pointer(run.folder, BEST if study.plan.settings.measure == "best" else LATEST)
@@ -96,5 +110,5 @@ def score_runs(study: Study, on_status: Callable[[str], None] = lambda text: Non
             continue
         on_status(f"scoring answers: {run.name}")
         model = load_model(folder).model.eval()
-        scores[run.name] = score_answers(model, data.val, data.tokenizer, TASKS[task].answers)
+        scores[run.name] = score_answers(model, data.val, data.tokenizer, TASKS[task].answers, documents=documents)
     return scores

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from psannlm.config.run import load_config
+from psannlm.data.corpus.documents import Document
+from psannlm.data.memory_store import encode_documents as encode_texts
+from psannlm.errors import ConfigError
 from psannlm.evaluation.documents import DocumentLosses, bootstrap_difference
+from psannlm.evaluation.loss import decode_documents as decode_texts
 from psannlm.experiments.document_losses import (
     SEED,
     RunDocuments,
     decode_documents,
     encode_documents,
+    half_losses,
     measure_documents,
+    reported_documents,
+    tuning_documents,
 )
 from psannlm.experiments.finished_runs import RUNS_FILE, read_finished_runs, write_finished_runs
 from psannlm.experiments.local_launcher import Process
+from psannlm.experiments.lr_selection import with_selected_lrs
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.plan import load_plan
 from psannlm.experiments.results import study_figures
@@ -39,7 +48,7 @@ data:
   tokenizer: simple
   vocab_size: 512
   max_length: 16
-  val_split: 0.2
+  val_split: 0.5
 train: {{batch_tokens: 128, amp: fp32, device: cpu, eval_interval_steps: 2}}
 """
 PLAN = """\
@@ -66,10 +75,11 @@ def train_here(run: StudyRun, environment: Mapping[str, str]) -> Process:
     return Ended()
 
 
-def build(root: Path, corpus: Path) -> Study:
+def build(root: Path, corpus: Path, more: str = "") -> Study:
+    """Return the study of the plan, with ``more`` keys, in a new machine's folder."""
     root.mkdir(exist_ok=True)
     (root / "base.yaml").write_text(BASE.format(corpus=json.dumps(str(corpus))))
-    (root / "plan.yaml").write_text(PLAN)
+    (root / "plan.yaml").write_text(PLAN + more)
     return size_study(load_plan(root / "plan.yaml"), root / "study")
 
 
@@ -205,3 +215,123 @@ def test_document_record_keeps_losses_and_refuses_damage() -> None:
         encode_documents(replace(losses, nats=losses.nats * np.nan), 5).nats,
     ):
         assert decode_documents(replace(record, nats=nats)) is None
+
+
+@pytest.fixture
+def tuned(finished: Study, tmp_path: Path, tiny_corpus: Path) -> Study:
+    """Return the finished study under a plan that selects learning rates on one half of the held-out documents."""
+    shutil.copytree(finished.folder.parent, tmp_path / "copy")
+    return build(tmp_path / "copy", tiny_corpus, "choose_on: tune\n")
+
+
+def moved(
+    documents: Mapping[str, RunDocuments], chosen: np.ndarray[Any, Any], by: Mapping[str, float]
+) -> dict[str, RunDocuments]:
+    """Return the losses with nats added to every ``chosen`` document of the runs whose names begin as the keys do."""
+    found = {}
+    for name, each in documents.items():
+        assert each.losses is not None
+        nats = each.losses.nats.copy()
+        nats[chosen] += sum(value for start, value in by.items() if name.startswith(start))
+        found[name] = RunDocuments(DocumentLosses(nats, each.losses.tokens))
+    return found
+
+
+def tuning_half(study: Study) -> np.ndarray[Any, Any]:
+    [data] = study.data.values()
+    assert data.val is not None
+    return np.flatnonzero(tuning_documents(data.val))
+
+
+def test_tuning_documents_are_half_in_any_order(finished: Study) -> None:
+    [data] = finished.data.values()
+    assert data.val is not None
+    texts = list(decode_texts(data.val, data.tokenizer))
+    assert len(set(texts)) == len(texts)
+
+    def tuning(texts: Sequence[str]) -> set[str]:
+        store = encode_texts([Document(text, "a") for text in texts], data.tokenizer)
+        chosen = tuning_documents(store)
+        assert int(chosen.sum()) == (len(texts) + 1) // 2
+        return {text for text, is_chosen in zip(texts, chosen, strict=True) if is_chosen}
+
+    assert tuning(texts) == tuning(texts[::-1]) == tuning(texts[3:] + texts[:3])
+
+
+def test_reported_half_never_decides_learning_rate(tuned: Study) -> None:
+    documents, reported = measure_documents(tuned), reported_documents(tuned)
+    assert reported is not None
+    assert len(documents) == len(tuned.runs), "all learning rates take part"
+
+    def rate(documents: Mapping[str, RunDocuments]) -> float | None:
+        return study_figures(tuned, {}, documents).variants[1].learning_rate
+
+    assert rate(documents) == 1e-2
+    assert rate(moved(documents, reported, {"sine_lr0.01": 1e6})) == 1e-2
+    tuning = tuning_half(tuned)
+    assert rate(moved(documents, tuning, {"sine_lr0.01": 1e6})) == 1e-5
+
+
+def test_reported_figures_leave_tuning_half_out(tuned: Study) -> None:
+    documents, reported = measure_documents(tuned), reported_documents(tuned)
+    assert reported is not None
+    figures = study_figures(tuned, {}, documents)
+    for run in figures.runs:
+        losses = documents[run.run].losses
+        assert losses is not None
+        assert (run.val_loss, run.bits_per_byte) == (losses.loss(reported), None)
+    n_documents = len(losses.tokens)
+    assert figures.reported_documents == len(reported) == n_documents // 2
+    [comparison] = figures.comparisons
+    assert comparison.documents is not None
+    assert comparison.documents.n_documents == len(reported)
+    sine = figures.variants[1]
+    assert sine.difference is not None
+    assert comparison.documents.mean == pytest.approx(sine.difference.mean, rel=1e-3)
+    tuning = tuning_half(tuned)
+    assert sorted([*tuning, *reported]) == list(range(n_documents))
+    same = study_figures(tuned, {}, moved(documents, tuning, {"swiglu": 50.0, "sine": 90.0}))
+    assert (same.comparisons, same.runs) == (figures.comparisons, figures.runs)
+    # What the selection saw is in the table of learning rates.
+    scores = [rate.mean for rate in sine.learning_rates]
+    assert scores == pytest.approx([_mean(documents, f"sine_lr{lr:g}", tuning) for lr in (1e-2, 1e-5)])
+
+
+def _mean(documents: Mapping[str, RunDocuments], start: str, chosen: np.ndarray[Any, Any]) -> float:
+    losses = [each.losses.loss(chosen) for name, each in documents.items() if name.startswith(start) and each.losses]
+    return sum(losses) / len(losses)
+
+
+def test_other_seeds_run_at_rate_of_tuning_half(tuned: Study, tiny_corpus: Path) -> None:
+    study = build(tuned.folder.parent, tiny_corpus, "choose_on: tune\nlr_seeds: [1]\n")
+    documents, reported = measure_documents(study), reported_documents(study)
+    assert reported is not None
+    tuning = tuning_half(study)
+    for half, lr in ((tuning, "1e-05"), (reported, "0.01")):
+        found = half_losses(study, moved(documents, half, {"sine_lr0.01": 1e6}))
+        names = [run.name for run in with_selected_lrs(study, found).runs]
+        assert names[-2:] == ["swiglu_lr0.01_seed2", f"sine_lr{lr}_seed2"]
+
+
+def test_tuning_needs_losses_of_every_run(
+    finished: Study, tmp_path: Path, tiny_corpus: Path, logged: pytest.LogCaptureFixture
+) -> None:
+    report = tmp_path / "report"
+    report.mkdir()
+    write_finished_runs(report / RUNS_FILE, finished, {})
+    study = build(tmp_path / "machine", tiny_corpus, "choose_on: tune\n")
+    assert reuse_runs(study, [run.name for run in study.runs], read_kept_runs([report])) == []
+    assert "its losses by document are not recorded" in logged.text
+    names = {run.name: RunDocuments(None, "its checkpoint is gone") for run in study.runs}
+    shutil.copytree(finished.folder, study.folder, dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="its checkpoint is gone; train it again, or write choose_on: all"):
+        half_losses(study, names)
+
+
+def test_tuning_refuses_best_step_and_single_document(tmp_path: Path, tiny_corpus: Path) -> None:
+    with pytest.raises(ConfigError, match=r"choose_on.*measure: final"):
+        build(tmp_path / "a", tiny_corpus, "choose_on: tune\nmeasure: best\n")
+    lines = tiny_corpus.read_text().splitlines()
+    (tmp_path / "one.txt").write_text(" ".join(lines))
+    with pytest.raises(ConfigError, match=r"choose_on.*only one"):
+        build(tmp_path / "b", tmp_path / "one.txt", "choose_on: tune\n")

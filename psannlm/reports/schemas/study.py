@@ -159,6 +159,8 @@ class StudyMetrics(Figures):
     """The whole file. Each variant is compared at its own best learning rate, differences are paired by seed.
 
     ``shared_gpus``: several runs used one GPU at the same time, so there are no throughput and no times.
+    ``choose_on``: ``tune`` if one half of the held-out documents selected the learning rates, and losses are those of
+    the other half, ``reported_documents``.
     """
 
     study: str
@@ -166,6 +168,8 @@ class StudyMetrics(Figures):
     folder: str
     baseline: str
     measure: str
+    choose_on: str = "all"
+    reported_documents: Whole | None = None
     task: str | None = None
     budget: dict[str, Any]
     seeds: list[Whole]

@@ -327,13 +327,14 @@ def _learning_rates(metrics: StudyMetrics) -> Table:
             star = " *" if lr == variant.learning_rate and len(cells) > 1 else ""
             row.append("" if cell is None else _rate_cell(cell) + star)
         rows.append(row)
+    half = ", on the half of the held-out documents that selects learning rates" if metrics.choose_on == "tune" else ""
     return Table(
         f"Validation loss by learning rate, {NATS}",
         ["variant", *(f"{rate:g}" for rate in rates)],
         rows,
         frozenset(range(1, len(rates) + 1)),
-        f"Means over {_seeds_of(metrics)} that finished. * lowest loss; at the edge of the grid a rate outside it "
-        "may be better.",
+        f"Means over {_seeds_of(metrics)} that finished{half}. * lowest loss; at the edge of the grid a rate "
+        "outside it may be better.",
     )
 
 
