@@ -1,7 +1,9 @@
-"""Float32 matrix products on CPUs through oneDNN, where torch's default (MKL) uses half of the processor's width.
+"""Float32 matrix products on CPUs through oneDNN or torch's default (MKL), by the shape of each product.
 
 MKL restricts itself to AVX2 on processors that are not Intel's; oneDNN uses AVX-512 wherever it exists. Both multiply
-and add in float32. The processor decides which one runs, never a measurement: a resumed run must get the same sums.
+and add in float32. The processor and the shape decide which one runs, never a measurement: a resumed run must get the
+same sums. Compiled code calls the same products through an operator of our own, ``psannlm::onednn_matmul``, because
+the compiler has no other way to oneDNN for a weight that changes.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psannlm.kernels.torch_private import has_onednn_linear, onednn_linear
+from psannlm.kernels.torch_private import constant_while_compiling, has_onednn_linear, onednn_linear
 
 # Rows from which oneDNN pays off here; decoding, with fewer, has products of its own (generation/quantize.py).
 _MIN_ROWS = 64
+# oneDNN computes the gradient of a weight (Out, In) where In is at least this many times Out. It copies its first
+# factor, the gradient (M, Out), to transpose it, and MKL does not (rates in docs/research/log.md, 2026-11-30).
+_MIN_GRADIENT_RATIO = 2
 
 
 @lru_cache(maxsize=1)
@@ -33,9 +38,14 @@ def has_onednn() -> bool:
         return False
 
 
-@lru_cache(maxsize=1)
+@constant_while_compiling
 def prefers_onednn() -> bool:
     """Whether float32 products use oneDNN: an AMD processor with AVX-512, and a torch built with MKL."""
+    return _prefers_onednn()
+
+
+@lru_cache(maxsize=1)
+def _prefers_onednn() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     try:
         description = cpuinfo.read_text(encoding="utf-8", errors="replace")
@@ -47,26 +57,44 @@ def prefers_onednn() -> bool:
     return is_amd_with_avx512 and has_mkl and has_onednn()
 
 
+# Sums of products in an order that only this operator knows: opaque to a compiler, which must neither fuse nor copy.
+torch.library.define("psannlm::onednn_matmul", "(Tensor left, Tensor right) -> Tensor")
+
+
+@torch.library.impl("psannlm::onednn_matmul", "CPU")
+def _onednn_matmul(left: Tensor, right: Tensor) -> Tensor:
+    return onednn_linear(left, right.t())
+
+
+@torch.library.register_fake("psannlm::onednn_matmul")  # type: ignore[untyped-decorator]
+def _fake_matmul(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[1])
+
+
 def onednn_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right`` of float32 matrices (M, In) and (In, Out), of any strides."""
+    """Return ``left @ right`` of float32 matrices (M, In) and (In, Out), of any strides; no gradient is recorded."""
+    if torch.compiler.is_compiling():
+        product: Tensor = torch.ops.psannlm.onednn_matmul(left, right)
+        return product
     return onednn_linear(left, right.t())
 
 
 def matmul_nt(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x @ weight.T`` of (M, In) and (Out, In) in their dtype, for use inside an autograd function."""
-    if x.dtype == torch.float32 and len(x) >= _MIN_ROWS and is_dense_tensor(x) and prefers_onednn():
-        return onednn_linear(x, weight)
+    if _fits_onednn(x):
+        return onednn_matmul(x, weight.t())
     return x @ weight.t()
 
 
 def matmul_tn(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left.T @ right`` of (M, Out) and (M, In): the gradient of a weight (Out, In)."""
-    if left.dtype == torch.float32 and len(left) >= _MIN_ROWS and is_dense_tensor(left) and prefers_onednn():
-        # oneDNN copies its first argument to transpose it: pass the smaller one first.
-        if left.shape[1] <= right.shape[1]:
-            return onednn_linear(left.t(), right.t())
-        return onednn_linear(right.t(), left.t()).t()
+    if right.shape[1] >= _MIN_GRADIENT_RATIO * left.shape[1] and _fits_onednn(left):
+        return onednn_matmul(left.t(), right)
     return left.t() @ right
+
+
+def _fits_onednn(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and len(x) >= _MIN_ROWS and is_dense_tensor(x) and prefers_onednn()
 
 
 def is_dense_tensor(x: Tensor) -> bool:
@@ -75,12 +103,15 @@ def is_dense_tensor(x: Tensor) -> bool:
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """``F.linear`` of float32 (M, In), (Out, In) and optionally (Out,), all three products through oneDNN."""
+    """``F.linear`` of float32 (M, In), (Out, In) and optionally (Out,), each product through the faster library."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
+        if torch.compiler.is_compiling():
+            y = onednn_matmul(x, weight.t())
+            return y if bias is None else y + bias
         return onednn_linear(x, weight, bias)
 
     @staticmethod
@@ -97,14 +128,13 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 def _use_onednn(x: Tensor, weight: Tensor) -> bool:
-    # Only in training: decoding reorders its weights beforehand, and compiled code and autocast choose their products
-    # themselves. With few rows the copies that oneDNN makes cost more than its faster products save.
+    # Only in training: decoding reorders its weights beforehand, and autocast chooses its products itself. With few
+    # rows the copies that oneDNN makes cost more than its faster products save.
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and is_dense_tensor(x)
         and x.numel() >= _MIN_ROWS * x.shape[-1]
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and torch.is_grad_enabled()
         and prefers_onednn()

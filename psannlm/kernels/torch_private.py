@@ -21,6 +21,7 @@ __all__ = [
     "FakeTensorMode",
     "activation_backward",
     "compiler_counters",
+    "constant_while_compiling",
     "cuda_graph_manager",
     "foreach_copy_",
     "foreach_mul_",
@@ -127,6 +128,16 @@ def uncompiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
         return (disabled if torch.compiler.is_compiling() else function)(*args, **kwargs)
 
     return cast(Callable[_P, _T], call)
+
+
+def constant_while_compiling(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Return ``function``, which torch.compile calls while it traces, and whose result it keeps as a constant.
+
+    This is ``torch.compiler.assume_constant_result``, which however imports the compiler when it decorates a function.
+    """
+    # The attribute _dynamo_marked_constant, torch 2.13.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def mark_dynamic(x: Tensor, dim: int) -> None:

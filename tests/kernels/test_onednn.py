@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from psannlm.kernels import onednn
-from psannlm.kernels.onednn import has_onednn, linear, onednn_matmul
+from psannlm.kernels.onednn import has_onednn, linear, matmul_tn, onednn_matmul
+from psannlm.kernels.torch_private import onednn_linear
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this torch offers no product of oneDNN's")
 
@@ -39,6 +40,50 @@ def test_onednn_linear_gradients_match_float64(n_rows: int, has_bias: bool) -> N
         assert mine.grad is not None
         assert reference.grad is not None
         torch.testing.assert_close(mine.grad, reference.grad.float(), rtol=1e-5, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.usefixtures("detour")
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_onednn_computes_forward_and_input_gradient_when_compiled(
+    monkeypatch: pytest.MonkeyPatch, has_bias: bool
+) -> None:
+    found: list[list[Tensor]] = []
+    rows: list[int] = []
+
+    def note(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows.append(len(x))
+        return onednn_linear(x, weight, bias)
+
+    for way in (linear, torch.compile(linear, backend="aot_eager", fullgraph=True)):
+        leaves_of_way = leaves(100, has_bias)
+        y = way(*leaves_of_way)
+        y.square().sum().backward()
+        found.append([y.detach(), *(leaf.grad for leaf in leaves_of_way if leaf.grad is not None)])
+        monkeypatch.setattr(onednn, "onednn_linear", note)
+    assert rows == [200, 200], "forward and gradient of the input; the gradient of this weight is MKL's"
+    for mine, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, mine, rtol=1e-5, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("detour")
+@pytest.mark.parametrize(("n_out", "n_in", "is_onednn"), [(48, 96, True), (48, 95, False), (96, 48, False)])
+def test_weight_gradient_library_depends_on_shape(
+    monkeypatch: pytest.MonkeyPatch, n_out: int, n_in: int, is_onednn: bool
+) -> None:
+    used: list[bool] = []
+
+    def note(x: Tensor, weight: Tensor) -> Tensor:
+        used.append(True)
+        return onednn_linear(x, weight)
+
+    monkeypatch.setattr(onednn, "onednn_linear", note)
+    left, right = torch.randn(128, n_out), torch.randn(128, n_in)
+    torch.testing.assert_close(matmul_tn(left, right), left.t() @ right, rtol=1e-5, atol=1e-4)
+    assert bool(used) == is_onednn
 
 
 @needs_onednn

@@ -121,3 +121,21 @@ def test_uncompiled_function_is_never_traced() -> None:
     assert seen == [False, False], "compiled, the second call would run a graph and not this function"
     assert shift(x, 1.0)[0] == 1
     assert shift.__name__ == "shift"
+
+
+def test_constant_while_compiling_is_never_traced() -> None:
+    seen: list[bool] = []
+
+    @private.constant_while_compiling
+    def factor() -> float:
+        seen.append(torch.compiler.is_compiling())
+        return 3.0
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return x * factor()
+
+    x = torch.arange(4.0)
+    for _ in range(2):
+        torch.testing.assert_close(outer(x), x * 3)
+    assert seen == [True], "called once, for the trace"
