@@ -6,7 +6,7 @@ measured": no entry measures this implementation alone.
 
 | idea | device, mode | implementation | measured gain |
 |---|---|---|---|
-| linear layer | CPU, float32 training, AMD, AVX-512 | `onednn.linear` | 85-100 -> 101-111 GFLOP/s a core (11-24) |
+| linear layer | CPU, float32 training, AMD, AVX-512 | `onednn.linear`, compiled too | compiled step +4 % (11-30) |
 | linear layer | else in training | `F.linear` | default |
 | linear layer | CPU, decoding, float32 | oneDNN, reordered weight | step of 1 row: 9.95 -> 5.52 ms (11-24) |
 | linear layer | CPU, decoding, bfloat16 | oneDNN, reordered weight | step of 1 row: 5.23 -> 3.38 ms (11-24) |
@@ -15,6 +15,7 @@ measured": no entry measures this implementation alone.
 | linear layer | CPU, compiled decoding, bfloat16 | one sum per row | step of 1 row: 5.23 -> 2.42 ms (11-24) |
 | linear layer | CPU, compiled decoding, int8 | one sum per row | step of 1 row: 1.08 ms (11-24) |
 | attention | CPU, bfloat16 training | `blocked_attention` | layer 30.5 -> 17.3 ms, step 708 -> 657 ms (11-25) |
+| attention | CPU, compiled training | `blocked_attention` | float32 layer 78 -> 49 ms, bfloat16 54 -> 42 ms (11-30) |
 | attention | CPU, prefill | SDPA, 32 queries at a time, float32 | not measured; makes rows batch-invariant |
 | attention | CPU, decoding | SDPA, keys and values widened | bfloat16, 320 slots: 276 -> 43 us (11-24) |
 | attention | compiled decoding | float32 reductions with `realize` | layer at 2,100 slots: 1.47 -> 0.32 ms (11-24) |

@@ -1,10 +1,10 @@
-"""Causal attention of bfloat16 training on a CPU, in blocks of queries over the keys up to the end of each block.
+"""Causal attention of training on a CPU, in blocks of queries over the keys up to the end of each block.
 
 torch's CPU kernel multiplies one head at a time, in narrow products. Here the products of a block span all heads, in
-bfloat16 except for the scores, which are float32 as in the kernel. The backward pass keeps the attention weights of
-short windows and recomputes those of long ones, so that memory does not grow with the square of a long window. The
-formulas are those of FlashAttention's blocks (Dao et al. 2022, arXiv 2205.14135). Letters as in ``psannlm.models``;
-BH is B * H, and S equals T.
+bfloat16 except for the scores, which are float32 as in the kernel; compiled, also all in float32. Uncompiled, the
+backward pass keeps the attention weights of short windows and recomputes those of long ones, so that memory does not
+grow with the square of a long window. The formulas are those of FlashAttention's blocks (Dao et al. 2022, arXiv
+2205.14135). Letters as in ``psannlm.models``; BH is B * H, and S equals T.
 """
 
 from __future__ import annotations
@@ -28,15 +28,20 @@ _MAX_COMPILED_TOKENS = 1024
 
 
 def use_blocked_attention(q: Tensor) -> bool:
-    """Whether to use :func:`blocked_attention` for queries (B, H, T, K): bfloat16 training on a CPU."""
-    is_training = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
-    if not is_training or torch.is_inference_mode_enabled():
+    """Whether to use :func:`blocked_attention` for queries (B, H, T, K): training on a CPU.
+
+    In bfloat16, and compiled in float32 too: uncompiled, torch's kernel is as fast there. Compiled, only windows of up
+    to ``_MAX_COMPILED_TOKENS``.
+    """
+    if q.device.type != "cpu" or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return False
-    return not torch.compiler.is_compiling() or q.shape[2] <= _MAX_COMPILED_TOKENS
+    if torch.compiler.is_compiling():
+        return q.dtype in (torch.bfloat16, torch.float32) and q.shape[2] <= _MAX_COMPILED_TOKENS
+    return q.dtype == torch.bfloat16
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return causal softmax attention (B, H, T, K) of bfloat16 queries of that shape.
+    """Return causal softmax attention (B, H, T, K) of queries of that shape, bfloat16 or, compiled, also float32.
 
     Args:
         k, v: (B, G, T, K), where G divides H: each head is shared by H / G consecutive query heads.
@@ -68,15 +73,40 @@ def _mask(bias: Tensor | None, start: int, end: int) -> Tensor:
 
 def _blocked_attention_compilable(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Return the same without in-place operations, for a compiler, which fuses the work around the products."""
-    # Per block: weights = softmax(q kᵀ / √K + mask) in float32, y = weights v in bfloat16.
+    # Per block: weights = softmax(q kᵀ / √K + mask) in float32, y = weights v in the dtype of v.
     k, v = _for_each_head(k, q.shape[1]), _for_each_head(v, q.shape[1])
-    wide_q, wide_k = q.float() * q.shape[-1] ** -0.5, k.float()
+    with torch.no_grad():
+        wide_q, wide_k = q.float() * q.shape[-1] ** -0.5, k.float()
     outputs = []
     for start, end in _blocks(q.shape[2]):
-        scores = wide_q[:, :, start:end] @ wide_k[:, :, :end].transpose(-1, -2)
-        weights = torch.softmax(scores + _mask(bias, start, end), -1).to(v.dtype)
-        outputs.append(weights @ v[:, :, :end])
+        rows, keys = slice(start, end), slice(None, end)
+        weights: Tensor = _CompilableWeights.apply(  # type: ignore[no-untyped-call]
+            q[:, :, rows], k[:, :, keys], wide_q[:, :, rows], wide_k[:, :, keys], _mask(bias, start, end)
+        )
+        outputs.append(weights @ v[:, :, keys])
     return torch.cat(outputs, dim=2)
+
+
+class _CompilableWeights(torch.autograd.Function):
+    """Attention weights (B, H, n, S) of a block of n queries, rounded to their dtype; gradients in it too.
+
+    A derivative of the float32 scores would multiply in float32 in the backward pass, at a third of the rate.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, wide_q: Tensor, wide_k: Tensor, mask: Tensor) -> Tensor:
+        weights = torch.softmax(wide_q @ wide_k.transpose(-1, -2) + mask, -1).to(q.dtype)
+        ctx.save_for_backward(q, k, weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, weights = ctx.saved_tensors
+        # With P = weights and S = scores before the softmax:
+        # dL/dS = P * (dL/dP - sum(dL/dP * P)),  dL/dq = dL/dS k / √K,  dL/dk = (dL/dS)ᵀ q / √K
+        grad, wide = grads[0].float(), weights.float()
+        grad_scores = (wide * (grad - (grad * wide).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5).to(q.dtype)
+        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, None, None, None
 
 
 def _for_each_head(x: Tensor, n_heads: int) -> Tensor:

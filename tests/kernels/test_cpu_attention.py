@@ -103,6 +103,16 @@ def test_blocked_attention_saved_memory_is_linear() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("bias", ["rope", "alibi"])
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_blocked_attention_compiled_float32_is_exact(bias: str) -> None:
+    drawn, mask = tensors(300, n_groups=1), bias_of(300, bias)
+    right = value_and_gradients(kernel, drawn, mask, torch.float64)
+    compiled: Way = torch.compile(blocked_attention, backend="aot_eager")
+    assert max(errors(value_and_gradients(compiled, drawn, mask, torch.float32), right)) < 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", ["rope", "alibi"])
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_blocked_attention_compiled_matches_eager(bias: str) -> None:
     drawn = tensors(300)
     right = value_and_gradients(kernel, drawn, bias_of(300, bias), torch.float64)
