@@ -170,6 +170,7 @@ def generate(
             loaded.model,
             dtype=dtype,
             compile=choose_compiling("auto" if compile is None else compile, max_new_tokens),
+            in_place=True,
         )
     for notice in engine.notices:
         log.warning(notice)

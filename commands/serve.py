@@ -136,7 +136,7 @@ def serve(
         def prepare() -> Scheduler:
             from psannlm.generation.engine import Engine
 
-            engine = Engine(model, dtype=dtype, compile=compile)
+            engine = Engine(model, dtype=dtype, compile=compile, in_place=True)
             return _warm_scheduler(engine, tokenizer, max_batch=max_batch, max_queue=max_queue, speculate=speculate)
 
         service = Service(

@@ -40,15 +40,16 @@ class Engine:
     """A model prepared for inference, with its passes: prefill, one token per row, several tokens per row.
 
     Args:
-        model: not changed; the engine keeps a prepared copy on the same device. Matrices are copied; norms and short
-            convolutions are shared, so that a model that is trained further needs a new engine.
+        model: not changed unless ``in_place``; the engine keeps a prepared copy on the same device. Matrices are
+            copied; norms and short convolutions are shared, so that a model that is trained further needs a new engine.
         dtype: of the weights: ``float32``, ``bfloat16``, or ``int8`` (weights only, one scale per output).
         compile: compile the decoding step with torch.compile. The first step of each batch size and cache capacity
             takes up to a minute (less from the compiler's cache on disk), later steps are several times faster.
             ``auto`` compiles where the compiler works.
+        in_place: prepare ``model`` itself, of which nothing else can then be computed: memory holds its weights once.
 
     Attributes:
-        model: the prepared copy.
+        model: the prepared copy, or ``model``.
         cache_dtype: of keys, values and convolution states: float32 for float32 weights, else bfloat16.
         weight_bytes: bytes of the matrices, each of which a decoding step reads once.
         compiles: whether steps are compiled.
@@ -60,7 +61,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: Transformer, *, dtype: WeightDtype = "float32", compile: bool | Literal["auto"] = False
+        self,
+        model: Transformer,
+        *,
+        dtype: WeightDtype = "float32",
+        compile: bool | Literal["auto"] = False,
+        in_place: bool = False,
     ) -> None:
         self.device = model.embedding.weight.device
         self.notices: list[str] = []
@@ -71,7 +77,7 @@ class Engine:
         if missing is not None:
             self.notices.append(f"decoding is not compiled, which would be faster: it needs {missing}")
         self.dtype = dtype
-        self.model = prepare_for_inference(model, dtype, is_compiled=self.compiles)
+        self.model = prepare_for_inference(model, dtype, is_compiled=self.compiles, in_place=in_place)
         if dtype != "float32" and not computes_in_bf16(self.device):
             self.notices.append(
                 f"this {self.device.type} has no bf16 hardware: {dtype} weights are widened to float32 for each product"

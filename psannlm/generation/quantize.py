@@ -152,8 +152,13 @@ class InferenceLinear(nn.Module):
         return f"{self.n_inputs} to {self.n_outputs}, {self.weight.dtype}"
 
 
-def prepare_for_inference(model: Transformer, dtype: WeightDtype, *, is_compiled: bool = False) -> Transformer:
+def prepare_for_inference(
+    model: Transformer, dtype: WeightDtype, *, is_compiled: bool = False, in_place: bool = False
+) -> Transformer:
     """Return a copy of ``model`` for inference, which shares norms and convolutions with it; ``model`` is not changed.
+
+    ``in_place``, ``model`` itself is prepared and returned: each matrix is freed when its successor is made, and at the
+    end the mapped file that the weights were loaded from, of which nothing is left in use.
 
     The projections of queries, keys and values become one product, gate and up projection another. Residual scales are
     folded into the weights they multiply, and parameters of activations are stored as values. The embedding is stored
@@ -165,8 +170,10 @@ def prepare_for_inference(model: Transformer, dtype: WeightDtype, *, is_compiled
     if dtype not in STORED:
         names = get_args(WeightDtype)
         raise GenerationError(f"dtype {dtype!r:.40} is not one of {', '.join(names)}{nearest(str(dtype), names)}")
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    copied: Transformer = copy.deepcopy(model, shared)
+    copied = model
+    if not in_place:
+        shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+        copied = copy.deepcopy(model, shared)
     copied.eval()
 
     def joined(*layers: nn.Module, scale: Tensor | None = None) -> InferenceLinear:
@@ -198,11 +205,19 @@ def prepare_for_inference(model: Transformer, dtype: WeightDtype, *, is_compiled
             module.freeze()
         elif isinstance(module, ShortConv):
             module.taps = module.weight.detach().t().contiguous()
+    embedding = model.embedding.weight.detach()
     copied.head = InferenceLinear(model.output_weight.detach(), None, dtype, is_compiled=is_compiled)
     if dtype != "float32":
-        vocab_size, width = model.embedding.weight.shape
-        copied.embedding = nn.Embedding(vocab_size, width, _weight=model.embedding.weight.detach().bfloat16())
+        copied.embedding = nn.Embedding(embedding.shape[0], embedding.shape[1], _weight=embedding.bfloat16())
+    if in_place:
+        _leave_mapped_file(copied)
     return copied
+
+
+def _leave_mapped_file(model: nn.Module) -> None:
+    """Copy the tensors that are still those of a file: it stays mapped, with every page read of it, until the last."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor.data = tensor.detach().clone()
 
 
 def weight_bytes(model: Transformer) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
+import weakref
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -24,6 +27,7 @@ from psannlm.generation.quantize import (
     quantize,
     weight_bytes,
 )
+from psannlm.models.artifact import load_model, save_model
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import computes_in_bf16
@@ -205,6 +209,30 @@ def test_prepare_for_inference_keeps_the_original(
     for (name, mine), theirs in zip(model.named_parameters(), untouched.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
         assert not torch.equal(mine, starts[name]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS[1:4])
+def test_preparing_in_place_computes_the_same(variant: dict[str, Any], dtype: WeightDtype, build_tiny: Build) -> None:
+    model = build_tiny(**variant)
+    expected = logits_of(prepare_for_inference(model, dtype), 5)
+    prepared = prepare_for_inference(model, dtype, in_place=True)
+    assert prepared is model
+    assert torch.equal(logits_of(prepared, 5), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_preparing_in_place_frees_weights_and_mapped_file(
+    dtype: WeightDtype, build_tiny: Build, tmp_path: Path
+) -> None:
+    save_model(tmp_path / "model.safetensors", build_tiny(tie_embeddings=True, short_conv={"enabled": True}), None)
+    model = load_model(tmp_path / "model.safetensors").model
+    matrices = [weakref.ref(module.weight) for module in model.modules() if isinstance(module, nn.Linear)]
+    prepare_for_inference(model, dtype, in_place=True)
+    assert matrices
+    assert [matrix for matrix in matrices if matrix() is not None] == []
+    if sys.platform == "linux":
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
