@@ -171,6 +171,7 @@ def compare(
         return
     figures = study_figures(sized, answers, documents)
     n_more = len(settled.settings.also_compare_to) + (3 if settled.settings.answers else 2)
+    n_more += bool(settled.settings.horizons)
     folder = _publish(figures, n_more, launching, out, as_json)
     records = {name: found.record for name, found in documents.items() if found.record is not None}
     write_finished_runs(folder / RUNS_FILE, sized, answers, records)
@@ -199,9 +200,12 @@ def _train(
     launcher = None if launching is None else launching.launcher(study.folder)
 
     def complete(names: list[str]) -> None:
-        reuse_runs(study, names, kept)
-        if launching is not None and launcher is not None:
-            run_all(study, placement=launching.placement, only=names, on_status=line.show, launcher=launcher)
+        # Branches start from checkpoints of the runs they branch off.
+        branches = {run.name for run in study.runs if run.trunk is not None}
+        for part in ([name for name in names if name not in branches], [name for name in names if name in branches]):
+            reuse_runs(study, part, kept)
+            if part and launching is not None and launcher is not None:
+                run_all(study, placement=launching.placement, only=part, on_status=line.show, launcher=launcher)
 
     search_runs = _run_names(study, variants)
     complete(search_runs)

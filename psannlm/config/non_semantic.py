@@ -27,6 +27,7 @@ NON_SEMANTIC_KEYS: dict[str, NonSemanticKey] = {
     "train.log_interval_steps": NonSemanticKey("number of logged steps", True, True),
     "train.save_interval_steps": NonSemanticKey("number of checkpoints", True, True),
     "train.keep_checkpoints": NonSemanticKey("number of checkpoints kept on disk", True, True),
+    "train.keep_steps": NonSemanticKey("checkpoints kept on disk for other runs", True, True),
     "train.device": NonSemanticKey("hardware; results differ by rounding", may_differ_in_study=True),
     "train.ddp": NonSemanticKey("number of processes"),
     "train.fsdp": NonSemanticKey("memory per rank; results differ by rounding"),

@@ -159,6 +159,9 @@ class TrainConfig(Section):
     keep_checkpoints: Whole = Field(
         2, ge=1, description="number of latest checkpoints kept on disk, in addition to the best"
     )
+    keep_steps: tuple[PositiveWhole, ...] = Field(
+        (), description="steps after which a checkpoint is saved and kept, whatever keep_checkpoints is"
+    )
     sample_prompts: tuple[Prompt, ...] = Field(
         ("The ",), description="prompts of the samples generated at each validation; []: no samples"
     )

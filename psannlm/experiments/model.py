@@ -35,7 +35,12 @@ class SizedVariant:
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run: a configuration file ``<name>.yaml`` in the study's folder, and the run folder ``<name>`` beside it."""
+    """One run: a configuration file ``<name>.yaml`` in the study's folder, and the run folder ``<name>`` beside it.
+
+    Attributes:
+        trunk: the run folder of the same run with the whole budget, from which a run of a shorter horizon branches off.
+        branch_step: the step after which it branches off: the last before its own cooldown.
+    """
 
     name: str
     variant: SizedVariant
@@ -43,6 +48,8 @@ class StudyRun:
     seed: int
     config: RunConfig
     study: Path
+    trunk: Path | None = None
+    branch_step: int = 0
 
     @property
     def folder(self) -> Path:
@@ -59,10 +66,21 @@ class StudyRun:
         """The run's log."""
         return self.study / f"{self.name}.log"
 
-    @property
-    def flops(self) -> int:
-        """Training operations of the whole run."""
-        return self.variant.flops_per_token * self.variant.n_tokens
+    def steps_left(self, step: int) -> int:
+        """Return the steps to train after ``step``; a branch begins where it leaves its trunk."""
+        return self.variant.n_steps - max(step, self.branch_step)
+
+    def flops_left(self, step: int) -> float:
+        """Return the training operations after ``step``."""
+        return self.variant.flops_per_token * self.variant.n_tokens * self.steps_left(step) / self.variant.n_steps
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """A token budget below that of the plan, and the variants with the steps and tokens of its runs, in their order."""
+
+    tokens: float
+    variants: tuple[SizedVariant, ...]
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,7 @@ class Study:
     variants: tuple[SizedVariant, ...]
     runs: tuple[StudyRun, ...]
     data: dict[DataConfig, PreparedData]
+    horizons: tuple[Horizon, ...] = ()
 
     @property
     def baseline(self) -> SizedVariant:

@@ -74,6 +74,11 @@ class PlanSettings(Section):
         None,
         description="seeds that are run at every learning rate; the others only at the selected one; null: all seeds",
     )
+    horizons: tuple[PositiveReal, ...] = Field(
+        (),
+        description="further token budgets below budget.tokens: each run branches off the run of the whole budget "
+        "before its cooldown, and trains only its own; needs train.schedule: wsd",
+    )
     budget: Budget = Field(default_factory=Budget, description="training budget of each run: tokens or flops")
     parameters: Literal["equal", "shown"] = Field(
         "equal",
@@ -208,9 +213,9 @@ def _keys() -> list[str]:
 
 
 def _plan_issues(settings: PlanSettings) -> Iterator[ConfigIssue]:
-    for key in ("seeds", "lr_seeds", _RATES, "also_compare_to"):
-        values = getattr(settings, key)
-        if values is not None and ((not values and key != "also_compare_to") or len(set(values)) < len(values)):
+    for key in ("seeds", "lr_seeds", _RATES, "also_compare_to", "horizons"):
+        values, may_be_empty = getattr(settings, key), key in ("also_compare_to", "horizons")
+        if values is not None and ((not values and not may_be_empty) or len(set(values)) < len(values)):
             yield ConfigIssue((key,), "empty; give at least one" if not values else "holds a value twice")
     for at, seed in enumerate(settings.lr_seeds or ()):
         if seed not in settings.seeds:
@@ -232,6 +237,11 @@ def _plan_issues(settings: PlanSettings) -> Iterator[ConfigIssue]:
             yield ConfigIssue(("also_compare_to", at), f"{message}: {', '.join(settings.variants)}")
     if settings.name is not None and not _NAME.match(settings.name):
         yield ConfigIssue(("name",), f"{show(settings.name)} is not a folder name; use letters, digits and . _ + -")
+    for at, horizon in enumerate(settings.horizons):
+        if settings.budget.tokens is None or horizon >= settings.budget.tokens:
+            limit = "in operations" if settings.budget.tokens is None else f"{settings.budget.tokens:g} tokens"
+            message = f"{horizon:g} tokens are not below the budget, which is {limit}; write budget: {{tokens: ...}}"
+            yield ConfigIssue(("horizons", at), message)
     if settings.choose_on == "tune" and settings.measure == "best":
         message = "tune needs measure: final; the best step of a run is selected by the loss of all held-out documents"
         yield ConfigIssue(("choose_on",), message)
@@ -288,8 +298,18 @@ class _Builder:
             if config.data.val_split == 0 and not reads_folder(config.data):
                 message = "there is no validation split to compare losses on; set data.val_split"
                 self.problems += origin.problems([ConfigIssue(at, message)])
+            self.problems += origin.problems(list(self._horizon_issues(config, at)))
             rates = beside.learning_rates or self._settings.learning_rates or (config.train.lr,)
             yield Variant(name, {**merged, "train": train}, config, rates, own, beside.budget_fraction)
+
+    def _horizon_issues(self, config: RunConfig, at: KeyPath) -> Iterator[ConfigIssue]:
+        """Yield what keeps the runs of a variant from branching off with the bits of a run from scratch."""
+        if self._settings.horizons and config.train.schedule != "wsd":
+            message = f"horizons need train.schedule: wsd, and it is {config.train.schedule}"
+            yield ConfigIssue(at, f"{message}: runs of different length share their learning rates until the cooldown")
+        if self._settings.horizons and config.train.compile == "auto":
+            message = "horizons need train.compile: true or false: auto decides by the length of a run"
+            yield ConfigIssue(at, f"{message}, and a compiled model rounds differently")
 
     def _variant_issues(self, name: str, given: object, at: KeyPath) -> Iterator[ConfigIssue]:
         if not _NAME.match(name):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from psannlm.errors import TrainingError
 from psannlm.experiments.caveats import any_shares_gpu, conditions, notes_of
 from psannlm.experiments.document_losses import RunDocuments, half_losses, reported_documents, with_document_intervals
 from psannlm.experiments.lr_selection import Choice, Halves, choose, reported_row
-from psannlm.experiments.model import SizedVariant, Study, StudyRun
+from psannlm.experiments.model import Horizon, SizedVariant, Study, StudyRun
 from psannlm.experiments.run_state import RunState, read_status
 from psannlm.experiments.statistics import paired_difference
 from psannlm.models.registry import build_model
@@ -24,6 +24,7 @@ from psannlm.reports.runs import RunRecord
 from psannlm.reports.schemas.measured import Mean, PairedDifference
 from psannlm.reports.schemas.study import (
     AnswerScore,
+    HorizonFigures,
     LossCurve,
     RunFigures,
     StudyCorpus,
@@ -82,8 +83,11 @@ def study_figures(
             _variant_figures(study, sized, chosen[sized.variant.name], base, answers or {}, is_shared)
             for sized in study.variants
         ],
-        runs=[_run_figures(state, settings.measure, answers or {}, is_shared, halves) for state in states],
+        runs=[_run_figures(study, state, answers or {}, is_shared, halves) for state in states],
         also_compare_to={name: _differences_to(name, chosen) for name in settings.also_compare_to},
+        horizons=[
+            figures for horizon in study.horizons for figures in _horizon_figures(study, horizon, states, halves)
+        ],
         curves=[curve for sized in study.variants for curve in _curves(chosen[sized.variant.name], is_shared)],
     )
     return replace(
@@ -95,6 +99,28 @@ def _differences_to(other: str, chosen: Mapping[str, Choice]) -> dict[str, Paire
     """Return the differences of all variants to ``other``, each at its own best learning rate."""
     theirs = chosen[other].losses
     return {name: paired_difference(choice.losses, theirs) for name, choice in chosen.items() if name != other}
+
+
+def _horizon_figures(
+    study: Study, horizon: Horizon, states: Sequence[RunState], halves: Halves
+) -> Iterator[HorizonFigures]:
+    """Yield every variant at a horizon; each learning rate is selected by the losses there."""
+    chosen = {sized.variant.name: choose(sized, states, study.plan, halves) for sized in horizon.variants}
+    base = chosen[study.plan.settings.baseline]
+    for sized in horizon.variants:
+        choice = chosen[sized.variant.name]
+        yield HorizonFigures(
+            variant=sized.variant.name,
+            horizon=horizon.tokens,
+            steps=sized.n_steps,
+            tokens=sized.n_tokens,
+            learning_rate=choice.lr,
+            edge=choice.edge,
+            provisional=choice.is_provisional,
+            val_loss=Mean.of(list(choice.losses.values())) if choice.losses else None,
+            val_loss_by_seed={str(seed): loss for seed, loss in sorted(choice.losses.items())},
+            difference=None if choice is base else paired_difference(choice.losses, base.losses),
+        )
 
 
 def _variant_figures(
@@ -135,9 +161,10 @@ def _variant_figures(
 
 
 def _run_figures(
-    state: RunState, measure: str, answers: Mapping[str, AnswerScore], is_shared: bool, halves: Halves
+    study: Study, state: RunState, answers: Mapping[str, AnswerScore], is_shared: bool, halves: Halves
 ) -> RunFigures:
-    record = state.record
+    record, measure = state.record, study.plan.settings.measure
+    horizons = [horizon.tokens for horizon in study.horizons if state.run.variant in horizon.variants]
     timed = None if is_shared else record
     score = reported_row(record, measure, halves) if record is not None and state.state == "done" else {}
     left = _plateau_exit(record) if record is not None and state.state == "done" else PlateauExit(None)
@@ -160,6 +187,7 @@ def _run_figures(
         reused_from=None if record is None else record.origin.get("report"),
         plateau_exit_tokens=left.tokens,
         plateau=left.reason,
+        horizon=horizons[0] if horizons else None,
     )
 
 
@@ -271,7 +299,7 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
     Validation, start-up and the slowdown by concurrent runs are not included.
     """
     states = [read_status(run) for run in study.runs]
-    left = [seconds[s.run.variant.variant.name] * (s.run.variant.n_steps - s.step) for s in states if s.state != "done"]
+    left = [seconds[s.run.variant.variant.name] * s.run.steps_left(s.step) for s in states if s.state != "done"]
     variants = [
         [
             sized.variant.name,
@@ -305,7 +333,7 @@ def plan_tables(study: Study, seconds: Mapping[str, float], jobs: int = 1) -> li
             f"{state.run.lr:g}",
             format_value(state.run.seed),
             format_value(state.run.variant.n_tokens),
-            f"{seconds[state.run.variant.variant.name] * (state.run.variant.n_steps - state.step):,.0f}",
+            f"{seconds[state.run.variant.variant.name] * state.run.steps_left(state.step):,.0f}",
             state.state,
         ]
         for state in states

@@ -146,7 +146,7 @@ class _Scheduler:
         self.was_interrupted = False
         self._began = clock()
         self._first = {run.name: read_status(run).step for run in waiting}
-        self._all_flops = sum(self._left(run, self._first[run.name]) for run in waiting)
+        self._all_flops = sum(run.flops_left(self._first[run.name]) for run in waiting)
 
     @property
     def is_busy(self) -> bool:
@@ -196,15 +196,12 @@ class _Scheduler:
             sleep(_POLL_S)
         self._active.clear()
 
-    def _left(self, run: StudyRun, step: int) -> float:
-        return run.flops * (1 - step / run.variant.n_steps)
-
     def status(self) -> str:
         """Return a status line with the active runs and the remaining time, estimated from operations done so far."""
         active = [run for run, _, _ in self._active.values()]
         steps = [read_status(run).step for run in active]
-        left = sum(self._left(run, self._first[run.name]) for run in self._waiting)
-        left += sum(self._left(run, step) for run, step in zip(active, steps, strict=True))
+        left = sum(run.flops_left(self._first[run.name]) for run in self._waiting)
+        left += sum(run.flops_left(step) for run, step in zip(active, steps, strict=True))
         done, elapsed = self._all_flops - left, self._clock() - self._began
         time_left = f", about {timedelta(seconds=round(elapsed * left / done))} left" if done > 0 else ""
         pairs = zip(active, steps, strict=True)

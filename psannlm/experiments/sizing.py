@@ -14,7 +14,7 @@ from psannlm.config.run import RunConfig, config_from_mapping, differences, to_y
 from psannlm.data.prepare import PreparedData, load_corpus
 from psannlm.errors import ConfigError, Problem
 from psannlm.experiments.existing_runs import check_existing_runs
-from psannlm.experiments.model import SizedVariant, Study, StudyRun, fits_tokenizer, tokenizer_path
+from psannlm.experiments.model import Horizon, SizedVariant, Study, StudyRun, fits_tokenizer, tokenizer_path
 from psannlm.experiments.plan import StudyPlan, Variant, merge
 from psannlm.io.atomic import write_text
 from psannlm.models.accounting import WIDTH_TOLERANCE, count_parameters, flops_per_token, match_mlp_width
@@ -48,10 +48,36 @@ def size_study(plan: StudyPlan, folder: Path) -> Study:
     target = sum(count_parameters(_resolved(base, data)).values())
     variants = tuple(_sized(plan, variant, data, target) for variant in plan.variants)
     _refuse_unequal(plan, variants, target)
+    study = Study(plan, folder, variants, (), data, _horizons(plan, variants))
     wanted = [(sized, lr, seed) for seed in plan.lr_seeds for sized in variants for lr in sized.variant.learning_rates]
-    runs = _runs(plan, wanted, folder, data)
-    check_existing_runs(plan, folder, runs, data)
-    return Study(plan, folder, variants, runs, data)
+    return _with_runs(study, wanted)
+
+
+def _horizons(plan: StudyPlan, variants: Sequence[SizedVariant]) -> tuple[Horizon, ...]:
+    """Return the variants at each horizon of the plan, the shortest first.
+
+    Raises:
+        ConfigError: a horizon has as few steps as the one before, or as many as the budget.
+    """
+    found: list[Horizon] = []
+    for tokens in sorted(plan.settings.horizons):
+        sized = tuple(_at_horizon(each, tokens) for each in variants)
+        former = [0] * len(sized) if not found else [each.n_steps for each in found[-1].variants]
+        for each, whole, least in zip(sized, variants, former, strict=True):
+            if not least < each.n_steps < whole.n_steps:
+                message = (
+                    f"{tokens:g} tokens are {each.n_steps} steps of {each.variant.name}, as many as another budget"
+                )
+                raise ConfigError(Problem("horizons", f"{message}; leave it out"), str(plan.path))
+        found.append(Horizon(tokens, sized))
+    return tuple(found)
+
+
+def _at_horizon(sized: SizedVariant, tokens: float) -> SizedVariant:
+    """Return a variant with the steps of a budget of ``tokens``."""
+    step_tokens = sized.n_tokens / sized.n_steps
+    n_steps = max(1, round(tokens * sized.variant.budget_fraction / step_tokens))
+    return replace(sized, n_steps=n_steps, n_tokens=round(n_steps * step_tokens))
 
 
 def _refuse_one_document(plan: StudyPlan, data: Mapping[DataConfig, PreparedData]) -> None:
@@ -77,7 +103,16 @@ def with_best_lrs(study: Study, best: Mapping[str, float]) -> Study:
         for sized in study.variants
         if sized.variant.name in best
     ]
-    runs = _runs(study.plan, wanted, study.folder, study.data)
+    return _with_runs(study, wanted)
+
+
+def _with_runs(study: Study, wanted: Sequence[tuple[SizedVariant, float, int]]) -> Study:
+    """Add the runs of (variant, learning rate, seed), and after them those of the horizons that branch off."""
+    runs = _runs(study, wanted)
+    for horizon in study.horizons:
+        shorter = {sized.variant.name: sized for sized in horizon.variants}
+        at_horizon = [(shorter[sized.variant.name], lr, seed) for sized, lr, seed in wanted]
+        runs += _runs(study, at_horizon, horizon.tokens)
     check_existing_runs(study.plan, study.folder, runs, study.data)
     return replace(study, runs=study.runs + runs)
 
@@ -165,38 +200,45 @@ def _refuse_unequal(plan: StudyPlan, variants: tuple[SizedVariant, ...], target:
 
 
 def _runs(
-    plan: StudyPlan,
-    wanted: Sequence[tuple[SizedVariant, float, int]],
-    folder: Path,
-    data: Mapping[DataConfig, PreparedData],
+    study: Study, wanted: Sequence[tuple[SizedVariant, float, int]], horizon: float | None = None
 ) -> tuple[StudyRun, ...]:
-    """Return the runs of (variant, learning rate, seed), each with its validated configuration."""
+    """Return the runs of (variant, learning rate, seed), each with its validated configuration.
+
+    Those of a ``horizon`` branch off the runs of the whole budget, which keep a checkpoint where they do.
+    """
     problems: dict[Problem, None] = {}
     runs = []
     for sized, lr, seed in wanted:
-        name = f"{sized.variant.name}_lr{lr:g}_seed{seed}"
+        whole = f"{sized.variant.name}_lr{lr:g}_seed{seed}"
+        name = whole if horizon is None else f"{whole}_tokens{horizon:g}"
         try:
-            config = _run_config(plan, sized, lr, seed, folder / name, data)
+            config = _run_config(study, sized, lr, seed, study.folder / name)
         except ConfigError as error:
             for problem in error.problems:
                 problems[Problem(f"variants.{sized.variant.name}.{problem.path}", problem.message)] = None
             continue
-        runs.append(StudyRun(name, sized, lr, seed, config, folder))
+        trunk, step = (None, 0) if horizon is None else (study.folder / whole, _flat_steps(config))
+        runs.append(StudyRun(name, sized, lr, seed, config, study.folder, trunk, step))
     if problems:
-        raise ConfigError(list(problems), str(plan.path))
+        raise ConfigError(list(problems), str(study.plan.path))
     return tuple(runs)
 
 
-def _run_config(
-    plan: StudyPlan,
-    sized: SizedVariant,
-    lr: float,
-    seed: int,
-    folder: Path,
-    data: Mapping[DataConfig, PreparedData],
-) -> RunConfig:
-    variant = sized.variant
+def _flat_steps(config: RunConfig) -> int:
+    """Return the steps of a run before its cooldown."""
+    n_steps = config.train.max_steps or 0
+    return n_steps - config.train.cooldown_steps(n_steps)
+
+
+def _run_config(study: Study, sized: SizedVariant, lr: float, seed: int, folder: Path) -> RunConfig:
+    plan, data, variant = study.plan, study.data, sized.variant
     decided = {"lr": lr, "seed": seed, "max_steps": sized.n_steps, "checkpoint_dir": str(folder)}
+    if sized in study.variants and study.horizons:
+        at = study.variants.index(sized)
+        train = variant.config.train
+        ends = [horizon.variants[at].n_steps for horizon in study.horizons]
+        kept = {*train.keep_steps, *(end - train.cooldown_steps(end) for end in ends)}
+        decided["keep_steps"] = sorted(kept - {0})
     settings = merge({"train": _RUN_DEFAULTS}, variant.settings)
     settings = merge(settings, {"train": decided, "model": {"d_mlp": sized.model.d_mlp}})
     if fits_tokenizer(variant.config.data):

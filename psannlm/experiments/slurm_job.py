@@ -26,8 +26,11 @@ class TrainingJob:
     :meth:`checkpoint` and requeues the job, which then resumes the run.
     """
 
-    def __init__(self, name: str, config: Path, log_path: Path) -> None:
-        self._name, self._config, self._log_path = name, config, log_path
+    # Jobs that earlier versions submitted, and that are requeued, lack it.
+    _trunk: Path | None = None
+
+    def __init__(self, name: str, config: Path, log_path: Path, trunk: Path | None = None) -> None:
+        self._name, self._config, self._log_path, self._trunk = name, config, log_path, trunk
         self._process: Popen[bytes] | None = None
 
     def __call__(self) -> int:
@@ -65,10 +68,11 @@ class TrainingJob:
         self._end()
         # Optional, so no import statement: every module needs declared dependencies only.
         helpers = import_module("submitit.helpers")
-        return helpers.DelayedSubmission(type(self)(self._name, self._config, self._log_path))
+        return helpers.DelayedSubmission(type(self)(self._name, self._config, self._log_path, self._trunk))
 
     def _start(self, environment: dict[str, str]) -> Popen[bytes]:
-        return start_training(self._name, self._config, self._log_path, environment, end_with_parent=True)
+        files = self._config, self._log_path
+        return start_training(self._name, *files, environment, self._trunk, end_with_parent=True)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         if self._process is not None:

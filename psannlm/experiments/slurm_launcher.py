@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from psannlm.errors import ConfigError, TrainingError, install_extra, nearest
+from psannlm.experiments.local_launcher import branch_off
 from psannlm.experiments.model import StudyRun
 from psannlm.experiments.slurm_job import TrainingJob
 from psannlm.io.atomic import explain_write_errors, read_small
@@ -166,7 +167,9 @@ class SlurmLauncher:
             log.info("%s: Slurm job %s of an earlier call continues", run.name, job.job_id)
             return SlurmProcess(run.name, job)
         self._executor.update_parameters(name=f"psannlm-{run.name}")
-        function = TrainingJob(run.name, run.config_path.absolute(), run.log_path.absolute())
+        trunk = branch_off(run)
+        files = run.config_path.absolute(), run.log_path.absolute()
+        function = TrainingJob(run.name, *files, None if trunk is None else trunk.absolute())
         try:
             with explain_write_errors(self._folder):
                 job = self._executor.submit(function)

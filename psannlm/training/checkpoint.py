@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -344,14 +345,14 @@ def latest_valid_checkpoint(run: Path) -> tuple[Path, TrainerState] | None:
     return None
 
 
-def prune(run: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one. Folders of other origin are kept.
+def prune(run: Path, keep: int, kept_steps: Collection[int]) -> None:
+    """Remove all but the newest ``keep`` checkpoints and those of ``kept_steps``. Folders of other origin are kept.
 
     Raises:
         StorageError: a checkpoint cannot be removed.
     """
     for folder in [path for path in list_checkpoints(run) if is_own_checkpoint(path)][:-keep]:
-        if best_step is None or folder != step_folder(run, best_step):
+        if step_of(folder) not in kept_steps:
             remove_checkpoint(folder)
 
 

@@ -63,7 +63,7 @@ def run_steps(run: Run, state: TrainerState) -> TrainerState:
         is_last = step == run.total_steps
         is_logged = _is_due(step, settings.log_interval_steps) or is_last or step == 1
         is_validated = is_last or _is_due(step, settings.eval_interval_steps)
-        is_saved = is_last or _is_due(step, settings.save_interval_steps)
+        is_saved = is_last or _is_due(step, settings.save_interval_steps) or step in settings.keep_steps
         reads_now = not run.defer_readback or is_logged or is_validated or is_saved
         pending.push(PendingStep(step, batch, lr, is_logged, result))
         state = pending.drain(state, keep=0 if reads_now else 1)
@@ -112,6 +112,7 @@ def _save(run: Run, state: TrainerState, is_best: bool) -> None:
         return
     if is_best:
         point(run.folder, BEST, state.step)
-    prune(run.folder, run.config.train.keep_checkpoints, None if state.best is None else state.best["step"])
+    kept = {*run.config.train.keep_steps, *(() if state.best is None else (state.best["step"],))}
+    prune(run.folder, run.config.train.keep_checkpoints, kept)
     run.notify(lambda callback: callback.on_save(SaveEvent(state.step, folder, is_best)))
     run.world.wait()

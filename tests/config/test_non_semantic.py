@@ -39,6 +39,6 @@ def test_train_keys_are_all_classified() -> None:
 
 
 def test_non_semantic_subsets_keep_their_members() -> None:
-    bookkeeping = {"checkpoint_dir", "log_interval_steps", "save_interval_steps", "keep_checkpoints"}
+    bookkeeping = {"checkpoint_dir", "log_interval_steps", "save_interval_steps", "keep_checkpoints", "keep_steps"}
     assert {f"train.{key}" for key in bookkeeping} | {"data.cache_dir"} == BOOKKEEPING_KEYS
     assert BOOKKEEPING_KEYS | {"train.device", "train.sample_prompts"} == KEYS_FREE_IN_STUDY

@@ -220,7 +220,7 @@ def test_requeued_job_resumes_where_it_saved(tmp_path: Path, monkeypatch: pytest
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr("psannlm.experiments.slurm_launcher.TrainingJob", CountingJob)
     monkeypatch.setattr("psannlm.experiments.slurm_launcher._CHECK_S", 0.1)
-    run = SimpleNamespace(name="counter", config_path=tmp_path / "saved", log_path=tmp_path / "log")
+    run = SimpleNamespace(name="counter", config_path=tmp_path / "saved", log_path=tmp_path / "log", trunk=None)
     process = SlurmLauncher(tmp_path, {"timeout_min": 5}, cluster="local")(run, {})  # type: ignore[arg-type]
     wait_for(lambda: run.log_path.is_file() and "3\n" in run.log_path.read_text())
     job = child_of(process._job._process.pid)

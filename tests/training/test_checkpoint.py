@@ -220,9 +220,9 @@ def test_list_checkpoints_sorts_by_step(tmp_path: Path) -> None:
 
 def test_prune_keeps_the_newest_and_the_best(save: Callable[..., Path]) -> None:
     run = [save(step) for step in range(1, 8)][-1].parent
-    prune(run, 2, best_step=3)
+    prune(run, 2, {3})
     assert [path.name[-1] for path in list_checkpoints(run)] == ["3", "6", "7"]
-    prune(run, 5, best_step=None)
+    prune(run, 5, ())
     assert [path.name[-1] for path in list_checkpoints(run)] == ["3", "6", "7"]
 
 
@@ -237,7 +237,7 @@ def test_prune_keeps_foreign_folders(save: Callable[..., Path], tmp_path: Path) 
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "trainer.json").write_bytes((step_folder(run, 11) / "trainer.json").read_bytes())
     (run / "step_00000004").symlink_to(tmp_path / "elsewhere")
-    prune(run, 1, best_step=None)
+    prune(run, 1, ())
     left = {path.name for path in run.iterdir() if path.name.startswith("step_")}
     foreign = {"step_1", "step_00000001", "step_00000002", "step_000000003", "step_00000004", "step_00000010"}
     assert left == foreign | {"step_00000012"}
@@ -257,7 +257,7 @@ def test_remove_checkpoint_interrupted_leaves_no_partial_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr("psannlm.io.atomic.shutil.rmtree", die)
         with pytest.raises(KeyboardInterrupt):
-            prune(run, 2, None)
+            prune(run, 2, ())
     assert [read_state(folder).step for folder in list_checkpoints(run)] == [2, 3]
     save(4)
     assert list(run.glob(".*")) == []

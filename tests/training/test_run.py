@@ -135,6 +135,7 @@ TRAIN_KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "log_interval_steps": ({}, {"log_interval_steps": 3}, "logged", "weights saved"),
     "eval_interval_steps": ({}, {"eval_interval_steps": 2}, "evaluated", "weights"),
     "save_interval_steps": ({}, {"save_interval_steps": 3}, "saved", "weights logged"),
+    "keep_steps": ({"max_steps": 6}, {"keep_steps": (2, 3)}, "saved", "weights logged losses"),
     "keep_checkpoints": (
         {"save_interval_steps": 1, "lr": 1e-3},
         {"keep_checkpoints": 3},

@@ -89,7 +89,7 @@ class RunFigures(Figures):
     """One run; figures of a run that is not finished are None. ``reused_from``: the kept report they come from.
 
     ``plateau_exit_tokens``: tokens at which the validation loss left its plateau (``reports.plateau``); where it is
-    None, ``plateau`` says why.
+    None, ``plateau`` says why. ``horizon``: the token budget of a run that branched off another; None for others.
     """
 
     run: str
@@ -110,6 +110,7 @@ class RunFigures(Figures):
     reused_from: str | None = None
     plateau_exit_tokens: OptionalFigure = None
     plateau: str = ""
+    horizon: OptionalFigure = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,27 @@ class Comparison(Figures):
     token_ratio: TokenRatio | None
     documents: BootstrapDifference | None = None
     documents_missing: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HorizonFigures(Figures):
+    """A variant at one of the plan's ``horizons``, at the best learning rate of that horizon.
+
+    Attributes:
+        horizon: the token budget of the plan.
+        steps, tokens: of each run.
+    """
+
+    variant: str
+    horizon: Figure
+    steps: Whole
+    tokens: Whole
+    learning_rate: OptionalFigure
+    edge: str
+    provisional: Flag
+    val_loss: Mean | None
+    val_loss_by_seed: dict[str, Figure]
+    difference: PairedDifference | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,3 +208,4 @@ class StudyMetrics(Figures):
     ] = field(default_factory=dict)
     curves: list[LossCurve]
     comparisons: list[Comparison] = field(default_factory=list)
+    horizons: list[HorizonFigures] = field(default_factory=list)

@@ -9,7 +9,15 @@ from psannlm.reports.page_model import Headline, Picture, Table, format_float, f
 from psannlm.reports.plateau import FEWEST_VALIDATIONS
 from psannlm.reports.plots import Bar, Curve, draw_bars, draw_curves
 from psannlm.reports.schemas.measured import PairedDifference, PooledDifference, TokenRatio
-from psannlm.reports.schemas.study import Comparison, LossCurve, LrScore, RunFigures, StudyMetrics, VariantFigures
+from psannlm.reports.schemas.study import (
+    Comparison,
+    HorizonFigures,
+    LossCurve,
+    LrScore,
+    RunFigures,
+    StudyMetrics,
+    VariantFigures,
+)
 
 NATS = "nats per token"
 COMPARED = "Compared to"
@@ -27,7 +35,8 @@ def study_tables(metrics: StudyMetrics) -> list[Table]:
     differences = [_against(name, found, compared) for name, found in references.items() if found]
     tasks = [_tasks(metrics)] if any(variant.tasks for variant in metrics.variants) else []
     details = [_learning_rates(metrics), _parameters(metrics), _runs(metrics)]
-    return [_results(metrics), *differences, *answers, *tasks, *details]
+    horizons = [_horizons(metrics)] if metrics.horizons else []
+    return [_results(metrics), *differences, *answers, *horizons, *tasks, *details]
 
 
 def comparisons(metrics: StudyMetrics) -> dict[tuple[str, str], Comparison]:
@@ -212,7 +221,7 @@ def _interval(difference: PairedDifference | None) -> str:
     return " to ".join(signed(edge, 3) for edge in difference.interval)
 
 
-def _rate(variant: VariantFigures) -> str:
+def _rate(variant: VariantFigures | HorizonFigures) -> str:
     if variant.learning_rate is None:
         return "–"
     # The notes mention a study with a single learning rate.
@@ -232,7 +241,7 @@ def _answers(metrics: StudyMetrics, task: str) -> Table:
         "nats per answer",
         "tokens at the plateau's exit, by seed",
     )
-    exits = {(run.variant, run.lr, str(run.seed)): _plateau(run) for run in metrics.runs}
+    exits = {(run.variant, run.lr, str(run.seed)): _plateau(run) for run in metrics.runs if run.horizon is None}
     rows = []
     for variant in metrics.variants:
         answers = variant.answers
@@ -301,7 +310,7 @@ def _answers_by_rate(metrics: StudyMetrics) -> Table:
     rates = sorted({run.lr for run in metrics.runs})
     fractions: dict[tuple[str, float], list[float]] = {}
     for run in metrics.runs:
-        if run.answers is not None:
+        if run.answers is not None and run.horizon is None:
             fractions.setdefault((run.variant, run.lr), []).append(run.answers.right)
     rows = []
     for variant in metrics.variants:
@@ -313,6 +322,47 @@ def _answers_by_rate(metrics: StudyMetrics) -> Table:
         rows,
         frozenset(range(1, len(rates) + 1)),
         "One figure for each seed that finished.",
+    )
+
+
+def _horizons(metrics: StudyMetrics) -> Table:
+    """Return the losses at every token budget: those of the horizons, and that of the plan."""
+    headings = (
+        "variant",
+        "tokens",
+        f"validation loss, {NATS}",
+        "± over seeds",
+        f"minus {metrics.baseline}, {NATS}",
+        "95 % interval",
+        "learning rate",
+        "seeds",
+    )
+    rows = []
+    for variant in metrics.variants:
+        here: list[HorizonFigures | VariantFigures] = [
+            each for each in metrics.horizons if each.variant == variant.name
+        ]
+        for found in [*here, variant]:
+            loss = found.val_loss
+            rows.append(
+                [
+                    variant.name,
+                    format_value(found.tokens),
+                    "–" if loss is None else f"{loss.mean:.4f}",
+                    "–" if loss is None or loss.std is None else f"{loss.std:.4f}",
+                    _difference(variant, found.difference, metrics.baseline),
+                    _interval(found.difference),
+                    _rate(found),
+                    format_value(0 if loss is None else loss.n),
+                ]
+            )
+    return Table(
+        "Validation loss by tokens of training",
+        headings,
+        rows,
+        frozenset(range(1, len(headings))),
+        "Each at its best learning rate for these tokens. The shorter runs branched off the longest at its peak "
+        "learning rate and trained only their own cooldown; their figures are those of complete runs.",
     )
 
 
