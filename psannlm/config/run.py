@@ -12,7 +12,7 @@ from pydantic import Field
 from psannlm.config.base import Check, Section
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.files import holds_out, is_prepared, may_be_prepared, missing_files
-from psannlm.config.model import ModelConfig
+from psannlm.config.model import BASE_MLP, PHASE_KINDS, ModelConfig, SineConfig
 from psannlm.config.overrides import Origin, apply_override
 from psannlm.config.train import TIED_HEAD, TrainConfig
 from psannlm.config.validation import (
@@ -162,6 +162,8 @@ def _assemble(
     config = RunConfig.model_validate(sections, context={"collect": True})
     refused = {issue.path for issue in issues}
     across = [*config.checks(), *_evaluation_without_data(config)]
+    # Not a rule of ModelConfig: the configurations of earlier runs and model files must remain readable.
+    across += _sine_without_effect(config.model) if check_files else []
     across = [check for check in across if not any(touches(refused, _path(name)) for name in check.fields)]
     issues += [ConfigIssue(_path(check.fields[0]), check.message) for check in across]
     if check_files:
@@ -173,6 +175,19 @@ def _assemble(
 
 def _path(name: str) -> tuple[str, ...]:
     return tuple(name.split("."))
+
+
+def _sine_without_effect(model: ModelConfig) -> list[Check]:
+    """Return the keys of sine_params that were changed where no part of the model has a sine."""
+    mlp = model.mlp or BASE_MLP[model.base]
+    has_conv = model.base == "waveresnet" if model.short_conv.enabled is None else model.short_conv.enabled
+    if mlp in PHASE_KINDS or (has_conv and model.short_conv.activation == "sine"):
+        return []
+    default = SineConfig()
+    changed = [key for key in SineConfig.model_fields if getattr(model.sine_params, key) != getattr(default, key)]
+    message = f"has no effect with mlp: {mlp}, which has no sine; drop it, or set mlp to one of "
+    message += ", ".join(sorted(PHASE_KINDS))
+    return [Check((f"model.sine_params.{key}", "model.mlp", "model.base"), message) for key in changed]
 
 
 def _evaluation_without_data(config: RunConfig) -> list[Check]:

@@ -398,3 +398,26 @@ def test_an_interval_of_zero_means_never(key: str) -> None:
     assert getattr(zero.train, key) is None
     with pytest.raises(ConfigError):
         config_from_mapping({"train": {key: -1}}, check_files=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "is_refused"),
+    [
+        ("{mlp: gelu, sine_params: {freq_init: 2}}", True),
+        ("{base: transformer, sine_params: {freq_init: 2}}", True),
+        ("{base: transformer, short_conv: {activation: sine}, sine_params: {freq_init: 2}}", True),
+        ("{mlp: gelu, sine_params: {freq_init: 1.0}}", False),
+        ("{mlp: gelusine, sine_params: {freq_init: 2}}", False),
+        ("{base: respsann, sine_params: {freq_init: 2}}", False),
+        ("{mlp: gelu, short_conv: {activation: sine}, sine_params: {freq_init: 2}}", False),
+    ],
+)
+def test_sine_params_without_sine_are_refused(tmp_path: Path, model: str, is_refused: bool) -> None:
+    path = write(tmp_path, f"model: {model}\n")
+    # A run of an earlier version remains readable.
+    assert load_config(path, check_files=False).model.sine_params.freq_init in (1, 2)
+    if not is_refused:
+        load_config(path)
+        return
+    with pytest.raises(ConfigError, match=r"model\.sine_params\.freq_init .line 1.: has no effect with mlp: (gelu|swiglu)"):
+        load_config(path)
