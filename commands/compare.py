@@ -45,6 +45,8 @@ class LauncherName(str, Enum):
 _MAIN_COLUMNS = (0, 1, 3, 4, 6, 7)
 # Variant, difference, token ratio, pooled interval, interval over documents, corrected p-value.
 _COMPARED_COLUMNS = (0, 1, 3, 5, 6, 7)
+# Variant, tokens, loss, difference, interval, learning rate.
+_HORIZON_COLUMNS = (0, 1, 2, 4, 5, 6)
 
 PlanArgument = Annotated[
     Path,
@@ -232,12 +234,13 @@ def _publish(figures: StudyMetrics, n_more: int, launching: Launching, out: Path
     """Write figures, tables and plots, print the main table and the ``n_more`` after it, and return the folder."""
     from psannlm.io.atomic import write_bytes
     from psannlm.io.run_metadata import system_info
-    from psannlm.reports.tables.study import COMPARED, study_pictures, study_tables
+    from psannlm.reports.tables.study import COMPARED, HORIZONS, study_pictures, study_tables
 
     tables = study_tables(figures)
 
     def short(table: Table) -> RichTable:
-        return _rich(table, _COMPARED_COLUMNS if table.title.startswith(COMPARED) else ())
+        columns = _COMPARED_COLUMNS if table.title.startswith(COMPARED) else ()
+        return _rich(table, _HORIZON_COLUMNS if table.title == HORIZONS else columns)
 
     def draw(folder: Path) -> None:
         for picture in study_pictures(figures):

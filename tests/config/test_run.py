@@ -419,5 +419,7 @@ def test_sine_params_without_sine_are_refused(tmp_path: Path, model: str, is_ref
     if not is_refused:
         load_config(path)
         return
-    with pytest.raises(ConfigError, match=r"model\.sine_params\.freq_init .line 1.: has no effect with mlp: (gelu|swiglu)"):
+    with pytest.raises(
+        ConfigError, match=r"model\.sine_params\.freq_init .line 1.: has no effect with mlp: (gelu|swiglu)"
+    ):
         load_config(path)

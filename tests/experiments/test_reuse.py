@@ -225,13 +225,17 @@ def test_answers_come_from_the_report(finished: Study, report: Path, tmp_path: P
     """A reused run has no model that could be scored: without its scores, it is trained."""
     study = build(tmp_path / "machine", tiny_corpus, "budget:", "answers: copying\nbudget:")
     assert reuse_runs(study, names(study), read_kept_runs([report])) == []
-    scores = {name: AnswerScore(0.5, 0.25, 1.5, 8, 4) for name in names(finished)}
     lines = [json.loads(line) for line in (report / RUNS_FILE).read_text().splitlines()]
-    added = [{"answers": scores[line["run"]].as_dict(), "task": "copying", "measure": "final"} for line in lines]
     (tmp_path / "kept").mkdir()
-    text = "".join(json.dumps({**line, **more}) + "\n" for line, more in zip(lines, added, strict=True))
-    (tmp_path / "kept" / RUNS_FILE).write_text(text)
-    assert reuse_runs(study, names(study), read_kept_runs([tmp_path / "kept"])) == names(study)
+    [data] = finished.data.values()
+    assert data.val is not None
+    # Scores of other documents, such as of the half that choose_on: tune reports, are not those of this plan.
+    for n_documents, wanted in ((data.val.n_documents + 1, []), (data.val.n_documents, names(study))):
+        scores = {name: AnswerScore(0.5, 0.25, 1.5, 8, n_documents) for name in names(finished)}
+        added = [{"answers": scores[line["run"]].as_dict(), "task": "copying", "measure": "final"} for line in lines]
+        text = "".join(json.dumps({**line, **more}) + "\n" for line, more in zip(lines, added, strict=True))
+        (tmp_path / "kept" / RUNS_FILE).write_text(text)
+        assert reuse_runs(study, names(study), read_kept_runs([tmp_path / "kept"])) == wanted
     assert score_runs(study) == scores
 
 

@@ -21,6 +21,7 @@ from psannlm.reports.schemas.study import (
 
 NATS = "nats per token"
 COMPARED = "Compared to"
+HORIZONS = "Validation loss by tokens of training"
 _SPEED = ("tokens/s", "training, s")
 # Fewer documents than this make a bootstrap interval too narrow.
 _FEW_DOCUMENTS = 20
@@ -357,7 +358,7 @@ def _horizons(metrics: StudyMetrics) -> Table:
                 ]
             )
     return Table(
-        "Validation loss by tokens of training",
+        HORIZONS,
         headings,
         rows,
         frozenset(range(1, len(headings))),
