@@ -15,7 +15,7 @@ from psannlm.config.model import ModelConfig
 from psannlm.kernels.compile import realize
 from psannlm.kernels.cpu_attention import blocked_attention, use_blocked_attention
 from psannlm.kernels.onednn import Linear
-from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache, LayerCache, whole_blocks
+from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache, LayerCache, whole_read_blocks
 from psannlm.models.positions import alibi_bias, alibi_slopes, apply_rotary_emb, rope_tables
 from psannlm.models.qkv_features import QkvFeatures
 
@@ -35,6 +35,7 @@ class AttentionContext:
         mask: float (B or 1, H or 1, T, S), added to the scores, or None where the kernel's own causal mask is right.
         is_prefill: whether T new tokens, a multiple of ``PREFILL_QUERIES``, start or continue a prompt in a cache.
         n_before: tokens before the new ones in every row of a prefill.
+        block_masks: of a prefill on a CPU, the mask of each block of ``PREFILL_QUERIES`` queries over the keys up to it.
         document_positions: (B, T) of each token in its document, or None where each row is one document.
     """
 
@@ -44,6 +45,7 @@ class AttentionContext:
     mask: Tensor | None
     is_prefill: bool = False
     n_before: int = 0
+    block_masks: tuple[Tensor, ...] = ()
     document_positions: Tensor | None = None
 
 
@@ -63,7 +65,7 @@ def attention_context(
         # A part of a prompt has the same products and sums as the whole, if it starts with a block of queries.
         is_prefill = is_prefill and n_before % PREFILL_QUERIES == 0 and len(set(cache.lengths)) == 1
         if any(cache.lengths) and not is_prefill:
-            kv_len = min(whole_blocks(max(cache.lengths) + n_tokens), cache.capacity)
+            kv_len = min(whole_read_blocks(max(cache.lengths) + n_tokens), cache.capacity)
             slots = torch.arange(kv_len, device=device)
             return cached_attention_context(config, cache.offsets, slots, n_tokens, cache.layers[0].keys.dtype)
     positions = torch.arange(n_before, n_before + n_tokens, device=device)
@@ -75,7 +77,20 @@ def attention_context(
         # The kernel's own causal mask is that of a square.
         hidden = torch.ones(n_tokens, n_before + n_tokens, dtype=torch.bool, device=device).triu(n_before + 1)
         mask = torch.zeros(hidden.shape, device=device).masked_fill(hidden, float("-inf"))[None, None]
-    return AttentionContext(positions, 0, _rope(config, positions), mask, is_prefill, n_before)
+    block_masks = _block_masks(mask, n_before, n_tokens) if is_prefill and device.type == "cpu" else ()
+    return AttentionContext(positions, 0, _rope(config, positions), mask, is_prefill, n_before, block_masks)
+
+
+def _block_masks(mask: Tensor | None, n_before: int, n_tokens: int) -> tuple[Tensor, ...]:
+    """Return the masks of a prefill by blocks of queries: parts of ``mask`` (B, H, T, S), or causal ones (T, S)."""
+    n = PREFILL_QUERIES
+    causal = torch.full((n, n), float("-inf")).triu(1)
+    masks = []
+    for start in range(0, n_tokens, n):
+        n_keys = n_before + start + n
+        block = F.pad(causal, (n_keys - n, 0)) if mask is None else mask[:, :, start : start + n, :n_keys].float()
+        masks.append(block)
+    return tuple(masks)
 
 
 def isolated_attention_context(config: ModelConfig, document_positions: Tensor) -> AttentionContext:
@@ -156,8 +171,18 @@ class Attention(nn.Module):
         q, k, v = self.qkv_proj(x).split(sizes, dim=-1)
         return q, k, v
 
-    def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
-        """Map (B, T, D) to (B, T, D); with a ``cache``, write the new keys and values into it first."""
+    def _heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, H, T, K), keys and values (B, G, T, K) of x (B, T, D), normalized and rotated."""
+        if self.qkv_proj is not None and self.q_norm is None and not torch.compiler.is_compiling():
+            # Queries and keys lie side by side, so that one rotation does for both: a short pass is bound by the number
+            # of its operations.
+            projected = self.qkv_proj(x if self.features is None else self.features(x))
+            heads = projected.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+            rotated, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=1)
+            if rope is not None:
+                rotated = apply_rotary_emb(rotated, rope)
+            q, k = rotated.split([self.n_heads, self.n_kv_heads], dim=1)
+            return q, k, v
         queries, keys, values = self.project(x)
         q = queries.view(*x.shape[:2], self.n_heads, self.head_dim).transpose(1, 2)
         k = keys.view(*x.shape[:2], self.n_kv_heads, self.head_dim).transpose(1, 2)
@@ -165,8 +190,13 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             # Mean squares in float32, as in every other norm, where the projections are bfloat16.
             q, k = self.q_norm(q.float()).to(q.dtype), self.k_norm(k.float()).to(k.dtype)
-        if context.rope is not None:
-            q, k = apply_rotary_emb(q, context.rope), apply_rotary_emb(k, context.rope)
+        if rope is not None:
+            q, k = apply_rotary_emb(q, rope), apply_rotary_emb(k, rope)
+        return q, k, v
+
+    def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D); with a ``cache``, write the new keys and values into it first."""
+        q, k, v = self._heads(x, context.rope)
         if cache is not None:
             k, v = _update_cache(cache, k, v, context)
         y = self._attend(q, k, v, context)
@@ -207,17 +237,12 @@ class Attention(nn.Module):
         """Return the same for the queries of a prompt: ``PREFILL_QUERIES`` at a time over the keys up to them."""
         wide_q, k, v = q.float(), k.float(), v.float()
         n = PREFILL_QUERIES
-        causal = torch.full((n, n), float("-inf")).triu(1)
         y = torch.empty_like(wide_q)
-        for start in range(0, q.shape[2], n):
-            end = start + n
-            n_keys = context.n_before + end
-            if context.mask is None:
-                mask = F.pad(causal, (n_keys - n, 0))
-            else:
-                mask = context.mask[:, :, start:end, :n_keys].float()
-            y[:, :, start:end] = F.scaled_dot_product_attention(
-                wide_q[:, :, start:end],
+        for block, mask in enumerate(context.block_masks):
+            queries = slice(block * n, (block + 1) * n)
+            n_keys = mask.shape[-1]
+            y[:, :, queries] = F.scaled_dot_product_attention(
+                wide_q[:, :, queries],
                 k[:, :, :n_keys],
                 v[:, :, :n_keys],
                 mask,

@@ -19,13 +19,21 @@ from psannlm.errors import GenerationError
 # New tokens per row of a decoding pass, at most. Up to this number convolution, attention and products use kernels for
 # few rows, which give a row the same numbers in any batch. A prefill must be longer (`generation.engine` pads it).
 MAX_DECODE_TOKENS = 16
-# Slots by which a cache grows and that attention reads at once, so that shapes change once in this many tokens.
+# Slots by which a cache grows, and that a compiled step reads at once: its shapes change once in this many tokens.
 CACHE_BLOCK_TOKENS = 64
+# Slots of which a step that is not compiled reads whole blocks. Sums over a vector's width of slots do not depend on how
+# many blocks of them are hidden.
+READ_BLOCK_TOKENS = 16
 
 
 def whole_blocks(n_tokens: int) -> int:
     """Return the number of slots of the fewest blocks that hold ``n_tokens``."""
     return -(-n_tokens // CACHE_BLOCK_TOKENS) * CACHE_BLOCK_TOKENS
+
+
+def whole_read_blocks(n_tokens: int) -> int:
+    """Return the number of slots that a step that is not compiled reads of the longest row with ``n_tokens``."""
+    return -(-n_tokens // READ_BLOCK_TOKENS) * READ_BLOCK_TOKENS
 
 
 @dataclass

@@ -74,6 +74,25 @@ def test_attention_full_sequences_use_kernel_mask(position: str) -> None:
         assert context.positions.tolist() == list(range(100))
 
 
+@pytest.mark.parametrize("head_dim", [64, 24])
+def test_decoded_row_sums_do_not_depend_on_slots_read(head_dim: int) -> None:
+    config = ModelConfig(d_model=2 * head_dim, n_heads=2, n_layers=1)
+    torch.manual_seed(0)
+    attention = Attention(config).eval()
+    cache = KVCache.allocate(config, 2, 320, CPU, torch.float32)
+    cache.layers[0].keys.normal_()
+    cache.layers[0].values.normal_()
+    x = torch.randn(2, 1, config.d_model)
+
+    def first_row(length: int, other: int) -> torch.Tensor:
+        cache.lengths, cache.offsets = [length, other], torch.tensor([length, other])
+        return attention(x, attention_context(config, 1, CPU, cache), cache.layers[0])[0]
+
+    with torch.inference_mode():
+        for length in [*range(1, 40), 63, 64, 65, 111, 112, 200, 278]:
+            assert torch.equal(first_row(length, 1), first_row(length, 279)), length
+
+
 @pytest.mark.parametrize("position", get_args(PositionKind))
 def test_attention_cached_rows_see_only_their_past(position: str) -> None:
     config = ModelConfig(d_model=8, n_heads=2, n_layers=1, positional_encoding=position)
@@ -81,9 +100,9 @@ def test_attention_cached_rows_see_only_their_past(position: str) -> None:
     state.lengths, state.offsets = [1, 70], torch.tensor([1, 70])
     context = attention_context(config, 2, CPU, state)
     assert context.positions.tolist() == [[1, 2], [70, 71]]
-    assert context.kv_len == 128  # whole blocks of 64, so that masks and kernels change seldom
+    assert context.kv_len == 80  # whole blocks of READ_BLOCK_TOKENS
     assert context.mask is not None
-    slots = torch.arange(128)
+    slots = torch.arange(80)
     for row, first in enumerate([1, 70]):
         for place in range(2):
             for head in range(context.mask.shape[1]):
