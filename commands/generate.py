@@ -159,7 +159,7 @@ def generate(
         from psannlm.generation.generate import choose_compiling
         from psannlm.generation.generate import generate as complete
         from psannlm.generation.logprobs import require_logprobs
-        from psannlm.generation.sampling import SamplingConfig
+        from psannlm.generation.requests import SamplingConfig
         from psannlm.generation.stop_texts import require_stop_texts
 
         sampling = SamplingConfig(temperature, top_k, top_p, repetition_penalty, seed, min_p)

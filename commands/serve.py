@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KEY_FILE_BYTES = 4096
+# Packages of the extra `serve`, which the HTTP process imports.
+_PACKAGES = ("starlette", "uvicorn", "h11", "prometheus_client")
 # Addresses that listen on all addresses of the machine.
 _WILDCARDS = ("0.0.0.0", "::")
 
@@ -108,7 +110,7 @@ def serve(
 
     Ctrl-C or SIGTERM refuses new requests and ends once the open ones have ended, after 30 s at the latest.
     """
-    from psannlm.serving.guard import HostRule, is_loopback
+    from psannlm.serving.guard import is_loopback
     from psannlm.serving.sockets import bind_socket
 
     key = None if api_key_file is None else read_key(api_key_file)
@@ -116,17 +118,17 @@ def serve(
         raise typer.BadParameter(f"other machines reach {host}: give --api-key-file too", param_hint="--host")
     # Before torch is imported, which takes seconds.
     with closing(bind_socket(host, port)) as bound:
+        _require_packages()
         from psannlm.display import printable
         from psannlm.models.kv_cache import MAX_DECODE_TOKENS
         from psannlm.runtime.malloc import trim_aggressively
+        from psannlm.serving.engine_host import EngineHost
+        from psannlm.serving.http_process import HttpProcess, HttpSettings
+        from psannlm.serving.scheduler import request_limits
+        from psannlm.serving.sockets import start_listening
 
-        with _explaining_a_missing_package():
-            from psannlm.serving.metrics import Metrics
-            from psannlm.serving.server import HttpServer
-            from psannlm.serving.service import Service
         if not speculate < MAX_DECODE_TOKENS:
             raise typer.BadParameter(f"{speculate} is more than {MAX_DECODE_TOKENS - 1}", param_hint="--speculate")
-        # Bodies are parsed and encoded in threads, each of which would keep the memory of its largest one.
         trim_aggressively()
         picked = chosen_device(device, is_compiled=compile)
         path = find_model_file(checkpoint, checkpoint, hint="CHECKPOINT", ema=ema)
@@ -137,27 +139,27 @@ def serve(
             from psannlm.generation.engine import Engine
 
             engine = Engine(model, dtype=dtype, compile=compile, in_place=True)
-            return _warm_scheduler(engine, tokenizer, max_batch=max_batch, max_queue=max_queue, speculate=speculate)
+            return _warm_scheduler(engine, tokenizer, max_batch=max_batch, speculate=speculate)
 
-        service = Service(
+        settings = HttpSettings(
             model=printable(model_name or checkpoint.resolve().name),
-            tokenizer=tokenizer,
-            context=model.config.max_seq_len or 0,
+            tokenizer=tokenizer.to_bytes(),
+            limits=request_limits(model),
+            max_batch=max_batch,
+            max_queue=max_queue,
             max_tokens=max_tokens,
-            scheduler=lambda: None,
-            metrics=Metrics() if metrics else None,
+            host=host,
+            allowed_hosts=tuple(allowed_host or ()),
+            key=key,
+            has_metrics=metrics,
             has_page=not no_page,
             created=int(time.time()),
         )
         log.info(f"preparing {path}")
-        is_left = HttpServer(
-            service,
-            prepare,
-            bound,
-            HostRule(host, tuple(allowed_host or ())),
-            key,
-            lambda: log.info(f"serving {service.model} at {_address(host, at)}"),
-        ).run()
+        start_listening(bound)
+        with HttpProcess(settings, bound) as http:
+            serving = f"serving {settings.model} at {_address(host, at)}"
+            is_left = EngineHost(prepare, http.connection, lambda: log.info(serving)).run()
     log.info("ended")
     if is_left:
         # The interpreter cannot end beside a thread that still compiles.
@@ -165,24 +167,20 @@ def serve(
         os._exit(0)
 
 
-@contextmanager
-def _explaining_a_missing_package() -> Iterator[None]:
-    """Turn the error of an import that lacks a package of the extra ``serve`` into a ConfigError that names it."""
+def _require_packages() -> None:
+    """Raise ConfigError where a package of the extra ``serve`` is missing."""
     from psannlm.errors import ConfigError, install_extra
 
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("starlette", "uvicorn", "prometheus_client"):
-            raise ConfigError(f"the server needs {error.name}; {install_extra('serve')}") from error
-        raise
+    missing = [package for package in _PACKAGES if find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"the server needs {', '.join(missing)}; {install_extra('serve')}")
 
 
 def _load(path: Path, device: torch.device, max_batch: int, n_bytes: int) -> tuple[Transformer, Tokenizer]:
     """Return model and tokenizer. Raises an error where there is no tokenizer, or the cache would not fit."""
     from psannlm.errors import ArtifactError
     from psannlm.models.artifact import load_model
-    from psannlm.serving.server import refuse_oversize
+    from psannlm.serving.engine_host import refuse_oversize
 
     loaded = load_model(path)
     if loaded.tokenizer is None:

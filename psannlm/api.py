@@ -30,7 +30,7 @@ from psannlm.generation.batch_decode import ContextRule
 from psannlm.generation.engine import Engine
 from psannlm.generation.generate import Completion, choose_compiling, draw_samples, generate
 from psannlm.generation.quantize import WeightDtype
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.requests import SamplingConfig
 from psannlm.io.urls import is_remote, refusal
 from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.artifact import load_model, model_file, save_model

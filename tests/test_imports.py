@@ -348,7 +348,7 @@ import sys, torch
 from psannlm.config.model import ModelConfig
 from psannlm.generation.engine import Engine
 from psannlm.generation.generate import complete_ids
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.requests import SamplingConfig
 from psannlm.models.artifact import load_model, save_model
 from psannlm.models.registry import build_model
 from psannlm.config.run import config_from_mapping

@@ -19,7 +19,7 @@ from psannlm.errors import LimitMissed
 from psannlm.export.held_out import windows_of
 from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.requests import SamplingConfig
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.processes import python_program
 from psannlm.tokenizers.base import Tokenizer

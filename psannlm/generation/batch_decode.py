@@ -15,8 +15,8 @@ from torch import Tensor
 from psannlm.errors import GenerationError, nearest
 from psannlm.generation.engine import Engine
 from psannlm.generation.logprobs import require_logprobs
-from psannlm.generation.rows import FinishReason, Row, RowBatch
-from psannlm.generation.sampling import SamplingConfig, require_number
+from psannlm.generation.requests import FinishReason, SamplingConfig, check_prompts, require_number
+from psannlm.generation.rows import Row, RowBatch
 from psannlm.io.limits import describe_memory, machine_memory_bytes
 from psannlm.models.accounting import cache_bytes
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache
@@ -209,27 +209,3 @@ class BatchDecoder:
 
     def _is_full(self, length: int) -> bool:
         return self.limit is not None and length >= self.limit
-
-
-def check_prompts(
-    prompts: Sequence[Sequence[int]],
-    vocab_size: int,
-    limit: int | None,
-    remedy: str = "shorten the prompt, let the context slide, or train with a larger data.max_length",
-) -> None:
-    """Raise GenerationError unless every prompt has ids of the vocabulary and leaves space for a new token.
-
-    ``remedy`` says what to do about a prompt that is too long.
-    """
-    if not prompts:
-        raise GenerationError("there is no prompt; give one or more")
-    for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise GenerationError(f"prompt {row} has no tokens")
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise GenerationError(f"prompt {row} has an id outside the vocabulary of {vocab_size}")
-        if limit is not None and len(prompt) >= limit:
-            raise GenerationError(
-                f"prompt {row} has {len(prompt)} tokens, and the model's context is {limit}, new tokens included; "
-                f"{remedy}"
-            )

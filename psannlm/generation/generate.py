@@ -12,11 +12,9 @@ from typing import Literal
 from psannlm.errors import GenerationError
 from psannlm.generation.batch_decode import BatchDecoder, ContextRule, context_limit
 from psannlm.generation.engine import Engine
-from psannlm.generation.logprobs import TokenLogprob
 from psannlm.generation.quantize import WeightDtype
+from psannlm.generation.requests import FinishReason, SamplingConfig, TokenLogprob
 from psannlm.generation.row_text import RowText, encode_prompt, forbidden_ids
-from psannlm.generation.rows import FinishReason
-from psannlm.generation.sampling import SamplingConfig
 from psannlm.generation.stop_texts import require_stop_texts
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.progress import OnProgress, Progress

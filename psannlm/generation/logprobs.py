@@ -6,34 +6,15 @@ Letters as in ``psannlm.models``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from psannlm.errors import GenerationError
+from psannlm.generation.requests import TokenLogprob as TokenLogprob
 
 MAX_LOGPROBS = 100
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """Natural logarithm of a token's probability in the model's own distribution.
-
-    That distribution is the softmax of the logits before temperature, repetition penalty and truncation, over the whole
-    vocabulary, special tokens included.
-
-    Attributes:
-        token: id of the chosen token.
-        logprob: in nats, at most 0.
-        top: (id, logprob) of the most likely tokens, the most likely first, whether or not the chosen one is among
-            them.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 def require_logprobs(n_top: int | None) -> None:

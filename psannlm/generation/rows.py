@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from psannlm.generation.engine import Engine
-from psannlm.generation.logprobs import TokenLogprob, token_logprobs
-from psannlm.generation.sampling import SamplingConfig, next_tokens
+from psannlm.generation.logprobs import token_logprobs
+from psannlm.generation.requests import FinishReason, SamplingConfig, TokenLogprob
+from psannlm.generation.sampling import next_tokens
 from psannlm.generation.speculative import PromptLookup
 from psannlm.models.kv_cache import KVCache
-
-FinishReason = Literal["stop", "length", "context"]
 
 # Random numbers drawn at a time for each row.
 _DRAWN_AT_ONCE = 64

@@ -35,7 +35,7 @@ class AttentionContext:
         mask: float (B or 1, H or 1, T, S), added to the scores, or None where the kernel's own causal mask is right.
         is_prefill: whether T new tokens, a multiple of ``PREFILL_QUERIES``, start or continue a prompt in a cache.
         n_before: tokens before the new ones in every row of a prefill.
-        block_masks: of a prefill on a CPU, the mask of each block of ``PREFILL_QUERIES`` queries over the keys up to it.
+        block_masks: of a prefill on a CPU, the mask of each ``PREFILL_QUERIES`` queries over the keys up to them.
         document_positions: (B, T) of each token in its document, or None where each row is one document.
     """
 

@@ -21,8 +21,8 @@ from psannlm.errors import GenerationError
 MAX_DECODE_TOKENS = 16
 # Slots by which a cache grows, and that a compiled step reads at once: its shapes change once in this many tokens.
 CACHE_BLOCK_TOKENS = 64
-# Slots of which a step that is not compiled reads whole blocks. Sums over a vector's width of slots do not depend on how
-# many blocks of them are hidden.
+# A step that is not compiled reads whole blocks of so many slots, the width of a vector: a row's sums do not depend on
+# how many blocks behind its end are read, and hidden.
 READ_BLOCK_TOKENS = 16
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from psannlm.errors import GenerationError
 from psannlm.serving.choices import Choice, joined, usage
+from psannlm.serving.engine_client import EngineClient, QueueFullError
 from psannlm.serving.errors import RequestError
 from psannlm.serving.events import Pings, while_connected
 from psannlm.serving.guard import Receive
+from psannlm.serving.messages import Update
 from psannlm.serving.protocol import CompletionRequest, Prompt, generation_requests
-from psannlm.serving.scheduler import Handle, QueueFullError, Scheduler, Update
 from psannlm.serving.service import Service
 
 # JSON of one line, as an event needs it; json.dumps would make an encoder for every event.
@@ -23,7 +24,7 @@ _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Answer:
-    """Answer to one completion request: its choices, as their updates come from the scheduler."""
+    """Answer to one completion request: its choices, as their updates come from the engine."""
 
     def __init__(self, service: Service, request: CompletionRequest, prompts: Sequence[Prompt]) -> None:
         self._service, self._request, self._prompts = service, request, prompts
@@ -34,8 +35,8 @@ class Answer:
         ]
         # None in place of an update: nothing has happened for some time, and the client shall see that this lives.
         self._updates: asyncio.Queue[tuple[int, Update] | None] = asyncio.Queue()
-        self._handles: list[Handle] = []
-        self._scheduler: Scheduler | None = None
+        self._sequences: list[int] = []
+        self._engine: EngineClient | None = None
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -52,16 +53,16 @@ class Answer:
         def on_update(number: int, update: Update) -> None:
             inbox.put(self._updates, (number, update))
 
-        self._scheduler = scheduler = self._service.ready()
+        self._engine = engine = self._service.ready()
         requests = generation_requests(self._request, list(self._prompts))
-        n_most = scheduler.max_batch + scheduler.max_queue
+        n_most = engine.max_open
         if len(requests) > n_most:
             message = f"{len(requests)} choices are more than the {n_most} that this server holds; ask for fewer"
             raise RequestError(400, message, param="n" if self._request.n > 1 else "prompt", code="invalid_value")
         try:
-            self._handles = scheduler.submit(requests, on_update, inbox.deliver)
+            self._sequences = engine.submit(requests, on_update, inbox.deliver)
         except QueueFullError as error:
-            wait_s = scheduler.expected_wait_s()
+            wait_s = engine.expected_wait_s()
             raise RequestError(
                 429, f"the server is busy: {error}", code="queue_full", headers={"Retry-After": str(wait_s)}
             ) from error
@@ -73,7 +74,7 @@ class Answer:
 
         None is yielded for None among the updates.
         """
-        assert self._scheduler is not None
+        assert self._engine is not None
         n_open = len(self._choices)
         try:
             while n_open:
@@ -90,7 +91,7 @@ class Answer:
                     yield part
         finally:
             if n_open:
-                self._scheduler.cancel(self._handles)
+                self._engine.cancel(self._sequences)
 
     def _note(self, update: Update) -> None:
         metrics = self._service.metrics

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from psannlm.generation.detokenize import IncrementalDetokenizer
-from psannlm.generation.logprobs import TokenLogprob
+from psannlm.generation.requests import TokenLogprob
 from psannlm.generation.row_text import continuation_text
+from psannlm.serving.messages import Update
 from psannlm.serving.protocol import CompletionRequest, Prompt
-from psannlm.serving.scheduler import Update
 from psannlm.tokenizers.base import Tokenizer
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from psannlm.serving.scheduler import Scheduler
+from psannlm.serving.messages import Counters
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -43,11 +43,10 @@ class Metrics:
         """Count a completion request that was answered with ``status``."""
         self._requests.labels(str(status)).inc()
 
-    def render(self, scheduler: Scheduler | None) -> tuple[bytes, str]:
+    def render(self, counters: Counters) -> tuple[bytes, str]:
         """Return the text and its media type."""
-        if scheduler is not None:
-            self._waiting.set(scheduler.n_waiting)
-            self._running.set(scheduler.n_running)
-            self._generated.set(scheduler.n_generated)
-            self._prompts.set(scheduler.n_prompt_tokens)
+        self._waiting.set(counters.n_waiting)
+        self._running.set(counters.n_running)
+        self._generated.set(counters.n_generated)
+        self._prompts.set(counters.n_prompt_tokens)
         return generate_latest(self._registry), CONTENT_TYPE_LATEST

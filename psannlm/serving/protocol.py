@@ -8,12 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from psannlm.errors import GenerationError, TokenizerError, nearest
+from psannlm.generation.requests import SamplingConfig
 from psannlm.generation.row_text import encode_prompt
-from psannlm.generation.sampling import SamplingConfig
 from psannlm.generation.stop_texts import require_stop_texts
 from psannlm.serving.errors import RequestError
 from psannlm.serving.limits import MAX_CHOICES, MAX_LOGPROBS, MAX_N
-from psannlm.serving.scheduler import GenerationRequest
+from psannlm.serving.messages import GenerationRequest
 from psannlm.tokenizers.base import Tokenizer
 
 _N_SEEDS = 2**63

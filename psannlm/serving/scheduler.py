@@ -8,23 +8,22 @@ numbers of its own (``generation.rows``).
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from psannlm.errors import GenerationError, PsannlmError
-from psannlm.generation.batch_decode import check_prompts, context_limit
+from psannlm.generation.batch_decode import context_limit
 from psannlm.generation.engine import Engine, whole_query_blocks
-from psannlm.generation.logprobs import TokenLogprob, token_logprobs
+from psannlm.generation.logprobs import token_logprobs
+from psannlm.generation.requests import SamplingConfig, TokenLogprob
 from psannlm.generation.row_text import RowText, forbidden_ids
-from psannlm.generation.rows import FinishReason, Row, RowBatch
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.rows import Row, RowBatch
 from psannlm.models.attention import PREFILL_QUERIES
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache
+from psannlm.models.transformer import Transformer
+from psannlm.serving.messages import Counters, GenerationRequest, RequestLimits, Update
 from psannlm.tokenizers.base import Tokenizer
 
 # Prompt tokens of one pass, the longest that other rows wait for a prompt. Whole blocks of queries, so that a prompt in
@@ -39,63 +38,6 @@ _MOST_PREFILL_PASSES = 4
 # Decoding steps that prompts of less than half a pass wait for others to share it: a pass over one prompt of 96 tokens
 # takes 26 ms, over two 33 ms, and a step of 15 rows 12 ms (29.9M parameters in bfloat16, two cores with AVX-512).
 _MOST_WAITED_STEPS = 2
-
-
-class QueueFullError(PsannlmError):
-    """A queue without space for another sequence."""
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One sequence to generate.
-
-    Attributes:
-        prompt: ids, the BOS token included.
-        max_new_tokens: most new tokens; 0 only scores the prompt.
-        sampling: how a token is chosen.
-        stop: texts before the first of which the text ends.
-        n_top: how many of the most likely tokens to record with each token; None: record no log probabilities.
-        scores_prompt: record the log probabilities of the prompt's tokens too.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: SamplingConfig
-    stop: tuple[str, ...] = ()
-    n_top: int | None = None
-    scores_prompt: bool = False
-
-
-@dataclass
-class Update:
-    """What one step added to a sequence.
-
-    Attributes:
-        text: new text, in whole characters.
-        ids: new tokens; with a stop text they include those that spell it.
-        offsets: of each new token, the characters of the completion before it.
-        logprobs: of each new token, where they are recorded.
-        end_logprob: of the end-of-text token that ended the sequence, where they are recorded.
-        prompt_logprobs: of the prompt's tokens from the second on, once they are all known.
-        finish_reason: set in the last update.
-        stop_text: the stop text that ended the sequence.
-        error: why the sequence ended without a result.
-    """
-
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] | None = None
-    finish_reason: FinishReason | None = None
-    stop_text: str | None = None
-    end_logprob: TokenLogprob | None = None
-    error: Exception | None = None
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the sequence has ended."""
-        return self.finish_reason is not None or self.error is not None
 
 
 class Handle:
@@ -118,6 +60,13 @@ class Handle:
         self.prompt_logprobs: list[TokenLogprob] = []
 
 
+def request_limits(model: Transformer) -> RequestLimits:
+    """Return what a sequence of ``model`` must keep to."""
+    config, limit = model.config, context_limit(model)
+    # With alibi a sequence has no limit, but a row of the cache has.
+    return RequestLimits(config.vocab_size or 0, limit or config.max_seq_len or 0, is_endless=limit is None)
+
+
 class Scheduler:
     """Scheduler of sequences over one engine.
 
@@ -127,31 +76,25 @@ class Scheduler:
         engine: the model.
         tokenizer: of the model.
         max_batch: most rows that decode at a time.
-        max_queue: most sequences that wait for a row.
         speculate: most draft tokens per pass, which do not change the result.
 
     Attributes:
-        context: most tokens of a sequence, prompt included.
-        n_generated, n_prompt_tokens: tokens so far, of all sequences.
+        limits: what a sequence must keep to.
     """
 
-    def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, *, max_batch: int = 16, max_queue: int = 64, speculate: int = 0
-    ) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
-        self.max_batch, self.max_queue = max_batch, max_queue
-        config = engine.model.config
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, max_batch: int = 16, speculate: int = 0) -> None:
+        self.engine, self.tokenizer, self.max_batch = engine, tokenizer, max_batch
         self._limit = context_limit(engine.model)
-        # With alibi a sequence has no limit, but a row of the cache has.
-        self.context = self._limit or config.max_seq_len or 0
-        self._vocab_size = config.vocab_size or 0
+        self.limits = request_limits(engine.model)
         # Slots for every row at full context, and for draft tokens behind it, so that nothing grows under load.
-        capacity = self.context + MAX_DECODE_TOKENS
+        capacity = self.limits.context + MAX_DECODE_TOKENS
         self._pool = engine.new_cache(max_batch, capacity)
         # One row for a prompt in parts, and some for several whole prompts.
         self._staging = engine.new_cache(1, capacity)
         self._group = engine.new_cache(min(max_batch, _CROWD_TOKENS // PREFILL_QUERIES), PREFILL_CHUNK_TOKENS)
-        forbidden = torch.tensor(forbidden_ids(tokenizer, self._vocab_size), dtype=torch.long, device=engine.device)
+        forbidden = torch.tensor(
+            forbidden_ids(tokenizer, self.limits.vocab_size), dtype=torch.long, device=engine.device
+        )
         self._batch = RowBatch(
             engine, [], self._pool.view(0, 0), forbidden=forbidden, speculate=speculate, limit=self._limit
         )
@@ -168,8 +111,7 @@ class Scheduler:
         self._decoding: dict[Row, Handle] = {}
         # Callbacks of those who were informed in this step, each once, in order.
         self._informed: dict[Callable[[], None], None] = {}
-        self.n_generated = self.n_prompt_tokens = 0
-        self._n_ended, self._began_s = 0, time.monotonic()
+        self._n_generated = self._n_prompt_tokens = 0
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -182,31 +124,15 @@ class Scheduler:
             self._pool.clear()
 
     @property
-    def n_waiting(self) -> int:
-        """Sequences that wait for a row."""
-        return len(self._waiting)
-
-    @property
-    def n_running(self) -> int:
-        """Sequences whose prompt is computed or that decode."""
-        return len(self._decoding) + len(self._prefilling)
+    def counters(self) -> Counters:
+        """Sequences that wait for a row, sequences whose prompt is computed or that decode, and tokens so far."""
+        n_running = len(self._decoding) + len(self._prefilling)
+        return Counters(len(self._waiting), n_running, self._n_generated, self._n_prompt_tokens)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._waiting or self._decoding or self._prefilling)
-
-    def check(self, request: GenerationRequest) -> None:
-        """Raise GenerationError for a prompt that is empty, has an unknown id, or is too long."""
-        # Space for one new token at least; what does not fit behind it ends the sequence, as in `psannlm generate`.
-        limit = self.context + (request.max_new_tokens == 0)
-        check_prompts([request.prompt], self._vocab_size, limit, remedy="shorten the prompt")
-        n_tokens = len(request.prompt) + request.max_new_tokens
-        if self._limit is None and n_tokens > self.context:
-            raise GenerationError(
-                f"the prompt has {len(request.prompt)} tokens, {n_tokens} with the new ones, and the server has space "
-                f"for {self.context} in each row; shorten the prompt, or ask for fewer tokens"
-            )
 
     def submit(
         self,
@@ -222,20 +148,15 @@ class Scheduler:
 
         Raises:
             GenerationError: a request is refused.
-            QueueFullError: the queue has no space for all of them.
         """
         for request in requests:
-            self.check(request)
+            self.limits.check(request)
 
         def listener(number: int) -> Callable[[Update], None]:
             return lambda update: on_update(number, update)
 
         handles = [Handle(request, listener(number), after_updates) for number, request in enumerate(requests)]
         with self._lock:
-            n_free = self.max_queue + max(0, self.max_batch - self.n_running)
-            if len(self._waiting) + len(handles) > n_free:
-                n_waiting = len(self._waiting)
-                raise QueueFullError(f"{n_waiting} sequence{'s wait' if n_waiting != 1 else ' waits'}; try again later")
             self._waiting.extend(handles)
             self._lock.notify_all()
         return handles
@@ -246,12 +167,6 @@ class Scheduler:
             for handle in handles:
                 handle.is_cancelled = True
             self._lock.notify_all()
-
-    def expected_wait_s(self) -> int:
-        """Return whole seconds, 1 to 60, in which the waiting sequences may have got a row."""
-        elapsed_s = max(time.monotonic() - self._began_s, 1e-9)
-        per_s = self._n_ended / elapsed_s
-        return min(60, max(1, round(len(self._waiting) / per_s))) if per_s else 1
 
     def wait_for_work(self, timeout_s: float) -> None:
         """Return once there is work, or after ``timeout_s``."""
@@ -331,7 +246,7 @@ class Scheduler:
             if handle.request.scores_prompt:
                 self._score(handle, hidden[at : at + 1], len(part))
             handle.n_prefilled += len(part)
-            self.n_prompt_tokens += len(part)
+            self._n_prompt_tokens += len(part)
         if handles[0].n_prefilled < len(handles[0].request.prompt):
             return []
         self._complete(handles, hidden, [len(part) - 1 for part in parts], cache)
@@ -441,7 +356,7 @@ class Scheduler:
         row, text, update = handle.row, handle.text, handle.update
         assert row is not None
         assert text is not None
-        self.n_generated += 1
+        self._n_generated += 1
         update.ids.append(token)
         update.offsets.append(text.n_certain)
         if row.n_top is not None:
@@ -461,7 +376,6 @@ class Scheduler:
             update.text += whole[n_returned:]
             update.finish_reason = row.finish_reason if update.stop_text is None else "stop"
             update.end_logprob = row.end_logprob
-            self._n_ended += 1
         if update.ids or update.text or update.is_last:
             handle.update = Update()
             self._tell(handle, update)

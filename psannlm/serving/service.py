@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from psannlm.serving.engine_client import EngineClient
 from psannlm.serving.errors import RequestError
 from psannlm.serving.inbox import Inbox
 from psannlm.serving.metrics import Metrics
-from psannlm.serving.scheduler import Scheduler
 from psannlm.tokenizers.base import Tokenizer
 
 
@@ -22,7 +21,7 @@ class Service:
         tokenizer: of the model.
         context: most tokens of a sequence, prompt included.
         max_tokens: most new tokens of a sequence.
-        scheduler: returns the scheduler, or None while the model is prepared.
+        engine: the process that computes.
         metrics: what ``/metrics`` shows, or None where it is not served.
         has_page: whether ``/`` is the page.
         is_draining: whether new requests are refused, because the server ends.
@@ -33,7 +32,7 @@ class Service:
     tokenizer: Tokenizer
     context: int
     max_tokens: int
-    scheduler: Callable[[], Scheduler | None]
+    engine: EngineClient
     metrics: Metrics | None = None
     has_page: bool = True
     is_draining: bool = False
@@ -46,11 +45,10 @@ class Service:
             self._inbox = Inbox(loop)
         return self._inbox
 
-    def ready(self) -> Scheduler:
-        """Return the scheduler. Raises RequestError while the server starts or ends."""
-        scheduler = self.scheduler()
+    def ready(self) -> EngineClient:
+        """Return the engine. Raises RequestError while the server starts or ends."""
         if self.is_draining:
             raise RequestError(503, "the server is ending", code="shutting_down", headers={"Connection": "close"})
-        if scheduler is None:
+        if not self.engine.is_ready:
             raise RequestError(503, "the model is loading", code="loading", headers={"Retry-After": "5"})
-        return scheduler
+        return self.engine

@@ -8,6 +8,9 @@ import socket
 
 from psannlm.errors import ConfigError
 
+# Connections that may wait to be accepted.
+_BACKLOG = 1024
+
 
 def bind_socket(host: str, port: int) -> socket.socket:
     """Return a socket that is bound and does not listen yet.
@@ -27,6 +30,14 @@ def bind_socket(host: str, port: int) -> socket.socket:
         bound.close()
         raise bind_error(error, host, port) from error
     return bound
+
+
+def start_listening(bound: socket.socket) -> None:
+    """Let clients connect. Raises ConfigError where another process has begun to listen on the port."""
+    try:
+        bound.listen(_BACKLOG)
+    except OSError as error:
+        raise bind_error(error, *bound.getsockname()[:2]) from error
 
 
 def bind_error(error: OSError, host: str, port: int) -> ConfigError:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
-from psannlm.generation.sampling import SamplingConfig, next_tokens
+from psannlm.generation.requests import SamplingConfig
+from psannlm.generation.sampling import next_tokens
 from psannlm.models.kv_cache import KVCache
 from psannlm.models.transformer import Transformer
 

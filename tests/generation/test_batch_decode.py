@@ -22,7 +22,7 @@ from psannlm.generation import rows as rows_module
 from psannlm.generation.batch_decode import BatchDecoder, context_limit
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.requests import SamplingConfig
 from psannlm.models.transformer import Transformer
 
 REPOSITORY = Path(__file__).resolve().parents[2]

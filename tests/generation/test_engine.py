@@ -15,7 +15,7 @@ from psannlm.errors import DeviceError, GenerationError
 from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.requests import SamplingConfig
 from psannlm.models.accounting import cache_bytes
 from psannlm.models.kv_cache import CACHE_BLOCK_TOKENS, MAX_DECODE_TOKENS, KVCache
 from psannlm.models.transformer import Transformer

@@ -14,8 +14,8 @@ import torch
 from psannlm.errors import GenerationError
 from psannlm.generation.engine import Engine
 from psannlm.generation.generate import COMPILE_BREAK_EVEN_STEPS, Completion, choose_compiling, generate
+from psannlm.generation.requests import SamplingConfig
 from psannlm.generation.row_text import encode_prompt
-from psannlm.generation.sampling import SamplingConfig
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.progress import Progress
 from psannlm.tokenizers.base import Tokenizer

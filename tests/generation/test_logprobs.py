@@ -11,7 +11,7 @@ import torch
 from psannlm.errors import GenerationError
 from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.requests import SamplingConfig
 from psannlm.models.transformer import Transformer
 
 Build = Callable[..., Transformer]

@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from psannlm.errors import GenerationError
-from psannlm.generation.sampling import (
-    SamplingConfig,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    next_tokens,
-    penalise_repetition,
-)
+from psannlm.generation.requests import SamplingConfig
+from psannlm.generation.sampling import keep_min_p, keep_top_k, keep_top_p, next_tokens, penalise_repetition
 
 BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 that torch.rand gives
 

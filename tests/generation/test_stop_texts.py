@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from psannlm.errors import GenerationError
 from psannlm.generation.engine import Engine
 from psannlm.generation.generate import generate
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.requests import SamplingConfig
 from psannlm.generation.stop_texts import MAX_STOP_CHARACTERS, StopScanner, require_stop_texts
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.base import Tokenizer

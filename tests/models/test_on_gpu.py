@@ -10,7 +10,7 @@ import torch
 from psannlm.config.model import ModelConfig
 from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.requests import SamplingConfig
 from psannlm.models.registry import resolve
 from psannlm.models.short_conv import ShortConv
 from psannlm.models.transformer import Transformer

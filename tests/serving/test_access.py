@@ -221,7 +221,7 @@ def test_full_queue_answers_429_with_retry_after(locked: RunningServer) -> None:
 
 
 def _long_request(scheduler: Scheduler) -> Any:
-    from psannlm.generation.sampling import SamplingConfig
+    from psannlm.generation.requests import SamplingConfig
     from psannlm.serving.scheduler import GenerationRequest
 
     return GenerationRequest([1, 5], scheduler.context - 2, SamplingConfig(temperature=0.0))

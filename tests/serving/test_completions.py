@@ -9,7 +9,7 @@ import pytest
 
 from psannlm.generation.engine import Engine
 from psannlm.generation.generate import Completion, generate
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.requests import SamplingConfig
 
 openai = pytest.importorskip("openai")
 httpx2: Any = pytest.importorskip("httpx2")

@@ -14,7 +14,7 @@ from psannlm.errors import GenerationError
 from psannlm.generation.engine import Engine
 from psannlm.generation.generate import Completion, complete_ids
 from psannlm.generation.quantize import WeightDtype
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.requests import SamplingConfig
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import has_compiler
 from psannlm.serving.scheduler import PREFILL_CHUNK_TOKENS, GenerationRequest, QueueFullError, Scheduler

@@ -17,7 +17,8 @@ import torch
 from psannlm.benchmarks.harness.interleaved import Clock, Count
 from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
-from psannlm.generation.sampling import SamplingConfig, next_tokens
+from psannlm.generation.requests import SamplingConfig
+from psannlm.generation.sampling import next_tokens
 
 _GREEDY = SamplingConfig(temperature=0.0)
 

@@ -101,6 +101,6 @@ class OwnEngine:
 
 
 def _sampling(asked: Asked) -> Any:
-    from psannlm.generation.sampling import SamplingConfig
+    from psannlm.generation.requests import SamplingConfig
 
     return SamplingConfig(temperature=asked.temperature, top_p=asked.top_p, seed=asked.seed)

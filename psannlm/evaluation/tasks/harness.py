@@ -17,7 +17,7 @@ from psannlm.errors import ConfigError, GenerationError, describe, install_extra
 from psannlm.evaluation.tasks.packs import PACK_GROUPS, PACKS
 from psannlm.evaluation.tasks.score import TaskScore
 from psannlm.generation.generate import complete_ids
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.requests import SamplingConfig
 from psannlm.generation.scoring import Continuation, Likelihood, Scorer
 from psannlm.generation.stop_texts import MAX_STOP_TEXTS, StopScanner
 from psannlm.runtime.progress import OnProgress, ProgressCounter, ignore_progress

@@ -17,7 +17,7 @@ from psannlm.config.model import BaseName
 from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.requests import SamplingConfig
 from psannlm.gpu_suite.checks.roofline import (
     RATE_REGRESSION,
     Roofline,

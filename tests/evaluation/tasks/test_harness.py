@@ -20,7 +20,7 @@ from psannlm.evaluation.loss import evaluate
 from psannlm.evaluation.tasks.harness import EngineModel, run_harness
 from psannlm.generation.engine import Engine
 from psannlm.generation.generate import generate
-from psannlm.generation.sampling import SamplingConfig
+from psannlm.generation.requests import SamplingConfig
 from psannlm.generation.scoring import Scorer
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import Precision
