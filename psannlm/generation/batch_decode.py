@@ -46,7 +46,7 @@ class BatchDecoder:
         engine: the model.
         prompts: ids of each row.
         max_new_tokens: most new tokens of each row.
-        sampling: how a token is chosen.
+        sampling: how a token is chosen: for all rows, or for each.
         eos_id: the token that ends a row, not part of its text; None: no token does.
         forbidden_ids: tokens that are never chosen.
         speculate: most draft tokens per pass, looked up in the row itself and verified by the model; 0: none. A row's
@@ -64,7 +64,7 @@ class BatchDecoder:
 
     Raises:
         GenerationError: there is no prompt, a prompt is empty, has an id outside the vocabulary or fills the model's
-            context; or a setting is refused.
+            context; a setting is refused; or there are settings for another number of rows.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class BatchDecoder:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        sampling: SamplingConfig,
+        sampling: SamplingConfig | Sequence[SamplingConfig],
         eos_id: int | None,
         forbidden_ids: Sequence[int] = (),
         speculate: int = 0,
@@ -101,7 +101,9 @@ class BatchDecoder:
         check_prompts(prompts, config.vocab_size or 0, None if self.slides else self.limit)
         self.engine = engine
         self.prompts = [self._cut(list(prompt)) for prompt in prompts]
-        self.sampling = sampling
+        samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else list(sampling)
+        if len(samplings) != len(prompts):
+            raise GenerationError(f"there are {len(prompts)} prompts and sampling settings for {len(samplings)}")
         self.speculate = int(speculate)
         self.forbidden = torch.tensor(list(forbidden_ids), dtype=torch.long, device=engine.device)
         self.max_new_tokens = int(max_new_tokens)
@@ -111,13 +113,13 @@ class BatchDecoder:
             Row(
                 prompt,
                 max_new_tokens=self.max_new_tokens,
-                sampling=sampling,
+                sampling=own,
                 eos_id=eos_id,
                 context=None if self.slides else self.limit,
                 speculates=self.speculate > 0,
                 n_top=logprobs,
             )
-            for prompt in self.prompts
+            for prompt, own in zip(self.prompts, samplings, strict=True)
         ]
         self.generated = [row.generated for row in self.rows]
         self.logprobs = [row.logprobs for row in self.rows]
@@ -164,7 +166,7 @@ class BatchDecoder:
     def prefill(self) -> tuple[Tensor, KVCache, Tensor | None]:
         """Run all prompts in one pass; return the next logits (B, V), the cache, and which tokens occurred (B, V)."""
         logits, cache = self.engine.prefill(self.prompts, max(self.max_new))
-        if self.sampling.repetition_penalty is None:
+        if all(row.sampling.repetition_penalty is None for row in self.rows):
             return logits, cache, None
         return logits, cache, torch.stack([row.seen(logits.shape[1], logits.device) for row in self.rows])
 

@@ -144,7 +144,7 @@ def complete_ids(
     prompt_ids: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 128,
-    sampling: SamplingConfig | None = None,
+    sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
     speculate: int = 0,
     context: ContextRule = "stop",
     stop: str | Iterable[str] = (),
@@ -152,7 +152,10 @@ def complete_ids(
     on_text: Callable[[int, str], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[Completion]:
-    """Continue prompts given as ids, the BOS token included; otherwise :func:`generate`."""
+    """Continue prompts given as ids, the BOS token included; otherwise :func:`generate`.
+
+    ``sampling`` may hold settings for each prompt.
+    """
     stops = require_stop_texts(stop)
     decoding = BatchDecoder(
         engine,

@@ -147,7 +147,7 @@ async def refuse_chat(service: Service, request: Request) -> Response:
 async def show_metrics(service: Service, request: Request) -> Response:
     """Return the metrics in Prometheus' text format."""
     assert service.metrics is not None
-    content, kind = service.metrics.render(service.engine.counters)
+    content, kind = service.metrics.render(await service.engine.counters())
     return Response(content, media_type=kind)
 
 

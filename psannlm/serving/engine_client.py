@@ -6,10 +6,12 @@ that computes gives up the interpreter only between two operations, of which a d
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
 from multiprocessing.connection import Connection
@@ -34,16 +36,17 @@ class EngineClient:
 
     Attributes:
         is_ready: whether the engine is prepared.
-        counters: as of the engine's last step.
     """
 
     def __init__(self, connection: Connection, limits: RequestLimits, *, max_batch: int, max_queue: int) -> None:
         self.limits, self._max_batch, self._max_queue = limits, max_batch, max_queue
-        self.is_ready, self.counters = False, Counters()
+        self.is_ready = False
         self._connection, self._sending = connection, threading.Lock()
         self._numbers = count()
         # Of each open sequence: what to call with an update, and once the updates of a step are out.
         self._open: dict[int, tuple[Callable[[Update], None], Callable[[], None]]] = {}
+        # What to call with each answer to the question for counters, in order.
+        self._asked_counters: deque[Callable[[Counters], None]] = deque()
         self._n_ended, self._began_s = 0, time.monotonic()
 
     @property
@@ -68,14 +71,15 @@ class EngineClient:
                 kind, content = self._connection.recv()
                 if kind == "updates":
                     self._update(content)
-                    continue
-                self.is_ready = self.is_ready or kind == "ready"
-                on_message(kind)
+                elif kind == "counters":
+                    self._asked_counters.popleft()(content)
+                else:
+                    self.is_ready = self.is_ready or kind == "ready"
+                    on_message(kind)
         except (EOFError, OSError):
             on_message("end")
 
-    def _update(self, content: tuple[list[tuple[int, Update]], Counters]) -> None:
-        updates, self.counters = content
+    def _update(self, updates: list[tuple[int, Update]]) -> None:
         informed: dict[Callable[[], None], None] = {}
         for number, update in updates:
             if (listening := self._open.get(number)) is None:
@@ -125,6 +129,22 @@ class EngineClient:
         for number in numbers:
             self._open.pop(number, None)
         self._send("cancel", list(numbers))
+
+    async def counters(self) -> Counters:
+        """Return the engine's figures."""
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[Counters] = loop.create_future()
+
+        def take(counters: Counters) -> None:
+            if not found.done():
+                found.set_result(counters)
+
+        def pass_on(counters: Counters) -> None:
+            loop.call_soon_threadsafe(take, counters)
+
+        self._asked_counters.append(pass_on)
+        self._send("counters", None)
+        return await found
 
     def cut_off(self) -> None:
         """Let the engine end all sequences with an error."""

@@ -18,7 +18,7 @@ from psannlm.models.kv_cache import MAX_DECODE_TOKENS
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import gpu_memory_bytes
 from psannlm.serving.limits import DRAIN_TIMEOUT_S
-from psannlm.serving.messages import GenerationRequest, Update
+from psannlm.serving.messages import Counters, GenerationRequest, Update
 from psannlm.serving.scheduler import PREFILL_CHUNK_TOKENS, Handle, Scheduler
 
 log = logging.getLogger(__name__)
@@ -198,6 +198,8 @@ class EngineHost:
         elif kind == "cancel":
             assert scheduler is not None
             scheduler.cancel([handle for number in content if (handle := self._open.pop(number, None)) is not None])
+        elif kind == "counters":
+            self._send(kind, Counters() if scheduler is None else scheduler.counters)
         elif kind == "cut_off":
             self._engine.cut_off()
         elif kind == "serving":
@@ -230,10 +232,8 @@ class EngineHost:
         self._updates.append((number, update))
 
     def _send_updates(self) -> None:
-        scheduler, updates = self._engine.scheduler, self._updates
-        assert scheduler is not None
-        self._updates = []
-        self._send("updates", (updates, scheduler.counters))
+        updates, self._updates = self._updates, []
+        self._send("updates", updates)
 
     def _send(self, kind: str, content: Any = None) -> None:
         try:

@@ -34,10 +34,10 @@ PROMPT = "sesame opens"
 def without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail a test in which the port opens."""
 
-    def run(server: Any) -> None:
+    def run(bound: Any) -> None:
         raise AssertionError("the port has opened")
 
-    monkeypatch.setattr("psannlm.serving.server.HttpServer.run", run)
+    monkeypatch.setattr("psannlm.serving.sockets.start_listening", run)
 
 
 def refused(psannlm: Psannlm, *arguments: str, code: int = 2) -> str:
@@ -71,7 +71,7 @@ def test_serve_refuses_a_model_without_tokenizer(
 def test_serve_refuses_a_batch_larger_than_memory(
     psannlm: Psannlm, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("psannlm.serving.server.machine_memory_bytes", lambda: 2_000_000)
+    monkeypatch.setattr("psannlm.serving.engine_host.machine_memory_bytes", lambda: 2_000_000)
     said = refused(psannlm, str(trained / "runs/tiny"), "--port", "0", "--max-batch", "1000")
     assert "1,000 rows of 16 tokens need" in said
     assert "lower --max-batch" in said
@@ -98,9 +98,6 @@ def test_serve_refuses_weak_keys_without_printing_them(
 
 @pytest.mark.usefixtures("without_a_server")
 def test_serve_without_its_extra_names_it(psannlm: Psannlm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "psannlm.serving.app", None)
-    for name in [name for name in sys.modules if name.startswith("psannlm.serving")]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     said = refused(psannlm, str(trained / "runs/tiny"))
     assert "the server needs uvicorn; run pip install -c constraints.txt '.[serve]'" in said
@@ -110,10 +107,24 @@ def test_serve_escapes_an_undecodable_model_name(
     psannlm: Psannlm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """JSON cannot hold such a name: every answer of the server would fail."""
-    from psannlm.serving.server import HttpServer
+    from psannlm.serving import sockets
+    from psannlm.serving.engine_host import EngineHost
 
     names = []
-    monkeypatch.setattr(HttpServer, "run", lambda server: names.append(server._service.model))
+    ports = []
+    listen = sockets.start_listening
+
+    def start_listening(bound: socket.socket) -> None:
+        listen(bound)
+        ports.append(bound.getsockname()[1])
+
+    def run(host: EngineHost) -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{ports[0]}/v1/models", timeout=30) as answer:
+            names.append(json.loads(answer.read())["data"][0]["id"])
+        return False
+
+    monkeypatch.setattr(sockets, "start_listening", start_listening)
+    monkeypatch.setattr(EngineHost, "run", run)
     run = tmp_path / os.fsdecode(b"caf\351")
     try:
         shutil.copytree(trained / "runs/tiny", run)

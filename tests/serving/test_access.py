@@ -14,6 +14,7 @@ import pytest
 
 from psannlm.generation.engine import Engine
 from psannlm.serving import server as server_module
+from psannlm.serving.engine_client import EngineClient
 from psannlm.serving.guard import HostRule, is_loopback
 from psannlm.serving.limits import MAX_BODY_BYTES
 from psannlm.serving.page import load_page
@@ -53,7 +54,7 @@ def ask(
 
 @pytest.fixture(scope="module")
 def locked(engine: Engine, byte_tokenizer: Any) -> Iterator[RunningServer]:
-    server = RunningServer(Scheduler(engine, byte_tokenizer, max_batch=2, max_queue=1), key=KEY)
+    server = RunningServer(Scheduler(engine, byte_tokenizer, max_batch=2), key=KEY, max_queue=1).wait_until_ready()
     yield server
     server.stop()
 
@@ -197,14 +198,14 @@ def test_vanished_client_frees_its_row(is_streamed: bool, running: RunningServer
     body = json.dumps(
         {**BODY, "prompt": "x" * 300, "max_tokens": 90, "n": 16, "stream": is_streamed, "seed": 1}
     ).encode()
-    before = scheduler.n_generated
+    before = scheduler.counters.n_generated
     with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         raw.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
-        assert eventually(lambda: scheduler.n_generated > before)
+        assert eventually(lambda: scheduler.counters.n_generated > before)
     assert eventually(lambda: not scheduler.has_work)
     # Far from all of what was asked for.
-    assert scheduler.n_generated - before < 16 * 90
+    assert scheduler.counters.n_generated - before < 16 * 90
 
 
 def test_full_queue_answers_429_with_retry_after(locked: RunningServer) -> None:
@@ -212,19 +213,20 @@ def test_full_queue_answers_429_with_retry_after(locked: RunningServer) -> None:
     status, _, text = ask(locked, "/v1/completions", {**BODY, "n": 4}, Authorization=key)
     assert status == 400
     assert "4 choices are more than the 3" in json.loads(text)["error"]["message"]
-    handles = locked.scheduler.submit([_long_request(locked.scheduler)] * 3, lambda number, update: None)
+    engine = locked.service.engine
+    numbers = engine.submit([_long_request(engine)] * 3, lambda number, update: None)
     status, headers, text = ask(locked, "/v1/completions", BODY, Authorization=key)
-    locked.scheduler.cancel(handles)
+    engine.cancel(numbers)
     assert status == 429
     assert 1 <= int(headers["retry-after"]) <= 60
     assert json.loads(text)["error"]["code"] == "queue_full"
 
 
-def _long_request(scheduler: Scheduler) -> Any:
+def _long_request(engine: EngineClient) -> Any:
     from psannlm.generation.requests import SamplingConfig
-    from psannlm.serving.scheduler import GenerationRequest
+    from psannlm.serving.messages import GenerationRequest
 
-    return GenerationRequest([1, 5], scheduler.context - 2, SamplingConfig(temperature=0.0))
+    return GenerationRequest([1, 5], engine.limits.context - 2, SamplingConfig(temperature=0.0))
 
 
 def test_metrics_count_requests_and_tokens(running: RunningServer) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,8 @@ from psannlm.serving.app import build_app
 from psannlm.serving.guard import HostRule
 from psannlm.serving.scheduler import Scheduler
 from psannlm.serving.service import Service
-from psannlm.serving.worker import EngineThread
+
+from .conftest import connect
 
 VALID: dict[str, Any] = {
     "model": "tiny",
@@ -67,9 +69,16 @@ def mutated(draw: random.Random) -> bytes:
 def ask(engine: Any, byte_tokenizer: Any) -> Iterator[Callable[[list[bytes]], list[tuple[int, bytes]]]]:
     """Return a function that posts bodies one after the other, and returns (status, answer) of each."""
     scheduler = Scheduler(engine, byte_tokenizer)
-    thread = EngineThread(lambda: scheduler, lambda: None, lambda: None)
-    thread.start()
-    service = Service("tiny", byte_tokenizer, scheduler.context, 100, lambda: scheduler)
+    is_ready = threading.Event()
+    host, client = connect(lambda: scheduler, scheduler.limits, lambda: None)
+    threads = [
+        threading.Thread(target=host.run),
+        threading.Thread(target=client.receive, args=(lambda kind: is_ready.set(),)),
+    ]
+    for thread in threads:
+        thread.start()
+    assert is_ready.wait(30)
+    service = Service("tiny", byte_tokenizer, scheduler.limits.context, 100, client)
     app = build_app(service, HostRule("127.0.0.1"))
 
     async def post(body: bytes) -> tuple[int, bytes]:
@@ -102,8 +111,10 @@ def ask(engine: Any, byte_tokenizer: Any) -> Iterator[Callable[[list[bytes]], li
         return [await post(body) for body in bodies]
 
     yield lambda bodies: asyncio.run(post_all(bodies))
-    thread.stop()
-    assert thread.failure is None
+    client.close()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def assert_answers_explain(ask: Any, logged: pytest.LogCaptureFixture, seed: int, n: int) -> None:

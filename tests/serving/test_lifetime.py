@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import signal
 import socket
 import threading
 import time
@@ -16,44 +15,33 @@ import pytest
 
 from psannlm.generation.engine import Engine
 from psannlm.serving import app as app_module
+from psannlm.serving import engine_host as host_module
 from psannlm.serving import events as events_module
 from psannlm.serving import server as server_module
-from psannlm.serving import worker as worker_module
-from psannlm.serving.guard import HostRule
 from psannlm.serving.scheduler import Scheduler
-from psannlm.serving.server import HttpServer
-from psannlm.serving.service import Service
-from psannlm.serving.sockets import bind_socket
+
+from .conftest import RunningServer
 
 BODY = {"model": "tiny", "prompt": "the sea", "max_tokens": 4}
 
 
-class LoadingServer:
+class LoadingServer(RunningServer):
     """A server whose engine is prepared when ``release`` is set."""
 
     def __init__(self, scheduler: Scheduler) -> None:
-        bound = bind_socket("127.0.0.1", 0)
-        self.port = bound.getsockname()[1]
         self.release = threading.Event()
+        self.status_when_ready = 0
 
         def prepare() -> Scheduler:
             self.release.wait(60)
             return scheduler
 
-        service = Service("tiny", scheduler.tokenizer, scheduler.context, 300, lambda: None)
-        self.status_when_ready = 0
-        self.http = HttpServer(service, prepare, bound, HostRule("127.0.0.1"), None, self._on_ready)
-        self.is_left: bool | None = None
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
+        super().__init__(scheduler, max_tokens=300, prepare=prepare, on_ready=self._note_status)
         while self.ask("GET", "/v1/models")[0] != 200:
             time.sleep(0.01)
 
-    def _on_ready(self) -> None:
+    def _note_status(self) -> None:
         self.status_when_ready = self.ask("GET", "/health")[0]
-
-    def _run(self) -> None:
-        self.is_left = self.http.run()
 
     def ask(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, str], Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -73,9 +61,7 @@ def loading(engine: Engine, byte_tokenizer: Any) -> Iterator[LoadingServer]:
     server = LoadingServer(Scheduler(engine, byte_tokenizer))
     yield server
     server.release.set()
-    if server.thread.is_alive():
-        server.http.drain()
-    server.thread.join(30)
+    server.stop()
 
 
 def test_loading_server_answers_503_until_it_is_ready(loading: LoadingServer) -> None:
@@ -95,9 +81,9 @@ def test_loading_server_answers_503_until_it_is_ready(loading: LoadingServer) ->
 def test_loading_server_ends_without_waiting_for_its_engine(
     loading: LoadingServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "_PREPARE_END_S", 0.1)
-    loading.http.drain()
-    loading.thread.join(20)
+    monkeypatch.setattr(host_module, "_PREPARE_END_S", 0.1)
+    loading.host.drain()
+    loading.join(20)
     assert loading.is_left is True
 
 
@@ -118,8 +104,7 @@ def test_endless_request_is_cut_off_with_an_error(
     if ends_by == "drain limit":
         monkeypatch.setattr(server_module, "DRAIN_TIMEOUT_S", 0.5)
     wait_for()
-    scheduler = loading.http._engine.scheduler
-    assert scheduler is not None
+    scheduler = loading.scheduler
     # An engine that makes no progress, so that the request can never end by itself.
     monkeypatch.setattr(scheduler, "step", lambda: time.sleep(0.01))
     body = json.dumps({**BODY, "stream": True}).encode()
@@ -127,18 +112,18 @@ def test_endless_request_is_cut_off_with_an_error(
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         raw.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
         assert b"200" in raw.recv(1000)
-        loading.http._server.handle_exit(signal.SIGINT, None)
+        loading.host.drain()
         time.sleep(0.2)
-        assert loading.thread.is_alive()
+        assert all(thread.is_alive() for thread in loading.threads)
         if ends_by == "second Ctrl-C":
-            loading.http._server.handle_exit(signal.SIGINT, None)
+            loading.host.cut_off()
         received = b""
         while part := raw.recv(1000):
             received += part
     assert b"generation failed: the server is ending" in received
     # The last chunk: the response is whole.
     assert received.endswith(b"0\r\n\r\n")
-    loading.thread.join(20)
+    loading.join(20)
     assert loading.is_left is False
 
 
@@ -162,8 +147,7 @@ def test_stream_without_progress_shows_that_it_lives(
     """By comments between the events, which proxies and clients count as activity; a running stream has none."""
     monkeypatch.setattr(events_module, "PING_S", 0.2)
     wait_for()
-    scheduler = loading.http._engine.scheduler
-    assert scheduler is not None
+    scheduler = loading.scheduler
     step, n_steps = scheduler.step, 0
 
     def halting_step() -> None:

@@ -143,13 +143,13 @@ class SlowScheduler(Scheduler):
 
 @pytest.fixture(scope="module")
 def start_site(build_tiny: Callable[..., Any], start_server: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Return a starter of servers of the model; its keywords are those of the scheduler, and ``key``."""
+    """Return a starter of servers of the model; its keywords are those of the server."""
     model = build_tiny(vocab_size=WordTokenizer.vocab_size, max_seq_len=400)
     servers = []
 
-    def start(key: str | None = None, **settings: Any) -> Any:
-        scheduler = SlowScheduler(Engine(model), WordTokenizer(), **{"max_batch": 4, **settings})
-        server = start_server(scheduler, key=key, max_tokens=MAX_TOKENS)
+    def start(key: str | None = None, *, max_batch: int = 4, max_queue: int = 64) -> Any:
+        scheduler = SlowScheduler(Engine(model), WordTokenizer(), max_batch=max_batch)
+        server = start_server(scheduler, key=key, max_tokens=MAX_TOKENS, max_queue=max_queue)
         server.service.model = MODEL
         servers.append(server)
         return server
@@ -253,7 +253,7 @@ def test_page_shows_text_while_it_streams(visit: Callable[..., Page], site: Any)
 
 @pytest.mark.slow
 def test_page_stop_ends_text_and_keeps_it(visit: Callable[..., Page], site: Any) -> None:
-    n_generated = site.scheduler.n_generated
+    n_generated = site.scheduler.counters.n_generated
     page = visit(site.url)
     page.fill("#prompt", "The tide")
     page.fill("#max_tokens", str(MAX_TOKENS))
@@ -264,7 +264,7 @@ def test_page_stop_ends_text_and_keeps_it(visit: Callable[..., Page], site: Any)
     assert re.search(r"Stopped by you after \d+ tokens", page.inner_text("#status"))
     assert 4 <= page.locator("#text .token").count() < MAX_TOKENS
     wait_until_idle(site)
-    assert site.scheduler.n_generated - n_generated < MAX_TOKENS
+    assert site.scheduler.counters.n_generated - n_generated < MAX_TOKENS
 
 
 @pytest.mark.slow
@@ -543,14 +543,13 @@ def test_page_asks_for_key_only_where_needed(visit: Callable[..., Page], start_s
 def test_page_waits_for_model_to_load(visit: Callable[..., Page], start_site: Callable[..., Any]) -> None:
     """The key is accepted meanwhile."""
     locked = start_site(KEY)
-    scheduler = locked.service.scheduler
-    locked.service.scheduler = lambda: None
+    locked.service.engine.is_ready = False
     page = visit(locked.url, until="#key:visible")
     page.fill("#key", KEY)
     page.press("#key", "Enter")
     page.wait_for_selector("#key", state="hidden")
     page.wait_for_selector("#state:has-text('the model is loading')")
-    locked.service.scheduler = scheduler
+    locked.service.engine.is_ready = True
     page.wait_for_selector(".state.ready")
 
 

@@ -17,7 +17,8 @@ from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.requests import SamplingConfig
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import has_compiler
-from psannlm.serving.scheduler import PREFILL_CHUNK_TOKENS, GenerationRequest, QueueFullError, Scheduler
+from psannlm.serving.messages import GenerationRequest
+from psannlm.serving.scheduler import PREFILL_CHUNK_TOKENS
 
 from .conftest import CONTEXT, Served
 
@@ -82,7 +83,7 @@ def test_scheduler_gives_what_generate_gives(
     dtype: WeightDtype, speculate: int, model: Transformer, serve: Serve, byte_tokenizer: Any
 ) -> None:
     """To the last bit of every log probability, with rows that come, go and are cancelled at any step."""
-    served = serve(engine=Engine(model, dtype=dtype), max_batch=5, max_queue=100, speculate=speculate)
+    served = serve(engine=Engine(model, dtype=dtype), max_batch=5, speculate=speculate)
     requests = drawn_requests(seed=len(dtype), n=24)
     run_with_traffic(served, requests)
     for name in served.updates:
@@ -120,7 +121,7 @@ def test_scheduler_compiled_steps_keep_tokens(
     requests = [replace(request, n_top=None) for request in drawn_requests(seed=3, n=24)]
     runs = []
     for order in (1, -1):
-        served = serve(engine=engine, max_batch=2, max_queue=100)
+        served = serve(engine=engine, max_batch=2)
         served.scheduler.warm_up()
         run_with_traffic(served, requests[::order])
         runs.append({name if order == 1 else str(23 - int(name)): served.ids(name) for name in served.updates})
@@ -164,31 +165,18 @@ def test_scheduler_cancelled_row_is_free_after_one_step(serve: Serve) -> None:
     handles = [served.submit(name, GenerationRequest([1, 5], 100, GREEDY)) for name in "abc"]
     for _ in range(3):
         served.scheduler.step()
-    assert (served.scheduler.n_running, served.scheduler.n_waiting) == (2, 1)
+    assert (served.scheduler.counters.n_running, served.scheduler.counters.n_waiting) == (2, 1)
     n_before = len(served.ids("a"))
     served.scheduler.cancel([handles[0]])
     served.scheduler.step()
     assert len(served.ids("a")) == n_before
-    assert served.scheduler.n_running == 1
+    assert served.scheduler.counters.n_running == 1
     for _ in range(2):
         served.scheduler.step()
     assert served.ids("c")
-    assert (served.scheduler.n_running, served.scheduler.n_waiting) == (2, 0)
+    assert (served.scheduler.counters.n_running, served.scheduler.counters.n_waiting) == (2, 0)
     served.run()
     assert served.ids("b") == served.ids("c")
-
-
-def test_scheduler_full_queue_refuses_all_or_none(serve: Serve) -> None:
-    served = serve(max_batch=1, max_queue=2)
-    request = GenerationRequest([1, 5], 3, GREEDY)
-    scheduler: Scheduler = served.scheduler
-    scheduler.submit([request] * 3, lambda number, update: None)
-    with pytest.raises(QueueFullError, match="3 sequences wait"):
-        scheduler.submit([request], lambda number, update: None)
-    served.run()
-    with pytest.raises(QueueFullError):
-        scheduler.submit([request] * 4, lambda number, update: None)
-    assert not scheduler.has_work
 
 
 @pytest.mark.parametrize(

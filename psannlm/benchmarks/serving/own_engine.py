@@ -72,14 +72,18 @@ class OwnEngine:
         return torch.get_num_threads()
 
     def batch(self, asked: Sequence[Asked]) -> tuple[int, float]:
-        """Decode all prompts as one batch, with the settings of the first; return its new tokens and its seconds."""
+        """Decode all requests as one batch, up to the most tokens of the first; return new tokens and seconds."""
         from psannlm.generation.generate import complete_ids
         from psannlm.generation.row_text import encode_prompt
 
         prompts = [encode_prompt(self.tokenizer, one.prompt) for one in asked]
         began = time.perf_counter()
         completions = complete_ids(
-            self.engine, self.tokenizer, prompts, max_new_tokens=asked[0].max_tokens, sampling=_sampling(asked[0])
+            self.engine,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=asked[0].max_tokens,
+            sampling=[_sampling(one) for one in asked],
         )
         seconds = time.perf_counter() - began
         return sum(len(completion.ids) for completion in completions), seconds
