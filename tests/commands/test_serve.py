@@ -207,3 +207,25 @@ def test_serve_prints_neither_prompts_nor_tracebacks(large: Path) -> None:
     assert server.child.returncode == 0
     assert err == "ended\n"
     assert not out
+
+
+@pytest.mark.slow
+def test_serve_without_its_http_process_ends_with_an_error(large: Path) -> None:
+    server = Process(large)
+    (http,) = Path(f"/proc/{server.child.pid}/task/{server.child.pid}/children").read_text().split()
+    os.kill(int(http), signal.SIGKILL)
+    _, err = server.child.communicate(timeout=30)
+    assert server.child.returncode == 1
+    assert err == "error: the HTTP process of the server ended with signal 9 (SIGKILL); start the server again\n"
+
+
+@pytest.mark.slow
+def test_http_process_ends_with_a_killed_server(large: Path) -> None:
+    server = Process(large)
+    (http,) = Path(f"/proc/{server.child.pid}/task/{server.child.pid}/children").read_text().split()
+    server.child.kill()
+    server.child.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{http}").exists() and "Z" not in Path(f"/proc/{http}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
