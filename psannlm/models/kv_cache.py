@@ -21,8 +21,8 @@ from psannlm.errors import GenerationError
 MAX_DECODE_TOKENS = 16
 # Slots by which a cache grows, and that a compiled step reads at once: its shapes change once in this many tokens.
 CACHE_BLOCK_TOKENS = 64
-# A step that is not compiled reads whole blocks of so many slots, the width of a vector: a row's sums do not depend on
-# how many blocks behind its end are read, and hidden.
+# A step that is not compiled reads whole blocks of this size, the width of a vector: a row's sums do not depend on the
+# number of hidden blocks behind its end.
 READ_BLOCK_TOKENS = 16
 
 

@@ -155,8 +155,8 @@ class EngineClient:
         with socket.socket(fileno=os.dup(self._connection.fileno())) as both_ends:
             both_ends.shutdown(socket.SHUT_RDWR)
 
-    def tell(self, kind: str, content: Any = None) -> None:
-        """Tell the engine's process what it shall show its user: ``serving``, or ``log`` with (level, text)."""
+    def report(self, kind: str, content: Any = None) -> None:
+        """Send what the engine's process shows its user: ``serving``, or ``log`` with arguments for ``Logger.log``."""
         self._send(kind, content)
 
     def expected_wait_s(self) -> int:

@@ -69,7 +69,7 @@ class HttpProcess:
         ours, theirs = socket.socketpair()
         handles = (theirs.fileno(), listening.fileno())
         with theirs:
-            # A session of its own: Ctrl-C reaches only the parent, which tells this process how to end.
+            # A session of its own: Ctrl-C reaches only the parent, which asks this process to end.
             self._process = subprocess.Popen(
                 python_program(_PROGRAM, *map(str, handles), str(os.getpid())),
                 stdin=subprocess.DEVNULL,
@@ -105,7 +105,7 @@ class HttpProcess:
         try:
             self.end()
         except WorkerError:
-            # Of two failures the first is told.
+            # Of two failures the first is reported.
             if error is None:
                 raise
 
@@ -118,7 +118,7 @@ class _ToParent(logging.Handler):
         self._engine = engine
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._engine.tell("log", (record.levelno, "%s", record.getMessage()))
+        self._engine.report("log", (record.levelno, "%s", record.getMessage()))
 
 
 def main() -> None:

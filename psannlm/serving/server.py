@@ -117,7 +117,7 @@ class HttpServer:
     def _take(self, kind: str) -> None:
         """Act on a message of the engine's process."""
         if kind == "ready":
-            self._engine.tell("serving")
+            self._engine.report("serving")
         elif kind == "drain":
             self._drain()
         elif kind == "end_drain":

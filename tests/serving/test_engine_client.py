@@ -153,6 +153,6 @@ def test_failed_engine_ends_sequences_then_server(pair: Callable[..., Pair], mon
 def test_messages_of_http_process_are_logged(pair: Callable[..., Pair], caplog: pytest.LogCaptureFixture) -> None:
     both = pair()
     with caplog.at_level(logging.INFO):
-        both.client.tell("log", (logging.ERROR, "%s", "100 % wrong"))
+        both.client.report("log", (logging.ERROR, "%s", "100 % wrong"))
         both.eventually(lambda: bool(caplog.records))
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [(logging.ERROR, "100 % wrong")]
