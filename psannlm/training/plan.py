@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 # The memory estimate runs layer by layer; more layers than this would take long.
 _MAX_LAYERS = 4096
 # Floating-point operations of one rank from which torch.compile pays off: compiling took half a minute on two cores and
-# saves 14 % of a step in float32 and 19 % in bf16 (docs/research/log.md, 2026-11-30). In that time a GPU computes a
-# thousand times as much.
+# saves 14 % of a step in float32 and 19 to 23 % in bf16 (docs/research/log.md, 2026-11-30). In that time a GPU computes
+# a thousand times as much.
 COMPILE_BREAK_EVEN_FLOPS = {"cpu": 1e14, "cuda": 1e17}
 
 
