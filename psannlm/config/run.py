@@ -119,8 +119,14 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
-    """Return one line ``train.lr: 0.0002 -> 0.0003`` for every key whose values in ``a`` and ``b`` differ."""
-    return _differences((), a.model_dump(mode="json"), b.model_dump(mode="json"))
+    """Return one line ``train.lr: 0.0002 -> 0.0003`` for every key whose values in ``a`` and ``b`` differ.
+
+    The parameters of a sine that neither model has are no difference: earlier versions took them without effect.
+    """
+    lines = _differences((), a.model_dump(mode="json"), b.model_dump(mode="json"))
+    if _has_sine(a.model) or _has_sine(b.model):
+        return lines
+    return [line for line in lines if not line.startswith("model.sine_params.")]
 
 
 def _differences(at: tuple[str, ...], a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -177,13 +183,17 @@ def _path(name: str) -> tuple[str, ...]:
     return tuple(name.split("."))
 
 
-def _sine_without_effect(model: ModelConfig) -> list[Check]:
-    """Return the keys of sine_params that were changed where no part of the model has a sine."""
+def _has_sine(model: ModelConfig) -> bool:
     mlp = model.mlp or BASE_MLP[model.base]
     has_conv = model.base == "waveresnet" if model.short_conv.enabled is None else model.short_conv.enabled
-    if mlp in PHASE_KINDS or (has_conv and model.short_conv.activation == "sine"):
+    return mlp in PHASE_KINDS or (has_conv and model.short_conv.activation == "sine")
+
+
+def _sine_without_effect(model: ModelConfig) -> list[Check]:
+    """Return the keys of sine_params that were changed where no part of the model has a sine."""
+    if _has_sine(model):
         return []
-    default = SineConfig()
+    mlp, default = model.mlp or BASE_MLP[model.base], SineConfig()
     changed = [key for key in SineConfig.model_fields if getattr(model.sine_params, key) != getattr(default, key)]
     message = f"has no effect with mlp: {mlp}, which has no sine; drop it, or set mlp to one of "
     message += ", ".join(sorted(PHASE_KINDS))

@@ -229,3 +229,20 @@ def test_http_process_ends_with_a_killed_server(large: Path) -> None:
     while Path(f"/proc/{http}").exists() and "Z" not in Path(f"/proc/{http}/stat").read_text().split()[2]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_sigterm_to_both_processes_finishes_open_requests(large: Path) -> None:
+    """As systemd and container runtimes send it: to every process of the service."""
+    server = Process(large, "--max-tokens", "1500")
+    (http,) = Path(f"/proc/{server.child.pid}/task/{server.child.pid}/children").read_text().split()
+    content = json.dumps({"prompt": PROMPT, "max_tokens": 300, "seed": 1, "stream": True}).encode()
+    request = urllib.request.Request(server.url + "v1/completions", content, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.readline().startswith(b"data: ")
+        os.kill(int(http), signal.SIGTERM)
+        server.child.send_signal(signal.SIGTERM)
+        *_, done = (line for line in answer.read().splitlines() if line)
+    server.child.communicate(timeout=30)
+    assert done == b"data: [DONE]"
+    assert server.child.returncode == 0

@@ -423,3 +423,13 @@ def test_sine_params_without_sine_are_refused(tmp_path: Path, model: str, is_ref
         ConfigError, match=r"model\.sine_params\.freq_init .line 1.: has no effect with mlp: (gelu|swiglu)"
     ):
         load_config(path)
+
+
+@pytest.mark.parametrize(("mlp", "n_lines"), [("gelu", 0), ("sine", 1)])
+def test_sine_params_without_sine_are_no_difference(tmp_path: Path, mlp: str, n_lines: int) -> None:
+    """A run that an earlier version began with them resumes without them."""
+    former = load_config(
+        write(tmp_path, f"model: {{base: transformer, mlp: {mlp}, sine_params: {{freq_init: 2}}}}\n"), check_files=False
+    )
+    now = load_config(write(tmp_path, f"model: {{base: transformer, mlp: {mlp}}}\n"), check_files=False)
+    assert len(differences(former, now)) == n_lines
