@@ -18,7 +18,7 @@ from psannlm.display import printable
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "-h"], ["eval", "--help"]])
 def test_help_loads_neither_torch_nor_numpy(arguments: list[str]) -> None:
     program = (
-        "import sys\nfrom psannlm.commands.app import main\n"
+        "import psannlm.commands.generate\nfrom psannlm.commands.app import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code\n"
         "heavy = {'torch', 'numpy', 'matplotlib', 'sentencepiece'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -93,7 +93,7 @@ def test_traceback_requires_debug(is_debug: bool, project: Path) -> None:
     program = (
         "import sys\nfrom psannlm.commands.app import main\n"
         "def broken(*arguments, **named):\n    raise ZeroDivisionError('as it happens')\n"
-        "sys.modules['psannlm.commands.generate'].find_model_file = broken\n"
+        "psannlm.commands.generate.find_model_file = broken\n"
         f"main({['generate', '--prompt', 'x', *(['--debug'] if is_debug else [])]!r})\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=project)
