@@ -18,7 +18,7 @@ from psannlm.display import printable
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "-h"], ["eval", "--help"]])
 def test_help_loads_neither_torch_nor_numpy(arguments: list[str]) -> None:
     program = (
-        "import psannlm.commands.generate\nfrom psannlm.commands.app import main\n"
+        "import sys\nfrom psannlm.commands.app import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code\n"
         "heavy = {'torch', 'numpy', 'matplotlib', 'sentencepiece'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -91,7 +91,7 @@ def test_unexpected_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("is_debug", [False, True])
 def test_traceback_requires_debug(is_debug: bool, project: Path) -> None:
     program = (
-        "import sys\nfrom psannlm.commands.app import main\n"
+        "import psannlm.commands.generate\nfrom psannlm.commands.app import main\n"
         "def broken(*arguments, **named):\n    raise ZeroDivisionError('as it happens')\n"
         "psannlm.commands.generate.find_model_file = broken\n"
         f"main({['generate', '--prompt', 'x', *(['--debug'] if is_debug else [])]!r})\n"
