@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from contextlib import closing
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KEY_FILE_BYTES = 4096
-# Packages of the extra `serve`, which the HTTP process imports.
-_PACKAGES = ("starlette", "uvicorn", "h11", "prometheus_client")
 # Addresses that listen on all addresses of the machine.
 _WILDCARDS = ("0.0.0.0", "::")
 
@@ -118,12 +115,13 @@ def serve(
         raise typer.BadParameter(f"other machines reach {host}: give --api-key-file too", param_hint="--host")
     # Before torch is imported, which takes seconds.
     with closing(bind_socket(host, port)) as bound:
-        _require_packages()
+        from psannlm.serving.http_process import HttpProcess, HttpSettings, require_packages
+
+        require_packages()
         from psannlm.display import printable
         from psannlm.models.kv_cache import MAX_DECODE_TOKENS
         from psannlm.runtime.malloc import trim_aggressively
         from psannlm.serving.engine_host import EngineHost
-        from psannlm.serving.http_process import HttpProcess, HttpSettings
         from psannlm.serving.scheduler import request_limits
         from psannlm.serving.sockets import start_listening
 
@@ -165,15 +163,6 @@ def serve(
         # The interpreter cannot end beside a thread that still compiles.
         logging.shutdown()
         os._exit(0)
-
-
-def _require_packages() -> None:
-    """Raise ConfigError where a package of the extra ``serve`` is missing."""
-    from psannlm.errors import ConfigError, install_extra
-
-    missing = [package for package in _PACKAGES if find_spec(package) is None]
-    if missing:
-        raise ConfigError(f"the server needs {', '.join(missing)}; {install_extra('serve')}")
 
 
 def _load(path: Path, device: torch.device, max_batch: int, n_bytes: int) -> tuple[Transformer, Tokenizer]:

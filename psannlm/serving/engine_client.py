@@ -63,8 +63,8 @@ class EngineClient:
         """Take messages until the engine's process closes the connection, in a thread of its own.
 
         Args:
-            on_message: called with every message that is not an update: ``ready``, ``drain``, ``cut_off`` and, when the
-                engine has failed or its process has ended, ``end``.
+            on_message: called with every message that is not an update: ``ready``, ``drain``, ``end_drain`` and,
+                when the engine has failed or its process has ended, ``end``.
         """
         try:
             while True:

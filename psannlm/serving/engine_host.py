@@ -126,6 +126,7 @@ class EngineHost:
         self._on_ready = on_ready
         # Handles of the open sequences, by the numbers that the HTTP process gave them.
         self._open: dict[int, Handle | None] = {}
+        self._opening = threading.Lock()
         self._updates: list[tuple[int, Update]] = []
         # Signals write into it, so that the thread that reads the connection sends what follows from them.
         self._signalled, self._signals = Pipe(duplex=False)
@@ -222,13 +223,13 @@ class EngineHost:
             lambda index, update: self._note(numbers[index], update),
             self._send_updates,
         )
-        for number, handle in zip(numbers, handles, strict=True):
-            if number in self._open:
-                self._open[number] = handle
+        with self._opening:
+            self._open.update({n: handle for n, handle in zip(numbers, handles, strict=True) if n in self._open})
 
     def _note(self, number: int, update: Update) -> None:
         if update.is_last:
-            self._open.pop(number, None)
+            with self._opening:
+                self._open.pop(number, None)
         self._updates.append((number, update))
 
     def _send_updates(self) -> None:

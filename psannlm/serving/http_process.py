@@ -9,10 +9,11 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from types import TracebackType
 
-from psannlm.errors import WorkerError
+from psannlm.errors import ConfigError, WorkerError, install_extra
 from psannlm.runtime.malloc import trim_aggressively
 from psannlm.runtime.processes import end_with, python_program
 from psannlm.serving.engine_client import EngineClient
@@ -20,6 +21,15 @@ from psannlm.serving.messages import RequestLimits
 
 _PROGRAM = "from psannlm.serving.http_process import main; main()"
 _END_S = 10.0
+# Packages of the extra `serve`, which the process imports.
+_PACKAGES = ("starlette", "uvicorn", "h11", "prometheus_client")
+
+
+def require_packages() -> None:
+    """Raise ConfigError where a package of the extra ``serve`` is missing."""
+    missing = [package for package in _PACKAGES if find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"the server needs {', '.join(missing)}; {install_extra('serve')}")
 
 
 @dataclass(frozen=True)

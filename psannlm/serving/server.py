@@ -102,17 +102,22 @@ class HttpServer:
 
     def run(self) -> None:
         """Serve until the engine's process asks for the end, or is gone."""
-        try:
-            asyncio.run(self._serve())
-        finally:
-            self._engine.close()
+        asyncio.run(self._serve())
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         # One thread encodes prompts: each further one would keep memory of its own after the longest that it had.
         self._loop.set_default_executor(ThreadPoolExecutor(1, "encoding"))
-        threading.Thread(target=self._engine.receive, args=(self._take,), name="engine messages", daemon=True).start()
-        await self._server.serve(sockets=[self._listening])
+        receiving = threading.Thread(
+            target=self._engine.receive, args=(self._take,), name="engine messages", daemon=True
+        )
+        receiving.start()
+        try:
+            await self._server.serve(sockets=[self._listening])
+        finally:
+            # Before the loop is closed, which the thread wakes for every update.
+            self._engine.close()
+            receiving.join()
 
     def _take(self, kind: str) -> None:
         """Act on a message of the engine's process."""

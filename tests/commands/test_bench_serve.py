@@ -35,10 +35,12 @@ def test_bench_serve_refuses_wrong_usage(options: list[str], message: str) -> No
 def test_bench_serve_names_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     from psannlm.benchmarks.serving import servers
     from psannlm.errors import ConfigError
+    from psannlm.serving import http_process
 
-    monkeypatch.setattr(servers, "find_spec", lambda name: None if name == "uvicorn" else "found")
+    monkeypatch.setattr(http_process, "find_spec", lambda name: None if name == "uvicorn" else "found")
     with pytest.raises(ConfigError, match=r"the server needs uvicorn; .*\.\[serve\]"):
         servers.require_servers([])
+    monkeypatch.setattr(http_process, "find_spec", lambda name: "found")
     monkeypatch.setattr(servers, "find_spec", lambda name: None if name in ("fastapi", "llama_cpp") else "found")
     servers.require_servers([])
     with pytest.raises(ConfigError, match=r"needs fastapi: .*pip install -c constraints.txt fastapi; or leave out"):

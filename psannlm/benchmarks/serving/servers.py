@@ -33,6 +33,7 @@ from psannlm.benchmarks.serving.exchange import (
 from psannlm.errors import ConfigError, WorkerError, install_extra, nearest
 from psannlm.runtime.process_tree import tree_resident_bytes
 from psannlm.runtime.processes import python_command
+from psannlm.serving.http_process import require_packages
 
 OURS = "psannlm"
 _POLL_S = 0.1
@@ -46,9 +47,7 @@ _STOP_S = 40.0
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
-# Packages that our server needs; then those that a reference server and the export for it need, with the extra that has
-# the export's.
-_OUR_PACKAGES = ("starlette", "uvicorn", "h11", "prometheus_client")
+# Packages that a reference server and the export for it need, with the extra that has the export's.
 _OF_TRANSFORMERS = (("transformers", "fastapi", "uvicorn", "openai"), "hf")
 _PACKAGES = {
     "transformers": _OF_TRANSFORMERS,
@@ -147,9 +146,7 @@ def require_servers(names: Sequence[str]) -> None:
     Raises:
         ConfigError: one of ``names`` is unknown, or a package that a server needs is missing.
     """
-    missing = [package for package in _OUR_PACKAGES if find_spec(package) is None]
-    if missing:
-        raise ConfigError(f"the server needs {', '.join(missing)}; {install_extra('serve')}")
+    require_packages()
     for name in names:
         if name not in _PACKAGES:
             known = ", ".join(_PACKAGES)
