@@ -214,8 +214,9 @@ def _load(
 ) -> tuple[Path, LoadedModel, Tokenizer]:
     """Return the model's path, the model on its device and its tokenizer. Raises ArtifactError without a tokenizer."""
     from psannlm.errors import ArtifactError
+    from psannlm.kernels.compiler import require_compiler
     from psannlm.models.artifact import load_model
-    from psannlm.runtime.device import pick_device, require_compiler
+    from psannlm.runtime.device import pick_device
 
     if compile:
         require_compiler(pick_device(device), "--compile", "leave it out")

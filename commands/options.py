@@ -194,7 +194,8 @@ def columns_table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]
 
 def chosen_device(name: str, *, is_compiled: bool) -> torch.device:
     """Return the device of ``--device``. Raises DeviceError for one that is not there, or cannot do ``--compile``."""
-    from psannlm.runtime.device import pick_device, require_compiler
+    from psannlm.kernels.compiler import require_compiler
+    from psannlm.runtime.device import pick_device
 
     device = pick_device(name)
     if is_compiled:

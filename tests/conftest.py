@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -36,6 +37,10 @@ _MKL_CBWR = os.environ.get("MKL_CBWR")
 # Under nohup a hangup is ignored, by this process and by all that it starts; tests send it and expect the default.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# The user's cache is neither read nor written.
+_cache = tempfile.TemporaryDirectory(prefix="psannlm-tests-")
+os.environ["PSANNLM_CACHE_DIR"] = _cache.name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from psannlm.errors import GenerationError
 from psannlm.generation.quantize import WeightDtype, prepare_for_inference, weight_bytes
+from psannlm.generation.step_cache import compiled_step
 from psannlm.kernels.compile import compiled
+from psannlm.kernels.compiler import compiler_fault, require_compiler
 from psannlm.kernels.torch_private import mark_dynamic, mark_static_address
 from psannlm.models.attention import PREFILL_QUERIES, cached_attention_context
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache, LayerCache, update_conv_states, whole_blocks
 from psannlm.models.transformer import Transformer
-from psannlm.runtime.device import compiler_fault, computes_in_bf16, require_compiler
+from psannlm.runtime.device import computes_in_bf16
 
 # New tokens that a new cache has slots for, at most; it grows when a row gets longer.
 _FIRST_NEW_TOKENS = 256
@@ -28,7 +30,8 @@ _FIRST_NEW_TOKENS = 256
 _numbers = count()
 _Tensors = Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
 _ConvInputs = list[tuple[Tensor | None, Tensor | None]]
-_Step = Callable[[Tensor, Tensor, Tensor, _Tensors], tuple[Tensor, _ConvInputs]]
+_StepArgs = tuple[Tensor, Tensor, Tensor, _Tensors]
+_Step = Callable[[Transformer, Tensor, Tensor, Tensor, _Tensors], tuple[Tensor, _ConvInputs]]
 
 
 def whole_query_blocks(n_tokens: int) -> int:
@@ -157,12 +160,11 @@ class Engine:
         if not self.compiles:
             return self.model.logits(self.model.forward_uncommitted(tokens, cache)).float()
         key = (n_rows, n_tokens, cache.capacity)
-        if key not in self._steps:
-            self._steps[key] = self._compiled(n_tokens)
         tensors = [_static_tensors(s) for s in cache.layers]
-        logits, conv_inputs = self._steps[key](
-            tokens.contiguous(), cache.offsets, self._slots(cache, n_tokens), tensors
-        )
+        args = (tokens.contiguous(), cache.offsets, self._slots(cache, n_tokens), tensors)
+        if key not in self._steps:
+            self._steps[key] = self._compiled(n_tokens, args)
+        logits, conv_inputs = self._steps[key](self.model, *args)
         if logits.is_cuda:
             # A CUDA graph returns the same memory at every step, and the caller may still read the last result.
             logits = logits.clone()
@@ -179,11 +181,12 @@ class Engine:
             mark_dynamic(self._numbers, 0)
         return self._numbers
 
-    def _compiled(self, n_tokens: int) -> _Step:
+    def _compiled(self, n_tokens: int, args: _StepArgs) -> _Step:
         """Return a compiled pass for one batch size, number of tokens and capacity; the slots read may vary."""
-        model = self.model
 
-        def step(tokens: Tensor, offsets: Tensor, slots: Tensor, tensors: _Tensors) -> tuple[Tensor, _ConvInputs]:
+        def step(
+            model: Transformer, tokens: Tensor, offsets: Tensor, slots: Tensor, tensors: _Tensors
+        ) -> tuple[Tensor, _ConvInputs]:
             layers = [LayerCache(*parts) for parts in tensors]
             context = cached_attention_context(model.config, offsets, slots, n_tokens, torch.float32)
             logits = model.logits(model.run_blocks(tokens, context, layers)).float()
@@ -194,16 +197,16 @@ class Engine:
                 update_conv_states(layer)
             return logits, []
 
-        if self.device.type == "cpu":
-            # One call into C++ per step, and fused multiply-adds.
-            options: dict[str, Any] = {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
-        else:
-            # A graph is recorded for every kv_len, once in CACHE_BLOCK_TOKENS tokens; no reason to warn.
-            options = {"triton.cudagraphs": True, "triton.cudagraph_dynamic_shape_warn_limit": None}
         # Guards would check at every step what the engine ensures. Without guards each compiled function needs a code
         # object of its own, the key under which the compiler finds its result.
         code = step.__code__.replace(co_name=f"step_{next(_numbers)}")
         own = FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
+        if self.device.type == "cpu":
+            # One call into C++ per step, and fused multiply-adds.
+            options: dict[str, Any] = {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
+            return compiled_step(own, self.model, args, {**options, "guard_filter_fn": _no_guard})
+        # A graph is recorded for every kv_len, once in CACHE_BLOCK_TOKENS tokens; no reason to warn.
+        options = {"triton.cudagraphs": True, "triton.cudagraph_dynamic_shape_warn_limit": None}
         return compiled(own, fullgraph=True, options={**options, "guard_filter_fn": _no_guard})
 
 

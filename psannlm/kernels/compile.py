@@ -9,8 +9,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from psannlm.kernels.compiler import has_compiler, trial_failure
 from psannlm.kernels.torch_private import load_realize, realized
-from psannlm.runtime.device import has_compiler, trial_failure
 
 _Compiled = TypeVar("_Compiled", bound=Callable[..., Any])
 

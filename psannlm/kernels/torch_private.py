@@ -6,9 +6,12 @@ Checked with torch 2.13.0. None is covered by torch's compatibility promise: aft
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -20,14 +23,20 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "activation_backward",
+    "can_compile_ahead",
+    "compiled_ahead",
     "compiler_counters",
     "constant_while_compiling",
     "cuda_graph_manager",
+    "dump_compiled",
     "foreach_copy_",
     "foreach_mul_",
     "has_amx",
     "has_onednn_linear",
+    "inductor_cache_folder",
+    "inductor_settings",
     "int8_matmul",
+    "load_compiled",
     "load_realize",
     "mark_dynamic",
     "mark_static_address",
@@ -152,12 +161,78 @@ def mark_static_address(x: Tensor) -> None:
     torch._dynamo.mark_static_address(x)
 
 
+def can_compile_ahead() -> bool:
+    """Whether this torch has what :func:`compiled_ahead` needs, in the form that it was tested with."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 13)
+
+
+def compiled_ahead(function: Callable[..., _T], args: tuple[Any, ...], options: dict[str, Any]) -> Callable[..., _T]:
+    """Return ``function`` compiled by inductor for arguments like ``args``, as a whole and without guards.
+
+    Unlike what torch.compile returns it can be kept: :func:`dump_compiled`.
+    """
+    # The method aot_compile, torch 2.13, of what torch.compile returns.
+    ahead = torch.compile(function, fullgraph=True, options=options).aot_compile((args, {}))  # type: ignore[attr-defined]
+    ahead.disable_guard_check()
+    return cast(Callable[..., _T], ahead)
+
+
+def dump_compiled(ahead: Callable[..., object], modules: dict[str, torch.nn.Module]) -> bytes:
+    """Return a result of :func:`compiled_ahead` as bytes; ``modules`` among its arguments are not part of it."""
+    # torch._dynamo.aot_compile.AOTCompiledFunction and torch._inductor.cpu_vec_isa, torch 2.13.
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    content: bytes = type(ahead).serialize(ahead, modules).serialized_data  # type: ignore[attr-defined]
+    return pickle.dumps((str(pick_vec_isa()), content))
+
+
+def load_compiled(content: bytes, modules: dict[str, torch.nn.Module], options: dict[str, Any]) -> Callable[..., Any]:
+    """Return what :func:`dump_compiled` got, with the options it was compiled with. It unpickles ``content``.
+
+    Raises:
+        ValueError: inductor now computes with other vector instructions.
+    """
+    # torch._dynamo.aot_compile.AOTCompiledFunction, the settings of inductor and torch._inductor.cpu_vec_isa, torch
+    # 2.13. The options are part of the names under which inductor finds its binaries.
+    from torch._dynamo.aot_compile import AOTCompiledFunction
+    from torch._inductor.cpu_vec_isa import pick_vec_isa, valid_vec_isa_list
+
+    isa, dumped = pickle.loads(content)
+    settings = {name: value for name, value in options.items() if name != "guard_filter_fn"}
+    # Without the setting, inductor starts processes to find out which vector instructions work, which takes a second.
+    with torch._inductor.config.patch({**settings, "cpp.vec_isa_ok": True}):
+        if str(pick_vec_isa()) != isa:
+            valid_vec_isa_list.cache_clear()
+            raise ValueError(f"compiled for {isa}")
+        ahead = AOTCompiledFunction.deserialize(dumped, None, modules)
+    ahead.disable_guard_check()
+    return ahead
+
+
+def inductor_settings() -> dict[str, Any]:
+    """Return the settings of the compiler, environment variables for them included."""
+    # torch._inductor.config.save_config_portable, torch 2.13.
+    import torch._inductor.config
+
+    settings: dict[str, Any] = torch._inductor.config.save_config_portable()
+    return settings
+
+
 def compiler_counters() -> dict[str, Counter[str]]:
     """Return the compiler's counters of this process by subject, such as graph breaks and CUDA graphs skipped."""
     # torch._dynamo.utils.counters, torch 2.13.
     from torch._dynamo.utils import counters
 
     return counters
+
+
+def inductor_cache_folder() -> Path:
+    """Return the folder of inductor's cache, which need not exist; raises KeyError for a user without a name."""
+    # torch._inductor.runtime.cache_dir_utils.default_cache_dir, torch 2.13; its cache_dir makes the folder.
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
 
 
 def cuda_graph_manager(device_index: int) -> Any:

@@ -1,19 +1,9 @@
-"""Device, precision, compiler and memory of this machine."""
+"""Device, precision and memory of this machine."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
-import sysconfig
-import tempfile
-import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +15,7 @@ from psannlm.runtime.resident_memory import peak_resident_bytes, resident_bytes
 if TYPE_CHECKING:
     from psannlm.config.train import Amp
 
-_MPS_CANNOT = (
+MPS_CANNOT = (
     "mps trains and validates only, in float32 and one process, without compilation, samples and task scores, and was "
     "never measured"
 )
@@ -58,7 +48,7 @@ def pick_device(name: str = "auto", local_rank: int = 0, *, takes_mps: bool = Fa
 
 def _pick_mps(is_taken: bool) -> torch.device:
     if not is_taken:
-        raise DeviceError(f"device mps: {_MPS_CANNOT}; use device: cpu here")
+        raise DeviceError(f"device mps: {MPS_CANNOT}; use device: cpu here")
     if not torch.backends.mps.is_available():
         raise DeviceError(
             f"device mps was requested, but torch {torch.__version__} finds no Apple GPU; use device: cpu"
@@ -127,8 +117,8 @@ def pick_precision(amp: Amp, device: torch.device) -> Precision:
     """
     if device.type == "mps":
         if amp not in ("auto", "fp32"):
-            raise DeviceError(f"amp: {amp} with device mps: {_MPS_CANNOT}; use amp: fp32")
-        return Precision(device, torch.float32, f"fp32; {_MPS_CANNOT}")
+            raise DeviceError(f"amp: {amp} with device mps: {MPS_CANNOT}; use amp: fp32")
+        return Precision(device, torch.float32, f"fp32; {MPS_CANNOT}")
     if amp == "fp32":
         return Precision(device, torch.float32, "fp32 as asked")
     if amp == "fp16":
@@ -164,114 +154,6 @@ class AsyncReadback:
             self._arrival.synchronize()
         numbers: list[float] = self._numbers.tolist()
         return numbers
-
-
-def missing_to_compile(device: torch.device) -> str | None:
-    """Return what torch.compile lacks on ``device`` and how to install it, or None.
-
-    On a CPU it needs a C++ compiler. On a GPU it needs Triton, which builds a small C extension for every kernel, and
-    therefore a C compiler and the Python headers, which slim images lack.
-    """
-    if device.type == "cpu":
-        found = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-        return None if found else "a C++ compiler (install g++)"
-    if find_spec("triton") is None:
-        return "Triton (pip install triton)"
-    named = (os.environ.get("CC") or "").split()
-    if not any(shutil.which(name) for name in named[:1] or ("gcc", "clang", "cc")):
-        return "a C compiler (install gcc)"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        return "Python.h (install python3-dev)"
-    return None
-
-
-_BROKEN = "a working compiler"
-
-
-@lru_cache(maxsize=2)
-def trial_failure(kind: str) -> str | None:
-    """Compile a tiny function on a device of ``kind``, once per process; return the error in one line, or None.
-
-    Only a trial detects a broken compiler, a path with a space that breaks its command line, or a cache folder without
-    write or execute permission.
-    """
-    salt = time.time()  # makes the kernel unique: one from the disk cache would prove nothing
-
-    def tiny(x: Tensor) -> Tensor:
-        return x.sin() + salt
-
-    try:
-        with torch.no_grad():
-            torch.compile(tiny, fullgraph=True, dynamic=False)(torch.zeros(8, device=kind))
-    except _TRIAL_ERRORS as error:
-        return f"{_BROKEN}; a trial failed: {_cause(error):.200} ({_remedy(kind)})"
-    return None
-
-
-# Errors of a compiler that is broken, cannot write, or cannot load its output; LookupError: the user has no name.
-_TRIAL_ERRORS = (
-    RuntimeError,
-    OSError,
-    ImportError,
-    ValueError,
-    AssertionError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    subprocess.SubprocessError,
-)
-_COMPILER_SAYS = re.compile(r"\b(?:fatal )?error: |: cannot |not found|denied|No space left|failed to map")
-
-
-def _cause(error: BaseException) -> str:
-    """Return the first error line of the compiler in a failed compilation, or the first line of the exception."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if _COMPILER_SAYS.search(line) and not line.startswith("CppCompileError")]
-    return (named or lines or [type(error).__name__])[0]
-
-
-def _remedy(kind: str) -> str:
-    places = {
-        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""),
-        "the folder for temporary files, TMPDIR,": tempfile.gettempdir(),
-        "the Python environment": torch.__path__[0],
-    }
-    for name, path in places.items():
-        if kind == "cpu" and re.search(r"\s", path):
-            remedy = "which breaks the command line of the compiler; use a path without spaces"
-            return f"{name} has a space in its path, {path!r}, {remedy}"
-    program = "g++" if kind == "cpu" else "gcc"
-    return (
-        f"check that {program} works, and that TMPDIR or TORCHINDUCTOR_CACHE_DIR names a folder with write and execute "
-        "permission"
-    )
-
-
-def has_compiler(device: torch.device) -> bool:
-    """Whether the requirements of torch.compile on ``device`` are installed."""
-    return missing_to_compile(device) is None
-
-
-def compiler_fault(device: torch.device) -> str | None:
-    """Return what is missing or broken for torch.compile on ``device``, or None."""
-    return missing_to_compile(device) or trial_failure(device.type)
-
-
-def require_compiler(device: torch.device, asked: str = "compile: true", instead: str = "set compile: false") -> None:
-    """Raise DeviceError if torch.compile does not work on ``device``.
-
-    Args:
-        asked: the requested setting, for the message.
-        instead: the alternative, for the message.
-    """
-    if device.type == "mps":
-        raise DeviceError(f"{asked} with device mps: {_MPS_CANNOT}; {instead}")
-    fault = compiler_fault(device)
-    if fault is not None:
-        remedy = "repair it" if fault.startswith(_BROKEN) else "which is missing; install it"
-        raise DeviceError(f"{asked} needs {fault}{';' if remedy == 'repair it' else ','} {remedy}, or {instead}")
 
 
 @dataclass(frozen=True)

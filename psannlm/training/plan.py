@@ -21,6 +21,7 @@ from psannlm.data.stream import Stream
 from psannlm.data.windows import Windows
 from psannlm.errors import ConfigError, Problem
 from psannlm.io.atomic import free_bytes
+from psannlm.kernels.compiler import compiler_fault, require_compiler
 from psannlm.models.accounting import (
     Place,
     count_parameters,
@@ -31,7 +32,7 @@ from psannlm.models.accounting import (
 )
 from psannlm.models.parallel_estimates import sharded_memory
 from psannlm.models.registry import resolve
-from psannlm.runtime.device import compiler_fault, gpu_memory_bytes, pick_precision, require_compiler
+from psannlm.runtime.device import gpu_memory_bytes, pick_precision
 from psannlm.runtime.distributed import World, local_ranks, world_from_env
 from psannlm.runtime.progress import OnProgress, ignore_progress
 from psannlm.tokenizers.base import MIN_VOCAB_SIZE, Tokenizer

@@ -26,17 +26,12 @@ from psannlm.io.code_identity import CODE_KEY, code_of_run
 from psannlm.io.lock import RunLock
 from psannlm.io.readers import Unreadable, read_json
 from psannlm.io.run_metadata import system_info, write_json
+from psannlm.kernels.compiler import missing_to_compile, require_compiler
 from psannlm.models.accounting import Place, refuse_oversize
 from psannlm.models.artifact import load_model
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
-from psannlm.runtime.device import (
-    Precision,
-    describe_device,
-    missing_to_compile,
-    pick_precision,
-    require_compiler,
-)
+from psannlm.runtime.device import Precision, describe_device, pick_precision
 from psannlm.runtime.distributed import World, local_ranks, process_group, world_from_env
 from psannlm.runtime.live_line import live_line
 from psannlm.runtime.log import without_messages

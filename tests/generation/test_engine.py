@@ -16,10 +16,11 @@ from psannlm.generation.batch_decode import BatchDecoder
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.requests import SamplingConfig
+from psannlm.kernels.compiler import has_compiler
 from psannlm.models.accounting import cache_bytes
 from psannlm.models.kv_cache import CACHE_BLOCK_TOKENS, MAX_DECODE_TOKENS, KVCache
 from psannlm.models.transformer import Transformer
-from psannlm.runtime.device import computes_in_bf16, has_compiler
+from psannlm.runtime.device import computes_in_bf16
 
 Build = Callable[..., Transformer]
 Decode = Callable[..., BatchDecoder]
@@ -176,7 +177,7 @@ def test_engine_auto_compile_without_compiler_gives_notice(
 
 
 def test_engine_required_compile_without_compiler_raises(build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.runtime.device.compiler_fault", lambda device: "a C++ compiler (install g++)")
+    monkeypatch.setattr("psannlm.kernels.compiler.compiler_fault", lambda device: "a C++ compiler (install g++)")
     with pytest.raises(
         DeviceError, match=r"compiled decoding needs a C\+\+ compiler .install g\+\+., which is missing"
     ):
@@ -185,8 +186,8 @@ def test_engine_required_compile_without_compiler_raises(build_tiny: Build, monk
 
 def test_engine_compiled_step_marks_cache_addresses_static(build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler refuses CUDA graphs for a pass that writes into any other input, without an error."""
-    monkeypatch.setattr("psannlm.runtime.device.compiler_fault", lambda device: None)
-    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    monkeypatch.setattr("psannlm.kernels.compiler.compiler_fault", lambda device: None)
+    monkeypatch.setattr("psannlm.generation.engine.compiled_step", lambda step, model, args, options: step)
     engine = Engine(build_tiny(base="waveresnet"), compile=True)
     logits, state = engine.prefill([[1, 5], [2]], 8)
     engine.decode(logits.argmax(dim=-1), state)

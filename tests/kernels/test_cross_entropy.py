@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from psannlm.config.constants import IGNORE_INDEX
 from psannlm.kernels import cross_entropy as loss_module
+from psannlm.kernels.compiler import has_compiler
 from psannlm.kernels.cross_entropy import linear_cross_entropy
-from psannlm.runtime.device import has_compiler
 
 D, V = 6, 11
 SMALLEST_CHUNK = 64

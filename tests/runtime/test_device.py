@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from psannlm.errors import DeviceError
+from psannlm.kernels.compiler import require_compiler
 from psannlm.runtime import device
-from psannlm.runtime.device import describe_device, pick_device, pick_precision, require_compiler, sum_dtype
+from psannlm.runtime.device import describe_device, pick_device, pick_precision, sum_dtype
 from psannlm.runtime.distributed import World
-from psannlm.training.plan import decide_compiling
 
 CPU = torch.device("cpu")
 
@@ -149,140 +144,5 @@ def test_computes_in_bf16_reads_cpu_capabilities(
     assert device.computes_in_bf16(CPU) is expected
 
 
-def programs(monkeypatch: pytest.MonkeyPatch, *there: str) -> None:
-    monkeypatch.setattr("psannlm.runtime.device.shutil.which", lambda name: f"/bin/{name}" if name in there else None)
-    monkeypatch.setattr("psannlm.runtime.device.trial_failure", lambda kind: None)
-
-
-def test_compile_on_cpu_needs_cpp_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    programs(monkeypatch)
-    with pytest.raises(DeviceError, match=r"install g\+\+.*set compile: false"):
-        require_compiler(CPU)
-    programs(monkeypatch, "clang++")
-    require_compiler(CPU)
-
-
-def test_compile_on_gpu_needs_triton_and_its_build_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    gpu = torch.device("cuda", 0)
-    monkeypatch.setattr("psannlm.runtime.device.find_spec", lambda name: None)
-    monkeypatch.delenv("CC", raising=False)
-    programs(monkeypatch, "gcc")
-    with pytest.raises(DeviceError, match="pip install triton"):
-        require_compiler(gpu)
-    monkeypatch.setattr("psannlm.runtime.device.find_spec", lambda name: object())
-    monkeypatch.setattr("psannlm.runtime.device.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
-    with pytest.raises(DeviceError, match="python3-dev"):
-        require_compiler(gpu)
-    (tmp_path / "Python.h").touch()
-    require_compiler(gpu)
-    monkeypatch.setenv("CC", "icx -O2")
-    with pytest.raises(DeviceError, match="install gcc"):
-        require_compiler(gpu)
-    programs(monkeypatch, "icx")
-    assert device.has_compiler(gpu)
-
-
 def test_describe_device_names_cpu_threads() -> None:
     assert describe_device(CPU).startswith(f"CPU, {torch.get_num_threads()} thread")
-
-
-@pytest.mark.slow
-def test_compiler_trial_detects_broken_compiler_once(tmp_path: Path) -> None:
-    """With a compiler that is there and fails, asked for by name is refused, and auto does without."""
-    for name in ("g++", "clang++", "c++"):
-        fake = tmp_path / name
-        fake.write_text("#!/bin/sh\necho 'fatal error: broken' >&2\nexit 1\n", encoding="ascii")
-        fake.chmod(0o755)
-    program = """
-import torch
-from psannlm.runtime.device import require_compiler
-from psannlm.errors import DeviceError
-from psannlm.training.plan import decide_compiling
-from psannlm.training.plan import decide_compiling
-cpu = torch.device("cpu")
-is_compiled, line = decide_compiling("auto", cpu, 1e20)
-assert not is_compiled and "trial failed" in line, line
-try:
-    require_compiler(cpu)
-except DeviceError as error:
-    assert "trial failed" in str(error) and "compile: false" in str(error), error
-else:
-    raise SystemExit("not refused")
-"""
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "CXX": str(tmp_path / "g++"),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-    }
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-class _CompileError(RuntimeError):
-    pass
-
-
-@pytest.fixture
-def fail_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Exception], None]]:
-    """Return a setter of what every compilation raises."""
-
-    def set_error(error: Exception) -> None:
-        def fail(function: object, **settings: object) -> object:
-            raise error
-
-        monkeypatch.setattr(torch, "compile", fail)
-        monkeypatch.setattr("psannlm.runtime.device.missing_to_compile", lambda device: None)
-        device.trial_failure.cache_clear()
-
-    yield set_error
-    device.trial_failure.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (_CompileError("CppCompileError: C++ compile error\n\nOutput:\nx.cpp:1:2: fatal error: broken"),
-         "failed: x.cpp:1:2: fatal error: broken"),
-        (PermissionError(13, "Permission denied", "/cache/x"), "Permission denied: '/cache/x'"),
-        (NotADirectoryError(20, "Not a directory", "/file/x"), "Not a directory: '/file/x'"),
-        (OSError(28, "No space left on device"), "No space left on device"),
-        (ImportError("/cache/x.so: failed to map segment from shared object"), "failed to map segment"),
-        (KeyError("getpwuid(): uid not found: 4711"), "uid not found: 4711"),
-        (subprocess.CalledProcessError(1, "g++"), "returned non-zero exit status 1"),
-        (_CompileError(""), "_CompileError"),
-    ],
-)  # fmt: skip
-def test_compiler_trial_failure_names_cause_and_remedy(
-    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, fail_with: Callable[[Exception], None]
-) -> None:
-    """A cache that may not be written to, or not be run from, fails as these exceptions say."""
-    for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR"):
-        monkeypatch.setenv(name, "/tmp")
-    monkeypatch.setattr("psannlm.runtime.device.tempfile.gettempdir", lambda: "/tmp")
-    fail_with(error)
-    with pytest.raises(DeviceError) as refused:
-        require_compiler(CPU)
-    message = str(refused.value)
-    assert said in message
-    assert message.startswith("compile: true needs a working compiler; a trial failed: ")
-    assert "which is missing" not in message
-    assert "TMPDIR or TORCHINDUCTOR_CACHE_DIR names a folder" in message
-    assert message.endswith("; repair it, or set compile: false")
-    assert "\n" not in message
-    is_compiled, line = decide_compiling("auto", CPU, 1e20)
-    assert (is_compiled, said in (line or "")) == (False, True)
-
-
-@pytest.mark.parametrize("place", ["TORCHINDUCTOR_CACHE_DIR", "temporary files", "Python environment"])
-def test_compiler_trial_names_path_with_space(
-    place: str, monkeypatch: pytest.MonkeyPatch, fail_with: Callable[[Exception], None]
-) -> None:
-    path = "/home/ada/My Projects/x"
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", path if place.isupper() else "/tmp/cache")
-    monkeypatch.setattr("psannlm.runtime.device.tempfile.gettempdir", lambda: path if "temporary" in place else "/tmp")
-    monkeypatch.setattr(torch, "__path__", [path if "Python" in place else "/usr/lib/torch"])
-    fail_with(_CompileError("CppCompileError: C++ compile error"))
-    with pytest.raises(DeviceError, match=place) as refused:
-        require_compiler(CPU)
-    assert f"has a space in its path, {path!r}" in str(refused.value)

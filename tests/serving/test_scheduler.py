@@ -15,8 +15,8 @@ from psannlm.generation.engine import Engine
 from psannlm.generation.generate import Completion, complete_ids
 from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.requests import SamplingConfig
+from psannlm.kernels.compiler import has_compiler
 from psannlm.models.transformer import Transformer
-from psannlm.runtime.device import has_compiler
 from psannlm.serving.messages import GenerationRequest
 from psannlm.serving.scheduler import PREFILL_CHUNK_TOKENS
 

@@ -21,13 +21,13 @@ TinyRun = Callable[..., RunConfig]
 @pytest.fixture(autouse=True)
 def _no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule is what is tested here, with devices that are not there too."""
-    monkeypatch.setattr("psannlm.runtime.device.trial_failure", lambda kind: None)
+    monkeypatch.setattr("psannlm.kernels.compiler.trial_failure", lambda kind: None)
 
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     def there_is(one: bool) -> None:
-        monkeypatch.setattr("psannlm.runtime.device.shutil.which", lambda name: "/usr/bin/g++" if one else None)
+        monkeypatch.setattr("psannlm.kernels.compiler.shutil.which", lambda name: "/usr/bin/g++" if one else None)
 
     there_is(True)
     return there_is

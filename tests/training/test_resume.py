@@ -16,8 +16,8 @@ from psannlm.config.run import RunConfig
 from psannlm.data.prepare import load_corpus
 from psannlm.errors import ArtifactError, ConfigError, PsannlmError
 from psannlm.evaluation.loss import Evaluation
+from psannlm.kernels.compiler import has_compiler
 from psannlm.models.tensorfile import read_tensors
-from psannlm.runtime.device import has_compiler
 from psannlm.training.callbacks import Callback, StepEvent
 from psannlm.training.checkpoint import _dump_with_checksum, find_checkpoint, list_checkpoints, read_state, step_folder
 from psannlm.training.metrics import read_metrics

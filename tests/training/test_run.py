@@ -302,9 +302,9 @@ def test_compile_applies_to_trained_model(tiny_run: TinyRun, monkeypatch: pytest
         return model
 
     # The trial compile has tests of its own.
-    monkeypatch.setattr("psannlm.runtime.device.trial_failure", lambda kind: None)
+    monkeypatch.setattr("psannlm.kernels.compiler.trial_failure", lambda kind: None)
     monkeypatch.setattr("psannlm.training.run.torch.compile", note)
-    monkeypatch.setattr("psannlm.runtime.device.shutil.which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr("psannlm.kernels.compiler.shutil.which", lambda name: "/usr/bin/g++")
     train(tiny_run(max_steps=1, checkpoint_dir=tiny_run().train.checkpoint_dir + "_plain"))
     assert compiled == []
     result = train(tiny_run(max_steps=1, compile=True, device="cpu"))
@@ -313,7 +313,7 @@ def test_compile_applies_to_trained_model(tiny_run: TinyRun, monkeypatch: pytest
 
 @pytest.mark.usefixtures("_no_curve")
 def test_compile_without_compiler_raises_before_writing(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.runtime.device.shutil.which", lambda name: None)
+    monkeypatch.setattr("psannlm.kernels.compiler.shutil.which", lambda name: None)
     config = tiny_run(compile=True, device="cpu")
     with pytest.raises(DeviceError, match="compile: false"):
         train(config)

@@ -19,7 +19,8 @@ from psannlm.benchmarks.training.candidates import (
 )
 from psannlm.benchmarks.training.peak_memory import peak_step_bytes
 from psannlm.benchmarks.training.report import ThroughputReport, Trained
-from psannlm.runtime.device import describe_device, pick_precision, require_compiler
+from psannlm.kernels.compiler import require_compiler
+from psannlm.runtime.device import describe_device, pick_precision
 from psannlm.runtime.progress import OnProgress, ignore_progress
 
 MemoryProbe = Callable[[Candidate, ThroughputSettings, torch.device], int | None]

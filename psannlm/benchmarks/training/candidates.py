@@ -24,11 +24,12 @@ from psannlm.config.train import Amp
 from psannlm.data.loader import MicroBatch
 from psannlm.errors import ConfigError, nearest
 from psannlm.kernels.compile import compiled
+from psannlm.kernels.compiler import require_compiler
 from psannlm.models.accounting import count_parameters, flops_per_token, match_mlp_width, refuse_oversize
 from psannlm.models.activations import GainedActivation, SineActivation
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
-from psannlm.runtime.device import pick_precision, require_compiler
+from psannlm.runtime.device import pick_precision
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.step import train_step
 

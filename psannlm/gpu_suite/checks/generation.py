@@ -26,11 +26,11 @@ from psannlm.gpu_suite.checks.roofline import (
 )
 from psannlm.gpu_suite.context import BASE_NAMES, CheckContext, Shape, Trainer
 from psannlm.gpu_suite.measures import at_least, at_most, largest, largest_distance, none_of
+from psannlm.kernels.compiler import has_compiler, missing_to_compile
 from psannlm.kernels.torch_private import compiler_counters, cuda_graph_manager
 from psannlm.models.transformer import Transformer
 from psannlm.reports.schemas.gpu import CheckResult, Measure
 from psannlm.reports.schemas.measured import Spread
-from psannlm.runtime.device import has_compiler, missing_to_compile
 
 _WARM_UP_REGRESSION = 1.0
 _COMPILED_LOSS_LIMIT = 1e-3

@@ -19,12 +19,13 @@ from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import WeightDtype
 from psannlm.gpu_suite.context import CheckContext, Shape
 from psannlm.gpu_suite.measures import at_least
+from psannlm.kernels.compiler import has_compiler
 from psannlm.models.accounting import count_parameters
 from psannlm.models.transformer import Transformer
 from psannlm.reports.schemas.decoding import RooflineFraction
 from psannlm.reports.schemas.gpu import Measure
 from psannlm.reports.schemas.measured import Spread
-from psannlm.runtime.device import describe_device, has_compiler
+from psannlm.runtime.device import describe_device
 
 # Least fractions of a step in which it reads memory, for compiled and plain decoding: with weights of several GB, and
 # of half a GB, which are read in a tenth of a millisecond.

@@ -24,10 +24,11 @@ from psannlm.gpu_suite.checks.rates import (
     rate_measures,
 )
 from psannlm.gpu_suite.context import BASE_NAMES, CheckContext, Shape, Trainer, draw_tokens, dtype_name, micro_batch
+from psannlm.kernels.compiler import has_compiler
 from psannlm.models.accounting import training_memory
 from psannlm.reports.schemas.gpu import CheckResult, Measure
 from psannlm.reports.schemas.measured import Spread
-from psannlm.runtime.device import describe_device, has_compiler
+from psannlm.runtime.device import describe_device
 
 _PASSES_PER_TURN = 10
 _MEMORY_FRACTION = 0.8
