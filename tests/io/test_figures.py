@@ -13,7 +13,7 @@ import matplotlib as mpl
 import pytest
 
 from psannlm.errors import PictureError
-from psannlm.io.figures import render_figure
+from psannlm.io.figures import render_figure, render_formats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Draws a curve in a fresh process, prints what the user's settings are afterwards, and compares the pixels.
 _DRAW = """
 import sys
-from psannlm.io.figures import render_figure
+from psannlm.io.figures import render_figure, render_formats
 
 def draw():
     from matplotlib.figure import Figure
@@ -118,3 +118,28 @@ def test_names_in_a_picture_are_shown_with_their_escapes() -> None:
     (axes,) = drawn[0].axes
     texts = [axes.get_title(), axes.get_yticklabels()[0].get_text(), axes.get_legend().get_texts()[0].get_text()]
     assert texts == ["caf\\xe9\\x1b $x$"] * 3
+
+
+def test_layout_is_solved_once_for_all_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    solve, n_solved, places = ConstrainedLayoutEngine.execute, 0, []
+
+    def counted(engine: ConstrainedLayoutEngine, figure: Figure) -> None:
+        nonlocal n_solved
+        n_solved += 1
+        solve(engine, figure)
+
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", counted)
+    figure = Figure(layout="constrained")
+
+    def draw() -> Figure:
+        axes = figure.subplots()
+        axes.set_ylabel("a label")
+        places.append(axes.get_position().bounds)
+        return figure
+
+    assert len(render_formats(draw, {"svg": {}, "png": {}})) == 2
+    assert n_solved == 1
+    assert figure.axes[0].get_position().bounds != places[0]
