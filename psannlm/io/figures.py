@@ -91,7 +91,7 @@ def render_formats(
 
 
 def _solve_layout(figure: Figure, dpi: float) -> None:
-    """Place the axes of a figure for good: its layout engine would do it twice per format, in a drawing of its own."""
+    """Place the axes of a figure for good; left to Matplotlib, that takes one drawing more for each format."""
     engine = figure.get_layout_engine()
     if engine is not None:
         figure.set_dpi(dpi)

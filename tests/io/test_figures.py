@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import pytest
@@ -120,26 +120,22 @@ def test_names_in_a_picture_are_shown_with_their_escapes() -> None:
     assert texts == ["caf\\xe9\\x1b $x$"] * 3
 
 
-def test_layout_is_solved_once_for_all_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_picture_is_drawn_once_per_format(monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    solve, n_solved, places = ConstrainedLayoutEngine.execute, 0, []
+    draw_figure, n_drawn, figure = Figure.draw, 0, Figure(layout="constrained")
 
-    def counted(engine: ConstrainedLayoutEngine, figure: Figure) -> None:
-        nonlocal n_solved
-        n_solved += 1
-        solve(engine, figure)
-
-    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", counted)
-    figure = Figure(layout="constrained")
+    def counted(*args: Any) -> None:
+        nonlocal n_drawn
+        n_drawn += 1
+        draw_figure(*args)
 
     def draw() -> Figure:
-        axes = figure.subplots()
-        axes.set_ylabel("a label")
-        places.append(axes.get_position().bounds)
+        figure.subplots().set_ylabel("a label")
         return figure
 
-    assert len(render_formats(draw, {"svg": {}, "png": {}})) == 2
-    assert n_solved == 1
-    assert figure.axes[0].get_position().bounds != places[0]
+    monkeypatch.setattr(Figure, "draw", counted)
+    render_formats(draw, {"svg": {}, "png": {}})
+    assert n_drawn == 2
+    label = figure.axes[0].yaxis.label.get_window_extent()
+    assert 0 < label.x0 < label.x1 < figure.axes[0].get_window_extent().x0, "the layout has made space for the label"
