@@ -2,10 +2,13 @@
 
 Fake quantization as in Jacob et al. 2018 (arXiv 1712.05877): an input is replaced by integer · scale, computed in
 floating point, so that the loss is that of an integer product with unquantized weights. The integers are symmetric,
-without a zero point, and rounding is to the nearest, ties to even. Three ways to choose the scale:
+without a zero point, and rounding is to the nearest, ties to even. Four ways to choose the scale:
 
 - ``static``: one scale per tensor (place and layer), from the largest magnitude on calibration windows that are not
   scored. Larger values are clipped.
+- ``static_least_error``: one scale per tensor, that of the least squared error on the calibration windows: what it
+  costs to clip a few large values is weighed against a finer scale for the others (Choukroun et al. 2019, arXiv
+  1902.06822).
 - ``dynamic``: one scale per token, from the largest magnitude of its vector.
 - ``static_known_range``: as ``static``, but the input of the down projection of an ungated, bounded activation gets its
   scale from the bound that follows from the parameters, without calibration: max A for the sine A sin(f z).
@@ -13,27 +16,26 @@ without a zero point, and rounding is to the nearest, ties to even. Three ways t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from psannlm.config.constants import IGNORE_INDEX
 from psannlm.data.windows import Windows
 from psannlm.errors import ConfigError, CorpusError
+from psannlm.evaluation.activation_ranges import MagnitudeHistogram, fake_quantize, known_ranges, largest_integer
 from psannlm.evaluation.loss import Evaluation
 from psannlm.evaluation.matrix_inputs import PLACES, ActivationMoments, MatrixInput, Place, matrix_inputs, visit_inputs
-from psannlm.models.activations import GainedActivation, PhasedSine, SineActivation
-from psannlm.models.mlp import GatedMlp, Mlp
-from psannlm.models.transformer import Block, Transformer
+from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import Precision
 from psannlm.runtime.progress import OnProgress, ProgressCounter, ignore_progress
 
-ScaleKind = Literal["static", "static_known_range", "dynamic"]
+ScaleKind = Literal["static", "static_least_error", "static_known_range", "dynamic"]
 BITS = (2, 16)
 CALIBRATION_TOKENS = 16_384
 # Without a number given, at most this fraction of the windows is taken for calibration.
@@ -110,6 +112,8 @@ class LayerActivations:
         max: largest magnitude. rms: root of the mean square. max_over_rms: their ratio.
         calibrated_max: largest magnitude on the calibration windows, which ``static`` maps to the largest integer.
         known_max: the bound that ``static_known_range`` maps to it; None where nothing is known.
+        least_error_max: for each number of bits, as text, the magnitude that ``static_least_error`` maps to it; empty
+            where the place is not quantized.
     """
 
     layer: int | None
@@ -119,6 +123,7 @@ class LayerActivations:
     rms: float
     calibrated_max: float
     known_max: float | None
+    least_error_max: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -146,50 +151,10 @@ class ActivationQuantization:
     places: list[PlaceActivations]
 
 
-def largest_integer(bits: int) -> int:
-    """Return q = 2^(bits - 1) - 1: the integers are -q to q."""
-    return (1 << (bits - 1)) - 1
-
-
-def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Return ``x`` rounded to the multiples -q to q of ``scale``, ties to the even one; 0 where ``scale`` is 0.
-
-    Args:
-        x: of any shape; computed in float32, or float64 where ``x`` is, and returned in its dtype.
-        scale: float32 or float64 of a shape that broadcasts to that of ``x``, not negative.
-        bits: q is :func:`largest_integer` of it.
-    """
-    wide = x if x.dtype == torch.float64 else x.float()
-    q = largest_integer(bits)
-    integers = (wide / torch.where(scale > 0, scale, 1.0)).round().clamp(-q, q)
-    return (integers * scale).to(x.dtype)
-
-
 def token_scales(x: Tensor, bits: int) -> Tensor:
     """Return the scale (..., 1) of each vector of ``x`` (..., In): its largest magnitude over q."""
     wide = x if x.dtype == torch.float64 else x.float()
     return wide.abs().amax(-1, keepdim=True) / largest_integer(bits)
-
-
-def known_range(mlp: Mlp | GatedMlp) -> float | None:
-    """Return a bound of the magnitude of the down projection's input that holds for any text; None without one.
-
-    Known for ungated sines (max A, times 1 + abs(sin p) with a phase p inside the activation; the decay only shrinks
-    them), tanh and sigmoid, times the largest gain of the output where there are gains.
-    """
-    if isinstance(mlp, GatedMlp):
-        return None
-    activation: nn.Module = mlp.activation
-    bound, gains = torch.ones(()), torch.ones(())
-    if isinstance(activation, GainedActivation):
-        gains, activation = activation.value_of("output_gain").detach(), activation.activation
-    if isinstance(activation, SineActivation):
-        bound = activation.value_of("amplitude").detach()
-        if isinstance(activation, PhasedSine) and activation.has_phase:
-            bound = bound * (1 + torch.sin(activation.value_of("phase").detach()).abs())
-    elif not isinstance(activation, nn.Tanh | nn.Sigmoid):
-        return None
-    return float((bound * gains.to(bound.device)).max())
 
 
 @torch.no_grad()
@@ -215,29 +180,42 @@ def evaluate_quantized(
     inputs = matrix_inputs(model)
     chosen = _chosen(inputs, settings.places)
     n_first = _n_calibration_windows(windows, settings.calibration_tokens)
-    known = _known_ranges(model, chosen)
-    kinds: list[ScaleKind] = ["static", *(["static_known_range"] if known else []), "dynamic"]  # type: ignore[list-item]
+    known = known_ranges(model, chosen)
+    kinds: list[ScaleKind] = ["static", "static_least_error", "dynamic"]
+    if known:
+        kinds.insert(2, "static_known_range")
     n_runs = 1 + len(settings.bits) * len(kinds)
-    n_passes = n_first + n_runs * (len(windows) - n_first)
+    n_passes = 2 * n_first + n_runs * (len(windows) - n_first)
     count = ProgressCounter(on_progress, "evaluating quantized activations", "windows", n_passes)
     runs = _Runs(model, windows, precision, batch_size, count)
     was_training = model.training
     model.eval()
     try:
         calibration = {each: ActivationMoments() for each in inputs}
-        n_calibration, _ = runs.observed(range(n_first), inputs, calibration)
+        n_calibration, _ = runs.observed(range(n_first), calibration)
         _require_all(calibration, n_calibration)
+        histograms = {each: MagnitudeHistogram(calibration[each].largest) for each in chosen}
+        runs.observed(range(n_first), histograms)
+        least_error = {
+            each: {bits: histogram.least_error_range(bits) for bits in settings.bits}
+            for each, histogram in histograms.items()
+        }
         scored = range(n_first, len(windows))
         moments = {each: ActivationMoments() for each in inputs}
-        tokens, nats = runs.observed(scored, inputs, moments)
+        tokens, nats = runs.observed(scored, moments)
         if not tokens:
             raise CorpusError("the windows after the calibration windows hold no token to score; add text")
         maxima = {each: calibration[each].largest for each in chosen}
         unquantized = _as_evaluation(nats, tokens, windows)
         losses = []
         for bits in settings.bits:
+            static: dict[ScaleKind, dict[MatrixInput, float]] = {
+                "static": maxima,
+                "static_least_error": {each: ranges[bits] for each, ranges in least_error.items()},
+                "static_known_range": {**maxima, **known},
+            }
             for kind in kinds:
-                ranges = None if kind == "dynamic" else {**maxima, **(known if kind != "static" else {})}
+                ranges = static.get(kind)
                 with visit_inputs(chosen, partial(_quantized, ranges, bits)):
                     _, quantized_nats = runs.loss(scored)
                 found = _as_evaluation(quantized_nats, tokens, windows)
@@ -245,7 +223,7 @@ def evaluate_quantized(
                 losses.append(QuantizedLoss(bits, kind, found.loss, difference, found.bits_per_byte))
     finally:
         model.train(was_training)
-    places = _by_place(inputs, chosen, moments, calibration, known)
+    places = _by_place(moments, calibration, known, least_error)
     return ActivationQuantization(n_calibration, tokens, unquantized.loss, unquantized.bits_per_byte, losses, places)
 
 
@@ -281,20 +259,6 @@ def _require_all(moments: dict[MatrixInput, ActivationMoments], n_labels: int) -
             f"the model computes {len(missed)} products without a call of their modules, first {where}, so that their "
             "inputs cannot be quantized; give the model as it was loaded, without compiled or replaced parts"
         )
-
-
-def _known_ranges(model: Transformer, chosen: Sequence[MatrixInput]) -> dict[MatrixInput, float]:
-    """Return the known bounds of inputs of down projections: of all layers, or none."""
-    found: dict[MatrixInput, float] = {}
-    for each in chosen:
-        if each.place == "down" and each.layer is not None:
-            block = model.blocks[each.layer]
-            assert isinstance(block, Block)
-            bound = known_range(block.mlp)
-            if bound is None:
-                return {}
-            found[each] = bound
-    return found
 
 
 def _quantized(ranges: dict[MatrixInput, float] | None, bits: int, where: MatrixInput, x: Tensor) -> Tensor:
@@ -336,18 +300,18 @@ class _Runs:
         return n_labels, nats
 
     def observed(
-        self, rows: range, inputs: Sequence[MatrixInput], moments: dict[MatrixInput, ActivationMoments]
+        self, rows: range, found: Mapping[MatrixInput, ActivationMoments | MagnitudeHistogram]
     ) -> tuple[int, float]:
-        """Return the same, and add the inputs at positions with a label to ``moments``: padding does not count."""
+        """Return the same, and add the inputs at positions with a label to ``found``: padding does not count."""
         is_counted: list[Tensor] = []
 
         def remember(labels: Tensor) -> None:
             is_counted[:] = [labels != IGNORE_INDEX]
 
         def observe(where: MatrixInput, x: Tensor) -> None:
-            moments[where].add(x[is_counted[0]])
+            found[where].add(x[is_counted[0]])
 
-        with visit_inputs(inputs, observe):
+        with visit_inputs(list(found), observe):
             return self.loss(rows, remember)
 
 
@@ -356,29 +320,29 @@ def _as_evaluation(nats: float, tokens: int, windows: Windows) -> Evaluation:
 
 
 def _by_place(
-    inputs: Sequence[MatrixInput],
-    chosen: Sequence[MatrixInput],
     moments: dict[MatrixInput, ActivationMoments],
     calibration: dict[MatrixInput, ActivationMoments],
     known: dict[MatrixInput, float],
+    least_error: dict[MatrixInput, dict[int, float]],
 ) -> list[PlaceActivations]:
     found = []
-    for place in dict.fromkeys(each.place for each in inputs):
-        here = [each for each in inputs if each.place == place]
+    for place in dict.fromkeys(each.place for each in moments):
+        here = [each for each in moments if each.place == place]
         layers = [
             LayerActivations(
-                each.layer,
-                moments[each].kurtosis,
-                moments[each].max_over_rms,
-                moments[each].largest,
-                moments[each].rms,
-                calibration[each].largest,
-                known.get(each),
+                layer=each.layer,
+                kurtosis=moments[each].kurtosis,
+                max_over_rms=moments[each].max_over_rms,
+                max=moments[each].largest,
+                rms=moments[each].rms,
+                calibrated_max=calibration[each].largest,
+                known_max=known.get(each),
+                least_error_max={str(bits): largest for bits, largest in least_error.get(each, {}).items()},
             )
             for each in here
         ]
         kurtoses, ratios = [each.kurtosis for each in layers], [each.max_over_rms for each in layers]
-        is_quantized = here[0] in chosen
+        is_quantized = here[0] in least_error
         found.append(
             PlaceActivations(place, is_quantized, fmean(kurtoses), max(kurtoses), fmean(ratios), max(ratios), layers)
         )

@@ -14,14 +14,8 @@ from torch.nn import functional as F
 from psannlm.data.memory_store import store_from_ids
 from psannlm.data.windows import Windows
 from psannlm.errors import ConfigError, CorpusError
-from psannlm.evaluation.activation_quantization import (
-    QuantizationSettings,
-    evaluate_quantized,
-    fake_quantize,
-    known_range,
-    largest_integer,
-    token_scales,
-)
+from psannlm.evaluation.activation_quantization import QuantizationSettings, evaluate_quantized, token_scales
+from psannlm.evaluation.activation_ranges import MagnitudeHistogram, fake_quantize, known_range, largest_integer
 from psannlm.evaluation.loss import evaluate
 from psannlm.evaluation.matrix_inputs import MatrixInput, matrix_inputs, visit_inputs
 from psannlm.models.transformer import Transformer
@@ -125,7 +119,7 @@ def test_static_scale_does_not_depend_on_scored_text(build_tiny: Callable[..., T
     assert [place.kurtosis for place in ours.places] != [place.kurtosis for place in theirs.places]
 
 
-@pytest.mark.parametrize("kind", ["static", "static_known_range"])
+@pytest.mark.parametrize("kind", ["static", "static_least_error", "static_known_range"])
 def test_static_losses_follow_from_the_reported_maxima(kind: str, build_tiny: Callable[..., Transformer]) -> None:
     model, text = build_tiny(mlp="sine"), windows_of(0, 1, 2)
     settings = QuantizationSettings((4,), places=("down",), calibration_tokens=1)
@@ -138,7 +132,11 @@ def test_static_losses_follow_from_the_reported_maxima(kind: str, build_tiny: Ca
             return None
         assert where.layer is not None
         layer = down.layers[where.layer]
-        largest = layer.calibrated_max if kind == "static" else layer.known_max
+        largest = {
+            "static": layer.calibrated_max,
+            "static_least_error": layer.least_error_max["4"],
+            "static_known_range": layer.known_max,
+        }[kind]
         assert largest is not None
         return fake_quantize(x, torch.tensor(largest / 7), 4)
 
@@ -148,6 +146,36 @@ def test_static_losses_follow_from_the_reported_maxima(kind: str, build_tiny: Ca
     (loss,) = (each.loss for each in found.losses if each.scale == kind)
     assert loss == pytest.approx(expected, rel=1e-6)
     assert abs(loss - found.loss) > 1e-5
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("tail", ["normal", "heavy", "bounded"])
+def test_least_error_range_beats_all_others(bits: int, tail: str) -> None:
+    x = torch.randn(50_000, generator=torch.Generator().manual_seed(bits))
+    x = {"normal": x, "heavy": x * (x * 1.5).exp(), "bounded": 2.5 * torch.sin(3 * x)}[tail]
+    largest = float(x.abs().max())
+    histogram = MagnitudeHistogram(largest)
+    for part in x.split(20_000):
+        histogram.add(part.view(-1, 8))
+
+    def error(range_: float) -> float:
+        return float((fake_quantize(x, torch.tensor(range_ / largest_integer(bits)), bits) - x).square().sum())
+
+    found = histogram.least_error_range(bits)
+    others = [error(largest * k / 1000) for k in range(2, 1001)]
+    assert error(found) <= 1.01 * min(others)
+    # What lies in the tail is worth clipping, the edge of a bounded value is not.
+    assert (found < 0.7 * largest) == (tail != "bounded" and bits < 8)
+
+
+def test_least_error_range_of_zeros_and_outlier() -> None:
+    zeros = MagnitudeHistogram(0.0)
+    zeros.add(torch.zeros(3, 4))
+    assert zeros.least_error_range(4) == 0.0
+    outlier = MagnitudeHistogram(100.0)
+    outlier.add(torch.cat([torch.linspace(-1, 1, 10**6), torch.tensor([-100.0])]))
+    assert 1 < outlier.least_error_range(8) < 100
+    assert MagnitudeHistogram(1.0).least_error_range(4) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -180,7 +208,7 @@ def test_unbounded_inputs_have_no_known_range(mlp: str, build_tiny: Callable[...
     model = build_tiny(mlp=mlp)
     assert known_range(model.blocks[0].mlp) is None
     found = evaluate_quantized(model, windows_of(0, 1), QuantizationSettings((8,)), precision=FP32)
-    assert [each.scale for each in found.losses] == ["static", "dynamic"]
+    assert [each.scale for each in found.losses] == ["static", "static_least_error", "dynamic"]
 
 
 def test_reported_tails_are_those_of_captured_inputs(build_tiny: Callable[..., Transformer]) -> None:
@@ -222,7 +250,7 @@ def test_quantized_evaluation_leaves_the_model(fails: bool, build_tiny: Callable
             evaluate_quantized(model, text, settings, precision=FP32)
     else:
         evaluate_quantized(model, text, settings, precision=FP32)
-    assert n_passes == (4 if fails else 5)  # calibration, unquantized, and three ways
+    assert n_passes == (4 if fails else 7)  # calibration twice, unquantized, and four ways
     handle.remove()
     assert model.training
     assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())

@@ -38,6 +38,7 @@ class LayerActivationFigures(Figures):
     rms: OptionalFigure
     calibrated_max: OptionalFigure
     known_max: OptionalFigure
+    least_error_max: dict[str, OptionalFigure] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
