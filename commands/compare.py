@@ -25,9 +25,9 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from psannlm.experiments.document_losses import RunDocuments
     from psannlm.experiments.launchers import Launching
     from psannlm.experiments.lr_selection import Halves
+    from psannlm.experiments.measures.document_losses import RunDocuments
     from psannlm.experiments.model import Study
     from psannlm.experiments.reuse import KeptRun
     from psannlm.reports.page_model import Table
@@ -130,15 +130,16 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Train variants of one configuration at equal size and compare their validation losses, with intervals."""
-    from psannlm.experiments.document_losses import measure_documents
-    from psannlm.experiments.finished_runs import RUNS_FILE, write_finished_runs
+    from psannlm.experiments.finished_runs import RUNS_FILE, Measured, write_finished_runs
     from psannlm.experiments.launchers import choose_launching
     from psannlm.experiments.lr_selection import with_selected_lrs
+    from psannlm.experiments.measures.activation_costs import measure_activations
+    from psannlm.experiments.measures.document_losses import measure_documents
+    from psannlm.experiments.measures.task_accuracy import score_runs
     from psannlm.experiments.plan import load_plan
     from psannlm.experiments.results import study_figures
     from psannlm.experiments.reuse import read_kept_runs, reuse_runs
     from psannlm.experiments.sizing import size_study
-    from psannlm.experiments.task_accuracy import score_runs
     from psannlm.io.run_metadata import require_folder
 
     if no_train and only:
@@ -165,18 +166,25 @@ def compare(
             sized, known = _train(sized, wanted, kept, None if no_train else launching, line)
             answers = score_runs(sized, line.show)
             documents = measure_documents(sized, known, is_kept=not no_train, on_status=line.show)
+            activations = measure_activations(sized, is_kept=not no_train, on_status=line.show)
     if dry_run:
         sized = with_selected_lrs(sized, _half_losses(sized)[0])
         shown = _run_names(sized, wanted)
         reuse_runs(sized, shown, kept, is_dry=True)
         _show_plan(replace(sized, runs=tuple(run for run in sized.runs if run.name in shown)), launching, as_json)
         return
-    figures = study_figures(sized, answers, documents)
+    figures = study_figures(sized, answers, documents, activations)
     n_more = len(settled.settings.also_compare_to) + (3 if settled.settings.answers else 2)
-    n_more += bool(settled.settings.horizons)
+    n_more += bool(settled.settings.horizons) + (2 if settled.settings.activations_bits else 0)
     folder = _publish(figures, n_more, launching, out, as_json)
-    records = {name: found.record for name, found in documents.items() if found.record is not None}
-    write_finished_runs(folder / RUNS_FILE, sized, answers, records)
+    measured = {
+        name: Measured(
+            documents=documents[name].record if name in documents else None,
+            activations=activations[name].record if name in activations else None,
+        )
+        for name in {*documents, *activations}
+    }
+    write_finished_runs(folder / RUNS_FILE, sized, answers, measured)
     if not no_train:
         _refuse_failures(figures)
 
@@ -222,7 +230,7 @@ def _half_losses(
     study: Study, line: LiveLine | None = None, *, is_kept: bool = False
 ) -> tuple[Halves, dict[str, RunDocuments]]:
     """Return the losses that select learning rates with ``choose_on: tune``, and those by document they follow from."""
-    from psannlm.experiments.document_losses import half_losses, measure_documents
+    from psannlm.experiments.measures.document_losses import half_losses, measure_documents
 
     if study.plan.settings.choose_on == "all":
         return None, {}

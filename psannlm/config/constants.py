@@ -19,3 +19,9 @@ TaskPack = Literal[
     "psannlm_algorithmic",
     "psannlm_last_word",
 ]
+
+# Bits of quantized activations, fewest and most.
+ACTIVATION_BITS = (2, 16)
+# Inputs of matrix products with weights. `qkv_features` is the input of a FAN layer before the projections, in models
+# that have one. `gate_up` is the input of the up projection, and of the gate where there is one.
+MatrixPlace = Literal["qkv_features", "qkv", "attention_output", "gate_up", "down", "head"]

@@ -25,7 +25,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from psannlm.config.constants import IGNORE_INDEX
+from psannlm.config.constants import ACTIVATION_BITS, IGNORE_INDEX
 from psannlm.data.windows import Windows
 from psannlm.errors import ConfigError, CorpusError
 from psannlm.evaluation.activation_ranges import MagnitudeHistogram, fake_quantize, known_ranges, largest_integer
@@ -36,7 +36,6 @@ from psannlm.runtime.device import Precision
 from psannlm.runtime.progress import OnProgress, ProgressCounter, ignore_progress
 
 ScaleKind = Literal["static", "static_least_error", "static_known_range", "dynamic"]
-BITS = (2, 16)
 CALIBRATION_TOKENS = 16_384
 # Without a number given, at most this fraction of the windows is taken for calibration.
 _CALIBRATION_FRACTION = 0.25
@@ -61,7 +60,7 @@ class QuantizationSettings:
     calibration_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        low, high = BITS
+        low, high = ACTIVATION_BITS
         wrong = [bits for bits in self.bits if not low <= bits <= high]
         if wrong or not self.bits:
             raise ConfigError(f"activations of {wrong[0] if wrong else 'no'} bits; give numbers from {low} to {high}")
@@ -80,10 +79,10 @@ class QuantizationSettings:
         Raises:
             ConfigError: bits that are not numbers, and as above.
         """
-        numbers = _items(bits)
+        numbers, (low, high) = _items(bits), ACTIVATION_BITS
         for number in numbers:
             if not (number.isascii() and number.isdecimal()):
-                raise ConfigError(f"activations of {number!r} bits; give numbers from {BITS[0]} to {BITS[1]}")
+                raise ConfigError(f"activations of {number!r} bits; give numbers from {low} to {high}")
         named = None if places is None else tuple(cast(Place, place) for place in _items(places))
         return cls(tuple(map(int, numbers)), named, calibration_tokens)
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from psannlm.config.constants import MatrixPlace
 from psannlm.models.mlp import GatedMlp
 from psannlm.models.transformer import Block, Transformer
 
-# `qkv_features` is the input of a FAN layer before the projections, in models that have one. `gate_up` is the input of
-# the up projection, and of the gate where there is one.
-Place = Literal["qkv_features", "qkv", "attention_output", "gate_up", "down", "head"]
+Place = MatrixPlace
 PLACES: tuple[Place, ...] = get_args(Place)
 
 

@@ -17,12 +17,13 @@ from psannlm.display import json_text
 from psannlm.errors import ConfigError
 from psannlm.experiments.model import Study
 from psannlm.experiments.run_state import RunState, read_status
-from psannlm.io.artifact_schema import Figures, Whole, read_figures
+from psannlm.io.artifact_schema import Figure, Figures, OptionalFigure, Whole, read_figures
 from psannlm.io.atomic import is_plain_file, write_text
 from psannlm.io.code_identity import CODE_KEY
 from psannlm.io.limits import MAX_LINE_BYTES, json_values
 from psannlm.io.readers import Unreadable, read_text
 from psannlm.reports.runs import CONFIG_FILE, RunRecord
+from psannlm.reports.schemas.evaluation import QuantizedLossFigures
 from psannlm.reports.schemas.study import AnswerScore
 
 RUNS_FILE = "runs.jsonl"
@@ -41,6 +42,45 @@ class DocumentRecord(Figures):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationTails(Figures):
+    """Kurtosis and largest magnitude over root of the mean square of a matrix input, each the mean over the layers."""
+
+    kurtosis: OptionalFigure
+    max_over_rms: OptionalFigure
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationRecord(Figures):
+    """What quantized activations cost the model of ``step``, whose validation loss is ``val_loss``.
+
+    Attributes:
+        places: the inputs that were quantized; None: all.
+        tokens, loss: scored tokens, and the unquantized loss on them.
+        losses: with quantized inputs, by bits and scale.
+        tails: of the unquantized inputs, by place.
+    """
+
+    step: Whole
+    val_loss: Figure
+    places: list[str] | None
+    tokens: Whole
+    loss: Figure
+    losses: list[QuantizedLossFigures]
+    tails: dict[str, ActivationTails]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Figures):
+    """What was measured with a run's checkpoint after its end; None where it was not."""
+
+    documents: DocumentRecord | None = None
+    activations: ActivationRecord | None = None
+
+
+_NOTHING_MEASURED = Measured()
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinishedRun(Figures):
     """One line of the file.
 
@@ -51,6 +91,7 @@ class FinishedRun(Figures):
         rows: the lines of its ``metrics.jsonl`` with figures.
         answers: its score on the plan's algorithmic task, and which model was scored (``measure`` of the plan).
         documents: its validation losses by document; None where they were not measured.
+        activations: what quantized activations cost it; None where that was not measured.
     """
 
     format: str = _FORMAT
@@ -66,6 +107,12 @@ class FinishedRun(Figures):
     task: str | None = None
     measure: str | None = None
     documents: DocumentRecord | None = None
+    activations: ActivationRecord | None = None
+
+    @property
+    def measured(self) -> Measured:
+        """What was measured after its end."""
+        return Measured(documents=self.documents, activations=self.activations)
 
 
 def finished_run(
@@ -73,7 +120,7 @@ def finished_run(
     answers: AnswerScore | None = None,
     task: str | None = None,
     measure: str | None = None,
-    documents: DocumentRecord | None = None,
+    measured: Measured = _NOTHING_MEASURED,
 ) -> FinishedRun | None:
     """Return the record of a finished run; None if its configuration cannot be read."""
     try:
@@ -94,38 +141,55 @@ def finished_run(
         answers=answers,
         task=task if answers is not None else None,
         measure=measure if answers is not None else None,
-        documents=documents,
+        documents=measured.documents,
+        activations=measured.activations,
     )
 
 
 def write_finished_runs(
-    path: Path, study: Study, answers: Mapping[str, AnswerScore], documents: Mapping[str, DocumentRecord] | None = None
+    path: Path, study: Study, answers: Mapping[str, AnswerScore], measured: Mapping[str, Measured] | None = None
 ) -> None:
-    """Write the finished runs of a study, with scores and losses by document by name, atomically.
+    """Write the finished runs of a study, with scores and what was measured after their end by name, atomically.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    documents = documents or {}
+    measured = measured or {}
     settings = study.plan.settings
     lines = []
     for state in map(read_status, study.runs):
         if state.state == "done" and state.record is not None:
             name = state.run.name
-            score, kept = answers.get(name), documents.get(name)
-            found = finished_run(state.record, score, settings.answers, settings.measure, kept)
+            kept = measured.get(name, _NOTHING_MEASURED)
+            found = finished_run(state.record, answers.get(name), settings.answers, settings.measure, kept)
             lines += [] if found is None else [json_text(found.as_dict()) + "\n"]
     write_text(path, "".join(lines))
 
 
-def add_finished_run(path: Path, state: RunState, documents: DocumentRecord | None = None) -> None:
-    """Add a finished run to ``path``, in place of an earlier line of its name. Raises StorageError if that fails."""
-    found = None if state.record is None else finished_run(state.record, documents=documents)
+def add_finished_run(path: Path, state: RunState, measured: Measured = _NOTHING_MEASURED) -> None:
+    """Add a finished run to ``path``, in place of an earlier line of its name. Raises StorageError if that fails.
+
+    What an earlier line has and ``measured`` lacks is kept: each record says of which model it is.
+    """
+    former = kept_runs(path).get(state.run.name)
+    if former is not None:
+        measured = Measured(
+            documents=measured.documents or former.documents, activations=measured.activations or former.activations
+        )
+    found = None if state.record is None else finished_run(state.record, measured=measured)
     if found is None:
         return
-    former = path.read_text(encoding="utf-8").splitlines(keepends=True) if is_plain_file(path) else []
-    kept = [line for line in former if _name_in(line) != found.run]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if is_plain_file(path) else []
+    kept = [line for line in lines if _name_in(line) != found.run]
     write_text(path, "".join([*kept, json_text(found.as_dict()) + "\n"]))
+
+
+def kept_runs(path: Path) -> dict[str, FinishedRun]:
+    """Return the runs of a study's folder or file by name; none where it is missing or damaged."""
+    try:
+        return {run.run: run for run in read_finished_runs(path)}
+    except ConfigError:
+        return {}
 
 
 def is_own_runs_file(path: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from psannlm.config.base import FileName, Flag, Real, Section, Text, Whole
+from psannlm.config.constants import ACTIVATION_BITS, MatrixPlace
 from psannlm.config.data import DataConfig, PathSource
 from psannlm.config.files import is_prepared
 from psannlm.config.overrides import Origin
@@ -28,6 +29,7 @@ FORMER_VARIANT_KEYS = {"budget_share": "budget_fraction"}
 NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"
 _NAME = re.compile(rf"{NAME_PATTERN}\Z")
 _RATES, _FRACTION = "learning_rates", "budget_fraction"
+_MAY_BE_EMPTY = ("also_compare_to", "horizons", "activations_bits")
 REQUIRED_KEYS = ("base", "variants", "baseline", "budget")
 # Configuration keys that the plan decides for every run, and the plan's key that decides them.
 OWNED_KEYS = {
@@ -92,6 +94,14 @@ class PlanSettings(Section):
         "all",
         description="held-out documents whose losses select the learning rates; tune: one half of them, and every "
         "reported figure is that of the other half, so that trying more learning rates favours no variant",
+    )
+    activations_bits: tuple[Whole, ...] = Field(
+        (),
+        description="bits of quantized activations (2 to 16) whose cost is measured on the held-out text after "
+        "training, as by psannlm eval --activations-bits; empty: not measured",
+    )
+    activations_places: tuple[MatrixPlace, ...] | None = Field(
+        None, description="inputs of matrix products that activations_bits quantizes; null: all of them"
     )
     answers: TaskName | None = Field(
         None, description="algorithmic task of the text; the accuracy on its held-out documents is reported too"
@@ -213,8 +223,8 @@ def _keys() -> list[str]:
 
 
 def _plan_issues(settings: PlanSettings) -> Iterator[ConfigIssue]:
-    for key in ("seeds", "lr_seeds", _RATES, "also_compare_to", "horizons"):
-        values, may_be_empty = getattr(settings, key), key in ("also_compare_to", "horizons")
+    for key in ("seeds", "lr_seeds", _RATES, *_MAY_BE_EMPTY, "activations_places"):
+        values, may_be_empty = getattr(settings, key), key in _MAY_BE_EMPTY
         if values is not None and ((not values and not may_be_empty) or len(set(values)) < len(values)):
             yield ConfigIssue((key,), "empty; give at least one" if not values else "holds a value twice")
     for at, seed in enumerate(settings.lr_seeds or ()):
@@ -242,6 +252,12 @@ def _plan_issues(settings: PlanSettings) -> Iterator[ConfigIssue]:
             limit = "in operations" if settings.budget.tokens is None else f"{settings.budget.tokens:g} tokens"
             message = f"{horizon:g} tokens are not below the budget, which is {limit}; write budget: {{tokens: ...}}"
             yield ConfigIssue(("horizons", at), message)
+    low, high = ACTIVATION_BITS
+    for at, bits in enumerate(settings.activations_bits):
+        if not low <= bits <= high:
+            yield ConfigIssue(("activations_bits", at), f"{bits} bits; give numbers from {low} to {high}")
+    if settings.activations_places is not None and not settings.activations_bits:
+        yield ConfigIssue(("activations_places",), "nothing is quantized without activations_bits; give them too")
     if settings.choose_on == "tune" and settings.measure == "best":
         message = "tune needs measure: final; the best step of a run is selected by the loss of all held-out documents"
         yield ConfigIssue(("choose_on",), message)

@@ -20,6 +20,7 @@ from psannlm.experiments.plan import (
 PLAN_TITLE = "psannlm study plan"
 # Lists that say something by what is in them: empty or with one item twice they are refused.
 _LISTS = {"seeds": 1, "lr_seeds": 1, "learning_rates": 1, "also_compare_to": 0, "horizons": 0}
+_LISTS |= {"activations_bits": 0, "activations_places": 1}
 
 
 def plan_schema() -> Schema:

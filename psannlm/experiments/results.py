@@ -11,8 +11,14 @@ import torch
 
 from psannlm.errors import TrainingError
 from psannlm.experiments.caveats import any_shares_gpu, conditions, notes_of
-from psannlm.experiments.document_losses import RunDocuments, half_losses, reported_documents, with_document_intervals
 from psannlm.experiments.lr_selection import Choice, Halves, choose, reported_row
+from psannlm.experiments.measures.activation_costs import RunActivations, activation_figures
+from psannlm.experiments.measures.document_losses import (
+    RunDocuments,
+    half_losses,
+    reported_documents,
+    with_document_intervals,
+)
 from psannlm.experiments.model import Horizon, SizedVariant, Study, StudyRun
 from psannlm.experiments.run_state import RunState, read_status
 from psannlm.experiments.statistics import paired_difference
@@ -44,11 +50,13 @@ def study_figures(
     study: Study,
     answers: Mapping[str, AnswerScore] | None = None,
     documents: Mapping[str, RunDocuments] | None = None,
+    activations: Mapping[str, RunActivations] | None = None,
 ) -> StudyMetrics:
     """Return all results of a study, from the run folders alone.
 
     ``answers`` are the scores of runs by name, for the text of an algorithmic task (``score_runs``), ``documents``
-    their losses by document (``measure_documents``).
+    their losses by document (``measure_documents``), ``activations`` what quantized ones cost them
+    (``measure_activations``).
 
     Each variant is reported at its best learning rate (``lr_selection.choose``). Differences are paired by seed.
 
@@ -88,6 +96,7 @@ def study_figures(
         horizons=[
             figures for horizon in study.horizons for figures in _horizon_figures(study, horizon, states, halves)
         ],
+        activations=activation_figures(study, chosen, activations or {}),
         curves=[curve for sized in study.variants for curve in _curves(chosen[sized.variant.name], is_shared)],
     )
     return replace(

@@ -17,8 +17,9 @@ from psannlm.config.non_semantic import KEYS_FREE_IN_STUDY
 from psannlm.config.run import config_from_mapping, differences, to_yaml
 from psannlm.display import json_text
 from psannlm.errors import ConfigError
-from psannlm.experiments.document_losses import reported_documents
 from psannlm.experiments.finished_runs import RUNS_FILE, FinishedRun, add_finished_run, read_finished_runs
+from psannlm.experiments.measures.activation_costs import wanted_losses
+from psannlm.experiments.measures.document_losses import reported_documents
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.run_state import read_status
 from psannlm.io.atomic import explain_write_errors, temporary_beside, write_text
@@ -122,6 +123,8 @@ def _differences(study: Study, run: StudyRun, kept: FinishedRun) -> Iterator[str
         expected = (0 if data.val is None else data.val.n_documents) if reported is None else len(reported)
         if kept.answers.n_documents != expected:
             yield f"its answers are those of {kept.answers.n_documents} held-out documents, not of {expected}"
+    if settings.activations_bits and wanted_losses(study, kept.activations) is None:
+        yield "what quantized activations cost it is not recorded for these bits and places"
     if settings.choose_on == "tune" and kept.documents is None:
         yield "its losses by document are not recorded, which choose_on: tune needs"
 
@@ -148,4 +151,4 @@ def _write_folder(study: Study, run: StudyRun, kept: KeptRun) -> None:
         write_json(beside / SYSTEM_FILE, {**kept.run.system, REUSED_KEY: origin})
         write_status(beside, RunStatus.FINISHED)
         os.rename(beside, run.folder)
-    add_finished_run(run.study / RUNS_FILE, read_status(run), kept.run.documents)
+    add_finished_run(run.study / RUNS_FILE, read_status(run), kept.run.measured)

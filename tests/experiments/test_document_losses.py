@@ -18,7 +18,10 @@ from psannlm.data.memory_store import encode_documents as encode_texts
 from psannlm.errors import ConfigError
 from psannlm.evaluation.documents import DocumentLosses, bootstrap_difference
 from psannlm.evaluation.loss import decode_documents as decode_texts
-from psannlm.experiments.document_losses import (
+from psannlm.experiments.finished_runs import RUNS_FILE, Measured, read_finished_runs, write_finished_runs
+from psannlm.experiments.local_launcher import Process
+from psannlm.experiments.lr_selection import with_selected_lrs
+from psannlm.experiments.measures.document_losses import (
     SEED,
     RunDocuments,
     decode_documents,
@@ -28,9 +31,6 @@ from psannlm.experiments.document_losses import (
     reported_documents,
     tuning_documents,
 )
-from psannlm.experiments.finished_runs import RUNS_FILE, read_finished_runs, write_finished_runs
-from psannlm.experiments.local_launcher import Process
-from psannlm.experiments.lr_selection import with_selected_lrs
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.plan import load_plan
 from psannlm.experiments.results import study_figures
@@ -146,7 +146,7 @@ def test_reused_runs_keep_losses_by_document(
 ) -> None:
     report = tmp_path / "report"
     report.mkdir()
-    records = {name: each.record for name, each in documents.items() if each.record is not None}
+    records = {name: Measured(documents=each.record) for name, each in documents.items()}
     write_finished_runs(report / RUNS_FILE, finished, {}, records)
     study = build(tmp_path / "machine", tiny_corpus)
     reuse_runs(study, [run.name for run in study.runs], read_kept_runs([report]))
@@ -188,11 +188,12 @@ def test_kept_losses_of_another_model_are_measured_again(
         assert each.losses is not None
         assert each.record is not None
         others = DocumentLosses(each.losses.nats * 1.1, each.losses.tokens)
-        records[name] = {
+        record = {
             "step": replace(each.record, step=each.record.step - 1),
             "loss": encode_documents(others, each.record.step),
             "damaged": replace(each.record, nats="?"),
         }[fault]
+        records[name] = Measured(documents=record)
     write_finished_runs(study.folder / RUNS_FILE, study, {}, records)
     assert compared(study, measure_documents(study, is_kept=True)) == compared(finished, documents)
     kept = {run.run: run.documents for run in read_finished_runs(study.folder)}

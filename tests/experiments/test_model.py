@@ -23,13 +23,13 @@ from psannlm.experiments.caveats import notes_of
 from psannlm.experiments.gpu_slots import Placement
 from psannlm.experiments.local_launcher import Process, launch
 from psannlm.experiments.lr_selection import choose, with_selected_lrs
+from psannlm.experiments.measures.task_accuracy import score_runs
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.plan import load_plan
 from psannlm.experiments.results import plan_tables, seconds_per_step, study_figures
 from psannlm.experiments.run_state import RunState, read_status
 from psannlm.experiments.runner import run_all
 from psannlm.experiments.sizing import size_study, write_configs
-from psannlm.experiments.task_accuracy import score_runs
 from psannlm.io.artifact_schema import read_figures
 from psannlm.io.readers import read_json
 from psannlm.models.artifact import load_model

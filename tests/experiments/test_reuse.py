@@ -16,6 +16,7 @@ from psannlm.errors import ConfigError
 from psannlm.experiments import reuse
 from psannlm.experiments.finished_runs import RUNS_FILE, read_finished_runs, write_finished_runs
 from psannlm.experiments.local_launcher import Process
+from psannlm.experiments.measures.task_accuracy import score_runs
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.plan import load_plan
 from psannlm.experiments.results import study_figures
@@ -23,7 +24,6 @@ from psannlm.experiments.reuse import read_kept_runs, reuse_runs
 from psannlm.experiments.run_state import read_status
 from psannlm.experiments.runner import run_all
 from psannlm.experiments.sizing import size_study
-from psannlm.experiments.task_accuracy import score_runs
 from psannlm.io.code_identity import CODE_KEY, UNKNOWN_CODE, code_of_run, code_sha256
 from psannlm.reports.runs import read_run
 from psannlm.reports.schemas.study import AnswerScore

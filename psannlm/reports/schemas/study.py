@@ -166,6 +166,57 @@ class HorizonFigures(Figures):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivationCost(Figures):
+    """Increase of a variant's loss by matrix inputs of ``bits`` with one kind of ``scale``, over its seeds."""
+
+    variant: str
+    bits: Whole
+    scale: str
+    cost: Mean
+    cost_by_seed: dict[str, Figure]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationComparison(Figures):
+    """The cost of ``variant`` minus that of ``against``: both at their best static scale, or with dynamic scales."""
+
+    variant: str
+    against: str
+    bits: Whole
+    scale: str
+    against_scale: str
+    difference: PairedDifference | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationInput(Figures):
+    """Kurtosis and largest magnitude over RMS of a variant's unquantized inputs of one place, over its seeds."""
+
+    variant: str
+    place: str
+    kurtosis: Mean | None
+    max_over_rms: Mean | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyActivations(Figures):
+    """What quantized activations cost (``evaluation.activation_quantization``), in nats per token.
+
+    Attributes:
+        places: the inputs that were quantized; None: all.
+        tokens: scored tokens of a run.
+        missing: the runs without figures, with the reason.
+    """
+
+    places: list[str] | None
+    tokens: Whole
+    costs: list[ActivationCost]
+    comparisons: list[ActivationComparison]
+    inputs: list[ActivationInput]
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudyCorpus(Figures):
     """The text of the baseline; ``val_overlap`` as in ``prepare.PreparedData``."""
 
@@ -209,3 +260,4 @@ class StudyMetrics(Figures):
     curves: list[LossCurve]
     comparisons: list[Comparison] = field(default_factory=list)
     horizons: list[HorizonFigures] = field(default_factory=list)
+    activations: StudyActivations | None = None

@@ -18,6 +18,7 @@ from psannlm.reports.schemas.study import (
     StudyMetrics,
     VariantFigures,
 )
+from psannlm.reports.tables.activations import study_activation_tables
 
 NATS = "nats per token"
 COMPARED = "Compared to"
@@ -37,7 +38,8 @@ def study_tables(metrics: StudyMetrics) -> list[Table]:
     tasks = [_tasks(metrics)] if any(variant.tasks for variant in metrics.variants) else []
     details = [_learning_rates(metrics), _parameters(metrics), _runs(metrics)]
     horizons = [_horizons(metrics)] if metrics.horizons else []
-    return [_results(metrics), *differences, *answers, *horizons, *tasks, *details]
+    activations = study_activation_tables(metrics.activations) if metrics.activations is not None else []
+    return [_results(metrics), *differences, *answers, *horizons, *activations, *tasks, *details]
 
 
 def comparisons(metrics: StudyMetrics) -> dict[tuple[str, str], Comparison]:

@@ -14,7 +14,7 @@ from psannlm.data.corpus.documents import Document
 from psannlm.data.memory_store import encode_documents
 from psannlm.data.synthetic.algorithmic import MODULUS, TASKS, TaskName, write_task
 from psannlm.errors import CorpusError
-from psannlm.experiments.task_accuracy import score_answers
+from psannlm.experiments.measures.task_accuracy import score_answers
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.tokenizers.char import CharTokenizer

@@ -8,29 +8,25 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from psannlm.config.run import plan_batches
 from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError
 from psannlm.evaluation.documents import N_RESAMPLES, DocumentLosses, bootstrap_difference, evaluate_documents
-from psannlm.experiments.finished_runs import RUNS_FILE, DocumentRecord, add_finished_run, read_finished_runs
+from psannlm.experiments.finished_runs import RUNS_FILE, DocumentRecord, Measured, add_finished_run, kept_runs
 from psannlm.experiments.lr_selection import Choice, HalfLosses, Halves, choose, score_of
+from psannlm.experiments.measures.measured_models import measured_model, why_no_model
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.run_state import RunState, read_status
 from psannlm.io.atomic import explain_write_errors
 from psannlm.io.lock import RunLock
-from psannlm.models.artifact import load_model
 from psannlm.reports.schemas.measured import BootstrapDifference
 from psannlm.reports.schemas.study import Comparison
 from psannlm.runtime.device import pick_precision
-from psannlm.runtime.distributed import World
-from psannlm.training.checkpoint import BEST, LATEST, read_pointer, step_of
 from psannlm.training.plan import cut_windows
 
 SEED = 0
@@ -99,7 +95,7 @@ def measure_documents(
         StorageError: ``runs.jsonl`` cannot be written, or another process uses the folder.
     """
     states = compared_runs(study)
-    kept = _kept_records(study)
+    kept = {name: run.documents for name, run in kept_runs(study.folder).items()}
     found: dict[str, RunDocuments] = {}
     measured: list[tuple[RunState, DocumentRecord]] = []
     for state in states:
@@ -112,7 +108,7 @@ def measure_documents(
         if record is not None and (known := _matching(study, state.run, record, row)) is not None:
             found[state.run.name] = RunDocuments(known, "", record)
             continue
-        if reason := _why_not(study, state, row["step"]):
+        if reason := why_no_model(study, state, row["step"]):
             found[state.run.name] = RunDocuments(None, reason)
             continue
         on_status(f"losses by document: {state.run.name}")
@@ -126,7 +122,7 @@ def measure_documents(
     if is_kept and measured:
         with RunLock(study.folder, "--study"), explain_write_errors(study.folder):
             for state, record in measured:
-                add_finished_run(study.folder / RUNS_FILE, state, record)
+                add_finished_run(study.folder / RUNS_FILE, state, Measured(documents=record))
     return found
 
 
@@ -187,16 +183,6 @@ def half_losses(study: Study, documents: Mapping[str, RunDocuments]) -> Halves:
     return found
 
 
-def _kept_records(study: Study) -> dict[str, DocumentRecord]:
-    """Return the records in the study's folder; those of a damaged file are measured again."""
-    if not (study.folder / RUNS_FILE).is_file():
-        return {}
-    try:
-        return {run.run: run.documents for run in read_finished_runs(study.folder) if run.documents is not None}
-    except ConfigError:
-        return {}
-
-
 def _matching(study: Study, run: StudyRun, record: DocumentRecord, row: Mapping[str, float]) -> DocumentLosses | None:
     """Return the losses of a record if they are those of validation ``row`` on the present text."""
     losses = decode_documents(record)
@@ -211,33 +197,13 @@ def _document_tokens(study: Study, run: StudyRun) -> NDArray[np.int64]:
     return np.diff(store.starts(0, store.n_documents + 1)) - 1
 
 
-def _why_not(study: Study, state: RunState, step: int) -> str:
-    """Return why the losses of a run cannot be measured here; empty if they can."""
-    record = state.record
-    assert record is not None
-    folder = _checkpoint(study, state.run)
-    if folder is None:
-        return "the report it was reused from has none" if record.origin else "its checkpoint is gone"
-    if step_of(folder) != step:
-        return f"its checkpoint is that of step {step_of(folder)}, not {step}"
-    if record.system.get("gpus") and state.run.config.train.device != "cpu" and not torch.cuda.is_available():
-        return "it was trained on a GPU, and there is none here; use --no-train on a machine with one"
-    return ""
-
-
-def _checkpoint(study: Study, run: StudyRun) -> Path | None:
-    return read_pointer(run.folder, BEST if study.plan.settings.measure == "best" else LATEST)
-
-
 def _evaluate(study: Study, run: StudyRun) -> DocumentLosses:
     """Return the losses of a run's measured checkpoint, in the precision and windows of its validations."""
-    folder, data = _checkpoint(study, run), study.data[run.variant.variant.config.data]
-    assert folder is not None
+    data = study.data[run.variant.variant.config.data]
     assert data.val is not None
-    wanted = run.config.train.device
-    device = World().pick_device("auto" if wanted.startswith("cuda") else wanted)
+    model, device = measured_model(study, run)
     return evaluate_documents(
-        load_model(folder).model.to(device),
+        model,
         cut_windows(run.config, data.val, data.tokenizer),
         precision=pick_precision(run.config.train.amp, device),
         batch_size=plan_batches(run.config).micro_batch_size,

@@ -10,7 +10,7 @@ from psannlm.data.stream import Stream
 from psannlm.data.synthetic.algorithmic import TASKS
 from psannlm.data.windows import Windows
 from psannlm.errors import CorpusError
-from psannlm.experiments.document_losses import reported_documents
+from psannlm.experiments.measures.document_losses import reported_documents
 from psannlm.experiments.model import Study
 from psannlm.experiments.run_state import read_status
 from psannlm.io.artifact_schema import read_figures
