@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from psannlm.config.run import load_config
 from psannlm.errors import ConfigError
 from psannlm.evaluation.activation_quantization import QuantizationSettings, evaluate_quantized
 from psannlm.experiments.finished_runs import (
@@ -21,7 +20,6 @@ from psannlm.experiments.finished_runs import (
     kept_runs,
     write_finished_runs,
 )
-from psannlm.experiments.local_launcher import Process
 from psannlm.experiments.lr_selection import choose
 from psannlm.experiments.measures import activation_costs
 from psannlm.experiments.measures.activation_costs import RunActivations, activation_figures, measure_activations
@@ -39,7 +37,8 @@ from psannlm.reports.tables.study import study_tables
 from psannlm.runtime.device import pick_device, pick_precision
 from psannlm.training.checkpoint import LATEST, read_pointer
 from psannlm.training.plan import cut_windows
-from psannlm.training.run import train
+
+from .conftest import spare_disk, train_here
 
 BASE = """\
 model: {{base: transformer, d_model: 16, n_layers: 1, n_heads: 2, mlp: swiglu}}
@@ -65,19 +64,6 @@ variants:
 """
 
 
-class Ended:
-    def poll(self) -> int | None:
-        return 0
-
-    def terminate(self) -> None:
-        raise AssertionError("no process is active")
-
-
-def train_here(run: StudyRun, environment: Mapping[str, str]) -> Process:
-    train(load_config(run.config_path))
-    return Ended()
-
-
 def build(root: Path, corpus: Path, old: str = "", new: str = "") -> Study:
     """Return the study of the plan with ``old`` replaced in it, in a new machine's folder."""
     root.mkdir(exist_ok=True)
@@ -90,8 +76,7 @@ def build(root: Path, corpus: Path, old: str = "", new: str = "") -> Study:
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Study:
     """Return a study whose four runs were trained."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("psannlm.training.run.draw_curve", lambda folder, title, rows: folder / "loss_curve.png")
-        patch.setattr("os.fsync", lambda handle: None)
+        spare_disk(patch)
         study = build(tmp_path_factory.mktemp("finished"), tiny_corpus)
         run_all(study, launcher=train_here)
     return study

@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psannlm.config.run import load_config
 from psannlm.data.corpus.documents import Document
 from psannlm.data.memory_store import encode_documents as encode_texts
 from psannlm.errors import ConfigError
 from psannlm.evaluation.documents import DocumentLosses, bootstrap_difference
 from psannlm.evaluation.loss import decode_documents as decode_texts
 from psannlm.experiments.finished_runs import RUNS_FILE, Measured, read_finished_runs, write_finished_runs
-from psannlm.experiments.local_launcher import Process
 from psannlm.experiments.lr_selection import with_selected_lrs
 from psannlm.experiments.measures.document_losses import (
     SEED,
@@ -31,7 +29,7 @@ from psannlm.experiments.measures.document_losses import (
     reported_documents,
     tuning_documents,
 )
-from psannlm.experiments.model import Study, StudyRun
+from psannlm.experiments.model import Study
 from psannlm.experiments.plan import load_plan
 from psannlm.experiments.results import study_figures
 from psannlm.experiments.reuse import read_kept_runs, reuse_runs
@@ -39,7 +37,8 @@ from psannlm.experiments.runner import run_all
 from psannlm.experiments.sizing import size_study
 from psannlm.reports.schemas.study import Comparison
 from psannlm.reports.tables.study import COMPARED, study_tables
-from psannlm.training.run import train
+
+from .conftest import spare_disk, train_here
 
 BASE = """\
 model: {{base: transformer, d_model: 16, n_layers: 1, n_heads: 2, mlp: swiglu}}
@@ -62,19 +61,6 @@ variants:
 """
 
 
-class Ended:
-    def poll(self) -> int | None:
-        return 0
-
-    def terminate(self) -> None:
-        raise AssertionError("no process is active")
-
-
-def train_here(run: StudyRun, environment: Mapping[str, str]) -> Process:
-    train(load_config(run.config_path))
-    return Ended()
-
-
 def build(root: Path, corpus: Path, more: str = "") -> Study:
     """Return the study of the plan, with ``more`` keys, in a new machine's folder."""
     root.mkdir(exist_ok=True)
@@ -87,8 +73,7 @@ def build(root: Path, corpus: Path, more: str = "") -> Study:
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Study:
     """Return a study whose six runs were trained."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("psannlm.training.run.draw_curve", lambda folder, title, rows: folder / "loss_curve.png")
-        patch.setattr("os.fsync", lambda handle: None)
+        spare_disk(patch)
         study = build(tmp_path_factory.mktemp("finished"), tiny_corpus)
         run_all(study, launcher=train_here)
     return study

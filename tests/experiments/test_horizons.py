@@ -26,6 +26,8 @@ from psannlm.training.checkpoint import list_checkpoints, read_optimizer, read_s
 from psannlm.training.metrics import read_metrics
 from psannlm.training.run import train
 
+from .conftest import Ended, spare_disk
+
 BASE = """\
 model: {{base: transformer, d_model: 16, n_layers: 1, n_heads: 2, mlp: swiglu, dropout: 0.1}}
 data:
@@ -49,14 +51,6 @@ variants: {swiglu: null}
 """
 
 
-class Ended:
-    def poll(self) -> int | None:
-        return 0
-
-    def terminate(self) -> None:
-        raise AssertionError("no process is active")
-
-
 def train_here(run: StudyRun, environment: Mapping[str, str]) -> Process:
     train(load_config(run.config_path), resume=str(branch_off(run) or "auto"))
     return Ended()
@@ -64,8 +58,7 @@ def train_here(run: StudyRun, environment: Mapping[str, str]) -> Process:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.training.run.draw_curve", lambda folder, title, rows: folder / "loss_curve.png")
-    monkeypatch.setattr("os.fsync", lambda handle: None)
+    spare_disk(monkeypatch)
 
 
 def build(root: Path, corpus: Path, old: str = "", new: str = "") -> Study:

@@ -44,6 +44,8 @@ from psannlm.training.plan import build_loader
 from psannlm.training.run import train
 from psannlm.training.run_folder import RunStatus, write_status
 
+from .conftest import Ended, spare_disk, train_here
+
 KEPT = Path(__file__).parents[2] / "reports/published/ablations/20261125_195206/metrics.json"
 BASE = """\
 model: {{base: transformer, d_model: 16, n_layers: 1, n_heads: 2, mlp: swiglu}}
@@ -67,32 +69,9 @@ variants:
 """
 
 
-class Ended:
-    """A process that has ended."""
-
-    def __init__(self, code: int) -> None:
-        self._code = code
-
-    def poll(self) -> int | None:
-        return self._code
-
-    def terminate(self) -> None:
-        raise AssertionError("no process is active")
-
-
-def train_here(run: StudyRun, environment: Mapping[str, str]) -> Process:
-    train(load_config(run.config_path))
-    return Ended(0)
-
-
-def patch_slow_parts(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("psannlm.training.run.draw_curve", lambda folder, title, rows: folder / "loss_curve.png")
-    patch.setattr("os.fsync", lambda handle: None)
-
-
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    patch_slow_parts(monkeypatch)
+    spare_disk(monkeypatch)
 
 
 def build_study(
@@ -121,7 +100,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Stu
     """Return a study whose six runs were trained without interruption."""
     root = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch_slow_parts(patch)
+        spare_disk(patch)
         study = build_study(root, tiny_corpus, "baseline: swiglu", "baseline: swiglu\nalso_compare_to: [sine]")
         run_all(study, launcher=train_here)
     return study

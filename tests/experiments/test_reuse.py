@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from psannlm.config.run import load_config
 from psannlm.errors import ConfigError
 from psannlm.experiments import reuse
 from psannlm.experiments.finished_runs import RUNS_FILE, read_finished_runs, write_finished_runs
@@ -27,7 +26,8 @@ from psannlm.experiments.sizing import size_study
 from psannlm.io.code_identity import CODE_KEY, UNKNOWN_CODE, code_of_run, code_sha256
 from psannlm.reports.runs import read_run
 from psannlm.reports.schemas.study import AnswerScore
-from psannlm.training.run import train
+
+from .conftest import Ended, spare_disk, train_here
 
 BASE = """\
 model: {{base: transformer, d_model: 16, n_layers: 1, n_heads: 2, mlp: swiglu}}
@@ -49,21 +49,6 @@ variants: {swiglu: null}
 """
 
 
-class Ended:
-    """A process that has ended."""
-
-    def poll(self) -> int | None:
-        return 0
-
-    def terminate(self) -> None:
-        raise AssertionError("no process is active")
-
-
-def train_here(run: StudyRun, environment: Mapping[str, str]) -> Process:
-    train(load_config(run.config_path))
-    return Ended()
-
-
 def refuse(run: StudyRun, environment: Mapping[str, str]) -> Process:
     raise AssertionError(f"{run.name} was finished elsewhere")
 
@@ -81,8 +66,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Stu
     """Return a study whose two runs were trained, with its report in ``report`` beside it."""
     root = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("psannlm.training.run.draw_curve", lambda folder, title, rows: folder / "loss_curve.png")
-        patch.setattr("os.fsync", lambda handle: None)
+        spare_disk(patch)
         study = build(root, tiny_corpus)
         run_all(study, launcher=train_here)
         (root / "report").mkdir()
