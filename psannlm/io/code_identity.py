@@ -11,8 +11,18 @@ from typing import Any
 # Key of ``system.json``: the hashes of all code that trained the run, in order; a resumed run may have several.
 CODE_KEY = "code_sha256"
 UNKNOWN_CODE = "unknown"
-# Reports, exports and the command line change no loss. The configuration is compared by its values.
-_SOURCES = ("data", "evaluation", "kernels", "models", "runtime/device.py", "tokenizers", "training")
+# Reports, exports and the command line change no loss, nor does what is measured after training. The configuration is
+# compared by its values.
+_SOURCES = (
+    "data",
+    "evaluation/loss.py",
+    "evaluation/tasks",
+    "kernels",
+    "models",
+    "runtime/device.py",
+    "tokenizers",
+    "training",
+)
 
 
 def code_sha256() -> str:
