@@ -164,7 +164,7 @@ def compare(
         sized = size_study(settled, study or DEFAULT_RUNS / settled.name)
         if not dry_run:
             sized, known = _train(sized, wanted, kept, None if no_train else launching, line)
-            answers = score_runs(sized, line.show)
+            answers = score_runs(sized, line.show, is_kept=not no_train)
             documents = measure_documents(sized, known, is_kept=not no_train, on_status=line.show)
             activations = measure_activations(sized, is_kept=not no_train, on_status=line.show)
     if dry_run:
@@ -179,12 +179,15 @@ def compare(
     folder = _publish(figures, n_more, launching, out, as_json)
     measured = {
         name: Measured(
+            answers=answers.get(name),
+            task=settled.settings.answers if name in answers else None,
+            measure=settled.settings.measure if name in answers else None,
             documents=documents[name].record if name in documents else None,
             activations=activations[name].record if name in activations else None,
         )
-        for name in {*documents, *activations}
+        for name in {*answers, *documents, *activations}
     }
-    write_finished_runs(folder / RUNS_FILE, sized, answers, measured)
+    write_finished_runs(folder / RUNS_FILE, sized, measured)
     if not no_train:
         _refuse_failures(figures)
 

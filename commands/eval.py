@@ -132,7 +132,7 @@ CalibrationTokensOption = Annotated[
         "--activations-calibration-tokens",
         metavar="N",
         min=1,
-        help="Tokens at the beginning of the text that determine the static scales of --activations-bits and are not "
+        help="Tokens, spread over the text, that determine the static scales of --activations-bits and are not "
         "scored with it, rounded up to whole windows. Default: 16384, at most a quarter of the text.",
     ),
 ]

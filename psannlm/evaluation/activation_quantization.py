@@ -17,7 +17,7 @@ without a zero point, and rounding is to the nearest, ties to even. Four ways to
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 from typing import Literal, cast
@@ -48,8 +48,8 @@ class QuantizationSettings:
     Attributes:
         bits: numbers of bits, each evaluated in every way.
         places: whose inputs are quantized; None: every place of the model.
-        calibration_tokens: tokens at the beginning of the text that determine the static scales, rounded up to whole
-            windows; None: ``CALIBRATION_TOKENS``, at most a quarter of the text.
+        calibration_tokens: tokens, spread over the text, that determine the static scales, rounded up to whole windows;
+            None: ``CALIBRATION_TOKENS``, at most a quarter of the text.
 
     Raises:
         ConfigError: no bits, bits out of range, an unknown place, or no calibration tokens.
@@ -163,10 +163,14 @@ def evaluate_quantized(
     settings: QuantizationSettings,
     *,
     precision: Precision,
+    calibration: Windows | None = None,
     batch_size: int = 16,
     on_progress: OnProgress = ignore_progress,
 ) -> ActivationQuantization:
-    """Return the losses of ``model`` with quantized activations over the windows that follow the calibration windows.
+    """Return the losses of ``model`` with quantized activations.
+
+    Static scales are calibrated on windows at equal distances in ``calibration``, and all ``windows`` are scored;
+    without it they are calibrated on some of ``windows``, and the others are scored.
 
     Weights, biases and everything between the products keep their precision. Bits per byte use the tokens per byte of
     the whole text. ``model`` is unchanged afterwards, also after an error, and keeps its mode.
@@ -178,33 +182,33 @@ def evaluate_quantized(
     """
     inputs = matrix_inputs(model)
     chosen = _chosen(inputs, settings.places)
-    n_first = _n_calibration_windows(windows, settings.calibration_tokens)
+    calibrating, scored = _split(windows, calibration, settings.calibration_tokens)
     known = known_ranges(model, chosen)
     kinds: list[ScaleKind] = ["static", "static_least_error", "dynamic"]
     if known:
         kinds.insert(2, "static_known_range")
     n_runs = 1 + len(settings.bits) * len(kinds)
-    n_passes = 2 * n_first + n_runs * (len(windows) - n_first)
+    n_passes = 2 * len(calibrating) + n_runs * len(scored)
     count = ProgressCounter(on_progress, "evaluating quantized activations", "windows", n_passes)
     runs = _Runs(model, windows, precision, batch_size, count)
+    calibration_runs = runs if calibration is None else replace(runs, windows=calibration)
     was_training = model.training
     model.eval()
     try:
-        calibration = {each: ActivationMoments() for each in inputs}
-        n_calibration, _ = runs.observed(range(n_first), calibration)
-        _require_all(calibration, n_calibration)
-        histograms = {each: MagnitudeHistogram(calibration[each].largest) for each in chosen}
-        runs.observed(range(n_first), histograms)
+        seen = {each: ActivationMoments() for each in inputs}
+        n_calibration, _ = calibration_runs.observed(calibrating, seen)
+        _require_all(seen, n_calibration)
+        histograms = {each: MagnitudeHistogram(seen[each].largest) for each in chosen}
+        calibration_runs.observed(calibrating, histograms)
         least_error = {
             each: {bits: histogram.least_error_range(bits) for bits in settings.bits}
             for each, histogram in histograms.items()
         }
-        scored = range(n_first, len(windows))
         moments = {each: ActivationMoments() for each in inputs}
         tokens, nats = runs.observed(scored, moments)
         if not tokens:
-            raise CorpusError("the windows after the calibration windows hold no token to score; add text")
-        maxima = {each: calibration[each].largest for each in chosen}
+            raise CorpusError("the windows besides those for calibration hold no token to score; add text")
+        maxima = {each: seen[each].largest for each in chosen}
         unquantized = _as_evaluation(nats, tokens, windows)
         losses = []
         for bits in settings.bits:
@@ -222,7 +226,7 @@ def evaluate_quantized(
                 losses.append(QuantizedLoss(bits, kind, found.loss, difference, found.bits_per_byte))
     finally:
         model.train(was_training)
-    places = _by_place(moments, calibration, known, least_error)
+    places = _by_place(moments, seen, known, least_error)
     return ActivationQuantization(n_calibration, tokens, unquantized.loss, unquantized.bits_per_byte, losses, places)
 
 
@@ -234,8 +238,22 @@ def _chosen(inputs: Sequence[MatrixInput], places: Sequence[Place] | None) -> li
     return [each for each in inputs if places is None or each.place in places]
 
 
-def _n_calibration_windows(windows: Windows, tokens: int | None) -> int:
+def _split(
+    windows: Windows, calibration: Windows | None, calibration_tokens: int | None
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the numbers of the windows for calibration, at equal distances, and of those to score."""
+    source = windows if calibration is None else calibration
+    n = _n_calibration_windows(source, calibration_tokens, keeps_some=calibration is None)
+    calibrating = [at * len(source) // n for at in range(n)]
+    if calibration is not None:
+        return calibrating, range(len(windows))
+    return calibrating, sorted(set(range(len(windows))) - set(calibrating))
+
+
+def _n_calibration_windows(windows: Windows, tokens: int | None, *, keeps_some: bool) -> int:
     n_windows = -(-(tokens or CALIBRATION_TOKENS) // windows.seq_len)
+    if not keeps_some:
+        return min(n_windows, len(windows))
     if tokens is None:
         n_windows = max(1, min(n_windows, int(len(windows) * _CALIBRATION_FRACTION)))
     if n_windows >= len(windows):
@@ -269,7 +287,7 @@ def _quantized(ranges: dict[MatrixInput, float] | None, bits: int, where: Matrix
 
 @dataclass(frozen=True)
 class _Runs:
-    """Passes of a model over ranges of windows."""
+    """Passes of a model over some of the windows."""
 
     model: Transformer
     windows: Windows
@@ -277,11 +295,11 @@ class _Runs:
     batch_size: int
     count: ProgressCounter
 
-    def loss(self, rows: range, on_labels: Callable[[Tensor], None] | None = None) -> tuple[int, float]:
+    def loss(self, rows: Sequence[int], on_labels: Callable[[Tensor], None] | None = None) -> tuple[int, float]:
         """Return the number of labels and their summed cross-entropy; ``on_labels`` gets those of each pass before."""
         n_labels, nats, device = 0, 0.0, self.precision.device
-        for start in range(rows.start, rows.stop, self.batch_size):
-            batch = range(start, min(start + self.batch_size, rows.stop))
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
             input_ids, labels = self.windows.batch(batch)
             positions = self.windows.document_positions(batch)
             labels = labels.to(device)
@@ -299,7 +317,7 @@ class _Runs:
         return n_labels, nats
 
     def observed(
-        self, rows: range, found: Mapping[MatrixInput, ActivationMoments | MagnitudeHistogram]
+        self, rows: Sequence[int], found: Mapping[MatrixInput, ActivationMoments | MagnitudeHistogram]
     ) -> tuple[int, float]:
         """Return the same, and add the inputs at positions with a label to ``found``: padding does not count."""
         is_counted: list[Tensor] = []

@@ -8,12 +8,13 @@ from typing import Any
 from psannlm.experiments.lr_selection import Choice
 from psannlm.experiments.model import Study
 from psannlm.experiments.run_state import RunState
+from psannlm.io.code_identity import CODE_KEY
 from psannlm.io.readers import flatten
 from psannlm.io.run_metadata import GPU_IS_SHARED
 from psannlm.models.accounting import WIDTH_TOLERANCE
 
 # Keys of a run's system.json that may explain a difference that is not due to the models.
-_CONDITIONS = ("commit", "processor", "threads", "packages.torch")
+_CONDITIONS = ("commit", CODE_KEY, "processor", "threads", "packages.torch")
 _MUCH_OVERLAP = 0.01
 _UNSTEADY = 0.1
 _MOST_NAMED = 6
@@ -25,16 +26,24 @@ def notes_of(study: Study, chosen: Mapping[str, Choice], states: Sequence[RunSta
 
 
 def conditions(states: Sequence[RunState]) -> dict[str, dict[str, int]]:
-    """Count the finished runs by commit, processor, threads and torch version."""
+    """Count the finished runs by commit, hashes of the code that trained them, processor, threads and torch version."""
     counts: dict[str, dict[str, int]] = {key: {} for key in _CONDITIONS}
     for state in states:
         if state.state == "done" and state.record is not None:
             system: Mapping[str, Any] = flatten(state.record.system)
             for key, found in counts.items():
-                value = str(system.get(key, "unknown"))
-                value = value[:12] if key == "commit" else value
+                value = _shortened(key, state.record.system.get(key) if key == CODE_KEY else system.get(key))
                 found[value] = found.get(value, 0) + 1
     return counts
+
+
+def _shortened(key: str, value: object) -> str:
+    if key == CODE_KEY:
+        # Several where a run was resumed under changed code.
+        return " then ".join(str(each)[:12] for each in value) if isinstance(value, list) and value else "unknown"
+    text = "unknown" if value is None else str(value)
+    # A commit ends with + if files were modified.
+    return text[:12] + "+" * text.endswith("+") if key == "commit" else text
 
 
 def any_shares_gpu(states: Sequence[RunState]) -> bool:
@@ -49,8 +58,8 @@ def _of_losses(study: Study, chosen: Mapping[str, Choice]) -> Iterator[str]:
     yield f"Validation loss {where}, mean over seeds; differences are paired by seed."
     if settings.choose_on == "tune":
         yield (
-            "Losses, answers and intervals are those of one half of the held-out documents (choose_on: tune); loss "
-            "curves and token ratios are those of all of them."
+            "Losses, answers and their intervals are those of one half of the held-out documents (choose_on: tune); "
+            "loss curves, token ratios and costs of quantized activations are those of all of them."
         )
     if len(settings.seeds) == 1:
         yield "One seed: there is no interval, and no conclusion."
@@ -59,7 +68,11 @@ def _of_losses(study: Study, chosen: Mapping[str, Choice]) -> Iterator[str]:
         if settings.lr_seeds is not None and len(settings.lr_seeds) < len(settings.seeds):
             seeds = f", of seed {', '.join(map(str, settings.lr_seeds))} only"
         by = "these losses" if settings.choose_on == "all" else "the losses of the other half of the held-out documents"
-        favours = ", which favours variants that tried more of them" if settings.choose_on == "all" else ""
+        favours = (
+            ", and the seeds that selected do not count"
+            if settings.report_seeds == "others"
+            else ", and the seeds that selected count too, which favours variants that tried more of them"
+        )
         yield f"Learning rates were selected by {by}{seeds}{favours}."
     if edges := [name for name, choice in chosen.items() if choice.edge in ("lowest", "highest")]:
         yield f"Best learning rate at the edge of its grid: {', '.join(edges)}; extend the grid."

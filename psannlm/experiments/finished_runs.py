@@ -5,6 +5,7 @@ It is written beside ``study.json`` as runs end, and into every report, and is a
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,10 @@ from psannlm.errors import ConfigError
 from psannlm.experiments.model import Study
 from psannlm.experiments.run_state import RunState, read_status
 from psannlm.io.artifact_schema import Figure, Figures, OptionalFigure, Whole, read_figures
-from psannlm.io.atomic import is_plain_file, write_text
-from psannlm.io.code_identity import CODE_KEY
+from psannlm.io.atomic import explain_write_errors, is_plain_file, write_text
+from psannlm.io.code_identity import CODE_KEY, sources_sha256
 from psannlm.io.limits import MAX_LINE_BYTES, json_values
+from psannlm.io.lock import RunLock
 from psannlm.io.readers import Unreadable, read_text
 from psannlm.reports.runs import CONFIG_FILE, RunRecord
 from psannlm.reports.schemas.evaluation import QuantizedLossFigures
@@ -33,10 +35,19 @@ _MOST_VALUES = 2 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentRecord(Figures):
-    """Validation losses by document of the model of ``step``, as ``document_losses.encode_documents`` packs them."""
+class Origin(Figures):
+    """Of which model figures are, and by which code: see :func:`origin_of`. Empty: not recorded."""
 
     step: Whole
+    log_sha256: str = ""
+    code_sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentRecord(Figures):
+    """Validation losses by document of a model, as ``document_losses.encode_documents`` packs them."""
+
+    origin: Origin
     nats: str
     tokens: str
 
@@ -51,7 +62,7 @@ class ActivationTails(Figures):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationRecord(Figures):
-    """What quantized activations cost the model of ``step``, whose validation loss is ``val_loss``.
+    """What quantized activations cost a model.
 
     Attributes:
         places: the inputs that were quantized; None: all.
@@ -60,8 +71,7 @@ class ActivationRecord(Figures):
         tails: of the unquantized inputs, by place.
     """
 
-    step: Whole
-    val_loss: Figure
+    origin: Origin
     places: list[str] | None
     tokens: Whole
     loss: Figure
@@ -71,8 +81,15 @@ class ActivationRecord(Figures):
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Figures):
-    """What was measured with a run's checkpoint after its end; None where it was not."""
+    """What was measured with a run's checkpoint after its end; None where it was not.
 
+    Attributes:
+        answers: its score on ``task``, and which model was scored (``measure`` of the plan).
+    """
+
+    answers: AnswerScore | None = None
+    task: str | None = None
+    measure: str | None = None
     documents: DocumentRecord | None = None
     activations: ActivationRecord | None = None
 
@@ -112,23 +129,37 @@ class FinishedRun(Figures):
     @property
     def measured(self) -> Measured:
         """What was measured after its end."""
-        return Measured(documents=self.documents, activations=self.activations)
+        return Measured(
+            answers=self.answers,
+            task=self.task,
+            measure=self.measure,
+            documents=self.documents,
+            activations=self.activations,
+        )
 
 
-def finished_run(
-    record: RunRecord,
-    answers: AnswerScore | None = None,
-    task: str | None = None,
-    measure: str | None = None,
-    measured: Measured = _NOTHING_MEASURED,
-) -> FinishedRun | None:
+def origin_of(record: RunRecord, step: int) -> Origin:
+    """Return the origin of figures that are measured now, of the model of ``step`` of a run.
+
+    It has hashes of the run's log, which no other training of the same configuration repeats, times included, and of
+    the code of ``psannlm.evaluation``.
+    """
+    log = hashlib.sha256(json_text(_rows(record)).encode("utf-8")).hexdigest()
+    return Origin(step=step, log_sha256=log, code_sha256=sources_sha256(("evaluation",)))
+
+
+def _rows(record: RunRecord) -> list[dict[str, Any]]:
+    rows = [*record.train_rows, *record.eval_rows, *record.task_rows]
+    return sorted(rows, key=lambda row: (int(row["step"]), str(row["kind"])))
+
+
+def finished_run(record: RunRecord, measured: Measured = _NOTHING_MEASURED) -> FinishedRun | None:
     """Return the record of a finished run; None if its configuration cannot be read."""
     try:
         config = load_config(record.folder / CONFIG_FILE, check_files=False)
     except ConfigError:
         return None
     code = record.system.get(CODE_KEY)
-    rows = [*record.train_rows, *record.eval_rows, *record.task_rows]
     return FinishedRun(
         run=record.name,
         config=config.model_dump(mode="json"),
@@ -137,31 +168,26 @@ def finished_run(
         code=[str(each) for each in code] if isinstance(code, list) else [],
         parameters=record.parameters,
         system=dict(record.system),
-        rows=sorted(rows, key=lambda row: int(row["step"])),
-        answers=answers,
-        task=task if answers is not None else None,
-        measure=measure if answers is not None else None,
+        rows=_rows(record),
+        answers=measured.answers,
+        task=measured.task,
+        measure=measured.measure,
         documents=measured.documents,
         activations=measured.activations,
     )
 
 
-def write_finished_runs(
-    path: Path, study: Study, answers: Mapping[str, AnswerScore], measured: Mapping[str, Measured] | None = None
-) -> None:
-    """Write the finished runs of a study, with scores and what was measured after their end by name, atomically.
+def write_finished_runs(path: Path, study: Study, measured: Mapping[str, Measured] | None = None) -> None:
+    """Write the finished runs of a study, with what was measured after their end by name, atomically.
 
     Raises:
         StorageError: the file cannot be written.
     """
     measured = measured or {}
-    settings = study.plan.settings
     lines = []
     for state in map(read_status, study.runs):
         if state.state == "done" and state.record is not None:
-            name = state.run.name
-            kept = measured.get(name, _NOTHING_MEASURED)
-            found = finished_run(state.record, answers.get(name), settings.answers, settings.measure, kept)
+            found = finished_run(state.record, measured.get(state.run.name, _NOTHING_MEASURED))
             lines += [] if found is None else [json_text(found.as_dict()) + "\n"]
     write_text(path, "".join(lines))
 
@@ -169,14 +195,19 @@ def write_finished_runs(
 def add_finished_run(path: Path, state: RunState, measured: Measured = _NOTHING_MEASURED) -> None:
     """Add a finished run to ``path``, in place of an earlier line of its name. Raises StorageError if that fails.
 
-    What an earlier line has and ``measured`` lacks is kept: each record says of which model it is.
+    What an earlier line of the same training has and ``measured`` lacks is kept.
     """
     former = kept_runs(path).get(state.run.name)
-    if former is not None:
+    if former is not None and state.record is not None and former.rows == _rows(state.record):
+        has_answers = measured.answers is not None
         measured = Measured(
-            documents=measured.documents or former.documents, activations=measured.activations or former.activations
+            answers=measured.answers if has_answers else former.answers,
+            task=measured.task if has_answers else former.task,
+            measure=measured.measure if has_answers else former.measure,
+            documents=measured.documents or former.documents,
+            activations=measured.activations or former.activations,
         )
-    found = None if state.record is None else finished_run(state.record, measured=measured)
+    found = None if state.record is None else finished_run(state.record, measured)
     if found is None:
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if is_plain_file(path) else []
@@ -190,6 +221,16 @@ def kept_runs(path: Path) -> dict[str, FinishedRun]:
         return {run.run: run for run in read_finished_runs(path)}
     except ConfigError:
         return {}
+
+
+def keep_measured(study: Study, state: RunState, measured: Measured) -> None:
+    """Add what was measured of a finished run to the study's ``runs.jsonl``.
+
+    Raises:
+        StorageError: it cannot be written, or another process uses the folder.
+    """
+    with RunLock(study.folder, "--study"), explain_write_errors(study.folder):
+        add_finished_run(study.folder / RUNS_FILE, state, measured)
 
 
 def is_own_runs_file(path: Path) -> bool:

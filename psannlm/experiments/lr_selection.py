@@ -96,7 +96,8 @@ def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan, hal
     """Select a variant's learning rate: the lowest mean loss over the seeds that all its learning rates have finished.
 
     Only the plan's ``lr_seeds`` take part. A learning rate at which a seed diverged (non-finite) is excluded, unless
-    there is no other; a run that failed for another reason counts as missing. If the learning rates share no finished
+    there is no other; a run that failed for another reason counts as missing. With ``report_seeds: others`` they are
+    not among the runs that are reported. If the learning rates share no finished
     seed, those with the most finished seeds are compared. With ``halves``, the losses are those of the tuning half.
     """
     measure = plan.settings.measure
@@ -128,6 +129,7 @@ def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan, hal
         key=lambda lr: statistics.fmean(loss for seed, loss in losses[lr].items() if seed in shared or not shared),
     )
     to_make = any(not state.is_settled for state in searching)
+    hidden = plan.lr_seeds if plan.settings.report_seeds == "others" else ()
     return Choice(
         lr=best,
         edge=_edge(best, sorted(set(scored) | diverged), len(by_rate)),
@@ -136,7 +138,8 @@ def choose(sized: SizedVariant, states: Sequence[RunState], plan: StudyPlan, hal
         done={
             state.run.seed: state.record
             for state in mine
-            if state.run.lr == best and _counts(state, halves) and state.record is not None
+            if state.run.lr == best and state.run.seed not in hidden
+            if _counts(state, halves) and state.record is not None
         },
         measure=measure,
         halves=halves,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -92,8 +92,13 @@ class PlanSettings(Section):
     )
     choose_on: Literal["all", "tune"] = Field(
         "all",
-        description="held-out documents whose losses select the learning rates; tune: one half of them, and every "
-        "reported figure is that of the other half, so that trying more learning rates favours no variant",
+        description="held-out documents whose losses select the learning rates; tune: one half of them, and losses and "
+        "answers are reported of the other half",
+    )
+    report_seeds: Literal["all", "others"] = Field(
+        "all",
+        description="seeds whose runs are reported; others: those outside lr_seeds, so that the luck of the runs that "
+        "selected the learning rates is in no figure",
     )
     activations_bits: tuple[Whole, ...] = Field(
         (),
@@ -171,10 +176,20 @@ def load_plan(path: Path) -> StudyPlan:
         raise ConfigError(Origin(base.lines).problems(faults) or "holds no sections", str(base_path))
     builder = _Builder(settings, base_value, tree, str(base_path))
     variants = tuple(builder.build())
+    builder.problems += Origin(tree.lines).problems(list(_absent_places(settings, variants)))
     if builder.problems:
         unique = list(dict.fromkeys(builder.problems))
         raise ConfigError(sorted(unique, key=lambda problem: (problem.line is None, problem.line or 0)), str(path))
     return StudyPlan(path, settings.name or path.stem, settings, variants)
+
+
+def _absent_places(settings: PlanSettings, variants: Sequence[Variant]) -> Iterator[ConfigIssue]:
+    """Yield the places of ``activations_places`` that a variant does not have: all models have the others."""
+    places = settings.activations_places or ()
+    without = [variant.name for variant in variants if variant.config.model.qkv_features is None]
+    if "qkv_features" in places and without:
+        message = f"model.qkv_features is not set in {', '.join(without)}, so that there is no such input"
+        yield ConfigIssue(("activations_places", places.index("qkv_features")), message)
 
 
 def _with_present_keys(tree: YamlTree) -> tuple[YamlTree, list[ConfigIssue]]:
@@ -252,6 +267,9 @@ def _plan_issues(settings: PlanSettings) -> Iterator[ConfigIssue]:
             limit = "in operations" if settings.budget.tokens is None else f"{settings.budget.tokens:g} tokens"
             message = f"{horizon:g} tokens are not below the budget, which is {limit}; write budget: {{tokens: ...}}"
             yield ConfigIssue(("horizons", at), message)
+    if settings.report_seeds == "others" and not set(settings.seeds) - set(settings.lr_seeds or settings.seeds):
+        message = "others leaves no seed to report; name fewer lr_seeds than seeds"
+        yield ConfigIssue(("report_seeds",), message)
     low, high = ACTIVATION_BITS
     for at, bits in enumerate(settings.activations_bits):
         if not low <= bits <= high:

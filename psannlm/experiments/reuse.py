@@ -18,12 +18,11 @@ from psannlm.config.run import config_from_mapping, differences, to_yaml
 from psannlm.display import json_text
 from psannlm.errors import ConfigError
 from psannlm.experiments.finished_runs import RUNS_FILE, FinishedRun, add_finished_run, read_finished_runs
-from psannlm.experiments.measures.activation_costs import wanted_losses
 from psannlm.experiments.measures.document_losses import reported_documents
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.run_state import read_status
 from psannlm.io.atomic import explain_write_errors, temporary_beside, write_text
-from psannlm.io.code_identity import code_sha256
+from psannlm.io.code_identity import code_sha256, sources_sha256
 from psannlm.io.lock import RunLock
 from psannlm.io.readers import number
 from psannlm.io.run_metadata import write_json
@@ -123,10 +122,11 @@ def _differences(study: Study, run: StudyRun, kept: FinishedRun) -> Iterator[str
         expected = (0 if data.val is None else data.val.n_documents) if reported is None else len(reported)
         if kept.answers.n_documents != expected:
             yield f"its answers are those of {kept.answers.n_documents} held-out documents, not of {expected}"
-    if settings.activations_bits and wanted_losses(study, kept.activations) is None:
-        yield "what quantized activations cost it is not recorded for these bits and places"
-    if settings.choose_on == "tune" and kept.documents is None:
-        yield "its losses by document are not recorded, which choose_on: tune needs"
+    if settings.choose_on == "tune":
+        if kept.documents is None:
+            yield "its losses by document are not recorded, which choose_on: tune needs"
+        elif kept.documents.origin.code_sha256 != sources_sha256(("evaluation",)):
+            yield "its losses by document were measured by other code, and choose_on: tune needs them"
 
 
 def _step(row: dict[str, object]) -> float:

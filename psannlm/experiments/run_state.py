@@ -7,8 +7,10 @@ from pathlib import Path
 
 from psannlm.experiments.local_launcher import LOG_START
 from psannlm.experiments.model import StudyRun
+from psannlm.io.code_identity import CODE_KEY
 from psannlm.io.readers import Unreadable
 from psannlm.reports.runs import METRICS_FILE, RunRecord, read_run
+from psannlm.training.checkpoint import LATEST, read_pointer, step_of
 from psannlm.training.failures import NOT_FINITE
 from psannlm.training.run_folder import RunStatus, read_run_status
 
@@ -51,16 +53,25 @@ def read_status(run: StudyRun) -> RunState:
             record = read_run(run.folder, run.name)
         except Unreadable:
             record = None  # stopped before its first complete line
-    if record is not None:
-        last = run.variant.n_steps
-        if record.eval_rows and record.eval_rows[-1]["step"] >= last:
+    status, message = read_run_status(run.folder) or (None, None)
+    last = run.variant.n_steps
+    if record is not None and record.eval_rows and record.eval_rows[-1]["step"] >= last:
+        if status is RunStatus.FINISHED or _has_saved(run, record):
             return RunState(run, "done", last, record=record)
     step = record.train_rows[-1]["step"] if record is not None and record.train_rows else 0
-    status, message = read_run_status(run.folder) or (None, None)
     reason = _last_error(run.log_path)
     if reason or status in (RunStatus.DIVERGED, RunStatus.FAILED):
         return RunState(run, "failed", step, reason or message or "", record, status)
     return RunState(run, "stopped" if step else "new", step, record=record, status=status)
+
+
+def _has_saved(run: StudyRun, record: RunRecord) -> bool:
+    """Whether a run that was validated at its last step saved its model too, which comes afterwards."""
+    if record.origin or CODE_KEY not in record.system:
+        # Reused, without checkpoints; or of a version that did not record how a run ended.
+        return True
+    folder = read_pointer(run.folder, LATEST)
+    return folder is not None and step_of(folder) >= run.variant.n_steps
 
 
 def _last_error(path: Path) -> str:

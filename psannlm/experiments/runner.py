@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from psannlm.errors import EXIT_INTERRUPTED, Interrupted, PsannlmError
-from psannlm.experiments.finished_runs import RUNS_FILE, add_finished_run, is_own_runs_file
+from psannlm.experiments.finished_runs import RUNS_FILE, add_finished_run, is_own_runs_file, kept_runs
 from psannlm.experiments.gpu_slots import GpuSlots, Placement
 from psannlm.experiments.local_launcher import LOG_START, Launcher, Process, launch
 from psannlm.experiments.model import Study, StudyRun, fits_tokenizer, tokenizer_path
@@ -64,6 +64,7 @@ def run_all(
         names = [run.name for run in study.runs]
         content = {"study": plan.name, "plan": str(plan.path), "runs": names, **placement.as_dict()}
         write_json(study.folder / STUDY_FILE, content)
+        _add_missing_lines(study)
         wanted = [run for run in study.runs if only is None or run.name in only]
         waiting = [run for run in wanted if not read_status(run).is_settled]
         scheduler = _Scheduler(len(wanted), waiting, launcher, GpuSlots(placement, len(waiting)), clock)
@@ -86,6 +87,15 @@ def run_all(
                     next_status = clock() + _STATUS_S
                 if scheduler.is_busy:
                     sleep(_POLL_S)
+
+
+def _add_missing_lines(study: Study) -> None:
+    """Add the runs to the record that ended while no one waited for them."""
+    known = kept_runs(study.folder)
+    with explain_write_errors(study.folder):
+        for state in map(read_status, study.runs):
+            if state.state == "done" and state.run.name not in known:
+                add_finished_run(study.folder / RUNS_FILE, state)
 
 
 def refuse_foreign_files(study: Study) -> None:

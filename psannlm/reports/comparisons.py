@@ -12,6 +12,7 @@ from psannlm.evaluation.statistics import Pool, holm, pool_variance, student_t_c
 from psannlm.reports.schemas.measured import PooledDifference, TokenRatio
 from psannlm.reports.schemas.study import Comparison, LossCurve, StudyMetrics, VariantFigures
 
+_ALPHA = 0.05
 # Nats per token; no cross-entropy of a model comes near, and squares of it are finite.
 _LARGEST_LOSS = 1e6
 
@@ -70,9 +71,7 @@ def _fraction(variant: VariantFigures) -> float:
     return given if isinstance(given, (int, float)) else 1.0
 
 
-def pooled_difference(
-    values: Sequence[float], others: Sequence[float], pool: Pool | None, confidence: float = 0.95
-) -> PooledDifference | None:
+def pooled_difference(values: Sequence[float], others: Sequence[float], pool: Pool | None) -> PooledDifference | None:
     """Return mean(values) - mean(others) ± t(0.975, degrees) · s · √(1/n + 1/m), with s and the degrees of ``pool``.
 
     The two-sided p-value is that of the same t statistic. None without values or without a positive pooled variance.
@@ -81,7 +80,7 @@ def pooled_difference(
         return None
     mean = statistics.fmean(values) - statistics.fmean(others)
     error = math.sqrt(pool.variance * (1 / len(values) + 1 / len(others)))
-    half = student_t_quantile(0.5 + confidence / 2, pool.degrees) * error
+    half = student_t_quantile(1 - _ALPHA / 2, pool.degrees) * error
     return PooledDifference(
         mean=mean,
         std=math.sqrt(pool.variance),
@@ -93,15 +92,30 @@ def pooled_difference(
 
 
 def _corrected(found: Sequence[Comparison]) -> list[Comparison]:
-    """Return the comparisons with Holm's adjusted p-values over all distinct pairs of variants."""
+    """Return the comparisons with p-values and intervals corrected for the number of distinct pairs of variants.
+
+    The p-values by Holm's method. It gives no intervals; those are Bonferroni's.
+    """
     p_values = {frozenset((each.variant, each.against)): each.pooled.p for each in found if each.pooled is not None}
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     return [
         each
         if each.pooled is None
-        else replace(each, pooled=replace(each.pooled, p_holm=adjusted[frozenset((each.variant, each.against))]))
+        else replace(
+            each,
+            pooled=_of_all(
+                replace(each.pooled, p_holm=adjusted[frozenset((each.variant, each.against))]), len(p_values)
+            ),
+        )
         for each in found
     ]
+
+
+def _of_all(pooled: PooledDifference, n_pairs: int) -> PooledDifference:
+    """Return the difference with its interval at a confidence of 1 - 0.05 / n_pairs."""
+    error = (pooled.high - pooled.low) / 2 / student_t_quantile(1 - _ALPHA / 2, pooled.degrees)
+    half = student_t_quantile(1 - _ALPHA / 2 / n_pairs, pooled.degrees) * error
+    return replace(pooled, low_of_all=pooled.mean - half, high_of_all=pooled.mean + half)
 
 
 @dataclass(frozen=True)

@@ -99,21 +99,24 @@ def test_unquantized_loss_is_that_of_the_scored_windows(build_tiny: Callable[...
     model, text = build_tiny(), windows_of(0, 1, 2)
     found = evaluate_quantized(model, text, QuantizationSettings((8,), calibration_tokens=17), precision=FP32)
     whole = evaluate(model, text, precision=FP32)
-    labels = text.batch(range(3))[1]
+    calibrating = [at * len(text) // 3 for at in range(3)]
+    ids, labels = text.batch(calibrating)
     assert found.calibration_tokens == int((labels >= 0).sum())
     assert found.tokens + found.calibration_tokens == whole.n_labels
     with torch.no_grad():
-        first = float(model(text.batch(range(3))[0], labels))
+        first = float(model(ids, labels))
     assert found.loss == pytest.approx((whole.nats - first) / found.tokens, rel=1e-5)
     assert found.bits_per_byte / found.loss == pytest.approx(whole.bits_per_byte / whole.loss, rel=0.02)
 
 
 def test_static_scale_does_not_depend_on_scored_text(build_tiny: Callable[..., Transformer]) -> None:
-    model = build_tiny(mlp="swiglu")
+    model, calibration = build_tiny(mlp="swiglu"), windows_of(0)
     settings = QuantizationSettings((4,), calibration_tokens=3 * SEQ_LEN)
     ours, theirs = (
-        evaluate_quantized(model, windows_of(0, *others), settings, precision=FP32) for others in ((1, 2), (5, 6, 7, 8))
+        evaluate_quantized(model, windows_of(*seeds), settings, precision=FP32, calibration=calibration)
+        for seeds in ((1, 2), (5, 6, 7, 8))
     )
+    assert ours.tokens == evaluate(model, windows_of(1, 2), precision=FP32).n_labels, "all of the text is scored"
     for here, there in zip(ours.places, theirs.places, strict=True):
         assert [each.calibrated_max for each in here.layers] == [each.calibrated_max for each in there.layers]
     assert [place.kurtosis for place in ours.places] != [place.kurtosis for place in theirs.places]

@@ -17,7 +17,7 @@ from psannlm.data.memory_store import encode_documents as encode_texts
 from psannlm.errors import ConfigError
 from psannlm.evaluation.documents import DocumentLosses, bootstrap_difference
 from psannlm.evaluation.loss import decode_documents as decode_texts
-from psannlm.experiments.finished_runs import RUNS_FILE, Measured, read_finished_runs, write_finished_runs
+from psannlm.experiments.finished_runs import RUNS_FILE, Measured, Origin, read_finished_runs, write_finished_runs
 from psannlm.experiments.lr_selection import with_selected_lrs
 from psannlm.experiments.measures.document_losses import (
     SEED,
@@ -132,7 +132,7 @@ def test_reused_runs_keep_losses_by_document(
     report = tmp_path / "report"
     report.mkdir()
     records = {name: Measured(documents=each.record) for name, each in documents.items()}
-    write_finished_runs(report / RUNS_FILE, finished, {}, records)
+    write_finished_runs(report / RUNS_FILE, finished, records)
     study = build(tmp_path / "machine", tiny_corpus)
     reuse_runs(study, [run.name for run in study.runs], read_kept_runs([report]))
     assert compared(study, measure_documents(study)) == compared(finished, documents)
@@ -144,7 +144,7 @@ def test_reused_runs_keep_losses_by_document(
 def test_records_without_documents_show_dash_and_reason(finished: Study, tmp_path: Path, tiny_corpus: Path) -> None:
     report = tmp_path / "report"
     report.mkdir()
-    write_finished_runs(report / RUNS_FILE, finished, {})
+    write_finished_runs(report / RUNS_FILE, finished)
     lines = [json.loads(line) for line in (report / RUNS_FILE).read_text().splitlines()]
     for line in lines:
         del line["documents"]  # as earlier versions wrote it
@@ -162,7 +162,7 @@ def test_records_without_documents_show_dash_and_reason(finished: Study, tmp_pat
     )
 
 
-@pytest.mark.parametrize("fault", ["step", "loss", "damaged"])
+@pytest.mark.parametrize("fault", ["step", "log", "code", "loss", "damaged"])
 def test_kept_losses_of_another_model_are_measured_again(
     finished: Study, documents: dict[str, RunDocuments], tmp_path: Path, tiny_corpus: Path, fault: str
 ) -> None:
@@ -174,12 +174,14 @@ def test_kept_losses_of_another_model_are_measured_again(
         assert each.record is not None
         others = DocumentLosses(each.losses.nats * 1.1, each.losses.tokens)
         record = {
-            "step": replace(each.record, step=each.record.step - 1),
-            "loss": encode_documents(others, each.record.step),
+            "step": replace(each.record, origin=replace(each.record.origin, step=each.record.origin.step - 1)),
+            "log": replace(each.record, origin=replace(each.record.origin, log_sha256="0")),
+            "code": replace(each.record, origin=replace(each.record.origin, code_sha256="0")),
+            "loss": encode_documents(others, each.record.origin),
             "damaged": replace(each.record, nats="?"),
         }[fault]
         records[name] = Measured(documents=record)
-    write_finished_runs(study.folder / RUNS_FILE, study, {}, records)
+    write_finished_runs(study.folder / RUNS_FILE, study, records)
     assert compared(study, measure_documents(study, is_kept=True)) == compared(finished, documents)
     kept = {run.run: run.documents for run in read_finished_runs(study.folder)}
     assert kept == {run.name: documents[run.name].record if run.name in documents else None for run in study.runs}
@@ -187,18 +189,18 @@ def test_kept_losses_of_another_model_are_measured_again(
 
 def test_document_record_keeps_losses_and_refuses_damage() -> None:
     losses = DocumentLosses(np.array([1.25, 1e3 / 3, 7.0]), np.array([1, 200, 3]))
-    record = encode_documents(losses, 5)
+    record = encode_documents(losses, Origin(step=5))
     found = decode_documents(record)
     assert found is not None
-    assert (record.step, found.tokens.tolist()) == (5, [1, 200, 3])
+    assert (record.origin.step, found.tokens.tolist()) == (5, [1, 200, 3])
     assert found.nats == pytest.approx(losses.nats, rel=1e-7)
-    assert encode_documents(found, 5) == record
+    assert encode_documents(found, Origin(step=5)) == record
     for nats in (
         "",
         record.nats[:-2],
         record.nats[:8],
         "\0",
-        encode_documents(replace(losses, nats=losses.nats * np.nan), 5).nats,
+        encode_documents(replace(losses, nats=losses.nats * np.nan), Origin(step=5)).nats,
     ):
         assert decode_documents(replace(record, nats=nats)) is None
 
@@ -304,7 +306,7 @@ def test_tuning_needs_losses_of_every_run(
 ) -> None:
     report = tmp_path / "report"
     report.mkdir()
-    write_finished_runs(report / RUNS_FILE, finished, {})
+    write_finished_runs(report / RUNS_FILE, finished)
     study = build(tmp_path / "machine", tiny_corpus, "choose_on: tune\n")
     assert reuse_runs(study, [run.name for run in study.runs], read_kept_runs([report])) == []
     assert "its losses by document are not recorded" in logged.text

@@ -19,7 +19,8 @@ from psannlm.config.run import load_config
 from psannlm.data.loader import Loader
 from psannlm.data.synthetic.algorithmic import write_task
 from psannlm.errors import ConfigError, Interrupted, TrainingError
-from psannlm.experiments.caveats import notes_of
+from psannlm.experiments.caveats import conditions, notes_of
+from psannlm.experiments.finished_runs import RUNS_FILE, kept_runs
 from psannlm.experiments.gpu_slots import Placement
 from psannlm.experiments.local_launcher import Process, launch
 from psannlm.experiments.lr_selection import choose, with_selected_lrs
@@ -31,6 +32,7 @@ from psannlm.experiments.run_state import RunState, read_status
 from psannlm.experiments.runner import run_all
 from psannlm.experiments.sizing import size_study, write_configs
 from psannlm.io.artifact_schema import read_figures
+from psannlm.io.code_identity import CODE_KEY
 from psannlm.io.readers import read_json
 from psannlm.models.artifact import load_model
 from psannlm.reports.gather import gather
@@ -279,7 +281,12 @@ def test_task_accuracy_uses_last_model_of_run(tmp_path: Path) -> None:
     run_all(study, launcher=train_here)
     for run in study.runs:
         (run.folder / "best").unlink()  # the plan measures the last step
-    answers = score_runs(study)
+    (study.folder / RUNS_FILE).unlink()
+    run_all(study, launcher=train_here)  # adds the runs that ended while no one waited
+    assert kept_runs(study.folder).keys() == {run.name for run in study.runs}
+    answers = score_runs(study, is_kept=True)
+    kept = {name: (run.answers, run.task, run.measure) for name, run in kept_runs(study.folder).items()}
+    assert kept == {name: (score, "copying", "final") for name, score in answers.items()}
     assert sorted(answers) == sorted(run.name for run in study.runs)
 
     for run in study.runs[:2]:
@@ -440,6 +447,11 @@ def test_lr_seeds_select_lr_for_other_seeds(make: Callable[..., Study]) -> None:
     assert sine.difference.n == 3
     assert {rate.lr: rate.mean for rate in swiglu.learning_rates} == losses, "of the seed that looked"
     assert any("of seed 2 only" in note for note in figures.notes)
+    others = study_figures(with_selected_lrs(make(looking[0], f"{looking[1]}\nreport_seeds: others")))
+    for now, before in zip(others.variants, figures.variants, strict=True):
+        assert (now.learning_rate, now.learning_rates) == (before.learning_rate, before.learning_rates)
+        assert now.val_loss_by_seed == {seed: before.val_loss_by_seed[seed] for seed in ("1", "3")}
+    assert any("the seeds that selected do not count" in note for note in others.notes)
 
 
 def test_single_lr_is_reported_without_star(make: Callable[..., Study]) -> None:
@@ -505,6 +517,43 @@ def test_resumed_run_status_is_not_failed(make: Callable[..., Study]) -> None:
     while process.poll() is None:
         time.sleep(0.02)
     assert read_status(run).state == "new"
+
+
+def test_run_is_done_once_its_last_model_is_saved(make: Callable[..., Study]) -> None:
+    """The last validation is logged before the save: a run killed between them resumes, and counts for nothing."""
+    study = make()
+    write_configs(study)
+    run = study.runs[0]
+    train_here(run, {})
+    assert read_status(run).state == "done"
+    (run.folder / "status.json").unlink()
+    assert read_status(run).state == "done", "killed after the save"
+    latest = run.folder / "latest"
+    shutil.rmtree(run.folder / latest.read_text().strip())
+    latest.unlink()
+    assert read_status(run).state == "stopped"
+    write_status(run.folder, RunStatus.FAILED, "no space left")
+    assert (read_status(run).state, read_status(run).reason) == ("failed", "no space left")
+    write_status(run.folder, RunStatus.FINISHED)
+    assert read_status(run).state == "done", "its checkpoints were deleted afterwards"
+    (run.folder / "status.json").unlink()
+    system = json.loads((run.folder / "system.json").read_text())
+    del system[CODE_KEY]
+    (run.folder / "system.json").write_text(json.dumps(system))
+    assert read_status(run).state == "done", "of a version that did not record how runs end"
+
+
+def test_conditions_show_modified_and_changed_code(finished: Study) -> None:
+    systems: list[dict[str, Any]] = [
+        {"commit": "0123456789abcdef", CODE_KEY: ["a" * 64]},
+        {"commit": "0123456789abcdef+", CODE_KEY: ["a" * 64, "b" * 64]},
+        {},
+    ]
+    record = RunRecord(Path(), "run", {}, {}, [], [], None, None, None, ())
+    states = [RunState(finished.runs[0], "done", record=replace(record, system=system)) for system in systems]
+    found = conditions(states)
+    assert found["commit"] == {"0123456789ab": 1, "0123456789ab+": 1, "unknown": 1}
+    assert found[CODE_KEY] == {"a" * 12: 1, f"{'a' * 12} then {'b' * 12}": 1, "unknown": 1}
 
 
 @pytest.mark.slow

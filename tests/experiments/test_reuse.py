@@ -70,7 +70,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Stu
         study = build(root, tiny_corpus)
         run_all(study, launcher=train_here)
         (root / "report").mkdir()
-        write_finished_runs(root / "report" / RUNS_FILE, study, {})
+        write_finished_runs(root / "report" / RUNS_FILE, study)
     return study
 
 

@@ -97,6 +97,9 @@ def test_holm_counts_a_pair_of_variants_once() -> None:
     assert smallest.p_holm == pytest.approx(3 * smallest.p)
     assert found["a", "b"] is not None
     assert found["a", "b"].p_holm == smallest.p_holm
+    # Of all three together: t of 1 - 0.05 / 6 at 6 degrees is 3.287 (Dunn 1961); s = 0.1, n = 3.
+    half = 3.287 * 0.1 * (2 / 3) ** 0.5
+    assert (smallest.low_of_all, smallest.high_of_all) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)
 
 
 def curve_of(shift: float, tokens: tuple[float, ...] = (1e6, 2e6, 5e6, 9e6, 16e6)) -> TokenCurve:

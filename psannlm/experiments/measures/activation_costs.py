@@ -8,29 +8,32 @@ from dataclasses import dataclass
 from psannlm.config.run import plan_batches
 from psannlm.evaluation.activation_quantization import QuantizationSettings, evaluate_quantized
 from psannlm.experiments.finished_runs import (
-    RUNS_FILE,
     ActivationRecord,
     ActivationTails,
     Measured,
-    add_finished_run,
+    Origin,
+    keep_measured,
     kept_runs,
+    origin_of,
 )
 from psannlm.experiments.lr_selection import Choice, score_of
 from psannlm.experiments.measures.document_losses import compared_runs
 from psannlm.experiments.measures.measured_models import measured_model, why_no_model
 from psannlm.experiments.model import Study, StudyRun
-from psannlm.experiments.run_state import RunState
 from psannlm.experiments.statistics import paired_difference
-from psannlm.io.atomic import explain_write_errors
-from psannlm.io.lock import RunLock
 from psannlm.reports.schemas.evaluation import QuantizedLossFigures
 from psannlm.reports.schemas.measured import Mean
 from psannlm.reports.schemas.study import ActivationComparison, ActivationCost, ActivationInput, StudyActivations
 from psannlm.runtime.device import pick_precision
 from psannlm.training.plan import cut_windows
 
-# Relative difference of validation losses up to which a record is that of the same model.
-_TOLERANCE = 1e-6
+# Scales of a variant and of the other that are compared, named before anything is measured: the best of several would
+# favour those that have more of them.
+_COMPARED_SCALES = (
+    ("static_least_error", "static_least_error"),
+    ("static_known_range", "static_least_error"),
+    ("dynamic", "dynamic"),
+)
 
 # Costs in nats per token by seed, of a variant with one number of bits and one kind of scale.
 _Costs = dict[int, float]
@@ -49,9 +52,9 @@ def measure_activations(
 ) -> dict[str, RunActivations]:
     """Return what the plan's ``activations_bits`` cost the compared runs, by name; nothing if it names none.
 
-    The runs are those at the best learning rate of each variant, on the whole held-out text after the calibration
-    windows, in float32. Records in the study's ``runs.jsonl`` are taken from there; the others are measured with the
-    checkpoints.
+    The runs are those at the best learning rate of each variant, on the whole held-out text, in float32; static scales
+    are calibrated on the training text. Records in the study's ``runs.jsonl`` are taken from there; the others are
+    measured with the checkpoints.
 
     Args:
         is_kept: add those measured here to the study's ``runs.jsonl``.
@@ -59,39 +62,31 @@ def measure_activations(
     Raises:
         ArtifactError: a checkpoint cannot be read.
         ConfigError: a model lacks a place of the plan.
-        CorpusError: the held-out text is too short for calibration and scoring.
         StorageError: ``runs.jsonl`` cannot be written, or another process uses the folder.
     """
     if not study.plan.settings.activations_bits:
         return {}
     kept = kept_runs(study.folder)
     found: dict[str, RunActivations] = {}
-    measured: list[tuple[RunState, ActivationRecord]] = []
     for state in compared_runs(study):
         assert state.record is not None
         name, row = state.run.name, score_of(state.record, study.plan.settings.measure)
+        origin = origin_of(state.record, row["step"])
         record = kept[name].activations if name in kept else None
-        if record is not None and _is_of(record, row) and wanted_losses(study, record) is not None:
+        if record is not None and record.origin == origin and wanted_losses(study, record) is not None:
             found[name] = RunActivations(record)
         elif reason := why_no_model(study, state, row["step"]):
             found[name] = RunActivations(None, reason)
         else:
             on_status(f"quantized activations: {name}")
-            record = _evaluate(study, state.run, row)
+            record = _evaluate(study, state.run, origin)
             found[name] = RunActivations(record)
-            measured.append((state, record))
-    if is_kept and measured:
-        with RunLock(study.folder, "--study"), explain_write_errors(study.folder):
-            for state, record in measured:
-                add_finished_run(study.folder / RUNS_FILE, state, Measured(activations=record))
+            if is_kept:
+                keep_measured(study, state, Measured(activations=record))
     return found
 
 
-def _is_of(record: ActivationRecord, row: Mapping[str, float]) -> bool:
-    return record.step == row["step"] and abs(record.val_loss - row["loss"]) <= _TOLERANCE * abs(row["loss"])
-
-
-def _evaluate(study: Study, run: StudyRun, row: Mapping[str, float]) -> ActivationRecord:
+def _evaluate(study: Study, run: StudyRun, origin: Origin) -> ActivationRecord:
     settings, data = study.plan.settings, study.data[run.variant.variant.config.data]
     assert data.val is not None
     model, device = measured_model(study, run)
@@ -100,11 +95,11 @@ def _evaluate(study: Study, run: StudyRun, row: Mapping[str, float]) -> Activati
         cut_windows(run.config, data.val, data.tokenizer),
         QuantizationSettings(settings.activations_bits, settings.activations_places),
         precision=pick_precision("fp32", device),
+        calibration=cut_windows(run.config, data.train, data.tokenizer),
         batch_size=plan_batches(run.config).micro_batch_size,
     )
     return ActivationRecord(
-        step=int(row["step"]),
-        val_loss=row["loss"],
+        origin=origin,
         places=None if settings.activations_places is None else list(settings.activations_places),
         tokens=found.tokens,
         loss=found.loss,
@@ -142,8 +137,9 @@ def activation_figures(
 ) -> StudyActivations | None:
     """Return the costs by variant, bits and scale, their differences between variants, and the tails of the inputs.
 
-    A variant is compared by its best static scale, that of the lowest mean cost, and by the dynamic one, each with the
-    same of the baseline and of ``also_compare_to``, paired by seed. None if the plan asks for no bits.
+    A variant is compared with the baseline and with those of ``also_compare_to``, paired by seed, at the same scale of
+    both: the static one of least error, and the dynamic one; and at its known range, where it has one, with the static
+    scale of least error of the other. None if the plan asks for no bits.
     """
     settings = study.plan.settings
     if not settings.activations_bits:
@@ -197,27 +193,17 @@ def _comparisons(
     variant: str, against: str, costs: Mapping[str, dict[tuple[int, str], _Costs]], all_bits: Sequence[int]
 ) -> Iterator[ActivationComparison]:
     for bits in all_bits:
-        for is_static in (True, False):
-            ours, theirs = (_best(costs[name], bits, is_static=is_static) for name in (variant, against))
-            if ours is None or theirs is None:
-                continue
-            (scale, mine), (their_scale, other) = ours, theirs
-            yield ActivationComparison(
-                variant=variant,
-                against=against,
-                bits=bits,
-                scale=scale,
-                against_scale=their_scale,
-                difference=paired_difference(mine, other),
-            )
-
-
-def _best(costs: Mapping[tuple[int, str], _Costs], bits: int, *, is_static: bool) -> tuple[str, _Costs] | None:
-    """Return the scale of the lowest mean cost among the static ones, or the dynamic one, with its costs."""
-    here = {
-        scale: by_seed for (n, scale), by_seed in costs.items() if n == bits and scale.startswith("static") == is_static
-    }
-    return min(here.items(), key=lambda item: Mean.of(list(item[1].values())).mean, default=None)
+        for scale, their_scale in _COMPARED_SCALES:
+            ours, theirs = costs[variant].get((bits, scale)), costs[against].get((bits, their_scale))
+            if ours is not None and theirs is not None:
+                yield ActivationComparison(
+                    variant=variant,
+                    against=against,
+                    bits=bits,
+                    scale=scale,
+                    against_scale=their_scale,
+                    difference=paired_difference(ours, theirs),
+                )
 
 
 def _inputs(variant: str, records: Sequence[ActivationRecord]) -> Iterator[ActivationInput]:

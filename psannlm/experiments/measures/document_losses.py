@@ -17,13 +17,18 @@ from psannlm.config.run import plan_batches
 from psannlm.data.stream import Stream
 from psannlm.errors import ConfigError
 from psannlm.evaluation.documents import N_RESAMPLES, DocumentLosses, bootstrap_difference, evaluate_documents
-from psannlm.experiments.finished_runs import RUNS_FILE, DocumentRecord, Measured, add_finished_run, kept_runs
+from psannlm.experiments.finished_runs import (
+    DocumentRecord,
+    Measured,
+    Origin,
+    keep_measured,
+    kept_runs,
+    origin_of,
+)
 from psannlm.experiments.lr_selection import Choice, HalfLosses, Halves, choose, score_of
 from psannlm.experiments.measures.measured_models import measured_model, why_no_model
 from psannlm.experiments.model import Study, StudyRun
 from psannlm.experiments.run_state import RunState, read_status
-from psannlm.io.atomic import explain_write_errors
-from psannlm.io.lock import RunLock
 from psannlm.reports.schemas.measured import BootstrapDifference
 from psannlm.reports.schemas.study import Comparison
 from psannlm.runtime.device import pick_precision
@@ -50,13 +55,13 @@ class RunDocuments:
 _NOT_MEASURED = RunDocuments(None, "they were not measured")
 
 
-def encode_documents(losses: DocumentLosses, step: int) -> DocumentRecord:
-    """Return the losses of the model of ``step`` as a record: float32 nats and int32 tokens, as base64 of their bytes.
+def encode_documents(losses: DocumentLosses, origin: Origin) -> DocumentRecord:
+    """Return the losses of a model as a record: float32 nats and int32 tokens, as base64 of their bytes.
 
     32 bits are exact to one part in ten million, far below any difference between models.
     """
     nats, tokens = losses.nats.astype("<f4"), losses.tokens.astype("<i4")
-    return DocumentRecord(step=step, nats=_text(nats.tobytes()), tokens=_text(tokens.tobytes()))
+    return DocumentRecord(origin=origin, nats=_text(nats.tobytes()), tokens=_text(tokens.tobytes()))
 
 
 def decode_documents(record: DocumentRecord) -> DocumentLosses | None:
@@ -97,32 +102,33 @@ def measure_documents(
     states = compared_runs(study)
     kept = {name: run.documents for name, run in kept_runs(study.folder).items()}
     found: dict[str, RunDocuments] = {}
-    measured: list[tuple[RunState, DocumentRecord]] = []
     for state in states:
         assert state.record is not None
         if former is not None and state.run.name in former:
             found[state.run.name] = former[state.run.name]
             continue
         row = score_of(state.record, study.plan.settings.measure)
+        origin = origin_of(state.record, row["step"])
         record = kept.get(state.run.name)
-        if record is not None and (known := _matching(study, state.run, record, row)) is not None:
+        if (
+            record is not None
+            and record.origin == origin
+            and (known := _matching(study, state.run, record, row)) is not None
+        ):
             found[state.run.name] = RunDocuments(known, "", record)
             continue
         if reason := why_no_model(study, state, row["step"]):
             found[state.run.name] = RunDocuments(None, reason)
             continue
         on_status(f"losses by document: {state.run.name}")
-        record = encode_documents(_evaluate(study, state.run), row["step"])
+        record = encode_documents(_evaluate(study, state.run), origin)
         matching = _matching(study, state.run, record, row)
         if matching is None:
             found[state.run.name] = RunDocuments(None, "its checkpoint has another loss than its log")
             continue
         found[state.run.name] = RunDocuments(matching, "", record)
-        measured.append((state, record))
-    if is_kept and measured:
-        with RunLock(study.folder, "--study"), explain_write_errors(study.folder):
-            for state, record in measured:
-                add_finished_run(study.folder / RUNS_FILE, state, Measured(documents=record))
+        if is_kept:
+            keep_measured(study, state, Measured(documents=record))
     return found
 
 
@@ -186,7 +192,7 @@ def half_losses(study: Study, documents: Mapping[str, RunDocuments]) -> Halves:
 def _matching(study: Study, run: StudyRun, record: DocumentRecord, row: Mapping[str, float]) -> DocumentLosses | None:
     """Return the losses of a record if they are those of validation ``row`` on the present text."""
     losses = decode_documents(record)
-    if losses is None or record.step != row["step"] or not np.array_equal(losses.tokens, _document_tokens(study, run)):
+    if losses is None or not np.array_equal(losses.tokens, _document_tokens(study, run)):
         return None
     return losses if abs(losses.loss() - row["loss"]) <= _TOLERANCE * abs(row["loss"]) else None
 

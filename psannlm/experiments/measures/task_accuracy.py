@@ -10,6 +10,7 @@ from psannlm.data.stream import Stream
 from psannlm.data.synthetic.algorithmic import TASKS
 from psannlm.data.windows import Windows
 from psannlm.errors import CorpusError
+from psannlm.experiments.finished_runs import Measured, keep_measured
 from psannlm.experiments.measures.document_losses import reported_documents
 from psannlm.experiments.model import Study
 from psannlm.experiments.run_state import read_status
@@ -84,11 +85,16 @@ def _positions(text: str, answers: Answers, name: str) -> Sequence[int]:
     return positions
 
 
-def score_runs(study: Study, on_status: Callable[[str], None] = lambda text: None) -> dict[str, AnswerScore]:
+def score_runs(
+    study: Study, on_status: Callable[[str], None] = lambda text: None, *, is_kept: bool = False
+) -> dict[str, AnswerScore]:
     """Return the scores, by name, of a study's finished runs on an algorithmic task.
 
     A run's model is that of its last step, or of its best validation if the plan measures that. With ``choose_on:
     tune``, only the reported half of the held-out documents counts.
+
+    Args:
+        is_kept: add the scores to the study's ``runs.jsonl``.
 
     Raises:
         CorpusError: the text is not of the task.
@@ -110,5 +116,8 @@ def score_runs(study: Study, on_status: Callable[[str], None] = lambda text: Non
             continue
         on_status(f"scoring answers: {run.name}")
         model = load_model(folder).model.eval()
-        scores[run.name] = score_answers(model, data.val, data.tokenizer, TASKS[task].answers, documents=documents)
+        score = score_answers(model, data.val, data.tokenizer, TASKS[task].answers, documents=documents)
+        scores[run.name] = score
+        if is_kept:
+            keep_measured(study, state, Measured(answers=score, task=task, measure=study.plan.settings.measure))
     return scores

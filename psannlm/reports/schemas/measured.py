@@ -67,7 +67,8 @@ class PooledDifference(Figures):
     """Difference of two means with the interval and p-value of a variance pooled over the arms of a study.
 
     ``std`` is the pooled standard deviation of one value, with ``degrees`` of freedom; ``p`` is two-sided, ``p_holm``
-    adjusted for the number of comparisons.
+    adjusted for the number of comparisons. ``low_of_all`` to ``high_of_all``: with those of all other comparisons it
+    holds at 95 % together (Bonferroni).
     """
 
     mean: Figure
@@ -77,6 +78,8 @@ class PooledDifference(Figures):
     high: Figure
     p: Figure
     p_holm: OptionalFigure = None
+    low_of_all: OptionalFigure = None
+    high_of_all: OptionalFigure = None
 
 
 @dataclass(frozen=True, kw_only=True)

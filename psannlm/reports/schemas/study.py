@@ -178,7 +178,7 @@ class ActivationCost(Figures):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationComparison(Figures):
-    """The cost of ``variant`` minus that of ``against``: both at their best static scale, or with dynamic scales."""
+    """The cost of ``variant`` at ``scale`` minus that of ``against`` at ``against_scale``."""
 
     variant: str
     against: str

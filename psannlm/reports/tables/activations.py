@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from psannlm.reports.page_model import Table, signed
-from psannlm.reports.schemas.measured import Mean
+from psannlm.reports.schemas.measured import Mean, PairedDifference
 from psannlm.reports.schemas.study import StudyActivations
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def _study_costs(found: StudyActivations) -> Table:
         rows,
         frozenset(range(1, len(headings))),
         f"Of {found.tokens:,} held-out tokens, in float32, weights unquantized; means and standard deviations over "
-        "seeds, each variant at its best learning rate. Static scales come from text that is not scored: from the "
-        "largest magnitude, from the least squared error, or from a bound that follows from the parameters. Dynamic: "
+        "seeds, each variant at its best learning rate. Static scales come from the training text: from the largest "
+        "magnitude, from the least squared error, or from a bound that follows from the parameters. Dynamic: "
         f"a scale for each token.{missing}",
     )
 
@@ -92,7 +92,7 @@ def _study_differences(found: StudyActivations) -> Table:
                 each.scale.replace("_", " "),
                 each.against_scale.replace("_", " "),
                 "–" if difference is None else signed(difference.mean, 4),
-                "–" if difference is None else signed(100 * difference.fraction, 0),
+                _percent(difference),
                 "–" if interval is None else " to ".join(signed(edge, 4) for edge in interval),
             ]
         )
@@ -102,9 +102,16 @@ def _study_differences(found: StudyActivations) -> Table:
         headings,
         rows,
         frozenset((2, 5, 6, 7)),
-        "Each variant with its static scale of lowest mean cost, and with dynamic scales. Paired over the seeds that "
-        "both have, Student's t; not corrected for the number of comparisons.",
+        "Paired over the seeds that both have, Student's t; not corrected for the number of comparisons. No percentage "
+        "of a cost that is not clearly above zero.",
     )
+
+
+def _percent(difference: PairedDifference | None) -> str:
+    """Return the difference in percent of the other's cost, where that is more than twice what it varies by."""
+    if difference is None or difference.baseline_mean <= 2 * (difference.std or 0.0):
+        return "–"
+    return signed(100 * difference.fraction, 0)
 
 
 def _study_inputs(found: StudyActivations) -> Table:

@@ -115,6 +115,7 @@ def _against(
         "95 % interval, pooled variance",
         "95 % interval, documents",
         "p, Holm",
+        "95 % of all together, in %",
         "seeds",
     )
     rows = []
@@ -131,6 +132,7 @@ def _against(
                 "–" if pooled is None else f"{signed(pooled.low, 3)} to {signed(pooled.high, 3)}",
                 _document_interval(comparison),
                 "–" if pooled is None else _p_value(pooled),
+                _interval_of_all(difference, pooled),
                 format_value(0 if difference is None else difference.n),
             ]
         )
@@ -151,8 +153,17 @@ def _pooled_note(pooled: Sequence[PooledDifference], n_pairs: int) -> str:
         "Pooled variance: the spread over seeds is taken to be the same in all variants with this budget, so that its "
         f"estimate uses all of their runs (standard deviation {', '.join(spreads.values())} degrees of freedom). "
         "p, Holm: how likely a difference this large is without a true one, corrected for the number of compared "
-        f"pairs of variants ({n_pairs}) by Holm's method; the intervals are not corrected."
+        f"pairs of variants ({n_pairs}) by Holm's method. Of all together: of the pooled variance, so wide that all of "
+        "them hold at 95 % at the same time (Bonferroni), in percent of the loss; no other interval is corrected."
     )
+
+
+def _interval_of_all(difference: PairedDifference | None, pooled: PooledDifference | None) -> str:
+    """Return the interval of all comparisons together, in percent of the other's mean loss."""
+    if pooled is None or pooled.low_of_all is None or pooled.high_of_all is None or difference is None:
+        return "–"
+    percent = 100 / difference.baseline_mean
+    return f"{signed(percent * pooled.low_of_all, 2)} to {signed(percent * pooled.high_of_all, 2)}"
 
 
 def _document_interval(comparison: Comparison | None) -> str:
