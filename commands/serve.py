@@ -7,7 +7,7 @@ import os
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -21,10 +21,14 @@ from psannlm.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from socket import socket
+
     import torch
 
     from psannlm.generation.engine import Engine
     from psannlm.models.transformer import Transformer
+    from psannlm.serving.http_process import HttpSettings
     from psannlm.serving.scheduler import Scheduler
     from psannlm.tokenizers.base import Tokenizer
 
@@ -115,13 +119,12 @@ def serve(
         raise typer.BadParameter(f"other machines reach {host}: give --api-key-file too", param_hint="--host")
     # Before torch is imported, which takes seconds.
     with closing(bind_socket(host, port)) as bound:
-        from psannlm.serving.http_process import HttpProcess, HttpSettings, require_packages
+        from psannlm.serving.http_process import HttpSettings, require_packages
 
         require_packages()
         from psannlm.display import printable
         from psannlm.models.kv_cache import MAX_DECODE_TOKENS
         from psannlm.runtime.malloc import trim_aggressively
-        from psannlm.serving.engine_host import EngineHost
         from psannlm.serving.scheduler import request_limits
         from psannlm.serving.sockets import start_listening
 
@@ -142,7 +145,7 @@ def serve(
         settings = HttpSettings(
             model=printable(model_name or checkpoint.resolve().name),
             tokenizer=tokenizer.to_bytes(),
-            limits=request_limits(model),
+            limits=request_limits(model, tokenizer),
             max_batch=max_batch,
             max_queue=max_queue,
             max_tokens=max_tokens,
@@ -155,14 +158,38 @@ def serve(
         )
         log.info(f"preparing {path}")
         start_listening(bound)
+        _run(prepare, settings, bound, f"serving {settings.model} at {_address(host, at)}")
+
+
+def _run(prepare: Callable[[], Scheduler], settings: HttpSettings, bound: socket, serving: str) -> None:
+    """Serve until both processes have ended; ``serving`` is logged once requests are taken.
+
+    Raises:
+        WorkerError: the HTTP process failed.
+        Exception: what ended the engine.
+    """
+    from psannlm.errors import WorkerError
+    from psannlm.serving.engine_host import EngineHost
+    from psannlm.serving.http_process import HttpProcess
+
+    is_left = False
+    try:
         with HttpProcess(settings, bound) as http:
-            serving = f"serving {settings.model} at {_address(host, at)}"
             is_left = EngineHost(prepare, http.connection, lambda: log.info(serving)).run()
+    except WorkerError as error:
+        if is_left:
+            log.error(str(error))
+            _exit(1)
+        raise
     log.info("ended")
     if is_left:
-        # The interpreter cannot end beside a thread that still compiles.
-        logging.shutdown()
-        os._exit(0)
+        _exit(0)
+
+
+def _exit(code: int) -> NoReturn:
+    """End the process at once: the interpreter cannot end beside a thread that still compiles."""
+    logging.shutdown()
+    os._exit(code)
 
 
 def _load(path: Path, device: torch.device, max_batch: int, n_bytes: int) -> tuple[Transformer, Tokenizer]:

@@ -69,6 +69,8 @@ def compiled_step(
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_bytes(path, dump_compiled(ahead, modules))
+        # Under a umask that lets the group write it would not be read.
+        path.chmod(0o600)
         _remove_oldest(path.parent)
     except (OSError, StorageError):
         # A full disk, or a home without write permission: the next process compiles again.

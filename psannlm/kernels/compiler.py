@@ -47,13 +47,16 @@ def missing_to_compile(device: torch.device) -> str | None:
 _BROKEN = "a working compiler"
 
 
-@lru_cache(maxsize=2)
-def trial_failure(kind: str) -> str | None:
+@lru_cache(maxsize=4)
+def trial_failure(kind: str, *, trusts_note: bool = False) -> str | None:
     """Compile a tiny function on a device of ``kind``, once per process; return the error in one line, or None.
 
     Only a trial detects a broken compiler, a path with a space that breaks its command line, or a cache folder without
-    write or execute permission. Of a success on a CPU the compiler's cache folder keeps a note, and the next process
-    does without a trial, which takes seconds, while the compiler is the same.
+    write or execute permission.
+
+    Args:
+        trusts_note: do without a trial, which takes seconds, where the compiler's cache folder has a note that the same
+            compiler has passed one: for callers whose user asked for compilation and gets an error where it fails.
     """
     salt = time.time()  # makes the kernel unique: one from the disk cache would prove nothing
 
@@ -61,7 +64,7 @@ def trial_failure(kind: str) -> str | None:
         return x.sin() + salt
 
     try:
-        if kind == "cpu" and (note := _note_of_success()) is not None and note.is_file():
+        if trusts_note and kind == "cpu" and (note := _note_of_success()) is not None and note.is_file():
             return None
         with torch.no_grad():
             torch.compile(tiny, fullgraph=True, dynamic=False)(torch.zeros(8, device=kind))
@@ -147,7 +150,7 @@ def require_compiler(device: torch.device, asked: str = "compile: true", instead
     """
     if device.type == "mps":
         raise DeviceError(f"{asked} with device mps: {MPS_CANNOT}; {instead}")
-    fault = compiler_fault(device)
+    fault = missing_to_compile(device) or trial_failure(device.type, trusts_note=True)
     if fault is not None:
         remedy = "repair it" if fault.startswith(_BROKEN) else "which is missing; install it"
         raise DeviceError(f"{asked} needs {fault}{';' if remedy == 'repair it' else ','} {remedy}, or {instead}")

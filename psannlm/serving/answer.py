@@ -62,10 +62,7 @@ class Answer:
         try:
             self._sequences = engine.submit(requests, on_update, inbox.deliver)
         except QueueFullError as error:
-            wait_s = engine.expected_wait_s()
-            raise RequestError(
-                429, f"the server is busy: {error}", code="queue_full", headers={"Retry-After": str(wait_s)}
-            ) from error
+            raise self._service.busy(str(error)) from error
         except GenerationError as error:
             raise RequestError(400, str(error), param="prompt", code="invalid_value") from error
 

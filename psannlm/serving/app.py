@@ -184,12 +184,13 @@ async def _read_body(request: Request) -> bytes:
 async def complete(service: Service, http: Request) -> Response:
     """Generate the choices of a completion request, as one answer or as a stream."""
     service.ready()
-    body = await _read_body(http)
-    request = parse_completion(body, service.model, service.max_tokens)
-    # A long prompt takes long to encode: other requests shall not wait.
-    prompts = await asyncio.to_thread(read_prompts, request, service.tokenizer)
-    answer = Answer(service, request, prompts)
-    answer.submit()
+    with service.preparing():
+        body = await _read_body(http)
+        request = parse_completion(body, service.model, service.max_tokens)
+        # A long prompt takes long to encode: other requests shall not wait.
+        prompts = await asyncio.to_thread(read_prompts, request, service.tokenizer)
+        answer = Answer(service, request, prompts)
+        answer.submit()
     if request.stream:
         return EventStream(answer.events())
     return JSONResponse(await answer.whole(http.receive))

@@ -86,7 +86,10 @@ class Choice:
         logprobs["text_offset"].append(offset)
 
     def _text(self, before: int, token: int) -> str:
-        """Return what a token adds to the one before it, or its name where that is no whole character."""
+        """Return what a token adds to the one before it, or its name where that is no whole character or no text."""
+        if token >= self._tokenizer.vocab_size:
+            # A likely alternative can be an id that only the model has.
+            return f"<{token}>"
         text = continuation_text(self._tokenizer, [before], [token])
         return text if text and "\ufffd" not in text else self._tokenizer.pieces([token])[0]
 

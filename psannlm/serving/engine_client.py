@@ -55,6 +55,11 @@ class EngineClient:
         return self._max_batch + self._max_queue
 
     @property
+    def n_open(self) -> int:
+        """Sequences that decode or wait."""
+        return len(self._open)
+
+    @property
     def has_work(self) -> bool:
         """Whether a sequence is open."""
         return bool(self._open)
@@ -64,7 +69,7 @@ class EngineClient:
 
         Args:
             on_message: called with every message that is not an update: ``ready``, ``drain``, ``end_drain`` and,
-                when the engine has failed or its process has ended, ``end``.
+                when the engine has failed, its process has ended or a message could not be taken, ``end``.
         """
         try:
             while True:
@@ -77,6 +82,8 @@ class EngineClient:
                     self.is_ready = self.is_ready or kind == "ready"
                     on_message(kind)
         except (EOFError, OSError):
+            pass
+        finally:
             on_message("end")
 
     def _update(self, updates: list[tuple[int, Update]]) -> None:

@@ -144,21 +144,26 @@ class EngineHost:
             Exception: what ended the engine.
         """
         self._engine.start()
-        try:
-            with self._handling_signals():
-                while True:
-                    ready = wait([self._connection, self._signalled])
-                    for connection in (self._signalled, self._connection):
-                        if connection in ready:
-                            self._take(*connection.recv())
-        except (EOFError, ConnectionError):
-            pass
+        with self._handling_signals():
+            while (message := self._receive()) is not None:
+                self._take(*message)
         is_left = not self._engine.stop()
         self._signalled.close()
         self._signals.close()
         if self._engine.failure is not None:
             raise self._engine.failure
         return is_left
+
+    def _receive(self) -> tuple[str, Any] | None:
+        """Return the next message of a signal or of the HTTP process, or None once that process has ended."""
+        try:
+            ready = wait([self._connection, self._signalled])
+            connection = self._signalled if self._signalled in ready else self._connection
+            message: tuple[str, Any] = connection.recv()
+        except (EOFError, OSError):
+            # OSError: it ended in the middle of a message.
+            return None
+        return message
 
     def drain(self) -> None:
         """Refuse new requests, and end once the open ones have ended or their time is over."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -121,19 +123,31 @@ class HttpProcess:
 
 
 class _ToParent(logging.Handler):
-    """Lets the engine's process log a message, as its user asked for."""
+    """Lets the engine's process log a message, as its user asked for.
+
+    Of an exception its kind and place are logged: its message may hold a prompt. A request that is cut off is none.
+    """
 
     def __init__(self, engine: EngineClient) -> None:
         super().__init__(logging.INFO)
         self._engine = engine
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._engine.report("log", (record.levelno, "%s", record.getMessage()))
+        message = record.getMessage().strip()
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, asyncio.CancelledError):
+            return
+        if error is not None:
+            frames = traceback.extract_tb(error.__traceback__)
+            where = f" at {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+            message = f"{message}: {type(error).__name__}{where}"
+        self._engine.report("log", (record.levelno, "%s", message))
 
 
 def main() -> None:
     """Serve HTTP; ``sys.argv``: the descriptors of connection and listening socket, and the parent's process id."""
-    # Not SIGTERM: what ends a group of processes reaches this one too, and its requests shall end in peace.
+    # What ends a group of processes reaches this one too; the parent got it, and says when to end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with(int(sys.argv[3]), signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     trim_aggressively()
@@ -150,9 +164,12 @@ def main() -> None:
     from psannlm.tokenizers.resolve import tokenizer_from_bytes
 
     engine = EngineClient(connection, settings.limits, max_batch=settings.max_batch, max_queue=settings.max_queue)
-    logger = logging.getLogger("psannlm")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(_ToParent(engine))
+    # Of uvicorn errors only: a warning for every malformed request would let anyone fill the log.
+    for name, level in (("psannlm", logging.INFO), ("uvicorn", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.propagate = False
+        logger.addHandler(_ToParent(engine))
     service = Service(
         model=settings.model,
         tokenizer=tokenizer_from_bytes(settings.tokenizer),

@@ -1,4 +1,4 @@
-"""Messages from the engine's thread to the event loop, which it wakes once for all that a step has to say."""
+"""Messages from the thread that reads the engine's updates to the event loop, which is woken once for each step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ class Inbox:
     """Messages to queues of one event loop, in order.
 
     Waking the loop is a system call for the sender and another turn of the loop for the receiver, and a loop that is
-    woken competes with the sender for the interpreter: with 16 rows that was a quarter of what serving a token costs
-    beside the model.
+    woken competes with the sender for the interpreter.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

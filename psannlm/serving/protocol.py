@@ -12,7 +12,7 @@ from psannlm.generation.requests import SamplingConfig
 from psannlm.generation.row_text import encode_prompt
 from psannlm.generation.stop_texts import require_stop_texts
 from psannlm.serving.errors import RequestError
-from psannlm.serving.limits import MAX_CHOICES, MAX_LOGPROBS, MAX_N
+from psannlm.serving.limits import DEFAULT_MAX_TOKENS, MAX_CHOICES, MAX_LOGPROBS, MAX_N
 from psannlm.serving.messages import GenerationRequest
 from psannlm.tokenizers.base import Tokenizer
 
@@ -34,7 +34,7 @@ class CompletionRequest(BaseModel):
 
     model: str | None = None
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: Annotated[int, Field(ge=0)] = 16
+    max_tokens: Annotated[int, Field(ge=0)] = DEFAULT_MAX_TOKENS
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
@@ -106,6 +106,8 @@ def parse_completion(body: bytes, model: str, max_tokens: int) -> CompletionRequ
     if request.model not in (None, model):
         message = f"the model {request.model!r:.100} is not served here; use {model!r}"
         raise RequestError(404, message, param="model", code="model_not_found")
+    if "max_tokens" not in request.model_fields_set:
+        request = request.model_copy(update={"max_tokens": min(DEFAULT_MAX_TOKENS, max_tokens)})
     _check_values(request, max_tokens)
     return request
 

@@ -26,7 +26,8 @@ from psannlm.models.transformer import Transformer
 from psannlm.serving.messages import Counters, GenerationRequest, RequestLimits, Update
 from psannlm.tokenizers.base import Tokenizer
 
-# Prompt tokens of one pass, the longest that other rows wait for a prompt. Whole blocks of queries, so that a prompt in
+# Prompt tokens of one pass, the longest that other rows wait for a prompt while no more sequences wait for a row than
+# decode. Whole blocks of queries, so that a prompt in
 # parts gives the same numbers as in one. A pass over half as many costs a quarter more per token (29.9M parameters on a
 # CPU with AVX2): reading and packing the weights takes as long as computing a hundred tokens.
 PREFILL_CHUNK_TOKENS = 256
@@ -60,11 +61,13 @@ class Handle:
         self.prompt_logprobs: list[TokenLogprob] = []
 
 
-def request_limits(model: Transformer) -> RequestLimits:
+def request_limits(model: Transformer, tokenizer: Tokenizer) -> RequestLimits:
     """Return what a sequence of ``model`` must keep to."""
     config, limit = model.config, context_limit(model)
+    # A model may have more rows in its embedding than the tokenizer has entries: these ids are no text.
+    vocab_size = min(config.vocab_size or 0, tokenizer.vocab_size)
     # With alibi a sequence has no limit, but a row of the cache has.
-    return RequestLimits(config.vocab_size or 0, limit or config.max_seq_len or 0, is_endless=limit is None)
+    return RequestLimits(vocab_size, limit or config.max_seq_len or 0, is_endless=limit is None)
 
 
 class Scheduler:
@@ -85,7 +88,7 @@ class Scheduler:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, max_batch: int = 16, speculate: int = 0) -> None:
         self.engine, self.tokenizer, self.max_batch = engine, tokenizer, max_batch
         self._limit = context_limit(engine.model)
-        self.limits = request_limits(engine.model)
+        self.limits = request_limits(engine.model, tokenizer)
         # Slots for every row at full context, and for draft tokens behind it, so that nothing grows under load.
         capacity = self.limits.context + MAX_DECODE_TOKENS
         self._pool = engine.new_cache(max_batch, capacity)
@@ -93,7 +96,7 @@ class Scheduler:
         self._staging = engine.new_cache(1, capacity)
         self._group = engine.new_cache(min(max_batch, _CROWD_TOKENS // PREFILL_QUERIES), PREFILL_CHUNK_TOKENS)
         forbidden = torch.tensor(
-            forbidden_ids(tokenizer, self.limits.vocab_size), dtype=torch.long, device=engine.device
+            forbidden_ids(tokenizer, engine.model.config.vocab_size or 0), dtype=torch.long, device=engine.device
         )
         self._batch = RowBatch(
             engine, [], self._pool.view(0, 0), forbidden=forbidden, speculate=speculate, limit=self._limit

@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from psannlm.serving.app import build_app
 from psannlm.serving.guard import HostRule
-from psannlm.serving.limits import DRAIN_TIMEOUT_S, HEADER_TIMEOUT_S, KEEP_ALIVE_S
+from psannlm.serving.limits import DRAIN_TIMEOUT_S, HEADER_TIMEOUT_S, KEEP_ALIVE_S, STALL_TIMEOUT_S
 from psannlm.serving.service import Service
 
 _DRAIN_CHECK_S = 0.05
@@ -24,15 +25,25 @@ _CUT_OFF_S = 2.0
 
 
 class _TimedProtocol(H11Protocol):
-    """HTTP/1.1 that drops a connection whose request line and headers do not arrive in time."""
+    """HTTP/1.1 that drops a connection whose headers do not arrive, or whose answer is not read, in time.
+
+    A request behind an open one (pipelining) ends the connection: uvicorn would stop reading it, and would not see that
+    the client goes away.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
+    _stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._await_request()
 
     def data_received(self, data: bytes) -> None:
+        if self.cycle is not None and not self.cycle.response_complete and self.conn.their_state is h11.DONE:
+            # Some clients send an empty line after a body.
+            if data.strip(b"\r\n"):
+                self.transport.close()
+            return
         # Of a connection that is kept alive, the next request has begun.
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._await_request()
@@ -40,8 +51,17 @@ class _TimedProtocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall = self.loop.call_later(STALL_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._end_stall()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._end_stall()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
@@ -55,6 +75,11 @@ class _TimedProtocol(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _end_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
 
     def _drop(self) -> None:
         self._deadline = None
@@ -94,7 +119,7 @@ class HttpServer:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=1,
         )
         self._server = _Server(config, self._drain)
         self._drain_ends_s = float("inf")

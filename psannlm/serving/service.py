@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from psannlm.serving.engine_client import EngineClient
@@ -38,12 +40,33 @@ class Service:
     is_draining: bool = False
     created: int = 0
     _inbox: Inbox | None = None
+    _n_preparing: int = 0
 
     def inbox_of(self, loop: asyncio.AbstractEventLoop) -> Inbox:
         """Return the inbox of the event loop that serves."""
         if self._inbox is None or self._inbox.loop is not loop:
             self._inbox = Inbox(loop)
         return self._inbox
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Hold a place for a request while its body is read and its prompts are encoded, which costs memory and time.
+
+        Raises:
+            RequestError: the open sequences and the requests that are prepared fill the queue.
+        """
+        if self.engine.n_open + self._n_preparing >= self.engine.max_open:
+            raise self.busy("no place is left in the queue; try again later")
+        self._n_preparing += 1
+        try:
+            yield
+        finally:
+            self._n_preparing -= 1
+
+    def busy(self, why: str) -> RequestError:
+        """Return the error of a request for which there is no place."""
+        headers = {"Retry-After": str(self.engine.expected_wait_s())}
+        return RequestError(429, f"the server is busy: {why}", code="queue_full", headers=headers)
 
     def ready(self) -> EngineClient:
         """Return the engine. Raises RequestError while the server starts or ends."""

@@ -188,7 +188,7 @@ def test_serve_sigterm_ends_open_requests_and_refuses_new(large: Path) -> None:
     assert json.loads(last.removeprefix(b"data: "))["choices"][0]["finish_reason"] in ("length", "stop")
     assert server.child.returncode == 0
     assert time.monotonic() - began < 30
-    assert err.splitlines() == ["ending: open requests have 30 s; press Ctrl-C again to cut them off", "ended"]
+    assert err.splitlines() == ["ending: open requests have 25 s; press Ctrl-C again to cut them off", "ended"]
 
 
 @pytest.mark.slow

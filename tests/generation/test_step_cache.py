@@ -179,6 +179,14 @@ print(step_cache._fingerprint(lambda model, x: x, model, (torch.zeros(2),), {"a"
     assert names[0] == names[1] != ""
 
 
+def test_step_cache_is_read_under_any_umask(compilers: Compilers) -> None:
+    before = os.umask(0o002)
+    try:
+        assert asked() == asked() == 1
+    finally:
+        os.umask(before)
+
+
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="the platform has no owners of files")
 def test_step_file_that_others_can_write_is_not_read(compilers: Compilers, tmp_path: Path) -> None:
     """What is unpickled can run code."""

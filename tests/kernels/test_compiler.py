@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def programs(monkeypatch: pytest.MonkeyPatch, *there: str) -> None:
     monkeypatch.setattr("psannlm.kernels.compiler.shutil.which", lambda name: f"/bin/{name}" if name in there else None)
-    monkeypatch.setattr("psannlm.kernels.compiler.trial_failure", lambda kind: None)
+    monkeypatch.setattr("psannlm.kernels.compiler.trial_failure", lambda kind, **trust: None)
 
 
 def test_compile_on_cpu_needs_cpp_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_compiler_trial_is_spared_while_compiler_is_same(monkeypatch: pytest.Mon
 
     def in_new_process() -> tuple[bool, int]:
         compiler.trial_failure.cache_clear()
-        return compiler.trial_failure("cpu") is None, n_trials
+        return compiler.trial_failure("cpu", trusts_note=True) is None, n_trials
 
     monkeypatch.setattr(torch, "compile", compile_tiny)
     assert in_new_process() == (False, 1)
@@ -192,4 +192,7 @@ def test_compiler_trial_is_spared_while_compiler_is_same(monkeypatch: pytest.Mon
     assert in_new_process() == (True, 4)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "other"))
     assert in_new_process() == (True, 5)
+    # Where doing without is an alternative, only a trial will do.
+    assert compiler.compiler_fault(CPU) is None
+    assert n_trials == 6
     compiler.trial_failure.cache_clear()

@@ -222,6 +222,81 @@ def test_full_queue_answers_429_with_retry_after(locked: RunningServer) -> None:
     assert json.loads(text)["error"]["code"] == "queue_full"
 
 
+def test_request_behind_full_queue_is_refused_before_its_body(locked: RunningServer) -> None:
+    """Bodies that are read and prompts that are encoded count: they cost memory and time."""
+    port = int(locked.url.rpartition(":")[2])
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
+    waiting = []
+    for _ in range(3):
+        raw = socket.create_connection(("127.0.0.1", port), timeout=10)
+        raw.sendall(head.encode() + b"{")
+        waiting.append(raw)
+    assert eventually(lambda: locked.service._n_preparing == 3)
+    status, headers, text = ask(locked, "/v1/completions", BODY, Authorization=f"Bearer {KEY}")
+    assert (status, json.loads(text)["error"]["code"]) == (429, "queue_full")
+    assert 1 <= int(headers["retry-after"]) <= 60
+    for raw in waiting:
+        raw.close()
+    assert eventually(lambda: locked.service._n_preparing == 0)
+    assert ask(locked, "/v1/completions", BODY, Authorization=f"Bearer {KEY}")[0] == 200
+
+
+def test_request_behind_open_one_ends_the_connection(running: RunningServer) -> None:
+    """Else the server would not see that the client goes away. An empty line behind a body is no request."""
+    port, scheduler = int(running.url.rpartition(":")[2]), running.scheduler
+    body = json.dumps({**BODY, "max_tokens": 90, "n": 16, "seed": 1}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    request = f"{head}Content-Type: application/json\r\n\r\n".encode() + body
+    before = scheduler.counters.n_generated
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        raw.sendall(request)
+        assert eventually(lambda: scheduler.counters.n_generated > before)
+        raw.sendall(request)
+        assert raw.recv(1) == b""
+    assert eventually(lambda: not scheduler.has_work)
+    assert scheduler.counters.n_generated - before < 16 * 90
+    body = json.dumps(BODY).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        raw.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        raw.sendall(b"\r\n")
+        assert raw.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_client_that_stops_reading_is_dropped(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol = server_module._TimedProtocol
+    connect = protocol.connection_made
+
+    def connect_with_small_buffer(self: Any, transport: Any) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connect(self, transport)
+
+    monkeypatch.setattr(protocol, "connection_made", connect_with_small_buffer)
+    monkeypatch.setattr(server_module, "STALL_TIMEOUT_S", 0.3)
+    port, scheduler = int(running.url.rpartition(":")[2]), running.scheduler
+    body = json.dumps({**BODY, "max_tokens": 90, "n": 64, "logprobs": 5, "stream": True, "seed": 1}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        raw.settimeout(10)
+        raw.connect(("127.0.0.1", port))
+        raw.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        assert eventually(lambda: scheduler.has_work)
+        assert eventually(lambda: not running.service.engine.has_work and not scheduler.has_work)
+        assert b"[DONE]" not in _read_all(raw)
+
+
+def _read_all(raw: socket.socket) -> bytes:
+    received = b""
+    try:
+        while part := raw.recv(1 << 16):
+            received += part
+    except ConnectionError:
+        pass
+    return received
+
+
 def _long_request(engine: EngineClient) -> Any:
     from psannlm.generation.requests import SamplingConfig
     from psannlm.serving.messages import GenerationRequest

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
 from psannlm.generation.engine import Engine
 from psannlm.generation.generate import Completion, generate
 from psannlm.generation.requests import SamplingConfig
+from psannlm.serving.scheduler import Scheduler
 
 openai = pytest.importorskip("openai")
 httpx2: Any = pytest.importorskip("httpx2")
@@ -148,3 +151,36 @@ def test_refused_field_is_named(client: Any, changed: dict[str, Any], param: str
 def test_chat_is_refused_with_the_reason(client: Any) -> None:
     with pytest.raises(openai.NotFoundError, match="base models"):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}])
+
+
+def test_ids_of_the_model_alone_are_refused(
+    build_tiny: Callable[..., Any], byte_tokenizer: Any, start_server: Callable[..., Any]
+) -> None:
+    """A model may have more ids than its tokenizer; one can be the likeliest, and none is text."""
+    model = build_tiny(vocab_size=300, max_seq_len=100, base="waveresnet", n_kv_heads=1, tie_embeddings=False)
+    with torch.no_grad():
+        model.head.weight[270:] *= 50
+    server = start_server(Scheduler(Engine(model), byte_tokenizer, max_batch=2))
+    try:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            with pytest.raises(openai.BadRequestError, match="outside the vocabulary of 260"):
+                client.completions.create(model="tiny", prompt=[275], max_tokens=1)
+            answer = client.completions.create(model="tiny", prompt="The sea", max_tokens=4, logprobs=5)
+            names = {name for top in answer.choices[0].logprobs.top_logprobs for name in top}
+            assert any(name in {f"<{number}>" for number in range(270, 300)} for name in names)
+            assert client.completions.create(model="tiny", prompt="The sea", max_tokens=4).choices
+    finally:
+        server.stop()
+
+
+def test_default_of_max_tokens_keeps_to_the_limit(
+    engine: Engine, byte_tokenizer: Any, start_server: Callable[..., Any]
+) -> None:
+    server = start_server(Scheduler(engine, byte_tokenizer, max_batch=2), max_tokens=8)
+    try:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            assert client.completions.create(model="tiny", prompt="The sea").usage.completion_tokens <= 8
+            with pytest.raises(openai.BadRequestError, match="max_tokens 9"):
+                client.completions.create(model="tiny", prompt="The sea", max_tokens=9)
+    finally:
+        server.stop()

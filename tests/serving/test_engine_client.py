@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -156,3 +157,27 @@ def test_messages_of_http_process_are_logged(pair: Callable[..., Pair], caplog: 
         both.client.report("log", (logging.ERROR, "%s", "100 % wrong"))
         both.eventually(lambda: bool(caplog.records))
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [(logging.ERROR, "100 % wrong")]
+
+
+def test_message_cut_short_ends_the_host(pair: Callable[..., Pair]) -> None:
+    both = pair()
+    # A message of 100 bytes of which 3 arrive: the connection raises neither EOFError nor ConnectionError.
+    os.write(both.client._connection.fileno(), (100).to_bytes(4, "big") + b"abc")
+    both.client.close()
+    for thread in both.threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert both.raised == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_update_that_cannot_be_taken_ends_the_client(pair: Callable[..., Pair]) -> None:
+    both = pair()
+
+    def fail(number: int, update: Update) -> None:
+        raise ValueError("no")
+
+    both.client.submit([REQUEST], fail)
+    both.threads[1].join(20)
+    assert not both.threads[1].is_alive()
+    assert both.told[-1] == "end"

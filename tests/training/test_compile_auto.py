@@ -21,7 +21,7 @@ TinyRun = Callable[..., RunConfig]
 @pytest.fixture(autouse=True)
 def _no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule is what is tested here, with devices that are not there too."""
-    monkeypatch.setattr("psannlm.kernels.compiler.trial_failure", lambda kind: None)
+    monkeypatch.setattr("psannlm.kernels.compiler.trial_failure", lambda kind, **trust: None)
 
 
 @pytest.fixture

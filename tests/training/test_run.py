@@ -302,7 +302,7 @@ def test_compile_applies_to_trained_model(tiny_run: TinyRun, monkeypatch: pytest
         return model
 
     # The trial compile has tests of its own.
-    monkeypatch.setattr("psannlm.kernels.compiler.trial_failure", lambda kind: None)
+    monkeypatch.setattr("psannlm.kernels.compiler.trial_failure", lambda kind, **trust: None)
     monkeypatch.setattr("psannlm.training.run.torch.compile", note)
     monkeypatch.setattr("psannlm.kernels.compiler.shutil.which", lambda name: "/usr/bin/g++")
     train(tiny_run(max_steps=1, checkpoint_dir=tiny_run().train.checkpoint_dir + "_plain"))

@@ -130,7 +130,10 @@ async def _one(
     kind = pick_kind(rng)
     one = asked(number, rng)
     if kind == "vanished":
-        await _vanish(server, server.completion_request(one.fields()), rng)
+        try:
+            await _vanish(server, server.completion_request(one.fields()), rng, timeout_s)
+        except (OSError, asyncio.TimeoutError) as error:
+            done.lost[f"{kind}: {type(error).__name__}"] += 1
     elif kind == "rubbish":
         await _send_rubbish(server, rng, timeout_s, done)
     else:
@@ -182,9 +185,13 @@ async def _stall(server: Server, request: bytes, rng: random.Random, timeout_s: 
     recording = Recording(time.perf_counter())
     loop = asyncio.get_running_loop()
     cut, before_s, after_s = rng.randrange(1, len(request)), rng.uniform(0.0, 0.5), rng.uniform(0.0, 2.0)
-    transport, recorder = await loop.create_connection(
-        lambda: _Staller(request, cut, before_s, after_s), server.address.host, server.address.port
-    )
+    try:
+        transport, recorder = await loop.create_connection(
+            lambda: _Staller(request, cut, before_s, after_s), server.address.host, server.address.port
+        )
+    except OSError as error:
+        recording.failure, recording.ended_s = f"no connection: {error}", time.perf_counter()
+        return recording
     recording.chunks = recorder.chunks
     try:
         recording.failure = await asyncio.wait_for(recorder.closed, timeout_s)
@@ -196,15 +203,20 @@ async def _stall(server: Server, request: bytes, rng: random.Random, timeout_s: 
     return recording
 
 
-async def _vanish(server: Server, request: bytes, rng: random.Random) -> None:
-    """Connect, send none, a part or all of a request, read a part of the response or nothing, and vanish."""
+async def _vanish(server: Server, request: bytes, rng: random.Random, timeout_s: float) -> None:
+    """Connect, send none, a part or all of a request, read a part of the response or nothing, and vanish.
+
+    Raises:
+        OSError: the server cannot be reached, or resets the connection.
+        asyncio.TimeoutError: it answers nothing within ``timeout_s``.
+    """
     reader, writer = await asyncio.open_connection(server.address.host, server.address.port)
     stage = rng.randrange(4)
     if stage:
         writer.write(request[: rng.randrange(1, len(request))] if stage == 1 else request)
     if stage == 3:
         # Some bytes of the response have come; those who wait longer vanish in the middle of it.
-        await reader.read(rng.choice((1, 400, 2000)))
+        await asyncio.wait_for(reader.read(rng.choice((1, 400, 2000))), timeout_s)
     await asyncio.sleep(rng.choice((0.0, 0.01, 0.1)))
     if rng.random() < 0.5:
         writer.transport.abort()
