@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -21,6 +20,7 @@ from psannlm.io.atomic import write_bytes
 from psannlm.io.cache import cache_folder
 from psannlm.kernels.compile import compiled
 from psannlm.kernels.torch_private import (
+    LOAD_ERRORS,
     can_compile_ahead,
     compiled_ahead,
     dump_compiled,
@@ -33,18 +33,6 @@ from psannlm.kernels.torch_private import (
 _MAX_FILES = 48
 # Parts of the package that a step is traced through.
 _TRACED = ("generation", "kernels", "models", "runtime")
-# What torch raises for a file of another version, or one that is damaged.
-_LOAD_ERRORS = (
-    pickle.UnpicklingError,
-    EOFError,
-    RuntimeError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    TypeError,
-    ValueError,
-    AssertionError,
-)
 
 
 def compiled_step(
@@ -84,7 +72,7 @@ def _load(path: Path, modules: dict[str, nn.Module], options: dict[str, Any]) ->
         return None
     try:
         loaded = load_compiled(path.read_bytes(), modules, options)
-    except (OSError, *_LOAD_ERRORS):
+    except (OSError, *LOAD_ERRORS):
         return None
     with suppress(OSError):
         os.utime(path)

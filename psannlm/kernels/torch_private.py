@@ -7,11 +7,11 @@ Checked with torch 2.13.0. None is covered by torch's compatibility promise: aft
 from __future__ import annotations
 
 import os
-import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 # torch._subclasses.fake_tensor, torch 2.13: tensors with a shape and no memory, re-exported here.
 __all__ = [
+    "LOAD_ERRORS",
     "FakeTensor",
     "FakeTensorMode",
     "activation_backward",
@@ -47,6 +48,19 @@ __all__ = [
     "storage_key",
     "uncompiled",
 ]
+
+# What torch raises for a compiled function of another version, or one that is damaged.
+LOAD_ERRORS = (
+    UnpicklingError,
+    EOFError,
+    RuntimeError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AssertionError,
+)
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -184,27 +198,28 @@ def dump_compiled(ahead: Callable[..., object], modules: dict[str, torch.nn.Modu
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     content: bytes = type(ahead).serialize(ahead, modules).serialized_data  # type: ignore[attr-defined]
-    return pickle.dumps((str(pick_vec_isa()), content))
+    return f"{pick_vec_isa()}\n".encode() + content
 
 
 def load_compiled(content: bytes, modules: dict[str, torch.nn.Module], options: dict[str, Any]) -> Callable[..., Any]:
-    """Return what :func:`dump_compiled` got, with the options it was compiled with. It unpickles ``content``.
+    """Return what :func:`dump_compiled` got, with the options it was compiled with. torch unpickles ``content``.
 
     Raises:
         ValueError: inductor now computes with other vector instructions.
+        Exception: one of ``LOAD_ERRORS``, where the content is damaged or of another version.
     """
     # torch._dynamo.aot_compile.AOTCompiledFunction, the settings of inductor and torch._inductor.cpu_vec_isa, torch
     # 2.13. The options are part of the names under which inductor finds its binaries.
     from torch._dynamo.aot_compile import AOTCompiledFunction
     from torch._inductor.cpu_vec_isa import pick_vec_isa, valid_vec_isa_list
 
-    isa, dumped = pickle.loads(content)
+    isa, _, dumped = content.partition(b"\n")
     settings = {name: value for name, value in options.items() if name != "guard_filter_fn"}
     # Without the setting, inductor starts processes to find out which vector instructions work, which takes a second.
     with torch._inductor.config.patch({**settings, "cpp.vec_isa_ok": True}):
-        if str(pick_vec_isa()) != isa:
+        if str(pick_vec_isa()).encode() != isa:
             valid_vec_isa_list.cache_clear()
-            raise ValueError(f"compiled for {isa}")
+            raise ValueError(f"compiled for {isa!r:.40}")
         ahead = AOTCompiledFunction.deserialize(dumped, None, modules)
     ahead.disable_guard_check()
     return ahead

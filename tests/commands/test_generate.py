@@ -228,7 +228,7 @@ def test_generate_json_keeps_the_deprecated_key(
 def test_generate_compile_without_compiler_is_refused_before_work(
     psannlm, in_trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("psannlm.kernels.compiler.compiler_fault", lambda device: "a C++ compiler (install g++)")
+    monkeypatch.setattr("psannlm.kernels.compiler.missing_to_compile", lambda device: "a C++ compiler (install g++)")
     refused = psannlm("generate", "--prompt", "The tide", *GREEDY, "--compile")
     assert (refused.code, refused.out) == (2, "")
     assert "--compile needs a C++ compiler (install g++), which is missing; install it, or leave it out" in refused.err

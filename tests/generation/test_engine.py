@@ -177,7 +177,7 @@ def test_engine_auto_compile_without_compiler_gives_notice(
 
 
 def test_engine_required_compile_without_compiler_raises(build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.kernels.compiler.compiler_fault", lambda device: "a C++ compiler (install g++)")
+    monkeypatch.setattr("psannlm.kernels.compiler.missing_to_compile", lambda device: "a C++ compiler (install g++)")
     with pytest.raises(
         DeviceError, match=r"compiled decoding needs a C\+\+ compiler .install g\+\+., which is missing"
     ):
@@ -186,7 +186,7 @@ def test_engine_required_compile_without_compiler_raises(build_tiny: Build, monk
 
 def test_engine_compiled_step_marks_cache_addresses_static(build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler refuses CUDA graphs for a pass that writes into any other input, without an error."""
-    monkeypatch.setattr("psannlm.kernels.compiler.compiler_fault", lambda device: None)
+    monkeypatch.setattr("psannlm.generation.engine.require_compiler", lambda *asked: None)
     monkeypatch.setattr("psannlm.generation.engine.compiled_step", lambda step, model, args, options: step)
     engine = Engine(build_tiny(base="waveresnet"), compile=True)
     logits, state = engine.prefill([[1, 5], [2]], 8)

@@ -271,6 +271,6 @@ def test_bench_train_missing_compiler_fails_early(changes: dict[str, Any], monke
     def measure(*arguments: object) -> int:
         raise AssertionError("measured")
 
-    monkeypatch.setattr("psannlm.kernels.compiler.compiler_fault", lambda device: "a C++ compiler (install g++)")
+    monkeypatch.setattr("psannlm.kernels.compiler.missing_to_compile", lambda device: "a C++ compiler (install g++)")
     with pytest.raises(DeviceError, match=r"--compile or --also compile needs a C\+\+ compiler.*or leave it out"):
         bench_train(replace(SETTINGS, **changes), CPU, build=measure, measure_memory=measure)  # type: ignore[arg-type]

@@ -132,8 +132,8 @@ def test_compiled_training_detects_non_finite_loss(place: int) -> None:
 
 
 def test_compile_check_skips_without_compiler(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psannlm.runtime.device.shutil.which", lambda name: None)
+    monkeypatch.setattr("psannlm.kernels.compiler.shutil.which", lambda name: None)
     assert check_compiled(context).skipped == "torch.compile needs a C++ compiler (install g++)"
-    monkeypatch.setattr("psannlm.runtime.device.find_spec", lambda name: None)
+    monkeypatch.setattr("psannlm.kernels.compiler.find_spec", lambda name: None)
     skipped = check_compiled(replace(context, device=torch.device("cuda"))).skipped
     assert skipped == "torch.compile needs Triton (pip install triton)"
