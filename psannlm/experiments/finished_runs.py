@@ -45,9 +45,12 @@ class Origin(Figures):
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentRecord(Figures):
-    """Validation losses by document of a model, as ``document_losses.encode_documents`` packs them."""
+    """Validation losses by document of a model, as ``document_losses.encode_documents`` packs them.
 
-    origin: Origin
+    Without ``origin``, of a version that did not record it, nobody knows of which model they are.
+    """
+
+    origin: Origin | None = None
     nats: str
     tokens: str
 

@@ -125,7 +125,7 @@ def _differences(study: Study, run: StudyRun, kept: FinishedRun) -> Iterator[str
     if settings.choose_on == "tune":
         if kept.documents is None:
             yield "its losses by document are not recorded, which choose_on: tune needs"
-        elif kept.documents.origin.code_sha256 != sources_sha256(("evaluation",)):
+        elif kept.documents.origin is None or kept.documents.origin.code_sha256 != sources_sha256(("evaluation",)):
             yield "its losses by document were measured by other code, and choose_on: tune needs them"
 
 

@@ -162,7 +162,7 @@ def test_records_without_documents_show_dash_and_reason(finished: Study, tmp_pat
     )
 
 
-@pytest.mark.parametrize("fault", ["step", "log", "code", "loss", "damaged"])
+@pytest.mark.parametrize("fault", ["step", "log", "code", "origin", "loss", "damaged"])
 def test_kept_losses_of_another_model_are_measured_again(
     finished: Study, documents: dict[str, RunDocuments], tmp_path: Path, tiny_corpus: Path, fault: str
 ) -> None:
@@ -172,12 +172,14 @@ def test_kept_losses_of_another_model_are_measured_again(
     for name, each in documents.items():
         assert each.losses is not None
         assert each.record is not None
+        assert each.record.origin is not None
         others = DocumentLosses(each.losses.nats * 1.1, each.losses.tokens)
         record = {
             "step": replace(each.record, origin=replace(each.record.origin, step=each.record.origin.step - 1)),
             "log": replace(each.record, origin=replace(each.record.origin, log_sha256="0")),
             "code": replace(each.record, origin=replace(each.record.origin, code_sha256="0")),
             "loss": encode_documents(others, each.record.origin),
+            "origin": replace(each.record, origin=None),
             "damaged": replace(each.record, nats="?"),
         }[fault]
         records[name] = Measured(documents=record)
@@ -192,7 +194,7 @@ def test_document_record_keeps_losses_and_refuses_damage() -> None:
     record = encode_documents(losses, Origin(step=5))
     found = decode_documents(record)
     assert found is not None
-    assert (record.origin.step, found.tokens.tolist()) == (5, [1, 200, 3])
+    assert (record.origin, found.tokens.tolist()) == (Origin(step=5), [1, 200, 3])
     assert found.nats == pytest.approx(losses.nats, rel=1e-7)
     assert encode_documents(found, Origin(step=5)) == record
     for nats in (
