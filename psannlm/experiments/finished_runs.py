@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -219,11 +220,18 @@ def add_finished_run(path: Path, state: RunState, measured: Measured = _NOTHING_
 
 
 def kept_runs(path: Path) -> dict[str, FinishedRun]:
-    """Return the runs of a study's folder or file by name; none where it is missing or damaged."""
+    """Return the runs of a study's folder or file by name, but for lines that are damaged; none where it is missing."""
+    file = path / RUNS_FILE if path.is_dir() else path
     try:
-        return {run.run: run for run in read_finished_runs(path)}
-    except ConfigError:
+        lines = read_text(file, _LARGEST_BYTES).splitlines() if file.is_file() else []
+    except Unreadable:
         return {}
+    found: dict[str, FinishedRun] = {}
+    for line in lines:
+        with suppress(Unreadable):
+            run = _read_line(line)
+            found[run.run] = run
+    return found
 
 
 def keep_measured(study: Study, state: RunState, measured: Measured) -> None:

@@ -17,7 +17,14 @@ from psannlm.data.memory_store import encode_documents as encode_texts
 from psannlm.errors import ConfigError
 from psannlm.evaluation.documents import DocumentLosses, bootstrap_difference
 from psannlm.evaluation.loss import decode_documents as decode_texts
-from psannlm.experiments.finished_runs import RUNS_FILE, Measured, Origin, read_finished_runs, write_finished_runs
+from psannlm.experiments.finished_runs import (
+    RUNS_FILE,
+    Measured,
+    Origin,
+    kept_runs,
+    read_finished_runs,
+    write_finished_runs,
+)
 from psannlm.experiments.lr_selection import with_selected_lrs
 from psannlm.experiments.measures.document_losses import (
     SEED,
@@ -325,3 +332,13 @@ def test_tuning_refuses_best_step_and_single_document(tmp_path: Path, tiny_corpu
     (tmp_path / "one.txt").write_text(" ".join(lines))
     with pytest.raises(ConfigError, match=r"choose_on.*only one"):
         build(tmp_path / "b", tmp_path / "one.txt", "choose_on: tune\n")
+
+
+def test_damaged_line_costs_no_other_run_its_figures(finished: Study, tmp_path: Path) -> None:
+    path = tmp_path / RUNS_FILE
+    write_finished_runs(path, finished)
+    names = set(kept_runs(path))
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text(first[:-40] + "\n" + "".join(others))
+    assert kept_runs(path).keys() == names - {json.loads(first)["run"]}
+    assert kept_runs(tmp_path / "nothing") == {}
