@@ -275,8 +275,8 @@ def _rows_table(metrics: ServingMetrics) -> Table:
         f"{engine}, {metrics.device}; prompts of {metrics.prompt_tokens:,} tokens, {metrics.new_tokens:,} new; "
         f"{'one run' if metrics.repeats == 1 else f'medians of {metrics.repeats} runs'} of each load",
         *("server and load", "requests\nfailed", "tokens/s", "first token, ms\np50 / p95 / p99"),
-        *("between tokens, ms\np50 / p95 / p99", "memory\nMB"),
-        caption="throughput with the lowest and highest run below"
+        *("between parts, ms\np50 / p95 / p99", "memory\nMB"),
+        caption="throughput with the lowest and highest run below; a part of a text is what an event adds to it"
         + ("" if metrics.is_complete else "; interrupted: figures so far"),
     )
     for row in metrics.rows:

@@ -81,6 +81,14 @@ SpeculateOption = Annotated[
         help="Draft tokens per step for speculative decoding, copied from the text so far; the output stays the same.",
     ),
 ]
+StreamIntervalOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens per event of a stream. More of them leave more of the processor to the model. Default: 1 while up "
+        "to 4 sequences decode, and 4 from 13 on.",
+    ),
+]
 NameOption = Annotated[
     str | None,
     typer.Option("--model-name", help="Name of the model in requests. Default: the name of CHECKPOINT."),
@@ -102,6 +110,7 @@ def serve(
     dtype: DtypeOption = "float32",
     compile: CompileOption = False,
     speculate: SpeculateOption = 0,
+    stream_interval: StreamIntervalOption = None,
     model_name: NameOption = None,
     metrics: MetricsOption = False,
     no_page: PageOption = False,
@@ -140,7 +149,7 @@ def serve(
             from psannlm.generation.engine import Engine
 
             engine = Engine(model, dtype=dtype, compile=compile, in_place=True)
-            return _warm_scheduler(engine, tokenizer, max_batch=max_batch, speculate=speculate)
+            return _warm_scheduler(engine, tokenizer, max_batch, speculate, stream_interval)
 
         settings = HttpSettings(
             model=printable(model_name or checkpoint.resolve().name),
@@ -206,12 +215,14 @@ def _load(path: Path, device: torch.device, max_batch: int, n_bytes: int) -> tup
     return loaded.model, loaded.tokenizer
 
 
-def _warm_scheduler(engine: Engine, tokenizer: Tokenizer, **settings: int) -> Scheduler:
+def _warm_scheduler(
+    engine: Engine, tokenizer: Tokenizer, max_batch: int, speculate: int, stream_interval: int | None
+) -> Scheduler:
     from psannlm.serving.scheduler import Scheduler
 
     for notice in engine.notices:
         log.warning(notice)
-    scheduler = Scheduler(engine, tokenizer, **settings)
+    scheduler = Scheduler(engine, tokenizer, max_batch=max_batch, speculate=speculate, stream_interval=stream_interval)
     scheduler.warm_up()
     return scheduler
 

@@ -110,7 +110,7 @@ class EngineClient:
         """Queue sequences, all or none, and return their numbers.
 
         Args:
-            on_update: called in the thread of :meth:`receive` with (number in ``requests``, what a step added).
+            on_update: called in the thread of :meth:`receive` with (number in ``requests``, what steps have added).
             after_updates: called in that thread once all updates of a step are out.
 
         Raises:

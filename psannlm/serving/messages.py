@@ -20,6 +20,7 @@ class GenerationRequest:
         stop: texts before the first of which the text ends.
         n_top: how many of the most likely tokens to record with each token; None: record no log probabilities.
         scores_prompt: record the log probabilities of the prompt's tokens too.
+        is_streamed: whether updates are wanted between the first token and the end.
     """
 
     prompt: Sequence[int]
@@ -28,11 +29,12 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     n_top: int | None = None
     scores_prompt: bool = False
+    is_streamed: bool = True
 
 
 @dataclass
 class Update:
-    """What one step added to a sequence.
+    """What one or more steps have added to a sequence.
 
     Attributes:
         text: new text, in whole characters.

@@ -209,6 +209,7 @@ def generation_requests(request: CompletionRequest, prompts: list[Prompt]) -> li
             require_stop_texts(request.stop),
             request.logprobs,
             scores_prompt=request.echo and request.logprobs is not None,
+            is_streamed=request.stream,
         )
         for prompt in prompts
         for choice in range(request.n)

@@ -48,6 +48,7 @@ def drawn_requests(seed: int, n: int) -> list[GenerationRequest]:
                 stop=draw.choice([(), (), ("e", "zz"), ("a",)]),
                 n_top=draw.choice([None, None, 0, 3]),
                 scores_prompt=draw.random() < 0.2,
+                is_streamed=draw.random() < 0.8,
             )
         )
     return requests
@@ -130,6 +131,33 @@ def test_scheduler_compiled_steps_keep_tokens(
     eager = Engine(model)
     equal = [ids == alone(eager, byte_tokenizer, requests[int(name)]).ids for name, ids in runs[0].items()]
     assert equal.count(True) >= len(equal) - 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_rows", "is_streamed", "n_tokens"),
+    [
+        ({}, 4, True, [1] * 16),
+        ({}, 5, True, [1, 2, 2, 2, 2, 2, 2, 2, 1]),
+        ({}, 13, True, [1, 4, 4, 4, 3]),
+        ({}, 20, True, [1, 4, 4, 4, 3]),
+        ({"stream_interval": 1}, 13, True, [1] * 16),
+        ({"stream_interval": 6}, 1, True, [1, 6, 6, 3]),
+        ({}, 1, False, [1, 15]),
+    ],
+)
+def test_scheduler_update_holds_tokens_of_its_interval(
+    settings: dict[str, int], n_rows: int, is_streamed: bool, n_tokens: list[int], serve: Serve
+) -> None:
+    """The first token and the end wait for nothing."""
+    served = serve(max_batch=20, **settings)
+    request = GenerationRequest([1, 5], 16, GREEDY, n_top=1, is_streamed=is_streamed)
+    for row in range(n_rows):
+        served.submit(str(row), request)
+    served.run()
+    for updates in served.updates.values():
+        assert [len(update.ids) for update in updates] == n_tokens
+        assert [len(update.logprobs) for update in updates] == n_tokens
+        assert [update.is_last for update in updates] == [False] * (len(n_tokens) - 1) + [True]
 
 
 def test_scheduler_chunked_prompt_scores_match_whole_prompt(serve: Serve) -> None:
@@ -223,7 +251,7 @@ def test_scheduler_short_prompt_waits_two_steps_for_company(serve: Serve, monkey
 
 def test_scheduler_waiting_prompts_share_passes(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short prompts that wait together are computed together: many while few rows decode, few while many do."""
-    served = serve(max_batch=16)
+    served = serve(max_batch=16, stream_interval=1)
     passes: list[int] = []
     extend = served.scheduler.engine.extend
 

@@ -41,7 +41,7 @@ class ServingRow(Figures):
         failures: how many failed for which reason.
         tokens_per_s: new tokens of all answers per second; None where no request was answered.
         first_token_s: from the request to the first text; of a request that waits, waiting included.
-        between_tokens_s: between two parts of a text, mostly single tokens.
+        between_tokens_s: between two parts of a text, each of one or a few tokens.
         request_s: from the request to the end of the answer.
         resident_bytes: largest memory of the server and its child processes after a run; None where unknown.
         our_tokens_per_s_over_its, our_first_token_p95_over_its: paired by run; None for our own server.

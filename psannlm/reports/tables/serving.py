@@ -19,7 +19,7 @@ _HEADINGS = (
     "tokens/s",
     "ours over it, tokens/s",
     "first token, ms: p50, p95, p99",
-    "between tokens, ms: p50, p95, p99",
+    "between parts of a text, ms: p50, p95, p99",
     "memory, MB",
 )
 
