@@ -389,14 +389,14 @@ class Scheduler:
         row, text, update = handle.row, handle.text, handle.update
         assert row is not None
         assert text is not None
-        if not row.is_finished and not self._is_due(handle):
-            return
         if row.is_finished:
             n_returned = text.n_returned
             whole, update.stop_text = text.end(row.generated)
             update.text += whole[n_returned:]
             update.finish_reason = row.finish_reason if update.stop_text is None else "stop"
             update.end_logprob = row.end_logprob
+        elif not self._is_due(handle):
+            return
         if update.ids or update.text or update.is_last:
             handle.update, handle.has_update = Update(), True
             self._tell(handle, update)
