@@ -8,8 +8,11 @@ numbers of its own (``generation.rows``).
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -39,6 +42,8 @@ _MOST_PREFILL_PASSES = 4
 # Decoding steps that prompts of less than half a pass wait for others to share it: a pass over one prompt of 96 tokens
 # takes 26 ms, over two 33 ms, and a step of 15 rows 12 ms (29.9M parameters in bfloat16, two cores with AVX-512).
 _MOST_WAITED_STEPS = 2
+# Most time that passes before the first request take, without compiling.
+_MOST_WARM_UP_S = 2.0
 # Sequences that decode for each token that an event of a stream holds, and the most tokens of one. An event takes HTTP
 # and its reader 0.1 ms of CPU time, which the engine lacks where all cores compute: 1.6 ms of a step of 16 rows, which
 # takes 15 ms itself (the model of above). Sixteen streams get a part every 60 to 80 ms then.
@@ -134,13 +139,43 @@ class Scheduler:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile the steps, where steps are compiled, which takes up to a minute."""
+        """Compile the steps, where steps are compiled, which takes up to a minute; make passes of the usual sizes.
+
+        A CPU's matrix products keep 1 to 3 MB for each number of tokens that they meet: the server has all of that from
+        the start, and its memory is flat under load.
+        """
+        widths = {1, 1 + self._batch.speculate}
+        passes: list[Callable[[], object]] = []
         if self.engine.compiles:
-            for n_tokens in {1, 1 + self._batch.speculate}:
-                ids = torch.zeros(self.max_batch, n_tokens, dtype=torch.long, device=self.engine.device)
-                self.engine.forward_tokens(ids, self._pool)
-                self._pool.commit([0] * self.max_batch)
-            self._pool.clear()
+            for width in widths:
+                self._decode_padding(self._pool, width)
+        else:
+            sizes = product(range(1, self.max_batch + 1), widths)
+            passes += [partial(self._decode_padding, self._pool.view(0, n), width) for n, width in sizes]
+        for n_tokens in range(PREFILL_QUERIES, _CROWD_TOKENS + 1, PREFILL_QUERIES):
+            if n := self._fewest_rows(n_tokens):
+                passes.append(partial(self._prefill_padding, self._group.view(0, n), n_tokens // n))
+        end = time.monotonic() + _MOST_WARM_UP_S
+        for make_pass in passes:
+            if time.monotonic() > end:
+                break
+            make_pass()
+        self._pool.clear()
+
+    def _decode_padding(self, cache: KVCache, n_tokens: int) -> None:
+        ids = torch.zeros(len(cache.lengths), n_tokens, dtype=torch.long, device=self.engine.device)
+        self.engine.forward_tokens(ids, cache)
+        cache.commit([0] * len(cache.lengths))
+
+    def _prefill_padding(self, cache: KVCache, n_tokens: int) -> None:
+        cache.clear()
+        self.engine.extend([[0] * n_tokens] * len(cache.lengths), cache)
+
+    def _fewest_rows(self, n_tokens: int) -> int:
+        """Return the fewest rows of whole prompts whose pass has ``n_tokens``; 0: it cannot have them."""
+        longest = min(PREFILL_CHUNK_TOKENS, whole_query_blocks(self.limits.context))
+        fitting = (n for n in range(1, len(self._group.lengths) + 1) if n_tokens % (n * PREFILL_QUERIES) == 0)
+        return next((n for n in fitting if n_tokens // n <= longest), 0)
 
     @property
     def counters(self) -> Counters:

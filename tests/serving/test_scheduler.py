@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from psannlm.errors import GenerationError
 from psannlm.generation.engine import Engine
@@ -16,7 +18,9 @@ from psannlm.generation.generate import Completion, complete_ids
 from psannlm.generation.quantize import WeightDtype
 from psannlm.generation.requests import SamplingConfig
 from psannlm.kernels.compiler import has_compiler
+from psannlm.models.kv_cache import KVCache
 from psannlm.models.transformer import Transformer
+from psannlm.serving import scheduler
 from psannlm.serving.messages import GenerationRequest
 from psannlm.serving.scheduler import PREFILL_CHUNK_TOKENS
 
@@ -110,6 +114,47 @@ def run_with_traffic(served: Served, requests: list[GenerationRequest]) -> None:
     assert len(served.updates) >= len(requests) - 4
 
 
+@pytest.mark.parametrize(("base", "speculate"), [("waveresnet", 0), ("transformer", 3)])
+def test_scheduler_meets_only_sizes_of_its_warm_up(
+    base: str,
+    speculate: int,
+    build_tiny: Callable[..., Transformer],
+    serve: Serve,
+    byte_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every number of rows and of prompt tokens that load brings, of which a CPU keeps memory, is met before it."""
+    engine = Engine(build_tiny(base=base, vocab_size=260, max_seq_len=CONTEXT))
+    sizes: set[tuple[str, int]] = set()
+    extend, forward_tokens = engine.extend, engine.forward_tokens
+
+    def noted_extend(prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        hidden = extend(prompts, cache)
+        sizes.add(("prompts", hidden.shape[0] * hidden.shape[1]))
+        return hidden
+
+    def noted_step(tokens: Tensor, cache: KVCache) -> Tensor:
+        sizes.add(("decode", tokens.numel()))
+        return forward_tokens(tokens, cache)
+
+    monkeypatch.setattr(scheduler, "_MOST_WARM_UP_S", math.inf)
+    monkeypatch.setattr(engine, "extend", noted_extend)
+    monkeypatch.setattr(engine, "forward_tokens", noted_step)
+    served = serve(engine=engine, max_batch=12, speculate=speculate)
+    served.scheduler.warm_up()
+    warm = set(sizes)
+    sizes.clear()
+    requests = drawn_requests(seed=5, n=60)
+    run_with_traffic(served, requests[:24])
+    for number, request in enumerate(requests[24:], start=24):
+        served.submit(str(number), request)
+    served.run()
+    assert max(size for kind, size in sizes if kind == "prompts") > PREFILL_CHUNK_TOKENS
+    assert sizes <= warm
+    for name in served.updates:
+        assert_equal_to_alone(served, name, alone(engine, byte_tokenizer, requests[int(name)]))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="no C++ compiler for torch.compile")
 @pytest.mark.filterwarnings("ignore")
@@ -138,9 +183,10 @@ def test_scheduler_compiled_steps_keep_tokens(
     [
         ({}, 4, True, [1] * 16),
         ({}, 5, True, [1, 2, 2, 2, 2, 2, 2, 2, 1]),
+        ({}, 12, True, [1, 3, 3, 3, 3, 3]),
         ({}, 13, True, [1, 4, 4, 4, 3]),
         ({}, 20, True, [1, 4, 4, 4, 3]),
-        ({"stream_interval": 1}, 13, True, [1] * 16),
+        ({"stream_interval": 1}, 16, True, [1] * 16),
         ({"stream_interval": 6}, 1, True, [1, 6, 6, 3]),
         ({}, 1, False, [1, 15]),
     ],
