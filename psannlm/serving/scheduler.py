@@ -251,11 +251,14 @@ class Scheduler:
         self._end_updates()
 
     def fail_all(self, error: Exception) -> None:
-        """End every sequence with ``error``."""
+        """End every sequence with ``error``, after the tokens that it has."""
         with self._lock:
             handles = [*self._waiting, *self._prefilling]
             self._waiting.clear()
         handles += self._decoding.values()
+        for handle in handles:
+            if handle.update.ids:
+                self._tell(handle, handle.update)
         self._prefilling = []
         self._remove([slot for slot, row in enumerate(self._batch.rows) if row is not self._idle])
         for handle in handles:

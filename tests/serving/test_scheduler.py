@@ -206,6 +206,20 @@ def test_scheduler_update_holds_tokens_of_its_interval(
         assert [update.is_last for update in updates] == [False] * (len(n_tokens) - 1) + [True]
 
 
+def test_scheduler_failure_comes_after_tokens(serve: Serve) -> None:
+    """Tokens that wait for the rest of their event are passed on before the error."""
+    served = serve(max_batch=16, stream_interval=6)
+    for row in range(2):
+        served.submit(str(row), GenerationRequest([1, 5], 16, GREEDY, is_streamed=True))
+    for _ in range(3):
+        served.scheduler.step()
+    served.scheduler.fail_all(GenerationError("the server is ending"))
+    for updates in served.updates.values():
+        assert [len(update.ids) for update in updates] == [1, 3, 0]
+        assert [str(update.error) for update in updates if update.is_last] == ["the server is ending"]
+    assert not served.scheduler.has_work
+
+
 def test_scheduler_chunked_prompt_scores_match_whole_prompt(serve: Serve) -> None:
     prompt = [1, *(4 + (7 * i) % 256 for i in range(299))]
     request = GenerationRequest(prompt, 1, GREEDY, n_top=2, scores_prompt=True)
