@@ -91,8 +91,8 @@ AgainstOption = Annotated[
     list[str] | None,
     typer.Option(
         "--against",
-        help="Reference model of equal size: transformers, for its Llama (needs the extra hf), or llama.cpp, for our "
-        "transformer exported as GGUF (needs the extra gguf and llama-cpp-python); may be repeated.",
+        help="Reference model of equal size: transformers, for its Llama (needs the extra hf); llama.cpp "
+        "(needs the extra gguf and llama-cpp-python) or ctranslate2, for our exported transformer; may be repeated.",
     ),
 ]
 DEFAULT_RUNS = Path("runs")

@@ -18,32 +18,13 @@ import numpy as np
 import torch
 
 from psannlm.benchmarks.decoding.modes import Prompts
-from psannlm.benchmarks.harness.random_weights import randomize_parameters
+from psannlm.benchmarks.harness.exportable_transformer import exportable_transformer
 from psannlm.benchmarks.harness.reference_task import ReferenceTask
-from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, PsannlmError
-from psannlm.export.gguf import Q8_0, Q8_0_BLOCK, write_gguf
-from psannlm.models.accounting import count_parameters, match_mlp_width
-from psannlm.models.registry import build_model, resolve
-from psannlm.models.transformer import Transformer
+from psannlm.export.gguf import Q8_0, write_gguf
 
 # Our dtype -> that of a GGUF file: the nearest that llama.cpp computes with.
 _FILE_TYPES: dict[str, Any] = {"float32": "float32", "bfloat16": "bfloat16", "int8": Q8_0}
-
-
-def exportable_config(task: ReferenceTask) -> ModelConfig:
-    """Return a plain SwiGLU transformer of our model's sizes, as wide as brings it nearest to its parameter count."""
-    ours = task.config
-    conv = ours.short_conv.model_copy(update={"enabled": None})
-    changes: dict[str, Any] = {"base": "transformer", "mlp": "swiglu", "short_conv": conv, "residual_scale": None}
-    changes |= {"positional_encoding": "rope", "max_seq_len": task.seq_len, "d_mlp": None}
-    plain = resolve(ours.model_copy(update=changes))
-
-    def count(width: int) -> int:
-        return sum(count_parameters(plain.model_copy(update={"d_mlp": width})).values())
-
-    width = match_mlp_width(count, task.parameters)
-    return plain.model_copy(update={"d_mlp": max(1, round(width / Q8_0_BLOCK)) * Q8_0_BLOCK})
 
 
 class LlamaCpp:
@@ -62,9 +43,7 @@ class LlamaCpp:
     def __init__(self, task: ReferenceTask) -> None:
         if task.device.type != "cpu":
             raise ConfigError("--against llama.cpp runs on the CPU; add --device cpu")
-        config = exportable_config(task)
-        self.model: Transformer = build_model(config, seed=0).eval()
-        randomize_parameters(self.model, 0)
+        self.model = exportable_transformer(task)
         file_type = _FILE_TYPES[task.dtype]
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self._library = library = importlib.import_module("llama_cpp")
@@ -73,7 +52,7 @@ class LlamaCpp:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             write_gguf(path, self.model, None, file_type)
-            self._load(path, task, config.vocab_size or 0)
+            self._load(path, task, self.model.config.vocab_size or 0)
         self.description = (
             f"llama.cpp (llama-cpp-python {library.__version__}), our transformer of {self.parameters:,} parameters, "
             f"{file_type}"

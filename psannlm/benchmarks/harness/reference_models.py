@@ -16,6 +16,7 @@ from psannlm.errors import ConfigError, PsannlmError, install_extra, nearest
 _PACKAGES = {
     "transformers": {"transformers": install_extra("hf")},
     "llama.cpp": {"gguf": install_extra("gguf"), "llama_cpp": "pip install llama-cpp-python, which compiles llama.cpp"},
+    "ctranslate2": {"ctranslate2": "pip install ctranslate2"},
 }
 REFERENCE_MODELS = tuple(_PACKAGES)
 
@@ -54,6 +55,10 @@ def build_reference_model(name: str, task: ReferenceTask) -> ReferenceModel:
         from psannlm.benchmarks.harness.reference_llama_cpp import LlamaCpp
 
         return LlamaCpp(task)
+    if name == "ctranslate2":
+        from psannlm.benchmarks.harness.reference_ctranslate2 import CTranslate2
+
+        return CTranslate2(task)
     from psannlm.benchmarks.harness.reference_llama import Llama
 
     return Llama(task.config, task.parameters, task.seq_len, task.device)

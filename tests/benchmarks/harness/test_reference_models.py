@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +100,40 @@ def test_llama_cpp_decodes_our_weights_in_every_dtype(dtype: WeightDtype, stated
         assert distance < (5e-3 if dtype == "float32" else 0.05)
 
 
+@pytest.mark.skipif(find_spec("ctranslate2") is None, reason="ctranslate2 is not installed")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("int8", 0.1)])
+def test_ctranslate2_decodes_our_weights_in_every_dtype(dtype: WeightDtype, tolerance: float) -> None:
+    from psannlm.benchmarks.harness.reference_ctranslate2 import CTranslate2, named
+
+    reference_model = CTranslate2(task_of(dtype))
+    assert abs(reference_model.parameters / task_of().parameters - 1) < 0.05
+    ids = reference_model.generate(PROMPTS, 8)
+    assert reference_model.generate(PROMPTS, 1) == [row[:1] for row in ids]
+    engine = Engine(reference_model.model)
+    for row, prompt in zip(ids, PROMPTS, strict=True):
+        assert len(row) == 8
+        whole = [*prompt, *row[:-1]]
+        wanted = engine.prefill([whole], 1)[0][0]
+        logits = reference_model.generator.forward_batch(named([whole]))
+        found = torch.tensor(np.array(logits))[0, -1]
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < tolerance
+        if dtype == "float32":
+            assert row == [int(engine.prefill([whole[: len(prompt) + n]], 1)[0].argmax()) for n in range(8)]
+
+
+@pytest.mark.skipif(find_spec("ctranslate2") is None, reason="ctranslate2 is not installed")
+def test_ctranslate2_refuses_what_processor_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ctranslate2
+
+    from psannlm.benchmarks.harness.reference_ctranslate2 import CTranslate2
+
+    monkeypatch.setattr(ctranslate2, "get_supported_compute_types", lambda device: {"float32", "int8"})
+    with pytest.raises(ConfigError, match="float32 or int8 on this processor, not in bfloat16; use --dtype"):
+        CTranslate2(task_of("bfloat16"))
+    with pytest.raises(ConfigError, match="--against ctranslate2 runs on the CPU; add --device cpu"):
+        CTranslate2(task_of(device="cuda"))
+
+
 def test_llama_cpp_is_refused_on_a_gpu() -> None:
     pytest.importorskip("gguf")
     from psannlm.benchmarks.harness.reference_llama_cpp import LlamaCpp
@@ -108,7 +143,7 @@ def test_llama_cpp_is_refused_on_a_gpu() -> None:
 
 
 def test_reference_model_is_our_own_transformer_of_equal_size() -> None:
-    from psannlm.benchmarks.harness.reference_llama_cpp import exportable_config
+    from psannlm.benchmarks.harness.exportable_transformer import exportable_config
 
     assert TINY.base == "waveresnet"
     config = exportable_config(task_of())
