@@ -247,7 +247,7 @@ def _find_checkpoint(checkpoint: Path | None, runs: Path, hint: str) -> Path:
     found = find_checkpoint(runs)
     if found is None:
         raise ArtifactError(
-            f"no checkpoint under {runs}/; make one with: psannlm train CONFIG.yaml (or name one with --checkpoint)"
+            f"no checkpoint under {runs}/; make one with: psannlm train CONFIG.yaml (or name one with {hint})"
         )
     return found
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from psannlm.commands.options import (
+    DEFAULT_RUNS,
     DeviceOption,
     DtypeOption,
     EmaOption,
@@ -39,11 +40,12 @@ _KEY_FILE_BYTES = 4096
 _WILDCARDS = ("0.0.0.0", "::")
 
 CheckpointArgument = Annotated[
-    Path,
+    Path | None,
     typer.Argument(
-        metavar="CHECKPOINT",
+        metavar="[CHECKPOINT]",
         help="Model file, checkpoint folder or run folder, of which the best checkpoint is taken; of a folder of runs, "
-        "that of the run that saved last, as in psannlm generate.",
+        "that of the run that saved last. Default: the newest run in runs.",
+        show_default=False,
     ),
 ]
 HostOption = Annotated[
@@ -91,14 +93,16 @@ StreamIntervalOption = Annotated[
 ]
 NameOption = Annotated[
     str | None,
-    typer.Option("--model-name", help="Name of the model in requests. Default: the name of CHECKPOINT."),
+    typer.Option(
+        "--model-name", help="Name of the model in requests. Default: the name of CHECKPOINT, or of the newest run."
+    ),
 ]
 MetricsOption = Annotated[bool, typer.Option("--metrics", help="Serve metrics for Prometheus at /metrics.")]
 PageOption = Annotated[bool, typer.Option("--no-page", help="Serve no page at /.")]
 
 
 def serve(
-    checkpoint: CheckpointArgument,
+    checkpoint: CheckpointArgument = None,
     ema: EmaOption = False,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
@@ -141,7 +145,7 @@ def serve(
             raise typer.BadParameter(f"{speculate} is more than {MAX_DECODE_TOKENS - 1}", param_hint="--speculate")
         trim_aggressively()
         picked = chosen_device(device, is_compiled=compile)
-        path = find_model_file(checkpoint, checkpoint, hint="CHECKPOINT", ema=ema)
+        path = find_model_file(checkpoint, DEFAULT_RUNS, hint="CHECKPOINT", ema=ema)
         model, tokenizer = _load(path, picked, max_batch, 4 if dtype == "float32" else 2)
         at = bound.getsockname()[1]
 
@@ -152,7 +156,7 @@ def serve(
             return _warm_scheduler(engine, tokenizer, max_batch, speculate, stream_interval)
 
         settings = HttpSettings(
-            model=printable(model_name or checkpoint.resolve().name),
+            model=printable(model_name or _name(checkpoint, path)),
             tokenizer=tokenizer.to_bytes(),
             limits=request_limits(model, tokenizer),
             max_batch=max_batch,
@@ -168,6 +172,11 @@ def serve(
         log.info(f"preparing {path}")
         start_listening(bound)
         _run(prepare, settings, bound, f"serving {settings.model} at {_address(host, at)}")
+
+
+def _name(checkpoint: Path | None, found: Path) -> str:
+    """Return the name of what was asked for, or of the run in which ``found`` is."""
+    return checkpoint.resolve().name if checkpoint is not None else found.relative_to(DEFAULT_RUNS).parts[0]
 
 
 def _run(prepare: Callable[[], Scheduler], settings: HttpSettings, bound: socket, serving: str) -> None:

@@ -103,15 +103,14 @@ def test_serve_without_its_extra_names_it(psannlm: Psannlm, trained: Path, monke
     assert "the server needs uvicorn; run pip install -c constraints.txt '.[serve]'" in said
 
 
-def test_serve_escapes_an_undecodable_model_name(
-    psannlm: Psannlm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """JSON cannot hold such a name: every answer of the server would fail."""
+@pytest.fixture
+def served_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the model that a server lists, which ends once it has listed one."""
     from psannlm.serving import sockets
     from psannlm.serving.engine_host import EngineHost
 
-    names = []
-    ports = []
+    names: list[str] = []
+    ports: list[int] = []
     listen = sockets.start_listening
 
     def start_listening(bound: socket.socket) -> None:
@@ -125,13 +124,34 @@ def test_serve_escapes_an_undecodable_model_name(
 
     monkeypatch.setattr(sockets, "start_listening", start_listening)
     monkeypatch.setattr(EngineHost, "run", run)
+    return names
+
+
+def test_serve_escapes_an_undecodable_model_name(
+    psannlm: Psannlm, trained: Path, tmp_path: Path, served_names: list[str]
+) -> None:
+    """JSON cannot hold such a name: every answer of the server would fail."""
     run = tmp_path / os.fsdecode(b"caf\351")
     try:
         shutil.copytree(trained / "runs/tiny", run)
     except OSError:
         pytest.skip("this file system takes no names that are not UTF-8")
     assert psannlm("serve", str(run), "--port", "0").code == 0
-    assert names == ["caf\\xe9"]
+    assert served_names == ["caf\\xe9"]
+
+
+def test_serve_without_a_path_serves_newest_run(
+    psannlm: Psannlm, trained: Path, tmp_path: Path, served_names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no checkpoint under runs/; make one with: psannlm train" in refused(psannlm, code=1)
+    shutil.copytree(trained / "runs/tiny", tmp_path / "runs/older")
+    shutil.copytree(trained / "runs/tiny", tmp_path / "runs/newer")
+    for age_s, name in enumerate(("newer", "older")):
+        for path in (tmp_path / "runs" / name).rglob("*"):
+            os.utime(path, (1e9 - age_s, 1e9 - age_s))
+    assert psannlm("serve", "--port", "0").code == 0
+    assert served_names == ["newer"]
 
 
 class Process:
