@@ -246,9 +246,7 @@ def _find_checkpoint(checkpoint: Path | None, runs: Path, hint: str) -> Path:
         require_existing("--runs", runs)
     found = find_checkpoint(runs)
     if found is None:
-        raise ArtifactError(
-            f"no checkpoint under {runs}/; make one with: psannlm train CONFIG.yaml (or name one with {hint})"
-        )
+        raise ArtifactError(f"no checkpoint under {runs}/; make one with: psannlm train CONFIG.yaml (or give {hint})")
     return found
 
 

@@ -176,7 +176,10 @@ def serve(
 
 def _name(checkpoint: Path | None, found: Path) -> str:
     """Return the name of what was asked for, or of the run in which ``found`` is."""
-    return checkpoint.resolve().name if checkpoint is not None else found.relative_to(DEFAULT_RUNS).parts[0]
+    if checkpoint is not None:
+        return checkpoint.resolve().name
+    *folders, _ = found.relative_to(DEFAULT_RUNS).parts
+    return folders[0] if folders else DEFAULT_RUNS.resolve().name
 
 
 def _run(prepare: Callable[[], Scheduler], settings: HttpSettings, bound: socket, serving: str) -> None:

@@ -100,17 +100,14 @@ class Engine:
         """
         longest = max(map(len, prompts))
         capacity = self._capacity(longest, whole_query_blocks(longest), max_new_tokens)
-        cache = self.new_cache(len(prompts), capacity, in_huge_pages=True)
+        cache = self.new_cache(len(prompts), capacity)
         hidden = self.extend(prompts, cache)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         return self.next_logits(hidden[torch.arange(len(prompts), device=self.device), last]), cache
 
-    def new_cache(self, n_rows: int, capacity: int, *, in_huge_pages: bool = False) -> KVCache:
-        """Return an empty cache with ``capacity`` slots or more for each row, all resident ``in_huge_pages``."""
-        slots = whole_blocks(capacity)
-        return KVCache.allocate(
-            self.model.config, n_rows, slots, self.device, self.cache_dtype, in_huge_pages=in_huge_pages
-        )
+    def new_cache(self, n_rows: int, capacity: int) -> KVCache:
+        """Return an empty cache with ``capacity`` slots or more for each row."""
+        return KVCache.allocate(self.model.config, n_rows, whole_blocks(capacity), self.device, self.cache_dtype)
 
     @torch.inference_mode()
     def extend(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:

@@ -7,7 +7,6 @@ the same case: they are never committed. Letters as in ``psannlm.models``; R is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from psannlm.config.model import ConvPlace, ModelConfig
 from psannlm.errors import GenerationError
-from psannlm.kernels.huge_pages import HugePages, aligned_bytes
+from psannlm.kernels.huge_pages import zeros_in_huge_pages
 
 # New tokens per row of a decoding pass, at most. Up to this number convolution, attention and products use kernels for
 # few rows, which give a row the same numbers in any batch. A prefill must be longer (`generation.engine` pads it).
@@ -73,19 +72,9 @@ class KVCache:
 
     @classmethod
     def allocate(
-        cls,
-        config: ModelConfig,
-        batch_size: int,
-        capacity: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        in_huge_pages: bool = False,
+        cls, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> KVCache:
-        """Return an empty cache for ``batch_size`` rows of at most ``capacity`` tokens, for a resolved ``config``.
-
-        ``in_huge_pages``, on a CPU, a step reads it faster, and all of it is resident, also the slots of no token yet.
-        """
+        """Return an empty cache for ``batch_size`` rows of at most ``capacity`` tokens, for a resolved ``config``."""
         n_kv_heads = config.n_kv_heads or config.n_heads
         head_dim = config.d_model // config.n_heads
 
@@ -95,17 +84,13 @@ class KVCache:
             length = (config.short_conv.kernel_size - 1) * dilation
             return torch.zeros(batch_size, length, config.d_model, device=device, dtype=dtype)
 
-        shape = batch_size, n_kv_heads, capacity, head_dim
-        pages = None
-        if in_huge_pages and device.type == "cpu":
-            pages = HugePages(2 * config.n_layers * aligned_bytes(math.prod(shape) * dtype.itemsize))
         layers = []
         for index in range(config.n_layers):
             dilation = config.short_conv.dilation_growth**index
-            keys, values = (
-                torch.zeros(shape, device=device, dtype=dtype) if pages is None else pages.zeros(shape, dtype)
-                for _ in range(2)
-            )
+            keys, values = _zero_pair((batch_size, n_kv_heads, capacity, head_dim), dtype, device)
+            # Written, so that all of it is resident: the memory of a server does not grow as its rows fill.
+            keys.zero_()
+            values.zero_()
             layers.append(LayerCache(keys, values, conv_state("attention", dilation), conv_state("mlp", dilation)))
         return cls(layers, [0] * batch_size, torch.zeros(batch_size, dtype=torch.long, device=device))
 
@@ -127,10 +112,12 @@ class KVCache:
         def pick(conv_state: Tensor | None) -> Tensor | None:
             return None if conv_state is None else conv_state[index]
 
-        layers = [
-            LayerCache(c.keys[index], c.values[index], pick(c.attn_conv_state), pick(c.mlp_conv_state))
-            for c in self.layers
-        ]
+        layers = []
+        for c in self.layers:
+            keys, values = _zero_pair((len(index), *c.keys.shape[1:]), c.keys.dtype, c.keys.device)
+            torch.index_select(c.keys, 0, index, out=keys)
+            torch.index_select(c.values, 0, index, out=values)
+            layers.append(LayerCache(keys, values, pick(c.attn_conv_state), pick(c.mlp_conv_state)))
         return KVCache(layers, [self.lengths[row] for row in rows], self.offsets[index])
 
     def view(self, first: int, end: int) -> KVCache:
@@ -203,8 +190,10 @@ class KVCache:
             return
         capacity = whole_blocks(max(n_tokens, self.capacity * 3 // 2))
         for layer in self.layers:
-            layer.keys = _with_capacity(layer.keys, capacity)
-            layer.values = _with_capacity(layer.values, capacity)
+            shape, n_slots = layer.keys.shape, layer.keys.shape[2]
+            keys, values = _zero_pair((*shape[:2], capacity, shape[3]), layer.keys.dtype, layer.keys.device)
+            keys[:, :, :n_slots], values[:, :, :n_slots] = layer.keys, layer.values
+            layer.keys, layer.values = keys, values
 
     def check_capacity(self, n_new: int) -> None:
         """Raise GenerationError if ``n_new`` more tokens, padding included, exceed the capacity of a row."""
@@ -240,11 +229,10 @@ def update_conv_states(layer: LayerCache, n_new: Sequence[int] | None = None) ->
     layer.attn_conv_inputs = layer.mlp_conv_inputs = None
 
 
-def _with_capacity(tensor: Tensor, capacity: int) -> Tensor:
-    """Return the same (B, G, S, K) with ``capacity`` slots, new ones zero."""
-    grown = tensor.new_zeros(*tensor.shape[:2], capacity, tensor.shape[3])
-    grown[:, :, : tensor.shape[2]] = tensor
-    return grown
+def _zero_pair(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
+    """Return keys and values of a block, all zero: on a CPU in huge pages, where there are enough of them."""
+    pair = zeros_in_huge_pages([shape, shape], [dtype, dtype]) if device.type == "cpu" else None
+    return pair or [torch.zeros(*shape, device=device, dtype=dtype) for _ in range(2)]
 
 
 def _last_inputs(state: Tensor, inputs: Tensor, n_new: Sequence[int] | None) -> Tensor:

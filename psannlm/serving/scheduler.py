@@ -10,9 +10,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
+from itertools import product, zip_longest
 
 import torch
 from torch import Tensor
@@ -42,8 +42,6 @@ _MOST_PREFILL_PASSES = 4
 # Decoding steps that prompts of less than half a pass wait for others to share it: a pass over one prompt of 96 tokens
 # takes 26 ms, over two 33 ms, and a step of 15 rows 12 ms (29.9M parameters in bfloat16, two cores with AVX-512).
 _MOST_WAITED_STEPS = 2
-# Most time that passes before the first request take, without compiling.
-_MOST_WARM_UP_S = 2.0
 # Sequences that decode for each token that an event of a stream holds, and the most tokens of one. An event takes HTTP
 # and its reader 0.1 ms of CPU time, which the engine lacks where all cores compute: 1.6 ms of a step of 16 rows, which
 # takes 15 ms itself (the model of above). Sixteen streams get a part every 60 to 80 ms then.
@@ -138,29 +136,46 @@ class Scheduler:
         self._n_generated = self._n_prompt_tokens = 0
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Compile the steps, where steps are compiled, which takes up to a minute; make passes of the usual sizes.
+    def warm_up(self, limit_s: float = 2.0) -> None:
+        """Compile the steps, where steps are compiled, which takes up to a minute; then make passes of every size.
 
-        A CPU's matrix products keep 1 to 3 MB for each number of tokens that they meet: the server has all of that from
-        the start, and its memory is flat under load.
+        On a CPU, oneDNN keeps 1 to 3 MB for each number of rows that a product has had: the memory of the server is
+        flat once it has had them all.
+
+        Args:
+            limit_s: seconds after which no further pass begins, the compilation not counted.
         """
-        widths = {1, 1 + self._batch.speculate}
-        passes: list[Callable[[], object]] = []
         if self.engine.compiles:
-            for width in widths:
+            for width in self._widths:
                 self._decode_padding(self._pool, width)
-        else:
-            sizes = product(range(1, self.max_batch + 1), widths)
-            passes += [partial(self._decode_padding, self._pool.view(0, n), width) for n, width in sizes]
-        for n_tokens in range(PREFILL_QUERIES, _CROWD_TOKENS + 1, PREFILL_QUERIES):
-            if n := self._fewest_rows(n_tokens):
-                passes.append(partial(self._prefill_padding, self._group.view(0, n), n_tokens // n))
-        end = time.monotonic() + _MOST_WARM_UP_S
+        end = time.monotonic() + limit_s
+        passes = self._padding_passes() if self.engine.device.type == "cpu" else ()
         for make_pass in passes:
-            if time.monotonic() > end:
+            if time.monotonic() >= end:
                 break
             make_pass()
         self._pool.clear()
+
+    @property
+    def _widths(self) -> set[int]:
+        """Tokens per row of a decoding pass: one, or with as many draft tokens as there may be."""
+        return {1, 1 + self._batch.speculate}
+
+    def _padding_passes(self) -> Iterator[Callable[[], object]]:
+        """Yield a pass of each size over padding, those of few tokens first."""
+        decoded = [] if self.engine.compiles else product(range(1, self.max_batch + 1), self._widths)
+        steps = [partial(self._decode_padding, self._pool.view(0, n), width) for n, width in decoded]
+        joined = [partial(self._choose_padding, n) for n in range(1, len(self._group.lengths) + 1)]
+        prompts = [
+            partial(self._prefill_padding, self._group.view(0, n), n_tokens // n)
+            for n_tokens in range(PREFILL_QUERIES, _CROWD_TOKENS + 1, PREFILL_QUERIES)
+            if (n := self._fewest_rows(n_tokens))
+        ]
+        scored = [
+            partial(self._score_padding, n) for n in range(PREFILL_QUERIES, PREFILL_CHUNK_TOKENS + 1, PREFILL_QUERIES)
+        ]
+        for together in zip_longest(steps, prompts, joined, scored):
+            yield from (make_pass for make_pass in together if make_pass is not None)
 
     def _decode_padding(self, cache: KVCache, n_tokens: int) -> None:
         ids = torch.zeros(len(cache.lengths), n_tokens, dtype=torch.long, device=self.engine.device)
@@ -170,6 +185,12 @@ class Scheduler:
     def _prefill_padding(self, cache: KVCache, n_tokens: int) -> None:
         cache.clear()
         self.engine.extend([[0] * n_tokens] * len(cache.lengths), cache)
+
+    def _choose_padding(self, n_rows: int) -> None:
+        self.engine.next_logits(torch.zeros(n_rows, self.engine.model.config.d_model, device=self.engine.device))
+
+    def _score_padding(self, n_tokens: int) -> None:
+        self.engine.model.logits(torch.zeros(1, n_tokens, self.engine.model.config.d_model, device=self.engine.device))
 
     def _fewest_rows(self, n_tokens: int) -> int:
         """Return the fewest rows of whole prompts whose pass has ``n_tokens``; 0: it cannot have them."""
@@ -368,7 +389,8 @@ class Scheduler:
         """Record the log probabilities of the prompt's tokens that follow the ``n_tokens`` of ``hidden``."""
         following = list(handle.request.prompt[handle.n_prefilled + 1 : handle.n_prefilled + 1 + n_tokens])
         if following:
-            logits = self.engine.model.logits(hidden[:, : len(following)])
+            # In whole blocks: few sizes of products, of which each takes memory (`warm_up`).
+            logits = self.engine.model.logits(hidden[:, : whole_query_blocks(len(following))])[:, : len(following)]
             handle.prompt_logprobs += token_logprobs(logits, [following], handle.request.n_top or 0)[0]
 
     def _join(self, rows: Sequence[Row], cache: KVCache) -> None:

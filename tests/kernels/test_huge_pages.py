@@ -1,67 +1,117 @@
-"""Memory in huge pages: parts are apart, aligned, zero at first, and outlive what handed them out."""
+"""Memory in huge pages: tensors are apart, aligned, zero at first, and outlive each other."""
 
 from __future__ import annotations
 
 import gc
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from psannlm.kernels.huge_pages import HUGE_PAGE_BYTES, HugePages, aligned_bytes
+from psannlm.config.model import ModelConfig
+from psannlm.generation.engine import Engine
+from psannlm.generation.quantize import InferenceLinear
+from psannlm.kernels.huge_pages import HUGE_PAGE_BYTES, zeros_in_huge_pages
+from psannlm.models.kv_cache import KVCache
+from psannlm.models.registry import resolve
+from psannlm.models.transformer import Transformer
 
-SHAPES = [((3, 7), torch.int8), ((511, 1025), torch.float32), ((2, 3, 5), torch.bfloat16), ((1 << 20,), torch.int8)]
-
-
-def total_bytes() -> int:
-    return sum(aligned_bytes(torch.empty(shape, dtype=dtype).nbytes) for shape, dtype in SHAPES)
-
-
-def test_parts_are_apart_and_outlive_their_pages() -> None:
-    pages = HugePages(total_bytes())
-    parts = [pages.zeros(shape, dtype) for shape, dtype in SHAPES]
-    for number, part in enumerate(parts, start=1):
-        assert part.count_nonzero() == 0
-        part.fill_(number)
-    del pages
-    gc.collect()
-    for number, (part, (shape, dtype)) in enumerate(zip(parts, SHAPES, strict=True), start=1):
-        assert (part.shape, part.dtype, part.data_ptr() % 64) == (shape, dtype, 0)
-        assert torch.equal(part, torch.full(shape, number, dtype=dtype))
+SHAPES = [(3, 7), (511, 1025), (2, 3, 5), (1 << 20,)]
+DTYPES = [torch.int8, torch.float32, torch.bfloat16, torch.int8]
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+has_huge_pages = pytest.mark.skipif(not SETTING.exists(), reason="this system has no huge pages")
 
 
-@pytest.mark.parametrize("n_bytes", [100, 2 * HUGE_PAGE_BYTES])
-def test_more_than_its_bytes_is_refused(n_bytes: int) -> None:
-    pages = HugePages(n_bytes)
-    pages.zeros((n_bytes - 36,), torch.int8)
-    with pytest.raises(ValueError, match=r"37 bytes are more than the \d+ that are left"):
-        pages.zeros((37,), torch.int8)
-
-
-def test_system_without_huge_pages_gives_usual_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    part = HugePages(2 * HUGE_PAGE_BYTES).zeros((HUGE_PAGE_BYTES,), torch.int16)
-    assert part.count_nonzero() == 0
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages")
-def test_written_pages_are_huge_where_system_grants_them() -> None:
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.exists() or "[never]" in setting.read_text():
-        pytest.skip("this system grants no huge pages")
-    part = HugePages(8 * HUGE_PAGE_BYTES).zeros((8 * HUGE_PAGE_BYTES,), torch.uint8).fill_(1)
-    assert part.data_ptr() % HUGE_PAGE_BYTES == 0
-    assert "hg" in vm_flags(part.data_ptr())
-
-
-def vm_flags(address: int) -> list[str]:
-    """The kernel's flags of the mapping with ``address``; hg: it was advised to use huge pages."""
-    is_inside = False
+def is_advised(tensor: Tensor) -> bool:
+    """Whether the kernel was advised to use huge pages where ``tensor`` begins (flag hg)."""
+    address, is_inside = tensor.data_ptr(), False
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        bounds = line.split()[0].split("-")
-        if len(bounds) == 2 and not line.startswith(("VmFlags", "Rss")):
+        first, *rest = line.split()
+        bounds = first.split("-")
+        if len(bounds) == 2 and ":" not in first:
             is_inside = int(bounds[0], 16) <= address < int(bounds[1], 16)
-        elif is_inside and line.startswith("VmFlags:"):
-            return line.split()[1:]
-    return []
+        elif is_inside and first == "VmFlags:":
+            return "hg" in rest
+    return False
+
+
+@has_huge_pages
+def test_huge_pages_tensors_are_apart_and_outlive_each_other() -> None:
+    tensors = zeros_in_huge_pages(SHAPES, DTYPES)
+    assert tensors is not None
+    assert tensors[0].data_ptr() % HUGE_PAGE_BYTES == 0
+    for number, tensor in enumerate(tensors, start=1):
+        assert tensor.count_nonzero() == 0
+        tensor.fill_(number)
+    for number, (tensor, shape, dtype) in enumerate(zip(tensors, SHAPES, DTYPES, strict=True), start=1):
+        assert (tensor.shape, tensor.dtype, tensor.data_ptr() % 64) == (shape, dtype, 0)
+        assert torch.equal(tensor, torch.full(shape, number, dtype=dtype))
+    last = tensors[-1]
+    del tensors, tensor
+    gc.collect()
+    assert torch.equal(last, torch.full(SHAPES[-1], len(SHAPES), dtype=torch.int8))
+
+
+@has_huge_pages
+@pytest.mark.parametrize(("n_bytes", "n_advised"), [(2 * HUGE_PAGE_BYTES + 64, 2), (2 * HUGE_PAGE_BYTES - 64, 2)])
+def test_huge_pages_end_with_no_page_that_is_nearly_empty(n_bytes: int, n_advised: int) -> None:
+    tensors = zeros_in_huge_pages([(n_bytes,)], [torch.int8])
+    assert tensors is not None
+    assert is_advised(tensors[0])
+    assert is_advised(tensors[0][(n_advised - 1) * HUGE_PAGE_BYTES :])
+    if n_bytes > n_advised * HUGE_PAGE_BYTES:
+        assert not is_advised(tensors[0][n_advised * HUGE_PAGE_BYTES :])
+
+
+def test_huge_pages_are_refused_where_none_would_be_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert zeros_in_huge_pages([(HUGE_PAGE_BYTES - 64,)], [torch.int8]) is None
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    assert zeros_in_huge_pages([(4 * HUGE_PAGE_BYTES,)], [torch.int8]) is None
+
+
+CONFIG = ModelConfig(base="transformer", d_model=256, n_layers=2, n_heads=4, vocab_size=1024, max_seq_len=1024)
+
+
+@has_huge_pages
+def test_kv_cache_stays_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it grows, and as rows leave it; its contents are those of a cache in usual pages."""
+    config = resolve(CONFIG)
+    caches = []
+    for hides_huge_pages in (False, True):
+        if hides_huge_pages:
+            monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+        cache = KVCache.allocate(config, 6, 256, torch.device("cpu"), torch.float32)
+        for number, layer in enumerate(cache.layers):
+            for tensor in (layer.keys, layer.values):
+                generator = torch.Generator().manual_seed(number)
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        cache.grow(257)
+        cache = cache.select([4, 0, 5])
+        caches.append(cache)
+        for layer in cache.layers:
+            assert is_advised(layer.keys) != hides_huge_pages
+    for huge, usual in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.equal(huge.keys, usual.keys)
+        assert torch.equal(huge.values, usual.values)
+
+
+@has_huge_pages
+@pytest.mark.parametrize("in_place", [False, True])
+def test_engine_has_matrices_in_huge_pages(
+    in_place: bool, build_tiny: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"base": "transformer", "d_model": 256, "d_mlp": 1024, "n_heads": 4, "vocab_size": 1024}
+    prompts = [[5, 900, 3], [77] * 40]
+    logits = []
+    for hides_huge_pages in (False, True):
+        if hides_huge_pages:
+            monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+        engine = Engine(build_tiny(**settings), dtype="int8", in_place=in_place)
+        linears = [module for module in engine.model.modules() if isinstance(module, InferenceLinear)]
+        # The last of them may lie in the rest that fills no huge page.
+        assert [is_advised(linear.weight) for linear in linears[:4]] == [not hides_huge_pages] * 4
+        logits.append(engine.prefill(prompts, 4)[0])
+    assert torch.equal(*logits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,10 @@ from torch import Tensor
 from psannlm.errors import GenerationError
 from psannlm.generation.engine import Engine
 from psannlm.generation.generate import Completion, complete_ids
-from psannlm.generation.quantize import WeightDtype
+from psannlm.generation.quantize import InferenceLinear, WeightDtype
 from psannlm.generation.requests import SamplingConfig
 from psannlm.kernels.compiler import has_compiler
-from psannlm.models.kv_cache import KVCache
 from psannlm.models.transformer import Transformer
-from psannlm.serving import scheduler
 from psannlm.serving.messages import GenerationRequest
 from psannlm.serving.scheduler import PREFILL_CHUNK_TOKENS
 
@@ -114,45 +112,49 @@ def run_with_traffic(served: Served, requests: list[GenerationRequest]) -> None:
     assert len(served.updates) >= len(requests) - 4
 
 
+@pytest.fixture
+def product_sizes(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
+    """Sizes of the products of matrices so far: for each of them a CPU keeps memory."""
+    sizes: set[tuple[int, ...]] = set()
+    forward = InferenceLinear.forward
+
+    def noted(linear: InferenceLinear, x: Tensor) -> Tensor:
+        sizes.add((linear.n_outputs, linear.n_inputs, x.numel() // linear.n_inputs))
+        return forward(linear, x)
+
+    monkeypatch.setattr(InferenceLinear, "forward", noted)
+    return sizes
+
+
 @pytest.mark.parametrize(("base", "speculate"), [("waveresnet", 0), ("transformer", 3)])
-def test_scheduler_meets_only_sizes_of_its_warm_up(
+def test_scheduler_needs_only_sizes_of_its_warm_up(
     base: str,
     speculate: int,
     build_tiny: Callable[..., Transformer],
     serve: Serve,
     byte_tokenizer: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    product_sizes: set[tuple[int, ...]],
 ) -> None:
-    """Every number of rows and of prompt tokens that load brings, of which a CPU keeps memory, is met before it."""
+    """Whatever joins, leaves and is scored: memory is flat under load."""
     engine = Engine(build_tiny(base=base, vocab_size=260, max_seq_len=CONTEXT))
-    sizes: set[tuple[str, int]] = set()
-    extend, forward_tokens = engine.extend, engine.forward_tokens
-
-    def noted_extend(prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-        hidden = extend(prompts, cache)
-        sizes.add(("prompts", hidden.shape[0] * hidden.shape[1]))
-        return hidden
-
-    def noted_step(tokens: Tensor, cache: KVCache) -> Tensor:
-        sizes.add(("decode", tokens.numel()))
-        return forward_tokens(tokens, cache)
-
-    monkeypatch.setattr(scheduler, "_MOST_WARM_UP_S", math.inf)
-    monkeypatch.setattr(engine, "extend", noted_extend)
-    monkeypatch.setattr(engine, "forward_tokens", noted_step)
     served = serve(engine=engine, max_batch=12, speculate=speculate)
-    served.scheduler.warm_up()
-    warm = set(sizes)
-    sizes.clear()
+    served.scheduler.warm_up(limit_s=math.inf)
+    warm = set(product_sizes)
+    product_sizes.clear()
     requests = drawn_requests(seed=5, n=60)
     run_with_traffic(served, requests[:24])
     for number, request in enumerate(requests[24:], start=24):
         served.submit(str(number), request)
     served.run()
-    assert max(size for kind, size in sizes if kind == "prompts") > PREFILL_CHUNK_TOKENS
-    assert sizes <= warm
+    assert max(n_rows for *_, n_rows in product_sizes) > PREFILL_CHUNK_TOKENS
+    assert product_sizes <= warm
     for name in served.updates:
         assert_equal_to_alone(served, name, alone(engine, byte_tokenizer, requests[int(name)]))
+
+
+def test_scheduler_warm_up_ends_at_its_limit(serve: Serve, product_sizes: set[tuple[int, ...]]) -> None:
+    serve(max_batch=12).scheduler.warm_up(limit_s=0.0)
+    assert not product_sizes
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def exportable_config(task: ReferenceTask) -> ModelConfig:
     return plain.model_copy(update={"d_mlp": max(1, round(width / Q8_0_BLOCK)) * Q8_0_BLOCK})
 
 
-def exportable_transformer(task: ReferenceTask) -> Transformer:
+def build_exportable_transformer(task: ReferenceTask) -> Transformer:
     """Return that transformer with random float32 weights, none of them zero."""
     model = build_model(exportable_config(task), seed=0).eval()
     randomize_parameters(model, 0)

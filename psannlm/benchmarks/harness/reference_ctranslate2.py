@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from psannlm.benchmarks.decoding.modes import Prompts
-from psannlm.benchmarks.harness.exportable_transformer import exportable_transformer
+from psannlm.benchmarks.harness.exportable_transformer import build_exportable_transformer
 from psannlm.benchmarks.harness.reference_task import ReferenceTask
 from psannlm.config.model import ModelConfig
-from psannlm.errors import ConfigError
+from psannlm.errors import ConfigError, PsannlmError
 from psannlm.export.plain_mapping import plain_tensors
+from psannlm.generation.quantize import WeightDtype
 from psannlm.models.transformer import Transformer
 
 
@@ -37,13 +38,13 @@ class CTranslate2:
         if task.device.type != "cpu":
             raise ConfigError("--against ctranslate2 runs on the CPU; add --device cpu")
         self._library = library = importlib.import_module("ctranslate2")
-        known = library.get_supported_compute_types("cpu")
-        if task.dtype not in known:
+        supported = library.get_supported_compute_types("cpu")
+        if task.dtype not in supported:
+            others = " or ".join(dtype for dtype in get_args(WeightDtype) if dtype in supported)
             raise ConfigError(
-                f"--against ctranslate2 computes in {' or '.join(sorted(known))} on this processor, not in "
-                f"{task.dtype}; use --dtype float32 or int8"
+                f"--against ctranslate2 does not compute in {task.dtype} on this processor; use --dtype {others}"
             )
-        self.model = exportable_transformer(task)
+        self.model = build_exportable_transformer(task)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model"
@@ -62,21 +63,22 @@ class CTranslate2:
         shortest = min(map(len, prompts))
         most = max_new_tokens + max(map(len, prompts)) - shortest
         results = self.generator.generate_batch(
-            named(prompts), min_length=most, max_length=most, include_prompt_in_result=False, end_token=[]
+            name_tokens(prompts), min_length=most, max_length=most, include_prompt_in_result=False, end_token=[]
         )
         ends = [result.sequences_ids[0][len(row) - shortest :] for result, row in zip(results, prompts, strict=True)]
         return [list(ids[:max_new_tokens]) for ids in ends]
 
     def _write(self, path: Path, dtype: str) -> None:
         config = self.model.config
-        spec = _spec(importlib.import_module("ctranslate2.specs"), config)
+        spec = _build_spec(importlib.import_module("ctranslate2.specs"), config)
         # Copies: CTranslate2 quantizes an array in place.
-        weights = {name: tensor.numpy().copy() for name, tensor in _fused(self.model)}
-        for (part, attribute), theirs in _places(spec.decoder, config):
+        weights = {name: tensor.numpy().copy() for name, tensor in _fuse_projections(self.model)}
+        for (part, attribute), theirs in _list_weights(spec.decoder, config):
             setattr(part, attribute, weights.pop(theirs))
-        assert not weights, sorted(weights)
+        if weights:
+            raise PsannlmError(f"CTranslate2 has no place for {', '.join(sorted(weights))}")
         spec.config.layer_norm_epsilon = config.norm_eps
-        names = named([list(range(config.vocab_size or 0))])[0]
+        names = name_tokens([list(range(config.vocab_size or 0))])[0]
         spec.register_vocabulary(names)
         spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = names[0]
         spec.validate()
@@ -84,12 +86,12 @@ class CTranslate2:
         spec.save(str(path))
 
 
-def named(rows: Prompts) -> list[list[str]]:
+def name_tokens(rows: Prompts) -> list[list[str]]:
     """Return the names of token ids: CTranslate2 takes texts of tokens."""
     return [[str(token) for token in row] for row in rows]
 
 
-def _spec(specs: Any, config: ModelConfig) -> Any:
+def _build_spec(specs: Any, config: ModelConfig) -> Any:
     spec = specs.TransformerDecoderModelSpec.from_config(
         config.n_layers,
         config.n_heads,
@@ -106,7 +108,7 @@ def _spec(specs: Any, config: ModelConfig) -> Any:
     return spec
 
 
-def _fused(model: Transformer) -> list[tuple[str, Tensor]]:
+def _fuse_projections(model: Transformer) -> list[tuple[str, Tensor]]:
     """Return the tensors under the names of transformers, query, key and value projections as one."""
     tensors = dict(plain_tensors(model.state_dict(), torch.float32))
     for block in range(model.config.n_layers):
@@ -117,7 +119,7 @@ def _fused(model: Transformer) -> list[tuple[str, Tensor]]:
     return list(tensors.items())
 
 
-def _places(decoder: Any, config: ModelConfig) -> list[tuple[tuple[Any, str], str]]:
+def _list_weights(decoder: Any, config: ModelConfig) -> list[tuple[tuple[Any, str], str]]:
     """Return where CTranslate2 has each tensor, with its name in transformers."""
     places = [
         ((decoder.embeddings, "weight"), "model.embed_tokens.weight"),

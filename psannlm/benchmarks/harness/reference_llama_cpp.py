@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from psannlm.benchmarks.decoding.modes import Prompts
-from psannlm.benchmarks.harness.exportable_transformer import exportable_transformer
+from psannlm.benchmarks.harness.exportable_transformer import build_exportable_transformer
 from psannlm.benchmarks.harness.reference_task import ReferenceTask
 from psannlm.errors import ConfigError, PsannlmError
 from psannlm.export.gguf import Q8_0, write_gguf
@@ -43,7 +43,7 @@ class LlamaCpp:
     def __init__(self, task: ReferenceTask) -> None:
         if task.device.type != "cpu":
             raise ConfigError("--against llama.cpp runs on the CPU; add --device cpu")
-        self.model = exportable_transformer(task)
+        self.model = build_exportable_transformer(task)
         file_type = _FILE_TYPES[task.dtype]
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self._library = library = importlib.import_module("llama_cpp")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -103,7 +105,7 @@ def test_llama_cpp_decodes_our_weights_in_every_dtype(dtype: WeightDtype, stated
 @pytest.mark.skipif(find_spec("ctranslate2") is None, reason="ctranslate2 is not installed")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("int8", 0.1)])
 def test_ctranslate2_decodes_our_weights_in_every_dtype(dtype: WeightDtype, tolerance: float) -> None:
-    from psannlm.benchmarks.harness.reference_ctranslate2 import CTranslate2, named
+    from psannlm.benchmarks.harness.reference_ctranslate2 import CTranslate2, name_tokens
 
     reference_model = CTranslate2(task_of(dtype))
     assert abs(reference_model.parameters / task_of().parameters - 1) < 0.05
@@ -114,21 +116,22 @@ def test_ctranslate2_decodes_our_weights_in_every_dtype(dtype: WeightDtype, tole
         assert len(row) == 8
         whole = [*prompt, *row[:-1]]
         wanted = engine.prefill([whole], 1)[0][0]
-        logits = reference_model.generator.forward_batch(named([whole]))
+        logits = reference_model.generator.forward_batch(name_tokens([whole]))
         found = torch.tensor(np.array(logits))[0, -1]
         assert float((found - wanted).abs().max() / wanted.abs().max()) < tolerance
         if dtype == "float32":
             assert row == [int(engine.prefill([whole[: len(prompt) + n]], 1)[0].argmax()) for n in range(8)]
 
 
-@pytest.mark.skipif(find_spec("ctranslate2") is None, reason="ctranslate2 is not installed")
 def test_ctranslate2_refuses_what_processor_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ctranslate2
-
     from psannlm.benchmarks.harness.reference_ctranslate2 import CTranslate2
 
-    monkeypatch.setattr(ctranslate2, "get_supported_compute_types", lambda device: {"float32", "int8"})
-    with pytest.raises(ConfigError, match="float32 or int8 on this processor, not in bfloat16; use --dtype"):
+    package = ModuleType("ctranslate2")
+    package.get_supported_compute_types = lambda device: {"float32", "int8", "int8_float32"}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ctranslate2", package)
+    with pytest.raises(
+        ConfigError, match=r"not compute in bfloat16 on this processor; use --dtype float32 or int8$"
+    ):
         CTranslate2(task_of("bfloat16"))
     with pytest.raises(ConfigError, match="--against ctranslate2 runs on the CPU; add --device cpu"):
         CTranslate2(task_of(device="cuda"))
