@@ -341,7 +341,7 @@ def test_generate_interactive_interrupt_stops_the_answer_only(in_trained: Path) 
         terminal.type("\x1b[A")
         terminal.wait_for("The tide")
         # Python's readline module misses a signal that arrives while it redraws the line, until the next key.
-        time.sleep(0.5)
+        time.sleep(2.0)
         terminal.type("\x03")
         terminal.wait_for("\r\n> ")
         assert terminal.process.poll() is None

@@ -57,7 +57,7 @@ def test_huge_pages_tensors_are_apart_and_outlive_each_other() -> None:
 
 @has_huge_pages
 @pytest.mark.parametrize(("n_bytes", "n_advised"), [(2 * HUGE_PAGE_BYTES + 64, 2), (2 * HUGE_PAGE_BYTES - 64, 2)])
-def test_huge_pages_end_with_no_page_that_is_nearly_empty(n_bytes: int, n_advised: int) -> None:
+def test_huge_pages_leave_nearly_empty_end_out(n_bytes: int, n_advised: int) -> None:
     tensors = zeros_in_huge_pages([(n_bytes,)], [torch.int8])
     assert tensors is not None
     assert is_advised(tensors[0])
