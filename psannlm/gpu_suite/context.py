@@ -21,6 +21,7 @@ from psannlm.kernels.compile import compiled
 from psannlm.models.registry import build_model, resolve
 from psannlm.models.transformer import Transformer
 from psannlm.runtime.device import Precision, computes_in_bf16
+from psannlm.runtime.signals import delaying_interrupt
 from psannlm.training.optim import OptimizerSet
 from psannlm.training.step import StepResult, train_step
 
@@ -166,7 +167,8 @@ class CheckContext:
         The compiler silently gives up on a function that it has compiled for eight models or shapes, and what it keeps
         of a model keeps the model's memory.
         """
-        gc.collect()
+        with delaying_interrupt():
+            gc.collect()
         torch.compiler.reset()
         if self.is_gpu:
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Signal handlers that set a stop flag on Ctrl-C, SIGTERM and SIGHUP, checked between two steps."""
+"""Signal handlers: a stop flag on Ctrl-C, SIGTERM and SIGHUP, checked between two steps, and a delayed Ctrl-C."""
 
 from __future__ import annotations
 
@@ -64,3 +64,24 @@ def stopping_on_signals(stop: threading.Event) -> Iterator[None]:
     finally:
         for name, handler in former.items():
             signal.signal(name, handler)
+
+
+@contextmanager
+def delaying_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt for a Ctrl-C within the context at its end.
+
+    For code that runs destructors: Python drops exceptions in them, and the interrupt would be lost. Other threads than
+    the main thread get no interrupts; in them the context does nothing.
+    """
+    former = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(former):
+        yield
+        return
+    frames: list[FrameType | None] = []
+    signal.signal(signal.SIGINT, lambda number, frame: frames.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+    if frames:
+        former(signal.SIGINT, frames[0])

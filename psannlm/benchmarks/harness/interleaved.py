@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 from psannlm.errors import ConfigError
 from psannlm.reports.schemas.measured import Spread
 from psannlm.runtime.progress import OnProgress, Progress, ignore_progress
+from psannlm.runtime.signals import delaying_interrupt
 
 T = TypeVar("T")
 Clock = Callable[[], float]
@@ -81,7 +82,8 @@ def run_interleaved(
     for index, (is_warm_up, name) in enumerate(plan):
         if runs.is_left_out(name):
             continue
-        gc.collect()
+        with delaying_interrupt():
+            gc.collect()
         result = runs.run(index, candidates[name])
         on_result(name, is_warm_up, result)
     return {name: runs.results.get(name, []) for name in candidates}

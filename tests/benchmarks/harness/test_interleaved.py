@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -52,6 +55,36 @@ def test_run_interleaved_alternates_and_discards_warm_ups() -> None:
     results = run_interleaved({"A": candidate("A"), "B": candidate("B")}, 2, warm_ups=1, clock=FakeClock())
     assert order == ["A", "B"] * 3
     assert results == {"A": [3, 5], "B": [4, 6]}
+
+
+def test_run_interleaved_obeys_interrupt_within_a_destructor() -> None:
+    """Python drops the exception of a Ctrl-C that arrives there."""
+
+    class Interrupting:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            # Signals are handled between two operations.
+            for _ in range(100):
+                pass
+
+    made = []
+
+    def candidate(count: Count) -> float:
+        made.append(1)
+        if len(made) == 2:
+            Interrupting()
+        return 1.0
+
+    gc.disable()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_interleaved({"a": candidate}, 9, warm_ups=0)
+    finally:
+        gc.enable()
+    assert len(made) == 2
 
 
 def test_run_interleaved_zero_repeats_raises() -> None:

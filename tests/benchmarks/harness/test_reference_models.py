@@ -129,9 +129,7 @@ def test_ctranslate2_refuses_what_processor_cannot_compute(monkeypatch: pytest.M
     package = ModuleType("ctranslate2")
     package.get_supported_compute_types = lambda device: {"float32", "int8", "int8_float32"}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ctranslate2", package)
-    with pytest.raises(
-        ConfigError, match=r"not compute in bfloat16 on this processor; use --dtype float32 or int8$"
-    ):
+    with pytest.raises(ConfigError, match=r"not compute in bfloat16 on this processor; use --dtype float32 or int8$"):
         CTranslate2(task_of("bfloat16"))
     with pytest.raises(ConfigError, match="--against ctranslate2 runs on the CPU; add --device cpu"):
         CTranslate2(task_of(device="cuda"))
