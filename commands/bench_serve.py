@@ -43,7 +43,7 @@ _SOAK_REQUESTS = 10_000
 CheckpointArgument = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[CHECKPOINT]",
+        metavar="CHECKPOINT",
         help="Model file, checkpoint folder or run folder to serve; default: random weights of the sizes below.",
     ),
 ]

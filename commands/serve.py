@@ -42,7 +42,7 @@ _WILDCARDS = ("0.0.0.0", "::")
 CheckpointArgument = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[CHECKPOINT]",
+        metavar="CHECKPOINT",
         help="Model file, checkpoint folder or run folder, of which the best checkpoint is taken; of a folder of runs, "
         "that of the run that saved last. Default: the newest run in runs.",
         show_default=False,

@@ -87,8 +87,8 @@ class KVCache:
         layers = []
         for index in range(config.n_layers):
             dilation = config.short_conv.dilation_growth**index
-            keys, values = _zero_pair((batch_size, n_kv_heads, capacity, head_dim), dtype, device)
-            # Written, so that all of it is resident: the memory of a server does not grow as its rows fill.
+            keys, values = _empty_pair((batch_size, n_kv_heads, capacity, head_dim), dtype, device)
+            # All of it is resident from now on: the memory of a server does not grow as its rows fill.
             keys.zero_()
             values.zero_()
             layers.append(LayerCache(keys, values, conv_state("attention", dilation), conv_state("mlp", dilation)))
@@ -114,7 +114,7 @@ class KVCache:
 
         layers = []
         for c in self.layers:
-            keys, values = _zero_pair((len(index), *c.keys.shape[1:]), c.keys.dtype, c.keys.device)
+            keys, values = _empty_pair((len(index), *c.keys.shape[1:]), c.keys.dtype, c.keys.device)
             torch.index_select(c.keys, 0, index, out=keys)
             torch.index_select(c.values, 0, index, out=values)
             layers.append(LayerCache(keys, values, pick(c.attn_conv_state), pick(c.mlp_conv_state)))
@@ -191,8 +191,10 @@ class KVCache:
         capacity = whole_blocks(max(n_tokens, self.capacity * 3 // 2))
         for layer in self.layers:
             shape, n_slots = layer.keys.shape, layer.keys.shape[2]
-            keys, values = _zero_pair((*shape[:2], capacity, shape[3]), layer.keys.dtype, layer.keys.device)
-            keys[:, :, :n_slots], values[:, :, :n_slots] = layer.keys, layer.values
+            keys, values = _empty_pair((*shape[:2], capacity, shape[3]), layer.keys.dtype, layer.keys.device)
+            for grown, tensor in ((keys, layer.keys), (values, layer.values)):
+                grown[:, :, :n_slots] = tensor
+                grown[:, :, n_slots:] = 0
             layer.keys, layer.values = keys, values
 
     def check_capacity(self, n_new: int) -> None:
@@ -229,10 +231,10 @@ def update_conv_states(layer: LayerCache, n_new: Sequence[int] | None = None) ->
     layer.attn_conv_inputs = layer.mlp_conv_inputs = None
 
 
-def _zero_pair(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
-    """Return keys and values of a block, all zero: on a CPU in huge pages, where there are enough of them."""
+def _empty_pair(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
+    """Return keys and values of a block to write into: on a CPU in huge pages, where they fill one."""
     pair = zeros_in_huge_pages([shape, shape], [dtype, dtype]) if device.type == "cpu" else None
-    return pair or [torch.zeros(*shape, device=device, dtype=dtype) for _ in range(2)]
+    return pair or [torch.empty(*shape, device=device, dtype=dtype) for _ in range(2)]
 
 
 def _last_inputs(state: Tensor, inputs: Tensor, n_new: Sequence[int] | None) -> Tensor:
