@@ -58,7 +58,7 @@ TASKS_KIND = "tasks"
 FilesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[FILE...]",
+        metavar="FILE",
         help="Files, folders or globs of text to evaluate on; with --tasks only for psannlm_last_word.",
     ),
 ]
