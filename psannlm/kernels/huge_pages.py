@@ -1,4 +1,4 @@
-"""Memory in huge pages, for what a decoding step reads wholly: weights, and the KV cache.
+"""Memory in huge pages, for weights, each of which a decoding step reads.
 
 A processor looks an address up in a table of pages, and matrices of 100 MB lie on 24,400 of the usual 4 KB.
 """

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from psannlm.config.model import ConvPlace, ModelConfig
 from psannlm.errors import GenerationError
-from psannlm.kernels.huge_pages import zeros_in_huge_pages
 
 # New tokens per row of a decoding pass, at most. Up to this number convolution, attention and products use kernels for
 # few rows, which give a row the same numbers in any batch. A prefill must be longer (`generation.engine` pads it).
@@ -87,11 +86,9 @@ class KVCache:
         layers = []
         for index in range(config.n_layers):
             dilation = config.short_conv.dilation_growth**index
-            keys, values = _empty_pair((batch_size, n_kv_heads, capacity, head_dim), dtype, device)
-            # All of it is resident from now on: the memory of a server does not grow as its rows fill.
-            keys.zero_()
-            values.zero_()
-            layers.append(LayerCache(keys, values, conv_state("attention", dilation), conv_state("mlp", dilation)))
+            keys = torch.zeros(batch_size, n_kv_heads, capacity, head_dim, device=device, dtype=dtype)
+            conv_states = conv_state("attention", dilation), conv_state("mlp", dilation)
+            layers.append(LayerCache(keys, torch.zeros_like(keys), *conv_states))
         return cls(layers, [0] * batch_size, torch.zeros(batch_size, dtype=torch.long, device=device))
 
     @property
@@ -112,12 +109,10 @@ class KVCache:
         def pick(conv_state: Tensor | None) -> Tensor | None:
             return None if conv_state is None else conv_state[index]
 
-        layers = []
-        for c in self.layers:
-            keys, values = _empty_pair((len(index), *c.keys.shape[1:]), c.keys.dtype, c.keys.device)
-            torch.index_select(c.keys, 0, index, out=keys)
-            torch.index_select(c.values, 0, index, out=values)
-            layers.append(LayerCache(keys, values, pick(c.attn_conv_state), pick(c.mlp_conv_state)))
+        layers = [
+            LayerCache(c.keys[index], c.values[index], pick(c.attn_conv_state), pick(c.mlp_conv_state))
+            for c in self.layers
+        ]
         return KVCache(layers, [self.lengths[row] for row in rows], self.offsets[index])
 
     def view(self, first: int, end: int) -> KVCache:
@@ -190,12 +185,8 @@ class KVCache:
             return
         capacity = whole_blocks(max(n_tokens, self.capacity * 3 // 2))
         for layer in self.layers:
-            shape, n_slots = layer.keys.shape, layer.keys.shape[2]
-            keys, values = _empty_pair((*shape[:2], capacity, shape[3]), layer.keys.dtype, layer.keys.device)
-            for grown, tensor in ((keys, layer.keys), (values, layer.values)):
-                grown[:, :, :n_slots] = tensor
-                grown[:, :, n_slots:] = 0
-            layer.keys, layer.values = keys, values
+            layer.keys = _with_capacity(layer.keys, capacity)
+            layer.values = _with_capacity(layer.values, capacity)
 
     def check_capacity(self, n_new: int) -> None:
         """Raise GenerationError if ``n_new`` more tokens, padding included, exceed the capacity of a row."""
@@ -231,10 +222,11 @@ def update_conv_states(layer: LayerCache, n_new: Sequence[int] | None = None) ->
     layer.attn_conv_inputs = layer.mlp_conv_inputs = None
 
 
-def _empty_pair(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
-    """Return keys and values of a block to write into: on a CPU in huge pages, where they fill one."""
-    pair = zeros_in_huge_pages([shape, shape], [dtype, dtype]) if device.type == "cpu" else None
-    return pair or [torch.empty(*shape, device=device, dtype=dtype) for _ in range(2)]
+def _with_capacity(tensor: Tensor, capacity: int) -> Tensor:
+    """Return the same (B, G, S, K) with ``capacity`` slots, new ones zero."""
+    grown = tensor.new_zeros(*tensor.shape[:2], capacity, tensor.shape[3])
+    grown[:, :, : tensor.shape[2]] = tensor
+    return grown
 
 
 def _last_inputs(state: Tensor, inputs: Tensor, n_new: Sequence[int] | None) -> Tensor:

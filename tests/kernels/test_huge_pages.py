@@ -11,12 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from psannlm.config.model import ModelConfig
 from psannlm.generation.engine import Engine
 from psannlm.generation.quantize import InferenceLinear
 from psannlm.kernels.huge_pages import HUGE_PAGE_BYTES, zeros_in_huge_pages
-from psannlm.models.kv_cache import KVCache
-from psannlm.models.registry import resolve
 from psannlm.models.transformer import Transformer
 
 SHAPES = [(3, 7), (511, 1025), (2, 3, 5), (1 << 20,)]
@@ -70,32 +67,6 @@ def test_huge_pages_are_refused_where_none_would_be_full(monkeypatch: pytest.Mon
     assert zeros_in_huge_pages([(HUGE_PAGE_BYTES - 64,)], [torch.int8]) is None
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     assert zeros_in_huge_pages([(4 * HUGE_PAGE_BYTES,)], [torch.int8]) is None
-
-
-CONFIG = ModelConfig(base="transformer", d_model=256, n_layers=2, n_heads=4, vocab_size=1024, max_seq_len=1024)
-
-
-@has_huge_pages
-def test_kv_cache_stays_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it grows, and as rows leave it; its contents are those of a cache in usual pages."""
-    config = resolve(CONFIG)
-    caches = []
-    for hides_huge_pages in (False, True):
-        if hides_huge_pages:
-            monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
-        cache = KVCache.allocate(config, 6, 256, torch.device("cpu"), torch.float32)
-        for number, layer in enumerate(cache.layers):
-            for tensor in (layer.keys, layer.values):
-                generator = torch.Generator().manual_seed(number)
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
-        cache.grow(257)
-        cache = cache.select([4, 0, 5])
-        caches.append(cache)
-        for layer in cache.layers:
-            assert is_advised(layer.keys) != hides_huge_pages
-    for huge, usual in zip(caches[0].layers, caches[1].layers, strict=True):
-        assert torch.equal(huge.keys, usual.keys)
-        assert torch.equal(huge.values, usual.values)
 
 
 @has_huge_pages
