@@ -18,6 +18,7 @@ from psannlm.generation.quantize import WeightDtype, prepare_for_inference, weig
 from psannlm.generation.step_cache import compiled_step
 from psannlm.kernels.compile import compiled
 from psannlm.kernels.compiler import compiler_fault, require_compiler
+from psannlm.kernels.cpu_decoding import decodes_in_cpp, decoding_options
 from psannlm.kernels.torch_private import mark_dynamic, mark_static_address
 from psannlm.models.attention import PREFILL_QUERIES, cached_attention_context
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache, LayerCache, update_conv_states, whole_blocks
@@ -175,10 +176,13 @@ class Engine:
 
     def _slots(self, cache: KVCache, n_tokens: int) -> Tensor:
         """Return the numbers of the slots to read; they change when the longest row enters another block."""
-        kv_len = min(whole_blocks(max(cache.lengths) + n_tokens), cache.capacity)
+        # On a CPU attention itself reads no more of a row than it has.
+        is_fixed = decodes_in_cpp(self.device)
+        kv_len = cache.capacity if is_fixed else min(whole_blocks(max(cache.lengths) + n_tokens), cache.capacity)
         if self._numbers is None or len(self._numbers) != kv_len:
             self._numbers = torch.arange(kv_len, device=self.device)
-            mark_dynamic(self._numbers, 0)
+            if not is_fixed:
+                mark_dynamic(self._numbers, 0)
         return self._numbers
 
     def _compiled(self, n_tokens: int, args: _StepArgs) -> _Step:
@@ -203,7 +207,7 @@ class Engine:
         own = FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
         if self.device.type == "cpu":
             # One call into C++ per step, and fused multiply-adds.
-            options: dict[str, Any] = {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
+            options: dict[str, Any] = {**decoding_options(), "cpp.enable_floating_point_contract_flag": "fast"}
             return compiled_step(own, self.model, args, {**options, "guard_filter_fn": _no_guard})
         # A graph is recorded for every kv_len, once in CACHE_BLOCK_TOKENS tokens; no reason to warn.
         options = {"triton.cudagraphs": True, "triton.cudagraph_dynamic_shape_warn_limit": None}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psannlm.errors import GenerationError, nearest
-from psannlm.kernels.compile import realize
+from psannlm.kernels.cpu_decoding import calls_cpp, few_row_linear
 from psannlm.kernels.huge_pages import zeros_in_huge_pages
 from psannlm.kernels.torch_private import has_amx, has_onednn_linear, int8_matmul, onednn_linear, onednn_reordered
 from psannlm.models.activations import ParametricActivation
@@ -29,13 +29,9 @@ from psannlm.runtime.device import computes_in_bf16
 WeightDtype = Literal["float32", "bfloat16", "int8"]
 STORED: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
-# Rows up to which a compiled product is one sum per row, so that a weight is read and widened once for all of them.
-_ROWS_AT_ONCE = 16
 # Rows of every product of a prefill, where products must have one shape. Twice as many slow a short prompt down, half
 # as many a long one.
 _PREFILL_ROWS = 128
-# Outputs summed together when there is more than one row, so that an input is read once for both.
-_OUTPUTS_AT_ONCE = 2
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,8 +60,7 @@ class InferenceLinear(nn.Module):
     """x Wᵀ + b with W in float32, bfloat16 or int8 (weights only: W ≈ scale · int8, one scale per output).
 
     Uncompiled and for ``bfloat16`` and ``int8``, input and result of the product are rounded to bfloat16 where the
-    device has bfloat16 hardware; sums are in float32. Compiled for at most 16 rows on a CPU, input and result stay
-    float32.
+    device has bfloat16 hardware; sums are in float32. Compiled on a CPU, the result stays float32.
 
     Args:
         weight: (Out, In), any floating dtype.
@@ -109,11 +104,12 @@ class InferenceLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., T, In) to (..., T, Out), in float32 or bfloat16."""
         n_rows = x.numel() // self.n_inputs
-        if torch.compiler.is_compiling() and x.device.type == "cpu" and n_rows <= _ROWS_AT_ONCE:
-            return self._in_sums(x)
         if self.in_bf16:
             x = x.bfloat16()
-        if self.uses_onednn and not torch.compiler.is_compiling():
+        if calls_cpp(x.device):
+            y = few_row_linear(x.flatten(0, -2), self.weight).view(*x.shape[:-1], self.n_outputs)
+            y = y if self.scale is None else y * self.scale
+        elif self.uses_onednn and not torch.compiler.is_compiling():
             if self.sums_in_tiles:
                 y = in_fixed_row_blocks(lambda rows: onednn_linear(rows, self.weight), x)
             else:
@@ -127,8 +123,7 @@ class InferenceLinear(nn.Module):
             y = y if self.scale is None else y * self.scale
         elif self.scale is None:
             y = F.linear(x, self.weight.to(x.dtype))
-        elif self.in_bf16 and x.device.type == "cpu" and x.shape[-2] <= MAX_DECODE_TOKENS and self.n_inputs % 16 == 0:
-            # The kernel reads inputs in groups of 16, past the end of a row whose length is not a multiple.
+        elif self._fits_int8_matmul(x):
             flat = int8_matmul(x.flatten(0, -2), self.weight, self.scale.bfloat16())
             y = flat.view(*x.shape[:-1], self.n_outputs)
         else:
@@ -138,16 +133,11 @@ class InferenceLinear(nn.Module):
             y = y * self.scale
         return y if self.bias is None else y + self.bias
 
-    def _in_sums(self, x: Tensor) -> Tensor:
-        """Return the product as one sum per row, which a compiler fuses into a single pass over the weight."""
-        rows = realize(x.float()).flatten(0, -2).unbind(0)
-        n_groups = _OUTPUTS_AT_ONCE if len(rows) > 1 and self.n_outputs % _OUTPUTS_AT_ONCE == 0 else 1
-        parts = self.weight.float().view(n_groups, -1, self.n_inputs).unbind(0)
-        # One flat list of sums: the compiler writes each directly into the result; nested lists would be copied.
-        y = torch.cat([(part * row).sum(-1) for row in rows for part in parts]).view(*x.shape[:-1], self.n_outputs)
-        if self.scale is not None:
-            y = y * self.scale
-        return y if self.bias is None else y + self.bias
+    def _fits_int8_matmul(self, x: Tensor) -> bool:
+        # The kernel reads inputs in groups of 16, past the end of a row whose length is not a multiple.
+        if torch.compiler.is_compiling() or not self.in_bf16 or x.device.type != "cpu":
+            return False
+        return x.shape[-2] <= MAX_DECODE_TOKENS and self.n_inputs % 16 == 0
 
     def extra_repr(self) -> str:
         return f"{self.n_inputs} to {self.n_outputs}, {self.weight.dtype}"

@@ -19,6 +19,7 @@ from psannlm.errors import StorageError
 from psannlm.io.atomic import write_bytes
 from psannlm.io.cache import cache_folder
 from psannlm.kernels.compile import compiled
+from psannlm.kernels.cpu_decoding import load_decoding_library
 from psannlm.kernels.torch_private import (
     LOAD_ERRORS,
     can_compile_ahead,
@@ -48,6 +49,7 @@ def compiled_step(
     """
     if not can_compile_ahead():
         return compiled(step, fullgraph=True, options=options)
+    load_decoding_library()
     path = cache_folder() / "steps" / f"{_fingerprint(step, model, args, options)}.bin"
     modules = {"model": model}
     if (loaded := _load(path, modules, options)) is not None:
@@ -110,7 +112,8 @@ def _fingerprint(step: Callable[..., Any], model: nn.Module, args: tuple[Any, ..
 def _source_hash() -> str:
     found = hashlib.sha256()
     for name in _TRACED:
-        for path in sorted(Path(psannlm.__path__[0], name).rglob("*.py")):
+        files = Path(psannlm.__path__[0], name).rglob("*")
+        for path in sorted(path for path in files if path.suffix in (".py", ".cpp")):
             found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
 

@@ -6,6 +6,7 @@ Checked with torch 2.13.0. None is covered by torch's compatibility promise: aft
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -38,11 +39,13 @@ __all__ = [
     "inductor_settings",
     "int8_matmul",
     "load_compiled",
+    "load_cpp_library",
     "load_realize",
     "mark_dynamic",
     "mark_static_address",
     "onednn_linear",
     "onednn_reordered",
+    "options_of_c_functions",
     "realized",
     "softmax_backward",
     "storage_key",
@@ -223,6 +226,30 @@ def load_compiled(content: bytes, modules: dict[str, torch.nn.Module], options: 
         ahead = AOTCompiledFunction.deserialize(dumped, None, modules)
     ahead.disable_guard_check()
     return ahead
+
+
+def options_of_c_functions(declarations: dict[torch._ops.OpOverload, str]) -> dict[str, Any]:
+    """Return options under which compiled C++ code calls a C function for each operator, given its declaration.
+
+    Its name is ``aoti_torch_cpu_`` and that of the operator; without it the call would go through Python.
+    """
+    # The setting aot_inductor.custom_ops_to_c_shims, torch 2.13, which counts for the option cpp_wrapper too.
+    return {"cpp_wrapper": True, "aot_inductor.custom_ops_to_c_shims": {op: [c] for op, c in declarations.items()}}
+
+
+def load_cpp_library(source: str) -> None:
+    """Compile C++ with vector instructions as inductor's own code, and load it for all later code to link to."""
+    # torch._inductor.codecache.CppCodeCache, torch 2.13, which loads a library for its caller alone.
+    from torch._inductor.codecache import CppCodeCache
+
+    class ForAll(CppCodeCache):
+        cache: dict[str, Any] = {}  # noqa: RUF012 - as in the base class
+
+        @staticmethod
+        def _load_library_inner(path: str, key: str) -> ctypes.CDLL:
+            return ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+    ForAll.load(source, needs_vec_isa=True)
 
 
 def inductor_settings() -> dict[str, Any]:

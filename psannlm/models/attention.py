@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from psannlm.config.model import ModelConfig
 from psannlm.kernels.compile import realize
 from psannlm.kernels.cpu_attention import blocked_attention, use_blocked_attention
+from psannlm.kernels.cpu_decoding import calls_cpp, few_query_attention
 from psannlm.kernels.onednn import Linear
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache, LayerCache, whole_read_blocks
 from psannlm.models.positions import alibi_bias, alibi_slopes, apply_rotary_emb, rope_tables
@@ -37,6 +38,7 @@ class AttentionContext:
         n_before: tokens before the new ones in every row of a prefill.
         block_masks: of a prefill on a CPU, the mask of each ``PREFILL_QUERIES`` queries over the keys up to them.
         document_positions: (B, T) of each token in its document, or None where each row is one document.
+        slopes: of a decoding pass, float32 (H,): those of ALiBi, or zeros.
     """
 
     positions: Tensor
@@ -47,6 +49,7 @@ class AttentionContext:
     n_before: int = 0
     block_masks: tuple[Tensor, ...] = ()
     document_positions: Tensor | None = None
+    slopes: Tensor | None = None
 
 
 def attention_context(
@@ -125,13 +128,17 @@ def cached_attention_context(
         dtype: of the mask.
     """
     positions = offsets[:, None] + torch.arange(n_tokens, device=offsets.device)
+    slopes = torch.zeros(config.n_heads, device=offsets.device)
     if config.positional_encoding == "alibi":
-        mask = alibi_bias(alibi_slopes(config.n_heads, offsets.device), positions, slots)
+        slopes = alibi_slopes(config.n_heads, offsets.device)
+        mask = alibi_bias(slopes, positions, slots)
     else:
         # (B, 1, T, S): query t sees the slots up to its own position.
         hidden = slots > positions[:, None, :, None]
         mask = torch.zeros(hidden.shape, device=offsets.device).masked_fill(hidden, float("-inf"))
-    return AttentionContext(positions, slots.shape[0], _rope(config, positions.unsqueeze(1)), mask.to(dtype))
+    return AttentionContext(
+        positions, slots.shape[0], _rope(config, positions.unsqueeze(1)), mask.to(dtype), slopes=slopes
+    )
 
 
 def _rope(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -199,8 +206,11 @@ class Attention(nn.Module):
         q, k, v = self._heads(x, context.rope)
         if cache is not None:
             k, v = _update_cache(cache, k, v, context)
-        y = self._attend(q, k, v, context)
-        out: Tensor = self.out_proj(y.transpose(1, 2).flatten(-2))
+        if cache is not None and context.slopes is not None and calls_cpp(x.device):
+            y = few_query_attention(q.float(), cache.keys, cache.values, context.positions, context.slopes)
+        else:
+            y = self._attend(q, k, v, context).transpose(1, 2)
+        out: Tensor = self.out_proj(y.flatten(-2))
         return out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:

@@ -280,6 +280,17 @@ def test_engine_compiled_tokens_match_eager_and_single_rows(
 
 
 @in_compiled_tests
+def test_engine_compiled_row_is_same_among_many(compiled_engines: dict[str, Engine]) -> None:
+    """To the last bit among 2 and 20 rows; int8 could not be compiled for more than 16."""
+    engine = compiled_engines["int8"]
+    prompts = [tokens(5 + 3 * row, seed=row).tolist() for row in range(20)]
+    following = tokens(20, 12, seed=50)
+    among_many = run(engine, prompts, following)
+    for row, of_pair in enumerate(run(engine, prompts[:2], following[:2])):
+        assert torch.equal(of_pair, among_many[row])
+
+
+@in_compiled_tests
 def test_engine_compiled_speculation_keeps_tokens(
     compiled_engines: dict[str, Engine], build_tiny: Build, decode: Decode
 ) -> None:
