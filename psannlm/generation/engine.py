@@ -222,7 +222,7 @@ def _static_tensors(layer: LayerCache) -> tuple[Tensor, Tensor, Tensor | None, T
     """
     tensors = (layer.keys, layer.values, layer.attn_conv_state, layer.mlp_conv_state)
     for tensor in tensors:
-        if tensor is not None:
+        if tensor is not None and tensor.is_cuda:
             mark_static_address(tensor)
     return tensors
 
