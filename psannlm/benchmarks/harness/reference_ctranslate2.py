@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from psannlm.benchmarks.decoding.modes import Prompts
 from psannlm.benchmarks.harness.exportable_transformer import build_exportable_transformer
+from psannlm.benchmarks.harness.isolated_process import IsolatedProcess
 from psannlm.benchmarks.harness.reference_task import ReferenceTask
 from psannlm.config.model import ModelConfig
 from psannlm.errors import ConfigError, PsannlmError
@@ -37,7 +40,7 @@ class CTranslate2:
     def __init__(self, task: ReferenceTask) -> None:
         if task.device.type != "cpu":
             raise ConfigError("--against ctranslate2 runs on the CPU; add --device cpu")
-        self._library = library = importlib.import_module("ctranslate2")
+        library = importlib.import_module("ctranslate2")
         supported = library.get_supported_compute_types("cpu")
         if task.dtype not in supported:
             others = " or ".join(dtype for dtype in get_args(WeightDtype) if dtype in supported)
@@ -50,9 +53,10 @@ class CTranslate2:
             path = Path(folder) / "model"
             path.mkdir()
             self._write(path, task.dtype)
-            self.generator = library.Generator(
-                str(path), device="cpu", compute_type=task.dtype, intra_threads=torch.get_num_threads()
-            )
+            # In a process of its own: GNU OpenMP counts the threads of both libraries where they share a process, and
+            # when these are more than the processors, none waits actively, which takes a small step of either two to
+            # four times as long.
+            self._process = IsolatedProcess(_Generator, str(path), task.dtype, torch.get_num_threads())
         self.description = (
             f"CTranslate2 {library.__version__}, our transformer of {self.parameters:,} parameters, {task.dtype}"
         )
@@ -62,11 +66,18 @@ class CTranslate2:
         # The prompts are read at once as far as the shortest reaches; the rest of the longer ones is in their results.
         shortest = min(map(len, prompts))
         most = max_new_tokens + max(map(len, prompts)) - shortest
-        results = self.generator.generate_batch(
-            name_tokens(prompts), min_length=most, max_length=most, include_prompt_in_result=False, end_token=[]
-        )
-        ends = [result.sequences_ids[0][len(row) - shortest :] for result, row in zip(results, prompts, strict=True)]
+        results = self._process.call("generate", _name_tokens(prompts), most)
+        ends = [ids[len(row) - shortest :] for ids, row in zip(results, prompts, strict=True)]
         return [list(ids[:max_new_tokens]) for ids in ends]
+
+    def logits(self, ids: Sequence[int]) -> list[float]:
+        """Return the logits (V,) after the last of the tokens."""
+        logits: list[float] = self._process.call("logits", _name_tokens([list(ids)]))
+        return logits
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.close()
 
     def _write(self, path: Path, dtype: str) -> None:
         config = self.model.config
@@ -78,7 +89,7 @@ class CTranslate2:
         if weights:
             raise PsannlmError(f"CTranslate2 has no place for {', '.join(sorted(weights))}")
         spec.config.layer_norm_epsilon = config.norm_eps
-        names = name_tokens([list(range(config.vocab_size or 0))])[0]
+        names = _name_tokens([list(range(config.vocab_size or 0))])[0]
         spec.register_vocabulary(names)
         spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = names[0]
         spec.validate()
@@ -86,7 +97,25 @@ class CTranslate2:
         spec.save(str(path))
 
 
-def name_tokens(rows: Prompts) -> list[list[str]]:
+class _Generator:
+    """CTranslate2's generator, in the process that decodes."""
+
+    def __init__(self, path: str, dtype: str, n_threads: int) -> None:
+        library = importlib.import_module("ctranslate2")
+        self._generator = library.Generator(path, device="cpu", compute_type=dtype, intra_threads=n_threads)
+
+    def generate(self, rows: list[list[str]], n_tokens: int) -> list[list[int]]:
+        results = self._generator.generate_batch(
+            rows, min_length=n_tokens, max_length=n_tokens, include_prompt_in_result=False, end_token=[]
+        )
+        return [result.sequences_ids[0] for result in results]
+
+    def logits(self, rows: list[list[str]]) -> list[float]:
+        logits: list[float] = np.array(self._generator.forward_batch(rows))[0, -1].tolist()
+        return logits
+
+
+def _name_tokens(rows: Prompts) -> list[list[str]]:
     """Return the names of token ids: CTranslate2 takes texts of tokens."""
     return [[str(token) for token in row] for row in rows]
 
