@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from psannlm.errors import GenerationError
+from psannlm.errors import DeviceError, GenerationError
 from psannlm.generation.quantize import WeightDtype, prepare_for_inference, weight_bytes
 from psannlm.generation.step_cache import compiled_step
 from psannlm.kernels.compile import compiled
 from psannlm.kernels.compiler import compiler_fault, require_compiler
-from psannlm.kernels.cpu_decoding import decodes_in_cpp, decoding_options
+from psannlm.kernels.cpu_decoding import decodes_in_cpp, decoding_library_failure, decoding_options
 from psannlm.kernels.torch_private import mark_dynamic, mark_static_address
 from psannlm.models.attention import PREFILL_QUERIES, cached_attention_context
 from psannlm.models.kv_cache import MAX_DECODE_TOKENS, KVCache, LayerCache, update_conv_states, whole_blocks
@@ -77,6 +77,10 @@ class Engine:
         if compile is True:
             require_compiler(self.device, "compiled decoding", "decode without compiling")
         missing = compiler_fault(self.device) if compile == "auto" else None
+        if compile and missing is None and decodes_in_cpp(self.device):
+            missing = decoding_library_failure()
+            if missing is not None and compile is True:
+                raise DeviceError(f"compiled decoding needs {missing}; repair it, or decode without compiling")
         self.compiles = bool(compile) and missing is None
         if missing is not None:
             self.notices.append(f"decoding is not compiled, which would be faster: it needs {missing}")
@@ -222,7 +226,7 @@ def _static_tensors(layer: LayerCache) -> tuple[Tensor, Tensor, Tensor | None, T
     """
     tensors = (layer.keys, layer.values, layer.attn_conv_state, layer.mlp_conv_state)
     for tensor in tensors:
-        if tensor is not None and tensor.is_cuda:
+        if tensor is not None:
             mark_static_address(tensor)
     return tensors
 

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,16 +64,30 @@ def trial_failure(kind: str, *, trusts_note: bool = False) -> str | None:
     def tiny(x: Tensor) -> Tensor:
         return x.sin() + salt
 
-    try:
-        if trusts_note and kind == "cpu" and (note := _note_of_success()) is not None and note.is_file():
-            return None
+    def trial() -> None:
+        if trusts_note and kind == "cpu" and has_passed_trial():
+            return
         with torch.no_grad():
             torch.compile(tiny, fullgraph=True, dynamic=False)(torch.zeros(8, device=kind))
         if kind == "cpu" and (note := _note_of_success()) is not None:
             note.touch()
+
+    return failure_of(trial, kind)
+
+
+def failure_of(compilation: Callable[[], object], kind: str) -> str | None:
+    """Run a compilation for a device of ``kind``; return its error in one line with a remedy, or None."""
+    try:
+        compilation()
     except _TRIAL_ERRORS as error:
         return f"{_BROKEN}; a trial failed: {_cause(error):.200} ({_remedy(kind)})"
     return None
+
+
+def has_passed_trial() -> bool:
+    """Whether the compiler's cache folder has a note that this compiler has passed a trial on this CPU."""
+    note = _note_of_success()
+    return note is not None and note.is_file()
 
 
 def _note_of_success() -> Path | None:

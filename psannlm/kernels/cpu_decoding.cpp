@@ -4,6 +4,7 @@
 // enough what it will read: weights are prefetched into the second-level cache 16 KB ahead. A sum is formed in the same
 // order whatever the number of rows, tokens and threads, so that a row gets the same result in any batch.
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <omp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -63,6 +64,15 @@ inline Floats widened(const T* from, int64_t n) {
   return widened(values);
 }
 #endif
+
+// The sum of a vector's elements, in one order.
+inline float total(const Floats& values) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_reduce_add_ps(values);
+#else
+  return at::vec::vec_reduce_all<float>([](const Floats& a, const Floats& b) { return a + b; }, values);
+#endif
+}
 
 // How weights and inputs are loaded, multiplied and added: in float32.
 template <typename W, typename X>
@@ -138,7 +148,7 @@ void block(const W* weight, const X* x, int64_t n_in, float* y, int64_t n_out) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 8
-    for (int o = 0; o < kOutputs; o++) y[r * n_out + o] = sums[r * kOutputs + o].reduce_add();
+    for (int o = 0; o < kOutputs; o++) y[r * n_out + o] = total(sums[r * kOutputs + o]);
 }
 
 // kRows rows and n_tile outputs: several outputs at once, so that an input is loaded once for all of them.
@@ -188,7 +198,7 @@ float scores_of(
       sum = at::vec::fmadd(widened(key + k), widened(query + k), sum);
     }
     if (k < head_dim) sum = at::vec::fmadd(widened(key + k, head_dim - k), widened(query + k, head_dim - k), sum);
-    scores[slot] = sum.reduce_add() * scale + slope * static_cast<float>(slot - n_slots + 1);
+    scores[slot] = total(sum) * scale + slope * static_cast<float>(slot - n_slots + 1);
     largest = std::max(largest, scores[slot]);
   }
   return largest;
@@ -204,13 +214,13 @@ float exponentials(float* scores, int64_t n_slots, float largest) {
     weights.store(scores + slot, n);
     sum = sum + Floats::set(Floats(0), weights, n);
   }
-  return sum.reduce_add();
+  return total(sum);
 }
 
-// y (K) = sum over slots of weights[slot] values[slot], divided by total.
+// y (K) = sum over slots of weights[slot] values[slot], divided by their sum.
 template <typename T>
 void weighted_mean(
-    const float* weights, const T* values, int64_t n_slots, int64_t head_dim, float total, float* y) {
+    const float* weights, const T* values, int64_t n_slots, int64_t head_dim, float sum_of_weights, float* y) {
   constexpr int kParts = 4;
   int64_t k = 0;
   for (; k + kParts * Floats::size() <= head_dim; k += kParts * Floats::size()) {
@@ -227,14 +237,14 @@ void weighted_mean(
       __builtin_prefetch(reinterpret_cast<const char*>(value) + kPrefetchCacheBytes + 64, 0, 2);
     }
 #pragma GCC unroll 4
-    for (int p = 0; p < kParts; p++) (sums[p] / Floats(total)).store(y + k + p * Floats::size());
+    for (int p = 0; p < kParts; p++) (sums[p] / Floats(sum_of_weights)).store(y + k + p * Floats::size());
   }
   for (; k < head_dim; k += Floats::size()) {
     const int64_t n = std::min<int64_t>(Floats::size(), head_dim - k);
     Floats sum(0);
     for (int64_t slot = 0; slot < n_slots; slot++)
       sum = at::vec::fmadd(widened(values + slot * head_dim + k, n), Floats(weights[slot]), sum);
-    (sum / Floats(total)).store(y + k, n);
+    (sum / Floats(sum_of_weights)).store(y + k, n);
   }
 }
 
@@ -247,28 +257,26 @@ template <typename T>
 void attention(
     const AttentionSizes& sizes, const float* queries, const int64_t* strides, const T* keys, const T* values,
     const int64_t* positions, const float* slopes, float* y, int n_threads) {
-  const int64_t n_shared = sizes.n_heads / sizes.n_kv_heads, n_items = sizes.n_rows * sizes.n_kv_heads;
+  const int64_t n_shared = sizes.n_heads / sizes.n_kv_heads, row_size = sizes.capacity * sizes.head_dim;
+  // The queries of a group of heads, which read the same keys and values, follow each other.
+  const int64_t n_queries = sizes.n_rows * sizes.n_heads * sizes.n_tokens;
   const float scale = 1 / std::sqrt(static_cast<float>(sizes.head_dim));
+  std::vector<float> all_scores(n_threads * sizes.capacity);
 #pragma omp parallel num_threads(n_threads)
   {
-    std::vector<float> scores(sizes.capacity);
     const int64_t thread = omp_get_thread_num(), n = omp_get_num_threads();
-    for (int64_t item = n_items * thread / n; item < n_items * (thread + 1) / n; item++) {
-      const int64_t row = item / sizes.n_kv_heads, group = item % sizes.n_kv_heads;
-      const T* row_keys = keys + item * sizes.capacity * sizes.head_dim;
-      const T* row_values = values + item * sizes.capacity * sizes.head_dim;
-      for (int64_t head = group * n_shared; head < (group + 1) * n_shared; head++) {
-        for (int64_t token = 0; token < sizes.n_tokens; token++) {
-          const int64_t n_slots = std::min(positions[row * sizes.n_tokens + token] + 1, sizes.capacity);
-          const float* query = queries + row * strides[0] + head * strides[1] + token * strides[2];
-          const float largest =
-              scores_of(query, row_keys, n_slots, sizes.head_dim, scale, slopes[head], scores.data());
-          const float total = exponentials(scores.data(), n_slots, largest);
-          weighted_mean(
-              scores.data(), row_values, n_slots, sizes.head_dim, total,
-              y + ((row * sizes.n_tokens + token) * sizes.n_heads + head) * sizes.head_dim);
-        }
-      }
+    float* scores = all_scores.data() + thread * sizes.capacity;
+    for (int64_t i = n_queries * thread / n; i < n_queries * (thread + 1) / n; i++) {
+      const int64_t token = i % sizes.n_tokens, head = i / sizes.n_tokens % sizes.n_heads;
+      const int64_t row = i / (sizes.n_tokens * sizes.n_heads);
+      const int64_t first = (row * sizes.n_kv_heads + head / n_shared) * row_size;
+      const int64_t n_slots = positions[row * sizes.n_tokens + token] + 1;
+      const float* query = queries + row * strides[0] + head * strides[1] + token * strides[2];
+      const float largest = scores_of(query, keys + first, n_slots, sizes.head_dim, scale, slopes[head], scores);
+      const float sum_of_weights = exponentials(scores, n_slots, largest);
+      weighted_mean(
+          scores, values + first, n_slots, sizes.head_dim, sum_of_weights,
+          y + ((row * sizes.n_tokens + token) * sizes.n_heads + head) * sizes.head_dim);
     }
   }
 }
@@ -348,6 +356,11 @@ extern "C" AOTITorchError aoti_torch_cpu_few_query_attention(
   const AttentionSizes sizes{q.sizes[0], q.sizes[1], q.sizes[2], q.sizes[3], keys.sizes[1], keys.sizes[2]};
   const bool in_bf16 = keys.dtype == aoti_torch_dtype_bfloat16();
   if (!in_bf16 && keys.dtype != aoti_torch_dtype_float32()) return AOTI_TORCH_FAILURE;
+  const auto* places = static_cast<const int64_t*>(positions.data);
+  const int64_t n_places = positions.sizes[0] * positions.sizes[1];
+  if (n_places != sizes.n_rows * sizes.n_tokens) return AOTI_TORCH_FAILURE;
+  for (int64_t i = 0; i < n_places; i++)
+    if (places[i] < 0 || places[i] >= sizes.capacity) return AOTI_TORCH_FAILURE;
   const int64_t y_sizes[4] = {sizes.n_rows, sizes.n_tokens, sizes.n_heads, sizes.head_dim};
   float* y = empty_floats(4, y_sizes, y_handle);
   if (y == nullptr) return AOTI_TORCH_FAILURE;
@@ -355,7 +368,7 @@ extern "C" AOTITorchError aoti_torch_cpu_few_query_attention(
     using T = decltype(element);
     attention(
         sizes, static_cast<const float*>(q.data), q.strides, static_cast<const T*>(keys.data),
-        static_cast<const T*>(values.data), static_cast<const int64_t*>(positions.data),
+        static_cast<const T*>(values.data), places,
         static_cast<const float*>(slopes.data), y, static_cast<int>(n_threads));
   };
   if (in_bf16)

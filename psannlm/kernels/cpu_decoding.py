@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from psannlm.kernels.compiler import failure_of, has_passed_trial
 from psannlm.kernels.torch_private import (
     can_compile_ahead,
     constant_while_compiling,
@@ -36,21 +36,12 @@ torch.library.define(
 )
 
 
-# The C++ functions are what compiled code calls; these say what they compute.
-@torch.library.impl("psannlm::few_row_linear", "CPU")
-def _few_row_linear(x: Tensor, weight: Tensor, n_threads: int) -> Tensor:
-    return x.float() @ weight.float().t()
+def _refuse(*_: object) -> Tensor:
+    raise RuntimeError("an operator of compiled decoding was called from Python; compile with decoding_options()")
 
 
-@torch.library.impl("psannlm::few_query_attention", "CPU")
-def _few_query_attention(
-    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, slopes: Tensor, n_threads: int
-) -> Tensor:
-    slots = torch.arange(keys.shape[2])
-    distance = (slots - positions[:, :, None])[:, None]
-    bias = (slopes[:, None, None] * distance).masked_fill(distance > 0, float("-inf"))
-    y = F.scaled_dot_product_attention(q, keys.float(), values.float(), bias, enable_gqa=True)
-    return y.transpose(1, 2).contiguous()
+for _name in _C_FUNCTIONS:
+    torch.library.impl(f"psannlm::{_name}", "CPU", _refuse)
 
 
 @torch.library.register_fake("psannlm::few_row_linear")  # type: ignore[untyped-decorator]
@@ -123,4 +114,11 @@ def decoding_options() -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def load_decoding_library() -> None:
     """Load the C++ functions, before code that calls them; after the first time the compiler's cache holds them."""
-    load_cpp_library((files("psannlm.kernels") / "cpu_decoding.cpp").read_text(encoding="utf-8"))
+    source = (files("psannlm.kernels") / "cpu_decoding.cpp").read_text(encoding="utf-8")
+    # A cache folder may be shared by machines with other processors.
+    load_cpp_library(f"// {sorted(torch.cpu.get_capabilities().items())}\n{source}", trusts_vectors=has_passed_trial())
+
+
+def decoding_library_failure() -> str | None:
+    """Load the C++ functions; return why they cannot be compiled or loaded, or None."""
+    return failure_of(load_decoding_library, "cpu")

@@ -237,8 +237,12 @@ def options_of_c_functions(declarations: dict[torch._ops.OpOverload, str]) -> di
     return {"cpp_wrapper": True, "aot_inductor.custom_ops_to_c_shims": {op: [c] for op, c in declarations.items()}}
 
 
-def load_cpp_library(source: str) -> None:
-    """Compile C++ with vector instructions as inductor's own code, and load it for all later code to link to."""
+def load_cpp_library(source: str, *, trusts_vectors: bool = False) -> None:
+    """Compile C++ with vector instructions as inductor's own code, and load it for all later code to link to.
+
+    Args:
+        trusts_vectors: do without inductor's trials, which take a second, of which vector instructions compile.
+    """
     # torch._inductor.codecache.CppCodeCache, torch 2.13, which loads a library for its caller alone.
     from torch._inductor.codecache import CppCodeCache
 
@@ -249,7 +253,8 @@ def load_cpp_library(source: str) -> None:
         def _load_library_inner(path: str, key: str) -> ctypes.CDLL:
             return ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
-    ForAll.load(source, needs_vec_isa=True)
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": True} if trusts_vectors else {}):
+        ForAll.load(source, needs_vec_isa=True)
 
 
 def inductor_settings() -> dict[str, Any]:

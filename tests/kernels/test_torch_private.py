@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from psannlm.kernels import torch_private as private
+from psannlm.kernels.compiler import has_compiler
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -139,3 +142,9 @@ def test_constant_while_compiling_is_never_traced() -> None:
     for _ in range(2):
         torch.testing.assert_close(outer(x), x * 3)
     assert seen == [True], "called once, for the trace"
+
+
+@pytest.mark.skipif(not (has_compiler(torch.device("cpu")) and private.can_compile_ahead()), reason="no C++ compiler")
+def test_cpp_library_is_linked_to_by_others() -> None:
+    private.load_cpp_library('extern "C" int psannlm_test_answer() { return 41; }')
+    assert ctypes.CDLL(None).psannlm_test_answer() == 41

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -57,6 +58,7 @@ class CTranslate2:
             # when these are more than the processors, none waits actively, which takes a small step of either two to
             # four times as long.
             self._process = IsolatedProcess(_Generator, str(path), task.dtype, torch.get_num_threads())
+            weakref.finalize(self, self._process.close)
         self.description = (
             f"CTranslate2 {library.__version__}, our transformer of {self.parameters:,} parameters, {task.dtype}"
         )
@@ -74,10 +76,6 @@ class CTranslate2:
         """Return the logits (V,) after the last of the tokens."""
         logits: list[float] = self._process.call("logits", _name_tokens([list(ids)]))
         return logits
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.close()
 
     def _write(self, path: Path, dtype: str) -> None:
         config = self.model.config

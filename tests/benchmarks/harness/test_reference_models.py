@@ -119,7 +119,6 @@ def test_ctranslate2_decodes_our_weights_in_every_dtype(dtype: WeightDtype, tole
         assert float((found - wanted).abs().max() / wanted.abs().max()) < tolerance
         if dtype == "float32":
             assert row == [int(engine.prefill([whole[: len(prompt) + n]], 1)[0].argmax()) for n in range(8)]
-    reference_model.close()
 
 
 def test_ctranslate2_refuses_what_processor_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
