@@ -60,7 +60,7 @@ class InferenceLinear(nn.Module):
     """x Wᵀ + b with W in float32, bfloat16 or int8 (weights only: W ≈ scale · int8, one scale per output).
 
     Uncompiled and for ``bfloat16`` and ``int8``, input and result of the product are rounded to bfloat16 where the
-    device has bfloat16 hardware; sums are in float32. Compiled on a CPU, the result stays float32.
+    device has bfloat16 hardware; sums are in float32. In C++ (compiled, on a CPU) the result stays float32.
 
     Args:
         weight: (Out, In), any floating dtype.

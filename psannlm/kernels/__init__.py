@@ -11,13 +11,13 @@ measured": no entry measures this implementation alone.
 | linear layer | CPU, decoding, float32 | oneDNN, reordered weight | step of 1 row: 9.95 -> 5.52 ms (11-24) |
 | linear layer | CPU, decoding, bfloat16 | oneDNN, reordered weight | step of 1 row: 5.23 -> 3.38 ms (11-24) |
 | linear layer | CPU, decoding, int8 | `torch_private.int8_matmul` | step of 1 row: 1.46 ms, 8 rows: 3.63 ms (11-24) |
-| linear layer | CPU, compiled decoding | `cpu_decoding.few_row_linear` | step of 8 rows: 7.1 -> 3.9 ms (12-01) |
+| linear layer | CPU, compiled decoding | `cpu_decoding.few_row_linear` | bfloat16, 8 rows: 7.1 -> 3.9 ms (12-01) |
 | matrices | CPU, Linux, decoding | `huge_pages` | bfloat16 step of 8 rows: 6.97 -> 6.61 ms (11-30) |
 | attention | CPU, bfloat16 training | `blocked_attention` | layer 30.5 -> 17.3 ms, step 708 -> 657 ms (11-25) |
 | attention | CPU, compiled training | `blocked_attention` | float32 layer 78 -> 49 ms, bfloat16 54 -> 42 ms (11-30) |
 | attention | CPU, prefill | SDPA, 32 queries at a time, float32 | not measured; makes rows batch-invariant |
 | attention | CPU, decoding | SDPA, keys and values widened | bfloat16, 320 slots: 276 -> 43 us (11-24) |
-| attention | CPU, compiled decoding | `cpu_decoding.few_query_attention` | step: 3.9 -> 3.2 ms (12-01) |
+| attention | CPU, compiled decoding | `cpu_decoding.few_query_attention` | the same: 3.9 -> 3.3 ms (12-01) |
 | attention | GPU, compiled decoding | float32 reductions with `realize` | not measured |
 | attention | else | SDPA | default |
 | short convolution | CPU, float32 activations, training | `recompute.fused_norm_conv` | not measured alone |
