@@ -19,6 +19,7 @@ import torch
 
 from psannlm.benchmarks.decoding.modes import Prompts
 from psannlm.benchmarks.harness.exportable_transformer import build_exportable_transformer
+from psannlm.benchmarks.harness.isolated_process import IsolatedProcess
 from psannlm.benchmarks.harness.reference_task import ReferenceTask
 from psannlm.errors import ConfigError, PsannlmError
 from psannlm.export.gguf import Q8_0, write_gguf
@@ -46,45 +47,61 @@ class LlamaCpp:
         self.model = build_exportable_transformer(task)
         file_type = _FILE_TYPES[task.dtype]
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self._library = library = importlib.import_module("llama_cpp")
-        self._quiet = library.llama_log_callback(lambda level, text, data: None)
-        library.llama_log_set(self._quiet, ctypes.c_void_p(0))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             write_gguf(path, self.model, None, file_type)
-            self._load(path, task, self.model.config.vocab_size or 0)
+            vocab_size = self.model.config.vocab_size or 0
+            # In a process of its own, for the reason given in reference_ctranslate2.
+            self._process = IsolatedProcess(
+                _Context,
+                str(path),
+                task.n_rows,
+                task.seq_len,
+                self.model.config.vocab_size or 0,
+                torch.get_num_threads(),
+            )
+            weakref.finalize(self, self._process.close)
+        library = importlib.import_module("llama_cpp")
         self.description = (
             f"llama.cpp (llama-cpp-python {library.__version__}), our transformer of {self.parameters:,} parameters, "
             f"{file_type}"
         )
 
-    def _load(self, path: Path, task: ReferenceTask, vocab_size: int) -> None:
-        library = self._library
+    def generate(self, prompts: Prompts, max_new_tokens: int) -> Prompts:
+        """Return the greedy continuation of each prompt, ``max_new_tokens`` tokens long."""
+        rows: Prompts = self._process.call("generate", prompts, max_new_tokens)
+        return rows
+
+    def logits(self, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Return the logits (V,) of token ``index`` of the last pass."""
+        logits: np.ndarray[Any, np.dtype[np.float32]] = self._process.call("copied_logits", index)
+        return logits
+
+
+class _Context:
+    """llama.cpp's context, in the process that decodes."""
+
+    def __init__(self, path: str, n_rows: int, seq_len: int, vocab_size: int, n_threads: int) -> None:
+        self._library = library = importlib.import_module("llama_cpp")
+        self._quiet = library.llama_log_callback(lambda level, text, data: None)
+        library.llama_log_set(self._quiet, ctypes.c_void_p(0))
         model_settings = library.llama_model_default_params()
         model_settings.n_gpu_layers = 0
-        loaded = library.llama_model_load_from_file(str(path).encode(), model_settings)
+        loaded = library.llama_model_load_from_file(path.encode(), model_settings)
         if not loaded:
             raise PsannlmError("llama.cpp does not load the exported model")
         settings = library.llama_context_default_params()
-        settings.n_ctx = task.n_rows * task.seq_len
+        settings.n_ctx = n_rows * seq_len
         settings.n_batch = settings.n_ctx
-        settings.n_seq_max = task.n_rows
-        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+        settings.n_seq_max = n_rows
+        settings.n_threads = settings.n_threads_batch = n_threads
         self._context = context = library.llama_init_from_model(loaded, settings)
         if not context:
             raise PsannlmError("llama.cpp does not make a context of the exported model")
-        self._batch = batch = library.llama_batch_init(settings.n_batch, 0, 1)
+        self._batch = library.llama_batch_init(settings.n_batch, 0, 1)
         self._vocab_size = vocab_size
 
-        def free() -> None:
-            library.llama_batch_free(batch)
-            library.llama_free(context)
-            library.llama_model_free(loaded)
-
-        weakref.finalize(self, free)
-
     def generate(self, prompts: Prompts, max_new_tokens: int) -> Prompts:
-        """Return the greedy continuation of each prompt, ``max_new_tokens`` tokens long."""
         library = self._library
         library.llama_memory_clear(library.llama_get_memory(self._context), True)
         rows: Prompts = [[] for _ in prompts]
@@ -113,9 +130,12 @@ class LlamaCpp:
         status = self._library.llama_decode(self._context, batch)
         if status:
             raise PsannlmError(f"llama.cpp failed to decode {n_tokens:,} tokens (status {status})")
-        return [int(self.logits(index).argmax()) for index in last]
+        return [int(self._logits(index).argmax()) for index in last]
 
-    def logits(self, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def copied_logits(self, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        return self._logits(index).copy()
+
+    def _logits(self, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Return the logits (V,) of token ``index`` of the last pass; the next pass overwrites them."""
         pointer = self._library.llama_get_logits_ith(self._context, index)
         return np.ctypeslib.as_array(pointer, shape=(self._vocab_size,))
