@@ -57,7 +57,7 @@ class LlamaCpp:
                 str(path),
                 task.n_rows,
                 task.seq_len,
-                self.model.config.vocab_size or 0,
+                vocab_size,
                 torch.get_num_threads(),
             )
             weakref.finalize(self, self._process.close)
